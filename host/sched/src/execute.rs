@@ -1,0 +1,118 @@
+//! The seam to the engine: a step plan goes out, sampled tokens come back.
+//!
+//! Flat vectors with ranges into them, reused from step to step, instead of a `Vec` per row: a steady step allocates
+//! nothing. The executor sees token ids and block ids, never requests' text or users.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::ids::{BlockId, RequestId};
+use crate::request::{Sampling, TokenLogprobs};
+
+/// Everything one step computes: prefill chunks and decode rows together.
+#[derive(Debug, Default)]
+pub struct StepPlan {
+    /// One row per sequence in this step.
+    pub rows: Vec<Row>,
+    /// Token ids to compute, row after row ([`Row::tokens`]).
+    pub tokens: Vec<u32>,
+    /// Block tables, row after row ([`Row::blocks`]): page `i` holds positions `i * block_tokens ..`.
+    pub blocks: Vec<BlockId>,
+    /// Prompt and output tokens of rows whose sampling needs them ([`Sample::history`]).
+    pub history: Vec<u32>,
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Whose it is; for logs and for matching the output.
+    pub request: RequestId,
+    /// Range in [`StepPlan::tokens`]; one token for a decode, more for a prefill chunk.
+    pub tokens: Range<u32>,
+    /// Position of the first of those tokens in its sequence.
+    pub position: u32,
+    /// Range in [`StepPlan::blocks`]; covers every position up to the last one computed here.
+    pub blocks: Range<u32>,
+    /// Set when the last token's logits choose the next token; absent in the middle of a prefill.
+    pub sample: Option<Sample>,
+}
+
+/// How to choose a row's next token.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// The request's rules.
+    pub sampling: Arc<Sampling>,
+    /// Number of tokens generated before this one: the generator's counter.
+    pub index: u32,
+    /// Range in [`StepPlan::history`], prompt then output; empty unless [`Sampling::needs_history`].
+    pub history: Range<u32>,
+    /// Of that history, how many tokens are prompt.
+    pub history_prompt: u32,
+    /// Tokens that must not be chosen now (stop tokens before `min_new_tokens`); `None` for no ban.
+    pub banned: Option<Arc<[u32]>>,
+}
+
+/// What a step produced.
+#[derive(Debug, Default)]
+pub struct StepOutput {
+    /// One entry per row with a `sample`, in the order of the rows.
+    pub sampled: Vec<Sampled>,
+}
+
+/// A chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Set when the sampling asked for it.
+    pub logprobs: Option<Box<TokenLogprobs>>,
+}
+
+/// Computes step plans. Owned by one driver thread.
+pub trait Executor: Send {
+    /// Computes `plan` and replaces the contents of `out`. On an error nothing of the plan counts as computed, and the
+    /// KV contents of the plan's blocks are unspecified.
+    ///
+    /// # Errors
+    /// A device or engine fault, in words for the log.
+    fn execute(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError>;
+}
+
+/// A fault of the engine or its device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExecuteError {
+    /// The plan breaks a promise of the seam: a bug of the host.
+    #[error("the step plan is malformed: {what}")]
+    Malformed {
+        /// Which promise.
+        what: &'static str,
+    },
+    /// The device or a kernel failed.
+    #[error("the device failed: {what}")]
+    Device {
+        /// In words.
+        what: Arc<str>,
+    },
+}
+
+impl StepPlan {
+    /// Empties the plan and keeps its memory.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.tokens.clear();
+        self.blocks.clear();
+        self.history.clear();
+    }
+
+    /// Token ids of a row.
+    #[must_use]
+    pub fn tokens_of(&self, row: &Row) -> &[u32] {
+        &self.tokens[row.tokens.start as usize..row.tokens.end as usize]
+    }
+
+    /// Block table of a row.
+    #[must_use]
+    pub fn blocks_of(&self, row: &Row) -> &[BlockId] {
+        &self.blocks[row.blocks.start as usize..row.blocks.end as usize]
+    }
+}

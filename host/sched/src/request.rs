@@ -1,0 +1,204 @@
+//! What enters the scheduler (a request) and what leaves it (events into a sink).
+//!
+//! Everything a step may need is shared behind `Arc`, so that moving a request through the queues copies pointers only.
+
+use std::sync::Arc;
+
+use crate::ids::{Micros, Priority, RequestId};
+
+/// How to choose the next token. Neutral values switch a rule off; `Default` is greedy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy; otherwise logits are divided by it. At most 2 on the HTTP surface.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set with at least this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens below this share of the most likely one's probability; 0 drops none.
+    pub min_p: f32,
+    /// Divides (positive) or multiplies (negative) logits of tokens seen in prompt or output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once from logits of generated tokens; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence from logits of generated tokens; 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to logits, by token.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Seed of the request's own counter-based generator: token `n` depends on (seed, n) only.
+    pub seed: u64,
+    /// Report the chosen token's log-probability and those of this many most likely tokens (at most 20).
+    pub logprobs: Option<u8>,
+}
+
+/// One generation request, tokenized and routed.
+#[derive(Debug)]
+pub struct Request {
+    /// Its identity.
+    pub id: RequestId,
+    /// Interned tenant (`pointsman_telemetry::Names`).
+    pub tenant: u32,
+    /// Name behind `tenant`, for policies.
+    pub tenant_name: Arc<str>,
+    /// Urgency.
+    pub priority: Priority,
+    /// When the host received it.
+    pub arrived: Micros,
+    /// When it must have ended, 0 for never.
+    pub deadline: Micros,
+    /// Prompt tokens, at least one.
+    pub prompt: Arc<[u32]>,
+    /// Chained hash of every full block of the prompt ([`crate::prefix::chain_hashes`]); empty switches caching off.
+    pub block_hashes: Arc<[u64]>,
+    /// Tokens to generate at most, at least one.
+    pub max_new_tokens: u32,
+    /// Stop tokens are impossible before this many tokens.
+    pub min_new_tokens: u32,
+    /// Tokens that end the generation; they are reported in [`SinkEvent::Finished`], not emitted.
+    pub stop_tokens: Arc<[u32]>,
+    /// How tokens are chosen.
+    pub sampling: Arc<Sampling>,
+    /// Generation of the router that chose this replica, 0 for native; stamped on events.
+    pub router_generation: u64,
+    /// Where tokens go.
+    pub sink: Box<dyn TokenSink>,
+}
+
+/// Receives what becomes of one request. Called on the driver thread: must not block.
+pub trait TokenSink: Send + std::fmt::Debug {
+    /// Takes one event. After `Finished`, `Cancelled` or `Failed` nothing follows.
+    fn push(&mut self, event: SinkEvent) -> SinkState;
+}
+
+/// What a sink answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SinkState {
+    /// Go on.
+    Open,
+    /// Nobody listens any more, or the listener is too slow for its buffer: cancel the request.
+    Closed,
+}
+
+/// One thing that happened to a request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SinkEvent {
+    /// First scheduled. `queued_us` counts from arrival; `cached_tokens` came from the prefix cache.
+    Started {
+        /// Microseconds between arrival and first schedule.
+        queued_us: u64,
+        /// Prompt tokens that needed no computation.
+        cached_tokens: u32,
+    },
+    /// A generated token.
+    Token {
+        /// Its id.
+        token: u32,
+        /// Set when the request asked for log-probabilities.
+        logprobs: Option<Box<TokenLogprobs>>,
+    },
+    /// Ended as asked.
+    Finished(FinishReason),
+    /// Ended early.
+    Cancelled(CancelCause),
+    /// Ended because it cannot be served.
+    Failed(Failure),
+}
+
+/// Log-probabilities at one position, natural logarithm, after penalties and bias and before temperature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the chosen token.
+    pub chosen: f32,
+    /// The most likely tokens, most likely first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a generation ended normally.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token, given here, was chosen.
+    Stop(u32),
+    /// `max_new_tokens` or the model's context was reached.
+    Length,
+}
+
+/// Why a request was ended early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CancelCause {
+    /// The client disconnected, or its buffer overflowed.
+    ClientGone,
+    /// A cancel call, or a stop string matched by the server.
+    Asked,
+    /// Its deadline passed.
+    Deadline,
+    /// The host is shutting down and the grace period is over.
+    Shutdown,
+}
+
+/// Why a request cannot be served by this replica.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// A bound of the replica stands in the way; another replica, or later, may do.
+    #[error(transparent)]
+    Exhausted(#[from] ResourceExhausted),
+    /// The policy dropped it.
+    #[error("the scheduling policy dropped the request")]
+    DroppedByPolicy,
+    /// The executor failed; the host's fault.
+    #[error("the engine failed while computing this request: {0}")]
+    Engine(Arc<str>),
+}
+
+/// A limit that a request ran into, with the numbers that say what would fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResourceExhausted {
+    /// The waiting queue is full.
+    #[error("the queue is full: {waiting} of {limit} requests wait")]
+    Queue {
+        /// Requests waiting now.
+        waiting: u32,
+        /// The bound.
+        limit: u32,
+    },
+    /// Can never fit: more blocks than the pool has.
+    #[error("the request needs {needed} KV blocks and the pool has {total}")]
+    KvPool {
+        /// Blocks for prompt and output.
+        needed: u32,
+        /// Blocks in the pool.
+        total: u32,
+    },
+    /// Prompt and output exceed the context of the model.
+    #[error("{tokens} tokens of prompt and output exceed the context of {limit}")]
+    Context {
+        /// Tokens asked for.
+        tokens: u32,
+        /// Context length of the model.
+        limit: u32,
+    },
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            logprobs: None,
+        }
+    }
+}
+
+impl Sampling {
+    /// Whether the choice depends on earlier tokens, so that a step must carry them.
+    #[must_use]
+    pub fn needs_history(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}

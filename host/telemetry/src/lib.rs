@@ -1,0 +1,17 @@
+//! What the host says about itself: a closed event vocabulary, a bounded recorder, and typed metric families.
+//!
+//! This crate is a leaf: it depends on nothing else of ours, so every other crate can record without a cycle. It never
+//! blocks and, once a metric handle is resolved, never allocates; what does not fit is dropped and counted. It is not a
+//! logging facade (that is `tracing`) and not an exporter (the server renders `/metrics` from [`Metrics::render`]).
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod event;
+mod metrics;
+mod names;
+mod recorder;
+
+pub use event::{Event, EventKind, Micros};
+pub use metrics::{Metrics, PluginMetric, PluginMetricKind, ReplicaMetrics, RequestMetrics, SlotMetrics};
+pub use names::{NameKind, Names};
+pub use recorder::{Drained, Recorder};

@@ -1,0 +1,538 @@
+//! Typed metric families, named as vLLM names them where vLLM has the metric, so that existing dashboards read us unchanged.
+//!
+//! Components ask once for the handles of their labels ([`Metrics::request`], [`Metrics::replica`], [`Metrics::slot`]) and
+//! then only touch atomics. Built on the `prometheus` crate: it can remove the series of a retired revision and register
+//! a guest's own metrics at run time, which statically typed exporters cannot.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use prometheus::core::Collector;
+use prometheus::{
+    Counter, CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// Buckets of `gen_ai.server.time_to_first_token` (seconds).
+const TTFT_SECONDS: &[f64] =
+    &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+/// Buckets of `gen_ai.server.time_per_output_token` (seconds), with two finer ones for small models.
+const ITL_SECONDS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+/// Buckets of `gen_ai.server.request.duration` (seconds): 0.01 * 2^k.
+const E2E_SECONDS: &[f64] = &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+/// Policy calls: half a microsecond to ten milliseconds.
+const CALL_SECONDS: &[f64] = &[5e-7, 1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 5e-4, 1e-3, 1e-2];
+/// Publishing a generation, from pointer swap to a full warm-up.
+const SWAP_SECONDS: &[f64] = &[1e-6, 5e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0];
+/// Engine steps and their phases.
+const STEP_SECONDS: &[f64] = &[1e-5, 2e-5, 5e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.5, 1.0];
+
+/// All families of the host and the registry they live in.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    running: IntGaugeVec,
+    waiting: IntGaugeVec,
+    kv_usage: GaugeVec,
+    prefix_queries: IntCounterVec,
+    prefix_hits: IntCounterVec,
+    prompt_tokens: IntCounterVec,
+    generation_tokens: IntCounterVec,
+    preemptions: IntCounterVec,
+    success: IntCounterVec,
+    ttft: HistogramVec,
+    itl: HistogramVec,
+    e2e: HistogramVec,
+    queue_time: HistogramVec,
+    cache_config: IntGaugeVec,
+    policy_call: HistogramVec,
+    policy_faults: IntCounterVec,
+    policy_fallbacks: IntCounterVec,
+    policy_generation: IntGaugeVec,
+    swap: HistogramVec,
+    step: HistogramVec,
+    step_fill: GaugeVec,
+    tokens: IntCounterVec,
+    rejected: IntCounterVec,
+    cancelled: IntCounterVec,
+    alerts: IntCounterVec,
+    events_dropped: IntCounter,
+    plugin: Mutex<PluginFamilies>,
+}
+
+/// Handles for the requests of one variant (`model_name`).
+#[derive(Clone, Debug)]
+pub struct RequestMetrics {
+    /// `vllm:time_to_first_token_seconds`.
+    pub ttft: Histogram,
+    /// `vllm:inter_token_latency_seconds`.
+    pub itl: Histogram,
+    /// `vllm:e2e_request_latency_seconds`.
+    pub e2e: Histogram,
+    /// `vllm:request_queue_time_seconds`.
+    pub queue_time: Histogram,
+    /// `vllm:request_success_total{finished_reason="stop"}`.
+    pub finished_stop: IntCounter,
+    /// `vllm:request_success_total{finished_reason="length"}`.
+    pub finished_length: IntCounter,
+    /// `vllm:request_success_total{finished_reason="abort"}`.
+    pub finished_abort: IntCounter,
+}
+
+/// Handles for one replica: its variant's vLLM gauges and its device's step metrics.
+#[derive(Clone, Debug)]
+pub struct ReplicaMetrics {
+    /// `vllm:num_requests_running`.
+    pub running: IntGauge,
+    /// `vllm:num_requests_waiting`.
+    pub waiting: IntGauge,
+    /// `vllm:kv_cache_usage_perc`, 0 to 1.
+    pub kv_usage: Gauge,
+    /// `vllm:prefix_cache_queries_total`, in tokens.
+    pub prefix_queries: IntCounter,
+    /// `vllm:prefix_cache_hits_total`, in tokens.
+    pub prefix_hits: IntCounter,
+    /// `vllm:prompt_tokens_total`.
+    pub prompt_tokens: IntCounter,
+    /// `vllm:generation_tokens_total`.
+    pub generation_tokens: IntCounter,
+    /// `vllm:num_preemptions_total`.
+    pub preemptions: IntCounter,
+    /// `pointsman_step_seconds{phase="schedule"}`: the host's and the policy's part of a step.
+    pub step_schedule: Histogram,
+    /// `pointsman_step_seconds{phase="execute"}`.
+    pub step_execute: Histogram,
+    /// `pointsman_step_fill_ratio`: tokens computed over the step budget.
+    pub step_fill: Gauge,
+    /// `pointsman_tokens_total{phase="prefill"}`.
+    pub tokens_prefill: IntCounter,
+    /// `pointsman_tokens_total{phase="decode"}`.
+    pub tokens_decode: IntCounter,
+}
+
+/// Handles for one revision in one slot.
+#[derive(Clone, Debug)]
+pub struct SlotMetrics {
+    /// `pointsman_policy_call_seconds`.
+    pub call: Histogram,
+    /// `pointsman_policy_fallbacks_total`: decisions that the native policy took instead.
+    pub fallbacks: IntCounter,
+    /// `pointsman_policy_faults_total`, by kind: timeout, trap, memory, bad-answer, link.
+    pub faults: [IntCounter; 5],
+}
+
+/// Kind of a metric that a guest registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PluginMetricKind {
+    /// Only grows; negative additions are ignored.
+    Counter,
+    /// Holds the last value.
+    Gauge,
+    /// Counts observations by bucket.
+    Histogram,
+}
+
+/// A guest's metric, resolved for its slot and revision; at most one label of its own.
+#[derive(Clone, Debug)]
+pub struct PluginMetric {
+    family: PluginFamily,
+    slot: String,
+    revision: String,
+    labelled: bool,
+}
+
+#[derive(Clone, Debug)]
+enum PluginFamily {
+    Counter(CounterVec),
+    Gauge(GaugeVec),
+    Histogram(HistogramVec),
+}
+
+#[derive(Debug, Default)]
+struct PluginFamilies {
+    by_name: BTreeMap<String, (PluginMetricKind, Option<String>, PluginFamily)>,
+    /// Series written so far, so that a retired revision's can be removed.
+    series: BTreeMap<(String, String), Vec<(String, Option<String>)>>,
+}
+
+/// Most families that guests may create in the life of a host; the next ones are refused.
+const MAX_PLUGIN_FAMILIES: usize = 1_024;
+/// Most values of a guest's own label in one family and revision; the next ones share `other`.
+const MAX_LABEL_VALUES: usize = 1_000;
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A family that is registered at once; a name clash is a bug in the list below, found by the first test that runs.
+fn registered<C: Collector + Clone + 'static>(registry: &Registry, family: prometheus::Result<C>) -> C {
+    let family = family.unwrap_or_else(|error| unreachable!("metric options are constants: {error}"));
+    registry
+        .register(Box::new(family.clone()))
+        .unwrap_or_else(|error| unreachable!("metric names are unique: {error}"));
+    family
+}
+
+impl Metrics {
+    /// Creates and registers every family.
+    #[must_use]
+    #[expect(clippy::too_many_lines, reason = "one line per metric family; a split would hide the list")]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let gauge = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntGaugeVec::new(Opts::new(name, help), labels))
+        };
+        let ratio = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, GaugeVec::new(Opts::new(name, help), labels))
+        };
+        let histogram = |name: &str, help: &str, labels: &[&str], buckets: &[f64]| {
+            registered(&registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
+        };
+        let model = &["model_name"][..];
+        Self {
+            running: gauge("vllm:num_requests_running", "Requests in the running batch.", model),
+            waiting: gauge("vllm:num_requests_waiting", "Requests accepted and not yet running.", model),
+            kv_usage: ratio("vllm:kv_cache_usage_perc", "Used share of the KV blocks; 1 is full.", model),
+            prefix_queries: counter(
+                "vllm:prefix_cache_queries_total",
+                "Prompt tokens looked up in the prefix cache.",
+                model,
+            ),
+            prefix_hits: counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", model),
+            prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens computed.", model),
+            generation_tokens: counter("vllm:generation_tokens_total", "Tokens generated.", model),
+            preemptions: counter(
+                "vllm:num_preemptions_total",
+                "Requests put back in the queue to be recomputed.",
+                model,
+            ),
+            success: counter(
+                "vllm:request_success_total",
+                "Requests ended, by reason.",
+                &["model_name", "finished_reason"],
+            ),
+            ttft: histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", model, TTFT_SECONDS),
+            itl: histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", model, ITL_SECONDS),
+            e2e: histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", model, E2E_SECONDS),
+            queue_time: histogram(
+                "vllm:request_queue_time_seconds",
+                "Arrival to first scheduled.",
+                model,
+                TTFT_SECONDS,
+            ),
+            cache_config: gauge(
+                "vllm:cache_config_info",
+                "Shape of the KV cache; the value is 1.",
+                &["model_name", "block_size", "num_gpu_blocks"],
+            ),
+            policy_call: histogram(
+                "pointsman_policy_call_seconds",
+                "Duration of one policy call.",
+                &["slot", "revision"],
+                CALL_SECONDS,
+            ),
+            policy_faults: counter(
+                "pointsman_policy_faults_total",
+                "Guest faults, by kind.",
+                &["slot", "revision", "kind"],
+            ),
+            policy_fallbacks: counter(
+                "pointsman_policy_fallbacks_total",
+                "Decisions taken by the native policy in place of the slot's.",
+                &["slot"],
+            ),
+            policy_generation: gauge("pointsman_policy_generation", "Generation active in the slot.", &["slot"]),
+            swap: histogram(
+                "pointsman_swap_seconds",
+                "Publishing a generation: the pointer swap alone.",
+                &["slot"],
+                SWAP_SECONDS,
+            ),
+            step: histogram("pointsman_step_seconds", "Parts of an engine step.", &["device", "phase"], STEP_SECONDS),
+            step_fill: ratio(
+                "pointsman_step_fill_ratio",
+                "Tokens computed in the last step over the step budget.",
+                &["device"],
+            ),
+            tokens: counter("pointsman_tokens_total", "Tokens computed.", &["device", "variant", "phase"]),
+            rejected: counter("pointsman_rejected_total", "Requests refused, by reason.", &["reason"]),
+            cancelled: counter(
+                "pointsman_cancelled_total",
+                "Requests cancelled, by the stage they were in.",
+                &["stage"],
+            ),
+            alerts: counter("pointsman_alerts_total", "Alerts raised.", &["severity", "source"]),
+            events_dropped: registered(
+                &registry,
+                IntCounter::new("pointsman_events_dropped_total", "Events lost to the bound of the ring."),
+            ),
+            plugin: Mutex::default(),
+            registry,
+        }
+    }
+
+    /// Handles for the requests of one variant.
+    #[must_use]
+    pub fn request(&self, model_name: &str) -> RequestMetrics {
+        let m = &[model_name];
+        RequestMetrics {
+            ttft: self.ttft.with_label_values(m),
+            itl: self.itl.with_label_values(m),
+            e2e: self.e2e.with_label_values(m),
+            queue_time: self.queue_time.with_label_values(m),
+            finished_stop: self.success.with_label_values(&[model_name, "stop"]),
+            finished_length: self.success.with_label_values(&[model_name, "length"]),
+            finished_abort: self.success.with_label_values(&[model_name, "abort"]),
+        }
+    }
+
+    /// Handles for one replica: a variant on a device. Also publishes `vllm:cache_config_info`.
+    #[must_use]
+    pub fn replica(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) -> ReplicaMetrics {
+        let m = &[model_name];
+        self.cache_config.with_label_values(&[model_name, &block_tokens.to_string(), &total_blocks.to_string()]).set(1);
+        ReplicaMetrics {
+            running: self.running.with_label_values(m),
+            waiting: self.waiting.with_label_values(m),
+            kv_usage: self.kv_usage.with_label_values(m),
+            prefix_queries: self.prefix_queries.with_label_values(m),
+            prefix_hits: self.prefix_hits.with_label_values(m),
+            prompt_tokens: self.prompt_tokens.with_label_values(m),
+            generation_tokens: self.generation_tokens.with_label_values(m),
+            preemptions: self.preemptions.with_label_values(m),
+            step_schedule: self.step.with_label_values(&[device, "schedule"]),
+            step_execute: self.step.with_label_values(&[device, "execute"]),
+            step_fill: self.step_fill.with_label_values(&[device]),
+            tokens_prefill: self.tokens.with_label_values(&[device, model_name, "prefill"]),
+            tokens_decode: self.tokens.with_label_values(&[device, model_name, "decode"]),
+        }
+    }
+
+    /// Handles for a revision in a slot.
+    #[must_use]
+    pub fn slot(&self, slot: &str, revision: &str) -> SlotMetrics {
+        let fault = |kind| self.policy_faults.with_label_values(&[slot, revision, kind]);
+        SlotMetrics {
+            call: self.policy_call.with_label_values(&[slot, revision]),
+            fallbacks: self.policy_fallbacks.with_label_values(&[slot]),
+            faults: ["timeout", "trap", "memory", "bad-answer", "link"].map(fault),
+        }
+    }
+
+    /// Records that a slot published `generation`; the swap itself took `seconds`.
+    pub fn published(&self, slot: &str, generation: u64, seconds: f64) {
+        self.policy_generation.with_label_values(&[slot]).set(i64::try_from(generation).unwrap_or(i64::MAX));
+        self.swap.with_label_values(&[slot]).observe(seconds);
+    }
+
+    /// Removes every series of a revision that is neither active, previous nor candidate in the slot.
+    pub fn forget_revision(&self, slot: &str, revision: &str) {
+        let labels = &[slot, revision];
+        // Removing a series that was never written is not an error worth telling.
+        let _ = self.policy_call.remove_label_values(labels);
+        for kind in ["timeout", "trap", "memory", "bad-answer", "link"] {
+            let _ = self.policy_faults.remove_label_values(&[slot, revision, kind]);
+        }
+        let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
+        let series = plugin.series.remove(&(slot.to_owned(), revision.to_owned())).unwrap_or_default();
+        for (name, label) in series {
+            if let Some((_, _, family)) = plugin.by_name.get(&name) {
+                family.remove(slot, revision, label.as_deref());
+            }
+        }
+    }
+
+    /// Counts a refused request: `queue`, `kv`, `quota`, `deadline` or `policy`.
+    pub fn rejected(&self, reason: &str) {
+        self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    /// Counts a cancelled request by its stage: `queued`, `prefilling`, `decoding`.
+    pub fn cancelled(&self, stage: &str) {
+        self.cancelled.with_label_values(&[stage]).inc();
+    }
+
+    /// Counts an alert.
+    pub fn alert(&self, severity: &str, source: &str) {
+        self.alerts.with_label_values(&[severity, source]).inc();
+    }
+
+    /// Counts events that the ring lost.
+    pub fn events_dropped(&self, n: u64) {
+        self.events_dropped.inc_by(n);
+    }
+
+    /// Registers (or finds) a guest's metric `pointsman_plugin_<name>` for a slot and revision. `None`: the name is not
+    /// `[a-z0-9_]{1,60}`, the name exists with another kind or label, the buckets do not ascend, or the host has no room.
+    #[must_use]
+    pub fn plugin(
+        &self,
+        (slot, revision): (&str, &str),
+        (name, help): (&str, &str),
+        kind: PluginMetricKind,
+        label: Option<&str>,
+        buckets: &[f64],
+    ) -> Option<PluginMetric> {
+        let good = |s: &str| {
+            (1..=60).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        };
+        if !good(name) || !label.is_none_or(|l| good(l) && !matches!(l, "slot" | "revision" | "le")) {
+            return None;
+        }
+        let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
+        let family = match plugin.by_name.get(name) {
+            Some((k, l, family)) if *k == kind && l.as_deref() == label => family.clone(),
+            Some(_) => return None,
+            None if plugin.by_name.len() >= MAX_PLUGIN_FAMILIES => return None,
+            None => {
+                let family = PluginFamily::register(&self.registry, name, help, kind, label, buckets)?;
+                plugin.by_name.insert(name.to_owned(), (kind, label.map(str::to_owned), family.clone()));
+                family
+            }
+        };
+        Some(PluginMetric { family, slot: slot.to_owned(), revision: revision.to_owned(), labelled: label.is_some() })
+    }
+
+    /// Records a value into a guest's metric. `label` is ignored where the metric has none and empty where it is absent.
+    pub fn record_plugin(&self, name: &str, metric: &PluginMetric, value: f64, label: Option<&str>) {
+        if !value.is_finite() {
+            return;
+        }
+        let mut label = metric.labelled.then(|| label.unwrap_or_default().to_owned());
+        let key = (metric.slot.clone(), metric.revision.clone());
+        let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
+        let series = plugin.series.entry(key).or_default();
+        if !series.iter().any(|(n, l)| n == name && *l == label) {
+            if series.iter().filter(|(n, _)| n == name).count() >= MAX_LABEL_VALUES {
+                label = label.map(|_| "other".to_owned());
+            }
+            if !series.iter().any(|(n, l)| n == name && *l == label) {
+                series.push((name.to_owned(), label.clone()));
+            }
+        }
+        drop(plugin);
+        metric.family.record(&metric.slot, &metric.revision, label.as_deref(), value);
+    }
+
+    /// The text exposition of every family (Prometheus text format 0.0.4).
+    #[must_use]
+    pub fn render(&self) -> String {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+// === impl PluginFamily ===
+
+impl PluginFamily {
+    fn register(
+        registry: &Registry,
+        name: &str,
+        help: &str,
+        kind: PluginMetricKind,
+        label: Option<&str>,
+        buckets: &[f64],
+    ) -> Option<Self> {
+        let name = format!("pointsman_plugin_{name}");
+        let labels: Vec<&str> = ["slot", "revision"].into_iter().chain(label).collect();
+        let help = if help.is_empty() { "A policy's own metric." } else { help };
+        let family = match kind {
+            PluginMetricKind::Counter => Self::Counter(CounterVec::new(Opts::new(name, help), &labels).ok()?),
+            PluginMetricKind::Gauge => Self::Gauge(GaugeVec::new(Opts::new(name, help), &labels).ok()?),
+            PluginMetricKind::Histogram => {
+                let ascending = buckets.windows(2).all(|w| w[0] < w[1]) && buckets.iter().all(|b| b.is_finite());
+                if buckets.is_empty() || buckets.len() > 64 || !ascending {
+                    return None;
+                }
+                let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+                Self::Histogram(HistogramVec::new(options, &labels).ok()?)
+            }
+        };
+        let collector: Box<dyn Collector> = match &family {
+            Self::Counter(f) => Box::new(f.clone()),
+            Self::Gauge(f) => Box::new(f.clone()),
+            Self::Histogram(f) => Box::new(f.clone()),
+        };
+        registry.register(collector).ok()?;
+        Some(family)
+    }
+
+    fn record(&self, slot: &str, revision: &str, label: Option<&str>, value: f64) {
+        let labels: Vec<&str> = [slot, revision].into_iter().chain(label).collect();
+        match self {
+            Self::Counter(f) if value >= 0.0 => f.with_label_values(&labels).inc_by(value),
+            Self::Counter(_) => {}
+            Self::Gauge(f) => f.with_label_values(&labels).set(value),
+            Self::Histogram(f) => f.with_label_values(&labels).observe(value),
+        }
+    }
+
+    fn remove(&self, slot: &str, revision: &str, label: Option<&str>) {
+        let labels: Vec<&str> = [slot, revision].into_iter().chain(label).collect();
+        let _ = match self {
+            Self::Counter(f) => f.remove_label_values(&labels),
+            Self::Gauge(f) => f.remove_label_values(&labels),
+            Self::Histogram(f) => f.remove_label_values(&labels),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn series_of_a_retired_revision_disappear() {
+        let metrics = Metrics::new();
+        for revision in ["a@1+00000000", "b@1+11111111"] {
+            metrics.slot("router", revision).call.observe(1e-6);
+            let plugin =
+                metrics.plugin(("router", revision), ("picks", "Picks."), PluginMetricKind::Counter, Some("zone"), &[]);
+            metrics.record_plugin("picks", &plugin.expect("a good name"), 1.0, Some("eu"));
+        }
+        metrics.forget_revision("router", "a@1+00000000");
+        let text = metrics.render();
+        assert!(!text.contains("a@1+00000000"), "{text}");
+        assert!(
+            text.contains(r#"pointsman_plugin_picks{revision="b@1+11111111",slot="router",zone="eu"} 1"#),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_guest_cannot_register_nonsense() {
+        let metrics = Metrics::new();
+        let kind = PluginMetricKind::Histogram;
+        let at = ("router", "r@1+0");
+        for (name, label, buckets) in [
+            ("", None, &[1.0][..]),
+            ("Upper", None, &[1.0]),
+            ("x", Some("slot"), &[1.0]),
+            ("x", None, &[]),
+            ("x", None, &[2.0, 1.0]),
+            ("x", None, &[f64::NAN]),
+        ] {
+            assert!(metrics.plugin(at, (name, "h"), kind, label, buckets).is_none(), "{name:?} {label:?} {buckets:?}");
+        }
+        assert!(metrics.plugin(at, ("x", "h"), kind, None, &[1.0, 2.0]).is_some());
+        assert!(metrics.plugin(at, ("x", "h"), PluginMetricKind::Gauge, None, &[]).is_none(), "same name, other kind");
+    }
+
+    #[test]
+    fn label_values_of_a_guest_are_capped() {
+        let metrics = Metrics::new();
+        let at = ("router", "r@1+0");
+        let metric = metrics.plugin(at, ("x", "h"), PluginMetricKind::Counter, Some("user"), &[]).expect("a good name");
+        for i in 0..1_500 {
+            metrics.record_plugin("x", &metric, 1.0, Some(&format!("u{i}")));
+        }
+        let text = metrics.render();
+        assert!(text.contains(r#"user="other"} 500"#));
+        assert!(!text.contains(r#"user="u1000"}"#));
+    }
+}
