@@ -1,0 +1,185 @@
+//! What the server needs from the rest of the host, as traits and plain data that it owns and the app implements.
+//!
+//! The server depends on the scheduler's seams and on telemetry only: it never sees wasmtime, a device thread or a file.
+//! That keeps the wall testable (every handler runs against fakes) and makes each new capability a visible edit here.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32};
+
+use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
+use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
+use pointsman_sched::request::{CancelCause, Request};
+
+use crate::admin::wire;
+use crate::text::TextModel;
+
+/// One replica as the dispatcher sees it.
+#[derive(Debug)]
+pub struct Replica {
+    /// Unique within the process.
+    pub id: ReplicaId,
+    /// Stable across restarts and hosts: hash of name, variant and device.
+    pub key: u64,
+    /// For headers and logs, as in `demo:f16@cpu`.
+    pub name: Arc<str>,
+    /// Number of `name` in the event stream.
+    pub name_number: u32,
+    /// Column `replica.device`: index of the device.
+    pub device: u64,
+    /// Column `replica.variant`: number of the variant's name in the event stream.
+    pub variant: u64,
+    /// Operator's weight, 1000 = normal, 0 = drain.
+    pub weight: AtomicU32,
+    /// 0 ready, 1 degraded, 2 probing.
+    pub health: AtomicU8,
+    /// Requests that may wait, in the mailbox and in the queue; the server answers 429 beyond.
+    pub max_waiting: u32,
+    /// Live load, written by the driver.
+    pub gauges: Arc<ReplicaGauges>,
+    /// Sketch of the prefix cache, written by the driver.
+    pub sketch: Arc<PrefixSketch>,
+}
+
+/// Weights at one precision, with the replicas that serve them.
+#[derive(Debug)]
+pub struct Variant {
+    /// As in `demo:f16`.
+    pub id: Arc<str>,
+    /// The model name for which the router chooses among variants, as in `demo`.
+    pub alias: Arc<str>,
+    /// Tokenizer, template and stop tokens.
+    pub text: Arc<TextModel>,
+    /// Longest prompt plus output, in tokens.
+    pub context_tokens: u32,
+    /// Tokens in a KV block: prompts are hashed by this.
+    pub block_tokens: u32,
+    /// Unix seconds, for `GET /v1/models`.
+    pub created: u64,
+    /// At least one.
+    pub replicas: Vec<Arc<Replica>>,
+}
+
+/// Every model that is being served. Aliases are the distinct [`Variant::alias`]es, in order of first appearance.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    /// In the order in which they are listed.
+    pub variants: Vec<Arc<Variant>>,
+}
+
+/// The engine side: bounded mailboxes of the device drivers.
+pub trait EnginePort: Send + Sync + Debug {
+    /// What is being served now.
+    fn catalog(&self) -> Arc<Catalog>;
+
+    /// Puts a request into the mailbox of a replica's driver. Never blocks. The caller has reserved on the replica's
+    /// gauges; the driver releases when it takes the request, the caller when this fails.
+    ///
+    /// # Errors
+    /// The mailbox is full or the driver is gone; the request comes back.
+    fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)>;
+
+    /// Asks the driver to end a request. Never blocks, never fails: a request that already ended is none.
+    fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause);
+}
+
+/// Why a mailbox refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// Full: 429.
+    #[error("the replica's mailbox is full")]
+    Full,
+    /// The driver has stopped: 503.
+    #[error("the replica is not running")]
+    Stopped,
+}
+
+/// Time, as an argument of the whole server.
+pub trait Clock: Send + Sync + Debug {
+    /// Microseconds on the monotonic clock that every crate shares.
+    fn now(&self) -> Micros;
+
+    /// Seconds since 1970, for `created` fields.
+    fn unix_seconds(&self) -> u64;
+
+    /// Random bits, for request ids, default seeds and tie-breaks.
+    fn random(&self) -> u64;
+}
+
+/// Slots, components and the journal. Calls may block (they compile, read and write files): the server runs them on its
+/// blocking pool.
+pub trait PolicyAdmin: Send + Sync + Debug {
+    /// Validates and compiles a component or core module. `created` is false when it was known.
+    fn upload(&self, bytes: Vec<u8>, actor: &str) -> Result<Uploaded, AdminError>;
+    /// Built-in and uploaded components.
+    fn components(&self) -> Vec<wire::Component>;
+    /// Deletes an uploaded component that no slot uses.
+    fn delete_component(&self, digest: &str, actor: &str) -> Result<(), AdminError>;
+    /// Every slot.
+    fn slots(&self) -> Vec<wire::Slot>;
+    /// One slot.
+    fn slot(&self, slot: &str) -> Result<wire::Slot, AdminError>;
+    /// Activates a component (or `native`) with a config.
+    fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError>;
+    /// Back to native; removes a telemetry slot.
+    fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
+    /// Back to what was active before.
+    fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
+    /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.
+    fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine>;
+}
+
+/// What an upload came to.
+#[derive(Debug)]
+pub struct Uploaded {
+    /// The component.
+    pub component: wire::UploadedComponent,
+    /// Whether these bytes were new to the host (201) or known (200).
+    pub created: bool,
+}
+
+/// One line of the journal.
+#[derive(Clone, Debug)]
+pub struct JournalLine {
+    /// Its sequence number.
+    pub sequence: u64,
+    /// One JSON object without a line break.
+    pub json: Arc<str>,
+}
+
+/// Models and devices.
+pub trait ModelAdmin: Send + Sync + Debug {
+    /// Per device: memory by owner, KV pool, batch, variants.
+    fn devices(&self) -> Vec<wire::Device>;
+}
+
+/// Why the admin plane refuses, with the HTTP status it becomes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct AdminError {
+    /// Class of the error.
+    pub kind: AdminErrorKind,
+    /// What is wrong and what to change, for the operator.
+    pub message: String,
+    /// The offending field or name, where there is one.
+    pub param: Option<String>,
+}
+
+/// Classes of admin errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdminErrorKind {
+    /// 400: the request or the component is wrong.
+    Invalid,
+    /// 404.
+    NotFound,
+    /// 409: stale generation, component in use, nothing to roll back to.
+    Conflict,
+    /// 413.
+    TooLarge,
+    /// 422: the component is fine and its own `init` or probe refused.
+    Refused,
+    /// 429: another compilation is running.
+    Busy,
+    /// 500: the host's fault.
+    Internal,
+}
