@@ -12,6 +12,8 @@ mod names;
 mod recorder;
 
 pub use event::{Event, EventKind, Micros};
-pub use metrics::{Metrics, PluginMetric, PluginMetricKind, ReplicaMetrics, RequestMetrics, SlotMetrics};
+pub use metrics::{
+    Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics, SlotMetrics,
+};
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};

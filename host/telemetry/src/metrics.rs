@@ -4,12 +4,12 @@
 //! then only touch atomics. Built on the `prometheus` crate: it can remove the series of a retired revision and register
 //! a guest's own metrics at run time, which statically typed exporters cannot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
 use prometheus::core::Collector;
 use prometheus::{
-    Counter, CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
@@ -133,10 +133,26 @@ pub enum PluginMetricKind {
     Histogram,
 }
 
-/// A guest's metric, resolved for its slot and revision; at most one label of its own.
+/// What a guest asks for when it registers a metric.
+#[derive(Clone, Copy, Debug)]
+pub struct PluginMetricSpec<'a> {
+    /// `[a-z0-9_]{1,60}`; exposed as `pointsman_plugin_<name>`.
+    pub name: &'a str,
+    /// Shown as the family's help text.
+    pub help: &'a str,
+    /// Counter, gauge or histogram.
+    pub kind: PluginMetricKind,
+    /// At most one label of the guest's own.
+    pub label: Option<&'a str>,
+    /// Ascending upper bounds of a histogram, 1 to 64 of them; ignored otherwise.
+    pub buckets: &'a [f64],
+}
+
+/// A guest's metric, resolved for its slot and revision.
 #[derive(Clone, Debug)]
 pub struct PluginMetric {
     family: PluginFamily,
+    name: String,
     slot: String,
     revision: String,
     labelled: bool,
@@ -153,8 +169,11 @@ enum PluginFamily {
 struct PluginFamilies {
     by_name: BTreeMap<String, (PluginMetricKind, Option<String>, PluginFamily)>,
     /// Series written so far, so that a retired revision's can be removed.
-    series: BTreeMap<(String, String), Vec<(String, Option<String>)>>,
+    series: BTreeMap<(String, String), SeriesOfRevision>,
 }
+
+/// By family name, the values of the guest's own label (`None` where it has none).
+type SeriesOfRevision = BTreeMap<String, BTreeSet<Option<String>>>;
 
 /// Most families that guests may create in the life of a host; the next ones are refused.
 const MAX_PLUGIN_FAMILIES: usize = 1_024;
@@ -341,8 +360,9 @@ impl Metrics {
         }
         let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
         let series = plugin.series.remove(&(slot.to_owned(), revision.to_owned())).unwrap_or_default();
-        for (name, label) in series {
-            if let Some((_, _, family)) = plugin.by_name.get(&name) {
+        for (name, labels) in series {
+            let Some((_, _, family)) = plugin.by_name.get(&name) else { continue };
+            for label in labels {
                 family.remove(slot, revision, label.as_deref());
             }
         }
@@ -368,54 +388,50 @@ impl Metrics {
         self.events_dropped.inc_by(n);
     }
 
-    /// Registers (or finds) a guest's metric `pointsman_plugin_<name>` for a slot and revision. `None`: the name is not
+    /// Registers (or finds) a guest's metric for a slot and revision. `None`: the name or label is not
     /// `[a-z0-9_]{1,60}`, the name exists with another kind or label, the buckets do not ascend, or the host has no room.
     #[must_use]
-    pub fn plugin(
-        &self,
-        (slot, revision): (&str, &str),
-        (name, help): (&str, &str),
-        kind: PluginMetricKind,
-        label: Option<&str>,
-        buckets: &[f64],
-    ) -> Option<PluginMetric> {
-        let good = |s: &str| {
-            (1..=60).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
-        };
-        if !good(name) || !label.is_none_or(|l| good(l) && !matches!(l, "slot" | "revision" | "le")) {
+    pub fn plugin(&self, slot: &str, revision: &str, spec: &PluginMetricSpec<'_>) -> Option<PluginMetric> {
+        let good_byte = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+        let good = |s: &str| (1..=60).contains(&s.len()) && s.bytes().all(good_byte);
+        if !good(spec.name) || !spec.label.is_none_or(|l| good(l) && !matches!(l, "slot" | "revision" | "le")) {
             return None;
         }
         let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
-        let family = match plugin.by_name.get(name) {
-            Some((k, l, family)) if *k == kind && l.as_deref() == label => family.clone(),
+        let family = match plugin.by_name.get(spec.name) {
+            Some((kind, label, family)) if *kind == spec.kind && label.as_deref() == spec.label => family.clone(),
             Some(_) => return None,
             None if plugin.by_name.len() >= MAX_PLUGIN_FAMILIES => return None,
             None => {
-                let family = PluginFamily::register(&self.registry, name, help, kind, label, buckets)?;
-                plugin.by_name.insert(name.to_owned(), (kind, label.map(str::to_owned), family.clone()));
+                let family = PluginFamily::register(&self.registry, spec)?;
+                let entry = (spec.kind, spec.label.map(str::to_owned), family.clone());
+                plugin.by_name.insert(spec.name.to_owned(), entry);
                 family
             }
         };
-        Some(PluginMetric { family, slot: slot.to_owned(), revision: revision.to_owned(), labelled: label.is_some() })
+        Some(PluginMetric {
+            family,
+            name: spec.name.to_owned(),
+            slot: slot.to_owned(),
+            revision: revision.to_owned(),
+            labelled: spec.label.is_some(),
+        })
     }
 
-    /// Records a value into a guest's metric. `label` is ignored where the metric has none and empty where it is absent.
-    pub fn record_plugin(&self, name: &str, metric: &PluginMetric, value: f64, label: Option<&str>) {
+    /// Records a value into a guest's metric. `label` is ignored where the metric has none and empty where it is absent;
+    /// past 1,000 values of it the rest share `other`. A value that is not finite is ignored.
+    pub fn record_plugin(&self, metric: &PluginMetric, value: f64, label: Option<&str>) {
         if !value.is_finite() {
             return;
         }
         let mut label = metric.labelled.then(|| label.unwrap_or_default().to_owned());
-        let key = (metric.slot.clone(), metric.revision.clone());
         let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
-        let series = plugin.series.entry(key).or_default();
-        if !series.iter().any(|(n, l)| n == name && *l == label) {
-            if series.iter().filter(|(n, _)| n == name).count() >= MAX_LABEL_VALUES {
-                label = label.map(|_| "other".to_owned());
-            }
-            if !series.iter().any(|(n, l)| n == name && *l == label) {
-                series.push((name.to_owned(), label.clone()));
-            }
+        let of_revision = plugin.series.entry((metric.slot.clone(), metric.revision.clone())).or_default();
+        let labels = of_revision.entry(metric.name.clone()).or_default();
+        if labels.len() >= MAX_LABEL_VALUES && !labels.contains(&label) {
+            label = label.map(|_| "other".to_owned());
         }
+        labels.insert(label.clone());
         drop(plugin);
         metric.family.record(&metric.slot, &metric.revision, label.as_deref(), value);
     }
@@ -430,21 +446,15 @@ impl Metrics {
 // === impl PluginFamily ===
 
 impl PluginFamily {
-    fn register(
-        registry: &Registry,
-        name: &str,
-        help: &str,
-        kind: PluginMetricKind,
-        label: Option<&str>,
-        buckets: &[f64],
-    ) -> Option<Self> {
-        let name = format!("pointsman_plugin_{name}");
-        let labels: Vec<&str> = ["slot", "revision"].into_iter().chain(label).collect();
-        let help = if help.is_empty() { "A policy's own metric." } else { help };
-        let family = match kind {
+    fn register(registry: &Registry, spec: &PluginMetricSpec<'_>) -> Option<Self> {
+        let name = format!("pointsman_plugin_{}", spec.name);
+        let labels: Vec<&str> = ["slot", "revision"].into_iter().chain(spec.label).collect();
+        let help = if spec.help.is_empty() { "A policy's own metric." } else { spec.help };
+        let family = match spec.kind {
             PluginMetricKind::Counter => Self::Counter(CounterVec::new(Opts::new(name, help), &labels).ok()?),
             PluginMetricKind::Gauge => Self::Gauge(GaugeVec::new(Opts::new(name, help), &labels).ok()?),
             PluginMetricKind::Histogram => {
+                let buckets = spec.buckets;
                 let ascending = buckets.windows(2).all(|w| w[0] < w[1]) && buckets.iter().all(|b| b.is_finite());
                 if buckets.is_empty() || buckets.len() > 64 || !ascending {
                     return None;
@@ -486,29 +496,35 @@ impl PluginFamily {
 mod tests {
     use super::*;
 
+    fn spec<'a>(
+        name: &'a str,
+        kind: PluginMetricKind,
+        label: Option<&'a str>,
+        buckets: &'a [f64],
+    ) -> PluginMetricSpec<'a> {
+        PluginMetricSpec { name, help: "Help.", kind, label, buckets }
+    }
+
     #[test]
     fn series_of_a_retired_revision_disappear() {
         let metrics = Metrics::new();
         for revision in ["a@1+00000000", "b@1+11111111"] {
             metrics.slot("router", revision).call.observe(1e-6);
-            let plugin =
-                metrics.plugin(("router", revision), ("picks", "Picks."), PluginMetricKind::Counter, Some("zone"), &[]);
-            metrics.record_plugin("picks", &plugin.expect("a good name"), 1.0, Some("eu"));
+            let picks = spec("picks", PluginMetricKind::Counter, Some("zone"), &[]);
+            let picks = metrics.plugin("router", revision, &picks).expect("a good name");
+            metrics.record_plugin(&picks, 1.0, Some("eu"));
         }
         metrics.forget_revision("router", "a@1+00000000");
         let text = metrics.render();
         assert!(!text.contains("a@1+00000000"), "{text}");
-        assert!(
-            text.contains(r#"pointsman_plugin_picks{revision="b@1+11111111",slot="router",zone="eu"} 1"#),
-            "{text}"
-        );
+        let kept = r#"pointsman_plugin_picks{revision="b@1+11111111",slot="router",zone="eu"} 1"#;
+        assert!(text.contains(kept), "{text}");
     }
 
     #[test]
     fn a_guest_cannot_register_nonsense() {
         let metrics = Metrics::new();
         let kind = PluginMetricKind::Histogram;
-        let at = ("router", "r@1+0");
         for (name, label, buckets) in [
             ("", None, &[1.0][..]),
             ("Upper", None, &[1.0]),
@@ -517,22 +533,39 @@ mod tests {
             ("x", None, &[2.0, 1.0]),
             ("x", None, &[f64::NAN]),
         ] {
-            assert!(metrics.plugin(at, (name, "h"), kind, label, buckets).is_none(), "{name:?} {label:?} {buckets:?}");
+            let found = metrics.plugin("router", "r@1+0", &spec(name, kind, label, buckets));
+            assert!(found.is_none(), "{name:?} {label:?} {buckets:?}");
         }
-        assert!(metrics.plugin(at, ("x", "h"), kind, None, &[1.0, 2.0]).is_some());
-        assert!(metrics.plugin(at, ("x", "h"), PluginMetricKind::Gauge, None, &[]).is_none(), "same name, other kind");
+        assert!(metrics.plugin("router", "r@1+0", &spec("x", kind, None, &[1.0, 2.0])).is_some());
+        let other_kind = spec("x", PluginMetricKind::Gauge, None, &[]);
+        assert!(metrics.plugin("router", "r@1+0", &other_kind).is_none(), "same name, other kind");
     }
 
     #[test]
     fn label_values_of_a_guest_are_capped() {
         let metrics = Metrics::new();
-        let at = ("router", "r@1+0");
-        let metric = metrics.plugin(at, ("x", "h"), PluginMetricKind::Counter, Some("user"), &[]).expect("a good name");
+        let per_user = spec("x", PluginMetricKind::Counter, Some("user"), &[]);
+        let metric = metrics.plugin("router", "r@1+0", &per_user).expect("a good name");
         for i in 0..1_500 {
-            metrics.record_plugin("x", &metric, 1.0, Some(&format!("u{i}")));
+            metrics.record_plugin(&metric, 1.0, Some(&format!("u{i}")));
         }
         let text = metrics.render();
         assert!(text.contains(r#"user="other"} 500"#));
         assert!(!text.contains(r#"user="u1000"}"#));
+    }
+
+    #[test]
+    fn vllm_names_are_exposed_as_they_are() {
+        let metrics = Metrics::new();
+        metrics.request("demo:f16").ttft.observe(0.015);
+        metrics.replica("demo:f16", "cpu", 16, 512).kv_usage.set(0.25);
+        let text = metrics.render();
+        for line in [
+            r#"vllm:time_to_first_token_seconds_count{model_name="demo:f16"} 1"#,
+            r#"vllm:kv_cache_usage_perc{model_name="demo:f16"} 0.25"#,
+            r#"vllm:cache_config_info{block_size="16",model_name="demo:f16",num_gpu_blocks="512"} 1"#,
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
     }
 }
