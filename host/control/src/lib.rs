@@ -1,1 +1,15 @@
-//! stub
+//! What is deployed where, as a pure state machine: requests in, decisions and journal entries out.
+//!
+//! No files, clocks, threads, HTTP or wasm: the app feeds it the time and the outcome of each activation, and writes the
+//! documents and journal lines that it returns. So the same journal always replays to the same state, and a crash between
+//! two lines leaves one of two known states. Rollouts and experiments join here as further events of the same machine.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod deployment;
+mod journal;
+mod slot;
+
+pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
+pub use journal::{Actor, Entry, Happened, Journal, Why};
+pub use slot::{ComponentRef, SlotName, SlotNameError};

@@ -1,0 +1,324 @@
+//! Which policy works in which slot, which worked there before, and what the next generation is called.
+//!
+//! An activation takes two calls: [`Deployment::plan`] decides what to prepare and under which generation, then, once the
+//! host has prepared and published it, [`Deployment::published`] makes it the truth. A preparation that fails changes
+//! nothing. The desired state of a slot is one small document ([`SlotDocument`]), so that a restart, or another node, can
+//! apply it alone.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::slot::{ComponentRef, SlotName};
+
+/// What an operator wants in a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Desired {
+    /// The component.
+    pub component: ComponentRef,
+    /// JSON text for its `init`.
+    pub config: String,
+    /// Namespace of its host-state; the slot's own when absent.
+    pub state_namespace: Option<String>,
+    /// Only if the slot's active generation is this one.
+    pub if_generation: Option<u64>,
+}
+
+/// A policy that was published in a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// The component.
+    pub component: ComponentRef,
+    /// JSON text that its `init` got.
+    pub config: String,
+    /// Namespace of its host-state, when it is not the slot's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_namespace: Option<String>,
+    /// `name@version+<8 hex>`, or `native`.
+    pub revision: String,
+    /// The generation under which it was published.
+    pub generation: u64,
+}
+
+/// One slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// What works there now.
+    pub active: Target,
+    /// What worked there before; rollback returns to it.
+    pub previous: Option<Target>,
+}
+
+/// The stored form of a slot's state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlotDocument {
+    /// Version of this layout: 1.
+    pub format: u32,
+    /// Which slot.
+    pub slot: SlotName,
+    /// What works there; its generation is the highest ever published there.
+    pub active: Target,
+    /// What worked there before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Target>,
+    /// Whether the slot was removed; the document stays so that its generations are never reused.
+    #[serde(default)]
+    pub removed: bool,
+}
+
+/// A document that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum DocumentError {
+    /// Not the JSON of a slot document.
+    #[error("not a slot document: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// Written by a newer host.
+    #[error("slot document format {found}; this host reads format 1")]
+    Format {
+        /// The number in the document.
+        found: u32,
+    },
+}
+
+/// What to prepare and publish next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// The slot.
+    pub slot: SlotName,
+    /// What to activate.
+    pub desired: Desired,
+    /// Under this generation.
+    pub generation: u64,
+}
+
+/// Why nothing will be prepared.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// Somebody was faster.
+    #[error("the active generation of `{slot}` is {active}, not {expected}; read the slot again and decide anew")]
+    Stale {
+        /// The slot.
+        slot: SlotName,
+        /// Its active generation.
+        active: u64,
+        /// What the caller expected.
+        expected: u64,
+    },
+    /// There is no such slot yet.
+    #[error("nothing was ever activated in `{0}`")]
+    NoSlot(SlotName),
+    /// Nothing to return to.
+    #[error("`{0}` has no previous policy to roll back to")]
+    NothingBefore(SlotName),
+    /// Too many telemetry slots.
+    #[error("there are {limit} telemetry slots already; delete one first")]
+    TooManySlots {
+        /// The bound.
+        limit: usize,
+    },
+}
+
+/// Most telemetry slots at once.
+const MAX_TELEMETRY_SLOTS: usize = 16;
+
+/// Every slot of a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Deployment {
+    slots: BTreeMap<SlotName, SlotState>,
+    /// Highest generation ever published, removed slots included.
+    generations: BTreeMap<SlotName, u64>,
+}
+
+// === impl Deployment ===
+
+impl Deployment {
+    /// Every slot with its state, by name.
+    pub fn slots(&self) -> impl Iterator<Item = (&SlotName, &SlotState)> {
+        self.slots.iter()
+    }
+
+    /// One slot.
+    #[must_use]
+    pub fn slot(&self, slot: &SlotName) -> Option<&SlotState> {
+        self.slots.get(slot)
+    }
+
+    /// Slots whose active or previous policy is this component.
+    #[must_use]
+    pub fn users_of(&self, component: &ComponentRef) -> Vec<&SlotName> {
+        let uses = |state: &SlotState| {
+            state.active.component == *component || state.previous.as_ref().is_some_and(|p| p.component == *component)
+        };
+        self.slots.iter().filter(|(_, state)| uses(state)).map(|(slot, _)| slot).collect()
+    }
+
+    /// Decides what to prepare for a wish.
+    ///
+    /// # Errors
+    /// A stale `if_generation`, or one telemetry slot too many.
+    pub fn plan(&self, slot: SlotName, desired: Desired) -> Result<Planned, PlanError> {
+        let active = self.slots.get(&slot).map_or(0, |state| state.active.generation);
+        if let Some(expected) = desired.if_generation
+            && expected != active
+        {
+            return Err(PlanError::Stale { slot, active, expected });
+        }
+        let telemetry = self.slots.keys().filter(|s| matches!(s, SlotName::Telemetry(_))).count();
+        let is_new = matches!(slot, SlotName::Telemetry(_)) && !self.slots.contains_key(&slot);
+        if is_new && telemetry >= MAX_TELEMETRY_SLOTS {
+            return Err(PlanError::TooManySlots { limit: MAX_TELEMETRY_SLOTS });
+        }
+        let generation = self.next_generation(&slot);
+        Ok(Planned { slot, desired, generation })
+    }
+
+    /// Decides what to prepare for a return to the policy before the active one.
+    ///
+    /// # Errors
+    /// Nothing was active before.
+    pub fn plan_rollback(&self, slot: &SlotName) -> Result<Planned, PlanError> {
+        let state = self.slots.get(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
+        let before = state.previous.clone().ok_or_else(|| PlanError::NothingBefore(slot.clone()))?;
+        let desired = Desired {
+            component: before.component,
+            config: before.config,
+            state_namespace: before.state_namespace,
+            if_generation: None,
+        };
+        Ok(Planned { slot: slot.clone(), desired, generation: self.next_generation(slot) })
+    }
+
+    /// Makes a published plan the truth; returns the document to store. The policy that was active becomes the previous
+    /// one, so that rolling back twice returns to where one began.
+    pub fn published(&mut self, planned: Planned, revision: String) -> SlotDocument {
+        let Planned { slot, desired, generation } = planned;
+        let Desired { component, config, state_namespace, if_generation: _ } = desired;
+        let active = Target { component, config, state_namespace, revision, generation };
+        let previous = self.slots.remove(&slot).map(|state| state.active);
+        self.generations.insert(slot.clone(), generation);
+        self.slots.insert(slot.clone(), SlotState { active: active.clone(), previous: previous.clone() });
+        SlotDocument { format: 1, slot, active, previous, removed: false }
+    }
+
+    /// Removes a telemetry slot; returns the document to store.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn removed(&mut self, slot: &SlotName) -> Result<SlotDocument, PlanError> {
+        let state = self.slots.remove(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
+        Ok(SlotDocument { format: 1, slot: slot.clone(), active: state.active, previous: None, removed: true })
+    }
+
+    /// Takes a stored document as the truth: at start, before anything is published.
+    pub fn restore(&mut self, document: SlotDocument) {
+        let SlotDocument { slot, active, previous, removed, .. } = document;
+        self.generations.insert(slot.clone(), active.generation);
+        if !removed {
+            self.slots.insert(slot, SlotState { active, previous });
+        }
+    }
+
+    /// The document of a slot as it stands.
+    #[must_use]
+    pub fn document(&self, slot: &SlotName) -> Option<SlotDocument> {
+        let SlotState { active, previous } = self.slots.get(slot)?.clone();
+        Some(SlotDocument { format: 1, slot: slot.clone(), active, previous, removed: false })
+    }
+
+    fn next_generation(&self, slot: &SlotName) -> u64 {
+        self.generations.get(slot).copied().unwrap_or(0) + 1
+    }
+}
+
+// === impl SlotDocument ===
+
+impl SlotDocument {
+    /// Reads a stored document.
+    ///
+    /// # Errors
+    /// It is not one, or a newer host wrote it.
+    pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
+        let document: Self = serde_json::from_slice(json)?;
+        if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
+    }
+
+    /// Its stored form: JSON, for people too.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("a document is plain data: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn desired(component: &str, if_generation: Option<u64>) -> Desired {
+        let component = ComponentRef::from(component.to_owned());
+        Desired { component, config: "{}".into(), state_namespace: None, if_generation }
+    }
+
+    fn activate(deployment: &mut Deployment, slot: &SlotName, component: &str) -> SlotDocument {
+        let planned = deployment.plan(slot.clone(), desired(component, None)).expect("no condition");
+        deployment.published(planned, format!("{component}@1"))
+    }
+
+    #[test]
+    fn generations_grow_and_survive_removal() {
+        let mut deployment = Deployment::default();
+        let slot = SlotName::Telemetry("x".into());
+        assert_eq!(activate(&mut deployment, &slot, "sha256:a").active.generation, 1);
+        assert_eq!(activate(&mut deployment, &slot, "sha256:a").active.generation, 2);
+        let document = deployment.removed(&slot).expect("it exists");
+        let mut restored = Deployment::default();
+        restored.restore(SlotDocument::parse(document.to_json().as_bytes()).expect("it was just written"));
+        assert_eq!(restored, deployment);
+        assert_eq!(activate(&mut restored, &slot, "sha256:b").active.generation, 3);
+    }
+
+    #[test]
+    fn rollback_swaps_active_and_previous() {
+        let mut deployment = Deployment::default();
+        let slot = SlotName::Router;
+        assert_eq!(deployment.plan_rollback(&slot), Err(PlanError::NoSlot(slot.clone())));
+        activate(&mut deployment, &slot, "sha256:a");
+        assert_eq!(deployment.plan_rollback(&slot), Err(PlanError::NothingBefore(slot.clone())));
+        activate(&mut deployment, &slot, "sha256:b");
+        for (expect, generation) in [("sha256:a", 3), ("sha256:b", 4)] {
+            let planned = deployment.plan_rollback(&slot).expect("there is a previous one");
+            assert_eq!((planned.desired.component.to_string().as_str(), planned.generation), (expect, generation));
+            deployment.published(planned, "r".into());
+        }
+    }
+
+    #[test]
+    fn a_stale_condition_plans_nothing() {
+        let mut deployment = Deployment::default();
+        activate(&mut deployment, &SlotName::Router, "sha256:a");
+        for (if_generation, good) in [(None, true), (Some(1), true), (Some(0), false), (Some(2), false)] {
+            let planned = deployment.plan(SlotName::Router, desired("native", if_generation));
+            assert_eq!(planned.is_ok(), good, "{if_generation:?}");
+        }
+    }
+
+    #[test]
+    fn a_document_of_a_newer_host_is_refused() {
+        let mut deployment = Deployment::default();
+        let document = activate(&mut deployment, &SlotName::Router, "native").to_json();
+        let newer = document.replace("\"format\": 1", "\"format\": 2");
+        assert!(matches!(SlotDocument::parse(newer.as_bytes()), Err(DocumentError::Format { found: 2 })));
+        let unknown = document.replace("\"removed\": false", "\"removed\": false, \"x\": 1");
+        assert!(matches!(SlotDocument::parse(unknown.as_bytes()), Err(DocumentError::Malformed(_))));
+    }
+
+    #[test]
+    fn components_in_use_are_known() {
+        let mut deployment = Deployment::default();
+        activate(&mut deployment, &SlotName::Router, "sha256:a");
+        activate(&mut deployment, &SlotName::Router, "sha256:b");
+        activate(&mut deployment, &SlotName::Router, "sha256:c");
+        let users = |c: &str| deployment.users_of(&ComponentRef::from(c.to_owned())).len();
+        assert_eq!([users("sha256:a"), users("sha256:b"), users("sha256:c")], [0, 1, 1]);
+    }
+}

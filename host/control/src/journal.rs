@@ -1,0 +1,237 @@
+//! Every decision on deployments with its evidence, as JSON lines that replay to the same state.
+//!
+//! The journal is for people and audits; the slot documents are what a restart reads. It numbers and bounds entries; the
+//! app appends the lines to a file.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use crate::deployment::Target;
+use crate::slot::SlotName;
+
+/// Who asked: `admin`, `cli`, `startup`, `host`.
+pub type Actor = String;
+
+/// One line of the journal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// 1, 2, 3 ... across restarts.
+    pub sequence: u64,
+    /// Milliseconds since 1970.
+    pub at_unix_ms: u64,
+    /// Who asked.
+    pub actor: Actor,
+    /// What happened.
+    #[serde(flatten)]
+    pub what: Happened,
+}
+
+/// Why a policy was published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Why {
+    /// A slot was put.
+    Put,
+    /// Back to the previous policy.
+    Rollback,
+    /// Back to native.
+    Delete,
+    /// The host started.
+    Start,
+}
+
+/// What can happen to a deployment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Happened {
+    /// A component was accepted.
+    Uploaded {
+        /// Its digest.
+        digest: String,
+        /// Its world.
+        world: String,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A component was deleted.
+    Deleted {
+        /// Its digest.
+        digest: String,
+    },
+    /// A policy became active.
+    Published {
+        /// Where.
+        slot: SlotName,
+        /// What.
+        target: Target,
+        /// What was active before.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        before: Option<String>,
+        /// Why.
+        why: Why,
+    },
+    /// An activation was refused; the slot is as it was.
+    Refused {
+        /// Where.
+        slot: SlotName,
+        /// The component.
+        component: String,
+        /// What was wrong.
+        error: String,
+    },
+    /// A telemetry slot was removed.
+    Removed {
+        /// Which.
+        slot: SlotName,
+    },
+    /// A guest misbehaved; the native policy decided.
+    Fault {
+        /// Where.
+        slot: SlotName,
+        /// Which revision.
+        revision: String,
+        /// Its generation.
+        generation: u64,
+        /// timeout, trap, memory, bad-answer or link.
+        kind: String,
+        /// What it did, in words.
+        detail: String,
+    },
+    /// The native policy took over, or the guest is back.
+    Circuit {
+        /// Where.
+        slot: SlotName,
+        /// Which revision.
+        revision: String,
+        /// `open`, `half-open` or `closed`.
+        state: String,
+    },
+    /// A telemetry hook raised an alert.
+    Alert {
+        /// Which slot.
+        slot: SlotName,
+        /// info, warning or critical.
+        severity: String,
+        /// One line.
+        title: String,
+        /// More.
+        text: String,
+    },
+    /// The configuration file and the stored deployment disagree; the stored one is used.
+    Differs {
+        /// Where.
+        slot: SlotName,
+        /// What the configuration names.
+        configured: String,
+        /// What is stored.
+        stored: String,
+    },
+}
+
+/// The most recent entries, numbered. Older ones are in the app's file only.
+#[derive(Debug)]
+pub struct Journal {
+    recent: VecDeque<Entry>,
+    next: u64,
+    capacity: usize,
+}
+
+impl Journal {
+    /// An empty journal that keeps `capacity` entries and numbers on from `last`.
+    #[must_use]
+    pub fn new(capacity: usize, last: u64) -> Self {
+        Self { recent: VecDeque::new(), next: last + 1, capacity: capacity.max(1) }
+    }
+
+    /// Numbers and keeps an entry; the oldest one makes room. Returns the line to append to the file.
+    pub fn append(&mut self, at_unix_ms: u64, actor: &str, what: Happened) -> (u64, String) {
+        let entry = Entry { sequence: self.next, at_unix_ms, actor: actor.to_owned(), what };
+        let line = entry.to_json();
+        self.next += 1;
+        if self.recent.len() == self.capacity {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(entry);
+        (self.next - 1, line)
+    }
+
+    /// Takes entries of an earlier life back, oldest first; numbering goes on after the last one.
+    pub fn restore(&mut self, entries: impl IntoIterator<Item = Entry>) {
+        for entry in entries {
+            self.next = self.next.max(entry.sequence + 1);
+            if self.recent.len() == self.capacity {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(entry);
+        }
+    }
+
+    /// Kept entries after a sequence number, oldest first, at most `limit`.
+    pub fn after(&self, sequence: u64, limit: usize) -> impl Iterator<Item = &Entry> {
+        self.recent.iter().filter(move |entry| entry.sequence > sequence).take(limit)
+    }
+}
+
+impl Entry {
+    /// One JSON object without a line break.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_else(|error| unreachable!("an entry is plain data: {error}"))
+    }
+
+    /// Reads a line of the journal file.
+    ///
+    /// # Errors
+    /// It is not an entry.
+    pub fn parse(line: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::deployment::{Deployment, Desired};
+    use crate::slot::ComponentRef;
+
+    #[test]
+    fn entries_are_numbered_bounded_and_survive_a_round_trip() {
+        let mut journal = Journal::new(2, 0);
+        for n in 0..3 {
+            let (sequence, line) = journal.append(n, "admin", Happened::Deleted { digest: format!("sha256:{n}") });
+            assert_eq!(sequence, n + 1);
+            assert_eq!(Entry::parse(&line).expect("it was just written").sequence, sequence);
+        }
+        assert_eq!(journal.after(0, 9).map(|e| e.sequence).collect::<Vec<_>>(), [2, 3]);
+        assert_eq!(journal.after(2, 9).map(|e| e.sequence).collect::<Vec<_>>(), [3]);
+        let mut restored = Journal::new(8, 0);
+        restored.restore(journal.after(0, 9).cloned());
+        assert_eq!(restored.append(9, "admin", Happened::Deleted { digest: "x".into() }).0, 4);
+    }
+
+    #[test]
+    fn the_journal_replays_to_the_same_state() {
+        let mut deployment = Deployment::default();
+        let mut journal = Journal::new(64, 0);
+        for component in ["sha256:a", "sha256:b", "native", "sha256:a"] {
+            let component = ComponentRef::from(component.to_owned());
+            let desired = Desired { component, config: "{}".into(), state_namespace: None, if_generation: None };
+            let planned = deployment.plan(SlotName::Router, desired).expect("no condition");
+            let document = deployment.published(planned, "r@1".into());
+            let before = document.previous.map(|t| t.revision);
+            let what = Happened::Published { slot: SlotName::Router, target: document.active, before, why: Why::Put };
+            journal.append(0, "admin", what);
+        }
+        let mut replayed = Deployment::default();
+        for entry in journal.after(0, 64) {
+            let Happened::Published { slot, target, .. } = entry.what.clone() else { continue };
+            let Target { component, config, state_namespace, revision, generation } = target;
+            let desired = Desired { component, config, state_namespace, if_generation: None };
+            let planned = replayed.plan(slot, desired).expect("no condition");
+            assert_eq!(planned.generation, generation);
+            replayed.published(planned, revision);
+        }
+        assert_eq!(replayed, deployment);
+    }
+}
