@@ -1,0 +1,120 @@
+//! From a policy type to a component: the exported functions, written once for all policies, and the three macros.
+//!
+//! The one policy of an instance lives in a thread-local cell: the component model has no `self`, and a cell needs no
+//! `unsafe`. Exports exist on wasm32 only, so that a policy crate is an ordinary library everywhere else.
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::thread::LocalKey;
+
+use crate::bindings::lifecycle::exports::pointsman::policy::lifecycle;
+use crate::bindings::router::exports::pointsman::policy::router;
+use crate::bindings::scheduler::exports::pointsman::policy::scheduler;
+use crate::bindings::telemetry::exports::pointsman::policy::telemetry;
+use crate::{Alert, Budgets, Changes, Choice, Events, HostInfo, Manifest, Micros, Plan};
+use crate::{Policy, Replicas, Request, Router, Scheduler, Sequences, Telemetry, View, config};
+
+/// A policy with a place to live in; implemented by the macros.
+#[doc(hidden)]
+pub trait Instance: Policy {
+    /// The place.
+    fn cell() -> &'static LocalKey<RefCell<Option<Self>>>;
+}
+
+/// The component made of a policy.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Component<P>(PhantomData<P>);
+
+impl<P: Instance> lifecycle::Guest for Component<P> {
+    fn init(config: String, host: HostInfo) -> Result<Manifest, String> {
+        // A panic is a trap, which has no message: the log gets it before.
+        #[cfg(target_arch = "wasm32")]
+        std::panic::set_hook(Box::new(|panic| crate::log::error(&panic.to_string())));
+        let policy = P::init(config::parse(&config)?, &host)?;
+        let manifest = policy.manifest();
+        P::cell().set(Some(policy));
+        Ok(manifest)
+    }
+}
+
+fn with<P: Instance, R>(call: impl FnOnce(&mut P) -> R) -> R {
+    P::cell().with_borrow_mut(|policy| call(policy.as_mut().expect("the host calls init first")))
+}
+
+impl<P: Instance + Router> router::Guest for Component<P> {
+    fn route(now: Micros, request: Request, replicas: Replicas) -> Choice {
+        with::<P, _>(|policy| policy.route(now, &request, &replicas))
+    }
+}
+
+impl<P: Instance + Scheduler> scheduler::Guest for Component<P> {
+    fn resync(
+        now: Micros,
+        seed: u64,
+        budgets: Budgets,
+        tenants: Vec<(u32, String)>,
+        waiting: Sequences,
+        running: Sequences,
+    ) {
+        with::<P, _>(|policy| policy.resync(&View { now, seed, budgets, tenants, waiting, running }));
+    }
+
+    fn step(now: Micros, budgets: Budgets, changes: Changes) -> Option<Plan> {
+        with::<P, _>(|policy| policy.step(now, &budgets, &changes))
+    }
+}
+
+impl<P: Instance + Telemetry> telemetry::Guest for Component<P> {
+    fn on_events(now: Micros, events: Events, dropped: u64) -> Vec<Alert> {
+        with::<P, _>(|policy| policy.on_events(now, &events, dropped))
+    }
+}
+
+/// Exports a [`Router`] as a component of world `router-policy`.
+#[macro_export]
+macro_rules! router {
+    ($policy:ty) => {
+        $crate::__export!(router, $policy);
+    };
+}
+
+/// Exports a [`Scheduler`] as a component of world `scheduler-policy`.
+#[macro_export]
+macro_rules! scheduler {
+    ($policy:ty) => {
+        $crate::__export!(scheduler, $policy);
+    };
+}
+
+/// Exports a [`Telemetry`] hook as a component of world `telemetry-hook`.
+#[macro_export]
+macro_rules! telemetry {
+    ($policy:ty) => {
+        $crate::__export!(telemetry, $policy);
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __export {
+    ($interface:ident, $policy:ty) => {
+        #[cfg(target_arch = "wasm32")]
+        const _: () = {
+            ::std::thread_local! {
+                static POLICY: ::std::cell::RefCell<::std::option::Option<$policy>> =
+                    const { ::std::cell::RefCell::new(::std::option::Option::None) };
+            }
+
+            impl $crate::Instance for $policy {
+                fn cell() -> &'static ::std::thread::LocalKey<::std::cell::RefCell<::std::option::Option<Self>>> {
+                    &POLICY
+                }
+            }
+
+            type Exported = $crate::Component<$policy>;
+    $crate::bindings::lifecycle::export!(Exported with_types_in $crate::bindings::lifecycle);
+    $crate::bindings::$interface::export!(Exported with_types_in $crate::bindings::$interface);
+        };
+    };
+}

@@ -1,0 +1,156 @@
+//! The part that schedulers have in common: which requests wait and which run, each in the policy's order, kept up to
+//! date from changes.
+//!
+//! A policy that sorts the whole queue in every step pays for its length; here a step costs O(changes * log n), whether a
+//! hundred wait or ten thousand. The price is that a request's key is fixed when it arrives. Aging still works: let the
+//! key be "arrival time plus a handicap", and everybody who waits ages at the same rate without being touched.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::{Changes, RequestId, Sequence, View};
+
+/// Waiting and running requests, smallest key first; equal keys go by id, which is the order of arrival.
+#[derive(Clone, Debug, Default)]
+pub struct Queue<K> {
+    known: HashMap<RequestId, Known<K>, BuildHasherDefault<IdHasher>>,
+    waiting: BTreeSet<(K, RequestId)>,
+    running: BTreeSet<(K, RequestId)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Known<K> {
+    key: K,
+    runs: bool,
+}
+
+impl<K: Copy + Ord> Queue<K> {
+    /// Forgets everything and takes the view.
+    pub fn resync(&mut self, view: &View, key: impl Fn(&Sequence) -> K) {
+        self.known.clear();
+        self.waiting.clear();
+        self.running.clear();
+        for (sequences, runs) in [(&view.waiting, false), (&view.running, true)] {
+            for sequence in sequences.rows() {
+                self.insert(sequence.id, Known { key: key(&sequence), runs });
+            }
+        }
+    }
+
+    /// Follows what happened since the last call; `key` is asked once for each request that arrives.
+    pub fn apply(&mut self, changes: &Changes, key: impl Fn(&Sequence) -> K) {
+        for id in &changes.gone {
+            self.remove(*id);
+        }
+        for id in &changes.preempted {
+            self.set_runs(*id, false);
+        }
+        for sequence in changes.arrived.rows() {
+            self.insert(sequence.id, Known { key: key(&sequence), runs: false });
+        }
+        for id in &changes.admitted {
+            self.set_runs(*id, true);
+        }
+    }
+
+    /// Waiting requests, smallest key first.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = (K, RequestId)> + '_ {
+        self.waiting.iter().copied()
+    }
+
+    /// Running requests, smallest key first; from the back, it is the order in which to preempt.
+    pub fn running(&self) -> impl DoubleEndedIterator<Item = (K, RequestId)> + ExactSizeIterator + '_ {
+        self.running.iter().copied()
+    }
+
+    /// The waiting requests that `places` leaves room for beside the running ones, smallest key first.
+    #[must_use]
+    pub fn next(&self, places: u32) -> Vec<RequestId> {
+        let free = (places as usize).saturating_sub(self.running.len());
+        // Sized exactly: an iterator that may stop early would make the list grow step by step.
+        let mut ids = Vec::with_capacity(free.min(self.waiting.len()));
+        ids.extend(self.waiting.iter().take(free).map(|(_, id)| *id));
+        ids
+    }
+
+    fn set_of(&mut self, runs: bool) -> &mut BTreeSet<(K, RequestId)> {
+        if runs { &mut self.running } else { &mut self.waiting }
+    }
+
+    fn insert(&mut self, id: RequestId, known: Known<K>) {
+        if let Some(old) = self.known.insert(id, known) {
+            self.set_of(old.runs).remove(&(old.key, id));
+        }
+        self.set_of(known.runs).insert((known.key, id));
+    }
+
+    fn remove(&mut self, id: RequestId) {
+        if let Some(old) = self.known.remove(&id) {
+            self.set_of(old.runs).remove(&(old.key, id));
+        }
+    }
+
+    fn set_runs(&mut self, id: RequestId, runs: bool) {
+        if let Some(&known) = self.known.get(&id) {
+            self.insert(id, Known { runs, ..known });
+        }
+    }
+}
+
+/// Ids are counted up by the host: one multiplication spreads them, and nobody can choose them.
+#[derive(Clone, Copy, Debug, Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(self.0 ^ u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        let product = u128::from(id) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = (product as u64) ^ (product >> 64) as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, arrivals, sequence};
+
+    fn by_arrival(sequence: &Sequence) -> u64 {
+        sequence.arrived
+    }
+
+    fn at(id: u64, arrived: u64) -> Sequence {
+        Sequence { arrived, ..sequence(id) }
+    }
+
+    #[test]
+    fn changes_move_requests() {
+        let mut queue = Queue::default();
+        queue.resync(&testing::view(10, 8, &[at(1, 5), at(2, 3)], &[at(3, 1)]), by_arrival);
+        let steps = [
+            (arrivals([]), vec![2, 1], vec![3]),
+            (arrivals([at(4, 4), at(5, 9)]), vec![2, 4, 1, 5], vec![3]),
+            (Changes { admitted: vec![2, 4], ..arrivals([]) }, vec![1, 5], vec![3, 2, 4]),
+            // Arrived and admitted at once; preempted ones come back to their old place.
+            (Changes { admitted: vec![6], preempted: vec![4], ..arrivals([at(6, 11)]) }, vec![4, 1, 5], vec![3, 2, 6]),
+            (Changes { gone: vec![3, 4, 99], ..arrivals([]) }, vec![1, 5], vec![2, 6]),
+        ];
+        for (changes, waiting, running) in steps {
+            queue.apply(&changes, by_arrival);
+            let ids = |set: &BTreeSet<(u64, u64)>| set.iter().map(|(_, id)| *id).collect::<Vec<_>>();
+            assert_eq!((ids(&queue.waiting), ids(&queue.running)), (waiting, running), "{changes:?}");
+            assert_eq!(queue.known.len(), queue.waiting.len() + queue.running.len());
+        }
+        assert_eq!((queue.next(3), queue.next(1)), (vec![1], vec![]));
+        queue.resync(&testing::view(20, 8, &[], &[]), by_arrival);
+        assert_eq!((queue.waiting().len(), queue.running().len(), queue.known.len()), (0, 0, 0));
+    }
+}
