@@ -1,0 +1,31 @@
+# The build vocabulary. Every recipe is a plain cargo command (or two), so nothing here needs `just`.
+
+# Build and serve the embedded demo model on 127.0.0.1:8080.
+run *ARGS:
+    cargo run --release -- {{ARGS}}
+
+# Every test of the workspace.
+test *ARGS:
+    cargo test --release --workspace {{ARGS}}
+
+# Format, lints, documentation.
+lint:
+    cargo fmt --all --check
+    cargo clippy --release --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+
+# Rebuild the guests from source and check them against the committed ones.
+guests:
+    plugins/build.sh --check
+
+# Rebuild the committed guests.
+guests-update:
+    plugins/build.sh
+
+# One benchmark, or all of them: call, swap, sched_step, kv_pool, decode, serve.
+bench NAME="":
+    cargo bench --profile release -p pointsman-benches {{ if NAME == "" { "" } else { "--bench " + NAME } }}
+
+# What continuous integration runs.
+ci:
+    .ci/run
