@@ -172,6 +172,28 @@ pub trait BatchPolicy: Send {
     fn refused(&mut self, now: Micros, why: BadPlan);
 }
 
+/// The host's own order as a [`BatchPolicy`]: priority, then arrival. It never makes a call.
+#[derive(Debug, Default)]
+pub struct NativeBatch;
+
+impl BatchPolicy for NativeBatch {
+    fn attend(&mut self, _now: Micros) -> Attention {
+        Attention::Native
+    }
+
+    fn generation(&self) -> u64 {
+        0
+    }
+
+    fn resync(&mut self, _view: &View<'_>) {}
+
+    fn step(&mut self, _now: Micros, _budgets: &Budgets, _changes: &Changes, _plan: &mut Plan) -> Answer {
+        Answer::Native
+    }
+
+    fn refused(&mut self, _now: Micros, _why: BadPlan) {}
+}
+
 impl SequenceColumns {
     /// Number of rows.
     #[must_use]

@@ -1,0 +1,124 @@
+//! What comes back from the engine: tokens, or a failure.
+//!
+//! A sequence may have been cancelled while its step was in flight; its row is then skipped. Blocks enter the prefix index
+//! here and nowhere else, after the step that filled them has succeeded.
+
+use std::sync::Arc;
+
+use pointsman_telemetry::{Event, EventKind};
+
+use crate::execute::{ExecuteError, Sampled, StepOutput};
+use crate::ids::Micros;
+use crate::observe::Observer;
+use crate::request::{CancelCause, Failure, FinishReason, SinkEvent, SinkState};
+use crate::sequence::Slot;
+
+use super::ending::Ending;
+use super::{InFlight, LastStep, Scheduler, event};
+
+impl Scheduler {
+    /// Applies the output of the step in flight: emits tokens, ends what is done. `out` is left empty. An output that does
+    /// not match the plan fails the step like an [`ExecuteError`].
+    pub fn complete(&mut self, now: Micros, out: &mut StepOutput, observer: &mut dyn Observer) {
+        if out.sampled.len() != self.rows.iter().filter(|row| row.samples).count() {
+            out.sampled.clear();
+            let what = "the output has another number of tokens than the plan has rows to sample";
+            return self.fail_step(now, &ExecuteError::Malformed { what }, observer);
+        }
+        let rows = self.land();
+        let mut sampled = out.sampled.drain(..);
+        let mut tokens = 0;
+        for row in &rows {
+            let sampled = if row.samples { sampled.next() } else { None };
+            tokens += row.n_tokens;
+            let phase =
+                if row.is_decode { &mut self.counters.decode_tokens } else { &mut self.counters.prefill_tokens };
+            *phase += u64::from(row.n_tokens);
+            if self.sequences.holds(row.slot, row.id) {
+                self.settle(row, sampled, now, observer);
+            }
+        }
+        self.rows = rows;
+        self.rows.clear();
+        self.last_step = LastStep { took: now.saturating_sub(self.step_started), tokens };
+        self.counters.steps += 1;
+        let (a, b) = (self.last_step.took, u64::from(tokens));
+        observer.observe(Event { generation: self.generation, a, b, ..Event::new(now, EventKind::Step) });
+        self.publish_gauges();
+    }
+
+    /// The step in flight has failed: its sequences fail once, and nothing that its blocks hold is trusted again. Others
+    /// that share such a block are put back into the queue.
+    pub fn fail_step(&mut self, now: Micros, error: &ExecuteError, observer: &mut dyn Observer) {
+        let mut rows = self.land();
+        let what: Arc<str> = error.to_string().into();
+        let mut spoiled = std::mem::take(&mut self.found);
+        spoiled.clear();
+        spoiled.extend_from_slice(&self.step.blocks);
+        spoiled.sort_unstable();
+        for &block in &spoiled {
+            self.kv.distrust(block);
+        }
+        for row in rows.drain(..) {
+            if self.sequences.holds(row.slot, row.id) {
+                self.end(row.slot, Ending::Failed(Failure::Engine(Arc::clone(&what))), now, observer);
+            }
+        }
+        self.rows = rows;
+        let mut slots = std::mem::take(&mut self.slots);
+        slots.clear();
+        let shares = |slot: &Slot| self.sequences[*slot].table.iter().any(|block| spoiled.binary_search(block).is_ok());
+        slots.extend(self.running.iter().copied().filter(shares));
+        for &slot in &slots {
+            self.preempt(slot, now, observer);
+        }
+        (self.found, self.slots) = (spoiled, slots);
+        self.publish_gauges();
+    }
+
+    /// The rows of the step in flight, which it ends.
+    fn land(&mut self) -> Vec<InFlight> {
+        assert!(std::mem::replace(&mut self.in_flight, false), "no step is in flight");
+        std::mem::take(&mut self.rows)
+    }
+
+    fn settle(&mut self, row: &InFlight, sampled: Option<Sampled>, now: Micros, observer: &mut dyn Observer) {
+        let sequence = &mut self.sequences[row.slot];
+        assert_eq!(sequence.chunk, row.n_tokens, "{:?} changed while its step was in flight", row.id);
+        sequence.chunk = 0;
+        self.queued_tokens -= u64::from(sequence.prompt_remaining());
+        sequence.computed += row.n_tokens;
+        self.queued_tokens += u64::from(sequence.prompt_remaining());
+        let mut chain = sequence.chain;
+        self.kv.publish(sequence.text(), &sequence.table, sequence.computed, &mut chain);
+        sequence.chain = chain;
+        if sequence.closed {
+            self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
+        } else if let Some(sampled) = sampled {
+            self.emit(row.slot, sampled, now, observer);
+        }
+    }
+
+    /// Appends a token to its sequence and hands it to the sink; ends the sequence if that was the last one.
+    fn emit(&mut self, slot: Slot, sampled: Sampled, now: Micros, observer: &mut dyn Observer) {
+        let Sampled { token, logprobs } = sampled;
+        let sequence = &mut self.sequences[slot];
+        if sequence.request.stop_tokens.contains(&token) {
+            return self.end(slot, Ending::Finished(FinishReason::Stop(token)), now, observer);
+        }
+        sequence.tokens.push(token);
+        self.counters.generated_tokens += 1;
+        if sequence.generated() == 1 {
+            let arrived = sequence.request.arrived;
+            let admitted = sequence.first_admitted.map_or(now, |(at, _)| at);
+            let numbers = (now.saturating_sub(arrived), admitted.saturating_sub(arrived));
+            observer.observe(event(sequence, now, EventKind::FirstToken, numbers));
+        }
+        let state = sequence.request.sink.push(SinkEvent::Token { token, logprobs });
+        if sequence.generated() >= sequence.request.max_new_tokens {
+            self.end(slot, Ending::Finished(FinishReason::Length), now, observer);
+        } else if state == SinkState::Closed {
+            self.end(slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! A host around the scheduler: a model engine whose output is a function of the whole text, sinks that remember, and a
+//! scripted policy that writes down what it is told.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use pointsman_telemetry::Event;
+
+use crate::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, Plan, View};
+use crate::config::Config;
+use crate::execute::{ExecuteError, Sampled, StepOutput, StepPlan};
+use crate::ids::{Micros, Priority, RequestId};
+use crate::prefix::{chain_hash, chain_hashes};
+use crate::publish::{PrefixSketch, ReplicaGauges};
+use crate::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
+use crate::scheduler::{Scheduler, Stage};
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sent {
+    pub(super) events: Vec<SinkEvent>,
+    closes_after: Option<usize>,
+}
+
+#[derive(Debug, Default)]
+struct Sink(Arc<Mutex<Sent>>);
+
+impl TokenSink for Sink {
+    fn push(&mut self, event: SinkEvent) -> SinkState {
+        let mut sent = self.0.lock().expect("one thread");
+        let over = |e: &SinkEvent| matches!(e, SinkEvent::Finished(_) | SinkEvent::Cancelled(_) | SinkEvent::Failed(_));
+        assert!(!sent.events.last().is_some_and(over), "an event after the last one");
+        sent.events.push(event);
+        let closed = sent.closes_after.is_some_and(|after| sent.events.len() >= after);
+        if closed { SinkState::Closed } else { SinkState::Open }
+    }
+}
+
+pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_tokens: u32) -> Request {
+    Request {
+        id: RequestId(id),
+        tenant: 1,
+        tenant_name: "t".into(),
+        priority: Priority::Normal,
+        arrived: 0,
+        deadline: 0,
+        block_hashes: chain_hashes(&prompt, block_tokens).into(),
+        prompt: prompt.into(),
+        max_new_tokens,
+        min_new_tokens: 0,
+        stop_tokens: Arc::default(),
+        sampling: Arc::new(Sampling::default()),
+        router_generation: 0,
+        sink: Box::new(Sink::default()),
+    }
+}
+
+fn next_token(state: u64) -> u32 {
+    u32::try_from(state % 1_009).expect("small")
+}
+
+/// What the model generates for a request that is alone in the world.
+pub(super) fn reference(request: &Request) -> Vec<u32> {
+    let mut state = request.prompt.iter().fold(0, |state, &token| chain_hash(state, &[token]));
+    let mut next = || {
+        let token = next_token(state);
+        state = chain_hash(state, &[token]);
+        token
+    };
+    (0..request.max_new_tokens).map(|_| next()).collect()
+}
+
+pub(super) struct Host {
+    pub(super) scheduler: Scheduler,
+    pub(super) gauges: Arc<ReplicaGauges>,
+    pub(super) now: Micros,
+    /// Ids in the order in which they ended.
+    pub(super) ended: Vec<u64>,
+    sinks: BTreeMap<u64, Arc<Mutex<Sent>>>,
+    /// The KV pool: per position of every block, the hash of the text up to there.
+    cells: Vec<u64>,
+    block_tokens: usize,
+}
+
+impl Host {
+    pub(super) fn new(config: Config) -> Self {
+        let gauges = Arc::new(ReplicaGauges::default());
+        let sketch = Arc::new(PrefixSketch::new(config.n_blocks));
+        Self {
+            scheduler: Scheduler::new(config, 1, Arc::clone(&gauges), sketch).expect("a good configuration"),
+            gauges,
+            now: 0,
+            ended: Vec::new(),
+            sinks: BTreeMap::new(),
+            cells: vec![0; (config.n_blocks * config.block_tokens) as usize],
+            block_tokens: config.block_tokens as usize,
+        }
+    }
+
+    pub(super) fn try_submit(&mut self, mut request: Request) -> Result<(), Failure> {
+        let (id, sent) = (request.id.0, Arc::new(Mutex::new(Sent::default())));
+        request.sink = Box::new(Sink(Arc::clone(&sent)));
+        self.scheduler.submit(request, self.now).map_err(|(_, failure)| failure)?;
+        self.sinks.insert(id, sent);
+        Ok(())
+    }
+
+    pub(super) fn submit(&mut self, request: Request) {
+        self.try_submit(request).expect("room");
+    }
+
+    pub(super) fn submit_closing(&mut self, request: Request, after: usize) {
+        let id = request.id.0;
+        self.submit(request);
+        self.sinks[&id].lock().expect("one thread").closes_after = Some(after);
+    }
+
+    pub(super) fn sent(&self, id: u64) -> Sent {
+        self.sinks[&id].lock().expect("one thread").clone()
+    }
+
+    pub(super) fn tokens(&self, id: u64) -> Vec<u32> {
+        let token = |event: &SinkEvent| match event {
+            SinkEvent::Token { token, .. } => Some(*token),
+            _ => None,
+        };
+        self.sent(id).events.iter().filter_map(token).collect()
+    }
+
+    /// Plans and computes; the scheduler has not heard of the result yet. Says whose rows there are.
+    pub(super) fn begin(&mut self, policy: &mut dyn BatchPolicy, out: &mut StepOutput) -> Vec<u64> {
+        self.begin_with(policy, out, |_| ())
+    }
+
+    /// The same, with a look at the plan.
+    pub(super) fn begin_with(
+        &mut self,
+        policy: &mut dyn BatchPolicy,
+        out: &mut StepOutput,
+        look: impl Fn(&StepPlan),
+    ) -> Vec<u64> {
+        let ended = &mut self.ended;
+        let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note(ended, event)) else {
+            return Vec::new();
+        };
+        look(plan);
+        execute(plan, &mut self.cells, self.block_tokens, out);
+        plan.rows.iter().map(|row| row.request.0).collect()
+    }
+
+    pub(super) fn finish(&mut self, out: &mut StepOutput) {
+        let ended = &mut self.ended;
+        self.scheduler.complete(self.now, out, &mut |event| note(ended, event));
+        self.scheduler.assert_consistent();
+    }
+
+    /// The step in flight fails, and leaves garbage in every block that it could touch.
+    pub(super) fn fail(&mut self, error: &ExecuteError) {
+        let ended = &mut self.ended;
+        self.scheduler.fail_step(self.now, error, &mut |event| note(ended, event));
+        self.scheduler.assert_consistent();
+    }
+
+    /// Whether there was anything to compute.
+    pub(super) fn step(&mut self, policy: &mut dyn BatchPolicy) -> bool {
+        self.step_with(policy, |_| ()).is_some()
+    }
+
+    /// A whole step, with a look at its plan.
+    pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
+        let ended = &mut self.ended;
+        let plan = self.scheduler.schedule(self.now, policy, &mut |event| note(ended, event))?;
+        let seen = look(plan);
+        let mut out = StepOutput::default();
+        execute(plan, &mut self.cells, self.block_tokens, &mut out);
+        self.finish(&mut out);
+        Some(seen)
+    }
+
+    pub(super) fn run_until_idle(&mut self, policy: &mut dyn BatchPolicy) {
+        for _ in 0..10_000 {
+            if self.scheduler.is_idle() {
+                let counts = self.scheduler.block_counts();
+                assert_eq!(counts.held, 0, "{counts:?}");
+                return;
+            }
+            self.step(policy);
+        }
+        panic!("still busy: {:?}", self.scheduler);
+    }
+
+    pub(super) fn cancel(&mut self, id: u64, cause: CancelCause) -> Option<Stage> {
+        let ended = &mut self.ended;
+        let stage = self.scheduler.cancel(RequestId(id), cause, self.now, &mut |event| note(ended, event));
+        self.scheduler.assert_consistent();
+        stage
+    }
+
+    pub(super) fn shutdown(&mut self) {
+        let ended = &mut self.ended;
+        self.scheduler.shutdown(self.now, &mut |event| note(ended, event));
+        self.scheduler.assert_consistent();
+    }
+}
+
+fn note(ended: &mut Vec<u64>, event: Event) {
+    use pointsman_telemetry::EventKind::{Cancelled, Failed, Finished, Rejected};
+    if matches!(event.kind, Cancelled | Failed | Finished | Rejected) {
+        ended.push(event.request);
+    }
+}
+
+/// Computes every row from the cell before its first position.
+fn execute(plan: &StepPlan, cells: &mut [u64], block_tokens: usize, out: &mut StepOutput) {
+    out.sampled.clear();
+    for row in &plan.rows {
+        let table = plan.blocks_of(row);
+        let cell = |position: usize| table[position / block_tokens].0 as usize * block_tokens + position % block_tokens;
+        let position = row.position as usize;
+        let mut state = position.checked_sub(1).map_or(0, |before| cells[cell(before)]);
+        for (i, &token) in plan.tokens_of(row).iter().enumerate() {
+            state = chain_hash(state, &[token]);
+            cells[cell(position + i)] = state;
+        }
+        if let Some(sample) = &row.sample {
+            let banned = sample.banned.as_deref().unwrap_or(&[]);
+            let token = (next_token(state)..).find(|token| !banned.contains(token)).expect("few are banned");
+            out.sampled.push(Sampled { token, logprobs: None });
+        }
+    }
+}
+
+/// Answers the same plan every time.
+#[derive(Debug)]
+pub(super) struct Scripted {
+    pub(super) plan: Plan,
+    pub(super) needs_view: bool,
+    pub(super) wants_progress: bool,
+    pub(super) refused: Vec<BadPlan>,
+    pub(super) log: Vec<String>,
+}
+
+impl Scripted {
+    pub(super) fn new(plan: Plan) -> Self {
+        Self { plan, needs_view: true, wants_progress: false, refused: Vec::new(), log: Vec::new() }
+    }
+}
+
+impl BatchPolicy for Scripted {
+    fn attend(&mut self, _now: Micros) -> Attention {
+        if self.needs_view { Attention::NeedsView } else { Attention::Following }
+    }
+
+    fn generation(&self) -> u64 {
+        7
+    }
+
+    fn wants_progress(&self) -> bool {
+        self.wants_progress
+    }
+
+    fn resync(&mut self, view: &View<'_>) {
+        self.needs_view = false;
+        self.log.push(format!("view waiting {:?} running {:?}", view.waiting.id, view.running.id));
+    }
+
+    fn step(&mut self, _now: Micros, _budgets: &Budgets, changes: &Changes, plan: &mut Plan) -> Answer {
+        let progress: Vec<_> = (0..changes.progress_id.len())
+            .map(|i| {
+                let (id, computed) = (changes.progress_id[i], changes.progress_computed[i]);
+                (id, computed, changes.progress_generated[i], changes.progress_blocks[i])
+            })
+            .collect();
+        self.log.push(format!(
+            "tenants {} arrived {:?} admitted {:?} preempted {:?} gone {:?} progress {progress:?}",
+            changes.new_tenants.len(),
+            changes.arrived.id,
+            changes.admitted,
+            changes.preempted,
+            changes.gone
+        ));
+        plan.clone_from(&self.plan);
+        Answer::Planned
+    }
+
+    fn refused(&mut self, _now: Micros, why: BadPlan) {
+        self.refused.push(why);
+    }
+}

@@ -1,0 +1,171 @@
+//! A steady step allocates nothing: counted, not promised. A test of its own, because it replaces the global allocator.
+#![expect(unsafe_code, reason = "`GlobalAlloc` is an unsafe trait, and nothing else counts allocations")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+
+use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, NativeBatch, Plan, View};
+use pointsman_sched::config::Config;
+use pointsman_sched::execute::{Sampled, StepOutput};
+use pointsman_sched::ids::{Micros, Priority, RequestId};
+use pointsman_sched::prefix::chain_hashes;
+use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
+use pointsman_sched::request::{Request, Sampling, SinkEvent, SinkState, TokenSink};
+use pointsman_sched::scheduler::Scheduler;
+
+thread_local! {
+    /// Per thread, so that the test harness may allocate as it likes.
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+fn count() {
+    // A thread that is being torn down has no counter left, and nobody who reads it.
+    let _ = ALLOCATIONS.try_with(|n| n.set(n.get() + 1));
+}
+
+// SAFETY: every call goes to `System` with the caller's own arguments; the counter is a plain cell and does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises about `layout` are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: `pointer` came from `alloc` above, hence from `System`, with this `layout`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as for `dealloc`; the caller's promises about `new_size` are passed on.
+        unsafe { System.realloc(pointer, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[derive(Debug)]
+struct Discard;
+
+impl TokenSink for Discard {
+    fn push(&mut self, _event: SinkEvent) -> SinkState {
+        SinkState::Open
+    }
+}
+
+/// Reads everything and has no opinion: the cost of telling a policy, without its own.
+#[derive(Debug, Default)]
+struct Listener {
+    follows: bool,
+    n_calls: u64,
+}
+
+impl BatchPolicy for Listener {
+    fn attend(&mut self, _now: Micros) -> Attention {
+        if self.follows { Attention::Following } else { Attention::NeedsView }
+    }
+
+    fn generation(&self) -> u64 {
+        1
+    }
+
+    fn wants_progress(&self) -> bool {
+        true
+    }
+
+    fn resync(&mut self, _view: &View<'_>) {
+        self.follows = true;
+    }
+
+    fn step(&mut self, _now: Micros, _budgets: &Budgets, changes: &Changes, plan: &mut Plan) -> Answer {
+        self.n_calls += 1;
+        plan.admit.extend_from_slice(&changes.arrived.id);
+        Answer::Planned
+    }
+
+    fn refused(&mut self, _now: Micros, why: BadPlan) {
+        panic!("{why}");
+    }
+}
+
+const MAX_RUNNING: u32 = 16;
+const WARM_UP: u32 = 200;
+const STEADY: u32 = 1_000;
+
+fn scheduler() -> Scheduler {
+    let config = Config {
+        block_tokens: 16,
+        n_blocks: 2_048,
+        max_running: MAX_RUNNING,
+        step_tokens: 256,
+        max_waiting: 64,
+        prefill_chunk: 64,
+        starvation_us: 3_600_000_000,
+        context_tokens: 8_192,
+    };
+    let sketch = Arc::new(PrefixSketch::new(config.n_blocks));
+    Scheduler::new(config, 1, Arc::new(ReplicaGauges::default()), sketch).expect("a good configuration")
+}
+
+fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
+    let base = u32::try_from(id).expect("few requests") * 1_000;
+    let prompt: Vec<u32> = (base..base + 100).collect();
+    Request {
+        id: RequestId(id),
+        tenant: 0,
+        tenant_name: "".into(),
+        priority: Priority::Normal,
+        arrived: 0,
+        deadline: 0,
+        block_hashes: chain_hashes(&prompt, 16).into(),
+        prompt: prompt.into(),
+        max_new_tokens: WARM_UP + STEADY + 100,
+        min_new_tokens: 5,
+        stop_tokens: Arc::from([7]),
+        sampling: Arc::clone(sampling),
+        router_generation: 0,
+        sink: Box::new(Discard),
+    }
+}
+
+/// Allocations in `STEADY` decode steps, after a warm-up.
+fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling) -> u64 {
+    let (mut scheduler, sampling) = (scheduler(), Arc::new(sampling));
+    for id in 1..=n_requests {
+        scheduler.submit(request(u64::from(id), &sampling), 0).map_err(|(_, failure)| failure).expect("room");
+    }
+    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize) };
+    let mut n_events = 0u64;
+    let mut before = 0;
+    for step in 0..WARM_UP + STEADY {
+        if step == WARM_UP {
+            before = ALLOCATIONS.get();
+        }
+        let now = Micros::from(step) * 5_000;
+        let plan = scheduler.schedule(now, policy, &mut |_| n_events += 1).expect("work");
+        for row in plan.rows.iter().filter(|row| row.sample.is_some()) {
+            out.sampled.push(Sampled { token: 1_000 + row.position % 50, logprobs: None });
+        }
+        scheduler.complete(now + 4_000, &mut out, &mut |_| n_events += 1);
+    }
+    assert!(before > 0, "the counter counts");
+    assert_eq!(scheduler.n_running(), MAX_RUNNING);
+    assert!(n_events >= u64::from(WARM_UP + STEADY));
+    ALLOCATIONS.get() - before
+}
+
+#[test]
+fn a_thousand_steady_steps_allocate_nothing() {
+    let with_history = Sampling { repetition_penalty: 1.1, ..Sampling::default() };
+    let mut listener = Listener::default();
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, Sampling::default()), 0, "native, nothing waits");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING + 9, Sampling::default()), 0, "native, a queue");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, with_history), 0, "native, with histories");
+    assert_eq!(measure(&mut listener, MAX_RUNNING + 9, Sampling::default()), 0, "a policy that is called");
+    assert!(listener.n_calls >= u64::from(STEADY), "a queue is something to decide about");
+}
