@@ -1,1 +1,17 @@
-//! stub
+//! Executes step plans: one decoder-transformer definition driven by a [`ModelSpec`], on a backend.
+//!
+//! Sees token ids and block ids, never requests, users or text; reads no clock and draws no randomness but from seeds that
+//! the plan carries. Read in the order below: what a model is, where its weights come from, how tokens are chosen, and how
+//! a backend computes. `unsafe` lives in the backends, but for the one line that maps a file of weights.
+#![deny(missing_docs)]
+
+pub mod backend;
+mod load;
+mod sampling;
+mod spec;
+
+pub use backend::cpu::{
+    ComputePool, ConfigError, CpuConfig, CpuEngine, KvPlan, MemoryUse, Model, PoolError, Precision,
+};
+pub use load::{LoadError, Weights};
+pub use spec::{ModelSpec, SpecError};

@@ -1,0 +1,24 @@
+//! The CPU backend: the reference for every other, and always built.
+//!
+//! Batch invariance is its promise: the key, value and logit bits of a token are a function of its sequence alone, not of
+//! the chunk it was computed in, of the rows beside it, of the number of threads, or of the instruction set.
+
+mod attention;
+mod engine;
+mod gemm;
+mod isa;
+mod kv;
+mod math;
+mod matrix;
+mod model;
+mod norm;
+mod pool;
+mod quant;
+pub(crate) mod softmax;
+
+pub use engine::{ConfigError, CpuConfig, CpuEngine, MemoryUse};
+pub use isa::Isa;
+pub(crate) use isa::{LANES, Lanes};
+pub use kv::KvPlan;
+pub use model::{Model, Precision};
+pub use pool::{ComputePool, PoolError};

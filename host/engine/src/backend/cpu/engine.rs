@@ -1,0 +1,400 @@
+//! The forward pass of a step, over all tokens of all rows at once.
+//!
+//! One product per projection and step, whatever mix of prefill chunks and decodes the plan holds; attention alone works
+//! row by row. Everything a step needs is allocated when the engine is made, for the largest step that it promises.
+
+use std::sync::Arc;
+
+use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
+
+use super::attention::{Attention, Token};
+use super::gemm::{Epilogue, Input, matmul};
+use super::isa::{LANES, Lanes};
+use super::kv::{KvPlan, KvPool, Position, Strided};
+use super::matrix::{BLOCK, PANEL};
+use super::model::{Layer, Model};
+use super::norm::{Rope, rms_norm};
+use super::pool::{ComputePool, Units};
+use super::quant::QuantRow;
+use crate::sampling::Sampler;
+
+/// Sizes of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// Blocks of the KV pool.
+    pub n_blocks: usize,
+    /// Positions in a block; a multiple of 16.
+    pub block_tokens: usize,
+    /// Tokens that one step may compute.
+    pub max_step_tokens: usize,
+    /// Rows that one step may have.
+    pub max_rows: usize,
+    /// Positions that a sequence may have; at most the model's context.
+    pub context_tokens: usize,
+}
+
+/// A size that an engine cannot have. The configuration is at fault.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A size is zero.
+    #[error("{0} is 0; it must be at least 1")]
+    Zero(&'static str),
+    /// Blocks that the kernels cannot address.
+    #[error("block_tokens is {0}; it must be a multiple of 16")]
+    BlockTokens(usize),
+    /// More positions than the model was trained for.
+    #[error("context_tokens is {asked}, the model was made for {context}; ask for at most that")]
+    Context {
+        /// What the configuration asks for.
+        asked: usize,
+        /// What the model has.
+        context: usize,
+    },
+}
+
+/// Memory by owner, in bytes. Weights are shared by all engines of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Packed weights.
+    pub weights: usize,
+    /// Pages of keys and values.
+    pub kv: usize,
+    /// Activations, tables and sampling scratch.
+    pub workspace: usize,
+}
+
+/// Computes step plans on the CPU.
+#[derive(Debug)]
+pub struct CpuEngine {
+    model: Arc<Model>,
+    pool: ComputePool,
+    config: CpuConfig,
+    kv: KvPool,
+    rope: Rope,
+    work: Workspace,
+}
+
+/// Activations, all panel-major: `[width / 16][tokens of the step][16]`.
+#[derive(Debug)]
+struct Workspace {
+    hidden: Vec<Lanes>,
+    normed: Vec<Lanes>,
+    qkv: Vec<Lanes>,
+    mixed: Vec<Lanes>,
+    ffn: Vec<Lanes>,
+    quantised: Vec<QuantRow>,
+    scores: Vec<Lanes>,
+    /// The hidden state and logits of rows that sample.
+    picked: Vec<Lanes>,
+    logits: Vec<Lanes>,
+    tokens: Vec<Token>,
+    positions: Vec<u32>,
+    /// Token index of each row that samples.
+    last: Vec<usize>,
+    samplers: Vec<Sampler>,
+}
+
+// === impl CpuEngine ===
+
+impl CpuEngine {
+    /// An engine with its own KV pool and workspace; weights and threads are shared.
+    ///
+    /// # Errors
+    /// A size of the configuration is impossible.
+    pub fn new(model: Arc<Model>, pool: ComputePool, config: CpuConfig) -> Result<Self, ConfigError> {
+        config.check(&model)?;
+        let plan = KvPlan::for_blocks(&model.spec, config.block_tokens, config.n_blocks);
+        Ok(Self {
+            kv: KvPool::allocate(&model.spec, &plan),
+            rope: Rope::tables(&model.spec, config.context_tokens),
+            work: Workspace::allocate(&model, &config, pool.isa()),
+            model,
+            pool,
+            config,
+        })
+    }
+
+    /// Memory by owner.
+    #[must_use]
+    pub fn memory(&self) -> MemoryUse {
+        MemoryUse {
+            weights: self.model.bytes(),
+            kv: KvPlan::for_blocks(&self.model.spec, self.config.block_tokens, self.config.n_blocks).bytes(),
+            workspace: self.work.bytes() + self.rope.bytes(),
+        }
+    }
+
+    /// The sizes it was made with.
+    #[must_use]
+    pub fn config(&self) -> &CpuConfig {
+        &self.config
+    }
+
+    /// The model it computes.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Logits of the `i`-th sampling row of the last step, before penalties and bias.
+    #[must_use]
+    pub fn logits(&self, i: usize) -> Vec<f32> {
+        let rows = self.work.last.len();
+        let panels = self.model.spec.vocab.div_ceil(LANES);
+        let row = (0..panels).flat_map(|panel| self.work.logits[panel * rows + i]);
+        row.take(self.model.spec.vocab).collect()
+    }
+
+    fn forward(&mut self, plan: &StepPlan) {
+        self.work.begin(plan);
+        self.embed(plan);
+        let model = Arc::clone(&self.model);
+        for (i, layer) in model.layers.iter().enumerate() {
+            self.attention_half(plan, i, layer);
+            self.ffn_half(layer);
+        }
+        self.project();
+    }
+
+    fn embed(&mut self, plan: &StepPlan) {
+        let rows = plan.tokens.len();
+        let embedding = self.model.embedding();
+        for (row, &token) in plan.tokens.iter().enumerate() {
+            embedding.gather(token as usize, |k, x| self.work.hidden[k / LANES * rows + row][k % LANES] = x);
+        }
+    }
+
+    fn attention_half(&mut self, plan: &StepPlan, index: usize, layer: &Layer) {
+        let (pool, spec) = (&self.pool, &self.model.spec);
+        let Workspace { hidden, normed, qkv, mixed, quantised, scores, tokens, positions, .. } = &mut self.work;
+        let rows = tokens.len();
+        let head = spec.head_dim / LANES * rows;
+        let (q_len, kv_len) = (spec.heads * head, spec.kv_heads * head);
+
+        rms_norm(pool.isa(), &layer.attention_norm, hidden, rows, normed);
+        matmul(pool, &layer.qkv, Input { x: normed, rows, quantised }, qkv, Epilogue::Store);
+        let (q, kv) = qkv.split_at_mut(q_len);
+        let (k, v) = kv.split_at_mut(kv_len);
+        self.rope.rotate(pool.isa(), q, positions);
+        self.rope.rotate(pool.isa(), &mut k[..kv_len], positions);
+        for (row, token) in tokens.iter().enumerate() {
+            let blocks = token.blocks_in(&plan.blocks);
+            for kv_head in 0..spec.kv_heads {
+                let key = Strided { panels: &k[kv_head * head..], rows, row };
+                let value = Strided { panels: &v[kv_head * head..], rows, row };
+                let position = token.position as usize;
+                self.kv.write(Position { blocks, layer: index, head: kv_head, position }, key, value);
+            }
+        }
+
+        let attention = Attention {
+            isa: pool.isa(),
+            kv: &self.kv,
+            layer: index,
+            tokens,
+            blocks: &plan.blocks,
+            q,
+            head_dim: spec.head_dim,
+            group: spec.heads / spec.kv_heads,
+        };
+        let scores_unit = scores.len() / spec.heads;
+        let seen: usize = positions.iter().map(|&position| position as usize + 1).sum();
+        let work = 2 * seen * spec.q_dim();
+        let units = Units { items: &mut mixed[..q_len], unit: head, scratch: scores, scratch_unit: scores_unit };
+        pool.split_with(work, units, |first, mixed, scores| {
+            for (i, mixed) in mixed.chunks_exact_mut(head).enumerate() {
+                attention.head(first + i, &mut scores[i * scores_unit..][..scores_unit], mixed);
+            }
+        });
+        matmul(pool, &layer.out, Input { x: mixed, rows, quantised }, hidden, Epilogue::Add);
+    }
+
+    fn ffn_half(&mut self, layer: &Layer) {
+        let pool = &self.pool;
+        let Workspace { hidden, normed, ffn, quantised, tokens, .. } = &mut self.work;
+        let rows = tokens.len();
+        rms_norm(pool.isa(), &layer.ffn_norm, hidden, rows, normed);
+        matmul(pool, &layer.gate_up, Input { x: normed, rows, quantised }, ffn, Epilogue::SiluMul);
+        matmul(pool, &layer.down, Input { x: ffn, rows, quantised }, hidden, Epilogue::Add);
+    }
+
+    /// Final norm and output head, for the last token of each row that samples.
+    fn project(&mut self) {
+        let Workspace { hidden, normed, quantised, picked, logits, tokens, last, .. } = &mut self.work;
+        let (rows, n_picked) = (tokens.len(), last.len());
+        if n_picked == 0 {
+            return;
+        }
+        for panel in 0..self.model.spec.hidden / LANES {
+            for (i, &token) in last.iter().enumerate() {
+                picked[panel * n_picked + i] = hidden[panel * rows + token];
+            }
+        }
+        rms_norm(self.pool.isa(), &self.model.norm, picked, n_picked, normed);
+        let input = Input { x: normed, rows: n_picked, quantised };
+        matmul(&self.pool, &self.model.head, input, logits, Epilogue::Store);
+    }
+
+    fn sample(&mut self, plan: &StepPlan) {
+        let Workspace { logits, last, samplers, .. } = &mut self.work;
+        let rows = last.len();
+        let (logits, vocab) = (&*logits, self.model.spec.vocab);
+        let mut samples = plan.rows.iter().filter_map(|row| row.sample.as_ref());
+        for sampler in &mut samplers[..rows] {
+            sampler.rule = samples.next().cloned();
+        }
+        // Choosing costs about as much as four multiply-adds per token of the vocabulary.
+        self.pool.split(4 * vocab * rows, &mut samplers[..rows], 1, |first, samplers| {
+            for (i, sampler) in samplers.iter_mut().enumerate() {
+                sampler.fill(logits.iter().skip(first + i).step_by(rows));
+                sampler.choose(&plan.history);
+            }
+        });
+    }
+
+    /// Multiply-adds of a step, roughly.
+    fn cost(&self, plan: &StepPlan) -> usize {
+        let spec = &self.model.spec;
+        let layer = spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn);
+        plan.tokens.len() * layer * spec.layers + plan.rows.len() * spec.vocab * spec.hidden
+    }
+}
+
+impl Executor for CpuEngine {
+    fn execute(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
+        out.sampled.clear();
+        self.config.check_plan(plan, self.model.spec.vocab)?;
+        if plan.rows.is_empty() {
+            return Ok(());
+        }
+        let (pool, cost) = (self.pool.clone(), self.cost(plan));
+        pool.run(cost, || {
+            self.forward(plan);
+            self.sample(plan);
+        });
+        let rows = self.work.last.len();
+        for sampler in &mut self.work.samplers[..rows] {
+            sampler.rule = None;
+            match sampler.chosen.take() {
+                Some(sampled) => out.sampled.push(sampled),
+                None => return Err(ExecuteError::Device { what: "a row has no token with a finite logit".into() }),
+            }
+        }
+        Ok(())
+    }
+}
+
+// === impl CpuConfig ===
+
+impl CpuConfig {
+    fn check(&self, model: &Model) -> Result<(), ConfigError> {
+        let Self { n_blocks, block_tokens, max_step_tokens, max_rows, context_tokens } = *self;
+        let sizes = [
+            ("n_blocks", n_blocks),
+            ("block_tokens", block_tokens),
+            ("max_step_tokens", max_step_tokens),
+            ("max_rows", max_rows),
+            ("context_tokens", context_tokens),
+        ];
+        if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            return Err(ConfigError::Zero(name));
+        }
+        if !block_tokens.is_multiple_of(LANES) {
+            return Err(ConfigError::BlockTokens(block_tokens));
+        }
+        let context = model.spec.context;
+        if context_tokens > context {
+            return Err(ConfigError::Context { asked: context_tokens, context });
+        }
+        Ok(())
+    }
+
+    /// Checks every promise of the seam that the kernels rely on.
+    fn check_plan(&self, plan: &StepPlan, vocab: usize) -> Result<(), ExecuteError> {
+        let expect = |holds: bool, what| if holds { Ok(()) } else { Err(ExecuteError::Malformed { what }) };
+        expect(plan.rows.len() <= self.max_rows, "more rows than max_rows")?;
+        expect(plan.tokens.len() <= self.max_step_tokens, "more tokens than max_step_tokens")?;
+        expect(plan.tokens.iter().all(|&token| (token as usize) < vocab), "a token outside the vocabulary")?;
+        expect(plan.blocks.iter().all(|&block| (block.0 as usize) < self.n_blocks), "a block outside the pool")?;
+        let mut next_token = 0;
+        for row in &plan.rows {
+            let (tokens, blocks) = (&row.tokens, &row.blocks);
+            expect(
+                tokens.start == next_token && tokens.end > tokens.start,
+                "token ranges that leave gaps or are empty",
+            )?;
+            next_token = tokens.end;
+            expect(next_token as usize <= plan.tokens.len(), "a token range beyond the tokens")?;
+            expect(
+                blocks.start <= blocks.end && blocks.end as usize <= plan.blocks.len(),
+                "a block range beyond the blocks",
+            )?;
+            let end = row.position as usize + tokens.len();
+            expect(end <= self.context_tokens, "a position beyond the context")?;
+            expect(end <= blocks.len() * self.block_tokens, "a position without a block")?;
+            if let Some(sample) = &row.sample {
+                let history = &sample.history;
+                expect(
+                    history.start <= history.end && history.end as usize <= plan.history.len(),
+                    "a history range beyond the history",
+                )?;
+                expect(sample.history_prompt as usize <= history.len(), "more prompt than history")?;
+            }
+        }
+        expect(next_token as usize == plan.tokens.len(), "tokens that belong to no row")
+    }
+}
+
+// === impl Workspace ===
+
+impl Workspace {
+    fn allocate(model: &Model, config: &CpuConfig, isa: super::Isa) -> Self {
+        let spec = &model.spec;
+        let CpuConfig { max_step_tokens: tokens, max_rows, context_tokens, .. } = *config;
+        let zeros = |n: usize| vec![[0.0; LANES]; n];
+        let panels = |width: usize, rows: usize| zeros(width.next_multiple_of(PANEL) / LANES * rows);
+        let widest = spec.hidden.max(spec.q_dim()).max(spec.ffn);
+        let most = tokens.max(max_rows);
+        Self {
+            hidden: panels(spec.hidden, tokens),
+            normed: panels(spec.hidden, most),
+            qkv: panels(spec.q_dim() + 2 * spec.kv_dim(), tokens),
+            mixed: panels(spec.q_dim(), tokens),
+            ffn: panels(spec.ffn, tokens),
+            quantised: vec![QuantRow::default(); widest / BLOCK * most],
+            scores: zeros(spec.heads * context_tokens.div_ceil(LANES)),
+            picked: panels(spec.hidden, max_rows),
+            logits: panels(spec.vocab, max_rows),
+            tokens: Vec::with_capacity(tokens),
+            positions: Vec::with_capacity(tokens),
+            last: Vec::with_capacity(max_rows),
+            samplers: (0..max_rows).map(|_| Sampler::allocate(spec.vocab, isa)).collect(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let Self { hidden, normed, qkv, mixed, ffn, quantised, scores, picked, logits, .. } = self;
+        let lanes: usize = [hidden, normed, qkv, mixed, ffn, scores, picked, logits].iter().map(|v| v.len()).sum();
+        let samplers: usize = self.samplers.iter().map(Sampler::bytes).sum();
+        lanes * size_of::<Lanes>() + size_of_val(quantised.as_slice()) + samplers
+    }
+
+    /// Lists the tokens of a step.
+    fn begin(&mut self, plan: &StepPlan) {
+        let Self { tokens, positions, last, .. } = self;
+        tokens.clear();
+        positions.clear();
+        last.clear();
+        for row in &plan.rows {
+            let blocks = (row.blocks.start, row.blocks.end);
+            for i in 0..row.tokens.end - row.tokens.start {
+                let position = row.position + i;
+                tokens.push(Token { position, blocks });
+                positions.push(position);
+            }
+            if row.sample.is_some() {
+                last.push(row.tokens.end as usize - 1);
+            }
+        }
+    }
+}

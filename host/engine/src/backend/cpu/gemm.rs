@@ -1,0 +1,292 @@
+//! `out = x * W^T` in floats, each output element one chain of fused multiply-adds over K in ascending order.
+//!
+//! That order is the contract (batch invariance): the tile below computes 1 to 12 rows by 1 to 4 panels at once, and
+//! which rows share a tile, how many there are and which thread has it changes no bit. Tiles exist for speed only: a
+//! chain waits four cycles per step, so at least eight must be in flight, and a widened weight should serve many rows.
+//!
+//! Activations are panel-major: `[k / 16][rows][16]`. A tile reads its rows' next sixteen values as one short run, the
+//! outputs of a panel are one contiguous slice that a thread can own, and an output is the next product's input as it is.
+
+use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight};
+use super::math;
+use super::matrix::{BLOCK, Matrix, PANEL, Packed, Q8Block};
+use super::pool::ComputePool;
+use super::quant::QuantRow;
+
+/// Most rows of a tile.
+const MAX_ROWS: usize = 12;
+
+/// What becomes of a sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Epilogue {
+    /// Replaces the output.
+    Store,
+    /// Is added to the output: the residual stream.
+    Add,
+    /// The panel holds sixteen gate and sixteen up columns: the output is `silu(gate) * up`.
+    SiluMul,
+}
+
+/// Activations of some rows, panel-major, with room for their quantised form.
+#[derive(Debug)]
+pub(super) struct Input<'a> {
+    pub(super) x: &'a [Lanes],
+    pub(super) rows: usize,
+    pub(super) quantised: &'a mut [QuantRow],
+}
+
+/// Computes `out` from `x` for all panels, in parallel where that pays.
+pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut [Lanes], epilogue: Epilogue) {
+    let Input { x, rows, quantised } = input;
+    let isa = pool.isa();
+    if let Packed::Q8(_) = w.packed {
+        super::quant::quantise(isa, x, rows, &mut quantised[..w.k / BLOCK * rows]);
+    }
+    let unit = epilogue.out_vectors() * rows;
+    let out = &mut out[..w.n_panels() * unit];
+    pool.split(w.n_panels() * PANEL * w.k * rows, out, unit, |first, out| {
+        let part = Part { rows, k: w.k, first, epilogue };
+        match &w.packed {
+            Packed::F32(w) => part.run(isa, x, w, out),
+            Packed::F16(w) => part.run(isa, x, w, out),
+            Packed::Bf16(w) => part.run(isa, x, w, out),
+            Packed::Q8(w) => isa.run(Q8Gemm { part, x: quantised, w, out }),
+        }
+    });
+}
+
+/// Panels `first ..` of a product, as many as the output slice holds.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    rows: usize,
+    k: usize,
+    first: usize,
+    epilogue: Epilogue,
+}
+
+struct Gemm<'a, W> {
+    part: Part,
+    x: &'a [Lanes],
+    w: &'a [[W; PANEL]],
+    out: &'a mut [Lanes],
+}
+
+struct Q8Gemm<'a> {
+    part: Part,
+    x: &'a [QuantRow],
+    w: &'a [Q8Block],
+    out: &'a mut [Lanes],
+}
+
+impl Epilogue {
+    #[inline(always)]
+    fn out_vectors(self) -> usize {
+        if self == Self::SiluMul { 1 } else { 2 }
+    }
+
+    /// Finishes one row of one panel: the sums of its two halves.
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, sums: [S::V; 2], out: &mut [Lanes], at: [usize; 2]) {
+        match self {
+            Self::Store => {
+                s.store(sums[0], &mut out[at[0]]);
+                s.store(sums[1], &mut out[at[1]]);
+            }
+            Self::Add => {
+                let low = s.add(s.load(&out[at[0]]), sums[0]);
+                s.store(low, &mut out[at[0]]);
+                let high = s.add(s.load(&out[at[1]]), sums[1]);
+                s.store(high, &mut out[at[1]]);
+            }
+            Self::SiluMul => {
+                let product = s.mul(math::silu(s, sums[0]), sums[1]);
+                s.store(product, &mut out[at[0]]);
+            }
+        }
+    }
+}
+
+impl Part {
+    fn run<W: Weight>(self, isa: Isa, x: &[Lanes], w: &[[W; PANEL]], out: &mut [Lanes]) {
+        isa.run(Gemm { part: self, x, w, out });
+    }
+
+    /// Where in the output the two halves of a row of a panel go.
+    #[inline(always)]
+    fn at(&self, panel: usize, row: usize) -> [usize; 2] {
+        let vectors = self.epilogue.out_vectors();
+        let base = panel * vectors * self.rows + row;
+        [base, base + (vectors - 1) * self.rows]
+    }
+
+    #[inline(always)]
+    fn n_panels(&self, out_len: usize) -> usize {
+        out_len / (self.epilogue.out_vectors() * self.rows)
+    }
+}
+
+/// Splits `rows` into runs of at most `max`, as even as can be: `(first row, length)`.
+#[inline(always)]
+fn tiles(rows: usize, max: usize) -> impl Iterator<Item = (usize, usize)> {
+    let n = rows.div_ceil(max);
+    let (base, longer) = (rows / n, rows % n);
+    (0..n).map(move |i| (i * base + i.min(longer), base + usize::from(i < longer)))
+}
+
+/// Panels that a group shares between its row tiles, to stay in the nearest cache.
+const GROUP: usize = 4;
+
+impl<W: Weight> Kernel for Gemm<'_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let n_panels = self.part.n_panels(self.out.len());
+        let max = if S::WIDE { MAX_ROWS } else { 3 };
+        for first in (0..n_panels).step_by(GROUP) {
+            let n = GROUP.min(n_panels - first);
+            for (row, len) in tiles(self.part.rows, max) {
+                if S::WIDE {
+                    self.wide(s, row, len, first..first + n);
+                } else {
+                    self.narrow(s, row, len, first..first + n);
+                }
+            }
+        }
+    }
+}
+
+impl<W: Weight> Gemm<'_, W> {
+    /// Tiles for 32 registers of sixteen lanes.
+    #[inline(always)]
+    fn wide<S: Simd>(&mut self, s: S, row: usize, len: usize, panels: std::ops::Range<usize>) {
+        match len {
+            1 => self.tiles::<S, 1, 4>(s, row, panels),
+            2 => self.tiles::<S, 2, 4>(s, row, panels),
+            3 => self.tiles::<S, 3, 2>(s, row, panels),
+            4 => self.tiles::<S, 4, 2>(s, row, panels),
+            5 => self.tiles::<S, 5, 1>(s, row, panels),
+            6 => self.tiles::<S, 6, 1>(s, row, panels),
+            7 => self.tiles::<S, 7, 1>(s, row, panels),
+            8 => self.tiles::<S, 8, 1>(s, row, panels),
+            9 => self.tiles::<S, 9, 1>(s, row, panels),
+            10 => self.tiles::<S, 10, 1>(s, row, panels),
+            11 => self.tiles::<S, 11, 1>(s, row, panels),
+            _ => self.tiles::<S, MAX_ROWS, 1>(s, row, panels),
+        }
+    }
+
+    /// Tiles for 16 registers of eight lanes.
+    #[inline(always)]
+    fn narrow<S: Simd>(&mut self, s: S, row: usize, len: usize, panels: std::ops::Range<usize>) {
+        match len {
+            1 => self.tiles::<S, 1, 2>(s, row, panels),
+            2 => self.tiles::<S, 2, 1>(s, row, panels),
+            _ => self.tiles::<S, 3, 1>(s, row, panels),
+        }
+    }
+
+    #[inline(always)]
+    fn tiles<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panels: std::ops::Range<usize>) {
+        let mut panel = panels.start;
+        while panel + P <= panels.end {
+            self.tile::<S, R, P>(s, row, panel);
+            panel += P;
+        }
+        while panel < panels.end {
+            self.tile::<S, R, 1>(s, row, panel);
+            panel += 1;
+        }
+    }
+
+    /// `R` rows by `P` panels: `2 * R * P` independent chains.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
+        let Part { rows, k, first, epilogue } = self.part;
+        let mut acc = [[[s.zero(); 2]; P]; R];
+        let empty: &[[W; PANEL]] = &[];
+        let mut w = [empty; P];
+        for p in 0..P {
+            w[p] = &self.w[(first + panel + p) * k..][..k];
+        }
+        for kp in 0..k / LANES {
+            let Some(x) = self.x[kp * rows + row..].first_chunk::<R>() else { return };
+            for i in 0..LANES {
+                for p in 0..P {
+                    let (halves, _) = w[p][kp * LANES + i].as_chunks::<LANES>();
+                    let weights = [W::widen(s, &halves[0]), W::widen(s, &halves[1])];
+                    for r in 0..R {
+                        let x = s.splat(x[r][i]);
+                        acc[r][p][0] = s.fma(x, weights[0], acc[r][p][0]);
+                        acc[r][p][1] = s.fma(x, weights[1], acc[r][p][1]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for p in 0..P {
+                epilogue.apply(s, acc[r][p], self.out, self.part.at(panel + p, row + r));
+            }
+        }
+    }
+}
+
+impl Kernel for Q8Gemm<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let n_panels = self.part.n_panels(self.out.len());
+        let max = if S::WIDE { 6 } else { 2 };
+        for panel in 0..n_panels {
+            for (row, len) in tiles(self.part.rows, max) {
+                match len {
+                    1 => self.tile::<S, 1>(s, row, panel),
+                    2 => self.tile::<S, 2>(s, row, panel),
+                    3 if S::WIDE => self.tile::<S, 3>(s, row, panel),
+                    4 if S::WIDE => self.tile::<S, 4>(s, row, panel),
+                    5 if S::WIDE => self.tile::<S, 5>(s, row, panel),
+                    _ if S::WIDE => self.tile::<S, 6>(s, row, panel),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+impl Q8Gemm<'_> {
+    /// `R` rows by one panel. Within a block of K the sums are exact integers; blocks are added in ascending order, each
+    /// scaled by the product of both scales.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(&mut self, s: S, row: usize, panel: usize) {
+        let Part { rows, k, first, epilogue } = self.part;
+        let n_blocks = k / BLOCK;
+        let w = &self.w[(first + panel) * n_blocks..][..n_blocks];
+        let mut acc = [[s.zero(); 2]; R];
+        for (b, block) in w.iter().enumerate() {
+            let Some(x) = self.x[b * rows + row..].first_chunk::<R>() else { return };
+            let mut sums = [[s.splat_int(0); 2]; R];
+            for r in 0..R {
+                sums[r] = [s.splat_int(x[r].offset); 2];
+            }
+            for (i, quads) in block.quants.iter().enumerate() {
+                let (halves, _) = quads.as_chunks::<{ 4 * LANES }>();
+                for r in 0..R {
+                    sums[r][0] = s.dot4(sums[r][0], &halves[0], x[r].quads[i]);
+                    sums[r][1] = s.dot4(sums[r][1], &halves[1], x[r].quads[i]);
+                }
+            }
+            let (scales, _) = block.scales.as_chunks::<LANES>();
+            let scales = [s.load_f16(&scales[0]), s.load_f16(&scales[1])];
+            for r in 0..R {
+                let scale = s.splat(x[r].scale);
+                for half in 0..2 {
+                    acc[r][half] = s.fma(s.int_to_f32(sums[r][half]), s.mul(scales[half], scale), acc[r][half]);
+                }
+            }
+        }
+        for r in 0..R {
+            epilogue.apply(s, acc[r], self.out, self.part.at(panel, row + r));
+        }
+    }
+}

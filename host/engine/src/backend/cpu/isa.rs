@@ -1,0 +1,266 @@
+//! Sixteen lanes of `f32`: the vocabulary in which every CPU kernel is written, once, for all instruction sets.
+//!
+//! A kernel is generic over [`Simd`] and runs through [`Isa::run`], the only place that enters a `#[target_feature]`
+//! function; kernels are `inline(always)`, so the compiler generates one whole copy of each per instruction set. An
+//! [`Isa`] can only be made by asking the CPU, and is thereby the proof that its instructions exist. Why not write each
+//! kernel three times, or leave it to the auto-vectoriser: the first triples the places where a rounding may differ, the
+//! second cannot widen `f16` and may not be relied on.
+//!
+//! Every operation is exactly rounded (or integer), and lanes meet only in [`Simd::sum`], a fixed tree: the three
+//! implementations give equal bits. `max` and `min` take their second operand where the first is not a number.
+
+use half::{bf16, f16};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen activations, weights or positions.
+pub(crate) type Lanes = [f32; LANES];
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(Level);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    Portable,
+}
+
+/// A computation that is compiled for each instruction set. `run` must be `inline(always)`, as must all that it calls.
+pub(crate) trait Kernel {
+    type Out;
+    fn run<S: Simd>(self, simd: S) -> Self::Out;
+}
+
+/// Operations on sixteen `f32` lanes (`V`) and sixteen `i32` lanes (`I`).
+pub(crate) trait Simd: Copy {
+    type V: Copy;
+    type I: Copy;
+
+    /// Whether there are registers for 24 accumulators of sixteen lanes.
+    const WIDE: bool;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn load(self, x: &Lanes) -> Self::V;
+    fn load_f16(self, x: &[f16; LANES]) -> Self::V;
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::V;
+    fn store(self, v: Self::V, out: &mut Lanes);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even; for magnitudes below 2^31.
+    fn round(self, v: Self::V) -> Self::V;
+    /// 2^n for integral `n` in -126 ..= 127.
+    fn pow2(self, n: Self::V) -> Self::V;
+    /// Rounded as `round` does and narrowed, for magnitudes below 128.
+    fn round_i8(self, v: Self::V) -> [i8; LANES];
+
+    fn splat_int(self, x: i32) -> Self::I;
+    /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` (unsigned, none below 1) with the four signed
+    /// bytes of `x`, none of which is -128.
+    fn dot4(self, acc: Self::I, w: &[u8; 64], x: i32) -> Self::I;
+    /// Exact for magnitudes up to 2^24.
+    fn int_to_f32(self, v: Self::I) -> Self::V;
+
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        self.splat(0.0)
+    }
+
+    /// Sum of the lanes, as a fixed tree of halves.
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        self.fold(v, |a, b| a + b)
+    }
+
+    /// Largest lane.
+    #[inline(always)]
+    fn max_lane(self, v: Self::V) -> f32 {
+        self.fold(v, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn fold(self, v: Self::V, op: impl Fn(f32, f32) -> f32) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] = op(lanes[i], lanes[i + half]);
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// A stored weight type that widens to `f32` in register, exactly.
+pub(crate) trait Weight: Copy + Send + Sync + 'static {
+    const ZERO: Self;
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::V;
+}
+
+// === impl Isa ===
+
+impl Isa {
+    /// The fastest instruction set of this CPU.
+    #[must_use]
+    pub fn best() -> Self {
+        Self::available()[0]
+    }
+
+    /// Every instruction set that this CPU has, fastest first. AVX-512 means F, BW, DQ, VL and VNNI together: a CPU
+    /// without VNNI takes the AVX2 path.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(avx512::Avx512::detect().map(|token| Self(Level::Avx512(token))));
+            found.extend(avx2::Avx2::detect().map(|token| Self(Level::Avx2(token))));
+        }
+        found.push(Self(Level::Portable));
+        found
+    }
+
+    /// Its name, for logs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(_) => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(_) => "avx2-fma",
+            Level::Portable => "portable",
+        }
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(token) => token.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(token) => token.run(kernel),
+            Level::Portable => kernel.run(portable::Portable),
+        }
+    }
+}
+
+// === impl Weight ===
+
+impl Weight for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::V {
+        simd.load(x)
+    }
+}
+
+impl Weight for f16 {
+    const ZERO: Self = Self::ZERO;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::V {
+        simd.load_f16(x)
+    }
+}
+
+impl Weight for bf16 {
+    const ZERO: Self = Self::ZERO;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::V {
+        simd.load_bf16(x)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every operation on a spread of values; the bits are compared between instruction sets.
+    struct Everything<'a> {
+        a: &'a Lanes,
+        b: &'a Lanes,
+        halves: &'a [f16; LANES],
+        brains: &'a [bf16; LANES],
+        bytes: &'a [u8; 64],
+    }
+
+    impl Kernel for Everything<'_> {
+        type Out = Vec<u32>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Vec<u32> {
+            let (a, b) = (s.load(self.a), s.load(self.b));
+            let n = s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)));
+            let dots = s.dot4(s.splat_int(-7), self.bytes, i32::from_le_bytes([127, 129, 3, 250]));
+            let vectors = [
+                s.add(a, b),
+                s.sub(a, b),
+                s.mul(a, b),
+                s.div(a, b),
+                s.fma(a, b, a),
+                s.max(a, b),
+                s.min(a, b),
+                s.round(a),
+                s.pow2(n),
+                s.load_f16(self.halves),
+                s.load_bf16(self.brains),
+                s.int_to_f32(dots),
+            ];
+            let mut bits = vec![s.sum(a).to_bits(), s.max_lane(a).to_bits()];
+            for v in vectors {
+                let mut lanes = [0.0; LANES];
+                s.store(v, &mut lanes);
+                bits.extend(lanes.map(f32::to_bits));
+            }
+            bits.extend(
+                s.round_i8(s.min(s.max(a, s.splat(-127.0)), s.splat(127.0))).map(|q| u32::from(q.cast_unsigned())),
+            );
+            bits
+        }
+    }
+
+    #[test]
+    fn all_instruction_sets_agree_to_the_bit() {
+        let mut state = 1u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 8
+        };
+        for round in 0..200 {
+            let mut value = || (next() as f32 / 8_388_608.0 - 1.0) * 10f32.powi(round % 5 - 1);
+            let (a, b): (Lanes, Lanes) = (std::array::from_fn(|_| value()), std::array::from_fn(|_| value()));
+            let halves =
+                std::array::from_fn(
+                    |i| if i == 3 { f16::from_bits(1 + next() as u16 % 900) } else { f16::from_f32(a[i]) },
+                );
+            let brains = a.map(bf16::from_f32);
+            let bytes = std::array::from_fn(|_| 1 + (next() % 255) as u8);
+            let run = |isa: Isa| isa.run(Everything { a: &a, b: &b, halves: &halves, brains: &brains, bytes: &bytes });
+            let expect = run(Isa(Level::Portable));
+            for isa in Isa::available() {
+                assert_eq!(run(isa), expect, "{}", isa.name());
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Sixteen lanes in two 256-bit registers.
+#![expect(unsafe_code, reason = "vector instructions; the token proves that the CPU has them")]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, LANES, Lanes, Simd};
+
+/// Proof that the CPU has AVX2, FMA and F16C. Made by [`Avx2::detect`] only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        let found =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: the token proves that the features of `enter` are present.
+        unsafe { enter(self, kernel) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn enter<K: Kernel>(token: Avx2, kernel: K) -> K::Out {
+    kernel.run(token)
+}
+
+type Pair = [__m256; 2];
+
+/// Applies an intrinsic that touches no memory to both halves.
+macro_rules! both {
+    ($f:path; $($x:expr),*) => {
+        // SAFETY: the token in `self` proves that the CPU has the instruction, and it touches registers only.
+        unsafe { [$f($($x[0]),*), $f($($x[1]),*)] }
+    };
+}
+
+impl Simd for Avx2 {
+    type V = Pair;
+    type I = [__m256i; 2];
+
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Pair {
+        // SAFETY: the token proves the instruction, which touches registers only.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &Lanes) -> Pair {
+        // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `x` and ask for no alignment.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> Pair {
+        // SAFETY: the token proves the instructions; both loads lie in the 32 bytes of `x` and ask for no alignment.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast()));
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Pair {
+        // SAFETY: the token proves the instructions; both loads lie in the 32 bytes of `x` and ask for no alignment.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast()));
+            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low));
+            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high));
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, v: Pair, out: &mut Lanes) {
+        // SAFETY: the token proves the instructions; both stores lie in the 64 bytes of `out` and ask for no alignment.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Pair, b: Pair) -> Pair {
+        both!(_mm256_add_ps; a, b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Pair, b: Pair) -> Pair {
+        both!(_mm256_sub_ps; a, b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Pair, b: Pair) -> Pair {
+        both!(_mm256_mul_ps; a, b)
+    }
+
+    #[inline(always)]
+    fn div(self, a: Pair, b: Pair) -> Pair {
+        both!(_mm256_div_ps; a, b)
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Pair, b: Pair, c: Pair) -> Pair {
+        both!(_mm256_fmadd_ps; a, b, c)
+    }
+
+    #[inline(always)]
+    fn max(self, a: Pair, b: Pair) -> Pair {
+        both!(_mm256_max_ps; a, b)
+    }
+
+    #[inline(always)]
+    fn min(self, a: Pair, b: Pair) -> Pair {
+        both!(_mm256_min_ps; a, b)
+    }
+
+    #[inline(always)]
+    fn round(self, v: Pair) -> Pair {
+        both!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>; v)
+    }
+
+    #[inline(always)]
+    fn pow2(self, n: Pair) -> Pair {
+        // SAFETY: the token proves the instructions, which touch registers only.
+        unsafe {
+            let bias = _mm256_set1_epi32(127);
+            let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n[0]), bias));
+            let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n[1]), bias));
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn round_i8(self, v: Pair) -> [i8; LANES] {
+        let mut words = [0i32; LANES];
+        // SAFETY: the token proves the instructions; both stores lie in the 64 bytes of `words` and ask for no alignment.
+        unsafe {
+            _mm256_storeu_si256(words.as_mut_ptr().cast(), _mm256_cvtps_epi32(v[0]));
+            _mm256_storeu_si256(words.as_mut_ptr().add(8).cast(), _mm256_cvtps_epi32(v[1]));
+        }
+        words.map(|word| word as i8)
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> [__m256i; 2] {
+        // SAFETY: the token proves the instruction, which touches registers only.
+        unsafe { [_mm256_set1_epi32(x); 2] }
+    }
+
+    /// Multiplies magnitudes of the (re-signed) weights with activations that take over their signs: the pairwise 16-bit
+    /// sums stay below 2 * 127 * 127, so that `maddubs` does not saturate.
+    #[inline(always)]
+    fn dot4(self, acc: [__m256i; 2], w: &[u8; 64], x: i32) -> [__m256i; 2] {
+        // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
+        unsafe {
+            let x = _mm256_set1_epi32(x);
+            // Unsigned weights are signed ones plus 128: 128 * sum(x) goes back in below.
+            let bias = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(128));
+            let (ones, flip) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
+            let low = _mm256_xor_si256(_mm256_loadu_si256(w.as_ptr().cast()), flip);
+            let high = _mm256_xor_si256(_mm256_loadu_si256(w.as_ptr().add(32).cast()), flip);
+            let low = _mm256_maddubs_epi16(_mm256_abs_epi8(low), _mm256_sign_epi8(x, low));
+            let high = _mm256_maddubs_epi16(_mm256_abs_epi8(high), _mm256_sign_epi8(x, high));
+            let (low, high) = (_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
+            [
+                _mm256_add_epi32(acc[0], _mm256_add_epi32(low, bias)),
+                _mm256_add_epi32(acc[1], _mm256_add_epi32(high, bias)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn int_to_f32(self, v: [__m256i; 2]) -> Pair {
+        both!(_mm256_cvtepi32_ps; v)
+    }
+}

@@ -1,0 +1,155 @@
+//! Sixteen lanes in one 512-bit register.
+#![expect(unsafe_code, reason = "vector instructions; the token proves that the CPU has them")]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, LANES, Lanes, Simd};
+
+/// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C. Made by [`Avx512::detect`] only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Avx512(());
+
+impl Avx512 {
+    pub(super) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: the token proves that the features of `enter` are present.
+        unsafe { enter(self, kernel) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+fn enter<K: Kernel>(token: Avx512, kernel: K) -> K::Out {
+    kernel.run(token)
+}
+
+/// Wraps one expression of intrinsics that touch no memory.
+macro_rules! registers {
+    ($e:expr) => {
+        // SAFETY: the token in `self` proves that the CPU has the instructions, and they touch registers only.
+        unsafe { $e }
+    };
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    type I = __m512i;
+
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        registers!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn load(self, x: &Lanes) -> __m512 {
+        // SAFETY: the token proves the instruction; `x` is 64 readable bytes, and the load asks for no alignment.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> __m512 {
+        // SAFETY: the token proves the instructions; `x` is 32 readable bytes, and the load asks for no alignment.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> __m512 {
+        // SAFETY: the token proves the instructions; `x` is 32 readable bytes, and the load asks for no alignment.
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, out: &mut Lanes) {
+        // SAFETY: the token proves the instruction; `out` is 64 writable bytes, and the store asks for no alignment.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        registers!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        registers!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        registers!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        registers!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        registers!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        registers!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        registers!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn round(self, v: __m512) -> __m512 {
+        registers!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v))
+    }
+
+    #[inline(always)]
+    fn pow2(self, n: __m512) -> __m512 {
+        registers!({
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+        })
+    }
+
+    #[inline(always)]
+    fn round_i8(self, v: __m512) -> [i8; LANES] {
+        let mut out = [0; LANES];
+        // SAFETY: the token proves the instructions; `out` is 16 writable bytes, and the store asks for no alignment.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) };
+        out
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> __m512i {
+        registers!(_mm512_set1_epi32(x))
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, w: &[u8; 64], x: i32) -> __m512i {
+        // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
+        unsafe { _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(x)) }
+    }
+
+    #[inline(always)]
+    fn int_to_f32(self, v: __m512i) -> __m512 {
+        registers!(_mm512_cvtepi32_ps(v))
+    }
+}

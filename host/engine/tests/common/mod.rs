@@ -1,0 +1,201 @@
+//! What the engine's tests share: random models in memory, and a driver that turns sequences into step plans.
+//!
+//! The driver stands in for the scheduler: it owns block tables and chunking, so that a test can vary them at will.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
+use pointsman_sched::ids::{BlockId, RequestId};
+use pointsman_sched::request::Sampling;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+/// A few lines of linear congruence: test data only.
+#[derive(Debug)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// Roughly normal, deviation 1.
+    pub fn normal(&mut self) -> f32 {
+        let sum: f64 = (0..12).map(|_| self.next() as f64 / (1u64 << 31) as f64).sum();
+        (sum - 6.0) as f32
+    }
+
+    pub fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
+        (0..n).map(|_| self.below(vocab as u64) as u32).collect()
+    }
+}
+
+pub fn spec() -> ModelSpec {
+    ModelSpec {
+        vocab: 203,
+        hidden: 96,
+        layers: 3,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 32,
+        ffn: 160,
+        context: 256,
+        norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        tied: true,
+    }
+}
+
+/// A tensor of a random model, in `f32`.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// Every tensor of a model, rounded to `dtype`.
+pub fn tensors(spec: &ModelSpec, dtype: Dtype, seed: u64) -> Vec<Named> {
+    let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![spec.vocab, spec.hidden])];
+    for layer in 0..spec.layers {
+        let mut add =
+            |part: &str, shape: Vec<usize>| shapes.push((format!("model.layers.{layer}.{part}.weight"), shape));
+        add("input_layernorm", vec![spec.hidden]);
+        add("self_attn.q_proj", vec![spec.q_dim(), spec.hidden]);
+        add("self_attn.k_proj", vec![spec.kv_dim(), spec.hidden]);
+        add("self_attn.v_proj", vec![spec.kv_dim(), spec.hidden]);
+        add("self_attn.o_proj", vec![spec.hidden, spec.q_dim()]);
+        add("post_attention_layernorm", vec![spec.hidden]);
+        add("mlp.gate_proj", vec![spec.ffn, spec.hidden]);
+        add("mlp.up_proj", vec![spec.ffn, spec.hidden]);
+        add("mlp.down_proj", vec![spec.hidden, spec.ffn]);
+    }
+    shapes.push(("model.norm.weight".to_owned(), vec![spec.hidden]));
+    if !spec.tied {
+        shapes.push(("lm_head.weight".to_owned(), vec![spec.vocab, spec.hidden]));
+    }
+    let mut rng = Rng(seed);
+    let mut fill = |(name, shape): (String, Vec<usize>)| {
+        let is_norm = shape.len() == 1;
+        let scale = if is_norm { 0.2 } else { 1.0 / (shape[1] as f32).sqrt() };
+        let value = |x: f32| round_to(dtype, x * scale + if is_norm { 1.0 } else { 0.0 });
+        let values = (0..shape.iter().product()).map(|_| value(rng.normal())).collect();
+        Named { name, shape, values }
+    };
+    shapes.into_iter().map(&mut fill).collect()
+}
+
+fn round_to(dtype: Dtype, x: f32) -> f32 {
+    match dtype {
+        Dtype::F16 => f16::from_f32(x).to_f32(),
+        Dtype::BF16 => bf16::from_f32(x).to_f32(),
+        _ => x,
+    }
+}
+
+/// The tensors as a safetensors file.
+pub fn serialize(tensors: &[Named], dtype: Dtype) -> Vec<u8> {
+    let bytes = |x: &f32| match dtype {
+        Dtype::F16 => f16::from_f32(*x).to_le_bytes().to_vec(),
+        Dtype::BF16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
+        _ => x.to_le_bytes().to_vec(),
+    };
+    let data: Vec<Vec<u8>> = tensors.iter().map(|t| t.values.iter().flat_map(bytes).collect()).collect();
+    let view = |(t, d): (&Named, &'_ Vec<u8>)| (t.name.clone(), t.shape.clone(), d.clone());
+    let owned: Vec<_> = tensors.iter().zip(&data).map(view).collect();
+    let views = owned.iter().map(|(name, shape, data)| (name, TensorView::new(dtype, shape.clone(), data).unwrap()));
+    safetensors::serialize(views, None).unwrap()
+}
+
+pub fn model(spec: &ModelSpec, dtype: Dtype, precision: Precision, seed: u64) -> Arc<Model> {
+    let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, seed), dtype)).unwrap();
+    Arc::new(Model::load(spec.clone(), &weights, precision).unwrap())
+}
+
+pub fn config(model: &Model) -> CpuConfig {
+    let context_tokens = model.spec().context.min(256);
+    CpuConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 40, context_tokens }
+}
+
+pub fn engine(model: &Arc<Model>, pool: &ComputePool) -> CpuEngine {
+    CpuEngine::new(Arc::clone(model), pool.clone(), config(model)).unwrap()
+}
+
+/// One sequence: its tokens, how many of them are computed, and its pages.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    pub tokens: Vec<u32>,
+    pub computed: usize,
+    pub blocks: Vec<BlockId>,
+}
+
+/// Hands out tokens and blocks as a scheduler would.
+#[derive(Debug, Default)]
+pub struct Step {
+    pub plan: StepPlan,
+}
+
+impl Step {
+    /// Adds the next `n` tokens of a sequence; the row samples when they are its last.
+    pub fn push(&mut self, sequence: &Sequence, n: usize, sampling: &Arc<Sampling>) -> &mut Self {
+        let plan = &mut self.plan;
+        let at = |len: usize| u32::try_from(len).unwrap();
+        let range = |from: usize, to: usize| -> Range<u32> { at(from)..at(to) };
+        let (tokens, blocks) = (plan.tokens.len(), plan.blocks.len());
+        plan.tokens.extend(&sequence.tokens[sequence.computed..sequence.computed + n]);
+        plan.blocks.extend(&sequence.blocks);
+        let last = sequence.computed + n == sequence.tokens.len();
+        let sample = last.then(|| Sample {
+            sampling: Arc::clone(sampling),
+            index: 0,
+            history: 0..0,
+            history_prompt: 0,
+            banned: None,
+        });
+        plan.rows.push(Row {
+            request: RequestId(1 + plan.rows.len() as u64),
+            tokens: range(tokens, plan.tokens.len()),
+            position: at(sequence.computed),
+            blocks: range(blocks, plan.blocks.len()),
+            sample,
+        });
+        self
+    }
+
+    pub fn run(&mut self, engine: &mut CpuEngine) -> Vec<u32> {
+        let mut out = StepOutput::default();
+        engine.execute(&self.plan, &mut out).unwrap();
+        out.sampled.iter().map(|sampled| sampled.token).collect()
+    }
+}
+
+/// Blocks `ids` for a sequence.
+pub fn blocks(ids: impl IntoIterator<Item = u32>) -> Vec<BlockId> {
+    ids.into_iter().map(BlockId).collect()
+}
+
+/// Prefills in chunks of at most `chunk` and decodes `n` tokens greedily, alone. Gives tokens and logit bits.
+pub fn generate(engine: &mut CpuEngine, prompt: &[u32], chunk: usize, n: usize) -> (Vec<u32>, Vec<Vec<u32>>) {
+    let greedy = Arc::new(Sampling::default());
+    let mut sequence = Sequence { tokens: prompt.to_vec(), computed: 0, blocks: blocks(0..16) };
+    let (mut tokens, mut logits) = (Vec::new(), Vec::new());
+    while tokens.len() < n {
+        let len = chunk.min(sequence.tokens.len() - sequence.computed);
+        let sampled = Step::default().push(&sequence, len, &greedy).run(engine);
+        sequence.computed += len;
+        if let [token] = sampled[..] {
+            logits.push(engine.logits(0).iter().map(|x| x.to_bits()).collect());
+            tokens.push(token);
+            sequence.tokens.push(token);
+        }
+    }
+    (tokens, logits)
+}
