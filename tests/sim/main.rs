@@ -1,0 +1,86 @@
+//! Seeded simulation of one replica: the real scheduler, a model executor with a cost model, a virtual clock, and policies
+//! from helpful to hostile. Weeks of traffic pass in seconds, and every history can be had again from its seed.
+//!
+//! Read in this order: [`world`] (what happens when, and `run`), [`checks`] (what must hold after every step),
+//! [`executor`] (how wrong KV becomes a wrong answer), [`policies`] (who proposes). A seed that failed once goes into
+//! `seeds.txt` with a word on why; the sweep runs it for ever.
+//!
+//! Not a fuzzer of bytes: what breaks schedulers is an order of events, and a world that knows what a request, a fault and
+//! a swap are reaches those orders sooner.
+
+mod checks;
+mod executor;
+mod policies;
+mod rng;
+mod world;
+
+use policies::Kind;
+use world::{Options, Report, run};
+
+/// Seeds of the sweep, besides those of `seeds.txt`.
+const SWEEP: std::ops::Range<u64> = 0..300;
+
+fn regressions() -> Vec<u64> {
+    let lines = include_str!("seeds.txt").lines().map(|line| line.split('#').next().unwrap_or_default().trim());
+    lines.filter(|line| !line.is_empty()).map(|line| line.parse().expect("a seed per line")).collect()
+}
+
+/// Runs every seed with one kind of policy and adds up the reports, so that a test can also say what the seeds reached.
+fn sweep(kind: Kind, shape: impl Fn(Options) -> Options) -> Report {
+    let mut total = Report::default();
+    for seed in regressions().into_iter().chain(SWEEP) {
+        let options = shape(Options::of_seed(seed));
+        total.add(&run(seed, kind.policy(seed), &options));
+    }
+    total
+}
+
+#[test]
+fn the_native_policy_serves_everything() {
+    let total = sweep(Kind::Native, |options| options);
+    assert!(total.preemptions > 0 && total.cached_tokens > 0 && total.failed > 0 && total.cancelled > 0, "{total:?}");
+    assert_eq!(total.policy_calls, 0);
+}
+
+#[test]
+fn shortest_first_serves_everything() {
+    let total = sweep(Kind::ShortestFirst, |options| options);
+    assert!(total.preemptions > 0 && total.policy_calls > 0, "{total:?}");
+    assert_eq!((total.plans_refused, total.dropped), (0, 0), "it names only what it was shown");
+}
+
+#[test]
+fn no_adversary_breaks_the_books() {
+    let total = sweep(Kind::Adversary, |options| options);
+    assert!(total.plans_refused > 0 && total.dropped > 0 && total.overdue_served > 0, "{total:?}");
+}
+
+#[test]
+fn a_policy_that_holds_everything_costs_the_starvation_bound_and_no_more() {
+    let total = sweep(Kind::HoldsAll, |options| Options { cancel_ppm: 0, fault_ppm: 0, deadline_ppm: 0, ..options });
+    assert_eq!(total.finished, total.submitted, "{total:?}");
+    assert!(total.overdue_served > 0, "{total:?}");
+}
+
+#[test]
+fn swaps_in_mid_flight_never_split_a_decision() {
+    let total = sweep(Kind::Native, |options| Options { swap_ppm: 50_000, ..options });
+    assert!(total.swaps > 100 && total.policy_calls > 0, "{total:?}");
+}
+
+#[test]
+fn without_faults_and_cancels_every_request_finishes() {
+    for kind in [Kind::Native, Kind::ShortestFirst] {
+        let total = sweep(kind, |options| Options { cancel_ppm: 0, fault_ppm: 0, deadline_ppm: 0, ..options });
+        assert_eq!(total.finished, total.submitted, "{kind:?} {total:?}");
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_history_twice() {
+    for seed in SWEEP.take(5) {
+        let options = Options { swap_ppm: 20_000, ..Options::of_seed(seed) };
+        let report = || run(seed, Kind::Adversary.policy(seed), &options);
+        assert_eq!(report(), report());
+    }
+}
