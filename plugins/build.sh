@@ -42,8 +42,8 @@ export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS="--remap-path-prefix=$plugi
 --remap-path-prefix=$cargo_home=/cargo ${remap_std:-}"
 
 guests=
-for manifest in route-*/Cargo.toml sched-*/Cargo.toml hook-*/Cargo.toml fixtures/*/Cargo.toml; do
-    [ -f "$manifest" ] && guests="$guests $(sed -n 's/^name = "\(.*\)"$/\1/p' "$manifest" | head -n 1)"
+for manifest in */Cargo.toml fixtures/*/Cargo.toml; do
+    grep -q cdylib "$manifest" && guests="$guests $(sed -n 's/^name = "\(.*\)"$/\1/p' "$manifest" | head -n 1)"
 done
 
 # shellcheck disable=SC2046,SC2086 # guest names and flags have no spaces

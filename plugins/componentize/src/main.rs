@@ -18,6 +18,9 @@ const ALSO_AS_CORE: &str = "route-least-loaded";
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
+/// The guest that must be refused for what it imports.
+const FOREIGN: &str = "fixture-foreign";
+
 /// What `prebuilt/manifest.json` says.
 struct Manifest {
     compiler: String,
@@ -48,7 +51,7 @@ fn main() -> ExitCode {
 
 fn build(compiler: &str, core_dir: &Path, guests: &[String]) -> Outcome<()> {
     let prebuilt = plugins_dir().join("prebuilt");
-    let components = encode_all(core_dir, guests)?;
+    let files = encode_all(core_dir, guests)?;
     fs::create_dir_all(&prebuilt)?;
     for old in fs::read_dir(&prebuilt)? {
         let path = old?.path();
@@ -56,10 +59,10 @@ fn build(compiler: &str, core_dir: &Path, guests: &[String]) -> Outcome<()> {
             fs::remove_file(path)?;
         }
     }
-    for (name, bytes) in &components {
+    for (name, bytes) in &files {
         fs::write(prebuilt.join(name), bytes)?;
     }
-    let manifest = Manifest::of(compiler, &components)?;
+    let manifest = Manifest::of(compiler, &files)?;
     fs::write(prebuilt.join("manifest.json"), manifest.to_json()?)?;
     println!("source hash {}", manifest.source_hash);
     Ok(())
@@ -93,8 +96,13 @@ fn encode_all(core_dir: &Path, guests: &[String]) -> Outcome<BTreeMap<String, Ve
     let mut files = BTreeMap::new();
     for guest in guests {
         let core = fs::read(core_dir.join(format!("{}.wasm", guest.replace('-', "_"))))?;
-        let component = encode(&core).map_err(|error| format!("{guest}: {error}"))?;
-        println!("{guest}: {} bytes, imports {}", component.len(), imports(&component)?.join(", "));
+        let component = wit_component::ComponentEncoder::default().module(&core)?.validate(true).encode()?;
+        let imports = imports(&component)?;
+        println!("{guest}: {} bytes, imports {}", component.len(), imports.join(", "));
+        let foreign = imports.iter().find(|name| !name.starts_with("pointsman:policy/"));
+        if let (Some(foreign), true) = (foreign, guest != FOREIGN) {
+            return Err(format!("{guest} imports {foreign}, which the host does not offer").into());
+        }
         if guest == ALSO_AS_CORE {
             files.insert(format!("{guest}.core.wasm"), core);
         }
@@ -107,14 +115,6 @@ fn encode_all(core_dir: &Path, guests: &[String]) -> Outcome<BTreeMap<String, Ve
         }
     }
     Ok(files)
-}
-
-fn encode(core: &[u8]) -> Outcome<Vec<u8>> {
-    let component = wit_component::ComponentEncoder::default().module(core)?.validate(true).encode()?;
-    match imports(&component)?.iter().find(|name| !name.starts_with("pointsman:policy/")) {
-        Some(foreign) => Err(format!("imports {foreign}, which the host does not offer").into()),
-        None => Ok(component),
-    }
 }
 
 /// Names of the instances and functions that a component imports.

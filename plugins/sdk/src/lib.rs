@@ -42,6 +42,7 @@ extern crate self as pointsman_plugin;
 
 mod config;
 mod export;
+mod hash;
 mod host;
 mod queue;
 mod rows;
@@ -66,6 +67,7 @@ pub use bindings::telemetry::exports::pointsman::policy::telemetry::{Alert, Even
 pub use config::NoConfig;
 #[doc(hidden)]
 pub use export::{Component, Instance};
+pub use hash::mix;
 pub use host::{log, metrics, state};
 pub use queue::Queue;
 pub use rows::{Event, EventKind, Replica, Sequence};

@@ -8,6 +8,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 
+use crate::hash::mix;
 use crate::{Changes, RequestId, Sequence, View};
 
 /// Waiting and running requests, smallest key first; equal keys go by id, which is the order of arrival.
@@ -97,7 +98,7 @@ impl<K: Copy + Ord> Queue<K> {
     }
 }
 
-/// Ids are counted up by the host: one multiplication spreads them, and nobody can choose them.
+/// Ids are counted up by the host: a cheap mix spreads them, and nobody can choose them.
 #[derive(Clone, Copy, Debug, Default)]
 struct IdHasher(u64);
 
@@ -113,8 +114,7 @@ impl Hasher for IdHasher {
     }
 
     fn write_u64(&mut self, id: u64) {
-        let product = u128::from(id) * 0x9e37_79b9_7f4a_7c15;
-        self.0 = (product as u64) ^ (product >> 64) as u64;
+        self.0 = mix(id, 0);
     }
 }
 

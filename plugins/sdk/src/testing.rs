@@ -14,9 +14,13 @@ use crate::{Request, Sequence, Sequences, View};
 /// # Errors
 /// What the operator would read.
 pub fn start<P: Policy>(config: &str) -> Result<P, String> {
-    let host =
-        HostInfo { slot: "test".into(), generation: 1, instance: 0, host_version: "0.1.0".into(), columns: Vec::new() };
-    P::init(crate::config::parse(config)?, &host)
+    P::init(crate::config::parse(config)?, &host())
+}
+
+/// The first instance of the first generation of a slot `test`.
+#[must_use]
+pub fn host() -> HostInfo {
+    HostInfo { slot: "test".into(), generation: 1, instance: 0, host_version: "0.1.0".into(), columns: Vec::new() }
 }
 
 /// A request of 100 prompt tokens and 50 new ones for the model `demo`, without session or deadline.

@@ -1,0 +1,137 @@
+//! Scheduler: critical before high before normal before low, first come first served within a class, with aging.
+//!
+//! A request's key is its arrival plus a handicap of `aging_ms` per class below critical, smallest first: whoever waits that
+//! long rises by a class. All who wait age at the same rate, so keys are fixed at arrival and a step costs
+//! O(changes * log n). Strict classes (an aging of hours) starve the low ones whenever the rest fills the replica; separate
+//! queues with shares per class need a tuning that nobody does.
+//!
+//! When memory is short the last in this order is put back first. With `preempt` a full batch makes room, too: running
+//! requests of a lower class than the best waiting one are offered, lowest first. Off by default, because what a preempted
+//! request has computed is thrown away. Classes are compared as they were given, not as they aged, so that two requests
+//! never preempt each other in turn.
+//!
+//! Configuration: `aging_ms` (10000), `preempt` (false).
+
+use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, Plan};
+use pointsman_plugin::{Policy, Queue, Rest, Scheduler, Sequence, View};
+use serde::Deserialize;
+
+/// What the operator may set.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    aging_ms: u32,
+    preempt: bool,
+}
+
+/// Aged arrival, and the class that was given (0 critical to 3 low).
+type Key = (Micros, u8);
+
+/// The policy.
+#[derive(Debug)]
+pub struct Priorities {
+    config: Config,
+    queue: Queue<Key>,
+}
+
+pointsman_plugin::scheduler!(Priorities);
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { aging_ms: 10_000, preempt: false }
+    }
+}
+
+impl Config {
+    fn key(&self, sequence: &Sequence) -> Key {
+        let handicap = u64::from(sequence.priority) * u64::from(self.aging_ms) * 1_000;
+        (sequence.arrived.saturating_add(handicap), sequence.priority)
+    }
+}
+
+impl Policy for Priorities {
+    type Config = Config;
+
+    fn init(config: Config, _host: &HostInfo) -> Result<Self, String> {
+        Ok(Self { config, queue: Queue::default() })
+    }
+
+    fn manifest(&self) -> Manifest {
+        pointsman_plugin::manifest!()
+    }
+}
+
+impl Scheduler for Priorities {
+    fn resync(&mut self, view: &View) {
+        self.queue.resync(view, |sequence| self.config.key(sequence));
+    }
+
+    fn step(&mut self, _now: Micros, budgets: &Budgets, changes: &Changes) -> Option<Plan> {
+        self.queue.apply(changes, |sequence| self.config.key(sequence));
+        let mut admit = self.queue.next(budgets.running);
+        let mut preempt: Vec<_> = self.queue.running().rev().map(|(_, id)| id).collect();
+        if self.config.preempt
+            && admit.is_empty()
+            && let Some(((_, class), id)) = self.queue.waiting().next()
+        {
+            // One per step: the next step sees what came of it.
+            preempt =
+                self.queue.running().rev().filter(|((_, running), _)| *running > class).map(|(_, id)| id).collect();
+            admit.extend((!preempt.is_empty()).then_some(id));
+        }
+        Some(Plan { admit, rest: Rest::Hold, preempt, ..Plan::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pointsman_plugin::testing::{arrivals, budgets, sequence, start, view};
+
+    const SECOND: u64 = 1_000_000;
+    const CRITICAL: u8 = 0;
+    const HIGH: u8 = 1;
+    const NORMAL: u8 = 2;
+    const LOW: u8 = 3;
+
+    fn of(id: u64, arrived: u64, priority: u8) -> Sequence {
+        Sequence { arrived, priority, ..sequence(id) }
+    }
+
+    fn plan(config: &str, places: u32, waiting: &[Sequence], running: &[Sequence]) -> Plan {
+        let mut policy: Priorities = start(config).expect("a valid configuration");
+        policy.resync(&view(1, places, waiting, running));
+        policy.step(2, &budgets(places), &arrivals([])).expect("a plan")
+    }
+
+    #[test]
+    fn classes_go_first_and_age() {
+        let queue = |low_since| [of(1, low_since, LOW), of(2, 40 * SECOND, HIGH), of(3, 40 * SECOND, CRITICAL)];
+        for (config, low_since, expect) in [
+            ("", 39 * SECOND, [3, 2, 1]),
+            ("", 15 * SECOND, [3, 1, 2]),
+            ("", 5 * SECOND, [1, 3, 2]),
+            (r#"{"aging_ms": 60000}"#, 5 * SECOND, [3, 2, 1]),
+        ] {
+            assert_eq!(plan(config, 8, &queue(low_since), &[]).admit, expect, "{config} {low_since}");
+        }
+        assert_eq!(plan("", 8, &[of(7, 9, NORMAL), of(8, 4, NORMAL)], &[]).admit, [8, 7], "in order within a class");
+    }
+
+    #[test]
+    fn a_full_batch_makes_room_only_when_told_to_and_only_for_a_higher_class() {
+        let running = [of(1, 1, NORMAL), of(2, 2, LOW), of(3, 3, HIGH)];
+        let preempts = r#"{"preempt": true}"#;
+        for (config, class, admit, preempt) in [
+            ("", CRITICAL, vec![], vec![2, 1, 3]),
+            (preempts, CRITICAL, vec![9], vec![2, 1, 3]),
+            (preempts, HIGH, vec![9], vec![2, 1]),
+            (preempts, LOW, vec![], vec![]),
+        ] {
+            let plan = plan(config, 3, &[of(9, 4, class)], &running);
+            assert_eq!((plan.admit, plan.preempt), (admit, preempt), "{config} {class}");
+        }
+        let with_room = plan(preempts, 4, &[of(9, 4, NORMAL)], &running);
+        assert_eq!((with_room.admit, with_room.preempt), (vec![9], vec![2, 1, 3]));
+    }
+}
