@@ -148,7 +148,7 @@ impl BatchPolicy for Adversary {
         plan.admit = self.some(300_000);
         plan.preempt = self.some(500_000);
         plan.prefill_id = self.some(500_000);
-        plan.prefill_tokens = plan.prefill_id.iter().map(|_| self.rng.within(0, 40)).collect();
+        plan.prefill_tokens = plan.prefill_id.iter().map(|_| self.rng.within(0, 40).saturating_sub(15)).collect();
         plan.rest = if self.rng.chance(600_000) { Rest::Hold } else { Rest::HostOrder };
         if self.rng.chance(20_000) {
             plan.drop = self.some(200_000);

@@ -149,3 +149,38 @@ impl Kv {
         (hash, tokens)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: Config = Config {
+        block_tokens: 2,
+        n_blocks: 4,
+        max_running: 1,
+        step_tokens: 1,
+        max_waiting: 1,
+        prefill_chunk: 1,
+        starvation_us: 1,
+        context_tokens: 8,
+    };
+
+    #[test]
+    fn a_copy_takes_the_place_of_an_evicted_beginning() {
+        let mut kv = Kv::new(&CONFIG, Arc::new(PrefixSketch::new(4)));
+        let text = Text { tokens: &[1, 1, 2, 2, 9], hashes: &[] };
+        let [mut first, mut copy] = [(); 2].map(|()| (vec![kv.take().expect("a free block")], Chain::start(true)));
+        kv.publish(text, &first.0, 2, &mut first.1);
+        // Computed at the same time: known already, so it stays private.
+        kv.publish(text, &copy.0, 2, &mut copy.1);
+        kv.release_all(&mut first.0);
+        let others: Vec<_> = (0..3).map(|_| kv.take().expect("the last one is evicted")).collect();
+        kv.pool.release(others[0]);
+        copy.0.push(kv.take().expect("just released"));
+        kv.publish(text, &copy.0, 4, &mut copy.1);
+        let mut found = Vec::new();
+        kv.matching(text, &mut found);
+        assert_eq!(found, copy.0);
+        kv.assert_consistent();
+    }
+}

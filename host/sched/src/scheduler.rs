@@ -192,15 +192,16 @@ impl Scheduler {
         Ok(scheduler)
     }
 
-    /// Takes a request into the queue. Its prompt has at least one token and it asks for at least one.
+    /// Takes a request into the queue.
     ///
     /// # Errors
-    /// The request, untouched, with the bound that it ran into: the queue, the pool, or the context.
+    /// The request, untouched, with the bound that it ran into: the context, the pool, or the queue (in this order: only
+    /// the last one passes with time). A request without a prompt, or with the id of a live one, is the host's fault and
+    /// comes back as [`Failure::Engine`].
     #[expect(clippy::result_large_err, reason = "a refused request goes back whole, once, off the step path")]
     pub fn submit(&mut self, request: Request, now: Micros) -> Result<(), (Request, Failure)> {
-        assert!(!request.prompt.is_empty(), "{:?} has no prompt", request.id);
-        if let Err(exhausted) = self.admissible(&request) {
-            return Err((request, Failure::Exhausted(exhausted)));
+        if let Err(failure) = self.admissible(&request) {
+            return Err((request, failure));
         }
         let mut cached = 0;
         if self.kv.is_cacheable(&request) {
@@ -354,20 +355,26 @@ impl Scheduler {
         assert_eq!(self.queued_tokens, queued_tokens);
     }
 
-    fn admissible(&self, request: &Request) -> Result<(), ResourceExhausted> {
+    fn admissible(&self, request: &Request) -> Result<(), Failure> {
+        if request.prompt.is_empty() {
+            return Err(Failure::Engine("the host submitted it without a prompt".into()));
+        }
+        if self.sequences.find(request.id.0).is_some() {
+            return Err(Failure::Engine("the host submitted its id twice".into()));
+        }
         let tokens = count(request.prompt.len()).saturating_add(request.max_new_tokens.max(1));
         let limit = self.config.context_tokens;
         if tokens > limit {
-            return Err(ResourceExhausted::Context { tokens, limit });
+            return Err(ResourceExhausted::Context { tokens, limit }.into());
         }
         // The last token is never computed, so it needs no place.
         let (needed, total) = (self.config.blocks_for(tokens - 1), self.config.n_blocks);
         if needed > total {
-            return Err(ResourceExhausted::KvPool { needed, total });
+            return Err(ResourceExhausted::KvPool { needed, total }.into());
         }
         let (waiting, limit) = (self.n_waiting(), self.config.max_waiting);
         if waiting >= limit {
-            return Err(ResourceExhausted::Queue { waiting, limit });
+            return Err(ResourceExhausted::Queue { waiting, limit }.into());
         }
         Ok(())
     }

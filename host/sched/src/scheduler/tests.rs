@@ -138,6 +138,12 @@ fn what_can_never_fit_is_refused_with_numbers() {
     host.submit(request(2, 4, 1));
     let full = Failure::Exhausted(ResourceExhausted::Queue { waiting: 2, limit: 2 });
     assert_eq!(host.try_submit(request(3, 4, 1)), Err(full));
+    // A host that breaks the seam's promises fails one request and keeps the others.
+    for broken in [request(4, 0, 1), request(1, 4, 1)] {
+        assert!(matches!(host.try_submit(broken), Err(Failure::Engine(_))));
+    }
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.ended, [1, 2]);
 }
 
 #[test]
@@ -220,20 +226,21 @@ fn a_failed_step_ends_its_sequences_once_and_leaves_nothing_cached() {
 
 #[test]
 fn a_sequence_that_shares_a_spoiled_block_is_computed_again() {
-    let mut host = Host::new(Config { step_tokens: 8, ..CONFIG });
+    let mut host = Host::new(CONFIG);
     let prompt: Vec<u32> = (0..20).collect();
-    host.submit(model::request(1, prompt[..9].to_vec(), 6, CONFIG.block_tokens));
+    host.submit(model::request(1, prompt[..9].to_vec(), 12, CONFIG.block_tokens));
     host.step(&mut NativeBatch);
     host.step(&mut NativeBatch);
+    // Request 2 starts on the two blocks of request 1; then a policy pauses it, and the step that it is not in fails.
     host.submit(model::request(2, prompt.clone(), 3, CONFIG.block_tokens));
-    // A policy pauses request 2 after its admission: it holds the shared blocks and is not in the step that fails.
     host.step(&mut NativeBatch);
     let mut pause = Scripted::new(Plan { prefill_id: vec![2], prefill_tokens: vec![0], ..Plan::default() });
-    host.submit(request(3, 60, 1));
+    host.submit(request(3, 12, 1));
     let mut out = StepOutput::default();
-    let planned = host.begin(&mut pause, &mut out);
-    assert!(planned.iter().all(|&id| id != 2), "{planned:?}");
+    assert_eq!(host.begin(&mut pause, &mut out), [1, 3]);
+    assert_eq!(host.scheduler.inspect(RequestId(2), 0), Some((Stage::Prefilling, false)));
     host.fail(&ExecuteError::Device { what: "lost".into() });
+    assert_eq!(host.scheduler.inspect(RequestId(2), 0), Some((Stage::Queued, false)));
     host.run_until_idle(&mut NativeBatch);
     assert_eq!(host.tokens(2), reference(&model::request(2, prompt, 3, CONFIG.block_tokens)));
 }
@@ -397,6 +404,19 @@ fn differences_are_net_and_in_order() {
             "tenants 0 arrived [6] admitted [4] preempted [] gone [1] progress [(4, 4, 2, 2)]",
         ]
     );
+}
+
+#[test]
+fn admissions_are_told_in_their_order() {
+    let mut host = Host::new(CONFIG);
+    for id in 1..=3 {
+        host.submit(request(id, 4, 9));
+    }
+    let mut policy = Scripted::new(Plan { admit: vec![3, 1, 2], ..Plan::default() });
+    host.step(&mut policy);
+    host.submit(request(4, 4, 9));
+    host.step(&mut policy);
+    assert_eq!(policy.log[2], "tenants 0 arrived [4] admitted [3, 1, 2] preempted [] gone [] progress []");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use pointsman_telemetry::Event;
 use crate::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, Plan, View};
 use crate::config::Config;
 use crate::execute::{ExecuteError, Sampled, StepOutput, StepPlan};
-use crate::ids::{Micros, Priority, RequestId};
+use crate::ids::{BlockId, Micros, Priority, RequestId};
 use crate::prefix::{chain_hash, chain_hashes};
 use crate::publish::{PrefixSketch, ReplicaGauges};
 use crate::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
@@ -79,6 +79,8 @@ pub(super) struct Host {
     /// The KV pool: per position of every block, the hash of the text up to there.
     cells: Vec<u64>,
     block_tokens: usize,
+    /// Blocks of the step in flight.
+    touched: Vec<BlockId>,
 }
 
 impl Host {
@@ -93,6 +95,7 @@ impl Host {
             sinks: BTreeMap::new(),
             cells: vec![0; (config.n_blocks * config.block_tokens) as usize],
             block_tokens: config.block_tokens as usize,
+            touched: Vec::new(),
         }
     }
 
@@ -143,6 +146,7 @@ impl Host {
             return Vec::new();
         };
         look(plan);
+        self.touched.clone_from(&plan.blocks);
         execute(plan, &mut self.cells, self.block_tokens, out);
         plan.rows.iter().map(|row| row.request.0).collect()
     }
@@ -155,6 +159,10 @@ impl Host {
 
     /// The step in flight fails, and leaves garbage in every block that it could touch.
     pub(super) fn fail(&mut self, error: &ExecuteError) {
+        for block in &self.touched {
+            let start = block.0 as usize * self.block_tokens;
+            self.cells[start..start + self.block_tokens].fill(0xdead);
+        }
         let ended = &mut self.ended;
         self.scheduler.fail_step(self.now, error, &mut |event| note(ended, event));
         self.scheduler.assert_consistent();
