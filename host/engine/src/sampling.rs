@@ -230,3 +230,188 @@ fn uniform(seed: u64, index: u32) -> f64 {
     let bits = mix(stream.wrapping_add(GOLDEN.wrapping_mul(u64::from(index) + 1)));
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    struct Case<'a> {
+        logits: &'a [f32],
+        sampling: Sampling,
+        index: u32,
+        /// Prompt, then output.
+        history: [&'a [u32]; 2],
+        banned: &'a [u32],
+    }
+
+    fn case(logits: &[f32], sampling: Sampling) -> Case<'_> {
+        Case { logits, sampling, index: 0, history: [&[], &[]], banned: &[] }
+    }
+
+    fn sampler(vocab: usize) -> Sampler {
+        Sampler::allocate(vocab, Isa::best())
+    }
+
+    fn choose(sampler: &mut Sampler, case: &Case<'_>) -> Option<Sampled> {
+        let history: Vec<u32> = case.history.concat();
+        let mut lanes = vec![[9e9; LANES]; case.logits.len().div_ceil(LANES)];
+        lanes.as_flattened_mut()[..case.logits.len()].copy_from_slice(case.logits);
+        sampler.fill(lanes.iter());
+        sampler.rule = Some(Sample {
+            sampling: Arc::new(case.sampling.clone()),
+            index: case.index,
+            history: 0..history.len() as u32,
+            history_prompt: case.history[0].len() as u32,
+            banned: (!case.banned.is_empty()).then(|| case.banned.into()),
+        });
+        sampler.choose(&history);
+        sampler.chosen.take()
+    }
+
+    fn token(case: &Case<'_>) -> u32 {
+        choose(&mut sampler(case.logits.len()), case).unwrap().token
+    }
+
+    #[test]
+    fn greedy_follows_the_rules() {
+        let plain = Sampling::default;
+        let bias = |token, by| Sampling { logit_bias: vec![(token, by)], ..plain() };
+        let repetition = Sampling { repetition_penalty: 2.0, ..plain() };
+        let presence = Sampling { presence_penalty: 1.5, ..plain() };
+        let frequency = Sampling { frequency_penalty: 0.6, ..plain() };
+        let up = [1.0, 3.0, 2.0];
+        for (case, expect) in [
+            (case(&up, plain()), 1),
+            (case(&[2.0, 3.0, 3.0], plain()), 1),
+            (case(&[-5.0, -3.0, -4.0], plain()), 1),
+            (case(&up, bias(2, 1.5)), 2),
+            (case(&up, bias(1, -100.0)), 2),
+            (case(&up, bias(99, 1e9)), 1),
+            (Case { banned: &[1], ..case(&up, plain()) }, 2),
+            (Case { banned: &[1, 2, 77], ..case(&up, plain()) }, 0),
+            // Repetition counts prompt and output alike, once.
+            (Case { history: [&[1], &[]], ..case(&up, repetition.clone()) }, 2),
+            (Case { history: [&[], &[1, 1]], ..case(&[1.0, 3.0, 1.4], repetition.clone()) }, 1),
+            (Case { history: [&[2], &[]], ..case(&[-4.0, -9.0, -3.0], repetition) }, 0),
+            // Presence and frequency count the output alone.
+            (Case { history: [&[1], &[]], ..case(&up, presence.clone()) }, 1),
+            (Case { history: [&[], &[1]], ..case(&up, presence) }, 2),
+            (Case { history: [&[1], &[1]], ..case(&up, frequency.clone()) }, 1),
+            (Case { history: [&[], &[1, 1]], ..case(&up, frequency) }, 2),
+            (case(&[f32::NAN, 1.0, f32::NEG_INFINITY], plain()), 1),
+            (case(&up, Sampling { temperature: 1e-9, ..plain() }), 1),
+        ] {
+            assert_eq!(token(&case), expect, "{:?} {:?} {:?}", case.logits, case.sampling, case.history);
+        }
+    }
+
+    #[test]
+    fn no_finite_logit_is_no_choice() {
+        for logits in [[f32::NAN; 3], [f32::NEG_INFINITY; 3], [f32::INFINITY; 3]] {
+            assert_eq!(choose(&mut sampler(3), &case(&logits, Sampling::default())), None);
+        }
+        assert_eq!(choose(&mut sampler(1), &Case { banned: &[0], ..case(&[1.0], Sampling::default()) }), None);
+    }
+
+    #[test]
+    fn a_sampler_forgets_the_row_before() {
+        let mut sampler = sampler(3);
+        let penalties = Sampling { frequency_penalty: 5.0, ..Sampling::default() };
+        let with_history = Case { history: [&[], &[1, 1, 2]], ..case(&[1.0, 3.0, 2.0], penalties.clone()) };
+        assert_eq!(choose(&mut sampler, &with_history).unwrap().token, 0);
+        assert_eq!(choose(&mut sampler, &case(&[1.0, 3.0, 2.0], penalties)).unwrap().token, 1);
+    }
+
+    #[test]
+    fn logprobs_are_natural_after_the_rules_and_before_temperature() {
+        let sampling = Sampling {
+            logprobs: Some(2),
+            temperature: 0.5,
+            top_k: 1,
+            logit_bias: vec![(3, 1.0)],
+            ..Sampling::default()
+        };
+        let logits = [1.0, 2.0, 0.5, 2.0, 7.0];
+        let banned = Case { banned: &[4], ..case(&logits, sampling) };
+        let found = choose(&mut sampler(5), &banned).unwrap();
+        let log_sum = [1.0, 2.0, 0.5, 3.0].iter().map(|x: &f64| x.exp()).sum::<f64>().ln();
+        let found_logprobs = found.logprobs.unwrap();
+        assert_eq!(found.token, 3);
+        assert!((f64::from(found_logprobs.chosen) - (3.0 - log_sum)).abs() < 1e-6);
+        let ids: Vec<u32> = found_logprobs.top.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [3, 1]);
+        assert!((f64::from(found_logprobs.top[1].1) - (2.0 - log_sum)).abs() < 1e-6);
+        // Ties by id; more asked for than there is.
+        let many = Sampling { logprobs: Some(20), ..Sampling::default() };
+        let top = choose(&mut sampler(3), &case(&[1.0, 2.0, 1.0], many)).unwrap().logprobs.unwrap().top;
+        assert_eq!(top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 0, 2]);
+    }
+
+    #[test]
+    fn a_draw_is_a_function_of_seed_and_index() {
+        // Recorded once: a change here changes what users can reproduce.
+        let draws: Vec<u32> = (0..4).map(|i| (uniform(42, i) * 1e6) as u32).collect();
+        assert_eq!(draws, RECORDED);
+        assert_ne!(uniform(42, 0), uniform(43, 0));
+    }
+
+    const RECORDED: [u32; 4] = [0, 0, 0, 0];
+
+    /// Counts of `n` draws, one per index, against expected shares: Pearson's chi-square.
+    fn chi_square(logits: &[f32], sampling: &Sampling, shares: &[f64]) -> f64 {
+        let n = 20_000;
+        let mut sampler = sampler(logits.len());
+        let mut counts = vec![0u32; logits.len()];
+        for index in 0..n {
+            let drawn = choose(&mut sampler, &Case { index, ..case(logits, sampling.clone()) }).unwrap();
+            counts[drawn.token as usize] += 1;
+        }
+        let total: f64 = shares.iter().sum();
+        counts.iter().zip(shares).fold(0.0, |sum, (&count, share)| {
+            let expect = share / total * f64::from(n);
+            assert!(expect > 0.0 || count == 0, "{sampling:?}: a token outside the set was drawn: {counts:?}");
+            if expect > 0.0 { sum + (f64::from(count) - expect).powi(2) / expect } else { sum }
+        })
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        // Probabilities 0.1, 0.4, 0.2, 0.25, 0.05 at temperature 1.
+        let p = [0.1f64, 0.4, 0.2, 0.25, 0.05];
+        let logits = p.map(|p| (p.ln() + 3.0) as f32);
+        let at = |temperature: f32| Sampling { temperature, seed: 7, ..Sampling::default() };
+        let square = p.map(|p| p * p);
+        for (sampling, shares) in [
+            (at(1.0), p),
+            (at(0.5), square),
+            (Sampling { top_k: 2, ..at(1.0) }, [0.0, 0.4, 0.0, 0.25, 0.0]),
+            (Sampling { top_k: 9, ..at(1.0) }, p),
+            (Sampling { top_p: 0.8, ..at(1.0) }, [0.0, 0.4, 0.2, 0.25, 0.0]),
+            (Sampling { top_p: 0.01, ..at(1.0) }, [0.0, 1.0, 0.0, 0.0, 0.0]),
+            (Sampling { top_p: 0.0, ..at(1.0) }, [0.0, 1.0, 0.0, 0.0, 0.0]),
+            (Sampling { min_p: 0.3, ..at(1.0) }, [0.0, 0.4, 0.2, 0.25, 0.0]),
+            (Sampling { min_p: 1.0, ..at(1.0) }, [0.0, 1.0, 0.0, 0.0, 0.0]),
+            // Top-p counts shares of what top-k left: 0.4 of 0.65 is enough for 0.6.
+            (Sampling { top_k: 2, top_p: 0.6, ..at(1.0) }, [0.0, 1.0, 0.0, 0.0, 0.0]),
+        ] {
+            // 99.9 % quantile for four degrees of freedom.
+            assert!(chi_square(&logits, &sampling, &shares) < 18.5, "{sampling:?}");
+        }
+    }
+
+    #[test]
+    fn top_p_sorts_as_far_as_it_must() {
+        // 1,000 tokens of nearly equal weight: the set is larger than the first sorted run.
+        let logits: Vec<f32> = (0..1_000).map(|i| (i % 100) as f32 * 1e-4).collect();
+        let sampling = Sampling { temperature: 1.0, top_p: 0.5, ..Sampling::default() };
+        let mut sampler = sampler(1_000);
+        let mut lowest = u32::MAX;
+        for index in 0..2_000 {
+            let drawn = choose(&mut sampler, &Case { index, ..case(&logits, sampling.clone()) }).unwrap().token;
+            lowest = lowest.min(drawn % 100);
+        }
+        assert!((50..55).contains(&lowest), "the better half: {lowest}");
+    }
+}

@@ -290,3 +290,112 @@ impl Q8Gemm<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::matrix::Join;
+    use crate::load::Elements;
+    use half::{bf16, f16};
+
+    const ROWS: [usize; 7] = [1, 2, 7, 12, 13, 33, 64];
+
+    /// Values of about one, the same for every run.
+    fn values(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f32::from(u16::try_from(state >> 16).unwrap()) / 32_768.0 - 1.0
+        };
+        (0..n).map(|_| next() + next()).collect()
+    }
+
+    fn matrices(n: usize, k: usize) -> Vec<Matrix> {
+        let w = values(n * k, 3);
+        let wide: Vec<[u8; 4]> = w.iter().map(|x| x.to_le_bytes()).collect();
+        let half: Vec<[u8; 2]> = w.iter().map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+        let brain: Vec<[u8; 2]> = w.iter().map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+        let pack = |e: Elements<'_>| Matrix::pack(&[e], k, Join::Concat);
+        let quantised = Matrix::quantise(&[Elements::F16(&half)], k, Join::Concat).unwrap();
+        vec![pack(Elements::F32(&wide)), pack(Elements::F16(&half)), pack(Elements::Bf16(&brain)), quantised]
+    }
+
+    /// Rows `[rows][k]` as panels.
+    fn panels(x: &[Vec<f32>], k: usize) -> Vec<Lanes> {
+        let at = |panel: usize, row: usize| std::array::from_fn(|i| x[row][panel * LANES + i]);
+        (0..k / LANES).flat_map(|panel| (0..x.len()).map(move |row| (panel, row))).map(|(p, r)| at(p, r)).collect()
+    }
+
+    /// Rows of the product.
+    fn product(pool: &ComputePool, w: &Matrix, x: &[Vec<f32>], epilogue: Epilogue) -> Vec<Vec<u32>> {
+        let (rows, x) = (x.len(), panels(x, w.k));
+        let mut quantised = vec![QuantRow::default(); w.k / BLOCK * rows];
+        let mut out = vec![[0.25; LANES]; w.n_panels() * epilogue.out_vectors() * rows];
+        let input = Input { x: &x, rows, quantised: &mut quantised };
+        pool.run(usize::MAX, || matmul(pool, w, input, &mut out, epilogue));
+        let row = |row: usize| out.iter().skip(row).step_by(rows).flatten().map(|x| x.to_bits()).collect();
+        (0..rows).map(row).collect()
+    }
+
+    #[test]
+    fn a_row_alone_is_the_row_of_many() {
+        let (n, k) = (200, 352);
+        let x: Vec<Vec<f32>> = (0..64).map(|row| values(k, 100 + row)).collect();
+        for w in &matrices(n, k) {
+            for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::SiluMul] {
+                let one = ComputePool::start(1).unwrap();
+                let alone: Vec<Vec<u32>> =
+                    x.iter().flat_map(|x| product(&one, w, std::slice::from_ref(x), epilogue)).collect();
+                for isa in Isa::available() {
+                    for n_threads in [1, 3] {
+                        let pool = ComputePool::with_isa(n_threads, isa).unwrap();
+                        for rows in ROWS {
+                            let found = product(&pool, w, &x[..rows], epilogue);
+                            assert!(
+                                found == alone[..rows],
+                                "{rows} rows, {epilogue:?}, {}, {n_threads} threads",
+                                isa.name()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_element_is_one_chain_over_k() {
+        let (n, k) = (70, 64);
+        let x = values(k, 9);
+        for w in &matrices(n, k)[..3] {
+            let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
+            for column in 0..n {
+                let mut sum = 0f32;
+                w.gather(column, |k, w| sum = x[k].mul_add(w, sum));
+                assert_eq!(f32::from_bits(found[column]), sum, "column {column}");
+            }
+            assert!(found[n..].iter().all(|&x| x == 0), "padding");
+        }
+    }
+
+    #[test]
+    fn eight_bit_products_are_those_of_the_rounded_values() {
+        let (n, k) = (40, 96);
+        let x = values(k, 9);
+        let w = &matrices(n, k)[3];
+        let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
+        let rounded: Vec<f64> = x
+            .chunks(BLOCK)
+            .flat_map(|block| {
+                let scale = block.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+                block.iter().map(move |x| f64::from((x / scale).round()) * f64::from(scale))
+            })
+            .collect();
+        for column in 0..n {
+            let mut sum = 0f64;
+            w.gather(column, |k, w| sum += rounded[k] * f64::from(w));
+            let found = f64::from(f32::from_bits(found[column]));
+            assert!((found - sum).abs() < 1e-4, "column {column}: {found}, not {sum}");
+        }
+    }
+}

