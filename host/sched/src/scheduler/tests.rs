@@ -197,6 +197,18 @@ fn a_preempted_stream_goes_on_as_if_nothing_had_happened() {
 }
 
 #[test]
+fn what_is_preempted_gives_its_part_of_the_step_back() {
+    let mut host = Host::new(Config { max_running: 1, step_tokens: 4, ..CONFIG });
+    host.submit(request(1, 12, 1));
+    host.step(&mut NativeBatch);
+    host.submit(request(2, 6, 1));
+    let mut policy = Scripted::new(Plan { admit: vec![2], preempt: vec![1], ..Plan::default() });
+    assert_eq!(host.step_with(&mut policy, rows), Some(vec![(2, 0, 4, 1, false)]));
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.ended, [2, 1]);
+}
+
+#[test]
 fn the_lowest_priority_is_preempted_first() {
     let mut host = Host::new(Config { n_blocks: 10, ..CONFIG });
     host.submit(Request { priority: Priority::Low, ..request(1, 8, 24) });
