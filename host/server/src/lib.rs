@@ -1,1 +1,36 @@
-//! stub
+//! HTTP: the OpenAI-compatible data plane, the admin plane, and everything that is text.
+//!
+//! The only crate with JSON wire types, tokenizers and templates. It reaches the engine, the policy slots and the models
+//! through the traits in [`ports`], which the app implements: no handler knows wasmtime, a device or a file. A request's
+//! way through the modules: [`serve`] accepts the connection, `data` routes it, `identity` says who asks, `openai` parses
+//! it, `admission` lets it in, [`text`] tokenizes it, `dispatch` finds its replica, `stream` follows its tokens back out,
+//! and `error` is the one place where anything that went wrong becomes a response.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+mod admission;
+mod config;
+mod data;
+mod dispatch;
+mod error;
+mod identity;
+mod openai;
+mod ops;
+pub mod ports;
+mod registry;
+mod serve;
+mod state;
+mod stream;
+pub mod text;
+
+pub use admin::admin_router;
+pub use config::{ApiKey, ConfigError, Secret, ServerConfig};
+pub use data::data_router;
+pub use serve::{Listeners, ServeError, serve};
+pub use state::{ServerParts, ServerState};
+
+#[cfg(test)]
+mod fakes;
+
+#[cfg(test)]
+mod tests;

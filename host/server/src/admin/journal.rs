@@ -1,0 +1,103 @@
+//! `GET /admin/v1/journal`: every decision on deployments, one JSON object per line.
+//!
+//! Following polls the port a few times a second: the journal grows by hand, and a subscription would be one more thing
+//! that the app must keep for readers that may be slow.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Query, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body::Frame;
+use serde::Deserialize;
+use tokio::sync::mpsc;
+
+use super::blocking;
+use crate::error::ApiError;
+use crate::ports::JournalLine;
+use crate::state::ServerState;
+
+/// Lines of one read; a longer journal is read in several.
+const LINES: usize = 1_000;
+/// How often a follower looks for new lines.
+const POLL: Duration = Duration::from_millis(250);
+/// Batches that a slow follower may be behind before it is made to wait.
+const BATCHES: usize = 4;
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Ask {
+    /// Lines with a higher sequence number.
+    #[serde(default)]
+    after: u64,
+    /// `true`, or named without a value.
+    follow: Option<String>,
+}
+
+impl Ask {
+    fn follows(&self) -> bool {
+        matches!(self.follow.as_deref(), Some("" | "true" | "1"))
+    }
+}
+
+pub(super) async fn journal(
+    State(state): State<Arc<ServerState>>,
+    ask: Result<Query<Ask>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Query(ask) = ask.map_err(|error| ApiError::invalid("after", error.body_text()))?;
+    let (sender, receiver) = mpsc::channel(BATCHES);
+    let reader = Arc::clone(&state);
+    state.spawn(async move { read(&reader, ask, &sender).await });
+    let body = axum::body::Body::new(Lines { receiver });
+    Ok(([(CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+}
+
+/// Sends the journal in batches until its end or, following, until the reader is gone.
+async fn read(state: &Arc<ServerState>, ask: Ask, sender: &mpsc::Sender<Bytes>) {
+    let mut after = ask.after;
+    let mut interval = tokio::time::interval(POLL);
+    loop {
+        let Ok(lines) = blocking(state, move |state| Ok(state.policies.journal(after, LINES))).await else { return };
+        let Some(last) = lines.last() else {
+            if !ask.follows() {
+                return;
+            }
+            tokio::select! {
+                () = sender.closed() => return,
+                _ = interval.tick() => continue,
+            }
+        };
+        after = last.sequence;
+        if sender.send(batch(&lines)).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn batch(lines: &[JournalLine]) -> Bytes {
+    let mut text = String::new();
+    for line in lines {
+        text.push_str(&line.json);
+        text.push('\n');
+    }
+    text.into()
+}
+
+/// The batches as a body.
+#[derive(Debug)]
+struct Lines {
+    receiver: mpsc::Receiver<Bytes>,
+}
+
+impl http_body::Body for Lines {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        self.receiver.poll_recv(cx).map(|batch| batch.map(|bytes| Ok(Frame::data(bytes))))
+    }
+}

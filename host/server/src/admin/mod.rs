@@ -1,0 +1,99 @@
+//! The admin plane: components, slots, devices, journal, drain, on a listener of its own.
+//!
+//! Open on loopback, and so guarded against the browser on the same machine: a page on the web can send requests to
+//! 127.0.0.1, but not without an `Origin`, and a rebound DNS name shows in `Host`. Port calls compile, write and fsync:
+//! they run on the blocking pool.
+
+mod guard;
+mod journal;
+mod slots;
+pub mod wire;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::Response;
+use axum::routing::{MethodRouter, delete, get, post};
+use axum::{Router, middleware};
+use serde::Serialize;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::data::{unknown_route, wrong_method};
+use crate::error::{ApiError, panicked};
+use crate::openai::json;
+use crate::ports::AdminError;
+use crate::state::ServerState;
+
+/// A list on the wire.
+#[derive(Serialize)]
+struct List<T> {
+    object: &'static str,
+    data: Vec<T>,
+}
+
+fn list<T: Serialize>(data: Vec<T>) -> Response {
+    json(&List { object: "list", data })
+}
+
+/// Every route, as a table: the router is built from it and the description is checked against it.
+pub(crate) fn routes() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)> {
+    vec![
+        ("/admin/v1/components", &["get", "post"], get(slots::components).post(slots::upload)),
+        ("/admin/v1/components/{digest}", &["delete"], delete(slots::delete_component)),
+        ("/admin/v1/slots", &["get"], get(slots::slots)),
+        (
+            "/admin/v1/slots/{slot}",
+            &["get", "put", "delete"],
+            get(slots::slot).put(slots::put_slot).delete(slots::delete_slot),
+        ),
+        ("/admin/v1/slots/{slot}/rollback", &["post"], post(slots::rollback)),
+        ("/admin/v1/devices", &["get"], get(devices)),
+        ("/admin/v1/journal", &["get"], get(journal::journal)),
+        ("/admin/v1/drain", &["post"], post(drain)),
+    ]
+}
+
+/// The admin plane.
+pub fn admin_router(state: &Arc<ServerState>) -> Router {
+    let router = routes().into_iter().fold(Router::new(), |router, (path, _, route)| router.route(path, route));
+    router
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(Arc::clone(state), guard::guard))
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(Arc::clone(state))
+}
+
+/// Runs a port call where it may block.
+async fn blocking<T: Send + 'static>(
+    state: &Arc<ServerState>,
+    call: impl FnOnce(&ServerState) -> Result<T, AdminError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let state = Arc::clone(state);
+    match tokio::task::spawn_blocking(move || call(&state)).await {
+        Ok(result) => result.map_err(ApiError::Admin),
+        Err(error) => {
+            tracing::error!(%error, "an admin call panicked; this is a bug of the host");
+            Err(ApiError::Internal)
+        }
+    }
+}
+
+async fn devices(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
+    Ok(list(blocking(&state, |state| Ok(state.models.devices())).await?))
+}
+
+#[derive(Serialize)]
+struct Drained {
+    /// Whether nothing is in flight any more.
+    drained: bool,
+    in_flight: u32,
+}
+
+/// Stops admitting and waits, within the grace period, until what runs has ended. Asking again goes on waiting.
+async fn drain(State(state): State<Arc<ServerState>>) -> Response {
+    state.drain();
+    let drained = tokio::time::timeout(Duration::from_millis(state.config.grace_ms), state.admission.empty()).await;
+    json(&Drained { drained: drained.is_ok(), in_flight: state.in_flight() })
+}

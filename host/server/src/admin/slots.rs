@@ -1,0 +1,153 @@
+//! Components and slots: upload, activate, roll back.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+
+use super::guard::Actor;
+use super::wire::PutSlot;
+use super::{blocking, list};
+use crate::error::ApiError;
+use crate::openai::{check_content_type, json, read_body};
+use crate::state::ServerState;
+
+/// Members of the body of a `PUT`.
+const PUT_MEMBERS: [&str; 4] = ["component", "config", "if_generation", "state_namespace"];
+
+/// Longest body of a `PUT`: a config of 1 MiB.
+const MAX_PUT_BYTES: usize = 1 << 20;
+
+pub(super) async fn components(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
+    Ok(list(blocking(&state, |state| Ok(state.policies.components())).await?))
+}
+
+/// The body is the component, whatever its content type says.
+pub(super) async fn upload(
+    State(state): State<Arc<ServerState>>,
+    Extension(Actor(actor)): Extension<Actor>,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
+    let bytes = read_body(&state, request, state.config.max_component_bytes).await?;
+    if bytes.is_empty() {
+        return Err(ApiError::invalid("", "the body must hold a WebAssembly component; it is empty"));
+    }
+    let uploaded = blocking(&state, move |state| state.policies.upload(bytes.into(), actor)).await?;
+    let status = if uploaded.created { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, json(&uploaded.component)).into_response())
+}
+
+pub(super) async fn delete_component(
+    State(state): State<Arc<ServerState>>,
+    Extension(Actor(actor)): Extension<Actor>,
+    Path(digest): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    blocking(&state, move |state| state.policies.delete_component(&digest, actor)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn slots(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
+    Ok(list(blocking(&state, |state| Ok(state.policies.slots())).await?))
+}
+
+pub(super) async fn slot(
+    State(state): State<Arc<ServerState>>,
+    Path(slot): Path<String>,
+) -> Result<Response, ApiError> {
+    Ok(json(&blocking(&state, move |state| state.policies.slot(&slot)).await?))
+}
+
+pub(super) async fn put_slot(
+    State(state): State<Arc<ServerState>>,
+    Extension(Actor(actor)): Extension<Actor>,
+    Path(slot): Path<String>,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
+    check_content_type(request.headers())?;
+    let put = parse_put(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
+    Ok(json(&blocking(&state, move |state| state.policies.put_slot(&slot, put, actor)).await?))
+}
+
+pub(super) async fn delete_slot(
+    State(state): State<Arc<ServerState>>,
+    Extension(Actor(actor)): Extension<Actor>,
+    Path(slot): Path<String>,
+) -> Result<Response, ApiError> {
+    Ok(json(&blocking(&state, move |state| state.policies.delete_slot(&slot, actor)).await?))
+}
+
+pub(super) async fn rollback(
+    State(state): State<Arc<ServerState>>,
+    Extension(Actor(actor)): Extension<Actor>,
+    Path(slot): Path<String>,
+) -> Result<Response, ApiError> {
+    Ok(json(&blocking(&state, move |state| state.policies.rollback(&slot, actor)).await?))
+}
+
+/// Reads the body of a `PUT`. The config stays the text that it is: its order and numbers are the guest's business. An
+/// unknown member is refused here, unlike on the data plane: a mistyped `if_generation` must not pass for none.
+fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
+    let mut members: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(body).map_err(ApiError::Json)?;
+    if let Some(unknown) = members.keys().find(|name| !PUT_MEMBERS.contains(&name.as_str())) {
+        let nearest = PUT_MEMBERS.iter().min_by_key(|known| strsim::damerau_levenshtein(known, unknown));
+        let hint = nearest.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
+        return Err(ApiError::invalid(unknown.as_str(), format!("`{unknown}` is not a member of this request{hint}")));
+    }
+    let component: Option<String> = member(&members, "component", "a string")?;
+    let component = component.ok_or_else(|| {
+        ApiError::invalid("component", "`component` is required: a digest (`sha256:...`) or `native`")
+    })?;
+    let if_generation = member(&members, "if_generation", "a generation")?;
+    let state_namespace = member(&members, "state_namespace", "a string")?;
+    let config = members.remove("config").filter(|config| config.get() != "null");
+    let config = match config {
+        Some(config) => config,
+        None => RawValue::from_string("{}".to_owned()).map_err(ApiError::Json)?,
+    };
+    Ok(PutSlot { component, config, if_generation, state_namespace })
+}
+
+fn member<T: DeserializeOwned>(
+    members: &BTreeMap<String, Box<RawValue>>,
+    name: &str,
+    expect: &str,
+) -> Result<Option<T>, ApiError> {
+    let Some(raw) = members.get(name) else { return Ok(None) };
+    serde_json::from_str(raw.get())
+        .map_err(|_| ApiError::invalid(name, format!("`{name}` must be {expect}, found {}", raw.get())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_config_is_kept_as_text() {
+        let put = parse_put(br#"{"component": "native", "config": { "b": 1.0, "a": 2 }, "if_generation": 7}"#);
+        let put = put.expect("good");
+        assert_eq!((put.config.get(), put.if_generation), (r#"{ "b": 1.0, "a": 2 }"#, Some(7)));
+        for body in [&br#"{"component": "native"}"#[..], br#"{"component": "native", "config": null}"#] {
+            assert_eq!(parse_put(body).expect("good").config.get(), "{}");
+        }
+    }
+
+    #[test]
+    fn bad_bodies_say_what_to_change() {
+        for (body, expect) in [
+            (&b"{"[..], "not valid JSON"),
+            (b"[]", "not valid JSON"),
+            (b"{}", "`component` is required"),
+            (br#"{"component": 3}"#, "`component` must be a string, found 3"),
+            (br#"{"component": "x", "if_generation": -1}"#, "`if_generation` must be a generation, found -1"),
+            (br#"{"component": "x", "if_genration": 1}"#, "did you mean `if_generation`?"),
+        ] {
+            let error = parse_put(body).expect_err(expect).to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+    }
+}

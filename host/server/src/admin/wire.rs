@@ -1,0 +1,195 @@
+//! JSON types of the admin plane. The app fills them through the ports; dashboards and the CLI read them.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+/// A component that a slot may use.
+#[derive(Clone, Debug, Serialize)]
+pub struct Component {
+    /// `sha256:<hex>` of the uploaded bytes.
+    pub digest: String,
+    /// World that it implements, as in `pointsman:policy/router@0.1.0`.
+    pub world: String,
+    /// Version of the WIT package that it was built against.
+    pub package: String,
+    /// Uploaded bytes.
+    pub size: u64,
+    /// Duration of the compilation; absent for one that was loaded from the cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compile_ms: Option<f64>,
+    /// Whether it ships with the host.
+    pub builtin: bool,
+    /// Its revision, once a slot has run it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Slots in which it is active, previous or candidate.
+    pub used_by: Vec<String>,
+}
+
+/// Answer to an upload.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct UploadedComponent {
+    /// `sha256:<hex>` of the uploaded bytes.
+    pub digest: String,
+    /// World that it implements.
+    pub world: String,
+    /// Version of the WIT package that it was built against.
+    pub package: String,
+    /// Uploaded bytes.
+    pub size: u64,
+    /// Duration of the compilation; 0 when the component was known.
+    pub compile_ms: f64,
+}
+
+/// A slot and everything about it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Slot {
+    /// `router`, `scheduler`, `telemetry.<name>`.
+    pub slot: String,
+    /// What answers now.
+    pub active: SlotRevision,
+    /// What a rollback returns to.
+    pub previous: Option<SlotRevision>,
+    /// What a rollout is trying.
+    pub candidate: Option<SlotRevision>,
+    /// Whether the active revision may answer.
+    pub health: Health,
+    /// Of the active revision.
+    pub counters: Counters,
+}
+
+/// A component with a config, published once.
+#[derive(Clone, Debug, Serialize)]
+pub struct SlotRevision {
+    /// `name@version+digest`, or `native`.
+    pub revision: String,
+    /// Counter of the slot, +1 at every publish.
+    pub generation: u64,
+    /// Digest, or `native`.
+    pub component: String,
+    /// As it was given to `init`.
+    pub config: Box<RawValue>,
+    /// Namespace of its host-state.
+    pub state_namespace: String,
+}
+
+/// State of a slot's circuit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Health {
+    /// Whether the guest is asked.
+    pub state: HealthState,
+    /// The last fault that mattered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// When an open circuit tries again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_in_ms: Option<u64>,
+}
+
+/// Words for [`Health::state`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HealthState {
+    /// The guest answers.
+    Closed,
+    /// Too many faults: the native policy answers.
+    Open,
+    /// One call is being tried.
+    HalfOpen,
+    /// The slot has no guest.
+    Native,
+}
+
+/// Counts since the revision was published.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// Guest calls.
+    pub calls: u64,
+    /// Faults by kind: timeout, trap, memory, bad-answer, link.
+    pub faults: BTreeMap<String, u64>,
+    /// Decisions that the native policy took instead.
+    pub fallbacks: u64,
+}
+
+/// Body of `PUT /admin/v1/slots/{slot}`; parsed by [`super::slots`], which names unknown members.
+#[derive(Clone, Debug)]
+pub struct PutSlot {
+    /// Digest, or `native`.
+    pub component: String,
+    /// JSON text for `init`, as the operator wrote it; `{}` when absent.
+    pub config: Box<RawValue>,
+    /// Refuse unless this generation is active.
+    pub if_generation: Option<u64>,
+    /// Namespace of its host-state; the slot's name when absent.
+    pub state_namespace: Option<String>,
+}
+
+/// Answer to a publish.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Activated {
+    /// What answers now.
+    pub revision: String,
+    /// Its generation.
+    pub generation: u64,
+    /// From the request to ready instances.
+    pub warm_ms: f64,
+    /// The swap itself.
+    pub publish_us: f64,
+}
+
+/// A device and what it holds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Device {
+    /// Its index in columns and events.
+    pub index: u32,
+    /// As in `cpu` or `cuda:0`.
+    pub name: String,
+    /// As the driver calls it.
+    pub description: String,
+    /// `up`, `degraded` or `down`.
+    pub state: String,
+    /// Bytes by owner.
+    pub memory: DeviceMemory,
+    /// Replicas on it, in the order of their creation.
+    pub replicas: Vec<DeviceReplica>,
+    /// Share of the last second in which it computed, 0 to 1; absent where the backend cannot tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub utilization: Option<f64>,
+}
+
+/// Memory of a device by owner, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DeviceMemory {
+    /// Model weights.
+    pub weights: u64,
+    /// KV pools.
+    pub kv: u64,
+    /// Activations and scratch.
+    pub workspace: u64,
+    /// All that the device has; absent for the CPU where the host shares it with others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total: Option<u64>,
+}
+
+/// One replica's part of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DeviceReplica {
+    /// As in `demo:f16@cpu`.
+    pub name: String,
+    /// As in `demo:f16`.
+    pub variant: String,
+    /// KV blocks in the pool.
+    pub kv_blocks: u32,
+    /// Of those, free.
+    pub kv_free_blocks: u32,
+    /// Tokens in a block.
+    pub block_tokens: u32,
+    /// Sequences in the batch.
+    pub running: u32,
+    /// Sequences that may run at once.
+    pub running_limit: u32,
+    /// Requests that wait.
+    pub waiting: u32,
+}

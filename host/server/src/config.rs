@@ -1,0 +1,240 @@
+//! Configuration of the server, as a value: defaults here, read from file and environment by the app, checked once.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::time::Duration;
+
+use pointsman_sched::ids::Priority;
+
+/// Every bound of the server. Durations and sizes carry their unit in the name.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// Generation requests in flight; the next ones get 429.
+    pub max_requests: u32,
+    /// Prompt tokens accepted and not yet computed; beyond, requests get 429.
+    pub max_queued_tokens: u32,
+    /// Size of a request body.
+    pub max_body_bytes: usize,
+    /// Time for a body to arrive.
+    pub body_timeout_ms: u64,
+    /// Time for the head of a request to arrive.
+    pub header_timeout_ms: u64,
+    /// Size of the head of a request.
+    pub max_header_bytes: usize,
+    /// Open connections per listener; the next ones wait in the kernel's backlog.
+    pub max_connections: usize,
+    /// Time for running requests to finish once the host shuts down.
+    pub grace_ms: u64,
+    /// Deadline of a request that names none.
+    pub default_timeout_ms: u64,
+    /// Longest deadline that a request may name.
+    pub max_timeout_ms: u64,
+    /// Choices (`n`) of one prompt.
+    pub max_choices: u32,
+    /// Prompts of one completions request.
+    pub max_prompts: u32,
+    /// Events that a slow client may be behind, per choice; beyond, its request ends.
+    pub sink_events: usize,
+    /// Request headers that routers may ask for as `header.<name>`, lower case.
+    pub route_headers: Vec<String>,
+    /// API keys; empty leaves the data plane open.
+    pub api_keys: Vec<ApiKey>,
+    /// Bearer token of the admin plane; required when it listens beyond loopback.
+    pub admin_token: Option<Secret>,
+    /// Whether the admin plane listens beyond loopback, where the `Host` header is not checked.
+    pub admin_remote: bool,
+    /// Size of an uploaded component.
+    pub max_component_bytes: usize,
+    /// What `/version` says.
+    pub version: String,
+}
+
+/// A key of the data plane.
+#[derive(Clone, Debug)]
+pub struct ApiKey {
+    /// What follows `Bearer `.
+    pub key: Secret,
+    /// Whose it is.
+    pub tenant: String,
+    /// Highest priority that its requests may have.
+    pub max_priority: Priority,
+}
+
+/// A text that never reaches a log.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+/// A value that cannot work. The operator's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Zero where at least one is needed.
+    #[error("server.{key} must be at least 1")]
+    Zero {
+        /// The key.
+        key: &'static str,
+    },
+    /// A default beyond its own limit.
+    #[error("server.default_timeout_ms ({default}) exceeds server.max_timeout_ms ({max})")]
+    Timeout {
+        /// The default.
+        default: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// hyper needs 8 KiB to read a head.
+    #[error("server.max_header_bytes must be at least 8192, found {found}")]
+    HeaderBytes {
+        /// What was configured.
+        found: usize,
+    },
+    /// A key that says nothing, or the same key twice.
+    #[error("server.api_keys[{index}] is {what}")]
+    ApiKey {
+        /// Its place.
+        index: usize,
+        /// In words.
+        what: &'static str,
+    },
+    /// The admin plane would be open to the network.
+    #[error("the admin plane listens beyond loopback and has no token: set server.admin_token")]
+    OpenAdmin,
+    /// An admin token that says nothing.
+    #[error("server.admin_token is empty")]
+    EmptyToken,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            max_requests: 1_024,
+            max_queued_tokens: 1 << 20,
+            max_body_bytes: 8 << 20,
+            body_timeout_ms: 30_000,
+            header_timeout_ms: 10_000,
+            max_header_bytes: 32 << 10,
+            max_connections: 4_096,
+            grace_ms: 30_000,
+            default_timeout_ms: 600_000,
+            max_timeout_ms: 3_600_000,
+            max_choices: 8,
+            max_prompts: 64,
+            sink_events: 4_096,
+            route_headers: Vec::new(),
+            api_keys: Vec::new(),
+            admin_token: None,
+            admin_remote: false,
+            max_component_bytes: 32 << 20,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Checks every value once.
+    ///
+    /// # Errors
+    /// The first value that cannot work, by its key.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let positive: [(&'static str, u64); 11] = [
+            ("max_requests", self.max_requests.into()),
+            ("max_queued_tokens", self.max_queued_tokens.into()),
+            ("max_body_bytes", self.max_body_bytes as u64),
+            ("body_timeout_ms", self.body_timeout_ms),
+            ("header_timeout_ms", self.header_timeout_ms),
+            ("max_connections", self.max_connections as u64),
+            ("default_timeout_ms", self.default_timeout_ms),
+            ("max_choices", self.max_choices.into()),
+            ("max_prompts", self.max_prompts.into()),
+            ("sink_events", self.sink_events as u64),
+            ("max_component_bytes", self.max_component_bytes as u64),
+        ];
+        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
+            return Err(ConfigError::Zero { key });
+        }
+        if self.default_timeout_ms > self.max_timeout_ms {
+            return Err(ConfigError::Timeout { default: self.default_timeout_ms, max: self.max_timeout_ms });
+        }
+        if self.max_header_bytes < 8_192 {
+            return Err(ConfigError::HeaderBytes { found: self.max_header_bytes });
+        }
+        let mut seen = HashSet::new();
+        for (index, key) in self.api_keys.iter().enumerate() {
+            if key.key.expose().is_empty() || key.tenant.is_empty() {
+                return Err(ConfigError::ApiKey { index, what: "empty, or its tenant is" });
+            }
+            if !seen.insert(key.key.expose()) {
+                return Err(ConfigError::ApiKey { index, what: "listed twice" });
+            }
+        }
+        match &self.admin_token {
+            Some(token) if token.expose().is_empty() => Err(ConfigError::EmptyToken),
+            None if self.admin_remote => Err(ConfigError::OpenAdmin),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn body_timeout(&self) -> Duration {
+        Duration::from_millis(self.body_timeout_ms)
+    }
+}
+
+// === impl Secret ===
+
+impl Secret {
+    /// Wraps a text.
+    #[must_use]
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    pub(crate) fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether `other` is the same text, in a time that depends on its length alone.
+    pub(crate) fn matches(&self, other: &str) -> bool {
+        let (ours, theirs) = (self.0.as_bytes(), other.as_bytes());
+        let difference = (0..theirs.len())
+            .fold(ours.len() ^ theirs.len(), |acc, i| acc | usize::from(theirs[i] ^ ours[i % ours.len().max(1)]));
+        difference == 0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("<secret>")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_cannot_work_are_named() {
+        let key = |key: &str| ApiKey { key: Secret::new(key), tenant: "t".into(), max_priority: Priority::Normal };
+        let base = ServerConfig::default;
+        for (config, expect) in [
+            (ServerConfig { max_requests: 0, ..base() }, "server.max_requests must be at least 1"),
+            (ServerConfig { default_timeout_ms: 9_999_999, ..base() }, "exceeds server.max_timeout_ms"),
+            (ServerConfig { max_header_bytes: 100, ..base() }, "at least 8192, found 100"),
+            (ServerConfig { api_keys: vec![key("")], ..base() }, "server.api_keys[0] is empty"),
+            (ServerConfig { api_keys: vec![key("k"), key("k")], ..base() }, "server.api_keys[1] is listed twice"),
+            (ServerConfig { admin_remote: true, ..base() }, "set server.admin_token"),
+            (ServerConfig { admin_token: Some(Secret::new("")), ..base() }, "server.admin_token is empty"),
+        ] {
+            let error = config.validate().expect_err(expect).to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+        assert_eq!(base().validate(), Ok(()));
+    }
+
+    #[test]
+    fn secrets_compare_whole_and_do_not_print() {
+        let secret = Secret::new("abc");
+        for (other, expect) in [("abc", true), ("ab", false), ("abcabc", false), ("abd", false), ("", false)] {
+            assert_eq!(secret.matches(other), expect, "{other}");
+        }
+        assert_eq!(format!("{secret:?}"), "<secret>");
+    }
+}

@@ -1,0 +1,50 @@
+//! The data plane's routes and the layers around them.
+
+use std::sync::Arc;
+
+use axum::extract::Request;
+use axum::routing::{MethodRouter, delete, get, post};
+use axum::{Router, middleware};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::error::{ApiError, panicked};
+use crate::state::ServerState;
+use crate::{identity, openai, ops};
+
+/// Every route, as a table: the router is built from it and the description is checked against it.
+pub(crate) fn routes() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)> {
+    vec![
+        ("/v1/chat/completions", &["post"], post(openai::chat)),
+        ("/v1/completions", &["post"], post(openai::completions)),
+        ("/v1/models", &["get"], get(openai::models)),
+        ("/v1/models/{id}", &["get"], get(openai::model)),
+        ("/v1/requests/{id}/cancel", &["post"], post(openai::cancel)),
+        ("/v1/requests/{id}", &["delete"], delete(openai::cancel)),
+        ("/tokenize", &["post"], post(openai::tokenize)),
+        ("/detokenize", &["post"], post(openai::detokenize)),
+        ("/health", &["get"], get(ops::health)),
+        ("/ready", &["get"], get(ops::ready)),
+        ("/version", &["get"], get(ops::version)),
+        ("/metrics", &["get"], get(ops::metrics)),
+        ("/openapi.json", &["get"], get(ops::openapi)),
+    ]
+}
+
+/// The data plane. Every response carries `x-request-id`; unknown routes, wrong methods and panics answer in JSON.
+pub fn data_router(state: &Arc<ServerState>) -> Router {
+    let router = routes().into_iter().fold(Router::new(), |router, (path, _, route)| router.route(path, route));
+    router
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(Arc::clone(state), identity::tag))
+        .with_state(Arc::clone(state))
+}
+
+pub(crate) async fn unknown_route(request: Request) -> ApiError {
+    ApiError::UnknownRoute { method: request.method().to_string(), path: request.uri().path().to_owned() }
+}
+
+pub(crate) async fn wrong_method(request: Request) -> ApiError {
+    ApiError::Method { method: request.method().to_string(), path: request.uri().path().to_owned() }
+}

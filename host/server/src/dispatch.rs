@@ -1,0 +1,426 @@
+//! One prompt's way to a replica: columns from the live gauges, one call of the routing policy, a reservation, the mailbox.
+//!
+//! Synchronous and without a lock: it runs on the worker that handles the request. The columns are scratch memory of the
+//! thread, because a policy call of a microsecond should not pay for thirteen allocations.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::http::header::{HeaderMap, HeaderName, HeaderValue};
+use pointsman_sched::ids::{Micros, Priority, RequestId};
+use pointsman_sched::prefix::chain_hashes;
+use pointsman_sched::request::{Request, Sampling, TokenSink};
+use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, Resolved, RouteRequest, Routed, resolve};
+use pointsman_telemetry::{Event, EventKind};
+
+use crate::error::ApiError;
+use crate::identity::Caller;
+use crate::ports::{Catalog, Replica, SubmitError, Variant};
+use crate::state::ServerState;
+use crate::text::TextModel;
+
+const REPLICA: HeaderName = HeaderName::from_static("x-pointsman-replica");
+const VARIANT: HeaderName = HeaderName::from_static("x-pointsman-variant");
+const ROUTER: HeaderName = HeaderName::from_static("x-pointsman-router");
+
+/// Bytes of the prompt that a router may read as `prompt-head`.
+const PROMPT_HEAD: usize = 256;
+
+/// The model that a client named: a variant, or all variants of an alias.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    /// As the client wrote it.
+    pub(crate) name: String,
+    /// At least one; they share a tokenizer.
+    pub(crate) variants: Vec<Arc<Variant>>,
+}
+
+/// A tokenized prompt.
+#[derive(Clone, Debug)]
+pub(crate) struct Prompt {
+    pub(crate) tokens: Arc<[u32]>,
+    /// Its text, where the client sent text.
+    pub(crate) text: String,
+}
+
+/// What the requests of all choices share.
+#[derive(Debug)]
+pub(crate) struct Terms {
+    pub(crate) priority: Priority,
+    pub(crate) session: u64,
+    pub(crate) arrived: Micros,
+    pub(crate) deadline: Micros,
+    pub(crate) max_new_tokens: u32,
+    pub(crate) min_new_tokens: u32,
+    pub(crate) stop_tokens: Arc<[u32]>,
+    pub(crate) cache_prompt: bool,
+}
+
+/// One choice of a prompt.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) id: RequestId,
+    pub(crate) sampling: Arc<Sampling>,
+    pub(crate) sink: Box<dyn TokenSink>,
+}
+
+/// Where a request went, and who decided.
+#[derive(Clone, Debug)]
+pub(crate) struct Placement {
+    pub(crate) replica: Arc<Replica>,
+    pub(crate) variant: Arc<Variant>,
+    decided_by: DecidedBy,
+}
+
+/// One prompt on its way.
+#[derive(Debug)]
+pub(crate) struct Dispatch<'a> {
+    pub(crate) state: &'a ServerState,
+    pub(crate) caller: &'a Caller,
+    pub(crate) target: &'a Target,
+    pub(crate) prompt: &'a Prompt,
+    pub(crate) terms: &'a Terms,
+}
+
+#[derive(Debug, Default)]
+struct Scratch {
+    columns: ReplicaColumns,
+    /// Variant and replica behind each row.
+    rows: Vec<(usize, usize)>,
+    /// Rows whose mailbox refused.
+    refused: Vec<bool>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Chained hashes of a prompt, by block size: variants of an alias may differ in it.
+#[derive(Debug)]
+struct Hashes<'a> {
+    tokens: &'a [u32],
+    by_block: Vec<(u32, Arc<[u64]>)>,
+}
+
+// === impl Target ===
+
+impl Target {
+    /// Finds what a client named.
+    pub(crate) fn find(catalog: &Catalog, name: &str) -> Result<Self, ApiError> {
+        if catalog.variants.is_empty() {
+            return Err(ApiError::Loading);
+        }
+        let of_alias: Vec<Arc<Variant>> = catalog.variants.iter().filter(|v| *v.alias == *name).cloned().collect();
+        let variants = match of_alias.is_empty() {
+            false => of_alias,
+            true => catalog.variants.iter().filter(|v| *v.id == *name).cloned().collect(),
+        };
+        if variants.is_empty() {
+            let known: Vec<String> = catalog.names().into_iter().map(|(name, _)| format!("`{name}`")).collect();
+            return Err(ApiError::UnknownModel { name: name.to_owned(), known: known.join(", ") });
+        }
+        Ok(Self { name: name.to_owned(), variants })
+    }
+
+    /// Tokenizer and template.
+    pub(crate) fn text(&self) -> &Arc<TextModel> {
+        &self.variants[0].text
+    }
+
+    /// The longest context among the variants.
+    pub(crate) fn context_tokens(&self) -> u32 {
+        self.variants.iter().map(|v| v.context_tokens).max().unwrap_or(0)
+    }
+}
+
+impl Catalog {
+    /// Aliases in order of first appearance, then variants, each with the variant that stands for it.
+    pub(crate) fn names(&self) -> Vec<(&str, &Variant)> {
+        let mut names: Vec<(&str, &Variant)> = Vec::new();
+        for variant in &self.variants {
+            if !names.iter().any(|(name, _)| *name == &*variant.alias) {
+                names.push((&variant.alias, variant));
+            }
+        }
+        let ids = self.variants.iter().map(|v| (&*v.id, &**v)).filter(|(id, v)| *id != &*v.alias);
+        let ids: Vec<(&str, &Variant)> = ids.collect();
+        names.extend(ids);
+        names
+    }
+}
+
+// === impl Placement ===
+
+impl Placement {
+    /// Puts the headers of a routed response.
+    pub(crate) fn headers(&self, headers: &mut HeaderMap) {
+        let router = format!("{};g={}", self.decided_by.revision, self.decided_by.generation);
+        for (name, value) in [(REPLICA, &*self.replica.name), (VARIANT, &*self.variant.id), (ROUTER, &*router)] {
+            if let Ok(value) = HeaderValue::from_str(value) {
+                headers.insert(name, value);
+            }
+        }
+    }
+}
+
+// === impl Dispatch ===
+
+impl Dispatch<'_> {
+    /// Routes the prompt once and submits its choices, each to the chosen row or, where that is full, to the next of the
+    /// native order. `submitted` hears of every engine request at once, so that a failure half-way cancels the others.
+    pub(crate) fn run(
+        &self,
+        choices: Vec<Submission>,
+        mut submitted: impl FnMut(&Placement, RequestId),
+    ) -> Result<Vec<Placement>, ApiError> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut hashes = Hashes { tokens: &self.prompt.tokens, by_block: Vec::new() };
+            self.fill(scratch, &mut hashes);
+            if scratch.rows.is_empty() {
+                return Err(ApiError::NoReplica { model: self.target.name.clone() });
+            }
+            let seed = self.state.clock.random();
+            let first = choices.first().map_or(RequestId(0), |c| c.id);
+            let (routed, call_ns) = self.route(scratch, &mut hashes, first, seed);
+            if let Choice::Reject(rejection) = routed.choice {
+                return Err(ApiError::Rejected(rejection));
+            }
+            let mut placements = Vec::with_capacity(choices.len());
+            for choice in choices {
+                let id = choice.id;
+                let placement = self.submit(scratch, &mut hashes, &routed, (seed, call_ns), choice)?;
+                submitted(&placement, id);
+                placements.push(placement);
+            }
+            Ok(placements)
+        })
+    }
+
+    fn fill(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>) {
+        let load = |gauge: &std::sync::atomic::AtomicU32| gauge.load(Ordering::Relaxed);
+        scratch.columns.clear();
+        scratch.rows.clear();
+        let c = &mut scratch.columns;
+        let needed = self.prompt.tokens.len() as u64 + u64::from(self.terms.max_new_tokens);
+        for (v, variant) in self.target.variants.iter().enumerate() {
+            if needed > u64::from(variant.context_tokens) {
+                continue;
+            }
+            for (r, replica) in variant.replicas.iter().enumerate() {
+                let gauges = &replica.gauges;
+                c.id.push(replica.id.0);
+                c.key.push(replica.key);
+                c.health.push(replica.health.load(Ordering::Relaxed));
+                c.weight.push(load(&replica.weight));
+                c.waiting.push(load(&gauges.waiting).saturating_add(load(&gauges.reserved_requests)));
+                c.running.push(load(&gauges.running));
+                c.running_limit.push(load(&gauges.running_limit));
+                c.queued_tokens.push(load(&gauges.queued_tokens).saturating_add(load(&gauges.reserved_tokens)));
+                c.free_blocks.push(load(&gauges.free_blocks));
+                c.total_blocks.push(load(&gauges.total_blocks));
+                c.cached_tokens.push(self.cached_tokens(variant, replica, hashes));
+                c.device.push(replica.device);
+                c.variant.push(replica.variant);
+                scratch.rows.push((v, r));
+            }
+        }
+        scratch.refused.clear();
+        scratch.refused.resize(scratch.rows.len(), false);
+    }
+
+    /// Prompt tokens that the replica probably holds; the last one is always computed.
+    fn cached_tokens(&self, variant: &Variant, replica: &Replica, hashes: &mut Hashes<'_>) -> u32 {
+        if !self.terms.cache_prompt {
+            return 0;
+        }
+        let hits = replica.sketch.leading_hits(hashes.of(variant.block_tokens));
+        let tokens = hits.saturating_mul(variant.block_tokens as usize).min(self.prompt.tokens.len().saturating_sub(1));
+        u32::try_from(tokens).unwrap_or(u32::MAX)
+    }
+
+    /// The one call of the policy, with its duration in nanoseconds.
+    fn route(&self, scratch: &Scratch, hashes: &mut Hashes<'_>, id: RequestId, seed: u64) -> (Routed, u64) {
+        let Self { state, caller, target, prompt, terms } = self;
+        let mut attributes: Vec<(&str, &str)> =
+            caller.attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        if !prompt.text.is_empty() {
+            attributes.push(("prompt-head", head(&prompt.text)));
+        }
+        let request = RouteRequest {
+            id,
+            model: &target.name,
+            tenant: &caller.tenant,
+            tenant_id: caller.tenant_id,
+            session: terms.session,
+            prefix: hashes.of(target.variants[0].block_tokens).first().copied().unwrap_or(0),
+            priority: terms.priority,
+            prompt_tokens: n_tokens(prompt),
+            max_new_tokens: terms.max_new_tokens,
+            arrived: terms.arrived,
+            deadline: terms.deadline,
+            seed,
+            attributes: &attributes,
+        };
+        let before = state.clock.now();
+        let routed = state.router.route(before, &request, &scratch.columns);
+        (routed, state.clock.now().saturating_sub(before) * 1_000)
+    }
+
+    fn submit(
+        &self,
+        scratch: &mut Scratch,
+        hashes: &mut Hashes<'_>,
+        routed: &Routed,
+        (seed, call_ns): (u64, u64),
+        choice: Submission,
+    ) -> Result<Placement, ApiError> {
+        let Submission { id, sampling, sink } = choice;
+        let mut sink = sink;
+        let mut stopped = 0;
+        loop {
+            let Scratch { columns, rows, refused } = &mut *scratch;
+            let has_room = |row: usize| !refused[row] && self.has_room(rows[row]);
+            let row = match resolve(&routed.choice, columns, seed, has_room) {
+                Resolved::Row(row) => row,
+                Resolved::Full if stopped == rows.len() => {
+                    return Err(ApiError::NoReplica { model: self.target.name.clone() });
+                }
+                Resolved::Full => {
+                    return Err(ApiError::Saturated {
+                        what: format!("the queue of every replica of `{}` is full", self.target.name),
+                    });
+                }
+            };
+            let placement = self.placement(routed, rows[row]);
+            let native = !picked(&routed.choice, row);
+            let request =
+                self.request(hashes, &placement, native, Submission { id, sampling: Arc::clone(&sampling), sink });
+            let n = n_tokens(self.prompt);
+            placement.replica.gauges.reserve(n);
+            match self.state.engine.submit(placement.replica.id, request) {
+                Ok(()) => {
+                    self.record(id, &placement, (call_ns, native), columns.cached_tokens[row]);
+                    return Ok(placement);
+                }
+                Err((request, error)) => {
+                    placement.replica.gauges.release(n);
+                    refused[row] = true;
+                    stopped += usize::from(error == SubmitError::Stopped);
+                    sink = request.sink;
+                }
+            }
+        }
+    }
+
+    fn has_room(&self, (v, r): (usize, usize)) -> bool {
+        let replica = &self.target.variants[v].replicas[r];
+        let gauges = &replica.gauges;
+        let waiting = gauges.waiting.load(Ordering::Relaxed);
+        waiting.saturating_add(gauges.reserved_requests.load(Ordering::Relaxed)) < replica.max_waiting
+    }
+
+    fn placement(&self, routed: &Routed, (v, r): (usize, usize)) -> Placement {
+        let variant = &self.target.variants[v];
+        Placement {
+            replica: Arc::clone(&variant.replicas[r]),
+            variant: Arc::clone(variant),
+            decided_by: routed.decided_by.clone(),
+        }
+    }
+
+    fn request(&self, hashes: &mut Hashes<'_>, placement: &Placement, native: bool, choice: Submission) -> Request {
+        let terms = self.terms;
+        let block_hashes = match terms.cache_prompt {
+            true => Arc::clone(hashes.of(placement.variant.block_tokens)),
+            false => Arc::default(),
+        };
+        Request {
+            id: choice.id,
+            tenant: self.caller.tenant_id,
+            tenant_name: Arc::clone(&self.caller.tenant),
+            priority: terms.priority,
+            arrived: terms.arrived,
+            deadline: terms.deadline,
+            prompt: Arc::clone(&self.prompt.tokens),
+            block_hashes,
+            max_new_tokens: terms.max_new_tokens,
+            min_new_tokens: terms.min_new_tokens,
+            stop_tokens: Arc::clone(&terms.stop_tokens),
+            sampling: choice.sampling,
+            router_generation: if native { 0 } else { placement.decided_by.generation },
+            sink: choice.sink,
+        }
+    }
+
+    fn record(&self, id: RequestId, placement: &Placement, (call_ns, native): (u64, bool), cached_tokens: u32) {
+        let at = self.state.clock.now();
+        let base = Event {
+            request: id.0,
+            replica: placement.replica.id.0,
+            generation: if native { 0 } else { placement.decided_by.generation },
+            tenant: self.caller.tenant_id,
+            variant: u32::try_from(placement.replica.variant).unwrap_or(0),
+            priority: self.terms.priority as u8,
+            prompt_tokens: n_tokens(self.prompt),
+            cached_tokens,
+            ..Event::new(at, EventKind::Routed)
+        };
+        let prompt = self.prompt.tokens.len() as u64;
+        self.state.recorder.record(Event {
+            kind: EventKind::Admitted,
+            a: prompt,
+            b: self.terms.max_new_tokens.into(),
+            ..base
+        });
+        self.state.recorder.record(Event { a: call_ns, b: native.into(), ..base });
+    }
+}
+
+impl Hashes<'_> {
+    fn of(&mut self, block_tokens: u32) -> &Arc<[u64]> {
+        let known = self.by_block.iter().position(|(block, _)| *block == block_tokens);
+        let place = known.unwrap_or_else(|| {
+            self.by_block.push((block_tokens, chain_hashes(self.tokens, block_tokens).into()));
+            self.by_block.len() - 1
+        });
+        &self.by_block[place].1
+    }
+}
+
+/// Whether the policy itself named the row.
+fn picked(choice: &Choice, row: usize) -> bool {
+    match choice {
+        Choice::Pick(picked) => *picked as usize == row,
+        Choice::Rank(rank) => rank.iter().any(|&ranked| ranked as usize == row),
+        Choice::Abstain | Choice::Reject(_) => false,
+    }
+}
+
+fn n_tokens(prompt: &Prompt) -> u32 {
+    u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX)
+}
+
+fn head(text: &str) -> &str {
+    &text[..text.floor_char_boundary(PROMPT_HEAD)]
+}
+
+/// Counts a refused request and records it for telemetry guests.
+pub(crate) fn record_rejection(state: &ServerState, caller: &Caller, error: &ApiError, prompt_tokens: u32) {
+    let Some(reason) = error.reason() else { return };
+    state.metrics.rejected(reason);
+    let number = match reason {
+        "queue" => 0,
+        "kv" => 1,
+        "quota" => 2,
+        "deadline" => 3,
+        _ => 4,
+    };
+    state.recorder.record(Event {
+        tenant: caller.tenant_id,
+        prompt_tokens,
+        a: number,
+        b: if error.retryable() { error.retry_after_ms().into() } else { 0 },
+        ..Event::new(state.clock.now(), EventKind::Rejected)
+    });
+}

@@ -1,0 +1,423 @@
+//! Fakes of every port, and a small HTTP client, for the crate's tests: no socket, no thread, no engine.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request as HttpRequest, Response};
+use http_body_util::BodyExt;
+use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
+use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
+use pointsman_sched::request::{CancelCause, FinishReason, Request, SinkEvent, SinkState};
+use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
+use pointsman_telemetry::{Metrics, Names, Recorder};
+use serde_json::Value;
+use tower::ServiceExt;
+
+use crate::admin::wire;
+use crate::ports::{
+    AdminError, AdminErrorKind, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Replica, SubmitError,
+    Uploaded, Variant,
+};
+use crate::text::TextModel;
+use crate::{ServerConfig, ServerParts, ServerState, admin_router, data_router};
+
+/// What the fake engine does with the next request.
+#[derive(Debug)]
+pub(crate) enum Play {
+    /// Pushes these events while the request is being submitted.
+    Now(Vec<SinkEvent>),
+    /// Keeps the request for [`FakeEngine::push`].
+    Hold,
+    Refuse(SubmitError),
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct FakeEngine {
+    catalog: Mutex<Arc<Catalog>>,
+    plays: Mutex<VecDeque<Play>>,
+    held: Mutex<HashMap<RequestId, Request>>,
+    /// Every request that was taken, without its sink.
+    pub(crate) taken: Mutex<Vec<Taken>>,
+    pub(crate) cancels: Mutex<Vec<(ReplicaId, RequestId, CancelCause)>>,
+}
+
+/// What a test wants to know of a submitted request.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) replica: ReplicaId,
+    pub(crate) id: RequestId,
+    pub(crate) prompt: Arc<[u32]>,
+    pub(crate) n_hashes: usize,
+    pub(crate) max_new_tokens: u32,
+    pub(crate) stop_tokens: Arc<[u32]>,
+    pub(crate) seed: u64,
+    pub(crate) priority: u8,
+    pub(crate) deadline: Micros,
+    pub(crate) router_generation: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct FakeRouter {
+    pub(crate) choice: Mutex<Choice>,
+    /// Tenant, session, attributes and columns of every call.
+    pub(crate) calls: Mutex<Vec<(String, u64, Vec<(String, String)>, ReplicaColumns)>>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct FakeClock {
+    pub(crate) now: AtomicU64,
+    random: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct FakeAdmin {
+    pub(crate) journal: Mutex<Vec<JournalLine>>,
+}
+
+/// Everything a test holds.
+#[derive(Debug)]
+pub(crate) struct Rig {
+    pub(crate) engine: Arc<FakeEngine>,
+    pub(crate) router: Arc<FakeRouter>,
+    pub(crate) clock: Arc<FakeClock>,
+    pub(crate) admin: Arc<FakeAdmin>,
+    pub(crate) state: Arc<ServerState>,
+}
+
+/// A response, read whole.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: axum::http::HeaderMap,
+    pub(crate) body: String,
+}
+
+// === impl FakeEngine ===
+
+impl FakeEngine {
+    pub(crate) fn play(&self, plays: impl IntoIterator<Item = Play>) {
+        self.plays.lock().expect("unpoisoned").extend(plays);
+    }
+
+    /// Pushes an event into a held request's sink.
+    pub(crate) fn push(&self, id: RequestId, event: SinkEvent) -> SinkState {
+        self.held.lock().expect("unpoisoned").get_mut(&id).expect("held").sink.push(event)
+    }
+
+    /// Drops a held request, as a driver does that has ended it.
+    pub(crate) fn forget(&self, id: RequestId) {
+        self.held.lock().expect("unpoisoned").remove(&id);
+    }
+
+    pub(crate) fn last_id(&self) -> RequestId {
+        self.taken.lock().expect("unpoisoned").last().expect("a request was taken").id
+    }
+
+    pub(crate) fn unload(&self) {
+        *self.catalog.lock().expect("unpoisoned") = Arc::default();
+    }
+}
+
+impl EnginePort for FakeEngine {
+    fn catalog(&self) -> Arc<Catalog> {
+        Arc::clone(&self.catalog.lock().expect("unpoisoned"))
+    }
+
+    fn submit(&self, replica: ReplicaId, mut request: Request) -> Result<(), (Box<Request>, SubmitError)> {
+        let play = self.plays.lock().expect("unpoisoned").pop_front().unwrap_or_else(|| Play::Now(says(&["hello"])));
+        let taken = Taken {
+            replica,
+            id: request.id,
+            prompt: Arc::clone(&request.prompt),
+            n_hashes: request.block_hashes.len(),
+            max_new_tokens: request.max_new_tokens,
+            stop_tokens: Arc::clone(&request.stop_tokens),
+            seed: request.sampling.seed,
+            priority: request.priority as u8,
+            deadline: request.deadline,
+            router_generation: request.router_generation,
+        };
+        match play {
+            Play::Refuse(error) => return Err((Box::new(request), error)),
+            Play::Now(events) => {
+                for event in events {
+                    if request.sink.push(event) == SinkState::Closed {
+                        break;
+                    }
+                }
+            }
+            Play::Hold => {
+                self.held.lock().expect("unpoisoned").insert(request.id, request);
+            }
+        }
+        self.taken.lock().expect("unpoisoned").push(taken);
+        Ok(())
+    }
+
+    fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
+        self.cancels.lock().expect("unpoisoned").push((replica, id, cause));
+    }
+}
+
+/// Token ids of a text in the test tokenizer, byte by byte.
+pub(crate) fn bytes(text: &str) -> Vec<u32> {
+    text.bytes().map(|b| u32::from(b) + 3).collect()
+}
+
+pub(crate) fn token(id: u32) -> SinkEvent {
+    SinkEvent::Token { token: id, logprobs: None }
+}
+
+/// Events of a generation that says these texts, one token per byte, and stops.
+pub(crate) fn says(texts: &[&str]) -> Vec<SinkEvent> {
+    let started = SinkEvent::Started { queued_us: 5, cached_tokens: 2 };
+    let tokens = texts.iter().flat_map(|text| bytes(text)).map(token);
+    std::iter::once(started).chain(tokens).chain([SinkEvent::Finished(FinishReason::Stop(1))]).collect()
+}
+
+// === impl FakeRouter, FakeClock, FakeAdmin ===
+
+impl RoutePolicy for FakeRouter {
+    fn route(&self, _now: Micros, request: &RouteRequest<'_>, replicas: &ReplicaColumns) -> Routed {
+        let attributes = request.attributes.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let call = (request.tenant.to_owned(), request.session, attributes, replicas.clone());
+        self.calls.lock().expect("unpoisoned").push(call);
+        let choice = self.choice.lock().expect("unpoisoned").clone();
+        Routed { choice, decided_by: DecidedBy { revision: "r@1+0000".into(), generation: 7 }, fallback: false }
+    }
+}
+
+impl Clock for FakeClock {
+    fn now(&self) -> Micros {
+        self.now.load(Ordering::Relaxed) + 1
+    }
+
+    fn unix_seconds(&self) -> u64 {
+        1_700_000_000
+    }
+
+    fn random(&self) -> u64 {
+        self.random.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+fn refused(kind: AdminErrorKind, message: &str) -> AdminError {
+    AdminError { kind, message: message.into(), param: None }
+}
+
+impl PolicyAdmin for FakeAdmin {
+    fn upload(&self, bytes: Vec<u8>, _actor: &str) -> Result<Uploaded, AdminError> {
+        if !bytes.starts_with(b"\0asm") {
+            return Err(refused(AdminErrorKind::Invalid, "not a component"));
+        }
+        let component = wire::UploadedComponent {
+            digest: "sha256:00".into(),
+            world: "router".into(),
+            package: "0.1.0".into(),
+            size: bytes.len() as u64,
+            compile_ms: 1.5,
+        };
+        Ok(Uploaded { component, created: bytes.len() == 8 })
+    }
+
+    fn components(&self) -> Vec<wire::Component> {
+        Vec::new()
+    }
+
+    fn delete_component(&self, digest: &str, _actor: &str) -> Result<(), AdminError> {
+        match digest {
+            "sha256:00" => Ok(()),
+            _ => Err(refused(AdminErrorKind::NotFound, "no such component")),
+        }
+    }
+
+    fn slots(&self) -> Vec<wire::Slot> {
+        self.slot("router").into_iter().collect()
+    }
+
+    fn slot(&self, slot: &str) -> Result<wire::Slot, AdminError> {
+        if slot == "panic" {
+            panic!("as asked");
+        }
+        if slot != "router" {
+            return Err(refused(AdminErrorKind::NotFound, "no such slot"));
+        }
+        let active = wire::SlotRevision {
+            revision: "native".into(),
+            generation: 3,
+            component: "native".into(),
+            config: serde_json::value::RawValue::from_string("{}".into()).expect("JSON"),
+            state_namespace: "router".into(),
+        };
+        Ok(wire::Slot {
+            slot: slot.into(),
+            active,
+            previous: None,
+            candidate: None,
+            health: wire::Health { state: wire::HealthState::Native, reason: None, retry_in_ms: None },
+            counters: wire::Counters::default(),
+        })
+    }
+
+    fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
+        if request.if_generation.is_some_and(|g| g != 3) {
+            return Err(refused(AdminErrorKind::Conflict, "generation 3 is active"));
+        }
+        let revision = format!("{slot}:{}:{}:{actor}", request.component, request.config.get());
+        Ok(wire::Activated { revision, generation: 4, warm_ms: 1.0, publish_us: 2.0 })
+    }
+
+    fn delete_slot(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {
+        Ok(wire::Activated { revision: "native".into(), generation: 5, warm_ms: 0.0, publish_us: 1.0 })
+    }
+
+    fn rollback(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {
+        Err(refused(AdminErrorKind::Conflict, "nothing to roll back to"))
+    }
+
+    fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {
+        let lines = self.journal.lock().expect("unpoisoned");
+        lines.iter().filter(|line| line.sequence > after).take(limit).cloned().collect()
+    }
+}
+
+impl ModelAdmin for FakeAdmin {
+    fn devices(&self) -> Vec<wire::Device> {
+        vec![wire::Device {
+            index: 0,
+            name: "cpu".into(),
+            description: "a fake".into(),
+            state: "up".into(),
+            memory: wire::DeviceMemory::default(),
+            replicas: Vec::new(),
+            utilization: None,
+        }]
+    }
+}
+
+// === impl Rig ===
+
+pub(crate) fn replica(id: u32, name: &str) -> Arc<Replica> {
+    Arc::new(Replica {
+        id: ReplicaId(id),
+        key: u64::from(id) * 11,
+        name: name.into(),
+        name_number: id,
+        device: 0,
+        variant: 1,
+        weight: AtomicU32::new(1_000),
+        health: AtomicU8::new(0),
+        max_waiting: 4,
+        gauges: Arc::new(ReplicaGauges::default()),
+        sketch: Arc::new(PrefixSketch::new(64)),
+    })
+}
+
+fn variant(id: &str, text: &Arc<TextModel>, replicas: Vec<Arc<Replica>>) -> Arc<Variant> {
+    Arc::new(Variant {
+        id: id.into(),
+        alias: id.split(':').next().unwrap_or(id).into(),
+        text: Arc::clone(text),
+        context_tokens: 64,
+        block_tokens: 4,
+        created: 1_699_999_999,
+        replicas,
+    })
+}
+
+impl Rig {
+    pub(crate) fn new() -> Self {
+        Self::with(ServerConfig::default())
+    }
+
+    /// Two variants of `m`: `m:a` on replicas 0 and 1, `m:b` on replica 2.
+    pub(crate) fn with(config: ServerConfig) -> Self {
+        let text = Arc::new(crate::text::tests::model());
+        let a = variant("m:a", &text, vec![replica(0, "m:a@x"), replica(1, "m:a@y")]);
+        let b = variant("m:b", &text, vec![replica(2, "m:b@x")]);
+        let engine = Arc::new(FakeEngine::default());
+        *engine.catalog.lock().expect("unpoisoned") = Arc::new(Catalog { variants: vec![a, b] });
+        let router = Arc::new(FakeRouter { choice: Mutex::new(Choice::Pick(0)), calls: Mutex::default() });
+        let clock = Arc::new(FakeClock::default());
+        let admin = Arc::new(FakeAdmin::default());
+        let state = ServerState::new(ServerParts {
+            config,
+            engine: Arc::clone(&engine) as _,
+            router: Arc::clone(&router) as _,
+            policies: Arc::clone(&admin) as _,
+            models: Arc::clone(&admin) as _,
+            clock: Arc::clone(&clock) as _,
+            metrics: Arc::new(Metrics::new()),
+            recorder: Recorder::new(64),
+            names: Arc::new(Names::default()),
+        });
+        Self { engine, router, clock, admin, state: state.expect("a good configuration") }
+    }
+
+    pub(crate) fn data(&self) -> Router {
+        data_router(&self.state)
+    }
+
+    pub(crate) fn admin(&self) -> Router {
+        admin_router(&self.state)
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &str) -> Answer {
+        self.send(request("POST", path, &[("content-type", "application/json")], body)).await
+    }
+
+    pub(crate) async fn send(&self, request: HttpRequest<Body>) -> Answer {
+        Answer::of(self.open(request).await).await
+    }
+
+    /// Sends and does not read the body yet.
+    pub(crate) async fn open(&self, request: HttpRequest<Body>) -> Response<Body> {
+        self.data().oneshot(request).await.expect("routers do not fail")
+    }
+
+    pub(crate) async fn ask_admin(&self, request: HttpRequest<Body>) -> Answer {
+        Answer::of(self.admin().oneshot(request).await.expect("routers do not fail")).await
+    }
+}
+
+pub(crate) fn request(method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> HttpRequest<Body> {
+    let builder = HttpRequest::builder().method(method).uri(path);
+    let builder = headers.iter().fold(builder, |builder, (name, value)| builder.header(*name, *value));
+    builder.body(Body::from(body.to_owned())).expect("a good request")
+}
+
+// === impl Answer ===
+
+impl Answer {
+    pub(crate) async fn of(response: Response<Body>) -> Self {
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.expect("bodies do not fail").to_bytes();
+        let body = String::from_utf8(body.to_vec()).expect("UTF-8");
+        Self { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().expect("ascii"))
+    }
+
+    /// The payloads of the server-sent events; `[DONE]` as a string.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        let payload = |frame: &str| {
+            let text = frame.strip_prefix("data: ").unwrap_or_else(|| panic!("not a data frame: {frame:?}"));
+            serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
+        };
+        self.body.split_terminator("\n\n").map(payload).collect()
+    }
+
+    /// The lines of an NDJSON body.
+    pub(crate) fn lines(&self) -> Vec<Value> {
+        self.body.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+}

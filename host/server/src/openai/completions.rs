@@ -1,0 +1,211 @@
+//! `POST /v1/completions`: text or token ids in, text out, no template in between.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::State;
+use axum::response::Response;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::fields::{Fields, mismatch, token_id};
+use super::generate::{Arrival, Collected, Head, Job, Running, tokenizing};
+use super::logprobs::CompletionLogprobs;
+use super::params::Params;
+use super::{Usage, read_fields};
+use crate::dispatch::{Prompt, Target};
+use crate::error::ApiError;
+use crate::identity::{Caller, RequestTag};
+use crate::state::ServerState;
+use crate::stream::{Encode, Totals, Update};
+use crate::text::TextModel;
+
+/// Tokens that a completion has when the request does not say (`OpenAI`'s default).
+const DEFAULT_TOKENS: u32 = 16;
+
+/// Handles the route.
+pub(crate) async fn completions(
+    State(state): State<Arc<ServerState>>,
+    caller: Caller,
+    Extension(RequestTag(tag)): Extension<RequestTag>,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
+    let arrival = Arrival::new(&state, caller, tag, request.headers());
+    let permit = arrival.admit()?;
+    let mut fields = read_fields(&state, request).await?;
+    let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
+    let logprobs = logprobs(&mut fields, echo)?;
+    let params = Params::parse(&mut fields, &state.config, logprobs)?;
+    let target = Target::find(&state.engine.catalog(), &params.model)?;
+    let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
+    let n_choices = prompts.len() * params.n as usize;
+    let echoed: Vec<String> = match echo {
+        true => prompts.iter().flat_map(|p| std::iter::repeat_n(p.text.clone(), params.n as usize)).collect(),
+        false => vec![String::new(); n_choices],
+    };
+    let (stream, include_usage) = (params.stream, params.include_usage);
+    let job = Job { params, target, prompts, default_tokens: Some(DEFAULT_TOKENS), prompt_param: "prompt" };
+    let running = arrival.start(&job, permit)?;
+    drop(job);
+    if stream || running.wants_events() {
+        return running.stream(|running| Box::new(CompletionSse::new(running, echoed, include_usage))).await;
+    }
+    let write = |head: &Head, text: &TextModel, choices: Vec<Collected>, usage| {
+        write_whole(head, text, &choices, &echoed, usage)
+    };
+    running.whole(n_choices, write).await
+}
+
+fn logprobs(fields: &mut Fields, echo: bool) -> Result<Option<u8>, ApiError> {
+    let wanted = fields.u32("logprobs", 0..=20)?.and_then(|n| u8::try_from(n).ok());
+    if wanted.is_some() && echo {
+        return Err(ApiError::unsupported("logprobs", "`logprobs` together with `echo`"));
+    }
+    Ok(wanted)
+}
+
+/// Reads and tokenizes the prompts: a string, strings, token ids, or lists of token ids.
+async fn prompts(value: Value, text: &Arc<TextModel>, limit: usize, echo: bool) -> Result<Vec<Prompt>, ApiError> {
+    let expect = "a string, an array of strings, an array of token ids, or an array of those";
+    let items = match value {
+        text @ Value::String(_) => vec![text],
+        Value::Array(items) if items.first().is_some_and(Value::is_number) => vec![Value::Array(items)],
+        Value::Array(items) if (1..=limit).contains(&items.len()) => items,
+        Value::Array(items) => {
+            let problem = format!("`prompt` must hold 1 to {limit} prompts, found {}", items.len());
+            return Err(ApiError::invalid("prompt", problem));
+        }
+        other => return Err(mismatch("prompt", expect, &other)),
+    };
+    let bytes = items.iter().map(|item| item.as_str().map_or(0, str::len)).sum();
+    let single = items.len() == 1;
+    let text = Arc::clone(text);
+    tokenizing(bytes, move || {
+        let param = |i: usize| if single { "prompt".to_owned() } else { format!("prompt[{i}]") };
+        let one = |(i, item): (usize, Value)| match item {
+            Value::String(prompt) => text_prompt(&text, &param(i), prompt),
+            Value::Array(ids) => id_prompt(&text, &param(i), &ids, echo),
+            other => Err(mismatch(&param(i), expect, &other)),
+        };
+        items.into_iter().enumerate().map(one).collect()
+    })
+    .await
+}
+
+fn text_prompt(text: &TextModel, param: &str, prompt: String) -> Result<Prompt, ApiError> {
+    let tokens = text.encode(&prompt, true).map_err(|error| ApiError::invalid(param, error.to_string()))?;
+    Ok(Prompt { tokens: tokens.into(), text: prompt })
+}
+
+fn id_prompt(text: &TextModel, param: &str, ids: &[Value], echo: bool) -> Result<Prompt, ApiError> {
+    let id = |(i, value): (usize, &Value)| token_id(&format!("{param}[{i}]"), value, text.vocabulary());
+    let tokens: Arc<[u32]> = ids.iter().enumerate().map(id).collect::<Result<_, _>>()?;
+    let text = if echo { text.decode(&tokens, true) } else { String::new() };
+    Ok(Prompt { tokens, text })
+}
+
+// === On the wire ===
+
+#[derive(Serialize)]
+struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [Choice<'a>],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: usize,
+    text: &'a str,
+    logprobs: Option<CompletionLogprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+fn write_whole(head: &Head, text: &TextModel, choices: &[Collected], echoed: &[String], usage: Usage) -> Vec<u8> {
+    let texts: Vec<String> =
+        choices.iter().zip(echoed).map(|(choice, echo)| format!("{echo}{}", choice.text)).collect();
+    let choice = |(index, (choice, whole))| {
+        let choice: &Collected = choice;
+        let mut logprobs = CompletionLogprobs::default();
+        choice.tokens.iter().fold(0, |offset, token| offset + logprobs.push(text, token, offset));
+        let logprobs = (!logprobs.is_empty()).then_some(logprobs);
+        let text: &String = whole;
+        Choice { index, text, logprobs, finish_reason: choice.finish.map(|f| f.as_str()) }
+    };
+    let choices: Vec<Choice<'_>> = choices.iter().zip(&texts).enumerate().map(choice).collect();
+    let Head { id, created, model } = head;
+    let (created, usage) = (*created, Some(Some(usage)));
+    let whole = Completion { id, object: "text_completion", created, model, choices: &choices, usage };
+    serde_json::to_vec(&whole).unwrap_or_default()
+}
+
+/// Server-sent events of a completion.
+#[derive(Debug)]
+struct CompletionSse {
+    head: Head,
+    text: Arc<TextModel>,
+    include_usage: bool,
+    choices: Vec<Progress>,
+}
+
+#[derive(Debug)]
+struct Progress {
+    /// The prompt, until it has been sent.
+    echo: Option<String>,
+    /// Characters of the tokens so far.
+    offset: usize,
+}
+
+impl CompletionSse {
+    fn new(running: &Running, echoed: Vec<String>, include_usage: bool) -> Self {
+        let choice = |echo: String| Progress { echo: (!echo.is_empty()).then_some(echo), offset: 0 };
+        Self {
+            head: running.head.clone(),
+            text: Arc::clone(&running.text),
+            include_usage,
+            choices: echoed.into_iter().map(choice).collect(),
+        }
+    }
+
+    fn chunk(&self, out: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Usage>) {
+        let Head { id, created, model } = &self.head;
+        let usage = self.include_usage.then_some(usage);
+        super::sse(out, &Completion { id, object: "text_completion", created: *created, model, choices, usage });
+    }
+}
+
+impl Encode for CompletionSse {
+    fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
+        let Update::Delta(delta) = update else { return };
+        let index = delta.choice;
+        let Some(progress) = self.choices.get_mut(index) else { return };
+        let echo = progress.echo.take();
+        let mut logprobs = CompletionLogprobs::default();
+        if let Some(token) = &delta.token {
+            progress.offset += logprobs.push(&self.text, token, progress.offset);
+        }
+        if let Some(echo) = echo {
+            self.chunk(out, &[Choice { index, text: &echo, logprobs: None, finish_reason: None }], None);
+        }
+        let logprobs = (!logprobs.is_empty()).then_some(logprobs);
+        if !delta.text.is_empty() || logprobs.is_some() || delta.finish.is_some() {
+            let finish_reason = delta.finish.map(|f| f.as_str());
+            self.chunk(out, &[Choice { index, text: &delta.text, logprobs, finish_reason }], None);
+        }
+    }
+
+    fn error(&mut self, out: &mut Vec<u8>, error: &ApiError) {
+        super::sse_error(out, error);
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>, totals: Totals) {
+        if self.include_usage {
+            self.chunk(out, &[], Some(totals.into()));
+        }
+        super::sse_done(out);
+    }
+}

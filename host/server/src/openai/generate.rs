@@ -1,0 +1,300 @@
+//! What every generation does between its parsed body and its response: find the model, tokenize, check lengths, take
+//! room, dispatch, and answer whole or as a stream.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use axum::response::Response;
+use bytes::Bytes;
+use http_body_util::Full;
+use pointsman_sched::ids::Micros;
+use pointsman_sched::request::Sampling;
+
+use super::Usage;
+use super::ndjson::NdjsonEncoder;
+use super::params::Params;
+use crate::admission::Permit;
+use crate::dispatch::{Dispatch, Placement, Prompt, Submission, Target, Terms, record_rejection};
+use crate::error::ApiError;
+use crate::identity::{Caller, session_hash};
+use crate::state::ServerState;
+use crate::stream::{
+    ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Update, channel,
+};
+use crate::text::{Detokenizer, StopMatcher, TextModel};
+
+/// Texts longer than this are tokenized on the blocking pool: a worker thread serves other requests in the meantime.
+const INLINE_TEXT: usize = 8 << 10;
+
+/// What a handler knows of a request before it reads the body.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) state: Arc<ServerState>,
+    pub(super) caller: Caller,
+    pub(super) tag: Arc<str>,
+    pub(super) arrived: Micros,
+    pub(super) ndjson: bool,
+}
+
+/// A request whose body has been read and whose prompts are tokens.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) params: Params,
+    pub(super) target: Target,
+    pub(super) prompts: Vec<Prompt>,
+    /// Tokens to generate when the request does not say; `None` for what the context leaves.
+    pub(super) default_tokens: Option<u32>,
+    /// The field that holds the prompt, for errors about its length.
+    pub(super) prompt_param: &'static str,
+}
+
+/// A generation under way.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) generation: Generation,
+    /// Of the first choice.
+    pub(super) placement: Placement,
+    pub(super) head: Head,
+    /// The tokenizer that writes its tokens.
+    pub(super) text: Arc<TextModel>,
+    ndjson: bool,
+}
+
+/// The members that every object of a response repeats.
+#[derive(Clone, Debug)]
+pub(super) struct Head {
+    pub(super) id: Arc<str>,
+    pub(super) created: u64,
+    /// The variant that answers.
+    pub(super) model: Arc<str>,
+}
+
+/// A choice of a response that is sent whole.
+#[derive(Debug, Default)]
+pub(super) struct Collected {
+    pub(super) text: String,
+    pub(super) tokens: Vec<Token>,
+    pub(super) finish: Option<Finish>,
+}
+
+/// Whether the client asks for newline-delimited JSON.
+fn accepts_ndjson(headers: &HeaderMap) -> bool {
+    let accepts = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    accepts.split(',').any(|part| part.split(';').next().is_some_and(|kind| kind.trim() == "application/x-ndjson"))
+}
+
+/// Runs CPU work that may take long off the workers; short work runs here.
+pub(super) async fn tokenizing<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if bytes <= INLINE_TEXT {
+        return work();
+    }
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(ApiError::Internal))
+}
+
+// === impl Arrival ===
+
+impl Arrival {
+    /// What a request brings beside its body.
+    pub(super) fn new(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>, headers: &HeaderMap) -> Self {
+        let arrived = state.clock.now();
+        Self { state: Arc::clone(state), caller, tag, arrived, ndjson: accepts_ndjson(headers) }
+    }
+
+    /// Takes a place in admission, before the body is read: a refusal costs nothing.
+    pub(super) fn admit(&self) -> Result<Permit, ApiError> {
+        self.state.admission.enter().inspect_err(|error| record_rejection(&self.state, &self.caller, error, 0))
+    }
+
+    /// Dispatches a job.
+    pub(super) fn start(&self, job: &Job, permit: Permit) -> Result<Running, ApiError> {
+        let prompt_tokens = total_tokens(&job.prompts);
+        let started = self.try_start(job, permit, prompt_tokens);
+        if let Err(error) = &started {
+            record_rejection(&self.state, &self.caller, error, prompt_tokens);
+        }
+        started
+    }
+
+    fn try_start(&self, job: &Job, mut permit: Permit, prompt_tokens: u32) -> Result<Running, ApiError> {
+        let Job { params, target, prompts, .. } = job;
+        let text = target.text();
+        let sampling = params.sampling(text, self.state.clock.random())?;
+        let terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
+        permit.queue_tokens(prompt_tokens)?;
+        let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
+        let (sinks, events) = channel(self.state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
+        let mut choices = Vec::new();
+        let mut first = None;
+        for (prompt, terms) in prompts.iter().zip(&terms) {
+            let Self { state, caller, .. } = self;
+            let dispatch = Dispatch { state, caller, target, prompt, terms };
+            let submissions = self.submissions(&sampling, &sinks, choices.len());
+            let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))?;
+            for (i, placement) in placements.into_iter().enumerate() {
+                let queued_tokens = if i == 0 { prompt.tokens.len() } else { 0 };
+                choices.push(self.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX)));
+                first.get_or_insert(placement);
+            }
+        }
+        drop(sinks);
+        let placement = first.ok_or(ApiError::Internal)?;
+        let created = self.state.clock.unix_seconds();
+        let head = Head { id: Arc::clone(&self.tag), created, model: Arc::clone(&placement.variant.id) };
+        let parts = GenerationParts {
+            clock: Arc::clone(&self.state.clock),
+            arrived: self.arrived,
+            timeout_ms: params.timeout_ms,
+            prompt_tokens,
+        };
+        let generation = Generation::new(parts, events, choices, in_flight);
+        Ok(Running { generation, placement, head, text: Arc::clone(text), ndjson: self.ndjson })
+    }
+
+    /// What the request's fields come to for one prompt.
+    fn terms(&self, job: &Job, prompt: &Prompt) -> Result<Terms, ApiError> {
+        let Job { params, target, .. } = job;
+        let max_new_tokens = new_tokens(job, prompt)?;
+        if params.min_tokens > max_new_tokens {
+            let problem =
+                format!("`min_tokens` ({}) exceeds the {max_new_tokens} tokens to generate", params.min_tokens);
+            return Err(ApiError::invalid("min_tokens", problem));
+        }
+        let session = match (&params.session, self.caller.session) {
+            (Some(session), 0) => session_hash(session),
+            (_, session) => session,
+        };
+        Ok(Terms {
+            priority: self.caller.priority(params.priority),
+            session,
+            arrived: self.arrived,
+            deadline: self.arrived.saturating_add(params.timeout_ms.saturating_mul(1_000)),
+            max_new_tokens,
+            min_new_tokens: params.min_tokens,
+            stop_tokens: params.stop_tokens(target.text())?,
+            cache_prompt: params.cache_prompt,
+        })
+    }
+
+    fn submissions(&self, sampling: &[Arc<Sampling>], sinks: &SinkMaker, first: usize) -> Vec<Submission> {
+        let one = |(i, sampling): (usize, &Arc<Sampling>)| Submission {
+            id: self.state.next_request(),
+            sampling: Arc::clone(sampling),
+            sink: sinks.sink(first + i),
+        };
+        sampling.iter().enumerate().map(one).collect()
+    }
+
+    fn choice(&self, params: &Params, placement: &Placement, queued_tokens: u32) -> ChoiceParts {
+        ChoiceParts {
+            detokenizer: Detokenizer::new(Arc::clone(&placement.variant.text), params.skip_special),
+            stops: StopMatcher::new(Arc::clone(&params.stop)),
+            min_tokens: params.min_tokens,
+            metrics: self.state.request_metrics(&placement.variant.id),
+            queued_tokens,
+        }
+    }
+}
+
+/// Tokens to generate for a prompt, within the context.
+fn new_tokens(job: &Job, prompt: &Prompt) -> Result<u32, ApiError> {
+    let limit = job.target.context_tokens();
+    let n_prompt = prompt.tokens.len();
+    if n_prompt == 0 {
+        return Err(ApiError::invalid(job.prompt_param, format!("`{}` has no tokens", job.prompt_param)));
+    }
+    let left = u32::try_from(n_prompt).ok().and_then(|n| limit.checked_sub(n)).unwrap_or(0);
+    let requested = job.params.max_tokens.unwrap_or(1);
+    if left < requested {
+        return Err(ApiError::Context { param: job.prompt_param, prompt: n_prompt, requested, limit });
+    }
+    Ok(job.params.max_tokens.unwrap_or_else(|| job.default_tokens.unwrap_or(left).min(left)))
+}
+
+fn total_tokens(prompts: &[Prompt]) -> u32 {
+    u32::try_from(prompts.iter().map(|p| p.tokens.len()).sum::<usize>()).unwrap_or(u32::MAX)
+}
+
+// === impl Running ===
+
+impl Running {
+    /// A response that is written as tokens come: NDJSON at once, SSE when there is a first token, so that what goes
+    /// wrong before it has a status of its own.
+    pub(super) async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
+        let (encoder, kind): (Box<dyn Encode>, _) = if self.ndjson {
+            let totals = self.generation.totals();
+            (Box::new(NdjsonEncoder::new(&self.head, &self.placement, totals)), "application/x-ndjson")
+        } else {
+            let encoder = sse(&self);
+            if let Err(error) = self.generation.first().await {
+                return Err(error);
+            }
+            (encoder, "text/event-stream")
+        };
+        let mut response = Response::new(Body::new(EventBody::new(self.generation, encoder)));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+        self.placement.headers(headers);
+        Ok(response)
+    }
+
+    /// A response that is sent whole; its place in admission is held until it has been written.
+    pub(super) async fn whole(
+        mut self,
+        n_choices: usize,
+        write: impl FnOnce(&Head, &TextModel, Vec<Collected>, Usage) -> Vec<u8>,
+    ) -> Result<Response, ApiError> {
+        let mut choices: Vec<Collected> = std::iter::repeat_with(Collected::default).take(n_choices).collect();
+        while let Some(update) = self.generation.next().await {
+            let Update::Delta(delta) = update? else { continue };
+            let Some(choice) = choices.get_mut(delta.choice) else { continue };
+            choice.text.push_str(&delta.text);
+            choice.tokens.extend(delta.token);
+            choice.finish = delta.finish.or(choice.finish);
+        }
+        let usage = self.generation.totals().into();
+        let body = write(&self.head, &self.text, choices, usage);
+        let held = Held { body: Full::new(Bytes::from(body)), _generation: self.generation };
+        let mut response = Response::new(Body::new(held));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.placement.headers(response.headers_mut());
+        Ok(response)
+    }
+
+    /// Whether the client asked for events instead of one object.
+    pub(super) fn wants_events(&self) -> bool {
+        self.ndjson
+    }
+}
+
+/// A body that keeps its generation, and with it the permit, until it has been sent.
+#[derive(Debug)]
+struct Held {
+    body: Full<Bytes>,
+    _generation: Generation,
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Self::Error>>> {
+        std::pin::Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        http_body::Body::is_end_stream(&self.body)
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        http_body::Body::size_hint(&self.body)
+    }
+}

@@ -1,0 +1,145 @@
+//! The OpenAI shapes: chat completions, completions, models, and vLLM's tokenize and detokenize.
+//!
+//! Each route parses its own body; everything after that is the same for both kinds of generation and lives in
+//! `generate`. Errors of any kind are `ApiError`; nothing here knows a status code.
+
+mod chat;
+mod completions;
+mod fields;
+mod generate;
+mod logprobs;
+mod models;
+mod ndjson;
+mod params;
+mod tokenize;
+
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::Serialize;
+
+pub(crate) use self::chat::chat;
+pub(crate) use self::completions::completions;
+pub(crate) use self::models::{model, models};
+pub(crate) use self::tokenize::{detokenize, tokenize};
+
+use crate::error::ApiError;
+use crate::identity::Caller;
+use crate::state::ServerState;
+use crate::stream::Totals;
+use fields::Fields;
+
+/// `usage`, on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct Usage {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptTokens,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct PromptTokens {
+    cached_tokens: u32,
+}
+
+impl From<Totals> for Usage {
+    fn from(totals: Totals) -> Self {
+        Self {
+            prompt_tokens: totals.prompt,
+            completion_tokens: totals.completion,
+            total_tokens: totals.prompt.saturating_add(totals.completion),
+            prompt_tokens_details: PromptTokens { cached_tokens: totals.cached },
+        }
+    }
+}
+
+/// Reads a JSON body within the bounds on size and time.
+async fn read_fields(state: &ServerState, request: axum::extract::Request) -> Result<Fields, ApiError> {
+    check_content_type(request.headers())?;
+    let body = read_body(state, request, state.config.max_body_bytes).await?;
+    Fields::parse(&body)
+}
+
+/// Reads a body of at most `limit` bytes.
+pub(crate) async fn read_body(
+    state: &ServerState,
+    request: axum::extract::Request,
+    limit: usize,
+) -> Result<Bytes, ApiError> {
+    let announced = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|n| n > limit as u64) {
+        return Err(ApiError::TooLarge { limit });
+    }
+    let read = Limited::new(request.into_body(), limit).collect();
+    match tokio::time::timeout(state.config.body_timeout(), read).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge { limit }),
+        Ok(Err(_)) => Err(ApiError::BodyBroken),
+        Err(_) => Err(ApiError::BodyTimeout { limit_ms: state.config.body_timeout_ms }),
+    }
+}
+
+/// A body without a type is taken for JSON.
+pub(crate) fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(()) };
+    let text = String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase();
+    let essence = text.split(';').next().unwrap_or_default().trim();
+    if essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json")) {
+        return Ok(());
+    }
+    Err(ApiError::ContentType { found: essence.to_owned() })
+}
+
+/// Appends a server-sent event.
+fn sse<T: Serialize>(out: &mut Vec<u8>, value: &T) {
+    out.extend_from_slice(b"data: ");
+    if let Err(error) = serde_json::to_writer(&mut *out, value) {
+        tracing::error!(%error, "a chunk could not be written as JSON; this is a bug of the host");
+    }
+    out.extend_from_slice(b"\n\n");
+}
+
+/// An error after the first byte: one frame with the error object, then the end.
+fn sse_error(out: &mut Vec<u8>, error: &ApiError) {
+    out.extend_from_slice(b"data: ");
+    out.extend_from_slice(error.json().as_bytes());
+    out.extend_from_slice(b"\n\n");
+}
+
+fn sse_done(out: &mut Vec<u8>) {
+    out.extend_from_slice(b"data: [DONE]\n\n");
+}
+
+/// A JSON response.
+pub(crate) fn json<T: Serialize>(value: &T) -> Response {
+    match serde_json::to_vec(value) {
+        Ok(body) => ([(CONTENT_TYPE, "application/json")], body).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "a response could not be written as JSON; this is a bug of the host");
+            ApiError::Internal.into_response()
+        }
+    }
+}
+
+/// `POST /v1/requests/{id}/cancel` and `DELETE /v1/requests/{id}`.
+pub(crate) async fn cancel(
+    State(state): State<Arc<ServerState>>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    #[derive(Serialize)]
+    struct Cancelled<'a> {
+        id: &'a str,
+        object: &'static str,
+        cancelled: bool,
+    }
+    if !state.registry.cancel(&id, caller.key, &*state.engine) {
+        return Err(ApiError::UnknownRequest { id });
+    }
+    Ok(json(&Cancelled { id: &id, object: "request", cancelled: true }))
+}

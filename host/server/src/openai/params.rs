@@ -1,0 +1,344 @@
+//! The fields that chat completions and completions share, with their ranges and defaults.
+
+use std::sync::Arc;
+
+use pointsman_sched::ids::Priority;
+use pointsman_sched::request::Sampling;
+use serde_json::Value;
+
+use super::fields::{Fields, mismatch, token_id, whole};
+use crate::config::ServerConfig;
+use crate::error::ApiError;
+use crate::identity::{bad_priority, priority_number, priority_word};
+use crate::text::TextModel;
+
+/// Stop strings of one request (`OpenAI`'s bound).
+const MAX_STOPS: usize = 4;
+/// Length of a stop string; it is searched for at every token.
+const MAX_STOP_BYTES: usize = 256;
+/// Extra stop tokens.
+const MAX_STOP_TOKENS: usize = 64;
+/// Entries of `logit_bias`.
+const MAX_BIASES: usize = 1_024;
+
+/// Fields that would change the answer and that this host does not implement: refused, because an answer that silently
+/// ignores them would be wrong.
+const UNSUPPORTED: [&str; 12] = [
+    "functions",
+    "audio",
+    "suffix",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "logits_processors",
+    "use_beam_search",
+    "continue_final_message",
+    "prompt_logprobs",
+];
+
+/// Everything but the prompt.
+#[derive(Debug)]
+pub(crate) struct Params {
+    pub(crate) model: String,
+    pub(crate) n: u32,
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) min_tokens: u32,
+    pub(crate) stop: Arc<[String]>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) skip_special: bool,
+    pub(crate) priority: Option<Priority>,
+    pub(crate) timeout_ms: u64,
+    pub(crate) cache_prompt: bool,
+    /// What groups requests when no session header does.
+    pub(crate) session: Option<String>,
+    /// Log-probabilities with this many alternatives.
+    pub(crate) logprobs: Option<u8>,
+    seed: Option<u64>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    logit_bias: Option<Value>,
+    stop_token_ids: Option<Value>,
+}
+
+impl Params {
+    /// Reads the shared fields. `logprobs` differs between the two shapes: its caller has read it.
+    pub(crate) fn parse(fields: &mut Fields, config: &ServerConfig, logprobs: Option<u8>) -> Result<Self, ApiError> {
+        refuse_unsupported(fields)?;
+        let stream = fields.bool("stream")?.unwrap_or(false);
+        let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
+        let max_timeout = i64::try_from(config.max_timeout_ms).unwrap_or(i64::MAX);
+        let timeout_ms = fields.integer("timeout_ms", 1..=max_timeout)?.and_then(|ms| u64::try_from(ms).ok());
+        Ok(Self {
+            model: model(fields)?,
+            n: fields.u32("n", 1..=config.max_choices)?.unwrap_or(1),
+            include_usage: include_usage(fields, stream)?,
+            stream,
+            max_tokens: max_tokens(fields)?,
+            min_tokens: fields.u32("min_tokens", 0..=u32::MAX)?.unwrap_or(0),
+            stop: stop(fields)?,
+            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+            skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
+            priority: priority(fields)?,
+            timeout_ms: timeout_ms.unwrap_or(config.default_timeout_ms),
+            cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
+            session: session(fields)?,
+            logprobs,
+            #[expect(clippy::cast_sign_loss, reason = "a seed is 64 bits; its sign means nothing")]
+            seed: seed.map(|seed| seed as u64),
+            temperature: fields.number("temperature", 0.0..=2.0)?,
+            top_p: positive(fields, "top_p", 1.0)?,
+            top_k: top_k(fields)?,
+            min_p: fields.number("min_p", 0.0..=1.0)?,
+            repetition_penalty: positive(fields, "repetition_penalty", 10.0)?,
+            presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+            frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+            logit_bias: fields.take("logit_bias"),
+            stop_token_ids: fields.take("stop_token_ids"),
+        })
+    }
+
+    /// How tokens are chosen, with the model's defaults. Choice `i` gets the seed plus `i`.
+    pub(crate) fn sampling(&self, text: &TextModel, random: u64) -> Result<Vec<Arc<Sampling>>, ApiError> {
+        let defaults = text.defaults();
+        let base = Sampling {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias(text.vocabulary())?,
+            seed: self.seed.unwrap_or(random),
+            logprobs: self.logprobs,
+        };
+        let with_seed = |i: u32| Arc::new(Sampling { seed: base.seed.wrapping_add(i.into()), ..base.clone() });
+        Ok((0..self.n).map(with_seed).collect())
+    }
+
+    /// Tokens that end the generation: the model's own, unless ignored, and those of the request.
+    pub(crate) fn stop_tokens(&self, text: &TextModel) -> Result<Arc<[u32]>, ApiError> {
+        let param = "stop_token_ids";
+        let asked = match &self.stop_token_ids {
+            None => &[][..],
+            Some(Value::Array(ids)) if ids.len() <= MAX_STOP_TOKENS => ids,
+            Some(other) => return Err(mismatch(param, &format!("an array of at most {MAX_STOP_TOKENS} ids"), other)),
+        };
+        if asked.is_empty() && !self.ignore_eos {
+            return Ok(Arc::clone(text.stop_tokens()));
+        }
+        let own = if self.ignore_eos { &[][..] } else { text.stop_tokens() };
+        let mut tokens = own.to_vec();
+        for (i, id) in asked.iter().enumerate() {
+            tokens.push(token_id(&format!("{param}[{i}]"), id, text.vocabulary())?);
+        }
+        tokens.sort_unstable();
+        tokens.dedup();
+        Ok(tokens.into())
+    }
+
+    fn logit_bias(&self, vocabulary: u32) -> Result<Vec<(u32, f32)>, ApiError> {
+        let entries = match &self.logit_bias {
+            None => return Ok(Vec::new()),
+            Some(Value::Object(entries)) if entries.len() <= MAX_BIASES => entries,
+            Some(other) => {
+                return Err(mismatch("logit_bias", &format!("an object of at most {MAX_BIASES} entries"), other));
+            }
+        };
+        let one = |(token, bias): (&String, &Value)| {
+            let param = format!("logit_bias.{token}");
+            let id: Option<u32> = token.parse().ok().filter(|id| *id < vocabulary);
+            let id = id.ok_or_else(|| {
+                ApiError::invalid(
+                    &*param,
+                    format!("`logit_bias` must map token ids below {vocabulary}, found the key \"{token}\""),
+                )
+            })?;
+            #[expect(clippy::cast_possible_truncation, reason = "the range is checked before")]
+            let bias = bias
+                .as_f64()
+                .filter(|b| (-100.0..=100.0).contains(b))
+                .map(|b| b as f32)
+                .ok_or_else(|| mismatch(&param, "a number from -100 to 100", bias))?;
+            Ok((id, bias))
+        };
+        entries.iter().map(one).collect()
+    }
+}
+
+fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
+    for name in UNSUPPORTED {
+        match fields.take(name) {
+            None | Some(Value::Bool(false)) => {}
+            Some(Value::Array(list)) if list.is_empty() => {}
+            Some(_) => return Err(ApiError::unsupported(name, format!("`{name}`"))),
+        }
+    }
+    let tools = fields.take("tools").filter(|tools| *tools != Value::Array(Vec::new()));
+    let choice = fields.take("tool_choice");
+    if tools.is_some() && choice != Some(Value::String("none".into())) {
+        return Err(ApiError::unsupported("tools", "`tools` (tool calling)"));
+    }
+    if let Some(format) = fields.take("response_format") {
+        let kind = Fields::of("response_format", format)?.string("type")?.unwrap_or_default();
+        if kind != "text" {
+            return Err(ApiError::unsupported("response_format.type", format!("`response_format` of type `{kind}`")));
+        }
+    }
+    fields.integer("best_of", 1..=1).map(|_| ())
+}
+
+fn model(fields: &mut Fields) -> Result<String, ApiError> {
+    match fields.require("model")? {
+        Value::String(name) => Ok(name),
+        other => Err(mismatch("model", "a string", &other)),
+    }
+}
+
+fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
+    let Some(options) = fields.take("stream_options") else { return Ok(false) };
+    if !stream {
+        return Err(ApiError::invalid("stream_options", "`stream_options` needs `stream` to be true"));
+    }
+    Ok(Fields::of("stream_options", options)?.bool("include_usage")?.unwrap_or(false))
+}
+
+/// `max_completion_tokens` is the newer name and wins.
+fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let old = fields.u32("max_tokens", 1..=u32::MAX)?;
+    Ok(fields.u32("max_completion_tokens", 1..=u32::MAX)?.or(old))
+}
+
+fn stop(fields: &mut Fields) -> Result<Arc<[String]>, ApiError> {
+    let expect = format!("a string or an array of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_BYTES} bytes");
+    let good = |text: &str| (1..=MAX_STOP_BYTES).contains(&text.len());
+    let texts = match fields.take("stop") {
+        None => return Ok(Arc::default()),
+        Some(Value::Array(texts)) if texts.len() <= MAX_STOPS => texts,
+        Some(text @ Value::String(_)) => vec![text],
+        Some(other) => return Err(mismatch("stop", &expect, &other)),
+    };
+    let read = |(i, text): (usize, Value)| match text {
+        Value::String(text) if good(&text) => Ok(text),
+        other => Err(mismatch(&format!("stop[{i}]"), &expect, &other)),
+    };
+    texts.into_iter().enumerate().map(read).collect()
+}
+
+fn priority(fields: &mut Fields) -> Result<Option<Priority>, ApiError> {
+    let Some(value) = fields.take("priority") else { return Ok(None) };
+    let found = match &value {
+        Value::String(word) => priority_word(word),
+        other => whole(other).map(priority_number),
+    };
+    found.map(Some).ok_or_else(|| bad_priority("priority", &super::fields::describe(&value)))
+}
+
+fn session(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let user = fields.string("user")?;
+    Ok(fields.string("prompt_cache_key")?.or(user).filter(|s| !s.is_empty()))
+}
+
+/// A number above 0.
+fn positive(fields: &mut Fields, name: &str, max: f32) -> Result<Option<f32>, ApiError> {
+    match fields.number(name, 0.0..=max)? {
+        Some(0.0) => Err(ApiError::invalid(name, format!("`{name}` must be above 0"))),
+        value => Ok(value),
+    }
+}
+
+/// -1 and 0 keep every token.
+fn top_k(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let k = fields.integer("top_k", -1..=i64::from(u32::MAX))?;
+    Ok(k.map(|k| u32::try_from(k).unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::tests::model as text_model;
+
+    fn parse(json: &str) -> Result<Params, ApiError> {
+        let mut fields = Fields::parse(json.as_bytes())?;
+        Params::parse(&mut fields, &ServerConfig::default(), None)
+    }
+
+    #[test]
+    fn bad_values_are_refused_by_name() {
+        for (json, param, expect) in [
+            (r"{}", "model", "`model` is required"),
+            (r#"{"model": 3}"#, "model", "must be a string, found the number 3"),
+            (r#"{"model": "m", "n": 9}"#, "n", "from 1 to 8"),
+            (r#"{"model": "m", "temperature": 2.1}"#, "temperature", "from 0 to 2"),
+            (r#"{"model": "m", "top_p": 0}"#, "top_p", "above 0"),
+            (r#"{"model": "m", "top_k": -2}"#, "top_k", "from -1"),
+            (r#"{"model": "m", "max_tokens": 0}"#, "max_tokens", "from 1"),
+            (r#"{"model": "m", "stop": [""]}"#, "stop[0]", "1 to 256 bytes"),
+            (r#"{"model": "m", "stop": ["a","b","c","d","e"]}"#, "stop", "found an array of 5"),
+            (r#"{"model": "m", "stop": 7}"#, "stop", "found the number 7"),
+            (r#"{"model": "m", "stream_options": {}}"#, "stream_options", "needs `stream`"),
+            (
+                r#"{"model": "m", "stream": true, "stream_options": {"include_usage": 1}}"#,
+                "stream_options.include_usage",
+                "a boolean",
+            ),
+            (r#"{"model": "m", "priority": "urgent"}"#, "priority", "found the string \"urgent\""),
+            (r#"{"model": "m", "timeout_ms": 0}"#, "timeout_ms", "from 1 to"),
+            (r#"{"model": "m", "tools": [{}]}"#, "tools", "not supported"),
+            (
+                r#"{"model": "m", "response_format": {"type": "json_object"}}"#,
+                "response_format.type",
+                "`json_object` is not supported",
+            ),
+            (r#"{"model": "m", "guided_json": {}}"#, "guided_json", "not supported"),
+            (r#"{"model": "m", "best_of": 2}"#, "best_of", "from 1 to 1"),
+            (r#"{"model": "m", "seed": "x"}"#, "seed", "an integer"),
+        ] {
+            let error = parse(json).expect_err(json);
+            assert!(error.to_string().contains(expect), "{json}: {error}");
+            assert!(error.json().contains(&format!(r#""param":"{param}""#)), "{json}: {}", error.json());
+        }
+    }
+
+    #[test]
+    fn harmless_forms_are_accepted() {
+        let params = parse(
+            r#"{"model": "m", "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "frobnicate": 1,
+                "max_tokens": 5, "max_completion_tokens": 7, "top_k": -1, "stop": "x", "priority": -1, "user": "u",
+                "seed": -1, "metadata": {"a": "b"}, "n": 2}"#,
+        )
+        .expect("all of these are fine");
+        assert_eq!((params.max_tokens, params.top_k, params.priority), (Some(7), Some(0), Some(Priority::High)));
+        assert_eq!((&*params.stop, params.session.as_deref()), (&["x".to_owned()][..], Some("u")));
+        let sampling = params.sampling(&text_model(), 9).expect("good");
+        assert_eq!(sampling.iter().map(|s| s.seed).collect::<Vec<_>>(), [u64::MAX, 0]);
+        assert_eq!(sampling[0].temperature, 1.0);
+    }
+
+    #[test]
+    fn token_ids_are_checked_against_the_vocabulary() {
+        let text = text_model();
+        for (json, expect) in [
+            (r#"{"model": "m", "logit_bias": {"999": 1}}"#, "found the key \\\"999\\\""),
+            (r#"{"model": "m", "logit_bias": {"5": 101}}"#, "`logit_bias.5` must be a number from -100 to 100"),
+            (r#"{"model": "m", "stop_token_ids": [1, 999]}"#, "`stop_token_ids[1]` must be a token id below 264"),
+            (r#"{"model": "m", "stop_token_ids": 7}"#, "`stop_token_ids` must be an array"),
+        ] {
+            let params = parse(json).expect("the shape is fine");
+            let error =
+                params.sampling(&text, 0).map(|_| ()).and(params.stop_tokens(&text).map(|_| ())).expect_err(json);
+            assert!(error.json().contains(expect), "{}", error.json());
+        }
+        let params = parse(r#"{"model": "m", "ignore_eos": true, "stop_token_ids": [7, 5, 7]}"#).expect("good");
+        assert_eq!(*params.stop_tokens(&text).expect("good"), [5, 7]);
+    }
+}

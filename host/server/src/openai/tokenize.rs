@@ -1,0 +1,86 @@
+//! `POST /tokenize` and `POST /detokenize`, in vLLM's shapes: for clients that count tokens before they send them.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::chat::Conversation;
+use super::fields::{Fields, mismatch, token_id};
+use super::generate::tokenizing;
+use super::{json, read_fields};
+use crate::dispatch::Target;
+use crate::error::ApiError;
+use crate::identity::Caller;
+use crate::state::ServerState;
+
+#[derive(Serialize)]
+struct Tokenized<'a> {
+    count: usize,
+    max_model_len: u32,
+    tokens: &'a [u32],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_strs: Option<Vec<String>>,
+}
+
+#[derive(Serialize)]
+struct Detokenized {
+    prompt: String,
+}
+
+/// Without a model, the first one.
+fn target(fields: &mut Fields, state: &ServerState) -> Result<Target, ApiError> {
+    let catalog = state.engine.catalog();
+    let named = fields.string("model")?;
+    let first = catalog.variants.first().map(|variant| variant.alias.to_string());
+    Target::find(&catalog, &named.or(first).unwrap_or_default())
+}
+
+/// Tokenizes a `prompt` or `messages`.
+pub(crate) async fn tokenize(
+    State(state): State<Arc<ServerState>>,
+    _caller: Caller,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
+    let mut fields = read_fields(&state, request).await?;
+    let target = target(&mut fields, &state)?;
+    let text = target.text();
+    let wants_strings = fields.bool("return_token_strs")?.unwrap_or(false);
+    let tokens: Arc<[u32]> = match fields.string("prompt")? {
+        None => Conversation::parse(&mut fields)?.prompt(text).await?.tokens,
+        Some(prompt) => {
+            let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
+            let text = Arc::clone(text);
+            let work = move || text.encode(&prompt, add_special);
+            let invalid = |error: crate::text::EncodeError| ApiError::invalid("prompt", error.to_string());
+            tokenizing(usize::MAX, move || Ok(work().map_err(invalid)?.into())).await?
+        }
+    };
+    let string = |id: &u32| String::from_utf8_lossy(&text.token_bytes(*id)).into_owned();
+    Ok(json(&Tokenized {
+        count: tokens.len(),
+        max_model_len: target.context_tokens(),
+        token_strs: wants_strings.then(|| tokens.iter().map(string).collect()),
+        tokens: &tokens,
+    }))
+}
+
+/// Turns `tokens` back into text, special ones included.
+pub(crate) async fn detokenize(
+    State(state): State<Arc<ServerState>>,
+    _caller: Caller,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
+    let mut fields = read_fields(&state, request).await?;
+    let target = target(&mut fields, &state)?;
+    let ids = match fields.require("tokens")? {
+        Value::Array(ids) => ids,
+        other => return Err(mismatch("tokens", "an array of token ids", &other)),
+    };
+    let vocabulary = target.text().vocabulary();
+    let id = |(i, value): (usize, &Value)| token_id(&format!("tokens[{i}]"), value, vocabulary);
+    let tokens: Vec<u32> = ids.iter().enumerate().map(id).collect::<Result<_, _>>()?;
+    Ok(json(&Detokenized { prompt: target.text().decode(&tokens, false) }))
+}

@@ -1,0 +1,140 @@
+//! The requests in flight, by the id that their client knows: for cancelling, and so that an id is in use once.
+//!
+//! One map behind one lock: two short critical sections per HTTP request, none per token.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pointsman_sched::ids::{ReplicaId, RequestId};
+use pointsman_sched::request::CancelCause;
+
+use crate::admission::Permit;
+use crate::error::ApiError;
+use crate::ports::EnginePort;
+
+/// Every request in flight.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    by_id: Mutex<HashMap<Arc<str>, Arc<Live>>>,
+}
+
+/// One HTTP request and the engine requests behind it.
+#[derive(Debug)]
+struct Live {
+    /// API key's place, `None` without keys.
+    owner: Option<usize>,
+    engine: Mutex<Vec<EngineRequest>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct EngineRequest {
+    replica: ReplicaId,
+    id: RequestId,
+    ended: bool,
+}
+
+/// Holds a request's place in the registry and in admission. Dropping it, as when the client goes away and hyper drops
+/// the handler or the body, cancels whatever is still running.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    registry: Arc<Registry>,
+    engine: Arc<dyn EnginePort>,
+    id: Arc<str>,
+    live: Arc<Live>,
+    pub(crate) permit: Permit,
+}
+
+// === impl Registry ===
+
+impl Registry {
+    /// Enters a request; refused while its id is in use.
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        id: &Arc<str>,
+        owner: Option<usize>,
+        engine: &Arc<dyn EnginePort>,
+        permit: Permit,
+    ) -> Result<InFlight, ApiError> {
+        let live = Arc::new(Live { owner, engine: Mutex::default() });
+        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        if by_id.contains_key(id) {
+            return Err(ApiError::IdInUse { id: id.to_string() });
+        }
+        by_id.insert(Arc::clone(id), Arc::clone(&live));
+        drop(by_id);
+        Ok(InFlight { registry: Arc::clone(self), engine: Arc::clone(engine), id: Arc::clone(id), live, permit })
+    }
+
+    /// Cancels a request of the same API key; false when there is none.
+    pub(crate) fn cancel(&self, id: &str, owner: Option<usize>, engine: &dyn EnginePort) -> bool {
+        let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(live) = by_id.get(id).filter(|live| live.owner == owner).cloned() else { return false };
+        drop(by_id);
+        live.cancel_rest(engine, CancelCause::Asked);
+        true
+    }
+}
+
+// === impl Live ===
+
+impl Live {
+    /// Asks the drivers to end what has not ended. It counts as ended only when the driver says so.
+    fn cancel_rest(&self, engine: &dyn EnginePort, cause: CancelCause) {
+        let rest: Vec<EngineRequest> = {
+            let requests = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+            requests.iter().filter(|r| !r.ended).copied().collect()
+        };
+        for request in rest {
+            engine.cancel(request.replica, request.id, cause);
+        }
+    }
+}
+
+// === impl InFlight ===
+
+impl InFlight {
+    /// The id that the client knows.
+    pub(crate) fn id(&self) -> &Arc<str> {
+        &self.id
+    }
+
+    /// Notes that an engine request is running for this one.
+    pub(crate) fn submitted(&self, replica: ReplicaId, id: RequestId) {
+        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        requests.push(EngineRequest { replica, id, ended: false });
+    }
+
+    /// Notes that the n-th engine request has ended.
+    pub(crate) fn ended(&self, choice: usize) {
+        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(request) = requests.get_mut(choice) {
+            request.ended = true;
+        }
+    }
+
+    /// Cancels the n-th engine request and forgets it.
+    pub(crate) fn cancel(&self, choice: usize, cause: CancelCause) {
+        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(request) = requests.get_mut(choice).filter(|r| !r.ended) else { return };
+        request.ended = true;
+        let EngineRequest { replica, id, .. } = *request;
+        drop(requests);
+        self.engine.cancel(replica, id, cause);
+    }
+
+    /// Cancels every engine request that still runs and forgets them.
+    pub(crate) fn cancel_all(&self, cause: CancelCause) {
+        self.live.cancel_rest(&*self.engine, cause);
+        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        for request in requests.iter_mut() {
+            request.ended = true;
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.cancel_all(CancelCause::ClientGone);
+        self.registry.by_id.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}

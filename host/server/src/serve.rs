@@ -1,0 +1,151 @@
+//! The connection loop: two listeners, bounded connections, bounded heads, a bounded goodbye.
+//!
+//! hyper directly and not `axum::serve`, which has no limit on connections, no header timeout and no bound on how long a
+//! graceful shutdown may take.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tower::ServiceExt;
+
+use crate::state::ServerState;
+use crate::{admin_router, data_router};
+
+/// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The sockets, bound by the app, which knows their addresses.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Of the data plane.
+    pub data: TcpListener,
+    /// Of the admin plane.
+    pub admin: TcpListener,
+}
+
+/// Why serving cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The admin listener is reachable from elsewhere and the configuration does not expect that.
+    #[error("the admin plane would listen on {0}, beyond loopback: configure a token and say that it is remote")]
+    OpenAdmin(SocketAddr),
+    /// A listener has no address.
+    #[error("a listener has no local address: {0}")]
+    Listener(#[from] std::io::Error),
+}
+
+/// Serves both planes until `shutdown` completes, then stops admitting, lets what runs finish within the grace period, and
+/// closes what is left.
+///
+/// # Errors
+/// The admin listener contradicts the configuration.
+pub async fn serve(
+    listeners: Listeners,
+    state: Arc<ServerState>,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let admin_at = listeners.admin.local_addr()?;
+    if !admin_at.ip().is_loopback() && !(state.config.admin_remote && state.config.admin_token.is_some()) {
+        return Err(ServeError::OpenAdmin(admin_at));
+    }
+    let (stop, stopped) = watch::channel(false);
+    let mut planes = JoinSet::new();
+    for (listener, router) in [(listeners.data, data_router(&state)), (listeners.admin, admin_router(&state))] {
+        planes.spawn(accept(listener, router, Arc::clone(&state), stopped.clone()));
+    }
+    drop(stopped);
+    shutdown.await;
+    state.drain();
+    tracing::info!(in_flight = state.in_flight(), "shutting down: requests in flight may finish");
+    let grace = Duration::from_millis(state.config.grace_ms);
+    if tokio::time::timeout(grace, state.admission.empty()).await.is_err() {
+        tracing::warn!(in_flight = state.in_flight(), "the grace period is over; closing what is left");
+    }
+    state.stop_tasks().await;
+    // Idle connections end at once; one that is still sending gets a last moment for its bytes.
+    let _ = stop.send(true);
+    let goodbye = async { while planes.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(Duration::from_secs(1), goodbye).await;
+    planes.shutdown().await;
+    Ok(())
+}
+
+/// Accepts connections until told to stop, then waits for those it has.
+async fn accept(listener: TcpListener, router: Router, state: Arc<ServerState>, mut stop: watch::Receiver<bool>) {
+    let room = Arc::new(Semaphore::new(state.config.max_connections));
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let next = async {
+            let place = Arc::clone(&room).acquire_owned().await;
+            (place, listener.accept().await)
+        };
+        let accepted = tokio::select! {
+            accepted = next => accepted,
+            () = told(&mut stop) => break,
+        };
+        match accepted {
+            (Ok(place), Ok((stream, _))) => {
+                let connection = connection(stream, router.clone(), &state, stop.clone());
+                connections.spawn(async move {
+                    connection.await;
+                    drop(place);
+                });
+            }
+            (Err(_closed), _) => break,
+            (_, Err(error)) => {
+                tracing::warn!(%error, "accept failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    while connections.join_next().await.is_some() {}
+}
+
+/// One connection, from its first byte to its last.
+fn connection(
+    stream: TcpStream,
+    router: Router,
+    state: &ServerState,
+    mut stop: watch::Receiver<bool>,
+) -> impl Future<Output = ()> + use<> {
+    // Tokens are small writes that must not wait for an acknowledgement.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY could not be set");
+    }
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_millis(state.config.header_timeout_ms))
+        .max_buf_size(state.config.max_header_bytes);
+    async move {
+        let service = router.map_request(|request: axum::http::Request<Incoming>| request.map(axum::body::Body::new));
+        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+        let mut connection = std::pin::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = told(&mut stop) => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "a connection ended with an error");
+        }
+    }
+}
+
+/// Completes when it is time to stop, or when the one who would say so is gone.
+async fn told(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}

@@ -1,0 +1,151 @@
+//! What every handler shares: the ports, the bounds, the registry and a few caches. One `Arc` of it is the routers' state.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use bytes::Bytes;
+use pointsman_sched::ids::{Micros, RequestId};
+use pointsman_sched::route::RoutePolicy;
+use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
+use tokio::task::JoinSet;
+
+use crate::admission::Admission;
+use crate::config::{ConfigError, ServerConfig};
+use crate::ports::{Clock, EnginePort, ModelAdmin, PolicyAdmin};
+use crate::registry::Registry;
+
+/// Rendering `/metrics` walks every series; scrapers that poll every 50 ms, several at once, cost one rendering per
+/// interval and see values at most this old, which is what their own interval promises them anyway.
+const SCRAPE_MICROS: Micros = 50_000;
+
+/// What the app hands to the server.
+#[derive(Debug)]
+pub struct ServerParts {
+    /// Bounds and keys.
+    pub config: ServerConfig,
+    /// The device drivers.
+    pub engine: Arc<dyn EnginePort>,
+    /// The router slot.
+    pub router: Arc<dyn RoutePolicy>,
+    /// Slots, components, journal.
+    pub policies: Arc<dyn PolicyAdmin>,
+    /// Models and devices.
+    pub models: Arc<dyn ModelAdmin>,
+    /// Time and randomness.
+    pub clock: Arc<dyn Clock>,
+    /// Metric families.
+    pub metrics: Arc<Metrics>,
+    /// The event ring.
+    pub recorder: Recorder,
+    /// Interned tenants.
+    pub names: Arc<Names>,
+}
+
+/// Shared by every handler of both planes.
+#[derive(Debug)]
+pub struct ServerState {
+    pub(crate) config: ServerConfig,
+    pub(crate) engine: Arc<dyn EnginePort>,
+    pub(crate) router: Arc<dyn RoutePolicy>,
+    pub(crate) policies: Arc<dyn PolicyAdmin>,
+    pub(crate) models: Arc<dyn ModelAdmin>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) recorder: Recorder,
+    pub(crate) names: Arc<Names>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) registry: Arc<Registry>,
+    /// API keys by their text, as places in `config.api_keys`.
+    pub(crate) keys: HashMap<String, usize>,
+    request_numbers: AtomicU64,
+    request_metrics: RwLock<HashMap<Arc<str>, Arc<RequestMetrics>>>,
+    scrape: Mutex<Option<(Micros, Bytes)>>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl ServerState {
+    /// Checks the configuration and builds the shared state.
+    ///
+    /// # Errors
+    /// The first configuration value that cannot work.
+    pub fn new(parts: ServerParts) -> Result<Arc<Self>, ConfigError> {
+        let ServerParts { config, engine, router, policies, models, clock, metrics, recorder, names } = parts;
+        config.validate()?;
+        let keys = config.api_keys.iter().enumerate().map(|(i, key)| (key.key.expose().to_owned(), i)).collect();
+        Ok(Arc::new(Self {
+            admission: Arc::new(Admission::new(config.max_requests, config.max_queued_tokens)),
+            registry: Arc::default(),
+            keys,
+            request_numbers: AtomicU64::new(1),
+            request_metrics: RwLock::default(),
+            scrape: Mutex::default(),
+            tasks: Mutex::default(),
+            config,
+            engine,
+            router,
+            policies,
+            models,
+            clock,
+            metrics,
+            recorder,
+            names,
+        }))
+    }
+
+    /// Stops admitting requests; what runs goes on. `/ready` answers 503 from now on.
+    pub fn drain(&self) {
+        self.admission.drain();
+    }
+
+    /// Requests in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.admission.in_flight()
+    }
+
+    /// An identity for an engine request.
+    pub(crate) fn next_request(&self) -> RequestId {
+        RequestId(self.request_numbers.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Metric handles of a variant, resolved once.
+    pub(crate) fn request_metrics(&self, variant: &Arc<str>) -> Arc<RequestMetrics> {
+        let known = self.request_metrics.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handles) = known.get(variant) {
+            return Arc::clone(handles);
+        }
+        drop(known);
+        let mut known = self.request_metrics.write().unwrap_or_else(PoisonError::into_inner);
+        let handles = known.entry(Arc::clone(variant)).or_insert_with(|| Arc::new(self.metrics.request(variant)));
+        Arc::clone(handles)
+    }
+
+    /// The text of `/metrics`, rendered at most once per interval.
+    pub(crate) fn scrape(&self) -> Bytes {
+        let now = self.clock.now();
+        let mut last = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, text)) = &*last
+            && now.saturating_sub(*at) < SCRAPE_MICROS
+        {
+            return text.clone();
+        }
+        let text = Bytes::from(self.metrics.render());
+        *last = Some((now, text.clone()));
+        text
+    }
+
+    /// Runs a task that shutdown aborts; must be called inside the runtime.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
+    }
+
+    /// Ends the tasks of [`spawn`](Self::spawn).
+    pub(crate) async fn stop_tasks(&self) {
+        let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        tasks.shutdown().await;
+    }
+}

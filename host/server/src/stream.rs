@@ -1,0 +1,437 @@
+//! Tokens on their way out: from the driver thread through a bounded channel to text, updates and bytes.
+//!
+//! One channel per HTTP request, shared by its choices. The driver never waits: a full channel answers `Closed`, which
+//! cancels that request alone. No task stands in between: the handler or the response body polls [`Generation`], so a
+//! client that goes away drops it, and dropping it cancels. Latencies are observed here, on a worker thread, and not in the
+//! sink, because the driver thread has every sequence's next token to compute; they include what the client itself waits.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use pointsman_sched::ids::Micros;
+use pointsman_sched::request::{CancelCause, Failure, FinishReason, SinkEvent, SinkState, TokenLogprobs, TokenSink};
+use pointsman_telemetry::RequestMetrics;
+use tokio::sync::mpsc;
+use tokio::time::Sleep;
+
+use crate::error::ApiError;
+use crate::ports::Clock;
+use crate::registry::InFlight;
+use crate::text::{Detokenizer, StopMatcher};
+
+/// Bytes that one frame of a body gathers before it is handed to the connection.
+const FRAME_BYTES: usize = 16 << 10;
+
+/// An event with the choice that it belongs to.
+#[derive(Debug)]
+struct Tagged {
+    choice: usize,
+    event: SinkEvent,
+}
+
+/// The driver's end of the channel.
+#[derive(Debug)]
+struct ChannelSink {
+    choice: usize,
+    sender: mpsc::Sender<Tagged>,
+}
+
+/// Makes the sinks of one HTTP request. Drop it when all are made: the receiver then sees when the last sink is gone.
+#[derive(Debug)]
+pub(crate) struct SinkMaker {
+    sender: mpsc::Sender<Tagged>,
+}
+
+/// The receiving end.
+#[derive(Debug)]
+pub(crate) struct Events {
+    receiver: mpsc::Receiver<Tagged>,
+}
+
+/// How one choice becomes text.
+#[derive(Debug)]
+pub(crate) struct ChoiceParts {
+    pub(crate) detokenizer: Detokenizer,
+    pub(crate) stops: StopMatcher,
+    /// Stop strings do not count before this many tokens.
+    pub(crate) min_tokens: u32,
+    pub(crate) metrics: Arc<RequestMetrics>,
+    /// Prompt tokens to give back to admission at the first token; 0 for all but the first choice of a prompt.
+    pub(crate) queued_tokens: u32,
+}
+
+/// What holds for all choices.
+#[derive(Debug)]
+pub(crate) struct GenerationParts {
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) arrived: Micros,
+    pub(crate) timeout_ms: u64,
+    pub(crate) prompt_tokens: u32,
+}
+
+/// The live end of one HTTP request's engine requests.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    parts: GenerationParts,
+    events: Events,
+    choices: Vec<Choice>,
+    open: usize,
+    updates: VecDeque<Update>,
+    deadline: Pin<Box<Sleep>>,
+    in_flight: InFlight,
+}
+
+#[derive(Debug)]
+struct Choice {
+    parts: ChoiceParts,
+    generated: u32,
+    cached: u32,
+    last_token: Micros,
+    done: bool,
+}
+
+/// Something to tell the client.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Update {
+    /// A choice was scheduled for the first time.
+    Started { choice: usize, queued_us: u64, cached_tokens: u32 },
+    /// Text, a token, an end, or several of these.
+    Delta(Delta),
+}
+
+/// One step of a choice.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Delta {
+    pub(crate) choice: usize,
+    /// Text that became visible; may lag behind the tokens.
+    pub(crate) text: String,
+    pub(crate) token: Option<Token>,
+    pub(crate) finish: Option<Finish>,
+}
+
+/// A generated token.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Token {
+    pub(crate) id: u32,
+    pub(crate) logprobs: Option<Box<TokenLogprobs>>,
+}
+
+/// Why a choice ended normally.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    Stop,
+    Length,
+}
+
+/// Tokens that a request cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Totals {
+    pub(crate) prompt: u32,
+    pub(crate) completion: u32,
+    pub(crate) cached: u32,
+}
+
+/// Turns updates into the bytes of a response body.
+pub(crate) trait Encode: Send + std::fmt::Debug {
+    /// Before the first update.
+    fn begin(&mut self, _out: &mut Vec<u8>) {}
+    fn update(&mut self, out: &mut Vec<u8>, update: &Update);
+    /// After an error nothing follows.
+    fn error(&mut self, out: &mut Vec<u8>, error: &ApiError);
+    fn end(&mut self, out: &mut Vec<u8>, totals: Totals);
+}
+
+/// A response body that writes a generation as it goes.
+#[derive(Debug)]
+pub(crate) struct EventBody {
+    generation: Generation,
+    encoder: Box<dyn Encode>,
+    state: BodyState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BodyState {
+    Fresh,
+    Open,
+    Done,
+}
+
+/// The channel of one HTTP request, with room for `capacity` events.
+pub(crate) fn channel(capacity: usize) -> (SinkMaker, Events) {
+    let (sender, receiver) = mpsc::channel(capacity.max(1));
+    (SinkMaker { sender }, Events { receiver })
+}
+
+// === impl SinkMaker ===
+
+impl SinkMaker {
+    pub(crate) fn sink(&self, choice: usize) -> Box<dyn TokenSink> {
+        Box::new(ChannelSink { choice, sender: self.sender.clone() })
+    }
+}
+
+// === impl ChannelSink ===
+
+impl TokenSink for ChannelSink {
+    fn push(&mut self, event: SinkEvent) -> SinkState {
+        match self.sender.try_send(Tagged { choice: self.choice, event }) {
+            Ok(()) => SinkState::Open,
+            Err(_) => SinkState::Closed,
+        }
+    }
+}
+
+// === impl Finish ===
+
+impl Finish {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+// === impl Generation ===
+
+impl Generation {
+    pub(crate) fn new(parts: GenerationParts, events: Events, choices: Vec<ChoiceParts>, in_flight: InFlight) -> Self {
+        let elapsed = parts.clock.now().saturating_sub(parts.arrived);
+        let left = Duration::from_micros((parts.timeout_ms * 1_000).saturating_sub(elapsed));
+        let choice = |parts| Choice { parts, generated: 0, cached: 0, last_token: 0, done: false };
+        Self {
+            open: choices.len(),
+            choices: choices.into_iter().map(choice).collect(),
+            updates: VecDeque::new(),
+            deadline: Box::pin(tokio::time::sleep(left)),
+            parts,
+            events,
+            in_flight,
+        }
+    }
+
+    /// Waits until there is text to send, or all is over: an error up to here still has a status of its own.
+    pub(crate) async fn first(&mut self) -> Result<(), ApiError> {
+        poll_fn(|cx| {
+            while self.open > 0 && !self.updates.iter().any(|u| matches!(u, Update::Delta(_))) {
+                ready!(self.poll_event(cx))?;
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    /// The next update; `None` after the last.
+    pub(crate) async fn next(&mut self) -> Option<Result<Update, ApiError>> {
+        poll_fn(|cx| self.poll_update(cx)).await
+    }
+
+    /// Tokens so far.
+    pub(crate) fn totals(&self) -> Totals {
+        let sum = |f: fn(&Choice) -> u32| self.choices.iter().map(f).sum();
+        Totals { prompt: self.parts.prompt_tokens, completion: sum(|c| c.generated), cached: sum(|c| c.cached) }
+    }
+
+    fn poll_update(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Update, ApiError>>> {
+        loop {
+            if let Some(update) = self.updates.pop_front() {
+                return Poll::Ready(Some(Ok(update)));
+            }
+            if self.open == 0 {
+                return Poll::Ready(None);
+            }
+            if let Err(error) = ready!(self.poll_event(cx)) {
+                return Poll::Ready(Some(Err(error)));
+            }
+        }
+    }
+
+    /// Takes one event from the channel into `updates`.
+    fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
+        let result = match self.events.receiver.poll_recv(cx) {
+            Poll::Ready(Some(tagged)) => self.apply(tagged),
+            // Every sink is gone and not every choice has ended: one was too slow to take its end, or a driver died.
+            Poll::Ready(None) => Err(ApiError::SlowClient),
+            Poll::Pending => {
+                ready!(self.deadline.as_mut().poll(cx));
+                self.in_flight.cancel_all(CancelCause::Deadline);
+                Err(ApiError::Deadline { limit_ms: self.parts.timeout_ms })
+            }
+        };
+        if let Err(error) = &result {
+            self.log_failure(error);
+        }
+        Poll::Ready(result)
+    }
+
+    fn apply(&mut self, Tagged { choice: index, event }: Tagged) -> Result<(), ApiError> {
+        let Some(choice) = self.choices.get_mut(index).filter(|c| !c.done) else { return Ok(()) };
+        match event {
+            SinkEvent::Started { queued_us, cached_tokens } => {
+                choice.parts.metrics.queue_time.observe(seconds(queued_us));
+                // The other choices of a prompt share its blocks; what they find cached is not news.
+                choice.cached = if choice.parts.queued_tokens > 0 { cached_tokens } else { 0 };
+                self.updates.push_back(Update::Started { choice: index, queued_us, cached_tokens });
+            }
+            SinkEvent::Token { token, logprobs } => self.token(index, Token { id: token, logprobs }),
+            SinkEvent::Finished(reason) => {
+                self.in_flight.ended(index);
+                self.finished(index, reason);
+            }
+            SinkEvent::Cancelled(cause) => {
+                self.in_flight.ended(index);
+                return Err(ApiError::cancelled(cause, self.parts.timeout_ms));
+            }
+            SinkEvent::Failed(failure) => {
+                self.in_flight.ended(index);
+                return Err(ApiError::Failed(failure));
+            }
+        }
+        Ok(())
+    }
+
+    fn token(&mut self, index: usize, token: Token) {
+        let now = self.parts.clock.now();
+        let choice = &mut self.choices[index];
+        if choice.generated == 0 {
+            choice.parts.metrics.ttft.observe(seconds(now.saturating_sub(self.parts.arrived)));
+            self.in_flight.permit.computed(choice.parts.queued_tokens);
+        } else {
+            choice.parts.metrics.itl.observe(seconds(now.saturating_sub(choice.last_token)));
+        }
+        choice.last_token = now;
+        choice.generated += 1;
+        let piece = choice.parts.detokenizer.push(token.id);
+        let (text, stopped) = if choice.generated > choice.parts.min_tokens {
+            let matched = choice.parts.stops.push(piece);
+            (matched.text, matched.stopped)
+        } else {
+            (piece, false)
+        };
+        let finish = stopped.then_some(Finish::Stop);
+        self.updates.push_back(Update::Delta(Delta { choice: index, text, token: Some(token), finish }));
+        if stopped {
+            self.in_flight.cancel(index, CancelCause::Asked);
+            self.close(index, Finish::Stop);
+        }
+    }
+
+    fn finished(&mut self, index: usize, reason: FinishReason) {
+        let choice = &mut self.choices[index];
+        let rest = choice.parts.detokenizer.finish();
+        let matched = choice.parts.stops.push(rest);
+        let mut text = matched.text;
+        let finish = match reason {
+            // The stop token was computed as well: usage counts it.
+            FinishReason::Stop(_) => {
+                choice.generated += 1;
+                Finish::Stop
+            }
+            FinishReason::Length if matched.stopped => Finish::Stop,
+            FinishReason::Length => Finish::Length,
+        };
+        if !matched.stopped {
+            text.push_str(&choice.parts.stops.finish());
+        }
+        self.updates.push_back(Update::Delta(Delta { choice: index, text, token: None, finish: Some(finish) }));
+        self.close(index, finish);
+    }
+
+    fn close(&mut self, index: usize, finish: Finish) {
+        let now = self.parts.clock.now();
+        let choice = &mut self.choices[index];
+        choice.done = true;
+        self.open -= 1;
+        choice.parts.metrics.e2e.observe(seconds(now.saturating_sub(self.parts.arrived)));
+        match finish {
+            Finish::Stop => choice.parts.metrics.finished_stop.inc(),
+            Finish::Length => choice.parts.metrics.finished_length.inc(),
+        }
+    }
+
+    fn log_failure(&self, error: &ApiError) {
+        let request = &**self.in_flight.id();
+        match error {
+            ApiError::Failed(Failure::Engine(what)) => tracing::error!(request, %what, "the engine failed a request"),
+            other => tracing::debug!(request, error = %other, "a request ended early"),
+        }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        for choice in self.choices.iter().filter(|c| !c.done) {
+            choice.parts.metrics.finished_abort.inc();
+        }
+        if self.open > 0 {
+            tracing::debug!(request = &**self.in_flight.id(), open = self.open, "dropped before its end");
+        }
+    }
+}
+
+fn seconds(micros: u64) -> f64 {
+    Duration::from_micros(micros).as_secs_f64()
+}
+
+// === impl EventBody ===
+
+impl EventBody {
+    pub(crate) fn new(generation: Generation, encoder: Box<dyn Encode>) -> Self {
+        Self { generation, encoder, state: BodyState::Fresh }
+    }
+
+    /// Writes what there is; true when the last byte is in `out`.
+    fn fill(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> bool {
+        if self.state == BodyState::Fresh {
+            self.encoder.begin(out);
+        }
+        while out.len() < FRAME_BYTES {
+            match self.generation.poll_update(cx) {
+                Poll::Ready(Some(Ok(update))) => self.encoder.update(out, &update),
+                Poll::Ready(Some(Err(error))) => {
+                    self.encoder.error(out, &error);
+                    self.generation.in_flight.cancel_all(CancelCause::ClientGone);
+                    return true;
+                }
+                Poll::Ready(None) => {
+                    self.encoder.end(out, self.generation.totals());
+                    return true;
+                }
+                Poll::Pending => return false,
+            }
+        }
+        cx.waker().wake_by_ref();
+        false
+    }
+}
+
+impl Body for EventBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let this = self.get_mut();
+        if this.state == BodyState::Done {
+            return Poll::Ready(None);
+        }
+        let mut out = Vec::new();
+        let done = this.fill(cx, &mut out);
+        this.state = if done { BodyState::Done } else { BodyState::Open };
+        match (out.is_empty(), done) {
+            (true, false) => Poll::Pending,
+            (true, true) => Poll::Ready(None),
+            (false, _) => Poll::Ready(Some(Ok(Frame::data(out.into())))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.state == BodyState::Done
+    }
+}

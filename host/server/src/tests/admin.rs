@@ -1,0 +1,1 @@
+//! The admin plane: shapes and protections.

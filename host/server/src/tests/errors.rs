@@ -1,0 +1,1 @@
+//! Every bad input has its status, its field and its sentence.

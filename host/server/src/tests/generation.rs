@@ -1,0 +1,386 @@
+//! Generations that go well, and how they end when they do not: shapes, streams, stop strings, cancels, slow clients.
+
+use axum::body::Body;
+use pointsman_sched::request::{
+    CancelCause, Failure, FinishReason, ResourceExhausted, SinkEvent, SinkState, TokenLogprobs,
+};
+use serde_json::{Value, json};
+
+use crate::ServerConfig;
+use crate::fakes::{Answer, Play, Rig, bytes, request, says, token};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn chat(extra: &Value) -> String {
+    merged(json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]}), extra)
+}
+
+fn completion(extra: &Value) -> String {
+    merged(json!({"model": "m", "prompt": "hi"}), extra)
+}
+
+fn merged(mut body: Value, extra: &Value) -> String {
+    for (name, value) in extra.as_object().expect("an object") {
+        body[name] = value.clone();
+    }
+    body.to_string()
+}
+
+/// The text that a stream of chat chunks adds up to, for one choice.
+fn streamed_text(answer: &Answer, index: u64) -> String {
+    let of_choice = |event: &Value| {
+        let choice = event["choices"].as_array()?.iter().find(|c| c["index"] == index)?;
+        choice["delta"]["content"].as_str().or(choice["text"].as_str()).map(str::to_owned)
+    };
+    answer.events().iter().filter_map(of_choice).collect()
+}
+
+#[tokio::test]
+async fn a_chat_is_answered_whole() {
+    let rig = Rig::new();
+    let answer = rig.post(CHAT, &chat(&json!({}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let id = answer.header("x-request-id").to_owned();
+    assert!(id.starts_with("chatcmpl-") && id.len() == 9 + 24, "{id}");
+    assert_eq!(
+        answer.json(),
+        json!({
+            "id": id, "object": "chat.completion", "created": 1_700_000_000, "model": "m:a",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": "hello", "refusal": null},
+                "logprobs": null, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 20, "completion_tokens": 6, "total_tokens": 26,
+                "prompt_tokens_details": {"cached_tokens": 2}},
+        })
+    );
+    assert_eq!(answer.header("x-pointsman-replica"), "m:a@x");
+    assert_eq!(answer.header("x-pointsman-variant"), "m:a");
+    assert_eq!(answer.header("x-pointsman-router"), "r@1+0000;g=7");
+    assert_eq!(answer.header("content-type"), "application/json");
+    assert_eq!(rig.state.in_flight(), 0);
+    assert!(rig.engine.cancels.lock().expect("unpoisoned").is_empty(), "a request that ended is not cancelled");
+}
+
+#[tokio::test]
+async fn a_chat_is_streamed_as_server_sent_events() {
+    let rig = Rig::new();
+    let body = chat(&json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let answer = rig.post(CHAT, &body).await;
+    assert_eq!((answer.status, answer.header("content-type")), (200, "text/event-stream"));
+    assert_eq!(answer.header("x-pointsman-variant"), "m:a");
+    let events = answer.events();
+    assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert_eq!(events[0]["object"], "chat.completion.chunk");
+    assert_eq!(events[0]["usage"], Value::Null);
+    assert_eq!(events[0]["id"], answer.header("x-request-id"));
+    assert_eq!(streamed_text(&answer, 0), "hello");
+    let n = events.len();
+    assert_eq!(
+        events[n - 3]["choices"][0],
+        json!({"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"})
+    );
+    assert_eq!(events[n - 2]["choices"], json!([]));
+    assert_eq!(events[n - 2]["usage"]["completion_tokens"], 6);
+    assert_eq!(events[n - 1], "[DONE]");
+}
+
+#[tokio::test]
+async fn ndjson_tells_stages_and_progress() {
+    let rig = Rig::new();
+    let headers = [("content-type", "application/json"), ("accept", "application/x-ndjson")];
+    let answer = rig.send(request("POST", CHAT, &headers, &chat(&json!({})))).await;
+    assert_eq!((answer.status, answer.header("content-type")), (200, "application/x-ndjson"));
+    let lines = answer.lines();
+    let kinds: Vec<&str> = lines.iter().filter_map(|line| line["event"].as_str()).collect();
+    assert_eq!(kinds, ["queued", "started", "token", "token", "token", "token", "token", "finished", "done"]);
+    assert_eq!((&lines[0]["replica"], &lines[0]["prompt_tokens"]), (&json!("m:a@x"), &json!(20)));
+    assert_eq!((&lines[1]["queued_us"], &lines[1]["cached_tokens"]), (&json!(5), &json!(2)));
+    assert_eq!((&lines[2]["text"], &lines[2]["token"]), (&json!("h"), &json!(u32::from(b'h') + 3)));
+    assert_eq!(lines[7]["finish_reason"], "stop");
+    assert_eq!(lines[8]["usage"]["total_tokens"], 26);
+    rig.engine.play([Play::Now(vec![SinkEvent::Failed(Failure::DroppedByPolicy)])]);
+    let answer = rig.send(request("POST", CHAT, &headers, &chat(&json!({})))).await;
+    let last = answer.lines().pop().expect("a line");
+    assert_eq!((&last["event"], &last["error"]["code"]), (&json!("error"), &json!("dropped_by_policy")));
+}
+
+#[tokio::test]
+async fn stop_strings_end_the_text_before_them() {
+    for (events, stop, expect, completion_tokens) in [
+        (says(&["one\n", "\ntwo"]), json!("\n\n"), "one", 5),
+        (says(&["one two"]), json!(["zzz"]), "one two", 8),
+        (says(&["a\u{1f980}b"]), json!(["\u{1f980}"]), "a", 5),
+        (says(&["ab"]), json!(["abc"]), "ab", 3),
+    ] {
+        let rig = Rig::new();
+        for stream in [false, true] {
+            rig.engine.play([Play::Now(events.clone())]);
+            let options = if stream { json!({"include_usage": true}) } else { Value::Null };
+            let body = chat(&json!({"stop": stop, "stream": stream, "stream_options": options}));
+            let answer = rig.post(CHAT, &body).await;
+            if stream {
+                assert_eq!(streamed_text(&answer, 0), expect);
+                let events = answer.events();
+                assert_eq!(events[events.len() - 2]["usage"]["completion_tokens"], completion_tokens);
+            } else {
+                let json = answer.json();
+                assert_eq!(json["choices"][0]["message"]["content"], expect);
+                assert_eq!(json["choices"][0]["finish_reason"], "stop");
+                assert_eq!(json["usage"]["completion_tokens"], completion_tokens);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stop_string_cancels_the_engine() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(says(&["ab", "cd"]))]);
+    rig.post(CHAT, &chat(&json!({"stop": "b"}))).await;
+    let cancels = rig.engine.cancels.lock().expect("unpoisoned").clone();
+    assert_eq!(cancels, [(pointsman_sched::ids::ReplicaId(0), rig.engine.last_id(), CancelCause::Asked)]);
+}
+
+#[tokio::test]
+async fn stop_strings_wait_for_min_tokens() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(says(&["b1", "b2"]))]);
+    let answer = rig.post(CHAT, &chat(&json!({"stop": "b", "min_tokens": 2}))).await;
+    assert_eq!(answer.json()["choices"][0]["message"]["content"], "b1");
+}
+
+#[tokio::test]
+async fn several_choices_are_several_requests_on_one_replica() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(says(&["one"])), Play::Now(says(&["two"]))]);
+    let answer = rig.post(CHAT, &chat(&json!({"n": 2, "seed": 40}))).await;
+    let json = answer.json();
+    assert_eq!(json["choices"][0]["message"]["content"], "one");
+    assert_eq!(json["choices"][1]["message"]["content"], "two");
+    assert_eq!(
+        json["usage"],
+        json!({"prompt_tokens": 20, "completion_tokens": 8, "total_tokens": 28,
+        "prompt_tokens_details": {"cached_tokens": 2}})
+    );
+    let taken = rig.engine.taken.lock().expect("unpoisoned");
+    assert_eq!(taken.iter().map(|t| (t.replica.0, t.seed)).collect::<Vec<_>>(), [(0, 40), (0, 41)]);
+    assert_eq!(rig.router.calls.lock().expect("unpoisoned").len(), 1);
+}
+
+#[tokio::test]
+async fn streams_of_several_choices_interleave() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(says(&["one"])), Play::Now(says(&["two"]))]);
+    let answer = rig.post(CHAT, &chat(&json!({"n": 2, "stream": true}))).await;
+    assert_eq!((streamed_text(&answer, 0), streamed_text(&answer, 1)), ("one".into(), "two".into()));
+    assert_eq!(answer.events().last(), Some(&json!("[DONE]")));
+}
+
+#[tokio::test]
+async fn completions_take_text_and_token_ids() {
+    for (prompt, expect) in [
+        (json!("hello"), vec![vec![0, 262]]),
+        (json!(["hello", "x"]), vec![vec![0, 262], vec![0, 123]]),
+        (json!([5, 6]), vec![vec![5, 6]]),
+        (json!([[5], [6, 7]]), vec![vec![5], vec![6, 7]]),
+    ] {
+        let rig = Rig::new();
+        let answer = rig.post(COMPLETIONS, &completion(&json!({"prompt": prompt}))).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let json = answer.json();
+        assert_eq!((&json["object"], &json["choices"][0]["text"]), (&json!("text_completion"), &json!("hello")));
+        assert_eq!(json["choices"].as_array().map(Vec::len), Some(expect.len()));
+        assert!(answer.header("x-request-id").starts_with("cmpl-"));
+        let taken = rig.engine.taken.lock().expect("unpoisoned");
+        let prompts: Vec<Vec<u32>> = taken.iter().map(|t| t.prompt.to_vec()).collect();
+        assert_eq!(prompts, expect);
+        assert_eq!(taken[0].max_new_tokens, 16);
+    }
+}
+
+#[tokio::test]
+async fn completions_echo_their_prompt() {
+    for (stream, prompt, expect) in
+        [(false, json!("hi "), "hi hello"), (true, json!("hi "), "hi hello"), (true, json!(bytes("hey ")), "hey hello")]
+    {
+        let rig = Rig::new();
+        let answer =
+            rig.post(COMPLETIONS, &completion(&json!({"prompt": prompt, "echo": true, "stream": stream}))).await;
+        let text = if stream {
+            streamed_text(&answer, 0)
+        } else {
+            answer.json()["choices"][0]["text"].as_str().expect("text").to_owned()
+        };
+        assert_eq!(text, expect);
+    }
+}
+
+fn with_logprobs() -> Vec<SinkEvent> {
+    let logprobs = TokenLogprobs { chosen: -0.5, top: vec![(262, -0.5), (9_000, f32::NEG_INFINITY)] };
+    vec![
+        SinkEvent::Token { token: 262, logprobs: Some(Box::new(logprobs.clone())) },
+        SinkEvent::Token { token: 262, logprobs: Some(Box::new(logprobs)) },
+        SinkEvent::Finished(FinishReason::Length),
+    ]
+}
+
+#[tokio::test]
+async fn logprobs_have_the_shape_of_their_route() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(with_logprobs()), Play::Now(with_logprobs()), Play::Now(with_logprobs())]);
+    let answer = rig.post(CHAT, &chat(&json!({"logprobs": true, "top_logprobs": 2}))).await.json();
+    let entry = json!({"token": "hello", "logprob": -0.5, "bytes": [104, 101, 108, 108, 111], "top_logprobs": [
+        {"token": "hello", "logprob": -0.5, "bytes": [104, 101, 108, 108, 111]},
+        {"token": "", "logprob": -9_999.0, "bytes": []}]});
+    assert_eq!(answer["choices"][0]["logprobs"]["content"], json!([entry, entry]));
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    let answer = rig.post(CHAT, &chat(&json!({"logprobs": true, "top_logprobs": 2, "stream": true}))).await;
+    assert_eq!(answer.events()[1]["choices"][0]["logprobs"]["content"], json!([entry]));
+    let answer = rig.post(COMPLETIONS, &completion(&json!({"logprobs": 2}))).await.json();
+    let logprobs = &answer["choices"][0]["logprobs"];
+    assert_eq!((&logprobs["tokens"], &logprobs["text_offset"]), (&json!(["hello", "hello"]), &json!([0, 5])));
+    assert_eq!(logprobs["token_logprobs"], json!([-0.5, -0.5]));
+}
+
+#[tokio::test]
+async fn what_fails_before_the_first_token_has_a_status() {
+    let failed = |failure: Failure| vec![SinkEvent::Failed(failure)];
+    let started = |event| vec![SinkEvent::Started { queued_us: 1, cached_tokens: 0 }, event];
+    for (events, status, code) in [
+        (failed(ResourceExhausted::Queue { waiting: 4, limit: 4 }.into()), 429, "saturated"),
+        (failed(ResourceExhausted::KvPool { needed: 9, total: 8 }.into()), 429, "resource_exhausted"),
+        (failed(ResourceExhausted::Context { tokens: 99, limit: 64 }.into()), 400, "context_length_exceeded"),
+        (failed(Failure::Engine("secret detail".into())), 500, "engine_fault"),
+        (started(SinkEvent::Cancelled(CancelCause::Deadline)), 504, "deadline_exceeded"),
+        (started(SinkEvent::Cancelled(CancelCause::Asked)), 499, "cancelled"),
+        (started(SinkEvent::Cancelled(CancelCause::Shutdown)), 503, "draining"),
+        (vec![], 499, "client_too_slow"),
+    ] {
+        for stream in [false, true] {
+            let rig = Rig::new();
+            rig.engine.play([Play::Now(events.clone())]);
+            let answer = rig.post(CHAT, &chat(&json!({"stream": stream}))).await;
+            assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(code)), "{events:?}");
+            assert!(!answer.body.contains("secret"), "{}", answer.body);
+            assert_eq!(rig.state.in_flight(), 0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_after_the_first_byte_is_one_frame() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(vec![token(262), SinkEvent::Failed(Failure::Engine("boom".into()))])]);
+    let answer = rig.post(CHAT, &chat(&json!({"stream": true}))).await;
+    assert_eq!(answer.status, 200);
+    let events = answer.events();
+    assert_eq!(streamed_text(&answer, 0), "hello");
+    assert_eq!(events.last().expect("a frame")["error"]["code"], "engine_fault");
+    assert!(!answer.body.contains("[DONE]"));
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_cancels_at_once() {
+    for stream in [false, true] {
+        let rig = Rig::new();
+        rig.engine.play([Play::Hold]);
+        let call = rig.open(request("POST", CHAT, &[], &chat(&json!({"stream": stream}))));
+        let mut call = Box::pin(call);
+        assert!(futures_pending(&mut call).await, "the engine has said nothing yet");
+        assert_eq!(rig.state.in_flight(), 1);
+        drop(call);
+        assert_eq!(rig.engine.cancels.lock().expect("unpoisoned")[0].2, CancelCause::ClientGone);
+        assert_eq!(rig.state.in_flight(), 0);
+        assert_eq!(rig.engine.push(rig.engine.last_id(), token(5)), SinkState::Closed);
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_is_dropped_half_way_cancels_at_once() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Hold]);
+    let mut call = Box::pin(rig.open(request("POST", CHAT, &[], &chat(&json!({"stream": true})))));
+    assert!(futures_pending(&mut call).await);
+    assert_eq!(rig.engine.push(rig.engine.last_id(), token(262)), SinkState::Open);
+    let response = call.await;
+    assert_eq!((response.status().as_u16(), rig.state.in_flight()), (200, 1));
+    drop(response);
+    assert_eq!(rig.engine.cancels.lock().expect("unpoisoned")[0].2, CancelCause::ClientGone);
+    assert_eq!(rig.state.in_flight(), 0);
+    assert!(rig.state.scrape().windows(20).any(|w| w == b"finished_reason=\"abo"), "counted as aborted");
+}
+
+#[tokio::test]
+async fn a_slow_client_costs_its_own_request() {
+    let rig = Rig::with(ServerConfig { sink_events: 3, ..ServerConfig::default() });
+    rig.engine.play([Play::Hold]);
+    let mut call = Box::pin(rig.open(request("POST", CHAT, &[], &chat(&json!({"stream": true})))));
+    assert!(futures_pending(&mut call).await);
+    let id = rig.engine.last_id();
+    assert_eq!(rig.engine.push(id, token(262)), SinkState::Open);
+    let response = call.await;
+    // The first token left the channel; three more fit, the next does not.
+    let states: Vec<SinkState> = (0..4).map(|_| rig.engine.push(id, token(262))).collect();
+    assert_eq!(states, [SinkState::Open, SinkState::Open, SinkState::Open, SinkState::Closed]);
+    rig.engine.forget(id);
+    let answer = Answer::of(response).await;
+    assert_eq!(streamed_text(&answer, 0), "hello".repeat(4));
+    assert_eq!(answer.events().last().expect("a frame")["error"]["code"], "client_too_slow");
+}
+
+#[tokio::test]
+async fn a_request_can_be_cancelled_by_its_id() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Hold]);
+    let tagged = [("x-request-id", "mine")];
+    let mut call = Box::pin(rig.open(request("POST", CHAT, &tagged, &chat(&json!({})))));
+    assert!(futures_pending(&mut call).await);
+    let again = rig.send(request("POST", CHAT, &tagged, &chat(&json!({})))).await;
+    assert_eq!((again.status, again.header("x-should-retry")), (409, "false"));
+    for (method, path, status) in [
+        ("POST", "/v1/requests/other/cancel", 404),
+        ("POST", "/v1/requests/mine/cancel", 200),
+        ("DELETE", "/v1/requests/mine", 200),
+    ] {
+        assert_eq!(rig.send(request(method, path, &[], "")).await.status, status, "{method} {path}");
+    }
+    assert_eq!(rig.engine.cancels.lock().expect("unpoisoned").len(), 2);
+    rig.engine.push(rig.engine.last_id(), SinkEvent::Cancelled(CancelCause::Asked));
+    let answer = Answer::of(call.await).await;
+    assert_eq!((answer.status, answer.header("x-request-id")), (499, "mine"));
+    assert_eq!(rig.send(request("DELETE", "/v1/requests/mine", &[], "")).await.status, 404, "it is over");
+}
+
+#[tokio::test]
+async fn a_deadline_holds_even_when_the_engine_is_silent() {
+    for stream in [false, true] {
+        let rig = Rig::new();
+        rig.engine.play([Play::Hold]);
+        let answer = rig.post(CHAT, &chat(&json!({"timeout_ms": 2, "stream": stream}))).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (504, &json!("deadline_exceeded")));
+        assert_eq!(rig.engine.cancels.lock().expect("unpoisoned")[0].2, CancelCause::Deadline);
+        assert_eq!(rig.engine.taken.lock().expect("unpoisoned")[0].deadline, 2_001);
+    }
+}
+
+#[tokio::test]
+async fn latencies_are_observed() {
+    let rig = Rig::new();
+    rig.post(CHAT, &chat(&json!({}))).await;
+    let text = String::from_utf8(rig.state.scrape().to_vec()).expect("UTF-8");
+    for line in [
+        "vllm:time_to_first_token_seconds_count{model_name=\"m:a\"} 1",
+        "vllm:inter_token_latency_seconds_count{model_name=\"m:a\"} 4",
+        "vllm:e2e_request_latency_seconds_count{model_name=\"m:a\"} 1",
+        "vllm:request_queue_time_seconds_count{model_name=\"m:a\"} 1",
+        "vllm:request_success_total{finished_reason=\"stop\",model_name=\"m:a\"} 1",
+        "vllm:request_success_total{finished_reason=\"abort\",model_name=\"m:a\"} 0",
+    ] {
+        assert!(text.contains(line), "{line} is missing in {text}");
+    }
+}
+
+/// Polls once; whether it is still pending.
+async fn futures_pending<F: Future<Output = axum::http::Response<Body>> + Unpin>(future: &mut F) -> bool {
+    std::future::poll_fn(|cx| std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(cx).is_pending())).await
+}

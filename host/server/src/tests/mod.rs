@@ -1,0 +1,6 @@
+//! The routers against fakes: what a client sees, and what the ports were asked.
+
+mod admin;
+mod errors;
+mod generation;
+mod routing;

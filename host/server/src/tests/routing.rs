@@ -1,0 +1,1 @@
+//! What routers see and what their answers come to.

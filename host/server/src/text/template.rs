@@ -1,0 +1,169 @@
+//! Chat templates: the Jinja text that ships with a model, rendered as Hugging Face renders it.
+//!
+//! A template is the operator's, its input the client's: rendering is bounded by fuel and sees no clock (`strftime_now`
+//! stays undefined, for which templates have a fallback), so that a prompt is a function of the request alone.
+
+use std::io;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
+use serde::Serialize;
+
+/// Instructions that one rendering may take: some 10,000 messages of a usual template.
+const FUEL: u64 = 2_000_000;
+
+const NAME: &str = "chat";
+
+/// One message of a conversation, text only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ChatMessage {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// Its text.
+    pub content: String,
+    /// Who speaks, where several share a role.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// Why a conversation could not be rendered.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// It took too many steps.
+    #[error("rendering takes more than {FUEL} steps; send fewer messages")]
+    TooLong,
+    /// The template's own `raise_exception`, or an error in it.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A compiled template with the texts of the special tokens.
+#[derive(Debug)]
+pub(super) struct ChatTemplate {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    pub(super) fn new(source: String, bos: String, eos: String) -> Result<Self, Error> {
+        let mut environment = Environment::new();
+        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_fuel(Some(FUEL));
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_filter("tojson", python_json);
+        environment.add_template_owned(NAME, source)?;
+        Ok(Self { environment, bos, eos })
+    }
+
+    pub(super) fn render(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+        extra: Option<&serde_json::Map<String, serde_json::Value>>,
+    ) -> Result<String, TemplateError> {
+        let mut context: Vec<(&str, Value)> = Vec::new();
+        for (name, value) in extra.into_iter().flatten() {
+            context.push((name, Value::from(Serde(value))));
+        }
+        context.push(("messages", Value::from(Serde(messages))));
+        context.push(("add_generation_prompt", add_generation_prompt.into()));
+        context.push(("bos_token", self.bos.as_str().into()));
+        context.push(("eos_token", self.eos.as_str().into()));
+        let template = self.environment.get_template(NAME);
+        template.and_then(|t| t.render(Value::from_pairs(context))).map_err(|error| match error.kind() {
+            ErrorKind::OutOfFuel => TemplateError::TooLong,
+            _ => TemplateError::Refused(error.detail().map_or_else(|| error.to_string(), str::to_owned)),
+        })
+    }
+}
+
+/// `tojson` as templates expect it: Python's separators, no HTML escapes, an optional `indent`.
+fn python_json(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    let mut out = Vec::new();
+    let written = match indent {
+        Some(width) => {
+            let indent = vec![b' '; width.min(8)];
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(&indent);
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)),
+    };
+    written.map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    Ok(Value::from_safe_string(String::from_utf8_lossy(&out).into_owned()))
+}
+
+/// Compact JSON with a space after `,` and `:`.
+struct Spaced;
+
+impl serde_json::ser::Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: &str, content: &str) -> ChatMessage {
+        ChatMessage { role: role.into(), content: content.into(), name: None }
+    }
+
+    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
+        let template = ChatTemplate::new(source.into(), "<s>".into(), "</s>".into()).expect("compiles");
+        template.render(messages, true, None)
+    }
+
+    #[test]
+    fn templates_render_as_hugging_face_renders_them() {
+        let messages = [message("system", " be brief "), message("user", "hi \"<b>\"")];
+        for (source, expect) in [
+            ("{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}", "<s>be brief</s>"),
+            (
+                "{% for m in messages %}\n  {% if loop.first %}\n{% continue %}\n{% endif %}\n{{ m.role }}\n{% endfor %}",
+                "user\n",
+            ),
+            ("{{ messages[1].content.split(' ')[0].upper() }}", "HI"),
+            (
+                "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+                "2",
+            ),
+            ("{{ messages[1] | tojson }}", r#"{"role": "user", "content": "hi \"<b>\""}"#),
+            ("{{ [1, 2] | tojson(indent=1) }}", "[\n 1,\n 2\n]"),
+            ("{% if strftime_now is defined %}clock{% else %}{{ tools is defined }}{% endif %}", "false"),
+            ("{% if add_generation_prompt %}go{% endif %}", "go"),
+        ] {
+            assert_eq!(render(source, &messages).expect(source), expect, "{source}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_and_a_runaway_are_errors() {
+        let refused = render("{{ raise_exception('roles must alternate') }}", &[]).expect_err("raises");
+        assert_eq!(refused.to_string(), "roles must alternate");
+        let source = "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
+        assert!(matches!(render(source, &[]), Err(TemplateError::TooLong)));
+    }
+
+    #[test]
+    fn extra_values_reach_the_template_and_cannot_replace_the_messages() {
+        let template = ChatTemplate::new("{{ thinking }} {{ messages | length }}".into(), String::new(), String::new());
+        let extra = serde_json::json!({"thinking": true, "messages": [1, 2, 3]});
+        let text = template.expect("compiles").render(&[message("user", "x")], true, extra.as_object());
+        assert_eq!(text.expect("renders"), "true 1");
+    }
+}
