@@ -2,7 +2,7 @@
 # Builds every guest for wasm32-unknown-unknown and turns it into a component.
 #
 #     plugins/build.sh            build into plugins/prebuilt and record digests in manifest.json
-#     plugins/build.sh --check    build into a temporary folder; compare sources, and bytes where the compiler is the same
+#     plugins/build.sh --check    build, change nothing; compare sources, and bytes where the compiler is the same
 #
 # Two toolchains will do. With rustup: `rustup target add wasm32-unknown-unknown`. Without its download server: a distribution's
 # compiler with the sources of std (Debian 12: `apt-get install rustc-web rust-web-src lld`), out of which std is built here.
@@ -37,9 +37,11 @@ fi
 version=$("$compiler" --version)
 
 # No path of this machine may reach a component: builds are compared byte by byte.
-cargo_home=${CARGO_HOME:-$HOME/.cargo}
-export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS="--remap-path-prefix=$plugins=/plugins \
---remap-path-prefix=$cargo_home=/cargo ${remap_std:-}"
+remap="--remap-path-prefix=$plugins=/plugins ${remap_std:-}"
+for sources in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*; do
+    remap="$remap --remap-path-prefix=$sources=/cargo"
+done
+export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS="$remap"
 
 guests=
 for manifest in */Cargo.toml fixtures/*/Cargo.toml; do

@@ -16,7 +16,7 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    sequence_tokens: u32,
+    sequence_tokens: u16,
 }
 
 /// The policy.
@@ -49,9 +49,10 @@ impl Router for LeastLoaded {
     fn route(&mut self, _now: Micros, request: &Request, replicas: &Replicas) -> Choice {
         let n = replicas.id.len().max(1) as u64;
         // Rows are numbered from a random one on: the first of several equals is then a random one.
-        let rotated = |replica: &Replica| (u64::from(replica.row) + n - request.seed % n) % n;
-        let best = replicas.rows().filter(Replica::in_service).min_by_key(|r| (r.health, self.cost(r), rotated(r)));
-        best.map_or(Choice::Abstain, |replica| Choice::Pick(replica.row))
+        let rotated = |row: u32| (u64::from(row) + n - request.seed % n) % n;
+        let in_service = replicas.rows().filter(Replica::in_service);
+        let best = in_service.map(|r| (r.health, self.cost(&r), rotated(r.row), r.row)).min();
+        best.map_or(Choice::Abstain, |(.., row)| Choice::Pick(row))
     }
 }
 
@@ -59,7 +60,8 @@ impl LeastLoaded {
     fn cost(&self, replica: &Replica) -> u64 {
         let sequences = u64::from(replica.waiting) + u64::from(replica.running);
         let tokens = u64::from(replica.queued_tokens) + sequences * u64::from(self.config.sequence_tokens);
-        tokens.saturating_mul(1_000) / u64::from(replica.weight.max(1))
+        // Under 2^60, whatever the columns say.
+        tokens * 1_000 / u64::from(replica.weight.max(1))
     }
 }
 

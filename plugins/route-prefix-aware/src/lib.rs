@@ -21,7 +21,7 @@ use serde::Deserialize;
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     cached_percent: u32,
-    sequence_tokens: u32,
+    sequence_tokens: u16,
     slack_tokens: u32,
 }
 
@@ -75,7 +75,8 @@ impl PrefixAware {
         let own = u64::from(request.prompt_tokens).saturating_sub(cached);
         let sequences = u64::from(replica.waiting) + u64::from(replica.running);
         let tokens = u64::from(replica.queued_tokens) + own + sequences * u64::from(self.config.sequence_tokens);
-        tokens.saturating_mul(1_000) / u64::from(replica.weight.max(1))
+        // Under 2^60, whatever the columns say.
+        tokens * 1_000 / u64::from(replica.weight.max(1))
     }
 }
 

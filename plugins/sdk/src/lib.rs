@@ -149,3 +149,8 @@ macro_rules! manifest {
         }
     };
 }
+
+// The example of the README is compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
