@@ -1,7 +1,8 @@
 //! The guest's memory: a small arena for the lists that the host passes in, dlmalloc for everything else.
 //!
 //! A `route` call passes about 13 lists. Each one asks the guest for memory through `cabi_realloc`, and each is freed when
-//! the call returns; with a general allocator that is most of the cost of the call. Here `cabi_realloc` takes from a bump
+//! the call returns; with a general allocator that is most of the cost of the call (`route-least-loaded`, 8 replicas: 8,064
+//! wasm instructions, with the arena 3,544). Here `cabi_realloc` takes from a bump
 //! arena, and the global allocator knows the arena's addresses: freeing such a block decrements a counter, and when the
 //! counter reaches zero, which is when the last list of the call is dropped, the arena is empty again.
 //!
