@@ -1,1 +1,54 @@
-//! stub
+//! Policies as WebAssembly components: the only crate that names wasmtime.
+//!
+//! It implements the seams of `pointsman-sched` with a guest behind them and the native policy beside them. A guest can be
+//! slow, wrong, malicious or gone: whatever it does becomes a [`Fault`] with a kind, the native policy answers, and the
+//! slot's circuit decides whether the guest is asked again. It is not a general wasm host: three worlds, three small host
+//! interfaces, no WASI, no async.
+//!
+//! The life of a revision, and the module that owns each part:
+//!
+//! 1. upload: size, digest, world, package version, imports;
+//! 2. compile: in a child process, cached; component: linked and type-checked;
+//! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
+//! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
+//! 5. router, scheduler, telemetry: the calls; generation, circuit: what follows from a fault.
+#![deny(missing_docs)]
+
+mod bindings;
+mod circuit;
+mod compile;
+mod component;
+mod config;
+mod drain;
+mod engine;
+mod fault;
+mod generation;
+mod host;
+mod instance;
+mod manifest;
+mod router;
+mod runtime;
+mod scheduler;
+mod slot;
+mod state;
+mod telemetry;
+mod upload;
+
+/// The atomics of [`drain`]; tests/loom.rs puts loom's in their place.
+mod sync {
+    pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+}
+
+pub use circuit::Health;
+pub use compile::{CacheError, CompileError, compile_child_main};
+pub use component::Component;
+pub use config::{Budget, Budgets, Compile, CompileCommand, CompileLimits, Maintenance, RuntimeConfig};
+pub use engine::Allocation;
+pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
+pub use manifest::ManifestError;
+pub use router::RouterSlot;
+pub use runtime::{ActivateError, Activation, Clock, Inspected, Runtime, RuntimeError};
+pub use scheduler::{SchedulerGuest, SchedulerSlot};
+pub use slot::{Prepared, PublishError, Published, Slot, SlotStatus};
+pub use telemetry::{Alert, Severity, TelemetrySlot};
+pub use upload::{Digest, UploadError, World};

@@ -1,0 +1,180 @@
+//! What the app decides about guests: budgets, sizes, where compiled code is kept, how a compilation is started.
+//!
+//! A value, validated by its types and by [`crate::Runtime::new`]; nothing in this crate reads the environment.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pointsman_telemetry::Micros;
+
+use crate::fault::FaultListener;
+
+/// Everything that [`crate::Runtime`] is told once.
+#[derive(Clone)]
+pub struct RuntimeConfig {
+    /// Where compiled components are kept. The directory is created with mode 0700 and must belong to this user alone,
+    /// because its contents are executed. `None` keeps nothing.
+    pub cache_dir: Option<PathBuf>,
+    /// Most files in that directory; the least recently written ones go first.
+    pub cache_entries: usize,
+    /// How components are compiled.
+    pub compile: Compile,
+    /// Largest upload, in bytes.
+    pub max_upload_bytes: usize,
+    /// CPU time that guests may use.
+    pub budgets: Budgets,
+    /// Linear memory that one instance may have, in bytes; at most [`RuntimeConfig::MAX_MEMORY_BYTES`].
+    pub memory_bytes: usize,
+    /// Instances that may exist at once, over all slots and generations; beyond, activations fail.
+    pub max_instances: u32,
+    /// Warm router instances per generation; calls beyond it at the same moment are answered natively. One more is kept
+    /// as a spare.
+    pub router_instances: u32,
+    /// Calls after which an instance is replaced by a fresh one, and growth of its memory since it was ready that has the
+    /// same effect: a guest that leaks stays flat.
+    pub recycle_calls: u64,
+    /// See [`recycle_calls`](Self::recycle_calls).
+    pub recycle_growth_bytes: usize,
+    /// Whether a thread of the runtime replaces instances and drops drained generations, or the caller does by
+    /// [`crate::Runtime::maintain`] (simulations).
+    pub maintenance: Maintenance,
+    /// Told of every fault.
+    pub on_fault: Option<FaultListener>,
+}
+
+/// Budgets of one call, in microseconds of the guest's own CPU time. Soft ones are counted, hard ones are enforced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budgets {
+    /// `router.route`.
+    pub route: Budget,
+    /// `scheduler.step`.
+    pub step: Budget,
+    /// `scheduler.resync`.
+    pub resync: Budget,
+    /// `telemetry.on-events`.
+    pub on_events: Budget,
+    /// Instantiation and `lifecycle.init`, together.
+    pub init: Budget,
+}
+
+/// A soft and a hard limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// A call above it is counted as an overrun.
+    pub soft: Micros,
+    /// A call above it is stopped: a `timeout` fault.
+    pub hard: Micros,
+}
+
+/// How components are compiled.
+#[derive(Clone, Debug)]
+pub enum Compile {
+    /// In a child process that can be killed, with its own limits. What a host uses.
+    Child {
+        /// How to start it.
+        command: CompileCommand,
+        /// Its limits.
+        limits: CompileLimits,
+    },
+    /// In this process: cannot be cancelled. For tests and tools that compile what their own user gave them.
+    InProcess,
+}
+
+/// Starts a process that does nothing but call [`crate::compile_child_main`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompileCommand {
+    /// The program, usually the running one.
+    pub program: PathBuf,
+    /// Its arguments, usually `__compile`.
+    pub args: Vec<OsString>,
+}
+
+/// Limits of one compilation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompileLimits {
+    /// Wall-clock time, after which the child is killed; also its CPU time.
+    pub time: Duration,
+    /// Address space of the child, in bytes.
+    pub memory_bytes: u64,
+    /// Largest compiled result, in bytes.
+    pub max_output_bytes: usize,
+    /// How long an upload waits for the one before it.
+    pub queue: Duration,
+}
+
+/// Who calls [`crate::Runtime::maintain`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Maintenance {
+    /// A thread of the runtime.
+    Thread,
+    /// The caller.
+    Manual,
+}
+
+// === impl RuntimeConfig ===
+
+impl RuntimeConfig {
+    /// Bound of [`memory_bytes`](Self::memory_bytes): a single `memory.copy` cannot be interrupted, so this also bounds how
+    /// late a deadline can be noticed.
+    pub const MAX_MEMORY_BYTES: usize = 256 << 20;
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self {
+            cache_dir: None,
+            cache_entries: 64,
+            compile: Compile::InProcess,
+            max_upload_bytes: 32 << 20,
+            budgets: Budgets::default(),
+            memory_bytes: 64 << 20,
+            max_instances: 256,
+            router_instances: 4,
+            recycle_calls: 100_000,
+            recycle_growth_bytes: 16 << 20,
+            maintenance: Maintenance::Thread,
+            on_fault: None,
+        }
+    }
+}
+
+impl fmt::Debug for RuntimeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RuntimeConfig")
+            .field("cache_dir", &self.cache_dir)
+            .field("compile", &self.compile)
+            .field("budgets", &self.budgets)
+            .field("memory_bytes", &self.memory_bytes)
+            .field("max_instances", &self.max_instances)
+            .field("router_instances", &self.router_instances)
+            .field("recycle_calls", &self.recycle_calls)
+            .field("maintenance", &self.maintenance)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        let ms = 1_000;
+        Self {
+            route: Budget { soft: 100, hard: 10 * ms },
+            step: Budget { soft: 50, hard: 10 * ms },
+            resync: Budget { soft: 5 * ms, hard: 20 * ms },
+            on_events: Budget { soft: 10 * ms, hard: 50 * ms },
+            init: Budget { soft: 100 * ms, hard: 1_000 * ms },
+        }
+    }
+}
+
+impl Default for CompileLimits {
+    fn default() -> Self {
+        Self {
+            time: Duration::from_secs(30),
+            memory_bytes: 2 << 30,
+            max_output_bytes: 256 << 20,
+            queue: Duration::from_secs(10),
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! One generation of a slot: a revision with its configuration, its instances, its circuit and its counters.
+//!
+//! Serving threads take an instance from a lock-free queue and put it back; whoever meets a fault counts it and leaves the
+//! rest (replacing, freeing) to maintenance. No lock is held while a guest runs. A generation without a guest is the
+//! native policy.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crossbeam_queue::ArrayQueue;
+use pointsman_sched::route::DecidedBy;
+use pointsman_telemetry::{Event, EventKind, Metrics, Micros, SlotMetrics};
+
+use crate::circuit::{Admit, Circuit, Health};
+use crate::drain::Gate;
+use crate::fault::{Call, Fault, FaultKind, FaultReport};
+use crate::instance::{Hook, Instance, Maker, Ready};
+use crate::manifest::{Manifest, Wants};
+
+/// Most instances of one generation.
+pub(crate) const MAX_INSTANCES: usize = 128;
+/// Instances waiting to be freed by maintenance; beyond, whoever lets go frees.
+const TRASH: usize = 32;
+
+/// A generation of a slot.
+pub(crate) struct Generation<H: Hook> {
+    pub(crate) decided_by: DecidedBy,
+    pub(crate) gate: Gate,
+    pub(crate) guest: Option<Guest<H>>,
+    /// Counts the generations of a slot that exist.
+    pub(crate) _alive: Arc<()>,
+}
+
+/// The guest of a generation.
+pub(crate) struct Guest<H: Hook> {
+    maker: Maker<H>,
+    manifest: Manifest,
+    pub(crate) wants: Wants,
+    pub(crate) revision: Arc<str>,
+    idle: ArrayQueue<Box<Instance<H>>>,
+    trash: ArrayQueue<Box<Instance<H>>>,
+    /// Instances that serve or could: idle ones and those taken.
+    live: AtomicU32,
+    respawn_at: AtomicU64,
+    /// Whether the circuit is closed: the only part of it that a good call reads.
+    closed: AtomicBool,
+    circuit: Mutex<Circuit>,
+    calls: AtomicU64,
+    overruns: AtomicU64,
+    fallbacks: AtomicU64,
+    faults: [AtomicU64; 5],
+    last_fault: Mutex<Option<FaultReport>>,
+    pub(crate) metrics: SlotMetrics,
+}
+
+/// What a caller needs to know to report a fault.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CallContext {
+    pub(crate) call: Call,
+    /// The number that [`Guest::begin`] gave.
+    pub(crate) number: u64,
+    pub(crate) now: Micros,
+    pub(crate) took_us: u64,
+}
+
+/// Counters of a guest, for a status.
+#[derive(Clone, Debug)]
+pub(crate) struct GuestStatus {
+    pub(crate) health: Health,
+    pub(crate) calls: u64,
+    pub(crate) overruns: u64,
+    pub(crate) fallbacks: u64,
+    pub(crate) faults: [u64; 5],
+    pub(crate) last_fault: Option<FaultReport>,
+    pub(crate) instances: u32,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// === impl Generation ===
+
+impl<H: Hook> Generation<H> {
+    pub(crate) fn native(number: u64, alive: Arc<()>) -> Self {
+        Self { decided_by: DecidedBy::native(number), gate: Gate::new(), guest: None, _alive: alive }
+    }
+
+    pub(crate) fn new(ready: Ready<H>, metrics: &Metrics, alive: Arc<()>) -> Self {
+        let decided_by = DecidedBy { revision: Arc::clone(&ready.revision), generation: ready.maker.generation };
+        Self { decided_by, gate: Gate::new(), guest: Some(Guest::new(ready, metrics)), _alive: alive }
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.decided_by.generation
+    }
+}
+
+impl<H: Hook> fmt::Debug for Generation<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generation")
+            .field("decided_by", &self.decided_by)
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Guest ===
+
+impl<H: Hook> Guest<H> {
+    fn new(ready: Ready<H>, metrics: &Metrics) -> Self {
+        let idle = ArrayQueue::new(MAX_INSTANCES);
+        let mut live = 0;
+        for instance in ready.instances {
+            live += u32::from(idle.push(instance).is_ok());
+        }
+        Self {
+            metrics: metrics.slot(&ready.maker.slot, &ready.revision),
+            maker: ready.maker,
+            manifest: ready.manifest,
+            wants: ready.wants,
+            revision: ready.revision,
+            idle,
+            trash: ArrayQueue::new(TRASH),
+            live: AtomicU32::new(live),
+            respawn_at: AtomicU64::new(0),
+            closed: AtomicBool::new(true),
+            circuit: Mutex::new(Circuit::new()),
+            calls: AtomicU64::new(0),
+            overruns: AtomicU64::new(0),
+            fallbacks: AtomicU64::new(0),
+            faults: Default::default(),
+            last_fault: Mutex::new(None),
+        }
+    }
+
+    /// Whether the guest may be asked now.
+    #[inline]
+    pub(crate) fn admit(&self, now: Micros) -> Admit {
+        if self.closed.load(Ordering::Acquire) { Admit::Yes } else { lock(&self.circuit).admit(now) }
+    }
+
+    /// An instance for one call or for a driver to keep; give it back or report its fault.
+    #[inline]
+    pub(crate) fn take(&self) -> Option<Box<Instance<H>>> {
+        let instance = self.idle.pop();
+        if instance.is_none() {
+            self.maker.shared.wake();
+        }
+        instance
+    }
+
+    /// Puts an instance back; a worn one goes when others are there to serve.
+    #[inline]
+    pub(crate) fn give_back(&self, instance: Box<Instance<H>>) {
+        if self.is_worn(&instance) && !self.idle.is_empty() {
+            self.discard(instance);
+        } else if let Err(instance) = self.idle.push(instance) {
+            self.discard(instance);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_worn(&self, instance: &Instance<H>) -> bool {
+        let config = &self.maker.shared.config;
+        instance.is_worn(config.recycle_calls, config.recycle_growth_bytes)
+    }
+
+    /// Lets go of an instance that must not serve again; maintenance frees and replaces it.
+    #[cold]
+    pub(crate) fn discard(&self, instance: Box<Instance<H>>) {
+        self.live.fetch_sub(1, Ordering::Relaxed);
+        drop(self.trash.push(instance));
+        self.maker.shared.wake();
+    }
+
+    /// Counts a call and gives it its number.
+    #[inline]
+    pub(crate) fn begin(&self) -> u64 {
+        self.calls.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The number of the latest call.
+    pub(crate) fn last_number(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// Records how long a call took.
+    #[inline]
+    pub(crate) fn took(&self, ns: u64, soft_us: Micros) {
+        self.metrics.call.observe(ns as f64 * 1e-9);
+        if ns > soft_us * 1_000 {
+            self.overruns.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a decision that the native policy takes instead.
+    pub(crate) fn fell_back(&self) {
+        self.fallbacks.fetch_add(1, Ordering::Relaxed);
+        self.metrics.fallbacks.inc();
+    }
+
+    /// A trial went well.
+    pub(crate) fn trial_passed(&self, number: u64) {
+        let mut circuit = lock(&self.circuit);
+        circuit.trial_passed(number);
+        self.closed.store(circuit.health() == Health::Closed, Ordering::Release);
+    }
+
+    /// A trial was not made.
+    pub(crate) fn trial_withdrawn(&self) {
+        lock(&self.circuit).trial_withdrawn();
+    }
+
+    /// Counts and reports a fault, and moves the circuit.
+    #[cold]
+    pub(crate) fn fault(&self, context: CallContext, fault: Fault) {
+        let mut circuit = lock(&self.circuit);
+        let respawn_at = circuit.fault(context.number, context.now);
+        self.moved(circuit, respawn_at);
+        self.report(context, fault);
+    }
+
+    /// Publishes what the circuit came to.
+    fn moved(&self, circuit: MutexGuard<'_, Circuit>, respawn_at: Micros) {
+        self.closed.store(circuit.health() == Health::Closed, Ordering::Release);
+        self.respawn_at.store(respawn_at, Ordering::Relaxed);
+    }
+
+    fn report(&self, context: CallContext, fault: Fault) {
+        let kind = fault.kind as usize;
+        self.faults[kind].fetch_add(1, Ordering::Relaxed);
+        self.metrics.faults[kind].inc();
+        let shared = &self.maker.shared;
+        let report = FaultReport {
+            slot: Arc::clone(&self.maker.slot),
+            revision: Arc::clone(&self.revision),
+            generation: self.maker.generation,
+            call: context.call,
+            kind: fault.kind,
+            message: fault.message,
+            at: context.now,
+            took_us: context.took_us,
+        };
+        shared.recorder.record(Event {
+            generation: report.generation,
+            a: kind as u64,
+            b: report.took_us,
+            ..Event::new(context.now, EventKind::PolicyFault)
+        });
+        if let Some(listener) = &shared.config.on_fault {
+            listener(&report);
+        }
+        *lock(&self.last_fault) = Some(report);
+        shared.wake();
+    }
+
+    /// Frees discarded instances and starts missing ones, up to `wanted`. Returns whether it did anything.
+    pub(crate) fn tend(&self, now: Micros, wanted: u32) -> bool {
+        let mut worked = false;
+        while let Some(instance) = self.trash.pop() {
+            drop(instance);
+            worked = true;
+        }
+        while self.live.load(Ordering::Relaxed) < wanted && now >= self.respawn_at.load(Ordering::Relaxed) {
+            worked = true;
+            if !self.respawn(now) {
+                break;
+            }
+        }
+        worked
+    }
+
+    fn respawn(&self, now: Micros) -> bool {
+        match self.maker.start_equal(&self.manifest) {
+            Ok(instance) => {
+                lock(&self.circuit).respawned();
+                let kept = self.idle.push(instance).is_ok();
+                self.live.fetch_add(u32::from(kept), Ordering::Relaxed);
+                kept
+            }
+            Err(error) => {
+                let (call, fault) = error.into_fault();
+                let number = self.calls.load(Ordering::Relaxed);
+                let mut circuit = lock(&self.circuit);
+                let respawn_at = circuit.respawn_failed(number, now);
+                self.moved(circuit, respawn_at);
+                self.report(CallContext { call, number, now, took_us: 0 }, fault);
+                false
+            }
+        }
+    }
+
+    pub(crate) fn status(&self) -> GuestStatus {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        GuestStatus {
+            health: lock(&self.circuit).health(),
+            calls: load(&self.calls),
+            overruns: load(&self.overruns),
+            fallbacks: load(&self.fallbacks),
+            faults: [0, 1, 2, 3, 4].map(|kind: usize| load(&self.faults[kind])),
+            last_fault: lock(&self.last_fault).clone(),
+            instances: self.live.load(Ordering::Relaxed),
+        }
+    }
+}
+
+// A fault's kind indexes the counters of a guest and of `SlotMetrics`.
+const _: () = assert!(FaultKind::ALL.len() == 5);

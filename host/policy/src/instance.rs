@@ -1,0 +1,288 @@
+//! One running guest: a store, its bindings, and the rules of every call into it.
+//!
+//! Also the seam between the three worlds and everything that does not care which one it is: [`Hook`]. An instance that
+//! faulted is never called again: a trap leaves its memory in the middle of something.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use pointsman_telemetry::Micros;
+use wasmtime::Store;
+
+use crate::component::Code;
+use crate::config::Budgets;
+use crate::fault::{Call, Fault, FaultKind, truncate};
+use crate::host::{Host, LogGate, MetricSink};
+use crate::manifest::{Manifest, Wants};
+use crate::runtime::Shared;
+use crate::state::Namespace;
+use crate::upload::World;
+
+/// Longest message of a guest that refuses its configuration, in bytes.
+const MAX_REFUSAL: usize = 1_024;
+
+/// What the worlds differ in.
+pub(crate) trait Hook: Sized + Send + Sync + 'static {
+    const WORLD: World;
+    /// Bytes that one call may move from the guest to the host: a longer list is refused before it is copied.
+    const MAX_ANSWER_BYTES: usize;
+    type Pre: Clone + Send + Sync;
+    type Bindings: Send;
+    /// What the host keeps per instance.
+    type Local: Default + Send;
+
+    fn pre(code: &Code) -> Option<&Self::Pre>;
+    fn instantiate(pre: &Self::Pre, store: &mut Store<Host>) -> wasmtime::Result<Self::Bindings>;
+    fn init(guest: &Self::Bindings, store: &mut Store<Host>, info: &InitInfo<'_>) -> Initialized;
+    /// Calls the hook with made-up inputs and checks its answers.
+    fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault>;
+    /// Touches what the first real call would touch, where that leaves no trace in the guest.
+    fn warm(_instance: &mut Instance<Self>, _budgets: &Budgets, _now: Micros) -> Result<(), Fault> {
+        Ok(())
+    }
+    fn wrap(ready: Ready<Self>) -> AnyReady;
+    fn unwrap(ready: AnyReady) -> Option<Ready<Self>>;
+}
+
+/// What `init` answered: a manifest, or the guest's words for why not.
+pub(crate) type Initialized = wasmtime::Result<Result<Manifest, String>>;
+
+/// Arguments of `init`.
+pub(crate) struct InitInfo<'a> {
+    pub(crate) config: &'a str,
+    pub(crate) slot: &'a str,
+    pub(crate) generation: u64,
+    pub(crate) instance: u32,
+    pub(crate) columns: &'a [&'a str],
+}
+
+/// Made-up inputs showed a fault.
+#[derive(Debug)]
+pub(crate) struct ProbeFault {
+    /// Which inputs.
+    pub(crate) case: &'static str,
+    pub(crate) call: Call,
+    pub(crate) fault: Fault,
+}
+
+/// A running guest.
+pub(crate) struct Instance<H: Hook> {
+    store: Store<Host>,
+    guest: H::Bindings,
+    pub(crate) local: H::Local,
+    pub(crate) calls: u64,
+    pub(crate) number: u32,
+    /// Linear memory when it was ready, in bytes.
+    ready_bytes: usize,
+}
+
+/// Makes the instances of one generation.
+pub(crate) struct Maker<H: Hook> {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) pre: H::Pre,
+    pub(crate) slot: Arc<str>,
+    pub(crate) generation: u64,
+    pub(crate) config: Arc<str>,
+    pub(crate) log: Arc<LogGate>,
+    pub(crate) sink: Option<MetricSink>,
+    pub(crate) state: Arc<Namespace>,
+    pub(crate) next: AtomicU32,
+}
+
+/// Why an instance did not start.
+#[derive(Debug)]
+pub(crate) enum StartError {
+    Fault(Call, Fault),
+    /// `init` returned an error.
+    Refused(String),
+}
+
+/// A generation's guest before it is published.
+pub(crate) struct Ready<H: Hook> {
+    pub(crate) maker: Maker<H>,
+    pub(crate) manifest: Manifest,
+    pub(crate) wants: Wants,
+    pub(crate) revision: Arc<str>,
+    pub(crate) instances: Vec<Box<Instance<H>>>,
+}
+
+/// The same, of any world.
+pub(crate) enum AnyReady {
+    Router(Box<Ready<crate::router::RouterHook>>),
+    Scheduler(Box<Ready<crate::scheduler::SchedulerHook>>),
+    Telemetry(Box<Ready<crate::telemetry::TelemetryHook>>),
+}
+
+// === impl Instance ===
+
+impl<H: Hook> Instance<H> {
+    /// Calls into the guest: at most `hard` microseconds of CPU time, the time `now` for its log lines.
+    #[inline]
+    pub(crate) fn call<R>(
+        &mut self,
+        hard: Micros,
+        now: Micros,
+        call: impl FnOnce(&H::Bindings, &mut Store<Host>) -> wasmtime::Result<R>,
+    ) -> Result<R, Fault> {
+        self.calls += 1;
+        let host = self.store.data_mut();
+        host.now = now;
+        host.deadline.start(hard);
+        self.store.set_epoch_deadline(1);
+        call(&self.guest, &mut self.store).map_err(|error| Fault::of_call(&error))
+    }
+
+    /// Whether a fresh instance should take over: it served long enough, or its memory grew too far.
+    pub(crate) fn is_worn(&self, recycle_calls: u64, recycle_growth: usize) -> bool {
+        // Staggered, so that the instances of a pool that serve in turn do not all wear out in the same moment.
+        let turn = u64::from(self.number % 8) * (recycle_calls / 16);
+        self.calls >= recycle_calls.saturating_add(turn)
+            || self.store.data().memory.bytes > self.ready_bytes.saturating_add(recycle_growth)
+    }
+}
+
+impl<H: Hook> fmt::Debug for Instance<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Instance").field("number", &self.number).field("calls", &self.calls).finish_non_exhaustive()
+    }
+}
+
+// === impl Maker ===
+
+impl<H: Hook> Maker<H> {
+    /// Instantiates and initializes one more instance, within the init budget.
+    pub(crate) fn start(&self) -> Result<(Box<Instance<H>>, Manifest), StartError> {
+        let shared = &self.shared;
+        let now = (shared.clock)();
+        let host = Host::new(
+            shared.config.memory_bytes,
+            Arc::clone(&self.log),
+            self.sink.clone(),
+            Arc::clone(&self.state),
+            now,
+        );
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut store = new_store::<H>(shared, host);
+        let guest = H::instantiate(&self.pre, &mut store)
+            .map_err(|error| StartError::Fault(Call::Instantiate, Fault::of_instantiation(&error)))?;
+        let mut instance =
+            Box::new(Instance { store, guest, local: H::Local::default(), calls: 0, number, ready_bytes: 0 });
+        let columns = crate::manifest::known_names(H::WORLD);
+        let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+        let info = InitInfo {
+            config: &self.config,
+            slot: &self.slot,
+            generation: self.generation,
+            instance: number,
+            columns: &columns,
+        };
+        let answered = instance.call(shared.config.budgets.init.hard, now, |guest, store| H::init(guest, store, &info));
+        let manifest = match answered {
+            Ok(Ok(manifest)) => manifest,
+            Ok(Err(mut words)) => {
+                truncate(&mut words, MAX_REFUSAL);
+                return Err(StartError::Refused(words));
+            }
+            Err(fault) => return Err(StartError::Fault(Call::Init, fault)),
+        };
+        instance.calls = 0;
+        instance.ready_bytes = instance.store.data().memory.bytes;
+        Ok((instance, manifest))
+    }
+
+    /// Like [`start`](Self::start), for a generation whose manifest is known: it must say the same again.
+    pub(crate) fn start_equal(&self, manifest: &Manifest) -> Result<Box<Instance<H>>, StartError> {
+        let (mut instance, again) = self.start()?;
+        if again != *manifest {
+            let text = format!("two instances of one generation returned different manifests: {manifest:?}, {again:?}");
+            return Err(StartError::Fault(Call::Init, Fault::new(FaultKind::BadAnswer, text)));
+        }
+        let (budgets, now) = (&self.shared.config.budgets, (self.shared.clock)());
+        H::warm(&mut instance, budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
+        instance.calls = 0;
+        Ok(instance)
+    }
+}
+
+/// A store with its limits, whose epoch callback counts CPU time.
+pub(crate) fn new_store<H: Hook>(shared: &Shared, host: Host) -> Store<Host> {
+    let mut store = Store::new(&shared.engine, host);
+    store.limiter(|host| &mut host.memory);
+    store.set_hostcall_fuel(H::MAX_ANSWER_BYTES);
+    store.epoch_deadline_callback(|mut store| Ok(store.data_mut().deadline.tick()));
+    // Start functions run under the same budget as `init`.
+    store.data_mut().deadline.start(shared.config.budgets.init.hard);
+    store.set_epoch_deadline(1);
+    store
+}
+
+// === impl StartError ===
+
+impl StartError {
+    /// The fault that it amounts to, for a generation that is already published.
+    pub(crate) fn into_fault(self) -> (Call, Fault) {
+        match self {
+            Self::Fault(call, fault) => (call, fault),
+            Self::Refused(words) => {
+                (Call::Init, Fault::new(FaultKind::BadAnswer, format!("init refused its configuration: {words}")))
+            }
+        }
+    }
+}
+
+/// Implements the parts of [`Hook`] that the generated bindings of every world have under their own names.
+macro_rules! hook_bindings {
+    ($variant:ident, $world:ident, $pre:ident, $bindings:ident) => {
+        type Pre = crate::bindings::$world::$pre<crate::host::Host>;
+        type Bindings = crate::bindings::$world::$bindings;
+
+        fn pre(code: &crate::component::Code) -> Option<&Self::Pre> {
+            match code {
+                crate::component::Code::$variant(pre) => Some(pre),
+                _ => None,
+            }
+        }
+
+        fn instantiate(
+            pre: &Self::Pre,
+            store: &mut wasmtime::Store<crate::host::Host>,
+        ) -> wasmtime::Result<Self::Bindings> {
+            pre.instantiate(store)
+        }
+
+        fn init(
+            guest: &Self::Bindings,
+            store: &mut wasmtime::Store<crate::host::Host>,
+            info: &crate::instance::InitInfo<'_>,
+        ) -> crate::instance::Initialized {
+            use crate::bindings::$world::exports::pointsman::policy::lifecycle::HostInfo;
+            let host = HostInfo {
+                slot: info.slot,
+                generation: info.generation,
+                instance: info.instance,
+                host_version: env!("CARGO_PKG_VERSION"),
+                columns: info.columns,
+            };
+            let answer = guest.pointsman_policy_lifecycle().call_init(store, info.config, host)?;
+            Ok(answer.map(|manifest| crate::manifest::Manifest {
+                name: manifest.name,
+                version: manifest.version,
+                wants: manifest.wants,
+                state_schema: manifest.state_schema,
+            }))
+        }
+
+        fn wrap(ready: crate::instance::Ready<Self>) -> crate::instance::AnyReady {
+            crate::instance::AnyReady::$variant(Box::new(ready))
+        }
+
+        fn unwrap(ready: crate::instance::AnyReady) -> Option<crate::instance::Ready<Self>> {
+            match ready {
+                crate::instance::AnyReady::$variant(ready) => Some(*ready),
+                _ => None,
+            }
+        }
+    };
+}
+pub(crate) use hook_bindings;

@@ -1,0 +1,252 @@
+//! What a component says of itself in `init`, checked: its name and version become a metric label, a header and a line in
+//! the journal, and the names it wants become columns.
+
+use std::sync::Arc;
+
+use pointsman_telemetry::EventKind;
+
+use crate::upload::{Digest, World};
+
+/// Longest name and version.
+const MAX_NAME: usize = 64;
+const MAX_VERSION: usize = 32;
+/// Most names in `wants`, and the longest one.
+const MAX_WANTS: usize = 64;
+const MAX_WANT: usize = 64;
+/// Prefix of request headers that a router may read.
+const HEADER: &str = "header.";
+
+/// As the guest returned it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Manifest {
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) wants: Vec<String>,
+    pub(crate) state_schema: u32,
+}
+
+/// Why a manifest was refused: the guest's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// A name that cannot be a label.
+    #[error("the manifest's name `{0}` must have 1 to 64 characters of a-z, A-Z, 0-9, `.`, `_` and `-`")]
+    Name(String),
+    /// A version that cannot be one.
+    #[error("the manifest's version `{0}` must have 1 to 32 characters of a-z, A-Z, 0-9, `.` and `-`, as in 1.2.0")]
+    Version(String),
+    /// Too many names, or too long ones.
+    #[error("the manifest wants {count} names of up to {longest} bytes; at most 64 names of 64 bytes are possible")]
+    TooMany {
+        /// How many.
+        count: usize,
+        /// Length of the longest.
+        longest: usize,
+    },
+    /// A name twice.
+    #[error("the manifest wants `{0}` twice; name every column once")]
+    Twice(String),
+    /// Names that this host does not know.
+    #[error("the manifest wants {}, which this host cannot pass to a {world}; known are: {}", .unknown.join(", "), .known.join(", "))]
+    UnknownWants {
+        /// The world.
+        world: World,
+        /// The names.
+        unknown: Vec<String>,
+        /// All that are known.
+        known: Vec<String>,
+    },
+}
+
+/// `manifest.wants` in the terms of the seams.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wants {
+    /// Router: extra columns, in order.
+    pub(crate) replica: Vec<ReplicaColumn>,
+    /// Router: attributes, in order.
+    pub(crate) attributes: Vec<String>,
+    /// Scheduler: the `progress` columns.
+    pub(crate) progress: bool,
+    /// Telemetry: a bit per kind; all when none is named.
+    pub(crate) events: u16,
+    /// Telemetry: extra columns, in order.
+    pub(crate) columns: Vec<EventColumn>,
+}
+
+/// Extra columns of `record replicas`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReplicaColumn {
+    Device,
+    Variant,
+}
+
+/// Extra columns of `record events`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EventColumn {
+    Variant,
+    Priority,
+    PromptTokens,
+    CachedTokens,
+}
+
+const REPLICA_COLUMNS: [(&str, ReplicaColumn); 2] =
+    [("replica.device", ReplicaColumn::Device), ("replica.variant", ReplicaColumn::Variant)];
+const EVENT_COLUMNS: [(&str, EventColumn); 4] = [
+    ("column.variant", EventColumn::Variant),
+    ("column.priority", EventColumn::Priority),
+    ("column.prompt-tokens", EventColumn::PromptTokens),
+    ("column.cached-tokens", EventColumn::CachedTokens),
+];
+
+/// Every name that this host can pass to guests of `world`, as `host-info.columns` lists them.
+pub(crate) fn known_names(world: World) -> Vec<String> {
+    match world {
+        World::Router => REPLICA_COLUMNS.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        World::Scheduler => vec!["progress".to_owned()],
+        World::Telemetry => {
+            let events = EventKind::ALL.iter().map(|kind| format!("event.{}", kind.name()));
+            events.chain(EVENT_COLUMNS.iter().map(|(name, _)| (*name).to_owned())).collect()
+        }
+    }
+}
+
+fn lookup<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
+    table.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
+}
+
+// === impl Manifest ===
+
+impl Manifest {
+    /// `name@version+<first eight digits of the digest>`.
+    pub(crate) fn revision(&self, digest: &Digest) -> Arc<str> {
+        format!("{}@{}+{}", self.name, self.version, digest.short()).into()
+    }
+
+    /// Checks everything and resolves `wants`.
+    pub(crate) fn check(&self, world: World) -> Result<Wants, ManifestError> {
+        let good = |text: &str, limit: usize, marks: &[u8]| {
+            (1..=limit).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || marks.contains(&b))
+        };
+        let shown = |text: &str| text.chars().take(MAX_NAME).collect::<String>();
+        if !good(&self.name, MAX_NAME, b"._-") {
+            return Err(ManifestError::Name(shown(&self.name)));
+        }
+        if !good(&self.version, MAX_VERSION, b".-") {
+            return Err(ManifestError::Version(shown(&self.version)));
+        }
+        let longest = self.wants.iter().map(String::len).max().unwrap_or(0);
+        if self.wants.len() > MAX_WANTS || longest > MAX_WANT {
+            return Err(ManifestError::TooMany { count: self.wants.len(), longest });
+        }
+        let twice = self.wants.iter().enumerate().find(|(i, name)| self.wants[..*i].contains(name));
+        if let Some((_, name)) = twice {
+            return Err(ManifestError::Twice(name.clone()));
+        }
+        let mut wants = Wants::default();
+        let unknown: Vec<String> = self.wants.iter().filter(|name| !wants.add(world, name)).cloned().collect();
+        if unknown.is_empty() {
+            if wants.events == 0 {
+                wants.events = u16::MAX;
+            }
+            return Ok(wants);
+        }
+        let mut known = known_names(world);
+        if world == World::Router {
+            known.push(format!("{HEADER}<name>"));
+        }
+        Err(ManifestError::UnknownWants { world, unknown, known })
+    }
+}
+
+// === impl Wants ===
+
+impl Wants {
+    /// Adds a name; says whether it is known.
+    fn add(&mut self, world: World, name: &str) -> bool {
+        match world {
+            World::Router => {
+                if let Some(column) = lookup(&REPLICA_COLUMNS, name) {
+                    self.replica.push(column);
+                    return true;
+                }
+                let header = name.strip_prefix(HEADER).is_some_and(|header| !header.is_empty());
+                if header {
+                    self.attributes.push(name.to_owned());
+                }
+                header
+            }
+            World::Scheduler => {
+                self.progress |= name == "progress";
+                name == "progress"
+            }
+            World::Telemetry => {
+                if let Some(column) = lookup(&EVENT_COLUMNS, name) {
+                    self.columns.push(column);
+                    return true;
+                }
+                let event = name.strip_prefix("event.").unwrap_or_default();
+                let kind = EventKind::ALL.iter().find(|kind| kind.name() == event);
+                self.events |= kind.map_or(0, |&kind| 1 << kind as u8);
+                kind.is_some()
+            }
+        }
+    }
+
+    /// Whether a telemetry guest gets events of this kind.
+    pub(crate) fn event(&self, kind: EventKind) -> bool {
+        self.events & (1 << kind as u8) != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest(name: &str, version: &str, wants: &[&str]) -> Manifest {
+        let wants = wants.iter().map(|w| (*w).to_owned()).collect();
+        Manifest { name: name.into(), version: version.into(), wants, state_schema: 0 }
+    }
+
+    #[test]
+    fn names_and_versions_are_labels() {
+        for (name, version, good) in [
+            ("least-loaded", "1.0.0", true),
+            ("a", "0.1.0-rc.1", true),
+            ("", "1.0.0", false),
+            ("a b", "1.0.0", false),
+            ("a@b", "1.0.0", false),
+            ("a", "", false),
+            ("a", "1+2", false),
+            (&"n".repeat(65), "1.0.0", false),
+        ] {
+            assert_eq!(manifest(name, version, &[]).check(World::Router).is_ok(), good, "{name} {version}");
+        }
+        let digest = Digest::of(b"");
+        assert_eq!(&*manifest("a", "1.2.0", &[]).revision(&digest), "a@1.2.0+e3b0c442");
+    }
+
+    #[test]
+    fn wants_are_resolved_or_refused_with_the_known_names() {
+        let wants = |world, names: &[&str]| manifest("a", "1.0.0", names).check(world);
+        let router = wants(World::Router, &["replica.variant", "header.x-plan"]).expect("known");
+        assert_eq!(router.replica, [ReplicaColumn::Variant]);
+        assert_eq!(router.attributes, ["header.x-plan"]);
+        assert!(wants(World::Scheduler, &["progress"]).expect("known").progress);
+        let hook = wants(World::Telemetry, &["event.finished", "column.priority"]).expect("known");
+        assert!(hook.event(EventKind::Finished) && !hook.event(EventKind::Step));
+        assert_eq!(hook.columns, [EventColumn::Priority]);
+        assert!(EventKind::ALL.iter().all(|&k| wants(World::Telemetry, &[]).expect("none").event(k)), "none: all");
+        for (world, name) in [
+            (World::Router, "progress"),
+            (World::Router, "header."),
+            (World::Router, "replica.load"),
+            (World::Scheduler, "seq.age"),
+            (World::Telemetry, "event.unheard"),
+        ] {
+            let error = wants(world, &[name]).expect_err(name).to_string();
+            let known = &known_names(world)[0];
+            assert!(error.contains(name) && error.contains(known), "{error}");
+        }
+        assert!(matches!(wants(World::Router, &["header.x"; 2]), Err(ManifestError::Twice(_))));
+        assert!(matches!(wants(World::Router, &["header.x"; 65]), Err(ManifestError::TooMany { count: 65, .. })));
+    }
+}

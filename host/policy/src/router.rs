@@ -1,0 +1,267 @@
+//! `RoutePolicy` with a router guest behind it.
+//!
+//! Runs on the thread that handles the request: one call costs about a microsecond, so handing it to another thread would
+//! cost more than the call. An instance is taken from the generation's queue, called, and put back; when none is free, or
+//! the guest faults or is off, the answer is `Abstain` with `fallback` set, and the native router decides.
+
+use std::sync::Arc;
+
+use pointsman_sched::ids::Priority;
+use pointsman_sched::route::{
+    Choice, Refusal, Rejection, ReplicaColumns, RoutePolicy, RouteRequest, Routed, check_choice,
+};
+use pointsman_telemetry::Micros;
+
+use crate::bindings::router::exports::pointsman::policy::router as wit;
+use crate::bindings::router::pointsman::policy::types;
+use crate::circuit::Admit;
+use crate::config::Budgets;
+use crate::engine::stopwatch_ns;
+use crate::fault::{Call, Fault, FaultKind, truncate};
+use crate::generation::{CallContext, Guest};
+use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
+use crate::manifest::{ReplicaColumn, Wants};
+use crate::slot::{SlotCore, slot_by_core};
+use crate::upload::World;
+
+/// Longest text of a rejection that a client sees, in bytes.
+const MAX_MESSAGE: usize = 512;
+/// Calls that a probe makes with each input, which also fault the shared code in.
+const WARM_CALLS: usize = 16;
+
+/// `world router-policy`.
+pub(crate) struct RouterHook;
+
+/// The slot `router`.
+#[derive(Debug)]
+pub struct RouterSlot {
+    pub(crate) core: Arc<SlotCore<RouterHook>>,
+}
+
+slot_by_core!(RouterSlot);
+
+impl RoutePolicy for RouterSlot {
+    fn route(&self, now: Micros, request: &RouteRequest<'_>, replicas: &ReplicaColumns) -> Routed {
+        let generation = self.core.enter();
+        let asked = match &generation.guest {
+            Some(guest) => self.ask(guest, now, request, replicas),
+            None => Some(Choice::Abstain),
+        };
+        let fallback = asked.is_none();
+        let choice = asked.unwrap_or(Choice::Abstain);
+        Routed { choice, decided_by: generation.decided_by.clone(), fallback }
+    }
+}
+
+impl RouterSlot {
+    /// The guest's checked answer; `None` when the native policy must stand in.
+    #[inline]
+    fn ask(
+        &self,
+        guest: &Guest<RouterHook>,
+        now: Micros,
+        request: &RouteRequest<'_>,
+        replicas: &ReplicaColumns,
+    ) -> Option<Choice> {
+        let admit = guest.admit(now);
+        let instance = if admit == Admit::No { None } else { guest.take() };
+        let Some(mut instance) = instance else {
+            if admit == Admit::Trial {
+                guest.trial_withdrawn();
+            }
+            guest.fell_back();
+            return None;
+        };
+        let budget = self.core.shared.config.budgets.route;
+        let number = guest.begin();
+        let started = stopwatch_ns();
+        let answer = call(&mut instance, budget.hard, now, &Arguments { request, replicas, wants: &guest.wants });
+        let took_ns = stopwatch_ns() - started;
+        guest.took(took_ns, budget.soft);
+        match answer {
+            Ok(choice) => {
+                guest.give_back(instance);
+                if admit == Admit::Trial {
+                    guest.trial_passed(number);
+                }
+                Some(choice)
+            }
+            Err(fault) => {
+                guest.discard(instance);
+                guest.fault(CallContext { call: Call::Route, number, now, took_us: took_ns / 1_000 }, fault);
+                guest.fell_back();
+                None
+            }
+        }
+    }
+}
+
+struct Arguments<'a> {
+    request: &'a RouteRequest<'a>,
+    replicas: &'a ReplicaColumns,
+    wants: &'a Wants,
+}
+
+/// One call and the check of its answer.
+#[inline]
+fn call(
+    instance: &mut Instance<RouterHook>,
+    hard: Micros,
+    now: Micros,
+    arguments: &Arguments<'_>,
+) -> Result<Choice, Fault> {
+    let Arguments { request, replicas, wants } = *arguments;
+    // A manifest names a column at most once, so two places are enough.
+    let mut columns: [&[u64]; 2] = [&[], &[]];
+    let extra = wants.replica.len().min(columns.len());
+    for (place, column) in columns.iter_mut().zip(&wants.replica) {
+        *place = match column {
+            ReplicaColumn::Device => &replicas.device,
+            ReplicaColumn::Variant => &replicas.variant,
+        };
+    }
+    let attributes = attributes(request, wants);
+    let request = lower_request(request, &attributes);
+    let replicas_arg = lower_replicas(replicas, &columns[..extra]);
+    let choice = instance.call(hard, now, |guest, store| {
+        guest.pointsman_policy_router().call_route(store, now, request, replicas_arg)
+    })?;
+    let choice = lift_choice(choice);
+    check_choice(&choice, replicas.len()).map_err(|why| Fault::new(FaultKind::BadAnswer, why.to_string()))?;
+    Ok(choice)
+}
+
+/// The texts that the guest wants and the request has.
+fn attributes<'a>(request: &RouteRequest<'a>, wants: &Wants) -> Vec<(&'a str, &'a str)> {
+    if wants.attributes.is_empty() {
+        return Vec::new();
+    }
+    request
+        .attributes
+        .iter()
+        .copied()
+        .filter(|(name, _)| wants.attributes.iter().any(|wanted| wanted == name))
+        .collect()
+}
+
+fn lower_request<'a>(request: &RouteRequest<'a>, attributes: &'a [(&'a str, &'a str)]) -> wit::Request<'a> {
+    wit::Request {
+        id: request.id.0,
+        model: request.model,
+        tenant: request.tenant,
+        tenant_id: request.tenant_id,
+        session: request.session,
+        prefix: request.prefix,
+        priority: match request.priority {
+            Priority::Critical => types::Priority::Critical,
+            Priority::High => types::Priority::High,
+            Priority::Normal => types::Priority::Normal,
+            Priority::Low => types::Priority::Low,
+        },
+        prompt_tokens: request.prompt_tokens,
+        max_new_tokens: request.max_new_tokens,
+        arrived: request.arrived,
+        deadline: request.deadline,
+        seed: request.seed,
+        extra: &[],
+        attributes,
+    }
+}
+
+fn lower_replicas<'a>(replicas: &'a ReplicaColumns, extra: &'a [&'a [u64]]) -> wit::Replicas<'a> {
+    wit::Replicas {
+        id: &replicas.id,
+        key: &replicas.key,
+        health: &replicas.health,
+        weight: &replicas.weight,
+        waiting: &replicas.waiting,
+        running: &replicas.running,
+        running_limit: &replicas.running_limit,
+        queued_tokens: &replicas.queued_tokens,
+        free_blocks: &replicas.free_blocks,
+        total_blocks: &replicas.total_blocks,
+        cached_tokens: &replicas.cached_tokens,
+        extra,
+    }
+}
+
+fn lift_choice(choice: wit::Choice) -> Choice {
+    match choice {
+        wit::Choice::Abstain => Choice::Abstain,
+        wit::Choice::Pick(row) => Choice::Pick(row),
+        wit::Choice::Rank(rows) => Choice::Rank(rows),
+        wit::Choice::Reject(rejection) => {
+            let mut message = rejection.message;
+            truncate(&mut message, MAX_MESSAGE);
+            let reason = match rejection.reason {
+                wit::Refusal::Overloaded => Refusal::Overloaded,
+                wit::Refusal::Quota => Refusal::Quota,
+                wit::Refusal::NotAllowed => Refusal::NotAllowed,
+                wit::Refusal::CannotMeetDeadline => Refusal::CannotMeetDeadline,
+            };
+            Choice::Reject(Rejection { reason, retry_after_ms: rejection.retry_after_ms, message })
+        }
+    }
+}
+
+impl Hook for RouterHook {
+    const WORLD: World = World::Router;
+    const MAX_ANSWER_BYTES: usize = 1 << 20;
+    type Local = ();
+    hook_bindings!(Router, router, RouterPolicyPre, RouterPolicy);
+
+    fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
+        let attributes: Vec<(&str, &str)> = wants.attributes.iter().map(|name| (name.as_str(), "probe")).collect();
+        for (case, rows) in [("one replica", 1), ("three replicas", 3)] {
+            let replicas = probe_replicas(rows);
+            for turn in 0..WARM_CALLS {
+                let request = probe_request(turn as u64, now, &attributes);
+                let arguments = Arguments { request: &request, replicas: &replicas, wants };
+                call(instance, budgets.route.hard, now, &arguments).map_err(|fault| ProbeFault {
+                    case,
+                    call: Call::Route,
+                    fault,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn probe_request<'a>(turn: u64, now: Micros, attributes: &'a [(&'a str, &'a str)]) -> RouteRequest<'a> {
+    RouteRequest {
+        id: pointsman_sched::ids::RequestId(turn + 1),
+        model: "probe",
+        tenant: "probe",
+        tenant_id: 1,
+        session: turn,
+        prefix: turn,
+        priority: Priority::Normal,
+        prompt_tokens: 100,
+        max_new_tokens: 16,
+        arrived: now,
+        deadline: 0,
+        seed: turn.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        attributes,
+    }
+}
+
+/// Replicas of rising load, the last one full.
+fn probe_replicas(rows: u32) -> ReplicaColumns {
+    let column = |value: fn(u32) -> u32| (0..rows).map(value).collect::<Vec<u32>>();
+    ReplicaColumns {
+        id: column(|i| i + 1),
+        key: (0..rows).map(|i| u64::from(i) + 11).collect(),
+        health: vec![0; rows as usize],
+        weight: column(|_| 1_000),
+        waiting: column(|i| i * 4),
+        running: column(|i| i * 8),
+        running_limit: column(|_| 16),
+        queued_tokens: column(|i| i * 1_000),
+        free_blocks: column(|i| 100_u32.saturating_sub(i * 50)),
+        total_blocks: column(|_| 100),
+        cached_tokens: column(|i| i * 16),
+        device: (0..rows).map(u64::from).collect(),
+        variant: vec![1; rows as usize],
+    }
+}

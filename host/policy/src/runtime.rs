@@ -1,0 +1,501 @@
+//! The runtime: admits components, prepares generations for slots, and tends the slots.
+//!
+//! Everything slow happens here, on the caller's thread (an admin request, start-up) or on the maintenance thread:
+//! compiling, instantiating, initializing, probing, warming, freeing. What serving threads touch is in the slots.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::thread::Thread;
+use std::time::Duration;
+
+use pointsman_telemetry::{Metrics, Micros, Recorder};
+use wasmtime::Engine;
+use wasmtime::component::Linker;
+
+use crate::compile::{CacheError, Compiler};
+use crate::component::{Code, Component};
+use crate::config::{Maintenance, RuntimeConfig};
+use crate::engine::{self, Allocation, stopwatch_ns};
+use crate::fault::{Call, Fault};
+use crate::host::{Host, LogGate, MetricSink, linker};
+use crate::instance::{Hook, Maker, ProbeFault, Ready, StartError, new_store};
+use crate::manifest::{Manifest, ManifestError};
+use crate::router::{RouterHook, RouterSlot};
+use crate::scheduler::{SchedulerHook, SchedulerSlot};
+use crate::slot::{Prepared, SlotCore, Tend};
+use crate::state::{Namespace, StateStore};
+use crate::telemetry::{TelemetryHook, TelemetrySlot};
+use crate::upload::{Digest, UploadError, World, identify, shorten, to_component};
+
+/// Longest configuration of a policy, in bytes.
+const MAX_CONFIG: usize = 256 << 10;
+/// How often maintenance looks when nobody wakes it: the resolution of respawn times.
+const MAINTENANCE_PERIOD: Duration = Duration::from_millis(50);
+/// Instances of a telemetry generation: one works, one is the spare.
+const TELEMETRY_INSTANCES: u32 = 2;
+/// Spares of a scheduler generation, beside one instance per replica.
+const SCHEDULER_SPARES: u32 = 1;
+
+/// The clock of the host: microseconds, monotonic, as in every seam.
+pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
+
+/// What all parts of the runtime share.
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) config: RuntimeConfig,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) recorder: Recorder,
+    pub(crate) clock: Clock,
+    states: StateStore,
+    maintainer: OnceLock<Thread>,
+}
+
+/// Where guests come from. Dropping it ends its threads; slots that are still held keep serving.
+pub struct Runtime {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    linker: Linker<Host>,
+    compiler: Compiler,
+    allocation: Allocation,
+    /// Components that someone still holds.
+    known: Mutex<HashMap<Digest, Weak<Code>>>,
+    slots: Mutex<Vec<Weak<dyn Tend>>>,
+}
+
+/// What a slot is asked to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Activation {
+    /// The slot, as in `router`.
+    pub slot: String,
+    /// Its next generation.
+    pub generation: u64,
+    /// JSON text for `init`; `{}` when there is none.
+    pub config: String,
+    /// Name of the host-state namespace; `None` for the slot's own.
+    pub namespace: Option<String>,
+}
+
+/// What a component says it is ([`Runtime::inspect`]).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspected {
+    /// Of its bytes.
+    pub digest: Digest,
+    /// Which hook it implements.
+    pub world: World,
+    /// The package it was built against, as in `pointsman:policy@0.1.0`.
+    pub package: Arc<str>,
+}
+
+/// Why the runtime did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// wasmtime refuses this machine or configuration.
+    #[error("the wasm engine cannot start: {detail}")]
+    Engine {
+        /// In its words.
+        detail: String,
+    },
+    /// A value out of its bounds.
+    #[error("{key} is {value} and must lie between 1 and {most}")]
+    Config {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: usize,
+        /// The bound.
+        most: usize,
+    },
+    /// The cache directory is not usable.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// No thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// Why a generation was not prepared. The slot keeps what it has.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The host has no such slot: the caller's fault.
+    #[error("there is no slot `{slot}`; slots are router, scheduler and telemetry.<name>")]
+    UnknownSlot {
+        /// Its name.
+        slot: String,
+    },
+    /// The component implements another hook: the caller's fault.
+    #[error("the slot {slot} runs a {needs}, and the component is a {found}")]
+    WrongWorld {
+        /// The slot.
+        slot: String,
+        /// What it runs.
+        needs: World,
+        /// What the component is.
+        found: World,
+    },
+    /// The configuration is too long: the caller's fault.
+    #[error("the configuration has {size} bytes and the limit is {limit}")]
+    ConfigTooLarge {
+        /// Its size.
+        size: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The guest refused its configuration, in its own words.
+    #[error("the policy refused its configuration: {message}")]
+    Refused {
+        /// Its words.
+        message: String,
+    },
+    /// The manifest is not acceptable: the guest's fault.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The guest faulted while it started.
+    #[error("the policy failed in {}: {fault}", .call.as_str())]
+    Start {
+        /// In which call.
+        call: Call,
+        /// How.
+        fault: Fault,
+    },
+    /// The guest faulted, or answered nonsense, on made-up inputs.
+    #[error("the policy failed the probe `{case}` in {}: {fault}", .call.as_str())]
+    Probe {
+        /// Which inputs.
+        case: &'static str,
+        /// In which call.
+        call: Call,
+        /// How.
+        fault: Fault,
+    },
+    /// All host-state namespaces are in use: the host's limit.
+    #[error("all host-state namespaces are in use; share one (`state_namespace`) or free a slot")]
+    NoNamespace,
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// Lets maintenance look now instead of at its next period.
+    pub(crate) fn wake(&self) {
+        if let Some(thread) = self.maintainer.get() {
+            thread.unpark();
+        }
+    }
+}
+
+// === impl Runtime ===
+
+impl Runtime {
+    /// Starts the engine, its ticker and, if configured, maintenance.
+    ///
+    /// # Errors
+    /// The configuration is out of bounds, the cache directory is not private, or the machine refuses.
+    pub fn new(
+        config: RuntimeConfig,
+        metrics: Arc<Metrics>,
+        recorder: Recorder,
+        clock: Clock,
+    ) -> Result<Self, RuntimeError> {
+        check_bounds(&config)?;
+        let refused = |error: wasmtime::Error| RuntimeError::Engine { detail: shorten(&format!("{error:#}")) };
+        let (engine, allocation) = engine::host(config.max_instances, config.memory_bytes).map_err(refused)?;
+        engine::start_ticker(&engine)?;
+        let linker = linker(&engine).map_err(refused)?;
+        let compiler =
+            Compiler::new(&engine, config.compile.clone(), config.cache_dir.as_deref(), config.cache_entries)?;
+        let shared = Arc::new(Shared {
+            engine,
+            config,
+            metrics,
+            recorder,
+            clock,
+            states: StateStore::default(),
+            maintainer: OnceLock::new(),
+        });
+        let inner =
+            Arc::new(Inner { linker, compiler, allocation, known: Mutex::default(), slots: Mutex::default(), shared });
+        if inner.shared.config.maintenance == Maintenance::Thread {
+            start_maintenance(&inner)?;
+        }
+        Ok(Self { inner })
+    }
+
+    /// How instances get their memory on this machine.
+    #[must_use]
+    pub fn allocation(&self) -> Allocation {
+        self.inner.allocation
+    }
+
+    /// Checks, compiles and type-checks an upload. Idempotent; blocks for the time of a compilation.
+    ///
+    /// # Errors
+    /// What is wrong with the upload, or that the host is busy; see [`UploadError::is_busy`].
+    pub fn admit(&self, bytes: &[u8]) -> Result<Component, UploadError> {
+        let started = stopwatch_ns();
+        let inner = &*self.inner;
+        let encoded = to_component(bytes, inner.shared.config.max_upload_bytes)?;
+        let digest = Digest::of(bytes);
+        let identity = identify(&encoded)?;
+        let (code, cached) = match inner.known(&digest) {
+            Some(code) => (code, true),
+            None => {
+                let compiled = inner.compiler.compile(&inner.shared.engine, &digest, &encoded)?;
+                let code = Arc::new(inner.link(identity.world, &compiled.component)?);
+                inner.remember(&digest, &code);
+                (code, compiled.cached)
+            }
+        };
+        Ok(Component {
+            digest,
+            world: identity.world,
+            package: identity.package,
+            size: bytes.len() as u64,
+            compile_ms: (stopwatch_ns() - started) as f64 * 1e-6,
+            cached,
+            code,
+        })
+    }
+
+    /// What a component says it is, without compiling it.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes.
+    pub fn inspect(&self, bytes: &[u8]) -> Result<Inspected, UploadError> {
+        let encoded = to_component(bytes, self.inner.shared.config.max_upload_bytes)?;
+        let identity = identify(&encoded)?;
+        Ok(Inspected { digest: Digest::of(bytes), world: identity.world, package: identity.package })
+    }
+
+    /// [`admit`](Self::admit) for bytes from the host's own store: they must still have the digest they were stored under.
+    ///
+    /// # Errors
+    /// As `admit`, or the store is damaged.
+    pub fn load(&self, expected: &Digest, bytes: &[u8]) -> Result<Component, UploadError> {
+        let found = Digest::of(bytes);
+        if found != *expected {
+            return Err(UploadError::WrongDigest { expected: expected.clone(), found });
+        }
+        self.admit(bytes)
+    }
+
+    /// Makes a generation ready to be published: instances started, manifest checked, answers probed, everything warm.
+    /// Blocks for as long as that takes; nothing that serves is touched.
+    ///
+    /// # Errors
+    /// What the guest or the caller did wrong.
+    pub fn prepare(&self, component: &Component, activation: Activation) -> Result<Prepared, ActivateError> {
+        let Activation { slot, config, .. } = &activation;
+        let needs = World::of_slot(slot).ok_or_else(|| ActivateError::UnknownSlot { slot: slot.clone() })?;
+        if needs != component.world {
+            return Err(ActivateError::WrongWorld { slot: slot.clone(), needs, found: component.world });
+        }
+        if config.len() > MAX_CONFIG {
+            return Err(ActivateError::ConfigTooLarge { size: config.len(), limit: MAX_CONFIG });
+        }
+        // Generations that have drained give their instances back to the pool first.
+        self.maintain();
+        match needs {
+            World::Router => self.inner.prepare::<RouterHook>(component, activation),
+            World::Scheduler => self.inner.prepare::<SchedulerHook>(component, activation),
+            World::Telemetry => self.inner.prepare::<TelemetryHook>(component, activation),
+        }
+    }
+
+    /// A router slot.
+    #[must_use]
+    pub fn router_slot(&self, name: &str) -> Arc<RouterSlot> {
+        Arc::new(RouterSlot { core: self.inner.slot::<RouterHook>(name) })
+    }
+
+    /// A scheduler slot.
+    #[must_use]
+    pub fn scheduler_slot(&self, name: &str) -> Arc<SchedulerSlot> {
+        Arc::new(SchedulerSlot { core: self.inner.slot::<SchedulerHook>(name) })
+    }
+
+    /// A telemetry slot.
+    #[must_use]
+    pub fn telemetry_slot(&self, name: &str) -> Arc<TelemetrySlot> {
+        Arc::new(TelemetrySlot { core: self.inner.slot::<TelemetryHook>(name), buffers: Mutex::default() })
+    }
+
+    /// Frees what has drained and starts what is missing, until there is nothing to do now. For
+    /// [`Maintenance::Manual`]; harmless otherwise.
+    pub fn maintain(&self) {
+        self.inner.maintain();
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        // Maintenance holds a weak reference: woken, it finds nothing to hold on to and ends.
+        self.inner.shared.wake();
+    }
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime")
+            .field("config", &self.inner.shared.config)
+            .field("allocation", &self.inner.allocation)
+            .finish_non_exhaustive()
+    }
+}
+
+fn check_bounds(config: &RuntimeConfig) -> Result<(), RuntimeError> {
+    let bounds = [
+        ("memory_bytes", config.memory_bytes, RuntimeConfig::MAX_MEMORY_BYTES),
+        ("max_instances", config.max_instances as usize, 1 << 16),
+        ("router_instances", config.router_instances as usize, crate::generation::MAX_INSTANCES - 1),
+        ("max_upload_bytes", config.max_upload_bytes, 1 << 30),
+    ];
+    match bounds.into_iter().find(|(_, value, most)| *value == 0 || value > most) {
+        Some((key, value, most)) => Err(RuntimeError::Config { key, value, most }),
+        None => Ok(()),
+    }
+}
+
+fn start_maintenance(inner: &Arc<Inner>) -> std::io::Result<()> {
+    let weak = Arc::downgrade(inner);
+    let thread = std::thread::Builder::new().name("policy-tend".into()).spawn(move || {
+        while let Some(inner) = weak.upgrade() {
+            inner.maintain();
+            drop(inner);
+            std::thread::park_timeout(MAINTENANCE_PERIOD);
+        }
+    })?;
+    let _ = inner.shared.maintainer.set(thread.thread().clone());
+    Ok(())
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn known(&self, digest: &Digest) -> Option<Arc<Code>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(digest)?.upgrade()
+    }
+
+    fn remember(&self, digest: &Digest, code: &Arc<Code>) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, code| code.strong_count() > 0);
+        known.insert(digest.clone(), Arc::downgrade(code));
+    }
+
+    /// Checks imports by linking and exports by instantiating once: wasmtime compares their types when it looks them up.
+    fn link(&self, world: World, component: &wasmtime::component::Component) -> Result<Code, UploadError> {
+        let refused = |error: wasmtime::Error| UploadError::Link { detail: shorten(&format!("{error:#}")) };
+        let code = Code::new(world, self.linker.instantiate_pre(component).map_err(refused)?).map_err(refused)?;
+        match world {
+            World::Router => self.try_out::<RouterHook>(&code),
+            World::Scheduler => self.try_out::<SchedulerHook>(&code),
+            World::Telemetry => self.try_out::<TelemetryHook>(&code),
+        }
+        .map_err(refused)?;
+        Ok(code)
+    }
+
+    fn try_out<H: Hook>(&self, code: &Code) -> wasmtime::Result<()> {
+        let Some(pre) = H::pre(code) else { return Ok(()) };
+        let now = (self.shared.clock)();
+        let log = Arc::new(LogGate::new(H::WORLD.as_str().into()));
+        let host = Host::new(self.shared.config.memory_bytes, log, None, Arc::default(), now);
+        H::instantiate(pre, &mut new_store::<H>(&self.shared, host)).map(drop)
+    }
+
+    fn slot<H: Hook>(&self, name: &str) -> Arc<SlotCore<H>> {
+        let slot = Arc::new(SlotCore::new(name.into(), Arc::clone(&self.shared), self.least_instances::<H>()));
+        let tended: Arc<dyn Tend> = Arc::clone(&slot) as Arc<dyn Tend>;
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|slot| slot.strong_count() > 0);
+        slots.push(Arc::downgrade(&tended));
+        slot
+    }
+
+    /// Instances of a generation, beside those of attached replicas.
+    fn least_instances<H: Hook>(&self) -> u32 {
+        match H::WORLD {
+            World::Router => self.shared.config.router_instances + 1,
+            World::Scheduler => SCHEDULER_SPARES,
+            World::Telemetry => TELEMETRY_INSTANCES,
+        }
+    }
+
+    fn slots(&self) -> Vec<Arc<dyn Tend>> {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn maintain(&self) {
+        for slot in self.slots() {
+            slot.tend((self.shared.clock)());
+        }
+    }
+
+    fn prepare<H: Hook>(&self, component: &Component, activation: Activation) -> Result<Prepared, ActivateError> {
+        let started = stopwatch_ns();
+        let name: Arc<str> = activation.slot.as_str().into();
+        let slot = self.slots().into_iter().find(|slot| *slot.name() == name && slot.world() == H::WORLD);
+        let wanted = slot.as_ref().map_or_else(|| self.least_instances::<H>(), |slot| slot.wanted());
+        let log = slot.map_or_else(|| Arc::new(LogGate::new(Arc::clone(&name))), |slot| Arc::clone(slot.log()));
+        let Some(pre) = H::pre(&component.code) else {
+            return Err(ActivateError::UnknownSlot { slot: activation.slot });
+        };
+        let mut maker = Maker {
+            shared: Arc::clone(&self.shared),
+            pre: pre.clone(),
+            slot: Arc::clone(&name),
+            generation: activation.generation,
+            config: activation.config.into(),
+            log,
+            sink: None,
+            state: Arc::new(Namespace::default()),
+            next: AtomicU32::new(0),
+        };
+        // The first instance is only asked questions: it has no metrics and a state of its own, and is thrown away.
+        let (manifest, wants) = self.probe(&maker)?;
+        let revision = manifest.revision(&component.digest);
+        let namespace = activation.namespace.map_or_else(|| Arc::clone(&name), Into::into);
+        maker.state = self.shared.states.open(&namespace, manifest.state_schema).ok_or(ActivateError::NoNamespace)?;
+        maker.sink = Some(MetricSink {
+            metrics: Arc::clone(&self.shared.metrics),
+            slot: Arc::clone(&name),
+            revision: Arc::clone(&revision),
+        });
+        maker.next = AtomicU32::new(0);
+        let instances = (0..wanted).map(|_| maker.start_equal(&manifest)).collect::<Result<Vec<_>, _>>()?;
+        let generation = activation.generation;
+        let ready = Ready { maker, manifest, wants, revision: Arc::clone(&revision), instances };
+        let warm_ms = (stopwatch_ns() - started) as f64 * 1e-6;
+        Ok(Prepared { slot: name, revision, generation, warm_ms, ready: H::wrap(ready) })
+    }
+
+    /// Starts an instance, checks its manifest and its answers to made-up inputs.
+    fn probe<H: Hook>(&self, maker: &Maker<H>) -> Result<(Manifest, crate::manifest::Wants), ActivateError> {
+        let (mut instance, manifest) = maker.start()?;
+        let wants = manifest.check(H::WORLD)?;
+        H::probe(&mut instance, &wants, &self.shared.config.budgets, (self.shared.clock)())?;
+        Ok((manifest, wants))
+    }
+}
+
+// === impl ActivateError ===
+
+impl From<StartError> for ActivateError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Refused(message) => Self::Refused { message },
+            StartError::Fault(call, fault) => Self::Start { call, fault },
+        }
+    }
+}
+
+impl From<ProbeFault> for ActivateError {
+    fn from(probe: ProbeFault) -> Self {
+        Self::Probe { case: probe.case, call: probe.call, fault: probe.fault }
+    }
+}

@@ -1,0 +1,180 @@
+//! `host-state`: what a policy may keep across swaps, in memory, bounded in every direction.
+//!
+//! A namespace belongs to a name and a layout (`state-schema`), so that a revision never reads what another layout wrote.
+//! One lock per namespace, held for a map operation and never across a guest call. The store lives as long as the host;
+//! making it durable is not the guests' concern and not done here.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Most keys in a namespace.
+pub(crate) const MAX_KEYS: usize = 1_024;
+/// Longest key, in bytes.
+pub(crate) const MAX_KEY_BYTES: usize = 256;
+/// Longest value, in bytes.
+pub(crate) const MAX_VALUE_BYTES: usize = 64 << 10;
+/// Keys and values of a namespace together, in bytes.
+pub(crate) const MAX_NAMESPACE_BYTES: usize = 4 << 20;
+/// Most namespaces; at the bound, those that no instance uses go first.
+const MAX_NAMESPACES: usize = 64;
+
+/// All namespaces of a host.
+#[derive(Debug, Default)]
+pub(crate) struct StateStore {
+    namespaces: Mutex<HashMap<NamespaceKey, Arc<Namespace>>>,
+}
+
+/// A name and a layout.
+type NamespaceKey = (Arc<str>, u32);
+
+/// The keys of one policy, or of several that share a name.
+#[derive(Debug, Default)]
+pub(crate) struct Namespace {
+    entries: Mutex<Entries>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    map: HashMap<String, Vec<u8>>,
+    /// Keys and values together.
+    bytes: usize,
+}
+
+/// Why a value was not stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StateFault {
+    /// No room for another key, or not enough bytes left.
+    Full,
+    /// The key or the value alone is over its bound.
+    TooLarge,
+}
+
+// === impl StateStore ===
+
+impl StateStore {
+    /// The namespace for a name and a layout; `None` when there are too many in use.
+    pub(crate) fn open(&self, name: &Arc<str>, schema: u32) -> Option<Arc<Namespace>> {
+        let mut namespaces = self.namespaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (Arc::clone(name), schema);
+        if !namespaces.contains_key(&key) && namespaces.len() >= MAX_NAMESPACES {
+            namespaces.retain(|_, namespace| Arc::strong_count(namespace) > 1);
+            if namespaces.len() >= MAX_NAMESPACES {
+                return None;
+            }
+        }
+        Some(Arc::clone(namespaces.entry(key).or_default()))
+    }
+}
+
+// === impl Namespace ===
+
+impl Namespace {
+    fn entries(&self) -> std::sync::MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Option<Vec<u8>> {
+        self.entries().map.get(key).cloned()
+    }
+
+    pub(crate) fn set(&self, key: String, value: Vec<u8>) -> Result<(), StateFault> {
+        self.entries().set(key, value)
+    }
+
+    /// Stores `value` if the key holds `expected`; says whether it did.
+    pub(crate) fn compare_and_set(
+        &self,
+        key: String,
+        expected: Option<&[u8]>,
+        value: Vec<u8>,
+    ) -> Result<bool, StateFault> {
+        let mut entries = self.entries();
+        if entries.map.get(&key).map(Vec::as_slice) != expected {
+            return Ok(false);
+        }
+        entries.set(key, value).map(|()| true)
+    }
+
+    pub(crate) fn delete(&self, key: &str) {
+        let mut entries = self.entries();
+        if let Some(value) = entries.map.remove(key) {
+            entries.bytes -= key.len() + value.len();
+        }
+    }
+}
+
+// === impl Entries ===
+
+impl Entries {
+    fn set(&mut self, key: String, value: Vec<u8>) -> Result<(), StateFault> {
+        if key.len() > MAX_KEY_BYTES || value.len() > MAX_VALUE_BYTES {
+            return Err(StateFault::TooLarge);
+        }
+        let old = self.map.get(&key).map(|old| key.len() + old.len());
+        let bytes = self.bytes - old.unwrap_or(0) + key.len() + value.len();
+        if bytes > MAX_NAMESPACE_BYTES || (old.is_none() && self.map.len() >= MAX_KEYS) {
+            return Err(StateFault::Full);
+        }
+        self.bytes = bytes;
+        self.map.insert(key, value);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_is_bounded_in_every_direction() {
+        let space = Namespace::default();
+        for (key, value, expect) in [
+            ("k".repeat(MAX_KEY_BYTES), 1, Ok(())),
+            ("k".repeat(MAX_KEY_BYTES + 1), 1, Err(StateFault::TooLarge)),
+            ("v".into(), MAX_VALUE_BYTES, Ok(())),
+            ("v".into(), MAX_VALUE_BYTES + 1, Err(StateFault::TooLarge)),
+        ] {
+            assert_eq!(space.set(key, vec![0; value]), expect, "{value}");
+        }
+        let space = Namespace::default();
+        let room = MAX_NAMESPACE_BYTES / (MAX_VALUE_BYTES + 4);
+        for i in 0..room {
+            assert_eq!(space.set(format!("{i:04}"), vec![0; MAX_VALUE_BYTES]), Ok(()), "{i}");
+        }
+        assert_eq!(space.set("next".into(), vec![0; MAX_VALUE_BYTES]), Err(StateFault::Full));
+        space.delete("0000");
+        assert_eq!(space.set("next".into(), vec![0; MAX_VALUE_BYTES]), Ok(()), "deleting makes room");
+        assert_eq!(space.set("next".into(), vec![1]), Ok(()), "so does shrinking");
+        let space = Namespace::default();
+        for i in 0..MAX_KEYS {
+            assert_eq!(space.set(i.to_string(), Vec::new()), Ok(()));
+        }
+        assert_eq!(space.set("one more".into(), Vec::new()), Err(StateFault::Full));
+        assert_eq!(space.set("0".into(), vec![1]), Ok(()), "replacing needs no new key");
+    }
+
+    #[test]
+    fn compare_and_set_compares() {
+        let space = Namespace::default();
+        for (expected, value, expect) in
+            [(Some(&b"x"[..]), b"a", false), (None, b"a", true), (None, b"b", false), (Some(b"a"), b"b", true)]
+        {
+            assert_eq!(space.compare_and_set("k".into(), expected, value.to_vec()), Ok(expect), "{expected:?}");
+        }
+        assert_eq!(space.get("k"), Some(b"b".to_vec()));
+    }
+
+    #[test]
+    fn namespaces_differ_by_name_and_layout_and_unused_ones_make_room() {
+        let store = StateStore::default();
+        let name: Arc<str> = "router".into();
+        store.open(&name, 1).expect("room").set("k".into(), vec![1]).expect("room");
+        assert_eq!(store.open(&name, 1).expect("room").get("k"), Some(vec![1]), "survives its users");
+        assert_eq!(store.open(&name, 2).expect("room").get("k"), None);
+        let held: Vec<_> = (0..MAX_NAMESPACES as u32).map_while(|i| store.open(&"other".into(), i)).collect();
+        assert_eq!(held.len(), MAX_NAMESPACES);
+        assert!(store.open(&"one more".into(), 0).is_none());
+        drop(held);
+        assert!(store.open(&"one more".into(), 0).is_some());
+    }
+}

@@ -1,0 +1,87 @@
+//! Every interleaving of readers, a publisher and retirement, on the very file that the crate uses (`src/drain.rs`), with
+//! loom's atomics in place of std's. The pointer swap itself is arc-swap's and is modelled by an atomic index.
+
+#[expect(dead_code, reason = "the file is included as the crate has it")]
+#[path = "../src/drain.rs"]
+mod drain;
+
+mod sync {
+    pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+}
+
+use drain::{Drain, Gate};
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::thread;
+
+/// A slot with two generations: 0 is current, 1 comes next.
+struct Slot {
+    current: AtomicUsize,
+    gates: [Gate; 2],
+    alive: [AtomicBool; 2],
+    told: AtomicUsize,
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self {
+            current: AtomicUsize::new(0),
+            gates: [Gate::new(), Gate::new()],
+            alive: [AtomicBool::new(true), AtomicBool::new(true)],
+            told: AtomicUsize::new(0),
+        }
+    }
+
+    /// Whoever is told that a generation drained may free it.
+    fn learned(&self, index: usize, drain: Drain) {
+        if drain == Drain::Drained {
+            assert!(self.gates[index].is_drained());
+            self.alive[index].store(false, Ordering::Relaxed);
+            self.told.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> usize {
+        loop {
+            let index = self.current.load(Ordering::Acquire);
+            match self.gates[index].enter() {
+                Ok(()) => {
+                    assert!(self.alive[index].load(Ordering::Relaxed), "inside a generation that was freed");
+                    thread::yield_now();
+                    assert!(self.alive[index].load(Ordering::Relaxed), "freed while someone was inside");
+                    self.learned(index, self.gates[index].leave());
+                    return index;
+                }
+                Err(drain) => {
+                    self.learned(index, drain);
+                    thread::yield_now();
+                }
+            }
+        }
+    }
+
+    fn swap(&self) {
+        self.current.store(1, Ordering::Release);
+        self.learned(0, self.gates[0].retire());
+    }
+}
+
+#[test]
+fn a_generation_is_freed_once_and_never_under_a_reader() {
+    loom::model(|| {
+        let slot = Arc::new(Slot::new());
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let slot = Arc::clone(&slot);
+                thread::spawn(move || slot.read())
+            })
+            .collect();
+        slot.swap();
+        for reader in readers {
+            assert!(reader.join().expect("no panic") < 2);
+        }
+        assert_eq!(slot.told.load(Ordering::Relaxed), 1, "told exactly once");
+        assert!(!slot.alive[0].load(Ordering::Relaxed), "and nobody is left inside");
+        assert_eq!(slot.read(), 1);
+    });
+}

@@ -1,0 +1,149 @@
+//! A scheduling guest through the trait: swaps at a step boundary, faults, refusals, respawns.
+
+mod support;
+
+use pointsman_policy::{FaultKind, Health, SchedulerGuest, Slot};
+use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Changes, Plan, SequenceColumns, View};
+use support::{Bench, SECOND, arrivals, budgets, sequences};
+
+/// Steps that every probe makes, so that a fixture with this `after` passes the probe and the warm-up.
+const PROBED: u64 = 20;
+
+fn resync(guest: &mut SchedulerGuest, now: u64, waiting: &[(u64, u32)]) {
+    let (budgets, waiting, running) = (budgets(), sequences(waiting), SequenceColumns::default());
+    let tenants = [(1, "acme".into())];
+    guest.resync(&View { now, seed: 7, budgets: &budgets, tenants: &tenants, waiting: &waiting, running: &running });
+}
+
+fn step(guest: &mut SchedulerGuest, now: u64, changes: &Changes) -> (Answer, Plan) {
+    let mut plan = Plan::default();
+    let answer = guest.step(now, &budgets(), changes, &mut plan);
+    (answer, plan)
+}
+
+#[test]
+fn a_guest_orders_the_queue_and_a_swap_needs_the_view_again() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let mut guest = slot.attach("demo:f16@cpu");
+    assert_eq!((guest.attend(1), guest.generation()), (Attention::Native, 0));
+
+    let shortest = bench.admit("sched-shortest-first");
+    slot.publish(bench.prepare(&shortest, "scheduler", "{}")).expect("a publish");
+    assert_eq!(guest.attend(2), Attention::NeedsView);
+    assert_eq!(guest.generation(), 1);
+    assert_eq!(step(&mut guest, 2, &Changes::default()).0, Answer::Native, "no view, no answer");
+    resync(&mut guest, 2, &[(1, 900), (2, 100)]);
+    assert_eq!(guest.attend(3), Attention::Following);
+    let (answer, plan) = step(&mut guest, 3, &arrivals(&[(3, 500)]));
+    assert_eq!((answer, plan.admit), (Answer::Planned, vec![2, 3, 1]));
+
+    let fcfs = bench.admit("sched-fcfs");
+    slot.publish(bench.prepare(&fcfs, "scheduler", "{}")).expect("a publish");
+    let before = slot.status();
+    assert_eq!(before.draining, 1, "the driver is still inside the old generation");
+    assert_eq!(guest.attend(4), Attention::NeedsView);
+    assert_eq!(guest.generation(), 2);
+    resync(&mut guest, 4, &[(1, 900), (2, 100), (3, 500)]);
+    let (_, plan) = step(&mut guest, 5, &Changes::default());
+    assert!(plan.admit.is_empty() || plan.admit == [1, 2, 3], "{plan:?}");
+    bench.runtime.maintain();
+    assert_eq!(slot.status().draining, 0, "dropped once the driver left it");
+
+    slot.publish_native(3).expect("a publish");
+    assert_eq!((guest.attend(6), guest.generation()), (Attention::Native, 0));
+}
+
+#[test]
+fn each_replica_has_an_instance_and_one_is_spare() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let component = bench.admit("sched-fcfs");
+    let mut first = slot.attach("a");
+    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    assert_eq!(slot.status().instances, 2);
+    assert_eq!(first.attend(1), Attention::NeedsView);
+    let mut others: Vec<SchedulerGuest> = (0..3).map(|i| slot.attach(&format!("b{i}"))).collect();
+    assert_eq!(others[0].attend(1), Attention::NeedsView, "the spare");
+    assert_eq!(others[1].attend(1), Attention::Native, "none left until maintenance came by");
+    bench.runtime.maintain();
+    assert_eq!(others[1].attend(2), Attention::NeedsView);
+    assert_eq!(others[2].attend(2), Attention::NeedsView);
+    assert_eq!(slot.status().instances, 5);
+    drop(others);
+    assert_eq!(slot.status().instances, 2);
+}
+
+#[test]
+fn misdeeds_become_faults_and_the_spare_takes_over() {
+    let bench = Bench::with(|config| config.budgets.step.hard = 5_000);
+    let component = bench.admit("fixture-scheduler");
+    for (deed, kind) in [
+        ("trap", FaultKind::Trap),
+        ("spin", FaultKind::Timeout),
+        ("allocate", FaultKind::Memory),
+        ("recurse", FaultKind::Trap),
+        ("huge-list", FaultKind::BadAnswer),
+    ] {
+        let slot = bench.runtime.scheduler_slot("scheduler");
+        let mut guest = slot.attach("demo");
+        let config = format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#);
+        slot.publish(bench.prepare(&component, "scheduler", &config)).expect("a publish");
+        assert_eq!(guest.attend(bench.now()), Attention::NeedsView);
+        resync(&mut guest, bench.now(), &[(1, 10)]);
+        let mut good = 0;
+        while step(&mut guest, bench.now(), &Changes::default()).0 == Answer::Planned {
+            good += 1;
+            assert!(good <= PROBED, "{deed} never misbehaves");
+        }
+        let status = slot.status();
+        assert_eq!((status.faults[kind as usize], status.instances), (1, 1), "{deed}: {status:?}");
+        assert_eq!(guest.generation(), 0, "{deed}: nobody answers");
+        assert_eq!(guest.attend(bench.now()), Attention::NeedsView, "{deed}: the spare");
+        resync(&mut guest, bench.now(), &[(1, 10)]);
+        assert_eq!(step(&mut guest, bench.now(), &Changes::default()).0, Answer::Planned, "{deed}");
+        bench.advance(SECOND);
+        assert_eq!(slot.status().instances, 2, "{deed}: replaced after a second");
+    }
+}
+
+#[test]
+fn a_refused_plan_is_a_fault_and_three_open_the_circuit() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let mut guest = slot.attach("demo");
+    let component = bench.admit("sched-fcfs");
+    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    for refusal in 0..3 {
+        assert_eq!(guest.attend(bench.now()), Attention::NeedsView, "{refusal}");
+        resync(&mut guest, bench.now(), &[(1, 10)]);
+        step(&mut guest, bench.now(), &Changes::default());
+        guest.refused(bench.now(), BadPlan::UnknownId(99));
+        bench.now.fetch_add(8 * SECOND, std::sync::atomic::Ordering::Relaxed);
+        bench.runtime.maintain();
+    }
+    let status = slot.status();
+    assert_eq!(status.faults[FaultKind::BadAnswer as usize], 3);
+    let last = status.last_fault.expect("a fault");
+    assert!(last.message.contains("demo: request 99 was never shown"), "{}", last.message);
+    assert!(matches!(status.health, Health::Open { .. }));
+    let Health::Open { until } = status.health else { return };
+    assert_eq!(guest.attend(until - 1), Attention::Native);
+    assert_eq!(guest.attend(until), Attention::NeedsView, "half-open");
+    resync(&mut guest, until, &[(1, 10)]);
+    assert_eq!(guest.attend(until), Attention::Following);
+    step(&mut guest, until, &Changes::default());
+    assert_eq!(slot.status().health, Health::Closed);
+}
+
+#[test]
+fn wants_progress_comes_from_the_manifest() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let mut guest = slot.attach("demo");
+    assert!(!guest.wants_progress());
+    let component = bench.admit("sched-fcfs");
+    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    guest.attend(1);
+    assert!(!guest.wants_progress());
+}

@@ -1,0 +1,171 @@
+//! What the tests of this crate share: a runtime with a hand-driven clock, the prebuilt guests, and inputs.
+
+#![expect(dead_code, reason = "each test binary uses its own part of this module")]
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use pointsman_policy::{Activation, Component, FaultReport, Maintenance, Prepared, Runtime, RuntimeConfig, SlotStatus};
+use pointsman_sched::batch::{Budgets, Changes, SequenceColumns};
+use pointsman_sched::ids::{Priority, RequestId};
+use pointsman_sched::route::{ReplicaColumns, RouteRequest};
+use pointsman_telemetry::{Metrics, Recorder};
+
+/// A second of the host's clock.
+pub const SECOND: u64 = 1_000_000;
+
+/// A runtime, its clock, and the faults it told of.
+pub struct Bench {
+    pub runtime: Runtime,
+    pub metrics: Arc<Metrics>,
+    pub recorder: Recorder,
+    pub now: Arc<AtomicU64>,
+    pub faults: Arc<Mutex<Vec<FaultReport>>>,
+    next_generation: AtomicU64,
+}
+
+/// The bytes of a prebuilt guest.
+pub fn prebuilt(name: &str) -> Vec<u8> {
+    let path =
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../plugins/prebuilt").join(name).with_extension("wasm");
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+impl Bench {
+    /// With maintenance by hand, so that nothing depends on timing.
+    pub fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub fn with(change: impl FnOnce(&mut RuntimeConfig)) -> Self {
+        let faults: Arc<Mutex<Vec<FaultReport>>> = Arc::default();
+        let now = Arc::new(AtomicU64::new(SECOND));
+        let (told, clock) = (Arc::clone(&faults), Arc::clone(&now));
+        let mut config = RuntimeConfig {
+            maintenance: Maintenance::Manual,
+            router_instances: 2,
+            max_instances: 64,
+            on_fault: Some(Arc::new(move |report| told.lock().expect("not poisoned").push(report.clone()))),
+            ..RuntimeConfig::default()
+        };
+        change(&mut config);
+        let (metrics, recorder) = (Arc::new(Metrics::new()), Recorder::new(1_024));
+        let clock = Arc::new(move || clock.load(Ordering::Relaxed));
+        let runtime = Runtime::new(config, Arc::clone(&metrics), recorder.clone(), clock).expect("a runtime");
+        Self { runtime, metrics, recorder, now, faults, next_generation: AtomicU64::new(1) }
+    }
+
+    pub fn admit(&self, name: &str) -> Component {
+        self.runtime.admit(&prebuilt(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    pub fn activation(&self, slot: &str, config: &str) -> Activation {
+        let generation = self.next_generation.fetch_add(1, Ordering::Relaxed);
+        Activation { slot: slot.to_owned(), generation, config: config.to_owned(), namespace: None }
+    }
+
+    pub fn prepare(&self, component: &Component, slot: &str, config: &str) -> Prepared {
+        let prepared = self.runtime.prepare(component, self.activation(slot, config));
+        prepared.unwrap_or_else(|error| panic!("{slot} {config}: {error}"))
+    }
+
+    pub fn advance(&self, micros: u64) -> u64 {
+        let now = self.now.fetch_add(micros, Ordering::Relaxed) + micros;
+        self.runtime.maintain();
+        now
+    }
+
+    pub fn now(&self) -> u64 {
+        self.now.load(Ordering::Relaxed)
+    }
+}
+
+/// Faults of a status by kind: timeout, trap, memory, bad answer, link.
+pub fn faults(status: &SlotStatus) -> [u64; 5] {
+    status.faults
+}
+
+pub fn request(id: u64) -> RouteRequest<'static> {
+    RouteRequest {
+        id: RequestId(id),
+        model: "demo",
+        tenant: "acme",
+        tenant_id: 1,
+        session: id * 31,
+        prefix: id * 17,
+        priority: Priority::Normal,
+        prompt_tokens: 128,
+        max_new_tokens: 64,
+        arrived: id,
+        deadline: 0,
+        seed: id.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        attributes: &[],
+    }
+}
+
+/// `n` replicas, the one at `idle` without work and the others busy.
+pub fn replicas(n: u32, idle: u32) -> ReplicaColumns {
+    let busy = |i: u32, value: u32| if i == idle { 0 } else { value };
+    let column = |value: &dyn Fn(u32) -> u32| (0..n).map(value).collect::<Vec<u32>>();
+    ReplicaColumns {
+        id: column(&|i| i + 1),
+        key: (0..n).map(|i| u64::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect(),
+        health: vec![0; n as usize],
+        weight: column(&|_| 1_000),
+        waiting: column(&|i| busy(i, 3)),
+        running: column(&|i| busy(i, 5)),
+        running_limit: column(&|_| 16),
+        queued_tokens: column(&|i| busy(i, 2_000)),
+        free_blocks: column(&|_| 500),
+        total_blocks: column(&|_| 1_000),
+        cached_tokens: column(&|_| 0),
+        device: vec![0; n as usize],
+        variant: vec![1; n as usize],
+    }
+}
+
+pub fn budgets() -> Budgets {
+    Budgets {
+        step_tokens: 2_048,
+        running: 64,
+        free_blocks: 500,
+        total_blocks: 1_000,
+        block_tokens: 16,
+        last_step: 5_000,
+        last_step_tokens: 64,
+    }
+}
+
+/// Waiting requests with these ids and prompt lengths.
+pub fn sequences(rows: &[(u64, u32)]) -> SequenceColumns {
+    let n = rows.len();
+    SequenceColumns {
+        id: rows.iter().map(|(id, _)| *id).collect(),
+        prompt_tokens: rows.iter().map(|(_, tokens)| *tokens).collect(),
+        cached_tokens: vec![0; n],
+        computed_tokens: vec![0; n],
+        generated_tokens: vec![0; n],
+        max_new_tokens: vec![32; n],
+        held_blocks: vec![0; n],
+        priority: vec![2; n],
+        tenant: vec![1; n],
+        arrived: rows.iter().map(|(id, _)| *id).collect(),
+        deadline: vec![0; n],
+    }
+}
+
+pub fn arrivals(rows: &[(u64, u32)]) -> Changes {
+    Changes { arrived: sequences(rows), ..Changes::default() }
+}
+
+/// Resident memory of this process, in bytes.
+pub fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("Linux");
+    let pages: u64 = statm.split(' ').nth(1).and_then(|n| n.parse().ok()).expect("the second number");
+    pages * rustix_page_size()
+}
+
+fn rustix_page_size() -> u64 {
+    rustix::param::page_size() as u64
+}

@@ -1,0 +1,115 @@
+//! Swapping under load: nobody sees a dropped generation, nothing leaks.
+
+mod support;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pointsman_policy::{Maintenance, Slot};
+use pointsman_sched::route::{Choice, RoutePolicy};
+use pointsman_telemetry::Event;
+use support::{Bench, replicas, request, resident_bytes};
+
+/// Growth of resident memory that 1,000 swaps may cause.
+const MAX_GROWTH: u64 = 10 << 20;
+
+#[test]
+fn a_thousand_swaps_leave_memory_flat() {
+    let bench = Bench::new();
+    let slot = bench.runtime.router_slot("router");
+    let components = [bench.admit("route-least-loaded"), bench.admit("route-weighted")];
+    let columns = replicas(8, 3);
+    let mut events: Vec<Event> = Vec::with_capacity(2_000);
+    let mut swap = |i: usize| {
+        slot.publish(bench.prepare(&components[i % 2], "router", "{}")).expect("a publish");
+        for now in 0..10 {
+            assert!(!slot.route(now, &request(now), &columns).fallback);
+        }
+        bench.runtime.maintain();
+        assert_eq!(slot.status().draining, 0);
+        events.clear();
+        bench.recorder.drain(&mut events, 2_000);
+    };
+    (0..100).for_each(&mut swap);
+    let before = resident_bytes();
+    (100..1_100).for_each(&mut swap);
+    let growth = resident_bytes().saturating_sub(before);
+    println!("1,000 swaps: resident memory grew by {} KiB", growth >> 10);
+    assert!(growth < MAX_GROWTH, "{growth} bytes");
+    assert_eq!(slot.status().swaps, 1_100);
+}
+
+#[test]
+fn readers_never_see_a_dropped_generation() {
+    const SWAPS: u64 = 200;
+    let bench = Bench::with(|config| {
+        config.maintenance = Maintenance::Thread;
+        config.router_instances = 4;
+        config.max_instances = 256;
+    });
+    let slot = bench.runtime.router_slot("router");
+    let component = bench.admit("route-least-loaded");
+    slot.publish(bench.prepare(&component, "router", "{}")).expect("a publish");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    let columns = replicas(8, 3);
+                    let (mut last, mut calls) = (0, 0_u64);
+                    while !stop.load(Ordering::Relaxed) {
+                        let routed = slot.route(1, &request(calls), &columns);
+                        assert_eq!(routed.choice, Choice::Pick(3));
+                        assert!(routed.decided_by.generation >= last, "time does not run backwards");
+                        last = routed.decided_by.generation;
+                        calls += 1;
+                    }
+                    calls
+                })
+            })
+            .collect();
+        for _ in 0..SWAPS {
+            slot.publish(bench.prepare(&component, "router", "{}")).expect("a publish");
+        }
+        stop.store(true, Ordering::Relaxed);
+        let calls: u64 = readers.into_iter().map(|reader| reader.join().expect("no panic")).sum();
+        println!("{calls} calls during {SWAPS} swaps");
+    });
+    let status = slot.status();
+    assert_eq!((status.swaps, status.generation), (SWAPS + 1, SWAPS + 1));
+    assert_eq!((status.fallbacks, status.faults), (0, [0; 5]));
+    bench.runtime.maintain();
+    bench.runtime.maintain();
+    assert!(slot.status().draining <= 1, "at most one is still with the maintenance thread");
+}
+
+#[test]
+fn a_guest_that_leaks_is_recycled() {
+    let bench = Bench::with(|config| {
+        config.recycle_growth_bytes = 1 << 20;
+        config.memory_bytes = 8 << 20;
+    });
+    let slot = bench.runtime.router_slot("router");
+    let component = bench.admit("fixture-router");
+    slot.publish(bench.prepare(&component, "router", r#"{"do": "leak"}"#)).expect("a publish");
+    let columns = replicas(2, 0);
+    for now in 0..2_000 {
+        assert!(!slot.route(now, &request(now), &columns).fallback, "call {now}");
+        bench.runtime.maintain();
+    }
+    let status = slot.status();
+    assert_eq!((status.faults, status.instances), ([0; 5], 3), "64 KiB a call would have met the cap of 8 MiB");
+}
+
+#[test]
+fn instances_are_recycled_by_age() {
+    let bench = Bench::with(|config| config.recycle_calls = 16);
+    let slot = bench.runtime.router_slot("router");
+    let component = bench.admit("route-least-loaded");
+    slot.publish(bench.prepare(&component, "router", "{}")).expect("a publish");
+    let columns = replicas(2, 0);
+    for now in 0..1_000 {
+        assert!(!slot.route(now, &request(now), &columns).fallback, "call {now}");
+        bench.runtime.maintain();
+    }
+    assert_eq!(slot.status().instances, 3);
+}
