@@ -1,4 +1,5 @@
 //! The engine from outside: against candle, against itself in other batches, and against bad input.
+#![expect(clippy::unwrap_used, reason = "tests, and the functions they share")]
 
 mod common;
 mod golden;

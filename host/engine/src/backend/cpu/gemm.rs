@@ -206,8 +206,8 @@ impl<W: Weight> Gemm<'_, W> {
         let mut acc = [[[s.zero(); 2]; P]; R];
         let empty: &[[W; PANEL]] = &[];
         let mut w = [empty; P];
-        for p in 0..P {
-            w[p] = &self.w[(first + panel + p) * k..][..k];
+        for (p, w) in w.iter_mut().enumerate() {
+            *w = &self.w[(first + panel + p) * k..][..k];
         }
         for kp in 0..k / LANES {
             let Some(x) = self.x[kp * rows + row..].first_chunk::<R>() else { return };
@@ -223,9 +223,9 @@ impl<W: Weight> Gemm<'_, W> {
                 }
             }
         }
-        for r in 0..R {
-            for p in 0..P {
-                epilogue.apply(s, acc[r][p], self.out, self.part.at(panel + p, row + r));
+        for (r, acc) in acc.iter().enumerate() {
+            for (p, &sums) in acc.iter().enumerate() {
+                epilogue.apply(s, sums, self.out, self.part.at(panel + p, row + r));
             }
         }
     }
@@ -285,8 +285,8 @@ impl Q8Gemm<'_> {
                 }
             }
         }
-        for r in 0..R {
-            epilogue.apply(s, acc[r], self.out, self.part.at(panel, row + r));
+        for (r, &sums) in acc.iter().enumerate() {
+            epilogue.apply(s, sums, self.out, self.part.at(panel, row + r));
         }
     }
 }
@@ -369,10 +369,10 @@ mod tests {
         let x = values(k, 9);
         for w in &matrices(n, k)[..3] {
             let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
-            for column in 0..n {
+            for (column, &bits) in found[..n].iter().enumerate() {
                 let mut sum = 0f32;
                 w.gather(column, |k, w| sum = x[k].mul_add(w, sum));
-                assert_eq!(f32::from_bits(found[column]), sum, "column {column}");
+                assert_eq!(f32::from_bits(bits), sum, "column {column}");
             }
             assert!(found[n..].iter().all(|&x| x == 0), "padding");
         }
