@@ -7,7 +7,7 @@
 
 use pointsman_sched::ids::BlockId;
 
-use super::isa::{Isa, Kernel, LANES, Lanes, Simd};
+use super::isa::{Isa, Kernel, LANES, Lanes, Simd, stride};
 use super::kv::{KvPool, Strided};
 use super::math;
 
@@ -35,7 +35,7 @@ pub(super) struct Attention<'a> {
     pub(super) layer: usize,
     pub(super) tokens: &'a [Token],
     pub(super) blocks: &'a [BlockId],
-    /// Queries, panel-major: `[heads * head_dim / 16][tokens][16]`.
+    /// Queries, panel-major: `[heads * head_dim / 16][stride(tokens)][16]`.
     pub(super) q: &'a [Lanes],
     pub(super) head_dim: usize,
     /// Query heads per key head.
@@ -76,7 +76,8 @@ impl Head<'_> {
         let n = tokens[row].position as usize + 1;
         let n_slabs = n.div_ceil(LANES);
         let panels = head_dim / LANES;
-        let query = Strided { panels: &q[self.head * panels * tokens.len()..], rows: tokens.len(), row };
+        let step = stride(tokens.len());
+        let query = Strided { panels: &q[self.head * panels * step..], stride: step, row };
         let scale = s.splat(1.0 / (head_dim as f32).sqrt());
         let blocks = tokens[row].blocks_in(self.shared.blocks);
         for slab in 0..n_slabs {
@@ -144,7 +145,7 @@ impl Head<'_> {
                 }
             }
             let sum = s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3]));
-            s.store(s.mul(sum, s.splat(scale)), &mut self.out[panel * tokens.len() + row]);
+            s.store(s.mul(sum, s.splat(scale)), &mut self.out[panel * stride(tokens.len()) + row]);
         }
     }
 }

@@ -9,7 +9,7 @@ use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 
 use super::attention::{Attention, Token};
 use super::gemm::{Epilogue, Input, matmul};
-use super::isa::{LANES, Lanes};
+use super::isa::{LANES, Lanes, stride};
 use super::kv::{KvPlan, KvPool, Position, Strided};
 use super::matrix::{BLOCK, PANEL};
 use super::model::{Layer, Model};
@@ -74,7 +74,7 @@ pub struct CpuEngine {
     work: Workspace,
 }
 
-/// Activations, all panel-major: `[width / 16][tokens of the step][16]`.
+/// Activations, all panel-major: `[width / 16][stride(tokens of the step)][16]`.
 #[derive(Debug)]
 struct Workspace {
     hidden: Vec<Lanes>,
@@ -141,7 +141,7 @@ impl CpuEngine {
     pub fn logits(&self, i: usize) -> Vec<f32> {
         let rows = self.work.last.len();
         let panels = self.model.spec.vocab.div_ceil(LANES);
-        let row = (0..panels).flat_map(|panel| self.work.logits[panel * rows + i]);
+        let row = (0..panels).flat_map(|panel| self.work.logits[panel * stride(rows) + i]);
         row.take(self.model.spec.vocab).collect()
     }
 
@@ -157,10 +157,10 @@ impl CpuEngine {
     }
 
     fn embed(&mut self, plan: &StepPlan) {
-        let rows = plan.tokens.len();
+        let step = stride(plan.tokens.len());
         let embedding = self.model.embedding();
         for (row, &token) in plan.tokens.iter().enumerate() {
-            embedding.gather(token as usize, |k, x| self.work.hidden[k / LANES * rows + row][k % LANES] = x);
+            embedding.gather(token as usize, |k, x| self.work.hidden[k / LANES * step + row][k % LANES] = x);
         }
     }
 
@@ -168,7 +168,7 @@ impl CpuEngine {
         let (pool, spec) = (&self.pool, &self.model.spec);
         let Workspace { hidden, normed, qkv, mixed, quantised, scores, tokens, positions, .. } = &mut self.work;
         let rows = tokens.len();
-        let head = spec.head_dim / LANES * rows;
+        let head = spec.head_dim / LANES * stride(rows);
         let (q_len, kv_len) = (spec.heads * head, spec.kv_heads * head);
 
         rms_norm(pool.isa(), &layer.attention_norm, hidden, rows, normed);
@@ -180,8 +180,8 @@ impl CpuEngine {
         for (row, token) in tokens.iter().enumerate() {
             let blocks = token.blocks_in(&plan.blocks);
             for kv_head in 0..spec.kv_heads {
-                let key = Strided { panels: &k[kv_head * head..], rows, row };
-                let value = Strided { panels: &v[kv_head * head..], rows, row };
+                let key = Strided { panels: &k[kv_head * head..], stride: stride(rows), row };
+                let value = Strided { panels: &v[kv_head * head..], stride: stride(rows), row };
                 let position = token.position as usize;
                 self.kv.write(Position { blocks, layer: index, head: kv_head, position }, key, value);
             }
@@ -227,7 +227,7 @@ impl CpuEngine {
         }
         for panel in 0..self.model.spec.hidden / LANES {
             for (i, &token) in last.iter().enumerate() {
-                picked[panel * n_picked + i] = hidden[panel * rows + token];
+                picked[panel * stride(n_picked) + i] = hidden[panel * stride(rows) + token];
             }
         }
         rms_norm(self.pool.isa(), &self.model.norm, picked, n_picked, normed);
@@ -246,7 +246,7 @@ impl CpuEngine {
         // Choosing costs about as much as four multiply-adds per token of the vocabulary.
         self.pool.split(4 * vocab * rows, &mut samplers[..rows], 1, |first, samplers| {
             for (i, sampler) in samplers.iter_mut().enumerate() {
-                sampler.fill(logits.iter().skip(first + i).step_by(rows));
+                sampler.fill(logits.iter().skip(first + i).step_by(stride(rows)));
                 sampler.choose(&plan.history);
             }
         });
@@ -352,7 +352,7 @@ impl Workspace {
         let spec = &model.spec;
         let CpuConfig { max_step_tokens: tokens, max_rows, context_tokens, .. } = *config;
         let zeros = |n: usize| vec![[0.0; LANES]; n];
-        let panels = |width: usize, rows: usize| zeros(width.next_multiple_of(PANEL) / LANES * rows);
+        let panels = |width: usize, rows: usize| zeros(width.next_multiple_of(PANEL) / LANES * stride(rows));
         let widest = spec.hidden.max(spec.q_dim()).max(spec.ffn);
         let most = tokens.max(max_rows);
         Self {

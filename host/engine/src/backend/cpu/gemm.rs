@@ -4,10 +4,10 @@
 //! which rows share a tile, how many there are and which thread has it changes no bit. Tiles exist for speed only: a
 //! chain waits four cycles per step, so at least eight must be in flight, and a widened weight should serve many rows.
 //!
-//! Activations are panel-major: `[k / 16][rows][16]`. A tile reads its rows' next sixteen values as one short run, the
+//! Activations are panel-major: `[k / 16][stride(rows)][16]`. A tile reads its rows' next sixteen values as one short run, the
 //! outputs of a panel are one contiguous slice that a thread can own, and an output is the next product's input as it is.
 
-use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight};
+use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight, stride};
 use super::math;
 use super::matrix::{BLOCK, Matrix, PANEL, Packed, Q8Block};
 use super::pool::ComputePool;
@@ -42,7 +42,7 @@ pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut
     if let Packed::Q8(_) = w.packed {
         super::quant::quantise(isa, x, rows, &mut quantised[..w.k / BLOCK * rows]);
     }
-    let unit = epilogue.out_vectors() * rows;
+    let unit = epilogue.out_vectors() * stride(rows);
     let out = &mut out[..w.n_panels() * unit];
     pool.split(w.n_panels() * PANEL * w.k * rows, out, unit, |first, out| {
         let part = Part { rows, k: w.k, first, epilogue };
@@ -115,13 +115,13 @@ impl Part {
     #[inline(always)]
     fn at(&self, panel: usize, row: usize) -> [usize; 2] {
         let vectors = self.epilogue.out_vectors();
-        let base = panel * vectors * self.rows + row;
-        [base, base + (vectors - 1) * self.rows]
+        let base = panel * vectors * stride(self.rows) + row;
+        [base, base + (vectors - 1) * stride(self.rows)]
     }
 
     #[inline(always)]
     fn n_panels(&self, out_len: usize) -> usize {
-        out_len / (self.epilogue.out_vectors() * self.rows)
+        out_len / (self.epilogue.out_vectors() * stride(self.rows))
     }
 }
 
@@ -210,7 +210,7 @@ impl<W: Weight> Gemm<'_, W> {
             *w = &self.w[(first + panel + p) * k..][..k];
         }
         for kp in 0..k / LANES {
-            let Some(x) = self.x[kp * rows + row..].first_chunk::<R>() else { return };
+            let Some(x) = self.x[kp * stride(rows) + row..].first_chunk::<R>() else { return };
             for i in 0..LANES {
                 for p in 0..P {
                     let (halves, _) = w[p][kp * LANES + i].as_chunks::<LANES>();
@@ -322,18 +322,20 @@ mod tests {
 
     /// Rows `[rows][k]` as panels.
     fn panels(x: &[Vec<f32>], k: usize) -> Vec<Lanes> {
-        let at = |panel: usize, row: usize| std::array::from_fn(|i| x[row][panel * LANES + i]);
-        (0..k / LANES).flat_map(|panel| (0..x.len()).map(move |row| (panel, row))).map(|(p, r)| at(p, r)).collect()
+        let at =
+            |panel: usize, row: usize| std::array::from_fn(|i| x.get(row).map_or(f32::NAN, |x| x[panel * LANES + i]));
+        let n = stride(x.len());
+        (0..k / LANES).flat_map(|panel| (0..n).map(move |row| (panel, row))).map(|(p, r)| at(p, r)).collect()
     }
 
     /// Rows of the product.
     fn product(pool: &ComputePool, w: &Matrix, x: &[Vec<f32>], epilogue: Epilogue) -> Vec<Vec<u32>> {
         let (rows, x) = (x.len(), panels(x, w.k));
         let mut quantised = vec![QuantRow::default(); w.k / BLOCK * rows];
-        let mut out = vec![[0.25; LANES]; w.n_panels() * epilogue.out_vectors() * rows];
+        let mut out = vec![[0.25; LANES]; w.n_panels() * epilogue.out_vectors() * stride(rows)];
         let input = Input { x: &x, rows, quantised: &mut quantised };
         pool.run(usize::MAX, || matmul(pool, w, input, &mut out, epilogue));
-        let row = |row: usize| out.iter().skip(row).step_by(rows).flatten().map(|x| x.to_bits()).collect();
+        let row = |row: usize| out.iter().skip(row).step_by(stride(rows)).flatten().map(|x| x.to_bits()).collect();
         (0..rows).map(row).collect()
     }
 

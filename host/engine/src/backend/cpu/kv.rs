@@ -115,17 +115,17 @@ pub(super) struct Position<'a> {
     pub(super) position: usize,
 }
 
-/// One row of some panels: every `rows`-th vector.
+/// One row of some panels: every `stride`-th vector.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Strided<'a> {
     pub(super) panels: &'a [Lanes],
-    pub(super) rows: usize,
+    pub(super) stride: usize,
     pub(super) row: usize,
 }
 
 impl<'a> Strided<'a> {
     #[inline(always)]
     pub(super) fn panel(&self, panel: usize) -> &'a Lanes {
-        &self.panels[panel * self.rows + self.row]
+        &self.panels[panel * self.stride + self.row]
     }
 }

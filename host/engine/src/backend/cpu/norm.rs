@@ -1,6 +1,6 @@
-//! Root-mean-square norm and rotary positions, on panel-major activations `[width / 16][rows][16]`.
+//! Root-mean-square norm and rotary positions, on panel-major activations `[width / 16][stride(rows)][16]`.
 
-use super::isa::{Isa, Kernel, LANES, Lanes, Simd};
+use super::isa::{Isa, Kernel, LANES, Lanes, Simd, stride};
 use crate::spec::ModelSpec;
 
 /// Writes `x / rms(x) * weight`, row by row.
@@ -29,16 +29,17 @@ impl Kernel for RmsNorm<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { norm: Norm { gain, eps }, x, rows, out } = self;
         let width = (gain.len() * LANES) as f32;
+        let step = stride(rows);
         for row in 0..rows {
             let mut squares = s.zero();
             for panel in 0..gain.len() {
-                let v = s.load(&x[panel * rows + row]);
+                let v = s.load(&x[panel * step + row]);
                 squares = s.fma(v, v, squares);
             }
             let scale = s.splat(1.0 / (s.sum(squares) / width + eps).sqrt());
             for (panel, gain) in gain.iter().enumerate() {
-                let v = s.mul(s.load(&x[panel * rows + row]), scale);
-                s.store(s.mul(v, s.load(gain)), &mut out[panel * rows + row]);
+                let v = s.mul(s.load(&x[panel * step + row]), scale);
+                s.store(s.mul(v, s.load(gain)), &mut out[panel * step + row]);
             }
         }
     }
@@ -89,14 +90,14 @@ impl Kernel for Rotate<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (rows, half) = (self.positions.len(), self.rope.half);
-        for head in self.x.chunks_exact_mut(2 * half * rows) {
-            let (low, high) = head.split_at_mut(half * rows);
+        let (step, half) = (stride(self.positions.len()), self.rope.half);
+        for head in self.x.chunks_exact_mut(2 * half * step) {
+            let (low, high) = head.split_at_mut(half * step);
             for (row, &position) in self.positions.iter().enumerate() {
                 for panel in 0..half {
                     let table = position as usize * half + panel;
                     let (cos, sin) = (s.load(&self.rope.cos[table]), s.load(&self.rope.sin[table]));
-                    let at = panel * rows + row;
+                    let at = panel * step + row;
                     let (a, b) = (s.load(&low[at]), s.load(&high[at]));
                     let minus_sin = s.sub(s.zero(), sin);
                     s.store(s.fma(b, minus_sin, s.mul(a, cos)), &mut low[at]);

@@ -2,7 +2,7 @@
 //!
 //! The scale stays `f32`: it is never stored, and a second rounding would buy nothing.
 
-use super::isa::{Isa, Kernel, Lanes, Simd};
+use super::isa::{Isa, Kernel, Lanes, Simd, stride};
 use super::matrix::BLOCK;
 
 /// One block of one row. The value `i` is `quads[i / 4]`'s byte `i % 4`, times `scale`.
@@ -15,7 +15,7 @@ pub(super) struct QuantRow {
     pub(super) offset: i32,
 }
 
-/// Quantises panel-major activations `[k / 16][rows][16]` into `[k / 32][rows]`.
+/// Quantises panel-major activations `[k / 16][stride(rows)][16]` into `[k / 32][rows]`.
 pub(super) fn quantise(isa: Isa, x: &[Lanes], rows: usize, out: &mut [QuantRow]) {
     isa.run(Quantise { x, rows, out });
 }
@@ -33,8 +33,8 @@ impl Kernel for Quantise<'_> {
     fn run<S: Simd>(self, s: S) {
         for (b, blocks) in self.out.chunks_exact_mut(self.rows).enumerate() {
             for (row, out) in blocks.iter_mut().enumerate() {
-                let low = s.load(&self.x[2 * b * self.rows + row]);
-                let high = s.load(&self.x[(2 * b + 1) * self.rows + row]);
+                let low = s.load(&self.x[2 * b * stride(self.rows) + row]);
+                let high = s.load(&self.x[(2 * b + 1) * stride(self.rows) + row]);
                 let zero = s.zero();
                 let magnitude = s.max(s.max(low, s.sub(zero, low)), s.max(high, s.sub(zero, high)));
                 let largest = s.max_lane(magnitude);
