@@ -11,8 +11,11 @@ use crate::error::{ApiError, panicked};
 use crate::state::ServerState;
 use crate::{identity, openai, ops};
 
+/// Paths with the methods that they answer, for the description, and with their handlers.
+pub(crate) type Routes = Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)>;
+
 /// Every route, as a table: the router is built from it and the description is checked against it.
-pub(crate) fn routes() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)> {
+pub(crate) fn routes() -> Routes {
     vec![
         ("/v1/chat/completions", &["post"], post(openai::chat)),
         ("/v1/completions", &["post"], post(openai::completions)),

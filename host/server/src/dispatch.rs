@@ -83,6 +83,15 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) terms: &'a Terms,
 }
 
+/// What the policy said, once for all choices of a prompt.
+#[derive(Clone, Copy, Debug)]
+struct Decision<'a> {
+    routed: &'a Routed,
+    /// Breaks the ties of the native order.
+    seed: u64,
+    call_ns: u64,
+}
+
 #[derive(Debug, Default)]
 struct Scratch {
     columns: ReplicaColumns,
@@ -183,13 +192,14 @@ impl Dispatch<'_> {
             let seed = self.state.clock.random();
             let first = choices.first().map_or(RequestId(0), |c| c.id);
             let (routed, call_ns) = self.route(scratch, &mut hashes, first, seed);
-            if let Choice::Reject(rejection) = routed.choice {
-                return Err(ApiError::Rejected(rejection));
+            if let Choice::Reject(rejection) = &routed.choice {
+                return Err(ApiError::Rejected(rejection.clone()));
             }
+            let decision = Decision { routed: &routed, seed, call_ns };
             let mut placements = Vec::with_capacity(choices.len());
             for choice in choices {
                 let id = choice.id;
-                let placement = self.submit(scratch, &mut hashes, &routed, (seed, call_ns), choice)?;
+                let placement = self.submit(scratch, &mut hashes, &decision, choice)?;
                 submitted(&placement, id);
                 placements.push(placement);
             }
@@ -271,12 +281,11 @@ impl Dispatch<'_> {
         &self,
         scratch: &mut Scratch,
         hashes: &mut Hashes<'_>,
-        routed: &Routed,
-        (seed, call_ns): (u64, u64),
+        decision: &Decision<'_>,
         choice: Submission,
     ) -> Result<Placement, ApiError> {
-        let Submission { id, sampling, sink } = choice;
-        let mut sink = sink;
+        let Decision { routed, seed, call_ns } = *decision;
+        let Submission { id, sampling, mut sink } = choice;
         let mut stopped = 0;
         loop {
             let Scratch { columns, rows, refused } = &mut *scratch;

@@ -55,7 +55,8 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let admin_at = listeners.admin.local_addr()?;
-    if !admin_at.ip().is_loopback() && !(state.config.admin_remote && state.config.admin_token.is_some()) {
+    let guarded = state.config.admin_remote && state.config.admin_token.is_some();
+    if !(admin_at.ip().is_loopback() || guarded) {
         return Err(ServeError::OpenAdmin(admin_at));
     }
     let (stop, stopped) = watch::channel(false);

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::request::{CancelCause, Failure, FinishReason, SinkEvent, SinkState, TokenLogprobs, TokenSink};
-use pointsman_telemetry::RequestMetrics;
+use pointsman_telemetry::{Metrics, RequestMetrics};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
@@ -70,6 +70,7 @@ pub(crate) struct ChoiceParts {
 /// What holds for all choices.
 #[derive(Debug)]
 pub(crate) struct GenerationParts {
+    pub(crate) host: Arc<Metrics>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) arrived: Micros,
     pub(crate) timeout_ms: u64,
@@ -266,6 +267,10 @@ impl Generation {
             }
         };
         if let Err(error) = &result {
+            // The scheduler has recorded the event; the counter of refusals is kept where clients see them.
+            if let Some(reason) = error.reason() {
+                self.parts.host.rejected(reason);
+            }
             self.log_failure(error);
         }
         Poll::Ready(result)

@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::Response;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{delete, get, post};
 use axum::{Router, middleware};
 use serde::Serialize;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::data::{unknown_route, wrong_method};
+use crate::data::{Routes, unknown_route, wrong_method};
 use crate::error::{ApiError, panicked};
 use crate::openai::json;
 use crate::ports::AdminError;
@@ -37,7 +37,7 @@ fn list<T: Serialize>(data: Vec<T>) -> Response {
 }
 
 /// Every route, as a table: the router is built from it and the description is checked against it.
-pub(crate) fn routes() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)> {
+pub(crate) fn routes() -> Routes {
     vec![
         ("/admin/v1/components", &["get", "post"], get(slots::components).post(slots::upload)),
         ("/admin/v1/components/{digest}", &["delete"], delete(slots::delete_component)),

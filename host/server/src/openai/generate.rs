@@ -145,6 +145,7 @@ impl Arrival {
         let created = self.state.clock.unix_seconds();
         let head = Head { id: Arc::clone(&self.tag), created, model: Arc::clone(&placement.variant.id) };
         let parts = GenerationParts {
+            host: Arc::clone(&self.state.metrics),
             clock: Arc::clone(&self.state.clock),
             arrived: self.arrived,
             timeout_ms: params.timeout_ms,
@@ -229,9 +230,7 @@ impl Running {
             (Box::new(NdjsonEncoder::new(&self.head, &self.placement, totals)), "application/x-ndjson")
         } else {
             let encoder = sse(&self);
-            if let Err(error) = self.generation.first().await {
-                return Err(error);
-            }
+            self.generation.first().await?;
             (encoder, "text/event-stream")
         };
         let mut response = Response::new(Body::new(EventBody::new(self.generation, encoder)));

@@ -1,1 +1,254 @@
-//! The admin plane: shapes and protections.
+//! The admin plane: shapes, protections, and the description of all routes. One test opens real sockets.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use pointsman_sched::request::SinkEvent;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::fakes::{Play, Rig, bytes, request, token};
+use crate::ports::JournalLine;
+use crate::{Listeners, Secret, ServeError, ServerConfig, ops, serve};
+
+const HOST: (&str, &str) = ("host", "127.0.0.1:8081");
+
+#[tokio::test]
+async fn routes_have_their_shapes() {
+    let rig = Rig::new();
+    let put = r#"{"component": "sha256:00", "config": {"b":1,"a":2}}"#;
+    for (method, path, body, status, expect) in [
+        (
+            "POST",
+            "/admin/v1/components",
+            "\0asm1234",
+            201,
+            json!({"digest": "sha256:00", "world": "router", "package": "0.1.0", "size": 8, "compile_ms": 1.5}),
+        ),
+        (
+            "POST",
+            "/admin/v1/components",
+            "\0asm12345",
+            200,
+            json!({"digest": "sha256:00", "world": "router", "package": "0.1.0", "size": 9, "compile_ms": 1.5}),
+        ),
+        ("GET", "/admin/v1/components", "", 200, json!({"object": "list", "data": []})),
+        (
+            "PUT",
+            "/admin/v1/slots/router",
+            put,
+            200,
+            json!({"revision": "router:sha256:00:{\"b\":1,\"a\":2}:loopback", "generation": 4, "warm_ms": 1.0, "publish_us": 2.0}),
+        ),
+        (
+            "DELETE",
+            "/admin/v1/slots/router",
+            "",
+            200,
+            json!({"revision": "native", "generation": 5, "warm_ms": 0.0, "publish_us": 1.0}),
+        ),
+        (
+            "GET",
+            "/admin/v1/slots/router",
+            "",
+            200,
+            json!({"slot": "router", "active": {"revision": "native", "generation": 3, "component": "native", "config": {}, "state_namespace": "router"},
+            "previous": null, "candidate": null, "health": {"state": "native"}, "counters": {"calls": 0, "faults": {}, "fallbacks": 0}}),
+        ),
+        (
+            "GET",
+            "/admin/v1/devices",
+            "",
+            200,
+            json!({"object": "list", "data": [{"index": 0, "name": "cpu", "description": "a fake", "state": "up", "memory": {"weights": 0, "kv": 0, "workspace": 0}, "replicas": []}]}),
+        ),
+        ("POST", "/admin/v1/drain", "", 200, json!({"drained": true, "in_flight": 0})),
+    ] {
+        let answer = rig.ask_admin(request(method, path, &[HOST], body)).await;
+        assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
+    }
+    assert!(rig.state.admission.is_draining());
+    assert_eq!(rig.ask_admin(request("DELETE", "/admin/v1/components/sha256:00", &[HOST], "")).await.status, 204);
+}
+
+#[tokio::test]
+async fn faults_have_their_status() {
+    let rig = Rig::with(ServerConfig { max_component_bytes: 8, ..ServerConfig::default() });
+    for (method, path, body, status, code) in [
+        ("POST", "/admin/v1/components", "", 400, "invalid_value"),
+        ("POST", "/admin/v1/components", "nonsense", 400, "invalid_value"),
+        ("POST", "/admin/v1/components", "\0asm12345", 413, "body_too_large"),
+        ("DELETE", "/admin/v1/components/sha256:11", "", 404, "not_found"),
+        ("GET", "/admin/v1/slots/other", "", 404, "not_found"),
+        ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "if_generation": 2}"#, 409, "conflict"),
+        ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "cofnig": 2}"#, 400, "invalid_value"),
+        ("POST", "/admin/v1/slots/router/rollback", "", 409, "conflict"),
+        ("GET", "/admin/v1/slots/panic", "", 500, "internal"),
+        ("GET", "/admin/v1/nope", "", 404, "unknown_url"),
+        ("PATCH", "/admin/v1/slots/router", "", 405, "method_not_allowed"),
+        ("GET", "/admin/v1/journal?after=x", "", 400, "invalid_value"),
+    ] {
+        let answer = rig.ask_admin(request(method, path, &[HOST], body)).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(code)), "{method} {path}");
+    }
+}
+
+#[tokio::test]
+async fn web_pages_and_strangers_are_kept_out() {
+    let with = |admin_token: Option<&str>, admin_remote| {
+        let admin_token = admin_token.map(Secret::new);
+        Rig::with(ServerConfig { admin_token, admin_remote, ..ServerConfig::default() })
+    };
+    let token = ("authorization", "Bearer secret");
+    for (rig, headers, status) in [
+        (with(None, false), vec![HOST], 200),
+        (with(None, false), vec![("host", "localhost")], 200),
+        (with(None, false), vec![HOST, ("origin", "http://evil.example")], 403),
+        (with(None, false), vec![HOST, ("origin", "http://127.0.0.1:8081")], 403),
+        (with(None, false), vec![("host", "evil.example:8081")], 403),
+        (with(None, false), vec![], 403),
+        (with(Some("secret"), false), vec![HOST], 401),
+        (with(Some("secret"), false), vec![HOST, ("authorization", "Bearer secre")], 401),
+        (with(Some("secret"), false), vec![HOST, token], 200),
+        (with(Some("secret"), false), vec![("host", "evil.example"), token], 403),
+        (with(Some("secret"), true), vec![("host", "ops.example"), token], 200),
+        (with(Some("secret"), true), vec![("host", "ops.example"), token, ("origin", "http://x")], 403),
+    ] {
+        let answer = rig.ask_admin(request("GET", "/admin/v1/slots", &headers, "")).await;
+        assert_eq!(answer.status, status, "{headers:?} {:?}", rig.state.config.admin_token);
+    }
+}
+
+fn line(sequence: u64) -> JournalLine {
+    JournalLine { sequence, json: format!("{{\"sequence\":{sequence}}}").into() }
+}
+
+#[tokio::test]
+async fn the_journal_is_lines_and_can_be_followed() {
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+    let rig = Rig::new();
+    rig.admin.journal.lock().expect("unpoisoned").extend([line(1), line(2)]);
+    let answer = rig.ask_admin(request("GET", "/admin/v1/journal?after=1", &[HOST], "")).await;
+    assert_eq!((answer.body.as_str(), answer.header("content-type")), ("{\"sequence\":2}\n", "application/x-ndjson"));
+    let followed = rig.admin().oneshot(request("GET", "/admin/v1/journal?follow", &[HOST], "")).await;
+    let mut body = followed.expect("routers do not fail").into_body();
+    let mut next = async || {
+        let frame = body.frame().await.expect("goes on").expect("bodies do not fail");
+        String::from_utf8(frame.into_data().expect("data").to_vec()).expect("UTF-8")
+    };
+    assert_eq!(next().await, "{\"sequence\":1}\n{\"sequence\":2}\n");
+    rig.admin.journal.lock().expect("unpoisoned").push(line(3));
+    assert_eq!(next().await, "{\"sequence\":3}\n");
+}
+
+#[test]
+fn the_description_lists_the_routes_that_exist() {
+    let document: Value = serde_json::from_str(ops::OPENAPI).expect("openapi.json is JSON");
+    let described: BTreeSet<(String, String)> = (document["paths"].as_object().expect("paths").iter())
+        .flat_map(|(path, methods)| methods.as_object().expect("methods").keys().map(|m| (path.clone(), m.clone())))
+        .collect();
+    let routes = crate::data::routes().into_iter().chain(crate::admin::routes());
+    let served: BTreeSet<(String, String)> =
+        routes.flat_map(|(path, methods, _)| methods.iter().map(|m| (path.to_owned(), (*m).to_owned()))).collect();
+    assert_eq!(described, served);
+}
+
+async fn write_all(stream: &TcpStream, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        stream.writable().await.expect("open");
+        match stream.try_write(bytes) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+}
+
+/// Reads until `until` has come or the connection ends.
+async fn read_until(stream: &TcpStream, until: &str) -> String {
+    let mut text = Vec::new();
+    let mut chunk = [0; 1_024];
+    while !String::from_utf8_lossy(&text).contains(until) {
+        stream.readable().await.expect("open");
+        match stream.try_read(&mut chunk) {
+            Ok(0) => break,
+            Ok(n) => text.extend_from_slice(&chunk[..n]),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+#[tokio::test]
+async fn sockets_serve_stream_and_drain() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Hold]);
+    let bind = async || TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let listeners = Listeners { data: bind().await, admin: bind().await };
+    let (data, admin) = (listeners.data.local_addr().expect("bound"), listeners.admin.local_addr().expect("bound"));
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = serve(listeners, Arc::clone(&rig.state), async { stopped.await.unwrap_or_default() });
+    let client = async {
+        let stream = TcpStream::connect(data).await.expect("accepted");
+        let body = json!({"model": "m", "prompt": bytes("ab"), "stream": true}).to_string();
+        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        write_all(&stream, (head + &body).as_bytes()).await;
+        let ready = TcpStream::connect(admin).await.expect("accepted");
+        let ask = "GET /admin/v1/slots HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+        write_all(&ready, ask.as_bytes()).await;
+        assert!(read_until(&ready, "\"native\"").await.starts_with("HTTP/1.1 200"));
+        while rig.engine.taken.lock().expect("unpoisoned").is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let id = rig.engine.last_id();
+        rig.engine.push(id, token(262));
+        let head = read_until(&stream, "hello").await;
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("x-pointsman-variant: m:a"), "{head}");
+        // The shutdown begins while the request runs: it may finish.
+        stop.send(()).expect("serving");
+        rig.engine.push(id, token(262));
+        rig.engine.push(id, SinkEvent::Finished(pointsman_sched::request::FinishReason::Length));
+        let rest = read_until(&stream, "[DONE]").await;
+        assert!(rest.contains("hello") && rest.contains("\"length\""), "{rest}");
+    };
+    let (served, ()) = tokio::join!(serving, client);
+    served.expect("served");
+    assert_eq!(rig.state.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_frees_its_request() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Hold]);
+    let bind = async || TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let listeners = Listeners { data: bind().await, admin: bind().await };
+    let data = listeners.data.local_addr().expect("bound");
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = serve(listeners, Arc::clone(&rig.state), async { stopped.await.unwrap_or_default() });
+    let client = async {
+        let stream = TcpStream::connect(data).await.expect("accepted");
+        let body = json!({"model": "m", "prompt": bytes("ab")}).to_string();
+        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        write_all(&stream, (head + &body).as_bytes()).await;
+        while rig.engine.taken.lock().expect("unpoisoned").is_empty() {
+            tokio::task::yield_now().await;
+        }
+        drop(stream);
+        while rig.state.in_flight() > 0 {
+            tokio::task::yield_now().await;
+        }
+        stop.send(()).expect("serving");
+    };
+    let (served, ()) = tokio::join!(serving, client);
+    served.expect("served");
+    assert_eq!(rig.engine.cancels.lock().expect("unpoisoned").len(), 1);
+}
+
+#[tokio::test]
+async fn an_open_admin_plane_is_not_served() {
+    let rig = Rig::new();
+    let data = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let admin = TcpListener::bind("0.0.0.0:0").await.expect("bound");
+    let refused = serve(Listeners { data, admin }, Arc::clone(&rig.state), std::future::pending()).await;
+    assert!(matches!(refused, Err(ServeError::OpenAdmin(_))));
+}

@@ -1,1 +1,209 @@
-//! What routers see and what their answers come to.
+//! What routers see, what their answers come to, and the routes beside generation.
+
+use std::sync::atomic::Ordering;
+
+use pointsman_sched::prefix::chain_hashes;
+use pointsman_sched::route::{Choice, Refusal, Rejection};
+use serde_json::{Value, json};
+
+use crate::ServerConfig;
+use crate::fakes::{Play, Rig, bytes, request};
+use crate::identity::session_hash;
+use crate::ports::SubmitError;
+
+const COMPLETIONS: &str = "/v1/completions";
+
+fn body(extra: &Value) -> String {
+    let mut body = json!({"model": "m", "prompt": bytes("abcdefghi"), "max_tokens": 4});
+    for (name, value) in extra.as_object().expect("an object") {
+        body[name] = value.clone();
+    }
+    body.to_string()
+}
+
+#[tokio::test]
+async fn a_router_sees_load_cache_and_caller() {
+    let rig = Rig::with(ServerConfig { route_headers: vec!["x-plan".into()], ..ServerConfig::default() });
+    let catalog = rig.state.engine.catalog();
+    let replica = &catalog.variants[0].replicas[1];
+    for hash in chain_hashes(&bytes("abcdefgh"), 4) {
+        replica.sketch.insert(hash);
+    }
+    replica.gauges.waiting.store(2, Ordering::Relaxed);
+    replica.gauges.reserve(30);
+    let headers = [("x-tenant-id", "t"), ("x-session-id", "s"), ("x-plan", "gold"), ("x-other", "no")];
+    rig.send(request("POST", COMPLETIONS, &headers, &body(&json!({})))).await;
+    rig.post(COMPLETIONS, &body(&json!({"model": "m:b", "cache_prompt": false, "user": "u", "prompt": "text"}))).await;
+    let calls = rig.router.calls.lock().expect("unpoisoned");
+    let (tenant, session, attributes, columns) = &calls[0];
+    assert_eq!((tenant.as_str(), *session), ("t", session_hash("s")));
+    assert_eq!(attributes, &[("header.x-plan".to_owned(), "gold".to_owned())]);
+    assert_eq!(columns.id, [0, 1, 2]);
+    assert_eq!(columns.cached_tokens, [0, 8, 0], "two of two full blocks");
+    assert_eq!((&columns.waiting, &columns.queued_tokens), (&vec![0, 3, 0], &vec![0, 30, 0]));
+    let (_, session, attributes, columns) = &calls[1];
+    assert_eq!((*session, &columns.id), (session_hash("u"), &vec![2]), "a variant is pinned");
+    assert_eq!(attributes, &[("prompt-head".to_owned(), "text".to_owned())]);
+    let taken = rig.engine.taken.lock().expect("unpoisoned");
+    assert_eq!(taken.iter().map(|t| t.n_hashes).collect::<Vec<_>>(), [2, 0]);
+}
+
+#[tokio::test]
+async fn the_last_prompt_token_is_never_cached() {
+    let rig = Rig::new();
+    let catalog = rig.state.engine.catalog();
+    for hash in chain_hashes(&bytes("abcdefgh"), 4) {
+        catalog.variants[0].replicas[0].sketch.insert(hash);
+    }
+    rig.post(COMPLETIONS, &body(&json!({"prompt": bytes("abcdefgh")}))).await;
+    assert_eq!(rig.router.calls.lock().expect("unpoisoned")[0].3.cached_tokens, [7, 0, 0]);
+}
+
+#[tokio::test]
+async fn choices_become_replicas() {
+    let refuse = || Play::Refuse(SubmitError::Full);
+    for (choice, refused, replica, generation) in [
+        (Choice::Pick(2), 0, "m:b@x", 7),
+        (Choice::Rank(vec![1, 0]), 0, "m:a@y", 7),
+        (Choice::Rank(vec![1, 0]), 1, "m:a@x", 7),
+        (Choice::Pick(2), 1, "m:a@x", 0),
+        (Choice::Abstain, 0, "m:a@y", 0),
+    ] {
+        let rig = Rig::new();
+        // Of equal replicas the seed decides, and the clock's first number is the engine's default seed.
+        *rig.router.choice.lock().expect("unpoisoned") = choice.clone();
+        rig.engine.play(std::iter::repeat_with(refuse).take(refused));
+        let answer = rig.send(request("POST", COMPLETIONS, &[("x-request-id", "r")], &body(&json!({})))).await;
+        assert_eq!((answer.status, answer.header("x-pointsman-replica")), (200, replica), "{choice:?} {refused}");
+        assert_eq!(answer.header("x-pointsman-router"), "r@1+0000;g=7");
+        let taken = rig.engine.taken.lock().expect("unpoisoned");
+        assert_eq!(taken[0].router_generation, generation, "{choice:?} {refused}");
+        let reserved: u32 = (rig.state.engine.catalog().variants.iter().flat_map(|v| &v.replicas))
+            .map(|r| r.gauges.reserved_requests.load(Ordering::Relaxed))
+            .sum();
+        assert_eq!(reserved, 1, "refused submissions give their reservation back; the driver releases the other");
+    }
+}
+
+#[tokio::test]
+async fn refusals_have_status_reason_and_advice() {
+    let reject =
+        |reason, retry_after_ms| Choice::Reject(Rejection { reason, retry_after_ms, message: "because".into() });
+    for (choice, status, reason, retry_after) in [
+        (reject(Refusal::Overloaded, 1_500), 429, "policy", "2"),
+        (reject(Refusal::Quota, 0), 429, "quota", "1"),
+        (reject(Refusal::CannotMeetDeadline, 0), 429, "deadline", "1"),
+        (reject(Refusal::NotAllowed, 0), 403, "policy", ""),
+    ] {
+        let rig = Rig::new();
+        *rig.router.choice.lock().expect("unpoisoned") = choice;
+        let answer = rig.post(COMPLETIONS, &body(&json!({}))).await;
+        assert_eq!(answer.status, status);
+        assert_eq!((answer.header("x-pointsman-reason"), answer.header("retry-after")), (reason, retry_after));
+        assert!(answer.body.contains("because"));
+        let mut events = Vec::new();
+        rig.state.recorder.drain(&mut events, 10);
+        assert_eq!(events.iter().map(|e| e.kind.name()).collect::<Vec<_>>(), ["rejected"]);
+    }
+}
+
+#[tokio::test]
+async fn full_and_dead_replicas() {
+    for (error, status, code) in [(SubmitError::Full, 429, "saturated"), (SubmitError::Stopped, 503, "no_replica")] {
+        let rig = Rig::new();
+        rig.engine.play((0..3).map(|_| Play::Refuse(error)));
+        let answer = rig.post(COMPLETIONS, &body(&json!({}))).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(code)));
+    }
+    let rig = Rig::new();
+    for variant in &rig.state.engine.catalog().variants {
+        for replica in &variant.replicas {
+            replica.gauges.waiting.store(replica.max_waiting, Ordering::Relaxed);
+        }
+    }
+    let answer = rig.post(COMPLETIONS, &body(&json!({}))).await;
+    assert_eq!((answer.status, answer.header("x-pointsman-reason")), (429, "queue"));
+    assert!(rig.engine.taken.lock().expect("unpoisoned").is_empty(), "a queue that is full is not asked");
+}
+
+#[tokio::test]
+async fn half_submitted_requests_are_taken_back() {
+    let rig = Rig::new();
+    rig.engine.play([
+        Play::Hold,
+        Play::Refuse(SubmitError::Full),
+        Play::Refuse(SubmitError::Full),
+        Play::Refuse(SubmitError::Full),
+    ]);
+    let answer = rig.post(COMPLETIONS, &body(&json!({"n": 2}))).await;
+    assert_eq!(answer.status, 429);
+    assert_eq!(rig.engine.cancels.lock().expect("unpoisoned").len(), 1, "the first choice was already running");
+    assert_eq!(rig.state.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn events_tell_admission_and_route() {
+    let rig = Rig::new();
+    rig.send(request("POST", COMPLETIONS, &[("x-tenant-id", "t")], &body(&json!({})))).await;
+    let mut events = Vec::new();
+    rig.state.recorder.drain(&mut events, 10);
+    assert_eq!(events.iter().map(|e| e.kind.name()).collect::<Vec<_>>(), ["admitted", "routed"]);
+    assert_eq!((events[0].a, events[0].b), (9, 4));
+    assert_eq!((events[1].generation, events[1].b, events[1].tenant, events[1].replica), (7, 0, 1, 0));
+}
+
+#[tokio::test]
+async fn stop_tokens_and_defaults_reach_the_engine() {
+    let rig = Rig::new();
+    rig.post(COMPLETIONS, &body(&json!({"stop_token_ids": [9]}))).await;
+    rig.post(COMPLETIONS, &body(&json!({"ignore_eos": true}))).await;
+    let chat = json!({"model": "m", "messages": [{"role": "developer", "content": [{"type": "text", "text": "x"}]}]});
+    rig.post("/v1/chat/completions", &chat.to_string()).await;
+    let taken = rig.engine.taken.lock().expect("unpoisoned");
+    assert_eq!(*taken[0].stop_tokens, [1, 9]);
+    assert!(taken[1].stop_tokens.is_empty());
+    assert_eq!(taken[2].prompt.len() + taken[2].max_new_tokens as usize, 64, "a chat may fill the context");
+}
+
+#[tokio::test]
+async fn models_are_listed_aliases_first() {
+    let rig = Rig::new();
+    let list = rig.send(request("GET", "/v1/models", &[], "")).await.json();
+    let ids: Vec<&str> = list["data"].as_array().expect("a list").iter().filter_map(|m| m["id"].as_str()).collect();
+    assert_eq!(ids, ["m", "m:a", "m:b"]);
+    let one = rig.send(request("GET", "/v1/models/m:b", &[], "")).await.json();
+    assert_eq!(
+        one,
+        json!({"id": "m:b", "object": "model", "created": 1_699_999_999, "owned_by": "pointsman", "root": "m", "max_model_len": 64})
+    );
+}
+
+#[tokio::test]
+async fn texts_are_tokenized_and_back() {
+    let rig = Rig::new();
+    for (body, expect) in [
+        (json!({"prompt": "hello"}), json!({"count": 2, "max_model_len": 64, "tokens": [0, 262]})),
+        (
+            json!({"model": "m:b", "prompt": "hello", "add_special_tokens": false, "return_token_strs": true}),
+            json!({"count": 1, "max_model_len": 64, "tokens": [262], "token_strs": ["hello"]}),
+        ),
+    ] {
+        assert_eq!(rig.post("/tokenize", &body.to_string()).await.json(), expect);
+    }
+    let chat = json!({"messages": [{"role": "user", "content": "hello"}], "add_generation_prompt": false});
+    let tokens = rig.post("/tokenize", &chat.to_string()).await.json()["tokens"].clone();
+    let text = rig.post("/detokenize", &json!({"tokens": tokens}).to_string()).await.json();
+    assert_eq!(text, json!({"prompt": "<|bos|>user: hello\n"}));
+}
+
+#[tokio::test]
+async fn metrics_are_rendered_once_per_interval() {
+    let rig = Rig::new();
+    let scrape = || async { rig.send(request("GET", "/metrics", &[], "")).await };
+    let first = scrape().await;
+    assert_eq!(first.header("content-type"), "text/plain; version=0.0.4; charset=utf-8");
+    rig.state.metrics.rejected("queue");
+    assert_eq!(scrape().await.body, first.body);
+    rig.clock.now.store(60_000, Ordering::Relaxed);
+    assert!(scrape().await.body.contains("pointsman_rejected_total{reason=\"queue\"} 1"));
+}

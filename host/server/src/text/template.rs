@@ -144,7 +144,7 @@ mod tests {
             ),
             ("{{ messages[1] | tojson }}", r#"{"role": "user", "content": "hi \"<b>\""}"#),
             ("{{ [1, 2] | tojson(indent=1) }}", "[\n 1,\n 2\n]"),
-            ("{% if strftime_now is defined %}clock{% else %}{{ tools is defined }}{% endif %}", "false"),
+            ("{% if strftime_now is defined %}clock{% else %}{{ tools is defined }}{% endif %}", "False"),
             ("{% if add_generation_prompt %}go{% endif %}", "go"),
         ] {
             assert_eq!(render(source, &messages).expect(source), expect, "{source}");
@@ -164,6 +164,6 @@ mod tests {
         let template = ChatTemplate::new("{{ thinking }} {{ messages | length }}".into(), String::new(), String::new());
         let extra = serde_json::json!({"thinking": true, "messages": [1, 2, 3]});
         let text = template.expect("compiles").render(&[message("user", "x")], true, extra.as_object());
-        assert_eq!(text.expect("renders"), "true 1");
+        assert_eq!(text.expect("renders"), "True 1");
     }
 }
