@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Crates of ours that each crate may depend on.
@@ -35,7 +35,18 @@ const EXTERNAL_WALLS: [(&str, &[&str]); 11] = [
     ("minijinja", &["pointsman-server"]),
     ("tokio", &["pointsman-server", "pointsman", "pointsman-tests", "pointsman-benches"]),
     ("anyhow", &["pointsman", "pointsman-tests", "pointsman-benches"]),
-    ("serde_json", &["pointsman-server", "pointsman-engine", "pointsman-control", "pointsman-policy", "pointsman", "pointsman-tests", "pointsman-benches"]),
+    (
+        "serde_json",
+        &[
+            "pointsman-server",
+            "pointsman-engine",
+            "pointsman-control",
+            "pointsman-policy",
+            "pointsman",
+            "pointsman-tests",
+            "pointsman-benches",
+        ],
+    ),
 ];
 
 /// Where `unsafe` may stand: the engine's backends, the mapping of weights, the compiled-component cache, the guests' ABI,
@@ -52,13 +63,26 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is inside the workspace").to_owned()
 }
 
-fn metadata() -> Metadata {
-    MetadataCommand::new().current_dir(root()).other_options(["--offline".to_owned()]).exec().expect("cargo metadata runs")
+/// The packages of the workspace: name, and the names of their normal dependencies.
+fn packages() -> BTreeMap<String, Vec<String>> {
+    let arguments = ["metadata", "--offline", "--no-deps", "--format-version", "1"];
+    let output = Command::new(env!("CARGO")).args(arguments).current_dir(root()).output().expect("cargo runs");
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+    let text = |value: &Value| value.as_str().expect("a name").to_owned();
+    let normal = |package: &Value| {
+        let dependencies = package["dependencies"].as_array().expect("a list");
+        dependencies.iter().filter(|d| d["kind"].is_null()).map(|d| text(&d["name"])).collect()
+    };
+    metadata["packages"].as_array().expect("a list").iter().map(|p| (text(&p["name"]), normal(p))).collect()
 }
 
 /// Tracked files with one of the extensions, as paths relative to the root.
 fn tracked(extensions: &[&str]) -> Vec<String> {
-    let listed = Command::new("git").args(["ls-files", "-co", "--exclude-standard"]).current_dir(root()).output().expect("git runs");
+    let listed = Command::new("git")
+        .args(["ls-files", "-co", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .expect("git runs");
     let text = String::from_utf8(listed.stdout).expect("paths are UTF-8");
     let wanted = |path: &&str| extensions.iter().any(|e| path.ends_with(e)) && root().join(path).is_file();
     let files: Vec<String> = text.lines().filter(wanted).map(str::to_owned).collect();
@@ -72,21 +96,20 @@ fn read(path: &str) -> String {
 
 #[test]
 fn crates_depend_only_along_the_arrows() {
-    let metadata = metadata();
+    let packages = packages();
     let allowed: BTreeMap<&str, &[&str]> = WALLS.into_iter().collect();
-    let ours: BTreeSet<String> = metadata.workspace_packages().iter().map(|p| p.name.to_string()).collect();
-    assert_eq!(ours, allowed.keys().map(|k| (*k).to_owned()).collect(), "the table names every crate");
+    let ours: BTreeSet<&str> = packages.keys().map(String::as_str).collect();
+    assert_eq!(ours, allowed.keys().copied().collect(), "the table names every crate");
     let mut faults = Vec::new();
-    for package in metadata.workspace_packages() {
-        let allowed = allowed[package.name.as_str()];
-        for dependency in package.dependencies.iter().filter(|d| d.kind == DependencyKind::Normal) {
-            let name = dependency.name.as_str();
+    for (package, dependencies) in &packages {
+        let allowed = allowed[package.as_str()];
+        for name in dependencies.iter().map(String::as_str) {
             if ours.contains(name) && !allowed.contains(&"*") && !allowed.contains(&name) {
-                faults.push(format!("{} -> {name}", package.name));
+                faults.push(format!("{package} -> {name}"));
             }
             let wall = EXTERNAL_WALLS.iter().find(|(external, _)| *external == name);
-            if wall.is_some_and(|(_, allowed)| !allowed.contains(&package.name.as_str())) {
-                faults.push(format!("{} -> {name} (external)", package.name));
+            if wall.is_some_and(|(_, allowed)| !allowed.contains(&package.as_str())) {
+                faults.push(format!("{package} -> {name} (external)"));
             }
         }
     }
@@ -101,7 +124,11 @@ fn versions_and_features_are_declared_once() {
             let Some(toml::Value::Table(dependencies)) = table.get(section) else { continue };
             for (name, spec) in dependencies {
                 let keys: Vec<&str> = spec.as_table().map_or(vec![], |t| t.keys().map(String::as_str).collect());
-                assert_eq!(keys, ["workspace"], "{manifest}: `{name}` must be `{name}.workspace = true` and nothing else");
+                assert_eq!(
+                    keys,
+                    ["workspace"],
+                    "{manifest}: `{name}` must be `{name}.workspace = true` and nothing else"
+                );
             }
         }
     }
@@ -155,7 +182,10 @@ fn unsafe_code_stays_where_it_is_allowed() {
     for path in tracked(&[".rs"]) {
         let words = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"];
         let uses = |line: &str| !line.trim_start().starts_with("//") && words.iter().any(|w| line.contains(w));
-        if path != "tests/tidy.rs" && read(&path).lines().any(uses) && !UNSAFE.iter().any(|allowed| path.starts_with(allowed)) {
+        if path != "tests/tidy.rs"
+            && read(&path).lines().any(uses)
+            && !UNSAFE.iter().any(|allowed| path.starts_with(allowed))
+        {
             faults.push(path);
         }
     }
@@ -180,5 +210,8 @@ fn no_marker_is_left_behind() {
 fn the_documented_wit_hash_is_that_of_the_file() {
     let bytes = fs::read(root().join("wit/policy.wit")).expect("the WIT package exists");
     let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-    assert!(read("ARCHITECTURE.md").contains(&hash), "wit/policy.wit changed: read it again and put {hash} into ARCHITECTURE.md");
+    assert!(
+        read("ARCHITECTURE.md").contains(&hash),
+        "wit/policy.wit changed: read it again and put {hash} into ARCHITECTURE.md"
+    );
 }

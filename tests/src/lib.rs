@@ -1,1 +1,258 @@
-//! stub
+//! What the tests of this package share: a running host in a process of its own, and a small blocking client of it.
+//!
+//! A real process on real sockets, because that is what users run; a temporary data directory and ports chosen by the
+//! system, so that tests run side by side. Nothing here sleeps: the host says on its first lines when it listens.
+#![expect(
+    clippy::missing_panics_doc,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a harness stops the test where it is"
+)]
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A running host; killed when dropped.
+#[derive(Debug)]
+pub struct Host {
+    child: Child,
+    /// Base URL of the data plane.
+    pub data: String,
+    /// Base URL of the admin plane.
+    pub admin: String,
+    folder: TempDir,
+    program: PathBuf,
+    agent: ureq::Agent,
+}
+
+/// An answer, whatever its status.
+#[derive(Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// Headers by lower-case name.
+    pub headers: ureq::http::HeaderMap,
+    /// JSON where it is JSON, else a string.
+    pub body: Value,
+}
+
+/// What one streamed generation said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Streamed {
+    /// Token ids in order.
+    pub tokens: Vec<u64>,
+    /// Their text.
+    pub text: String,
+    /// `stop`, `length`; empty when the stream broke off.
+    pub finish: String,
+    /// `x-pointsman-router` of the response.
+    pub router: String,
+}
+
+impl Host {
+    /// Starts `program` on an empty data directory. `settings` are environment variables such as `SCHED__MAX_RUNNING`.
+    #[must_use]
+    pub fn start(program: &str, settings: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Self::start_in(Path::new(program), folder, settings)
+    }
+
+    /// Kills the host without a word of warning and starts it again on the same data directory.
+    #[must_use]
+    pub fn restart(mut self, settings: &[(&str, &str)]) -> Self {
+        self.kill();
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"));
+        Self::start_in(&self.program.clone(), folder, settings)
+    }
+
+    fn start_in(program: &Path, folder: TempDir, settings: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(program);
+        command.arg("serve").arg("--data-dir").arg(folder.path());
+        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).env("POINTSMAN_LOG__LEVEL", "warn");
+        for (key, value) in settings {
+            command.env(format!("POINTSMAN_{key}"), value);
+        }
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("the host starts");
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let mut lines = BufReader::new(stdout).lines();
+        let mut url = |label: &str| {
+            let found = lines.by_ref().map_while(Result::ok).find_map(|line| {
+                let rest = line.trim().strip_prefix(label)?.trim().to_owned();
+                rest.split_whitespace().next().map(str::to_owned)
+            });
+            found.unwrap_or_else(|| panic!("the host ended before it said `{label}`"))
+        };
+        let data = url("api");
+        let admin = url("admin");
+        // Keep reading, so that the host never blocks on a full pipe.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
+        let config =
+            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(120)));
+        Self { child, data, admin, folder, program: program.to_owned(), agent: config.build().into() }
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Resident memory of the host in bytes.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the host runs on Linux");
+        let line = status.lines().find(|l| l.starts_with("VmRSS:")).expect("a running process has it");
+        line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number of KiB") * 1_024
+    }
+
+    fn kill(&mut self) {
+        // Already gone is fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Sends a request to a full URL.
+    #[must_use]
+    pub fn send(&self, method: &str, url: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let mut request = ureq::http::Request::builder().method(method).uri(url);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(body.to_vec()).expect("a request");
+        let mut answer = self.agent.run(request).unwrap_or_else(|e| panic!("{method} {url}: {e}"));
+        let text = answer.body_mut().read_to_string().unwrap_or_default();
+        let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        Answer { status: answer.status().as_u16(), headers: answer.headers().clone(), body }
+    }
+
+    /// GET on the data plane.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Answer {
+        self.send("GET", &format!("{}{path}", self.data), &[], b"")
+    }
+
+    /// POST of JSON on the data plane.
+    #[must_use]
+    pub fn post(&self, path: &str, body: &Value) -> Answer {
+        let headers = [("content-type", "application/json")];
+        self.send("POST", &format!("{}{path}", self.data), &headers, body.to_string().as_bytes())
+    }
+
+    /// Any method on the admin plane, with JSON (`Value::Null` for none).
+    #[must_use]
+    pub fn admin(&self, method: &str, path: &str, body: &Value) -> Answer {
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        self.send(method, &format!("{}{path}", self.admin), &[("content-type", "application/json")], text.as_bytes())
+    }
+
+    /// Uploads a component; its digest.
+    #[must_use]
+    pub fn upload(&self, bytes: &[u8]) -> String {
+        let url = format!("{}/admin/v1/components", self.admin);
+        let answer = self.send("POST", &url, &[("content-type", "application/wasm")], bytes);
+        assert!(matches!(answer.status, 200 | 201), "{answer:?}");
+        answer.body["digest"].as_str().expect("a digest").to_owned()
+    }
+
+    /// Activates a component; the answer of the admin plane.
+    #[must_use]
+    pub fn activate(&self, slot: &str, component: &str, config: Value) -> Answer {
+        self.admin("PUT", &format!("/admin/v1/slots/{slot}"), &json!({ "component": component, "config": config }))
+    }
+
+    /// The digest of a built-in component.
+    #[must_use]
+    pub fn builtin(&self, name: &str) -> String {
+        let listed = self.admin("GET", "/admin/v1/components", &Value::Null);
+        let rows = listed.body["data"].as_array().unwrap_or_else(|| panic!("{listed:?}"));
+        let found = rows.iter().find(|c| c["name"].as_str().is_some_and(|n| n.split('@').next() == Some(name)));
+        found.and_then(|c| c["digest"].as_str()).unwrap_or_else(|| panic!("no built-in {name}: {rows:?}")).to_owned()
+    }
+
+    /// Streams a completion as NDJSON, whose token events carry ids.
+    ///
+    /// # Errors
+    /// The request was refused or the stream broke off, in words.
+    pub fn stream(&self, body: &Value) -> Result<Streamed, String> {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        let request = ureq::http::Request::post(format!("{}/v1/completions", self.data))
+            .header("content-type", "application/json")
+            .header("accept", "application/x-ndjson")
+            .body(body.to_string());
+        let answer = self.agent.run(request.expect("a request")).map_err(|e| e.to_string())?;
+        let mut streamed = Streamed {
+            router: answer
+                .headers()
+                .get("x-pointsman-router")
+                .and_then(|v| v.to_str().ok())
+                .unwrap_or_default()
+                .to_owned(),
+            ..Streamed::default()
+        };
+        if !answer.status().is_success() {
+            let status = answer.status();
+            return Err(format!("{status}: {}", answer.into_body().read_to_string().unwrap_or_default()));
+        }
+        for line in BufReader::new(answer.into_body().into_reader()).lines() {
+            let event: Value = serde_json::from_str(&line.map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+            if let Some(error) = event.get("error") {
+                return Err(error.to_string());
+            }
+            streamed.take(&event);
+        }
+        if streamed.finish.is_empty() { Err("the stream broke off".into()) } else { Ok(streamed) }
+    }
+}
+
+impl Streamed {
+    fn take(&mut self, event: &Value) {
+        match event["event"].as_str() {
+            Some("token") => {
+                self.tokens.extend(event["token"].as_u64());
+                self.text.push_str(event["text"].as_str().unwrap_or_default());
+            }
+            Some("finished") => {
+                self.text.push_str(event["text"].as_str().unwrap_or_default());
+                self.finish = event["finish_reason"].as_str().unwrap_or_default().to_owned();
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Whether a tool is required (`POINTSMAN_REQUIRE=a,b`): under it, a skip is a failure. Prints the skip otherwise.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "the one switch of the test suite")]
+pub fn skip(tool: &str, why: &str) -> bool {
+    let required = std::env::var("POINTSMAN_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|t| t == tool), "{tool} is required here: {why}");
+    #[expect(clippy::print_stderr, reason = "a skip must be seen")]
+    {
+        eprintln!("skipped: {why}");
+    }
+    true
+}
+
+/// The root of the repository.
+#[must_use]
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is inside the workspace").to_owned()
+}

@@ -1,1 +1,44 @@
-//! stub
+//! The composition root: configuration, command line, threads, wiring, signals. Decisions live in the crates below it.
+//!
+//! A library with a thin binary, so that the end-to-end tests can build the same `main` beside themselves.
+#![forbid(unsafe_code)]
+
+mod builtin;
+mod cli;
+mod client;
+mod clock;
+mod config;
+mod deploy;
+mod driver;
+mod models;
+mod observer;
+mod serve;
+mod store;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+/// Runs the command line: exit code 0 is good, 1 a fault that was named, 2 wrong usage.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        None => serve::serve(&cli.serve),
+        Some(Command::Serve(args)) => serve::serve(&args),
+        Some(Command::Policy(command)) => client::run(command, &mut std::io::stdout()),
+        Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            #[expect(clippy::print_stderr, reason = "the fault that ends the program")]
+            {
+                eprintln!("pointsman: {error:#}");
+            }
+            ExitCode::from(1)
+        }
+    }
+}

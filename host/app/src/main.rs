@@ -1,2 +1,5 @@
-//! stub
-fn main() {}
+//! The binary `pointsman`.
+
+fn main() -> std::process::ExitCode {
+    pointsman::main()
+}

@@ -66,26 +66,31 @@ impl Gate {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sync::model;
     use super::*;
 
     #[test]
     fn the_last_one_out_is_told() {
-        let gate = Gate::new();
-        assert_eq!(gate.enter(), Ok(()));
-        assert_eq!(gate.enter(), Ok(()));
-        assert_eq!(gate.leave(), Drain::Pending);
-        assert_eq!(gate.retire(), Drain::Pending);
-        assert_eq!(gate.enter(), Err(Drain::Pending));
-        assert!(!gate.is_drained());
-        assert_eq!(gate.leave(), Drain::Drained);
-        assert!(gate.is_drained());
-        assert_eq!(gate.enter(), Err(Drain::Pending), "told once");
+        model(|| {
+            let gate = Gate::new();
+            assert_eq!(gate.enter(), Ok(()));
+            assert_eq!(gate.enter(), Ok(()));
+            assert_eq!(gate.leave(), Drain::Pending);
+            assert_eq!(gate.retire(), Drain::Pending);
+            assert_eq!(gate.enter(), Err(Drain::Pending));
+            assert!(!gate.is_drained());
+            assert_eq!(gate.leave(), Drain::Drained);
+            assert!(gate.is_drained());
+            assert_eq!(gate.enter(), Err(Drain::Pending), "told once");
+        });
     }
 
     #[test]
     fn retiring_an_empty_one_drains_it() {
-        let gate = Gate::new();
-        assert_eq!(gate.retire(), Drain::Drained);
-        assert_eq!(gate.enter(), Err(Drain::Pending));
+        model(|| {
+            let gate = Gate::new();
+            assert_eq!(gate.retire(), Drain::Drained);
+            assert_eq!(gate.enter(), Err(Drain::Pending));
+        });
     }
 }

@@ -7,12 +7,15 @@
 use std::sync::Arc;
 
 use pointsman_telemetry::Micros;
-use wasmtime::Trap;
+use wasmtime::{Trap, WasmBacktrace};
 
 use crate::host::MemoryLimit;
 
 /// Longest text of a fault, in bytes.
 const MAX_MESSAGE: usize = 2_048;
+/// Frames of a backtrace, and the longest name of one, in bytes.
+const MAX_FRAMES: usize = 8;
+const MAX_FRAME: usize = 160;
 
 /// What kind of fault; numbers as in the `policy-fault` event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -139,7 +142,7 @@ impl Fault {
                 None => FaultKind::BadAnswer,
             }
         };
-        Self::new(kind, format!("{error:#}"))
+        Self::new(kind, describe(error))
     }
 
     /// The same for instantiation, where an error that is not a trap means that guest and host do not fit.
@@ -147,6 +150,36 @@ impl Fault {
         let fault = Self::of_call(error);
         if fault.kind == FaultKind::BadAnswer { Self { kind: FaultKind::Link, ..fault } } else { fault }
     }
+}
+
+/// The cause first, then where: the innermost frames of the guest, one a line. wasmtime demangles names in the text of a
+/// backtrace only, so that text is taken apart: an address, ` - `, and a name with the hashes of its crates in brackets.
+fn describe(error: &wasmtime::Error) -> String {
+    let mut text = error.root_cause().to_string();
+    let backtrace = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::to_string).unwrap_or_default();
+    for name in backtrace.lines().filter_map(|line| line.split_once(" - ")).map(|(_, name)| name).take(MAX_FRAMES) {
+        let mut name = without_hashes(name);
+        truncate(&mut name, MAX_FRAME);
+        text.push_str("\n  in ");
+        text.push_str(&name);
+    }
+    text
+}
+
+/// `name` without its `[0123456789abcdef]`.
+fn without_hashes(name: &str) -> String {
+    let mut parts = name.split('[');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.split_once(']') {
+            Some((hash, rest)) if hash.bytes().all(|b| b.is_ascii_hexdigit()) => text.push_str(rest),
+            _ => {
+                text.push('[');
+                text.push_str(part);
+            }
+        }
+    }
+    text
 }
 
 /// Cuts `text` to at most `limit` bytes, at a character.
@@ -181,6 +214,18 @@ mod tests {
             assert_eq!(Fault::of_call(&error).kind, kind, "{error:?}");
         }
         assert_eq!(Fault::of_instantiation(&wasmtime::Error::msg("x")).kind, FaultKind::Link);
+    }
+
+    #[test]
+    fn names_are_shown_without_hashes() {
+        for (name, expect) in [
+            ("m.wasm!a[d6ecabd32e751d41]::b", "m.wasm!a::b"),
+            ("<a[0f]::T as b[1e]::U>::f", "<a::T as b::U>::f"),
+            ("f::<[u8; 4]>", "f::<[u8; 4]>"),
+            ("f", "f"),
+        ] {
+            assert_eq!(without_hashes(name), expect);
+        }
     }
 
     #[test]

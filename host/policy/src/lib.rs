@@ -37,6 +37,12 @@ mod upload;
 /// The atomics of [`drain`]; tests/loom.rs puts loom's in their place.
 mod sync {
     pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Runs a test once; loom's runs it in every interleaving.
+    #[cfg(test)]
+    pub(crate) fn model(test: impl Fn() + Send + Sync + 'static) {
+        test();
+    }
 }
 
 pub use circuit::Health;

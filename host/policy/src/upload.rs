@@ -58,12 +58,9 @@ pub enum UploadError {
     /// A core module that does not say which world it implements.
     #[error(
         "this is a core module without a component type: build it with the SDK (wit-bindgen), or turn it into a component \
-         with `wasm-tools component embed` and `wasm-tools component new` ({detail})"
+         with `wasm-tools component embed` and `wasm-tools component new`"
     )]
-    PlainModule {
-        /// What the encoder missed.
-        detail: String,
-    },
+    PlainModule,
     /// WebAssembly that does not parse or validate.
     #[error("the component is malformed: {detail}; rebuild it")]
     Malformed {
@@ -139,15 +136,21 @@ pub(crate) fn to_component(bytes: &[u8], limit: usize) -> Result<std::borrow::Co
 }
 
 fn encode_module(bytes: &[u8]) -> Result<Vec<u8>, UploadError> {
+    // The encoder would make an empty component of a module that says nothing of itself.
+    let says_type = |payload: &Payload<'_>| matches!(payload, Payload::CustomSection(section) if section.name().starts_with("component-type"));
+    if !Parser::new(0).parse_all(bytes).filter_map(Result::ok).any(|payload| says_type(&payload)) {
+        return Err(UploadError::PlainModule);
+    }
     // The encoder is made for a compiler's output and may panic on what a stranger made up.
     let encoded = std::panic::catch_unwind(|| {
         wit_component::ComponentEncoder::default().validate(true).module(bytes).and_then(|mut e| e.encode())
     });
-    match encoded {
-        Ok(Ok(component)) => Ok(component),
-        Ok(Err(error)) => Err(UploadError::PlainModule { detail: shorten(&format!("{error:#}")) }),
-        Err(_) => Err(UploadError::Malformed { detail: "its component type cannot be read".to_owned() }),
-    }
+    let detail = match encoded {
+        Ok(Ok(component)) => return Ok(component),
+        Ok(Err(error)) => shorten(&format!("{error:#}")),
+        Err(_) => "its component type cannot be read".to_owned(),
+    };
+    Err(UploadError::Malformed { detail })
 }
 
 fn not_wasm(bytes: &[u8]) -> UploadError {
@@ -411,7 +414,7 @@ mod tests {
     #[test]
     fn a_core_module_needs_its_component_type() {
         let module = wat::parse_str("(module)").expect("text that assembles");
-        assert!(matches!(to_component(&module, 1_000), Err(UploadError::PlainModule { .. })));
+        assert!(matches!(to_component(&module, 1_000), Err(UploadError::PlainModule)));
         assert!(matches!(identify(b"\0asm\x0d\0\x01\0\xff\xff"), Err(UploadError::Malformed { .. })));
     }
 

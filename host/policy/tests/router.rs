@@ -61,8 +61,6 @@ fn a_core_module_with_its_type_is_a_component() {
 
 #[test]
 fn misdeeds_in_a_call_become_faults_and_the_native_policy_answers() {
-    let bench = Bench::with(|config| config.budgets.route.hard = 5_000);
-    let component = bench.admit("fixture-router");
     for (deed, kind) in [
         ("trap", FaultKind::Trap),
         ("spin", FaultKind::Timeout),
@@ -73,10 +71,13 @@ fn misdeeds_in_a_call_become_faults_and_the_native_policy_answers() {
         ("duplicate-row", FaultKind::BadAnswer),
         ("huge-list", FaultKind::BadAnswer),
     ] {
+        // Touching 64 MiB takes longer than the budget: whoever shall meet the cap gets a low one.
+        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
+        let bench = Bench::with(|config| (config.budgets.route.hard, config.memory_bytes) = (5_000, memory));
+        let component = bench.admit("fixture-router");
         let slot = bench.runtime.router_slot("router");
         let config = format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#);
         let published = slot.publish(bench.prepare(&component, "router", &config)).expect("a publish");
-        bench.faults.lock().expect("not poisoned").clear();
         // Three instances behave for `PROBED` calls each; then each faults once.
         let routed: Vec<Routed> = (0..3 * u64::from(PROBED) + 3).map(|_| route(&*slot, bench.now())).collect();
         let (good, bad) = routed.split_at(3 * PROBED as usize);
@@ -103,7 +104,7 @@ fn misdeeds_in_a_call_become_faults_and_the_native_policy_answers() {
 #[test]
 fn misdeeds_before_a_publish_keep_the_old_policy() {
     let bench = Bench::with(|config| {
-        config.budgets.init.hard = 20_000;
+        config.budgets.init.hard = 200_000;
         config.budgets.route.hard = 5_000;
     });
     let slot = bench.runtime.router_slot("router");

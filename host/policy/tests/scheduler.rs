@@ -76,8 +76,6 @@ fn each_replica_has_an_instance_and_one_is_spare() {
 
 #[test]
 fn misdeeds_become_faults_and_the_spare_takes_over() {
-    let bench = Bench::with(|config| config.budgets.step.hard = 5_000);
-    let component = bench.admit("fixture-scheduler");
     for (deed, kind) in [
         ("trap", FaultKind::Trap),
         ("spin", FaultKind::Timeout),
@@ -85,6 +83,10 @@ fn misdeeds_become_faults_and_the_spare_takes_over() {
         ("recurse", FaultKind::Trap),
         ("huge-list", FaultKind::BadAnswer),
     ] {
+        // Touching 64 MiB takes longer than the budget: whoever shall meet the cap gets a low one.
+        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
+        let bench = Bench::with(|config| (config.budgets.step.hard, config.memory_bytes) = (10_000, memory));
+        let component = bench.admit("fixture-scheduler");
         let slot = bench.runtime.scheduler_slot("scheduler");
         let mut guest = slot.attach("demo");
         let config = format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#);

@@ -31,8 +31,6 @@ fn a_hook_sees_batches_and_a_native_slot_costs_nothing() {
 
 #[test]
 fn misdeeds_become_faults() {
-    let bench = Bench::with(|config| config.budgets.on_events.hard = 10_000);
-    let component = bench.admit("fixture-telemetry");
     for (deed, kind) in [
         ("trap", FaultKind::Trap),
         ("spin", FaultKind::Timeout),
@@ -40,6 +38,10 @@ fn misdeeds_become_faults() {
         ("huge-list", FaultKind::BadAnswer),
         ("huge-text", FaultKind::BadAnswer),
     ] {
+        // Touching 64 MiB takes longer than the budget: whoever shall meet the cap gets a low one.
+        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
+        let bench = Bench::with(|config| config.memory_bytes = memory);
+        let component = bench.admit("fixture-telemetry");
         let slot = bench.runtime.telemetry_slot("telemetry.t");
         let config = format!(r#"{{"do": "{deed}", "after": 2}}"#);
         slot.publish(bench.prepare(&component, "telemetry.t", &config)).expect("a publish");

@@ -62,9 +62,11 @@ pub(crate) struct Taken {
 #[derive(Debug)]
 pub(crate) struct FakeRouter {
     pub(crate) choice: Mutex<Choice>,
-    /// Tenant, session, attributes and columns of every call.
-    pub(crate) calls: Mutex<Vec<(String, u64, Vec<(String, String)>, ReplicaColumns)>>,
+    pub(crate) calls: Mutex<Vec<RouterCall>>,
 }
+
+/// Tenant, session, attributes and columns of a call.
+pub(crate) type RouterCall = (String, u64, Vec<(String, String)>, ReplicaColumns);
 
 #[derive(Debug, Default)]
 pub(crate) struct FakeClock {

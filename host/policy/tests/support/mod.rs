@@ -6,27 +6,27 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use pointsman_policy::{Activation, Component, FaultReport, Maintenance, Prepared, Runtime, RuntimeConfig, SlotStatus};
+use pointsman_policy::{Activation, Component, FaultReport, Maintenance, Prepared, Runtime, RuntimeConfig};
 use pointsman_sched::batch::{Budgets, Changes, SequenceColumns};
 use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::route::{ReplicaColumns, RouteRequest};
 use pointsman_telemetry::{Metrics, Recorder};
 
 /// A second of the host's clock.
-pub const SECOND: u64 = 1_000_000;
+pub(crate) const SECOND: u64 = 1_000_000;
 
 /// A runtime, its clock, and the faults it told of.
-pub struct Bench {
-    pub runtime: Runtime,
-    pub metrics: Arc<Metrics>,
-    pub recorder: Recorder,
-    pub now: Arc<AtomicU64>,
-    pub faults: Arc<Mutex<Vec<FaultReport>>>,
+pub(crate) struct Bench {
+    pub(crate) runtime: Runtime,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) recorder: Recorder,
+    pub(crate) now: Arc<AtomicU64>,
+    pub(crate) faults: Arc<Mutex<Vec<FaultReport>>>,
     next_generation: AtomicU64,
 }
 
 /// The bytes of a prebuilt guest.
-pub fn prebuilt(name: &str) -> Vec<u8> {
+pub(crate) fn prebuilt(name: &str) -> Vec<u8> {
     let path =
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../plugins/prebuilt").join(name).with_extension("wasm");
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
@@ -34,11 +34,11 @@ pub fn prebuilt(name: &str) -> Vec<u8> {
 
 impl Bench {
     /// With maintenance by hand, so that nothing depends on timing.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(|_| {})
     }
 
-    pub fn with(change: impl FnOnce(&mut RuntimeConfig)) -> Self {
+    pub(crate) fn with(change: impl FnOnce(&mut RuntimeConfig)) -> Self {
         let faults: Arc<Mutex<Vec<FaultReport>>> = Arc::default();
         let now = Arc::new(AtomicU64::new(SECOND));
         let (told, clock) = (Arc::clone(&faults), Arc::clone(&now));
@@ -56,37 +56,32 @@ impl Bench {
         Self { runtime, metrics, recorder, now, faults, next_generation: AtomicU64::new(1) }
     }
 
-    pub fn admit(&self, name: &str) -> Component {
+    pub(crate) fn admit(&self, name: &str) -> Component {
         self.runtime.admit(&prebuilt(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
-    pub fn activation(&self, slot: &str, config: &str) -> Activation {
+    pub(crate) fn activation(&self, slot: &str, config: &str) -> Activation {
         let generation = self.next_generation.fetch_add(1, Ordering::Relaxed);
         Activation { slot: slot.to_owned(), generation, config: config.to_owned(), namespace: None }
     }
 
-    pub fn prepare(&self, component: &Component, slot: &str, config: &str) -> Prepared {
+    pub(crate) fn prepare(&self, component: &Component, slot: &str, config: &str) -> Prepared {
         let prepared = self.runtime.prepare(component, self.activation(slot, config));
         prepared.unwrap_or_else(|error| panic!("{slot} {config}: {error}"))
     }
 
-    pub fn advance(&self, micros: u64) -> u64 {
+    pub(crate) fn advance(&self, micros: u64) -> u64 {
         let now = self.now.fetch_add(micros, Ordering::Relaxed) + micros;
         self.runtime.maintain();
         now
     }
 
-    pub fn now(&self) -> u64 {
+    pub(crate) fn now(&self) -> u64 {
         self.now.load(Ordering::Relaxed)
     }
 }
 
-/// Faults of a status by kind: timeout, trap, memory, bad answer, link.
-pub fn faults(status: &SlotStatus) -> [u64; 5] {
-    status.faults
-}
-
-pub fn request(id: u64) -> RouteRequest<'static> {
+pub(crate) fn request(id: u64) -> RouteRequest<'static> {
     RouteRequest {
         id: RequestId(id),
         model: "demo",
@@ -105,7 +100,7 @@ pub fn request(id: u64) -> RouteRequest<'static> {
 }
 
 /// `n` replicas, the one at `idle` without work and the others busy.
-pub fn replicas(n: u32, idle: u32) -> ReplicaColumns {
+pub(crate) fn replicas(n: u32, idle: u32) -> ReplicaColumns {
     let busy = |i: u32, value: u32| if i == idle { 0 } else { value };
     let column = |value: &dyn Fn(u32) -> u32| (0..n).map(value).collect::<Vec<u32>>();
     ReplicaColumns {
@@ -125,7 +120,7 @@ pub fn replicas(n: u32, idle: u32) -> ReplicaColumns {
     }
 }
 
-pub fn budgets() -> Budgets {
+pub(crate) fn budgets() -> Budgets {
     Budgets {
         step_tokens: 2_048,
         running: 64,
@@ -138,7 +133,7 @@ pub fn budgets() -> Budgets {
 }
 
 /// Waiting requests with these ids and prompt lengths.
-pub fn sequences(rows: &[(u64, u32)]) -> SequenceColumns {
+pub(crate) fn sequences(rows: &[(u64, u32)]) -> SequenceColumns {
     let n = rows.len();
     SequenceColumns {
         id: rows.iter().map(|(id, _)| *id).collect(),
@@ -155,17 +150,13 @@ pub fn sequences(rows: &[(u64, u32)]) -> SequenceColumns {
     }
 }
 
-pub fn arrivals(rows: &[(u64, u32)]) -> Changes {
+pub(crate) fn arrivals(rows: &[(u64, u32)]) -> Changes {
     Changes { arrived: sequences(rows), ..Changes::default() }
 }
 
 /// Resident memory of this process, in bytes.
-pub fn resident_bytes() -> u64 {
+pub(crate) fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").expect("Linux");
     let pages: u64 = statm.split(' ').nth(1).and_then(|n| n.parse().ok()).expect("the second number");
-    pages * rustix_page_size()
-}
-
-fn rustix_page_size() -> u64 {
-    rustix::param::page_size() as u64
+    pages * rustix::param::page_size() as u64
 }

@@ -15,105 +15,108 @@ fn code(answer: &Answer) -> String {
     answer.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
 }
 
+/// Route and body; status, field and a part of the message.
+const BAD_BODIES: &[(&str, &str, u16, &str, &str)] = &[
+    (CHAT, "{", 400, "", "not valid JSON: EOF while parsing an object at line 1 column 1"),
+    (CHAT, "", 400, "", "not valid JSON: EOF"),
+    (CHAT, "[]", 400, "", "the body must be a JSON object, found an array of 0"),
+    (CHAT, r#"{"model": "m"}"#, 400, "messages", "`messages` is required"),
+    (CHAT, r#"{"model": "m", "messages": []}"#, 400, "messages", "at least one message"),
+    (CHAT, r#"{"model": "m", "messages": "hi"}"#, 400, "messages", "found the string \"hi\""),
+    (CHAT, r#"{"model": "m", "messages": [7]}"#, 400, "messages[0]", "must be an object, found the number 7"),
+    (CHAT, r#"{"model": "m", "messages": [{"role": "user"}]}"#, 400, "messages[0].content", "is required"),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "alien", "content": "x"}]}"#,
+        400,
+        "messages[0].role",
+        "found the string \"alien\"",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "tool", "content": "x"}]}"#,
+        400,
+        "messages[0].role",
+        "tool calling",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
+        400,
+        "messages[0].content[0].type",
+        "content of type `image_url`",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}"#,
+        400,
+        "messages[0].content[0].text",
+        "a string",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": "hot"}"#,
+        400,
+        "temperature",
+        "found the string \"hot\"",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 3}"#,
+        400,
+        "top_logprobs",
+        "needs `logprobs`",
+    ),
+    (CHAT, r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "n": 9}"#, 400, "n", "from 1 to 8"),
+    (
+        CHAT,
+        r#"{"model": "gpt", "messages": [{"role": "user", "content": "x"}]}"#,
+        404,
+        "model",
+        "known models: `m`, `m:a`, `m:b`",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60}"#,
+        400,
+        "messages",
+        "context of this model is 64 tokens; the prompt has 19 and 60 more",
+    ),
+    (
+        CHAT,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "min_tokens": 3}"#,
+        400,
+        "min_tokens",
+        "exceeds the 2 tokens",
+    ),
+    (COMPLETIONS, r#"{"model": "m"}"#, 400, "prompt", "is required"),
+    (COMPLETIONS, r#"{"model": "m", "prompt": []}"#, 400, "prompt", "1 to 64 prompts, found 0"),
+    (
+        COMPLETIONS,
+        r#"{"model": "m", "prompt": [1, 264]}"#,
+        400,
+        "prompt[1]",
+        "a token id below 264, found the number 264",
+    ),
+    (COMPLETIONS, r#"{"model": "m", "prompt": ["a", 1]}"#, 400, "prompt[1]", "a string, an array"),
+    (COMPLETIONS, r#"{"model": "m", "prompt": [[]]}"#, 400, "prompt", "has no tokens"),
+    (
+        COMPLETIONS,
+        r#"{"model": "m", "prompt": "x", "echo": true, "logprobs": 1}"#,
+        400,
+        "logprobs",
+        "together with `echo`",
+    ),
+    (COMPLETIONS, r#"{"model": "m", "prompt": "x", "suffix": "y"}"#, 400, "suffix", "not supported"),
+    ("/detokenize", r#"{"tokens": ["a"]}"#, 400, "tokens[0]", "a token id"),
+    ("/tokenize", r#"{"model": "nope", "prompt": "x"}"#, 404, "model", "does not exist"),
+];
+
 #[tokio::test]
 async fn bad_bodies() {
-    let long = "x".repeat(80);
-    for (path, body, status, param, message) in [
-        (CHAT, "{", 400, "", "not valid JSON: EOF while parsing an object at line 1 column 1"),
-        (CHAT, "", 400, "", "not valid JSON: EOF"),
-        (CHAT, "[]", 400, "", "the body must be a JSON object, found an array of 0"),
-        (CHAT, r#"{"model": "m"}"#, 400, "messages", "`messages` is required"),
-        (CHAT, r#"{"model": "m", "messages": []}"#, 400, "messages", "at least one message"),
-        (CHAT, r#"{"model": "m", "messages": "hi"}"#, 400, "messages", "found the string \"hi\""),
-        (CHAT, r#"{"model": "m", "messages": [7]}"#, 400, "messages[0]", "must be an object, found the number 7"),
-        (CHAT, r#"{"model": "m", "messages": [{"role": "user"}]}"#, 400, "messages[0].content", "is required"),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "alien", "content": "x"}]}"#,
-            400,
-            "messages[0].role",
-            "found the string \"alien\"",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "tool", "content": "x"}]}"#,
-            400,
-            "messages[0].role",
-            "tool calling",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
-            400,
-            "messages[0].content[0].type",
-            "content of type `image_url`",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}"#,
-            400,
-            "messages[0].content[0].text",
-            "a string",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": "hot"}"#,
-            400,
-            "temperature",
-            "found the string \"hot\"",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 3}"#,
-            400,
-            "top_logprobs",
-            "needs `logprobs`",
-        ),
-        (CHAT, r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "n": 9}"#, 400, "n", "from 1 to 8"),
-        (
-            CHAT,
-            r#"{"model": "gpt", "messages": [{"role": "user", "content": "x"}]}"#,
-            404,
-            "model",
-            "known models: `m`, `m:a`, `m:b`",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60}"#,
-            400,
-            "messages",
-            "context of this model is 64 tokens; the prompt has 19 and 60 more",
-        ),
-        (
-            CHAT,
-            r#"{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "min_tokens": 3}"#,
-            400,
-            "min_tokens",
-            "exceeds the 2 tokens",
-        ),
-        (COMPLETIONS, &format!(r#"{{"model": "m", "prompt": "{long}"}}"#), 400, "prompt", "the prompt has 81"),
-        (COMPLETIONS, r#"{"model": "m"}"#, 400, "prompt", "is required"),
-        (COMPLETIONS, r#"{"model": "m", "prompt": []}"#, 400, "prompt", "1 to 64 prompts, found 0"),
-        (
-            COMPLETIONS,
-            r#"{"model": "m", "prompt": [1, 264]}"#,
-            400,
-            "prompt[1]",
-            "a token id below 264, found the number 264",
-        ),
-        (COMPLETIONS, r#"{"model": "m", "prompt": ["a", 1]}"#, 400, "prompt[1]", "a string, an array"),
-        (COMPLETIONS, r#"{"model": "m", "prompt": [[]]}"#, 400, "prompt", "has no tokens"),
-        (
-            COMPLETIONS,
-            r#"{"model": "m", "prompt": "x", "echo": true, "logprobs": 1}"#,
-            400,
-            "logprobs",
-            "together with `echo`",
-        ),
-        (COMPLETIONS, r#"{"model": "m", "prompt": "x", "suffix": "y"}"#, 400, "suffix", "not supported"),
-        ("/detokenize", r#"{"tokens": ["a"]}"#, 400, "tokens[0]", "a token id"),
-        ("/tokenize", r#"{"model": "nope", "prompt": "x"}"#, 404, "model", "does not exist"),
-    ] {
+    let long = format!(r#"{{"model": "m", "prompt": "{}"}}"#, "x".repeat(80));
+    let long = (COMPLETIONS, long.as_str(), 400, "prompt", "the prompt has 81");
+    for (path, body, status, param, message) in BAD_BODIES.iter().copied().chain([long]) {
         let rig = Rig::new();
         let answer = rig.post(path, body).await;
         let error = &answer.json()["error"];

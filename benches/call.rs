@@ -1,0 +1,81 @@
+//! One routing decision, end to end through `RoutePolicy::route`: taking a warm instance, lowering the columns, the guest's
+//! decision, checking the answer, metrics. Bar: 1.5 us at 8 replicas (goal 1 us).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pointsman_benches::{Percentiles, each_call, header, now};
+use pointsman_policy::{Activation, Runtime, RuntimeConfig, Slot};
+use pointsman_sched::ids::{Priority, RequestId};
+use pointsman_sched::route::{Choice, NativeRouter, ReplicaColumns, RoutePolicy, RouteRequest};
+use pointsman_telemetry::{Metrics, Recorder};
+
+fn replicas(n: u32) -> ReplicaColumns {
+    let column = |f: fn(u32) -> u32| (0..n).map(f).collect::<Vec<u32>>();
+    ReplicaColumns {
+        id: column(|i| i),
+        key: (0..n).map(|i| u64::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect(),
+        health: vec![0; n as usize],
+        weight: column(|_| 1_000),
+        waiting: column(|i| i * 7 % 5),
+        running: column(|i| i * 3 % 11),
+        running_limit: column(|_| 64),
+        queued_tokens: column(|i| i * 131 % 1_999),
+        free_blocks: column(|i| 500 - i % 400),
+        total_blocks: column(|_| 500),
+        cached_tokens: column(|i| i * 16 % 128),
+        device: vec![0; n as usize],
+        variant: vec![1; n as usize],
+    }
+}
+
+fn request(seed: u64) -> RouteRequest<'static> {
+    RouteRequest {
+        id: RequestId(seed + 1),
+        model: "demo",
+        tenant: "acme",
+        tenant_id: 1,
+        session: seed % 64,
+        prefix: 7,
+        priority: Priority::Normal,
+        prompt_tokens: 200,
+        max_new_tokens: 64,
+        arrived: 1,
+        deadline: 0,
+        seed,
+        attributes: &[],
+    }
+}
+
+fn time(policy: &dyn RoutePolicy, replicas: &ReplicaColumns, expect_pick: bool) -> Percentiles {
+    let mut seed = 0;
+    each_call(20_000, 200_000, || {
+        seed += 1;
+        let routed = policy.route(seed, &request(seed), replicas);
+        assert!(!routed.fallback && (matches!(routed.choice, Choice::Pick(_) | Choice::Rank(_)) || !expect_pick));
+    })
+}
+
+fn main() {
+    header("call: one routing decision through the wasm boundary");
+    let start = now();
+    let clock = Arc::new(move || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX) + 1);
+    let config = RuntimeConfig { recycle_calls: u64::MAX, ..RuntimeConfig::default() };
+    let runtime = Runtime::new(config, Arc::new(Metrics::new()), Recorder::new(1_024), clock);
+    let runtime = runtime.unwrap_or_else(|e| panic!("{e}"));
+    each_call(10_000, 100_000, || ()).print("the clock itself", None);
+    time(&NativeRouter, &replicas(8), false).print("native, 8 replicas", None);
+    let slot = runtime.router_slot("router");
+    for (generation, name) in (1u64..).zip(["route-least-loaded", "route-prefix-aware", "route-weighted"]) {
+        let path = pointsman_tests::root().join(format!("plugins/prebuilt/{name}.wasm"));
+        let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let component = runtime.admit(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let activation = Activation { slot: "router".into(), generation, config: "{}".into(), namespace: None };
+        let prepared = runtime.prepare(&component, activation).unwrap_or_else(|e| panic!("{name}: {e}"));
+        slot.publish(prepared).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for n in [1, 8, 64, 512] {
+            let bar = (n == 8).then_some(Duration::from_nanos(1_500));
+            time(&*slot, &replicas(n), true).print(&format!("{name}, {n} replicas"), bar);
+        }
+    }
+}

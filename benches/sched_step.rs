@@ -1,0 +1,145 @@
+//! One scheduling step through the wasm boundary, with the deltas of a steady load: every step, 16 requests have arrived, the
+//! 16 admitted before are running, the 16 before those are gone. Bar: 10 us per step, however many wait; and 5 us for the
+//! boundary alone with 1,024 rows in one call (a guest that reads nothing and plans nothing).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pointsman_benches::{each_call, header, now};
+use pointsman_policy::{Activation, Runtime, RuntimeConfig, SchedulerGuest, Slot};
+use pointsman_sched::batch::{Answer, Attention, BatchPolicy, Budgets, Changes, Plan, SequenceColumns, View};
+use pointsman_telemetry::{Metrics, Recorder};
+
+/// Arrivals, admissions and departures per step.
+const DELTAS: u64 = 16;
+
+fn add(columns: &mut SequenceColumns, id: u64) {
+    let spread = u32::try_from(id * 37 % 400).unwrap_or(0);
+    columns.id.push(id);
+    columns.prompt_tokens.push(16 + spread);
+    columns.cached_tokens.push(0);
+    columns.computed_tokens.push(0);
+    columns.generated_tokens.push(0);
+    columns.max_new_tokens.push(16 + spread / 2);
+    columns.held_blocks.push(0);
+    columns.priority.push(u8::try_from(id % 4).unwrap_or(0));
+    columns.tenant.push(1);
+    columns.arrived.push(id * 10);
+    columns.deadline.push(0);
+}
+
+fn sequences(ids: std::ops::Range<u64>) -> SequenceColumns {
+    let mut columns = SequenceColumns::default();
+    ids.for_each(|id| add(&mut columns, id));
+    columns
+}
+
+const BUDGETS: Budgets = Budgets {
+    step_tokens: 512,
+    running: 64,
+    free_blocks: 4_096,
+    total_blocks: 8_192,
+    block_tokens: 16,
+    last_step: 4_000,
+    last_step_tokens: 64,
+};
+
+struct Bench {
+    runtime: Runtime,
+    generation: u64,
+}
+
+impl Bench {
+    /// A guest that follows, with `waiting` requests in its view.
+    fn guest(&mut self, name: &str, config: &str, waiting: u64) -> SchedulerGuest {
+        self.generation += 1;
+        let slot = self.runtime.scheduler_slot("scheduler");
+        let mut guest = slot.attach("bench");
+        let path = pointsman_tests::root().join(format!("plugins/prebuilt/{name}.wasm"));
+        let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let component = self.runtime.admit(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let generation = self.generation;
+        let activation = Activation { slot: "scheduler".into(), generation, config: config.into(), namespace: None };
+        let prepared = self.runtime.prepare(&component, activation).unwrap_or_else(|e| panic!("{name}: {e}"));
+        slot.publish(prepared).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(guest.attend(1), Attention::NeedsView);
+        let tenants = [(1, "acme".into())];
+        let (waiting, running) = (sequences(1..waiting + 1), SequenceColumns::default());
+        guest.resync(&View {
+            now: 1,
+            seed: 1,
+            budgets: &BUDGETS,
+            tenants: &tenants,
+            waiting: &waiting,
+            running: &running,
+        });
+        assert_eq!(guest.attend(2), Attention::Following, "the resync was taken");
+        guest
+    }
+
+    /// Steps with a steady load; the guest's own plan decides who is admitted.
+    fn steady(&mut self, name: &str, waiting: u64) {
+        let mut guest = self.guest(name, "{}", waiting);
+        let mut next = waiting + 1;
+        let mut changes = Changes::default();
+        let mut plan = Plan::default();
+        let mut running: Vec<u64> = Vec::new();
+        let mut now = 2;
+        let percentiles = each_call(2_000, 20_000, || {
+            now += 1;
+            plan.clear();
+            let answer = guest.step(now, &BUDGETS, &changes, &mut plan);
+            assert_eq!(answer, Answer::Planned);
+            // What the host does with it, untimed parts included: they are the same small copies for every policy.
+            changes.clear();
+            changes.gone.append(&mut running);
+            running.extend(plan.admit.iter().take(16));
+            assert_eq!(running.len(), 16, "a steady load admits as many as arrive");
+            changes.admitted.extend(&running);
+            for _ in 0..DELTAS {
+                add(&mut changes.arrived, next);
+                next += 1;
+            }
+        });
+        percentiles.print(&format!("{name}, {waiting} waiting, 16 deltas"), Some(Duration::from_micros(10)));
+    }
+
+    /// The crossing alone: 1,024 rows lowered into a guest that neither reads them nor plans.
+    fn boundary(&mut self) {
+        let mut guest = self.guest("fixture-scheduler", r#"{"do": "no-plan"}"#, 0);
+        let changes = Changes { arrived: sequences(1..1_025), ..Changes::default() };
+        let mut plan = Plan::default();
+        let percentiles = each_call(2_000, 20_000, || {
+            plan.clear();
+            guest.step(3, &BUDGETS, &changes, &mut plan);
+        });
+        percentiles.print("boundary alone, 1,024 rows of 11 columns", Some(Duration::from_micros(5)));
+    }
+
+    fn no_change(&mut self, name: &str) {
+        let mut guest = self.guest(name, "{}", 1_024);
+        let mut plan = Plan::default();
+        let nothing = Changes::default();
+        let percentiles = each_call(2_000, 20_000, || {
+            plan.clear();
+            guest.step(3, &BUDGETS, &nothing, &mut plan);
+        });
+        percentiles.print(&format!("{name}, 1024 waiting, no change"), None);
+    }
+}
+
+fn main() {
+    header("sched_step: one scheduling decision through the wasm boundary");
+    let start = now();
+    let clock = Arc::new(move || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX) + 1);
+    let config = RuntimeConfig { recycle_calls: u64::MAX, ..RuntimeConfig::default() };
+    let runtime = Runtime::new(config, Arc::new(Metrics::new()), Recorder::new(1_024), clock);
+    let mut bench = Bench { runtime: runtime.unwrap_or_else(|e| panic!("{e}")), generation: 0 };
+    for name in ["sched-fcfs", "sched-shortest-first", "sched-priority"] {
+        for waiting in [16, 128, 1_024] {
+            bench.steady(name, waiting);
+        }
+        bench.no_change(name);
+    }
+    bench.boundary();
+}

@@ -1,0 +1,124 @@
+//! The command line, as a value. What each command does lives elsewhere: `serve.rs` and `client.rs`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// An LLM inference host whose routing, scheduling and telemetry policies are hot-swappable WebAssembly components.
+#[derive(Debug, Parser)]
+#[command(
+    name = "pointsman",
+    version,
+    about,
+    after_help = "Without a command: `pointsman serve`, the embedded demo model on 127.0.0.1:8080."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve models (the default).
+    #[command(after_help = "Example:\n  pointsman serve --model llama=./my-model --listen 127.0.0.1:9000")]
+    Serve(ServeArgs),
+    /// Upload, activate and roll back policies on a running host.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Compile a component on standard input; used by the host itself, in a limited child process.
+    #[command(name = "__compile", hide = true)]
+    Compile,
+}
+
+/// Flags of `serve`; they override the environment, which overrides the file.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ServeArgs {
+    /// Configuration file (TOML; pointsman.example.toml lists every key).
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Address of the data plane [default: 127.0.0.1:8080].
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// Address of the admin plane [default: 127.0.0.1:8081].
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<SocketAddr>,
+    /// A model to serve besides the demo: a folder with config.json, safetensors and tokenizer.json.
+    #[arg(long, value_name = "[NAME=]PATH")]
+    pub(crate) model: Vec<String>,
+    /// Device to serve on; this build serves on the CPU.
+    #[arg(long, value_name = "auto|cpu")]
+    pub device: Vec<String>,
+    /// Where deployments, components and the journal live [default: $XDG_DATA_HOME/pointsman].
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Native policies only; stored deployments are left as they are.
+    #[arg(long)]
+    pub safe_mode: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Validate, compile and store a component; prints its digest.
+    #[command(after_help = "Example:\n  pointsman policy upload my_router.wasm")]
+    Upload {
+        /// A component, or a core module that carries its component type.
+        file: PathBuf,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// List components and the slots that use them.
+    #[command(after_help = "Example:\n  pointsman policy list")]
+    List {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Make a component active in a slot.
+    #[command(
+        after_help = "Examples:\n  pointsman policy activate router sha256:2c26...\n  pointsman policy activate router my_router.wasm --set '{\"bias\": 2}'\n  pointsman policy activate scheduler native"
+    )]
+    Activate {
+        /// router, scheduler or telemetry.NAME.
+        slot: String,
+        /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`.
+        component: String,
+        /// JSON handed to the component's `init`.
+        #[arg(long = "set", value_name = "JSON", default_value = "{}")]
+        config: String,
+        /// Only if this generation is active.
+        #[arg(long, value_name = "GENERATION")]
+        if_generation: Option<u64>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Return a slot to the policy that was active before.
+    #[command(after_help = "Example:\n  pointsman policy rollback router")]
+    Rollback {
+        /// router, scheduler or telemetry.NAME.
+        slot: String,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Show what is active in every slot, its health and its counters.
+    #[command(after_help = "Example:\n  pointsman policy status")]
+    Status {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+}
+
+/// Where the admin API is.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AdminArgs {
+    /// Base URL of the admin API.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081", env = "POINTSMAN_ADMIN_URL")]
+    pub url: String,
+    /// Bearer token of the admin API.
+    #[arg(long, value_name = "TOKEN", env = "POINTSMAN_ADMIN_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// Print the API's JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,460 @@
+//! The configuration: one tree, read once from file, environment and flags, in that order, and validated once.
+//!
+//! Defaults are the tree's own `Default`, and the set of known keys is that default serialised: so a key cannot exist
+//! without a default, and an unknown one is answered with the nearest known one. `pointsman.example.toml` and
+//! `.env.example` list every key; a test compares them with this file.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+/// Prefix of environment variables: `POINTSMAN_SCHED__MAX_BATCH_TOKENS` is `sched.max_batch_tokens`.
+pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
+
+/// Everything that can be configured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    /// Where slots, uploaded components, compiled components and the journal live. Empty: the user's data directory.
+    pub data_dir: PathBuf,
+    /// Native policies only.
+    pub safe_mode: bool,
+    pub server: ServerSection,
+    pub admin: AdminSection,
+    pub sched: SchedSection,
+    pub engine: EngineSection,
+    pub policy: PolicySection,
+    /// What a fresh data directory starts with, by slot name.
+    pub slots: BTreeMap<String, SlotSection>,
+    /// Extra models: name to folder (config.json, safetensors, tokenizer.json).
+    pub(crate) models: BTreeMap<String, PathBuf>,
+    pub log: LogSection,
+}
+
+/// The data plane.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ServerSection {
+    pub listen: SocketAddr,
+    pub max_in_flight: u32,
+    pub max_queued_tokens: u32,
+    pub max_body_bytes: u64,
+    pub max_connections: u32,
+    pub shutdown_grace_ms: u64,
+    /// API key to tenant; empty serves without keys.
+    pub api_keys: BTreeMap<String, String>,
+}
+
+/// The admin plane.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct AdminSection {
+    pub listen: SocketAddr,
+    /// Bearer token; required off loopback, empty for none.
+    pub token: String,
+}
+
+/// Limits of each replica's scheduler.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct SchedSection {
+    pub max_batch_tokens: u32,
+    pub max_running: u32,
+    pub max_waiting: u32,
+    pub prefill_chunk_tokens: u32,
+    pub starvation_ms: u64,
+    pub block_tokens: u32,
+}
+
+/// The compute side.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct EngineSection {
+    /// Threads of the compute pool; 0 for one per core.
+    pub threads: usize,
+    /// KV pool of each replica.
+    pub kv_mib: u32,
+    /// Serve the embedded demo model.
+    pub demo: bool,
+}
+
+/// The WebAssembly half.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct PolicySection {
+    pub compile_timeout_ms: u64,
+    pub compile_memory_mib: u64,
+    pub router_instances: u32,
+    pub event_ring: u32,
+}
+
+/// A policy for a slot.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct SlotSection {
+    /// Name of a built-in component, a digest, a path to a component, or `native`.
+    pub component: String,
+    /// Handed to the component's `init` as JSON.
+    pub config: Table,
+}
+
+/// Logging.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct LogSection {
+    /// A tracing filter, such as `info` or `info,pointsman_policy=debug`.
+    pub level: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For collectors.
+    Json,
+}
+
+/// What is wrong with a configuration; every message says where and what to change.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read the configuration {path}: {source}")]
+    Read { path: String, source: std::io::Error },
+    #[error("{origin} is not valid TOML: {message}")]
+    Syntax { origin: String, message: String },
+    #[error("unknown key `{key}` in {origin}{}", hint(nearest))]
+    UnknownKey { key: String, origin: String, nearest: Option<String> },
+    #[error("bad configuration: {0}")]
+    Shape(String),
+    #[error("`{key}` = {found}: {rule}")]
+    Value { key: &'static str, found: String, rule: &'static str },
+}
+
+fn hint(nearest: &Option<String>) -> String {
+    nearest.as_ref().map(|n| format!("; did you mean `{n}`?")).unwrap_or_default()
+}
+
+// === defaults ===
+
+impl Default for Config {
+    fn default() -> Self {
+        let slot = |component: &str| SlotSection { component: component.into(), config: Table::new() };
+        Self {
+            data_dir: PathBuf::new(),
+            safe_mode: false,
+            server: ServerSection::default(),
+            admin: AdminSection::default(),
+            sched: SchedSection::default(),
+            engine: EngineSection::default(),
+            policy: PolicySection::default(),
+            slots: [
+                ("router", slot("route-least-loaded")),
+                ("scheduler", slot("sched-fcfs")),
+                ("telemetry.slo-log", slot("hook-slo-log")),
+            ]
+            .map(|(name, slot)| (name.to_owned(), slot))
+            .into(),
+            models: BTreeMap::new(),
+            log: LogSection::default(),
+        }
+    }
+}
+
+impl Default for ServerSection {
+    fn default() -> Self {
+        Self {
+            listen: ([127, 0, 0, 1], 8080).into(),
+            max_in_flight: 256,
+            max_queued_tokens: 262_144,
+            max_body_bytes: 8 << 20,
+            max_connections: 1_024,
+            shutdown_grace_ms: 20_000,
+            api_keys: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for AdminSection {
+    fn default() -> Self {
+        Self { listen: ([127, 0, 0, 1], 8081).into(), token: String::new() }
+    }
+}
+
+impl Default for SchedSection {
+    fn default() -> Self {
+        Self {
+            max_batch_tokens: 512,
+            max_running: 64,
+            max_waiting: 256,
+            prefill_chunk_tokens: 256,
+            starvation_ms: 10_000,
+            block_tokens: 16,
+        }
+    }
+}
+
+impl Default for EngineSection {
+    fn default() -> Self {
+        Self { threads: 0, kv_mib: 64, demo: true }
+    }
+}
+
+impl Default for PolicySection {
+    fn default() -> Self {
+        Self { compile_timeout_ms: 30_000, compile_memory_mib: 2_048, router_instances: 8, event_ring: 65_536 }
+    }
+}
+
+impl Default for LogSection {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+// === reading ===
+
+/// Keys under which anything may stand.
+const FREE_FORM: [&str; 3] = ["slots", "models", "server.api_keys"];
+
+impl Config {
+    /// Reads the file (if any), then the environment on top. Flags are applied by the caller, then [`Config::validate`].
+    ///
+    /// # Errors
+    /// An unreadable file, bad TOML, an unknown key or a value of the wrong type.
+    pub(crate) fn read(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        let known = Table::try_from(Self::default()).map_err(|e| ConfigError::Shape(e.to_string()))?;
+        // A slot that nobody names keeps its default policy; `native` switches one off.
+        let mut merged: Table =
+            known.get("slots").cloned().map(|slots| ("slots".to_owned(), slots)).into_iter().collect();
+        if let Some(path) = file {
+            let origin = path.display().to_string();
+            let text =
+                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: origin.clone(), source })?;
+            let table: Table = text
+                .parse()
+                .map_err(|e: toml::de::Error| ConfigError::Syntax { origin: origin.clone(), message: e.to_string() })?;
+            check_keys(&table, &known, "", &origin)?;
+            merge(&mut merged, table);
+        }
+        let table = env_table(env)?;
+        check_keys(&table, &known, "", "the environment")?;
+        merge(&mut merged, table);
+        Value::Table(merged).try_into().map_err(|e: toml::de::Error| ConfigError::Shape(e.to_string()))
+    }
+
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// The first value out of bounds, with its rule.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        let rule = |good: bool, key: &'static str, found: &dyn std::fmt::Display, rule: &'static str| {
+            if good { Ok(()) } else { Err(ConfigError::Value { key, found: found.to_string(), rule }) }
+        };
+        let s = &self.sched;
+        let block = s.block_tokens;
+        rule(
+            (16..=256).contains(&block) && block % 16 == 0,
+            "sched.block_tokens",
+            &block,
+            "16 to 256 tokens, a multiple of 16",
+        )?;
+        rule((1..=4_096).contains(&s.max_running), "sched.max_running", &s.max_running, "1 to 4096 sequences")?;
+        rule((1..=65_536).contains(&s.max_waiting), "sched.max_waiting", &s.max_waiting, "1 to 65536 requests")?;
+        let batch = s.max_batch_tokens;
+        rule(
+            batch >= s.max_running,
+            "sched.max_batch_tokens",
+            &batch,
+            "at least sched.max_running: each running sequence decodes a token a step",
+        )?;
+        rule(batch <= 65_536, "sched.max_batch_tokens", &batch, "at most 65536 tokens")?;
+        let chunk = s.prefill_chunk_tokens;
+        rule((1..=batch).contains(&chunk), "sched.prefill_chunk_tokens", &chunk, "1 to sched.max_batch_tokens")?;
+        rule(s.starvation_ms >= 1, "sched.starvation_ms", &s.starvation_ms, "at least 1 millisecond")?;
+        rule(self.engine.threads <= 256, "engine.threads", &self.engine.threads, "0 (one per core) to 256")?;
+        rule((1..=1 << 20).contains(&self.engine.kv_mib), "engine.kv_mib", &self.engine.kv_mib, "1 to 1048576 MiB")?;
+        let in_flight = self.server.max_in_flight;
+        rule((1..=65_536).contains(&in_flight), "server.max_in_flight", &in_flight, "1 to 65536 requests")?;
+        let body = self.server.max_body_bytes;
+        rule((1_024..=1 << 30).contains(&body), "server.max_body_bytes", &body, "1024 to 1073741824 bytes")?;
+        rule(
+            (1..=65_536).contains(&self.server.max_connections),
+            "server.max_connections",
+            &self.server.max_connections,
+            "1 to 65536 connections",
+        )?;
+        rule(
+            (1..=256).contains(&self.policy.router_instances),
+            "policy.router_instances",
+            &self.policy.router_instances,
+            "1 to 256 instances",
+        )?;
+        rule(
+            (64..=1 << 22).contains(&self.policy.event_ring),
+            "policy.event_ring",
+            &self.policy.event_ring,
+            "64 to 4194304 events",
+        )?;
+        let off_loopback = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty();
+        rule(!off_loopback, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")
+    }
+}
+
+/// Variables with our prefix that are not configuration of the host: those of `pointsman policy` and of the tests.
+const NOT_CONFIG: [&str; 3] = ["ADMIN_URL", "ADMIN_TOKEN", "REQUIRE"];
+
+/// Turns `POINTSMAN_A__B=value` into a table; a value is an integer, float, boolean or TOML literal, else a string.
+fn env_table(env: impl Iterator<Item = (String, String)>) -> Result<Table, ConfigError> {
+    let mut table = Table::new();
+    for (name, text) in env {
+        let Some(path) = name.strip_prefix(ENV_PREFIX).filter(|path| !NOT_CONFIG.contains(path)) else { continue };
+        let path: Vec<String> = path.to_ascii_lowercase().split("__").map(str::to_owned).collect();
+        let literal = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
+        let value = literal.unwrap_or(Value::String(text));
+        let (last, parents) = path.split_last().map_or((String::new(), &[][..]), |(l, p)| (l.clone(), p));
+        let mut at = &mut table;
+        for parent in parents {
+            let entry = at.entry(parent.clone()).or_insert_with(|| Value::Table(Table::new()));
+            let Value::Table(inner) = entry else {
+                return Err(ConfigError::Shape(format!("{name}: `{parent}` is a value, not a section")));
+            };
+            at = inner;
+        }
+        at.insert(last, value);
+    }
+    Ok(table)
+}
+
+/// Refuses keys that the default tree lacks, naming the nearest one that it has.
+fn check_keys(table: &Table, known: &Table, prefix: &str, origin: &str) -> Result<(), ConfigError> {
+    for (key, value) in table {
+        let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        let Some(expected) = known.get(key) else {
+            let similarity = |candidate: &&String| (strsim::jaro_winkler(candidate, key) * 1e6) as u64;
+            let nearest = known.keys().max_by_key(similarity).filter(|k| strsim::jaro_winkler(k, key) > 0.7);
+            let nearest = nearest.map(|k| if prefix.is_empty() { k.clone() } else { format!("{prefix}.{k}") });
+            return Err(ConfigError::UnknownKey { key: path, origin: origin.to_owned(), nearest });
+        };
+        if let (Value::Table(inner), Value::Table(expected)) = (value, expected)
+            && !FREE_FORM.contains(&path.as_str())
+        {
+            check_keys(inner, expected, &path, origin)?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts `over` on top of `base`, section by section.
+fn merge(base: &mut Table, over: Table) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(Value::Table(base)), Value::Table(over)) => merge(base, over),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(pairs: &[(&str, &str)]) -> impl Iterator<Item = (String, String)> {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Vec<_>>().into_iter()
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        let config = Config::read(None, env(&[])).expect("an empty configuration is one");
+        assert_eq!(config, Config::default());
+        config.validate().expect("defaults are valid");
+    }
+
+    #[test]
+    fn the_environment_overrides_by_path() {
+        let pairs = [("POINTSMAN_SCHED__MAX_BATCH_TOKENS", "1024"), ("POINTSMAN_LOG__LEVEL", "debug"), ("HOME", "/")];
+        let config = Config::read(None, env(&pairs)).expect("good keys");
+        assert_eq!((config.sched.max_batch_tokens, config.log.level.as_str()), (1_024, "debug"));
+    }
+
+    #[test]
+    fn wrong_input_names_what_to_change() {
+        for (pairs, expect) in [
+            (&[("POINTSMAN_SCHED__MAX_BACH_TOKENS", "1")][..], "did you mean `sched.max_batch_tokens`?"),
+            (&[("POINTSMAN_SHED__MAX_RUNNING", "1")], "did you mean `sched`?"),
+            (&[("POINTSMAN_SCHED__MAX_RUNNING", "many")], "invalid type"),
+            (&[("POINTSMAN_SCHED", "1"), ("POINTSMAN_SCHED__MAX_RUNNING", "1")], "not a section"),
+            (&[("POINTSMAN_LOG__FORMAT", "xml")], "unknown variant `xml`"),
+        ] {
+            let error = Config::read(None, env(pairs)).expect_err(expect).to_string();
+            assert!(error.contains(expect), "{pairs:?}: {error}");
+        }
+        for (pairs, expect) in [
+            (&[("POINTSMAN_SCHED__MAX_RUNNING", "0")][..], "`sched.max_running` = 0: 1 to 4096"),
+            (&[("POINTSMAN_SCHED__MAX_BATCH_TOKENS", "8")], "at least sched.max_running"),
+            (&[("POINTSMAN_ADMIN__LISTEN", "0.0.0.0:8081")], "admin.token must be set"),
+        ] {
+            let config = Config::read(None, env(pairs)).expect("well-formed");
+            let error = config.validate().expect_err(expect).to_string();
+            assert!(error.contains(expect), "{pairs:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_and_its_faults_are_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("pointsman.toml");
+        let read = |text: &str| {
+            std::fs::write(&path, text).expect("it can be written");
+            Config::read(Some(&path), env(&[("POINTSMAN_SCHED__MAX_RUNNING", "3")]))
+        };
+        let text = "[sched]\nmax_running = 2\nmax_waiting = 9\n[slots.router]\ncomponent = \"native\"\n";
+        let config = read(text).expect("a good file");
+        assert_eq!((config.sched.max_running, config.sched.max_waiting), (3, 9));
+        assert_eq!(config.slots["router"].component, "native");
+        assert_eq!(config.slots["scheduler"], Config::default().slots["scheduler"]);
+        for (text, expect) in
+            [("[sched", "not valid TOML"), ("[sched]\nmax_runing = 1", "did you mean `sched.max_running`?")]
+        {
+            let error = read(text).expect_err(expect).to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+        let missing = Config::read(Some(&folder.path().join("none.toml")), env(&[])).expect_err("no file").to_string();
+        assert!(missing.contains("cannot read the configuration"), "{missing}");
+    }
+
+    #[test]
+    fn the_examples_list_every_key_with_its_default() {
+        let text = include_str!("../../../pointsman.example.toml");
+        let example: Table = text.parse().expect("the example is TOML");
+        assert_eq!(example, Table::try_from(Config::default()).expect("defaults serialise"));
+        let mut keys = Vec::new();
+        scalar_keys(&example, ENV_PREFIX, &mut keys);
+        let env = include_str!("../../../.env.example");
+        let pairs: Vec<(String, String)> = env
+            .lines()
+            .filter_map(|line| line.split_once('='))
+            .map(|(key, value)| (key.to_owned(), value.trim_matches('"').to_owned()))
+            .collect();
+        let listed: Vec<String> = pairs.iter().map(|(key, _)| key.clone()).collect();
+        assert_eq!(listed.iter().collect::<std::collections::BTreeSet<_>>(), keys.iter().collect());
+        assert_eq!(Config::read(None, pairs.into_iter()).expect("good keys"), Config::default());
+    }
+
+    fn scalar_keys(table: &Table, prefix: &str, keys: &mut Vec<String>) {
+        for (key, value) in table.iter().filter(|(key, _)| *key != "slots") {
+            match value {
+                Value::Table(inner) => scalar_keys(inner, &format!("{prefix}{}__", key.to_uppercase()), keys),
+                _ => keys.push(format!("{prefix}{}", key.to_uppercase())),
+            }
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The device driver: one OS thread per device that owns its replicas, each a Scheduler, an Executor and a scheduler guest.
+//!
+//! No locks: requests come through a bounded mailbox, cancels through a second one (so that a full mailbox never holds up
+//! a cancel), results leave through each request's sink. The thread parks when every replica is idle; senders unpark it.
+//! Not a tokio task: a step computes for milliseconds and would stall the HTTP workers.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, Thread};
+use std::time::Duration;
+
+use pointsman_sched::batch::BatchPolicy;
+use pointsman_sched::execute::{Executor, StepOutput};
+use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
+use pointsman_sched::publish::ReplicaGauges;
+use pointsman_sched::request::{CancelCause, Request, SinkEvent};
+use pointsman_sched::scheduler::{Scheduler, Stage};
+use pointsman_server::ports::SubmitError;
+use pointsman_telemetry::{Event, Metrics, Recorder, ReplicaMetrics};
+
+use crate::clock::SystemClock;
+
+/// How long an idle driver sleeps at most; it is woken earlier by any message.
+const IDLE: Duration = Duration::from_millis(100);
+/// ... and at least, so that a deadline that is due already does not make it spin.
+const SHORTEST_IDLE: Duration = Duration::from_micros(200);
+
+/// A replica as its driver owns it.
+pub(crate) struct DriverReplica {
+    /// Its id in the catalog.
+    pub id: ReplicaId,
+    /// What to compute next.
+    pub scheduler: Scheduler,
+    /// Computes it.
+    pub executor: Box<dyn Executor>,
+    /// Orders it: the scheduler slot's guest, or the native policy.
+    pub policy: Box<dyn BatchPolicy>,
+    /// Shared with the dispatcher.
+    pub gauges: Arc<ReplicaGauges>,
+    /// Resolved metric handles.
+    pub metrics: ReplicaMetrics,
+    /// Number of the variant's name in the event stream.
+    pub variant: u32,
+}
+
+/// What every driver shares with the host.
+#[derive(Clone, Debug)]
+pub(crate) struct DriverContext {
+    /// The clock.
+    pub clock: Arc<SystemClock>,
+    /// Where events go.
+    pub recorder: Recorder,
+    /// Metric families.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The sending side of a running driver.
+#[derive(Debug)]
+pub(crate) struct DriverHandle {
+    submit: SyncSender<(ReplicaId, Request)>,
+    cancel: SyncSender<(ReplicaId, RequestId, CancelCause)>,
+    stop: Arc<AtomicBool>,
+    thread: Thread,
+    join: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Driver {
+    replicas: Vec<DriverReplica>,
+    submits: Receiver<(ReplicaId, Request)>,
+    cancels: Receiver<(ReplicaId, RequestId, CancelCause)>,
+    stop: Arc<AtomicBool>,
+    context: DriverContext,
+    output: StepOutput,
+}
+
+impl std::fmt::Debug for DriverReplica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DriverReplica").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+// === impl DriverHandle ===
+
+impl DriverHandle {
+    /// Starts the driver of a device. `mailbox` bounds the requests on their way, `max_in_flight` the cancels.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub(crate) fn start(
+        device: &str,
+        replicas: Vec<DriverReplica>,
+        (mailbox, max_in_flight): (usize, usize),
+        context: DriverContext,
+    ) -> std::io::Result<Self> {
+        let (submit, submits) = sync_channel(mailbox.max(1));
+        // Two causes at most race for one request (client gone, asked): room for both.
+        let (cancel, cancels) = sync_channel(2 * max_in_flight.max(1));
+        let stop = Arc::new(AtomicBool::new(false));
+        let output = StepOutput::default();
+        let mut driver = Driver { replicas, submits, cancels, stop: Arc::clone(&stop), context, output };
+        let join = std::thread::Builder::new().name(format!("driver-{device}")).spawn(move || driver.run())?;
+        Ok(Self { submit, cancel, stop, thread: join.thread().clone(), join: Mutex::new(Some(join)) })
+    }
+
+    /// Puts a request into the mailbox. Never blocks.
+    ///
+    /// # Errors
+    /// The mailbox is full or the driver has stopped; the request comes back.
+    pub(crate) fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
+        let sent = self.submit.try_send((replica, request)).map_err(|error| match error {
+            TrySendError::Full((_, request)) => (Box::new(request), SubmitError::Full),
+            TrySendError::Disconnected((_, request)) => (Box::new(request), SubmitError::Stopped),
+        });
+        self.thread.unpark();
+        sent
+    }
+
+    /// Asks for the end of a request. Never blocks.
+    pub(crate) fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
+        // The bound holds two cancels for every request in flight; beyond it the closed sink ends the request anyway.
+        let _ = self.cancel.try_send((replica, id, cause));
+        self.thread.unpark();
+    }
+
+    /// Ends what still runs and waits for the thread.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.thread.unpark();
+        let join = self.join.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(join) = join
+            && join.join().is_err()
+        {
+            tracing::error!("a driver thread ended in a panic; its requests were lost");
+        }
+    }
+}
+
+// === impl Driver ===
+
+impl Driver {
+    fn run(&mut self) {
+        while !self.stop.load(Ordering::Acquire) {
+            self.take_mail();
+            let mut worked = false;
+            for index in 0..self.replicas.len() {
+                worked |= self.step(index);
+            }
+            if !worked {
+                std::thread::park_timeout(self.idle_time());
+            }
+        }
+        self.take_mail();
+        let now = self.context.clock.micros();
+        for replica in &mut self.replicas {
+            let mut observe = observer(&self.context.recorder, replica.id, replica.variant);
+            replica.scheduler.shutdown(now, &mut observe);
+            publish(replica, &self.context.metrics);
+        }
+    }
+
+    fn take_mail(&mut self) {
+        while let Ok((id, request)) = self.submits.try_recv() {
+            let now = self.context.clock.micros();
+            let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) else {
+                tracing::error!(replica = id.0, "a request for a replica that this driver does not own was dropped");
+                continue;
+            };
+            let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+            if let Err((mut request, failure)) = replica.scheduler.submit(request, now) {
+                request.sink.push(SinkEvent::Failed(failure));
+            }
+            replica.gauges.release(tokens);
+        }
+        while let Ok((id, request, cause)) = self.cancels.try_recv() {
+            let now = self.context.clock.micros();
+            if let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) {
+                let mut observe = observer(&self.context.recorder, replica.id, replica.variant);
+                replica.scheduler.cancel(request, cause, now, &mut observe);
+            }
+        }
+    }
+
+    /// One step of one replica; false when it had nothing to do.
+    fn step(&mut self, index: usize) -> bool {
+        let Self { replicas, context, output, .. } = self;
+        let replica = &mut replicas[index];
+        let clock = &context.clock;
+        let mut observe = observer(&context.recorder, replica.id, replica.variant);
+        let start = clock.micros();
+        let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
+            publish(replica, &context.metrics);
+            return false;
+        };
+        let n_tokens = plan.tokens.len();
+        let scheduled = clock.micros();
+        let executed = replica.executor.execute(plan, output);
+        let done = clock.micros();
+        match executed {
+            Ok(()) => replica.scheduler.complete(done, output, &mut observe),
+            Err(error) => {
+                tracing::error!(replica = replica.id.0, "a step failed: {error}");
+                replica.scheduler.fail_step(done, &error, &mut observe);
+            }
+        }
+        let seconds = |from: Micros, to: Micros| to.saturating_sub(from) as f64 * 1e-6;
+        replica.metrics.step_schedule.observe(seconds(start, scheduled));
+        replica.metrics.step_execute.observe(seconds(scheduled, done));
+        let step_tokens = replica.scheduler.config().step_tokens;
+        replica.metrics.step_fill.set(n_tokens as f64 / f64::from(step_tokens.max(1)));
+        publish(replica, &context.metrics);
+        true
+    }
+
+    /// Until the next deadline of a waiting request, at most [`IDLE`].
+    fn idle_time(&self) -> Duration {
+        let now = self.context.clock.micros();
+        let next = self.replicas.iter().filter_map(|r| r.scheduler.next_deadline()).min();
+        next.map_or(IDLE, |at| Duration::from_micros(at.saturating_sub(now)).clamp(SHORTEST_IDLE, IDLE))
+    }
+}
+
+/// Records the scheduler's events under the replica's name.
+fn observer(recorder: &Recorder, replica: ReplicaId, variant: u32) -> impl FnMut(Event) + '_ {
+    move |event| recorder.record(Event { replica: replica.0, variant, ..event })
+}
+
+/// Adds what happened since the last time to the replica's metrics.
+fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
+    let counted = replica.scheduler.take_counters();
+    let m = &replica.metrics;
+    let gauges = &replica.gauges;
+    m.running.set(i64::from(gauges.running.load(Ordering::Relaxed)));
+    m.waiting.set(i64::from(gauges.waiting.load(Ordering::Relaxed)));
+    let total = gauges.total_blocks.load(Ordering::Relaxed).max(1);
+    let free = gauges.free_blocks.load(Ordering::Relaxed);
+    m.kv_usage.set(1.0 - f64::from(free) / f64::from(total));
+    m.prefix_queries.inc_by(counted.prefix_query_tokens);
+    m.prefix_hits.inc_by(counted.prefix_hit_tokens);
+    m.prompt_tokens.inc_by(counted.prefill_tokens);
+    m.generation_tokens.inc_by(counted.generated_tokens);
+    m.preemptions.inc_by(counted.preemptions);
+    m.tokens_prefill.inc_by(counted.prefill_tokens);
+    m.tokens_decode.inc_by(counted.decode_tokens);
+    for (stage, n) in [Stage::Queued, Stage::Prefilling, Stage::Decoding].into_iter().zip(counted.cancelled) {
+        for _ in 0..n {
+            metrics.cancelled(stage.name());
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The observer thread: hands events to telemetry hooks in batches and journals what guests did, off every hot path.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use pointsman_telemetry::{Event, Metrics, Names, Recorder};
+
+use crate::clock::SystemClock;
+use crate::deploy::Deploy;
+
+/// Time between two rounds.
+const PERIOD: Duration = Duration::from_millis(50);
+/// Events per round and hook.
+const BATCH: usize = 4_096;
+
+/// The running observer.
+#[derive(Debug)]
+pub(crate) struct Observer {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+/// What the observer reads.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    /// Where hooks are.
+    pub deploy: Arc<Deploy>,
+    /// Where events come from.
+    pub recorder: Recorder,
+    /// Names behind their numbers.
+    pub names: Arc<Names>,
+    /// Counts what was lost.
+    pub metrics: Arc<Metrics>,
+    /// Time for the hooks.
+    pub clock: Arc<SystemClock>,
+}
+
+impl Observer {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub(crate) fn start(watched: Watched) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let run = move || {
+            let mut events = Vec::with_capacity(BATCH);
+            while !stopped.load(Ordering::Acquire) {
+                watched.round(&mut events);
+                std::thread::park_timeout(PERIOD);
+            }
+            watched.round(&mut events);
+        };
+        let thread = std::thread::Builder::new().name("observer".into()).spawn(run)?;
+        Ok(Self { stop, thread })
+    }
+
+    /// Shows the hooks what is left and waits for the thread.
+    pub(crate) fn stop(self) {
+        self.stop.store(true, Ordering::Release);
+        self.thread.thread().unpark();
+        if self.thread.join().is_err() {
+            tracing::error!("the observer thread ended in a panic");
+        }
+    }
+}
+
+impl Watched {
+    fn round(&self, events: &mut Vec<Event>) {
+        loop {
+            events.clear();
+            let drained = self.recorder.drain(events, BATCH);
+            self.metrics.events_dropped(drained.dropped);
+            if drained.taken > 0 || drained.dropped > 0 {
+                self.show(events, drained.dropped);
+            }
+            if drained.taken < BATCH {
+                break;
+            }
+        }
+        self.deploy.journal_faults();
+    }
+
+    fn show(&self, events: &[Event], dropped: u64) {
+        for (name, slot) in self.deploy.telemetry.load().iter() {
+            for alert in slot.on_events(self.clock.micros(), events, &self.names, dropped) {
+                self.deploy.alert(name, &alert);
+            }
+        }
+    }
+}

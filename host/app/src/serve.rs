@@ -1,0 +1,368 @@
+//! `pointsman serve`: wires the crates together, says what is served, and takes it all down again.
+//!
+//! Order matters twice. Up: the data directory's lock first, then ports (a taken port must not cost a model load), then
+//! models and policies side by side, then the driver, then HTTP. Down: HTTP stops admitting and lets requests finish, then
+//! the driver ends what is left, then the observer sees the last events.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
+use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
+use pointsman_sched::request::{CancelCause, Request};
+use pointsman_sched::scheduler::Scheduler;
+use pointsman_server::admin::wire;
+use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, SubmitError};
+use pointsman_server::{ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
+use pointsman_telemetry::{Metrics, Names, Recorder};
+use tokio::net::TcpListener;
+
+use crate::cli::ServeArgs;
+use crate::clock::SystemClock;
+use crate::config::{Config, LogFormat};
+use crate::deploy::{Deploy, HostParts, fault_queue};
+use crate::driver::{DriverContext, DriverHandle, DriverReplica};
+use crate::models::{Loaded, LoadedReplica, Loader};
+use crate::observer::{Observer, Watched};
+use crate::store::Store;
+
+/// Largest compiled component.
+const MAX_COMPILED_BYTES: usize = 256 << 20;
+/// How long an upload waits for the compilation before it.
+const COMPILE_QUEUE: Duration = Duration::from_secs(5);
+
+/// What every part shares.
+#[derive(Clone, Debug)]
+struct Shared {
+    clock: Arc<SystemClock>,
+    metrics: Arc<Metrics>,
+    recorder: Recorder,
+    names: Arc<Names>,
+}
+
+/// The device drivers as the server sees them: one driver today.
+#[derive(Debug)]
+struct Engine {
+    catalog: Arc<Catalog>,
+    cpu: DriverHandle,
+    device: CpuDevice,
+}
+
+/// What does not change about the CPU device.
+#[derive(Clone, Debug)]
+struct CpuDevice {
+    description: String,
+    memory: wire::DeviceMemory,
+}
+
+/// Runs a host until a signal ends it.
+///
+/// # Errors
+/// Anything that keeps it from serving, in words for the operator.
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    let config = configure(args)?;
+    start_logging(&config)?;
+    let workers = std::thread::available_parallelism().map_or(2, usize::from).max(2);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    let store = Arc::new(Store::open(&data_dir(&config)?)?);
+    let listeners = runtime.block_on(listen(&config))?;
+    let clock = Arc::new(SystemClock::start());
+    let shared = Shared {
+        clock,
+        metrics: Arc::new(Metrics::new()),
+        recorder: Recorder::new(config.policy.event_ring as usize),
+        names: Arc::new(Names::default()),
+    };
+    let deploy = deployments(&config, &store, &shared)?;
+    let loaded = load_beside(&config, &shared, &deploy)?;
+    let engine = Arc::new(start_engine(&config, &shared, &deploy, loaded)?);
+    let observer = Observer::start(Watched {
+        deploy: Arc::clone(&deploy),
+        recorder: shared.recorder.clone(),
+        names: Arc::clone(&shared.names),
+        metrics: Arc::clone(&shared.metrics),
+        clock: Arc::clone(&shared.clock),
+    })?;
+    let state = ServerState::new(ServerParts {
+        config: server_config(&config),
+        engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
+        router: Arc::clone(&deploy.router) as _,
+        policies: Arc::clone(&deploy) as _,
+        models: Arc::clone(&engine) as Arc<dyn ModelAdmin>,
+        clock: Arc::clone(&shared.clock) as Arc<dyn Clock>,
+        metrics: Arc::clone(&shared.metrics),
+        recorder: shared.recorder.clone(),
+        names: Arc::clone(&shared.names),
+    })?;
+    banner(&listeners, &engine.catalog, &deploy)?;
+    let served = runtime.block_on(pointsman_server::serve(listeners, state, signal()));
+    // Requests that outlived the grace period hold the engine: their tasks go first.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    engine.cpu.stop();
+    observer.stop();
+    tracing::info!("stopped");
+    served.context("serving ended")
+}
+
+// === configuration ===
+
+/// File, environment and flags, checked.
+#[expect(clippy::disallowed_methods, reason = "the app reads the environment once, here")]
+fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
+    let mut config = Config::read(args.config.as_deref(), std::env::vars())?;
+    if let Some(listen) = args.listen {
+        config.server.listen = listen;
+    }
+    if let Some(admin) = args.admin {
+        config.admin.listen = admin;
+    }
+    if let Some(folder) = &args.data_dir {
+        config.data_dir.clone_from(folder);
+    }
+    config.safe_mode |= args.safe_mode;
+    for model in &args.model {
+        let (name, path) = match model.split_once('=') {
+            Some((name, path)) => (name.to_owned(), PathBuf::from(path)),
+            None => {
+                let path = PathBuf::from(model);
+                let name = path.file_name().and_then(|n| n.to_str()).context("--model needs a NAME=FOLDER")?;
+                (name.to_owned(), path)
+            }
+        };
+        config.models.insert(name, path);
+    }
+    for device in &args.device {
+        match device.as_str() {
+            "auto" | "cpu" => {}
+            other => bail!("--device {other}: this build serves on the CPU only; use `auto` or `cpu`"),
+        }
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the app reads the environment once, here")]
+fn data_dir(config: &Config) -> anyhow::Result<PathBuf> {
+    if !config.data_dir.as_os_str().is_empty() {
+        return Ok(config.data_dir.clone());
+    }
+    let base = std::env::var_os("XDG_DATA_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share")));
+    Ok(base.context("neither XDG_DATA_HOME nor HOME is set; name a folder with --data-dir")?.join("pointsman"))
+}
+
+fn start_logging(config: &Config) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log.level)
+        .with_context(|| format!("log.level = \"{}\" is not a tracing filter, such as \"info\"", config.log.level))?;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A second start in one process (tests) keeps the first subscriber.
+    let _ = match config.log.format {
+        LogFormat::Text => subscriber.try_init(),
+        LogFormat::Json => subscriber.json().try_init(),
+    };
+    Ok(())
+}
+
+fn server_config(config: &Config) -> ServerConfig {
+    let server = &config.server;
+    let key = |(key, tenant): (&String, &String)| ApiKey {
+        key: Secret::new(key.clone()),
+        tenant: tenant.clone(),
+        max_priority: Priority::Critical,
+    };
+    ServerConfig {
+        max_requests: server.max_in_flight,
+        max_queued_tokens: server.max_queued_tokens,
+        max_body_bytes: usize::try_from(server.max_body_bytes).unwrap_or(usize::MAX),
+        max_connections: server.max_connections as usize,
+        grace_ms: server.shutdown_grace_ms,
+        api_keys: server.api_keys.iter().map(key).collect(),
+        admin_token: Some(config.admin.token.clone()).filter(|t| !t.is_empty()).map(Secret::new),
+        admin_remote: !config.admin.listen.ip().is_loopback(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ..ServerConfig::default()
+    }
+}
+
+async fn listen(config: &Config) -> anyhow::Result<Listeners> {
+    let bind = async |what: &str, key: &str, at: SocketAddr| {
+        TcpListener::bind(at)
+            .await
+            .with_context(|| format!("cannot listen on {at} for the {what} plane; choose another with --{key}"))
+    };
+    let data = bind("data", "listen", config.server.listen).await?;
+    let admin = bind("admin", "admin", config.admin.listen).await?;
+    Ok(Listeners { data, admin })
+}
+
+// === parts ===
+
+fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::Result<Arc<Deploy>> {
+    let faults = fault_queue();
+    let told = Arc::clone(&faults);
+    let clock = Arc::clone(&shared.clock);
+    let program = std::env::current_exe().context("cannot find this program to compile policies with")?;
+    let runtime = RuntimeConfig {
+        cache_dir: Some(store.compiled()),
+        compile: Compile::Child {
+            command: CompileCommand { program, args: vec!["__compile".into()] },
+            limits: CompileLimits {
+                time: Duration::from_millis(config.policy.compile_timeout_ms),
+                memory_bytes: config.policy.compile_memory_mib << 20,
+                max_output_bytes: MAX_COMPILED_BYTES,
+                queue: COMPILE_QUEUE,
+            },
+        },
+        router_instances: config.policy.router_instances,
+        on_fault: Some(Arc::new(move |report| {
+            told.force_push(report.clone());
+        })),
+        ..RuntimeConfig::default()
+    };
+    let now = Arc::new(move || clock.micros());
+    let runtime = Runtime::new(runtime, Arc::clone(&shared.metrics), shared.recorder.clone(), now)?;
+    let parts = HostParts {
+        clock: Arc::clone(&shared.clock),
+        metrics: Arc::clone(&shared.metrics),
+        recorder: shared.recorder.clone(),
+        faults,
+    };
+    Ok(Deploy::new(runtime, Arc::clone(store), parts, config.safe_mode))
+}
+
+/// Loads the models while the policies of the stored deployment are brought back.
+fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>) -> anyhow::Result<Loaded> {
+    let created = shared.clock.unix_millis() / 1_000;
+    std::thread::scope(|scope| {
+        let policies = scope.spawn(|| deploy.start(config));
+        let loaded = Loader::start(config, &shared.names, created).and_then(Loader::load_all);
+        if policies.join().is_err() {
+            bail!("bringing the policies back ended in a panic; --safe-mode serves without them");
+        }
+        loaded
+    })
+}
+
+fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loaded) -> anyhow::Result<Engine> {
+    let mut memory = wire::DeviceMemory::default();
+    let mut weights_counted = Vec::new();
+    let mut replicas = Vec::new();
+    for LoadedReplica { replica, variant, engine, sched } in loaded.replicas {
+        let used = engine.memory();
+        if !weights_counted.contains(&variant) {
+            memory.weights += used.weights as u64;
+            weights_counted.push(Arc::clone(&variant));
+        }
+        memory.kv += used.kv as u64;
+        memory.workspace += used.workspace as u64;
+        replicas.push(DriverReplica {
+            id: replica.id,
+            scheduler: Scheduler::new(
+                sched,
+                shared.clock.random(),
+                Arc::clone(&replica.gauges),
+                Arc::clone(&replica.sketch),
+            )?,
+            executor: Box::new(engine),
+            policy: Box::new(deploy.scheduler.attach(&replica.name)),
+            gauges: Arc::clone(&replica.gauges),
+            metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
+            variant: u32::try_from(replica.variant).unwrap_or(0),
+        });
+    }
+    let context = DriverContext {
+        clock: Arc::clone(&shared.clock),
+        recorder: shared.recorder.clone(),
+        metrics: Arc::clone(&shared.metrics),
+    };
+    let in_flight = config.server.max_in_flight as usize;
+    let cpu = DriverHandle::start("cpu", replicas, (in_flight, in_flight), context)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let device = CpuDevice { description: format!("CPU, {cores} cores"), memory };
+    Ok(Engine { catalog: Arc::new(Catalog { variants: loaded.variants }), cpu, device })
+}
+
+impl EnginePort for Engine {
+    fn catalog(&self) -> Arc<Catalog> {
+        Arc::clone(&self.catalog)
+    }
+
+    fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
+        self.cpu.submit(replica, request)
+    }
+
+    fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
+        self.cpu.cancel(replica, id, cause);
+    }
+}
+
+impl ModelAdmin for Engine {
+    fn devices(&self) -> Vec<wire::Device> {
+        let replicas = self.catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
+        let load = |gauge: &std::sync::atomic::AtomicU32| gauge.load(std::sync::atomic::Ordering::Relaxed);
+        let replica =
+            |(variant, replica): (&Arc<pointsman_server::ports::Variant>, &Arc<pointsman_server::ports::Replica>)| {
+                wire::DeviceReplica {
+                    name: replica.name.to_string(),
+                    variant: variant.id.to_string(),
+                    kv_blocks: load(&replica.gauges.total_blocks),
+                    kv_free_blocks: load(&replica.gauges.free_blocks),
+                    block_tokens: variant.block_tokens,
+                    running: load(&replica.gauges.running),
+                    running_limit: load(&replica.gauges.running_limit),
+                    waiting: load(&replica.gauges.waiting),
+                }
+            };
+        vec![wire::Device {
+            index: 0,
+            name: "cpu".into(),
+            description: self.device.description.clone(),
+            state: "up".into(),
+            memory: self.device.memory,
+            replicas: replicas.map(replica).collect(),
+            utilization: None,
+        }]
+    }
+}
+
+// === what a person sees ===
+
+/// Says the URLs, the models, the active policies and a line to try. The labels are read by scripts: keep them.
+#[expect(clippy::print_stdout, reason = "the banner is the program's answer on a terminal")]
+fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::Result<()> {
+    use pointsman_server::ports::PolicyAdmin;
+    let (data, admin) = (listeners.data.local_addr()?, listeners.admin.local_addr()?);
+    let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).collect();
+    println!("Pointsman {} is ready", env!("CARGO_PKG_VERSION"));
+    println!("  api                http://{data}");
+    println!("  admin              http://{admin}");
+    println!("  models             {}", models.join(", "));
+    for slot in deploy.slots() {
+        println!("  {:<18} {};g={}", slot.slot, slot.active.revision, slot.active.generation);
+    }
+    let model = catalog.variants.first().map_or("demo", |v| &*v.alias);
+    println!("Try:");
+    println!("  curl http://{data}/v1/chat/completions -H 'content-type: application/json' \\");
+    println!(
+        "    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is ownership?\"}}]}}'"
+    );
+    Ok(())
+}
+
+/// Completes at the first SIGINT or SIGTERM.
+async fn signal() {
+    let terminate = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut terminate) => terminate.recv().await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate => {}
+    }
+    tracing::info!("stopping: requests in flight may finish");
+}

@@ -1,0 +1,186 @@
+//! The data directory: one process at a time, slot documents, component bytes, the compile cache and the journal file.
+//!
+//! Every document is written aside, synced and renamed, so that a crash leaves the old one or the new one, never half of
+//! one. A database would do the same and bring a C library; these are a handful of small files that people can read.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use pointsman_control::{Entry, SlotDocument, SlotName};
+
+/// The journal file moves aside at this size; one older file is kept.
+const JOURNAL_BYTES: u64 = 16 << 20;
+/// Journal entries that are read back at start come from this many bytes at the end of the file.
+const JOURNAL_TAIL_BYTES: u64 = 1 << 20;
+
+/// A locked data directory.
+#[derive(Debug)]
+pub(crate) struct Store {
+    root: PathBuf,
+    journal: Mutex<File>,
+    /// Held for the life of the process.
+    _lock: File,
+}
+
+impl Store {
+    /// Opens (and creates) the directory and takes its lock.
+    ///
+    /// # Errors
+    /// It cannot be created or written, or another process holds it.
+    pub(crate) fn open(root: &Path) -> anyhow::Result<Self> {
+        let what = || format!("cannot use the data directory {}", root.display());
+        for folder in ["slots", "components", "compiled"] {
+            fs::create_dir_all(root.join(folder)).with_context(what)?;
+        }
+        let lock = File::create(root.join("lock")).with_context(what)?;
+        if lock.try_lock().is_err() {
+            bail!(
+                "another pointsman uses the data directory {}; stop it or choose another with --data-dir",
+                root.display()
+            );
+        }
+        let journal =
+            OpenOptions::new().create(true).append(true).open(root.join("journal.jsonl")).with_context(what)?;
+        Ok(Self { root: root.to_owned(), journal: Mutex::new(journal), _lock: lock })
+    }
+
+    /// Where the policy crate keeps compiled components.
+    pub(crate) fn compiled(&self) -> PathBuf {
+        self.root.join("compiled")
+    }
+
+    /// Stored slot documents; a broken one is reported and left alone.
+    pub(crate) fn slot_documents(&self) -> Vec<SlotDocument> {
+        let Ok(entries) = fs::read_dir(self.root.join("slots")) else { return Vec::new() };
+        let paths = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "json"));
+        let read = |path: PathBuf| {
+            let parsed = fs::read(&path).map_err(anyhow::Error::from).and_then(|b| Ok(SlotDocument::parse(&b)?));
+            parsed.inspect_err(|e| tracing::error!(path = %path.display(), "slot document ignored: {e:#}")).ok()
+        };
+        paths.filter_map(read).collect()
+    }
+
+    /// Stores a slot's document so that it survives a crash.
+    ///
+    /// # Errors
+    /// The disk does not take it; the old document stays.
+    pub(crate) fn write_slot(&self, document: &SlotDocument) -> io::Result<()> {
+        let path = self.root.join("slots").join(format!("{}.json", document.slot));
+        write_aside(&path, document.to_json().as_bytes())
+    }
+
+    /// Keeps the bytes of a component.
+    ///
+    /// # Errors
+    /// The disk does not take them.
+    pub(crate) fn write_component(&self, digest: &str, bytes: &[u8]) -> io::Result<()> {
+        let path = self.component_path(digest);
+        if path.exists() { Ok(()) } else { write_aside(&path, bytes) }
+    }
+
+    /// The bytes of a kept component.
+    ///
+    /// # Errors
+    /// It is not there or cannot be read.
+    pub(crate) fn read_component(&self, digest: &str) -> io::Result<Vec<u8>> {
+        fs::read(self.component_path(digest))
+    }
+
+    /// Forgets the bytes of a component.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
+    pub(crate) fn delete_component(&self, digest: &str) -> io::Result<()> {
+        fs::remove_file(self.component_path(digest))
+    }
+
+    /// Digests of kept components.
+    pub(crate) fn component_digests(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.root.join("components")) else { return Vec::new() };
+        let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
+        names.filter_map(|name| Some(format!("sha256:{}", name.strip_suffix(".wasm")?))).collect()
+    }
+
+    fn component_path(&self, digest: &str) -> PathBuf {
+        // Digests are checked where they enter; this keeps a path separator out whatever happens.
+        let hex: String = digest.trim_start_matches("sha256:").chars().filter(char::is_ascii_hexdigit).collect();
+        self.root.join("components").join(format!("{hex}.wasm"))
+    }
+
+    /// Appends a line to the journal file and syncs it.
+    pub(crate) fn append_journal(&self, line: &str) {
+        let mut file = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.append_to(&mut file, line) {
+            tracing::error!("the journal file does not take a line: {error}");
+        }
+    }
+
+    fn append_to(&self, file: &mut File, line: &str) -> io::Result<()> {
+        if file.metadata()?.len() > JOURNAL_BYTES {
+            let path = self.root.join("journal.jsonl");
+            fs::rename(&path, self.root.join("journal.1.jsonl"))?;
+            *file = OpenOptions::new().create(true).append(true).open(path)?;
+        }
+        file.write_all(format!("{line}\n").as_bytes())?;
+        file.sync_data()
+    }
+
+    /// The last entries of the journal file; lines that a crash cut short are skipped.
+    pub(crate) fn journal_tail(&self) -> Vec<Entry> {
+        let read = || -> io::Result<Vec<Entry>> {
+            let mut file = File::open(self.root.join("journal.jsonl"))?;
+            let length = file.metadata()?.len();
+            file.seek(SeekFrom::Start(length.saturating_sub(JOURNAL_TAIL_BYTES)))?;
+            let lines = BufReader::new(file.take(JOURNAL_TAIL_BYTES)).lines();
+            Ok(lines.map_while(Result::ok).filter_map(|line| Entry::parse(&line).ok()).collect())
+        };
+        read().unwrap_or_default()
+    }
+
+    /// Whether the store has any document of this slot.
+    #[must_use]
+    pub(crate) fn knows(&self, slot: &SlotName) -> bool {
+        self.root.join("slots").join(format!("{slot}.json")).exists()
+    }
+}
+
+fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pointsman_control::{ComponentRef, Deployment, Desired, Happened};
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("an empty folder");
+        assert!(Store::open(folder.path()).is_err(), "the second process is refused");
+        let mut deployment = Deployment::default();
+        let component = ComponentRef::Digest("sha256:ab".into());
+        let desired = Desired { component, config: "{}".into(), state_namespace: None, if_generation: None };
+        let planned = deployment.plan(SlotName::Router, desired).expect("no condition");
+        let document = deployment.published(planned, "r@1+ab".into());
+        store.write_slot(&document).expect("a writable folder");
+        fs::write(folder.path().join("slots/scheduler.json"), "{").expect("a broken document");
+        assert_eq!(store.slot_documents(), [document]);
+        store.write_component("sha256:ab", b"wasm").expect("a writable folder");
+        assert_eq!(store.read_component("sha256:ab").expect("just written"), b"wasm");
+        assert_eq!(store.component_digests(), ["sha256:ab"]);
+        let entry =
+            Entry { sequence: 1, at_unix_ms: 5, actor: "t".into(), what: Happened::Deleted { digest: "d".into() } };
+        store.append_journal(&entry.to_json());
+        store.append_journal("{ cut sho");
+        assert_eq!(store.journal_tail(), [entry]);
+    }
+}

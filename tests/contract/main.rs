@@ -1,0 +1,42 @@
+//! The contract with guests: whatever a guest does wrong, in whatever slot, no request pays for it, and it shows.
+//!
+//! Tables of deeds (`plugins/fixtures/misdeeds`), each with what must come of it. One host per slot, on real sockets; every
+//! row is activated, driven until its deed has happened, looked up in metrics, health and journal, and removed again.
+#![expect(clippy::expect_used, clippy::panic, reason = "a broken host should stop the test where it is")]
+
+mod deeds;
+mod refused;
+
+use pointsman_tests::{Answer, Host, root};
+use serde_json::{Value, json};
+
+/// A host with one router instance, so that calls are counted in one place, and a starvation bound that a test can wait for.
+fn host() -> Host {
+    let settings = [("POLICY__ROUTER_INSTANCES", "1"), ("SCHED__STARVATION_MS", "20"), ("LOG__LEVEL", "off")];
+    Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &settings)
+}
+
+/// A committed fixture.
+fn fixture(name: &str) -> Vec<u8> {
+    let path = root().join(format!("plugins/prebuilt/fixture-{name}.wasm"));
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// One short request; it must be served.
+fn served(host: &Host, why: &str) -> Answer {
+    let answer = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is a", "max_tokens": 2 }));
+    assert_eq!(answer.status, 200, "{why}: {answer:?}");
+    assert!(answer.body["choices"][0]["text"].is_string(), "{why}: {answer:?}");
+    answer
+}
+
+/// The state of a slot.
+fn slot(host: &Host, name: &str) -> Value {
+    host.admin("GET", &format!("/admin/v1/slots/{name}"), &Value::Null).body
+}
+
+/// The journal as text, one JSON object a line.
+fn journal(host: &Host) -> String {
+    let body = host.admin("GET", "/admin/v1/journal", &Value::Null).body;
+    body.as_str().map_or_else(|| body.to_string(), str::to_owned)
+}

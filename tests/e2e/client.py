@@ -1,0 +1,43 @@
+"""Drives a running host with the stock OpenAI client: argv[1] is the base URL of the data plane."""
+
+import sys
+
+import openai
+
+client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", max_retries=0)
+
+models = [model.id for model in client.models.list()]
+assert models[0] == "demo" and {"demo:f16", "demo:q8_0"} <= set(models), models
+assert client.models.retrieve("demo:f16").id == "demo:f16"
+
+messages = [{"role": "user", "content": "What is ownership?"}]
+chat = client.chat.completions.create(model="demo:f16", messages=messages, max_tokens=24, temperature=0)
+assert chat.choices[0].message.role == "assistant" and chat.choices[0].message.content, chat
+assert chat.usage.completion_tokens <= 24 and chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens, chat
+
+options = {"stream": True, "stream_options": {"include_usage": True}}
+chunks = list(client.chat.completions.create(model="demo:f16", messages=messages, max_tokens=24, temperature=0, **options))
+text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+assert text == chat.choices[0].message.content, (text, chat)
+assert chunks[-1].usage.completion_tokens == chat.usage.completion_tokens and not chunks[-1].choices, chunks[-1]
+reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+assert reasons == [chat.choices[0].finish_reason], reasons
+
+completion = client.completions.create(model="demo:q8_0", prompt="The borrow checker", max_tokens=8, temperature=0, logprobs=2)
+assert len(completion.choices[0].logprobs.tokens) == completion.usage.completion_tokens, completion
+
+seeded = [client.completions.create(model="demo:f16", prompt="A trait", max_tokens=12, temperature=1, seed=7).choices[0].text for _ in range(2)]
+assert seeded[0] == seeded[1], seeded
+
+try:
+    client.chat.completions.create(model="gpt-none", messages=messages)
+    raise AssertionError("an unknown model was served")
+except openai.NotFoundError as error:
+    assert "demo" in str(error), error
+try:
+    client.chat.completions.create(model="demo", messages=[])
+    raise AssertionError("no messages were served")
+except openai.BadRequestError as error:
+    assert error.param == "messages", error
+
+print("the stock client is served")
