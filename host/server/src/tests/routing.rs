@@ -66,11 +66,11 @@ async fn choices_become_replicas() {
         (Choice::Pick(2), 0, "m:b@x", 7),
         (Choice::Rank(vec![1, 0]), 0, "m:a@y", 7),
         (Choice::Rank(vec![1, 0]), 1, "m:a@x", 7),
-        (Choice::Pick(2), 1, "m:a@x", 0),
+        (Choice::Pick(2), 1, "m:a@y", 0),
         (Choice::Abstain, 0, "m:a@y", 0),
     ] {
         let rig = Rig::new();
-        // Of equal replicas the seed decides, and the clock's first number is the engine's default seed.
+        // Of equal replicas the seed decides: 1, the second number that the fake clock draws.
         *rig.router.choice.lock().expect("unpoisoned") = choice.clone();
         rig.engine.play(std::iter::repeat_with(refuse).take(refused));
         let answer = rig.send(request("POST", COMPLETIONS, &[("x-request-id", "r")], &body(&json!({})))).await;

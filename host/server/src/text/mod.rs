@@ -349,6 +349,23 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_demo_model_speaks() {
+        let model = TextModel::from_files(&TextFiles {
+            tokenizer: include_bytes!("../../../app/demo/tokenizer.json"),
+            tokenizer_config: Some(include_bytes!("../../../app/demo/tokenizer_config.json")),
+            ..TextFiles::default()
+        })
+        .expect("the embedded files are good");
+        let message = ChatMessage { role: "user".into(), content: " What is a trait? ".into(), name: None };
+        let prompt = model.render(&[message], true, None).expect("the template renders");
+        assert_eq!(prompt, "<|bos|><|user|>What is a trait?<|end|><|assistant|>");
+        let ids = model.encode(&prompt, false).expect("every byte has a token");
+        assert_eq!((ids[0], ids[1], ids.last()), (0, 2, Some(&3)), "special tokens are one token each");
+        assert_eq!(model.decode(&ids, true), "What is a trait?");
+        assert!(model.is_special(5) && !model.is_special(6));
+    }
+
+    #[test]
     fn defaults_come_from_the_model() {
         let with = |generation: &str| {
             let tokenizer = tokenizer_json();
