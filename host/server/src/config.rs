@@ -17,7 +17,7 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Time for a body to arrive.
     pub body_timeout_ms: u64,
-    /// Time for the head of a request to arrive.
+    /// Time for the head of a request to arrive; so also the time that an idle connection is kept.
     pub header_timeout_ms: u64,
     /// Size of the head of a request.
     pub max_header_bytes: usize,
@@ -110,7 +110,7 @@ impl Default for ServerConfig {
             max_queued_tokens: 1 << 20,
             max_body_bytes: 8 << 20,
             body_timeout_ms: 30_000,
-            header_timeout_ms: 10_000,
+            header_timeout_ms: 60_000,
             max_header_bytes: 32 << 10,
             max_connections: 4_096,
             grace_ms: 30_000,

@@ -20,7 +20,8 @@ pub(crate) fn routes() -> Routes {
         ("/v1/chat/completions", &["post"], post(openai::chat)),
         ("/v1/completions", &["post"], post(openai::completions)),
         ("/v1/models", &["get"], get(openai::models)),
-        ("/v1/models/{id}", &["get"], get(openai::model)),
+        // Names may hold slashes, as in `org/model`.
+        ("/v1/models/{*id}", &["get"], get(openai::model)),
         ("/v1/requests/{id}/cancel", &["post"], post(openai::cancel)),
         ("/v1/requests/{id}", &["delete"], delete(openai::cancel)),
         ("/tokenize", &["post"], post(openai::tokenize)),

@@ -86,6 +86,7 @@ pub(crate) struct Generation {
     open: usize,
     updates: VecDeque<Update>,
     deadline: Pin<Box<Sleep>>,
+    failed: bool,
     in_flight: InFlight,
 }
 
@@ -205,12 +206,13 @@ impl Finish {
 impl Generation {
     pub(crate) fn new(parts: GenerationParts, events: Events, choices: Vec<ChoiceParts>, in_flight: InFlight) -> Self {
         let elapsed = parts.clock.now().saturating_sub(parts.arrived);
-        let left = Duration::from_micros((parts.timeout_ms * 1_000).saturating_sub(elapsed));
+        let left = Duration::from_micros((parts.timeout_ms.saturating_mul(1_000)).saturating_sub(elapsed));
         let choice = |parts| Choice { parts, generated: 0, cached: 0, last_token: 0, done: false };
         Self {
             open: choices.len(),
             choices: choices.into_iter().map(choice).collect(),
             updates: VecDeque::new(),
+            failed: false,
             deadline: Box::pin(tokio::time::sleep(left)),
             parts,
             events,
@@ -271,6 +273,7 @@ impl Generation {
             if let Some(reason) = error.reason() {
                 self.parts.host.rejected(reason);
             }
+            self.failed = true;
             self.log_failure(error);
         }
         Poll::Ready(result)
@@ -375,8 +378,8 @@ impl Drop for Generation {
         for choice in self.choices.iter().filter(|c| !c.done) {
             choice.parts.metrics.finished_abort.inc();
         }
-        if self.open > 0 {
-            tracing::debug!(request = &**self.in_flight.id(), open = self.open, "dropped before its end");
+        if self.open > 0 && !self.failed {
+            tracing::info!(request = &**self.in_flight.id(), status = 499, "the client went away");
         }
     }
 }

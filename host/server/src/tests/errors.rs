@@ -141,7 +141,7 @@ async fn bad_requests() {
         (request("POST", CHAT, &[JSON], &big), 413, "body_too_large"),
         (request("GET", CHAT, &[], ""), 405, "method_not_allowed"),
         (request("GET", "/nope", &[], ""), 404, "unknown_url"),
-        (request("GET", "/v1/models/nope", &[], ""), 404, "model_not_found"),
+        (request("GET", "/v1/models/org/nope", &[], ""), 404, "model_not_found"),
         (request("POST", CHAT, &[JSON, ("x-request-id", &too_long)], "{}"), 400, "invalid_value"),
         (request("POST", CHAT, &[JSON, ("x-request-id", "a b")], "{}"), 400, "invalid_value"),
         (request("POST", CHAT, &[JSON, ("x-pointsman-priority", "soon")], "{}"), 400, "invalid_value"),
