@@ -175,6 +175,13 @@ mod tests {
 
     const S: Micros = SECOND;
 
+    /// Three faults in a row, after call number `after`.
+    fn fault_three(circuit: &mut Circuit, after: u64) {
+        for call in 1..=3 {
+            circuit.fault(after + call, 0);
+        }
+    }
+
     #[test]
     fn three_faults_within_fifty_calls_open() {
         for (calls, expect) in [
@@ -206,7 +213,7 @@ mod tests {
     #[test]
     fn waits_double_up_to_a_minute_and_a_pass_closes() {
         let mut circuit = Circuit::new();
-        (1..=3).for_each(|call| drop(circuit.fault(call, 0)));
+        fault_three(&mut circuit, 0);
         let mut now = 0;
         let mut waits = Vec::new();
         for call in 4..12 {
@@ -229,10 +236,10 @@ mod tests {
     fn a_long_good_time_forgives() {
         for (gap, expect) in [(10, 2 * S), (WINDOW + 10, S)] {
             let mut circuit = Circuit::new();
-            (1..=3).for_each(|call| drop(circuit.fault(call, 0)));
+            fault_three(&mut circuit, 0);
             circuit.admit(S);
             circuit.trial_passed(4);
-            (1..=3).for_each(|i| drop(circuit.fault(4 + gap + i, 0)));
+            fault_three(&mut circuit, 4 + gap);
             assert_eq!(circuit.health(), Health::Open { until: expect }, "{gap}");
         }
     }
@@ -249,7 +256,7 @@ mod tests {
     #[test]
     fn a_lost_trial_is_repeated() {
         let mut circuit = Circuit::new();
-        (1..=3).for_each(|call| drop(circuit.fault(call, 0)));
+        fault_three(&mut circuit, 0);
         assert_eq!(circuit.admit(S), Admit::Trial);
         assert_eq!(circuit.admit(S + TRIAL_TIMEOUT - 1), Admit::No);
         assert_eq!(circuit.admit(S + TRIAL_TIMEOUT), Admit::Trial);

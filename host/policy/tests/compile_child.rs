@@ -1,5 +1,6 @@
 //! Compiling in a child process. Has its own main because the child is this very program, started again: the test harness
 //! would write to the standard output on which the machine code travels.
+#![expect(clippy::print_stdout, reason = "it is its own test harness")]
 
 mod support;
 
