@@ -958,7 +958,7 @@ def stage_export(args, name):
     })
     write_json(out / "generation_config.json", {
         "bos_token_id": 0, "eos_token_id": [1, 5], "pad_token_id": 1, "do_sample": True,
-        "temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_new_tokens": 200,
+        "temperature": 0.4, "top_p": 0.9, "top_k": 40, "max_new_tokens": 200,
     })
     size = (out / "model.safetensors").stat().st_size
     (out / "model.safetensors").chmod(0o644)
