@@ -206,10 +206,35 @@ fn no_marker_is_left_behind() {
     assert!(faults.is_empty(), "{faults:#?}");
 }
 
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn the_committed_guests_are_built_from_these_sources() {
+    let manifest: Value = serde_json::from_str(&read("plugins/prebuilt/manifest.json")).expect("JSON");
+    let is_source = |path: &String| {
+        let guest = path.starts_with("plugins/") && !path.starts_with("plugins/prebuilt/");
+        let wit = path.starts_with("wit/") && path.ends_with(".wit");
+        wit || (guest && (path.ends_with("Cargo.lock") || [".rs", ".toml", ".wat"].iter().any(|e| path.ends_with(e))))
+    };
+    let sources: BTreeSet<String> =
+        tracked(&[".rs", ".toml", ".wat", ".wit", "Cargo.lock"]).into_iter().filter(is_source).collect();
+    let bytes = |path: &str| fs::read(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let lines: String = sources.iter().map(|path| format!("{}  {path}\n", sha256(&bytes(path)))).collect();
+    assert_eq!(manifest["source_hash"], sha256(lines.as_bytes()), "guest sources changed: run plugins/build.sh");
+    let files = manifest["files"].as_object().expect("a table of files");
+    for (name, file) in files {
+        let path = format!("plugins/prebuilt/{name}");
+        assert_eq!(file["sha256"], sha256(&bytes(&path)), "{path} is not what the manifest says: run plugins/build.sh");
+    }
+    let committed = tracked(&[".wasm"]).into_iter().filter(|p| p.starts_with("plugins/prebuilt/")).count();
+    assert_eq!(committed, files.len(), "the manifest lists every prebuilt component");
+}
+
 #[test]
 fn the_documented_wit_hash_is_that_of_the_file() {
-    let bytes = fs::read(root().join("wit/policy.wit")).expect("the WIT package exists");
-    let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let hash = sha256(&fs::read(root().join("wit/policy.wit")).expect("the WIT package exists"));
     assert!(
         read("ARCHITECTURE.md").contains(&hash),
         "wit/policy.wit changed: read it again and put {hash} into ARCHITECTURE.md"

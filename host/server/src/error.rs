@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
-use axum::http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use pointsman_sched::request::{CancelCause, Failure, ResourceExhausted};
@@ -34,6 +34,8 @@ pub(crate) enum ApiError {
     Unsupported { param: String, what: String },
     #[error("the body is not valid JSON: {0}")]
     Json(#[source] serde_json::Error),
+    #[error("the body is not UTF-8: byte {at} is wrong; JSON is sent as UTF-8")]
+    Utf8 { at: usize },
     #[error("the body must be sent as `application/json`, found `{found}`")]
     ContentType { found: String },
     #[error(
@@ -160,7 +162,7 @@ impl ApiError {
         match self {
             Self::Invalid { .. } => class(400, INVALID, "invalid_value", false),
             Self::Unsupported { .. } => class(400, INVALID, "unsupported", false),
-            Self::Json(_) => class(400, INVALID, "invalid_json", false),
+            Self::Json(_) | Self::Utf8 { .. } => class(400, INVALID, "invalid_json", false),
             Self::BodyBroken => class(400, INVALID, "incomplete_body", false),
             Self::Context { .. } => class(400, INVALID, "context_length_exceeded", false),
             Self::ContentType { .. } => class(415, INVALID, "unsupported_media_type", false),
@@ -282,6 +284,10 @@ impl IntoResponse for ApiError {
         }
         if let Some(reason) = self.reason() {
             headers.insert(REASON, HeaderValue::from_static(reason));
+        }
+        if class.status == 413 {
+            // What is left of the body stays unread.
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         if class.status == 401 {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

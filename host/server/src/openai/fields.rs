@@ -33,7 +33,8 @@ pub(crate) fn describe(value: &Value) -> String {
 impl Fields {
     /// Reads a body.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let value: Value = serde_json::from_slice(body).map_err(ApiError::Json)?;
+        let text = std::str::from_utf8(body).map_err(|error| ApiError::Utf8 { at: error.valid_up_to() })?;
+        let value: Value = serde_json::from_str(text).map_err(ApiError::Json)?;
         Self::of("", value)
     }
 

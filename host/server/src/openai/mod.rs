@@ -15,6 +15,7 @@ mod tokenize;
 
 use std::sync::Arc;
 
+use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap};
 use axum::response::{IntoResponse, Response};
@@ -72,15 +73,32 @@ pub(crate) async fn read_body(
     limit: usize,
 ) -> Result<Bytes, ApiError> {
     let announced = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|n| n > limit as u64) {
-        return Err(ApiError::TooLarge { limit });
-    }
-    let read = Limited::new(request.into_body(), limit).collect();
-    match tokio::time::timeout(state.config.body_timeout(), read).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge { limit }),
-        Ok(Err(_)) => Err(ApiError::BodyBroken),
-        Err(_) => Err(ApiError::BodyTimeout { limit_ms: state.config.body_timeout_ms }),
+    let mut body = request.into_body();
+    let read = async {
+        let announced_too_large = announced.is_some_and(|n| n > limit as u64);
+        if !announced_too_large {
+            match Limited::new(&mut body, limit).collect().await {
+                Ok(collected) => return Ok(collected.to_bytes()),
+                Err(error) if error.is::<LengthLimitError>() => {}
+                Err(_) => return Err(ApiError::BodyBroken),
+            }
+        }
+        discard(&mut body, limit).await;
+        Err(ApiError::TooLarge { limit })
+    };
+    let timeout = ApiError::BodyTimeout { limit_ms: state.config.body_timeout_ms };
+    tokio::time::timeout(state.config.body_timeout(), read).await.unwrap_or(Err(timeout))
+}
+
+/// Reads as much again as was allowed and throws it away: a client that is still sending when the connection closes sees a
+/// broken pipe instead of the 413.
+async fn discard(body: &mut Body, limit: usize) {
+    let mut left = limit;
+    while let Some(Ok(frame)) = body.frame().await {
+        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+        if left == 0 {
+            break;
+        }
     }
 }
 
