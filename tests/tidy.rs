@@ -53,7 +53,7 @@ const EXTERNAL_WALLS: [(&str, &[&str]); 11] = [
 /// and a counting allocator in a test.
 const UNSAFE: [&str; 5] = [
     "host/engine/src/backend/",
-    "host/engine/src/weights.rs",
+    "host/engine/src/load.rs",
     "host/policy/src/compile.rs",
     "plugins/sdk/src/",
     "host/sched/tests/no_alloc.rs",

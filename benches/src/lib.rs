@@ -3,7 +3,7 @@
 //! Plain programs (`harness = false`) instead of a statistics framework: most of them measure whole operations of
 //! milliseconds against bars that are percentiles, and print them side by side in one run. Calls of a microsecond are timed
 //! one by one; the cost of the clock itself is measured and printed, not subtracted.
-#![expect(clippy::print_stdout, clippy::missing_panics_doc, reason = "a benchmark prints its figures")]
+#![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::process::Command;
 use std::time::{Duration, Instant};

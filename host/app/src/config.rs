@@ -260,7 +260,7 @@ impl Config {
         let s = &self.sched;
         let block = s.block_tokens;
         rule(
-            (16..=256).contains(&block) && block % 16 == 0,
+            (16..=256).contains(&block) && block.is_multiple_of(16),
             "sched.block_tokens",
             &block,
             "16 to 256 tokens, a multiple of 16",
