@@ -1,24 +1,32 @@
 //! Seeded simulation of one replica: the real scheduler, a model executor with a cost model, a virtual clock, and policies
-//! from helpful to hostile. Weeks of traffic pass in seconds, and every history can be had again from its seed.
+//! from helpful to hostile, native ones and WebAssembly guests in the real runtime. Weeks of traffic pass in seconds, and
+//! every history can be had again from its seed.
 //!
 //! Read in this order: [`world`] (what happens when, and `run`), [`checks`] (what must hold after every step),
-//! [`executor`] (how wrong KV becomes a wrong answer), [`policies`] (who proposes). A seed that failed once goes into
-//! `seeds.txt` with a word on why; the sweep runs it for ever.
+//! [`executor`] (how wrong KV becomes a wrong answer), [`policies`] (who proposes), [`guests`] and [`operator`] (the same
+//! through components, swapped at any moment). A seed that failed once goes into `seeds.txt` with a word on why; every
+//! sweep runs it for ever.
 //!
 //! Not a fuzzer of bytes: what breaks schedulers is an order of events, and a world that knows what a request, a fault and
 //! a swap are reaches those orders sooner.
 
 mod checks;
 mod executor;
+mod guests;
+mod operator;
 mod policies;
 mod rng;
 mod world;
 
+use guests::Cast;
+use operator::{Tally, run_guests};
 use policies::Kind;
 use world::{Options, Report, run};
 
 /// Seeds of the sweep, besides those of `seeds.txt`.
 const SWEEP: std::ops::Range<u64> = 0..300;
+/// The same for guests, which cost more.
+const GUEST_SWEEP: std::ops::Range<u64> = 0..150;
 
 fn regressions() -> Vec<u64> {
     let lines = include_str!("seeds.txt").lines().map(|line| line.split('#').next().unwrap_or_default().trim());
@@ -33,6 +41,22 @@ fn sweep(kind: Kind, shape: impl Fn(Options) -> Options) -> Report {
         total.add(&run(seed, kind.policy(seed), &options));
     }
     total
+}
+
+/// The same with guests, in worlds so slow that circuits have time to close again.
+fn sweep_guests(cast: Cast, shape: impl Fn(Options) -> Options) -> (Report, Tally) {
+    let (mut total, mut tally) = (Report::default(), Tally::default());
+    for seed in regressions().into_iter().chain(GUEST_SWEEP) {
+        let (report, of_guests) = run_guests(seed, cast, &shape(slow(seed)));
+        total.add(&report);
+        tally.add(&of_guests);
+    }
+    (total, tally)
+}
+
+fn slow(seed: u64) -> Options {
+    let options = Options::of_seed(seed);
+    Options { n_requests: 250, gap_us: 4 * options.gap_us, ..options }
 }
 
 #[test]
@@ -82,5 +106,40 @@ fn a_seed_gives_the_same_history_twice() {
         let options = Options { swap_ppm: 20_000, ..Options::of_seed(seed) };
         let report = || run(seed, Kind::Adversary.policy(seed), &options);
         assert_eq!(report(), report());
+    }
+}
+
+#[test]
+fn good_guests_serve_everything() {
+    let (total, tally) = sweep_guests(Cast::Good, |options| options);
+    assert!(total.preemptions > 0 && total.cached_tokens > 0 && total.failed > 0 && total.cancelled > 0, "{total:?}");
+    assert_eq!((total.plans_refused, total.dropped, tally.faults), (0, 0, [0; 5]), "{tally:?}");
+    assert!(tally.plans > 1_000 && tally.swaps > 100 && tally.overtaken > 10 && tally.respawns > 0, "{tally:?}");
+}
+
+#[test]
+fn no_guest_breaks_the_books() {
+    let (total, tally) = sweep_guests(Cast::Any, |options| options);
+    assert_eq!(total.dropped, 0, "{total:?}");
+    assert!(total.plans_refused > 0 && total.overdue_served > 0, "{total:?}");
+    let [timeout, trap, memory, bad_answer, link] = tally.faults;
+    assert_eq!((timeout, memory, link), (0, 0, 0), "{tally:?}");
+    assert!(trap > 10 && bad_answer > 10 && tally.fallbacks > 0, "{tally:?}");
+    assert!(tally.opened > 10 && tally.closed > 10 && tally.respawns > 10, "{tally:?}");
+    assert!(tally.swaps > 100 && tally.overtaken > 10 && tally.refused > 10, "{tally:?}");
+}
+
+#[test]
+fn whatever_guests_do_every_request_finishes() {
+    let calm = |options| Options { cancel_ppm: 0, fault_ppm: 0, deadline_ppm: 0, ..options };
+    let (total, tally) = sweep_guests(Cast::Any, calm);
+    assert_eq!(total.finished, total.submitted, "{total:?} {tally:?}");
+}
+
+#[test]
+fn a_seed_gives_the_same_history_twice_with_guests() {
+    for seed in GUEST_SWEEP.take(6) {
+        let history = || run_guests(seed, Cast::Any, &slow(seed));
+        assert_eq!(history(), history(), "seed {seed}");
     }
 }

@@ -1,7 +1,7 @@
 //! Policies of the simulation, and the two wrappers around every one of them: `Slot` swaps what is inside in mid-flight,
 //! `Audited` mirrors what a policy is told and compares the mirror with the world.
 //!
-//! A policy that runs as a WebAssembly component implements the same trait and can be handed to `run` as it is.
+//! A policy that runs as a WebAssembly component implements the same trait; see `operator`.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
