@@ -204,6 +204,12 @@ impl Operated {
         !faults.is_empty()
     }
 
+    /// Calls of the deciding generation, while it is still the published one.
+    fn calls(&self) -> Option<u64> {
+        let status = self.operator.slot.status();
+        (status.generation == self.decides).then_some(status.calls)
+    }
+
     fn note_health(&mut self) {
         let status = self.operator.slot.status();
         let (generation, was) = std::mem::replace(&mut self.health, (status.generation, status.health));
@@ -237,7 +243,9 @@ impl BatchPolicy for Operated {
     }
 
     fn resync(&mut self, view: &View<'_>) {
+        let calls = self.calls();
         self.guest.resync(view);
+        assert_eq!(self.calls(), calls.map(|n| n + 1), "the view reaches the guest");
         self.follows = true;
         self.settle(Call::Resync);
         self.operator.moment(view.now);
@@ -245,15 +253,16 @@ impl BatchPolicy for Operated {
 
     fn step(&mut self, now: Micros, budgets: &Budgets, changes: &Changes, plan: &mut Plan) -> Answer {
         let has_view = self.follows;
-        let overtaken = self.operator.slot.status().generation != self.decides;
+        let calls = self.calls();
         let answer = self.guest.step(now, budgets, changes, plan);
+        assert_eq!(self.calls(), calls.map(|n| n + u64::from(has_view)), "it is asked if it has the view");
         let faulted = self.settle(Call::Step);
         if answer == Answer::Planned {
             assert!(has_view && !faulted, "a plan without a view, or of a call that failed");
         }
         self.operator.count(|tally| {
             tally.plans += u64::from(answer == Answer::Planned);
-            tally.overtaken += u64::from(overtaken);
+            tally.overtaken += u64::from(calls.is_none());
         });
         self.operator.moment(now);
         answer
