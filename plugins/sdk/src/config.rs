@@ -1,10 +1,11 @@
 //! Configuration: the JSON text of `lifecycle.init` into the policy's own type.
 //!
-//! The error goes to an operator's terminal, so it says where in the text it stands and which fields exist; the line is
-//! serde's, and one-line configurations need no more.
+//! The error goes to an operator's terminal, so it says where in the text it stands and which fields exist.
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use crate::json;
 
 /// The configuration of a policy that has none: `{}` only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -14,7 +15,7 @@ pub struct NoConfig {}
 /// Reads `text` as a `C`.
 pub(crate) fn parse<C: DeserializeOwned>(text: &str) -> Result<C, String> {
     let text = if text.trim().is_empty() { "{}" } else { text };
-    serde_json::from_str(text).map_err(|error| format!("bad configuration: {error}"))
+    json::read(text).map_err(|error| format!("bad configuration: {error}"))
 }
 
 #[cfg(test)]
@@ -35,8 +36,13 @@ mod tests {
             (" {} ", Ok(Limits::default())),
             (r#"{"slo_ms": 5, "share": 0.5}"#, Ok(Limits { slo_ms: 5, share: 0.5 })),
             (r#"{"slo": 5}"#, Err("unknown field `slo`, expected `slo_ms` or `share`")),
-            (r#"{"slo_ms": -5}"#, Err("invalid value: integer `-5`, expected u32")),
-            (r#"{"slo_ms": 5"#, Err("EOF while parsing an object")),
+            (r#"{"slo_ms": -5}"#, Err("invalid value: integer `-5`, expected u32 at line 1 column 13")),
+            (r#"{"slo_ms": 1.5}"#, Err("invalid type: number `1.5`, expected u32")),
+            (r#"{"slo_ms": "5"}"#, Err("invalid type: string \"5\", expected u32")),
+            (r#"{"share": true}"#, Err("invalid type: boolean `true`, expected f64")),
+            (r#"{"share": {}}"#, Err("invalid type: map, expected f64")),
+            ("{\n\"slo_ms\": 5", Err("expected `,` or `}` at line 2 column 11")),
+            (r#"{"slo_ms": }"#, Err("expected a value at line 1 column 11")),
             ("[1]x", Err("trailing characters")),
         ] {
             match (parse::<Limits>(text), expect) {

@@ -4,10 +4,12 @@
 /// is to be placed with each `replica.key`, and the largest wins. The finalizer of SplitMix64 (Steele, Lea and Flood, 2014),
 /// twice. Not for secrets: whoever knows both numbers knows the result.
 #[must_use]
+#[inline]
 pub fn mix(label: u64, key: u64) -> u64 {
     finish(finish(label) ^ key)
 }
 
+#[inline]
 fn finish(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

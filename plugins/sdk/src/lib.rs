@@ -44,6 +44,7 @@ mod config;
 mod export;
 mod hash;
 mod host;
+mod json;
 mod queue;
 mod rows;
 

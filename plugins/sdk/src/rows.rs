@@ -79,6 +79,7 @@ pub struct Event {
 impl Replica {
     /// Whether the operator wants traffic here: the weight is not 0.
     #[must_use]
+    #[inline]
     pub fn in_service(&self) -> bool {
         self.weight > 0
     }
@@ -87,12 +88,14 @@ impl Replica {
 impl Sequence {
     /// Prompt tokens still to be computed, if it were admitted now.
     #[must_use]
+    #[inline]
     pub fn prefill_left(&self) -> u32 {
         self.prompt_tokens.saturating_sub(self.computed_tokens.max(self.cached_tokens))
     }
 
     /// Tokens that it may still generate.
     #[must_use]
+    #[inline]
     pub fn decode_left(&self) -> u32 {
         self.max_new_tokens.saturating_sub(self.generated_tokens)
     }
@@ -101,6 +104,7 @@ impl Sequence {
 impl EventKind {
     /// The kind behind a number.
     #[must_use]
+    #[inline]
     pub fn from_number(number: u8) -> Self {
         match number {
             0 => Self::Admitted,
@@ -120,12 +124,14 @@ impl EventKind {
     }
 }
 
+#[inline]
 fn cell<T: Copy + Default>(column: &[T], row: usize) -> T {
     column.get(row).copied().unwrap_or_default()
 }
 
 impl Replicas {
     /// Replicas, in the order in which [`Choice`](crate::Choice) numbers them.
+    #[inline]
     pub fn rows(&self) -> impl ExactSizeIterator<Item = Replica> + '_ {
         (0..self.id.len()).map(|row| Replica {
             row: u32::try_from(row).unwrap_or(u32::MAX),
@@ -146,6 +152,7 @@ impl Replicas {
 
 impl Sequences {
     /// Requests, in the host's order.
+    #[inline]
     pub fn rows(&self) -> impl ExactSizeIterator<Item = Sequence> + '_ {
         (0..self.id.len()).map(|row| Sequence {
             id: cell(&self.id, row),
@@ -165,6 +172,7 @@ impl Sequences {
 
 impl Events {
     /// Events, oldest first.
+    #[inline]
     pub fn rows(&self) -> impl ExactSizeIterator<Item = Event> + '_ {
         (0..self.kind.len()).map(|row| Event {
             at: cell(&self.at, row),
