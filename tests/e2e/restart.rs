@@ -51,3 +51,77 @@ fn safe_mode_serves_natively_and_changes_nothing() {
     let active = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body;
     assert!(active["active"]["revision"].as_str().is_some_and(|r| r.starts_with("route-least-loaded@")), "{active}");
 }
+
+#[test]
+fn safe_mode_lets_nobody_destroy_what_is_stored() {
+    let host = host(&[]);
+    let core =
+        std::fs::read(pointsman_tests::root().join("plugins/prebuilt/route-least-loaded.core.wasm")).expect("a module");
+    let digest = host.upload(&core);
+    assert_eq!(host.activate("router", &digest, json!({})).status, 200);
+    let host = host.restart(&[("SAFE_MODE", "true")]);
+    let deleted = host.admin("DELETE", &format!("/admin/v1/components/{digest}"), &Value::Null);
+    assert_eq!(deleted.status, 409, "{deleted:?}");
+    assert_eq!(host.activate("router", "native", json!({})).status, 409);
+    let host = host.restart(&[]);
+    let active = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body["active"].clone();
+    assert_eq!(active["component"], json!(digest), "{active}");
+}
+
+#[test]
+fn what_cannot_be_stored_is_not_published_and_no_generation_is_given_twice() {
+    let host = host(&[]);
+    let slots = host.folder().join("slots");
+    let aside = host.folder().join("slots-aside");
+    std::fs::rename(&slots, &aside).expect("a folder");
+    let refused = host.activate("router", "native", json!({}));
+    assert_eq!(refused.status, 500, "{refused:?}");
+    let active = || host.admin("GET", "/admin/v1/slots/router", &Value::Null).body["active"].clone();
+    assert_eq!(active()["generation"], 1, "{}", active());
+    let answer = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 1 }));
+    let router = answer.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default();
+    assert!(router.starts_with("route-least-loaded@") && router.ends_with(";g=1"), "{router}");
+    std::fs::rename(&aside, &slots).expect("a folder");
+    assert_eq!(host.activate("router", "native", json!({})).body["generation"], 2);
+}
+
+#[test]
+fn a_stored_policy_that_is_gone_leaves_native_serving_and_says_so() {
+    let host = host(&[]);
+    let core =
+        std::fs::read(pointsman_tests::root().join("plugins/prebuilt/route-least-loaded.core.wasm")).expect("a module");
+    let digest = host.upload(&core);
+    assert_eq!(host.activate("router", &digest, json!({})).status, 200);
+    let file = format!("components/{}.wasm", digest.trim_start_matches("sha256:"));
+    std::fs::remove_file(host.folder().join(file)).expect("a stored component");
+    let host = host.restart(&[]);
+    let answer = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 1 }));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let router = answer.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default();
+    assert_eq!(router, "native;g=2");
+    let state = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body;
+    assert_eq!(state["health"]["state"], "open", "{state}");
+    assert!(state["health"]["reason"].as_str().is_some_and(|r| r.contains(&digest)), "{state}");
+    let again = host.upload(&core);
+    assert_eq!(host.activate("router", &again, json!({})).body["generation"], 3);
+    assert_eq!(host.admin("GET", "/admin/v1/slots/router", &Value::Null).body["health"]["state"], "closed");
+}
+
+#[test]
+fn a_signal_lets_a_running_stream_end() {
+    let host = host(&[]);
+    let body = json!({ "model": "demo:f16", "prompt": "Ownership is", "temperature": 0, "max_tokens": 400, "ignore_eos": true });
+    std::thread::scope(|scope| {
+        let stream = scope.spawn(|| host.stream(&body));
+        let running = || {
+            let text = host.get("/metrics").body;
+            text.as_str()
+                .is_some_and(|t| t.lines().any(|l| l == "vllm:num_requests_running{model_name=\"demo:f16\"} 1"))
+        };
+        assert!((0..10_000).any(|_| running()), "the stream starts");
+        let killed = std::process::Command::new("kill").args(["-TERM", &host.pid().to_string()]).status();
+        assert!(killed.is_ok_and(|status| status.success()));
+        let streamed = stream.join().expect("no panic").expect("a stream that has begun ends");
+        assert_eq!((streamed.tokens.len(), streamed.finish.as_str()), (400, "length"));
+    });
+}

@@ -1,5 +1,7 @@
 //! Policies are swapped while requests flow: no request fails, no token changes, no memory is lost.
 
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use pointsman_tests::{Host, Streamed};
@@ -58,6 +60,7 @@ fn streams_are_the_same_while_router_and_scheduler_are_swapped_a_hundred_times()
         (0..STREAMS).map(|stream| host.stream(&request(stream)).expect("it is served")).collect();
     let swapping = AtomicBool::new(true);
     let rounds = AtomicU64::new(0);
+    let seen = Mutex::new(BTreeSet::new());
     std::thread::scope(|scope| {
         let load = scope.spawn(|| {
             // Until the swaps are done, and once more at least, so that every swap meets requests in flight.
@@ -66,7 +69,8 @@ fn streams_are_the_same_while_router_and_scheduler_are_swapped_a_hundred_times()
                     assert_eq!((&beside.tokens, &beside.text), (&alone.tokens, &alone.text), "stream {stream}");
                     let (revision, generation) = beside.router.split_once(";g=").expect("<revision>;g=<generation>");
                     assert!(revision.starts_with("route-"), "{revision}");
-                    assert!(generation.parse::<u64>().is_ok_and(|g| g >= 1), "{generation}");
+                    let generation = generation.parse::<u64>().expect("a number");
+                    seen.lock().expect("no panic").insert(generation);
                 }
                 rounds.fetch_add(1, Ordering::AcqRel);
             }
@@ -78,8 +82,14 @@ fn streams_are_the_same_while_router_and_scheduler_are_swapped_a_hundred_times()
         swapping.store(false, Ordering::Release);
         load.join().expect("every stream equals its unswapped run");
         assert!(generations.iter().all(|g| *g > SWAPS as u64), "{generations:?}");
+        let seen = seen.lock().expect("no panic").len();
+        assert!(seen > 1, "requests met more than one generation of the router: {seen}");
     });
+    let metrics = host.get("/metrics").body;
+    let text = metrics.as_str().expect("text");
     for slot in ["router", "scheduler"] {
+        let swaps = format!("pointsman_swap_seconds_count{{slot=\"{slot}\"}} {}", SWAPS + 1);
+        assert!(text.lines().any(|l| l == swaps), "every publish is counted once: {swaps}");
         let state = host.admin("GET", &format!("/admin/v1/slots/{slot}"), &Value::Null).body;
         let faults: u64 =
             state["counters"]["faults"].as_object().map_or(0, |f| f.values().filter_map(Value::as_u64).sum());
@@ -129,7 +139,7 @@ fn a_router_is_uploaded_obeyed_and_rolled_back() {
         assert!(header("x-pointsman-router").starts_with(&format!("{revision};g=")), "{answer:?}");
         header("x-pointsman-replica")
     };
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = BTreeSet::new();
     for session in 0..16 {
         let name = format!("session-{session}");
         let replica = send(&name);

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use pointsman_control::SlotName;
 
 /// An LLM inference host whose routing, scheduling and telemetry policies are hot-swappable WebAssembly components.
 #[derive(Debug, Parser)]
@@ -49,7 +50,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "[NAME=]PATH")]
     pub(crate) model: Vec<String>,
     /// Device to serve on; this build serves on the CPU.
-    #[arg(long, value_name = "auto|cpu")]
+    #[arg(long, value_parser = ["auto", "cpu"])]
     pub device: Vec<String>,
     /// Where deployments, components and the journal live [default: $XDG_DATA_HOME/pointsman].
     #[arg(long, value_name = "DIR")]
@@ -81,12 +82,12 @@ pub(crate) enum PolicyCommand {
     )]
     Activate {
         /// router, scheduler or telemetry.NAME.
-        slot: String,
+        slot: SlotName,
         /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`.
         component: String,
         /// JSON handed to the component's `init`.
-        #[arg(long = "set", value_name = "JSON", default_value = "{}")]
-        config: String,
+        #[arg(long = "set", value_name = "JSON", default_value = "{}", value_parser = json)]
+        config: serde_json::Value,
         /// Only if this generation is active.
         #[arg(long, value_name = "GENERATION")]
         if_generation: Option<u64>,
@@ -97,7 +98,7 @@ pub(crate) enum PolicyCommand {
     #[command(after_help = "Example:\n  pointsman policy rollback router")]
     Rollback {
         /// router, scheduler or telemetry.NAME.
-        slot: String,
+        slot: SlotName,
         #[command(flatten)]
         at: AdminArgs,
     },
@@ -121,4 +122,8 @@ pub(crate) struct AdminArgs {
     /// Print the API's JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+fn json(text: &str) -> Result<serde_json::Value, String> {
+    serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"))
 }

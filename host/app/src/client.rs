@@ -33,7 +33,6 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
         }
         PolicyCommand::Activate { slot, component, config, if_generation, at } => {
             let admin = Admin::new(at.clone());
-            let config: Value = serde_json::from_str(&config).context("--set is not JSON")?;
             let mut body = json!({ "component": admin.resolve(&component)?, "config": config });
             if let Some(generation) = if_generation {
                 body["if_generation"] = generation.into();
@@ -44,12 +43,12 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
                 body.to_string().into_bytes(),
                 "application/json",
             )?;
-            print(out, &at, &answer, |a| activated(&slot, a))
+            print(out, &at, &answer, |a| activated(&slot.to_string(), a))
         }
         PolicyCommand::Rollback { slot, at } => {
             let path = format!("/admin/v1/slots/{slot}/rollback");
             let answer = Admin::new(at.clone()).send("POST", &path, Vec::new(), "application/json")?;
-            print(out, &at, &answer, |a| activated(&slot, a))
+            print(out, &at, &answer, |a| activated(&slot.to_string(), a))
         }
         PolicyCommand::Status { at } => {
             let answer = Admin::new(at.clone()).get("/admin/v1/slots")?;
@@ -57,6 +56,9 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
         }
     }
 }
+
+/// Fewest hex digits that stand for a digest: fewer could be a name with a letter missing.
+const MIN_DIGEST: usize = 8;
 
 struct Admin {
     at: AdminArgs,
@@ -113,11 +115,10 @@ impl Admin {
             return Ok(text(&self.upload(Path::new(name))?, "digest"));
         }
         let listed = self.get("/admin/v1/components")?;
+        let hex = name.trim_start_matches("sha256:");
         let matches = |c: &&Value| {
-            let digest = text(c, "digest");
-            c["name"].as_str().is_some_and(|n| n == name || n.split('@').next() == Some(name))
-                || digest.starts_with(name)
-                || digest.starts_with(&format!("sha256:{name}"))
+            let named = c["name"].as_str().is_some_and(|n| n == name || n.split('@').next() == Some(name));
+            named || (hex.len() >= MIN_DIGEST && text(c, "digest").starts_with(&format!("sha256:{hex}")))
         };
         let found: Vec<String> = rows(&listed).iter().filter(matches).map(|c| text(c, "digest")).collect();
         match found.as_slice() {

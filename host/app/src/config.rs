@@ -8,8 +8,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use pointsman_control::SlotName;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
+
+use crate::builtin::BUILTINS;
 
 /// Prefix of environment variables: `POINTSMAN_SCHED__MAX_BATCH_TOKENS` is `sched.max_batch_tokens`.
 pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
@@ -134,7 +137,11 @@ pub(crate) enum ConfigError {
     #[error("bad configuration: {0}")]
     Shape(String),
     #[error("`{key}` = {found}: {rule}")]
-    Value { key: &'static str, found: String, rule: &'static str },
+    Value { key: &'static str, found: String, rule: String },
+    #[error("slots.{slot}.component = \"{component}\" is no built-in, digest, file or `native`{}", hint(nearest))]
+    UnknownComponent { slot: String, component: String, nearest: Option<String> },
+    #[error("{name}: `{section}` is set in the configuration file, not in the environment")]
+    NotInEnvironment { name: String, section: &'static str },
 }
 
 fn hint(nearest: &Option<String>) -> String {
@@ -243,7 +250,7 @@ impl Config {
             check_keys(&table, &known, "", &origin)?;
             merge(&mut merged, table);
         }
-        let table = env_table(env)?;
+        let table = env_table(env, &known)?;
         check_keys(&table, &known, "", "the environment")?;
         merge(&mut merged, table);
         Value::Table(merged).try_into().map_err(|e: toml::de::Error| ConfigError::Shape(e.to_string()))
@@ -254,82 +261,112 @@ impl Config {
     /// # Errors
     /// The first value out of bounds, with its rule.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        let rule = |good: bool, key: &'static str, found: &dyn std::fmt::Display, rule: &'static str| {
-            if good { Ok(()) } else { Err(ConfigError::Value { key, found: found.to_string(), rule }) }
+        let (sched, server, policy) = (&self.sched, &self.server, &self.policy);
+        let batch = u64::from(sched.max_batch_tokens);
+        // Key, value, least, most, unit.
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 16] = [
+            ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
+            ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
+            ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
+            ("sched.max_batch_tokens", batch, 1, 65_536, "tokens"),
+            ("sched.prefill_chunk_tokens", sched.prefill_chunk_tokens.into(), 1, 65_536, "tokens"),
+            ("sched.starvation_ms", sched.starvation_ms, 1, 86_400_000, "milliseconds"),
+            ("engine.threads", self.engine.threads as u64, 0, 256, "threads (0: one per core)"),
+            ("engine.kv_mib", self.engine.kv_mib.into(), 1, 1 << 20, "MiB"),
+            ("server.max_in_flight", server.max_in_flight.into(), 1, 65_536, "requests"),
+            ("server.max_queued_tokens", server.max_queued_tokens.into(), 1, 1 << 30, "tokens"),
+            ("server.max_body_bytes", server.max_body_bytes, 1_024, 1 << 30, "bytes"),
+            ("server.max_connections", server.max_connections.into(), 1, 65_536, "connections"),
+            ("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 3_600_000, "milliseconds"),
+            ("policy.compile_timeout_ms", policy.compile_timeout_ms, 100, 600_000, "milliseconds"),
+            ("policy.compile_memory_mib", policy.compile_memory_mib, 256, 65_536, "MiB"),
+            ("policy.router_instances", policy.router_instances.into(), 1, 100, "instances"),
+        ];
+        for (key, found, least, most, unit) in bounds {
+            if !(least..=most).contains(&found) {
+                return Err(ConfigError::Value {
+                    key,
+                    found: found.to_string(),
+                    rule: format!("{least} to {most} {unit}"),
+                });
+            }
+        }
+        let rule = |good: bool, key: &'static str, found: &dyn std::fmt::Display, rule: &str| {
+            if good { Ok(()) } else { Err(ConfigError::Value { key, found: found.to_string(), rule: rule.to_owned() }) }
         };
-        let s = &self.sched;
-        let block = s.block_tokens;
-        rule(
-            (16..=256).contains(&block) && block.is_multiple_of(16),
-            "sched.block_tokens",
-            &block,
-            "16 to 256 tokens, a multiple of 16",
-        )?;
-        rule((1..=4_096).contains(&s.max_running), "sched.max_running", &s.max_running, "1 to 4096 sequences")?;
-        rule((1..=65_536).contains(&s.max_waiting), "sched.max_waiting", &s.max_waiting, "1 to 65536 requests")?;
-        let batch = s.max_batch_tokens;
-        rule(
-            batch >= s.max_running,
-            "sched.max_batch_tokens",
-            &batch,
-            "at least sched.max_running: each running sequence decodes a token a step",
-        )?;
-        rule(batch <= 65_536, "sched.max_batch_tokens", &batch, "at most 65536 tokens")?;
-        let chunk = s.prefill_chunk_tokens;
-        rule((1..=batch).contains(&chunk), "sched.prefill_chunk_tokens", &chunk, "1 to sched.max_batch_tokens")?;
-        rule(s.starvation_ms >= 1, "sched.starvation_ms", &s.starvation_ms, "at least 1 millisecond")?;
-        rule(self.engine.threads <= 256, "engine.threads", &self.engine.threads, "0 (one per core) to 256")?;
-        rule((1..=1 << 20).contains(&self.engine.kv_mib), "engine.kv_mib", &self.engine.kv_mib, "1 to 1048576 MiB")?;
-        let in_flight = self.server.max_in_flight;
-        rule((1..=65_536).contains(&in_flight), "server.max_in_flight", &in_flight, "1 to 65536 requests")?;
-        let body = self.server.max_body_bytes;
-        rule((1_024..=1 << 30).contains(&body), "server.max_body_bytes", &body, "1024 to 1073741824 bytes")?;
-        rule(
-            (1..=65_536).contains(&self.server.max_connections),
-            "server.max_connections",
-            &self.server.max_connections,
-            "1 to 65536 connections",
-        )?;
-        rule(
-            (1..=256).contains(&self.policy.router_instances),
-            "policy.router_instances",
-            &self.policy.router_instances,
-            "1 to 256 instances",
-        )?;
-        rule(
-            (64..=1 << 22).contains(&self.policy.event_ring),
-            "policy.event_ring",
-            &self.policy.event_ring,
-            "64 to 4194304 events",
-        )?;
-        let off_loopback = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty();
-        rule(!off_loopback, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")
+        let block = sched.block_tokens;
+        rule(block.is_multiple_of(16), "sched.block_tokens", &block, "a multiple of 16")?;
+        let running = "at least sched.max_running: each running sequence decodes a token a step";
+        rule(batch >= sched.max_running.into(), "sched.max_batch_tokens", &batch, running)?;
+        let chunk = u64::from(sched.prefill_chunk_tokens);
+        rule(chunk <= batch, "sched.prefill_chunk_tokens", &chunk, "at most sched.max_batch_tokens")?;
+        let ring = policy.event_ring;
+        rule((64..=1 << 22).contains(&ring), "policy.event_ring", &ring, "64 to 4194304 events")?;
+        let open = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty();
+        rule(!open, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")?;
+        self.slots.iter().try_for_each(|(name, section)| check_slot(name, &section.component))
     }
+}
+
+/// A slot that exists, and a component that could: a built-in, a digest, a file or `native`.
+fn check_slot(name: &str, component: &str) -> Result<(), ConfigError> {
+    name.parse::<SlotName>().map_err(|error| ConfigError::Shape(format!("slots: {error}")))?;
+    let known = || BUILTINS.iter().map(|b| b.name).chain(["native"]);
+    if component.starts_with("sha256:") || known().any(|n| n == component) || Path::new(component).is_file() {
+        return Ok(());
+    }
+    let nearest = nearest(component, known()).map(str::to_owned);
+    Err(ConfigError::UnknownComponent { slot: name.to_owned(), component: component.to_owned(), nearest })
+}
+
+/// The candidate that a person may have meant.
+fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let scored = candidates.map(|candidate| (strsim::jaro_winkler(candidate, word), candidate));
+    let best = scored.max_by(|(a, _), (b, _)| a.total_cmp(b))?;
+    (best.0 > 0.7).then_some(best.1)
 }
 
 /// Variables with our prefix that are not configuration of the host: those of `pointsman policy` and of the tests.
 const NOT_CONFIG: [&str; 3] = ["ADMIN_URL", "ADMIN_TOKEN", "REQUIRE"];
 
-/// Turns `POINTSMAN_A__B=value` into a table; a value is an integer, float, boolean or TOML literal, else a string.
-fn env_table(env: impl Iterator<Item = (String, String)>) -> Result<Table, ConfigError> {
+/// Turns `POINTSMAN_A__B=value` into a table. Where the default is a text, the value is one, whatever it looks like; else it
+/// is read as TOML.
+fn env_table(env: impl Iterator<Item = (String, String)>, known: &Table) -> Result<Table, ConfigError> {
     let mut table = Table::new();
     for (name, text) in env {
         let Some(path) = name.strip_prefix(ENV_PREFIX).filter(|path| !NOT_CONFIG.contains(path)) else { continue };
         let path: Vec<String> = path.to_ascii_lowercase().split("__").map(str::to_owned).collect();
-        let literal = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
-        let value = literal.unwrap_or(Value::String(text));
-        let (last, parents) = path.split_last().map_or((String::new(), &[][..]), |(l, p)| (l.clone(), p));
-        let mut at = &mut table;
-        for parent in parents {
-            let entry = at.entry(parent.clone()).or_insert_with(|| Value::Table(Table::new()));
-            let Value::Table(inner) = entry else {
-                return Err(ConfigError::Shape(format!("{name}: `{parent}` is a value, not a section")));
-            };
-            at = inner;
+        let dotted = path.join(".");
+        if let Some(section) = FREE_FORM.into_iter().find(|s| dotted == *s || dotted.starts_with(&format!("{s}."))) {
+            return Err(ConfigError::NotInEnvironment { name, section });
         }
-        at.insert(last, value);
+        let default = path.iter().try_fold(None, |at: Option<&Value>, key| {
+            Some(Some(at.map_or_else(|| known.get(key), |value| value.get(key))?))
+        });
+        let value = match default.flatten() {
+            Some(Value::String(_)) => Value::String(text.trim_matches('"').to_owned()),
+            _ => {
+                let literal = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
+                literal.unwrap_or(Value::String(text))
+            }
+        };
+        insert_at(&mut table, &path, value)
+            .map_err(|at| ConfigError::Shape(format!("{name}: `{at}` is a value, not a section")))?;
     }
     Ok(table)
+}
+
+/// Puts a value at a path; the error is the part of the path that is a value already.
+fn insert_at(table: &mut Table, path: &[String], value: Value) -> Result<(), String> {
+    let Some((last, parents)) = path.split_last() else { return Ok(()) };
+    let mut at = table;
+    for parent in parents {
+        let entry = at.entry(parent.clone()).or_insert_with(|| Value::Table(Table::new()));
+        let Value::Table(inner) = entry else { return Err(parent.clone()) };
+        at = inner;
+    }
+    at.insert(last.clone(), value);
+    Ok(())
 }
 
 /// Refuses keys that the default tree lacks, naming the nearest one that it has.
@@ -337,9 +374,8 @@ fn check_keys(table: &Table, known: &Table, prefix: &str, origin: &str) -> Resul
     for (key, value) in table {
         let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         let Some(expected) = known.get(key) else {
-            let similarity = |candidate: &&String| (strsim::jaro_winkler(candidate, key) * 1e6) as u64;
-            let nearest = known.keys().max_by_key(similarity).filter(|k| strsim::jaro_winkler(k, key) > 0.7);
-            let nearest = nearest.map(|k| if prefix.is_empty() { k.clone() } else { format!("{prefix}.{k}") });
+            let nearest = nearest(key, known.keys().map(String::as_str));
+            let nearest = nearest.map(|k| if prefix.is_empty() { k.to_owned() } else { format!("{prefix}.{k}") });
             return Err(ConfigError::UnknownKey { key: path, origin: origin.to_owned(), nearest });
         };
         if let (Value::Table(inner), Value::Table(expected)) = (value, expected)
@@ -380,9 +416,15 @@ mod tests {
 
     #[test]
     fn the_environment_overrides_by_path() {
-        let pairs = [("POINTSMAN_SCHED__MAX_BATCH_TOKENS", "1024"), ("POINTSMAN_LOG__LEVEL", "debug"), ("HOME", "/")];
+        let pairs = [
+            ("POINTSMAN_SCHED__MAX_BATCH_TOKENS", "1024"),
+            ("POINTSMAN_LOG__LEVEL", "debug"),
+            ("POINTSMAN_ADMIN__TOKEN", "12345"),
+            ("HOME", "/"),
+        ];
         let config = Config::read(None, env(&pairs)).expect("good keys");
         assert_eq!((config.sched.max_batch_tokens, config.log.level.as_str()), (1_024, "debug"));
+        assert_eq!(config.admin.token, "12345", "a text may look like a number");
     }
 
     #[test]
@@ -393,6 +435,7 @@ mod tests {
             (&[("POINTSMAN_SCHED__MAX_RUNNING", "many")], "invalid type"),
             (&[("POINTSMAN_SCHED", "1"), ("POINTSMAN_SCHED__MAX_RUNNING", "1")], "not a section"),
             (&[("POINTSMAN_LOG__FORMAT", "xml")], "unknown variant `xml`"),
+            (&[("POINTSMAN_SERVER__API_KEYS__Key", "acme")], "set in the configuration file"),
         ] {
             let error = Config::read(None, env(pairs)).expect_err(expect).to_string();
             assert!(error.contains(expect), "{pairs:?}: {error}");

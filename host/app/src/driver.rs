@@ -72,6 +72,8 @@ struct Driver {
     stop: Arc<AtomicBool>,
     context: DriverContext,
     output: StepOutput,
+    /// Cancels taken from their mailbox and not yet carried out; as bounded as the mailbox.
+    to_cancel: Vec<(ReplicaId, RequestId, CancelCause)>,
 }
 
 impl std::fmt::Debug for DriverReplica {
@@ -98,7 +100,8 @@ impl DriverHandle {
         let (cancel, cancels) = sync_channel(2 * max_in_flight.max(1));
         let stop = Arc::new(AtomicBool::new(false));
         let output = StepOutput::default();
-        let mut driver = Driver { replicas, submits, cancels, stop: Arc::clone(&stop), context, output };
+        let mut driver =
+            Driver { replicas, submits, cancels, stop: Arc::clone(&stop), context, output, to_cancel: Vec::new() };
         let join = std::thread::Builder::new().name(format!("driver-{device}")).spawn(move || driver.run())?;
         Ok(Self { submit, cancel, stop, thread: join.thread().clone(), join: Mutex::new(Some(join)) })
     }
@@ -118,9 +121,15 @@ impl DriverHandle {
 
     /// Asks for the end of a request. Never blocks.
     pub(crate) fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
-        // The bound holds two cancels for every request in flight; beyond it the closed sink ends the request anyway.
+        // The bound holds two cancels for every request in flight, which is more than anybody sends.
         let _ = self.cancel.try_send((replica, id, cause));
         self.thread.unpark();
+    }
+
+    /// Whether the thread still runs; a panic ends it.
+    pub(crate) fn is_alive(&self) -> bool {
+        let join = self.join.lock().unwrap_or_else(PoisonError::into_inner);
+        join.as_ref().is_some_and(|join| !join.is_finished())
     }
 
     /// Ends what still runs and waits for the thread.
@@ -159,26 +168,36 @@ impl Driver {
         }
     }
 
+    /// Takes requests, then cancels. The cancels are received first: whoever cancels has submitted before, so every request
+    /// that such a cancel names is in the other mailbox by now.
     fn take_mail(&mut self) {
+        self.to_cancel.extend(self.cancels.try_iter());
         while let Ok((id, request)) = self.submits.try_recv() {
-            let now = self.context.clock.micros();
-            let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) else {
-                tracing::error!(replica = id.0, "a request for a replica that this driver does not own was dropped");
-                continue;
-            };
-            let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
-            if let Err((mut request, failure)) = replica.scheduler.submit(request, now) {
-                request.sink.push(SinkEvent::Failed(failure));
-            }
-            replica.gauges.release(tokens);
+            self.take_request(id, request);
         }
-        while let Ok((id, request, cause)) = self.cancels.try_recv() {
+        for (id, request, cause) in self.to_cancel.drain(..) {
             let now = self.context.clock.micros();
             if let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) {
                 let mut observe = observer(&self.context.recorder, replica.id, replica.variant);
                 replica.scheduler.cancel(request, cause, now, &mut observe);
             }
         }
+    }
+
+    fn take_request(&mut self, id: ReplicaId, request: Request) {
+        let now = self.context.clock.micros();
+        let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) else {
+            tracing::error!(replica = id.0, "a request for a replica that this driver does not own was dropped");
+            return;
+        };
+        let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+        match replica.scheduler.submit(request, now) {
+            Ok(()) => replica.metrics.prompt_tokens.inc_by(tokens.into()),
+            Err((mut request, failure)) => {
+                request.sink.push(SinkEvent::Failed(failure));
+            }
+        }
+        replica.gauges.release(tokens);
     }
 
     /// One step of one replica; false when it had nothing to do.
@@ -237,7 +256,6 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     m.kv_usage.set(1.0 - f64::from(free) / f64::from(total));
     m.prefix_queries.inc_by(counted.prefix_query_tokens);
     m.prefix_hits.inc_by(counted.prefix_hit_tokens);
-    m.prompt_tokens.inc_by(counted.prefill_tokens);
     m.generation_tokens.inc_by(counted.generated_tokens);
     m.preemptions.inc_by(counted.preemptions);
     m.tokens_prefill.inc_by(counted.prefill_tokens);

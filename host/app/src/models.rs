@@ -145,6 +145,9 @@ impl<'a> Loader<'a> {
     }
 
     fn load(&mut self, files: ModelFiles<'_>) -> anyhow::Result<()> {
+        if self.loaded.variants.iter().any(|v| &*v.alias == files.name) {
+            bail!("there is a model of this name already; choose another, or leave the demo out (engine.demo = false)");
+        }
         let spec = ModelSpec::from_config(files.config)?;
         let eos = eos_token_ids(files.config);
         let text = Arc::new(TextModel::from_files(&TextFiles { eos_token_ids: &eos, ..files.text })?);

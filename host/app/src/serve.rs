@@ -4,6 +4,7 @@
 //! models and policies side by side, then the driver, then HTTP. Down: HTTP stops admitting and lets requests finish, then
 //! the driver ends what is left, then the observer sees the last events.
 
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,8 +15,8 @@ use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeC
 use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::scheduler::Scheduler;
-use pointsman_server::admin::wire;
-use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, SubmitError};
+use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
+use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
 use pointsman_server::{ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
@@ -98,13 +99,13 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         names: Arc::clone(&shared.names),
     })?;
     banner(&listeners, &engine.catalog, &deploy)?;
-    let served = runtime.block_on(pointsman_server::serve(listeners, state, signal()));
+    let served = runtime.block_on(serve_until_signalled(listeners, state));
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
     engine.cpu.stop();
     observer.stop();
     tracing::info!("stopped");
-    served.context("serving ended")
+    served
 }
 
 // === configuration ===
@@ -132,12 +133,8 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
                 (name.to_owned(), path)
             }
         };
-        config.models.insert(name, path);
-    }
-    for device in &args.device {
-        match device.as_str() {
-            "auto" | "cpu" => {}
-            other => bail!("--device {other}: this build serves on the CPU only; use `auto` or `cpu`"),
+        if let Some(other) = config.models.insert(name.clone(), path) {
+            bail!("--model {name} is given twice (the other is {})", other.display());
         }
     }
     config.validate()?;
@@ -157,7 +154,10 @@ fn data_dir(config: &Config) -> anyhow::Result<PathBuf> {
 fn start_logging(config: &Config) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.log.level)
         .with_context(|| format!("log.level = \"{}\" is not a tracing filter, such as \"info\"", config.log.level))?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first subscriber.
     let _ = match config.log.format {
         LogFormat::Text => subscriber.try_init(),
@@ -224,12 +224,7 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::
     };
     let now = Arc::new(move || clock.micros());
     let runtime = Runtime::new(runtime, Arc::clone(&shared.metrics), shared.recorder.clone(), now)?;
-    let parts = HostParts {
-        clock: Arc::clone(&shared.clock),
-        metrics: Arc::clone(&shared.metrics),
-        recorder: shared.recorder.clone(),
-        faults,
-    };
+    let parts = HostParts { clock: Arc::clone(&shared.clock), metrics: Arc::clone(&shared.metrics), faults };
     Ok(Deploy::new(runtime, Arc::clone(store), parts, config.safe_mode))
 }
 
@@ -290,6 +285,10 @@ impl EnginePort for Engine {
         Arc::clone(&self.catalog)
     }
 
+    fn is_alive(&self) -> bool {
+        self.cpu.is_alive()
+    }
+
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
         self.cpu.submit(replica, request)
     }
@@ -320,7 +319,7 @@ impl ModelAdmin for Engine {
             index: 0,
             name: "cpu".into(),
             description: self.device.description.clone(),
-            state: "up".into(),
+            state: if self.cpu.is_alive() { "up" } else { "down" }.into(),
             memory: self.device.memory,
             replicas: replicas.map(replica).collect(),
             utilization: None,
@@ -331,38 +330,66 @@ impl ModelAdmin for Engine {
 // === what a person sees ===
 
 /// Says the URLs, the models, the active policies and a line to try. The labels are read by scripts: keep them.
-#[expect(clippy::print_stdout, reason = "the banner is the program's answer on a terminal")]
 fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::Result<()> {
-    use pointsman_server::ports::PolicyAdmin;
     let (data, admin) = (listeners.data.local_addr()?, listeners.admin.local_addr()?);
     let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).collect();
-    println!("Pointsman {} is ready", env!("CARGO_PKG_VERSION"));
-    println!("  api                http://{data}");
-    println!("  admin              http://{admin}");
-    println!("  models             {}", models.join(", "));
+    let mut lines = vec![
+        format!("Pointsman {} is ready", env!("CARGO_PKG_VERSION")),
+        format!("  {:<18} http://{data}", "api"),
+        format!("  {:<18} http://{admin}", "admin"),
+        format!("  {:<18} {}", "models", models.join(", ")),
+    ];
     for slot in deploy.slots() {
-        println!("  {:<18} {};g={}", slot.slot, slot.active.revision, slot.active.generation);
+        let SlotRevision { revision, generation, .. } = &slot.active;
+        let failed = slot.health.reason.filter(|_| slot.health.state != HealthState::Closed);
+        let failed = failed.map_or(String::new(), |reason| format!("  (native serves: {reason})"));
+        lines.push(format!("  {:<18} {revision};g={generation}{failed}", slot.slot));
     }
     let model = catalog.variants.first().map_or("demo", |v| &*v.alias);
-    println!("Try:");
-    println!("  curl http://{data}/v1/chat/completions -H 'content-type: application/json' \\");
-    println!(
-        "    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is ownership?\"}}]}}'"
+    lines.push("Try:".into());
+    lines.push(format!("  curl http://{data}/v1/chat/completions -H 'content-type: application/json' \\"));
+    let body = format!(
+        "{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is ownership?\"}}]}}"
     );
+    lines.push(format!("    -d '{body}'\n"));
+    // A reader that went away (`| head`) is no reason not to serve.
+    let _ = std::io::stdout().lock().write_all(lines.join("\n").as_bytes());
     Ok(())
 }
 
-/// Completes at the first SIGINT or SIGTERM.
-async fn signal() {
-    let terminate = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut terminate) => terminate.recv().await,
-            Err(_) => std::future::pending().await,
-        }
+/// Serves until a signal, then lets requests finish; a second signal ends them.
+async fn serve_until_signalled(listeners: Listeners, state: Arc<ServerState>) -> anyhow::Result<()> {
+    let first = tokio::sync::Notify::new();
+    let mut signals = Signals::listen()?;
+    let signalled = async {
+        signals.next().await;
+        tracing::info!("stopping: requests in flight may finish; a second signal ends them");
+        first.notify_one();
+        signals.next().await;
     };
     tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate => {}
+        served = pointsman_server::serve(listeners, state, first.notified()) => served.context("serving ended"),
+        () = signalled => bail!("ended by a second signal; requests in flight were cut off"),
     }
-    tracing::info!("stopping: requests in flight may finish");
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }

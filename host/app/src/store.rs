@@ -4,7 +4,7 @@
 //! one. A database would do the same and bring a C library; these are a handful of small files that people can read.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -42,8 +42,10 @@ impl Store {
                 root.display()
             );
         }
-        let journal =
-            OpenOptions::new().create(true).append(true).open(root.join("journal.jsonl")).with_context(what)?;
+        ["slots", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
+        let path = root.join("journal.jsonl");
+        let mut journal = OpenOptions::new().create(true).append(true).open(&path).with_context(what)?;
+        end_last_line(&path, &mut journal).with_context(what)?;
         Ok(Self { root: root.to_owned(), journal: Mutex::new(journal), _lock: lock })
     }
 
@@ -52,15 +54,17 @@ impl Store {
         self.root.join("compiled")
     }
 
-    /// Stored slot documents; a broken one is reported and left alone.
-    pub(crate) fn slot_documents(&self) -> Vec<SlotDocument> {
+    /// Every slot that has a document: the document, or what is wrong with its file.
+    pub(crate) fn slot_documents(&self) -> Vec<(SlotName, Result<SlotDocument, String>)> {
         let Ok(entries) = fs::read_dir(self.root.join("slots")) else { return Vec::new() };
-        let paths = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "json"));
         let read = |path: PathBuf| {
+            let slot: SlotName = path.file_name()?.to_str()?.strip_suffix(".json")?.parse().ok()?;
             let parsed = fs::read(&path).map_err(anyhow::Error::from).and_then(|b| Ok(SlotDocument::parse(&b)?));
-            parsed.inspect_err(|e| tracing::error!(path = %path.display(), "slot document ignored: {e:#}")).ok()
+            Some((slot, parsed.map_err(|error| format!("{}: {error:#}", path.display()))))
         };
-        paths.filter_map(read).collect()
+        let mut documents: Vec<_> = entries.flatten().filter_map(|entry| read(entry.path())).collect();
+        documents.sort_by(|(a, _), (b, _)| a.cmp(b));
+        documents
     }
 
     /// Stores a slot's document so that it survives a crash.
@@ -89,12 +93,15 @@ impl Store {
         fs::read(self.component_path(digest))
     }
 
-    /// Forgets the bytes of a component.
+    /// Forgets the bytes of a component; none to forget is fine.
     ///
     /// # Errors
     /// The file cannot be removed.
     pub(crate) fn delete_component(&self, digest: &str) -> io::Result<()> {
-        fs::remove_file(self.component_path(digest))
+        match fs::remove_file(self.component_path(digest)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Digests of kept components.
@@ -128,22 +135,48 @@ impl Store {
         file.sync_data()
     }
 
-    /// The last entries of the journal file; lines that a crash cut short are skipped.
+    /// The last entries of the journal; lines that a crash cut short are skipped.
     pub(crate) fn journal_tail(&self) -> Vec<Entry> {
-        let read = || -> io::Result<Vec<Entry>> {
-            let mut file = File::open(self.root.join("journal.jsonl"))?;
-            let length = file.metadata()?.len();
-            file.seek(SeekFrom::Start(length.saturating_sub(JOURNAL_TAIL_BYTES)))?;
-            let lines = BufReader::new(file.take(JOURNAL_TAIL_BYTES)).lines();
-            Ok(lines.map_while(Result::ok).filter_map(|line| Entry::parse(&line).ok()).collect())
-        };
-        read().unwrap_or_default()
+        let tail = |file: &str| tail_of(&self.root.join(file)).unwrap_or_default();
+        let entries = tail("journal.jsonl");
+        // Right after it moved aside the file is empty, and the numbers go on from the older one.
+        if entries.is_empty() { tail("journal.1.jsonl") } else { entries }
     }
 
     /// Whether the store has any document of this slot.
     #[must_use]
     pub(crate) fn knows(&self, slot: &SlotName) -> bool {
         self.root.join("slots").join(format!("{slot}.json")).exists()
+    }
+}
+
+fn tail_of(path: &Path) -> io::Result<Vec<Entry>> {
+    let mut file = File::open(path)?;
+    let skipped = file.metadata()?.len().saturating_sub(JOURNAL_TAIL_BYTES);
+    file.seek(SeekFrom::Start(skipped))?;
+    let mut bytes = Vec::new();
+    file.take(JOURNAL_TAIL_BYTES).read_to_end(&mut bytes)?;
+    let lines = bytes.split(|byte| *byte == b'\n').skip(usize::from(skipped > 0));
+    Ok(lines.filter_map(|line| Entry::parse(std::str::from_utf8(line).ok()?).ok()).collect())
+}
+
+/// Ends a last line that a crash cut short, so that the next entry stands on its own.
+fn end_last_line(path: &Path, journal: &mut File) -> io::Result<()> {
+    let mut last = [b'\n'];
+    let mut file = File::open(path)?;
+    if file.metadata()?.len() > 0 {
+        file.seek(SeekFrom::End(-1))?;
+        file.read_exact(&mut last)?;
+    }
+    if last == *b"\n" { Ok(()) } else { journal.write_all(b"\n") }
+}
+
+/// Removes what a crash left of [`write_aside`].
+fn sweep(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(".tmp")) {
+        // What stays is swept at the next start.
+        let _ = fs::remove_file(entry.path());
     }
 }
 
@@ -173,14 +206,34 @@ mod tests {
         let document = deployment.published(planned, "r@1+ab".into());
         store.write_slot(&document).expect("a writable folder");
         fs::write(folder.path().join("slots/scheduler.json"), "{").expect("a broken document");
-        assert_eq!(store.slot_documents(), [document]);
+        let documents = store.slot_documents();
+        assert_eq!(documents[0].1.as_ref().ok(), Some(&document));
+        assert_eq!(documents[1].0, SlotName::Scheduler);
+        assert!(documents[1].1.as_ref().is_err_and(|e| e.contains("scheduler.json")), "{documents:?}");
         store.write_component("sha256:ab", b"wasm").expect("a writable folder");
         assert_eq!(store.read_component("sha256:ab").expect("just written"), b"wasm");
         assert_eq!(store.component_digests(), ["sha256:ab"]);
-        let entry =
-            Entry { sequence: 1, at_unix_ms: 5, actor: "t".into(), what: Happened::Deleted { digest: "d".into() } };
-        store.append_journal(&entry.to_json());
-        store.append_journal("{ cut sho");
-        assert_eq!(store.journal_tail(), [entry]);
+        assert!(store.delete_component("sha256:ab").and_then(|()| store.delete_component("sha256:ab")).is_ok());
+    }
+
+    #[test]
+    fn the_journal_survives_a_torn_line_and_a_cut_in_the_middle_of_a_letter() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("journal.jsonl");
+        let line = |sequence: u64, digest: &str| {
+            let what = Happened::Deleted { digest: digest.to_owned() };
+            Entry { sequence, at_unix_ms: 5, actor: "t".into(), what }.to_json()
+        };
+        // So many two-byte letters, one byte off, that the tail begins inside one of them.
+        let long = "\u{e9}".repeat(400_000);
+        fs::write(&path, format!("{}\n{}\n{}\n{{\"sequence\":9", line(1, &long), line(2, &long), line(3, "c")))
+            .expect("written");
+        let store = Store::open(folder.path()).expect("a folder with a journal");
+        store.append_journal(&line(4, "d"));
+        let numbers: Vec<u64> = store.journal_tail().iter().map(|e| e.sequence).collect();
+        assert_eq!(numbers, [2, 3, 4]);
+        fs::rename(&path, folder.path().join("journal.1.jsonl")).expect("moved aside");
+        fs::write(&path, "").expect("an empty file");
+        assert_eq!(store.journal_tail().last().map(|e| e.sequence), Some(4));
     }
 }

@@ -69,7 +69,7 @@ fn a_child_that_does_not_answer_is_killed() {
 }
 
 fn a_child_without_memory_dies_alone() {
-    let limits = CompileLimits { memory_bytes: 24 << 20, ..CompileLimits::default() };
+    let limits = CompileLimits { memory_bytes: 4 << 20, ..CompileLimits::default() };
     let bench = Bench::with(|config| child(config, "__compile", limits));
     let error = compile_error(&bench.runtime);
     assert!(matches!(error, CompileError::Killed { .. } | CompileError::Refused { .. }), "{error}");

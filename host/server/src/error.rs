@@ -77,6 +77,8 @@ pub(crate) enum ApiError {
     Deadline { limit_ms: u64 },
     #[error("models are being loaded")]
     Loading,
+    #[error("a device has stopped working; restart the host")]
+    DriverGone,
     #[error("the host is draining and takes no new requests")]
     Draining,
     #[error("no replica of `{model}` is running")]
@@ -185,6 +187,7 @@ impl ApiError {
             Self::SlowClient => class(CLIENT_CLOSED, "cancelled_error", "client_too_slow", false),
             Self::Deadline { .. } => class(504, "timeout_error", "deadline_exceeded", true),
             Self::Loading => class(503, "server_error", "loading", true),
+            Self::DriverGone => class(503, "server_error", "no_replica", true),
             Self::Draining => class(503, "server_error", "draining", true),
             Self::NoReplica { .. } => class(503, "server_error", "no_replica", true),
             Self::Admin(error) => admin_class(error.kind),

@@ -128,6 +128,10 @@ impl EnginePort for FakeEngine {
         Arc::clone(&self.catalog.lock().expect("unpoisoned"))
     }
 
+    fn is_alive(&self) -> bool {
+        true
+    }
+
     fn submit(&self, replica: ReplicaId, mut request: Request) -> Result<(), (Box<Request>, SubmitError)> {
         let play = self.plays.lock().expect("unpoisoned").pop_front().unwrap_or_else(|| Play::Now(says(&["hello"])));
         let taken = Taken {

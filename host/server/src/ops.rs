@@ -29,13 +29,16 @@ pub(crate) async fn health() -> Response {
     json(&Status { status: "ok" })
 }
 
-/// May get traffic: something is loaded and nothing drains.
+/// May get traffic: something is loaded, its drivers run, and nothing drains.
 pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
     if state.admission.is_draining() {
         return Err(ApiError::Draining);
     }
     if state.engine.catalog().variants.is_empty() {
         return Err(ApiError::Loading);
+    }
+    if !state.engine.is_alive() {
+        return Err(ApiError::DriverGone);
     }
     Ok(json(&Status { status: "ready" }))
 }

@@ -72,6 +72,9 @@ pub trait EnginePort: Send + Sync + Debug {
     /// What is being served now.
     fn catalog(&self) -> Arc<Catalog>;
 
+    /// Whether every driver runs; `/ready` says 503 otherwise.
+    fn is_alive(&self) -> bool;
+
     /// Puts a request into the mailbox of a replica's driver. Never blocks. The caller has reserved on the replica's
     /// gauges; the driver releases when it takes the request, the caller when this fails.
     ///

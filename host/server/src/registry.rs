@@ -3,7 +3,7 @@
 //! One map behind one lock: two short critical sections per HTTP request, none per token.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pointsman_sched::ids::{ReplicaId, RequestId};
 use pointsman_sched::request::CancelCause;
@@ -23,7 +23,15 @@ pub(crate) struct Registry {
 struct Live {
     /// API key's place, `None` without keys.
     owner: Option<usize>,
-    engine: Mutex<Vec<EngineRequest>>,
+    engine: Mutex<Running>,
+}
+
+/// The engine requests of one HTTP request, in the order of its choices.
+#[derive(Debug, Default)]
+struct Running {
+    requests: Vec<EngineRequest>,
+    /// A cancel came; what is submitted after it ends at once.
+    cancelled: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -78,11 +86,17 @@ impl Registry {
 // === impl Live ===
 
 impl Live {
-    /// Asks the drivers to end what has not ended. It counts as ended only when the driver says so.
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the drivers to end what has not ended, and ends what is still to come. It counts as ended only when the driver
+    /// says so.
     fn cancel_rest(&self, engine: &dyn EnginePort, cause: CancelCause) {
         let rest: Vec<EngineRequest> = {
-            let requests = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
-            requests.iter().filter(|r| !r.ended).copied().collect()
+            let mut running = self.running();
+            running.cancelled = true;
+            running.requests.iter().filter(|r| !r.ended).copied().collect()
         };
         for request in rest {
             engine.cancel(request.replica, request.id, cause);
@@ -100,33 +114,36 @@ impl InFlight {
 
     /// Notes that an engine request is running for this one.
     pub(crate) fn submitted(&self, replica: ReplicaId, id: RequestId) {
-        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
-        requests.push(EngineRequest { replica, id, ended: false });
+        let mut running = self.live.running();
+        running.requests.push(EngineRequest { replica, id, ended: false });
+        let cancelled = running.cancelled;
+        drop(running);
+        if cancelled {
+            self.engine.cancel(replica, id, CancelCause::Asked);
+        }
     }
 
     /// Notes that the n-th engine request has ended.
     pub(crate) fn ended(&self, choice: usize) {
-        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(request) = requests.get_mut(choice) {
+        if let Some(request) = self.live.running().requests.get_mut(choice) {
             request.ended = true;
         }
     }
 
     /// Cancels the n-th engine request and forgets it.
     pub(crate) fn cancel(&self, choice: usize, cause: CancelCause) {
-        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(request) = requests.get_mut(choice).filter(|r| !r.ended) else { return };
+        let mut running = self.live.running();
+        let Some(request) = running.requests.get_mut(choice).filter(|r| !r.ended) else { return };
         request.ended = true;
         let EngineRequest { replica, id, .. } = *request;
-        drop(requests);
+        drop(running);
         self.engine.cancel(replica, id, cause);
     }
 
     /// Cancels every engine request that still runs and forgets them.
     pub(crate) fn cancel_all(&self, cause: CancelCause) {
         self.live.cancel_rest(&*self.engine, cause);
-        let mut requests = self.live.engine.lock().unwrap_or_else(PoisonError::into_inner);
-        for request in requests.iter_mut() {
+        for request in &mut self.live.running().requests {
             request.ended = true;
         }
     }

@@ -368,6 +368,13 @@ impl Metrics {
         }
     }
 
+    /// Removes the series of a slot that is gone. Its revisions go by [`Metrics::forget_revision`].
+    pub fn forget_slot(&self, slot: &str) {
+        let _ = self.policy_fallbacks.remove_label_values(&[slot]);
+        let _ = self.policy_generation.remove_label_values(&[slot]);
+        let _ = self.swap.remove_label_values(&[slot]);
+    }
+
     /// Counts a refused request: `queue`, `kv`, `quota`, `deadline` or `policy`.
     pub fn rejected(&self, reason: &str) {
         self.rejected.with_label_values(&[reason]).inc();

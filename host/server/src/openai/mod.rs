@@ -90,10 +90,10 @@ pub(crate) async fn read_body(
     tokio::time::timeout(state.config.body_timeout(), read).await.unwrap_or(Err(timeout))
 }
 
-/// Reads as much again as was allowed and throws it away: a client that is still sending when the connection closes sees a
-/// broken pipe instead of the 413.
+/// Reads a few times what was allowed and throws it away: a client that is still sending when the connection closes sees a
+/// broken pipe instead of the 413. The body timeout bounds it in time.
 async fn discard(body: &mut Body, limit: usize) {
-    let mut left = limit;
+    let mut left = limit.saturating_mul(4);
     while let Some(Ok(frame)) = body.frame().await {
         left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
         if left == 0 {

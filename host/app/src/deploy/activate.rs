@@ -1,0 +1,189 @@
+//! From a wish to a published policy: plan, prepare, store, swap.
+
+use std::sync::Arc;
+
+use pointsman_control::{ComponentRef, Desired, Happened, Planned, SlotName, Why};
+use pointsman_policy::{Activation, Component, Prepared, Published, Slot, World};
+use pointsman_server::admin::wire;
+use pointsman_server::ports::AdminError;
+
+use super::errors::{activate_error, conflict, internal, invalid, not_found, plan_error, upload_error};
+use super::{Deploy, Failed, TelemetrySlots, lock};
+use crate::builtin::BUILTINS;
+
+/// Something that only has to be swapped in.
+pub(super) enum Ready {
+    /// The host's own policy.
+    Native,
+    /// Warm instances of a guest.
+    Guest(Box<Prepared>),
+}
+
+impl Ready {
+    fn revision(&self) -> String {
+        match self {
+            Self::Native => "native".to_owned(),
+            Self::Guest(prepared) => prepared.revision.to_string(),
+        }
+    }
+}
+
+impl Deploy {
+    /// Plans and carries out. The caller holds `operations`.
+    pub(super) fn activate(
+        &self,
+        slot: SlotName,
+        desired: Desired,
+        actor: &str,
+        why: Why,
+    ) -> Result<wire::Activated, AdminError> {
+        let planned = lock(&self.state).plan(slot, desired).map_err(plan_error)?;
+        self.carry_out(planned, actor, why)
+    }
+
+    /// Prepares, stores, swaps. The caller holds `operations`. Until the document is stored nothing has changed; from then on
+    /// the swap is all that is left.
+    pub(super) fn carry_out(&self, planned: Planned, actor: &str, why: Why) -> Result<wire::Activated, AdminError> {
+        self.check_changeable(Some(&planned.slot))?;
+        let (slot, generation) = (planned.slot.clone(), planned.generation);
+        let ready = self.prepare(&slot, &planned.desired, generation).inspect_err(|error| {
+            let (component, error) = (planned.desired.component.to_string(), error.message.clone());
+            self.note(actor, Happened::Refused { slot: slot.clone(), component, error });
+        })?;
+        let mut next = lock(&self.state).clone();
+        let retired = next.slot(&slot).and_then(|s| s.previous.as_ref()).map(|p| p.revision.clone());
+        let document = next.published(planned, ready.revision());
+        self.store
+            .write_slot(&document)
+            .map_err(|e| internal(format!("nothing was activated: the document of `{slot}` cannot be stored ({e})")))?;
+        let published = self.publish(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
+        *lock(&self.state) = next;
+        lock(&self.failed).remove(&slot);
+        let before = document.previous.map(|p| p.revision);
+        let keep = [Some(document.active.revision.as_str()), before.as_deref()];
+        self.forget_retired(&slot, keep, retired.as_slice());
+        self.note(actor, Happened::Published { slot, target: document.active, before, why });
+        Ok(wire::Activated {
+            revision: published.revision.to_string(),
+            generation,
+            warm_ms: published.warm_ms,
+            publish_us: published.publish_us,
+        })
+    }
+
+    /// Refuses changes in safe mode, and to a slot whose document cannot be read.
+    pub(super) fn check_changeable(&self, slot: Option<&SlotName>) -> Result<(), AdminError> {
+        if self.safe_mode {
+            let message =
+                "the host runs in safe mode and leaves what is stored as it is; restart it without --safe-mode";
+            return Err(conflict(message.to_owned()));
+        }
+        match slot.and_then(|slot| lock(&self.failed).get(slot).cloned()) {
+            Some(Failed::Document(error)) => Err(conflict(format!("{error}; repair or remove the file and restart"))),
+            Some(Failed::Policy(_)) | None => Ok(()),
+        }
+    }
+
+    /// Puts the document back that belongs to the policy that still serves.
+    fn store_again(&self, slot: &SlotName) {
+        let document = lock(&self.state).document(slot);
+        let stored = document.map_or(Ok(()), |document| self.store.write_slot(&document));
+        if let Err(error) = stored {
+            tracing::error!(%slot, "the stored document names a policy that was not published: {error}");
+        }
+    }
+
+    /// Everything before the pointer swap; changes nothing that serves.
+    pub(super) fn prepare(&self, slot: &SlotName, desired: &Desired, generation: u64) -> Result<Ready, AdminError> {
+        let ComponentRef::Digest(digest) = &desired.component else { return Ok(Ready::Native) };
+        let component = self.compiled(digest, slot)?;
+        let activation = Activation {
+            slot: slot.to_string(),
+            generation,
+            config: desired.config.clone(),
+            namespace: desired.state_namespace.clone(),
+        };
+        let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;
+        if let Some(known) = lock(&self.components).get_mut(digest) {
+            known.revision = Some(prepared.revision.to_string());
+        }
+        Ok(Ready::Guest(Box::new(prepared)))
+    }
+
+    /// The pointer swap; the policy crate records it.
+    pub(super) fn publish(&self, slot: &SlotName, ready: Ready, generation: u64) -> Result<Published, AdminError> {
+        let target = self.slot_for_publish(slot);
+        let published = match ready {
+            Ready::Native => target.publish_native(generation),
+            Ready::Guest(prepared) => target.publish(*prepared),
+        };
+        published.map_err(|error| internal(error.to_string()))
+    }
+
+    /// A component that fits the slot, validated and compiled now if it has not been in this life of the host.
+    fn compiled(&self, digest: &str, slot: &SlotName) -> Result<Component, AdminError> {
+        let known = lock(&self.components).get(digest).cloned();
+        let known = known.ok_or_else(|| AdminError {
+            param: Some("component".into()),
+            ..not_found(format!("no component {digest}; upload it first, or look at GET /admin/v1/components"))
+        })?;
+        if World::of_slot(&slot.to_string()) != Some(known.world) {
+            let message =
+                format!("{digest} implements the world {}, which does not work in the slot `{slot}`", known.world);
+            return Err(AdminError { param: Some("component".into()), ..invalid(message) });
+        }
+        if let Some(component) = known.component {
+            return Ok(component);
+        }
+        let bytes = match known.builtin.and_then(|name| BUILTINS.iter().find(|b| b.name == name)) {
+            Some(builtin) => builtin.bytes.to_vec(),
+            None => self
+                .store
+                .read_component(digest)
+                .map_err(|e| internal(format!("the bytes of {digest} are gone: {e}")))?,
+        };
+        let component = self.runtime.admit(&bytes).map_err(upload_error)?;
+        // A built-in of today may be gone from the next version of the host: keep what a document names.
+        self.store.write_component(digest, &bytes).map_err(|e| internal(format!("cannot keep {digest}: {e}")))?;
+        if let Some(known) = lock(&self.components).get_mut(digest) {
+            known.component = Some(component.clone());
+        }
+        Ok(component)
+    }
+
+    pub(super) fn live_slot(&self, slot: &SlotName) -> Option<Arc<dyn Slot>> {
+        match slot {
+            SlotName::Router => Some(Arc::clone(&self.router) as Arc<dyn Slot>),
+            SlotName::Scheduler => Some(Arc::clone(&self.scheduler) as Arc<dyn Slot>),
+            SlotName::Telemetry(_) => {
+                self.telemetry.load().get(&slot.to_string()).map(|s| Arc::clone(s) as Arc<dyn Slot>)
+            }
+        }
+    }
+
+    /// The slot to publish into. A new telemetry slot joins the observer's list at once; it is native until the publish.
+    fn slot_for_publish(&self, slot: &SlotName) -> Arc<dyn Slot> {
+        self.live_slot(slot).unwrap_or_else(|| {
+            let name = slot.to_string();
+            let created = self.runtime.telemetry_slot(&name);
+            let mut slots = TelemetrySlots::clone(&self.telemetry.load());
+            slots.insert(name, Arc::clone(&created));
+            self.telemetry.store(Arc::new(slots));
+            created
+        })
+    }
+
+    /// Takes a telemetry slot off the observer's list.
+    pub(super) fn drop_telemetry(&self, slot: &SlotName) {
+        let mut slots = TelemetrySlots::clone(&self.telemetry.load());
+        slots.remove(&slot.to_string());
+        self.telemetry.store(Arc::new(slots));
+    }
+
+    /// Removes the series of every revision of a slot that is neither active nor previous any more.
+    pub(super) fn forget_retired(&self, slot: &SlotName, keep: [Option<&str>; 2], candidates: &[String]) {
+        for revision in candidates.iter().filter(|r| !keep.contains(&Some(r.as_str()))) {
+            self.metrics.forget_revision(&slot.to_string(), revision);
+        }
+    }
+}

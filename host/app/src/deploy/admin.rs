@@ -1,0 +1,232 @@
+//! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
+
+use pointsman_control::{ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
+use pointsman_policy::{FaultKind, Health, SlotStatus};
+use pointsman_server::admin::wire;
+use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Uploaded};
+
+use super::errors::{conflict, internal, not_found, plan_error, upload_error};
+use super::{Deploy, Failed, Known, lock};
+
+/// Most uploaded components on disk.
+const MAX_COMPONENTS: usize = 256;
+
+impl PolicyAdmin for Deploy {
+    fn upload(&self, bytes: Vec<u8>, actor: &str) -> Result<Uploaded, AdminError> {
+        // Compiled before the lock is taken: an activation must not wait for somebody's upload.
+        self.runtime.admit(&bytes).map_err(upload_error)?;
+        let _one = lock(&self.operations);
+        self.take_component(&bytes, actor)
+    }
+
+    fn components(&self) -> Vec<wire::Component> {
+        let known = lock(&self.components).clone();
+        let state = lock(&self.state);
+        let view = |(digest, known): (String, Known)| wire::Component {
+            used_by: state.users_of(&ComponentRef::Digest(digest.clone())).iter().map(ToString::to_string).collect(),
+            digest,
+            world: known.world.to_string(),
+            package: known.package,
+            size: known.size,
+            compile_ms: known.component.filter(|c| !c.cached).map(|c| c.compile_ms),
+            builtin: known.builtin.is_some(),
+            name: known.revision.or(known.builtin.map(str::to_owned)),
+        };
+        let mut listed: Vec<wire::Component> = known.into_iter().map(view).collect();
+        listed.sort_by(|a, b| (!a.builtin, &a.name, &a.digest).cmp(&(!b.builtin, &b.name, &b.digest)));
+        listed
+    }
+
+    fn delete_component(&self, digest: &str, actor: &str) -> Result<(), AdminError> {
+        let _one = lock(&self.operations);
+        self.check_changeable(None)?;
+        let known = lock(&self.components).get(digest).cloned();
+        let known = known.ok_or_else(|| not_found(format!("no component {digest}")))?;
+        if let Some(name) = known.builtin {
+            return Err(conflict(format!("{name} is built in and cannot be deleted")));
+        }
+        let used: Vec<String> = {
+            let state = lock(&self.state);
+            state.users_of(&ComponentRef::Digest(digest.to_owned())).iter().map(ToString::to_string).collect()
+        };
+        if !used.is_empty() {
+            let slots = used.join(", ");
+            return Err(conflict(format!(
+                "{digest} is active or previous in {slots}; activate something else there first"
+            )));
+        }
+        // The file first: a map entry without a file would come back as an error, a file without an entry as a component.
+        self.store.delete_component(digest).map_err(|e| internal(format!("the file cannot be removed: {e}")))?;
+        lock(&self.components).remove(digest);
+        self.note(actor, Happened::Deleted { digest: digest.to_owned() });
+        Ok(())
+    }
+
+    fn slots(&self) -> Vec<wire::Slot> {
+        let state = lock(&self.state).clone();
+        let fixed = [SlotName::Router, SlotName::Scheduler];
+        let others = state.slots().map(|(slot, _)| slot.clone()).filter(|slot| !fixed.contains(slot));
+        fixed.iter().cloned().chain(others).map(|slot| self.view(&slot, state.slot(&slot))).collect()
+    }
+
+    fn slot(&self, slot: &str) -> Result<wire::Slot, AdminError> {
+        let slot = parse_slot(slot)?;
+        let state = lock(&self.state).slot(&slot).cloned();
+        match (&slot, &state) {
+            (SlotName::Telemetry(_), None) => Err(not_found(format!("nothing was ever activated in `{slot}`"))),
+            _ => Ok(self.view(&slot, state.as_ref())),
+        }
+    }
+
+    fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
+        let slot = parse_slot(slot)?;
+        let wire::PutSlot { component, config, if_generation, state_namespace } = request;
+        let desired =
+            Desired { component: component.into(), config: config.get().to_owned(), state_namespace, if_generation };
+        let _one = lock(&self.operations);
+        self.activate(slot, desired, actor, Why::Put)
+    }
+
+    fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError> {
+        let slot = parse_slot(slot)?;
+        let _one = lock(&self.operations);
+        if !matches!(slot, SlotName::Telemetry(_)) {
+            return self.activate(slot, native(), actor, Why::Delete);
+        }
+        self.check_changeable(Some(&slot))?;
+        let mut next = lock(&self.state).clone();
+        let before = next.slot(&slot).cloned();
+        let document = next.removed(&slot).map_err(plan_error)?;
+        self.store
+            .write_slot(&document)
+            .map_err(|e| internal(format!("nothing was removed: the document cannot be stored ({e})")))?;
+        *lock(&self.state) = next;
+        self.drop_telemetry(&slot);
+        lock(&self.failed).remove(&slot);
+        self.note(actor, Happened::Removed { slot: slot.clone() });
+        let revisions = before.into_iter().flat_map(|s| [Some(s.active), s.previous]).flatten().map(|t| t.revision);
+        self.forget_retired(&slot, [None, None], &revisions.collect::<Vec<_>>());
+        self.metrics.forget_slot(&slot.to_string());
+        Ok(wire::Activated {
+            revision: "native".into(),
+            generation: document.active.generation,
+            warm_ms: 0.0,
+            publish_us: 0.0,
+        })
+    }
+
+    fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError> {
+        let slot = parse_slot(slot)?;
+        let _one = lock(&self.operations);
+        let planned = lock(&self.state).plan_rollback(&slot).map_err(plan_error)?;
+        self.carry_out(planned, actor, Why::Rollback)
+    }
+
+    fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {
+        let journal = lock(&self.journal);
+        journal.after(after, limit).map(|e| JournalLine { sequence: e.sequence, json: e.to_json().into() }).collect()
+    }
+}
+
+impl Deploy {
+    /// Keeps a component: validated, compiled, on disk, listed. The caller holds `operations`.
+    pub(super) fn take_component(&self, bytes: &[u8], actor: &str) -> Result<Uploaded, AdminError> {
+        let component = self.runtime.admit(bytes).map_err(upload_error)?;
+        let digest = component.digest.to_string();
+        let (world, package, size) = (component.world, component.package.to_string(), component.size);
+        let compile_ms = if component.cached { 0.0 } else { component.compile_ms };
+        let known = lock(&self.components).get(&digest).cloned();
+        let uploaded = lock(&self.components).values().filter(|k| k.builtin.is_none()).count();
+        if known.is_none() && uploaded >= MAX_COMPONENTS {
+            return Err(conflict(format!("{MAX_COMPONENTS} components are stored already; delete one first")));
+        }
+        // Known or not: the file may have been lost.
+        self.store
+            .write_component(&digest, bytes)
+            .map_err(|e| internal(format!("the component cannot be stored: {e}")))?;
+        let created = known.is_none();
+        let fresh = Known { builtin: None, component: None, revision: None, world, package: package.clone(), size };
+        let known = Known { component: Some(component), ..known.unwrap_or(fresh) };
+        lock(&self.components).insert(digest.clone(), known);
+        if created {
+            self.note(actor, Happened::Uploaded { digest: digest.clone(), world: world.to_string(), size });
+        }
+        let component = wire::UploadedComponent { digest, world: world.to_string(), package, size, compile_ms };
+        Ok(Uploaded { component, created })
+    }
+
+    fn view(&self, slot: &SlotName, state: Option<&SlotState>) -> wire::Slot {
+        let status = self.live_slot(slot).map(|s| s.status());
+        let native = Target {
+            component: ComponentRef::Native,
+            config: "{}".into(),
+            state_namespace: None,
+            revision: "native".into(),
+            generation: 0,
+        };
+        wire::Slot {
+            slot: slot.to_string(),
+            active: revision_view(slot, state.map_or(&native, |s| &s.active)),
+            previous: state.and_then(|s| s.previous.as_ref()).map(|p| revision_view(slot, p)),
+            candidate: None,
+            health: self.failed_health(slot).or(status.as_ref().map(|s| self.health(s))).unwrap_or_else(native_health),
+            counters: status.map(|s| counters(&s)).unwrap_or_default(),
+        }
+    }
+
+    /// A slot that does not run what is stored for it says why.
+    fn failed_health(&self, slot: &SlotName) -> Option<wire::Health> {
+        let (Failed::Policy(reason) | Failed::Document(reason)) = lock(&self.failed).get(slot).cloned()?;
+        Some(wire::Health { state: wire::HealthState::Open, reason: Some(reason), retry_in_ms: None })
+    }
+
+    fn health(&self, status: &SlotStatus) -> wire::Health {
+        if &*status.revision == "native" {
+            return native_health();
+        }
+        let (state, retry_in_ms) = match status.health {
+            Health::Closed => (wire::HealthState::Closed, None),
+            Health::HalfOpen => (wire::HealthState::HalfOpen, None),
+            Health::Open { until } => {
+                (wire::HealthState::Open, Some(until.saturating_sub(self.clock.micros()) / 1_000))
+            }
+        };
+        let reason =
+            status.last_fault.as_ref().map(|f| format!("{} in {}: {}", f.kind.as_str(), f.call.as_str(), f.message));
+        wire::Health { state, reason, retry_in_ms }
+    }
+}
+
+fn native_health() -> wire::Health {
+    wire::Health { state: wire::HealthState::Native, reason: None, retry_in_ms: None }
+}
+
+fn counters(status: &SlotStatus) -> wire::Counters {
+    let faults = FaultKind::ALL.iter().zip(status.faults).filter(|(_, n)| *n > 0);
+    wire::Counters {
+        calls: status.calls,
+        faults: faults.map(|(kind, n)| (kind.as_str().to_owned(), n)).collect(),
+        fallbacks: status.fallbacks,
+    }
+}
+
+fn revision_view(slot: &SlotName, target: &Target) -> wire::SlotRevision {
+    wire::SlotRevision {
+        revision: target.revision.clone(),
+        generation: target.generation,
+        component: target.component.to_string(),
+        config: serde_json::value::RawValue::from_string(target.config.clone()).unwrap_or_default(),
+        state_namespace: target.state_namespace.clone().unwrap_or_else(|| slot.to_string()),
+    }
+}
+
+fn native() -> Desired {
+    Desired { component: ComponentRef::Native, config: "{}".into(), state_namespace: None, if_generation: None }
+}
+
+fn parse_slot(slot: &str) -> Result<SlotName, AdminError> {
+    slot.parse().map_err(|error: pointsman_control::SlotNameError| AdminError {
+        param: Some("slot".into()),
+        ..not_found(error.to_string())
+    })
+}

@@ -1,0 +1,314 @@
+//! Deployments: where the pure state machine (control), the wasm half (policy) and the data directory (store) meet.
+//!
+//! One change at a time: `operations` is held from planning to the pointer swap, so that generations are published in the
+//! order in which they were numbered. The document is stored before the swap: a crash in between activates, at the next
+//! start, what was asked for, and a generation that anybody has seen is never given again. Nothing on the serving path
+//! takes a lock of this module. Locks nest in this order: `operations`, then one of `state` and `components`, then
+//! `journal`.
+
+mod activate;
+mod admin;
+mod errors;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use crossbeam_queue::ArrayQueue;
+use pointsman_control::{ComponentRef, Deployment, Desired, Happened, Journal, SlotName, Target, Why};
+use pointsman_policy::{
+    Component, FaultReport, Health, RouterSlot, Runtime, SchedulerSlot, SlotStatus, TelemetrySlot, World,
+};
+use pointsman_server::ports::AdminError;
+use pointsman_telemetry::Metrics;
+
+use crate::builtin::BUILTINS;
+use crate::clock::SystemClock;
+use crate::config::{Config, SlotSection};
+use crate::deploy::errors::not_found;
+use crate::store::Store;
+
+/// Entries of the journal that the admin API can read back.
+const JOURNAL_ENTRIES: usize = 4_096;
+/// Faults that wait for the observer thread to journal them; the oldest give way (metrics count them all).
+const PENDING_FAULTS: usize = 256;
+
+/// The telemetry hooks by slot.
+pub(crate) type TelemetrySlots = BTreeMap<String, Arc<TelemetrySlot>>;
+
+/// Every slot of the host and what is needed to change one.
+#[derive(Debug)]
+pub(crate) struct Deploy {
+    runtime: Runtime,
+    store: Arc<Store>,
+    clock: Arc<SystemClock>,
+    metrics: Arc<Metrics>,
+    safe_mode: bool,
+    operations: Mutex<()>,
+    state: Mutex<Deployment>,
+    journal: Mutex<Journal>,
+    components: Mutex<BTreeMap<String, Known>>,
+    faults: FaultQueue,
+    /// Slot, generation and the last health that was journalled.
+    last_health: Mutex<BTreeMap<SlotName, (u64, &'static str)>>,
+    /// Slots whose stored policy or document could not be used at the start, and why.
+    failed: Mutex<BTreeMap<SlotName, Failed>>,
+    /// Chooses replicas.
+    pub router: Arc<RouterSlot>,
+    /// Orders steps; each replica's driver attaches to it.
+    pub scheduler: Arc<SchedulerSlot>,
+    /// Watch events; read by the observer thread.
+    pub telemetry: ArcSwap<TelemetrySlots>,
+}
+
+/// Why a slot does not run what is stored for it.
+#[derive(Clone, Debug)]
+enum Failed {
+    /// The policy could not be brought back; native serves until the next activation.
+    Policy(String),
+    /// The document cannot be read; the slot takes no activation until somebody has looked at the file.
+    Document(String),
+}
+
+/// A component that the host knows.
+#[derive(Clone, Debug)]
+struct Known {
+    builtin: Option<&'static str>,
+    /// Set once it was validated and compiled in this life of the host.
+    component: Option<Component>,
+    /// What it calls itself, once it ran.
+    revision: Option<String>,
+    world: World,
+    package: String,
+    size: u64,
+}
+
+/// What the deployments share with the rest of the host.
+#[derive(Clone, Debug)]
+pub(crate) struct HostParts {
+    /// The clock.
+    pub clock: Arc<SystemClock>,
+    /// Metric families.
+    pub metrics: Arc<Metrics>,
+    /// What guests did wrong, from whatever thread noticed to the observer thread: the journal's file must not hold up a
+    /// request or a step.
+    pub faults: FaultQueue,
+}
+
+/// A bounded queue of faults.
+pub(crate) type FaultQueue = Arc<ArrayQueue<FaultReport>>;
+
+/// An empty queue.
+#[must_use]
+pub(crate) fn fault_queue() -> FaultQueue {
+    Arc::new(ArrayQueue::new(PENDING_FAULTS))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// === start ===
+
+impl Deploy {
+    /// Wires the slots to their runtime. Every slot is native until [`Deploy::start`].
+    pub(crate) fn new(runtime: Runtime, store: Arc<Store>, parts: HostParts, safe_mode: bool) -> Arc<Self> {
+        let mut journal = Journal::new(JOURNAL_ENTRIES, 0);
+        journal.restore(store.journal_tail());
+        Arc::new(Self {
+            router: runtime.router_slot("router"),
+            scheduler: runtime.scheduler_slot("scheduler"),
+            telemetry: ArcSwap::default(),
+            store,
+            clock: parts.clock,
+            metrics: parts.metrics,
+            safe_mode,
+            operations: Mutex::default(),
+            state: Mutex::default(),
+            journal: Mutex::new(journal),
+            components: Mutex::default(),
+            faults: parts.faults,
+            last_health: Mutex::default(),
+            failed: Mutex::default(),
+            runtime,
+        })
+    }
+
+    /// Publishes what the stored documents say, and what the configuration names for slots without one. A policy that
+    /// cannot be brought back leaves its slot native and is reported: the host serves either way.
+    pub(crate) fn start(&self, config: &Config) {
+        self.find_components();
+        let _one = lock(&self.operations);
+        for (slot, document) in self.store.slot_documents() {
+            match document {
+                Ok(document) => {
+                    let (active, removed) = (document.active.clone(), document.removed);
+                    lock(&self.state).restore(document);
+                    if !removed && !self.safe_mode && self.bring_back(&slot, &active) {
+                        self.compare_with_config(&slot, &active, config);
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%slot, "native serves, and nothing can be activated there: {error}");
+                    lock(&self.failed).insert(slot, Failed::Document(error));
+                }
+            }
+        }
+        if self.safe_mode {
+            tracing::warn!("safe mode: native policies only; stored deployments are left as they are");
+            return;
+        }
+        for (name, section) in &config.slots {
+            match name.parse::<SlotName>() {
+                Ok(slot) if self.store.knows(&slot) => {}
+                Ok(slot) => self.start_fresh(slot, section),
+                Err(error) => tracing::error!("configuration, slots: {error}"),
+            }
+        }
+    }
+
+    /// Lists built-ins and the components on disk, so that they can be named; nothing is compiled here.
+    fn find_components(&self) {
+        let mut components = lock(&self.components);
+        let stored = self.store.component_digests().into_iter().filter_map(|digest| {
+            let bytes = self.store.read_component(&digest).ok()?;
+            Some((None, bytes))
+        });
+        let builtin = BUILTINS.iter().map(|b| (Some(b.name), b.bytes.to_vec()));
+        for (builtin, bytes) in stored.chain(builtin) {
+            match self.runtime.inspect(&bytes) {
+                Ok(found) => {
+                    let known = Known {
+                        builtin,
+                        component: None,
+                        revision: None,
+                        world: found.world,
+                        package: found.package.to_string(),
+                        size: bytes.len() as u64,
+                    };
+                    components.insert(found.digest.to_string(), known);
+                }
+                Err(error) => tracing::error!("a stored component is no longer accepted: {error}"),
+            }
+        }
+    }
+
+    /// Publishes a stored policy again, under its own generation; native where that fails.
+    fn bring_back(&self, slot: &SlotName, active: &Target) -> bool {
+        let desired = Desired {
+            component: active.component.clone(),
+            config: active.config.clone(),
+            state_namespace: active.state_namespace.clone(),
+            if_generation: None,
+        };
+        let published = self
+            .prepare(slot, &desired, active.generation)
+            .and_then(|ready| self.publish(slot, ready, active.generation));
+        let Err(error) = published else { return true };
+        tracing::error!(%slot, "the stored policy {} cannot be brought back, native serves: {error}", active.revision);
+        // Generations only grow, so the number of the lost policy is now native's.
+        if let Err(error) = self.publish(slot, activate::Ready::Native, active.generation) {
+            tracing::error!(%slot, "native cannot be published: {error}");
+        }
+        lock(&self.failed).insert(slot.clone(), Failed::Policy(error.message.clone()));
+        let component = active.component.to_string();
+        self.note("startup", Happened::Refused { slot: slot.clone(), component, error: error.message });
+        false
+    }
+
+    fn compare_with_config(&self, slot: &SlotName, active: &Target, config: &Config) {
+        let Some(section) = config.slots.get(&slot.to_string()) else { return };
+        let configured = self.resolve(&section.component).unwrap_or(ComponentRef::Digest(section.component.clone()));
+        if configured != active.component {
+            let (configured, stored) = (section.component.clone(), active.revision.clone());
+            tracing::warn!(%slot, "the configuration names {configured}, the stored deployment {stored}; the stored one serves");
+            self.note("startup", Happened::Differs { slot: slot.clone(), configured, stored });
+        }
+    }
+
+    fn start_fresh(&self, slot: SlotName, section: &SlotSection) {
+        let config = serde_json::to_string(&section.config).unwrap_or_else(|_| "{}".into());
+        let started = self.resolve(&section.component).and_then(|component| {
+            let desired = Desired { component, config, state_namespace: None, if_generation: None };
+            self.activate(slot.clone(), desired, "startup", Why::Start)
+        });
+        if let Err(error) = started {
+            tracing::error!(%slot, "{} from the configuration cannot start, native serves: {error}", section.component);
+        }
+    }
+
+    /// A component from a configuration: a built-in's name, a digest, a path or `native`.
+    fn resolve(&self, name: &str) -> Result<ComponentRef, AdminError> {
+        if name == "native" {
+            return Ok(ComponentRef::Native);
+        }
+        let builtin = lock(&self.components).iter().find(|(_, k)| k.builtin == Some(name)).map(|(d, _)| d.clone());
+        if let Some(digest) = builtin {
+            return Ok(ComponentRef::Digest(digest));
+        }
+        if name.starts_with("sha256:") {
+            return Ok(ComponentRef::Digest(name.to_owned()));
+        }
+        let bytes =
+            std::fs::read(name).map_err(|e| not_found(format!("no built-in component and no file `{name}`: {e}")))?;
+        Ok(ComponentRef::Digest(self.take_component(&bytes, "startup")?.component.digest))
+    }
+}
+
+impl Deploy {
+    /// Numbers an event, keeps it and appends it to the journal file.
+    fn note(&self, actor: &str, what: Happened) {
+        // Held while the line is written, so that the file has the order of the numbers.
+        let mut journal = lock(&self.journal);
+        let (_, line) = journal.append(self.clock.unix_millis(), actor, what);
+        self.store.append_journal(&line);
+    }
+}
+
+// === what guests do ===
+
+impl Deploy {
+    /// Journals what guests did and every change of a slot's health; called by the observer thread.
+    pub(crate) fn journal_faults(&self) {
+        while let Some(fault) = self.faults.pop() {
+            let Ok(slot) = fault.slot.parse::<SlotName>() else { continue };
+            tracing::warn!(%slot, revision = %fault.revision, kind = fault.kind.as_str(), "policy fault: {}", fault.message);
+            let (revision, kind) = (fault.revision.to_string(), fault.kind.as_str().to_owned());
+            let detail = format!("{}: {}", fault.call.as_str(), fault.message);
+            self.note("host", Happened::Fault { slot, revision, generation: fault.generation, kind, detail });
+        }
+        let names: Vec<SlotName> = lock(&self.state).slots().map(|(slot, _)| slot.clone()).collect();
+        for slot in names {
+            let Some(status) = self.live_slot(&slot).map(|s| s.status()) else { continue };
+            let now = (status.generation, health_word(&status));
+            let before = lock(&self.last_health).insert(slot.clone(), now);
+            let (state, was_closed) = (now.1, !matches!(before, Some((g, s)) if g == now.0 && s != "closed"));
+            let unchanged = before == Some(now) || (was_closed && state == "closed");
+            if !unchanged && &*status.revision != "native" {
+                self.note(
+                    "host",
+                    Happened::Circuit { slot, revision: status.revision.to_string(), state: state.to_owned() },
+                );
+            }
+        }
+    }
+
+    /// A telemetry hook raised an alert.
+    pub(crate) fn alert(&self, slot: &str, alert: &pointsman_policy::Alert) {
+        let severity = alert.severity.as_str();
+        tracing::warn!(slot, severity, "{}: {}", alert.title, alert.text);
+        self.metrics.alert(severity, slot);
+        if let Ok(slot) = slot.parse::<SlotName>() {
+            let (title, text) = (alert.title.clone(), alert.text.clone());
+            self.note("host", Happened::Alert { slot, severity: severity.to_owned(), title, text });
+        }
+    }
+}
+
+fn health_word(status: &SlotStatus) -> &'static str {
+    match status.health {
+        Health::Closed => "closed",
+        Health::Open { .. } => "open",
+        Health::HalfOpen => "half-open",
+    }
+}
