@@ -3,6 +3,7 @@
 //! Batch invariance is its promise: the key, value and logit bits of a token are a function of its sequence alone, not of
 //! the chunk it was computed in, of the rows beside it, of the number of threads, or of the instruction set.
 
+mod aligned;
 mod attention;
 mod engine;
 mod gemm;

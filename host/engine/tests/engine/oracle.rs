@@ -96,6 +96,7 @@ fn specs() -> Vec<ModelSpec> {
         spec(),
         ModelSpec { tied: false, kv_heads: 4, vocab: 64, ..spec() },
         ModelSpec { head_dim: 64, kv_heads: 1, heads: 3, rope_theta: 500_000.0, ..spec() },
+        ModelSpec { heads: 10, kv_heads: 2, layers: 1, ..spec() },
         ModelSpec { head_dim: 96, heads: 2, kv_heads: 2, layers: 1, ..spec() },
     ]
 }

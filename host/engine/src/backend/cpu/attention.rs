@@ -1,4 +1,4 @@
-//! Causal attention of one query head over the pages, one row at a time.
+//! Causal attention over the pages: the query heads of one key head together, one row at a time.
 //!
 //! A row sees positions 0 up to its own in a fixed order: each score is one chain over the head's width; the weights'
 //! sum keeps a lane per position modulo 16; each output is four chains, by position modulo 4, joined at the end. Nothing
@@ -43,109 +43,160 @@ pub(super) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    /// Computes one query head for all tokens. `scores` has a lane for every position of the longest sequence.
-    pub(super) fn head(&self, head: usize, scores: &mut [Lanes], out: &mut [Lanes]) {
-        self.isa.run(Head { shared: self, head, scores, out });
+    /// Computes query heads `first ..` for all tokens, as many as `out` holds. `scores` has, for each of them, a lane for
+    /// every position of the longest sequence.
+    pub(super) fn heads(&self, first: usize, scores: &mut [Lanes], out: &mut [Lanes]) {
+        self.isa.run(Heads { shared: self, first, scores, out });
+    }
+
+    /// Vectors of one head's output.
+    fn unit(&self) -> usize {
+        self.head_dim / LANES * stride(self.tokens.len())
     }
 }
 
-struct Head<'a> {
+struct Heads<'a> {
     shared: &'a Attention<'a>,
-    head: usize,
+    first: usize,
     scores: &'a mut [Lanes],
     out: &'a mut [Lanes],
 }
 
-impl Kernel for Head<'_> {
+/// `G` query heads that share a key head: a key or value is read once for all of them.
+struct Group<'a, const G: usize> {
+    shared: &'a Attention<'a>,
+    first: usize,
+    scores: [&'a mut [Lanes]; G],
+    out: &'a mut [Lanes],
+}
+
+impl Kernel for Heads<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        for row in 0..self.shared.tokens.len() {
-            let total = self.scores_of(s, row);
-            self.mix(s, row, 1.0 / total);
+    fn run<S: Simd>(self, s: S) {
+        let Self { shared, first, scores, out } = self;
+        let (unit, group) = (shared.unit(), shared.group);
+        let n = out.len() / unit;
+        let scores_unit = scores.len() / n.max(1);
+        let mut at = 0;
+        while at < n {
+            let together = (group - (first + at) % group).min(n - at);
+            let together = if together >= 4 { 4 } else { together.min(2) };
+            let scores = &mut scores[at * scores_unit..][..together * scores_unit];
+            let out = &mut out[at * unit..][..together * unit];
+            let (one, first) = (scores_unit, first + at);
+            match together {
+                4 => Group::<4> { shared, first, scores: parts(scores, one), out }.run(s),
+                2 => Group::<2> { shared, first, scores: parts(scores, one), out }.run(s),
+                _ => Group::<1> { shared, first, scores: parts(scores, one), out }.run(s),
+            }
+            at += together;
         }
     }
 }
 
-impl Head<'_> {
-    /// Fills `scores` with the weights of a row's positions, not yet divided by their sum, which is returned.
+/// The first `N` parts of `len`.
+#[inline(always)]
+fn parts<const N: usize>(all: &mut [Lanes], len: usize) -> [&mut [Lanes]; N] {
+    let mut parts = all.chunks_exact_mut(len);
+    std::array::from_fn(|_| parts.next().unwrap_or_default())
+}
+
+impl<const G: usize> Group<'_, G> {
     #[inline(always)]
-    fn scores_of<S: Simd>(&mut self, s: S, row: usize) -> f32 {
+    fn run<S: Simd>(mut self, s: S) {
+        for row in 0..self.shared.tokens.len() {
+            self.scores_of(s, row);
+            let n = self.shared.tokens[row].position as usize + 1;
+            let mut scales = [0.0; G];
+            for (scores, scale) in self.scores.iter_mut().zip(&mut scales) {
+                *scale = 1.0 / soften(s, &mut scores[..n.div_ceil(LANES)], (n - 1) % LANES + 1);
+            }
+            self.mix(s, row, scales);
+        }
+    }
+
+    /// Fills `scores` for a row's positions; lanes after its last are what the page held before. Asks for the values.
+    #[inline(always)]
+    fn scores_of<S: Simd>(&mut self, s: S, row: usize) {
         let Attention { kv, layer, tokens, q, head_dim, group, .. } = *self.shared;
-        let n = tokens[row].position as usize + 1;
-        let n_slabs = n.div_ceil(LANES);
-        let panels = head_dim / LANES;
-        let step = stride(tokens.len());
-        let query = Strided { panels: &q[self.head * panels * step..], stride: step, row };
+        let n_slabs = (tokens[row].position as usize + 1).div_ceil(LANES);
+        let (unit, step) = (self.shared.unit(), stride(tokens.len()));
+        let queries: [_; G] =
+            std::array::from_fn(|g| Strided { panels: &q[(self.first + g) * unit..], stride: step, row });
         let scale = s.splat(1.0 / (head_dim as f32).sqrt());
         let blocks = tokens[row].blocks_in(self.shared.blocks);
         for slab in 0..n_slabs {
-            let keys = kv.slab(blocks, layer, self.head / group, slab).keys;
-            let mut score = s.zero();
-            for (panel, keys) in keys.as_chunks::<LANES>().0.iter().enumerate() {
-                for (&q, key) in query.panel(panel).iter().zip(keys) {
-                    score = s.fma(s.splat(q), s.load(key), score);
+            let page = kv.slab(blocks, layer, self.first / group, slab);
+            page.values.iter().for_each(|line| s.prefetch(line));
+            let mut score = [s.zero(); G];
+            for (panel, keys) in page.keys.as_chunks::<LANES>().0.iter().enumerate() {
+                let q = queries.map(|query| query.panel(panel));
+                for (i, key) in keys.iter().enumerate() {
+                    let key = s.load(key);
+                    for (score, q) in score.iter_mut().zip(q) {
+                        *score = s.fma(s.splat(q[i]), key, *score);
+                    }
                 }
             }
-            s.store(s.mul(score, scale), &mut self.scores[slab]);
+            for (score, out) in score.into_iter().zip(&mut self.scores) {
+                s.store(s.mul(score, scale), &mut out[slab]);
+            }
         }
-        // Lanes after the last position hold whatever the page held before.
-        for lane in &mut self.scores[n_slabs - 1][(n - 1) % LANES + 1..] {
-            *lane = f32::NEG_INFINITY;
-        }
-        self.soften(s, n)
     }
 
-    /// Turns scores into weights relative to the largest.
+    /// Writes the weighted sums of the values. Asks for the next row's keys.
     #[inline(always)]
-    fn soften<S: Simd>(&mut self, s: S, n: usize) -> f32 {
-        let scores = &mut self.scores[..n.div_ceil(LANES)];
-        let mut largest = s.splat(f32::NEG_INFINITY);
-        for score in scores.iter() {
-            largest = s.max(s.load(score), largest);
-        }
-        let largest = s.splat(s.max_lane(largest));
-        for score in scores.iter_mut() {
-            let weight = math::exp(s, s.sub(s.load(score), largest));
-            s.store(weight, score);
-        }
-        let last = scores.len() - 1;
-        for lane in &mut scores[last][(n - 1) % LANES + 1..] {
-            *lane = 0.0;
-        }
-        let mut total = s.zero();
-        for score in scores.iter() {
-            total = s.add(total, s.load(score));
-        }
-        s.sum(total)
-    }
-
-    /// Writes the weighted sum of the values.
-    #[inline(always)]
-    fn mix<S: Simd>(&mut self, s: S, row: usize, scale: f32) {
+    fn mix<S: Simd>(&mut self, s: S, row: usize, scales: [f32; G]) {
         let Attention { kv, layer, tokens, head_dim, group, .. } = *self.shared;
         let n = tokens[row].position as usize + 1;
         let panels = head_dim / LANES;
         let blocks = tokens[row].blocks_in(self.shared.blocks);
+        let next = tokens.get(row + 1).map_or(0..0, |next| 0..(next.position as usize + 1).div_ceil(LANES));
         for panel in 0..panels {
-            let mut acc = [s.zero(); 4];
+            let mut acc = [[s.zero(); 4]; G];
             for slab in 0..n.div_ceil(LANES) {
-                let values = kv.slab(blocks, layer, self.head / group, slab).values;
-                let here = LANES.min(n - slab * LANES);
-                let weights = &self.scores[slab];
-                for first in (0..here).step_by(4) {
-                    for i in 0..4 {
-                        // Beyond the last position a page may hold anything, so a zero weight is not enough.
-                        if first + i < here {
-                            let value = s.load(&values[(first + i) * panels + panel]);
-                            acc[i] = s.fma(s.splat(weights[first + i]), value, acc[i]);
-                        }
+                if panel == 0 && next.contains(&slab) {
+                    let blocks = tokens[row + 1].blocks_in(self.shared.blocks);
+                    kv.slab(blocks, layer, self.first / group, slab).keys.iter().for_each(|line| s.prefetch(line));
+                }
+                let values = kv.slab(blocks, layer, self.first / group, slab).values;
+                // Beyond the last position a page may hold anything, so a zero weight is not enough.
+                for i in 0..LANES.min(n - slab * LANES) {
+                    let value = s.load(&values[i * panels + panel]);
+                    for (acc, weights) in acc.iter_mut().zip(&self.scores) {
+                        acc[i % 4] = s.fma(s.splat(weights[slab][i]), value, acc[i % 4]);
                     }
                 }
             }
-            let sum = s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3]));
-            s.store(s.mul(sum, s.splat(scale)), &mut self.out[panel * stride(tokens.len()) + row]);
+            for (g, acc) in acc.iter().enumerate() {
+                let sum = s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3]));
+                let at = (g * panels + panel) * stride(tokens.len()) + row;
+                s.store(s.mul(sum, s.splat(scales[g])), &mut self.out[at]);
+            }
         }
     }
+}
+
+/// Turns scores into weights relative to the largest, and returns their sum. The last vector has `last` of them.
+#[inline(always)]
+fn soften<S: Simd>(s: S, scores: &mut [Lanes], last: usize) -> f32 {
+    let end = scores.len() - 1;
+    scores[end][last..].fill(f32::NEG_INFINITY);
+    let mut largest = s.splat(f32::NEG_INFINITY);
+    for score in scores.iter() {
+        largest = s.max(s.load(score), largest);
+    }
+    let largest = s.splat(s.max_lane(largest));
+    for score in scores.iter_mut() {
+        let weight = math::exp(s, s.sub(s.load(score), largest));
+        s.store(weight, score);
+    }
+    scores[end][last..].fill(0.0);
+    let mut total = s.zero();
+    for score in scores.iter() {
+        total = s.add(total, s.load(score));
+    }
+    s.sum(total)
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 
+use super::aligned::Aligned;
 use super::attention::{Attention, Token};
 use super::gemm::{Epilogue, Input, matmul};
 use super::isa::{LANES, Lanes, stride};
@@ -77,16 +78,16 @@ pub struct CpuEngine {
 /// Activations, all panel-major: `[width / 16][stride(tokens of the step)][16]`.
 #[derive(Debug)]
 struct Workspace {
-    hidden: Vec<Lanes>,
-    normed: Vec<Lanes>,
-    qkv: Vec<Lanes>,
-    mixed: Vec<Lanes>,
-    ffn: Vec<Lanes>,
+    hidden: Aligned<f32, LANES>,
+    normed: Aligned<f32, LANES>,
+    qkv: Aligned<f32, LANES>,
+    mixed: Aligned<f32, LANES>,
+    ffn: Aligned<f32, LANES>,
     quantised: Vec<QuantRow>,
-    scores: Vec<Lanes>,
+    scores: Aligned<f32, LANES>,
     /// The hidden state and logits of rows that sample.
-    picked: Vec<Lanes>,
-    logits: Vec<Lanes>,
+    picked: Aligned<f32, LANES>,
+    logits: Aligned<f32, LANES>,
     tokens: Vec<Token>,
     positions: Vec<u32>,
     /// Token index of each row that samples.
@@ -201,11 +202,7 @@ impl CpuEngine {
         let seen: usize = positions.iter().map(|&position| position as usize + 1).sum();
         let work = 2 * seen * spec.q_dim();
         let units = Units { items: &mut mixed[..q_len], unit: head, scratch: scores, scratch_unit: scores_unit };
-        pool.split_with(work, units, |first, mixed, scores| {
-            for (i, mixed) in mixed.chunks_exact_mut(head).enumerate() {
-                attention.head(first + i, &mut scores[i * scores_unit..][..scores_unit], mixed);
-            }
-        });
+        pool.split_with(work, units, |first, mixed, scores| attention.heads(first, scores, mixed));
         matmul(pool, &layer.out, Input { x: mixed, rows, quantised }, hidden, Epilogue::Add);
     }
 
@@ -351,7 +348,7 @@ impl Workspace {
     fn allocate(model: &Model, config: &CpuConfig, isa: super::Isa) -> Self {
         let spec = &model.spec;
         let CpuConfig { max_step_tokens: tokens, max_rows, context_tokens, .. } = *config;
-        let zeros = |n: usize| vec![[0.0; LANES]; n];
+        let zeros = |n: usize| Aligned::filled(0.0, n);
         let panels = |width: usize, rows: usize| zeros(width.next_multiple_of(PANEL) / LANES * stride(rows));
         let widest = spec.hidden.max(spec.q_dim()).max(spec.ffn);
         let most = tokens.max(max_rows);

@@ -7,13 +7,15 @@
 //! Activations are panel-major: `[k / 16][stride(rows)][16]`. A tile reads its rows' next sixteen values as one short run, the
 //! outputs of a panel are one contiguous slice that a thread can own, and an output is the next product's input as it is.
 
+use std::ops::Range;
+
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight, stride};
 use super::math;
 use super::matrix::{BLOCK, Matrix, PANEL, Packed, Q8Block};
 use super::pool::ComputePool;
 use super::quant::QuantRow;
 
-/// Most rows of a tile.
+/// Most rows of a tile, with 32 registers.
 const MAX_ROWS: usize = 12;
 
 /// What becomes of a sum.
@@ -133,8 +135,29 @@ fn tiles(rows: usize, max: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..n).map(move |i| (i * base + i.min(longer), base + usize::from(i < longer)))
 }
 
-/// Panels that a group shares between its row tiles, to stay in the nearest cache.
+/// Most rows of a tile.
+#[inline(always)]
+fn most_rows<S: Simd>() -> usize {
+    if S::WIDE { MAX_ROWS } else { 3 }
+}
+
+/// Panels that a tile of few rows may take at once.
 const GROUP: usize = 4;
+
+/// Rows that share one widening of the weights.
+const BLOCK_ROWS: usize = 48;
+
+/// Length along K of a piece of a panel that is widened at once: it and the activations of a block of rows fit the
+/// nearest cache.
+const PIECE: usize = 128;
+
+/// A piece of a panel, widened.
+#[repr(align(64))]
+struct Widened([[Lanes; 2]; PIECE]);
+
+/// Sums of a block of rows, between pieces.
+#[repr(align(64))]
+struct Sums([[Lanes; 2]; BLOCK_ROWS]);
 
 impl<W: Weight> Kernel for Gemm<'_, W> {
     type Out = ();
@@ -142,66 +165,163 @@ impl<W: Weight> Kernel for Gemm<'_, W> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let n_panels = self.part.n_panels(self.out.len());
-        let max = if S::WIDE { MAX_ROWS } else { 3 };
+        if self.part.rows > most_rows::<S>() {
+            return self.blocks(s, n_panels);
+        }
         for first in (0..n_panels).step_by(GROUP) {
             let n = GROUP.min(n_panels - first);
-            for (row, len) in tiles(self.part.rows, max) {
-                if S::WIDE {
-                    self.wide(s, row, len, first..first + n);
-                } else {
-                    self.narrow(s, row, len, first..first + n);
-                }
+            if S::WIDE {
+                self.wide(s, self.part.rows, first..first + n);
+            } else {
+                self.narrow(s, self.part.rows, first..first + n);
             }
         }
     }
 }
 
+/// Many rows: weights are widened once per block of rows instead of once per tile.
+impl<W: Weight> Gemm<'_, W> {
+    #[inline(always)]
+    fn blocks<S: Simd>(&mut self, s: S, n_panels: usize) {
+        let mut widened = Widened([[[0.0; LANES]; 2]; PIECE]);
+        for panel in 0..n_panels {
+            for (row, len) in tiles(self.part.rows, BLOCK_ROWS) {
+                self.block(s, panel, row..row + len, &mut widened);
+            }
+        }
+    }
+
+    /// Some rows by one panel.
+    #[inline(always)]
+    fn block<S: Simd>(&mut self, s: S, panel: usize, rows: Range<usize>, widened: &mut Widened) {
+        let Part { k, first, epilogue, .. } = self.part;
+        let w = &self.w[(first + panel) * k..];
+        let mut sums = Sums([[[0.0; LANES]; 2]; BLOCK_ROWS]);
+        for begin in (0..k).step_by(PIECE) {
+            let n = PIECE.min(k - begin);
+            for (wide, w) in widened.0.iter_mut().zip(&w[begin..begin + n]) {
+                let (halves, _) = w.as_chunks::<LANES>();
+                s.store(W::widen(s, &halves[0]), &mut wide[0]);
+                s.store(W::widen(s, &halves[1]), &mut wide[1]);
+            }
+            let rest = &w[begin + n..];
+            let mut next = rest[..PIECE.min(rest.len())].iter();
+            for (at, len) in tiles(rows.len(), most_rows::<S>()) {
+                let piece = Piece {
+                    x: &self.x[begin / LANES * stride(self.part.rows) + rows.start + at..],
+                    step: stride(self.part.rows),
+                    w: &widened.0[..n],
+                    sums: &mut sums.0[at..at + len],
+                };
+                piece.run(s, len, &mut next);
+            }
+        }
+        for (row, sums) in rows.zip(&sums.0) {
+            epilogue.apply(s, [s.load(&sums[0]), s.load(&sums[1])], self.out, self.part.at(panel, row));
+        }
+    }
+}
+
+/// Some rows by a widened piece of a panel.
+struct Piece<'a> {
+    /// From the first row on.
+    x: &'a [Lanes],
+    step: usize,
+    w: &'a [[Lanes; 2]],
+    sums: &'a mut [[Lanes; 2]],
+}
+
+impl Piece<'_> {
+    #[inline(always)]
+    fn run<S: Simd, T>(self, s: S, rows: usize, next: &mut std::slice::Iter<'_, T>) {
+        // More rows than a tile holds leave no tile less than half full.
+        match (S::WIDE, rows) {
+            (false, 2) => self.tile::<S, T, 2>(s, next),
+            (false, _) => self.tile::<S, T, 3>(s, next),
+            (true, 6) => self.tile::<S, T, 6>(s, next),
+            (true, 7) => self.tile::<S, T, 7>(s, next),
+            (true, 8) => self.tile::<S, T, 8>(s, next),
+            (true, 9) => self.tile::<S, T, 9>(s, next),
+            (true, 10) => self.tile::<S, T, 10>(s, next),
+            (true, 11) => self.tile::<S, T, 11>(s, next),
+            (true, _) => self.tile::<S, T, MAX_ROWS>(s, next),
+        }
+    }
+
+    /// Continues the chains of `R` rows, and asks for a share of the weights that come next: two tiles ask for all.
+    #[inline(always)]
+    fn tile<S: Simd, T, const R: usize>(self, s: S, next: &mut std::slice::Iter<'_, T>) {
+        let Some(sums) = self.sums.first_chunk_mut::<R>() else { return };
+        let mut acc = [[s.zero(); 2]; R];
+        for r in 0..R {
+            acc[r] = [s.load(&sums[r][0]), s.load(&sums[r][1])];
+        }
+        for (kp, w) in self.w.as_chunks::<LANES>().0.iter().enumerate() {
+            let Some(x) = self.x[kp * self.step..].first_chunk::<R>() else { return };
+            next.by_ref().take(LANES / 2).for_each(|w| s.prefetch(w));
+            for i in 0..LANES {
+                let w = [s.load(&w[i][0]), s.load(&w[i][1])];
+                for r in 0..R {
+                    let x = s.splat(x[r][i]);
+                    acc[r][0] = s.fma(x, w[0], acc[r][0]);
+                    acc[r][1] = s.fma(x, w[1], acc[r][1]);
+                }
+            }
+        }
+        for r in 0..R {
+            s.store(acc[r][0], &mut sums[r][0]);
+            s.store(acc[r][1], &mut sums[r][1]);
+        }
+    }
+}
+
+/// Few rows: a tile is all of them, and widens in register.
 impl<W: Weight> Gemm<'_, W> {
     /// Tiles for 32 registers of sixteen lanes.
     #[inline(always)]
-    fn wide<S: Simd>(&mut self, s: S, row: usize, len: usize, panels: std::ops::Range<usize>) {
-        match len {
-            1 => self.tiles::<S, 1, 4>(s, row, panels),
-            2 => self.tiles::<S, 2, 4>(s, row, panels),
-            3 => self.tiles::<S, 3, 2>(s, row, panels),
-            4 => self.tiles::<S, 4, 2>(s, row, panels),
-            5 => self.tiles::<S, 5, 1>(s, row, panels),
-            6 => self.tiles::<S, 6, 1>(s, row, panels),
-            7 => self.tiles::<S, 7, 1>(s, row, panels),
-            8 => self.tiles::<S, 8, 1>(s, row, panels),
-            9 => self.tiles::<S, 9, 1>(s, row, panels),
-            10 => self.tiles::<S, 10, 1>(s, row, panels),
-            11 => self.tiles::<S, 11, 1>(s, row, panels),
-            _ => self.tiles::<S, MAX_ROWS, 1>(s, row, panels),
+    fn wide<S: Simd>(&mut self, s: S, rows: usize, panels: Range<usize>) {
+        match rows {
+            1 => self.tiles::<S, 1, 4>(s, panels),
+            2 => self.tiles::<S, 2, 4>(s, panels),
+            3 => self.tiles::<S, 3, 2>(s, panels),
+            4 => self.tiles::<S, 4, 2>(s, panels),
+            5 => self.tiles::<S, 5, 1>(s, panels),
+            6 => self.tiles::<S, 6, 1>(s, panels),
+            7 => self.tiles::<S, 7, 1>(s, panels),
+            8 => self.tiles::<S, 8, 1>(s, panels),
+            9 => self.tiles::<S, 9, 1>(s, panels),
+            10 => self.tiles::<S, 10, 1>(s, panels),
+            11 => self.tiles::<S, 11, 1>(s, panels),
+            _ => self.tiles::<S, MAX_ROWS, 1>(s, panels),
         }
     }
 
     /// Tiles for 16 registers of eight lanes.
     #[inline(always)]
-    fn narrow<S: Simd>(&mut self, s: S, row: usize, len: usize, panels: std::ops::Range<usize>) {
-        match len {
-            1 => self.tiles::<S, 1, 2>(s, row, panels),
-            2 => self.tiles::<S, 2, 1>(s, row, panels),
-            _ => self.tiles::<S, 3, 1>(s, row, panels),
+    fn narrow<S: Simd>(&mut self, s: S, rows: usize, panels: Range<usize>) {
+        match rows {
+            1 => self.tiles::<S, 1, 2>(s, panels),
+            2 => self.tiles::<S, 2, 1>(s, panels),
+            _ => self.tiles::<S, 3, 1>(s, panels),
         }
     }
 
     #[inline(always)]
-    fn tiles<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panels: std::ops::Range<usize>) {
+    fn tiles<S: Simd, const R: usize, const P: usize>(&mut self, s: S, panels: Range<usize>) {
         let mut panel = panels.start;
         while panel + P <= panels.end {
-            self.tile::<S, R, P>(s, row, panel);
+            self.tile::<S, R, P>(s, panel);
             panel += P;
         }
         while panel < panels.end {
-            self.tile::<S, R, 1>(s, row, panel);
+            self.tile::<S, R, 1>(s, panel);
             panel += 1;
         }
     }
 
     /// `R` rows by `P` panels: `2 * R * P` independent chains.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
+    fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, panel: usize) {
         let Part { rows, k, first, epilogue } = self.part;
         let mut acc = [[[s.zero(); 2]; P]; R];
         let empty: &[[W; PANEL]] = &[];
@@ -210,7 +330,7 @@ impl<W: Weight> Gemm<'_, W> {
             *w = &self.w[(first + panel + p) * k..][..k];
         }
         for kp in 0..k / LANES {
-            let Some(x) = self.x[kp * stride(rows) + row..].first_chunk::<R>() else { return };
+            let Some(x) = self.x[kp * stride(rows)..].first_chunk::<R>() else { return };
             for i in 0..LANES {
                 for p in 0..P {
                     let (halves, _) = w[p][kp * LANES + i].as_chunks::<LANES>();
@@ -225,7 +345,7 @@ impl<W: Weight> Gemm<'_, W> {
         }
         for (r, acc) in acc.iter().enumerate() {
             for (p, &sums) in acc.iter().enumerate() {
-                epilogue.apply(s, sums, self.out, self.part.at(panel + p, row + r));
+                epilogue.apply(s, sums, self.out, self.part.at(panel + p, r));
             }
         }
     }

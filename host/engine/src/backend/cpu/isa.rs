@@ -84,12 +84,16 @@ pub(crate) trait Simd: Copy {
     /// Exact for magnitudes up to 2^24.
     fn int_to_f32(self, v: Self::I) -> Self::V;
 
+    /// Asks for the cache line where `x` begins, to be near when it is read. A hint: changes no result.
+    #[inline(always)]
+    fn prefetch<T>(self, _x: &T) {}
+
     #[inline(always)]
     fn zero(self) -> Self::V {
         self.splat(0.0)
     }
 
-    /// Sum of the lanes, as a fixed tree of halves.
+    /// Sum of the lanes, as a fixed tree of halves; one that overrides it keeps the tree.
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         self.fold(v, |a, b| a + b)

@@ -8,6 +8,7 @@
 
 use pointsman_sched::ids::BlockId;
 
+use super::aligned::Aligned;
 use super::isa::{LANES, Lanes};
 use crate::spec::ModelSpec;
 
@@ -25,7 +26,7 @@ pub struct KvPlan {
 /// The pages.
 #[derive(Debug)]
 pub(super) struct KvPool {
-    pages: Vec<Lanes>,
+    pages: Aligned<f32, LANES>,
     layers: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -66,7 +67,7 @@ impl KvPlan {
 impl KvPool {
     pub(super) fn allocate(spec: &ModelSpec, plan: &KvPlan) -> Self {
         Self {
-            pages: vec![[0.0; LANES]; plan.bytes() / size_of::<Lanes>()],
+            pages: Aligned::filled(0.0, plan.bytes() / size_of::<Lanes>()),
             layers: spec.layers,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,

@@ -7,6 +7,7 @@
 
 use half::{bf16, f16};
 
+use super::aligned::Aligned;
 use super::isa::{LANES, Weight};
 use crate::load::{Elements, LoadError, quantise_q8_0};
 
@@ -26,9 +27,9 @@ pub(super) struct Matrix {
 
 #[derive(Debug)]
 pub(super) enum Packed {
-    F32(Vec<[f32; PANEL]>),
-    F16(Vec<[f16; PANEL]>),
-    Bf16(Vec<[bf16; PANEL]>),
+    F32(Aligned<f32, PANEL>),
+    F16(Aligned<f16, PANEL>),
+    Bf16(Aligned<bf16, PANEL>),
     Q8(Vec<Q8Block>),
 }
 
@@ -91,9 +92,9 @@ impl Matrix {
 
     pub(super) fn bytes(&self) -> usize {
         match &self.packed {
-            Packed::F32(w) => size_of_val(w.as_slice()),
-            Packed::F16(w) => size_of_val(w.as_slice()),
-            Packed::Bf16(w) => size_of_val(w.as_slice()),
+            Packed::F32(w) => size_of_val(&**w),
+            Packed::F16(w) => size_of_val(&**w),
+            Packed::Bf16(w) => size_of_val(&**w),
             Packed::Q8(w) => size_of_val(w.as_slice()),
         }
     }
@@ -133,13 +134,14 @@ fn pack<W: Weight>(
     k: usize,
     join: Join,
     get: impl Fn(&Elements<'_>, usize) -> W,
-) -> Vec<[W; PANEL]> {
+) -> Aligned<W, PANEL> {
     let n = rows(parts, k).len();
-    let mut packed = vec![[W::ZERO; PANEL]; n.div_ceil(PANEL) * k];
+    let mut aligned = Aligned::filled(W::ZERO, n.div_ceil(PANEL) * k);
+    let packed: &mut [[W; PANEL]] = &mut aligned;
     for (column, (part, row)) in columns(parts, k, join).enumerate() {
         for i in 0..k {
             packed[column / PANEL * k + i][column % PANEL] = get(&parts[part], row * k + i);
         }
     }
-    packed
+    aligned
 }

@@ -41,24 +41,16 @@ impl Kernel for Quantise<'_> {
                 let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
                 // A denormal maximum would make the inverse infinite.
                 let inverse = s.splat(if inverse.is_finite() { inverse } else { 0.0 });
-                let halves = [s.round_i8(s.mul(low, inverse)), s.round_i8(s.mul(high, inverse))];
-                *out = pack(&halves, largest / 127.0);
+                let (low, high) = (s.mul(low, inverse), s.mul(high, inverse));
+                // At most 32 * 127: exact, in any order.
+                let sum = s.sum(s.add(s.round(low), s.round(high)));
+                let mut quads = [0; BLOCK / 4];
+                let halves = [s.round_i8(low), s.round_i8(high)];
+                for (quad, bytes) in quads.iter_mut().zip(halves.as_flattened().as_chunks::<4>().0) {
+                    *quad = i32::from_le_bytes(bytes.map(i8::cast_unsigned));
+                }
+                *out = QuantRow { quads, scale: largest / 127.0, offset: -128 * sum as i32 };
             }
         }
     }
-}
-
-#[inline(always)]
-fn pack(halves: &[[i8; 16]; 2], scale: f32) -> QuantRow {
-    let mut quads = [0; BLOCK / 4];
-    let mut sum = 0;
-    for (half, bytes) in halves.iter().enumerate() {
-        for (quad, bytes) in bytes.as_chunks::<4>().0.iter().enumerate() {
-            quads[4 * half + quad] = i32::from_le_bytes(bytes.map(i8::cast_unsigned));
-        }
-        for &byte in bytes {
-            sum += i32::from(byte);
-        }
-    }
-    QuantRow { quads, scale, offset: -128 * sum }
 }

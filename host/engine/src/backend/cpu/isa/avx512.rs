@@ -152,4 +152,30 @@ impl Simd for Avx512 {
     fn int_to_f32(self, v: __m512i) -> __m512 {
         registers!(_mm512_cvtepi32_ps(v))
     }
+
+    #[inline(always)]
+    fn prefetch<T>(self, x: &T) {
+        // SAFETY: every x86-64 CPU has the instruction; it reads no memory and faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: __m512) -> f32 {
+        registers!({
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        })
+    }
+
+    #[inline(always)]
+    fn max_lane(self, v: __m512) -> f32 {
+        registers!({
+            let v = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        })
+    }
 }
