@@ -1,6 +1,6 @@
 //! One scheduling step through the wasm boundary, with the deltas of a steady load: every step, 16 requests have arrived, the
-//! 16 admitted before are running, the 16 before those are gone. Bar: 10 us per step, however many wait; and 5 us for the
-//! boundary alone with 1,024 rows in one call (a guest that reads nothing and plans nothing).
+//! 16 admitted before are running, the 16 before those are gone. Bar: 10 us per step, however many wait. The cost of the
+//! boundary itself is in `call`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,18 +104,6 @@ impl Bench {
         percentiles.print(&format!("{name}, {waiting} waiting, 16 deltas"), Some(Duration::from_micros(10)));
     }
 
-    /// The crossing alone: 1,024 rows lowered into a guest that neither reads them nor plans.
-    fn boundary(&mut self) {
-        let mut guest = self.guest("fixture-scheduler", r#"{"do": "no-plan"}"#, 0);
-        let changes = Changes { arrived: sequences(1..1_025), ..Changes::default() };
-        let mut plan = Plan::default();
-        let percentiles = each_call(2_000, 20_000, || {
-            plan.clear();
-            guest.step(3, &BUDGETS, &changes, &mut plan);
-        });
-        percentiles.print("boundary alone, 1,024 rows of 11 columns", Some(Duration::from_micros(5)));
-    }
-
     fn no_change(&mut self, name: &str) {
         let mut guest = self.guest(name, "{}", 1_024);
         let mut plan = Plan::default();
@@ -141,5 +129,4 @@ fn main() {
         }
         bench.no_change(name);
     }
-    bench.boundary();
 }

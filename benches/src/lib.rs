@@ -66,6 +66,9 @@ pub fn each_call(warm_up: usize, n: usize, mut call: impl FnMut()) -> Percentile
     samples.percentiles()
 }
 
+/// Longest duration that can be counted.
+const HOUR_NS: u64 = 3_600_000_000_000;
+
 /// Durations, counted by value.
 #[derive(Debug)]
 pub struct Samples {
@@ -74,7 +77,7 @@ pub struct Samples {
 
 impl Default for Samples {
     fn default() -> Self {
-        let histogram = Histogram::new(3).unwrap_or_else(|e| unreachable!("three digits are allowed: {e}"));
+        let histogram = Histogram::new_with_bounds(1, HOUR_NS, 3).unwrap_or_else(|e| unreachable!("good bounds: {e}"));
         Self { histogram }
     }
 }
@@ -83,8 +86,7 @@ impl Samples {
     /// Counts one duration.
     pub fn add(&mut self, took: Duration) {
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
-        // The histogram resizes itself; it fails beyond its largest value only.
-        self.histogram.saturating_record(nanos);
+        self.histogram.record(nanos).unwrap_or_else(|e| panic!("{took:?} is out of bounds: {e}"));
     }
 
     /// What was counted.
@@ -129,5 +131,22 @@ pub fn readable(nanos: u64) -> String {
         1_000..=999_999 => format!("{:.2} us", value / 1e3),
         1_000_000..=999_999_999 => format!("{:.2} ms", value / 1e6),
         _ => format!("{:.2} s", value / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_those_of_the_samples() {
+        let mut samples = Samples::default();
+        for micros in 1..=1_000 {
+            samples.add(Duration::from_micros(micros));
+        }
+        let Percentiles { p50, p99, min, n } = samples.percentiles();
+        let near = |found: u64, expect: u64| found.abs_diff(expect) <= expect / 500;
+        assert!(near(p50, 500_000) && near(p99, 990_000) && near(min, 1_000) && n == 1_000, "{p50} {p99} {min} {n}");
+        assert_eq!([readable(17), readable(1_500), readable(2_500_000)], ["17 ns", "1.50 us", "2.50 ms"]);
     }
 }

@@ -113,7 +113,7 @@ pub struct Counters {
     pub fallbacks: u64,
 }
 
-/// Body of `PUT /admin/v1/slots/{slot}`; parsed by [`super::slots`], which names unknown members.
+/// Body of `PUT /admin/v1/slots/{slot}`; parsed by the slots handler, which names unknown members.
 #[derive(Clone, Debug)]
 pub struct PutSlot {
     /// Digest, or `native`.
