@@ -123,7 +123,17 @@ fn a_router_is_uploaded_obeyed_and_rolled_back() {
     let before = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body;
     // A core module that carries its component type is as good as a component.
     let core_module = pointsman_tests::root().join("plugins/prebuilt/route-least-loaded.core.wasm");
-    let uploaded = host.upload(&std::fs::read(core_module).expect("a core module"));
+    let bytes = std::fs::read(core_module).expect("a core module");
+    let first = host.send(
+        "POST",
+        &format!("{}/admin/v1/components", host.admin),
+        &[("content-type", "application/wasm")],
+        &bytes,
+    );
+    assert_eq!(first.status, 201, "{first:?}");
+    assert!(first.body["compile_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{first:?}");
+    let uploaded = host.upload(&bytes);
+    assert_eq!(first.body["digest"], json!(uploaded), "uploads are idempotent");
     assert_eq!(host.activate("router", &uploaded, json!({})).status, 200);
     // Sticky by session: a session keeps its replica.
     let activated = host.activate("router", &host.builtin("route-weighted"), json!({}));

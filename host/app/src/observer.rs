@@ -15,6 +15,12 @@ const PERIOD: Duration = Duration::from_millis(50);
 /// Events per round and hook.
 const BATCH: usize = 4_096;
 
+/// Batches per round: when events come faster than hooks take them, the ring drops the oldest and faults are still
+/// journalled.
+const MAX_BATCHES: usize = 8;
+/// Alerts of one hook per batch that reach log and journal; the others are counted in metrics.
+const MAX_ALERTS: usize = 4;
+
 /// The running observer.
 #[derive(Debug)]
 pub(crate) struct Observer {
@@ -69,7 +75,7 @@ impl Observer {
 
 impl Watched {
     fn round(&self, events: &mut Vec<Event>) {
-        loop {
+        for _ in 0..MAX_BATCHES {
             events.clear();
             let drained = self.recorder.drain(events, BATCH);
             self.metrics.events_dropped(drained.dropped);
@@ -85,8 +91,12 @@ impl Watched {
 
     fn show(&self, events: &[Event], dropped: u64) {
         for (name, slot) in self.deploy.telemetry.load().iter() {
-            for alert in slot.on_events(self.clock.micros(), events, &self.names, dropped) {
-                self.deploy.alert(name, &alert);
+            let alerts = slot.on_events(self.clock.micros(), events, &self.names, dropped);
+            for (n, alert) in alerts.iter().enumerate() {
+                self.metrics.alert(alert.severity.as_str(), name);
+                if n < MAX_ALERTS {
+                    self.deploy.alert(name, alert);
+                }
             }
         }
     }

@@ -127,8 +127,10 @@ pub enum FinishReason {
 pub enum CancelCause {
     /// The client disconnected, or its buffer overflowed.
     ClientGone,
-    /// A cancel call, or a stop string matched by the server.
+    /// A cancel call.
     Asked,
+    /// The server found a stop string in the text: a good end, counted and reported as a finished request.
+    StopString,
     /// Its deadline passed.
     Deadline,
     /// The host is shutting down and the grace period is over.

@@ -154,7 +154,7 @@ impl ApiError {
     pub(crate) fn cancelled(cause: CancelCause, limit_ms: u64) -> Self {
         match cause {
             CancelCause::ClientGone => Self::SlowClient,
-            CancelCause::Asked => Self::Cancelled,
+            CancelCause::Asked | CancelCause::StopString => Self::Cancelled,
             CancelCause::Deadline => Self::Deadline { limit_ms },
             CancelCause::Shutdown => Self::Draining,
         }

@@ -326,7 +326,7 @@ impl Generation {
         let finish = stopped.then_some(Finish::Stop);
         self.updates.push_back(Update::Delta(Delta { choice: index, text, token: Some(token), finish }));
         if stopped {
-            self.in_flight.cancel(index, CancelCause::Asked);
+            self.in_flight.cancel(index, CancelCause::StopString);
             self.close(index, Finish::Stop);
         }
     }

@@ -1,7 +1,7 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
 use pointsman_control::{ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
-use pointsman_policy::{FaultKind, Health, SlotStatus};
+use pointsman_policy::{Component, FaultKind, Health, SlotStatus};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Uploaded};
 
@@ -14,9 +14,9 @@ const MAX_COMPONENTS: usize = 256;
 impl PolicyAdmin for Deploy {
     fn upload(&self, bytes: Vec<u8>, actor: &str) -> Result<Uploaded, AdminError> {
         // Compiled before the lock is taken: an activation must not wait for somebody's upload.
-        self.runtime.admit(&bytes).map_err(upload_error)?;
+        let component = self.runtime.admit(&bytes).map_err(upload_error)?;
         let _one = lock(&self.operations);
-        self.take_component(&bytes, actor)
+        self.take_component(component, &bytes, actor)
     }
 
     fn components(&self) -> Vec<wire::Component> {
@@ -129,9 +129,13 @@ impl PolicyAdmin for Deploy {
 }
 
 impl Deploy {
-    /// Keeps a component: validated, compiled, on disk, listed. The caller holds `operations`.
-    pub(super) fn take_component(&self, bytes: &[u8], actor: &str) -> Result<Uploaded, AdminError> {
-        let component = self.runtime.admit(bytes).map_err(upload_error)?;
+    /// Keeps an admitted component: on disk, then listed. The caller holds `operations`.
+    pub(super) fn take_component(
+        &self,
+        component: Component,
+        bytes: &[u8],
+        actor: &str,
+    ) -> Result<Uploaded, AdminError> {
         let digest = component.digest.to_string();
         let (world, package, size) = (component.world, component.package.to_string(), component.size);
         let compile_ms = if component.cached { 0.0 } else { component.compile_ms };

@@ -251,7 +251,8 @@ impl Deploy {
         }
         let bytes =
             std::fs::read(name).map_err(|e| not_found(format!("no built-in component and no file `{name}`: {e}")))?;
-        Ok(ComponentRef::Digest(self.take_component(&bytes, "startup")?.component.digest))
+        let component = self.runtime.admit(&bytes).map_err(errors::upload_error)?;
+        Ok(ComponentRef::Digest(self.take_component(component, &bytes, "startup")?.component.digest))
     }
 }
 
@@ -297,7 +298,6 @@ impl Deploy {
     pub(crate) fn alert(&self, slot: &str, alert: &pointsman_policy::Alert) {
         let severity = alert.severity.as_str();
         tracing::warn!(slot, severity, "{}: {}", alert.title, alert.text);
-        self.metrics.alert(severity, slot);
         if let Ok(slot) = slot.parse::<SlotName>() {
             let (title, text) = (alert.title.clone(), alert.text.clone());
             self.note("host", Happened::Alert { slot, severity: severity.to_owned(), title, text });

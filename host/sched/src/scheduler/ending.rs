@@ -47,7 +47,9 @@ impl Scheduler {
 impl Ending {
     fn count(&self, stage: Stage, counters: &mut Counters) {
         match self {
-            Self::Finished(FinishReason::Stop(_)) => counters.finished_stop += 1,
+            Self::Finished(FinishReason::Stop(_)) | Self::Cancelled(CancelCause::StopString) => {
+                counters.finished_stop += 1
+            }
             Self::Finished(FinishReason::Length) => counters.finished_length += 1,
             Self::Cancelled(_) => counters.cancelled[stage as usize] += 1,
             Self::Failed(_) => counters.failed += 1,
@@ -57,7 +59,9 @@ impl Ending {
     fn event(&self, sequence: &Sequence, scheduler_generation: u64, now: Micros) -> Event {
         let numbers = (now.saturating_sub(sequence.request.arrived), u64::from(sequence.generated()));
         match self {
-            Self::Finished(_) => event(sequence, now, EventKind::Finished, numbers),
+            Self::Finished(_) | Self::Cancelled(CancelCause::StopString) => {
+                event(sequence, now, EventKind::Finished, numbers)
+            }
             Self::Cancelled(_) => event(sequence, now, EventKind::Cancelled, numbers),
             Self::Failed(Failure::DroppedByPolicy) => {
                 let rejected = event(sequence, now, EventKind::Rejected, (REJECTED_BY_POLICY, 0));

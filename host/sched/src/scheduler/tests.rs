@@ -163,6 +163,18 @@ fn a_cancel_frees_the_blocks_in_every_stage() {
 }
 
 #[test]
+fn a_stop_string_is_a_good_end() {
+    for (cause, stopped, cancelled) in [(CancelCause::StopString, 1, 0), (CancelCause::Asked, 0, 1)] {
+        let mut host = Host::new(CONFIG);
+        host.submit(request(1, 4, 5));
+        host.step(&mut NativeBatch);
+        host.cancel(1, cause);
+        let counters = host.scheduler.take_counters();
+        assert_eq!((counters.finished_stop, counters.cancelled.iter().sum::<u64>()), (stopped, cancelled), "{cause:?}");
+    }
+}
+
+#[test]
 fn a_cancel_between_plan_and_completion_skips_the_row() {
     let mut host = Host::new(CONFIG);
     host.submit(request(1, 4, 5));

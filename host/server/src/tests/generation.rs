@@ -138,7 +138,7 @@ async fn a_stop_string_cancels_the_engine() {
     rig.engine.play([Play::Now(says(&["ab", "cd"]))]);
     rig.post(CHAT, &chat(&json!({"stop": "b"}))).await;
     let cancels = rig.engine.cancels.lock().expect("unpoisoned").clone();
-    assert_eq!(cancels, [(pointsman_sched::ids::ReplicaId(0), rig.engine.last_id(), CancelCause::Asked)]);
+    assert_eq!(cancels, [(pointsman_sched::ids::ReplicaId(0), rig.engine.last_id(), CancelCause::StopString)]);
 }
 
 #[tokio::test]
