@@ -32,6 +32,8 @@ use crate::store::Store;
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
+/// Most cancels on their way to a driver.
+const MAX_CANCELS: usize = 1 << 16;
 /// How long an upload waits for the compilation before it.
 const COMPILE_QUEUE: Duration = Duration::from_secs(5);
 
@@ -273,8 +275,11 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
         recorder: shared.recorder.clone(),
         metrics: Arc::clone(&shared.metrics),
     };
+    // One HTTP request may be several engine requests: prompts times choices.
     let in_flight = config.server.max_in_flight as usize;
-    let cpu = DriverHandle::start("cpu", replicas, (in_flight, in_flight), context)?;
+    let per_request = ServerConfig::default();
+    let engine_requests = in_flight * (per_request.max_prompts * per_request.max_choices) as usize;
+    let cpu = DriverHandle::start("cpu", replicas, (in_flight, engine_requests.min(MAX_CANCELS)), context)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let device = CpuDevice { description: format!("CPU, {cores} cores"), memory };
     Ok(Engine { catalog: Arc::new(Catalog { variants: loaded.variants }), cpu, device })

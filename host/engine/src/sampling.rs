@@ -182,7 +182,8 @@ fn penalised(logit: f32, sampling: &Sampling, in_output: u32) -> f32 {
     let penalty = sampling.repetition_penalty;
     let logit = if logit > 0.0 { logit / penalty } else { logit * penalty };
     let present = if in_output > 0 { sampling.presence_penalty } else { 0.0 };
-    logit - present - in_output as f32 * sampling.frequency_penalty
+    // Whatever the penalties, one row's logits stay numbers: a row without any fails the step of all.
+    (logit - present - in_output as f32 * sampling.frequency_penalty).clamp(f32::MIN, f32::MAX)
 }
 
 /// Largest logit first, ties by id: a total order.

@@ -85,6 +85,7 @@ const ONLY: &[Only] = &[
     Only { field: "quantization_config", accept: Value::is_null, supported: "null: F32, F16 or BF16 weights" },
     Only { field: "rope_scaling", accept: is_plain_rope, supported: "null, or rope_type = default" },
     Only { field: "rope_parameters", accept: is_plain_rope, supported: "null, or rope_type = default" },
+    Only { field: "partial_rotary_factor", accept: |v| v.as_f64() == Some(1.0) || v.is_null(), supported: "1" },
     Only { field: "sliding_window", accept: Value::is_null, supported: "null" },
 ];
 

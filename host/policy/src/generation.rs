@@ -39,6 +39,8 @@ pub(crate) struct Guest<H: Hook> {
     pub(crate) wants: Wants,
     pub(crate) revision: Arc<str>,
     idle: ArrayQueue<Box<Instance<H>>>,
+    /// The instance that a world with one caller keeps using, so that what it remembers stays in one place.
+    working: Mutex<Option<Box<Instance<H>>>>,
     trash: ArrayQueue<Box<Instance<H>>>,
     /// Instances that serve or could: idle ones and those taken.
     live: AtomicU32,
@@ -122,6 +124,7 @@ impl<H: Hook> Guest<H> {
             wants: ready.wants,
             revision: ready.revision,
             idle,
+            working: Mutex::new(None),
             trash: ArrayQueue::new(TRASH),
             live: AtomicU32::new(live),
             respawn_at: AtomicU64::new(0),
@@ -158,6 +161,21 @@ impl<H: Hook> Guest<H> {
             self.discard(instance);
         } else if let Err(instance) = self.idle.push(instance) {
             self.discard(instance);
+        }
+    }
+
+    /// The instance that served the last call, else another: for the worlds whose calls come from one thread.
+    pub(crate) fn take_working(&self) -> Option<Box<Instance<H>>> {
+        let working = lock(&self.working).take();
+        working.or_else(|| self.take())
+    }
+
+    /// Puts back what [`take_working`](Self::take_working) gave, unless it is worn and there is another.
+    pub(crate) fn keep_working(&self, instance: Box<Instance<H>>) {
+        if self.is_worn(&instance) && !self.idle.is_empty() {
+            self.discard(instance);
+        } else {
+            *lock(&self.working) = Some(instance);
         }
     }
 

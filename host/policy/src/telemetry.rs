@@ -128,7 +128,7 @@ impl TelemetrySlot {
             return;
         }
         let admit = guest.admit(now);
-        let instance = if admit == Admit::No { None } else { guest.take() };
+        let instance = if admit == Admit::No { None } else { guest.take_working() };
         let Some(mut instance) = instance else {
             if admit == Admit::Trial {
                 guest.trial_withdrawn();
@@ -144,7 +144,7 @@ impl TelemetrySlot {
         guest.took(took_ns, budget.soft);
         match answer {
             Ok(raised) => {
-                guest.give_back(instance);
+                guest.keep_working(instance);
                 if admit == Admit::Trial {
                     guest.trial_passed(number);
                 }

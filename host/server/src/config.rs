@@ -117,7 +117,7 @@ impl Default for ServerConfig {
             default_timeout_ms: 600_000,
             max_timeout_ms: 3_600_000,
             max_choices: 8,
-            max_prompts: 64,
+            max_prompts: 16,
             sink_events: 4_096,
             route_headers: Vec::new(),
             api_keys: Vec::new(),

@@ -65,7 +65,7 @@ fn identify(headers: &HeaderMap, state: &ServerState) -> Result<Caller, ApiError
     let configured = key.and_then(|i| state.config.api_keys.get(i));
     let tenant = match configured {
         Some(key) => key.tenant.as_str(),
-        None => name_header(headers, TENANT_ID)?.unwrap_or_default(),
+        None => name_header(headers, TENANT_ID)?.unwrap_or("default"),
     };
     let header_priority = match name_header(headers, PRIORITY)? {
         Some(text) => Some(priority_word(text).ok_or_else(|| bad_priority(PRIORITY, &format!("`{text}`")))?),

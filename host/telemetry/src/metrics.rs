@@ -177,6 +177,10 @@ type SeriesOfRevision = BTreeMap<String, BTreeSet<Option<String>>>;
 
 /// Most families that guests may create in the life of a host; the next ones are refused.
 const MAX_PLUGIN_FAMILIES: usize = 1_024;
+/// Most series of one revision, all its families together; the next label values share `other`.
+const MAX_SERIES: usize = 2_000;
+/// Bytes of a label value that are kept.
+const MAX_LABEL_BYTES: usize = 128;
 /// Most values of a guest's own label in one family and revision; the next ones share `other`.
 const MAX_LABEL_VALUES: usize = 1_000;
 
@@ -184,6 +188,12 @@ impl Default for Metrics {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// The beginning of a label value, cut between letters.
+fn shortened(label: &str) -> &str {
+    let cut = (0..=MAX_LABEL_BYTES.min(label.len())).rev().find(|at| label.is_char_boundary(*at));
+    &label[..cut.unwrap_or(0)]
 }
 
 /// A family that is registered at once; a name clash is a bug in the list below, found by the first test that runs.
@@ -431,11 +441,13 @@ impl Metrics {
         if !value.is_finite() {
             return;
         }
-        let mut label = metric.labelled.then(|| label.unwrap_or_default().to_owned());
+        let mut label = metric.labelled.then(|| shortened(label.unwrap_or_default()).to_owned());
         let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
         let of_revision = plugin.series.entry((metric.slot.clone(), metric.revision.clone())).or_default();
+        let n_series: usize = of_revision.values().map(BTreeSet::len).sum();
         let labels = of_revision.entry(metric.name.clone()).or_default();
-        if labels.len() >= MAX_LABEL_VALUES && !labels.contains(&label) {
+        let full = labels.len() >= MAX_LABEL_VALUES || n_series >= MAX_SERIES;
+        if full && !labels.contains(&label) {
             label = label.map(|_| "other".to_owned());
         }
         labels.insert(label.clone());
@@ -559,6 +571,11 @@ mod tests {
         let text = metrics.render();
         assert!(text.contains(r#"user="other"} 500"#));
         assert!(!text.contains(r#"user="u1000"}"#));
+        let long = "\u{e9}".repeat(1_000);
+        let per_zone = spec("y", PluginMetricKind::Counter, Some("zone"), &[]);
+        let metric = metrics.plugin("router", "r@1+0", &per_zone).expect("a good name");
+        metrics.record_plugin(&metric, 1.0, Some(&long));
+        assert!(metrics.render().contains(&format!("zone=\"{}\"}} 1", "\u{e9}".repeat(64))), "128 bytes are kept");
     }
 
     #[test]

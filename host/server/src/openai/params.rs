@@ -98,7 +98,7 @@ impl Params {
             top_p: positive(fields, "top_p", 1.0)?,
             top_k: top_k(fields)?,
             min_p: fields.number("min_p", 0.0..=1.0)?,
-            repetition_penalty: positive(fields, "repetition_penalty", 10.0)?,
+            repetition_penalty: fields.number("repetition_penalty", 0.01..=10.0)?,
             presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
             frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
             logit_bias: fields.take("logit_bias"),

@@ -90,7 +90,7 @@ const BAD_BODIES: &[(&str, &str, u16, &str, &str)] = &[
         "exceeds the 2 tokens",
     ),
     (COMPLETIONS, r#"{"model": "m"}"#, 400, "prompt", "is required"),
-    (COMPLETIONS, r#"{"model": "m", "prompt": []}"#, 400, "prompt", "1 to 64 prompts, found 0"),
+    (COMPLETIONS, r#"{"model": "m", "prompt": []}"#, 400, "prompt", "1 to 16 prompts, found 0"),
     (
         COMPLETIONS,
         r#"{"model": "m", "prompt": [1, 264]}"#,
