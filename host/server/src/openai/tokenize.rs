@@ -44,6 +44,8 @@ pub(crate) async fn tokenize(
     _caller: Caller,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
+    // Tokenizing is work like any other: it takes a place among the requests in flight.
+    let _permit = state.admission.enter()?;
     let mut fields = read_fields(&state, request).await?;
     let target = target(&mut fields, &state)?;
     let text = target.text();
@@ -73,6 +75,7 @@ pub(crate) async fn detokenize(
     _caller: Caller,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
+    let _permit = state.admission.enter()?;
     let mut fields = read_fields(&state, request).await?;
     let target = target(&mut fields, &state)?;
     let ids = match fields.require("tokens")? {
