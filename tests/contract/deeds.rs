@@ -139,6 +139,8 @@ fn a_telemetry_hook_may_do_anything() {
         ("allocate", Fault(&["memory", "timeout"])),
         ("recurse", Fault(&["trap"])),
         ("huge-list", Fault(&["bad-answer", "memory", "timeout"])),
+        ("huge-text", Fault(&["bad-answer", "memory", "timeout"])),
+        ("slow", Nothing),
         ("leak", Nothing),
         ("log-flood", Nothing),
         ("metric-flood", Nothing),
