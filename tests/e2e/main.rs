@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a broken host should stop the test where it is")]
 
 mod client;
+mod explain;
 mod restart;
 mod swaps;
 

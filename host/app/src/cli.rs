@@ -102,6 +102,17 @@ pub(crate) enum PolicyCommand {
         #[command(flatten)]
         at: AdminArgs,
     },
+    /// Say why a request went where it went: what the router saw and said, what the host did, and when.
+    #[command(
+        after_help = "Examples:\n  pointsman policy explain chatcmpl-0011aabb\n  pointsman policy explain     # lists the last requests"
+    )]
+    Explain {
+        /// `x-request-id` of the response; without it the last requests are listed.
+        #[arg(value_name = "ID", value_parser = request_id)]
+        id: Option<String>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
     /// Show what is active in every slot, its health and its counters.
     #[command(after_help = "Example:\n  pointsman policy status")]
     Status {
@@ -122,6 +133,12 @@ pub(crate) struct AdminArgs {
     /// Print the API's JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What a request may be called, so that it can stand in a path.
+fn request_id(text: &str) -> Result<String, String> {
+    let good = text.bytes().all(|b| b.is_ascii_graphic() && !b"/?#%".contains(&b));
+    if good && !text.is_empty() { Ok(text.to_owned()) } else { Err("not a request id".to_owned()) }
 }
 
 fn json(text: &str) -> Result<serde_json::Value, String> {

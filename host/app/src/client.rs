@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 use crate::cli::{AdminArgs, PolicyCommand};
+use crate::explain;
 
 /// Runs one command; what it prints goes to `out`.
 ///
@@ -49,6 +50,14 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let path = format!("/admin/v1/slots/{slot}/rollback");
             let answer = Admin::new(at.clone()).send("POST", &path, Vec::new(), "application/json")?;
             print(out, &at, &answer, |a| activated(&slot.to_string(), a))
+        }
+        PolicyCommand::Explain { id, at } => {
+            let path = match &id {
+                Some(id) => format!("/admin/v1/requests/{id}"),
+                None => "/admin/v1/requests".to_owned(),
+            };
+            let answer = Admin::new(at.clone()).get(&path)?;
+            print(out, &at, &answer, if id.is_some() { explain::table } else { explain::list })
         }
         PolicyCommand::Status { at } => {
             let answer = Admin::new(at.clone()).get("/admin/v1/slots")?;

@@ -92,6 +92,8 @@ pub(crate) struct PolicySection {
     pub compile_memory_mib: u64,
     pub router_instances: u32,
     pub event_ring: u32,
+    /// Requests that `GET /admin/v1/requests/{id}` can explain; 0 remembers none.
+    pub explain_requests: u32,
 }
 
 /// A policy for a slot.
@@ -215,7 +217,13 @@ impl Default for EngineSection {
 
 impl Default for PolicySection {
     fn default() -> Self {
-        Self { compile_timeout_ms: 30_000, compile_memory_mib: 2_048, router_instances: 8, event_ring: 65_536 }
+        Self {
+            compile_timeout_ms: 30_000,
+            compile_memory_mib: 2_048,
+            router_instances: 8,
+            event_ring: 65_536,
+            explain_requests: 1_024,
+        }
     }
 }
 
@@ -264,7 +272,7 @@ impl Config {
         let (sched, server, policy) = (&self.sched, &self.server, &self.policy);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 16] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 17] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -281,6 +289,7 @@ impl Config {
             ("policy.compile_timeout_ms", policy.compile_timeout_ms, 100, 600_000, "milliseconds"),
             ("policy.compile_memory_mib", policy.compile_memory_mib, 256, 65_536, "MiB"),
             ("policy.router_instances", policy.router_instances.into(), 1, 100, "instances"),
+            ("policy.explain_requests", policy.explain_requests.into(), 0, 65_536, "requests"),
         ];
         for (key, found, least, most, unit) in bounds {
             if !(least..=most).contains(&found) {

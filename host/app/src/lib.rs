@@ -10,10 +10,12 @@ mod clock;
 mod config;
 mod deploy;
 mod driver;
+mod explain;
 mod models;
 mod observer;
 mod serve;
 mod store;
+mod tapped;
 
 use std::process::ExitCode;
 

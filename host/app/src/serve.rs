@@ -17,6 +17,7 @@ use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
+use pointsman_server::record::Taps;
 use pointsman_server::{ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
@@ -29,6 +30,7 @@ use crate::driver::{DriverContext, DriverHandle, DriverReplica};
 use crate::models::{Loaded, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::store::Store;
+use crate::tapped::Tapped;
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
@@ -44,6 +46,7 @@ struct Shared {
     metrics: Arc<Metrics>,
     recorder: Recorder,
     names: Arc<Names>,
+    taps: Taps,
 }
 
 /// The device drivers as the server sees them: one driver today.
@@ -78,6 +81,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         metrics: Arc::new(Metrics::new()),
         recorder: Recorder::new(config.policy.event_ring as usize),
         names: Arc::new(Names::default()),
+        taps: Taps::default(),
     };
     let deploy = deployments(&config, &store, &shared)?;
     let loaded = load_beside(&config, &shared, &deploy)?;
@@ -99,6 +103,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         metrics: Arc::clone(&shared.metrics),
         recorder: shared.recorder.clone(),
         names: Arc::clone(&shared.names),
+        taps: shared.taps.clone(),
     })?;
     banner(&listeners, &engine.catalog, &deploy)?;
     let served = runtime.block_on(serve_until_signalled(listeners, state));
@@ -184,6 +189,7 @@ fn server_config(config: &Config) -> ServerConfig {
         api_keys: server.api_keys.iter().map(key).collect(),
         admin_token: Some(config.admin.token.clone()).filter(|t| !t.is_empty()).map(Secret::new),
         admin_remote: !config.admin.listen.ip().is_loopback(),
+        explain_requests: config.policy.explain_requests as usize,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ..ServerConfig::default()
     }
@@ -264,7 +270,11 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
                 Arc::clone(&replica.sketch),
             )?,
             executor: Box::new(engine),
-            policy: Box::new(deploy.scheduler.attach(&replica.name)),
+            policy: Box::new(Tapped::new(
+                deploy.scheduler.attach(&replica.name),
+                &shared.taps.scheduler,
+                &replica.name,
+            )),
             gauges: Arc::clone(&replica.gauges),
             metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
             variant: u32::try_from(replica.variant).unwrap_or(0),

@@ -52,7 +52,7 @@ pub use config::{Budget, Budgets, Compile, CompileCommand, CompileLimits, Mainte
 pub use engine::Allocation;
 pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
 pub use manifest::ManifestError;
-pub use router::RouterSlot;
+pub use router::{RouterQuestion, RouterSlot};
 pub use runtime::{ActivateError, Activation, Clock, Inspected, Runtime, RuntimeError};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
 pub use slot::{Prepared, PublishError, Published, Slot, SlotStatus};

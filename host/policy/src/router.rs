@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use pointsman_sched::ids::Priority;
 use pointsman_sched::route::{
-    Choice, Refusal, Rejection, ReplicaColumns, RoutePolicy, RouteRequest, Routed, check_choice,
+    Choice, Fallback, Refusal, Rejection, ReplicaColumns, RoutePolicy, RouteRequest, Routed, check_choice,
 };
 use pointsman_telemetry::Micros;
 
@@ -45,16 +45,18 @@ impl RoutePolicy for RouterSlot {
         let generation = self.core.enter();
         let asked = match &generation.guest {
             Some(guest) => self.ask(guest, now, request, replicas),
-            None => Some(Choice::Abstain),
+            None => Ok(Choice::Abstain),
         };
-        let fallback = asked.is_none();
-        let choice = asked.unwrap_or(Choice::Abstain);
+        let (choice, fallback) = match asked {
+            Ok(choice) => (choice, None),
+            Err(why) => (Choice::Abstain, Some(why)),
+        };
         Routed { choice, decided_by: generation.decided_by.clone(), fallback }
     }
 }
 
 impl RouterSlot {
-    /// The guest's checked answer; `None` when the native policy must stand in.
+    /// The guest's checked answer, or why the native policy must stand in.
     #[inline]
     fn ask(
         &self,
@@ -62,15 +64,18 @@ impl RouterSlot {
         now: Micros,
         request: &RouteRequest<'_>,
         replicas: &ReplicaColumns,
-    ) -> Option<Choice> {
+    ) -> Result<Choice, Fallback> {
         let admit = guest.admit(now);
-        let instance = if admit == Admit::No { None } else { guest.take() };
-        let Some(mut instance) = instance else {
+        if admit == Admit::No {
+            guest.fell_back();
+            return Err(Fallback::CircuitOpen);
+        }
+        let Some(mut instance) = guest.take() else {
             if admit == Admit::Trial {
                 guest.trial_withdrawn();
             }
             guest.fell_back();
-            return None;
+            return Err(Fallback::NoInstance);
         };
         let budget = self.core.shared.config.budgets.route;
         let number = guest.begin();
@@ -84,16 +89,39 @@ impl RouterSlot {
                 if admit == Admit::Trial {
                     guest.trial_passed(number);
                 }
-                Some(choice)
+                Ok(choice)
             }
             Err(fault) => {
+                let kind = fault.kind.as_str();
                 guest.discard(instance);
                 guest.fault(CallContext { call: Call::Route, number, now, took_us: took_ns / 1_000 }, fault);
                 guest.fell_back();
-                None
+                Err(Fallback::Fault(kind))
             }
         }
     }
+}
+
+/// Inputs of one decision, for [`Runtime::ask_router`](crate::Runtime::ask_router).
+#[derive(Clone, Copy, Debug)]
+pub struct RouterQuestion<'a> {
+    /// When.
+    pub now: Micros,
+    /// The request.
+    pub request: &'a RouteRequest<'a>,
+    /// The replicas.
+    pub replicas: &'a ReplicaColumns,
+}
+
+/// The checked answer of an instance that serves nobody.
+pub(crate) fn answer(
+    instance: &mut Instance<RouterHook>,
+    hard: Micros,
+    wants: &Wants,
+    question: RouterQuestion<'_>,
+) -> Result<Choice, Fault> {
+    let RouterQuestion { now, request, replicas } = question;
+    call(instance, hard, now, &Arguments { request, replicas, wants })
 }
 
 struct Arguments<'a> {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::Duration;
 
+use pointsman_sched::route::Choice;
 use pointsman_telemetry::{Metrics, Micros, Recorder};
 use wasmtime::Engine;
 use wasmtime::component::Linker;
@@ -22,7 +23,7 @@ use crate::fault::{Call, Fault};
 use crate::host::{Host, LogGate, MetricSink, linker};
 use crate::instance::{Hook, Maker, ProbeFault, Ready, StartError, new_store};
 use crate::manifest::{Manifest, ManifestError};
-use crate::router::{RouterHook, RouterSlot};
+use crate::router::{self, RouterHook, RouterQuestion, RouterSlot};
 use crate::scheduler::{SchedulerHook, SchedulerSlot};
 use crate::slot::{Prepared, SlotCore, Tend};
 use crate::state::{Namespace, StateStore};
@@ -306,6 +307,26 @@ impl Runtime {
         }
     }
 
+    /// What a router would say to these inputs. It gets a fresh instance, an empty host-state and no metrics, and is thrown
+    /// away: nothing that serves, learns or counts is touched.
+    ///
+    /// # Errors
+    /// It does not start, or faults; the same that would keep it from being activated.
+    pub fn ask_router(
+        &self,
+        component: &Component,
+        activation: &Activation,
+        question: RouterQuestion<'_>,
+    ) -> Result<Choice, ActivateError> {
+        let log = Arc::new(LogGate::new(activation.slot.as_str().into()));
+        let maker = self.inner.maker::<RouterHook>(component, activation, log)?;
+        let (mut instance, manifest) = maker.start()?;
+        let wants = manifest.check(World::Router)?;
+        let budget = self.inner.shared.config.budgets.route;
+        let answer = router::answer(&mut instance, budget.hard, &wants, question);
+        answer.map_err(|fault| ActivateError::Start { call: Call::Route, fault })
+    }
+
     /// A router slot.
     #[must_use]
     pub fn router_slot(&self, name: &str) -> Arc<RouterSlot> {
@@ -442,20 +463,7 @@ impl Inner {
         let slot = self.slots().into_iter().find(|slot| *slot.name() == name && slot.world() == H::WORLD);
         let wanted = slot.as_ref().map_or_else(|| self.least_instances::<H>(), |slot| slot.wanted());
         let log = slot.map_or_else(|| Arc::new(LogGate::new(Arc::clone(&name))), |slot| Arc::clone(slot.log()));
-        let Some(pre) = H::pre(&component.code) else {
-            return Err(ActivateError::UnknownSlot { slot: activation.slot });
-        };
-        let mut maker = Maker {
-            shared: Arc::clone(&self.shared),
-            pre: pre.clone(),
-            slot: Arc::clone(&name),
-            generation: activation.generation,
-            config: activation.config.into(),
-            log,
-            sink: None,
-            state: Arc::new(Namespace::default()),
-            next: AtomicU32::new(0),
-        };
+        let mut maker = self.maker::<H>(component, &activation, log)?;
         // The first instance is only asked questions: it has no metrics and a state of its own, and is thrown away.
         let (manifest, wants) = self.probe(&maker)?;
         let revision = manifest.revision(&component.digest);
@@ -472,6 +480,29 @@ impl Inner {
         let ready = Ready { maker, manifest, wants, revision: Arc::clone(&revision), instances };
         let warm_ms = (stopwatch_ns() - started) as f64 * 1e-6;
         Ok(Prepared { slot: name, revision, generation, warm_ms, ready: H::wrap(ready) })
+    }
+
+    /// Starts instances without metrics and with a state of their own.
+    fn maker<H: Hook>(
+        &self,
+        component: &Component,
+        activation: &Activation,
+        log: Arc<LogGate>,
+    ) -> Result<Maker<H>, ActivateError> {
+        let Some(pre) = H::pre(&component.code) else {
+            return Err(ActivateError::UnknownSlot { slot: activation.slot.clone() });
+        };
+        Ok(Maker {
+            shared: Arc::clone(&self.shared),
+            pre: pre.clone(),
+            slot: activation.slot.as_str().into(),
+            generation: activation.generation,
+            config: activation.config.as_str().into(),
+            log,
+            sink: None,
+            state: Arc::new(Namespace::default()),
+            next: AtomicU32::new(0),
+        })
     }
 
     /// Starts an instance, checks its manifest and its answers to made-up inputs.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use pointsman_sched::batch::{
     Answer, Attention, BadPlan, BatchPolicy, Budgets as StepBudgets, Changes, Plan, Rest, SequenceColumns, View,
 };
+use pointsman_sched::route::DecidedBy;
 use pointsman_telemetry::Micros;
 
 use crate::bindings::scheduler::exports::pointsman::policy::scheduler as wit;
@@ -162,6 +163,13 @@ impl BatchPolicy for SchedulerGuest {
 
     fn generation(&self) -> u64 {
         if self.instance.is_some() { self.generation.number() } else { 0 }
+    }
+
+    fn revision(&self) -> Arc<str> {
+        match self.instance {
+            Some(_) => Arc::clone(&self.generation.decided_by.revision),
+            None => DecidedBy::native(0).revision,
+        }
     }
 
     fn wants_progress(&self) -> bool {

@@ -2,8 +2,8 @@
 
 mod support;
 
-use pointsman_policy::{ActivateError, Call, FaultKind, Health, PublishError, Slot};
-use pointsman_sched::route::{Choice, Refusal, RoutePolicy, Routed};
+use pointsman_policy::{ActivateError, Call, FaultKind, Health, PublishError, RouterQuestion, Slot};
+use pointsman_sched::route::{Choice, Fallback, Refusal, RoutePolicy, Routed};
 use pointsman_telemetry::{Event, EventKind};
 use support::{Bench, SECOND, replicas, request};
 
@@ -20,14 +20,14 @@ fn upload_route_swap_and_back_to_native() {
     let slot = bench.runtime.router_slot("router");
     let native = route(&*slot, 1);
     assert_eq!((&*native.decided_by.revision, native.decided_by.generation), ("native", 0));
-    assert_eq!((native.choice, native.fallback), (Choice::Abstain, false));
+    assert_eq!((native.choice, native.fallback), (Choice::Abstain, None));
 
     let component = bench.admit("route-least-loaded");
     let first = slot.publish(bench.prepare(&component, "router", "{}")).expect("a publish");
     assert!(first.revision.starts_with("route-least-loaded@") || first.revision.contains('@'), "{first:?}");
     assert!(first.revision.ends_with(component.digest.short()));
     let routed = route(&*slot, 2);
-    assert_eq!((routed.choice, routed.fallback), (Choice::Pick(2), false));
+    assert_eq!((routed.choice, routed.fallback), (Choice::Pick(2), None));
     assert_eq!((&routed.decided_by.revision, routed.decided_by.generation), (&first.revision, 1));
 
     let other = bench.admit("fixture-router");
@@ -47,6 +47,32 @@ fn upload_route_swap_and_back_to_native() {
     let swaps: Vec<u64> = events.iter().filter(|e| e.kind == EventKind::Swap).map(|e| e.a).collect();
     assert_eq!(swaps, [1, 2, 9]);
     assert!(bench.metrics.render().contains(r#"pointsman_policy_generation{slot="router"} 9"#));
+}
+
+#[test]
+fn a_policy_can_be_asked_without_being_published() {
+    let bench = Bench::new();
+    let slot = bench.runtime.router_slot("router");
+    let component = bench.admit("route-least-loaded");
+    slot.publish(bench.prepare(&component, "router", "{}")).expect("a publish");
+    let (columns, request) = (replicas(4, 2), request(1));
+    let ask = |name: &str, config: &str| {
+        let question = RouterQuestion { now: 1, request: &request, replicas: &columns };
+        bench.runtime.ask_router(&bench.admit(name), &bench.activation("router", config), question)
+    };
+    assert_eq!(ask("route-least-loaded", "{}").expect("it answers"), Choice::Pick(2));
+    assert_eq!(ask("fixture-router", "{}").expect("it answers"), Choice::Pick(0));
+    for (name, config, part) in [
+        ("fixture-router", r#"{"do": "bad-row"}"#, "failed in route: bad-answer"),
+        ("fixture-router", r#"{"do": "refuse-config"}"#, "refused its configuration"),
+        ("sched-fcfs", "{}", "there is no slot"),
+    ] {
+        let error = ask(name, config).expect_err(part).to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    let status = slot.status();
+    assert_eq!((status.generation, status.calls, status.faults), (1, 0, [0; 5]), "what serves was not touched");
+    assert!(bench.faults.lock().expect("not poisoned").is_empty());
 }
 
 #[test]
@@ -83,13 +109,15 @@ fn misdeeds_in_a_call_become_faults_and_the_native_policy_answers() {
         // Three instances behave for `PROBED` calls each; then each faults once.
         let routed: Vec<Routed> = (0..3 * u64::from(PROBED) + 3).map(|_| route(&*slot, bench.now())).collect();
         let (good, bad) = routed.split_at(3 * PROBED as usize);
-        assert!(good.iter().all(|r| !r.fallback && r.choice == Choice::Pick(0)), "{deed}");
-        assert!(bad.iter().all(|r| r.fallback && r.choice == Choice::Abstain), "{deed}: {bad:?}");
+        assert!(good.iter().all(|r| r.fallback.is_none() && r.choice == Choice::Pick(0)), "{deed}");
+        let why = Some(Fallback::Fault(kind.as_str()));
+        assert!(bad.iter().all(|r| r.fallback == why && r.choice == Choice::Abstain), "{deed}: {bad:?}");
+        assert_eq!(route(&*slot, bench.now()).fallback, Some(Fallback::CircuitOpen), "{deed}");
         assert!(bad.iter().all(|r| r.decided_by.revision == published.revision), "{deed}");
         let status = slot.status();
         let mut expect = [0; 5];
         expect[kind as usize] = 3;
-        assert_eq!((status.faults, status.instances, status.fallbacks), (expect, 0, 3), "{deed}: {status:?}");
+        assert_eq!((status.faults, status.instances, status.fallbacks), (expect, 0, 4), "{deed}: {status:?}");
         assert_eq!(status.health, Health::Open { until: bench.now() + SECOND }, "{deed}");
         let told = bench.faults.lock().expect("not poisoned");
         assert_eq!(told.len(), 3, "{deed}");
@@ -166,7 +194,7 @@ fn an_open_circuit_tries_again_and_closes_when_the_guest_behaves() {
     let component = bench.admit("fixture-router");
     let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
     slot.publish(bench.prepare(&component, "router", &config)).expect("a publish");
-    let calls = |n: u32| (0..n).filter(|_| route(&*slot, bench.now()).fallback).count();
+    let calls = |n: u32| (0..n).filter(|_| route(&*slot, bench.now()).fallback.is_some()).count();
     assert_eq!(calls(3 * PROBED), 0);
     assert_eq!(calls(3), 3);
     assert_eq!(calls(5), 5, "open: not asked");
@@ -187,7 +215,7 @@ fn a_slow_guest_is_counted_and_not_stopped() {
     let slot = bench.runtime.router_slot("router");
     let component = bench.admit("fixture-router");
     slot.publish(bench.prepare(&component, "router", r#"{"do": "slow"}"#)).expect("a publish");
-    assert!((1..=3).all(|now| !route(&*slot, now).fallback));
+    assert!((1..=3).all(|now| route(&*slot, now).fallback.is_none()));
     let status = slot.status();
     assert_eq!((status.overruns, status.faults), (3, [0; 5]));
 }

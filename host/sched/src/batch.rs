@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::ids::Micros;
+use crate::route::DecidedBy;
 
 /// Requests as columns of one length; see `record sequences` in the WIT package for units.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -156,6 +157,11 @@ pub trait BatchPolicy: Send {
 
     /// Generation that answers now, 0 for native; stamped on events.
     fn generation(&self) -> u64;
+
+    /// The policy behind [`generation`](Self::generation), for recordings.
+    fn revision(&self) -> Arc<str> {
+        DecidedBy::native(0).revision
+    }
 
     /// Whether [`Changes`] should carry the `progress_*` columns.
     fn wants_progress(&self) -> bool {

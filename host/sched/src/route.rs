@@ -101,8 +101,19 @@ pub struct Routed {
     pub choice: Choice,
     /// Whose answer it is.
     pub decided_by: DecidedBy,
-    /// Whether the native policy stands in for a guest that failed or is off.
-    pub fallback: bool,
+    /// Why the native policy stands in for a guest; `None` when the guest itself answered, or the slot has none.
+    pub fallback: Option<Fallback>,
+}
+
+/// Why a guest did not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// Its circuit is open after earlier faults.
+    CircuitOpen,
+    /// Every instance is in use or being replaced.
+    NoInstance,
+    /// It faulted in this call; the word is the fault's kind.
+    Fault(&'static str),
 }
 
 /// Chooses the replica that serves a request. Called on any worker thread, several at once; must not block.
@@ -203,7 +214,19 @@ pub struct NativeRouter;
 
 impl RoutePolicy for NativeRouter {
     fn route(&self, _now: Micros, _request: &RouteRequest<'_>, _replicas: &ReplicaColumns) -> Routed {
-        Routed { choice: Choice::Abstain, decided_by: DecidedBy::native(0), fallback: false }
+        Routed { choice: Choice::Abstain, decided_by: DecidedBy::native(0), fallback: None }
+    }
+}
+
+impl Fallback {
+    /// In words, as in `circuit-open` or `timeout`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::CircuitOpen => "circuit-open",
+            Self::NoInstance => "no-instance",
+            Self::Fault(kind) => kind,
+        }
     }
 }
 

@@ -45,6 +45,8 @@ pub struct ServerConfig {
     pub admin_remote: bool,
     /// Size of an uploaded component.
     pub max_component_bytes: usize,
+    /// Requests that are remembered for `GET /admin/v1/requests/{id}`; 0 remembers none.
+    pub explain_requests: usize,
     /// What `/version` says.
     pub version: String,
 }
@@ -124,6 +126,7 @@ impl Default for ServerConfig {
             admin_token: None,
             admin_remote: false,
             max_component_bytes: 32 << 20,
+            explain_requests: 1_024,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

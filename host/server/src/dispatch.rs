@@ -14,11 +14,13 @@ use pointsman_sched::request::{Request, Sampling, TokenSink};
 use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, Resolved, RouteRequest, Routed, resolve};
 use pointsman_telemetry::{Event, EventKind};
 
+use crate::admin::wire::decision::Line;
 use crate::error::ApiError;
 use crate::identity::Caller;
 use crate::ports::{Catalog, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
+use crate::trace::{Noted, Trace};
 
 const REPLICA: HeaderName = HeaderName::from_static("x-pointsman-replica");
 const VARIANT: HeaderName = HeaderName::from_static("x-pointsman-variant");
@@ -70,6 +72,8 @@ pub(crate) struct Submission {
 pub(crate) struct Placement {
     pub(crate) replica: Arc<Replica>,
     pub(crate) variant: Arc<Variant>,
+    /// Its row in what the router saw.
+    row: u32,
     decided_by: DecidedBy,
 }
 
@@ -81,6 +85,7 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) target: &'a Target,
     pub(crate) prompt: &'a Prompt,
     pub(crate) terms: &'a Terms,
+    pub(crate) trace: &'a Trace,
 }
 
 /// What the policy said, once for all choices of a prompt.
@@ -89,7 +94,7 @@ struct Decision<'a> {
     routed: &'a Routed,
     /// Breaks the ties of the native order.
     seed: u64,
-    call_ns: u64,
+    call_us: u64,
 }
 
 #[derive(Debug, Default)]
@@ -189,22 +194,41 @@ impl Dispatch<'_> {
             if scratch.rows.is_empty() {
                 return Err(ApiError::NoReplica { model: self.target.name.clone() });
             }
-            let seed = self.state.clock.random();
-            let first = choices.first().map_or(RequestId(0), |c| c.id);
-            let (routed, call_ns) = self.route(scratch, &mut hashes, first, seed);
-            if let Choice::Reject(rejection) = &routed.choice {
-                return Err(ApiError::Rejected(rejection.clone()));
-            }
-            let decision = Decision { routed: &routed, seed, call_ns };
-            let mut placements = Vec::with_capacity(choices.len());
+            let attributes = self.attributes();
+            let request = self.route_request(&attributes, &mut hashes, choices.first().map_or(RequestId(0), |c| c.id));
+            let now = self.state.clock.now();
+            let routed = self.state.router.route(now, &request, &scratch.columns);
+            let call_us = self.state.clock.now().saturating_sub(now);
+            let decision = Decision { routed: &routed, seed: request.seed, call_us };
+            let mut placements: Vec<Placement> = Vec::with_capacity(choices.len());
+            let mut outcome = match &routed.choice {
+                Choice::Reject(rejection) => Err(ApiError::Rejected(rejection.clone())),
+                _ => Ok(()),
+            };
             for choice in choices {
+                if outcome.is_err() {
+                    break;
+                }
                 let id = choice.id;
-                let placement = self.submit(scratch, &mut hashes, &decision, choice)?;
-                submitted(&placement, id);
-                placements.push(placement);
+                outcome = self.submit(scratch, &mut hashes, &decision, choice).map(|placement| {
+                    submitted(&placement, id);
+                    placements.push(placement);
+                });
             }
-            Ok(placements)
+            let chosen = placements.first().map(|first| (first.row, first));
+            let replicas = &scratch.columns;
+            self.note(&Noted { now, request: &request, replicas, routed: &routed, call_us, chosen });
+            outcome.map(|()| placements)
         })
+    }
+
+    /// Keeps the decision for whoever asks why, and for whoever records.
+    fn note(&self, noted: &Noted<'_>) {
+        self.trace.decided(noted);
+        let tap = &self.state.taps.router;
+        if tap.recording() != 0 {
+            tap.push(Line::Router(Box::new(noted.line())));
+        }
     }
 
     fn fill(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>) {
@@ -249,15 +273,26 @@ impl Dispatch<'_> {
         u32::try_from(tokens).unwrap_or(u32::MAX)
     }
 
-    /// The one call of the policy, with its duration in nanoseconds.
-    fn route(&self, scratch: &Scratch, hashes: &mut Hashes<'_>, id: RequestId, seed: u64) -> (Routed, u64) {
-        let Self { state, caller, target, prompt, terms } = self;
+    /// Texts that a router may ask for.
+    fn attributes(&self) -> Vec<(&str, &str)> {
+        let Self { caller, prompt, .. } = self;
         let mut attributes: Vec<(&str, &str)> =
             caller.attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         if !prompt.text.is_empty() {
             attributes.push(("prompt-head", head(&prompt.text)));
         }
-        let request = RouteRequest {
+        attributes
+    }
+
+    /// The request as routers see it.
+    fn route_request<'a>(
+        &'a self,
+        attributes: &'a [(&'a str, &'a str)],
+        hashes: &mut Hashes<'_>,
+        id: RequestId,
+    ) -> RouteRequest<'a> {
+        let Self { state, caller, target, prompt, terms, .. } = self;
+        RouteRequest {
             id,
             model: &target.name,
             tenant: &caller.tenant,
@@ -269,12 +304,9 @@ impl Dispatch<'_> {
             max_new_tokens: terms.max_new_tokens,
             arrived: terms.arrived,
             deadline: terms.deadline,
-            seed,
-            attributes: &attributes,
-        };
-        let before = state.clock.now();
-        let routed = state.router.route(before, &request, &scratch.columns);
-        (routed, state.clock.now().saturating_sub(before) * 1_000)
+            seed: state.clock.random(),
+            attributes,
+        }
     }
 
     fn submit(
@@ -284,7 +316,7 @@ impl Dispatch<'_> {
         decision: &Decision<'_>,
         choice: Submission,
     ) -> Result<Placement, ApiError> {
-        let Decision { routed, seed, call_ns } = *decision;
+        let Decision { routed, seed, call_us } = *decision;
         let Submission { id, sampling, mut sink } = choice;
         let mut stopped = 0;
         loop {
@@ -301,7 +333,7 @@ impl Dispatch<'_> {
                     });
                 }
             };
-            let placement = self.placement(routed, rows[row]);
+            let placement = self.placement(routed, row, rows[row]);
             let native = !picked(&routed.choice, row);
             let request =
                 self.request(hashes, &placement, native, Submission { id, sampling: Arc::clone(&sampling), sink });
@@ -309,7 +341,7 @@ impl Dispatch<'_> {
             placement.replica.gauges.reserve(n);
             match self.state.engine.submit(placement.replica.id, request) {
                 Ok(()) => {
-                    self.record(id, &placement, (call_ns, native), columns.cached_tokens[row]);
+                    self.record(id, &placement, (call_us * 1_000, native), columns.cached_tokens[row]);
                     return Ok(placement);
                 }
                 Err((request, error)) => {
@@ -329,9 +361,10 @@ impl Dispatch<'_> {
         waiting.saturating_add(gauges.reserved_requests.load(Ordering::Relaxed)) < replica.max_waiting
     }
 
-    fn placement(&self, routed: &Routed, (v, r): (usize, usize)) -> Placement {
+    fn placement(&self, routed: &Routed, row: usize, (v, r): (usize, usize)) -> Placement {
         let variant = &self.target.variants[v];
         Placement {
+            row: u32::try_from(row).unwrap_or(u32::MAX),
             replica: Arc::clone(&variant.replicas[r]),
             variant: Arc::clone(variant),
             decided_by: routed.decided_by.clone(),

@@ -18,9 +18,10 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Replica, SubmitError,
-    Uploaded, Variant,
+    AdminError, AdminErrorKind, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica,
+    SubmitError, Uploaded, Variant,
 };
+use crate::record::Taps;
 use crate::text::TextModel;
 use crate::{ServerConfig, ServerParts, ServerState, admin_router, data_router};
 
@@ -192,7 +193,7 @@ impl RoutePolicy for FakeRouter {
         let call = (request.tenant.to_owned(), request.session, attributes, replicas.clone());
         self.calls.lock().expect("unpoisoned").push(call);
         let choice = self.choice.lock().expect("unpoisoned").clone();
-        Routed { choice, decided_by: DecidedBy { revision: "r@1+0000".into(), generation: 7 }, fallback: false }
+        Routed { choice, decided_by: DecidedBy { revision: "r@1+0000".into(), generation: 7 }, fallback: None }
     }
 }
 
@@ -284,6 +285,14 @@ impl PolicyAdmin for FakeAdmin {
         Err(refused(AdminErrorKind::Conflict, "nothing to roll back to"))
     }
 
+    fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
+        if question.request.prompt_tokens > 9 {
+            return Err(refused(AdminErrorKind::Conflict, "the router has no previous policy"));
+        }
+        let decided_by = DecidedBy { revision: "q@1+0000".into(), generation: 6 };
+        Ok(Routed { choice: Choice::Rank(vec![2, 0]), decided_by, fallback: None })
+    }
+
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {
         let lines = self.journal.lock().expect("unpoisoned");
         lines.iter().filter(|line| line.sequence > after).take(limit).cloned().collect()
@@ -359,6 +368,7 @@ impl Rig {
             metrics: Arc::new(Metrics::new()),
             recorder: Recorder::new(64),
             names: Arc::new(Names::default()),
+            taps: Taps::default(),
         });
         Self { engine, router, clock, admin, state: state.expect("a good configuration") }
     }

@@ -17,11 +17,13 @@ mod identity;
 mod openai;
 mod ops;
 pub mod ports;
+pub mod record;
 mod registry;
 mod serve;
 mod state;
 mod stream;
 pub mod text;
+mod trace;
 
 pub use admin::admin_router;
 pub use config::{ApiKey, ConfigError, Secret, ServerConfig};

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, Request};
+use pointsman_sched::route::{ReplicaColumns, RouteRequest, Routed};
 
 use crate::admin::wire;
 use crate::text::TextModel;
@@ -128,8 +129,21 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
     /// Back to what was active before.
     fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
+    /// Asks the router that was active before the present one, off the path; nothing that serves is touched.
+    fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine>;
+}
+
+/// What a router once saw.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// When.
+    pub now: Micros,
+    /// The request.
+    pub request: &'a RouteRequest<'a>,
+    /// The replicas.
+    pub replicas: &'a ReplicaColumns,
 }
 
 /// What an upload came to.

@@ -14,7 +14,9 @@ use tokio::task::JoinSet;
 use crate::admission::Admission;
 use crate::config::{ConfigError, ServerConfig};
 use crate::ports::{Clock, EnginePort, ModelAdmin, PolicyAdmin};
+use crate::record::Taps;
 use crate::registry::Registry;
+use crate::trace::Traces;
 
 /// Rendering `/metrics` walks every series; scrapers that poll every 50 ms, several at once, cost one rendering per
 /// interval and see values at most this old, which is what their own interval promises them anyway.
@@ -41,6 +43,8 @@ pub struct ServerParts {
     pub recorder: Recorder,
     /// Interned tenants.
     pub names: Arc<Names>,
+    /// Where decisions can be recorded.
+    pub taps: Taps,
 }
 
 /// Shared by every handler of both planes.
@@ -57,6 +61,8 @@ pub struct ServerState {
     pub(crate) names: Arc<Names>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) traces: Traces,
+    pub(crate) taps: Taps,
     /// API keys by their text, as places in `config.api_keys`.
     pub(crate) keys: HashMap<String, usize>,
     request_numbers: AtomicU64,
@@ -71,12 +77,14 @@ impl ServerState {
     /// # Errors
     /// The first configuration value that cannot work.
     pub fn new(parts: ServerParts) -> Result<Arc<Self>, ConfigError> {
-        let ServerParts { config, engine, router, policies, models, clock, metrics, recorder, names } = parts;
+        let ServerParts { config, engine, router, policies, models, clock, metrics, recorder, names, taps } = parts;
         config.validate()?;
         let keys = config.api_keys.iter().enumerate().map(|(i, key)| (key.key.expose().to_owned(), i)).collect();
         Ok(Arc::new(Self {
             admission: Arc::new(Admission::new(config.max_requests, config.max_queued_tokens)),
             registry: Arc::default(),
+            traces: Traces::new(config.explain_requests),
+            taps,
             keys,
             request_numbers: AtomicU64::new(1),
             request_metrics: RwLock::default(),

@@ -25,6 +25,7 @@ use crate::error::ApiError;
 use crate::ports::Clock;
 use crate::registry::InFlight;
 use crate::text::{Detokenizer, StopMatcher};
+use crate::trace::{Stage, Trace};
 
 /// Bytes that one frame of a body gathers before it is handed to the connection.
 const FRAME_BYTES: usize = 16 << 10;
@@ -75,6 +76,7 @@ pub(crate) struct GenerationParts {
     pub(crate) arrived: Micros,
     pub(crate) timeout_ms: u64,
     pub(crate) prompt_tokens: u32,
+    pub(crate) trace: Arc<Trace>,
 }
 
 /// The live end of one HTTP request's engine requests.
@@ -274,6 +276,7 @@ impl Generation {
                 self.parts.host.rejected(reason);
             }
             self.failed = true;
+            self.parts.trace.failed(error, self.parts.clock.now());
             self.log_failure(error);
         }
         Poll::Ready(result)
@@ -286,6 +289,8 @@ impl Generation {
                 choice.parts.metrics.queue_time.observe(seconds(queued_us));
                 // The other choices of a prompt share its blocks; what they find cached is not news.
                 choice.cached = if choice.parts.queued_tokens > 0 { cached_tokens } else { 0 };
+                self.parts.trace.cached(choice.cached);
+                self.parts.trace.reached(Stage::Scheduled, self.parts.arrived.saturating_add(queued_us));
                 self.updates.push_back(Update::Started { choice: index, queued_us, cached_tokens });
             }
             SinkEvent::Token { token, logprobs } => self.token(index, Token { id: token, logprobs }),
@@ -316,6 +321,8 @@ impl Generation {
         }
         choice.last_token = now;
         choice.generated += 1;
+        self.parts.trace.reached(Stage::FirstToken, now);
+        self.parts.trace.generated();
         let piece = choice.parts.detokenizer.push(token.id);
         let (text, stopped) = if choice.generated > choice.parts.min_tokens {
             let matched = choice.parts.stops.push(piece);
@@ -340,6 +347,7 @@ impl Generation {
             // The stop token was computed as well: usage counts it.
             FinishReason::Stop(_) => {
                 choice.generated += 1;
+                self.parts.trace.generated();
                 Finish::Stop
             }
             FinishReason::Length if matched.stopped => Finish::Stop,
@@ -362,6 +370,9 @@ impl Generation {
             Finish::Stop => choice.parts.metrics.finished_stop.inc(),
             Finish::Length => choice.parts.metrics.finished_length.inc(),
         }
+        if self.open == 0 {
+            self.parts.trace.finished(finish.as_str(), now);
+        }
     }
 
     fn log_failure(&self, error: &ApiError) {
@@ -379,6 +390,7 @@ impl Drop for Generation {
             choice.parts.metrics.finished_abort.inc();
         }
         if self.open > 0 && !self.failed {
+            self.parts.trace.abandoned(self.parts.clock.now());
             tracing::info!(request = &**self.in_flight.id(), status = 499, "the client went away");
         }
     }

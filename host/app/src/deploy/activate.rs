@@ -121,7 +121,7 @@ impl Deploy {
     }
 
     /// A component that fits the slot, validated and compiled now if it has not been in this life of the host.
-    fn compiled(&self, digest: &str, slot: &SlotName) -> Result<Component, AdminError> {
+    pub(super) fn compiled(&self, digest: &str, slot: &SlotName) -> Result<Component, AdminError> {
         let known = lock(&self.components).get(digest).cloned();
         let known = known.ok_or_else(|| AdminError {
             param: Some("component".into()),

@@ -1,11 +1,12 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
 use pointsman_control::{ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
-use pointsman_policy::{Component, FaultKind, Health, SlotStatus};
+use pointsman_policy::{Activation, Component, FaultKind, Health, RouterQuestion, SlotStatus};
+use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Uploaded};
+use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Question, Uploaded};
 
-use super::errors::{conflict, internal, not_found, plan_error, upload_error};
+use super::errors::{activate_error, conflict, internal, not_found, plan_error, upload_error};
 use super::{Deploy, Failed, Known, lock};
 
 /// Most uploaded components on disk.
@@ -120,6 +121,27 @@ impl PolicyAdmin for Deploy {
         let _one = lock(&self.operations);
         let planned = lock(&self.state).plan_rollback(&slot).map_err(plan_error)?;
         self.carry_out(planned, actor, Why::Rollback)
+    }
+
+    fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
+        // Held although nothing is published: the previous policy must not be forgotten meanwhile.
+        let _one = lock(&self.operations);
+        let previous = lock(&self.state).slot(&SlotName::Router).and_then(|slot| slot.previous.clone());
+        let previous = previous.ok_or_else(|| conflict("the router has no previous policy".to_owned()))?;
+        let Target { component, config, state_namespace, revision, generation } = previous;
+        let decided_by = DecidedBy { revision: revision.into(), generation };
+        let choice = match component {
+            ComponentRef::Native => Choice::Abstain,
+            ComponentRef::Digest(digest) => {
+                let component = self.compiled(&digest, &SlotName::Router)?;
+                let slot = SlotName::Router.to_string();
+                let activation = Activation { slot, generation, config, namespace: state_namespace };
+                let Question { now, request, replicas } = *question;
+                let question = RouterQuestion { now, request, replicas };
+                self.runtime.ask_router(&component, &activation, question).map_err(activate_error)?
+            }
+        };
+        Ok(Routed { choice, decided_by, fallback: None })
     }
 
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {

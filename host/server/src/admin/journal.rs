@@ -49,8 +49,13 @@ pub(super) async fn journal(
     let (sender, receiver) = mpsc::channel(BATCHES);
     let reader = Arc::clone(&state);
     state.spawn(async move { read(&reader, ask, &sender).await });
+    Ok(ndjson(receiver))
+}
+
+/// A response whose body is what the channel brings.
+pub(super) fn ndjson(receiver: mpsc::Receiver<Bytes>) -> Response {
     let body = axum::body::Body::new(Lines { receiver });
-    Ok(([(CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+    ([(CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
 /// Sends the journal in batches until its end or, following, until the reader is gone.

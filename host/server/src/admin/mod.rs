@@ -1,4 +1,4 @@
-//! The admin plane: components, slots, devices, journal, drain, on a listener of its own.
+//! The admin plane: components, slots, requests, devices, journal, drain, on a listener of its own.
 //!
 //! Open on loopback, and so guarded against the browser on the same machine: a page on the web can send requests to
 //! 127.0.0.1, but not without an `Origin`, and a rebound DNS name shows in `Host`. Port calls compile, write and fsync:
@@ -6,6 +6,8 @@
 
 mod guard;
 mod journal;
+mod record;
+mod requests;
 mod slots;
 pub mod wire;
 
@@ -48,6 +50,9 @@ pub(crate) fn routes() -> Routes {
             get(slots::slot).put(slots::put_slot).delete(slots::delete_slot),
         ),
         ("/admin/v1/slots/{slot}/rollback", &["post"], post(slots::rollback)),
+        ("/admin/v1/slots/{slot}/record", &["get"], get(record::record)),
+        ("/admin/v1/requests", &["get"], get(requests::requests)),
+        ("/admin/v1/requests/{id}", &["get"], get(requests::request)),
         ("/admin/v1/devices", &["get"], get(devices)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),
         ("/admin/v1/drain", &["post"], post(drain)),

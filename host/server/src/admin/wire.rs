@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+pub mod decision;
+
 /// A component that a slot may use.
 #[derive(Clone, Debug, Serialize)]
 pub struct Component {

@@ -23,6 +23,7 @@ use crate::stream::{
     ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Update, channel,
 };
 use crate::text::{Detokenizer, StopMatcher, TextModel};
+use crate::trace::Stage;
 
 /// Texts longer than this are tokenized on the blocking pool: a worker thread serves other requests in the meantime.
 const INLINE_TEXT: usize = 8 << 10;
@@ -126,14 +127,17 @@ impl Arrival {
         let terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
         permit.queue_tokens(prompt_tokens)?;
         let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
+        let trace = self.state.traces.enter(&self.tag, self.arrived);
+        trace.reached(Stage::Admitted, self.state.clock.now());
         let (sinks, events) = channel(self.state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
         let mut choices = Vec::new();
         let mut first = None;
         for (prompt, terms) in prompts.iter().zip(&terms) {
             let Self { state, caller, .. } = self;
-            let dispatch = Dispatch { state, caller, target, prompt, terms };
+            let dispatch = Dispatch { state, caller, target, prompt, terms, trace: &trace };
             let submissions = self.submissions(&sampling, &sinks, choices.len());
-            let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))?;
+            let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id));
+            let placements = placements.inspect_err(|error| trace.failed(error, state.clock.now()))?;
             for (i, placement) in placements.into_iter().enumerate() {
                 let queued_tokens = if i == 0 { prompt.tokens.len() } else { 0 };
                 choices.push(self.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX)));
@@ -150,6 +154,7 @@ impl Arrival {
             arrived: self.arrived,
             timeout_ms: params.timeout_ms,
             prompt_tokens,
+            trace,
         };
         let generation = Generation::new(parts, events, choices, in_flight);
         Ok(Running { generation, placement, head, text: Arc::clone(text), ndjson: self.ndjson })

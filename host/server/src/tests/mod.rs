@@ -2,5 +2,6 @@
 
 mod admin;
 mod errors;
+mod explain;
 mod generation;
 mod routing;

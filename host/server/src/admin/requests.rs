@@ -1,0 +1,72 @@
+//! `GET /admin/v1/requests`: why the last requests went where they went.
+//!
+//! What the policy before the active one would have said is found out here, when somebody asks, and not when the request
+//! comes: it costs a fresh instance of a guest that no longer serves.
+
+use std::sync::Arc;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::response::Response;
+use serde::Deserialize;
+
+use super::wire::decision::{Answer, Explained, Previous, RequestSummary};
+use super::{blocking, list};
+use crate::error::ApiError;
+use crate::openai::json;
+use crate::ports::{AdminError, AdminErrorKind, Catalog, Question};
+use crate::state::ServerState;
+use crate::trace::{Decided, Trace};
+
+/// Requests of a list that does not say how many.
+const LISTED: usize = 50;
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Ask {
+    limit: Option<usize>,
+}
+
+pub(super) async fn requests(
+    State(state): State<Arc<ServerState>>,
+    ask: Result<Query<Ask>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Query(ask) = ask.map_err(|error| ApiError::invalid("limit", error.body_text()))?;
+    let newest = state.traces.newest().take(ask.limit.unwrap_or(LISTED));
+    Ok(list::<RequestSummary>(newest.map(|trace| trace.summary()).collect()))
+}
+
+pub(super) async fn request(
+    State(state): State<Arc<ServerState>>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    Ok(json(&blocking(&state, move |state| explain(state, &id)).await?))
+}
+
+fn explain(state: &ServerState, id: &str) -> Result<Explained, AdminError> {
+    let trace: Arc<Trace> = state.traces.find(id).ok_or_else(|| AdminError {
+        kind: AdminErrorKind::NotFound,
+        message: format!(
+            "no request `{id}` among the last {}; GET /admin/v1/requests lists them",
+            state.traces.capacity()
+        ),
+        param: Some("id".into()),
+    })?;
+    let catalog = state.engine.catalog();
+    let previous = trace.decision().map(|decided| ask_previous(state, decided, &catalog));
+    Ok(Explained { previous, ..trace.explain(&catalog) })
+}
+
+fn ask_previous(state: &ServerState, decided: &Decided, catalog: &Catalog) -> Previous {
+    let texts = decided.request.texts();
+    let (request, replicas) = (decided.request.lend(&texts), decided.replicas());
+    let question = Question { now: decided.now, request: &request, replicas: &replicas };
+    match state.policies.ask_previous_router(&question) {
+        Ok(routed) => Previous::Said {
+            revision: routed.decided_by.revision.to_string(),
+            generation: routed.decided_by.generation,
+            row: decided.row_of(&routed.choice, catalog),
+            answer: Answer::from(&routed.choice),
+        },
+        Err(error) => Previous::Unavailable { unavailable: error.message },
+    }
+}
