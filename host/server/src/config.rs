@@ -19,6 +19,9 @@ pub struct ServerConfig {
     pub body_timeout_ms: u64,
     /// Time for the head of a request to arrive; so also the time that an idle connection is kept.
     pub header_timeout_ms: u64,
+    /// Time in which a client must take at least a byte of its answer; beyond, the connection is closed, and what its request
+    /// holds is free.
+    pub write_timeout_ms: u64,
     /// Size of the head of a request.
     pub max_header_bytes: usize,
     /// Open connections per listener; the next ones wait in the kernel's backlog.
@@ -113,6 +116,7 @@ impl Default for ServerConfig {
             max_body_bytes: 8 << 20,
             body_timeout_ms: 30_000,
             header_timeout_ms: 60_000,
+            write_timeout_ms: 30_000,
             max_header_bytes: 32 << 10,
             max_connections: 4_096,
             grace_ms: 30_000,
@@ -138,12 +142,13 @@ impl ServerConfig {
     /// # Errors
     /// The first value that cannot work, by its key.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive: [(&'static str, u64); 11] = [
+        let positive: [(&'static str, u64); 12] = [
             ("max_requests", self.max_requests.into()),
             ("max_queued_tokens", self.max_queued_tokens.into()),
             ("max_body_bytes", self.max_body_bytes as u64),
             ("body_timeout_ms", self.body_timeout_ms),
             ("header_timeout_ms", self.header_timeout_ms),
+            ("write_timeout_ms", self.write_timeout_ms),
             ("max_connections", self.max_connections as u64),
             ("default_timeout_ms", self.default_timeout_ms),
             ("max_choices", self.max_choices.into()),

@@ -1,5 +1,7 @@
 //! Generations that go well, and how they end when they do not: shapes, streams, stop strings, cancels, slow clients.
 
+use std::sync::Arc;
+
 use axum::body::Body;
 use pointsman_sched::request::{
     CancelCause, Failure, FinishReason, ResourceExhausted, SinkEvent, SinkState, TokenLogprobs,
@@ -8,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::ServerConfig;
 use crate::fakes::{Answer, Play, Rig, bytes, request, says, token};
+use crate::serve::{Listeners, serve};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -326,6 +329,37 @@ async fn a_slow_client_costs_its_own_request() {
     let answer = Answer::of(response).await;
     assert_eq!(streamed_text(&answer, 0), "hello".repeat(4));
     assert_eq!(answer.events().last().expect("a frame")["error"]["code"], "client_too_slow");
+}
+
+#[tokio::test]
+async fn a_client_that_stops_reading_gives_its_place_back() {
+    // More than the socket buffers of both sides hold, so that the connection must wait for the client.
+    const TOKENS: usize = 200_000;
+    let rig = Rig::with(ServerConfig { sink_events: TOKENS + 2, write_timeout_ms: 100, ..ServerConfig::default() });
+    rig.engine.play([Play::Now(says(&["x".repeat(TOKENS).as_str()]))]);
+    let bound = || tokio::net::TcpListener::bind("127.0.0.1:0");
+    let listeners = Listeners { data: bound().await.expect("a port"), admin: bound().await.expect("a port") };
+    let at = listeners.data.local_addr().expect("bound");
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let body = chat(&json!({"stream": true}));
+    let client = async {
+        let client = tokio::net::TcpStream::connect(at).await.expect("it listens");
+        let length = body.len();
+        let head =
+            format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}");
+        client.writable().await.expect("a connection");
+        client.try_write(format!("{head}\r\n\r\n{body}").as_bytes()).expect("room for a small request");
+        client.readable().await.expect("an answer");
+        let mut first = [0; 12];
+        client.try_read(&mut first).expect("an answer");
+        assert_eq!(&first, b"HTTP/1.1 200");
+        rig.state.admission.empty().await;
+        stop.send(()).expect("it serves");
+        client
+    };
+    let serving = serve(listeners, Arc::clone(&rig.state), async { drop(stopped.await) });
+    let (served, _client) = tokio::join!(serving, client);
+    served.expect("a good end");
 }
 
 #[tokio::test]
