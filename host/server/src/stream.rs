@@ -10,6 +10,7 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -42,18 +43,22 @@ struct Tagged {
 struct ChannelSink {
     choice: usize,
     sender: mpsc::Sender<Tagged>,
+    overflowed: Arc<AtomicBool>,
 }
 
 /// Makes the sinks of one HTTP request. Drop it when all are made: the receiver then sees when the last sink is gone.
 #[derive(Debug)]
 pub(crate) struct SinkMaker {
     sender: mpsc::Sender<Tagged>,
+    overflowed: Arc<AtomicBool>,
 }
 
 /// The receiving end.
 #[derive(Debug)]
 pub(crate) struct Events {
     receiver: mpsc::Receiver<Tagged>,
+    /// Whether an event was lost because the client had not taken the earlier ones.
+    overflowed: Arc<AtomicBool>,
 }
 
 /// How one choice becomes text.
@@ -170,14 +175,15 @@ enum BodyState {
 /// The channel of one HTTP request, with room for `capacity` events.
 pub(crate) fn channel(capacity: usize) -> (SinkMaker, Events) {
     let (sender, receiver) = mpsc::channel(capacity.max(1));
-    (SinkMaker { sender }, Events { receiver })
+    let overflowed = Arc::new(AtomicBool::new(false));
+    (SinkMaker { sender, overflowed: Arc::clone(&overflowed) }, Events { receiver, overflowed })
 }
 
 // === impl SinkMaker ===
 
 impl SinkMaker {
     pub(crate) fn sink(&self, choice: usize) -> Box<dyn TokenSink> {
-        Box::new(ChannelSink { choice, sender: self.sender.clone() })
+        Box::new(ChannelSink { choice, sender: self.sender.clone(), overflowed: Arc::clone(&self.overflowed) })
     }
 }
 
@@ -187,7 +193,10 @@ impl TokenSink for ChannelSink {
     fn push(&mut self, event: SinkEvent) -> SinkState {
         match self.sender.try_send(Tagged { choice: self.choice, event }) {
             Ok(()) => SinkState::Open,
-            Err(_) => SinkState::Closed,
+            Err(error) => {
+                self.overflowed.fetch_or(matches!(error, mpsc::error::TrySendError::Full(_)), Ordering::Relaxed);
+                SinkState::Closed
+            }
         }
     }
 }
@@ -262,8 +271,9 @@ impl Generation {
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let result = match self.events.receiver.poll_recv(cx) {
             Poll::Ready(Some(tagged)) => self.apply(tagged),
-            // Every sink is gone and not every choice has ended: one was too slow to take its end, or a driver died.
-            Poll::Ready(None) => Err(ApiError::SlowClient),
+            // Every sink is gone and not every choice has ended.
+            Poll::Ready(None) if self.events.overflowed.load(Ordering::Relaxed) => Err(ApiError::SlowClient),
+            Poll::Ready(None) => Err(ApiError::DriverGone),
             Poll::Pending => {
                 ready!(self.deadline.as_mut().poll(cx));
                 self.in_flight.cancel_all(CancelCause::Deadline);

@@ -257,7 +257,7 @@ async fn what_fails_before_the_first_token_has_a_status() {
         (started(SinkEvent::Cancelled(CancelCause::Deadline)), 504, "deadline_exceeded"),
         (started(SinkEvent::Cancelled(CancelCause::Asked)), 499, "cancelled"),
         (started(SinkEvent::Cancelled(CancelCause::Shutdown)), 503, "draining"),
-        (vec![], 499, "client_too_slow"),
+        (vec![], 503, "no_replica"),
     ] {
         for stream in [false, true] {
             let rig = Rig::new();
