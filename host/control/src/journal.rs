@@ -8,13 +8,14 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use crate::deployment::Target;
+use crate::rollout::{Decision, Evidence, Period, RolloutDocument};
 use crate::slot::SlotName;
 
-/// Who asked: `admin`, `cli`, `startup`, `host`.
+/// Who asked: `admin`, `cli`, `startup`, `host`, `rollout`.
 pub type Actor = String;
 
 /// One line of the journal.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// 1, 2, 3 ... across restarts.
     pub sequence: u64,
@@ -42,7 +43,7 @@ pub enum Why {
 }
 
 /// What can happen to a deployment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Happened {
     /// A component was accepted.
@@ -126,6 +127,37 @@ pub enum Happened {
         configured: String,
         /// What is stored.
         stored: String,
+    },
+    /// A rollout began.
+    RolloutStarted {
+        /// As it was stored.
+        rollout: Box<RolloutDocument>,
+    },
+    /// A rollout was found in a stored document when the host started; it goes on from there.
+    RolloutRestored {
+        /// As it was stored.
+        rollout: Box<RolloutDocument>,
+    },
+    /// A period of a rollout was taken in.
+    RolloutObserved {
+        /// The rollout.
+        id: String,
+        /// Its slot or alias.
+        subject: String,
+        /// What happened in the period.
+        period: Box<Period>,
+    },
+    /// A rollout changed: by its own rules when the actor is `rollout`, else because somebody asked.
+    RolloutDecided {
+        /// The rollout.
+        id: String,
+        /// Its slot or alias.
+        subject: String,
+        /// What was decided.
+        #[serde(flatten)]
+        decision: Decision,
+        /// The numbers at that moment.
+        evidence: Box<Evidence>,
     },
 }
 

@@ -2,12 +2,13 @@
 //!
 //! No files, clocks, threads, HTTP or wasm: the app feeds it the time and the outcome of each activation, and writes the
 //! documents and journal lines that it returns. So the same journal always replays to the same state, and a crash between
-//! two lines leaves one of two known states. Rollouts and experiments join here as further events of the same machine.
+//! two lines leaves one of two known states. Rollouts ([`rollout`]) are further events of the same machine.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
 mod deployment;
 mod journal;
+pub mod rollout;
 mod slot;
 
 pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};

@@ -1,0 +1,629 @@
+//! From events to what a period's blocks came to.
+//!
+//! A request belongs to the block in which it was admitted, whenever it ends: its block chose its place in batch, cache and
+//! queue. One that is still running while the other arm serves is counted as crossed; many of those mean that blocks are too
+//! short for these requests. One that arrives within the burn-in after a switch belongs to none. A period is complete when
+//! all its requests have ended, or after the settling time, when what still runs counts with the time it has had.
+
+use std::collections::{HashMap, VecDeque};
+
+use pointsman_telemetry::{Event, EventKind, Micros};
+use serde::{Deserialize, Serialize};
+
+use super::assign::Arm;
+use super::spec::{Metric, Spec};
+
+/// Requests that are followed at once; more make a period incomplete.
+const MAX_OPEN: usize = 65_536;
+/// Periods that settle at once; the oldest is closed to make room.
+const MAX_WINDOWS: usize = 32;
+/// Events may reach the ledger so much later than they happened.
+const LAG: Micros = 200_000;
+
+/// What the requests of one block came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sums {
+    /// Requests, refused ones included.
+    pub offered: u64,
+    /// Refused, before or after admission.
+    pub rejected: u64,
+    /// Ended by a fault of host or device.
+    pub failed: u64,
+    /// Ended by the client or its deadline.
+    pub cancelled: u64,
+    /// Ended normally.
+    pub finished: u64,
+    /// Of those, within both SLOs.
+    pub good: u64,
+    /// Requests whose time to first token is known, or known to be over the SLO.
+    pub ttft_n: u64,
+    /// Of those, over the SLO.
+    pub ttft_over: u64,
+    /// Sum of the known times, in microseconds.
+    pub ttft_us: u64,
+    /// Requests with a mean time between tokens.
+    pub itl_n: u64,
+    /// Of those, over the SLO.
+    pub itl_over: u64,
+    /// Sum of those means, in microseconds.
+    pub itl_us: u64,
+    /// Requests with an end-to-end time: finished, or cut off by the settling time.
+    pub e2e_n: u64,
+    /// Sum of those times, in microseconds.
+    pub e2e_us: u64,
+    /// Generated tokens.
+    pub tokens: u64,
+    /// Prompt tokens.
+    pub prompt_tokens: u64,
+    /// Of those, expected in the prefix cache of the chosen replica.
+    pub cached_tokens: u64,
+    /// Ran on while the other arm served.
+    pub crossed: u64,
+    /// Decided by the other arm's policy.
+    pub misplaced: u64,
+    /// Had not ended when the period was closed.
+    pub late: u64,
+}
+
+/// What the blocks of one arm came to in a period.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArmPeriod {
+    /// Its blocks.
+    pub n_blocks: u64,
+    /// Time in which its requests counted; its share of it where requests are split.
+    pub exposed_ms: u64,
+    /// Mean of its blocks, in millionths, in the order of [`Metric::ALL`]; nothing where no block tells.
+    pub harm: [Option<i64>; Metric::ALL.len()],
+    /// Sums of its blocks.
+    pub sums: Sums,
+}
+
+/// One period: the unit in which evidence is taken in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Period {
+    /// 0, 1, 2 ... within the rollout.
+    pub number: u64,
+    /// The candidate's share.
+    pub percent: u8,
+    /// Its length.
+    pub took_ms: u64,
+    /// Whether events were lost or a switch was missed: such a period proves nothing.
+    pub incomplete: bool,
+    /// What happened while control served, or to its share.
+    pub control: ArmPeriod,
+    /// The same of the candidate.
+    pub candidate: ArmPeriod,
+}
+
+/// How requests are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// By the time of their admission; where a request is decided by one call of one policy, its generation tells whether
+    /// that was the arm's.
+    Time {
+        /// Generations of control and candidate, or none to compare.
+        generations: Option<[u64; 2]>,
+    },
+    /// By the variant that serves them: numbers of control and candidate.
+    Variant([u32; 2]),
+}
+
+/// What the ledger made of an event, for metrics per arm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Whose request it is.
+    pub arm: Arm,
+    /// What happened.
+    pub what: Outcome,
+}
+
+/// What happened to a request of an arm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Admitted, with so many prompt tokens, of which so many in the cache.
+    Admitted {
+        /// Tokens of the prompt.
+        prompt_tokens: u32,
+        /// Of those, expected in the prefix cache.
+        cached_tokens: u32,
+    },
+    /// Its first token came, so many microseconds after it.
+    FirstToken {
+        /// Time to first token.
+        ttft_us: u64,
+    },
+    /// Ended normally.
+    Finished {
+        /// End-to-end time.
+        e2e_us: u64,
+        /// Mean time between tokens, where there are two.
+        itl_us: Option<u64>,
+        /// Generated tokens.
+        tokens: u64,
+        /// Within both SLOs.
+        good: bool,
+    },
+    /// Refused.
+    Rejected,
+    /// Ended by a fault of host or device.
+    Failed,
+    /// Ended by the client or a deadline.
+    Cancelled,
+}
+
+/// Follows the requests of the periods under way.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    split: Split,
+    ttft_slo_us: u64,
+    itl_slo_us: u64,
+    burn_in_us: u64,
+    block_us: u64,
+    settle_us: u64,
+    windows: VecDeque<Window>,
+    open: HashMap<u64, Open>,
+}
+
+#[derive(Debug)]
+struct Window {
+    number: u64,
+    percent: u8,
+    start: Micros,
+    end: Micros,
+    took_us: Micros,
+    blocks: Vec<Placed>,
+    n_open: usize,
+    incomplete: bool,
+}
+
+#[derive(Debug)]
+struct Placed {
+    arm: Arm,
+    /// Requests count from here on.
+    from: Micros,
+    until: Micros,
+    sums: Sums,
+}
+
+/// A request that has not ended.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    period: u64,
+    block: usize,
+    arm: Arm,
+    admitted: Micros,
+    ttft_us: Option<u64>,
+}
+
+// === impl Sums ===
+
+impl Sums {
+    /// The harm of a block in millionths (of a request, or of 100 s for `e2e-mean`); nothing where no request tells.
+    #[must_use]
+    pub fn value(&self, metric: Metric) -> Option<i64> {
+        let share = |part: u64, whole: u64| {
+            (whole > 0).then(|| i64::try_from((u128::from(part) * 1_000_000) / u128::from(whole)).unwrap_or(i64::MAX))
+        };
+        match metric {
+            Metric::ErrorRate => share(self.failed, self.offered),
+            Metric::RejectionRate => share(self.rejected, self.offered),
+            Metric::TtftOverSlo => share(self.ttft_over, self.ttft_n),
+            Metric::ItlOverSlo => share(self.itl_over, self.itl_n),
+            Metric::GoodputLoss => share(self.offered - self.good.min(self.offered), self.offered),
+            Metric::E2eMean => {
+                (self.e2e_n > 0).then(|| i64::try_from(self.e2e_us / self.e2e_n / 100).unwrap_or(i64::MAX))
+            }
+        }
+    }
+
+    /// Adds another block's.
+    pub fn add(&mut self, other: &Self) {
+        let pairs = [
+            (&mut self.offered, other.offered),
+            (&mut self.rejected, other.rejected),
+            (&mut self.failed, other.failed),
+            (&mut self.cancelled, other.cancelled),
+            (&mut self.finished, other.finished),
+            (&mut self.good, other.good),
+            (&mut self.ttft_n, other.ttft_n),
+            (&mut self.ttft_over, other.ttft_over),
+            (&mut self.ttft_us, other.ttft_us),
+            (&mut self.itl_n, other.itl_n),
+            (&mut self.itl_over, other.itl_over),
+            (&mut self.itl_us, other.itl_us),
+            (&mut self.e2e_n, other.e2e_n),
+            (&mut self.e2e_us, other.e2e_us),
+            (&mut self.tokens, other.tokens),
+            (&mut self.prompt_tokens, other.prompt_tokens),
+            (&mut self.cached_tokens, other.cached_tokens),
+            (&mut self.crossed, other.crossed),
+            (&mut self.misplaced, other.misplaced),
+            (&mut self.late, other.late),
+        ];
+        for (sum, more) in pairs {
+            *sum = sum.saturating_add(more);
+        }
+    }
+}
+
+// === impl Period ===
+
+impl ArmPeriod {
+    /// Block means, not the mean of all requests: a busy block must not weigh more, or a share of one block in a hundred would
+    /// be compared with what is busiest among the others.
+    pub(super) fn of<'a>(exposed_ms: u64, blocks: impl Iterator<Item = &'a Sums> + Clone) -> Self {
+        let mean = |metric| {
+            let values = blocks.clone().filter_map(|sums| sums.value(metric));
+            let (n, sum) = values.fold((0, 0), |(n, sum): (i64, i64), v| (n + 1, sum.saturating_add(v)));
+            (n > 0).then(|| sum / n)
+        };
+        let mut period = Self { harm: Metric::ALL.map(mean), exposed_ms, ..Self::default() };
+        for sums in blocks {
+            period.n_blocks += 1;
+            period.sums.add(sums);
+        }
+        period
+    }
+}
+
+// === impl Ledger ===
+
+impl Ledger {
+    pub(super) fn new(spec: &Spec, split: Split) -> Self {
+        Self {
+            split,
+            ttft_slo_us: spec.ttft_slo_ms.saturating_mul(1_000),
+            itl_slo_us: spec.itl_slo_ms.saturating_mul(1_000),
+            burn_in_us: spec.burn_in_ms.saturating_mul(1_000),
+            block_us: spec.block_ms.saturating_mul(1_000),
+            settle_us: spec.settle_ms.saturating_mul(1_000),
+            windows: VecDeque::new(),
+            open: HashMap::new(),
+        }
+    }
+
+    /// Opens a period whose blocks begin at `start`; `serving` is who served until then. Returns its end.
+    pub(super) fn begin(&mut self, (number, percent): (u64, u8), start: Micros, arms: &[Arm], serving: Arm) -> Micros {
+        let mut before = serving;
+        let mut at = start;
+        let mut blocks = Vec::with_capacity(arms.len());
+        let by_time = matches!(self.split, Split::Time { .. });
+        for &arm in arms {
+            let burn_in = if by_time && arm != before { self.burn_in_us } else { 0 };
+            blocks.push(Placed { arm, from: at + burn_in, until: at + self.block_us, sums: Sums::default() });
+            before = arm;
+            if by_time {
+                at += self.block_us;
+            }
+        }
+        let end = if by_time { at } else { start + self.block_us };
+        if self.windows.len() == MAX_WINDOWS {
+            self.windows.front_mut().into_iter().for_each(|oldest| oldest.end = 0);
+        }
+        let took_us = end - start;
+        self.windows.push_back(Window { number, percent, start, end, took_us, blocks, n_open: 0, incomplete: false });
+        end
+    }
+
+    /// The arm that a block was planned for serves since `at`: a late switch shortens its block.
+    pub(super) fn switched(&mut self, at: Micros) {
+        let burn_in = self.burn_in_us;
+        let Some(window) = self.windows.iter_mut().find(|w| w.start <= at && at < w.end) else { return };
+        let Some(block) = window.blocks.iter_mut().find(|b| at < b.until) else { return };
+        block.from = block.from.max(at + burn_in);
+    }
+
+    /// Events were lost, or nobody was there to switch: the periods under way prove nothing.
+    pub(super) fn spoil(&mut self) {
+        self.windows.iter_mut().for_each(|window| window.incomplete = true);
+    }
+
+    /// Forgets the periods under way.
+    pub(super) fn clear(&mut self) {
+        self.windows.clear();
+        self.open.clear();
+    }
+
+    /// The oldest period, once it is complete.
+    pub(super) fn settled(&mut self, now: Micros) -> Option<Period> {
+        let window = self.windows.front()?;
+        let ended = window.end.saturating_add(LAG) <= now;
+        let complete = ended && (window.n_open == 0 || window.end.saturating_add(self.settle_us) <= now);
+        if !complete {
+            return None;
+        }
+        let mut window = self.windows.pop_front()?;
+        self.cut_off(&mut window, now);
+        let of = |arm| {
+            let blocks = window.blocks.iter().filter(move |b| b.arm == arm);
+            let exposed_us = match self.split {
+                Split::Time { .. } => blocks.clone().map(|b| b.until.saturating_sub(b.from)).sum::<Micros>(),
+                Split::Variant(_) if arm == Arm::Candidate => window.took_us * u64::from(window.percent) / 100,
+                Split::Variant(_) => window.took_us * u64::from(100 - window.percent) / 100,
+            };
+            ArmPeriod::of(exposed_us / 1_000, blocks.map(|b| &b.sums))
+        };
+        Some(Period {
+            number: window.number,
+            percent: window.percent,
+            took_ms: window.took_us / 1_000,
+            incomplete: window.incomplete,
+            control: of(Arm::Control),
+            candidate: of(Arm::Candidate),
+        })
+    }
+
+    /// Counts what still runs with the time it has had.
+    fn cut_off(&mut self, window: &mut Window, now: Micros) {
+        let slo = self.ttft_slo_us;
+        self.open.retain(|_, open| {
+            if open.period != window.number {
+                return true;
+            }
+            let Some(block) = window.blocks.get_mut(open.block) else { return false };
+            let had = now.saturating_sub(open.admitted);
+            block.sums.late += 1;
+            block.sums.e2e_n += 1;
+            block.sums.e2e_us += had;
+            if open.ttft_us.is_none() && had > slo {
+                block.sums.ttft_n += 1;
+                block.sums.ttft_over += 1;
+            }
+            false
+        });
+    }
+
+    /// Takes an event; says whose request it concerns, where it concerns one.
+    pub(super) fn note(&mut self, event: &Event) -> Option<Seen> {
+        match event.kind {
+            EventKind::Admitted => self.admitted(event),
+            EventKind::Routed => self.routed(event),
+            EventKind::FirstToken => self.first_token(event),
+            EventKind::Rejected if event.request == 0 => self.refused(event),
+            EventKind::Finished | EventKind::Failed | EventKind::Cancelled | EventKind::Rejected => self.ended(event),
+            EventKind::Preempted | EventKind::Step | EventKind::PolicyFault | EventKind::Swap | EventKind::Device => {
+                None
+            }
+        }
+    }
+
+    /// Window and block in which something that happens at `at` counts.
+    fn place(&self, at: Micros, variant: u32) -> Option<(usize, usize)> {
+        let w = self.windows.iter().position(|w| w.start <= at && at < w.end)?;
+        let here = |b: &Placed| match self.split {
+            Split::Time { .. } => b.from <= at && at < b.until,
+            Split::Variant(variants) => variants[b.arm as usize] == variant,
+        };
+        Some((w, self.windows[w].blocks.iter().position(here)?))
+    }
+
+    fn admitted(&mut self, event: &Event) -> Option<Seen> {
+        let (w, block) = self.place(event.at, event.variant)?;
+        let window = &mut self.windows[w];
+        if self.open.len() >= MAX_OPEN {
+            window.incomplete = true;
+            return None;
+        }
+        let placed = &mut window.blocks[block];
+        let (prompt_tokens, cached_tokens) = (event.prompt_tokens, event.cached_tokens);
+        placed.sums.offered += 1;
+        placed.sums.prompt_tokens += u64::from(prompt_tokens);
+        placed.sums.cached_tokens += u64::from(cached_tokens);
+        let (period, arm) = (window.number, placed.arm);
+        window.n_open += 1;
+        self.open.insert(event.request, Open { period, block, arm, admitted: event.at, ttft_us: None });
+        Some(Seen { arm, what: Outcome::Admitted { prompt_tokens, cached_tokens } })
+    }
+
+    /// Was it decided by the policy whose block it is? The native policy (generation 0) may stand in for either.
+    fn routed(&mut self, event: &Event) -> Option<Seen> {
+        let Split::Time { generations: Some(generations) } = self.split else { return None };
+        let open = *self.open.get(&event.request)?;
+        if event.generation != 0 && event.generation != generations[open.arm as usize] {
+            self.sums(&open)?.misplaced += 1;
+        }
+        None
+    }
+
+    fn first_token(&mut self, event: &Event) -> Option<Seen> {
+        let open = self.open.get_mut(&event.request)?;
+        open.ttft_us = Some(event.a);
+        let open = *open;
+        let over = event.a > self.ttft_slo_us;
+        let sums = self.sums(&open)?;
+        sums.ttft_n += 1;
+        sums.ttft_over += u64::from(over);
+        sums.ttft_us = sums.ttft_us.saturating_add(event.a);
+        Some(Seen { arm: open.arm, what: Outcome::FirstToken { ttft_us: event.a } })
+    }
+
+    /// Refused before a replica was chosen: it belongs to whoever serves, and to nobody where requests are split.
+    fn refused(&mut self, event: &Event) -> Option<Seen> {
+        if !matches!(self.split, Split::Time { .. }) {
+            return None;
+        }
+        let (w, block) = self.place(event.at, event.variant)?;
+        let placed = &mut self.windows[w].blocks[block];
+        placed.sums.offered += 1;
+        placed.sums.rejected += 1;
+        Some(Seen { arm: placed.arm, what: Outcome::Rejected })
+    }
+
+    fn ended(&mut self, event: &Event) -> Option<Seen> {
+        let open = self.open.remove(&event.request)?;
+        let crossed = self.serving(event.at).is_some_and(|arm| arm != open.arm);
+        let (ttft_slo, itl_slo) = (self.ttft_slo_us, self.itl_slo_us);
+        let window = self.windows.iter_mut().find(|w| w.number == open.period)?;
+        window.n_open = window.n_open.saturating_sub(1);
+        let sums = &mut window.blocks.get_mut(open.block)?.sums;
+        sums.crossed += u64::from(crossed);
+        let never = open.ttft_us.is_none();
+        let what = match event.kind {
+            EventKind::Finished => {
+                return Some(Seen { arm: open.arm, what: sums.finish(event, &open, [ttft_slo, itl_slo]) });
+            }
+            EventKind::Failed => {
+                sums.failed += 1;
+                Outcome::Failed
+            }
+            EventKind::Rejected => {
+                sums.rejected += 1;
+                Outcome::Rejected
+            }
+            _ => {
+                sums.cancelled += 1;
+                Outcome::Cancelled
+            }
+        };
+        // One that the client gave up before the SLO says nothing about the first token.
+        let gave_up = what == Outcome::Cancelled && event.at.saturating_sub(open.admitted) <= ttft_slo;
+        if never && !gave_up {
+            sums.ttft_n += 1;
+            sums.ttft_over += 1;
+        }
+        Some(Seen { arm: open.arm, what })
+    }
+
+    /// Who serves at a time, where that is one arm.
+    fn serving(&self, at: Micros) -> Option<Arm> {
+        if !matches!(self.split, Split::Time { .. }) {
+            return None;
+        }
+        let window = self.windows.iter().find(|w| w.start <= at && at < w.end)?;
+        window.blocks.iter().find(|b| at < b.until).map(|b| b.arm)
+    }
+
+    fn sums(&mut self, open: &Open) -> Option<&mut Sums> {
+        let window = self.windows.iter_mut().find(|w| w.number == open.period)?;
+        window.blocks.get_mut(open.block).map(|b| &mut b.sums)
+    }
+}
+
+impl Sums {
+    fn finish(&mut self, event: &Event, open: &Open, [ttft_slo, itl_slo]: [u64; 2]) -> Outcome {
+        let (e2e_us, tokens) = (event.a, event.b);
+        self.finished += 1;
+        self.tokens = self.tokens.saturating_add(tokens);
+        self.e2e_n += 1;
+        self.e2e_us = self.e2e_us.saturating_add(e2e_us);
+        let itl_us = open.ttft_us.filter(|_| tokens >= 2).map(|ttft| e2e_us.saturating_sub(ttft) / (tokens - 1));
+        if let Some(itl) = itl_us {
+            self.itl_n += 1;
+            self.itl_over += u64::from(itl > itl_slo);
+            self.itl_us = self.itl_us.saturating_add(itl);
+        }
+        let good = open.ttft_us.is_none_or(|t| t <= ttft_slo) && itl_us.is_none_or(|i| i <= itl_slo);
+        self.good += u64::from(good);
+        Outcome::Finished { e2e_us, itl_us, tokens, good }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spec::Mode;
+    use super::*;
+
+    const MS: u64 = 1_000;
+
+    fn ledger(split: Split) -> Ledger {
+        let spec = Spec {
+            block_ms: 1_000,
+            burn_in_ms: 100,
+            settle_ms: 2_000,
+            ttft_slo_ms: 50,
+            itl_slo_ms: 10,
+            ..Spec::of(Mode::Switchback, 1)
+        };
+        Ledger::new(&spec, split)
+    }
+
+    fn event(at_ms: u64, kind: EventKind, request: u64, (a, b): (u64, u64)) -> Event {
+        Event { request, a, b, prompt_tokens: 10, cached_tokens: 4, ..Event::new(at_ms * MS, kind) }
+    }
+
+    #[test]
+    fn a_request_belongs_to_the_block_of_its_admission() {
+        use EventKind::{Admitted, Cancelled, Failed, Finished, FirstToken, Rejected, Routed};
+        let mut ledger = ledger(Split::Time { generations: Some([1, 2]) });
+        let end = ledger.begin((0, 50), 0, &[Arm::Control, Arm::Candidate], Arm::Control);
+        assert_eq!(end, 2_000 * MS);
+        ledger.switched(1_020 * MS);
+        for e in [
+            event(10, Admitted, 1, (10, 5)),
+            Event { generation: 1, ..event(10, Routed, 1, (0, 0)) },
+            event(20, FirstToken, 1, (10 * MS, 0)),
+            event(60, Finished, 1, (50 * MS, 5)), // good: 10 ms to the first token, 10 between
+            event(100, Rejected, 0, (0, 0)),
+            event(900, Admitted, 2, (10, 5)),
+            event(960, FirstToken, 2, (60 * MS, 0)),
+            event(1_500, Finished, 2, (600 * MS, 5)), // crosses into the candidate's block, over both SLOs
+            event(1_110, Admitted, 3, (10, 5)),       // within the burn-in of the late switch
+            event(1_200, Admitted, 4, (10, 5)),
+            Event { generation: 1, ..event(1_200, Routed, 4, (0, 0)) }, // by the wrong policy
+            event(1_300, Failed, 4, (100 * MS, 0)),
+            event(1_400, Admitted, 5, (10, 5)),
+            event(1_410, Cancelled, 5, (10 * MS, 0)),
+            event(1_900, Admitted, 6, (10, 5)), // never ends
+        ] {
+            ledger.note(&e);
+        }
+        assert!(ledger.settled(end + LAG).is_none(), "one is still running");
+        let period = ledger.settled(end + 2_000 * MS).expect("settled");
+        let (control, candidate) = (&period.control, &period.candidate);
+        let expect = Sums {
+            offered: 3,
+            rejected: 1,
+            finished: 2,
+            good: 1,
+            ttft_n: 2,
+            ttft_over: 1,
+            ttft_us: 70 * MS,
+            itl_n: 2,
+            itl_over: 1,
+            itl_us: 145 * MS,
+            e2e_n: 2,
+            e2e_us: 650 * MS,
+            tokens: 10,
+            prompt_tokens: 20,
+            cached_tokens: 8,
+            crossed: 1,
+            ..Sums::default()
+        };
+        assert_eq!(control.sums, expect);
+        let sums = &candidate.sums;
+        assert_eq!([sums.offered, sums.failed, sums.cancelled, sums.late, sums.misplaced], [3, 1, 1, 1, 1]);
+        assert_eq!([sums.ttft_n, sums.ttft_over], [2, 2], "the failed and the endless one, not the one given up early");
+        assert_eq!(
+            [(control.n_blocks, control.exposed_ms), (candidate.n_blocks, candidate.exposed_ms)],
+            [(1, 1_000), (1, 880)]
+        );
+        assert_eq!(control.harm[Metric::GoodputLoss as usize], Some(666_666));
+        assert_eq!(Sums::default().value(Metric::ErrorRate), None, "no request, no value");
+    }
+
+    #[test]
+    fn lost_events_spoil_the_periods_under_way() {
+        for lost in [false, true] {
+            let mut ledger = ledger(Split::Time { generations: None });
+            let end = ledger.begin((0, 50), 0, &[Arm::Control, Arm::Candidate], Arm::Control);
+            if lost {
+                ledger.spoil();
+            }
+            assert_eq!(ledger.settled(end + LAG).expect("nothing runs").incomplete, lost);
+        }
+    }
+
+    #[test]
+    fn a_split_by_variants_follows_the_variant() {
+        let mut ledger = ledger(Split::Variant([7, 8]));
+        let end = ledger.begin((0, 50), 0, &[Arm::Control, Arm::Candidate], Arm::Control);
+        assert_eq!(end, 1_000 * MS);
+        for (request, variant) in [(1, 7), (2, 8), (3, 8), (4, 9)] {
+            ledger.note(&Event { variant, ..event(5, EventKind::Admitted, request, (1, 1)) });
+            ledger.note(&event(20, EventKind::Failed, request, (1, 1)));
+        }
+        let period = ledger.settled(end + LAG).expect("all ended");
+        assert_eq!([period.control.sums.offered, period.candidate.sums.offered], [1, 2]);
+    }
+}
