@@ -3,9 +3,9 @@
 //! every history can be had again from its seed.
 //!
 //! Read in this order: [`world`] (what happens when, and `run`), [`checks`] (what must hold after every step),
-//! [`executor`] (how wrong KV becomes a wrong answer), [`policies`] (who proposes), [`guests`] and [`operator`] (the same
-//! through components, swapped at any moment). A seed that failed once goes into `seeds.txt` with a word on why; every
-//! sweep runs it for ever.
+//! [`executor`] (how wrong KV becomes a wrong answer), [`policies`] and [`retention`] (who proposes), [`guests`] and
+//! [`operator`] (the same through components, swapped at any moment). A seed that failed once goes into `seeds.txt` with a
+//! word on why; every sweep runs it for ever.
 //!
 //! Not a fuzzer of bytes: what breaks schedulers is an order of events, and a world that knows what a request, a fault and
 //! a swap are reaches those orders sooner.
@@ -15,6 +15,7 @@ mod executor;
 mod guests;
 mod operator;
 mod policies;
+mod retention;
 mod rng;
 mod world;
 
@@ -63,6 +64,7 @@ fn slow(seed: u64) -> Options {
 fn the_native_policy_serves_everything() {
     let total = sweep(Kind::Native, |options| options);
     assert!(total.preemptions > 0 && total.cached_tokens > 0 && total.failed > 0 && total.cancelled > 0, "{total:?}");
+    assert!(total.rankings > 1_000 && total.rankings_refused > 10, "{total:?}");
     assert_eq!(total.policy_calls, 0);
 }
 

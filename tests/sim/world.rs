@@ -11,12 +11,14 @@ use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::{chain_hash, chain_hashes};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
+use pointsman_sched::retention::RetentionPolicy;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_telemetry::Event;
 
 use crate::checks;
 use crate::executor::{Cost, ModelEngine};
 use crate::policies::{Audited, Kind, Pending, Slot, Truth};
+use crate::retention;
 use crate::rng::Rng;
 
 /// Everything about a history that is not the policy.
@@ -49,6 +51,8 @@ pub(crate) struct Report {
     pub(crate) cached_tokens: u64,
     pub(crate) policy_calls: u64,
     pub(crate) plans_refused: u64,
+    pub(crate) rankings: u64,
+    pub(crate) rankings_refused: u64,
     pub(crate) swaps: u64,
     /// Rows of overdue requests.
     pub(crate) overdue_served: u64,
@@ -139,6 +143,8 @@ impl Report {
             (&mut self.cached_tokens, other.cached_tokens),
             (&mut self.policy_calls, other.policy_calls),
             (&mut self.plans_refused, other.plans_refused),
+            (&mut self.rankings, other.rankings),
+            (&mut self.rankings_refused, other.rankings_refused),
             (&mut self.swaps, other.swaps),
             (&mut self.overdue_served, other.overdue_served),
             (&mut self.virtual_us, other.virtual_us),
@@ -170,6 +176,7 @@ struct World<'a> {
     scheduler: Scheduler,
     engine: ModelEngine,
     policy: Audited,
+    retention: Box<dyn RetentionPolicy>,
     pending: Pending,
     truth: Arc<Mutex<Truth>>,
     next_arrival: Micros,
@@ -194,6 +201,7 @@ impl<'a> World<'a> {
             scheduler: scheduler.expect("the options make a good configuration"),
             engine: ModelEngine::new(config.n_blocks, config.block_tokens),
             policy: Audited::new(slot, Arc::clone(&truth)),
+            retention: retention::of_seed(seed),
             pending,
             truth,
             next_arrival: 1,
@@ -223,6 +231,7 @@ impl<'a> World<'a> {
 
     /// One turn of the crank; false when there was nothing to compute.
     fn step(&mut self, out: &mut StepOutput) -> bool {
+        self.scheduler.review_cache(self.now, &mut *self.retention);
         let digest = &mut self.report.digest;
         let plan = self.scheduler.schedule(self.now, &mut self.policy, &mut |event| note(digest, event));
         let Some(plan) = plan else { return false };
@@ -351,6 +360,8 @@ impl<'a> World<'a> {
         self.report.preemptions = counters.preemptions;
         self.report.cached_tokens = counters.prefix_hit_tokens;
         self.report.plans_refused = counters.plans_refused;
+        self.report.rankings = counters.rankings_followed;
+        self.report.rankings_refused = counters.rankings_refused;
         self.report.policy_calls = self.truth.lock().expect("one thread").calls;
         self.report.virtual_us = self.now;
         let counted = counters.finished_stop + counters.finished_length;

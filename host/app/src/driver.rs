@@ -15,6 +15,7 @@ use pointsman_sched::execute::{Executor, StepOutput};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::publish::ReplicaGauges;
 use pointsman_sched::request::{CancelCause, Request, SinkEvent};
+use pointsman_sched::retention::RetentionPolicy;
 use pointsman_sched::scheduler::{Scheduler, Stage};
 use pointsman_server::ports::SubmitError;
 use pointsman_telemetry::{Event, Metrics, Recorder, ReplicaMetrics};
@@ -36,6 +37,8 @@ pub(crate) struct DriverReplica {
     pub executor: Box<dyn Executor>,
     /// Orders it: the scheduler slot's guest, or the native policy.
     pub policy: Box<dyn BatchPolicy>,
+    /// Says what its prefix cache gives up first.
+    pub retention: Box<dyn RetentionPolicy>,
     /// Shared with the dispatcher.
     pub gauges: Arc<ReplicaGauges>,
     /// Resolved metric handles.
@@ -207,6 +210,7 @@ impl Driver {
         let clock = &context.clock;
         let mut observe = observer(&context.recorder, replica.id, replica.variant);
         let start = clock.micros();
+        replica.scheduler.review_cache(start, &mut *replica.retention);
         let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
             publish(replica, &context.metrics);
             return false;

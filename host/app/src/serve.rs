@@ -14,6 +14,7 @@ use anyhow::{Context, bail};
 use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
 use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
+use pointsman_sched::retention::NativeRetention;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
@@ -275,6 +276,7 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
                 &shared.taps.scheduler,
                 &replica.name,
             )),
+            retention: Box::new(NativeRetention),
             gauges: Arc::clone(&replica.gauges),
             metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
             variant: u32::try_from(replica.variant).unwrap_or(0),

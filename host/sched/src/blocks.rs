@@ -8,6 +8,10 @@
 //! | 0 | yes | evictable | the list of least recent use |
 //! | > 0 | either | held | in the tables of that many sequences |
 //!
+//! A cached block may besides have a [`Standing`] that a retention policy gave it. Those that go last stay in the one list of
+//! least recent use and are passed over, instead of living in a list of their own: taking the standing away again then
+//! leaves every block where its last use put it.
+//!
 //! Releasing is explicit and not a `Drop`: the owner (a sequence in the scheduler's slab) must say when a block's contents
 //! stop mattering, and a pool behind an `Rc` per block would cost a pointer chase per row and per step. A wrong release is
 //! corrupt state and asserts: handing the same memory to two requests would show one user's text to another.
@@ -37,6 +41,18 @@ pub struct Taken {
     pub evicted: bool,
 }
 
+/// When a cached block goes, compared with the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// In its turn: the least recently used goes first.
+    #[default]
+    InTurn,
+    /// Before all others, unless it is used again.
+    First,
+    /// After all others.
+    Last,
+}
+
 /// The pool. Capacity is fixed; nothing allocates after construction.
 #[derive(Debug)]
 pub struct BlockPool {
@@ -46,6 +62,8 @@ pub struct BlockPool {
     /// Ends of the intrusive list of evictable blocks.
     oldest: u32,
     newest: u32,
+    /// In that list, every block before this one goes last; `NIL` when all do.
+    in_turn: u32,
     n_evictable: u32,
 }
 
@@ -53,6 +71,7 @@ pub struct BlockPool {
 struct Block {
     references: u32,
     cached: bool,
+    standing: Standing,
     older: u32,
     newer: u32,
 }
@@ -61,31 +80,35 @@ impl BlockPool {
     /// A pool of `n_blocks` free blocks, handed out from number 0 up.
     #[must_use]
     pub fn new(n_blocks: u32) -> Self {
-        let block = Block { references: 0, cached: false, older: NIL, newer: NIL };
+        let block = Block { references: 0, cached: false, standing: Standing::InTurn, older: NIL, newer: NIL };
         Self {
             blocks: vec![block; n_blocks as usize],
             free: (0..n_blocks).rev().collect(),
             oldest: NIL,
             newest: NIL,
+            in_turn: NIL,
             n_evictable: 0,
         }
     }
 
-    /// Hands out a free block, else evicts the least recently used cached one; `None` when sequences hold everything.
+    /// Hands out a free block, else evicts the least recently used cached one, of those that go last only when there are no
+    /// others; `None` when sequences hold everything.
     pub fn take(&mut self) -> Option<Taken> {
         if let Some(index) = self.free.pop() {
             self.blocks[index as usize].references = 1;
             return Some(Taken { block: BlockId(index), evicted: false });
         }
-        let index = self.oldest;
-        if index == NIL {
-            return None;
-        }
-        self.unlink(index);
-        let block = &mut self.blocks[index as usize];
-        block.cached = false;
-        block.references = 1;
-        Some(Taken { block: BlockId(index), evicted: true })
+        let index = if self.any_in_turn() { self.in_turn } else { self.oldest };
+        (index != NIL).then(|| self.evict(BlockId(index)))
+    }
+
+    /// Hands out this evictable block.
+    pub fn evict(&mut self, block: BlockId) -> Taken {
+        assert!(self.is_evictable(block), "{block:?} is not evictable");
+        self.unlink(block.0);
+        let entry = &mut self.blocks[block.0 as usize];
+        (entry.references, entry.cached, entry.standing) = (1, false, Standing::InTurn);
+        Taken { block, evicted: true }
     }
 
     /// Adds a holder to a block that is held or evictable.
@@ -95,7 +118,11 @@ impl BlockPool {
         if entry.references == 0 {
             self.unlink(block.0);
         }
-        self.blocks[block.0 as usize].references += 1;
+        let entry = &mut self.blocks[block.0 as usize];
+        entry.references += 1;
+        if entry.standing == Standing::First {
+            entry.standing = Standing::InTurn;
+        }
     }
 
     /// Takes a holder away. The last one leaves the block evictable when it is cached (as the most recently used), free
@@ -119,10 +146,51 @@ impl BlockPool {
     /// The prefix index has forgotten the block: frees it at once when nobody holds it.
     pub fn uncache(&mut self, block: BlockId) {
         let entry = &mut self.blocks[block.0 as usize];
+        entry.standing = Standing::InTurn;
         if std::mem::replace(&mut entry.cached, false) && entry.references == 0 {
             self.unlink(block.0);
             self.free.push(block.0);
         }
+    }
+
+    /// Says when a cached block goes. Call [`standings_changed`](Self::standings_changed) after the last one.
+    pub fn set_standing(&mut self, block: BlockId, standing: Standing) {
+        let entry = &mut self.blocks[block.0 as usize];
+        if entry.cached {
+            entry.standing = standing;
+        }
+    }
+
+    /// Looks at the standings from the beginning again.
+    pub fn standings_changed(&mut self) {
+        self.in_turn = self.oldest;
+    }
+
+    /// When a cached block goes.
+    #[must_use]
+    pub fn standing(&self, block: BlockId) -> Standing {
+        self.blocks[block.0 as usize].standing
+    }
+
+    /// Whether there is an evictable block that does not go last. Every block is passed over once per use and standing.
+    pub fn any_in_turn(&mut self) -> bool {
+        while self.in_turn != NIL && self.blocks[self.in_turn as usize].standing == Standing::Last {
+            self.in_turn = self.blocks[self.in_turn as usize].newer;
+        }
+        self.in_turn != NIL
+    }
+
+    /// Whether only the cache holds the block.
+    #[must_use]
+    pub fn is_evictable(&self, block: BlockId) -> bool {
+        let entry = self.blocks[block.0 as usize];
+        entry.references == 0 && entry.cached
+    }
+
+    /// The evictable blocks, least recently used first, whatever their standing.
+    pub fn evictable(&self) -> impl Iterator<Item = BlockId> {
+        let next = |&index: &u32| Some(self.blocks[index as usize].newer).filter(|&newer| newer != NIL);
+        std::iter::successors(Some(self.oldest).filter(|&oldest| oldest != NIL), next).map(BlockId)
     }
 
     /// Number of sequences that hold the block.
@@ -169,11 +237,17 @@ impl BlockPool {
         } else {
             self.blocks[older as usize].newer = index
         }
+        if self.in_turn == NIL {
+            self.in_turn = index
+        }
         self.n_evictable += 1;
     }
 
     fn unlink(&mut self, index: u32) {
         let Block { older, newer, .. } = self.blocks[index as usize];
+        if self.in_turn == index {
+            self.in_turn = newer
+        }
         if older == NIL {
             self.oldest = newer
         } else {
@@ -201,6 +275,7 @@ mod tests {
         cached: Vec<bool>,
         free: Vec<u32>,
         evictable: Vec<u32>,
+        standing: Vec<Standing>,
     }
 
     impl Naive {
@@ -211,6 +286,7 @@ mod tests {
                 cached: vec![false; len],
                 free: (0..n).rev().collect(),
                 evictable: Vec::new(),
+                standing: vec![Standing::InTurn; len],
             }
         }
 
@@ -218,10 +294,15 @@ mod tests {
             let (index, evicted) = match self.free.pop() {
                 Some(index) => (index, false),
                 None if self.evictable.is_empty() => return None,
-                None => (self.evictable.remove(0), true),
+                None => {
+                    let goes_last = |i: &u32| self.standing[*i as usize] == Standing::Last;
+                    let place = self.evictable.iter().position(|i| !goes_last(i)).unwrap_or(0);
+                    (self.evictable.remove(place), true)
+                }
             };
             self.references[index as usize] = 1;
             self.cached[index as usize] = false;
+            self.standing[index as usize] = Standing::InTurn;
             Some(Taken { block: BlockId(index), evicted })
         }
 
@@ -234,6 +315,7 @@ mod tests {
 
         fn uncache(&mut self, index: u32) {
             self.cached[index as usize] = false;
+            self.standing[index as usize] = Standing::InTurn;
             if self.evictable.contains(&index) {
                 self.evictable.retain(|&other| other != index);
                 self.free.push(index);
@@ -248,15 +330,20 @@ mod tests {
         Release(u32),
         Cache(u32),
         Uncache(u32),
+        Evict(u32),
+        Rank(Vec<(u32, Standing)>),
     }
 
     fn operations(n: u32) -> impl Strategy<Value = Vec<Operation>> {
+        let standing = prop_oneof![Just(Standing::InTurn), Just(Standing::First), Just(Standing::Last)];
         let operation = prop_oneof![
             Just(Operation::Take),
             (0..n).prop_map(Operation::Retain),
             (0..n).prop_map(Operation::Release),
             (0..n).prop_map(Operation::Cache),
             (0..n).prop_map(Operation::Uncache),
+            (0..n).prop_map(Operation::Evict),
+            prop::collection::vec((0..n, standing), 0..4).prop_map(Operation::Rank),
         ];
         prop::collection::vec(operation, 0..200)
     }
@@ -272,6 +359,9 @@ mod tests {
                         pool.retain(BlockId(i));
                         naive.evictable.retain(|&other| other != i);
                         naive.references[i as usize] += 1;
+                        if naive.standing[i as usize] == Standing::First {
+                            naive.standing[i as usize] = Standing::InTurn;
+                        }
                     }
                     Operation::Release(i) if naive.references[i as usize] > 0 => {
                         pool.release(BlockId(i));
@@ -285,8 +375,25 @@ mod tests {
                         pool.uncache(BlockId(i));
                         naive.uncache(i);
                     }
-                    Operation::Retain(_) | Operation::Release(_) | Operation::Cache(_) => {}
+                    Operation::Evict(i) if naive.evictable.contains(&i) => {
+                        prop_assert_eq!(pool.evict(BlockId(i)), Taken { block: BlockId(i), evicted: true });
+                        naive.evictable.retain(|&other| other != i);
+                        naive.references[i as usize] = 1;
+                        naive.cached[i as usize] = false;
+                        naive.standing[i as usize] = Standing::InTurn;
+                    }
+                    Operation::Rank(standings) => {
+                        for (i, standing) in standings {
+                            pool.set_standing(BlockId(i), standing);
+                            if naive.cached[i as usize] {
+                                naive.standing[i as usize] = standing;
+                            }
+                        }
+                        pool.standings_changed();
+                    }
+                    Operation::Retain(_) | Operation::Release(_) | Operation::Cache(_) | Operation::Evict(_) => {}
                 }
+                prop_assert_eq!(pool.evictable().map(|block| block.0).collect::<Vec<_>>(), &naive.evictable[..]);
                 let held = naive.references.iter().filter(|&&references| references > 0).count();
                 let counts = pool.counts();
                 prop_assert_eq!(
@@ -296,6 +403,7 @@ mod tests {
                 for i in 0..5 {
                     prop_assert_eq!(pool.references(BlockId(i)), naive.references[i as usize]);
                     prop_assert_eq!(pool.is_cached(BlockId(i)), naive.cached[i as usize]);
+                    prop_assert_eq!(pool.standing(BlockId(i)), naive.standing[i as usize]);
                 }
             }
         }

@@ -92,6 +92,10 @@ struct Entry {
     hash: u64,
     serial: u64,
     parent: Link,
+    /// Blocks before it.
+    depth: u32,
+    /// Entries whose parent this is.
+    children: u32,
 }
 
 impl Link {
@@ -113,7 +117,7 @@ impl PrefixIndex {
         Self {
             // Twice the entries: the map then cleans its tombstones in place instead of growing.
             by_hash: IntMap::with_capacity_and_hasher(2 * (n_blocks + 1), Default::default()),
-            entries: vec![Entry { hash: 0, serial: 0, parent: Link::ROOT }; n_blocks],
+            entries: vec![Entry { hash: 0, serial: 0, parent: Link::ROOT, depth: 0, children: 0 }; n_blocks],
             tokens: vec![0; n_blocks * block_tokens as usize],
             block_tokens: block_tokens as usize,
             last_serial: 0,
@@ -139,11 +143,13 @@ impl PrefixIndex {
         }
         let mut displaced = None;
         if let Some(&known) = self.by_hash.get(&hash) {
-            let entry = &mut self.entries[known.0 as usize];
+            let entry = self.entries[known.0 as usize];
             let link = Link { block: known, serial: entry.serial };
             if known == block {
                 // Its holder computed it after exactly this prefix: only the entry of the parent is another one now.
-                entry.parent = parent;
+                self.leave(entry.parent);
+                self.entries[known.0 as usize].parent = parent;
+                self.join(parent);
                 return Inserted::New { link, displaced: None };
             }
             if entry.parent == parent && self.tokens_of(known) == tokens {
@@ -159,7 +165,8 @@ impl PrefixIndex {
         assert_eq!(self.entries[block.0 as usize].serial, 0, "{block:?} is indexed under another hash");
         self.last_serial += 1;
         let serial = self.last_serial;
-        self.entries[block.0 as usize] = Entry { hash, serial, parent };
+        let depth = self.join(parent);
+        self.entries[block.0 as usize] = Entry { hash, serial, parent, depth, children: 0 };
         let start = block.0 as usize * self.block_tokens;
         self.tokens[start..start + self.block_tokens].copy_from_slice(tokens);
         self.by_hash.insert(hash, block);
@@ -173,8 +180,9 @@ impl PrefixIndex {
         if entry.serial == 0 {
             return false;
         }
-        let hash = entry.hash;
+        let Entry { hash, parent, .. } = *entry;
         entry.serial = 0;
+        self.leave(parent);
         self.by_hash.remove(&hash);
         self.sketch.remove(hash);
         true
@@ -196,6 +204,48 @@ impl PrefixIndex {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.by_hash.is_empty()
+    }
+
+    /// Entries that continue this block's prefix.
+    #[must_use]
+    pub fn children(&self, block: BlockId) -> u32 {
+        self.entries[block.0 as usize].children
+    }
+
+    /// Blocks before this one in its prefix.
+    #[must_use]
+    pub fn depth(&self, block: BlockId) -> u32 {
+        self.entries[block.0 as usize].depth
+    }
+
+    /// The chained hash that the block is found by.
+    #[must_use]
+    pub fn hash(&self, block: BlockId) -> u64 {
+        self.entries[block.0 as usize].hash
+    }
+
+    /// The indexed block that this one continues; `None` for a first block and for an orphan.
+    #[must_use]
+    pub fn parent(&self, block: BlockId) -> Option<BlockId> {
+        let parent = self.entries[block.0 as usize].parent;
+        self.is_live(parent).then_some(parent.block)
+    }
+
+    /// Counts one more child of `parent` and says how deep that is.
+    fn join(&mut self, parent: Link) -> u32 {
+        if !self.is_live(parent) {
+            return 0;
+        }
+        let entry = &mut self.entries[parent.block.0 as usize];
+        entry.children += 1;
+        entry.depth + 1
+    }
+
+    /// Takes a child of `parent` away, if that has not gone itself.
+    fn leave(&mut self, parent: Link) {
+        if self.is_live(parent) {
+            self.entries[parent.block.0 as usize].children -= 1;
+        }
     }
 
     fn is_live(&self, link: Link) -> bool {
@@ -290,9 +340,15 @@ mod tests {
         let parent = new_link(index.insert(Link::ROOT, 10, &[1, 1], BlockId(0)));
         let child = new_link(index.insert(parent, 20, &[2, 2], BlockId(1)));
         let grandchild = new_link(index.insert(child, 30, &[3, 3], BlockId(2)));
+        let family = |index: &PrefixIndex| [0, 1, 2, 3].map(|i| (index.children(BlockId(i)), index.parent(BlockId(i))));
+        let (zero, one, three) = (Some(BlockId(0)), Some(BlockId(1)), Some(BlockId(3)));
+        assert_eq!(family(&index), [(1, None), (1, zero), (0, one), (0, None)]);
         index.remove(BlockId(0));
         let again = new_link(index.insert(Link::ROOT, 10, &[1, 1], BlockId(3)));
+        assert_eq!(index.parent(BlockId(1)), None, "an orphan");
         assert_eq!(index.insert(again, 20, &[2, 2], BlockId(1)), Inserted::New { link: child, displaced: None });
+        assert_eq!(family(&index)[1..], [(1, three), (0, one), (1, None)]);
+        assert_eq!([0, 1, 2].map(|i| index.depth(BlockId([3, 1, 2][i]))), [0, 1, 2]);
         assert_eq!(index.find(child, 30, &[3, 3]), Some(grandchild));
     }
 
@@ -307,6 +363,11 @@ mod tests {
             let mut contents: Vec<Vec<u32>> = vec![Vec::new(); 6];
             for (block, tokens, evict) in operations {
                 let block = BlockId(block);
+                let parents = || (0..6).map(BlockId).filter(|&b| index.contains(b)).filter_map(|b| index.parent(b));
+                for parent in (0..6).map(BlockId).filter(|&b| index.contains(b)) {
+                    let children = parents().filter(|&other| other == parent).count();
+                    prop_assert_eq!(index.children(parent) as usize, children);
+                }
                 if evict {
                     index.remove(block);
                     continue;

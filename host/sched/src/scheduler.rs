@@ -26,6 +26,7 @@
 
 mod consult;
 mod ending;
+mod review;
 mod select;
 mod settle;
 #[cfg(test)]
@@ -50,6 +51,7 @@ use crate::sequence::{Sequence, Slab, Slot, count};
 use crate::told::Told;
 use crate::waiting::WaitingQueue;
 use ending::Ending;
+use review::Review;
 
 /// What happened since the counters were last taken; for metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,6 +82,10 @@ pub struct Counters {
     pub plans_followed: u64,
     /// Plans refused as a whole.
     pub plans_refused: u64,
+    /// Rankings of cached blocks that a policy gave and that are followed.
+    pub rankings_followed: u64,
+    /// Rankings refused as a whole.
+    pub rankings_refused: u64,
 }
 
 /// One row of the plan in flight.
@@ -106,6 +112,7 @@ pub struct Scheduler {
     seed: u64,
     gauges: Arc<ReplicaGauges>,
     kv: Kv,
+    review: Review,
     sequences: Slab,
     waiting: WaitingQueue,
     /// In the order of admission.
@@ -165,6 +172,7 @@ impl Scheduler {
             seed,
             gauges,
             kv: Kv::new(&config, sketch),
+            review: Review::new(&config),
             sequences: Slab::new(capacity),
             waiting: WaitingQueue::new(capacity, config.starvation_us),
             running: Vec::with_capacity(max_running),
@@ -422,7 +430,7 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         assert!(sequence.running, "{:?} waits and cannot be preempted", sequence.request.id);
         let freed = self.kv.n_private(&sequence.table);
-        self.kv.release_all(&mut sequence.table);
+        self.kv.release_all(&mut sequence.table, now);
         self.budget += std::mem::take(&mut sequence.chunk);
         self.queued_tokens -= u64::from(sequence.prompt_remaining());
         sequence.computed = 0;

@@ -78,6 +78,11 @@ impl Told {
         }
     }
 
+    /// The name of a tenant that has been met.
+    pub(crate) fn tenant(&self, number: u32) -> Option<&Arc<str>> {
+        self.tenants.iter().find(|(known, _)| *known == number).map(|(_, name)| name)
+    }
+
     pub(crate) fn tenants(&self) -> &[(u32, Arc<str>)] {
         &self.tenants
     }

@@ -12,6 +12,7 @@ use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{Request, Sampling, SinkEvent, SinkState, TokenSink};
+use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
 use pointsman_sched::scheduler::Scheduler;
 
 thread_local! {
@@ -93,6 +94,30 @@ impl BatchPolicy for Listener {
     }
 }
 
+/// Keeps every second block and evicts the others, last one first.
+#[derive(Debug, Default)]
+struct Librarian {
+    n_calls: u64,
+}
+
+impl RetentionPolicy for Librarian {
+    fn attend(&mut self, _now: Micros) -> Attention {
+        Attention::Following
+    }
+
+    fn rank(&mut self, _now: Micros, _wanted: u32, blocks: &BlockColumns, ranking: &mut Ranking) -> bool {
+        self.n_calls += 1;
+        let rows = u32::try_from(blocks.len()).expect("few rows");
+        ranking.keep.extend((0..rows).step_by(2));
+        ranking.evict.extend((0..rows).skip(1).step_by(2));
+        true
+    }
+
+    fn refused(&mut self, _now: Micros, why: BadRanking) {
+        panic!("{why}");
+    }
+}
+
 const MAX_RUNNING: u32 = 16;
 const WARM_UP: u32 = 200;
 const STEADY: u32 = 1_000;
@@ -168,4 +193,30 @@ fn a_thousand_steady_steps_allocate_nothing() {
     assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, with_history), 0, "native, with histories");
     assert_eq!(measure(&mut listener, MAX_RUNNING + 9, Sampling::default()), 0, "a policy that is called");
     assert!(listener.n_calls >= u64::from(STEADY), "a queue is something to decide about");
+}
+
+#[test]
+fn ranking_a_cache_under_pressure_allocates_nothing() {
+    let (mut scheduler, sampling) = (scheduler(), Arc::new(Sampling::default()));
+    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize) };
+    let mut retention = Librarian::default();
+    let mut allocations = 0;
+    // Prompts of their own, one after the other: 2,048 blocks hold the last 341 of them.
+    for id in 1..=1_500u64 {
+        let request = Request { max_new_tokens: 1, ..request(id, &sampling) };
+        scheduler.submit(request, id).map_err(|(_, failure)| failure).expect("room");
+        while !scheduler.is_idle() {
+            let before = ALLOCATIONS.get();
+            scheduler.review_cache(id, &mut retention);
+            if id > 500 {
+                allocations += ALLOCATIONS.get() - before;
+            }
+            let plan = scheduler.schedule(id, &mut NativeBatch, &mut |_| {}).expect("work");
+            let n_samples = plan.rows.iter().filter(|row| row.sample.is_some()).count();
+            out.sampled.extend((0..n_samples).map(|_| Sampled { token: 1_000, logprobs: None }));
+            scheduler.complete(id, &mut out, &mut |_| {});
+        }
+    }
+    assert_eq!(allocations, 0);
+    assert!((20..60).contains(&retention.n_calls), "asked {} times", retention.n_calls);
 }

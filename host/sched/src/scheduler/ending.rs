@@ -33,7 +33,7 @@ impl Scheduler {
         }
         self.queued_tokens -= u64::from(sequence.prompt_remaining());
         self.n_closed -= u32::from(sequence.closed);
-        self.kv.release_all(&mut sequence.table);
+        self.kv.release_all(&mut sequence.table, now);
         self.told.gone(&sequence);
         ending.count(stage, &mut self.counters);
         observer.observe(ending.event(&sequence, self.generation, now));

@@ -170,8 +170,9 @@ impl Scheduler {
         }
         let n_blocks = self.config.blocks_for(count(sequence.tokens.len())) as usize;
         sequence.table.reserve_exact(limit.div_ceil(self.config.block_tokens as usize));
+        let is_first = sequence.first_admitted.is_none();
         for &block in &self.found {
-            self.kv.pool.retain(block);
+            self.kv.reuse(block, is_first);
             sequence.table.push(block);
         }
         sequence.chain = chain;

@@ -9,6 +9,7 @@ use pointsman_telemetry::{Event, EventKind};
 
 use crate::execute::{ExecuteError, Sampled, StepOutput};
 use crate::ids::Micros;
+use crate::kv::Origin;
 use crate::observe::Observer;
 use crate::request::{CancelCause, Failure, FinishReason, SinkEvent, SinkState};
 use crate::sequence::Slot;
@@ -90,7 +91,8 @@ impl Scheduler {
         sequence.computed += row.n_tokens;
         self.queued_tokens += u64::from(sequence.prompt_remaining());
         let mut chain = sequence.chain;
-        self.kv.publish(sequence.text(), &sequence.table, sequence.computed, &mut chain);
+        let origin = Origin { tenant: sequence.request.tenant, now };
+        self.kv.publish(sequence.text(), (&sequence.table, sequence.computed), &mut chain, origin);
         sequence.chain = chain;
         if sequence.closed {
             self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);

@@ -3,6 +3,7 @@
 
 mod model;
 mod random;
+mod retention;
 
 use std::sync::Arc;
 

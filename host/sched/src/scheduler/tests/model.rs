@@ -13,6 +13,7 @@ use crate::ids::{BlockId, Micros, Priority, RequestId};
 use crate::prefix::{chain_hash, chain_hashes};
 use crate::publish::{PrefixSketch, ReplicaGauges};
 use crate::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
+use crate::retention::{BadRanking, BlockColumns, NativeRetention, Ranking, RetentionPolicy};
 use crate::scheduler::{Scheduler, Stage};
 
 #[derive(Clone, Debug, Default)]
@@ -71,6 +72,7 @@ pub(super) fn reference(request: &Request) -> Vec<u32> {
 
 pub(super) struct Host {
     pub(super) scheduler: Scheduler,
+    pub(super) retention: Box<dyn RetentionPolicy>,
     pub(super) gauges: Arc<ReplicaGauges>,
     pub(super) now: Micros,
     /// Ids in the order in which they ended.
@@ -89,6 +91,7 @@ impl Host {
         let sketch = Arc::new(PrefixSketch::new(config.n_blocks));
         Self {
             scheduler: Scheduler::new(config, 1, Arc::clone(&gauges), sketch).expect("a good configuration"),
+            retention: Box::new(NativeRetention),
             gauges,
             now: 0,
             ended: Vec::new(),
@@ -141,6 +144,7 @@ impl Host {
         out: &mut StepOutput,
         look: impl Fn(&StepPlan),
     ) -> Vec<u64> {
+        self.scheduler.review_cache(self.now, &mut *self.retention);
         let ended = &mut self.ended;
         let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note(ended, event)) else {
             return Vec::new();
@@ -175,6 +179,7 @@ impl Host {
 
     /// A whole step, with a look at its plan.
     pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
+        self.scheduler.review_cache(self.now, &mut *self.retention);
         let ended = &mut self.ended;
         let plan = self.scheduler.schedule(self.now, policy, &mut |event| note(ended, event))?;
         let seen = look(plan);
@@ -292,5 +297,46 @@ impl BatchPolicy for Scripted {
 
     fn refused(&mut self, _now: Micros, why: BadPlan) {
         self.refused.push(why);
+    }
+}
+
+/// What a [`Librarian`] was asked, and is to say.
+#[derive(Debug, Default)]
+pub(super) struct Shelf {
+    pub(super) attention: Option<Attention>,
+    /// What to keep, as a tenant; and what to evict first.
+    pub(super) keep: Option<u32>,
+    pub(super) evict: Option<u32>,
+    /// Answers nonsense.
+    pub(super) spoil: bool,
+    /// `(wanted, rows, new tenants)` of every call.
+    pub(super) calls: Vec<(u32, usize, Vec<u32>)>,
+    pub(super) refused: Vec<BadRanking>,
+}
+
+/// A retention policy that ranks by tenant; the test holds the other end.
+#[derive(Debug, Default)]
+pub(super) struct Librarian(pub(super) Arc<Mutex<Shelf>>);
+
+impl RetentionPolicy for Librarian {
+    fn attend(&mut self, _now: Micros) -> Attention {
+        self.0.lock().expect("one thread").attention.unwrap_or(Attention::Following)
+    }
+
+    fn rank(&mut self, _now: Micros, wanted: u32, blocks: &BlockColumns, ranking: &mut Ranking) -> bool {
+        let mut shelf = self.0.lock().expect("one thread");
+        let met = blocks.new_tenants.iter().map(|(tenant, _)| *tenant).collect();
+        shelf.calls.push((wanted, blocks.len(), met));
+        let of = |tenant: Option<u32>| (0u32..).zip(&blocks.tenant).filter(move |(_, t)| Some(**t) == tenant);
+        ranking.evict.extend(of(shelf.evict).map(|(row, _)| row));
+        ranking.keep.extend(of(shelf.keep).map(|(row, _)| row));
+        if shelf.spoil {
+            ranking.keep.push(u32::try_from(blocks.len()).expect("few rows"));
+        }
+        shelf.evict.is_some() || shelf.keep.is_some() || shelf.spoil
+    }
+
+    fn refused(&mut self, _now: Micros, why: BadRanking) {
+        self.0.lock().expect("one thread").refused.push(why);
     }
 }

@@ -10,6 +10,7 @@ use crate::execute::{ExecuteError, StepOutput, StepPlan};
 use crate::hash::mix;
 use crate::ids::{Micros, Priority, RequestId};
 use crate::request::{CancelCause, Request, Sampling, SinkEvent};
+use crate::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
 use crate::scheduler::Stage;
 
 use super::model::{self, Host, reference};
@@ -161,6 +162,59 @@ impl BatchPolicy for Adversary {
     }
 }
 
+/// Ranks cached blocks at random, with a mistake now and then, and checks what it is shown.
+#[derive(Debug, Default)]
+struct Mover {
+    random: u64,
+    named: Vec<u32>,
+    expect_refusal: Option<bool>,
+}
+
+impl RetentionPolicy for Mover {
+    fn attend(&mut self, _now: Micros) -> Attention {
+        self.random = self.random.wrapping_add(1);
+        match mix(self.random) % 20 {
+            0 => Attention::Native,
+            1 => {
+                self.named.clear();
+                Attention::NeedsView
+            }
+            _ => Attention::Following,
+        }
+    }
+
+    fn rank(&mut self, now: Micros, _wanted: u32, blocks: &BlockColumns, ranking: &mut Ranking) -> bool {
+        assert!((1..=CONFIG.n_blocks as usize).contains(&blocks.len()));
+        assert!(blocks.last_used.is_sorted(), "the host's own order");
+        for row in 0..blocks.len() {
+            assert!(blocks.created[row] <= blocks.last_used[row] && blocks.last_used[row] <= now);
+            assert!(blocks.depth[row] < CONFIG.context_tokens / CONFIG.block_tokens);
+        }
+        self.named.extend(blocks.new_tenants.iter().map(|(tenant, _)| *tenant));
+        self.named.dedup();
+        assert!(blocks.tenant.iter().all(|tenant| self.named.contains(tenant)), "a number without a name");
+        let mut rows: Vec<u32> = (0..).take(blocks.len()).collect();
+        rows.sort_by_key(|&row| mix(u64::from(row) ^ self.random));
+        for row in rows {
+            match mix(self.random ^ u64::from(row) << 32) % 3 {
+                0 => ranking.evict.push(row),
+                1 => ranking.keep.push(row),
+                _ => {}
+            }
+        }
+        let spoil = mix(self.random).is_multiple_of(8);
+        if spoil {
+            ranking.keep.push(*ranking.evict.first().unwrap_or(&99));
+        }
+        self.expect_refusal = Some(spoil);
+        true
+    }
+
+    fn refused(&mut self, _now: Micros, why: BadRanking) {
+        assert_eq!(self.expect_refusal, Some(true), "{why}");
+    }
+}
+
 fn check_bounds(plan: &StepPlan) {
     assert!(plan.tokens.len() <= CONFIG.step_tokens as usize);
     assert!(plan.rows.len() <= CONFIG.max_running as usize);
@@ -187,7 +241,12 @@ struct History {
 impl History {
     fn new(seed: u64) -> Self {
         let policy = Adversary { random: seed, needs_view: true, ..Adversary::default() };
-        Self { host: Host::new(CONFIG), policy, accepted: Vec::new(), next_id: 1 }
+        let mut host = Host::new(CONFIG);
+        // Half of the histories evict in the host's own order.
+        if seed.is_multiple_of(2) {
+            host.retention = Box::new(Mover { random: mix(seed), ..Mover::default() });
+        }
+        Self { host, policy, accepted: Vec::new(), next_id: 1 }
     }
 
     fn apply(&mut self, operation: Operation) {
@@ -203,6 +262,7 @@ impl History {
                     priority: [Priority::Critical, Priority::High, Priority::Normal, Priority::Low][priority as usize],
                     deadline: if deadline { now + 100 } else { 0 },
                     arrived: now,
+                    tenant: family,
                     sampling: Arc::new(Sampling { presence_penalty: f32::from(priority), ..Sampling::default() }),
                     ..model::request(id, prompt.clone(), max_new, CONFIG.block_tokens)
                 };
