@@ -41,6 +41,7 @@ pub(crate) enum Guest {
     Fcfs,
     ShortestFirst,
     Priority,
+    FairShare,
     Fixture,
 }
 
@@ -117,13 +118,14 @@ impl Host {
 // === impl Guest ===
 
 impl Guest {
-    const ALL: [Self; 4] = [Self::Fcfs, Self::ShortestFirst, Self::Priority, Self::Fixture];
+    const ALL: [Self; 5] = [Self::Fcfs, Self::ShortestFirst, Self::Priority, Self::FairShare, Self::Fixture];
 
     fn bytes(self) -> Vec<u8> {
         let name = match self {
             Self::Fcfs => "sched-fcfs",
             Self::ShortestFirst => "sched-shortest-first",
             Self::Priority => "sched-priority",
+            Self::FairShare => "sched-fair-share",
             Self::Fixture => "fixture-scheduler",
         };
         let path = root().join(format!("plugins/prebuilt/{name}.wasm"));
@@ -141,7 +143,7 @@ impl Cast {
     /// Who is next; `None` is the native policy.
     pub(crate) fn draw(self, rng: &mut Rng) -> Option<Role> {
         let good = |guest, config: String| Some(Role { guest, config, starts: true });
-        match rng.below(if self == Self::Good { 8 } else { 20 }) {
+        match rng.below(if self == Self::Good { 10 } else { 22 }) {
             0 => None,
             1 | 2 => good(Guest::Fcfs, "{}".into()),
             3 | 4 => good(Guest::ShortestFirst, "{}".into()),
@@ -149,8 +151,12 @@ impl Cast {
                 let (aging, preempt) = (rng.within(1, 20_000), rng.chance(500_000));
                 good(Guest::Priority, format!(r#"{{"aging_ms": {aging}, "preempt": {preempt}}}"#))
             }
-            8 => Some(Role::refused(rng)),
-            9..=11 => good(Guest::Fixture, deed(rng.pick(&ALLOWED), rng.within(0, 20))),
+            8 | 9 => {
+                let (spare, output) = (rng.within(0, 3), rng.within(0, 4));
+                good(Guest::FairShare, format!(r#"{{"spare_places": {spare}, "output_cost": {output}}}"#))
+            }
+            10 => Some(Role::refused(rng)),
+            11..=13 => good(Guest::Fixture, deed(rng.pick(&ALLOWED), rng.within(0, 20))),
             _ => good(Guest::Fixture, deed(rng.pick(&FAULTS), PROBES + rng.within(0, 16))),
         }
     }

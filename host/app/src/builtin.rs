@@ -20,8 +20,13 @@ pub(crate) const BUILTINS: &[Builtin] = builtins![
     "route-least-loaded",
     "route-prefix-aware",
     "route-weighted",
+    "route-sticky-until-saturated",
+    "route-canary-by-header",
+    "route-bandit",
     "sched-fcfs",
     "sched-shortest-first",
     "sched-priority",
+    "sched-fair-share",
     "hook-slo-log",
+    "hook-outcomes",
 ];

@@ -51,17 +51,8 @@ impl Router for LeastLoaded {
         // Rows are numbered from a random one on: the first of several equals is then a random one.
         let rotated = |row: u32| (u64::from(row) + n - request.seed % n) % n;
         let in_service = replicas.rows().filter(Replica::in_service);
-        let best = in_service.map(|r| (r.health, self.cost(&r), rotated(r.row), r.row)).min();
+        let best = in_service.map(|r| (r.health, r.work(0, self.config.sequence_tokens), rotated(r.row), r.row)).min();
         best.map_or(Choice::Abstain, |(.., row)| Choice::Pick(row))
-    }
-}
-
-impl LeastLoaded {
-    fn cost(&self, replica: &Replica) -> u64 {
-        let sequences = u64::from(replica.waiting) + u64::from(replica.running);
-        let tokens = u64::from(replica.queued_tokens) + sequences * u64::from(self.config.sequence_tokens);
-        // Under 2^60, whatever the columns say.
-        tokens * 1_000 / u64::from(replica.weight.max(1))
     }
 }
 

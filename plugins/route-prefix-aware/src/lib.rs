@@ -73,10 +73,7 @@ impl PrefixAware {
     fn cost(&self, request: &Request, replica: &Replica) -> u64 {
         let cached = u64::from(replica.cached_tokens) * u64::from(self.config.cached_percent) / 100;
         let own = u64::from(request.prompt_tokens).saturating_sub(cached);
-        let sequences = u64::from(replica.waiting) + u64::from(replica.running);
-        let tokens = u64::from(replica.queued_tokens) + own + sequences * u64::from(self.config.sequence_tokens);
-        // Under 2^60, whatever the columns say.
-        tokens * 1_000 / u64::from(replica.weight.max(1))
+        replica.work(own, self.config.sequence_tokens)
     }
 }
 

@@ -1,18 +1,16 @@
 //! Router: replicas by weight, sticky by session.
 //!
-//! Weighted rendezvous hashing (Schindelhauer and Schomaker, "Weighted Distributed Hash Tables", SPAA 2005): each replica
-//! scores `-weight / ln(h)` with `h` the hash of session and replica in (0, 1), and the highest score wins. Shares are
-//! exactly those of the weights; a replica that comes or goes moves only its own sessions, and a weight that changes moves
-//! only the difference, which no modulo and no ring of virtual nodes does. There is no state: every instance, on every
-//! host, gives the same answer, because `key` is stable.
+//! Weighted rendezvous hashing ([`place`]): shares are exactly those of the weights; a replica that comes or goes moves only
+//! its own sessions, and a weight that changes moves only the difference, which no modulo and no ring of virtual nodes does.
+//! There is no state: every instance, on every host, gives the same answer, because `key` is stable.
 //!
-//! The answer ranks all replicas, so a session whose replica is full overflows to the same second choice every time. Load is
-//! not looked at: for canaries, sessions and fixed shares, not for balancing. Without a session the request's seed takes
-//! its place. O(n log n) for n replicas.
+//! The answer ranks the best four, so a session whose replica is full overflows to the same second choice every time; past
+//! those the host decides. Load is not looked at: for canaries, sessions and fixed shares, not for balancing. Without a
+//! session the request's seed takes its place. O(replicas).
 //!
 //! Configuration: `sticky` (true): false spreads the requests of a session, too.
 
-use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, mix};
+use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, place};
 use serde::Deserialize;
 
 /// What the operator may set.
@@ -21,6 +19,9 @@ use serde::Deserialize;
 pub struct Config {
     sticky: bool,
 }
+
+/// Replicas in an answer.
+const RANKED: usize = 4;
 
 /// The policy.
 #[derive(Debug)]
@@ -52,20 +53,22 @@ impl Router for Weighted {
     fn route(&mut self, _now: Micros, request: &Request, replicas: &Replicas) -> Choice {
         let sticky = self.config.sticky && request.session != 0;
         let label = if sticky { request.session } else { request.seed };
-        let in_service = replicas.rows().filter(Replica::in_service);
-        let mut ranked: Vec<(u8, f64, u32)> = in_service.map(|r| (r.health, score(label, &r), r.row)).collect();
-        if ranked.is_empty() {
-            return Choice::Abstain;
+        // Sorted; a row that is no better than the last of them costs one comparison.
+        let mut best = [(u8::MAX, u64::MAX, u32::MAX); RANKED];
+        for replica in replicas.rows().filter(Replica::in_service) {
+            let entry = (replica.health, place(label, replica.key, replica.weight), replica.row);
+            let mut at = RANKED;
+            while at > 0 && entry < best[at - 1] {
+                at -= 1;
+            }
+            if at < RANKED {
+                best[at..].rotate_right(1);
+                best[at] = entry;
+            }
         }
-        ranked.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)));
-        Choice::Rank(ranked.into_iter().map(|(_, _, row)| row).collect())
+        let rank: Vec<u32> = best.iter().map(|&(.., row)| row).filter(|&row| row != u32::MAX).collect();
+        if rank.is_empty() { Choice::Abstain } else { Choice::Rank(rank) }
     }
-}
-
-fn score(label: u64, replica: &Replica) -> f64 {
-    // The top 53 bits, plus a half so that neither 0 nor 1 can come out.
-    let uniform = ((mix(label, replica.key) >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
-    -f64::from(replica.weight) / uniform.ln()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 //! Configuration: none.
 
 use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, NoConfig, Plan};
-use pointsman_plugin::{Policy, Queue, Rest, Scheduler, Sequence, View};
+use pointsman_plugin::{Policy, Queue, Scheduler, Sequence, View};
 
 /// The policy.
 #[derive(Debug)]
@@ -41,14 +41,14 @@ impl Scheduler for Fcfs {
 
     fn step(&mut self, _now: Micros, budgets: &Budgets, changes: &Changes) -> Option<Plan> {
         self.queue.apply(changes, arrived);
-        let preempt = self.queue.running().rev().map(|(_, id)| id).collect();
-        Some(Plan { admit: self.queue.next(budgets.running), rest: Rest::Hold, preempt, ..Plan::default() })
+        Some(self.queue.plan(budgets))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pointsman_plugin::Rest;
     use pointsman_plugin::testing::{arrivals, budgets, sequence, start, view};
 
     #[test]
@@ -58,9 +58,10 @@ mod tests {
         fcfs.resync(&view(10, 4, &[at(1, 5), at(2, 3)], &[at(3, 1)]));
         let mut step = |places, changes: Changes| fcfs.step(20, &budgets(places), &changes).expect("a plan");
         for (places, changes, admit, preempt) in [
-            (4, arrivals([]), vec![2, 1], vec![3]),
-            (3, arrivals([at(4, 4)]), vec![2, 4], vec![3]),
-            (4, Changes { admitted: vec![2], ..arrivals([at(5, 1)]) }, vec![5, 4], vec![2, 3]),
+            (4, arrivals([]), vec![2, 1], vec![]),
+            (3, arrivals([at(4, 4)]), vec![2, 4], vec![]),
+            (3, Changes { admitted: vec![2], ..arrivals([at(5, 2)]) }, vec![5], vec![2]),
+            (2, arrivals([]), vec![], vec![2, 3]),
             (9, Changes { preempted: vec![2], gone: vec![3], ..arrivals([]) }, vec![5, 2, 4, 1], vec![]),
         ] {
             let plan = step(places, changes);

@@ -10,10 +10,14 @@
 //! request has computed is thrown away. Classes are compared as they were given, not as they aged, so that two requests
 //! never preempt each other in turn.
 //!
-//! Configuration: `aging_ms` (10000), `preempt` (false).
+//! With `max_waiting`, a longer queue refuses the last in this order: under overload the low classes get the refusals, and
+//! not whoever happens to come when the host's queue is full.
+//!
+//! Configuration: `aging_ms` (10000), `preempt` (false), `max_waiting` (0: the host's own limit). Keep `max_waiting` below the
+//! host's `sched.max_waiting`.
 
 use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, Plan};
-use pointsman_plugin::{Policy, Queue, Rest, Scheduler, Sequence, View};
+use pointsman_plugin::{Policy, Queue, RequestId, Scheduler, Sequence, View};
 use serde::Deserialize;
 
 /// What the operator may set.
@@ -22,6 +26,7 @@ use serde::Deserialize;
 pub struct Config {
     aging_ms: u32,
     preempt: bool,
+    max_waiting: u32,
 }
 
 /// Aged arrival, and the class that was given (0 critical to 3 low).
@@ -38,7 +43,7 @@ pointsman_plugin::scheduler!(Priorities);
 
 impl Default for Config {
     fn default() -> Self {
-        Self { aging_ms: 10_000, preempt: false }
+        Self { aging_ms: 10_000, preempt: false, max_waiting: 0 }
     }
 }
 
@@ -68,18 +73,27 @@ impl Scheduler for Priorities {
 
     fn step(&mut self, _now: Micros, budgets: &Budgets, changes: &Changes) -> Option<Plan> {
         self.queue.apply(changes, |sequence| self.config.key(sequence));
-        let mut admit = self.queue.next(budgets.running);
-        let mut preempt: Vec<_> = self.queue.running().rev().map(|(_, id)| id).collect();
+        let mut plan = self.queue.plan(budgets);
+        plan.drop = self.overflow();
         if self.config.preempt
-            && admit.is_empty()
+            && plan.admit.is_empty()
             && let Some(((_, class), id)) = self.queue.waiting().next()
         {
             // One per step: the next step sees what came of it.
-            preempt =
-                self.queue.running().rev().filter(|((_, running), _)| *running > class).map(|(_, id)| id).collect();
-            admit.extend((!preempt.is_empty()).then_some(id));
+            let lower = self.queue.running().rev().filter(|((_, running), _)| *running > class);
+            plan.preempt = lower.map(|(_, id)| id).collect();
+            plan.admit.extend((!plan.preempt.is_empty()).then_some(id));
         }
-        Some(Plan { admit, rest: Rest::Hold, preempt, ..Plan::default() })
+        Some(plan)
+    }
+}
+
+impl Priorities {
+    /// Waiting requests beyond `max_waiting`, the last in line first.
+    fn overflow(&self) -> Vec<RequestId> {
+        let limit = self.config.max_waiting as usize;
+        let excess = if limit == 0 { 0 } else { self.queue.waiting().len().saturating_sub(limit) };
+        self.queue.waiting().rev().take(excess).map(|(_, id)| id).collect()
     }
 }
 
@@ -132,6 +146,16 @@ mod tests {
             assert_eq!((plan.admit, plan.preempt), (admit, preempt), "{config} {class}");
         }
         let with_room = plan(preempts, 4, &[of(9, 4, NORMAL)], &running);
-        assert_eq!((with_room.admit, with_room.preempt), (vec![9], vec![2, 1, 3]));
+        assert_eq!((with_room.admit, with_room.preempt), (vec![9], vec![2]), "for memory, those who stand behind it");
+    }
+
+    #[test]
+    fn a_long_queue_refuses_the_last_in_line() {
+        let queue = [of(1, 1, LOW), of(2, 2, CRITICAL), of(3, 3, NORMAL), of(4, 4, LOW), of(5, 5, HIGH)];
+        for (config, refused) in
+            [("", vec![]), (r#"{"max_waiting": 3}"#, vec![4, 1]), (r#"{"max_waiting": 5}"#, vec![])]
+        {
+            assert_eq!(plan(config, 0, &queue, &[]).drop, refused, "{config}");
+        }
     }
 }

@@ -13,7 +13,7 @@
 //! `max_new_tokens` counts; clients ask for far more than they use, but a token generated costs a step.
 
 use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, Plan};
-use pointsman_plugin::{Policy, Queue, Rest, Scheduler, Sequence, View};
+use pointsman_plugin::{Policy, Queue, Scheduler, Sequence, View};
 use serde::Deserialize;
 
 /// What the operator may set.
@@ -67,8 +67,7 @@ impl Scheduler for ShortestFirst {
 
     fn step(&mut self, _now: Micros, budgets: &Budgets, changes: &Changes) -> Option<Plan> {
         self.queue.apply(changes, |sequence| self.config.key(sequence));
-        let preempt = self.queue.running().rev().map(|(_, id)| id).collect();
-        Some(Plan { admit: self.queue.next(budgets.running), rest: Rest::Hold, preempt, ..Plan::default() })
+        Some(self.queue.plan(budgets))
     }
 }
 
@@ -126,7 +125,16 @@ mod tests {
     fn the_longest_is_preempted_first() {
         let mut policy: ShortestFirst = start("").expect("a valid configuration");
         policy.resync(&view(1, 4, &[], &[of(1, 1, 50), of(2, 1, 500), of(3, 1, 200)]));
-        let plan = policy.step(2, &budgets(4), &arrivals([of(4, 2, 10)])).expect("a plan");
-        assert_eq!((plan.admit, plan.preempt), (vec![4], vec![2, 3, 1]));
+        for (arrived, admit, preempt) in [
+            (of(4, 2, 10), vec![4], vec![2, 3, 1]),
+            (of(5, 3, 5), vec![5], vec![2, 3, 1]),
+            (of(6, 4, 1), vec![6], vec![2, 3, 1]),
+        ] {
+            let plan = policy.step(2, &budgets(4), &arrivals([arrived])).expect("a plan");
+            assert_eq!((plan.admit, plan.preempt), (admit, preempt));
+        }
+        let gone = Changes { gone: vec![4, 5, 6], ..arrivals([of(7, 9, 300)]) };
+        let plan = policy.step(3, &budgets(4), &gone).expect("a plan");
+        assert_eq!((plan.admit, plan.preempt), (vec![7], vec![2]), "never for a longer one");
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::hash::mix;
-use crate::{Changes, RequestId, Sequence, View};
+use crate::{Budgets, Changes, Plan, RequestId, Rest, Sequence, View};
 
 /// Waiting and running requests, smallest key first; equal keys go by id, which is the order of arrival.
 #[derive(Clone, Debug, Default)]
@@ -54,8 +54,22 @@ impl<K: Copy + Ord> Queue<K> {
         }
     }
 
+    /// The plan of a policy that only orders: those first in line for the free places, the others held, and the last in
+    /// line put back when memory is short. A request makes room only for one that stands before it; else two could take
+    /// turns at throwing each other's work away.
+    #[must_use]
+    pub fn plan(&self, budgets: &Budgets) -> Plan {
+        // Fewer free blocks than running requests: these need them to grow, and nothing can be admitted.
+        let is_short = (budgets.free_blocks as usize) < self.running.len();
+        let admit = if is_short { Vec::new() } else { self.next(budgets.running) };
+        let last = admit.last().and_then(|id| Some((self.known.get(id)?.key, *id)));
+        let later = self.running.iter().rev().take_while(|entry| last.is_none_or(|last| **entry > last));
+        let preempt = later.map(|(_, id)| *id).collect();
+        Plan { admit, rest: Rest::Hold, preempt, ..Plan::default() }
+    }
+
     /// Waiting requests, smallest key first.
-    pub fn waiting(&self) -> impl ExactSizeIterator<Item = (K, RequestId)> + '_ {
+    pub fn waiting(&self) -> impl DoubleEndedIterator<Item = (K, RequestId)> + ExactSizeIterator + '_ {
         self.waiting.iter().copied()
     }
 
@@ -150,6 +164,12 @@ mod tests {
             assert_eq!(queue.known.len(), queue.waiting.len() + queue.running.len());
         }
         assert_eq!((queue.next(3), queue.next(1)), (vec![1], vec![]));
+        let plan = |places, free_blocks| {
+            let plan = queue.plan(&Budgets { free_blocks, ..testing::budgets(places) });
+            (plan.admit, plan.preempt)
+        };
+        assert_eq!(plan(3, 100), (vec![1], vec![6]), "2 stands before 1 and makes no room for it");
+        assert_eq!((plan(2, 100), plan(3, 1)), ((vec![], vec![6, 2]), (vec![], vec![6, 2])), "for growth, all");
         queue.resync(&testing::view(20, 8, &[], &[]), by_arrival);
         assert_eq!((queue.waiting().len(), queue.running().len(), queue.known.len()), (0, 0, 0));
     }

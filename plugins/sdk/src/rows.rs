@@ -83,6 +83,16 @@ impl Replica {
     pub fn in_service(&self) -> bool {
         self.weight > 0
     }
+
+    /// Prompt tokens ahead of a new request, per normal weight, where each sequence that waits or runs counts as
+    /// `sequence_tokens` more. `own` is what the request itself adds. Under 2^60, whatever the columns say.
+    #[must_use]
+    #[inline]
+    pub fn work(&self, own: u64, sequence_tokens: u16) -> u64 {
+        let sequences = u64::from(self.waiting) + u64::from(self.running);
+        let tokens = u64::from(self.queued_tokens) + own + sequences * u64::from(sequence_tokens);
+        tokens * 1_000 / u64::from(self.weight.max(1))
+    }
 }
 
 impl Sequence {
@@ -203,13 +213,16 @@ impl Default for crate::Plan {
 
 #[cfg(test)]
 mod tests {
-    use crate::{EventKind, Sequence, testing};
+    use crate::{EventKind, Replica, Sequence, testing};
 
     #[test]
     fn rows_are_what_columns_say() {
         let replicas = testing::replicas([testing::replica(7), testing::replica(9)]);
         let rows: Vec<_> = replicas.rows().map(|r| (r.row, r.id, r.weight)).collect();
         assert_eq!(rows, [(0, 7, 1_000), (1, 9, 1_000)]);
+
+        let busy = Replica { queued_tokens: 100, waiting: 1, running: 2, weight: 500, ..testing::replica(7) };
+        assert_eq!([busy.work(0, 0), busy.work(50, 10)], [200, 360]);
 
         let sequence =
             Sequence { id: 4, prompt_tokens: 10, cached_tokens: 4, max_new_tokens: 3, ..Sequence::default() };
