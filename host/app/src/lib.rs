@@ -3,6 +3,7 @@
 //! A library with a thin binary, so that the end-to-end tests can build the same `main` beside themselves.
 #![forbid(unsafe_code)]
 
+mod anomaly;
 mod builtin;
 mod cli;
 mod client;

@@ -208,6 +208,9 @@ impl<'a> Loader<'a> {
         };
         let engine = CpuEngine::new(model, self.pool.clone(), engine)?;
         let replica = Arc::new(self.replica(&id, &sched));
+        if self.loaded.replicas.iter().any(|loaded| loaded.replica.id == replica.id) {
+            bail!("there are too many replicas: {} cannot have a number of its own", replica.name);
+        }
         self.loaded.variants.push(Arc::new(Variant {
             id: Arc::clone(&id),
             alias: alias.into(),
@@ -223,11 +226,10 @@ impl<'a> Loader<'a> {
 
     fn replica(&self, variant: &Arc<str>, sched: &SchedConfig) -> Replica {
         let name: Arc<str> = format!("{variant}@cpu").into();
-        let id = u32::try_from(self.loaded.replicas.len()).unwrap_or(u32::MAX);
         Replica {
-            id: ReplicaId(id),
+            // The number under which events and telemetry hooks know the name.
+            id: ReplicaId(self.names.intern(NameKind::Replica, &name)),
             key: stable_key(&name),
-            name_number: self.names.intern(NameKind::Replica, &name),
             name,
             device: CPU,
             variant: self.names.intern(NameKind::Variant, variant).into(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pointsman_telemetry::{Event, Metrics, Names, Recorder};
 
+use crate::anomaly::Anomalies;
 use crate::clock::SystemClock;
 use crate::deploy::Deploy;
 
@@ -53,11 +54,12 @@ impl Observer {
         let stopped = Arc::clone(&stop);
         let run = move || {
             let mut events = Vec::with_capacity(BATCH);
+            let mut anomalies = Anomalies::new(watched.clock.micros());
             while !stopped.load(Ordering::Acquire) {
-                watched.round(&mut events);
+                watched.round(&mut events, &mut anomalies);
                 std::thread::park_timeout(PERIOD);
             }
-            watched.round(&mut events);
+            watched.round(&mut events, &mut anomalies);
         };
         let thread = std::thread::Builder::new().name("observer".into()).spawn(run)?;
         Ok(Self { stop, thread })
@@ -74,19 +76,21 @@ impl Observer {
 }
 
 impl Watched {
-    fn round(&self, events: &mut Vec<Event>) {
+    fn round(&self, events: &mut Vec<Event>, anomalies: &mut Anomalies) {
         for _ in 0..MAX_BATCHES {
             events.clear();
             let drained = self.recorder.drain(events, BATCH);
             self.metrics.events_dropped(drained.dropped);
             if drained.taken > 0 || drained.dropped > 0 {
                 self.show(events, drained.dropped);
+                anomalies.take(events);
             }
             if drained.taken < BATCH {
                 break;
             }
         }
         self.deploy.journal_faults();
+        anomalies.close(self.clock.micros(), &self.names, &self.metrics, |what| self.deploy.note("host", what));
     }
 
     fn show(&self, events: &[Event], dropped: u64) {

@@ -119,6 +119,20 @@ pub enum Happened {
         /// More.
         text: String,
     },
+    /// A replica is unlike its past or its peers, or is usual again.
+    Anomaly {
+        /// As in `demo:f16@cpu`.
+        replica: String,
+        /// What is measured.
+        metric: String,
+        /// Mean of the last interval, in seconds or as a share.
+        value: f64,
+        /// Median of the intervals before, where there are enough.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        baseline: Option<f64>,
+        /// How it is unusual, in words.
+        detail: String,
+    },
     /// The configuration file and the stored deployment disagree; the stored one is used.
     Differs {
         /// Where.

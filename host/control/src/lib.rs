@@ -6,11 +6,13 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod anomaly;
 mod deployment;
 mod journal;
 pub mod rollout;
 mod slot;
 
+pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
 pub use journal::{Actor, Entry, Happened, Journal, Why};
 pub use slot::{ComponentRef, SlotName, SlotNameError};

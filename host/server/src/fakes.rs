@@ -320,7 +320,6 @@ pub(crate) fn replica(id: u32, name: &str) -> Arc<Replica> {
         id: ReplicaId(id),
         key: u64::from(id) * 11,
         name: name.into(),
-        name_number: id,
         device: 0,
         variant: 1,
         weight: AtomicU32::new(1_000),

@@ -18,14 +18,12 @@ use crate::text::TextModel;
 /// One replica as the dispatcher sees it.
 #[derive(Debug)]
 pub struct Replica {
-    /// Unique within the process.
+    /// Unique within the process, and the number of `name` in the event stream.
     pub id: ReplicaId,
     /// Stable across restarts and hosts: hash of name, variant and device.
     pub key: u64,
     /// For headers and logs, as in `demo:f16@cpu`.
     pub name: Arc<str>,
-    /// Number of `name` in the event stream.
-    pub name_number: u32,
     /// Column `replica.device`: index of the device.
     pub device: u64,
     /// Column `replica.variant`: number of the variant's name in the event stream.

@@ -258,7 +258,7 @@ impl Deploy {
 
 impl Deploy {
     /// Numbers an event, keeps it and appends it to the journal file.
-    fn note(&self, actor: &str, what: Happened) {
+    pub(crate) fn note(&self, actor: &str, what: Happened) {
         // Held while the line is written, so that the file has the order of the numbers.
         let mut journal = lock(&self.journal);
         let (_, line) = journal.append(self.clock.unix_millis(), actor, what);
