@@ -49,6 +49,7 @@ pub(crate) struct Guest<H: Hook> {
     closed: AtomicBool,
     circuit: Mutex<Circuit>,
     calls: AtomicU64,
+    call_ns: AtomicU64,
     overruns: AtomicU64,
     fallbacks: AtomicU64,
     faults: [AtomicU64; 5],
@@ -71,6 +72,7 @@ pub(crate) struct CallContext {
 pub(crate) struct GuestStatus {
     pub(crate) health: Health,
     pub(crate) calls: u64,
+    pub(crate) call_ns: u64,
     pub(crate) overruns: u64,
     pub(crate) fallbacks: u64,
     pub(crate) faults: [u64; 5],
@@ -131,6 +133,7 @@ impl<H: Hook> Guest<H> {
             closed: AtomicBool::new(true),
             circuit: Mutex::new(Circuit::new()),
             calls: AtomicU64::new(0),
+            call_ns: AtomicU64::new(0),
             overruns: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
             faults: Default::default(),
@@ -208,6 +211,7 @@ impl<H: Hook> Guest<H> {
     #[inline]
     pub(crate) fn took(&self, ns: u64, soft_us: Micros) {
         self.metrics.call.observe(ns as f64 * 1e-9);
+        self.call_ns.fetch_add(ns, Ordering::Relaxed);
         if ns > soft_us * 1_000 {
             self.overruns.fetch_add(1, Ordering::Relaxed);
         }
@@ -274,20 +278,26 @@ impl<H: Hook> Guest<H> {
         shared.wake();
     }
 
-    /// Frees discarded instances and starts missing ones, up to `wanted`. Returns whether it did anything.
-    pub(crate) fn tend(&self, now: Micros, wanted: u32) -> bool {
-        let mut worked = false;
+    /// Frees discarded instances.
+    pub(crate) fn free(&self) {
         while let Some(instance) = self.trash.pop() {
             drop(instance);
-            worked = true;
         }
-        while self.live.load(Ordering::Relaxed) < wanted && now >= self.respawn_at.load(Ordering::Relaxed) {
-            worked = true;
-            if !self.respawn(now) {
-                break;
-            }
+    }
+
+    /// Starts missing instances up to `wanted`, and lets go of idle ones beyond: of a replica that left while the other arm
+    /// served.
+    pub(crate) fn fill(&self, now: Micros, wanted: u32) {
+        while self.live.load(Ordering::Relaxed) < wanted
+            && now >= self.respawn_at.load(Ordering::Relaxed)
+            && self.respawn(now)
+        {}
+        while self.live.load(Ordering::Relaxed) > wanted
+            && let Some(instance) = self.idle.pop()
+        {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+            drop(instance);
         }
-        worked
     }
 
     fn respawn(&self, now: Micros) -> bool {
@@ -315,6 +325,7 @@ impl<H: Hook> Guest<H> {
         GuestStatus {
             health: lock(&self.circuit).health(),
             calls: load(&self.calls),
+            call_ns: load(&self.call_ns),
             overruns: load(&self.overruns),
             fallbacks: load(&self.fallbacks),
             faults: [0, 1, 2, 3, 4].map(|kind: usize| load(&self.faults[kind])),

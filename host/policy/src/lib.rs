@@ -55,6 +55,6 @@ pub use manifest::ManifestError;
 pub use router::{RouterQuestion, RouterSlot};
 pub use runtime::{ActivateError, Activation, Clock, Inspected, Runtime, RuntimeError};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
-pub use slot::{Prepared, PublishError, Published, Slot, SlotStatus};
+pub use slot::{Arm, Prepared, PublishError, Published, Slot, SlotStatus};
 pub use telemetry::{Alert, Severity, TelemetrySlot};
 pub use upload::{Digest, UploadError, World};

@@ -452,9 +452,9 @@ impl Inner {
     }
 
     fn maintain(&self) {
-        for slot in self.slots() {
-            slot.tend((self.shared.clock)());
-        }
+        let slots = self.slots();
+        slots.iter().for_each(|slot| slot.free());
+        slots.iter().for_each(|slot| slot.respawn((self.shared.clock)()));
     }
 
     fn prepare<H: Hook>(&self, component: &Component, activation: Activation) -> Result<Prepared, ActivateError> {

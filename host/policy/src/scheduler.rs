@@ -72,11 +72,11 @@ impl SchedulerSlot {
 // === impl SchedulerGuest ===
 
 impl SchedulerGuest {
-    /// Lets go of everything that belongs to the generation and leaves it.
+    /// Gives back everything that belongs to the generation and leaves it. It may be asked again: it starts from a view.
     fn leave(&mut self) {
         if let Some(guest) = &self.generation.guest {
             if let Some(instance) = self.instance.take() {
-                guest.discard(instance);
+                guest.give_back(instance);
             }
             if std::mem::take(&mut self.trial) {
                 guest.trial_withdrawn();
@@ -216,6 +216,9 @@ impl BatchPolicy for SchedulerGuest {
 
 impl Drop for SchedulerGuest {
     fn drop(&mut self) {
+        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
+            guest.discard(instance);
+        }
         self.leave();
         self.core.want(-1);
     }

@@ -1,11 +1,15 @@
-//! A slot: the place where one policy works, the pointer to its current generation, and the generations on their way out.
+//! A slot: the place where one policy works, the pointer to the generation that serves, the candidate that may be staged
+//! beside it, and the generations on their way out.
 //!
 //! Publishing is one pointer swap; whoever was inside the old generation finishes there. The swapped-out generation waits
-//! in `retired` until nobody is inside and is freed by maintenance, never by a serving thread.
+//! in `retired` until nobody is inside and is freed by maintenance, never by a serving thread. A staged candidate is kept as
+//! warm as what it may replace, so that [`Slot::serve`] is a pointer swap too and retires nobody: switching between the two
+//! every minute costs neither a start nor a drain. Two pointers and a coin per call would split traffic finer, but shared
+//! capacity makes such a split no experiment: arms that share a batch disturb each other.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::{ArcSwap, Guard};
 use pointsman_telemetry::{Event, EventKind, Micros};
@@ -57,27 +61,52 @@ pub enum PublishError {
         /// This slot.
         slot: Arc<str>,
     },
-    /// Not newer than what is active: generations only grow.
-    #[error("generation {generation} is not newer than the active generation {active}")]
+    /// Not newer than what the slot has seen: generations only grow.
+    #[error("generation {generation} is not newer than generation {newest}, which the slot has seen already")]
     Stale {
         /// The one to be published.
         generation: u64,
-        /// The active one.
-        active: u64,
+        /// The newest one that was published or staged here.
+        newest: u64,
+    },
+    /// A candidate is staged, and would be lost without a word.
+    #[error("generation {candidate} is staged as a candidate; promote it or take it back first")]
+    Staged {
+        /// The candidate.
+        candidate: u64,
+    },
+    /// There is no candidate to serve, promote or take back.
+    #[error("no candidate is staged in the slot {slot}; stage one first")]
+    NothingStaged {
+        /// This slot.
+        slot: Arc<str>,
     },
 }
 
-/// How a slot is.
+/// One of the two policies of a slot in which a candidate is staged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arm {
+    /// The active policy: what stays unless the candidate is promoted.
+    Control,
+    /// The staged one.
+    Candidate,
+}
+
+/// How a policy of a slot is.
 #[derive(Clone, Debug)]
 pub struct SlotStatus {
-    /// Active revision, `native` for none.
+    /// Its revision, `native` for none.
     pub revision: Arc<str>,
     /// Its generation.
     pub generation: u64,
+    /// Whether it decides now.
+    pub serving: bool,
     /// Whether its guest is asked.
     pub health: Health,
     /// Calls of this generation.
     pub calls: u64,
+    /// Their time together, in nanoseconds.
+    pub call_ns: u64,
     /// Calls over the soft budget.
     pub overruns: u64,
     /// Faults by kind, in the order of [`FaultKind::ALL`].
@@ -90,7 +119,7 @@ pub struct SlotStatus {
     pub instances: u32,
     /// Old generations that someone is still inside, or that maintenance has not freed yet.
     pub draining: u32,
-    /// Publishes since the start.
+    /// Pointer swaps of the slot since the start.
     pub swaps: u64,
 }
 
@@ -102,22 +131,58 @@ pub trait Slot: Send + Sync + fmt::Debug {
     /// Makes `prepared` the active generation, by one pointer swap.
     ///
     /// # Errors
-    /// It was prepared for another slot, or is not newer than the active one.
+    /// It was prepared for another slot, is not newer than what the slot has seen, or a candidate is staged.
     fn publish(&self, prepared: Prepared) -> Result<Published, PublishError>;
 
     /// Makes the native policy the active one, under a new generation.
     ///
     /// # Errors
-    /// The generation is not newer than the active one.
+    /// The generation is not newer than what the slot has seen, or a candidate is staged.
     fn publish_native(&self, generation: u64) -> Result<Published, PublishError>;
 
-    /// How the slot is.
+    /// Keeps `prepared` warm beside the active policy. It answers nothing until [`serve`](Self::serve) says so.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish).
+    fn stage(&self, prepared: Prepared) -> Result<(), PublishError>;
+
+    /// Stages the native policy.
+    ///
+    /// # Errors
+    /// As [`publish_native`](Self::publish_native).
+    fn stage_native(&self, generation: u64) -> Result<(), PublishError>;
+
+    /// Lets one arm decide from now on, by one pointer swap; the other stays warm. Nothing happens if it does already.
+    ///
+    /// # Errors
+    /// No candidate is staged.
+    fn serve(&self, arm: Arm) -> Result<Published, PublishError>;
+
+    /// Makes the candidate the active policy for good; what was active drains.
+    ///
+    /// # Errors
+    /// No candidate is staged.
+    fn promote(&self) -> Result<Published, PublishError>;
+
+    /// Returns to the active policy for good; the candidate drains.
+    ///
+    /// # Errors
+    /// No candidate is staged.
+    fn unstage(&self) -> Result<Published, PublishError>;
+
+    /// How the active policy is: the control, where a candidate is staged.
     fn status(&self) -> SlotStatus;
+
+    /// How the staged candidate is.
+    fn candidate(&self) -> Option<SlotStatus>;
 }
 
 /// What maintenance does with a slot.
 pub(crate) trait Tend: Send + Sync {
-    fn tend(&self, now: Micros) -> bool;
+    /// Frees what nobody uses any more. Quick: an activation that needs the room waits for it.
+    fn free(&self);
+    /// Starts missing instances, which may take as long as `init` may.
+    fn respawn(&self, now: Micros);
     fn name(&self) -> &Arc<str>;
     fn world(&self) -> World;
     /// Instances that a generation should have.
@@ -135,9 +200,24 @@ pub(crate) struct SlotCore<H: Hook> {
     swaps: AtomicU64,
     alive: Arc<()>,
     log: Arc<LogGate>,
-    /// One publish, one round of maintenance at a time; serving threads never take these.
-    publishing: Mutex<()>,
-    tending: Mutex<()>,
+    /// Held while the pointer moves; serving threads never take it.
+    arms: Mutex<Arms<H>>,
+    /// One thread at a time starts instances here.
+    respawning: Mutex<()>,
+}
+
+/// Who may serve in a slot.
+struct Arms<H: Hook> {
+    /// The newest generation that was published or staged here.
+    newest: u64,
+    staged: Option<Staged<H>>,
+}
+
+/// The two policies of a slot with a candidate; `serving` is the current one.
+struct Staged<H: Hook> {
+    control: Arc<Generation<H>>,
+    candidate: Arc<Generation<H>>,
+    serving: Arm,
 }
 
 /// A generation that the caller is inside of.
@@ -178,8 +258,8 @@ impl<H: Hook> SlotCore<H> {
             wanted: AtomicU32::new(wanted),
             swaps: AtomicU64::new(0),
             alive,
-            publishing: Mutex::new(()),
-            tending: Mutex::new(()),
+            arms: Mutex::new(Arms { newest: 0, staged: None }),
+            respawning: Mutex::new(()),
         }
     }
 
@@ -228,68 +308,183 @@ impl<H: Hook> SlotCore<H> {
         self.shared.wake();
     }
 
-    pub(crate) fn publish_ready(&self, prepared: Prepared) -> Result<Published, PublishError> {
+    fn arms(&self) -> MutexGuard<'_, Arms<H>> {
+        self.arms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn native(&self, generation: u64) -> Generation<H> {
+        Generation::native(generation, Arc::clone(&self.alive))
+    }
+
+    fn guest(&self, prepared: Prepared) -> Result<Generation<H>, PublishError> {
         let other = || PublishError::OtherSlot { prepared: Arc::clone(&prepared.slot), slot: Arc::clone(&self.name) };
         if prepared.slot != self.name {
             return Err(other());
         }
         let error = other();
         let ready = H::unwrap(prepared.ready).ok_or(error)?;
-        let generation = Generation::new(ready, &self.shared.metrics, Arc::clone(&self.alive));
-        self.swap(generation, prepared.warm_ms)
+        Ok(Generation::new(ready, &self.shared.metrics, Arc::clone(&self.alive)))
     }
 
-    pub(crate) fn swap_native(&self, generation: u64) -> Result<Published, PublishError> {
-        self.swap(Generation::native(generation, Arc::clone(&self.alive)), 0.0)
+    pub(crate) fn publish_ready(&self, prepared: Prepared) -> Result<Published, PublishError> {
+        let warm_ms = prepared.warm_ms;
+        Ok(Published { warm_ms, ..self.swap(self.guest(prepared)?)? })
     }
 
-    fn swap(&self, next: Generation<H>, warm_ms: f64) -> Result<Published, PublishError> {
-        let _one = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
-        let active = self.current.load().number();
-        let generation = next.number();
-        if generation <= active {
-            return Err(PublishError::Stale { generation, active });
+    pub(crate) fn publish_native(&self, generation: u64) -> Result<Published, PublishError> {
+        self.swap(self.native(generation))
+    }
+
+    fn swap(&self, next: Generation<H>) -> Result<Published, PublishError> {
+        let mut arms = self.arms();
+        arms.admit(next.number())?;
+        let (old, published) = self.point_to(&Arc::new(next));
+        self.retire(old);
+        Ok(published)
+    }
+
+    pub(crate) fn stage_ready(&self, prepared: Prepared) -> Result<(), PublishError> {
+        self.stage(self.guest(prepared)?)
+    }
+
+    pub(crate) fn stage_native(&self, generation: u64) -> Result<(), PublishError> {
+        self.stage(self.native(generation))
+    }
+
+    fn stage(&self, candidate: Generation<H>) -> Result<(), PublishError> {
+        let mut arms = self.arms();
+        arms.admit(candidate.number())?;
+        let control = self.current.load_full();
+        arms.staged = Some(Staged { control, candidate: Arc::new(candidate), serving: Arm::Control });
+        Ok(())
+    }
+
+    pub(crate) fn serve(&self, arm: Arm) -> Result<Published, PublishError> {
+        let mut arms = self.arms();
+        let staged = arms.staged.as_mut().ok_or_else(|| self.nothing_staged())?;
+        let next = match arm {
+            Arm::Control => &staged.control,
+            Arm::Candidate => &staged.candidate,
+        };
+        if std::mem::replace(&mut staged.serving, arm) == arm {
+            return Ok(Published::unchanged(next));
         }
-        let revision = Arc::clone(&next.decided_by.revision);
-        let next = Arc::new(next);
+        Ok(self.point_to(next).1)
+    }
+
+    /// Ends the staging: one arm stays, the other drains.
+    pub(crate) fn settle(&self, stays: Arm) -> Result<Published, PublishError> {
+        let mut arms = self.arms();
+        let staged = arms.staged.take().ok_or_else(|| self.nothing_staged())?;
+        let (winner, loser) = match stays {
+            Arm::Control => (staged.control, staged.candidate),
+            Arm::Candidate => (staged.candidate, staged.control),
+        };
+        let published = if staged.serving == stays { Published::unchanged(&winner) } else { self.point_to(&winner).1 };
+        self.retire(loser);
+        Ok(published)
+    }
+
+    fn nothing_staged(&self) -> PublishError {
+        PublishError::NothingStaged { slot: Arc::clone(&self.name) }
+    }
+
+    /// The pointer swap. The caller holds `arms`, and keeps or retires what was current.
+    fn point_to(&self, next: &Arc<Generation<H>>) -> (Arc<Generation<H>>, Published) {
         let started = stopwatch_ns();
-        let old = self.current.swap(next);
+        let old = self.current.swap(Arc::clone(next));
         let publish_ns = stopwatch_ns() - started;
         self.swaps.fetch_add(1, Ordering::Relaxed);
-        // Kept before it is closed: nobody may find it drained and free it while a reader still holds a pointer to it.
-        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&old));
-        old.gate.retire();
-        drop(old);
+        let generation = next.number();
         self.shared.metrics.published(&self.name, generation, publish_ns as f64 * 1e-9);
         let now = (self.shared.clock)();
         let event = Event { generation, a: generation, b: publish_ns, ..Event::new(now, EventKind::Swap) };
         self.shared.recorder.record(event);
+        (old, Published { publish_us: publish_ns as f64 * 1e-3, ..Published::unchanged(next) })
+    }
+
+    /// Lets a generation drain that nobody will point to again.
+    fn retire(&self, old: Arc<Generation<H>>) {
+        // Kept before it is closed: nobody may find it drained and free it while a reader still holds a pointer to it.
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&old));
+        old.gate.retire();
+        drop(old);
         self.shared.wake();
-        Ok(Published { revision, generation, warm_ms, publish_us: publish_ns as f64 * 1e-3 })
+    }
+
+    /// Those that may serve: the current generation, and both arms where a candidate is staged.
+    fn warm(&self) -> Vec<Arc<Generation<H>>> {
+        let arms = self.arms();
+        match &arms.staged {
+            Some(staged) => vec![Arc::clone(&staged.control), Arc::clone(&staged.candidate)],
+            None => vec![self.current.load_full()],
+        }
     }
 
     pub(crate) fn slot_status(&self) -> SlotStatus {
-        let current = self.current.load();
-        let guest = current.guest.as_ref().map(Guest::status);
+        let arms = self.arms();
+        match &arms.staged {
+            Some(staged) => self.status_of(&staged.control, 2, staged.serving == Arm::Control),
+            None => self.status_of(&self.current.load(), 1, true),
+        }
+    }
+
+    pub(crate) fn candidate_status(&self) -> Option<SlotStatus> {
+        let arms = self.arms();
+        let staged = arms.staged.as_ref()?;
+        Some(self.status_of(&staged.candidate, 2, staged.serving == Arm::Candidate))
+    }
+
+    fn status_of(&self, generation: &Generation<H>, n_warm: usize, serving: bool) -> SlotStatus {
+        let guest = generation.guest.as_ref().map(Guest::status);
         SlotStatus {
-            revision: Arc::clone(&current.decided_by.revision),
-            generation: current.number(),
+            revision: Arc::clone(&generation.decided_by.revision),
+            generation: generation.number(),
+            serving,
             health: guest.as_ref().map_or(Health::Closed, |g| g.health),
             calls: guest.as_ref().map_or(0, |g| g.calls),
+            call_ns: guest.as_ref().map_or(0, |g| g.call_ns),
             overruns: guest.as_ref().map_or(0, |g| g.overruns),
             faults: guest.as_ref().map_or([0; FaultKind::ALL.len()], |g| g.faults),
             fallbacks: guest.as_ref().map_or(0, |g| g.fallbacks),
             instances: guest.as_ref().map_or(0, |g| g.instances),
             last_fault: guest.and_then(|g| g.last_fault),
-            draining: u32::try_from(Arc::strong_count(&self.alive).saturating_sub(2)).unwrap_or(u32::MAX),
+            draining: u32::try_from(Arc::strong_count(&self.alive).saturating_sub(1 + n_warm)).unwrap_or(u32::MAX),
             swaps: self.swaps.load(Ordering::Relaxed),
         }
     }
 }
 
+// === impl Arms ===
+
+impl<H: Hook> Arms<H> {
+    /// Takes note of a new generation, if one may come now.
+    fn admit(&mut self, generation: u64) -> Result<(), PublishError> {
+        if let Some(staged) = &self.staged {
+            return Err(PublishError::Staged { candidate: staged.candidate.number() });
+        }
+        if generation <= self.newest {
+            return Err(PublishError::Stale { generation, newest: self.newest });
+        }
+        self.newest = generation;
+        Ok(())
+    }
+}
+
+// === impl Published ===
+
+impl Published {
+    /// `generation` serves already.
+    fn unchanged<H: Hook>(generation: &Generation<H>) -> Self {
+        let revision = Arc::clone(&generation.decided_by.revision);
+        Self { revision, generation: generation.number(), warm_ms: 0.0, publish_us: 0.0 }
+    }
+}
+
+// === impl Tend ===
+
 impl<H: Hook> Tend for SlotCore<H> {
-    fn tend(&self, now: Micros) -> bool {
-        let Ok(_one) = self.tending.try_lock() else { return false };
+    fn free(&self) {
         let mut drained = Vec::new();
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).retain(|generation| {
             // One reference is ours: no reader that was late at the gate still holds another.
@@ -299,11 +494,18 @@ impl<H: Hook> Tend for SlotCore<H> {
             }
             !free
         });
-        let freed = !drained.is_empty();
         drop(drained);
+        for generation in self.warm() {
+            generation.guest.iter().for_each(Guest::free);
+        }
+    }
+
+    fn respawn(&self, now: Micros) {
+        let Ok(_one) = self.respawning.try_lock() else { return };
         let wanted = self.wanted();
-        let current = self.enter();
-        current.guest.as_ref().is_some_and(|guest| guest.tend(now, wanted)) || freed
+        for generation in self.warm() {
+            generation.guest.iter().for_each(|guest| guest.fill(now, wanted));
+        }
     }
 
     fn name(&self) -> &Arc<str> {
@@ -356,11 +558,35 @@ macro_rules! slot_by_core {
             }
 
             fn publish_native(&self, generation: u64) -> Result<crate::slot::Published, crate::slot::PublishError> {
-                self.core.swap_native(generation)
+                self.core.publish_native(generation)
+            }
+
+            fn stage(&self, prepared: crate::slot::Prepared) -> Result<(), crate::slot::PublishError> {
+                self.core.stage_ready(prepared)
+            }
+
+            fn stage_native(&self, generation: u64) -> Result<(), crate::slot::PublishError> {
+                self.core.stage_native(generation)
+            }
+
+            fn serve(&self, arm: crate::slot::Arm) -> Result<crate::slot::Published, crate::slot::PublishError> {
+                self.core.serve(arm)
+            }
+
+            fn promote(&self) -> Result<crate::slot::Published, crate::slot::PublishError> {
+                self.core.settle(crate::slot::Arm::Candidate)
+            }
+
+            fn unstage(&self) -> Result<crate::slot::Published, crate::slot::PublishError> {
+                self.core.settle(crate::slot::Arm::Control)
             }
 
             fn status(&self) -> crate::slot::SlotStatus {
                 self.core.slot_status()
+            }
+
+            fn candidate(&self) -> Option<crate::slot::SlotStatus> {
+                self.core.candidate_status()
             }
         }
     };

@@ -14,7 +14,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
 
-/// A slot with two generations: 0 is current, 1 comes next.
+/// A slot with two generations: 0 is current; 1 comes next, or is staged beside it.
 struct Slot {
     current: AtomicUsize,
     gates: [Gate; 2],
@@ -59,18 +59,21 @@ impl Slot {
         }
     }
 
-    fn swap(&self) {
-        self.current.store(1, Ordering::Release);
-        self.learned(0, self.gates[0].retire());
+    fn point_to(&self, index: usize) {
+        self.current.store(index, Ordering::Release);
+    }
+
+    fn retire(&self, index: usize) {
+        self.learned(index, self.gates[index].retire());
     }
 }
 
-#[test]
-fn a_generation_is_freed_once_and_never_under_a_reader() {
+/// Runs `change` beside two readers, in every interleaving; then `loser` must be gone and the other must serve.
+fn beside_readers(loser: usize, change: fn(&Slot)) {
     // Three forced switches find every bug that needs up to three; without a bound the model takes minutes.
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(3);
-    model.check(|| {
+    model.check(move || {
         let slot = Arc::new(Slot::new());
         let readers: Vec<_> = (0..2)
             .map(|_| {
@@ -78,12 +81,35 @@ fn a_generation_is_freed_once_and_never_under_a_reader() {
                 thread::spawn(move || slot.read())
             })
             .collect();
-        slot.swap();
+        change(&slot);
         for reader in readers {
             assert!(reader.join().expect("no panic") < 2);
         }
         assert_eq!(slot.told.load(Ordering::Relaxed), 1, "told exactly once");
-        assert!(!slot.alive[0].load(Ordering::Relaxed), "and nobody is left inside");
-        assert_eq!(slot.read(), 1);
+        assert!(!slot.alive[loser].load(Ordering::Relaxed), "and nobody is left inside");
+        assert!(slot.alive[1 - loser].load(Ordering::Relaxed));
+        assert_eq!(slot.read(), 1 - loser);
     });
+}
+
+#[test]
+fn a_generation_is_freed_once_and_never_under_a_reader() {
+    beside_readers(0, |slot| {
+        slot.point_to(1);
+        slot.retire(0);
+    });
+}
+
+#[test]
+fn a_flip_retires_nobody_and_a_candidate_that_is_taken_back_drains() {
+    beside_readers(1, |slot| {
+        slot.point_to(1);
+        slot.point_to(0);
+        slot.retire(1);
+    });
+}
+
+#[test]
+fn a_candidate_that_never_served_drains() {
+    beside_readers(1, |slot| slot.retire(1));
 }

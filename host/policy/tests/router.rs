@@ -41,7 +41,7 @@ fn upload_route_swap_and_back_to_native() {
     slot.publish_native(9).expect("a publish");
     let routed = route(&*slot, 4);
     assert_eq!((&*routed.decided_by.revision, routed.decided_by.generation), ("native", 9));
-    assert_eq!(slot.publish_native(9), Err(PublishError::Stale { generation: 9, active: 9 }));
+    assert_eq!(slot.publish_native(9), Err(PublishError::Stale { generation: 9, newest: 9 }));
     let mut events = Vec::new();
     bench.recorder.drain(&mut events, 100);
     let swaps: Vec<u64> = events.iter().filter(|e| e.kind == EventKind::Swap).map(|e| e.a).collect();
