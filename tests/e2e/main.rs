@@ -4,12 +4,26 @@
 
 mod client;
 mod explain;
+mod oci;
 mod restart;
 mod swaps;
+mod trust;
 
 use pointsman_tests::Host;
 
 /// A host on the built-in policies.
 fn host(settings: &[(&str, &str)]) -> Host {
     Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), settings)
+}
+
+/// Every line of a host's journal.
+fn journal(host: &Host) -> Vec<serde_json::Value> {
+    let text = host.admin("GET", "/admin/v1/journal", &serde_json::Value::Null).body;
+    match text {
+        // One line alone is JSON as a whole.
+        serde_json::Value::String(lines) => {
+            lines.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+        }
+        line => vec![line],
+    }
 }

@@ -17,6 +17,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+/// Name of the configuration file in the data directory, where a test has one.
+const CONFIG: &str = "pointsman.toml";
+
 /// A running host; killed when dropped.
 #[derive(Debug)]
 pub struct Host {
@@ -62,6 +65,21 @@ impl Host {
         Self::start_in(Path::new(program), folder, settings)
     }
 
+    /// As [`start`](Self::start), with a configuration file.
+    #[must_use]
+    pub fn configured(program: &str, config: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join(CONFIG), config).expect("a temporary file");
+        Self::start_in(Path::new(program), folder, &[])
+    }
+
+    /// Kills the host and starts it again with another configuration file.
+    #[must_use]
+    pub fn reconfigure(self, config: &str) -> Self {
+        std::fs::write(self.folder().join(CONFIG), config).expect("a temporary file");
+        self.restart(&[])
+    }
+
     /// Kills the host without a word of warning and starts it again on the same data directory.
     #[must_use]
     pub fn restart(mut self, settings: &[(&str, &str)]) -> Self {
@@ -73,6 +91,10 @@ impl Host {
     fn start_in(program: &Path, folder: TempDir, settings: &[(&str, &str)]) -> Self {
         let mut command = Command::new(program);
         command.arg("serve").arg("--data-dir").arg(folder.path());
+        let config = folder.path().join(CONFIG);
+        if config.is_file() {
+            command.arg("--config").arg(config);
+        }
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).env("POINTSMAN_LOG__LEVEL", "warn");
         for (key, value) in settings {
             command.env(format!("POINTSMAN_{key}"), value);

@@ -63,14 +63,19 @@ pub(crate) struct ServeArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
     /// Validate, compile and store a component; prints its digest.
-    #[command(after_help = "Example:\n  pointsman policy upload my_router.wasm")]
+    #[command(
+        after_help = "Examples:\n  pointsman policy upload my_router.wasm\n  pointsman policy upload my_router.wasm --signature my_router.wasm.sig\n  pointsman policy upload oci://ghcr.io/acme/my-router:1.2"
+    )]
     Upload {
-        /// A component, or a core module that carries its component type.
-        file: PathBuf,
+        /// A component, a core module that carries its component type, or an `oci://` reference that the host pulls.
+        file: String,
+        /// Detached signature [default: FILE.sig where it exists].
+        #[arg(long, value_name = "FILE")]
+        signature: Option<PathBuf>,
         #[command(flatten)]
         at: AdminArgs,
     },
-    /// List components and the slots that use them.
+    /// List components, who signed them and the slots that use them.
     #[command(after_help = "Example:\n  pointsman policy list")]
     List {
         #[command(flatten)]
@@ -83,7 +88,8 @@ pub(crate) enum PolicyCommand {
     Activate {
         /// router, scheduler or telemetry.NAME.
         slot: SlotName,
-        /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`.
+        /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, an `oci://` reference, or
+        /// `native`; `@sha256:...` pins a name.
         component: String,
         /// JSON handed to the component's `init`.
         #[arg(long = "set", value_name = "JSON", default_value = "{}", value_parser = json)]
@@ -112,6 +118,21 @@ pub(crate) enum PolicyCommand {
         id: Option<String>,
         #[command(flatten)]
         at: AdminArgs,
+    },
+    /// Make a key that signs components; prints the line for `[trust.keys]`.
+    #[command(after_help = "Example:\n  pointsman policy keygen release.key")]
+    Keygen {
+        /// Where the secret half goes: a new file that only its owner can read.
+        file: PathBuf,
+    },
+    /// Sign a component; writes FILE.sig, which `upload` takes.
+    #[command(after_help = "Example:\n  pointsman policy sign my_router.wasm --key release.key")]
+    Sign {
+        /// The component, exactly as it will be uploaded.
+        file: PathBuf,
+        /// A secret key of `pointsman policy keygen`.
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
     },
     /// Show what is active in every slot, its health and its counters.
     #[command(after_help = "Example:\n  pointsman policy status")]

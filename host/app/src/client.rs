@@ -1,14 +1,18 @@
 //! `pointsman policy ...`: a thin client of the admin API. It prints tables for people and JSON for scripts.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use pointsman_policy::Digest;
 use serde_json::{Value, json};
 
 use crate::cli::{AdminArgs, PolicyCommand};
 use crate::explain;
+use crate::oci::SIGNATURE_ANNOTATION;
+use crate::reference::{OCI_SCHEME, Reference};
+use crate::trust::{SecretKey, Signature};
 
 /// Runs one command; what it prints goes to `out`.
 ///
@@ -16,15 +20,20 @@ use crate::explain;
 /// The host cannot be reached or refuses; the message is the host's own.
 pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result<()> {
     match command {
-        PolicyCommand::Upload { file, at } => {
-            let answer = Admin::new(at.clone()).upload(&file)?;
+        PolicyCommand::Upload { file, signature, at } => {
+            let admin = Admin::new(at.clone());
+            let answer = match file.starts_with(OCI_SCHEME) {
+                true => admin.pull(&file, signature.as_deref())?,
+                false => admin.upload(Path::new(&file), signature.as_deref())?,
+            };
             print(out, &at, &answer, |a| {
                 format!(
-                    "{}  {}  {} bytes  compiled in {} ms",
+                    "{}  {}  {} bytes  compiled in {} ms  signed by {}",
                     text(a, "digest"),
                     text(a, "world"),
                     a["size"],
-                    a["compile_ms"]
+                    a["compile_ms"],
+                    a["signed_by"].as_str().unwrap_or("nobody")
                 )
             })
         }
@@ -59,6 +68,8 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = Admin::new(at.clone()).get(&path)?;
             print(out, &at, &answer, if id.is_some() { explain::table } else { explain::list })
         }
+        PolicyCommand::Keygen { file } => keygen(&file, out),
+        PolicyCommand::Sign { file, key } => sign(&file, &key, out),
         PolicyCommand::Status { at } => {
             let answer = Admin::new(at.clone()).get("/admin/v1/slots")?;
             print(out, &at, &answer, slot_table)
@@ -85,16 +96,35 @@ impl Admin {
         self.send("GET", path, Vec::new(), "")
     }
 
-    fn upload(&self, file: &Path) -> anyhow::Result<Value> {
-        let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-        self.send("POST", "/admin/v1/components", bytes, "application/wasm")
+    fn upload(&self, file: &Path, signature: Option<&Path>) -> anyhow::Result<Value> {
+        let bytes = read(file)?;
+        let beside = signature_beside(file);
+        let signature = signature.or(Some(&*beside).filter(|path| path.is_file()));
+        let signature = signature.map(|path| anyhow::Ok(Signature::parse(&read(path)?)?.to_text())).transpose()?;
+        let header = signature.as_deref().map(|text| ("x-pointsman-signature", text));
+        let headers = [Some(("content-type", "application/wasm")), header];
+        self.send_with("POST", "/admin/v1/components", bytes, &headers.into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    /// Has the host fetch what a reference names.
+    fn pull(&self, reference: &str, signature: Option<&Path>) -> anyhow::Result<Value> {
+        if signature.is_some() {
+            bail!("a pulled component brings its signature in the manifest's annotation `{SIGNATURE_ANNOTATION}`");
+        }
+        let body = json!({ "component": reference }).to_string().into_bytes();
+        self.send("POST", "/admin/v1/components", body, "application/json")
     }
 
     fn send(&self, method: &str, path: &str, body: Vec<u8>, content_type: &str) -> anyhow::Result<Value> {
+        let content_type = (!content_type.is_empty()).then_some(("content-type", content_type));
+        self.send_with(method, path, body, content_type.as_slice())
+    }
+
+    fn send_with(&self, method: &str, path: &str, body: Vec<u8>, headers: &[(&str, &str)]) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.at.url.trim_end_matches('/'));
         let mut request = ureq::http::Request::builder().method(method).uri(&url);
-        if !content_type.is_empty() {
-            request = request.header("content-type", content_type);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
         }
         if let Some(token) = &self.at.token {
             request = request.header("authorization", format!("Bearer {token}"));
@@ -117,11 +147,29 @@ impl Admin {
 
     /// A digest for what a person calls a component.
     fn resolve(&self, name: &str) -> anyhow::Result<String> {
-        if name == "native" {
+        if name == "native" || name.starts_with(OCI_SCHEME) {
             return Ok(name.to_owned());
         }
-        if Path::new(name).is_file() {
-            return Ok(text(&self.upload(Path::new(name))?, "digest"));
+        let (name, pin) = match name.parse() {
+            Ok(Reference::Named { name, pin: Some(pin) }) => (name, Some(pin)),
+            Err(error) if name.contains("@sha256:") => return Err(error.into()),
+            _ => (name.to_owned(), None),
+        };
+        let name = &*name;
+        let found = self.find(name, pin.as_ref())?;
+        match pin {
+            Some(pin) if pin.as_str() != found => bail!("`{name}` is pinned to {pin} and has the digest {found}"),
+            _ => Ok(found),
+        }
+    }
+
+    /// The digest of a file (uploaded first, unless it is not what it is pinned to) or of a component that is there.
+    fn find(&self, name: &str, pin: Option<&Digest>) -> anyhow::Result<String> {
+        let file = Path::new(name);
+        if file.is_file() {
+            let digest = Digest::of(&read(file)?);
+            let wanted = pin.is_none_or(|pin| *pin == digest);
+            return if wanted { Ok(text(&self.upload(file, None)?, "digest")) } else { Ok(digest.to_string()) };
         }
         let listed = self.get("/admin/v1/components")?;
         let hex = name.trim_start_matches("sha256:");
@@ -138,6 +186,35 @@ impl Admin {
             many => bail!("`{name}` fits {} components: {}", many.len(), many.join(", ")),
         }
     }
+}
+
+fn read(file: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))
+}
+
+fn signature_beside(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".sig");
+    name.into()
+}
+
+/// Makes a secret key and says what the host's configuration needs.
+fn keygen(file: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
+    let key = SecretKey::generate().context("no randomness for a key")?;
+    key.write(file)?;
+    let name = file.file_stem().and_then(|name| name.to_str()).unwrap_or("name");
+    writeln!(out, "wrote the secret key to {}; give the hosts its public half:\n", file.display())?;
+    writeln!(out, "[trust.keys]\n{name} = \"{}\"", key.public_text()).context("cannot print")
+}
+
+/// Signs a component and writes the signature beside it.
+fn sign(file: &Path, key: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
+    let key = SecretKey::read(key)?;
+    let digest = Digest::of(&read(file)?);
+    let (path, signature) = (signature_beside(file), key.sign(digest.as_str()).to_text());
+    std::fs::write(&path, format!("{signature}\n")).with_context(|| format!("cannot write {}", path.display()))?;
+    writeln!(out, "signed {digest} with {}\n{}: {signature}", key.public_text(), path.display())?;
+    writeln!(out, "as an annotation of an OCI manifest: {SIGNATURE_ANNOTATION}={signature}").context("cannot print")
 }
 
 fn print(out: &mut dyn Write, at: &AdminArgs, answer: &Value, table: impl Fn(&Value) -> String) -> anyhow::Result<()> {
@@ -169,16 +246,20 @@ fn activated(slot: &str, answer: &Value) -> String {
 }
 
 fn component_table(answer: &Value) -> String {
-    let mut lines = vec![format!("{:<34} {:<17} {:>9}  {:<20} {}", "NAME", "WORLD", "BYTES", "DIGEST", "USED BY")];
+    let mut lines = vec![format!(
+        "{:<34} {:<17} {:>9}  {:<20} {:<12} {}",
+        "NAME", "WORLD", "BYTES", "DIGEST", "SIGNED BY", "USED BY"
+    )];
     for c in rows(answer) {
         let used: Vec<&str> =
             c["used_by"].as_array().map_or(Vec::new(), |l| l.iter().filter_map(Value::as_str).collect());
         let digest: String = text(c, "digest").chars().take(19).collect();
         lines.push(format!(
-            "{:<34} {:<17} {:>9}  {digest:<20} {}",
+            "{:<34} {:<17} {:>9}  {digest:<20} {:<12} {}",
             text(c, "name"),
             text(c, "world"),
             c["size"],
+            if c["builtin"] == true { "(built in)".to_owned() } else { text(c, "signed_by") },
             used.join(", ")
         ));
     }

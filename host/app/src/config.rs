@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::builtin::BUILTINS;
+use crate::reference::{Reference, ReferenceError};
+use crate::trust::{KeyRing, TrustError};
 
 /// Prefix of environment variables: `POINTSMAN_SCHED__MAX_BATCH_TOKENS` is `sched.max_batch_tokens`.
 pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
@@ -30,6 +32,7 @@ pub(crate) struct Config {
     pub sched: SchedSection,
     pub engine: EngineSection,
     pub policy: PolicySection,
+    pub trust: TrustSection,
     /// What a fresh data directory starts with, by slot name.
     pub slots: BTreeMap<String, SlotSection>,
     /// Extra models: name to folder (config.json, safetensors, tokenizer.json).
@@ -56,8 +59,38 @@ pub(crate) struct ServerSection {
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct AdminSection {
     pub listen: SocketAddr,
-    /// Bearer token; required off loopback, empty for none.
+    /// Bearer token that may do everything; one is required off loopback, empty for none.
     pub token: String,
+    /// Further tokens, by the name that stands in the journal.
+    pub tokens: BTreeMap<String, AdminTokenSection>,
+}
+
+/// A named token of the admin plane.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AdminTokenSection {
+    pub token: String,
+    pub role: RoleName,
+}
+
+/// What a token may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum RoleName {
+    /// Look.
+    Read,
+    /// Look and change.
+    Operate,
+}
+
+/// Who may bring policies.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct TrustSection {
+    /// Refuse components that no key of the ring has signed.
+    pub require_signature: bool,
+    /// Ed25519 public keys, base64 or hex, by the name that stands in the journal.
+    pub keys: BTreeMap<String, String>,
 }
 
 /// Limits of each replica's scheduler.
@@ -100,7 +133,7 @@ pub(crate) struct PolicySection {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct SlotSection {
-    /// Name of a built-in component, a digest, a path to a component, or `native`.
+    /// Name of a built-in component, a digest, a path to a component, an `oci://` reference, or `native`.
     pub component: String,
     /// Handed to the component's `init` as JSON.
     pub config: Table,
@@ -140,8 +173,17 @@ pub(crate) enum ConfigError {
     Shape(String),
     #[error("`{key}` = {found}: {rule}")]
     Value { key: &'static str, found: String, rule: String },
-    #[error("slots.{slot}.component = \"{component}\" is no built-in, digest, file or `native`{}", hint(nearest))]
+    #[error(
+        "slots.{slot}.component = \"{component}\" is no built-in, digest, file, `oci://` reference or `native`{}",
+        hint(nearest)
+    )]
     UnknownComponent { slot: String, component: String, nearest: Option<String> },
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    #[error("slots.{slot}.component: {source}")]
+    Component { slot: String, source: ReferenceError },
+    #[error("admin.tokens.{name} {problem}")]
+    AdminToken { name: String, problem: &'static str },
     #[error("{name}: `{section}` is set in the configuration file, not in the environment")]
     NotInEnvironment { name: String, section: &'static str },
 }
@@ -163,6 +205,7 @@ impl Default for Config {
             sched: SchedSection::default(),
             engine: EngineSection::default(),
             policy: PolicySection::default(),
+            trust: TrustSection::default(),
             slots: [
                 ("router", slot("route-least-loaded")),
                 ("scheduler", slot("sched-fcfs")),
@@ -192,7 +235,7 @@ impl Default for ServerSection {
 
 impl Default for AdminSection {
     fn default() -> Self {
-        Self { listen: ([127, 0, 0, 1], 8081).into(), token: String::new() }
+        Self { listen: ([127, 0, 0, 1], 8081).into(), token: String::new(), tokens: BTreeMap::new() }
     }
 }
 
@@ -235,8 +278,11 @@ impl Default for LogSection {
 
 // === reading ===
 
+/// Actors of the journal that are no named token.
+const ACTORS: [&str; 5] = ["host", "loopback", "rollout", "startup", "token"];
+
 /// Keys under which anything may stand.
-const FREE_FORM: [&str; 3] = ["slots", "models", "server.api_keys"];
+const FREE_FORM: [&str; 5] = ["slots", "models", "server.api_keys", "admin.tokens", "trust.keys"];
 
 impl Config {
     /// Reads the file (if any), then the environment on top. Flags are applied by the caller, then [`Config::validate`].
@@ -311,20 +357,51 @@ impl Config {
         rule(chunk <= batch, "sched.prefill_chunk_tokens", &chunk, "at most sched.max_batch_tokens")?;
         let ring = policy.event_ring;
         rule((64..=1 << 22).contains(&ring), "policy.event_ring", &ring, "64 to 4194304 events")?;
-        let open = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty();
+        let open = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty() && self.admin.tokens.is_empty();
         rule(!open, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")?;
+        self.admin.check_tokens()?;
+        KeyRing::new(&self.trust)?;
         self.slots.iter().try_for_each(|(name, section)| check_slot(name, &section.component))
     }
 }
 
-/// A slot that exists, and a component that could: a built-in, a digest, a file or `native`.
+impl AdminSection {
+    /// Names that the journal can tell apart, and tokens that say something.
+    fn check_tokens(&self) -> Result<(), ConfigError> {
+        let mut seen = vec![self.token.as_str()];
+        for (name, AdminTokenSection { token, .. }) in &self.tokens {
+            let good_byte = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            let problem = if !(1..=40).contains(&name.len()) || !name.bytes().all(good_byte) {
+                "is not a good name: it must match [a-z0-9-]{1,40}"
+            } else if ACTORS.contains(&name.as_str()) {
+                "has a name that the journal uses for the host itself; choose another"
+            } else if token.is_empty() {
+                "has an empty token"
+            } else if seen.contains(&token.as_str()) {
+                "has the token of another name"
+            } else {
+                seen.push(token);
+                continue;
+            };
+            return Err(ConfigError::AdminToken { name: name.clone(), problem });
+        }
+        Ok(())
+    }
+}
+
+/// A slot that exists, and a component that could: a built-in, a digest, a file, a reference to a registry or `native`.
 fn check_slot(name: &str, component: &str) -> Result<(), ConfigError> {
     name.parse::<SlotName>().map_err(|error| ConfigError::Shape(format!("slots: {error}")))?;
     let known = || BUILTINS.iter().map(|b| b.name).chain(["native"]);
-    if component.starts_with("sha256:") || known().any(|n| n == component) || Path::new(component).is_file() {
+    let fault = |source| ConfigError::Component { slot: name.to_owned(), source };
+    let named = match component.parse().map_err(fault)? {
+        Reference::Native | Reference::Digest(_) | Reference::Oci(_) => return Ok(()),
+        Reference::Named { name, .. } => name,
+    };
+    if known().any(|n| n == named) || Path::new(&named).is_file() {
         return Ok(());
     }
-    let nearest = nearest(component, known()).map(str::to_owned);
+    let nearest = nearest(&named, known()).map(str::to_owned);
     Err(ConfigError::UnknownComponent { slot: name.to_owned(), component: component.to_owned(), nearest })
 }
 
@@ -477,6 +554,26 @@ mod tests {
             [("[sched", "not valid TOML"), ("[sched]\nmax_runing = 1", "did you mean `sched.max_running`?")]
         {
             let error = read(text).expect_err(expect).to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+        for (text, expect) in [
+            ("[admin.tokens]\nci = { token = \"x\" }", "missing field `role`"),
+            ("[admin.tokens]\nci = { token = \"x\", role = \"root\" }", "unknown variant `root`"),
+            ("[admin.tokens]\nci = { token = \"\", role = \"read\" }", "admin.tokens.ci has an empty token"),
+            ("[admin.tokens]\nhost = { token = \"x\", role = \"read\" }", "uses for the host itself"),
+            (
+                "[admin]\ntoken = \"x\"\n[admin.tokens]\nci = { token = \"x\", role = \"read\" }",
+                "token of another name",
+            ),
+            ("[trust.keys]\nci = \"x\"", "trust.keys.ci is not an Ed25519 public key"),
+            ("[slots.router]\ncomponent = \"oci://x\"", "names no repository"),
+            ("[slots.router]\ncomponent = \"route-weighted@sha256:12\"", "64 lower-case hexadecimal digits"),
+            ("[slots.router]\ncomponent = \"route-weigted\"", "did you mean `route-weighted`?"),
+        ] {
+            let error = match read(text) {
+                Ok(config) => config.validate().expect_err(expect).to_string(),
+                Err(error) => error.to_string(),
+            };
             assert!(error.contains(expect), "{error}");
         }
         let missing = Config::read(Some(&folder.path().join("none.toml")), env(&[])).expect_err("no file").to_string();

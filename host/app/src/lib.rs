@@ -14,9 +14,12 @@ mod driver;
 mod explain;
 mod models;
 mod observer;
+mod oci;
+mod reference;
 mod serve;
 mod store;
 mod tapped;
+mod trust;
 
 use std::process::ExitCode;
 

@@ -19,19 +19,20 @@ use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
 use pointsman_server::record::Taps;
-use pointsman_server::{ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
+use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
 
 use crate::cli::ServeArgs;
 use crate::clock::SystemClock;
-use crate::config::{Config, LogFormat};
+use crate::config::{Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::driver::{DriverContext, DriverHandle, DriverReplica};
 use crate::models::{Loaded, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::store::Store;
 use crate::tapped::Tapped;
+use crate::trust::KeyRing;
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
@@ -188,12 +189,26 @@ fn server_config(config: &Config) -> ServerConfig {
         max_connections: server.max_connections as usize,
         grace_ms: server.shutdown_grace_ms,
         api_keys: server.api_keys.iter().map(key).collect(),
-        admin_token: Some(config.admin.token.clone()).filter(|t| !t.is_empty()).map(Secret::new),
+        admin_tokens: admin_tokens(config),
         admin_remote: !config.admin.listen.ip().is_loopback(),
         explain_requests: config.policy.explain_requests as usize,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ..ServerConfig::default()
     }
+}
+
+fn admin_tokens(config: &Config) -> Vec<AdminToken> {
+    let token = |name: &str, token: &str, role: RoleName| AdminToken {
+        name: name.to_owned(),
+        token: Secret::new(token),
+        role: match role {
+            RoleName::Read => AdminRole::Read,
+            RoleName::Operate => AdminRole::Operate,
+        },
+    };
+    let first = Some(&*config.admin.token).filter(|text| !text.is_empty());
+    let first = first.map(|text| token("token", text, RoleName::Operate));
+    first.into_iter().chain(config.admin.tokens.iter().map(|(name, t)| token(name, &t.token, t.role))).collect()
 }
 
 async fn listen(config: &Config) -> anyhow::Result<Listeners> {
@@ -233,7 +248,12 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::
     };
     let now = Arc::new(move || clock.micros());
     let runtime = Runtime::new(runtime, Arc::clone(&shared.metrics), shared.recorder.clone(), now)?;
-    let parts = HostParts { clock: Arc::clone(&shared.clock), metrics: Arc::clone(&shared.metrics), faults };
+    let parts = HostParts {
+        clock: Arc::clone(&shared.clock),
+        metrics: Arc::clone(&shared.metrics),
+        trust: KeyRing::new(&config.trust)?,
+        faults,
+    };
     Ok(Deploy::new(runtime, Arc::clone(store), parts, config.safe_mode))
 }
 

@@ -11,6 +11,8 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, bail};
 use pointsman_control::{Entry, SlotDocument, SlotName};
 
+use crate::trust::Signature;
+
 /// The journal file moves aside at this size; one older file is kept.
 const JOURNAL_BYTES: u64 = 16 << 20;
 /// Journal entries that are read back at start come from this many bytes at the end of the file.
@@ -93,15 +95,33 @@ impl Store {
         fs::read(self.component_path(digest))
     }
 
-    /// Forgets the bytes of a component; none to forget is fine.
+    /// Keeps a component's signature beside it, so that a restart can check it again. The component comes first and goes
+    /// last: a crash leaves one that is not signed, never a signature of nothing.
     ///
     /// # Errors
-    /// The file cannot be removed.
+    /// The disk does not take it; the old one stays.
+    pub(crate) fn write_signature(&self, digest: &str, signature: Signature) -> io::Result<()> {
+        write_aside(&self.component_path(digest).with_extension("sig"), format!("{}\n", signature.to_text()).as_bytes())
+    }
+
+    /// The signature of a kept component; one that cannot be read is none.
+    pub(crate) fn read_signature(&self, digest: &str) -> Option<Signature> {
+        Signature::parse(&fs::read(self.component_path(digest).with_extension("sig")).ok()?).ok()
+    }
+
+    /// Forgets a component and its signature; none to forget is fine.
+    ///
+    /// # Errors
+    /// A file cannot be removed.
     pub(crate) fn delete_component(&self, digest: &str) -> io::Result<()> {
-        match fs::remove_file(self.component_path(digest)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        let path = self.component_path(digest);
+        for path in [path.with_extension("sig"), path] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// Digests of kept components.
@@ -212,8 +232,12 @@ mod tests {
         assert!(documents[1].1.as_ref().is_err_and(|e| e.contains("scheduler.json")), "{documents:?}");
         store.write_component("sha256:ab", b"wasm").expect("a writable folder");
         assert_eq!(store.read_component("sha256:ab").expect("just written"), b"wasm");
+        let signature = Signature::parse(&[7; 64]).expect("64 bytes");
+        store.write_signature("sha256:ab", signature).expect("a writable folder");
+        assert_eq!(store.read_signature("sha256:ab"), Some(signature));
         assert_eq!(store.component_digests(), ["sha256:ab"]);
         assert!(store.delete_component("sha256:ab").and_then(|()| store.delete_component("sha256:ab")).is_ok());
+        assert_eq!(store.read_signature("sha256:ab"), None);
     }
 
     #[test]

@@ -11,7 +11,8 @@ use crate::deployment::Target;
 use crate::rollout::{Decision, Evidence, Period, RolloutDocument};
 use crate::slot::SlotName;
 
-/// Who asked: `admin`, `cli`, `startup`, `host`, `rollout`.
+/// Who asked: `startup`, `host`, `rollout`, or the name of an admin token (`loopback` where none is asked for) and the address that
+/// called, as in `ci@10.0.0.7`.
 pub type Actor = String;
 
 /// One line of the journal.
@@ -54,6 +55,26 @@ pub enum Happened {
         world: String,
         /// Its size in bytes.
         size: u64,
+        /// Name of the key in the host's ring that signed it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed_by: Option<String>,
+        /// Where the host got it, when it was not in the request: an OCI reference with the manifest's digest, or a file.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        source: Option<String>,
+    },
+    /// A component was refused because of its signature, or for want of one.
+    UploadRefused {
+        /// Its digest.
+        digest: String,
+        /// What was wrong.
+        error: String,
+    },
+    /// A stored component got a signature.
+    Signed {
+        /// Its digest.
+        digest: String,
+        /// Name of the key in the host's ring.
+        signed_by: String,
     },
     /// A component was deleted.
     Deleted {
@@ -71,6 +92,13 @@ pub enum Happened {
         before: Option<String>,
         /// Why.
         why: Why,
+    },
+    /// A start found a stored document ahead of the journal: the host died between the two.
+    Recovered {
+        /// Where.
+        slot: SlotName,
+        /// What the document says, and what works there from now on.
+        target: Target,
     },
     /// An activation was refused; the slot is as it was.
     Refused {
@@ -183,6 +211,15 @@ pub struct Journal {
     capacity: usize,
 }
 
+/// Where a slot stands by the journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LastOf {
+    /// Of the last publication; 0 for none.
+    pub generation: u64,
+    /// Whether the slot was removed after it.
+    pub removed: bool,
+}
+
 impl Journal {
     /// An empty journal that keeps `capacity` entries and numbers on from `last`.
     #[must_use]
@@ -211,6 +248,24 @@ impl Journal {
             }
             self.recent.push_back(entry);
         }
+    }
+
+    /// What the kept entries say last about a slot.
+    #[must_use]
+    pub fn last_of(&self, slot: &SlotName) -> LastOf {
+        let mut last = LastOf::default();
+        for entry in &self.recent {
+            match &entry.what {
+                Happened::Published { slot: of, target, .. } | Happened::Recovered { slot: of, target }
+                    if of == slot =>
+                {
+                    last = LastOf { generation: target.generation, removed: false };
+                }
+                Happened::Removed { slot: of } if of == slot => last.removed = true,
+                _ => {}
+            }
+        }
+        last
     }
 
     /// Kept entries after a sequence number, oldest first, at most `limit`.
@@ -254,6 +309,37 @@ mod tests {
         let mut restored = Journal::new(8, 0);
         restored.restore(journal.after(0, 9).cloned());
         assert_eq!(restored.append(9, "admin", Happened::Deleted { digest: "x".into() }).0, 4);
+    }
+
+    #[test]
+    fn the_last_word_on_a_slot_is_found() {
+        let mut journal = Journal::new(8, 0);
+        let slot = SlotName::Telemetry("t".into());
+        let target = |generation| Target {
+            component: ComponentRef::Native,
+            config: "{}".into(),
+            state_namespace: None,
+            revision: "native".into(),
+            generation,
+        };
+        assert_eq!(journal.last_of(&slot), LastOf::default());
+        for (what, generation, removed) in [
+            (Happened::Published { slot: slot.clone(), target: target(1), before: None, why: Why::Put }, 1, false),
+            (Happened::Published { slot: SlotName::Router, target: target(9), before: None, why: Why::Put }, 1, false),
+            (Happened::Removed { slot: slot.clone() }, 1, true),
+            (Happened::Recovered { slot: slot.clone(), target: target(2) }, 2, false),
+        ] {
+            journal.append(0, "t", what);
+            assert_eq!(journal.last_of(&slot), LastOf { generation, removed });
+        }
+    }
+
+    #[test]
+    fn lines_of_older_hosts_are_still_read() {
+        let line = r#"{"sequence":1,"at_unix_ms":5,"actor":"token","event":"uploaded","digest":"sha256:a","world":"router","size":9}"#;
+        let entry = Entry::parse(line).expect("a line of the first release");
+        assert!(matches!(&entry.what, Happened::Uploaded { signed_by: None, source: None, .. }));
+        assert_eq!(entry.to_json(), line, "and written as it was");
     }
 
     #[test]

@@ -14,5 +14,5 @@ mod slot;
 
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
-pub use journal::{Actor, Entry, Happened, Journal, Why};
+pub use journal::{Actor, Entry, Happened, Journal, LastOf, Why};
 pub use slot::{ComponentRef, SlotName, SlotNameError};

@@ -42,8 +42,8 @@ pub struct ServerConfig {
     pub route_headers: Vec<String>,
     /// API keys; empty leaves the data plane open.
     pub api_keys: Vec<ApiKey>,
-    /// Bearer token of the admin plane; required when it listens beyond loopback.
-    pub admin_token: Option<Secret>,
+    /// Bearer tokens of the admin plane; at least one is required when it listens beyond loopback.
+    pub admin_tokens: Vec<AdminToken>,
     /// Whether the admin plane listens beyond loopback, where the `Host` header is not checked.
     pub admin_remote: bool,
     /// Size of an uploaded component.
@@ -63,6 +63,26 @@ pub struct ApiKey {
     pub tenant: String,
     /// Highest priority that its requests may have.
     pub max_priority: Priority,
+}
+
+/// A token of the admin plane.
+#[derive(Clone, Debug)]
+pub struct AdminToken {
+    /// What the journal calls its holder.
+    pub name: String,
+    /// What follows `Bearer `.
+    pub token: Secret,
+    /// What its holder may do.
+    pub role: AdminRole,
+}
+
+/// What the holder of an admin token may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdminRole {
+    /// Look.
+    Read,
+    /// Look and change.
+    Operate,
 }
 
 /// A text that never reaches a log.
@@ -101,11 +121,14 @@ pub enum ConfigError {
         what: &'static str,
     },
     /// The admin plane would be open to the network.
-    #[error("the admin plane listens beyond loopback and has no token: set server.admin_token")]
+    #[error("the admin plane listens beyond loopback and has no token: set server.admin_tokens")]
     OpenAdmin,
     /// An admin token that says nothing.
-    #[error("server.admin_token is empty")]
-    EmptyToken,
+    #[error("server.admin_tokens: the token of `{name}` is empty")]
+    EmptyToken {
+        /// Whose.
+        name: String,
+    },
 }
 
 impl Default for ServerConfig {
@@ -127,7 +150,7 @@ impl Default for ServerConfig {
             sink_events: 4_096,
             route_headers: Vec::new(),
             api_keys: Vec::new(),
-            admin_token: None,
+            admin_tokens: Vec::new(),
             admin_remote: false,
             max_component_bytes: 32 << 20,
             explain_requests: 1_024,
@@ -174,11 +197,10 @@ impl ServerConfig {
                 return Err(ConfigError::ApiKey { index, what: "listed twice" });
             }
         }
-        match &self.admin_token {
-            Some(token) if token.expose().is_empty() => Err(ConfigError::EmptyToken),
-            None if self.admin_remote => Err(ConfigError::OpenAdmin),
-            _ => Ok(()),
+        if let Some(empty) = self.admin_tokens.iter().find(|token| token.token.expose().is_empty()) {
+            return Err(ConfigError::EmptyToken { name: empty.name.clone() });
         }
+        if self.admin_remote && self.admin_tokens.is_empty() { Err(ConfigError::OpenAdmin) } else { Ok(()) }
     }
 
     pub(crate) fn body_timeout(&self) -> Duration {
@@ -222,14 +244,15 @@ mod tests {
     fn values_that_cannot_work_are_named() {
         let key = |key: &str| ApiKey { key: Secret::new(key), tenant: "t".into(), max_priority: Priority::Normal };
         let base = ServerConfig::default;
+        let empty = AdminToken { name: "ci".into(), token: Secret::new(""), role: AdminRole::Read };
         for (config, expect) in [
             (ServerConfig { max_requests: 0, ..base() }, "server.max_requests must be at least 1"),
             (ServerConfig { default_timeout_ms: 9_999_999, ..base() }, "exceeds server.max_timeout_ms"),
             (ServerConfig { max_header_bytes: 100, ..base() }, "at least 8192, found 100"),
             (ServerConfig { api_keys: vec![key("")], ..base() }, "server.api_keys[0] is empty"),
             (ServerConfig { api_keys: vec![key("k"), key("k")], ..base() }, "server.api_keys[1] is listed twice"),
-            (ServerConfig { admin_remote: true, ..base() }, "set server.admin_token"),
-            (ServerConfig { admin_token: Some(Secret::new("")), ..base() }, "server.admin_token is empty"),
+            (ServerConfig { admin_remote: true, ..base() }, "set server.admin_tokens"),
+            (ServerConfig { admin_tokens: vec![empty], ..base() }, "the token of `ci` is empty"),
         ] {
             let error = config.validate().expect_err(expect).to_string();
             assert!(error.contains(expect), "{error}");

@@ -47,6 +47,8 @@ pub(crate) enum ApiError {
     Unauthorized { problem: &'static str },
     #[error("{what}")]
     Forbidden { what: &'static str },
+    #[error("the admin token `{token}` has the role `read` and this call needs `operate`")]
+    Role { token: String },
     #[error("the model `{name}` does not exist; known models: {known}")]
     UnknownModel { name: String, known: String },
     #[error("no request `{id}` is in flight")]
@@ -169,7 +171,7 @@ impl ApiError {
             Self::Context { .. } => class(400, INVALID, "context_length_exceeded", false),
             Self::ContentType { .. } => class(415, INVALID, "unsupported_media_type", false),
             Self::Unauthorized { .. } => class(401, "authentication_error", "invalid_api_key", false),
-            Self::Forbidden { .. } => class(403, "permission_error", "forbidden", false),
+            Self::Forbidden { .. } | Self::Role { .. } => class(403, "permission_error", "forbidden", false),
             Self::UnknownModel { .. } => class(404, INVALID, "model_not_found", false),
             Self::UnknownRequest { .. } => class(404, INVALID, "request_not_found", false),
             Self::UnknownRoute { .. } => class(404, INVALID, "unknown_url", false),
@@ -269,6 +271,7 @@ fn admin_class(kind: AdminErrorKind) -> Class {
         AdminErrorKind::TooLarge => class(413, INVALID, "body_too_large", false),
         AdminErrorKind::Refused => class(422, INVALID, "refused", false),
         AdminErrorKind::Busy => class(429, "rate_limit_error", "busy", true),
+        AdminErrorKind::Upstream => class(502, "server_error", "registry", true),
         AdminErrorKind::Internal => class(500, "server_error", "internal", true),
     }
 }

@@ -19,7 +19,7 @@ use tower::ServiceExt;
 use crate::admin::wire;
 use crate::ports::{
     AdminError, AdminErrorKind, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica,
-    SubmitError, Uploaded, Variant,
+    SubmitError, Upload, Uploaded, Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -216,7 +216,8 @@ fn refused(kind: AdminErrorKind, message: &str) -> AdminError {
 }
 
 impl PolicyAdmin for FakeAdmin {
-    fn upload(&self, bytes: Vec<u8>, _actor: &str) -> Result<Uploaded, AdminError> {
+    fn upload(&self, upload: Upload, _actor: &str) -> Result<Uploaded, AdminError> {
+        let Upload { bytes, signature } = upload;
         if !bytes.starts_with(b"\0asm") {
             return Err(refused(AdminErrorKind::Invalid, "not a component"));
         }
@@ -226,8 +227,23 @@ impl PolicyAdmin for FakeAdmin {
             package: "0.1.0".into(),
             size: bytes.len() as u64,
             compile_ms: 1.5,
+            signed_by: signature,
         };
         Ok(Uploaded { component, created: bytes.len() == 8 })
+    }
+
+    fn pull(&self, reference: &str, actor: &str) -> Result<Uploaded, AdminError> {
+        match reference {
+            "oci://host/r" => self.upload(Upload { bytes: b"\0asm".to_vec(), signature: None }, actor),
+            _ => Err(refused(AdminErrorKind::Upstream, "no such host")),
+        }
+    }
+
+    fn sign_component(&self, digest: &str, signature: &[u8], actor: &str) -> Result<(), AdminError> {
+        match signature {
+            b"good" => self.delete_component(digest, actor),
+            _ => Err(refused(AdminErrorKind::Refused, "not signed by a known key")),
+        }
     }
 
     fn components(&self) -> Vec<wire::Component> {

@@ -26,7 +26,7 @@ pub mod text;
 mod trace;
 
 pub use admin::admin_router;
-pub use config::{ApiKey, ConfigError, Secret, ServerConfig};
+pub use config::{AdminRole, AdminToken, ApiKey, ConfigError, Secret, ServerConfig};
 pub use data::data_router;
 pub use serve::{Listeners, ServeError, serve};
 pub use state::{ServerParts, ServerState};

@@ -112,7 +112,11 @@ pub trait Clock: Send + Sync + Debug {
 /// blocking pool.
 pub trait PolicyAdmin: Send + Sync + Debug {
     /// Validates and compiles a component or core module. `created` is false when it was known.
-    fn upload(&self, bytes: Vec<u8>, actor: &str) -> Result<Uploaded, AdminError>;
+    fn upload(&self, upload: Upload, actor: &str) -> Result<Uploaded, AdminError>;
+    /// As an upload, of what an `oci://` reference names.
+    fn pull(&self, reference: &str, actor: &str) -> Result<Uploaded, AdminError>;
+    /// Keeps a detached signature, raw or in base64, of a component that is here.
+    fn sign_component(&self, digest: &str, signature: &[u8], actor: &str) -> Result<(), AdminError>;
     /// Built-in and uploaded components.
     fn components(&self) -> Vec<wire::Component>;
     /// Deletes an uploaded component that no slot uses.
@@ -121,7 +125,7 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn slots(&self) -> Vec<wire::Slot>;
     /// One slot.
     fn slot(&self, slot: &str) -> Result<wire::Slot, AdminError>;
-    /// Activates a component (or `native`) with a config.
+    /// Activates a component (or `native`) with a config; a registry reference is pulled first.
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError>;
     /// Back to native; removes a telemetry slot.
     fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
@@ -142,6 +146,15 @@ pub struct Question<'a> {
     pub request: &'a RouteRequest<'a>,
     /// The replicas.
     pub replicas: &'a ReplicaColumns,
+}
+
+/// A component on its way in.
+#[derive(Debug)]
+pub struct Upload {
+    /// The component or core module.
+    pub bytes: Vec<u8>,
+    /// Its detached signature in base64.
+    pub signature: Option<String>,
 }
 
 /// What an upload came to.
@@ -193,8 +206,10 @@ pub enum AdminErrorKind {
     TooLarge,
     /// 422: the component is fine and its own `init` or probe refused.
     Refused,
-    /// 429: another compilation is running.
+    /// 429: another compilation or pull is running.
     Busy,
+    /// 502: a registry did not do its part.
+    Upstream,
     /// 500: the host's fault.
     Internal,
 }

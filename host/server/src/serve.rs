@@ -4,7 +4,7 @@
 //! graceful shutdown may take.
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
+use crate::admin::guard::Peer;
 use crate::state::ServerState;
 use crate::{admin_router, data_router};
 
@@ -56,7 +57,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let admin_at = listeners.admin.local_addr()?;
-    let guarded = state.config.admin_remote && state.config.admin_token.is_some();
+    let guarded = state.config.admin_remote && !state.config.admin_tokens.is_empty();
     if !(admin_at.ip().is_loopback() || guarded) {
         return Err(ServeError::OpenAdmin(admin_at));
     }
@@ -97,8 +98,8 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<ServerState>, 
             () = told(&mut stop) => break,
         };
         match accepted {
-            (Ok(place), Ok((stream, _))) => {
-                let connection = connection(stream, router.clone(), &state, stop.clone());
+            (Ok(place), Ok((stream, from))) => {
+                let connection = connection(stream, from.ip(), router.clone(), &state, stop.clone());
                 connections.spawn(async move {
                     connection.await;
                     drop(place);
@@ -117,6 +118,7 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<ServerState>, 
 /// One connection, from its first byte to its last.
 fn connection(
     stream: TcpStream,
+    from: IpAddr,
     router: Router,
     state: &ServerState,
     mut stop: watch::Receiver<bool>,
@@ -135,7 +137,10 @@ fn connection(
         .header_read_timeout(Duration::from_millis(state.config.header_timeout_ms))
         .max_buf_size(state.config.max_header_bytes);
     async move {
-        let service = router.map_request(|request: axum::http::Request<Incoming>| request.map(axum::body::Body::new));
+        let service = router.map_request(move |mut request: axum::http::Request<Incoming>| {
+            request.extensions_mut().insert(Peer(from));
+            request.map(axum::body::Body::new)
+        });
         let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {

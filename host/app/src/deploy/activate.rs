@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use pointsman_control::{ComponentRef, Desired, Happened, Planned, SlotName, Why};
-use pointsman_policy::{Activation, Component, Prepared, Published, Slot, World};
+use pointsman_policy::{Activation, Component, Digest, Prepared, Published, Slot, World};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::AdminError;
 
-use super::errors::{activate_error, conflict, internal, invalid, not_found, plan_error, upload_error};
+use super::errors::{activate_error, conflict, internal, invalid, not_found, plan_error, trust_error, upload_error};
 use super::{Deploy, Failed, TelemetrySlots, lock};
 use crate::builtin::BUILTINS;
 
@@ -132,6 +132,8 @@ impl Deploy {
                 format!("{digest} implements the world {}, which does not work in the slot `{slot}`", known.world);
             return Err(AdminError { param: Some("component".into()), ..invalid(message) });
         }
+        // At every activation, so at every start too: the ring or the switch may have changed since it was uploaded.
+        self.check_trust(digest, None).map_err(trust_error)?;
         if let Some(component) = known.component {
             return Ok(component);
         }
@@ -142,7 +144,8 @@ impl Deploy {
                 .read_component(digest)
                 .map_err(|e| internal(format!("the bytes of {digest} are gone: {e}")))?,
         };
-        let component = self.runtime.admit(&bytes).map_err(upload_error)?;
+        let expected = Digest::parse(digest).ok_or_else(|| internal(format!("`{digest}` is not a digest")))?;
+        let component = self.runtime.load(&expected, &bytes).map_err(upload_error)?;
         // A built-in of today may be gone from the next version of the host: keep what a document names.
         self.store.write_component(digest, &bytes).map_err(|e| internal(format!("cannot keep {digest}: {e}")))?;
         if let Some(known) = lock(&self.components).get_mut(digest) {

@@ -1,23 +1,27 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
 use pointsman_control::{ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
-use pointsman_policy::{Activation, Component, FaultKind, Health, RouterQuestion, SlotStatus};
+use pointsman_policy::{Activation, FaultKind, Health, RouterQuestion, SlotStatus};
 use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Question, Uploaded};
+use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
 
-use super::errors::{activate_error, conflict, internal, not_found, plan_error, upload_error};
+use super::errors::{activate_error, conflict, internal, not_found, plan_error};
+use super::intake::Offered;
 use super::{Deploy, Failed, Known, lock};
 
-/// Most uploaded components on disk.
-const MAX_COMPONENTS: usize = 256;
-
 impl PolicyAdmin for Deploy {
-    fn upload(&self, bytes: Vec<u8>, actor: &str) -> Result<Uploaded, AdminError> {
-        // Compiled before the lock is taken: an activation must not wait for somebody's upload.
-        let component = self.runtime.admit(&bytes).map_err(upload_error)?;
+    fn upload(&self, upload: Upload, actor: &str) -> Result<Uploaded, AdminError> {
+        self.take_in(Offered::uploaded(upload)?, actor)
+    }
+
+    fn pull(&self, reference: &str, actor: &str) -> Result<Uploaded, AdminError> {
+        self.take_in(self.fetch(reference)?, actor)
+    }
+
+    fn sign_component(&self, digest: &str, signature: &[u8], actor: &str) -> Result<(), AdminError> {
         let _one = lock(&self.operations);
-        self.take_component(component, &bytes, actor)
+        self.sign(digest, signature, actor)
     }
 
     fn components(&self) -> Vec<wire::Component> {
@@ -31,6 +35,7 @@ impl PolicyAdmin for Deploy {
             size: known.size,
             compile_ms: known.component.filter(|c| !c.cached).map(|c| c.compile_ms),
             builtin: known.builtin.is_some(),
+            signed_by: known.signed_by,
             name: known.revision.or(known.builtin.map(str::to_owned)),
         };
         let mut listed: Vec<wire::Component> = known.into_iter().map(view).collect();
@@ -82,8 +87,8 @@ impl PolicyAdmin for Deploy {
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
         let wire::PutSlot { component, config, if_generation, state_namespace } = request;
-        let desired =
-            Desired { component: component.into(), config: config.get().to_owned(), state_namespace, if_generation };
+        let component = self.component_of(&component, actor)?;
+        let desired = Desired { component, config: config.get().to_owned(), state_namespace, if_generation };
         let _one = lock(&self.operations);
         self.activate(slot, desired, actor, Why::Put)
     }
@@ -151,36 +156,6 @@ impl PolicyAdmin for Deploy {
 }
 
 impl Deploy {
-    /// Keeps an admitted component: on disk, then listed. The caller holds `operations`.
-    pub(super) fn take_component(
-        &self,
-        component: Component,
-        bytes: &[u8],
-        actor: &str,
-    ) -> Result<Uploaded, AdminError> {
-        let digest = component.digest.to_string();
-        let (world, package, size) = (component.world, component.package.to_string(), component.size);
-        let compile_ms = if component.cached { 0.0 } else { component.compile_ms };
-        let known = lock(&self.components).get(&digest).cloned();
-        let uploaded = lock(&self.components).values().filter(|k| k.builtin.is_none()).count();
-        if known.is_none() && uploaded >= MAX_COMPONENTS {
-            return Err(conflict(format!("{MAX_COMPONENTS} components are stored already; delete one first")));
-        }
-        // Known or not: the file may have been lost.
-        self.store
-            .write_component(&digest, bytes)
-            .map_err(|e| internal(format!("the component cannot be stored: {e}")))?;
-        let created = known.is_none();
-        let fresh = Known { builtin: None, component: None, revision: None, world, package: package.clone(), size };
-        let known = Known { component: Some(component), ..known.unwrap_or(fresh) };
-        lock(&self.components).insert(digest.clone(), known);
-        if created {
-            self.note(actor, Happened::Uploaded { digest: digest.clone(), world: world.to_string(), size });
-        }
-        let component = wire::UploadedComponent { digest, world: world.to_string(), package, size, compile_ms };
-        Ok(Uploaded { component, created })
-    }
-
     fn view(&self, slot: &SlotName, state: Option<&SlotState>) -> wire::Slot {
         let status = self.live_slot(slot).map(|s| s.status());
         let native = Target {

@@ -4,6 +4,10 @@ use pointsman_control::PlanError;
 use pointsman_policy::{ActivateError, UploadError};
 use pointsman_server::ports::{AdminError, AdminErrorKind};
 
+use crate::oci::PullError;
+use crate::reference::ReferenceError;
+use crate::trust::TrustError;
+
 pub(super) fn admin_error(kind: AdminErrorKind, message: String) -> AdminError {
     AdminError { kind, message, param: None }
 }
@@ -18,6 +22,10 @@ pub(super) fn not_found(message: String) -> AdminError {
 
 pub(super) fn conflict(message: String) -> AdminError {
     admin_error(AdminErrorKind::Conflict, message)
+}
+
+pub(super) fn busy(message: &str) -> AdminError {
+    admin_error(AdminErrorKind::Busy, message.to_owned())
 }
 
 pub(super) fn internal(message: String) -> AdminError {
@@ -42,6 +50,28 @@ pub(super) fn upload_error(error: UploadError) -> AdminError {
         _ => AdminErrorKind::Invalid,
     };
     admin_error(kind, error.to_string())
+}
+
+pub(super) fn trust_error(error: TrustError) -> AdminError {
+    let kind = match &error {
+        TrustError::BadSignature { .. } => AdminErrorKind::Invalid,
+        _ => AdminErrorKind::Refused,
+    };
+    AdminError { param: Some("signature".into()), ..admin_error(kind, error.to_string()) }
+}
+
+pub(super) fn reference_error(error: ReferenceError) -> AdminError {
+    AdminError { param: Some("component".into()), ..invalid(error.to_string()) }
+}
+
+pub(super) fn pull_error(error: PullError) -> AdminError {
+    let kind = match &error {
+        PullError::Missing(_) => AdminErrorKind::NotFound,
+        PullError::TooLarge { .. } => AdminErrorKind::TooLarge,
+        PullError::Layers { .. } | PullError::Digest { .. } | PullError::Credentials(_) => AdminErrorKind::Refused,
+        _ => AdminErrorKind::Upstream,
+    };
+    AdminError { param: Some("component".into()), ..admin_error(kind, error.to_string()) }
 }
 
 pub(super) fn activate_error(error: ActivateError) -> AdminError {

@@ -9,24 +9,25 @@
 mod activate;
 mod admin;
 mod errors;
+mod intake;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use crossbeam_queue::ArrayQueue;
-use pointsman_control::{ComponentRef, Deployment, Desired, Happened, Journal, SlotName, Target, Why};
+use pointsman_control::{ComponentRef, Deployment, Desired, Happened, Journal, SlotDocument, SlotName, Target, Why};
 use pointsman_policy::{
     Component, FaultReport, Health, RouterSlot, Runtime, SchedulerSlot, SlotStatus, TelemetrySlot, World,
 };
-use pointsman_server::ports::AdminError;
 use pointsman_telemetry::Metrics;
 
 use crate::builtin::BUILTINS;
 use crate::clock::SystemClock;
 use crate::config::{Config, SlotSection};
-use crate::deploy::errors::not_found;
+use crate::reference::OCI_SCHEME;
 use crate::store::Store;
+use crate::trust::KeyRing;
 
 /// Entries of the journal that the admin API can read back.
 const JOURNAL_ENTRIES: usize = 4_096;
@@ -43,8 +44,11 @@ pub(crate) struct Deploy {
     store: Arc<Store>,
     clock: Arc<SystemClock>,
     metrics: Arc<Metrics>,
+    trust: KeyRing,
     safe_mode: bool,
     operations: Mutex<()>,
+    /// Held while a registry is asked.
+    pulling: Mutex<()>,
     state: Mutex<Deployment>,
     journal: Mutex<Journal>,
     components: Mutex<BTreeMap<String, Known>>,
@@ -81,6 +85,8 @@ struct Known {
     world: World,
     package: String,
     size: u64,
+    /// Name of the key in the ring that signed it.
+    signed_by: Option<String>,
 }
 
 /// What the deployments share with the rest of the host.
@@ -90,6 +96,8 @@ pub(crate) struct HostParts {
     pub clock: Arc<SystemClock>,
     /// Metric families.
     pub metrics: Arc<Metrics>,
+    /// Whose components are taken.
+    pub trust: KeyRing,
     /// What guests did wrong, from whatever thread noticed to the observer thread: the journal's file must not hold up a
     /// request or a step.
     pub faults: FaultQueue,
@@ -122,8 +130,10 @@ impl Deploy {
             store,
             clock: parts.clock,
             metrics: parts.metrics,
+            trust: parts.trust,
             safe_mode,
             operations: Mutex::default(),
+            pulling: Mutex::default(),
             state: Mutex::default(),
             journal: Mutex::new(journal),
             components: Mutex::default(),
@@ -143,6 +153,7 @@ impl Deploy {
             match document {
                 Ok(document) => {
                     let (active, removed) = (document.active.clone(), document.removed);
+                    self.catch_up(&document);
                     lock(&self.state).restore(document);
                     if !removed && !self.safe_mode && self.bring_back(&slot, &active) {
                         self.compare_with_config(&slot, &active, config);
@@ -167,6 +178,18 @@ impl Deploy {
         }
     }
 
+    /// A document is stored before its journal line: a host that died in between left the line to be written now.
+    fn catch_up(&self, document: &SlotDocument) {
+        let SlotDocument { slot, active, removed, .. } = document;
+        let last = lock(&self.journal).last_of(slot);
+        if last.generation < active.generation {
+            self.note("startup", Happened::Recovered { slot: slot.clone(), target: active.clone() });
+        }
+        if *removed && !last.removed {
+            self.note("startup", Happened::Removed { slot: slot.clone() });
+        }
+    }
+
     /// Lists built-ins and the components on disk, so that they can be named; nothing is compiled here.
     fn find_components(&self) {
         let mut components = lock(&self.components);
@@ -178,6 +201,9 @@ impl Deploy {
         for (builtin, bytes) in stored.chain(builtin) {
             match self.runtime.inspect(&bytes) {
                 Ok(found) => {
+                    let digest = found.digest.to_string();
+                    let signature = self.store.read_signature(&digest);
+                    let signer = signature.and_then(|signature| self.trust.signer(&digest, &signature));
                     let known = Known {
                         builtin,
                         component: None,
@@ -185,8 +211,9 @@ impl Deploy {
                         world: found.world,
                         package: found.package.to_string(),
                         size: bytes.len() as u64,
+                        signed_by: signer.map(str::to_owned),
                     };
-                    components.insert(found.digest.to_string(), known);
+                    components.insert(digest, known);
                 }
                 Err(error) => tracing::error!("a stored component is no longer accepted: {error}"),
             }
@@ -218,6 +245,10 @@ impl Deploy {
 
     fn compare_with_config(&self, slot: &SlotName, active: &Target, config: &Config) {
         let Some(section) = config.slots.get(&slot.to_string()) else { return };
+        if section.component.starts_with(OCI_SCHEME) {
+            // What a tag means today is not worth a start that waits for a registry.
+            return;
+        }
         let configured = self.resolve(&section.component).unwrap_or(ComponentRef::Digest(section.component.clone()));
         if configured != active.component {
             let (configured, stored) = (section.component.clone(), active.revision.clone());
@@ -235,24 +266,6 @@ impl Deploy {
         if let Err(error) = started {
             tracing::error!(%slot, "{} from the configuration cannot start, native serves: {error}", section.component);
         }
-    }
-
-    /// A component from a configuration: a built-in's name, a digest, a path or `native`.
-    fn resolve(&self, name: &str) -> Result<ComponentRef, AdminError> {
-        if name == "native" {
-            return Ok(ComponentRef::Native);
-        }
-        let builtin = lock(&self.components).iter().find(|(_, k)| k.builtin == Some(name)).map(|(d, _)| d.clone());
-        if let Some(digest) = builtin {
-            return Ok(ComponentRef::Digest(digest));
-        }
-        if name.starts_with("sha256:") {
-            return Ok(ComponentRef::Digest(name.to_owned()));
-        }
-        let bytes =
-            std::fs::read(name).map_err(|e| not_found(format!("no built-in component and no file `{name}`: {e}")))?;
-        let component = self.runtime.admit(&bytes).map_err(errors::upload_error)?;
-        Ok(ComponentRef::Digest(self.take_component(component, &bytes, "startup")?.component.digest))
     }
 }
 

@@ -1,25 +1,31 @@
-//! Who may use the admin plane: nobody's web page, only loopback names on loopback, and the holder of the token if one is
-//! configured.
+//! Who may use the admin plane: nobody's web page, only loopback names on loopback, and the holder of a token if any is
+//! configured. A token that may only read gets no further than `GET`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
+use axum::http::Method;
 use axum::http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use crate::config::{AdminRole, AdminToken};
 use crate::error::ApiError;
 use crate::identity::bearer;
 use crate::state::ServerState;
 
-/// Who called, for the journal.
+/// Who called, for the journal: the token's name (`loopback` where none is asked for) and the address, as in `ci@10.0.0.7`.
+#[derive(Clone, Debug)]
+pub(super) struct Actor(pub(super) Arc<str>);
+
+/// The other end of a connection, as the connection loop knows it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Actor(pub(super) &'static str);
+pub(crate) struct Peer(pub(crate) IpAddr);
 
 /// Middleware: refuses or names the actor.
 pub(super) async fn guard(State(state): State<Arc<ServerState>>, mut request: Request, next: Next) -> Response {
-    match admit(&state, request.headers()) {
+    match admit(&state, &request) {
         Ok(actor) => {
             request.extensions_mut().insert(actor);
             next.run(request).await
@@ -28,7 +34,8 @@ pub(super) async fn guard(State(state): State<Arc<ServerState>>, mut request: Re
     }
 }
 
-fn admit(state: &ServerState, headers: &HeaderMap) -> Result<Actor, ApiError> {
+fn admit(state: &ServerState, request: &Request) -> Result<Actor, ApiError> {
+    let headers = request.headers();
     if headers.contains_key(ORIGIN) {
         return Err(ApiError::Forbidden { what: "the admin plane takes no requests from web pages (`Origin` is set)" });
     }
@@ -36,12 +43,28 @@ fn admit(state: &ServerState, headers: &HeaderMap) -> Result<Actor, ApiError> {
     if !state.config.admin_remote && !is_loopback(host) {
         return Err(ApiError::Forbidden { what: "the admin plane answers to loopback names only (`Host`)" });
     }
-    let Some(token) = &state.config.admin_token else { return Ok(Actor("loopback")) };
-    let given = headers.get(AUTHORIZATION).ok_or(ApiError::Unauthorized { problem: "the admin token is required" })?;
-    match bearer(given) {
-        Some(given) if token.matches(given) => Ok(Actor("token")),
-        _ => Err(ApiError::Unauthorized { problem: "the admin token is wrong" }),
-    }
+    let name = match &*state.config.admin_tokens {
+        [] => "loopback",
+        tokens => {
+            let token = token_of(tokens, headers)?;
+            if token.role == AdminRole::Read && !matches!(*request.method(), Method::GET | Method::HEAD) {
+                return Err(ApiError::Role { token: token.name.clone() });
+            }
+            &token.name
+        }
+    };
+    Ok(Actor(match request.extensions().get() {
+        Some(Peer(address)) => format!("{name}@{address}").into(),
+        None => name.into(),
+    }))
+}
+
+/// The token that a request carries. All are compared, so that the time says nothing about which was near.
+fn token_of<'a>(tokens: &'a [AdminToken], headers: &HeaderMap) -> Result<&'a AdminToken, ApiError> {
+    let given = headers.get(AUTHORIZATION).ok_or(ApiError::Unauthorized { problem: "an admin token is required" })?;
+    let given = bearer(given).unwrap_or_default();
+    let found = tokens.iter().fold(None, |found, token| if token.token.matches(given) { Some(token) } else { found });
+    found.ok_or(ApiError::Unauthorized { problem: "the admin token is wrong" })
 }
 
 /// Whether a `Host` header names this machine from within: `localhost`, 127.0.0.0/8 or `[::1]`, with or without a port.

@@ -4,7 +4,7 @@
 //! 127.0.0.1, but not without an `Origin`, and a rebound DNS name shows in `Host`. Port calls compile, write and fsync:
 //! they run on the blocking pool.
 
-mod guard;
+pub(crate) mod guard;
 mod journal;
 mod record;
 mod requests;
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::Response;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use axum::{Router, middleware};
 use serde::Serialize;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -43,6 +43,7 @@ pub(crate) fn routes() -> Routes {
     vec![
         ("/admin/v1/components", &["get", "post"], get(slots::components).post(slots::upload)),
         ("/admin/v1/components/{digest}", &["delete"], delete(slots::delete_component)),
+        ("/admin/v1/components/{digest}/signature", &["put"], put(slots::sign_component)),
         ("/admin/v1/slots", &["get"], get(slots::slots)),
         (
             "/admin/v1/slots/{slot}",

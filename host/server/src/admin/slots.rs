@@ -6,7 +6,9 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use axum::http::header::{CONTENT_TYPE, HeaderMap, HeaderName};
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
@@ -15,6 +17,7 @@ use super::wire::PutSlot;
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
+use crate::ports::Upload;
 use crate::state::ServerState;
 
 /// Members of the body of a `PUT`.
@@ -22,24 +25,57 @@ const PUT_MEMBERS: [&str; 4] = ["component", "config", "if_generation", "state_n
 
 /// Longest body of a `PUT`: a config of 1 MiB.
 const MAX_PUT_BYTES: usize = 1 << 20;
+/// 64 bytes in base64, and room for line breaks.
+const MAX_SIGNATURE_BYTES: usize = 128;
+
+/// Detached signature of an uploaded component, in base64.
+const SIGNATURE: HeaderName = HeaderName::from_static("x-pointsman-signature");
+
+/// Body of a `POST` that asks the host to fetch a component.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pull {
+    /// `oci://host/repository:tag`, with `@sha256:...` to pin the manifest.
+    component: String,
+}
 
 pub(super) async fn components(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
     Ok(list(blocking(&state, |state| Ok(state.policies.components())).await?))
 }
 
-/// The body is the component, whatever its content type says.
+/// The body is the component, whatever its content type says; except that JSON names a place to pull it from.
 pub(super) async fn upload(
     State(state): State<Arc<ServerState>>,
     Extension(Actor(actor)): Extension<Actor>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let bytes = read_body(&state, request, state.config.max_component_bytes).await?;
-    if bytes.is_empty() {
-        return Err(ApiError::invalid("", "the body must hold a WebAssembly component; it is empty"));
-    }
-    let uploaded = blocking(&state, move |state| state.policies.upload(bytes.into(), actor)).await?;
+    let uploaded = if is_json(request.headers()) {
+        let pull: Pull = from_json(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
+        blocking(&state, move |state| state.policies.pull(&pull.component, &actor)).await?
+    } else {
+        let signature =
+            request.headers().get(SIGNATURE).map(|text| String::from_utf8_lossy(text.as_bytes()).into_owned());
+        let bytes = read_body(&state, request, state.config.max_component_bytes).await?;
+        if bytes.is_empty() {
+            return Err(ApiError::invalid("", "the body must hold a WebAssembly component; it is empty"));
+        }
+        let upload = Upload { bytes: bytes.into(), signature };
+        blocking(&state, move |state| state.policies.upload(upload, &actor)).await?
+    };
     let status = if uploaded.created { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, json(&uploaded.component)).into_response())
+}
+
+/// The body is the detached signature, raw or in base64.
+pub(super) async fn sign_component(
+    State(state): State<Arc<ServerState>>,
+    Extension(Actor(actor)): Extension<Actor>,
+    Path(digest): Path<String>,
+    request: axum::extract::Request,
+) -> Result<StatusCode, ApiError> {
+    let signature = read_body(&state, request, MAX_SIGNATURE_BYTES).await?;
+    blocking(&state, move |state| state.policies.sign_component(&digest, &signature, &actor)).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 pub(super) async fn delete_component(
@@ -47,7 +83,7 @@ pub(super) async fn delete_component(
     Extension(Actor(actor)): Extension<Actor>,
     Path(digest): Path<String>,
 ) -> Result<StatusCode, ApiError> {
-    blocking(&state, move |state| state.policies.delete_component(&digest, actor)).await?;
+    blocking(&state, move |state| state.policies.delete_component(&digest, &actor)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -70,7 +106,7 @@ pub(super) async fn put_slot(
 ) -> Result<Response, ApiError> {
     check_content_type(request.headers())?;
     let put = parse_put(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
-    Ok(json(&blocking(&state, move |state| state.policies.put_slot(&slot, put, actor)).await?))
+    Ok(json(&blocking(&state, move |state| state.policies.put_slot(&slot, put, &actor)).await?))
 }
 
 pub(super) async fn delete_slot(
@@ -78,7 +114,7 @@ pub(super) async fn delete_slot(
     Extension(Actor(actor)): Extension<Actor>,
     Path(slot): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.delete_slot(&slot, actor)).await?))
+    Ok(json(&blocking(&state, move |state| state.policies.delete_slot(&slot, &actor)).await?))
 }
 
 pub(super) async fn rollback(
@@ -86,7 +122,16 @@ pub(super) async fn rollback(
     Extension(Actor(actor)): Extension<Actor>,
     Path(slot): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.rollback(&slot, actor)).await?))
+    Ok(json(&blocking(&state, move |state| state.policies.rollback(&slot, &actor)).await?))
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let text = headers.get(CONTENT_TYPE).and_then(|text| text.to_str().ok()).unwrap_or_default();
+    text.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
+}
+
+fn from_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(ApiError::Json)
 }
 
 /// Reads the body of a `PUT`. The config stays the text that it is: its order and numbers are the guest's business. An
@@ -100,7 +145,10 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     }
     let component: Option<String> = member(&members, "component", "a string")?;
     let component = component.ok_or_else(|| {
-        ApiError::invalid("component", "`component` is required: a digest (`sha256:...`) or `native`")
+        ApiError::invalid(
+            "component",
+            "`component` is required: a digest (`sha256:...`), an `oci://` reference or `native`",
+        )
     })?;
     let if_generation = member(&members, "if_generation", "a generation")?;
     let state_namespace = member(&members, "state_namespace", "a string")?;

@@ -23,6 +23,9 @@ pub struct Component {
     pub compile_ms: Option<f64>,
     /// Whether it ships with the host.
     pub builtin: bool,
+    /// Name of the key that signed it; absent for one without a good signature, and for a built-in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<String>,
     /// Its revision, once a slot has run it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -43,6 +46,9 @@ pub struct UploadedComponent {
     pub size: u64,
     /// Duration of the compilation; 0 when the component was known.
     pub compile_ms: f64,
+    /// Name of the key that signed it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<String>,
 }
 
 /// A slot and everything about it.
@@ -118,7 +124,7 @@ pub struct Counters {
 /// Body of `PUT /admin/v1/slots/{slot}`; parsed by the slots handler, which names unknown members.
 #[derive(Clone, Debug)]
 pub struct PutSlot {
-    /// Digest, or `native`.
+    /// Digest, `native`, or an `oci://` reference.
     pub component: String,
     /// JSON text for `init`, as the operator wrote it; `{}` when absent.
     pub config: Box<RawValue>,

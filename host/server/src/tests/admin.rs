@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::fakes::{Play, Rig, bytes, request, token};
 use crate::ports::JournalLine;
-use crate::{Listeners, Secret, ServeError, ServerConfig, ops, serve};
+use crate::{AdminRole, AdminToken, Listeners, Secret, ServeError, ServerConfig, ops, serve};
 
 const HOST: (&str, &str) = ("host", "127.0.0.1:8081");
 
@@ -31,6 +31,13 @@ async fn routes_have_their_shapes() {
             "\0asm12345",
             200,
             json!({"digest": "sha256:00", "world": "router", "package": "0.1.0", "size": 9, "compile_ms": 1.5}),
+        ),
+        (
+            "POST",
+            "/admin/v1/components",
+            r#"{"component": "oci://host/r"}"#,
+            200,
+            json!({"digest": "sha256:00", "world": "router", "package": "0.1.0", "size": 4, "compile_ms": 1.5}),
         ),
         ("GET", "/admin/v1/components", "", 200, json!({"object": "list", "data": []})),
         (
@@ -64,21 +71,33 @@ async fn routes_have_their_shapes() {
         ),
         ("POST", "/admin/v1/drain", "", 200, json!({"drained": true, "in_flight": 0})),
     ] {
-        let answer = rig.ask_admin(request(method, path, &[HOST], body)).await;
+        let kind = if body.starts_with('{') { "application/json; charset=utf-8" } else { "application/wasm" };
+        let answer = rig.ask_admin(request(method, path, &[HOST, ("content-type", kind)], body)).await;
         assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
     }
+    let headers = [HOST, ("x-pointsman-signature", "AAAA")];
+    let answer = rig.ask_admin(request("POST", "/admin/v1/components", &headers, "\0asm1234")).await;
+    assert_eq!(answer.json()["signed_by"], "AAAA", "the header reaches the port");
+    let signature = "/admin/v1/components/sha256:00/signature";
+    assert_eq!(rig.ask_admin(request("PUT", signature, &[HOST], "good")).await.status, 204);
     assert!(rig.state.admission.is_draining());
     assert_eq!(rig.ask_admin(request("DELETE", "/admin/v1/components/sha256:00", &[HOST], "")).await.status, 204);
 }
 
 #[tokio::test]
 async fn faults_have_their_status() {
+    let long = "A".repeat(129);
     let rig = Rig::with(ServerConfig { max_component_bytes: 8, ..ServerConfig::default() });
     for (method, path, body, status, code) in [
         ("POST", "/admin/v1/components", "", 400, "invalid_value"),
         ("POST", "/admin/v1/components", "nonsense", 400, "invalid_value"),
         ("POST", "/admin/v1/components", "\0asm12345", 413, "body_too_large"),
         ("DELETE", "/admin/v1/components/sha256:11", "", 404, "not_found"),
+        ("PUT", "/admin/v1/components/sha256:11/signature", "good", 404, "not_found"),
+        ("PUT", "/admin/v1/components/sha256:00/signature", "bad", 422, "refused"),
+        ("PUT", "/admin/v1/components/sha256:00/signature", &long, 413, "body_too_large"),
+        ("POST", "/admin/v1/components", r#"{"component": "oci://nowhere/r"}"#, 502, "registry"),
+        ("POST", "/admin/v1/components", r#"{"componet": "oci://host/r"}"#, 400, "invalid_json"),
         ("GET", "/admin/v1/slots/other", "", 404, "not_found"),
         ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "if_generation": 2}"#, 409, "conflict"),
         ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "cofnig": 2}"#, 400, "invalid_value"),
@@ -88,16 +107,17 @@ async fn faults_have_their_status() {
         ("PATCH", "/admin/v1/slots/router", "", 405, "method_not_allowed"),
         ("GET", "/admin/v1/journal?after=x", "", 400, "invalid_value"),
     ] {
-        let answer = rig.ask_admin(request(method, path, &[HOST], body)).await;
+        let kind = if body.starts_with('{') { "application/json" } else { "application/wasm" };
+        let answer = rig.ask_admin(request(method, path, &[HOST, ("content-type", kind)], body)).await;
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(code)), "{method} {path}");
     }
 }
 
 #[tokio::test]
 async fn web_pages_and_strangers_are_kept_out() {
-    let with = |admin_token: Option<&str>, admin_remote| {
-        let admin_token = admin_token.map(Secret::new);
-        Rig::with(ServerConfig { admin_token, admin_remote, ..ServerConfig::default() })
+    let with = |token: Option<&str>, admin_remote| {
+        let token = token.map(|token| admin_token("ops", token, AdminRole::Operate));
+        Rig::with(ServerConfig { admin_tokens: token.into_iter().collect(), admin_remote, ..ServerConfig::default() })
     };
     let token = ("authorization", "Bearer secret");
     for (rig, headers, status) in [
@@ -115,8 +135,42 @@ async fn web_pages_and_strangers_are_kept_out() {
         (with(Some("secret"), true), vec![("host", "ops.example"), token, ("origin", "http://x")], 403),
     ] {
         let answer = rig.ask_admin(request("GET", "/admin/v1/slots", &headers, "")).await;
-        assert_eq!(answer.status, status, "{headers:?} {:?}", rig.state.config.admin_token);
+        assert_eq!(answer.status, status, "{headers:?} {:?}", rig.state.config.admin_tokens);
     }
+}
+
+fn admin_token(name: &str, token: &str, role: AdminRole) -> AdminToken {
+    AdminToken { name: name.into(), token: Secret::new(token), role }
+}
+
+#[tokio::test]
+async fn a_token_that_may_read_changes_nothing_and_the_journal_gets_the_name() {
+    let admin_tokens =
+        vec![admin_token("dashboard", "one", AdminRole::Read), admin_token("ci", "two", AdminRole::Operate)];
+    let rig = Rig::with(ServerConfig { admin_tokens, ..ServerConfig::default() });
+    let put = r#"{"component": "native"}"#;
+    for (method, path, body, token, expect) in [
+        ("GET", "/admin/v1/slots", "", "Bearer one", (200, "")),
+        ("HEAD", "/admin/v1/slots", "", "Bearer one", (200, "")),
+        ("GET", "/admin/v1/slots", "", "Bearer two", (200, "")),
+        ("GET", "/admin/v1/slots", "", "Bearer three", (401, "the admin token is wrong")),
+        ("GET", "/admin/v1/slots", "", "Basic one", (401, "the admin token is wrong")),
+        (
+            "PUT",
+            "/admin/v1/slots/router",
+            put,
+            "Bearer one",
+            (403, "`dashboard` has the role `read` and this call needs `operate`"),
+        ),
+        ("POST", "/admin/v1/drain", "", "Bearer one", (403, "needs `operate`")),
+        ("DELETE", "/admin/v1/slots/router", "", "Bearer one", (403, "needs `operate`")),
+        ("PUT", "/admin/v1/slots/router", put, "Bearer two", (200, "router:native:{}:ci")),
+    ] {
+        let answer = rig.ask_admin(request(method, path, &[HOST, ("authorization", token)], body)).await;
+        assert_eq!(answer.status, expect.0, "{method} {path} {token}: {}", answer.body);
+        assert!(answer.body.contains(expect.1), "{method} {path} {token}: {}", answer.body);
+    }
+    assert!(!rig.state.admission.is_draining());
 }
 
 fn line(sequence: u64) -> JournalLine {

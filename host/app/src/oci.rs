@@ -1,0 +1,346 @@
+//! Pulls a component from a registry: the few requests of the OCI distribution specification that a pull needs.
+//!
+//! Over `ureq`, which the command line has anyway; the ecosystem's client library is made for pushing images too and brings
+//! a second HTTP client with its own TLS and connection pool for what is two GETs and a token. A pull is anonymous. It
+//! trusts nothing on the way: every byte is checked against a digest, a manifest against the pin where there is one. Plain
+//! HTTP is for loopback only, and only a registry on loopback may send us there. Every request ends within 30 seconds,
+//! there are at most a dozen of them, and nothing larger than the limit is read.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use pointsman_policy::Digest;
+use serde::Deserialize;
+use ureq::Body;
+use ureq::http::header::{ACCEPT, AUTHORIZATION, LOCATION, WWW_AUTHENTICATE};
+use ureq::http::{HeaderMap, Request, Response, Uri};
+use ureq::tls::{RootCerts, TlsConfig};
+
+use crate::reference::OciReference;
+
+/// What registries serve a single artifact's manifest as.
+const MANIFEST_TYPES: &str =
+    "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
+/// Types under which tools push WebAssembly, today's first.
+const LAYER_TYPES: [&str; 4] = [
+    "application/wasm",
+    "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm",
+    "application/vnd.bytecodealliance.component.v1+wasm",
+    "application/vnd.wasm.content.layer.v1+wasm",
+];
+/// Annotation of a manifest that carries the component's detached signature in base64.
+pub(crate) const SIGNATURE_ANNOTATION: &str = "pointsman.signature";
+/// The specification lets registries refuse larger manifests.
+const MAX_MANIFEST_BYTES: u64 = 4 << 20;
+const MAX_TOKEN_BYTES: u64 = 64 << 10;
+/// Registries redirect to their storage once.
+const MAX_REDIRECTS: usize = 3;
+const CONNECT: Duration = Duration::from_secs(5);
+const REQUEST: Duration = Duration::from_secs(30);
+
+/// A component as a registry gave it.
+#[derive(Debug)]
+pub(crate) struct Pulled {
+    pub bytes: Vec<u8>,
+    /// The reference with the digest of its manifest: what was pulled, exactly.
+    pub source: String,
+    /// Text of the signature annotation.
+    pub signature: Option<String>,
+}
+
+/// Why nothing was pulled.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PullError {
+    #[error("cannot reach {url}: {source}")]
+    Unreachable { url: String, source: Box<ureq::Error> },
+    #[error("{url} answered {status}; the registry must be OCI-compatible")]
+    Status { url: String, status: u16 },
+    #[error("the registry has no {0}; check repository, tag and pin")]
+    Missing(String),
+    #[error("{0} asks for credentials and pulls are anonymous: pull it with another tool and upload the file")]
+    Credentials(String),
+    #[error(
+        "the registry sends us to `{0}`; redirects and token services must be HTTPS, or on loopback where the registry is"
+    )]
+    Redirect(String),
+    #[error("more than {MAX_REDIRECTS} redirects from {0}")]
+    Redirects(String),
+    #[error("{what} from {url} cannot be read: {detail}")]
+    Malformed { what: &'static str, url: String, detail: String },
+    #[error("the artifact has {} WebAssembly layers and must have one of the type {}; its layers are: {}", .found, LAYER_TYPES[0], .types.join(", "))]
+    Layers { found: usize, types: Vec<String> },
+    #[error("{what} has the digest {found} and must have {expected}: the registry's copy is damaged or was replaced")]
+    Digest { what: &'static str, expected: String, found: String },
+    #[error("the component has {size} bytes and the limit is {limit}")]
+    TooLarge { size: u64, limit: u64 },
+}
+
+#[derive(Deserialize)]
+struct Manifest {
+    #[serde(default)]
+    layers: Vec<Descriptor>,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct Descriptor {
+    #[serde(rename = "mediaType")]
+    media_type: String,
+    digest: String,
+    size: u64,
+}
+
+/// What a token service answers; registries use either name.
+#[derive(Deserialize)]
+struct Token {
+    token: Option<String>,
+    access_token: Option<String>,
+}
+
+/// One pull.
+struct Pull {
+    agent: ureq::Agent,
+    /// Scheme, host and port of the registry.
+    origin: String,
+    /// Whether the registry is on loopback.
+    local: bool,
+    bearer: Option<String>,
+}
+
+/// Fetches the component that a reference names, of at most `limit` bytes. Blocks.
+///
+/// # Errors
+/// What the registry did; nothing was kept.
+pub(crate) fn pull(reference: &OciReference, limit: u64) -> Result<Pulled, PullError> {
+    let mut pull = Pull::new(&reference.registry);
+    let repository = format!("{}/v2/{}", pull.origin, reference.repository);
+    let name = reference.pin.as_ref().map_or(reference.tag.as_str(), Digest::as_str);
+    let url = format!("{repository}/manifests/{name}");
+    let bytes = pull.get(&url, MANIFEST_TYPES, MAX_MANIFEST_BYTES, "manifest")?;
+    let digest = Digest::of(&bytes);
+    same("the manifest", reference.pin.as_ref().map_or(digest.as_str(), Digest::as_str), &digest)?;
+    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| PullError::Malformed {
+        what: "the manifest",
+        url,
+        detail: e.to_string(),
+    })?;
+    let layer = only_layer(&manifest.layers)?;
+    if layer.size > limit {
+        return Err(PullError::TooLarge { size: layer.size, limit });
+    }
+    let expected = Digest::parse(&layer.digest).ok_or_else(|| PullError::Malformed {
+        what: "the layer's digest",
+        url: repository.clone(),
+        detail: format!("`{}` is no sha256", layer.digest),
+    })?;
+    let bytes = pull.get(&format!("{repository}/blobs/{expected}"), "*/*", layer.size, "component")?;
+    same("the component", expected.as_str(), &Digest::of(&bytes))?;
+    let source = OciReference { pin: Some(digest), ..reference.clone() }.to_string();
+    Ok(Pulled { bytes, source, signature: manifest.annotations.get(SIGNATURE_ANNOTATION).cloned() })
+}
+
+fn same(what: &'static str, expected: &str, found: &Digest) -> Result<(), PullError> {
+    let error = || PullError::Digest { what, expected: expected.to_owned(), found: found.to_string() };
+    if expected == found.as_str() { Ok(()) } else { Err(error()) }
+}
+
+fn only_layer(layers: &[Descriptor]) -> Result<&Descriptor, PullError> {
+    let wasm: Vec<&Descriptor> = layers.iter().filter(|l| LAYER_TYPES.contains(&l.media_type.as_str())).collect();
+    match wasm[..] {
+        [layer] => Ok(layer),
+        _ => {
+            let types = layers.iter().take(8).map(|layer| layer.media_type.clone()).collect();
+            Err(PullError::Layers { found: wasm.len(), types })
+        }
+    }
+}
+
+// === impl Pull ===
+
+impl Pull {
+    fn new(registry: &str) -> Self {
+        let local = format!("http://{registry}").parse::<Uri>().is_ok_and(|uri| is_loopback(&uri));
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .timeout_connect(Some(CONNECT))
+            .timeout_global(Some(REQUEST))
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build());
+        // A proxy is for the world outside.
+        let config = if local { config.proxy(None) } else { config };
+        let scheme = if local { "http" } else { "https" };
+        Self { agent: config.build().into(), origin: format!("{scheme}://{registry}"), local, bearer: None }
+    }
+
+    /// The body of a resource, of at most `limit` bytes; gets a token where the registry asks for one.
+    fn get(&mut self, url: &str, accept: &str, limit: u64, what: &'static str) -> Result<Vec<u8>, PullError> {
+        let mut response = self.follow(url, accept)?;
+        if response.status() == 401 && self.bearer.is_none() {
+            self.bearer = Some(self.token(response.headers())?);
+            response = self.follow(url, accept)?;
+        }
+        match response.status().as_u16() {
+            200 => body(&mut response, url, limit, what),
+            401 | 403 => Err(PullError::Credentials(self.origin.clone())),
+            404 => Err(PullError::Missing(url.trim_start_matches(&self.origin).to_owned())),
+            status => Err(PullError::Status { url: url.to_owned(), status }),
+        }
+    }
+
+    /// Follows redirects by hand: the token is for the registry alone, and not every place is one to go to.
+    fn follow(&self, url: &str, accept: &str) -> Result<Response<Body>, PullError> {
+        let mut at = url.to_owned();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = Request::get(&at).header(ACCEPT, accept);
+            if let Some(token) = self.bearer.as_ref().filter(|_| at.starts_with(&format!("{}/", self.origin))) {
+                request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+            }
+            let request = request.body(()).map_err(|_| PullError::Redirect(at.clone()))?;
+            let unreachable = |source| PullError::Unreachable { url: at.clone(), source: Box::new(source) };
+            let response = self.agent.run(request).map_err(unreachable)?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(response);
+            }
+            let to = response.headers().get(LOCATION).and_then(|to| to.to_str().ok()).unwrap_or_default();
+            at = if to.starts_with('/') { format!("{}{to}", origin(&at)) } else { to.to_owned() };
+            self.check_place(&at)?;
+        }
+        Err(PullError::Redirects(url.to_owned()))
+    }
+
+    fn check_place(&self, url: &str) -> Result<(), PullError> {
+        let uri = url.parse::<Uri>().ok();
+        let allowed = uri.is_some_and(|uri| match uri.scheme_str() {
+            Some("https") => true,
+            Some("http") => self.local && is_loopback(&uri),
+            _ => false,
+        });
+        if allowed { Ok(()) } else { Err(PullError::Redirect(url.to_owned())) }
+    }
+
+    /// An anonymous token from the service that a registry names.
+    fn token(&self, headers: &HeaderMap) -> Result<String, PullError> {
+        let credentials = || PullError::Credentials(self.origin.clone());
+        let challenge = headers.get(WWW_AUTHENTICATE).and_then(|text| text.to_str().ok()).ok_or_else(credentials)?;
+        let challenge = challenge_of(challenge).ok_or_else(credentials)?;
+        let realm = challenge.get("realm").ok_or_else(credentials)?;
+        self.check_place(realm)?;
+        let mut request = self.agent.get(realm);
+        for key in ["service", "scope"] {
+            if let Some(value) = challenge.get(key) {
+                request = request.query(key, value);
+            }
+        }
+        let unreachable = |source| PullError::Unreachable { url: realm.clone(), source: Box::new(source) };
+        let mut response = request.call().map_err(unreachable)?;
+        if response.status() != 200 {
+            return Err(credentials());
+        }
+        let bytes = body(&mut response, realm, MAX_TOKEN_BYTES, "token")?;
+        let token: Token = serde_json::from_slice(&bytes).map_err(|e| PullError::Malformed {
+            what: "the token",
+            url: realm.clone(),
+            detail: e.to_string(),
+        })?;
+        token.token.or(token.access_token).ok_or_else(credentials)
+    }
+}
+
+fn body(response: &mut Response<Body>, url: &str, limit: u64, what: &'static str) -> Result<Vec<u8>, PullError> {
+    // The limit of `ureq` is the first number of bytes that is too many.
+    let read = response.body_mut().with_config().limit(limit + 1).read_to_vec();
+    read.map_err(|e| PullError::Malformed { what, url: url.to_owned(), detail: e.to_string() })
+}
+
+/// `scheme://host:port` of a URL.
+fn origin(url: &str) -> &str {
+    let after = url.find("://").map_or(0, |at| at + 3);
+    let end = url[after..].find('/').map_or(url.len(), |at| after + at);
+    &url[..end]
+}
+
+fn is_loopback(uri: &Uri) -> bool {
+    let host = uri.host().unwrap_or_default();
+    let name = host.trim_start_matches('[').trim_end_matches(']');
+    name == "localhost" || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+}
+
+/// The parameters of a `Bearer` challenge, such as `Bearer realm="https://a/token",scope="repository:x:pull,push"`.
+fn challenge_of(header: &str) -> Option<BTreeMap<String, String>> {
+    let (scheme, mut rest) = header.trim().split_once(' ')?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return None;
+    }
+    let mut parameters = BTreeMap::new();
+    while let Some((key, after)) = rest.split_once('=') {
+        let (value, tail) = match after.strip_prefix('"') {
+            Some(quoted) => quoted.split_once('"')?,
+            None => after.split_once(',').unwrap_or((after, "")),
+        };
+        parameters.insert(key.trim_matches([',', ' ']).to_ascii_lowercase(), value.to_owned());
+        rest = tail;
+    }
+    Some(parameters)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn challenges_are_read() {
+        let header =
+            r#"Bearer realm="https://auth.example/token", service="registry", scope="repository:a/b:pull,push""#;
+        let challenge = challenge_of(header).expect("a bearer challenge");
+        let expect =
+            [("realm", "https://auth.example/token"), ("scope", "repository:a/b:pull,push"), ("service", "registry")];
+        assert_eq!(challenge, expect.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+        assert_eq!(challenge_of(r#"bearer realm=x,service=y"#).expect("unquoted").len(), 2);
+        assert_eq!(challenge_of(r#"Basic realm="x""#), None);
+        assert_eq!(challenge_of("Bearer"), None);
+    }
+
+    #[test]
+    fn only_loopback_is_spoken_to_in_plain_text() {
+        for (registry, origin) in [
+            ("ghcr.io", "https://ghcr.io"),
+            ("localhost:5000", "http://localhost:5000"),
+            ("127.0.0.1:5000", "http://127.0.0.1:5000"),
+            ("[::1]:5000", "http://[::1]:5000"),
+            ("127.0.0.1.example", "https://127.0.0.1.example"),
+        ] {
+            assert_eq!(Pull::new(registry).origin, origin);
+        }
+        for (registry, place, allowed) in [
+            ("ghcr.io", "https://storage.example/x", true),
+            ("ghcr.io", "http://storage.example/x", false),
+            ("ghcr.io", "http://127.0.0.1:8081/admin", false),
+            ("ghcr.io", "file:///etc/passwd", false),
+            ("ghcr.io", "", false),
+            ("localhost:5000", "http://127.0.0.1:5001/x", true),
+            ("localhost:5000", "http://storage.example/x", false),
+        ] {
+            assert_eq!(Pull::new(registry).check_place(place).is_ok(), allowed, "{registry} -> {place}");
+        }
+        assert_eq!(origin("https://a.example:5/b/c"), "https://a.example:5");
+    }
+
+    #[test]
+    fn an_artifact_has_one_layer_of_wasm() {
+        let layers = |types: &[&str]| -> Vec<Descriptor> {
+            types.iter().map(|t| Descriptor { media_type: (*t).into(), digest: String::new(), size: 0 }).collect()
+        };
+        for (types, good) in [
+            (&["application/wasm"][..], true),
+            (&["text/plain", "application/vnd.wasm.content.layer.v1+wasm"], true),
+            (&[], false),
+            (&["application/vnd.oci.image.layer.v1.tar+gzip"], false),
+            (&["application/wasm", "application/wasm"], false),
+        ] {
+            assert_eq!(only_layer(&layers(types)).is_ok(), good, "{types:?}");
+        }
+    }
+}
