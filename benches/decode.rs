@@ -15,6 +15,7 @@ use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Prec
 use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
+use pointsman_sched::sampler::NoEdits;
 
 type Error = Box<dyn std::error::Error>;
 
@@ -101,7 +102,7 @@ fn median(engine: &mut CpuEngine, plan: &StepPlan) -> Result<Duration, Error> {
     let begin = now();
     while begin.elapsed() < PATIENCE {
         let start = now();
-        engine.execute(plan, &mut out)?;
+        engine.execute(plan, &mut NoEdits, &mut out)?;
         samples.add(start.elapsed());
     }
     Ok(Duration::from_nanos(samples.percentiles().p50))

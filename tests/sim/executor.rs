@@ -5,6 +5,7 @@
 use pointsman_sched::execute::{ExecuteError, Executor, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::prefix::chain_hash;
+use pointsman_sched::sampler::EditSource;
 
 /// What a step costs: `fixed + prefill * prefill tokens + decode * decode tokens`, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +46,12 @@ impl ModelEngine {
 }
 
 impl Executor for ModelEngine {
-    fn execute(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
+    fn execute(
+        &mut self,
+        plan: &StepPlan,
+        _edits: &mut dyn EditSource,
+        out: &mut StepOutput,
+    ) -> Result<(), ExecuteError> {
         out.sampled.clear();
         if std::mem::take(&mut self.fails_next) {
             self.spoil(plan);

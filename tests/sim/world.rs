@@ -12,6 +12,7 @@ use pointsman_sched::prefix::{chain_hash, chain_hashes};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
 use pointsman_sched::retention::RetentionPolicy;
+use pointsman_sched::sampler::NoEdits;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_telemetry::Event;
 
@@ -239,7 +240,7 @@ impl<'a> World<'a> {
         let planned: Vec<RequestId> = plan.rows.iter().map(|row| row.request).collect();
         let took = self.options.cost.of(plan);
         self.engine.fails_next = self.rng.chance(self.options.fault_ppm);
-        let result = self.engine.execute(plan, out);
+        let result = self.engine.execute(plan, &mut NoEdits, out);
         let live: Vec<RequestId> =
             self.truth.lock().expect("one thread").live.iter().map(|&id| RequestId(id)).collect();
         self.report.overdue_served +=

@@ -13,12 +13,14 @@ use std::time::Duration;
 use pointsman_sched::batch::BatchPolicy;
 use pointsman_sched::execute::{Executor, StepOutput};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
+use pointsman_sched::observe::Observer;
 use pointsman_sched::publish::ReplicaGauges;
 use pointsman_sched::request::{CancelCause, Request, SinkEvent};
 use pointsman_sched::retention::RetentionPolicy;
+use pointsman_sched::sampler::{Desk, SamplerWorker, Started};
 use pointsman_sched::scheduler::{Scheduler, Stage};
 use pointsman_server::ports::SubmitError;
-use pointsman_telemetry::{Event, Metrics, Recorder, ReplicaMetrics};
+use pointsman_telemetry::{Event, EventKind, Metrics, Recorder, ReplicaMetrics};
 
 use crate::clock::SystemClock;
 
@@ -39,6 +41,8 @@ pub(crate) struct DriverReplica {
     pub policy: Box<dyn BatchPolicy>,
     /// Says what its prefix cache gives up first.
     pub retention: Box<dyn RetentionPolicy>,
+    /// Hands tokens to the sampler policy and its edits to the executor.
+    pub sampler: Desk<Box<dyn SamplerWorker>>,
     /// Shared with the dispatcher.
     pub gauges: Arc<ReplicaGauges>,
     /// Resolved metric handles.
@@ -165,7 +169,7 @@ impl Driver {
         self.take_mail();
         let now = self.context.clock.micros();
         for replica in &mut self.replicas {
-            let mut observe = observer(&self.context.recorder, replica.id, replica.variant);
+            let mut observe = Watch::new(&self.context.recorder, (replica.id, replica.variant), &mut replica.sampler);
             replica.scheduler.shutdown(now, &mut observe);
             publish(replica, &self.context.metrics);
         }
@@ -181,7 +185,8 @@ impl Driver {
         for (id, request, cause) in self.to_cancel.drain(..) {
             let now = self.context.clock.micros();
             if let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) {
-                let mut observe = observer(&self.context.recorder, replica.id, replica.variant);
+                let mut observe =
+                    Watch::new(&self.context.recorder, (replica.id, replica.variant), &mut replica.sampler);
                 replica.scheduler.cancel(request, cause, now, &mut observe);
             }
         }
@@ -194,8 +199,14 @@ impl Driver {
             return;
         };
         let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+        // Not only at a step: a request that comes after a swap is the new policy's.
+        replica.sampler.attend(now);
+        let started = replica.sampler.is_active().then(|| Started::of(&request));
         match replica.scheduler.submit(request, now) {
-            Ok(()) => replica.metrics.prompt_tokens.inc_by(tokens.into()),
+            Ok(()) => {
+                replica.metrics.prompt_tokens.inc_by(tokens.into());
+                started.into_iter().for_each(|started| replica.sampler.start(started));
+            }
             Err((mut request, failure)) => {
                 request.sink.push(SinkEvent::Failed(failure));
             }
@@ -208,17 +219,23 @@ impl Driver {
         let Self { replicas, context, output, .. } = self;
         let replica = &mut replicas[index];
         let clock = &context.clock;
-        let mut observe = observer(&context.recorder, replica.id, replica.variant);
         let start = clock.micros();
+        replica.sampler.attend(start);
         replica.scheduler.review_cache(start, &mut *replica.retention);
+        let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), &mut replica.sampler);
         let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
             publish(replica, &context.metrics);
             return false;
         };
         let n_tokens = plan.tokens.len();
         let scheduled = clock.micros();
-        let executed = replica.executor.execute(plan, output);
+        let executed = replica.executor.execute(plan, &mut replica.sampler, output);
         let done = clock.micros();
+        if replica.sampler.is_active() && executed.is_ok() {
+            let rows = plan.rows.iter().filter(|row| row.sample.is_some());
+            rows.zip(&output.sampled).for_each(|(row, sampled)| replica.sampler.sampled(row.request, sampled.token));
+        }
+        let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), &mut replica.sampler);
         match executed {
             Ok(()) => replica.scheduler.complete(done, output, &mut observe),
             Err(error) => {
@@ -226,6 +243,8 @@ impl Driver {
                 replica.scheduler.fail_step(done, &error, &mut observe);
             }
         }
+        // What was sampled is looked at while the next step runs.
+        replica.sampler.hand_over(done);
         let seconds = |from: Micros, to: Micros| to.saturating_sub(from) as f64 * 1e-6;
         replica.metrics.step_schedule.observe(seconds(start, scheduled));
         replica.metrics.step_execute.observe(seconds(scheduled, done));
@@ -243,9 +262,31 @@ impl Driver {
     }
 }
 
-/// Records the scheduler's events under the replica's name.
-fn observer(recorder: &Recorder, replica: ReplicaId, variant: u32) -> impl FnMut(Event) + '_ {
-    move |event| recorder.record(Event { replica: replica.0, variant, ..event })
+/// Records a replica's events under its name, and tells its sampler of requests that end.
+struct Watch<'a> {
+    recorder: &'a Recorder,
+    replica: ReplicaId,
+    variant: u32,
+    sampler: &'a mut Desk<Box<dyn SamplerWorker>>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(
+        recorder: &'a Recorder,
+        (replica, variant): (ReplicaId, u32),
+        sampler: &'a mut Desk<Box<dyn SamplerWorker>>,
+    ) -> Self {
+        Self { recorder, replica, variant, sampler }
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn observe(&mut self, event: Event) {
+        if matches!(event.kind, EventKind::Finished | EventKind::Failed | EventKind::Cancelled | EventKind::Rejected) {
+            self.sampler.ended(RequestId(event.request));
+        }
+        self.recorder.record(Event { replica: self.replica.0, variant: self.variant, ..event });
+    }
 }
 
 /// Adds what happened since the last time to the replica's metrics.

@@ -15,6 +15,7 @@ use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeC
 use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::retention::NativeRetention;
+use pointsman_sched::sampler::{Desk, NativeSampler};
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
@@ -297,6 +298,7 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
                 &replica.name,
             )),
             retention: Box::new(NativeRetention),
+            sampler: Desk::new(Box::new(NativeSampler)),
             gauges: Arc::clone(&replica.gauges),
             metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
             variant: u32::try_from(replica.variant).unwrap_or(0),

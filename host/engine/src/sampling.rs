@@ -1,16 +1,19 @@
 //! Chooses a row's next token from its logits.
 //!
-//! In this order: repetition penalty, presence and frequency penalties, bias, bans; log-probabilities are those of the
-//! result. Then greedy (ties go to the lowest id), or: temperature, top-k, top-p over what is left and renormalised,
+//! In this order: repetition penalty, presence and frequency penalties, the request's bias, a sampler policy's edit, bans;
+//! log-probabilities are those of the result. A mask that leaves no token is set aside for that token, and bans that would
+//! leave none of a mask are too: the operator's mask stands above the client's minimum length. Then greedy (ties go to the lowest id), or: temperature, top-k, top-p over what is left and renormalised,
 //! min-p, one draw. A draw is a function of (logits, rules, seed, index) alone.
 //!
 //! The random numbers are a counter-based mix of (seed, index) written out here, because they are part of what a user
 //! can reproduce: a random-number crate may change its streams between versions, these twelve lines do not.
 
 use std::cmp::Ordering;
+use std::sync::Arc;
 
 use pointsman_sched::execute::{Sample, Sampled};
 use pointsman_sched::request::{Sampling, TokenLogprobs};
+use pointsman_sched::sampler::Edit;
 
 use crate::backend::cpu::{Isa, LANES, Lanes, softmax};
 
@@ -22,6 +25,8 @@ const MIN_TEMPERATURE: f32 = 1e-5;
 pub(crate) struct Sampler {
     /// The rules of this step.
     pub(crate) rule: Option<Sample>,
+    /// What a sampler policy wants of this token.
+    pub(crate) edit: Option<Arc<Edit>>,
     /// The choice; `None` when no logit is finite.
     pub(crate) chosen: Option<Sampled>,
     isa: Isa,
@@ -39,6 +44,7 @@ impl Sampler {
         let padded = vocab.div_ceil(LANES);
         Self {
             rule: None,
+            edit: None,
             chosen: None,
             isa,
             vocab,
@@ -67,6 +73,8 @@ impl Sampler {
         let Some(rule) = self.rule.take() else { return };
         let history = &history[rule.history.start as usize..rule.history.end as usize];
         self.adjust(&rule, history);
+        let is_masked = self.edit.take().is_some_and(|edit| self.apply(&edit));
+        self.ban(rule.banned.as_deref().unwrap_or_default(), is_masked);
         let max = softmax::largest(self.isa, &self.logits);
         if max.is_finite() {
             let sampling = &*rule.sampling;
@@ -91,7 +99,7 @@ impl Sampler {
         found.and_then(|token| u32::try_from(token).ok()).unwrap_or(0)
     }
 
-    /// Penalties, bias and bans.
+    /// Penalties and bias.
     fn adjust(&mut self, rule: &Sample, history: &[u32]) {
         let sampling = &*rule.sampling;
         let logits = &mut self.logits.as_flattened_mut()[..self.vocab];
@@ -116,10 +124,58 @@ impl Sampler {
                 *logit += bias;
             }
         }
-        for &token in rule.banned.as_deref().unwrap_or_default() {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = f32::NEG_INFINITY;
+    }
+
+    /// Applies an edit; whether it was a mask and holds. One that leaves no finite logit changes nothing.
+    fn apply(&mut self, edit: &Edit) -> bool {
+        let logits = &mut self.logits.as_flattened_mut()[..self.vocab];
+        let logit = |token: u32| logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        match edit {
+            Edit::Allow(tokens) => {
+                if !tokens.iter().any(|&token| logit(token).is_finite()) {
+                    return false;
+                }
+                // Ascending and each once, so those that exist fit the row.
+                let tokens = &tokens[..tokens.partition_point(|&token| (token as usize) < self.vocab)];
+                let kept = &mut self.weights.as_flattened_mut()[..tokens.len()];
+                for (kept, &token) in kept.iter_mut().zip(tokens) {
+                    *kept = logits[token as usize];
+                }
+                logits.fill(f32::NEG_INFINITY);
+                for (kept, &token) in kept.iter().zip(tokens) {
+                    logits[token as usize] = *kept;
+                }
+                true
             }
+            Edit::Forbid(tokens) => {
+                let spared = |token: u32| logit(token).is_finite() && tokens.binary_search(&token).is_err();
+                if !(0..self.vocab as u32).any(spared) {
+                    return false;
+                }
+                for &token in tokens {
+                    set(logits, token, f32::NEG_INFINITY);
+                }
+                true
+            }
+            Edit::Bias(biases) => {
+                for &(token, bias) in biases {
+                    if let Some(logit) = logits.get_mut(token as usize).filter(|logit| logit.is_finite()) {
+                        *logit = (*logit + bias).clamp(f32::MIN, f32::MAX);
+                    }
+                }
+                false
+            }
+        }
+    }
+
+    fn ban(&mut self, banned: &[u32], is_masked: bool) {
+        let logits = &mut self.logits.as_flattened_mut()[..self.vocab];
+        let spared = |(token, logit): (u32, &f32)| logit.is_finite() && !banned.contains(&token);
+        if !banned.is_empty() && is_masked && !(0..).zip(logits.iter()).any(spared) {
+            return;
+        }
+        for &token in banned {
+            set(logits, token, f32::NEG_INFINITY);
         }
     }
 
@@ -175,6 +231,12 @@ impl Sampler {
         }
         let top = top.into_iter().map(|token| (token, logprob(self.logit(token)))).collect();
         TokenLogprobs { chosen: logprob(self.logit(token)), top }
+    }
+}
+
+fn set(logits: &mut [f32], token: u32, to: f32) {
+    if let Some(logit) = logits.get_mut(token as usize) {
+        *logit = to;
     }
 }
 
@@ -234,10 +296,9 @@ fn uniform(seed: u64, index: u32) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
+    #[derive(Clone)]
     struct Case<'a> {
         logits: &'a [f32],
         sampling: Sampling,
@@ -245,10 +306,11 @@ mod tests {
         /// Prompt, then output.
         history: [&'a [u32]; 2],
         banned: &'a [u32],
+        edit: Option<Edit>,
     }
 
     fn case(logits: &[f32], sampling: Sampling) -> Case<'_> {
-        Case { logits, sampling, index: 0, history: [&[], &[]], banned: &[] }
+        Case { logits, sampling, index: 0, history: [&[], &[]], banned: &[], edit: None }
     }
 
     fn sampler(vocab: usize) -> Sampler {
@@ -267,6 +329,7 @@ mod tests {
             history_prompt: case.history[0].len() as u32,
             banned: (!case.banned.is_empty()).then(|| case.banned.into()),
         });
+        sampler.edit = case.edit.clone().map(Arc::new);
         sampler.choose(&history);
         sampler.chosen.take()
     }
@@ -306,6 +369,71 @@ mod tests {
         ] {
             assert_eq!(token(&case), expect, "{:?} {:?} {:?}", case.logits, case.sampling, case.history);
         }
+    }
+
+    #[test]
+    fn an_edit_comes_after_the_requests_rules_and_before_the_choice() {
+        let plain = Sampling::default;
+        let allow = |tokens: &[u32]| Some(Edit::allow(tokens.to_vec(), 100).unwrap());
+        let forbid = |tokens: &[u32]| Some(Edit::forbid(tokens.to_vec(), 100).unwrap());
+        let bias = |biases: &[(u32, f32)]| Some(Edit::bias(biases.to_vec(), 100).unwrap());
+        let biased = Sampling { logit_bias: vec![(0, 50.0)], ..plain() };
+        let up = [1.0, 3.0, 2.0, 2.5];
+        let hole = [1.0, f32::NAN, f32::NEG_INFINITY, 2.5];
+        let (inf, max) = (f32::NEG_INFINITY, f32::MAX);
+        for (case, edit, expect) in [
+            (case(&up, plain()), allow(&[0, 2]), 2),
+            (case(&up, plain()), allow(&[2, 0, 2]), 2),
+            (case(&up, biased.clone()), allow(&[1, 2]), 1),
+            (case(&up, biased.clone()), allow(&[0, 2]), 0),
+            (case(&up, plain()), forbid(&[1, 3]), 2),
+            (case(&up, plain()), forbid(&[]), 1),
+            (case(&up, plain()), bias(&[(2, 2.0)]), 2),
+            (case(&up, plain()), bias(&[(2, 0.6), (2, 0.6)]), 2),
+            (case(&up, plain()), bias(&[(1, -max)]), 3),
+            (case(&[max, 1.0], plain()), bias(&[(1, max), (0, max)]), 0),
+            // A token that cannot be stays impossible.
+            (case(&[1.0, inf], plain()), bias(&[(1, 9.0)]), 0),
+            // A mask that leaves nothing is set aside: tokens without a logit, or all of them.
+            (case(&hole, plain()), allow(&[1, 2]), 3),
+            (case(&hole, plain()), allow(&[1, 0]), 0),
+            (case(&hole, plain()), forbid(&[0, 3]), 3),
+            (case(&up, plain()), allow(&[50, 99]), 1),
+            (case(&up, plain()), forbid(&[0, 1, 2, 3]), 1),
+            // Bans hold within a mask, unless they would leave nothing of it.
+            (Case { banned: &[1], ..case(&up, plain()) }, allow(&[0, 1]), 0),
+            (Case { banned: &[1], ..case(&up, plain()) }, allow(&[1]), 1),
+            (Case { banned: &[1, 3], ..case(&up, plain()) }, forbid(&[0, 2]), 1),
+            (Case { banned: &[1], ..case(&up, plain()) }, bias(&[(1, 100.0)]), 3),
+            // Penalties are the request's own, whatever the mask.
+            (
+                Case { history: [&[], &[3]], ..case(&up, Sampling { presence_penalty: 1.5, ..plain() }) },
+                allow(&[2, 3]),
+                2,
+            ),
+        ] {
+            let case = Case { edit, ..case };
+            assert_eq!(token(&case), expect, "{:?} {:?} banned {:?}", case.logits, case.edit, case.banned);
+            // Drawing obeys the same rules: with one candidate it is the greedy choice.
+            let drawn = Sampling { temperature: 1.5, top_k: 1, ..case.sampling.clone() };
+            assert_eq!(token(&Case { sampling: drawn, ..case.clone() }), expect, "drawn, {:?}", case.edit);
+        }
+        // A sampler forgets the edit of the row before.
+        let mut sampler = sampler(4);
+        let masked = Case { edit: allow(&[0]), ..case(&up, plain()) };
+        assert_eq!(choose(&mut sampler, &masked).unwrap().token, 0);
+        assert_eq!(choose(&mut sampler, &case(&up, plain())).unwrap().token, 1);
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_masked_distribution() {
+        let sampling = Sampling { logprobs: Some(3), ..Sampling::default() };
+        let edit = Some(Edit::allow(vec![0, 2], 3).unwrap());
+        let found = choose(&mut sampler(3), &Case { edit, ..case(&[1.0, 3.0, 2.0], sampling) }).unwrap();
+        let logprobs = found.logprobs.unwrap();
+        assert_eq!(logprobs.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [2, 0]);
+        let expect = 2.0 - (1f64.exp() + 2f64.exp()).ln();
+        assert!((f64::from(logprobs.chosen) - expect).abs() < 1e-6);
     }
 
     #[test]
@@ -361,12 +489,13 @@ mod tests {
     const RECORDED: [u32; 4] = [343_291, 955_746, 486_349, 67_357];
 
     /// Counts of `n` draws, one per index, against expected shares: Pearson's chi-square.
-    fn chi_square(logits: &[f32], sampling: &Sampling, shares: &[f64]) -> f64 {
+    fn chi_square(logits: &[f32], sampling: &Sampling, edit: Option<&Edit>, shares: &[f64]) -> f64 {
         let n = 20_000;
         let mut sampler = sampler(logits.len());
         let mut counts = vec![0u32; logits.len()];
         for index in 0..n {
-            let drawn = choose(&mut sampler, &Case { index, ..case(logits, sampling.clone()) }).unwrap();
+            let drawn =
+                choose(&mut sampler, &Case { index, edit: edit.cloned(), ..case(logits, sampling.clone()) }).unwrap();
             counts[drawn.token as usize] += 1;
         }
         let total: f64 = shares.iter().sum();
@@ -398,7 +527,18 @@ mod tests {
             (Sampling { top_k: 2, top_p: 0.6, ..at(1.0) }, [0.0, 1.0, 0.0, 0.0, 0.0]),
         ] {
             // 99.9 % quantile for four degrees of freedom.
-            assert!(chi_square(&logits, &sampling, &shares) < 18.5, "{sampling:?}");
+            assert!(chi_square(&logits, &sampling, None, &shares) < 18.5, "{sampling:?}");
+        }
+        let without_the_best = Edit::forbid(vec![1], 5).unwrap();
+        let twice = Edit::bias(vec![(0, 2f32.ln())], 5).unwrap();
+        for (edit, sampling, shares) in [
+            (&without_the_best, at(1.0), [0.1, 0.0, 0.2, 0.25, 0.05]),
+            // Top-k and top-p count what the mask left.
+            (&without_the_best, Sampling { top_k: 2, ..at(1.0) }, [0.0, 0.0, 0.2, 0.25, 0.0]),
+            (&without_the_best, Sampling { top_p: 0.7, ..at(1.0) }, [0.0, 0.0, 0.2, 0.25, 0.0]),
+            (&twice, at(1.0), [0.2, 0.4, 0.2, 0.25, 0.05]),
+        ] {
+            assert!(chi_square(&logits, &sampling, Some(edit), &shares) < 18.5, "{edit:?} {sampling:?}");
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::ids::{BlockId, RequestId};
 use crate::request::{Sampling, TokenLogprobs};
+use crate::sampler::EditSource;
 
 /// Everything one step computes: prefill chunks and decode rows together.
 #[derive(Debug, Default)]
@@ -70,12 +71,18 @@ pub struct Sampled {
 
 /// Computes step plans. Owned by one driver thread.
 pub trait Executor: Send {
-    /// Computes `plan` and replaces the contents of `out`. On an error nothing of the plan counts as computed, and the
-    /// KV contents of the plan's blocks are unspecified.
+    /// Computes `plan` and replaces the contents of `out`. `edits` is asked once for every row with a `sample`, after the
+    /// forward pass. On an error nothing of the plan counts as computed, and the KV contents of the plan's blocks are
+    /// unspecified.
     ///
     /// # Errors
     /// A device or engine fault, in words for the log.
-    fn execute(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError>;
+    fn execute(
+        &mut self,
+        plan: &StepPlan,
+        edits: &mut dyn EditSource,
+        out: &mut StepOutput,
+    ) -> Result<(), ExecuteError>;
 }
 
 /// A fault of the engine or its device.

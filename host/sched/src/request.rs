@@ -104,7 +104,8 @@ pub enum SinkEvent {
     Failed(Failure),
 }
 
-/// Log-probabilities at one position, natural logarithm, after penalties and bias and before temperature.
+/// Log-probabilities at one position, natural logarithm, after penalties, bias and a sampler policy's edit and before
+/// temperature.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
     /// Of the chosen token.

@@ -10,6 +10,7 @@ use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Prec
 use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
+use pointsman_sched::sampler::{EditSource, NoEdits};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -171,8 +172,13 @@ impl Step {
     }
 
     pub(crate) fn run(&mut self, engine: &mut CpuEngine) -> Vec<u32> {
+        self.run_edited(engine, &mut NoEdits)
+    }
+
+    /// The same with a sampler policy; the rows' requests are 1, 2 and so on.
+    pub(crate) fn run_edited(&mut self, engine: &mut CpuEngine, edits: &mut dyn EditSource) -> Vec<u32> {
         let mut out = StepOutput::default();
-        engine.execute(&self.plan, &mut out).unwrap();
+        engine.execute(&self.plan, edits, &mut out).unwrap();
         out.sampled.iter().map(|sampled| sampled.token).collect()
     }
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use pointsman_engine::backend::cpu::Isa;
 use pointsman_engine::{ComputePool, CpuEngine, Precision};
+use pointsman_sched::ids::RequestId;
 use pointsman_sched::request::Sampling;
+use pointsman_sched::sampler::{Edit, EditSource};
 use safetensors::Dtype;
 
 use crate::common::{Rng, Sequence, Step, blocks, engine, generate, model, spec};
@@ -118,6 +120,54 @@ fn a_sequence_does_not_know_how_it_is_computed() {
                 }
                 assert!(preempted(&mut engine, &prompt) == expect, "preempted: {what}");
                 assert!(from_cache(&mut engine, &prompt) == expect, "from cache: {what}");
+            }
+        }
+    }
+}
+
+/// Edits by row.
+struct Masks(Vec<Option<Arc<Edit>>>);
+
+impl EditSource for Masks {
+    fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
+        self.0[request.0 as usize - 1].clone()
+    }
+}
+
+#[test]
+fn a_masked_row_knows_its_own_mask_and_no_other() {
+    let model = model(&spec(), Dtype::F16, Precision::F16, 11);
+    let (vocab, n_rows) = (model.spec().vocab, 9);
+    for n_threads in [1, 3] {
+        let mut engine = engine(&model, &ComputePool::start(n_threads).unwrap());
+        for (seed, temperature) in [(1, 0.0), (2, 0.0), (3, 0.9)] {
+            let mut rng = Rng(seed);
+            let sampling = Arc::new(Sampling { temperature, seed, ..Sampling::default() });
+            let rows: Vec<_> = (0..n_rows)
+                .map(|i| {
+                    let len = 1 + rng.below(40) as usize;
+                    let first = 6 * i as u32;
+                    let tokens = rng.tokens(len, vocab);
+                    let n_allowed = 1 + rng.below(5) as usize;
+                    let allowed = rng.tokens(n_allowed, vocab);
+                    let edit = (i % 3 > 0).then(|| Arc::new(Edit::allow(allowed.clone(), vocab as u32).unwrap()));
+                    (Sequence { tokens, computed: 0, blocks: blocks(first..first + 6) }, edit, allowed)
+                })
+                .collect();
+            let mut alone = |(sequence, edit, _): &(Sequence, Option<Arc<Edit>>, Vec<u32>)| {
+                let mut step = Step::default();
+                step.push(sequence, sequence.tokens.len(), &sampling);
+                step.run_edited(&mut engine, &mut Masks(vec![edit.clone()]))[0]
+            };
+            let expect: Vec<u32> = rows.iter().map(&mut alone).collect();
+            let mut step = Step::default();
+            for (sequence, ..) in &rows {
+                step.push(sequence, sequence.tokens.len(), &sampling);
+            }
+            let masks = rows.iter().map(|(_, edit, _)| edit.clone()).collect();
+            assert_eq!(step.run_edited(&mut engine, &mut Masks(masks)), expect, "{n_threads} threads, seed {seed}");
+            for ((_, edit, allowed), token) in rows.iter().zip(&expect) {
+                assert!(edit.is_none() || allowed.contains(token), "{token} is not in {allowed:?}");
             }
         }
     }

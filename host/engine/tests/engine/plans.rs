@@ -6,6 +6,7 @@ use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, KvPlan, Precision};
 use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 use pointsman_sched::ids::BlockId;
 use pointsman_sched::request::Sampling;
+use pointsman_sched::sampler::NoEdits;
 use safetensors::Dtype;
 
 use crate::common::{Sequence, Step, blocks, config, engine, model, spec};
@@ -38,7 +39,7 @@ fn malformed_plans_are_named() {
         assert_eq!(step.run(&mut engine).len(), 2);
         change(&mut step.plan);
         let mut out = StepOutput::default();
-        assert_eq!(engine.execute(&step.plan, &mut out), Err(ExecuteError::Malformed { what }));
+        assert_eq!(engine.execute(&step.plan, &mut NoEdits, &mut out), Err(ExecuteError::Malformed { what }));
         assert!(out.sampled.is_empty());
     }
 }

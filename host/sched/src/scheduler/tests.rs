@@ -4,6 +4,7 @@
 mod model;
 mod random;
 mod retention;
+mod sampler;
 
 use std::sync::Arc;
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
+use pointsman_sched::sampler::EditSource;
 
 use super::aligned::Aligned;
 use super::attention::{Attention, Token};
@@ -232,13 +233,14 @@ impl CpuEngine {
         matmul(&self.pool, &self.model.head, input, logits, Epilogue::Store);
     }
 
-    fn sample(&mut self, plan: &StepPlan) {
+    fn sample(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) {
         let Workspace { logits, last, samplers, .. } = &mut self.work;
         let rows = last.len();
         let (logits, vocab) = (&*logits, self.model.spec.vocab);
-        let mut samples = plan.rows.iter().filter_map(|row| row.sample.as_ref());
-        for sampler in &mut samplers[..rows] {
-            sampler.rule = samples.next().cloned();
+        let samples = plan.rows.iter().filter(|row| row.sample.is_some());
+        for (sampler, row) in samplers[..rows].iter_mut().zip(samples) {
+            sampler.rule.clone_from(&row.sample);
+            sampler.edit = edits.edit(row.request);
         }
         // Choosing costs about as much as four multiply-adds per token of the vocabulary.
         self.pool.split(4 * vocab * rows, &mut samplers[..rows], 1, |first, samplers| {
@@ -258,7 +260,12 @@ impl CpuEngine {
 }
 
 impl Executor for CpuEngine {
-    fn execute(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
+    fn execute(
+        &mut self,
+        plan: &StepPlan,
+        edits: &mut dyn EditSource,
+        out: &mut StepOutput,
+    ) -> Result<(), ExecuteError> {
         out.sampled.clear();
         self.config.check_plan(plan, self.model.spec.vocab)?;
         if plan.rows.is_empty() {
@@ -267,7 +274,7 @@ impl Executor for CpuEngine {
         let (pool, cost) = (self.pool.clone(), self.cost(plan));
         pool.run(cost, || {
             self.forward(plan);
-            self.sample(plan);
+            self.sample(plan, edits);
         });
         let rows = self.work.last.len();
         for sampler in &mut self.work.samplers[..rows] {

@@ -14,6 +14,7 @@ use crate::prefix::{chain_hash, chain_hashes};
 use crate::publish::{PrefixSketch, ReplicaGauges};
 use crate::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
 use crate::retention::{BadRanking, BlockColumns, NativeRetention, Ranking, RetentionPolicy};
+use crate::sampler::{Desk, Edit, EditSource, NativeSampler, SamplerWorker, Started};
 use crate::scheduler::{Scheduler, Stage};
 
 #[derive(Clone, Debug, Default)]
@@ -55,8 +56,11 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
     }
 }
 
+/// Tokens that the model can say.
+pub(super) const VOCABULARY: u32 = 1_009;
+
 fn next_token(state: u64) -> u32 {
-    u32::try_from(state % 1_009).expect("small")
+    u32::try_from(state % u64::from(VOCABULARY)).expect("small")
 }
 
 /// What the model generates for a request that is alone in the world.
@@ -73,6 +77,7 @@ pub(super) fn reference(request: &Request) -> Vec<u32> {
 pub(super) struct Host {
     pub(super) scheduler: Scheduler,
     pub(super) retention: Box<dyn RetentionPolicy>,
+    pub(super) desk: Desk<Box<dyn SamplerWorker>>,
     pub(super) gauges: Arc<ReplicaGauges>,
     pub(super) now: Micros,
     /// Ids in the order in which they ended.
@@ -92,6 +97,7 @@ impl Host {
         Self {
             scheduler: Scheduler::new(config, 1, Arc::clone(&gauges), sketch).expect("a good configuration"),
             retention: Box::new(NativeRetention),
+            desk: Desk::new(Box::new(NativeSampler)),
             gauges,
             now: 0,
             ended: Vec::new(),
@@ -105,7 +111,9 @@ impl Host {
     pub(super) fn try_submit(&mut self, mut request: Request) -> Result<(), Failure> {
         let (id, sent) = (request.id.0, Arc::new(Mutex::new(Sent::default())));
         request.sink = Box::new(Sink(Arc::clone(&sent)));
+        let started = Started::of(&request);
         self.scheduler.submit(request, self.now).map_err(|(_, failure)| failure)?;
+        self.desk.start(started);
         self.sinks.insert(id, sent);
         Ok(())
     }
@@ -144,20 +152,24 @@ impl Host {
         out: &mut StepOutput,
         look: impl Fn(&StepPlan),
     ) -> Vec<u64> {
+        self.desk.attend(self.now);
         self.scheduler.review_cache(self.now, &mut *self.retention);
-        let ended = &mut self.ended;
-        let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note(ended, event)) else {
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))
+        else {
             return Vec::new();
         };
         look(plan);
         self.touched.clone_from(&plan.blocks);
-        execute(plan, &mut self.cells, self.block_tokens, out);
+        execute(plan, (&mut self.cells, self.block_tokens), desk, out);
+        tell(plan, out, desk);
         plan.rows.iter().map(|row| row.request.0).collect()
     }
 
     pub(super) fn finish(&mut self, out: &mut StepOutput) {
-        let ended = &mut self.ended;
-        self.scheduler.complete(self.now, out, &mut |event| note(ended, event));
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        self.scheduler.complete(self.now, out, &mut |event| note((&mut *ended, &mut *desk), event));
+        self.desk.hand_over(self.now);
         self.scheduler.assert_consistent();
     }
 
@@ -167,8 +179,8 @@ impl Host {
             let start = block.0 as usize * self.block_tokens;
             self.cells[start..start + self.block_tokens].fill(0xdead);
         }
-        let ended = &mut self.ended;
-        self.scheduler.fail_step(self.now, error, &mut |event| note(ended, event));
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        self.scheduler.fail_step(self.now, error, &mut |event| note((&mut *ended, &mut *desk), event));
         self.scheduler.assert_consistent();
     }
 
@@ -179,12 +191,14 @@ impl Host {
 
     /// A whole step, with a look at its plan.
     pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
+        self.desk.attend(self.now);
         self.scheduler.review_cache(self.now, &mut *self.retention);
-        let ended = &mut self.ended;
-        let plan = self.scheduler.schedule(self.now, policy, &mut |event| note(ended, event))?;
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        let plan = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))?;
         let seen = look(plan);
         let mut out = StepOutput::default();
-        execute(plan, &mut self.cells, self.block_tokens, &mut out);
+        execute(plan, (&mut self.cells, self.block_tokens), desk, &mut out);
+        tell(plan, &out, desk);
         self.finish(&mut out);
         Some(seen)
     }
@@ -202,28 +216,45 @@ impl Host {
     }
 
     pub(super) fn cancel(&mut self, id: u64, cause: CancelCause) -> Option<Stage> {
-        let ended = &mut self.ended;
-        let stage = self.scheduler.cancel(RequestId(id), cause, self.now, &mut |event| note(ended, event));
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        let stage =
+            self.scheduler.cancel(RequestId(id), cause, self.now, &mut |event| note((&mut *ended, &mut *desk), event));
         self.scheduler.assert_consistent();
         stage
     }
 
     pub(super) fn shutdown(&mut self) {
-        let ended = &mut self.ended;
-        self.scheduler.shutdown(self.now, &mut |event| note(ended, event));
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        self.scheduler.shutdown(self.now, &mut |event| note((&mut *ended, &mut *desk), event));
         self.scheduler.assert_consistent();
     }
 }
 
-fn note(ended: &mut Vec<u64>, event: Event) {
+type TestDesk = Desk<Box<dyn SamplerWorker>>;
+
+fn note((ended, desk): (&mut Vec<u64>, &mut TestDesk), event: Event) {
     use pointsman_telemetry::EventKind::{Cancelled, Failed, Finished, Rejected};
     if matches!(event.kind, Cancelled | Failed | Finished | Rejected) {
         ended.push(event.request);
+        desk.ended(RequestId(event.request));
+    }
+}
+
+/// Tells the desk what was sampled.
+fn tell(plan: &StepPlan, out: &StepOutput, desk: &mut TestDesk) {
+    let rows = plan.rows.iter().filter(|row| row.sample.is_some());
+    for (row, sampled) in rows.zip(&out.sampled) {
+        desk.sampled(row.request, sampled.token);
     }
 }
 
 /// Computes every row from the cell before its first position.
-fn execute(plan: &StepPlan, cells: &mut [u64], block_tokens: usize, out: &mut StepOutput) {
+fn execute(
+    plan: &StepPlan,
+    (cells, block_tokens): (&mut [u64], usize),
+    edits: &mut dyn EditSource,
+    out: &mut StepOutput,
+) {
     out.sampled.clear();
     for row in &plan.rows {
         let table = plan.blocks_of(row);
@@ -236,7 +267,15 @@ fn execute(plan: &StepPlan, cells: &mut [u64], block_tokens: usize, out: &mut St
         }
         if let Some(sample) = &row.sample {
             let banned = sample.banned.as_deref().unwrap_or(&[]);
-            let token = (next_token(state)..).find(|token| !banned.contains(token)).expect("few are banned");
+            let edit = edits.edit(row.request);
+            let may = |token: &u32| match edit.as_deref() {
+                Some(Edit::Allow(tokens)) => tokens.contains(token),
+                Some(Edit::Forbid(tokens)) => !tokens.contains(token),
+                Some(Edit::Bias(_)) | None => true,
+            };
+            let first = next_token(state);
+            let mut all = (first..VOCABULARY).chain(0..first);
+            let token = all.find(|token| !banned.contains(token) && may(token)).expect("few are banned");
             out.sampled.push(Sampled { token, logprobs: None });
         }
     }

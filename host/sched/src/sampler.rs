@@ -1,0 +1,426 @@
+//! The seam to sampler policies: which tokens a request may get next. Mirrors `interface sampler` of wit/policy.wit.
+//!
+//! A policy's answer to a token is an edit of the next token's logits, and the device is busy for milliseconds in between. So
+//! the policy works on a thread of its own ([`SamplerWorker`]) while the forward pass runs, and the executor asks for the
+//! edits ([`EditSource`]) only when the logits are there. [`Desk`] keeps the books in between: who is of interest, which
+//! words are still owed, and which edit holds. It is handed tokens that were sampled and nothing else, so no policy sees a
+//! placeholder; and a request of no interest, or a host without a sampler, costs one look at an empty map.
+//!
+//! A word that is late beyond the worker's bound, or lost with its guest, leaves the request with the edit that it had: a mask
+//! that is one token old is closer to what the policy wants than none. Not a call in the middle of the step: one slow
+//! policy would then stand in the way of every request of the device.
+
+use std::sync::Arc;
+
+use crate::hash::IntMap;
+use crate::ids::{Micros, RequestId};
+use crate::request::Request;
+
+/// Most tokens that wait for a worker. Beyond, their requests are no longer shown to the policy and keep the edits they have.
+pub const MAX_PENDING_TOKENS: usize = 4_096;
+
+/// What is done to a request's logits before a token is chosen. Tokens are ascending, and below the vocabulary's size.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Edit {
+    /// Only these tokens, each once, at least one.
+    Allow(Box<[u32]>),
+    /// Not these tokens, each once.
+    Forbid(Box<[u32]>),
+    /// These are added to the logits of their tokens; each finite.
+    Bias(Box<[(u32, f32)]>),
+}
+
+/// Why an edit was refused; the policy's fault.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum BadEdit {
+    /// Nothing would be left to choose from.
+    #[error("`allow` names no token; name at least one, or use `free`")]
+    AllowsNothing,
+    /// A token that does not exist.
+    #[error("token {token} is not in the vocabulary of {vocabulary} tokens")]
+    NoSuchToken {
+        /// The token.
+        token: u32,
+        /// How many there are.
+        vocabulary: u32,
+    },
+    /// A bias that is no number.
+    #[error("the bias of token {token} is {bias}; it must be finite")]
+    NotFinite {
+        /// The token.
+        token: u32,
+        /// Its bias.
+        bias: f32,
+    },
+}
+
+/// What a policy says of one request after a start or a token.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Word {
+    /// No interest: it is sampled freely and not shown again.
+    Leave,
+    /// The edit that it has holds on.
+    Keep,
+    /// Nothing is limited or biased now.
+    Free,
+    /// This holds now.
+    Edit(Arc<Edit>),
+}
+
+/// A request that starts, as a sampler sees it; see `record request` of the interface.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the fields are those of the interface's `record request`, documented there")]
+pub struct Started {
+    pub id: RequestId,
+    pub tenant: Arc<str>,
+    pub stop_tokens: Arc<[u32]>,
+    pub prompt_tokens: u32,
+    pub max_new_tokens: u32,
+}
+
+/// What happened since the last batch, in the order of the fields.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// When it was handed over.
+    pub now: Micros,
+    /// Requests that start to generate. Each is owed a word.
+    pub started: Vec<Started>,
+    /// Tokens that were sampled. Each is owed a word; a request may have several where the worker was late.
+    pub tokens: Vec<(RequestId, u32)>,
+    /// Requests that have ended.
+    pub ended: Vec<RequestId>,
+}
+
+/// The words that a batch was owed, and its memory back.
+#[derive(Debug, Default)]
+pub struct Reply {
+    /// Words that nobody was owed, before all others: a policy that took over says what it wants of running requests.
+    pub renewed: Vec<(RequestId, Word)>,
+    /// One per start and per token, a request's own in their order.
+    pub words: Vec<(RequestId, Word)>,
+    /// Whatever it holds is void.
+    pub spent: Batch,
+}
+
+/// Asked by the executor for the edits of rows that it samples, between the forward pass and the choice of tokens.
+pub trait EditSource: Send {
+    /// What holds for the next token of a request. May wait for a word that is owed, up to a bound per step.
+    fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>>;
+}
+
+/// No edits, for executors that run without a sampler.
+#[derive(Debug, Default)]
+pub struct NoEdits;
+
+impl EditSource for NoEdits {
+    fn edit(&mut self, _request: RequestId) -> Option<Arc<Edit>> {
+        None
+    }
+}
+
+/// Runs a sampler policy away from the driver thread. One batch is in its hands at a time.
+pub trait SamplerWorker: Send {
+    /// Whether a policy is active. Asked at every step boundary: picks up a swap.
+    fn attend(&mut self, now: Micros) -> bool;
+
+    /// Takes a batch, to be answered by one reply. Never blocks.
+    ///
+    /// # Errors
+    /// It has another one, or has ended; the batch comes back.
+    fn send(&mut self, batch: Batch) -> Result<(), Batch>;
+
+    /// The reply, if it is there.
+    fn poll(&mut self) -> Option<Reply>;
+
+    /// The reply, waiting for it up to a bound.
+    fn wait(&mut self) -> Option<Reply>;
+
+    /// A row is sampled with an edit that is out of date.
+    fn was_late(&mut self);
+}
+
+impl<W: SamplerWorker + ?Sized> SamplerWorker for Box<W> {
+    fn attend(&mut self, now: Micros) -> bool {
+        (**self).attend(now)
+    }
+
+    fn send(&mut self, batch: Batch) -> Result<(), Batch> {
+        (**self).send(batch)
+    }
+
+    fn poll(&mut self) -> Option<Reply> {
+        (**self).poll()
+    }
+
+    fn wait(&mut self) -> Option<Reply> {
+        (**self).wait()
+    }
+
+    fn was_late(&mut self) {
+        (**self).was_late();
+    }
+}
+
+/// No sampler, as a [`SamplerWorker`].
+#[derive(Debug, Default)]
+pub struct NativeSampler;
+
+impl SamplerWorker for NativeSampler {
+    fn attend(&mut self, _now: Micros) -> bool {
+        false
+    }
+
+    fn send(&mut self, batch: Batch) -> Result<(), Batch> {
+        Err(batch)
+    }
+
+    fn poll(&mut self) -> Option<Reply> {
+        None
+    }
+
+    fn wait(&mut self) -> Option<Reply> {
+        None
+    }
+
+    fn was_late(&mut self) {}
+}
+
+/// The books between a replica's driver, its executor and its sampler; see the [module documentation](self).
+#[derive(Debug)]
+pub struct Desk<W> {
+    worker: W,
+    active: bool,
+    /// Requests that the policy has not left, by id.
+    entries: IntMap<u64, Entry>,
+    /// What has not been handed over.
+    pending: Batch,
+    /// Memory for the next one.
+    spare: Batch,
+    in_flight: bool,
+    /// The worker was waited for in this step, and in vain.
+    out_of_patience: bool,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    edit: Option<Arc<Edit>>,
+    /// Words that are still to come.
+    owed: u32,
+    /// A token of its could not be kept for the worker: it stays as it is.
+    lost: bool,
+}
+
+// === impl Edit ===
+
+impl Edit {
+    /// Only these tokens.
+    ///
+    /// # Errors
+    /// There are none, or one does not exist.
+    pub fn allow(tokens: Vec<u32>, vocabulary: u32) -> Result<Self, BadEdit> {
+        if tokens.is_empty() {
+            return Err(BadEdit::AllowsNothing);
+        }
+        set(tokens, vocabulary).map(Self::Allow)
+    }
+
+    /// All but these tokens.
+    ///
+    /// # Errors
+    /// One does not exist.
+    pub fn forbid(tokens: Vec<u32>, vocabulary: u32) -> Result<Self, BadEdit> {
+        set(tokens, vocabulary).map(Self::Forbid)
+    }
+
+    /// Adds to logits; entries of one token add up.
+    ///
+    /// # Errors
+    /// A token does not exist, or its bias is not finite.
+    pub fn bias(mut biases: Vec<(u32, f32)>, vocabulary: u32) -> Result<Self, BadEdit> {
+        if let Some(&(token, _)) = biases.iter().find(|(token, _)| *token >= vocabulary) {
+            return Err(BadEdit::NoSuchToken { token, vocabulary });
+        }
+        if let Some(&(token, bias)) = biases.iter().find(|(_, bias)| !bias.is_finite()) {
+            return Err(BadEdit::NotFinite { token, bias });
+        }
+        // Stable: a sum of floats depends on its order.
+        biases.sort_by_key(|&(token, _)| token);
+        Ok(Self::Bias(biases.into()))
+    }
+}
+
+fn set(mut tokens: Vec<u32>, vocabulary: u32) -> Result<Box<[u32]>, BadEdit> {
+    tokens.sort_unstable();
+    tokens.dedup();
+    match tokens.last() {
+        Some(&token) if token >= vocabulary => Err(BadEdit::NoSuchToken { token, vocabulary }),
+        _ => Ok(tokens.into()),
+    }
+}
+
+impl Started {
+    /// What a sampler sees of a request.
+    #[must_use]
+    pub fn of(request: &Request) -> Self {
+        Self {
+            id: request.id,
+            tenant: Arc::clone(&request.tenant_name),
+            stop_tokens: Arc::clone(&request.stop_tokens),
+            prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
+            max_new_tokens: request.max_new_tokens,
+        }
+    }
+}
+
+// === impl Batch ===
+
+impl Batch {
+    /// Whether there is nothing to hand over.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.started.is_empty() && self.tokens.is_empty() && self.ended.is_empty()
+    }
+
+    /// Empties it and keeps its memory.
+    fn clear(&mut self) {
+        self.started.clear();
+        self.tokens.clear();
+        self.ended.clear();
+    }
+}
+
+// === impl Desk ===
+
+impl<W: SamplerWorker> Desk<W> {
+    /// A desk in front of `worker`.
+    #[must_use]
+    pub fn new(worker: W) -> Self {
+        Self {
+            worker,
+            active: false,
+            entries: IntMap::default(),
+            pending: Batch::default(),
+            spare: Batch::default(),
+            in_flight: false,
+            out_of_patience: false,
+        }
+    }
+
+    /// Opens a step: picks up swaps and hands over what has gathered. Without a policy every request is free at once.
+    pub fn attend(&mut self, now: Micros) {
+        self.active = self.worker.attend(now);
+        if !self.active {
+            self.entries.clear();
+            self.pending.clear();
+        }
+        self.hand_over(now);
+    }
+
+    /// Whether anybody wants to hear of requests that start.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.active
+    }
+
+    /// A request has been accepted.
+    pub fn start(&mut self, started: Started) {
+        if self.active {
+            self.entries.insert(started.id.0, Entry { owed: 1, ..Entry::default() });
+            self.pending.started.push(started);
+        }
+    }
+
+    /// A request got a token. To be called before it may be told that the request has [ended](Self::ended).
+    pub fn sampled(&mut self, id: RequestId, token: u32) {
+        let Some(entry) = self.entries.get_mut(&id.0).filter(|entry| !entry.lost) else { return };
+        if self.pending.tokens.len() < MAX_PENDING_TOKENS {
+            entry.owed += 1;
+            self.pending.tokens.push((id, token));
+        } else {
+            entry.lost = true;
+            self.pending.ended.push(id);
+        }
+    }
+
+    /// A request has ended, in whatever way.
+    pub fn ended(&mut self, id: RequestId) {
+        let Some(entry) = self.entries.remove(&id.0) else { return };
+        self.pending.tokens.retain(|(of, _)| *of != id);
+        let before = self.pending.started.len();
+        self.pending.started.retain(|started| started.id != id);
+        // The worker knows it only if it was handed over, and has heard of its end if it is lost.
+        if self.pending.started.len() == before && !entry.lost {
+            self.pending.ended.push(id);
+        }
+    }
+
+    /// Gives the worker what has gathered, if its hands are free. Closes a step: the worker goes on while the next one runs.
+    pub fn hand_over(&mut self, now: Micros) {
+        self.out_of_patience = false;
+        while self.in_flight
+            && let Some(reply) = self.worker.poll()
+        {
+            self.take(reply);
+        }
+        self.send(now);
+    }
+
+    fn send(&mut self, now: Micros) {
+        if self.in_flight || self.pending.is_empty() {
+            return;
+        }
+        let mut batch = std::mem::replace(&mut self.pending, std::mem::take(&mut self.spare));
+        batch.now = now;
+        match self.worker.send(batch) {
+            Ok(()) => self.in_flight = true,
+            Err(batch) => {
+                self.spare = std::mem::replace(&mut self.pending, batch);
+            }
+        }
+    }
+
+    fn take(&mut self, reply: Reply) {
+        self.in_flight = false;
+        let Reply { renewed, words, mut spent } = reply;
+        let renewed = renewed.into_iter().map(|(id, word)| (id, word, 0));
+        for (id, word, paid) in renewed.chain(words.into_iter().map(|(id, word)| (id, word, 1))) {
+            let Some(entry) = self.entries.get_mut(&id.0) else { continue };
+            entry.owed = entry.owed.saturating_sub(paid);
+            match word {
+                Word::Leave => drop(self.entries.remove(&id.0)),
+                Word::Keep => {}
+                Word::Free => entry.edit = None,
+                Word::Edit(edit) => entry.edit = Some(edit),
+            }
+        }
+        spent.clear();
+        self.spare = spent;
+    }
+
+    fn owes(&self, id: RequestId) -> bool {
+        self.entries.get(&id.0).is_some_and(|entry| entry.owed > 0)
+    }
+}
+
+impl<W: SamplerWorker> EditSource for Desk<W> {
+    fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
+        if self.entries.is_empty() {
+            return None;
+        }
+        while self.owes(request) && self.in_flight && !self.out_of_patience {
+            match self.worker.wait() {
+                Some(reply) => {
+                    let now = reply.spent.now;
+                    self.take(reply);
+                    self.send(now);
+                }
+                None => self.out_of_patience = true,
+            }
+        }
+        let entry = self.entries.get(&request.0)?;
+        if entry.owed > 0 || entry.lost {
+            self.worker.was_late();
+        }
+        entry.edit.clone()
+    }
+}

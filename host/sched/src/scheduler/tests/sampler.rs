@@ -1,0 +1,279 @@
+//! A sampler behind the desk: what it is shown, which edit holds when, and what its being late or gone costs.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use crate::batch::NativeBatch;
+use crate::config::Config;
+use crate::execute::{ExecuteError, StepOutput};
+use crate::ids::{Micros, RequestId};
+use crate::request::{CancelCause, FinishReason, Request, SinkEvent};
+use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Word};
+
+use super::model::{Host, VOCABULARY, reference};
+use super::{CONFIG, request};
+
+/// The guest's end, in the hands of the test.
+#[derive(Debug)]
+struct Guest {
+    active: bool,
+    /// Replies are there when they are polled for.
+    early: bool,
+    /// Replies do not come at all.
+    stuck: bool,
+    /// Tokens seen of every request that it knows.
+    seen: BTreeMap<u64, Vec<u32>>,
+    /// All that it ever saw.
+    history: BTreeMap<u64, Vec<u32>>,
+    batch: Option<Batch>,
+    waits: u32,
+    late: u32,
+    ended: Vec<u64>,
+    /// Another guest takes over with the next reply: it forbids what the one before dictated.
+    renews: bool,
+}
+
+#[derive(Debug)]
+struct Worker(Arc<Mutex<Guest>>);
+
+/// The one token that request `id` may get after `n` tokens. Odd requests are of no interest after their second token, and
+/// those above 90 from the start.
+fn wanted(id: u64, n: usize) -> Word {
+    if id > 90 || (id % 2 == 1 && n >= 2) {
+        return Word::Leave;
+    }
+    let token = u32::try_from(id * 20).expect("small") + u32::try_from(n).expect("small");
+    Word::Edit(Arc::new(Edit::allow(vec![token], VOCABULARY).expect("one token")))
+}
+
+impl Guest {
+    fn reply(&mut self) -> Option<Reply> {
+        if self.stuck {
+            return None;
+        }
+        let batch = self.batch.take()?;
+        let mut words = Vec::new();
+        for started in &batch.started {
+            assert!(self.seen.insert(started.id.0, Vec::new()).is_none(), "{:?} starts twice", started.id);
+            words.push((started.id, wanted(started.id.0, 0)));
+        }
+        for &(id, token) in &batch.tokens {
+            // A late guest has left a request of which a token is already on its way.
+            let Some(seen) = self.seen.get_mut(&id.0) else {
+                words.push((id, Word::Leave));
+                continue;
+            };
+            seen.push(token);
+            self.history.entry(id.0).or_default().push(token);
+            words.push((id, wanted(id.0, seen.len())));
+        }
+        for (id, word) in &words {
+            if *word == Word::Leave {
+                self.seen.remove(&id.0);
+            }
+        }
+        for id in &batch.ended {
+            self.ended.push(id.0);
+            self.seen.remove(&id.0);
+        }
+        let another = |&id: &u64| {
+            let dictated = dictated(id, 20);
+            (RequestId(id), Word::Edit(Arc::new(Edit::forbid(dictated, VOCABULARY).expect("tokens that exist"))))
+        };
+        let renewed: Vec<_> = if self.renews { self.seen.keys().map(another).collect() } else { Vec::new() };
+        if self.renews {
+            words.iter_mut().for_each(|(_, word)| *word = Word::Keep);
+        }
+        Some(Reply { renewed, words, spent: batch })
+    }
+}
+
+impl SamplerWorker for Worker {
+    fn attend(&mut self, _now: Micros) -> bool {
+        self.0.lock().expect("one thread").active
+    }
+
+    fn send(&mut self, batch: Batch) -> Result<(), Batch> {
+        let mut guest = self.0.lock().expect("one thread");
+        assert!(guest.batch.is_none() && !batch.is_empty(), "one batch at a time");
+        guest.batch = Some(batch);
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Option<Reply> {
+        let mut guest = self.0.lock().expect("one thread");
+        if guest.early { guest.reply() } else { None }
+    }
+
+    fn wait(&mut self) -> Option<Reply> {
+        let mut guest = self.0.lock().expect("one thread");
+        guest.waits += 1;
+        guest.reply()
+    }
+
+    fn was_late(&mut self) {
+        self.0.lock().expect("one thread").late += 1;
+    }
+}
+
+fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
+    let guest = Guest {
+        active: true,
+        early,
+        stuck: false,
+        seen: BTreeMap::new(),
+        history: BTreeMap::new(),
+        batch: None,
+        waits: 0,
+        late: 0,
+        ended: Vec::new(),
+        renews: false,
+    };
+    let guest = Arc::new(Mutex::new(guest));
+    let mut host = Host::new(config);
+    host.desk = Desk::new(Box::new(Worker(Arc::clone(&guest))));
+    host.desk.attend(0);
+    (host, guest)
+}
+
+/// Lets the guest look at what was handed over last.
+fn settle(host: &mut Host, guest: &Mutex<Guest>) {
+    guest.lock().expect("one thread").early = true;
+    for _ in 0..3 {
+        host.desk.attend(host.now);
+    }
+}
+
+fn dictated(id: u64, n: usize) -> Vec<u32> {
+    let first = u32::try_from(id * 20).expect("small");
+    (first..).take(n).collect()
+}
+
+#[test]
+fn every_token_has_the_edit_that_its_predecessor_asked_for() {
+    for early in [true, false] {
+        let (mut host, guest) = host(CONFIG, early);
+        for id in [2, 4, 91, 1, 92] {
+            host.submit(request(id, 5, 6));
+            host.step(&mut NativeBatch);
+        }
+        host.run_until_idle(&mut NativeBatch);
+        settle(&mut host, &guest);
+        for id in [2, 4] {
+            assert_eq!(host.tokens(id), dictated(id, 6), "early: {early}");
+        }
+        assert_eq!(host.tokens(1)[..2], dictated(1, 2));
+        let guest = guest.lock().expect("one thread");
+        for id in [91, 92] {
+            assert_eq!(host.tokens(id), reference(&request(id, 5, 6)), "a neighbour without a mask");
+            assert!(!guest.history.contains_key(&id), "of no interest");
+        }
+        // Real tokens, each once, and none of the last: there is nothing after it.
+        assert_eq!(guest.history, BTreeMap::from([(1, dictated(1, 2)), (2, dictated(2, 5)), (4, dictated(4, 5))]));
+        assert_eq!(guest.late, 0);
+        assert!(guest.seen.is_empty(), "it has forgotten what has ended");
+    }
+}
+
+#[test]
+fn a_preempted_request_keeps_its_edit() {
+    let (mut host, guest) = host(Config { n_blocks: 10, ..CONFIG }, false);
+    for id in [2, 4] {
+        host.submit(request(id, 8, 24));
+    }
+    host.run_until_idle(&mut NativeBatch);
+    assert!(host.scheduler.take_counters().preemptions > 0);
+    // The last tokens of request 2 run into those of request 4: only the order counts.
+    for id in [2, 4] {
+        assert_eq!(host.tokens(id), dictated(id, 24));
+    }
+    assert_eq!(guest.lock().expect("one thread").late, 0);
+}
+
+#[test]
+fn a_late_guest_costs_one_wait_per_step_and_no_request() {
+    let (mut host, guest) = host(CONFIG, false);
+    for id in [2, 4, 6] {
+        host.submit(request(id, 4, 6));
+    }
+    host.step(&mut NativeBatch);
+    let late = |guest: &Mutex<Guest>| {
+        let guest = guest.lock().expect("one thread");
+        (guest.waits, guest.late)
+    };
+    assert_eq!(late(&guest), (1, 0), "one batch answers all rows");
+    guest.lock().expect("one thread").stuck = true;
+    host.step(&mut NativeBatch);
+    host.step(&mut NativeBatch);
+    assert_eq!(late(&guest), (3, 6));
+    // It keeps the edit that it had: the same token again.
+    assert_eq!(host.tokens(4), [80, 80, 80]);
+    guest.lock().expect("one thread").stuck = false;
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.tokens(4), [80, 80, 80, 83, 84, 85], "it has seen what it missed");
+    assert_eq!(guest.lock().expect("one thread").history[&4], [80, 80, 80, 83, 84]);
+}
+
+#[test]
+fn a_guest_that_takes_over_says_what_it_wants_of_those_that_run() {
+    let (mut host, guest) = host(CONFIG, false);
+    host.submit(request(2, 4, 6));
+    for _ in 0..3 {
+        host.step(&mut NativeBatch);
+    }
+    guest.lock().expect("one thread").renews = true;
+    host.run_until_idle(&mut NativeBatch);
+    let tokens = host.tokens(2);
+    assert_eq!(tokens[..3], dictated(2, 3));
+    assert!(tokens[3..].iter().all(|token| !dictated(2, 20).contains(token)), "{tokens:?}");
+    assert_eq!(guest.lock().expect("one thread").late, 0);
+}
+
+#[test]
+fn ends_are_told_once_and_only_of_what_is_known() {
+    let (mut host, guest) = host(CONFIG, true);
+    let stop = Arc::from(dictated(4, 3));
+    host.submit(request(2, 4, 9));
+    host.submit(Request { stop_tokens: Arc::clone(&stop), ..request(4, 4, 9) });
+    // Cancelled before it was handed over: the guest never hears of it.
+    host.submit(request(6, 4, 9));
+    host.cancel(6, CancelCause::Asked);
+    host.step(&mut NativeBatch);
+    host.cancel(2, CancelCause::Asked);
+    host.step(&mut NativeBatch);
+    assert_eq!(host.sent(4).events.last(), Some(&SinkEvent::Finished(FinishReason::Stop(80))));
+    // A failed step ends its requests, and what they had asked for.
+    host.submit(request(8, 4, 9));
+    host.step(&mut NativeBatch);
+    let mut out = StepOutput::default();
+    host.begin(&mut NativeBatch, &mut out);
+    host.fail(&ExecuteError::Device { what: "lost".into() });
+    settle(&mut host, &guest);
+    let guest = guest.lock().expect("one thread");
+    let mut ended = guest.ended.clone();
+    ended.sort_unstable();
+    assert_eq!(ended, [2, 4, 8]);
+    assert_eq!(guest.history.get(&4), None, "a stop token ends it, so nothing follows");
+    assert!(guest.seen.is_empty());
+}
+
+#[test]
+fn without_a_policy_everybody_is_free_at_once() {
+    let (mut host, guest) = host(CONFIG, true);
+    host.submit(request(2, 4, 6));
+    host.step(&mut NativeBatch);
+    guest.lock().expect("one thread").active = false;
+    host.run_until_idle(&mut NativeBatch);
+    let tokens = host.tokens(2);
+    assert_eq!(tokens[0], 40);
+    assert!(tokens[1..].iter().all(|token| !dictated(2, 9).contains(token)), "{tokens:?}");
+    // Requests that started without it are not shown to a policy that comes later.
+    host.submit(request(4, 4, 6));
+    host.step(&mut NativeBatch);
+    guest.lock().expect("one thread").active = true;
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.tokens(4), reference(&request(4, 4, 6)));
+    host.submit(request(6, 4, 3));
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.tokens(6), dictated(6, 3));
+}
