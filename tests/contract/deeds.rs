@@ -3,7 +3,7 @@
 use pointsman_tests::Host;
 use serde_json::{Value, json};
 
-use crate::{fixture, host, journal, served, slot};
+use crate::{fixture, frozen, host, journal, served, slot};
 
 /// What must come of a deed.
 #[derive(Clone, Copy, Debug)]
@@ -81,13 +81,16 @@ fn drive(host: &Host, name: &str, digest: &str, (deed, comes): (&str, Comes)) {
     assert!(journalled, "{why}: not in the journal:\n{}", journal(host));
 }
 
+/// Today's fixture of a world, and that of 0.1.
 fn drive_all(name: &str, world: &str, deeds: &[(&str, Comes)]) {
     let host = host();
-    let digest = host.upload(&fixture(world));
-    for deed in deeds {
-        drive(&host, name, &digest, *deed);
-        let reset = host.admin("DELETE", &format!("/admin/v1/slots/{name}"), &Value::Null);
-        assert_eq!(reset.status, 200, "{reset:?}");
+    for bytes in [fixture(world), frozen(&format!("fixture-{world}"))] {
+        let digest = host.upload(&bytes);
+        for deed in deeds {
+            drive(&host, name, &digest, *deed);
+            let reset = host.admin("DELETE", &format!("/admin/v1/slots/{name}"), &Value::Null);
+            assert_eq!(reset.status, 200, "{reset:?}");
+        }
     }
 }
 

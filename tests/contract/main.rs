@@ -6,6 +6,7 @@
 
 mod deeds;
 mod refused;
+mod versions;
 
 use pointsman_tests::{Answer, Host, root};
 use serde_json::{Value, json};
@@ -19,6 +20,12 @@ fn host() -> Host {
 /// A committed fixture.
 fn fixture(name: &str) -> Vec<u8> {
     let path = root().join(format!("plugins/prebuilt/fixture-{name}.wasm"));
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// A component built against 0.1.0 of the package, which is never built again.
+fn frozen(name: &str) -> Vec<u8> {
+    let path = root().join(format!("tests/contract/frozen/0.1.0/{name}.wasm"));
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 

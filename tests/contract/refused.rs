@@ -13,7 +13,7 @@ fn uploads_that_are_no_policies_are_refused_with_what_to_change() {
     for (name, bytes, part) in [
         ("foreign", fixture("foreign"), "wasi:"),
         ("wrong-world", fixture("wrong-world"), "implements none of the worlds"),
-        ("wrong-version", fixture("wrong-version"), "0.2.0"),
+        ("wrong-version", fixture("wrong-version"), "this host binds 0.1.x and 0.2.x"),
         ("wrong-shape", fixture("wrong-shape"), "rebuild it"),
         ("bare-core", fixture("bare-core"), "component type"),
         ("text", wat, "text"),

@@ -1,32 +1,65 @@
-//! Rust types of wit/policy.wit, one set per world. Nothing from here leaves the crate: the seams of `pointsman-sched` do.
+//! Rust types of wit/policy.wit, one module per interface. Nothing from here leaves the crate: the seams of `pointsman-sched`
+//! do.
 //!
-//! `Borrowing`, so that columns are lowered straight from the caller's slices: with owned types every call would first copy
-//! them into vectors. The imports are generated once, with the router's world, and shared by the others.
+//! Per interface and not per world, because a component may export an older `lifecycle` beside its own interface, and any
+//! other one besides (see versions). `Borrowing`, so that columns are lowered straight from the caller's slices: with owned
+//! types every call would first copy them into vectors.
 
-/// `world router-policy`.
+/// `interface router`, and what guests may import: generated once, here, and shared by the others.
 pub(crate) mod router {
     wasmtime::component::bindgen!({
         path: "../../wit",
-        world: "router-policy",
+        inline: "
+            package pointsman:host;
+            world router {
+                import pointsman:policy/host-log@0.2.0;
+                import pointsman:policy/host-metrics@0.2.0;
+                import pointsman:policy/host-state@0.2.0;
+                export pointsman:policy/router@0.2.0;
+            }
+        ",
+        world: "pointsman:host/router",
         ownership: Borrowing { duplicate_if_necessary: true },
     });
 }
 
-/// `world scheduler-policy`.
+/// `interface lifecycle`.
+pub(crate) mod lifecycle {
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        inline: "package pointsman:host; world lifecycle { export pointsman:policy/lifecycle@0.2.0; }",
+        world: "pointsman:host/lifecycle",
+        ownership: Borrowing { duplicate_if_necessary: true },
+    });
+}
+
+/// `interface lifecycle` of guests of 0.1.
+pub(crate) mod lifecycle_0_1 {
+    wasmtime::component::bindgen!({
+        path: "../../wit/frozen/0.1.0",
+        inline: "package pointsman:host; world lifecycle { export pointsman:policy/lifecycle@0.1.0; }",
+        world: "pointsman:host/lifecycle",
+        ownership: Borrowing { duplicate_if_necessary: true },
+    });
+}
+
+/// `interface scheduler`.
 pub(crate) mod scheduler {
     wasmtime::component::bindgen!({
         path: "../../wit",
-        world: "scheduler-policy",
+        inline: "package pointsman:host; world scheduler { export pointsman:policy/scheduler@0.2.0; }",
+        world: "pointsman:host/scheduler",
         ownership: Borrowing { duplicate_if_necessary: true },
         with: { "pointsman:policy": super::router::pointsman::policy },
     });
 }
 
-/// `world telemetry-hook`.
+/// `interface telemetry`.
 pub(crate) mod telemetry {
     wasmtime::component::bindgen!({
         path: "../../wit",
-        world: "telemetry-hook",
+        inline: "package pointsman:host; world telemetry { export pointsman:policy/telemetry@0.2.0; }",
+        world: "pointsman:host/telemetry",
         ownership: Borrowing { duplicate_if_necessary: true },
         with: { "pointsman:policy": super::router::pointsman::policy },
     });

@@ -6,13 +6,14 @@
 use std::fmt;
 use std::sync::Arc;
 
+use wasmtime::Store;
 use wasmtime::component::InstancePre;
 
-use crate::bindings::router::RouterPolicyPre;
-use crate::bindings::scheduler::SchedulerPolicyPre;
-use crate::bindings::telemetry::TelemetryHookPre;
+use crate::bindings::{router, scheduler, telemetry};
 use crate::host::Host;
+use crate::instance::Hook;
 use crate::upload::{Digest, World};
+use crate::versions::{Lifecycle, LifecycleIndices};
 
 /// A component that this host has admitted.
 #[derive(Clone)]
@@ -32,21 +33,44 @@ pub struct Component {
     pub(crate) code: Arc<Code>,
 }
 
-/// Type-checked machine code of one world.
+/// Linked machine code of one world.
 pub(crate) enum Code {
-    Router(RouterPolicyPre<Host>),
-    Scheduler(SchedulerPolicyPre<Host>),
-    Telemetry(TelemetryHookPre<Host>),
+    Router(Linked<router::RouterIndices>),
+    Scheduler(Linked<scheduler::SchedulerIndices>),
+    Telemetry(Linked<telemetry::TelemetryIndices>),
+}
+
+/// Machine code with its imports, and where it has the two interfaces that it must export.
+#[derive(Clone)]
+pub(crate) struct Linked<I> {
+    pre: InstancePre<Host>,
+    lifecycle: LifecycleIndices,
+    hook: I,
 }
 
 impl Code {
     /// Looks up the world's exports; their types are checked at instantiation.
-    pub(crate) fn new(world: World, linked: InstancePre<Host>) -> wasmtime::Result<Self> {
+    pub(crate) fn new(world: World, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
         Ok(match world {
-            World::Router => Self::Router(RouterPolicyPre::new(linked)?),
-            World::Scheduler => Self::Scheduler(SchedulerPolicyPre::new(linked)?),
-            World::Telemetry => Self::Telemetry(TelemetryHookPre::new(linked)?),
+            World::Router => Self::Router(Linked::new(router::RouterIndices::new(&pre)?, pre)?),
+            World::Scheduler => Self::Scheduler(Linked::new(scheduler::SchedulerIndices::new(&pre)?, pre)?),
+            World::Telemetry => Self::Telemetry(Linked::new(telemetry::TelemetryIndices::new(&pre)?, pre)?),
         })
+    }
+}
+
+impl<I> Linked<I> {
+    fn new(hook: I, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
+        Ok(Self { lifecycle: LifecycleIndices::new(&pre)?, hook, pre })
+    }
+
+    /// Runs start functions and checks the types of the exports.
+    pub(crate) fn instantiate<H: Hook<Indices = I>>(
+        &self,
+        store: &mut Store<Host>,
+    ) -> wasmtime::Result<(Lifecycle, H::Bindings)> {
+        let instance = self.pre.instantiate(&mut *store)?;
+        Ok((self.lifecycle.load(store, &instance)?, H::load(&self.hook, store, &instance)?))
     }
 }
 

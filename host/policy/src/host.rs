@@ -10,7 +10,7 @@ use pointsman_telemetry::{Metrics, Micros, PluginMetric, PluginMetricKind, Plugi
 use wasmtime::component::{HasSelf, Linker};
 use wasmtime::{Engine, ResourceLimiter};
 
-use crate::bindings::router::RouterPolicy;
+use crate::bindings::router::Router;
 use crate::bindings::router::pointsman::policy::{host_log, host_metrics, host_state, types};
 use crate::engine::{Deadline, TABLE_ELEMENTS};
 use crate::fault::truncate;
@@ -94,7 +94,7 @@ struct Handle {
 /// A linker that offers the three host interfaces and nothing else.
 pub(crate) fn linker(engine: &Engine) -> wasmtime::Result<Linker<Host>> {
     let mut linker = Linker::new(engine);
-    RouterPolicy::add_to_linker::<Host, HasSelf<Host>>(&mut linker, |host| host)?;
+    Router::add_to_linker::<Host, HasSelf<Host>>(&mut linker, |host| host)?;
     Ok(linker)
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use pointsman_telemetry::Micros;
 use wasmtime::Store;
 
-use crate::component::Code;
+use crate::component::{Code, Linked};
 use crate::config::Budgets;
 use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::host::{Host, LogGate, MetricSink};
@@ -18,6 +18,7 @@ use crate::manifest::{Manifest, Wants};
 use crate::runtime::Shared;
 use crate::state::Namespace;
 use crate::upload::World;
+use crate::versions::Lifecycle;
 
 /// Longest message of a guest that refuses its configuration, in bytes.
 const MAX_REFUSAL: usize = 1_024;
@@ -27,14 +28,19 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     const WORLD: World;
     /// Bytes that one call may move from the guest to the host: a longer list is refused before it is copied.
     const MAX_ANSWER_BYTES: usize;
-    type Pre: Clone + Send + Sync;
+    /// Where a component has the interface of this world.
+    type Indices: Clone + Send + Sync;
+    /// The interface of an instance.
     type Bindings: Send;
     /// What the host keeps per instance.
     type Local: Default + Send;
 
-    fn pre(code: &Code) -> Option<&Self::Pre>;
-    fn instantiate(pre: &Self::Pre, store: &mut Store<Host>) -> wasmtime::Result<Self::Bindings>;
-    fn init(guest: &Self::Bindings, store: &mut Store<Host>, info: &InitInfo<'_>) -> Initialized;
+    fn linked(code: &Code) -> Option<&Linked<Self::Indices>>;
+    fn load(
+        indices: &Self::Indices,
+        store: &mut Store<Host>,
+        instance: &wasmtime::component::Instance,
+    ) -> wasmtime::Result<Self::Bindings>;
     /// Calls the hook with made-up inputs and checks its answers.
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault>;
     /// Touches what the first real call would touch, where that leaves no trace in the guest.
@@ -69,6 +75,7 @@ pub(crate) struct ProbeFault {
 /// A running guest.
 pub(crate) struct Instance<H: Hook> {
     store: Store<Host>,
+    lifecycle: Lifecycle,
     guest: H::Bindings,
     pub(crate) local: H::Local,
     pub(crate) calls: u64,
@@ -80,7 +87,7 @@ pub(crate) struct Instance<H: Hook> {
 /// Makes the instances of one generation.
 pub(crate) struct Maker<H: Hook> {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) pre: H::Pre,
+    pub(crate) linked: Linked<H::Indices>,
     pub(crate) slot: Arc<str>,
     pub(crate) generation: u64,
     pub(crate) config: Arc<str>,
@@ -126,11 +133,21 @@ impl<H: Hook> Instance<H> {
         call: impl FnOnce(&H::Bindings, &mut Store<Host>) -> wasmtime::Result<R>,
     ) -> Result<R, Fault> {
         self.calls += 1;
+        self.start_clock(hard, now);
+        call(&self.guest, &mut self.store).map_err(|error| Fault::of_call(&error))
+    }
+
+    fn init(&mut self, hard: Micros, now: Micros, info: &InitInfo<'_>) -> Result<Result<Manifest, String>, Fault> {
+        self.start_clock(hard, now);
+        self.lifecycle.init(&mut self.store, info).map_err(|error| Fault::of_call(&error))
+    }
+
+    #[inline]
+    fn start_clock(&mut self, hard: Micros, now: Micros) {
         let host = self.store.data_mut();
         host.now = now;
         host.deadline.start(hard);
         self.store.set_epoch_deadline(1);
-        call(&self.guest, &mut self.store).map_err(|error| Fault::of_call(&error))
     }
 
     /// Whether a fresh instance should take over: it served long enough, or its memory grew too far.
@@ -164,10 +181,19 @@ impl<H: Hook> Maker<H> {
         );
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut store = new_store::<H>(shared, host);
-        let guest = H::instantiate(&self.pre, &mut store)
+        let (lifecycle, guest) = self
+            .linked
+            .instantiate::<H>(&mut store)
             .map_err(|error| StartError::Fault(Call::Instantiate, Fault::of_instantiation(&error)))?;
-        let mut instance =
-            Box::new(Instance { store, guest, local: H::Local::default(), calls: 0, number, ready_bytes: 0 });
+        let mut instance = Box::new(Instance {
+            store,
+            lifecycle,
+            guest,
+            local: H::Local::default(),
+            calls: 0,
+            number,
+            ready_bytes: 0,
+        });
         let columns = crate::manifest::known_names(H::WORLD);
         let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
         let info = InitInfo {
@@ -177,8 +203,7 @@ impl<H: Hook> Maker<H> {
             instance: number,
             columns: &columns,
         };
-        let answered = instance.call(shared.config.budgets.init.hard, now, |guest, store| H::init(guest, store, &info));
-        let manifest = match answered {
+        let manifest = match instance.init(shared.config.budgets.init.hard, now, &info) {
             Ok(Ok(manifest)) => manifest,
             Ok(Err(mut words)) => {
                 truncate(&mut words, MAX_REFUSAL);
@@ -186,7 +211,6 @@ impl<H: Hook> Maker<H> {
             }
             Err(fault) => return Err(StartError::Fault(Call::Init, fault)),
         };
-        instance.calls = 0;
         instance.ready_bytes = instance.store.data().memory.bytes;
         Ok((instance, manifest))
     }
@@ -233,44 +257,23 @@ impl StartError {
 
 /// Implements the parts of [`Hook`] that the generated bindings of every world have under their own names.
 macro_rules! hook_bindings {
-    ($variant:ident, $world:ident, $pre:ident, $bindings:ident) => {
-        type Pre = crate::bindings::$world::$pre<crate::host::Host>;
-        type Bindings = crate::bindings::$world::$bindings;
+    ($variant:ident, $interface:ident, $indices:ident, $bindings:ident) => {
+        type Indices = crate::bindings::$interface::$indices;
+        type Bindings = crate::bindings::$interface::$bindings;
 
-        fn pre(code: &crate::component::Code) -> Option<&Self::Pre> {
+        fn linked(code: &crate::component::Code) -> Option<&crate::component::Linked<Self::Indices>> {
             match code {
-                crate::component::Code::$variant(pre) => Some(pre),
+                crate::component::Code::$variant(linked) => Some(linked),
                 _ => None,
             }
         }
 
-        fn instantiate(
-            pre: &Self::Pre,
+        fn load(
+            indices: &Self::Indices,
             store: &mut wasmtime::Store<crate::host::Host>,
+            instance: &wasmtime::component::Instance,
         ) -> wasmtime::Result<Self::Bindings> {
-            pre.instantiate(store)
-        }
-
-        fn init(
-            guest: &Self::Bindings,
-            store: &mut wasmtime::Store<crate::host::Host>,
-            info: &crate::instance::InitInfo<'_>,
-        ) -> crate::instance::Initialized {
-            use crate::bindings::$world::exports::pointsman::policy::lifecycle::HostInfo;
-            let host = HostInfo {
-                slot: info.slot,
-                generation: info.generation,
-                instance: info.instance,
-                host_version: env!("CARGO_PKG_VERSION"),
-                columns: info.columns,
-            };
-            let answer = guest.pointsman_policy_lifecycle().call_init(store, info.config, host)?;
-            Ok(answer.map(|manifest| crate::manifest::Manifest {
-                name: manifest.name,
-                version: manifest.version,
-                wants: manifest.wants,
-                state_schema: manifest.state_schema,
-            }))
+            indices.load(store, instance)
         }
 
         fn wrap(ready: crate::instance::Ready<Self>) -> crate::instance::AnyReady {

@@ -33,6 +33,7 @@ mod slot;
 mod state;
 mod telemetry;
 mod upload;
+mod versions;
 
 /// The atomics of [`drain`]; tests/loom.rs puts loom's in their place.
 mod sync {

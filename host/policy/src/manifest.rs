@@ -10,6 +10,8 @@ use crate::upload::{Digest, World};
 /// Longest name and version.
 const MAX_NAME: usize = 64;
 const MAX_VERSION: usize = 32;
+/// Longest summary, in bytes.
+const MAX_SUMMARY: usize = 200;
 /// Most names in `wants`, and the longest one.
 const MAX_WANTS: usize = 64;
 const MAX_WANT: usize = 64;
@@ -23,6 +25,7 @@ pub(crate) struct Manifest {
     pub(crate) version: String,
     pub(crate) wants: Vec<String>,
     pub(crate) state_schema: u32,
+    pub(crate) summary: String,
 }
 
 /// Why a manifest was refused: the guest's fault.
@@ -34,6 +37,9 @@ pub enum ManifestError {
     /// A version that cannot be one.
     #[error("the manifest's version `{0}` must have 1 to 32 characters of a-z, A-Z, 0-9, `.` and `-`, as in 1.2.0")]
     Version(String),
+    /// A summary that is no line.
+    #[error("the manifest's summary has {0} bytes; it must be one line of at most 200")]
+    Summary(usize),
     /// Too many names, or too long ones.
     #[error("the manifest wants {count} names of up to {longest} bytes; at most 64 names of 64 bytes are possible")]
     TooMany {
@@ -133,6 +139,9 @@ impl Manifest {
         if !good(&self.version, MAX_VERSION, b".-") {
             return Err(ManifestError::Version(shown(&self.version)));
         }
+        if self.summary.len() > MAX_SUMMARY || self.summary.chars().any(char::is_control) {
+            return Err(ManifestError::Summary(self.summary.len()));
+        }
         let longest = self.wants.iter().map(String::len).max().unwrap_or(0);
         if self.wants.len() > MAX_WANTS || longest > MAX_WANT {
             return Err(ManifestError::TooMany { count: self.wants.len(), longest });
@@ -203,7 +212,7 @@ mod tests {
 
     fn manifest(name: &str, version: &str, wants: &[&str]) -> Manifest {
         let wants = wants.iter().map(|w| (*w).to_owned()).collect();
-        Manifest { name: name.into(), version: version.into(), wants, state_schema: 0 }
+        Manifest { name: name.into(), version: version.into(), wants, state_schema: 0, summary: String::new() }
     }
 
     #[test]
@@ -219,6 +228,10 @@ mod tests {
             (&"n".repeat(65), "1.0.0", false),
         ] {
             assert_eq!(manifest(name, version, &[]).check(World::Router).is_ok(), good, "{name} {version}");
+        }
+        for (summary, good) in [("", true), ("Picks the emptiest.", true), ("a\nb", false), (&"s".repeat(201), false)] {
+            let manifest = Manifest { summary: summary.to_owned(), ..manifest("a", "1.0.0", &[]) };
+            assert_eq!(manifest.check(World::Router).is_ok(), good, "{summary}");
         }
         let digest = Digest::of(b"");
         assert_eq!(&*manifest("a", "1.2.0", &[]).revision(&digest), "a@1.2.0+e3b0c442");

@@ -218,25 +218,27 @@ fn lift_choice(choice: wit::Choice) -> Choice {
         wit::Choice::Abstain => Choice::Abstain,
         wit::Choice::Pick(row) => Choice::Pick(row),
         wit::Choice::Rank(rows) => Choice::Rank(rows),
-        wit::Choice::Reject(rejection) => {
-            let mut message = rejection.message;
-            truncate(&mut message, MAX_MESSAGE);
-            let reason = match rejection.reason {
-                wit::Refusal::Overloaded => Refusal::Overloaded,
-                wit::Refusal::Quota => Refusal::Quota,
-                wit::Refusal::NotAllowed => Refusal::NotAllowed,
-                wit::Refusal::CannotMeetDeadline => Refusal::CannotMeetDeadline,
-            };
-            Choice::Reject(Rejection { reason, retry_after_ms: rejection.retry_after_ms, message })
-        }
+        wit::Choice::Reject(rejection) => Choice::Reject(lift_rejection(rejection)),
     }
+}
+
+pub(crate) fn lift_rejection(rejection: types::Rejection) -> Rejection {
+    let mut message = rejection.message;
+    truncate(&mut message, MAX_MESSAGE);
+    let reason = match rejection.reason {
+        types::Refusal::Overloaded => Refusal::Overloaded,
+        types::Refusal::Quota => Refusal::Quota,
+        types::Refusal::NotAllowed => Refusal::NotAllowed,
+        types::Refusal::CannotMeetDeadline => Refusal::CannotMeetDeadline,
+    };
+    Rejection { reason, retry_after_ms: rejection.retry_after_ms, message }
 }
 
 impl Hook for RouterHook {
     const WORLD: World = World::Router;
     const MAX_ANSWER_BYTES: usize = 1 << 20;
     type Local = ();
-    hook_bindings!(Router, router, RouterPolicyPre, RouterPolicy);
+    hook_bindings!(Router, router, RouterIndices, Router);
 
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let attributes: Vec<(&str, &str)> = wants.attributes.iter().map(|name| (name.as_str(), "probe")).collect();

@@ -29,6 +29,7 @@ use crate::slot::{Prepared, SlotCore, Tend};
 use crate::state::{Namespace, StateStore};
 use crate::telemetry::{TelemetryHook, TelemetrySlot};
 use crate::upload::{Digest, UploadError, World, identify, shorten, to_component};
+use crate::versions;
 
 /// Longest configuration of a policy, in bytes.
 const MAX_CONFIG: usize = 256 << 10;
@@ -239,13 +240,14 @@ impl Runtime {
     pub fn admit(&self, bytes: &[u8]) -> Result<Component, UploadError> {
         let started = stopwatch_ns();
         let inner = &*self.inner;
-        let encoded = to_component(bytes, inner.shared.config.max_upload_bytes)?;
+        let mut encoded = to_component(bytes, inner.shared.config.max_upload_bytes)?;
         let digest = Digest::of(bytes);
         let identity = identify(&encoded)?;
+        versions::lift(&mut encoded, &identity.outdated_digits);
         let (code, cached) = match inner.known(&digest) {
             Some(code) => (code, true),
             None => {
-                let compiled = inner.compiler.compile(&inner.shared.engine, &digest, &encoded)?;
+                let compiled = inner.compiler.compile(&inner.shared.engine, &Digest::of(&encoded), &encoded)?;
                 let code = Arc::new(inner.link(identity.world, &compiled.component)?);
                 inner.remember(&digest, &code);
                 (code, compiled.cached)
@@ -421,11 +423,11 @@ impl Inner {
     }
 
     fn try_out<H: Hook>(&self, code: &Code) -> wasmtime::Result<()> {
-        let Some(pre) = H::pre(code) else { return Ok(()) };
+        let Some(linked) = H::linked(code) else { return Ok(()) };
         let now = (self.shared.clock)();
         let log = Arc::new(LogGate::new(H::WORLD.as_str().into()));
         let host = Host::new(self.shared.config.memory_bytes, log, None, Arc::default(), now);
-        H::instantiate(pre, &mut new_store::<H>(&self.shared, host)).map(drop)
+        linked.instantiate::<H>(&mut new_store::<H>(&self.shared, host)).map(drop)
     }
 
     fn slot<H: Hook>(&self, name: &str) -> Arc<SlotCore<H>> {
@@ -477,9 +479,10 @@ impl Inner {
         maker.next = AtomicU32::new(0);
         let instances = (0..wanted).map(|_| maker.start_equal(&manifest)).collect::<Result<Vec<_>, _>>()?;
         let generation = activation.generation;
+        let summary = manifest.summary.as_str().into();
         let ready = Ready { maker, manifest, wants, revision: Arc::clone(&revision), instances };
         let warm_ms = (stopwatch_ns() - started) as f64 * 1e-6;
-        Ok(Prepared { slot: name, revision, generation, warm_ms, ready: H::wrap(ready) })
+        Ok(Prepared { slot: name, revision, summary, generation, warm_ms, ready: H::wrap(ready) })
     }
 
     /// Starts instances without metrics and with a state of their own.
@@ -489,12 +492,12 @@ impl Inner {
         activation: &Activation,
         log: Arc<LogGate>,
     ) -> Result<Maker<H>, ActivateError> {
-        let Some(pre) = H::pre(&component.code) else {
+        let Some(linked) = H::linked(&component.code) else {
             return Err(ActivateError::UnknownSlot { slot: activation.slot.clone() });
         };
         Ok(Maker {
             shared: Arc::clone(&self.shared),
-            pre: pre.clone(),
+            linked: linked.clone(),
             slot: activation.slot.as_str().into(),
             generation: activation.generation,
             config: activation.config.as_str().into(),

@@ -327,7 +327,7 @@ impl Hook for SchedulerHook {
     const WORLD: World = World::Scheduler;
     const MAX_ANSWER_BYTES: usize = 4 << 20;
     type Local = ();
-    hook_bindings!(Scheduler, scheduler, SchedulerPolicyPre, SchedulerPolicy);
+    hook_bindings!(Scheduler, scheduler, SchedulerIndices, Scheduler);
 
     fn probe(instance: &mut Instance<Self>, _wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let step_budgets = probe_budgets();

@@ -30,6 +30,8 @@ pub struct Prepared {
     pub slot: Arc<str>,
     /// `name@version+digest`.
     pub revision: Arc<str>,
+    /// What it says that it does, in one line; may be empty.
+    pub summary: Arc<str>,
     /// Its generation.
     pub generation: u64,
     /// Time from start to warm, in milliseconds.

@@ -265,7 +265,7 @@ impl Hook for TelemetryHook {
     const WORLD: World = World::Telemetry;
     const MAX_ANSWER_BYTES: usize = 1 << 20;
     type Local = Told;
-    hook_bindings!(Telemetry, telemetry, TelemetryHookPre, TelemetryHook);
+    hook_bindings!(Telemetry, telemetry, TelemetryIndices, Telemetry);
 
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let names = Names::default();

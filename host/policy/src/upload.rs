@@ -11,12 +11,9 @@ use sha2::{Digest as _, Sha256};
 use wasmparser::{Encoding, Parser, Payload};
 
 use crate::compile::CompileError;
+use crate::versions::{BOUND, Interface, LIFECYCLE, Minor, PACKAGE};
 
-/// The package of every interface that a guest may import or export.
-const PACKAGE: &str = "pointsman:policy";
-/// Versions of it that this host binds.
-const VERSIONS: &[&str] = &["0.1.0"];
-/// Its interfaces that a guest may import; `types` has no functions.
+/// Interfaces of the package that a guest may import; `types` has no functions.
 const IMPORTS: &[&str] = &["types", "host-log", "host-metrics", "host-state"];
 /// Most import names listed in a refusal.
 const MAX_NAMES: usize = 16;
@@ -78,15 +75,26 @@ pub enum UploadError {
         names: Vec<String>,
     },
     /// Built against another version of the package.
-    #[error("the component was built against pointsman:policy@{found}; this host binds {}; rebuild it against one of them", VERSIONS.join(", "))]
+    #[error(
+        "the component was built against pointsman:policy@{found}; this host binds {BOUND}; rebuild it against one of them"
+    )]
     Version {
         /// The version that it names.
         found: String,
     },
+    /// Names interfaces of more than one minor version.
+    #[error(
+        "the component names interfaces of pointsman:policy@{one} and @{other}; build all its parts against one of them"
+    )]
+    MixedVersions {
+        /// One of the versions.
+        one: String,
+        /// Another one.
+        other: String,
+    },
     /// Exports that are none of the worlds.
     #[error(
-        "the component implements none of the worlds router-policy, scheduler-policy and telemetry-hook of pointsman:policy@{}: \
-         it exports {}", VERSIONS.join(", "), if .exports.is_empty() { "nothing".to_owned() } else { .exports.join(", ") }
+        "the component implements none of the worlds {} of pointsman:policy@{BOUND}: it exports {}", World::names(), if .exports.is_empty() { "nothing".to_owned() } else { .exports.join(", ") }
     )]
     UnknownWorld {
         /// What it exports.
@@ -117,6 +125,8 @@ pub(crate) struct Identity {
     pub(crate) world: World,
     /// As in `pointsman:policy@0.1.0`.
     pub(crate) package: Arc<str>,
+    /// Where names have the digit of an older minor version, for [`crate::versions::lift`].
+    pub(crate) outdated_digits: Vec<usize>,
 }
 
 /// Checks size and kind and returns the bytes as a component, encoding a core module that carries its component type.
@@ -178,27 +188,37 @@ fn not_wasm(bytes: &[u8]) -> UploadError {
 pub(crate) fn identify(component: &[u8]) -> Result<Identity, UploadError> {
     let (imports, exports) =
         top_level_names(component).map_err(|error| UploadError::Malformed { detail: shorten(&error.to_string()) })?;
-    let foreign: Vec<String> = imports.iter().filter(|name| !may_import(name)).take(MAX_NAMES).cloned().collect();
+    let foreign: Vec<String> =
+        imports.iter().filter(|name| !may_import(name)).take(MAX_NAMES).map(|&name| name.to_owned()).collect();
     if !foreign.is_empty() {
         return Err(UploadError::ForeignImports { names: foreign });
     }
-    let names = imports.iter().chain(&exports).filter_map(|name| interface(name));
-    if let Some((_, version)) = names.clone().find(|(_, version)| !VERSIONS.contains(version)) {
-        return Err(UploadError::Version { found: version.to_owned() });
+    let interfaces: Vec<Interface<'_>> =
+        imports.iter().chain(&exports).filter_map(|name| Interface::parse(name)).collect();
+    if let Some(unknown) = interfaces.iter().find(|interface| interface.minor().is_none()) {
+        return Err(UploadError::Version { found: unknown.version.to_owned() });
     }
-    let exported = |wanted: &str| exports.iter().filter_map(|name| interface(name)).find(|(name, _)| *name == wanted);
-    let worlds = [("router", World::Router), ("scheduler", World::Scheduler), ("telemetry", World::Telemetry)];
-    let mut found = worlds.into_iter().filter(|(name, _)| exported(name).is_some());
-    match (found.next(), found.next(), exported("lifecycle")) {
-        (Some((_, world)), None, Some((_, version))) => {
-            Ok(Identity { world, package: format!("{PACKAGE}@{version}").into() })
+    if let Some([one, other]) = interfaces.array_windows().find(|[one, other]| one.minor() != other.minor()) {
+        return Err(UploadError::MixedVersions { one: one.version.to_owned(), other: other.version.to_owned() });
+    }
+    let exported =
+        |wanted: &str| exports.iter().filter_map(|name| Interface::parse(name)).find(|found| found.name == wanted);
+    let implements = |world: &World| exported(world.interface()).is_some_and(|i| i.minor() >= Some(world.since()));
+    let mut found = World::ALL.into_iter().filter(implements);
+    match (found.next(), found.next(), exported(LIFECYCLE)) {
+        (Some(world), None, Some(lifecycle)) => Ok(Identity {
+            world,
+            package: format!("{PACKAGE}@{}", lifecycle.version).into(),
+            outdated_digits: interfaces.iter().filter_map(|i| i.outdated_digit(component)).collect(),
+        }),
+        _ => {
+            Err(UploadError::UnknownWorld { exports: exports.into_iter().take(MAX_NAMES).map(str::to_owned).collect() })
         }
-        _ => Err(UploadError::UnknownWorld { exports: exports.into_iter().take(MAX_NAMES).collect() }),
     }
 }
 
 /// Names of the outermost component's imports and exports.
-fn top_level_names(component: &[u8]) -> Result<(Vec<String>, Vec<String>), wasmparser::BinaryReaderError> {
+fn top_level_names(component: &[u8]) -> Result<(Vec<&str>, Vec<&str>), wasmparser::BinaryReaderError> {
     let (mut imports, mut exports) = (Vec::new(), Vec::new());
     let mut depth = 0_u32;
     for payload in Parser::new(0).parse_all(component) {
@@ -207,12 +227,12 @@ fn top_level_names(component: &[u8]) -> Result<(Vec<String>, Vec<String>), wasmp
             Payload::End(_) => depth = depth.saturating_sub(1),
             Payload::ComponentImportSection(section) if depth == 1 => {
                 for import in section {
-                    imports.push(import?.name.name.to_owned());
+                    imports.push(import?.name.name);
                 }
             }
             Payload::ComponentExportSection(section) if depth == 1 => {
                 for export in section {
-                    exports.push(export?.name.name.to_owned());
+                    exports.push(export?.name.name);
                 }
             }
             _ => {}
@@ -221,14 +241,8 @@ fn top_level_names(component: &[u8]) -> Result<(Vec<String>, Vec<String>), wasmp
     Ok((imports, exports))
 }
 
-/// `pointsman:policy/<interface>@<version>` in parts.
-fn interface(name: &str) -> Option<(&str, &str)> {
-    let (interface, version) = name.strip_prefix(PACKAGE)?.strip_prefix('/')?.split_once('@')?;
-    Some((interface, version))
-}
-
 fn may_import(name: &str) -> bool {
-    interface(name).is_some_and(|(interface, _)| IMPORTS.contains(&interface))
+    Interface::parse(name).is_some_and(|interface| IMPORTS.contains(&interface.name))
 }
 
 /// Texts of tools, cut to what a person reads.
@@ -294,6 +308,9 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
 // === impl World ===
 
 impl World {
+    /// Every world.
+    pub(crate) const ALL: [Self; 3] = [Self::Router, Self::Scheduler, Self::Telemetry];
+
     /// Its name in the package.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -302,6 +319,27 @@ impl World {
             Self::Scheduler => "scheduler-policy",
             Self::Telemetry => "telemetry-hook",
         }
+    }
+
+    /// The interface that it exports beside `lifecycle`.
+    fn interface(self) -> &'static str {
+        match self {
+            Self::Router => "router",
+            Self::Scheduler => "scheduler",
+            Self::Telemetry => "telemetry",
+        }
+    }
+
+    /// The first minor version of the package that has it.
+    fn since(self) -> Minor {
+        match self {
+            Self::Router | Self::Scheduler | Self::Telemetry => Minor::V0_1,
+        }
+    }
+
+    /// All names, for error messages.
+    fn names() -> String {
+        Self::ALL.map(Self::as_str).join(", ")
     }
 
     /// The world of a slot, by the slot's name; `None` for a slot that this host does not have.
@@ -405,9 +443,11 @@ mod tests {
         check(&[&at("router", "0.1.0")], &[&life], "imports pointsman:policy/router@0.1.0");
         check(
             &[],
-            &[&at("lifecycle", "0.2.0"), &at("router", "0.2.0")],
-            "built against pointsman:policy@0.2.0; this host binds 0.1.0",
+            &[&at("lifecycle", "0.3.0"), &at("router", "0.3.0")],
+            "built against pointsman:policy@0.3.0; this host binds 0.1.x and 0.2.x; rebuild it",
         );
+        check(&[], &[&at("lifecycle", "0.2.1"), &at("router", "0.2.1")], "router-policy pointsman:policy@0.2.1");
+        check(&[&log], &[&at("lifecycle", "0.2.0"), &at("router", "0.2.0")], "@0.1.0 and @0.2.0; build all its parts");
         check(&[], &["acme:x/y@1.0.0"], "it exports acme:x/y@1.0.0");
     }
 

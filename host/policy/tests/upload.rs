@@ -10,7 +10,7 @@ fn refusals_say_what_to_do() {
     let bench = Bench::new();
     for (name, expect) in [
         ("fixture-foreign", "imports wasi:clocks/monotonic-clock@0.2.0"),
-        ("fixture-wrong-version", "this host binds 0.1.0; rebuild it"),
+        ("fixture-wrong-version", "this host binds 0.1.x and 0.2.x; rebuild it"),
         ("fixture-wrong-world", "implements none of the worlds"),
         ("fixture-wrong-shape", "rebuild it against this host's wit/policy.wit"),
         ("fixture-bare-core", "core module without a component type"),
@@ -29,7 +29,7 @@ fn components_say_what_they_are() {
     {
         let bytes = prebuilt(name);
         let component = bench.admit(name);
-        assert_eq!((component.world, &*component.package), (world, "pointsman:policy@0.1.0"), "{name}");
+        assert_eq!((component.world, &*component.package), (world, "pointsman:policy@0.2.0"), "{name}");
         assert_eq!((component.digest.clone(), component.size), (Digest::of(&bytes), bytes.len() as u64));
         assert!(!component.cached);
         let again = bench.admit(name);

@@ -12,10 +12,10 @@ pub mod host {
         inline: "
             package pointsman:sdk@0.1.0;
             world host {
-                import pointsman:policy/types@0.1.0;
-                import pointsman:policy/host-log@0.1.0;
-                import pointsman:policy/host-metrics@0.1.0;
-                import pointsman:policy/host-state@0.1.0;
+                import pointsman:policy/types@0.2.0;
+                import pointsman:policy/host-log@0.2.0;
+                import pointsman:policy/host-metrics@0.2.0;
+                import pointsman:policy/host-state@0.2.0;
             }
         ",
         world: "pointsman:sdk/host",
@@ -29,7 +29,7 @@ pub mod host {
 pub mod lifecycle {
     wit_bindgen::generate!({
         path: "../../wit",
-        inline: "package pointsman:sdk@0.1.0; world lifecycle { export pointsman:policy/lifecycle@0.1.0; }",
+        inline: "package pointsman:sdk@0.1.0; world lifecycle { export pointsman:policy/lifecycle@0.2.0; }",
         world: "pointsman:sdk/lifecycle",
         generate_all,
         runtime_path: "pointsman_plugin::wit_bindgen::rt",
@@ -43,9 +43,9 @@ pub mod lifecycle {
 pub mod router {
     wit_bindgen::generate!({
         path: "../../wit",
-        inline: "package pointsman:sdk@0.1.0; world router { export pointsman:policy/router@0.1.0; }",
+        inline: "package pointsman:sdk@0.1.0; world router { export pointsman:policy/router@0.2.0; }",
         world: "pointsman:sdk/router",
-        with: { "pointsman:policy/types@0.1.0": crate::bindings::host::pointsman::policy::types },
+        with: { "pointsman:policy/types@0.2.0": crate::bindings::host::pointsman::policy::types },
         generate_all,
         runtime_path: "pointsman_plugin::wit_bindgen::rt",
         default_bindings_module: "pointsman_plugin::bindings::router",
@@ -58,9 +58,9 @@ pub mod router {
 pub mod scheduler {
     wit_bindgen::generate!({
         path: "../../wit",
-        inline: "package pointsman:sdk@0.1.0; world scheduler { export pointsman:policy/scheduler@0.1.0; }",
+        inline: "package pointsman:sdk@0.1.0; world scheduler { export pointsman:policy/scheduler@0.2.0; }",
         world: "pointsman:sdk/scheduler",
-        with: { "pointsman:policy/types@0.1.0": crate::bindings::host::pointsman::policy::types },
+        with: { "pointsman:policy/types@0.2.0": crate::bindings::host::pointsman::policy::types },
         generate_all,
         runtime_path: "pointsman_plugin::wit_bindgen::rt",
         default_bindings_module: "pointsman_plugin::bindings::scheduler",
@@ -73,9 +73,9 @@ pub mod scheduler {
 pub mod telemetry {
     wit_bindgen::generate!({
         path: "../../wit",
-        inline: "package pointsman:sdk@0.1.0; world telemetry { export pointsman:policy/telemetry@0.1.0; }",
+        inline: "package pointsman:sdk@0.1.0; world telemetry { export pointsman:policy/telemetry@0.2.0; }",
         world: "pointsman:sdk/telemetry",
-        with: { "pointsman:policy/types@0.1.0": crate::bindings::host::pointsman::policy::types },
+        with: { "pointsman:policy/types@0.2.0": crate::bindings::host::pointsman::policy::types },
         generate_all,
         runtime_path: "pointsman_plugin::wit_bindgen::rt",
         default_bindings_module: "pointsman_plugin::bindings::telemetry",

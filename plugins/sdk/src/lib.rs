@@ -60,9 +60,9 @@ use serde::de::DeserializeOwned;
 
 pub use bindings::host::pointsman::policy::host_log::Level;
 pub use bindings::host::pointsman::policy::host_state::Fault as StateFault;
-pub use bindings::host::pointsman::policy::types::{Micros, Priority, RequestId};
+pub use bindings::host::pointsman::policy::types::{Micros, Priority, Refusal, Rejection, RequestId};
 pub use bindings::lifecycle::exports::pointsman::policy::lifecycle::{HostInfo, Manifest};
-pub use bindings::router::exports::pointsman::policy::router::{Choice, Refusal, Rejection, Replicas, Request};
+pub use bindings::router::exports::pointsman::policy::router::{Choice, Replicas, Request};
 pub use bindings::scheduler::exports::pointsman::policy::scheduler::{Budgets, Changes, Plan, Rest, Sequences};
 pub use bindings::telemetry::exports::pointsman::policy::telemetry::{Alert, Events, Severity};
 pub use config::NoConfig;
@@ -138,7 +138,7 @@ pub struct View {
     pub running: Sequences,
 }
 
-/// The [`Manifest`] of the crate that calls it: its package name and version, no extra inputs.
+/// The [`Manifest`] of the crate that calls it: name, version and description (one line) of its package, no extra inputs.
 #[macro_export]
 macro_rules! manifest {
     () => {
@@ -147,6 +147,7 @@ macro_rules! manifest {
             version: ::std::string::String::from(env!("CARGO_PKG_VERSION")),
             wants: ::std::vec::Vec::new(),
             state_schema: 0,
+            summary: ::std::string::String::from(env!("CARGO_PKG_DESCRIPTION")),
         }
     };
 }

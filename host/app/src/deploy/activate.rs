@@ -106,6 +106,7 @@ impl Deploy {
         let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;
         if let Some(known) = lock(&self.components).get_mut(digest) {
             known.revision = Some(prepared.revision.to_string());
+            known.summary = Some(prepared.summary.to_string()).filter(|summary| !summary.is_empty());
         }
         Ok(Ready::Guest(Box::new(prepared)))
     }

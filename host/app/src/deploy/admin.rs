@@ -37,6 +37,7 @@ impl PolicyAdmin for Deploy {
             builtin: known.builtin.is_some(),
             signed_by: known.signed_by,
             name: known.revision.or(known.builtin.map(str::to_owned)),
+            summary: known.summary,
         };
         let mut listed: Vec<wire::Component> = known.into_iter().map(view).collect();
         listed.sort_by(|a, b| (!a.builtin, &a.name, &a.digest).cmp(&(!b.builtin, &b.name, &b.digest)));

@@ -103,6 +103,7 @@ impl Deploy {
             builtin: None,
             component: None,
             revision: None,
+            summary: None,
             world,
             package: package.clone(),
             size,

@@ -82,6 +82,8 @@ struct Known {
     component: Option<Component>,
     /// What it calls itself, once it ran.
     revision: Option<String>,
+    /// What it says that it does, in one line, once it ran.
+    summary: Option<String>,
     world: World,
     package: String,
     size: u64,
@@ -208,6 +210,7 @@ impl Deploy {
                         builtin,
                         component: None,
                         revision: None,
+                        summary: None,
                         world: found.world,
                         package: found.package.to_string(),
                         size: bytes.len() as u64,

@@ -11,9 +11,62 @@ use pointsman_sched::batch::{Budgets, Changes, SequenceColumns};
 use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::route::{ReplicaColumns, RouteRequest};
 use pointsman_telemetry::{Metrics, Recorder};
+use wit_component::{StringEncoding, embed_component_metadata};
 
 /// A second of the host's clock.
 pub(crate) const SECOND: u64 = 1_000_000;
+
+/// A router written by hand: it counts in host-state and picks the row of that number. Layouts are those of the canonical ABI: `manifest` at 100, the answer of `get` at 200, `choice` at 220.
+const COUNTER: &str = r#"(module
+  (import "pointsman:policy/host-state@VERSION" "get" (func $get (param i32 i32 i32)))
+  (import "pointsman:policy/host-state@VERSION" "set" (func $set (param i32 i32 i32 i32 i32)))
+  (memory (export "memory") 2)
+  (data (i32.const 16) "counter")
+  (data (i32.const 32) "1.0.0")
+  (data (i32.const 48) "n")
+  (global $heap (mut i32) (i32.const 1024))
+  (func (export "cabi_realloc") (param i32 i32) (param $align i32) (param $size i32) (result i32)
+    (local $at i32)
+    (local.set $at (i32.and
+      (i32.add (global.get $heap) (i32.sub (local.get $align) (i32.const 1)))
+      (i32.sub (i32.const 0) (local.get $align))))
+    (global.set $heap (i32.add (local.get $at) (local.get $size)))
+    (local.get $at))
+  (func (export "pointsman:policy/lifecycle@VERSION#init")
+    (param i32 i32 i32 i32 i64 i32 i32 i32 i32 i32) (result i32)
+    (i32.store (i32.const 104) (i32.const 16)) (i32.store (i32.const 108) (i32.const 7))
+    (i32.store (i32.const 112) (i32.const 32)) (i32.store (i32.const 116) (i32.const 5))
+    (i32.store (i32.const 128) (i32.const SCHEMA))
+    (i32.const 100))
+  (func (export "pointsman:policy/router@VERSION#route") (param $arguments i32) (result i32)
+    (local $rows i32) (local $n i32)
+    (local.set $rows (i32.load offset=116 (local.get $arguments)))
+    (global.set $heap (i32.const 1024))
+    (call $get (i32.const 48) (i32.const 1) (i32.const 200))
+    (if (i32.load8_u (i32.const 200))
+      (then (local.set $n (i32.load8_u (i32.load (i32.const 204))))))
+    (i32.store8 (i32.const 300) (i32.add (local.get $n) (i32.const 1)))
+    (call $set (i32.const 48) (i32.const 1) (i32.const 300) (i32.const 1) (i32.const 240))
+    (i32.store8 (i32.const 220) (i32.const 1))
+    (i32.store (i32.const 224) (i32.rem_u (local.get $n) (local.get $rows)))
+    (i32.const 220)))"#;
+
+/// [`COUNTER`] as a core module that says it was built against this version of the package: 0.1.x against the frozen one,
+/// any other against the latest.
+pub(crate) fn counter(version: &str, schema: u32) -> Vec<u8> {
+    let (path, own) = match version.strip_prefix("0.1.") {
+        Some(_) => ("../../wit/frozen/0.1.0/policy.wit", "@0.1.0;"),
+        None => ("../../wit/policy.wit", "@0.2.0;"),
+    };
+    let package = std::fs::read_to_string(path).expect("a package").replacen(own, &format!("@{version};"), 1);
+    let mut resolve = wit_parser::Resolve::default();
+    let package = resolve.push_str(path, &package).expect("a package");
+    let world = resolve.select_world(&[package], Some("router-policy")).expect("a world");
+    let text = COUNTER.replace("SCHEMA", &schema.to_string()).replace("VERSION", version);
+    let mut module = wat::parse_str(text).expect("text that assembles");
+    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("a module");
+    module
+}
 
 /// A runtime, its clock, and the faults it told of.
 pub(crate) struct Bench {

@@ -29,6 +29,9 @@ pub struct Component {
     /// Its revision, once a slot has run it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// What it says that it does, in one line, once a slot has run it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
     /// Slots in which it is active, previous or candidate.
     pub used_by: Vec<String>,
 }
