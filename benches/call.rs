@@ -8,7 +8,7 @@ use std::time::Duration;
 use pointsman_benches::{Percentiles, each_call, header, now};
 use pointsman_policy::{Activation, Runtime, RuntimeConfig, Slot};
 use pointsman_sched::ids::{Priority, RequestId};
-use pointsman_sched::route::{Choice, NativeRouter, ReplicaColumns, RoutePolicy, RouteRequest};
+use pointsman_sched::route::{Choice, NativeRouter, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest};
 use pointsman_telemetry::{Metrics, Recorder};
 
 fn replicas(n: u32) -> ReplicaColumns {
@@ -27,6 +27,7 @@ fn replicas(n: u32) -> ReplicaColumns {
         cached_tokens: column(|i| i * 16 % 128),
         device: vec![0; n as usize],
         variant: vec![1; n as usize],
+        ..ReplicaColumns::default()
     }
 }
 
@@ -44,6 +45,7 @@ fn request(seed: u64) -> RouteRequest<'static> {
         arrived: 1,
         deadline: 0,
         seed,
+        numbers: RequestNumbers::default(),
         attributes: &[],
     }
 }

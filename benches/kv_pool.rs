@@ -32,6 +32,7 @@ fn request(id: u64, prompt_tokens: u32) -> Request {
         id: RequestId(id),
         tenant: 1,
         tenant_name: "acme".into(),
+        session: 0,
         priority: Priority::Normal,
         arrived: 1,
         deadline: 0,

@@ -301,6 +301,7 @@ impl<'a> World<'a> {
             id,
             tenant,
             tenant_name: format!("tenant-{tenant}").into(),
+            session: id.0,
             priority: self.rng.pick(&[Priority::Critical, Priority::High, Priority::Normal, Priority::Low]),
             arrived: self.now,
             deadline,

@@ -4,7 +4,7 @@
 //! without a default, and an unknown one is answered with the nearest known one. `pointsman.example.toml` and
 //! `.env.example` list every key; a test compares them with this file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -13,11 +13,16 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::builtin::BUILTINS;
+use crate::models::stable_key;
 use crate::reference::{Reference, ReferenceError};
 use crate::trust::{KeyRing, TrustError};
 
 /// Prefix of environment variables: `POINTSMAN_SCHED__MAX_BATCH_TOKENS` is `sched.max_batch_tokens`.
 pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
+
+/// Most labels of all replicas together, and the longest name of one.
+const MAX_LABELS: usize = 16;
+const MAX_LABEL: usize = 40;
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +40,8 @@ pub(crate) struct Config {
     pub trust: TrustSection,
     /// What a fresh data directory starts with, by slot name.
     pub slots: BTreeMap<String, SlotSection>,
+    /// What the operator says of replicas, by name, as in `demo:f16@cpu`.
+    pub replicas: BTreeMap<String, ReplicaSection>,
     /// Extra models: name to folder (config.json, safetensors, tokenizer.json).
     pub(crate) models: BTreeMap<String, PathBuf>,
     pub log: LogSection,
@@ -50,6 +57,8 @@ pub(crate) struct ServerSection {
     pub max_body_bytes: u64,
     pub max_connections: u32,
     pub shutdown_grace_ms: u64,
+    /// Request headers that routers may ask for as `header.<name>`; a `*` at the end stands for any rest.
+    pub route_headers: Vec<String>,
     /// API key to tenant; empty serves without keys.
     pub api_keys: BTreeMap<String, String>,
 }
@@ -139,6 +148,26 @@ pub(crate) struct SlotSection {
     pub config: Table,
 }
 
+/// What the operator says of a replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ReplicaSection {
+    /// 1000 is normal, 0 drains.
+    pub weight: u32,
+    /// Columns `replica.label.<name>` for routers.
+    pub labels: BTreeMap<String, Label>,
+}
+
+/// A label's value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Label {
+    /// Passed as it is.
+    Number(u64),
+    /// Passed as its hash.
+    Text(String),
+}
+
 /// Logging.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -213,6 +242,7 @@ impl Default for Config {
             ]
             .map(|(name, slot)| (name.to_owned(), slot))
             .into(),
+            replicas: BTreeMap::new(),
             models: BTreeMap::new(),
             log: LogSection::default(),
         }
@@ -228,6 +258,7 @@ impl Default for ServerSection {
             max_body_bytes: 8 << 20,
             max_connections: 1_024,
             shutdown_grace_ms: 20_000,
+            route_headers: vec!["x-*".to_owned()],
             api_keys: BTreeMap::new(),
         }
     }
@@ -270,6 +301,12 @@ impl Default for PolicySection {
     }
 }
 
+impl Default for ReplicaSection {
+    fn default() -> Self {
+        Self { weight: 1_000, labels: BTreeMap::new() }
+    }
+}
+
 impl Default for LogSection {
     fn default() -> Self {
         Self { level: "info".into(), format: LogFormat::Text }
@@ -282,7 +319,7 @@ impl Default for LogSection {
 const ACTORS: [&str; 5] = ["host", "loopback", "rollout", "startup", "token"];
 
 /// Keys under which anything may stand.
-const FREE_FORM: [&str; 5] = ["slots", "models", "server.api_keys", "admin.tokens", "trust.keys"];
+const FREE_FORM: [&str; 6] = ["slots", "models", "replicas", "server.api_keys", "admin.tokens", "trust.keys"];
 
 impl Config {
     /// Reads the file (if any), then the environment on top. Flags are applied by the caller, then [`Config::validate`].
@@ -361,7 +398,46 @@ impl Config {
         rule(!open, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")?;
         self.admin.check_tokens()?;
         KeyRing::new(&self.trust)?;
+        self.check_names()?;
         self.slots.iter().try_for_each(|(name, section)| check_slot(name, &section.component))
+    }
+
+    /// Every label that a replica has, by name.
+    pub(crate) fn label_names(&self) -> Vec<String> {
+        let names: BTreeSet<&String> = self.replicas.values().flat_map(|section| section.labels.keys()).collect();
+        names.into_iter().cloned().collect()
+    }
+
+    /// Labels and header patterns that can be names of inputs.
+    fn check_names(&self) -> Result<(), ConfigError> {
+        let bad = |key, found: &str, rule: &str| {
+            Err(ConfigError::Value { key, found: format!("\"{found}\""), rule: rule.to_owned() })
+        };
+        let letters = |text: &str| text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        for pattern in &self.server.route_headers {
+            let name = pattern.strip_suffix('*').unwrap_or(pattern);
+            if name.is_empty() || !letters(name) {
+                return bad("server.route_headers", pattern, "names of headers in lower case, or a beginning and `*`");
+            }
+        }
+        let labels = self.label_names();
+        if labels.len() > MAX_LABELS {
+            return bad("replicas.<name>.labels", &labels.join(", "), "at most 16 different names");
+        }
+        match labels.iter().find(|name| !(1..=MAX_LABEL).contains(&name.len()) || !letters(name)) {
+            Some(name) => bad("replicas.<name>.labels", name, "1 to 40 characters of a-z, 0-9 and `-`"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Label {
+    /// What a router sees: the number, or a hash of the text that is the same on every host.
+    pub(crate) fn number(&self) -> u64 {
+        match self {
+            Self::Number(number) => *number,
+            Self::Text(text) => stable_key(text),
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use pointsman_server::ports::SubmitError;
 use pointsman_telemetry::{Event, EventKind, Metrics, Recorder, ReplicaMetrics};
 
 use crate::clock::SystemClock;
+use crate::pace::{Pace, size_of};
 
 /// How long an idle driver sleeps at most; it is woken earlier by any message.
 const IDLE: Duration = Duration::from_millis(100);
@@ -49,6 +50,8 @@ pub(crate) struct DriverReplica {
     pub metrics: ReplicaMetrics,
     /// Number of the variant's name in the event stream.
     pub variant: u32,
+    /// How it does.
+    pub pace: Pace,
 }
 
 /// What every driver shares with the host.
@@ -169,7 +172,11 @@ impl Driver {
         self.take_mail();
         let now = self.context.clock.micros();
         for replica in &mut self.replicas {
-            let mut observe = Watch::new(&self.context.recorder, (replica.id, replica.variant), &mut replica.sampler);
+            let mut observe = Watch::new(
+                &self.context.recorder,
+                (replica.id, replica.variant),
+                (&mut replica.sampler, &mut replica.pace),
+            );
             replica.scheduler.shutdown(now, &mut observe);
             publish(replica, &self.context.metrics);
         }
@@ -185,8 +192,11 @@ impl Driver {
         for (id, request, cause) in self.to_cancel.drain(..) {
             let now = self.context.clock.micros();
             if let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) {
-                let mut observe =
-                    Watch::new(&self.context.recorder, (replica.id, replica.variant), &mut replica.sampler);
+                let mut observe = Watch::new(
+                    &self.context.recorder,
+                    (replica.id, replica.variant),
+                    (&mut replica.sampler, &mut replica.pace),
+                );
                 replica.scheduler.cancel(request, cause, now, &mut observe);
             }
         }
@@ -222,12 +232,14 @@ impl Driver {
         let start = clock.micros();
         replica.sampler.attend(start);
         replica.scheduler.review_cache(start, &mut *replica.retention);
-        let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), &mut replica.sampler);
+        let mut observe =
+            Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
+            replica.pace.idled(start);
             publish(replica, &context.metrics);
             return false;
         };
-        let n_tokens = plan.tokens.len();
+        let (n_tokens, size) = (plan.tokens.len(), size_of(plan));
         let scheduled = clock.micros();
         let executed = replica.executor.execute(plan, &mut replica.sampler, output);
         let done = clock.micros();
@@ -235,7 +247,8 @@ impl Driver {
             let rows = plan.rows.iter().filter(|row| row.sample.is_some());
             rows.zip(&output.sampled).for_each(|(row, sampled)| replica.sampler.sampled(row.request, sampled.token));
         }
-        let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), &mut replica.sampler);
+        let mut observe =
+            Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         match executed {
             Ok(()) => replica.scheduler.complete(done, output, &mut observe),
             Err(error) => {
@@ -245,6 +258,7 @@ impl Driver {
         }
         // What was sampled is looked at while the next step runs.
         replica.sampler.hand_over(done);
+        replica.pace.stepped(size, start, done);
         let seconds = |from: Micros, to: Micros| to.saturating_sub(from) as f64 * 1e-6;
         replica.metrics.step_schedule.observe(seconds(start, scheduled));
         replica.metrics.step_execute.observe(seconds(scheduled, done));
@@ -262,21 +276,22 @@ impl Driver {
     }
 }
 
-/// Records a replica's events under its name, and tells its sampler of requests that end.
+/// Records a replica's events under its name, and tells its sampler and its pace of requests that end.
 struct Watch<'a> {
     recorder: &'a Recorder,
     replica: ReplicaId,
     variant: u32,
     sampler: &'a mut Desk<Box<dyn SamplerWorker>>,
+    pace: &'a mut Pace,
 }
 
 impl<'a> Watch<'a> {
     fn new(
         recorder: &'a Recorder,
         (replica, variant): (ReplicaId, u32),
-        sampler: &'a mut Desk<Box<dyn SamplerWorker>>,
+        (sampler, pace): (&'a mut Desk<Box<dyn SamplerWorker>>, &'a mut Pace),
     ) -> Self {
-        Self { recorder, replica, variant, sampler }
+        Self { recorder, replica, variant, sampler, pace }
     }
 }
 
@@ -284,6 +299,9 @@ impl Observer for Watch<'_> {
     fn observe(&mut self, event: Event) {
         if matches!(event.kind, EventKind::Finished | EventKind::Failed | EventKind::Cancelled | EventKind::Rejected) {
             self.sampler.ended(RequestId(event.request));
+        }
+        if matches!(event.kind, EventKind::Finished | EventKind::Failed) {
+            self.pace.ended(event.kind == EventKind::Failed);
         }
         self.recorder.record(Event { replica: self.replica.0, variant: self.variant, ..event });
     }
@@ -294,6 +312,7 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     let counted = replica.scheduler.take_counters();
     let m = &replica.metrics;
     let gauges = &replica.gauges;
+    replica.pace.publish(gauges);
     m.running.set(i64::from(gauges.running.load(Ordering::Relaxed)));
     m.waiting.set(i64::from(gauges.waiting.load(Ordering::Relaxed)));
     let total = gauges.total_blocks.load(Ordering::Relaxed).max(1);

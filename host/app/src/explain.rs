@@ -86,15 +86,15 @@ fn decided(lines: &mut Vec<String>, decision: &Value) {
 /// What the router saw; the chosen row is marked.
 fn replicas(lines: &mut Vec<String>, decision: &Value) {
     lines.push(format!(
-        "\n  {:>3} {:<24} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>12}",
-        "ROW", "REPLICA", "HEALTH", "WEIGHT", "WAITING", "RUNNING", "QUEUED", "CACHED", "FREE BLOCKS"
+        "\n  {:>3} {:<24} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>12} {:>9}",
+        "ROW", "REPLICA", "HEALTH", "WEIGHT", "WAITING", "RUNNING", "QUEUED", "CACHED", "FREE BLOCKS", "TTFT MS"
     ));
     let (rows, columns) = (decision["rows"].as_array(), &decision["replicas"]);
     for (row, name) in rows.into_iter().flatten().enumerate() {
         let mark = if decision["chosen"]["row"] == row { '*' } else { ' ' };
         let number = |column: &str| columns[column][row].to_string();
         lines.push(format!(
-            "{mark} {row:>3} {:<24} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>12}",
+            "{mark} {row:>3} {:<24} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>12} {:>9}",
             text(name),
             number("health"),
             number("weight"),
@@ -103,9 +103,15 @@ fn replicas(lines: &mut Vec<String>, decision: &Value) {
             number("queued_tokens"),
             number("cached_tokens"),
             format!("{} of {}", number("free_blocks"), number("total_blocks")),
+            predicted(&columns["predicted_ttft"][row]),
         ));
     }
     lines.push(String::new());
+}
+
+/// The predicted time to the first token; a dash where nobody knew.
+fn predicted(value: &Value) -> String {
+    value.as_u64().filter(|us| *us > 0).map_or("-".to_owned(), |us| format!("{:.1}", us as f64 * 1e-3))
 }
 
 fn said_before(previous: &Value, rows: &Value) -> String {
@@ -170,7 +176,7 @@ mod tests {
                             "max_new_tokens": 4, "attributes": [["header.x-plan", "gold"]]},
                 "replicas": {"health": [0, 0], "weight": [1000, 1000], "waiting": [9, 0], "running": [1, 0],
                              "queued_tokens": [90, 0], "cached_tokens": [16, 0], "free_blocks": [3, 8],
-                             "total_blocks": [8, 8]},
+                             "total_blocks": [8, 8], "predicted_ttft": [0, 12_345]},
                 "rows": ["demo:f16@cpu", "demo:q8_0@cpu"], "revision": "a@1.0.0+00000000", "generation": 3,
                 "answer": {"rank": [0, 1]}, "call_us": 2, "clamps": ["row 0 (demo:f16@cpu) had no room"],
                 "chosen": {"row": 1, "replica": "demo:q8_0@cpu", "variant": "demo:q8_0"}
@@ -184,6 +190,7 @@ mod tests {
             "host    row 0 (demo:f16@cpu) had no room",
             "chosen  demo:q8_0@cpu (variant demo:q8_0)",
             "*   1 demo:q8_0@cpu",
+            "8 of 8      12.3",
             "before  native;g=2 would have said: nothing, so row 1 (demo:q8_0@cpu)",
             "first_token         3.150        2.000  prefill",
             "ended                   -            -",

@@ -15,6 +15,7 @@ mod explain;
 mod models;
 mod observer;
 mod oci;
+mod pace;
 mod reference;
 mod serve;
 mod store;

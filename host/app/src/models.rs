@@ -10,14 +10,15 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use anyhow::{Context, bail};
 use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, KvPlan, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::config::Config as SchedConfig;
-use pointsman_sched::ids::ReplicaId;
+use pointsman_sched::ids::{Micros, ReplicaId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
+use pointsman_sched::route::NO_LABEL;
 use pointsman_server::ports::{Replica, Variant};
 use pointsman_server::text::{TextFiles, TextModel};
 use pointsman_telemetry::{NameKind, Names};
 use serde_json::Value;
 
-use crate::config::Config;
+use crate::config::{Config, Label, ReplicaSection};
 
 /// One replica with its engine, before its driver takes it.
 #[derive(Debug)]
@@ -57,6 +58,7 @@ pub(crate) struct Loader<'a> {
     names: &'a Names,
     pool: ComputePool,
     created: u64,
+    started: Micros,
     loaded: Loaded,
 }
 
@@ -72,15 +74,20 @@ macro_rules! demo_file {
 // === impl Loader ===
 
 impl<'a> Loader<'a> {
-    /// Starts the compute pool. `created` is what `GET /v1/models` reports, in Unix seconds.
+    /// Starts the compute pool. `created` is what `GET /v1/models` reports, in Unix seconds; `started` the same moment on the
+    /// host's clock.
     ///
     /// # Errors
     /// The pool's threads cannot be started.
-    pub(crate) fn start(config: &'a Config, names: &'a Names, created: u64) -> anyhow::Result<Self> {
+    pub(crate) fn start(
+        config: &'a Config,
+        names: &'a Names,
+        (created, started): (u64, Micros),
+    ) -> anyhow::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
         let pool = ComputePool::start(threads)?;
-        Ok(Self { config, names, pool, created, loaded: Loaded::default() })
+        Ok(Self { config, names, pool, created, started, loaded: Loaded::default() })
     }
 
     /// Loads the demo (if configured) and every configured model.
@@ -96,6 +103,10 @@ impl<'a> Loader<'a> {
         }
         if self.loaded.variants.is_empty() {
             bail!("no model to serve: set engine.demo = true or add one with --model NAME=FOLDER");
+        }
+        let replicas: Vec<&str> = self.loaded.replicas.iter().map(|r| &*r.replica.name).collect();
+        if let Some(unknown) = self.config.replicas.keys().find(|name| !replicas.contains(&name.as_str())) {
+            bail!("replicas.\"{unknown}\" in the configuration names no replica; there are: {}", replicas.join(", "));
         }
         Ok(self.loaded)
     }
@@ -226,6 +237,11 @@ impl<'a> Loader<'a> {
 
     fn replica(&self, variant: &Arc<str>, sched: &SchedConfig) -> Replica {
         let name: Arc<str> = format!("{variant}@cpu").into();
+        let section = self.config.replicas.get(&*name);
+        let label = |label: String| {
+            let value = section.and_then(|s| s.labels.get(&label));
+            (label.into(), value.map_or(NO_LABEL, Label::number))
+        };
         Replica {
             // The number under which events and telemetry hooks know the name.
             id: ReplicaId(self.names.intern(NameKind::Replica, &name)),
@@ -233,9 +249,11 @@ impl<'a> Loader<'a> {
             name,
             device: CPU,
             variant: self.names.intern(NameKind::Variant, variant).into(),
-            weight: AtomicU32::new(1_000),
+            weight: AtomicU32::new(section.map_or(ReplicaSection::default().weight, |s| s.weight)),
             health: AtomicU8::new(0),
             max_waiting: sched.max_waiting,
+            started: self.started,
+            labels: self.config.label_names().into_iter().map(label).collect(),
             gauges: Arc::<ReplicaGauges>::default(),
             sketch: Arc::new(PrefixSketch::new(sched.n_blocks)),
         }
@@ -243,7 +261,7 @@ impl<'a> Loader<'a> {
 }
 
 /// A hash that is the same on every host and in every version (FNV-1a), for rendezvous hashing by routers.
-fn stable_key(name: &str) -> u64 {
+pub(crate) fn stable_key(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

@@ -31,6 +31,7 @@ use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::driver::{DriverContext, DriverHandle, DriverReplica};
 use crate::models::{Loaded, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
+use crate::pace::Pace;
 use crate::store::Store;
 use crate::tapped::Tapped;
 use crate::trust::KeyRing;
@@ -191,6 +192,7 @@ fn server_config(config: &Config) -> ServerConfig {
         grace_ms: server.shutdown_grace_ms,
         api_keys: server.api_keys.iter().map(key).collect(),
         admin_tokens: admin_tokens(config),
+        route_headers: server.route_headers.clone(),
         admin_remote: !config.admin.listen.ip().is_loopback(),
         explain_requests: config.policy.explain_requests as usize,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -242,6 +244,7 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::
             },
         },
         router_instances: config.policy.router_instances,
+        replica_labels: config.label_names(),
         on_fault: Some(Arc::new(move |report| {
             told.force_push(report.clone());
         })),
@@ -263,7 +266,8 @@ fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>) -> anyhow
     let created = shared.clock.unix_millis() / 1_000;
     std::thread::scope(|scope| {
         let policies = scope.spawn(|| deploy.start(config));
-        let loaded = Loader::start(config, &shared.names, created).and_then(Loader::load_all);
+        let since = (created, shared.clock.micros());
+        let loaded = Loader::start(config, &shared.names, since).and_then(Loader::load_all);
         if policies.join().is_err() {
             bail!("bringing the policies back ended in a panic; --safe-mode serves without them");
         }
@@ -302,6 +306,7 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
             gauges: Arc::clone(&replica.gauges),
             metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
             variant: u32::try_from(replica.variant).unwrap_or(0),
+            pace: Pace::new(sched.step_tokens),
         });
     }
     let context = DriverContext {

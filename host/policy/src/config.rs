@@ -40,6 +40,9 @@ pub struct RuntimeConfig {
     /// Whether a thread of the runtime replaces instances and drops drained generations, or the caller does by
     /// [`crate::Runtime::maintain`] (simulations).
     pub maintenance: Maintenance,
+    /// Names of the operator's labels of replicas, in the order of [`pointsman_sched::route::ReplicaColumns::labels`]; at
+    /// most 16.
+    pub replica_labels: Vec<String>,
     /// Told of every fault.
     pub on_fault: Option<FaultListener>,
 }
@@ -135,6 +138,7 @@ impl Default for RuntimeConfig {
             recycle_calls: 100_000,
             recycle_growth_bytes: 16 << 20,
             maintenance: Maintenance::Thread,
+            replica_labels: Vec::new(),
             on_fault: None,
         }
     }
@@ -151,6 +155,7 @@ impl fmt::Debug for RuntimeConfig {
             .field("router_instances", &self.router_instances)
             .field("recycle_calls", &self.recycle_calls)
             .field("maintenance", &self.maintenance)
+            .field("replica_labels", &self.replica_labels)
             .finish_non_exhaustive()
     }
 }

@@ -301,7 +301,7 @@ impl<H: Hook> Guest<H> {
     }
 
     fn respawn(&self, now: Micros) -> bool {
-        match self.maker.start_equal(&self.manifest) {
+        match self.maker.start_equal(&self.manifest, &self.wants) {
             Ok(instance) => {
                 lock(&self.circuit).respawned();
                 let kept = self.idle.push(instance).is_ok();

@@ -44,7 +44,7 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     /// Calls the hook with made-up inputs and checks its answers.
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault>;
     /// Touches what the first real call would touch, where that leaves no trace in the guest.
-    fn warm(_instance: &mut Instance<Self>, _budgets: &Budgets, _now: Micros) -> Result<(), Fault> {
+    fn warm(_instance: &mut Instance<Self>, _wants: &Wants, _budgets: &Budgets, _now: Micros) -> Result<(), Fault> {
         Ok(())
     }
     fn wrap(ready: Ready<Self>) -> AnyReady;
@@ -194,7 +194,7 @@ impl<H: Hook> Maker<H> {
             number,
             ready_bytes: 0,
         });
-        let columns = crate::manifest::known_names(H::WORLD);
+        let columns = crate::manifest::known_names(H::WORLD, &shared.config.replica_labels);
         let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
         let info = InitInfo {
             config: &self.config,
@@ -216,14 +216,14 @@ impl<H: Hook> Maker<H> {
     }
 
     /// Like [`start`](Self::start), for a generation whose manifest is known: it must say the same again.
-    pub(crate) fn start_equal(&self, manifest: &Manifest) -> Result<Box<Instance<H>>, StartError> {
+    pub(crate) fn start_equal(&self, manifest: &Manifest, wants: &Wants) -> Result<Box<Instance<H>>, StartError> {
         let (mut instance, again) = self.start()?;
         if again != *manifest {
             let text = format!("two instances of one generation returned different manifests: {manifest:?}, {again:?}");
             return Err(StartError::Fault(Call::Init, Fault::new(FaultKind::BadAnswer, text)));
         }
         let (budgets, now) = (&self.shared.config.budgets, (self.shared.clock)());
-        H::warm(&mut instance, budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
+        H::warm(&mut instance, wants, budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
         instance.calls = 0;
         Ok(instance)
     }

@@ -17,6 +17,16 @@ const MAX_WANTS: usize = 64;
 const MAX_WANT: usize = 64;
 /// Prefix of request headers that a router may read.
 const HEADER: &str = "header.";
+/// The beginning of the prompt, as a router may read it.
+const PROMPT_HEAD: &str = "prompt-head";
+/// Prefix of the operator's labels of replicas.
+const LABEL: &str = "replica.label.";
+/// Most labels of a host.
+pub(crate) const MAX_LABELS: usize = 16;
+/// Most columns and numbers of a call to a router: every name at most once.
+pub(crate) const MAX_REPLICA_COLUMNS: usize = REPLICA_COLUMNS.len() + MAX_LABELS;
+pub(crate) const MAX_REQUEST_NUMBERS: usize = REQUEST_NUMBERS.len();
+pub(crate) const MAX_SEQUENCE_COLUMNS: usize = SEQUENCE_COLUMNS.len();
 
 /// As the guest returned it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,10 +78,14 @@ pub enum ManifestError {
 pub(crate) struct Wants {
     /// Router: extra columns, in order.
     pub(crate) replica: Vec<ReplicaColumn>,
+    /// Router: numbers of the request, in order.
+    pub(crate) request: Vec<RequestNumber>,
     /// Router: attributes, in order.
     pub(crate) attributes: Vec<String>,
     /// Scheduler: the `progress` columns.
     pub(crate) progress: bool,
+    /// Scheduler: extra columns, in order.
+    pub(crate) sequence: Vec<SequenceColumn>,
     /// Telemetry: a bit per kind; all when none is named.
     pub(crate) events: u16,
     /// Telemetry: extra columns, in order.
@@ -83,6 +97,29 @@ pub(crate) struct Wants {
 pub(crate) enum ReplicaColumn {
     Device,
     Variant,
+    Load,
+    Errors,
+    Age,
+    PredictedTtft,
+    /// An operator's label, by the host's number for it.
+    Label(u8),
+}
+
+/// `extra` of `record request`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RequestNumber {
+    Choices,
+    TemperaturePpm,
+    Stream,
+    MinNewTokens,
+    CachePrompt,
+}
+
+/// Extra columns of `record sequences`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SequenceColumn {
+    Session,
+    Prefix,
 }
 
 /// Extra columns of `record events`.
@@ -94,8 +131,23 @@ pub(crate) enum EventColumn {
     CachedTokens,
 }
 
-const REPLICA_COLUMNS: [(&str, ReplicaColumn); 2] =
-    [("replica.device", ReplicaColumn::Device), ("replica.variant", ReplicaColumn::Variant)];
+const REPLICA_COLUMNS: [(&str, ReplicaColumn); 6] = [
+    ("replica.device", ReplicaColumn::Device),
+    ("replica.variant", ReplicaColumn::Variant),
+    ("replica.load", ReplicaColumn::Load),
+    ("replica.errors", ReplicaColumn::Errors),
+    ("replica.age", ReplicaColumn::Age),
+    ("replica.predicted-ttft", ReplicaColumn::PredictedTtft),
+];
+const REQUEST_NUMBERS: [(&str, RequestNumber); 5] = [
+    ("request.choices", RequestNumber::Choices),
+    ("request.temperature-ppm", RequestNumber::TemperaturePpm),
+    ("request.stream", RequestNumber::Stream),
+    ("request.min-new-tokens", RequestNumber::MinNewTokens),
+    ("request.cache-prompt", RequestNumber::CachePrompt),
+];
+const SEQUENCE_COLUMNS: [(&str, SequenceColumn); 2] =
+    [("seq.session", SequenceColumn::Session), ("seq.prefix", SequenceColumn::Prefix)];
 const EVENT_COLUMNS: [(&str, EventColumn); 4] = [
     ("column.variant", EventColumn::Variant),
     ("column.priority", EventColumn::Priority),
@@ -103,14 +155,23 @@ const EVENT_COLUMNS: [(&str, EventColumn); 4] = [
     ("column.cached-tokens", EventColumn::CachedTokens),
 ];
 
-/// Every name that this host can pass to guests of `world`, as `host-info.columns` lists them.
-pub(crate) fn known_names(world: World) -> Vec<String> {
+fn names<T>(table: &[(&'static str, T)]) -> impl Iterator<Item = String> {
+    table.iter().map(|(name, _)| (*name).to_owned())
+}
+
+/// Every name that this host can pass to guests of `world`, as `host-info.columns` lists them; `labels` are those that the
+/// operator gave to replicas.
+pub(crate) fn known_names(world: World, labels: &[String]) -> Vec<String> {
     match world {
-        World::Router => REPLICA_COLUMNS.iter().map(|(name, _)| (*name).to_owned()).collect(),
-        World::Scheduler => vec!["progress".to_owned()],
+        World::Router => {
+            let labels = labels.iter().map(|label| format!("{LABEL}{label}"));
+            let texts = [PROMPT_HEAD.to_owned()];
+            names(&REPLICA_COLUMNS).chain(labels).chain(names(&REQUEST_NUMBERS)).chain(texts).collect()
+        }
+        World::Scheduler => ["progress".to_owned()].into_iter().chain(names(&SEQUENCE_COLUMNS)).collect(),
         World::Telemetry => {
             let events = EventKind::ALL.iter().map(|kind| format!("event.{}", kind.name()));
-            events.chain(EVENT_COLUMNS.iter().map(|(name, _)| (*name).to_owned())).collect()
+            events.chain(names(&EVENT_COLUMNS)).collect()
         }
     }
 }
@@ -128,7 +189,7 @@ impl Manifest {
     }
 
     /// Checks everything and resolves `wants`.
-    pub(crate) fn check(&self, world: World) -> Result<Wants, ManifestError> {
+    pub(crate) fn check(&self, world: World, labels: &[String]) -> Result<Wants, ManifestError> {
         let good = |text: &str, limit: usize, marks: &[u8]| {
             (1..=limit).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || marks.contains(&b))
         };
@@ -151,14 +212,14 @@ impl Manifest {
             return Err(ManifestError::Twice(name.clone()));
         }
         let mut wants = Wants::default();
-        let unknown: Vec<String> = self.wants.iter().filter(|name| !wants.add(world, name)).cloned().collect();
+        let unknown: Vec<String> = self.wants.iter().filter(|name| !wants.add(world, labels, name)).cloned().collect();
         if unknown.is_empty() {
             if wants.events == 0 {
                 wants.events = u16::MAX;
             }
             return Ok(wants);
         }
-        let mut known = known_names(world);
+        let mut known = known_names(world, labels);
         if world == World::Router {
             known.push(format!("{HEADER}<name>"));
         }
@@ -170,20 +231,34 @@ impl Manifest {
 
 impl Wants {
     /// Adds a name; says whether it is known.
-    fn add(&mut self, world: World, name: &str) -> bool {
+    fn add(&mut self, world: World, labels: &[String], name: &str) -> bool {
         match world {
             World::Router => {
-                if let Some(column) = lookup(&REPLICA_COLUMNS, name) {
+                let label = |name: &str| {
+                    let place =
+                        labels.iter().position(|label| label == name.strip_prefix(LABEL).unwrap_or_default())?;
+                    u8::try_from(place).ok().map(ReplicaColumn::Label)
+                };
+                if let Some(column) = lookup(&REPLICA_COLUMNS, name).or_else(|| label(name)) {
                     self.replica.push(column);
                     return true;
                 }
+                if let Some(number) = lookup(&REQUEST_NUMBERS, name) {
+                    self.request.push(number);
+                    return true;
+                }
                 let header = name.strip_prefix(HEADER).is_some_and(|header| !header.is_empty());
-                if header {
+                let text = header || name == PROMPT_HEAD;
+                if text {
                     self.attributes.push(name.to_owned());
                 }
-                header
+                text
             }
             World::Scheduler => {
+                if let Some(column) = lookup(&SEQUENCE_COLUMNS, name) {
+                    self.sequence.push(column);
+                    return true;
+                }
                 self.progress |= name == "progress";
                 name == "progress"
             }
@@ -227,11 +302,11 @@ mod tests {
             ("a", "1+2", false),
             (&"n".repeat(65), "1.0.0", false),
         ] {
-            assert_eq!(manifest(name, version, &[]).check(World::Router).is_ok(), good, "{name} {version}");
+            assert_eq!(manifest(name, version, &[]).check(World::Router, &[]).is_ok(), good, "{name} {version}");
         }
         for (summary, good) in [("", true), ("Picks the emptiest.", true), ("a\nb", false), (&"s".repeat(201), false)] {
             let manifest = Manifest { summary: summary.to_owned(), ..manifest("a", "1.0.0", &[]) };
-            assert_eq!(manifest.check(World::Router).is_ok(), good, "{summary}");
+            assert_eq!(manifest.check(World::Router, &[]).is_ok(), good, "{summary}");
         }
         let digest = Digest::of(b"");
         assert_eq!(&*manifest("a", "1.2.0", &[]).revision(&digest), "a@1.2.0+e3b0c442");
@@ -239,11 +314,16 @@ mod tests {
 
     #[test]
     fn wants_are_resolved_or_refused_with_the_known_names() {
-        let wants = |world, names: &[&str]| manifest("a", "1.0.0", names).check(world);
-        let router = wants(World::Router, &["replica.variant", "header.x-plan"]).expect("known");
-        assert_eq!(router.replica, [ReplicaColumn::Variant]);
-        assert_eq!(router.attributes, ["header.x-plan"]);
-        assert!(wants(World::Scheduler, &["progress"]).expect("known").progress);
+        let labels = ["price".to_owned(), "region".to_owned()];
+        let wants = |world, names: &[&str]| manifest("a", "1.0.0", names).check(world, &labels);
+        let names = ["replica.label.region", "replica.variant", "header.x-plan", "request.stream", "prompt-head"];
+        let router = wants(World::Router, &names).expect("known");
+        assert_eq!(router.replica, [ReplicaColumn::Label(1), ReplicaColumn::Variant]);
+        assert_eq!(router.request, [RequestNumber::Stream]);
+        assert_eq!(router.attributes, ["header.x-plan", "prompt-head"]);
+        let scheduler = wants(World::Scheduler, &["seq.prefix", "progress", "seq.session"]).expect("known");
+        assert!(scheduler.progress);
+        assert_eq!(scheduler.sequence, [SequenceColumn::Prefix, SequenceColumn::Session]);
         let hook = wants(World::Telemetry, &["event.finished", "column.priority"]).expect("known");
         assert!(hook.event(EventKind::Finished) && !hook.event(EventKind::Step));
         assert_eq!(hook.columns, [EventColumn::Priority]);
@@ -251,13 +331,15 @@ mod tests {
         for (world, name) in [
             (World::Router, "progress"),
             (World::Router, "header."),
-            (World::Router, "replica.load"),
+            (World::Router, "replica.label.colour"),
+            (World::Router, "replica.label."),
+            (World::Router, "seq.session"),
             (World::Scheduler, "seq.age"),
             (World::Telemetry, "event.unheard"),
         ] {
             let error = wants(world, &[name]).expect_err(name).to_string();
-            let known = &known_names(world)[0];
-            assert!(error.contains(name) && error.contains(known), "{error}");
+            let known = known_names(world, &labels).join(", ");
+            assert!(error.contains(name) && error.contains(&known), "{error}");
         }
         assert!(matches!(wants(World::Router, &["header.x"; 2]), Err(ManifestError::Twice(_))));
         assert!(matches!(wants(World::Router, &["header.x"; 65]), Err(ManifestError::TooMany { count: 65, .. })));

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use pointsman_sched::ids::Priority;
 use pointsman_sched::route::{
-    Choice, Fallback, Refusal, Rejection, ReplicaColumns, RoutePolicy, RouteRequest, Routed, check_choice,
+    Choice, Fallback, NO_LABEL, Refusal, Rejection, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest, Routed,
+    check_choice,
 };
 use pointsman_telemetry::Micros;
 
@@ -20,7 +21,7 @@ use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::generation::{CallContext, Guest};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
-use crate::manifest::{ReplicaColumn, Wants};
+use crate::manifest::{MAX_REPLICA_COLUMNS, MAX_REQUEST_NUMBERS, ReplicaColumn, RequestNumber, Wants};
 use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 
@@ -139,24 +140,48 @@ fn call(
     arguments: &Arguments<'_>,
 ) -> Result<Choice, Fault> {
     let Arguments { request, replicas, wants } = *arguments;
-    // A manifest names a column at most once, so two places are enough.
-    let mut columns: [&[u64]; 2] = [&[], &[]];
-    let extra = wants.replica.len().min(columns.len());
+    // A manifest names a column at most once, so there are places enough.
+    let mut columns: [&[u64]; MAX_REPLICA_COLUMNS] = [&[]; MAX_REPLICA_COLUMNS];
+    let n_columns = wants.replica.len().min(columns.len());
     for (place, column) in columns.iter_mut().zip(&wants.replica) {
-        *place = match column {
-            ReplicaColumn::Device => &replicas.device,
-            ReplicaColumn::Variant => &replicas.variant,
-        };
+        *place = replica_column(replicas, *column);
+    }
+    let mut numbers = [0; MAX_REQUEST_NUMBERS];
+    let n_numbers = wants.request.len().min(numbers.len());
+    for (place, number) in numbers.iter_mut().zip(&wants.request) {
+        *place = request_number(&request.numbers, *number);
     }
     let attributes = attributes(request, wants);
-    let request = lower_request(request, &attributes);
-    let replicas_arg = lower_replicas(replicas, &columns[..extra]);
+    let request = lower_request(request, &numbers[..n_numbers], &attributes);
+    let replicas_arg = lower_replicas(replicas, &columns[..n_columns]);
     let choice = instance.call(hard, now, |guest, store| {
         guest.pointsman_policy_router().call_route(store, now, request, replicas_arg)
     })?;
     let choice = lift_choice(choice);
     check_choice(&choice, replicas.len()).map_err(|why| Fault::new(FaultKind::BadAnswer, why.to_string()))?;
     Ok(choice)
+}
+
+fn replica_column(replicas: &ReplicaColumns, column: ReplicaColumn) -> &[u64] {
+    match column {
+        ReplicaColumn::Device => &replicas.device,
+        ReplicaColumn::Variant => &replicas.variant,
+        ReplicaColumn::Load => &replicas.load,
+        ReplicaColumn::Errors => &replicas.errors,
+        ReplicaColumn::Age => &replicas.age,
+        ReplicaColumn::PredictedTtft => &replicas.predicted_ttft,
+        ReplicaColumn::Label(place) => replicas.labels.get(usize::from(place)).map_or(&[], |(_, column)| column),
+    }
+}
+
+fn request_number(numbers: &RequestNumbers, number: RequestNumber) -> u64 {
+    match number {
+        RequestNumber::Choices => numbers.choices,
+        RequestNumber::TemperaturePpm => numbers.temperature_ppm,
+        RequestNumber::Stream => numbers.stream,
+        RequestNumber::MinNewTokens => numbers.min_new_tokens,
+        RequestNumber::CachePrompt => numbers.cache_prompt,
+    }
 }
 
 /// The texts that the guest wants and the request has.
@@ -172,7 +197,11 @@ fn attributes<'a>(request: &RouteRequest<'a>, wants: &Wants) -> Vec<(&'a str, &'
         .collect()
 }
 
-fn lower_request<'a>(request: &RouteRequest<'a>, attributes: &'a [(&'a str, &'a str)]) -> wit::Request<'a> {
+fn lower_request<'a>(
+    request: &RouteRequest<'a>,
+    extra: &'a [u64],
+    attributes: &'a [(&'a str, &'a str)],
+) -> wit::Request<'a> {
     wit::Request {
         id: request.id.0,
         model: request.model,
@@ -191,7 +220,7 @@ fn lower_request<'a>(request: &RouteRequest<'a>, attributes: &'a [(&'a str, &'a 
         arrived: request.arrived,
         deadline: request.deadline,
         seed: request.seed,
-        extra: &[],
+        extra,
         attributes,
     }
 }
@@ -243,7 +272,7 @@ impl Hook for RouterHook {
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let attributes: Vec<(&str, &str)> = wants.attributes.iter().map(|name| (name.as_str(), "probe")).collect();
         for (case, rows) in [("one replica", 1), ("three replicas", 3)] {
-            let replicas = probe_replicas(rows);
+            let replicas = probe_replicas(rows, wants);
             for turn in 0..WARM_CALLS {
                 let request = probe_request(turn as u64, now, &attributes);
                 let arguments = Arguments { request: &request, replicas: &replicas, wants };
@@ -272,12 +301,19 @@ fn probe_request<'a>(turn: u64, now: Micros, attributes: &'a [(&'a str, &'a str)
         arrived: now,
         deadline: 0,
         seed: turn.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        numbers: RequestNumbers { choices: 1, cache_prompt: 1, ..RequestNumbers::default() },
         attributes,
     }
 }
 
-/// Replicas of rising load, the last one full.
-fn probe_replicas(rows: u32) -> ReplicaColumns {
+/// Replicas of rising load, the last one full. They have every label that is wanted, and the first of none.
+fn probe_replicas(rows: u32, wants: &Wants) -> ReplicaColumns {
+    let labels = wants.replica.iter().filter_map(|column| match column {
+        ReplicaColumn::Label(place) => Some(usize::from(*place) + 1),
+        _ => None,
+    });
+    let label = || (0..rows).map(|i| if i == 0 { NO_LABEL } else { i.into() }).collect();
+    let rising = |unit: u64| (0..rows).map(|i| u64::from(i) * unit).collect::<Vec<u64>>();
     let column = |value: fn(u32) -> u32| (0..rows).map(value).collect::<Vec<u32>>();
     ReplicaColumns {
         id: column(|i| i + 1),
@@ -293,5 +329,10 @@ fn probe_replicas(rows: u32) -> ReplicaColumns {
         cached_tokens: column(|i| i * 16),
         device: (0..rows).map(u64::from).collect(),
         variant: vec![1; rows as usize],
+        load: rising(300_000),
+        errors: rising(1_000),
+        age: rising(60_000_000),
+        predicted_ttft: rising(20_000),
+        labels: (0..labels.max().unwrap_or(0)).map(|_| ("probe".into(), label())).collect(),
     }
 }

@@ -323,7 +323,7 @@ impl Runtime {
         let log = Arc::new(LogGate::new(activation.slot.as_str().into()));
         let maker = self.inner.maker::<RouterHook>(component, activation, log)?;
         let (mut instance, manifest) = maker.start()?;
-        let wants = manifest.check(World::Router)?;
+        let wants = manifest.check(World::Router, &self.inner.shared.config.replica_labels)?;
         let budget = self.inner.shared.config.budgets.route;
         let answer = router::answer(&mut instance, budget.hard, &wants, question);
         answer.map_err(|fault| ActivateError::Start { call: Call::Route, fault })
@@ -377,6 +377,10 @@ fn check_bounds(config: &RuntimeConfig) -> Result<(), RuntimeError> {
         ("router_instances", config.router_instances as usize, crate::generation::MAX_INSTANCES - 1),
         ("max_upload_bytes", config.max_upload_bytes, 1 << 30),
     ];
+    let (value, most) = (config.replica_labels.len(), crate::manifest::MAX_LABELS);
+    if value > most {
+        return Err(RuntimeError::Config { key: "replica_labels", value, most });
+    }
     match bounds.into_iter().find(|(_, value, most)| *value == 0 || value > most) {
         Some((key, value, most)) => Err(RuntimeError::Config { key, value, most }),
         None => Ok(()),
@@ -477,7 +481,7 @@ impl Inner {
             revision: Arc::clone(&revision),
         });
         maker.next = AtomicU32::new(0);
-        let instances = (0..wanted).map(|_| maker.start_equal(&manifest)).collect::<Result<Vec<_>, _>>()?;
+        let instances = (0..wanted).map(|_| maker.start_equal(&manifest, &wants)).collect::<Result<Vec<_>, _>>()?;
         let generation = activation.generation;
         let summary = manifest.summary.as_str().into();
         let ready = Ready { maker, manifest, wants, revision: Arc::clone(&revision), instances };
@@ -511,7 +515,7 @@ impl Inner {
     /// Starts an instance, checks its manifest and its answers to made-up inputs.
     fn probe<H: Hook>(&self, maker: &Maker<H>) -> Result<(Manifest, crate::manifest::Wants), ActivateError> {
         let (mut instance, manifest) = maker.start()?;
-        let wants = manifest.check(H::WORLD)?;
+        let wants = manifest.check(H::WORLD, &self.shared.config.replica_labels)?;
         H::probe(&mut instance, &wants, &self.shared.config.budgets, (self.shared.clock)())?;
         Ok((manifest, wants))
     }

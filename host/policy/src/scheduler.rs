@@ -19,7 +19,7 @@ use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind};
 use crate::generation::{CallContext, Generation};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
-use crate::manifest::Wants;
+use crate::manifest::{MAX_SEQUENCE_COLUMNS, SequenceColumn, Wants};
 use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 
@@ -97,12 +97,12 @@ impl SchedulerGuest {
         call: Call,
         now: Micros,
         budget: Budget,
-        work: impl FnOnce(&mut Instance<SchedulerHook>, Micros) -> Result<R, Fault>,
+        work: impl FnOnce(&mut Instance<SchedulerHook>, Micros, &Wants) -> Result<R, Fault>,
     ) -> Option<R> {
         let (Some(guest), Some(instance)) = (&self.generation.guest, &mut self.instance) else { return None };
         let number = guest.begin();
         let started = stopwatch_ns();
-        let answer = work(instance, budget.hard);
+        let answer = work(instance, budget.hard, &guest.wants);
         let took_ns = stopwatch_ns() - started;
         guest.took(took_ns, budget.soft);
         match answer {
@@ -178,7 +178,8 @@ impl BatchPolicy for SchedulerGuest {
 
     fn resync(&mut self, view: &View<'_>) {
         let budget = self.core.shared.config.budgets.resync;
-        let done = self.call(Call::Resync, view.now, budget, |instance, hard| resync(instance, hard, view));
+        let done =
+            self.call(Call::Resync, view.now, budget, |instance, hard, wants| resync(instance, hard, wants, view));
         self.synced = done.is_some();
     }
 
@@ -187,7 +188,9 @@ impl BatchPolicy for SchedulerGuest {
         if !self.synced {
             return Answer::Native;
         }
-        match self.call(Call::Step, now, budget, |instance, hard| step(instance, hard, now, (budgets, changes))) {
+        match self.call(Call::Step, now, budget, |instance, hard, wants| {
+            step(instance, hard, now, Asked { wants, budgets, changes })
+        }) {
             Some(Some(answer)) => {
                 fill(plan, answer);
                 Answer::Planned
@@ -236,9 +239,19 @@ impl std::fmt::Debug for SchedulerGuest {
 
 // === calls ===
 
-fn resync(instance: &mut Instance<SchedulerHook>, hard: Micros, view: &View<'_>) -> Result<(), Fault> {
+/// What a step is asked about.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    wants: &'a Wants,
+    budgets: &'a StepBudgets,
+    changes: &'a Changes,
+}
+
+fn resync(instance: &mut Instance<SchedulerHook>, hard: Micros, wants: &Wants, view: &View<'_>) -> Result<(), Fault> {
     let tenants = lower_tenants(view.tenants);
-    let (waiting, running) = (lower_sequences(view.waiting), lower_sequences(view.running));
+    let (of_waiting, of_running) = (wanted_columns(view.waiting, wants), wanted_columns(view.running, wants));
+    let waiting = lower_sequences(view.waiting, &of_waiting[..wants.sequence.len()]);
+    let running = lower_sequences(view.running, &of_running[..wants.sequence.len()]);
     let budgets = lower_budgets(view.budgets);
     instance.call(hard, view.now, |guest, store| {
         let scheduler = guest.pointsman_policy_scheduler();
@@ -250,12 +263,14 @@ fn step(
     instance: &mut Instance<SchedulerHook>,
     hard: Micros,
     now: Micros,
-    (budgets, changes): (&StepBudgets, &Changes),
+    asked: Asked<'_>,
 ) -> Result<Option<wit::Plan>, Fault> {
+    let Asked { wants, budgets, changes } = asked;
     let tenants = lower_tenants(&changes.new_tenants);
+    let of_arrived = wanted_columns(&changes.arrived, wants);
     let changes = wit::Changes {
         new_tenants: &tenants,
-        arrived: lower_sequences(&changes.arrived),
+        arrived: lower_sequences(&changes.arrived, &of_arrived[..wants.sequence.len()]),
         admitted: &changes.admitted,
         preempted: &changes.preempted,
         gone: &changes.gone,
@@ -292,7 +307,19 @@ fn lower_budgets(budgets: &StepBudgets) -> wit::Budgets {
     }
 }
 
-fn lower_sequences(columns: &SequenceColumns) -> wit::Sequences<'_> {
+/// The extra columns in the order of the manifest, which names each at most once.
+fn wanted_columns<'a>(columns: &'a SequenceColumns, wants: &Wants) -> [&'a [u64]; MAX_SEQUENCE_COLUMNS] {
+    let mut wanted: [&[u64]; MAX_SEQUENCE_COLUMNS] = [&[]; MAX_SEQUENCE_COLUMNS];
+    for (place, column) in wanted.iter_mut().zip(&wants.sequence) {
+        *place = match column {
+            SequenceColumn::Session => &columns.session,
+            SequenceColumn::Prefix => &columns.prefix,
+        };
+    }
+    wanted
+}
+
+fn lower_sequences<'a>(columns: &'a SequenceColumns, extra: &'a [&'a [u64]]) -> wit::Sequences<'a> {
     wit::Sequences {
         id: &columns.id,
         prompt_tokens: &columns.prompt_tokens,
@@ -305,7 +332,7 @@ fn lower_sequences(columns: &SequenceColumns) -> wit::Sequences<'_> {
         tenant: &columns.tenant,
         arrived: &columns.arrived,
         deadline: &columns.deadline,
-        extra: &[],
+        extra,
     }
 }
 
@@ -329,18 +356,18 @@ impl Hook for SchedulerHook {
     type Local = ();
     hook_bindings!(Scheduler, scheduler, SchedulerIndices, Scheduler);
 
-    fn probe(instance: &mut Instance<Self>, _wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
+    fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let step_budgets = probe_budgets();
         let (none, three) = (SequenceColumns::default(), probe_sequences(3));
         for (case, waiting) in [("nothing waits", &none), ("three requests wait", &three)] {
             let view =
                 View { now, seed: 1, budgets: &step_budgets, tenants: &[(1, "probe".into())], waiting, running: &none };
-            resync(instance, budgets.resync.hard, &view).map_err(|fault| ProbeFault {
+            resync(instance, budgets.resync.hard, wants, &view).map_err(|fault| ProbeFault {
                 case,
                 call: Call::Resync,
                 fault,
             })?;
-            probe_steps(instance, budgets.step.hard, now, waiting).map_err(|fault| ProbeFault {
+            probe_steps(instance, budgets.step.hard, wants, (now, waiting)).map_err(|fault| ProbeFault {
                 case,
                 call: Call::Step,
                 fault,
@@ -350,11 +377,12 @@ impl Hook for SchedulerHook {
     }
 
     /// Empty views leave no trace: the first real call is a resync, which replaces whatever the guest holds.
-    fn warm(instance: &mut Instance<Self>, budgets: &Budgets, now: Micros) -> Result<(), Fault> {
+    fn warm(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), Fault> {
         let (step_budgets, none) = (probe_budgets(), SequenceColumns::default());
         let view = View { now, seed: 0, budgets: &step_budgets, tenants: &[], waiting: &none, running: &none };
-        resync(instance, budgets.resync.hard, &view)?;
-        step(instance, budgets.step.hard, now, (&step_budgets, &Changes::default())).map(drop)
+        resync(instance, budgets.resync.hard, wants, &view)?;
+        let asked = Asked { wants, budgets: &step_budgets, changes: &Changes::default() };
+        step(instance, budgets.step.hard, now, asked).map(drop)
     }
 }
 
@@ -362,8 +390,8 @@ impl Hook for SchedulerHook {
 fn probe_steps(
     instance: &mut Instance<SchedulerHook>,
     hard: Micros,
-    now: Micros,
-    waiting: &SequenceColumns,
+    wants: &Wants,
+    (now, waiting): (Micros, &SequenceColumns),
 ) -> Result<(), Fault> {
     let budgets = probe_budgets();
     let mut shown = waiting.id.clone();
@@ -380,7 +408,7 @@ fn probe_steps(
             3 => changes.gone.push(100),
             _ => {}
         }
-        if let Some(plan) = step(instance, hard, now, (&budgets, &changes))? {
+        if let Some(plan) = step(instance, hard, now, Asked { wants, budgets: &budgets, changes: &changes })? {
             check_probe(&plan, &shown).map_err(|why| Fault::new(FaultKind::BadAnswer, why.to_string()))?;
         }
     }
@@ -433,5 +461,7 @@ fn probe_sequences(n: u32) -> SequenceColumns {
         tenant: column(|_| 1),
         arrived: times(),
         deadline: vec![0; n as usize],
+        session: times(),
+        prefix: times(),
     }
 }

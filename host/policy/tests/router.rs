@@ -3,7 +3,7 @@
 mod support;
 
 use pointsman_policy::{ActivateError, Call, FaultKind, Health, PublishError, RouterQuestion, Slot};
-use pointsman_sched::route::{Choice, Fallback, Refusal, RoutePolicy, Routed};
+use pointsman_sched::route::{Choice, Fallback, Refusal, RequestNumbers, RoutePolicy, RouteRequest, Routed};
 use pointsman_telemetry::{Event, EventKind};
 use support::{Bench, SECOND, replicas, request};
 
@@ -73,6 +73,44 @@ fn a_policy_can_be_asked_without_being_published() {
     let status = slot.status();
     assert_eq!((status.generation, status.calls, status.faults), (1, 0, [0; 5]), "what serves was not touched");
     assert!(bench.faults.lock().expect("not poisoned").is_empty());
+}
+
+#[test]
+fn named_inputs_reach_the_guest() {
+    let bench = Bench::with(|config| config.replica_labels = vec!["price".to_owned(), "region".to_owned()]);
+    let component = bench.admit("fixture-router");
+    let mut columns = replicas(3, 0);
+    columns.device = vec![5, 1, 2];
+    columns.variant = vec![1, 5, 2];
+    columns.load = vec![1, 2, 5];
+    columns.errors = vec![5, 1, 2];
+    columns.age = vec![1, 5, 2];
+    columns.predicted_ttft = vec![1, 2, 5];
+    columns.labels = vec![("price".into(), vec![5, 1, 2]), ("region".into(), vec![1, 2, u64::MAX])];
+    let numbers = RequestNumbers { choices: 2, stream: 1, ..RequestNumbers::default() };
+    let request = RouteRequest { numbers, ..request(1) };
+    for (wants, expect) in [
+        ("replica.device", 0),
+        ("replica.variant", 1),
+        ("replica.load", 2),
+        ("replica.errors", 0),
+        ("replica.age", 1),
+        ("replica.predicted-ttft", 2),
+        ("replica.label.price", 0),
+        ("replica.label.region", 2),
+        ("request.choices", 2),
+        ("request.stream", 1),
+        ("request.temperature-ppm", 0),
+    ] {
+        let config = format!(r#"{{"do": "largest-first", "after": {PROBED}, "wants": ["{wants}", "prompt-head"]}}"#);
+        let slot = bench.runtime.router_slot("router");
+        slot.publish(bench.prepare(&component, "router", &config)).expect("a publish");
+        let picks: Vec<Choice> = (0..4 * PROBED).map(|now| slot.route(now.into(), &request, &columns).choice).collect();
+        assert_eq!(picks.last(), Some(&Choice::Pick(expect)), "{wants}");
+    }
+    let unknown = bench.activation("router", r#"{"wants": ["replica.label.colour"]}"#);
+    let error = bench.runtime.prepare(&component, unknown).expect_err("no such label").to_string();
+    assert!(error.contains("replica.label.region, request.choices"), "{error}");
 }
 
 #[test]

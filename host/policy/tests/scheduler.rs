@@ -146,8 +146,38 @@ fn wants_progress_comes_from_the_manifest() {
     let slot = bench.runtime.scheduler_slot("scheduler");
     let mut guest = slot.attach("demo");
     assert!(!guest.wants_progress());
-    let component = bench.admit("sched-fcfs");
-    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
-    guest.attend(1);
-    assert!(!guest.wants_progress());
+    let component = bench.admit("fixture-scheduler");
+    for (config, expect) in [("{}", false), (r#"{"wants": ["progress"]}"#, true), ("{}", false)] {
+        slot.publish(bench.prepare(&component, "scheduler", config)).expect("a publish");
+        guest.attend(1);
+        assert_eq!(guest.wants_progress(), expect, "{config}");
+    }
+}
+
+#[test]
+fn named_columns_arrive_in_the_order_of_the_manifest() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let mut guest = slot.attach("demo");
+    let component = bench.admit("fixture-scheduler");
+    let mut changes = arrivals(&[(1, 10), (2, 10), (3, 10)]);
+    (changes.arrived.session, changes.arrived.prefix) = (vec![7, 9, 8], vec![30, 10, 20]);
+    for (wants, expect) in [
+        (r#"["seq.session"]"#, [2, 3, 1]),
+        (r#"["seq.prefix"]"#, [1, 3, 2]),
+        (r#"["progress", "seq.prefix", "seq.session"]"#, [1, 3, 2]),
+    ] {
+        let config = format!(r#"{{"do": "largest-first", "wants": {wants}}}"#);
+        slot.publish(bench.prepare(&component, "scheduler", &config)).expect("a publish");
+        assert_eq!(guest.attend(1), Attention::NeedsView);
+        let (budgets, none) = (budgets(), sequences(&[]));
+        let view = View { now: 1, seed: 1, budgets: &budgets, tenants: &[], waiting: &none, running: &none };
+        guest.resync(&view);
+        let mut plan = Plan::default();
+        assert_eq!(guest.step(2, &budgets, &changes, &mut plan), Answer::Planned, "{wants}");
+        assert_eq!(plan.admit, expect, "{wants}");
+    }
+    let unknown = bench.activation("scheduler", r#"{"wants": ["seq.mood"]}"#);
+    let error = bench.runtime.prepare(&component, unknown).expect_err("no such column").to_string();
+    assert!(error.contains("seq.mood") && error.contains("seq.prefix"), "{error}");
 }

@@ -23,6 +23,10 @@ pub struct SequenceColumns {
     pub tenant: Vec<u32>,
     pub arrived: Vec<Micros>,
     pub deadline: Vec<Micros>,
+    /// `seq.session` of docs/columns.md.
+    pub session: Vec<u64>,
+    /// `seq.prefix` of docs/columns.md.
+    pub prefix: Vec<u64>,
 }
 
 /// What one step may spend.
@@ -227,8 +231,10 @@ impl SequenceColumns {
             tenant,
             arrived,
             deadline,
+            session,
+            prefix,
         } = self;
-        for column in [id, arrived, deadline] {
+        for column in [id, arrived, deadline, session, prefix] {
             column.clear();
         }
         for column in

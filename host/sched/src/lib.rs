@@ -21,6 +21,7 @@ mod hash;
 pub mod ids;
 mod kv;
 pub mod observe;
+pub mod predict;
 pub mod prefix;
 pub mod publish;
 pub mod request;

@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::predict::Outlook;
+
 /// Load of one replica.
 #[derive(Debug, Default)]
 #[expect(missing_docs, reason = "the fields are those of `record replicas` in wit/policy.wit, documented there")]
@@ -20,6 +22,14 @@ pub struct ReplicaGauges {
     /// reservations, so that a burst between two steps does not pile onto one replica.
     pub reserved_requests: AtomicU32,
     pub reserved_tokens: AtomicU32,
+    /// Share of the recent time in which the replica computed, in millionths.
+    pub busy_ppm: AtomicU32,
+    /// Share of the requests that ended lately which failed by a fault of host or device, in millionths.
+    pub failed_ppm: AtomicU32,
+    /// The parts of an [`Outlook`].
+    pub step_ns: AtomicU64,
+    pub token_ns: AtomicU64,
+    pub step_tokens: AtomicU32,
 }
 
 impl ReplicaGauges {
@@ -33,6 +43,23 @@ impl ReplicaGauges {
     pub fn release(&self, prompt_tokens: u32) {
         self.reserved_requests.fetch_sub(1, Ordering::Relaxed);
         self.reserved_tokens.fetch_sub(prompt_tokens, Ordering::Relaxed);
+    }
+
+    /// Says what the next steps look like. Driver only.
+    pub fn look_ahead(&self, outlook: Outlook) {
+        self.step_ns.store(outlook.step_ns, Ordering::Relaxed);
+        self.token_ns.store(outlook.token_ns, Ordering::Relaxed);
+        self.step_tokens.store(outlook.step_tokens, Ordering::Relaxed);
+    }
+
+    /// What the driver said last.
+    #[must_use]
+    pub fn outlook(&self) -> Outlook {
+        Outlook {
+            step_ns: self.step_ns.load(Ordering::Relaxed),
+            token_ns: self.token_ns.load(Ordering::Relaxed),
+            step_tokens: self.step_tokens.load(Ordering::Relaxed),
+        }
     }
 }
 

@@ -40,6 +40,8 @@ pub struct Request {
     pub tenant: u32,
     /// Name behind `tenant`, for policies.
     pub tenant_name: Arc<str>,
+    /// Hash of the session, 0 without one.
+    pub session: u64,
     /// Urgency.
     pub priority: Priority,
     /// When the host received it.

@@ -23,8 +23,24 @@ pub struct RouteRequest<'a> {
     pub arrived: Micros,
     pub deadline: Micros,
     pub seed: u64,
+    pub numbers: RequestNumbers,
     /// Texts that a router may ask for by name, such as `header.x-plan`; only those it wants reach it.
     pub attributes: &'a [(&'a str, &'a str)],
+}
+
+/// The `request.*` names of docs/columns.md.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RequestNumbers {
+    /// `request.choices`.
+    pub choices: u64,
+    /// `request.temperature-ppm`.
+    pub temperature_ppm: u64,
+    /// `request.stream`.
+    pub stream: u64,
+    /// `request.min-new-tokens`.
+    pub min_new_tokens: u64,
+    /// `request.cache-prompt`.
+    pub cache_prompt: u64,
 }
 
 /// Replicas that can serve a request, as columns of one length; mirrors `record replicas`.
@@ -46,7 +62,20 @@ pub struct ReplicaColumns {
     pub device: Vec<u64>,
     /// `replica.variant` of docs/columns.md.
     pub variant: Vec<u64>,
+    /// `replica.load`.
+    pub load: Vec<u64>,
+    /// `replica.errors`.
+    pub errors: Vec<u64>,
+    /// `replica.age`.
+    pub age: Vec<u64>,
+    /// `replica.predicted-ttft`.
+    pub predicted_ttft: Vec<u64>,
+    /// `replica.label.<name>`, in the order in which the host numbers its labels.
+    pub labels: Vec<(Arc<str>, Vec<u64>)>,
 }
+
+/// What a label column holds where a replica has no such label.
+pub const NO_LABEL: u64 = u64::MAX;
 
 /// A router's answer; rows are indices into [`ReplicaColumns`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -274,13 +303,21 @@ impl ReplicaColumns {
             cached_tokens,
             device,
             variant,
+            load,
+            errors,
+            age,
+            predicted_ttft,
+            labels,
         } = self;
         for column in
             [id, weight, waiting, running, running_limit, queued_tokens, free_blocks, total_blocks, cached_tokens]
         {
             column.clear();
         }
-        for column in [key, device, variant] {
+        for column in [key, device, variant, load, errors, age, predicted_ttft] {
+            column.clear();
+        }
+        for (_, column) in labels {
             column.clear();
         }
         health.clear();
@@ -305,8 +342,7 @@ mod tests {
             free_blocks: vec![8; n],
             total_blocks: vec![8; n],
             cached_tokens: vec![0; n],
-            device: vec![0; n],
-            variant: vec![0; n],
+            ..ReplicaColumns::default()
         }
     }
 

@@ -243,6 +243,8 @@ fn show(sequence: &mut Sequence, kv: &Kv, columns: &mut SequenceColumns) {
     columns.tenant.push(request.tenant);
     columns.arrived.push(request.arrived);
     columns.deadline.push(request.deadline);
+    columns.session.push(request.session);
+    columns.prefix.push(request.block_hashes.first().copied().unwrap_or(0));
     sequence.shown = if sequence.running { Shown::Running } else { Shown::Waiting };
     sequence.shown_progress = now;
     sequence.dirty = false;

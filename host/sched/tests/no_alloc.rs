@@ -144,6 +144,7 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
         id: RequestId(id),
         tenant: 0,
         tenant_name: "".into(),
+        session: 0,
         priority: Priority::Normal,
         arrived: 0,
         deadline: 0,

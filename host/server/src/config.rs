@@ -38,7 +38,7 @@ pub struct ServerConfig {
     pub max_prompts: u32,
     /// Events that a slow client may be behind, per choice; beyond, its request ends.
     pub sink_events: usize,
-    /// Request headers that routers may ask for as `header.<name>`, lower case.
+    /// Request headers that routers may ask for as `header.<name>`, lower case; a `*` at the end stands for any rest.
     pub route_headers: Vec<String>,
     /// API keys; empty leaves the data plane open.
     pub api_keys: Vec<ApiKey>,

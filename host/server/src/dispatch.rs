@@ -11,7 +11,9 @@ use axum::http::header::{HeaderMap, HeaderName, HeaderValue};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
 use pointsman_sched::request::{Request, Sampling, TokenSink};
-use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, Resolved, RouteRequest, Routed, resolve};
+use pointsman_sched::route::{
+    Choice, DecidedBy, ReplicaColumns, RequestNumbers, Resolved, RouteRequest, Routed, resolve,
+};
 use pointsman_telemetry::{Event, EventKind};
 
 use crate::admin::wire::decision::Line;
@@ -57,6 +59,8 @@ pub(crate) struct Terms {
     pub(crate) min_new_tokens: u32,
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) cache_prompt: bool,
+    /// What routers may ask for by name.
+    pub(crate) numbers: RequestNumbers,
 }
 
 /// One choice of a prompt.
@@ -74,6 +78,8 @@ pub(crate) struct Placement {
     pub(crate) variant: Arc<Variant>,
     /// Its row in what the router saw.
     row: u32,
+    /// When its first token is expected; 0 where nobody knows.
+    pub(crate) expected: Micros,
     decided_by: DecidedBy,
 }
 
@@ -236,6 +242,7 @@ impl Dispatch<'_> {
         scratch.columns.clear();
         scratch.rows.clear();
         let c = &mut scratch.columns;
+        let now = self.state.clock.now();
         let needed = self.prompt.tokens.len() as u64 + u64::from(self.terms.max_new_tokens);
         for (v, variant) in self.target.variants.iter().enumerate() {
             if needed > u64::from(variant.context_tokens) {
@@ -254,13 +261,32 @@ impl Dispatch<'_> {
                 c.free_blocks.push(load(&gauges.free_blocks));
                 c.total_blocks.push(load(&gauges.total_blocks));
                 c.cached_tokens.push(self.cached_tokens(variant, replica, hashes));
-                c.device.push(replica.device);
-                c.variant.push(replica.variant);
+                self.extra(c, replica, now);
                 scratch.rows.push((v, r));
             }
         }
         scratch.refused.clear();
         scratch.refused.resize(scratch.rows.len(), false);
+    }
+
+    /// The named columns of a row whose others are filled already.
+    fn extra(&self, c: &mut ReplicaColumns, replica: &Replica, now: Micros) {
+        let gauges = &replica.gauges;
+        c.device.push(replica.device);
+        c.variant.push(replica.variant);
+        c.load.push(gauges.busy_ppm.load(Ordering::Relaxed).into());
+        c.errors.push(gauges.failed_ppm.load(Ordering::Relaxed).into());
+        c.age.push(now.saturating_sub(replica.started));
+        let cached = c.cached_tokens.last().copied().unwrap_or(0);
+        let queued = c.queued_tokens.last().copied().unwrap_or(0);
+        let own = n_tokens(self.prompt).saturating_sub(cached);
+        c.predicted_ttft.push(gauges.outlook().first_token(u64::from(queued) + u64::from(own)));
+        if c.labels.len() != replica.labels.len() {
+            c.labels = replica.labels.iter().map(|(name, _)| (Arc::clone(name), Vec::new())).collect();
+        }
+        for ((_, column), (_, value)) in c.labels.iter_mut().zip(&*replica.labels) {
+            column.push(*value);
+        }
     }
 
     /// Prompt tokens that the replica probably holds; the last one is always computed.
@@ -305,6 +331,7 @@ impl Dispatch<'_> {
             arrived: terms.arrived,
             deadline: terms.deadline,
             seed: state.clock.random(),
+            numbers: terms.numbers,
             attributes,
         }
     }
@@ -342,7 +369,11 @@ impl Dispatch<'_> {
             match self.state.engine.submit(placement.replica.id, request) {
                 Ok(()) => {
                     self.record(id, &placement, (call_us * 1_000, native), columns.cached_tokens[row]);
-                    return Ok(placement);
+                    let expected = match columns.predicted_ttft[row] {
+                        0 => 0,
+                        wait => self.state.clock.now().saturating_add(wait),
+                    };
+                    return Ok(Placement { expected, ..placement });
                 }
                 Err((request, error)) => {
                     placement.replica.gauges.release(n);
@@ -365,6 +396,7 @@ impl Dispatch<'_> {
         let variant = &self.target.variants[v];
         Placement {
             row: u32::try_from(row).unwrap_or(u32::MAX),
+            expected: 0,
             replica: Arc::clone(&variant.replicas[r]),
             variant: Arc::clone(variant),
             decided_by: routed.decided_by.clone(),
@@ -381,6 +413,7 @@ impl Dispatch<'_> {
             id: choice.id,
             tenant: self.caller.tenant_id,
             tenant_name: Arc::clone(&self.caller.tenant),
+            session: terms.session,
             priority: terms.priority,
             arrived: terms.arrived,
             deadline: terms.deadline,

@@ -341,6 +341,8 @@ pub(crate) fn replica(id: u32, name: &str) -> Arc<Replica> {
         weight: AtomicU32::new(1_000),
         health: AtomicU8::new(0),
         max_waiting: 4,
+        started: 1,
+        labels: [("price".into(), u64::from(id) + 3)].into(),
         gauges: Arc::new(ReplicaGauges::default()),
         sketch: Arc::new(PrefixSketch::new(64)),
     })

@@ -24,6 +24,10 @@ const PRIORITY: &str = "x-pointsman-priority";
 /// Longest id, tenant or session that a header may name.
 const MAX_NAME: usize = 128;
 
+/// Most headers that a router may see of a request, and the longest; others are left out.
+const MAX_ATTRIBUTES: usize = 16;
+const MAX_ATTRIBUTE: usize = 1_024;
+
 /// The id that client and server call a request by.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestTag(pub(crate) Arc<str>);
@@ -117,12 +121,20 @@ fn name_header<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<
     ))
 }
 
+/// Headers that some pattern allows: a name, or the beginning of one with a `*` behind it. Those that the host itself reads
+/// are never passed on, because routers get what they came to.
 fn attributes(headers: &HeaderMap, allowed: &[String]) -> Vec<(String, String)> {
-    let one = |name: &String| {
-        let value = headers.get(name.as_str())?.to_str().ok()?;
+    let own = |name: &str| ["x-request-id", TENANT_ID, SESSION_ID].contains(&name) || name.starts_with("x-pointsman-");
+    let fits = |name: &str, pattern: &String| match pattern.strip_suffix('*') {
+        Some(beginning) => name.starts_with(beginning) && !own(name),
+        None => name == pattern,
+    };
+    let one = |(name, value): (&HeaderName, &HeaderValue)| {
+        let allowed = allowed.iter().any(|pattern| fits(name.as_str(), pattern));
+        let value = value.to_str().ok().filter(|value| allowed && value.len() <= MAX_ATTRIBUTE)?;
         Some((format!("header.{name}"), value.to_owned()))
     };
-    allowed.iter().filter_map(one).collect()
+    headers.iter().filter_map(one).take(MAX_ATTRIBUTES).collect()
 }
 
 /// The words of the contract.
@@ -209,6 +221,33 @@ mod tests {
             ("1.5", None),
         ] {
             assert_eq!(priority_word(text), expect, "{text}");
+        }
+    }
+
+    #[test]
+    fn routers_see_the_headers_that_are_allowed() {
+        let mut headers = HeaderMap::new();
+        let long: &'static str = Box::leak("l".repeat(MAX_ATTRIBUTE + 1).into_boxed_str());
+        for (name, value) in [
+            ("x-plan", "gold"),
+            ("x-tenant-id", "t"),
+            ("x-request-id", "r"),
+            ("x-pointsman-priority", "low"),
+            ("authorization", "Bearer k"),
+            ("x-long", long),
+        ] {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        for (allowed, expect) in [
+            (&[][..], &[][..]),
+            (&["x-*"], &["header.x-plan"]),
+            (&["x-plan", "x-absent"], &["header.x-plan"]),
+            (&["x-tenant-id"], &["header.x-tenant-id"]),
+            (&["plan"], &[]),
+        ] {
+            let allowed: Vec<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
+            let names: Vec<String> = attributes(&headers, &allowed).into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names, expect, "{allowed:?}");
         }
     }
 

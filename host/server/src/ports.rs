@@ -34,6 +34,11 @@ pub struct Replica {
     pub health: AtomicU8,
     /// Requests that may wait, in the mailbox and in the queue; the server answers 429 beyond.
     pub max_waiting: u32,
+    /// When it was loaded.
+    pub started: Micros,
+    /// The operator's labels by name, the same names in the same order for every replica;
+    /// [`NO_LABEL`](pointsman_sched::route::NO_LABEL) for one that it has not.
+    pub labels: Arc<[(Arc<str>, u64)]>,
     /// Live load, written by the driver.
     pub gauges: Arc<ReplicaGauges>,
     /// Sketch of the prefix cache, written by the driver.

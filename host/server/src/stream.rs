@@ -69,6 +69,8 @@ pub(crate) struct ChoiceParts {
     /// Stop strings do not count before this many tokens.
     pub(crate) min_tokens: u32,
     pub(crate) metrics: Arc<RequestMetrics>,
+    /// When the first token is expected; 0 where nobody knows.
+    pub(crate) expected: Micros,
     /// Prompt tokens to give back to admission at the first token; 0 for all but the first choice of a prompt.
     pub(crate) queued_tokens: u32,
 }
@@ -325,6 +327,11 @@ impl Generation {
         let choice = &mut self.choices[index];
         if choice.generated == 0 {
             choice.parts.metrics.ttft.observe(seconds(now.saturating_sub(self.parts.arrived)));
+            let expected = choice.parts.expected;
+            if expected > 0 {
+                choice.parts.metrics.ttft_predicted.observe(seconds(expected.saturating_sub(self.parts.arrived)));
+                choice.parts.metrics.ttft_error.observe(seconds(expected.abs_diff(now)));
+            }
             self.in_flight.permit.computed(choice.parts.queued_tokens);
         } else {
             choice.parts.metrics.itl.observe(seconds(now.saturating_sub(choice.last_token)));

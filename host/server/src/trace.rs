@@ -83,6 +83,7 @@ pub(crate) struct Decided {
 struct Packed {
     rows: usize,
     numbers: Box<[u64]>,
+    labels: Box<[Arc<str>]>,
 }
 
 // === impl Traces ===
@@ -379,10 +380,15 @@ impl Packed {
             cached_tokens,
             device,
             variant,
+            load,
+            errors,
+            age,
+            predicted_ttft,
+            labels,
         } = columns;
         let rows = id.len();
-        let mut numbers = Vec::with_capacity(rows * 13);
-        for column in [key, device, variant] {
+        let mut numbers = Vec::with_capacity(rows * (17 + labels.len()));
+        for column in [key, device, variant, load, errors, age, predicted_ttft] {
             numbers.extend_from_slice(column);
         }
         for column in
@@ -391,18 +397,27 @@ impl Packed {
             numbers.extend(column.iter().map(|&n| u64::from(n)));
         }
         numbers.extend(health.iter().map(|&n| u64::from(n)));
-        Self { rows, numbers: numbers.into() }
+        for (_, column) in labels {
+            numbers.extend_from_slice(column);
+        }
+        Self { rows, numbers: numbers.into(), labels: labels.iter().map(|(name, _)| Arc::clone(name)).collect() }
     }
 
     fn columns(&self) -> ReplicaColumns {
         let mut columns = self.numbers.chunks_exact(self.rows.max(1));
         let mut long = || columns.next().unwrap_or_default().to_vec();
         let (key, device, variant) = (long(), long(), long());
+        let (load, errors, age, predicted_ttft) = (long(), long(), long(), long());
         let mut short = || long().into_iter().map(|n| u32::try_from(n).unwrap_or(u32::MAX)).collect::<Vec<u32>>();
-        ReplicaColumns {
+        let mut unpacked = ReplicaColumns {
             key,
             device,
             variant,
+            load,
+            errors,
+            age,
+            predicted_ttft,
+            labels: Vec::new(),
             id: short(),
             weight: short(),
             waiting: short(),
@@ -413,7 +428,9 @@ impl Packed {
             total_blocks: short(),
             cached_tokens: short(),
             health: short().into_iter().map(|n| u8::try_from(n).unwrap_or(u8::MAX)).collect(),
-        }
+        };
+        unpacked.labels = self.labels.iter().map(|name| (Arc::clone(name), long())).collect();
+        unpacked
     }
 }
 
@@ -450,6 +467,11 @@ mod tests {
             cached_tokens: (8..8 + n).collect(),
             device: (9..9 + u64::from(n)).collect(),
             variant: (10..10 + u64::from(n)).collect(),
+            load: (11..11 + u64::from(n)).collect(),
+            errors: (12..12 + u64::from(n)).collect(),
+            age: (13..13 + u64::from(n)).collect(),
+            predicted_ttft: (14..14 + u64::from(n)).collect(),
+            labels: vec![("a".into(), (15..15 + u64::from(n)).collect()), ("b".into(), vec![u64::MAX; n as usize])],
         };
         for n in [0, 1, 3] {
             assert_eq!(Packed::of(&columns(n)).columns(), columns(n), "{n} rows");

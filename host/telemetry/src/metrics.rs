@@ -42,6 +42,8 @@ pub struct Metrics {
     preemptions: IntCounterVec,
     success: IntCounterVec,
     ttft: HistogramVec,
+    ttft_predicted: HistogramVec,
+    ttft_error: HistogramVec,
     itl: HistogramVec,
     e2e: HistogramVec,
     queue_time: HistogramVec,
@@ -66,6 +68,10 @@ pub struct Metrics {
 pub struct RequestMetrics {
     /// `vllm:time_to_first_token_seconds`.
     pub ttft: Histogram,
+    /// `pointsman_ttft_predicted_seconds`.
+    pub ttft_predicted: Histogram,
+    /// `pointsman_ttft_prediction_error_seconds`.
+    pub ttft_error: Histogram,
     /// `vllm:inter_token_latency_seconds`.
     pub itl: Histogram,
     /// `vllm:e2e_request_latency_seconds`.
@@ -247,6 +253,18 @@ impl Metrics {
                 &["model_name", "finished_reason"],
             ),
             ttft: histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", model, TTFT_SECONDS),
+            ttft_predicted: histogram(
+                "pointsman_ttft_predicted_seconds",
+                "Arrival to first token, as predicted when the request was routed.",
+                model,
+                TTFT_SECONDS,
+            ),
+            ttft_error: histogram(
+                "pointsman_ttft_prediction_error_seconds",
+                "Between the predicted and the actual first token, either way.",
+                model,
+                TTFT_SECONDS,
+            ),
             itl: histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", model, ITL_SECONDS),
             e2e: histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", model, E2E_SECONDS),
             queue_time: histogram(
@@ -312,6 +330,8 @@ impl Metrics {
         let m = &[model_name];
         RequestMetrics {
             ttft: self.ttft.with_label_values(m),
+            ttft_predicted: self.ttft_predicted.with_label_values(m),
+            ttft_error: self.ttft_error.with_label_values(m),
             itl: self.itl.with_label_values(m),
             e2e: self.e2e.with_label_values(m),
             queue_time: self.queue_time.with_label_values(m),

@@ -1,4 +1,4 @@
-//! Placement by hash: equal on every host, in every instance and version of the SDK.
+//! Placement by hash, and labels: equal on every host, in every instance and version of the SDK.
 
 /// Mixes two numbers into evenly spread bits; a change of either bit changes half of them. For rendezvous hashing: mix what
 /// is to be placed with each `replica.key`, and the largest wins. The finalizer of SplitMix64 (Steele, Lea and Flood, 2014),
@@ -47,6 +47,16 @@ fn minus_ln(x: f64, scale: i32) -> f64 {
     f64::from(scale - exponent) * std::f64::consts::LN_2 - ln_m
 }
 
+/// What a column `replica.label.<name>` holds where a replica has no such label.
+pub const NO_LABEL: u64 = u64::MAX;
+
+/// What a column `replica.label.<name>` holds where the label is this text: the same on every host. FNV-1a (Fowler, Noll and
+/// Vo, 1991).
+#[must_use]
+pub fn label(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
 #[inline]
 fn finish(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -87,6 +97,7 @@ mod tests {
 
     #[test]
     fn values_are_fixed_for_ever_and_bits_flip() {
+        assert_eq!(label("demo:f16@cpu"), 0x0809_e4f0_90b1_09c7, "as the host has it");
         // The first output of SplitMix64 with seed 0.
         assert_eq!(finish(0), 0xe220_a839_7b1d_cdaf);
         for bit in 0..64 {

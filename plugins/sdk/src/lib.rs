@@ -68,7 +68,7 @@ pub use bindings::telemetry::exports::pointsman::policy::telemetry::{Alert, Even
 pub use config::NoConfig;
 #[doc(hidden)]
 pub use export::{Component, Instance};
-pub use hash::{mix, place};
+pub use hash::{NO_LABEL, label, mix, place};
 pub use host::{log, metrics, state};
 pub use queue::Queue;
 pub use rows::{Event, EventKind, Replica, Sequence};

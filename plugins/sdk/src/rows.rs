@@ -3,7 +3,7 @@
 //! A row is built on the fly from its columns and is never stored: the optimiser drops the fields that a policy does not
 //! read. For that to work a read must not be able to panic, so a missing cell is 0 (the host never leaves one out).
 
-use crate::{Events, Micros, Replicas, RequestId, Sequences};
+use crate::{Events, Micros, Replicas, Request, RequestId, Sequences};
 
 /// One replica; `record replicas` of the package.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -180,6 +180,40 @@ impl Sequences {
     }
 }
 
+impl Replicas {
+    /// A wanted column, one value per row, by its place among the `replica.*` names of the manifest; empty where there is none.
+    #[must_use]
+    #[inline]
+    pub fn wanted(&self, place: usize) -> &[u64] {
+        self.extra.get(place).map_or(&[], Vec::as_slice)
+    }
+}
+
+impl Sequences {
+    /// A wanted column, one value per row, by its place among the `seq.*` names of the manifest; empty where there is none.
+    #[must_use]
+    #[inline]
+    pub fn wanted(&self, place: usize) -> &[u64] {
+        self.extra.get(place).map_or(&[], Vec::as_slice)
+    }
+}
+
+impl Request {
+    /// A wanted number, by its place among the `request.*` names of the manifest; 0 where there is none.
+    #[must_use]
+    #[inline]
+    pub fn wanted(&self, place: usize) -> u64 {
+        cell(&self.extra, place)
+    }
+
+    /// A wanted text, such as `header.x-plan`; none where the request has none.
+    #[must_use]
+    #[inline]
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.attributes.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
+    }
+}
+
 impl Events {
     /// Events, oldest first.
     #[inline]
@@ -229,6 +263,18 @@ mod tests {
         let sequences = testing::sequences([sequence]);
         assert_eq!(sequences.rows().collect::<Vec<_>>(), [sequence]);
         assert_eq!((sequence.prefill_left(), sequence.decode_left()), (6, 3));
+    }
+
+    #[test]
+    fn wanted_inputs_are_found_by_place_and_name() {
+        let mut replicas = testing::replicas([testing::replica(7), testing::replica(9)]);
+        replicas.extra = vec![vec![3, 4]];
+        assert_eq!((replicas.wanted(0), replicas.wanted(1)), (&[3, 4][..], &[][..]));
+        let mut request = testing::request();
+        request.extra = vec![8];
+        request.attributes = vec![("header.x-plan".to_owned(), "gold".to_owned())];
+        assert_eq!((request.wanted(0), request.wanted(1)), (8, 0));
+        assert_eq!((request.text("header.x-plan"), request.text("prompt-head")), (Some("gold"), None));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use pointsman_policy::{Activation, Component, FaultReport, Maintenance, Prepared, Runtime, RuntimeConfig};
 use pointsman_sched::batch::{Budgets, Changes, SequenceColumns};
 use pointsman_sched::ids::{Priority, RequestId};
-use pointsman_sched::route::{ReplicaColumns, RouteRequest};
+use pointsman_sched::route::{ReplicaColumns, RequestNumbers, RouteRequest};
 use pointsman_telemetry::{Metrics, Recorder};
 use wit_component::{StringEncoding, embed_component_metadata};
 
@@ -148,6 +148,7 @@ pub(crate) fn request(id: u64) -> RouteRequest<'static> {
         arrived: id,
         deadline: 0,
         seed: id.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        numbers: RequestNumbers::default(),
         attributes: &[],
     }
 }
@@ -170,6 +171,7 @@ pub(crate) fn replicas(n: u32, idle: u32) -> ReplicaColumns {
         cached_tokens: column(&|_| 0),
         device: vec![0; n as usize],
         variant: vec![1; n as usize],
+        ..ReplicaColumns::default()
     }
 }
 
@@ -200,6 +202,8 @@ pub(crate) fn sequences(rows: &[(u64, u32)]) -> SequenceColumns {
         tenant: vec![1; n],
         arrived: rows.iter().map(|(id, _)| *id).collect(),
         deadline: vec![0; n],
+        session: vec![5; n],
+        prefix: vec![6; n],
     }
 }
 

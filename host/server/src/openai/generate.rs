@@ -182,6 +182,7 @@ impl Arrival {
             min_new_tokens: params.min_tokens,
             stop_tokens: params.stop_tokens(target.text())?,
             cache_prompt: params.cache_prompt,
+            numbers: params.numbers(target.text()),
         })
     }
 
@@ -200,6 +201,7 @@ impl Arrival {
             stops: StopMatcher::new(Arc::clone(&params.stop)),
             min_tokens: params.min_tokens,
             metrics: self.state.request_metrics(&placement.variant.id),
+            expected: placement.expected,
             queued_tokens,
         }
     }

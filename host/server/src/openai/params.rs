@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use pointsman_sched::ids::Priority;
 use pointsman_sched::request::Sampling;
+use pointsman_sched::route::RequestNumbers;
 use serde_json::Value;
 
 use super::fields::{Fields, mismatch, token_id, whole};
@@ -123,6 +124,19 @@ impl Params {
         };
         let with_seed = |i: u32| Arc::new(Sampling { seed: base.seed.wrapping_add(i.into()), ..base.clone() });
         Ok((0..self.n).map(with_seed).collect())
+    }
+
+    /// What routers may ask for by name.
+    pub(crate) fn numbers(&self, text: &TextModel) -> RequestNumbers {
+        let temperature = self.temperature.unwrap_or(text.defaults().temperature);
+        RequestNumbers {
+            choices: self.n.into(),
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it was checked to be 0 to 2")]
+            temperature_ppm: (f64::from(temperature) * 1e6).round() as u64,
+            stream: self.stream.into(),
+            min_new_tokens: self.min_tokens.into(),
+            cache_prompt: self.cache_prompt.into(),
+        }
     }
 
     /// Tokens that end the generation: the model's own, unless ignored, and those of the request.

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use pointsman_sched::predict::Outlook;
 use pointsman_sched::prefix::chain_hashes;
 use pointsman_sched::route::{Choice, Refusal, Rejection};
 use serde_json::{Value, json};
@@ -46,6 +47,32 @@ async fn a_router_sees_load_cache_and_caller() {
     assert_eq!(attributes, &[("prompt-head".to_owned(), "text".to_owned())]);
     let taken = rig.engine.taken.lock().expect("unpoisoned");
     assert_eq!(taken.iter().map(|t| t.n_hashes).collect::<Vec<_>>(), [2, 0]);
+}
+
+#[tokio::test]
+async fn a_router_sees_labels_age_and_a_prediction() {
+    let rig = Rig::new();
+    let gauges = &rig.state.engine.catalog().variants[0].replicas[1].gauges;
+    gauges.look_ahead(Outlook { step_ns: 5_000_000, token_ns: 100_000, step_tokens: 32 });
+    gauges.queued_tokens.store(31, Ordering::Relaxed);
+    gauges.busy_ppm.store(250_000, Ordering::Relaxed);
+    gauges.failed_ppm.store(1_000, Ordering::Relaxed);
+    rig.clock.now.store(900, Ordering::Relaxed);
+    let asked = json!({"n": 2, "temperature": 0.7, "stream": false, "min_tokens": 3, "cache_prompt": false});
+    rig.post(COMPLETIONS, &body(&asked)).await;
+    let columns = rig.router.calls.lock().expect("unpoisoned")[0].3.clone();
+    assert_eq!((&columns.load, &columns.errors), (&vec![0, 250_000, 0], &vec![0, 1_000, 0]));
+    assert_eq!(columns.age, [900, 900, 900]);
+    assert_eq!(columns.predicted_ttft, [0, 14_000, 0], "40 tokens in two steps; the others have not computed yet");
+    assert_eq!(columns.labels, [("price".into(), vec![3, 4, 5])]);
+    let why = rig.ask_admin(request("GET", "/admin/v1/requests?limit=1", &[("host", "localhost")], "")).await.json();
+    let id = why["data"][0]["id"].as_str().expect("an id").to_owned();
+    let path = format!("/admin/v1/requests/{id}");
+    let why = rig.ask_admin(request("GET", &path, &[("host", "localhost")], "")).await.json();
+    let numbers =
+        json!({"choices": 2, "temperature_ppm": 700_000, "stream": 0, "min_new_tokens": 3, "cache_prompt": 0});
+    assert_eq!(why["decision"]["request"]["numbers"], numbers);
+    assert_eq!(why["decision"]["replicas"]["labels"], json!([["price", [3, 4, 5]]]));
 }
 
 #[tokio::test]

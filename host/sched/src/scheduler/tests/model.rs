@@ -42,6 +42,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
         id: RequestId(id),
         tenant: 1,
         tenant_name: "t".into(),
+        session: 0,
         priority: Priority::Normal,
         arrived: 0,
         deadline: 0,

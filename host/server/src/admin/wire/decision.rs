@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use pointsman_sched::batch::{Budgets, Changes, Plan, Rest, SequenceColumns};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
-use pointsman_sched::route::{Choice, Refusal, Rejection, ReplicaColumns, RouteRequest};
+use pointsman_sched::route::{Choice, Refusal, Rejection, ReplicaColumns, RequestNumbers, RouteRequest};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// One line of a recording.
@@ -102,6 +102,8 @@ pub struct RequestSeen {
     pub arrived: Micros,
     pub deadline: Micros,
     pub seed: u64,
+    #[serde(with = "RequestNumbersDef", default)]
+    pub numbers: RequestNumbers,
     pub attributes: Vec<(String, String)>,
 }
 
@@ -290,6 +292,7 @@ impl RequestSeen {
             arrived: request.arrived,
             deadline: request.deadline,
             seed: request.seed,
+            numbers: request.numbers,
             attributes: texts.map(|(name, value)| ((*name).to_owned(), cut(value))).collect(),
         }
     }
@@ -316,6 +319,7 @@ impl RequestSeen {
             arrived: self.arrived,
             deadline: self.deadline,
             seed: self.seed,
+            numbers: self.numbers,
             attributes: texts,
         }
     }
@@ -375,6 +379,16 @@ struct RejectionDef {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(remote = "RequestNumbers")]
+struct RequestNumbersDef {
+    choices: u64,
+    temperature_ppm: u64,
+    stream: u64,
+    min_new_tokens: u64,
+    cache_prompt: u64,
+}
+
+#[derive(Serialize, Deserialize)]
 #[serde(remote = "ReplicaColumns")]
 struct ReplicaColumnsDef {
     id: Vec<u32>,
@@ -392,6 +406,17 @@ struct ReplicaColumnsDef {
     device: Vec<u64>,
     #[serde(default)]
     variant: Vec<u64>,
+    #[serde(default)]
+    load: Vec<u64>,
+    #[serde(default)]
+    errors: Vec<u64>,
+    #[serde(default)]
+    age: Vec<u64>,
+    #[serde(default)]
+    predicted_ttft: Vec<u64>,
+    /// As pairs of name and column, in the host's order.
+    #[serde(default, serialize_with = "write_labels", deserialize_with = "read_labels")]
+    labels: Vec<(Arc<str>, Vec<u64>)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -408,6 +433,10 @@ struct SequenceColumnsDef {
     tenant: Vec<u32>,
     arrived: Vec<Micros>,
     deadline: Vec<Micros>,
+    #[serde(default)]
+    session: Vec<u64>,
+    #[serde(default)]
+    prefix: Vec<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -457,6 +486,18 @@ struct PlanDef {
     prefill_tokens: Vec<u32>,
 }
 
+/// Names and columns.
+type Labels = Vec<(Arc<str>, Vec<u64>)>;
+
+fn write_labels<S: Serializer>(labels: &[(Arc<str>, Vec<u64>)], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(labels.iter().map(|(name, column)| (&**name, column)))
+}
+
+fn read_labels<'de, D: Deserializer<'de>>(from: D) -> Result<Labels, D::Error> {
+    let labels = Vec::<(String, Vec<u64>)>::deserialize(from)?;
+    Ok(labels.into_iter().map(|(name, column)| (name.into(), column)).collect())
+}
+
 fn write_names<S: Serializer>(names: &[(u32, Arc<str>)], to: S) -> Result<S::Ok, S::Error> {
     to.collect_seq(names.iter().map(|(number, name)| (number, &**name)))
 }
@@ -485,6 +526,11 @@ mod tests {
             cached_tokens: vec![16],
             device: vec![0],
             variant: vec![1],
+            load: vec![500_000],
+            errors: vec![0],
+            age: vec![7],
+            predicted_ttft: vec![12_000],
+            labels: vec![("price".into(), vec![3])],
         }
     }
 
@@ -503,6 +549,7 @@ mod tests {
             arrived: 10,
             deadline: 0,
             seed: u64::MAX,
+            numbers: RequestNumbers { choices: 1, ..RequestNumbers::default() },
             attributes: &[("header.x-plan", "gold"), ("prompt-head", "secret")],
         };
         let router = |answer| {

@@ -1,0 +1,181 @@
+//! How a replica does, as its driver sees it: busy or not, failing or not, and what its next steps will cost.
+//!
+//! Kept here and not in the scheduler, which has no clock of its own and must not decide by it; published as gauges that
+//! routers read. Shares are moving averages, so that an old trouble fades: of time for the load, of requests for failures.
+
+use std::sync::atomic::Ordering;
+
+use pointsman_sched::execute::StepPlan;
+use pointsman_sched::ids::Micros;
+use pointsman_sched::predict::{StepSize, StepTimes};
+use pointsman_sched::publish::ReplicaGauges;
+
+/// Time in which a change of the load shows to two thirds.
+const LOAD_MICROS: f64 = 1e6;
+/// Weight of one request's end in the share of failures.
+const FAILURE_WEIGHT: f64 = 1.0 / 32.0;
+/// Weight of one step in the average of the turns.
+const TURN_WEIGHT: f64 = 1.0 / 16.0;
+/// A pause between two steps that is no longer a turn of others on the device.
+const MOST_TURN: f64 = 64.0;
+const PPM: f64 = 1e6;
+
+/// One replica's pace.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    times: StepTimes,
+    /// What the batch looked like last.
+    last: StepSize,
+    last_started: Micros,
+    last_took: Micros,
+    /// Whether the previous pass of the driver computed something here.
+    in_a_row: bool,
+    /// Time from step to step over the time of a step.
+    turn: f64,
+    busy: f64,
+    busy_until: Micros,
+    failed: f64,
+    /// Tokens that a step computes.
+    step_tokens: u32,
+}
+
+/// What a plan computes.
+pub(crate) fn size_of(plan: &StepPlan) -> StepSize {
+    let mut size = StepSize::default();
+    for row in &plan.rows {
+        let n_tokens = row.tokens.end - row.tokens.start;
+        match n_tokens {
+            1 => size.decode_sequences += 1,
+            n => size.prefill_tokens += n,
+        }
+        size.context_tokens += u64::from(row.position) + u64::from(n_tokens);
+    }
+    size
+}
+
+impl Pace {
+    /// A replica that has done nothing yet.
+    pub(crate) fn new(step_tokens: u32) -> Self {
+        Self {
+            times: StepTimes::default(),
+            last: StepSize::default(),
+            last_started: 0,
+            last_took: 0,
+            in_a_row: false,
+            turn: 1.0,
+            busy: 0.0,
+            busy_until: 0,
+            failed: 0.0,
+            step_tokens,
+        }
+    }
+
+    /// A step was computed from `started` to `done`.
+    #[expect(clippy::cast_precision_loss, reason = "durations stay far below 2^52 microseconds")]
+    pub(crate) fn stepped(&mut self, size: StepSize, started: Micros, done: Micros) {
+        if self.in_a_row {
+            let turn = started.saturating_sub(self.last_started) as f64 / self.last_took.max(1) as f64;
+            self.turn += TURN_WEIGHT * (turn.clamp(1.0, MOST_TURN) - self.turn);
+        }
+        let took = done.saturating_sub(started);
+        self.times.learn(size, took);
+        self.spend(started, 0.0);
+        self.spend(done, 1.0);
+        (self.last, self.last_started, self.last_took, self.in_a_row) = (size, started, took, true);
+    }
+
+    /// There was nothing to compute.
+    pub(crate) fn idled(&mut self, now: Micros) {
+        self.spend(now, 0.0);
+        (self.last, self.in_a_row) = (StepSize::default(), false);
+    }
+
+    /// A request ended, by a fault or well.
+    pub(crate) fn ended(&mut self, failed: bool) {
+        self.failed += FAILURE_WEIGHT * (f64::from(u8::from(failed)) - self.failed);
+    }
+
+    /// Says so to the routers.
+    pub(crate) fn publish(&self, gauges: &ReplicaGauges) {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a million")]
+        let ppm = |share: f64| (share.clamp(0.0, 1.0) * PPM).round() as u32;
+        gauges.busy_ppm.store(ppm(self.busy), Ordering::Relaxed);
+        gauges.failed_ppm.store(ppm(self.failed), Ordering::Relaxed);
+        gauges.look_ahead(self.times.outlook(self.last, self.step_tokens, self.turn));
+    }
+
+    /// The time until `until` was spent computing (1) or not (0).
+    #[expect(clippy::cast_precision_loss, reason = "durations stay far below 2^52 microseconds")]
+    fn spend(&mut self, until: Micros, busy: f64) {
+        let span = until.saturating_sub(self.busy_until) as f64;
+        self.busy += (1.0 - (-span / LOAD_MICROS).exp()) * (busy - self.busy);
+        self.busy_until = self.busy_until.max(until);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pointsman_sched::execute::Row;
+    use pointsman_sched::ids::RequestId;
+
+    use super::*;
+
+    fn gauges(pace: &Pace) -> (u32, u32) {
+        let gauges = ReplicaGauges::default();
+        pace.publish(&gauges);
+        (gauges.busy_ppm.load(Ordering::Relaxed), gauges.failed_ppm.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn the_load_is_the_share_of_recent_time() {
+        let mut pace = Pace::new(512);
+        let size = StepSize { decode_sequences: 1, ..StepSize::default() };
+        for step in 1..=4_000 {
+            // Three of every four milliseconds.
+            pace.stepped(size, step * 4_000, step * 4_000 + 3_000);
+        }
+        let (busy, _) = gauges(&pace);
+        assert!((745_000..755_000).contains(&busy), "{busy}");
+        assert!((1.32..1.35).contains(&pace.turn), "a turn is four milliseconds, a step three: {}", pace.turn);
+        pace.idled(4_000 * 4_000 + 1_003_000);
+        let (busy, _) = gauges(&pace);
+        assert!((270_000..280_000).contains(&busy), "a third of it after a second: {busy}");
+        pace.idled(u64::MAX);
+        assert_eq!(gauges(&pace).0, 0);
+    }
+
+    #[test]
+    fn failures_fade_with_the_requests_after_them() {
+        let mut pace = Pace::new(512);
+        (0..32).for_each(|_| pace.ended(true));
+        let (_, failed) = gauges(&pace);
+        assert!((600_000..700_000).contains(&failed), "{failed}");
+        (0..200).for_each(|_| pace.ended(false));
+        assert!(gauges(&pace).1 < 2_000);
+    }
+
+    #[test]
+    fn a_pause_is_not_a_turn() {
+        let mut pace = Pace::new(512);
+        let size = StepSize { decode_sequences: 1, ..StepSize::default() };
+        for step in 1..=100 {
+            pace.stepped(size, step * 1_000_000, step * 1_000_000 + 1_000);
+            pace.idled(step * 1_000_000 + 2_000);
+        }
+        assert_eq!(pace.turn, 1.0);
+    }
+
+    #[test]
+    fn rows_of_one_token_decode() {
+        let row = |tokens: std::ops::Range<u32>, position| Row {
+            request: RequestId(1),
+            tokens,
+            position,
+            blocks: 0..1,
+            sample: None,
+        };
+        let plan = StepPlan { rows: vec![row(0..1, 99), row(1..33, 16)], ..StepPlan::default() };
+        let expect = StepSize { prefill_tokens: 32, decode_sequences: 1, context_tokens: 100 + 48 };
+        assert_eq!(size_of(&plan), expect);
+    }
+}
