@@ -6,6 +6,7 @@ mod client;
 mod explain;
 mod oci;
 mod restart;
+mod rollouts;
 mod swaps;
 mod trust;
 

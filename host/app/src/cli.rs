@@ -108,6 +108,9 @@ pub(crate) enum PolicyCommand {
         #[command(flatten)]
         at: AdminArgs,
     },
+    /// Try a policy on a share of the time, measure it, and take it back when it harms.
+    #[command(subcommand)]
+    Rollout(RolloutCommand),
     /// Say why a request went where it went: what the router saw and said, what the host did, and when.
     #[command(
         after_help = "Examples:\n  pointsman policy explain chatcmpl-0011aabb\n  pointsman policy explain     # lists the last requests"
@@ -140,6 +143,87 @@ pub(crate) enum PolicyCommand {
         #[command(flatten)]
         at: AdminArgs,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum RolloutCommand {
+    /// Start a rollout.
+    #[command(
+        after_help = "Examples:\n  pointsman policy rollout start router my_router.wasm --mode canary\n  pointsman policy rollout start scheduler sched-priority --mode switchback --auto-promote\n  pointsman policy rollout start router route-weighted --mode canary --steps 10,50,100 \\\n      --plan '{\"block_ms\": 10000, \"guards\": [{\"metric\": \"ttft-over-slo\", \"margin\": 0.02}]}'"
+    )]
+    Start(Box<StartArgs>),
+    /// Show a rollout's report, or the last rollout of every slot.
+    #[command(after_help = "Examples:\n  pointsman policy rollout status\n  pointsman policy rollout status router-7")]
+    Status {
+        /// A rollout or a slot.
+        #[arg(value_name = "ID|SLOT")]
+        of: Option<String>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Make the candidate active for good, or take the next step.
+    #[command(
+        after_help = "Examples:\n  pointsman policy rollout promote router-7\n  pointsman policy rollout promote router-7 --step"
+    )]
+    Promote {
+        /// As `start` and `status` print it.
+        id: String,
+        /// Only the next step.
+        #[arg(long)]
+        step: bool,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Return to what served before, for good.
+    #[command(after_help = "Example:\n  pointsman policy rollout abort router-7")]
+    Abort {
+        /// As `start` and `status` print it.
+        id: String,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Let what served before serve until the rollout is resumed.
+    #[command(after_help = "Example:\n  pointsman policy rollout pause router-7")]
+    Pause {
+        /// As `start` and `status` print it.
+        id: String,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Go on with the evidence so far.
+    #[command(after_help = "Example:\n  pointsman policy rollout resume router-7")]
+    Resume {
+        /// As `start` and `status` print it.
+        id: String,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+}
+
+/// What a rollout is started with.
+#[derive(Debug, Args)]
+pub(crate) struct StartArgs {
+    /// router or scheduler.
+    pub slot: SlotName,
+    /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`.
+    pub component: String,
+    /// How candidate and control are compared: canary or switchback.
+    #[arg(long, value_name = "MODE")]
+    pub mode: String,
+    /// JSON handed to the component's `init`.
+    #[arg(long = "set", value_name = "JSON", default_value = "{}", value_parser = json)]
+    pub config: serde_json::Value,
+    /// Percent of the candidate, ascending [default: 1,5,10,25,50,100].
+    #[arg(long, value_name = "PERCENT", value_delimiter = ',')]
+    pub steps: Vec<u8>,
+    /// Go to the next step, and make the candidate active at the end, without asking.
+    #[arg(long)]
+    pub auto_promote: bool,
+    /// Other members of the plan, as in docs/rollouts.md.
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json)]
+    pub plan: serde_json::Value,
+    #[command(flatten)]
+    pub at: AdminArgs,
 }
 
 /// Where the admin API is.

@@ -9,10 +9,10 @@ use pointsman_policy::Digest;
 use serde_json::{Value, json};
 
 use crate::cli::{AdminArgs, PolicyCommand};
-use crate::explain;
 use crate::oci::SIGNATURE_ANNOTATION;
 use crate::reference::{OCI_SCHEME, Reference};
 use crate::trust::{SecretKey, Signature};
+use crate::{explain, rollouts};
 
 /// Runs one command; what it prints goes to `out`.
 ///
@@ -60,6 +60,7 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = Admin::new(at.clone()).send("POST", &path, Vec::new(), "application/json")?;
             print(out, &at, &answer, |a| activated(&slot.to_string(), a))
         }
+        PolicyCommand::Rollout(command) => rollouts::run(command, out),
         PolicyCommand::Explain { id, at } => {
             let path = match &id {
                 Some(id) => format!("/admin/v1/requests/{id}"),
@@ -80,19 +81,20 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
 /// Fewest hex digits that stand for a digest: fewer could be a name with a letter missing.
 const MIN_DIGEST: usize = 8;
 
-struct Admin {
+/// The admin API of a host.
+pub(crate) struct Admin {
     at: AdminArgs,
     agent: ureq::Agent,
 }
 
 impl Admin {
-    fn new(at: AdminArgs) -> Self {
+    pub(crate) fn new(at: AdminArgs) -> Self {
         let config =
             ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(60)));
         Self { at, agent: config.build().into() }
     }
 
-    fn get(&self, path: &str) -> anyhow::Result<Value> {
+    pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
         self.send("GET", path, Vec::new(), "")
     }
 
@@ -115,7 +117,7 @@ impl Admin {
         self.send("POST", "/admin/v1/components", body, "application/json")
     }
 
-    fn send(&self, method: &str, path: &str, body: Vec<u8>, content_type: &str) -> anyhow::Result<Value> {
+    pub(crate) fn send(&self, method: &str, path: &str, body: Vec<u8>, content_type: &str) -> anyhow::Result<Value> {
         let content_type = (!content_type.is_empty()).then_some(("content-type", content_type));
         self.send_with(method, path, body, content_type.as_slice())
     }
@@ -146,7 +148,7 @@ impl Admin {
     }
 
     /// A digest for what a person calls a component.
-    fn resolve(&self, name: &str) -> anyhow::Result<String> {
+    pub(crate) fn resolve(&self, name: &str) -> anyhow::Result<String> {
         if name == "native" || name.starts_with(OCI_SCHEME) {
             return Ok(name.to_owned());
         }
@@ -217,17 +219,22 @@ fn sign(file: &Path, key: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
     writeln!(out, "as an annotation of an OCI manifest: {SIGNATURE_ANNOTATION}={signature}").context("cannot print")
 }
 
-fn print(out: &mut dyn Write, at: &AdminArgs, answer: &Value, table: impl Fn(&Value) -> String) -> anyhow::Result<()> {
+pub(crate) fn print(
+    out: &mut dyn Write,
+    at: &AdminArgs,
+    answer: &Value,
+    table: impl Fn(&Value) -> String,
+) -> anyhow::Result<()> {
     let text = if at.json { serde_json::to_string_pretty(answer)? } else { table(answer) };
     writeln!(out, "{text}").context("cannot print")
 }
 
-fn rows(answer: &Value) -> &[Value] {
+pub(crate) fn rows(answer: &Value) -> &[Value] {
     let list = answer.as_array().or_else(|| answer["data"].as_array());
     list.map_or(&[], Vec::as_slice)
 }
 
-fn text(value: &Value, key: &str) -> String {
+pub(crate) fn text(value: &Value, key: &str) -> String {
     match &value[key] {
         Value::String(s) => s.clone(),
         Value::Null => "-".into(),

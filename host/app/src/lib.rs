@@ -17,6 +17,7 @@ mod observer;
 mod oci;
 mod pace;
 mod reference;
+mod rollouts;
 mod serve;
 mod store;
 mod tapped;

@@ -82,6 +82,7 @@ impl Watched {
             let drained = self.recorder.drain(events, BATCH);
             self.metrics.events_dropped(drained.dropped);
             if drained.taken > 0 || drained.dropped > 0 {
+                self.deploy.show_rollouts(events, drained.dropped);
                 self.show(events, drained.dropped);
                 anomalies.take(events);
             }
@@ -89,6 +90,7 @@ impl Watched {
                 break;
             }
         }
+        self.deploy.tick_rollouts();
         self.deploy.journal_faults();
         anomalies.close(self.clock.micros(), &self.names, &self.metrics, |what| self.deploy.note("host", what));
     }

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::rollout::{Phase, RolloutDocument, RolloutFormatError};
 use crate::slot::{ComponentRef, SlotName};
 
 /// What an operator wants in a slot.
@@ -41,27 +42,35 @@ pub struct Target {
 }
 
 /// One slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SlotState {
     /// What works there now.
     pub active: Target,
     /// What worked there before; rollback returns to it.
     pub previous: Option<Target>,
+    /// What is being tried there, or was last.
+    pub rollout: Option<RolloutDocument>,
 }
 
 /// The stored form of a slot's state.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SlotDocument {
     /// Version of this layout: 1.
     pub format: u32,
     /// Which slot.
     pub slot: SlotName,
-    /// What works there; its generation is the highest ever published there.
+    /// What works there.
     pub active: Target,
     /// What worked there before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Target>,
+    /// What is being tried there, or was last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutDocument>,
+    /// The highest generation ever given there, when it is not the active one's: a candidate's that was taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<u64>,
     /// Whether the slot was removed; the document stays so that its generations are never reused.
     #[serde(default)]
     pub removed: bool,
@@ -79,6 +88,9 @@ pub enum DocumentError {
         /// The number in the document.
         found: u32,
     },
+    /// Its rollout was written by a newer host.
+    #[error(transparent)]
+    Rollout(#[from] RolloutFormatError),
 }
 
 /// What to prepare and publish next.
@@ -117,16 +129,26 @@ pub enum PlanError {
         /// The bound.
         limit: usize,
     },
+    /// A rollout is under way there.
+    #[error(
+        "rollout {id} is under way in `{slot}`; promote or abort it first (POST /admin/v1/slots/{slot}/rollouts/{id}/abort)"
+    )]
+    RollingOut {
+        /// The slot.
+        slot: SlotName,
+        /// The rollout.
+        id: String,
+    },
 }
 
 /// Most telemetry slots at once.
 const MAX_TELEMETRY_SLOTS: usize = 16;
 
 /// Every slot of a host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Deployment {
     slots: BTreeMap<SlotName, SlotState>,
-    /// Highest generation ever published, removed slots included.
+    /// Highest generation ever given, removed slots included.
     generations: BTreeMap<SlotName, u64>,
 }
 
@@ -144,11 +166,12 @@ impl Deployment {
         self.slots.get(slot)
     }
 
-    /// Slots whose active or previous policy is this component.
+    /// Slots whose active, previous or candidate policy is this component.
     #[must_use]
     pub fn users_of(&self, component: &ComponentRef) -> Vec<&SlotName> {
         let uses = |state: &SlotState| {
-            state.active.component == *component || state.previous.as_ref().is_some_and(|p| p.component == *component)
+            let others = state.previous.iter().chain(state.candidate());
+            state.active.component == *component || others.into_iter().any(|t| t.component == *component)
         };
         self.slots.iter().filter(|(_, state)| uses(state)).map(|(slot, _)| slot).collect()
     }
@@ -156,8 +179,9 @@ impl Deployment {
     /// Decides what to prepare for a wish.
     ///
     /// # Errors
-    /// A stale `if_generation`, or one telemetry slot too many.
+    /// A stale `if_generation`, a rollout under way, or one telemetry slot too many.
     pub fn plan(&self, slot: SlotName, desired: Desired) -> Result<Planned, PlanError> {
+        self.not_rolling_out(&slot)?;
         let active = self.slots.get(&slot).map_or(0, |state| state.active.generation);
         if let Some(expected) = desired.if_generation
             && expected != active
@@ -176,8 +200,9 @@ impl Deployment {
     /// Decides what to prepare for a return to the policy before the active one.
     ///
     /// # Errors
-    /// Nothing was active before.
+    /// Nothing was active before, or a rollout is under way.
     pub fn plan_rollback(&self, slot: &SlotName) -> Result<Planned, PlanError> {
+        self.not_rolling_out(slot)?;
         let state = self.slots.get(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
         let before = state.previous.clone().ok_or_else(|| PlanError::NothingBefore(slot.clone()))?;
         let desired = Desired {
@@ -192,42 +217,100 @@ impl Deployment {
     /// Makes a published plan the truth; returns the document to store. The policy that was active becomes the previous
     /// one, so that rolling back twice returns to where one began.
     pub fn published(&mut self, planned: Planned, revision: String) -> SlotDocument {
-        let Planned { slot, desired, generation } = planned;
-        let Desired { component, config, state_namespace, if_generation: _ } = desired;
-        let active = Target { component, config, state_namespace, revision, generation };
-        let previous = self.slots.remove(&slot).map(|state| state.active);
+        let (slot, generation) = (planned.slot.clone(), planned.generation);
+        let active = planned.target(revision);
+        let (previous, rollout) = match self.slots.remove(&slot) {
+            Some(state) => (Some(state.active), state.rollout),
+            None => (None, None),
+        };
         self.generations.insert(slot.clone(), generation);
-        self.slots.insert(slot.clone(), SlotState { active: active.clone(), previous: previous.clone() });
-        SlotDocument { format: 1, slot, active, previous, removed: false }
+        self.put(slot, SlotState { active, previous, rollout })
+    }
+
+    /// Puts a rollout's state into its slot: a new one, or one that has changed. One that is promoted makes its candidate the
+    /// active policy. Returns the document to store; nothing where the slot is gone.
+    pub fn rolled(&mut self, slot: &SlotName, rollout: RolloutDocument) -> Option<SlotDocument> {
+        let SlotState { active, previous, .. } = self.slots.get(slot)?.clone();
+        let candidate = rollout.target.clone()?;
+        let newest = self.generations.entry(slot.clone()).or_default();
+        *newest = candidate.generation.max(*newest);
+        let promoted = rollout.phase == Phase::Promoted && active.generation < candidate.generation;
+        let (active, previous) = if promoted { (candidate, Some(active)) } else { (active, previous) };
+        Some(self.put(slot.clone(), SlotState { active, previous, rollout: Some(rollout) }))
+    }
+
+    fn put(&mut self, slot: SlotName, state: SlotState) -> SlotDocument {
+        self.slots.insert(slot.clone(), state.clone());
+        let SlotState { active, previous, rollout } = state;
+        let newest = self.generations.get(&slot).copied().filter(|newest| *newest != active.generation);
+        SlotDocument { format: 1, slot, active, previous, rollout, newest, removed: false }
+    }
+
+    fn not_rolling_out(&self, slot: &SlotName) -> Result<(), PlanError> {
+        match self.slots.get(slot).and_then(SlotState::rolling_out) {
+            Some(rollout) => Err(PlanError::RollingOut { slot: slot.clone(), id: rollout.id.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Removes a telemetry slot; returns the document to store.
     ///
     /// # Errors
-    /// There is no such slot.
+    /// There is no such slot, or a rollout is under way there.
     pub fn removed(&mut self, slot: &SlotName) -> Result<SlotDocument, PlanError> {
+        self.not_rolling_out(slot)?;
         let state = self.slots.remove(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
-        Ok(SlotDocument { format: 1, slot: slot.clone(), active: state.active, previous: None, removed: true })
+        let newest = self.generations.get(slot).copied();
+        let (active, slot) = (state.active, slot.clone());
+        Ok(SlotDocument { format: 1, slot, active, previous: None, rollout: None, newest, removed: true })
     }
 
     /// Takes a stored document as the truth: at start, before anything is published.
     pub fn restore(&mut self, document: SlotDocument) {
-        let SlotDocument { slot, active, previous, removed, .. } = document;
-        self.generations.insert(slot.clone(), active.generation);
+        let SlotDocument { slot, active, previous, rollout, newest, removed, .. } = document;
+        self.generations.insert(slot.clone(), newest.unwrap_or(0).max(active.generation));
         if !removed {
-            self.slots.insert(slot, SlotState { active, previous });
+            self.slots.insert(slot, SlotState { active, previous, rollout });
         }
     }
 
     /// The document of a slot as it stands.
     #[must_use]
     pub fn document(&self, slot: &SlotName) -> Option<SlotDocument> {
-        let SlotState { active, previous } = self.slots.get(slot)?.clone();
-        Some(SlotDocument { format: 1, slot: slot.clone(), active, previous, removed: false })
+        let SlotState { active, previous, rollout } = self.slots.get(slot)?.clone();
+        let newest = self.generations.get(slot).copied().filter(|newest| *newest != active.generation);
+        Some(SlotDocument { format: 1, slot: slot.clone(), active, previous, rollout, newest, removed: false })
     }
 
     fn next_generation(&self, slot: &SlotName) -> u64 {
         self.generations.get(slot).copied().unwrap_or(0) + 1
+    }
+}
+
+// === impl Planned ===
+
+impl Planned {
+    /// What is published once it is prepared and has said what it is.
+    #[must_use]
+    pub fn target(self, revision: String) -> Target {
+        let Desired { component, config, state_namespace, if_generation: _ } = self.desired;
+        Target { component, config, state_namespace, revision, generation: self.generation }
+    }
+}
+
+// === impl SlotState ===
+
+impl SlotState {
+    /// The rollout that is under way.
+    #[must_use]
+    pub fn rolling_out(&self) -> Option<&RolloutDocument> {
+        self.rollout.as_ref().filter(|rollout| !rollout.phase.is_over())
+    }
+
+    /// What the rollout under way tries.
+    #[must_use]
+    pub fn candidate(&self) -> Option<&Target> {
+        self.rolling_out()?.target.as_ref()
     }
 }
 
@@ -240,6 +323,7 @@ impl SlotDocument {
     /// It is not one, or a newer host wrote it.
     pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
         let document: Self = serde_json::from_slice(json)?;
+        document.rollout.as_ref().map_or(Ok(()), RolloutDocument::check)?;
         if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
     }
 
@@ -253,6 +337,7 @@ impl SlotDocument {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rollout::{Cause, Decision, Mode, Spec};
 
     fn desired(component: &str, if_generation: Option<u64>) -> Desired {
         let component = ComponentRef::from(component.to_owned());
@@ -310,6 +395,43 @@ mod tests {
         assert!(matches!(SlotDocument::parse(newer.as_bytes()), Err(DocumentError::Format { found: 2 })));
         let unknown = document.replace("\"removed\": false", "\"removed\": false, \"x\": 1");
         assert!(matches!(SlotDocument::parse(unknown.as_bytes()), Err(DocumentError::Malformed(_))));
+    }
+
+    fn roll_out(deployment: &mut Deployment, component: &str) -> RolloutDocument {
+        let planned = deployment.plan(SlotName::Router, desired(component, None)).expect("no condition");
+        let (id, revision) = (format!("router-{}", planned.generation), format!("{component}@1"));
+        let names = ["a".into(), revision.clone()];
+        let rollout = RolloutDocument::new(id, "router".into(), names, Spec::of(Mode::Canary, 1));
+        let rollout = RolloutDocument { target: Some(planned.target(revision)), ..rollout };
+        deployment.rolled(&SlotName::Router, rollout.clone()).expect("the slot is there");
+        rollout
+    }
+
+    #[test]
+    fn a_rollout_keeps_its_slot_until_it_is_over() {
+        let slot = SlotName::Router;
+        for (decision, active, next) in
+            [(Decision::Abort { cause: Cause::Asked }, ("sha256:a", 1), 3), (Decision::Promote, ("sha256:b", 2), 3)]
+        {
+            let mut deployment = Deployment::default();
+            activate(&mut deployment, &slot, "sha256:a");
+            let mut rollout = roll_out(&mut deployment, "sha256:b");
+            let refused = PlanError::RollingOut { slot: slot.clone(), id: "router-2".into() };
+            assert_eq!(deployment.plan(slot.clone(), desired("native", None)), Err(refused.clone()));
+            assert_eq!(deployment.plan_rollback(&slot), Err(refused.clone()));
+            assert_eq!(deployment.removed(&slot), Err(refused));
+            assert_eq!(deployment.users_of(&ComponentRef::from("sha256:b".to_owned())), [&slot]);
+            rollout.apply(&decision);
+            let document = deployment.rolled(&slot, rollout).expect("the slot is there");
+            let mut restored = Deployment::default();
+            restored.restore(SlotDocument::parse(document.to_json().as_bytes()).expect("it was just written"));
+            assert_eq!(restored, deployment);
+            assert_eq!(restored.document(&slot), Some(document.clone()));
+            let Target { component, generation, .. } = document.active;
+            assert_eq!((component.to_string().as_str(), generation), active, "{decision:?}");
+            let planned = restored.plan(slot.clone(), desired("native", None)).expect("the rollout is over");
+            assert_eq!(planned.generation, next, "the candidate's generation is never given again");
+        }
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub enum Why {
     Delete,
     /// The host started.
     Start,
+    /// A rollout promoted it.
+    Rollout,
 }
 
 /// What can happen to a deployment.
@@ -266,6 +268,16 @@ impl Journal {
             }
         }
         last
+    }
+
+    /// Whether a kept entry says that this rollout is over.
+    #[must_use]
+    pub fn tells_end_of(&self, rollout: &str) -> bool {
+        self.recent.iter().any(|entry| match &entry.what {
+            Happened::RolloutDecided { id, decision, .. } => id == rollout && decision.is_end(),
+            Happened::RolloutRestored { rollout: found } => found.id == rollout && found.phase.is_over(),
+            _ => false,
+        })
     }
 
     /// Kept entries after a sequence number, oldest first, at most `limit`.

@@ -14,6 +14,7 @@ use pointsman_sched::request::{CancelCause, FinishReason, Request, SinkEvent, Si
 use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use tower::ServiceExt;
 
 use crate::admin::wire;
@@ -211,6 +212,10 @@ impl Clock for FakeClock {
     }
 }
 
+fn raw(value: &serde_json::Value) -> Box<RawValue> {
+    RawValue::from_string(value.to_string()).expect("JSON")
+}
+
 fn refused(kind: AdminErrorKind, message: &str) -> AdminError {
     AdminError { kind, message: message.into(), param: None }
 }
@@ -272,7 +277,7 @@ impl PolicyAdmin for FakeAdmin {
             revision: "native".into(),
             generation: 3,
             component: "native".into(),
-            config: serde_json::value::RawValue::from_string("{}".into()).expect("JSON"),
+            config: RawValue::from_string("{}".into()).expect("JSON"),
             state_namespace: "router".into(),
         };
         Ok(wire::Slot {
@@ -299,6 +304,35 @@ impl PolicyAdmin for FakeAdmin {
 
     fn rollback(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {
         Err(refused(AdminErrorKind::Conflict, "nothing to roll back to"))
+    }
+
+    fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError> {
+        if request.plan.contains("ab") {
+            return Err(refused(AdminErrorKind::Invalid, "use switchback"));
+        }
+        Ok(raw(&serde_json::json!({ "id": format!("{slot}-4"), "component": request.component, "actor": actor })))
+    }
+
+    fn rollouts(&self, slot: &str) -> Result<Vec<Box<RawValue>>, AdminError> {
+        Ok(vec![raw(&serde_json::json!({ "id": format!("{slot}-4") }))])
+    }
+
+    fn rollout(&self, _slot: &str, id: &str) -> Result<Box<RawValue>, AdminError> {
+        match id {
+            "router-4" => Ok(raw(&serde_json::json!({ "id": id }))),
+            _ => Err(refused(AdminErrorKind::NotFound, "no such rollout")),
+        }
+    }
+
+    fn steer_rollout(
+        &self,
+        slot: &str,
+        id: &str,
+        steer: wire::Steer,
+        _actor: &str,
+    ) -> Result<Box<RawValue>, AdminError> {
+        self.rollout(slot, id)?;
+        Ok(raw(&serde_json::json!({ "steered": format!("{steer:?}") })))
     }
 
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {

@@ -12,6 +12,8 @@ use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::route::{ReplicaColumns, RouteRequest, Routed};
 
+use serde_json::value::RawValue;
+
 use crate::admin::wire;
 use crate::text::TextModel;
 
@@ -136,6 +138,15 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
     /// Back to what was active before.
     fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
+    /// Starts a rollout; its report, as JSON.
+    fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError>;
+    /// The report of the rollout under way in a slot, or of the last one; those before it are in the journal.
+    fn rollouts(&self, slot: &str) -> Result<Vec<Box<RawValue>>, AdminError>;
+    /// One report.
+    fn rollout(&self, slot: &str, id: &str) -> Result<Box<RawValue>, AdminError>;
+    /// Promotes, aborts, pauses or resumes; the report afterwards.
+    fn steer_rollout(&self, slot: &str, id: &str, steer: wire::Steer, actor: &str)
+    -> Result<Box<RawValue>, AdminError>;
     /// Asks the router that was active before the present one, off the path; nothing that serves is touched.
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.

@@ -6,11 +6,13 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod arms;
 mod event;
 mod metrics;
 mod names;
 mod recorder;
 
+pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
 pub use metrics::{
     Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics, SlotMetrics,

@@ -13,14 +13,17 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::arms::{ArmFamilies, ArmMetrics};
+
 /// Buckets of `gen_ai.server.time_to_first_token` (seconds).
-const TTFT_SECONDS: &[f64] =
+pub(crate) const TTFT_SECONDS: &[f64] =
     &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 /// Buckets of `gen_ai.server.time_per_output_token` (seconds), with two finer ones for small models.
-const ITL_SECONDS: &[f64] =
+pub(crate) const ITL_SECONDS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
 /// Buckets of `gen_ai.server.request.duration` (seconds): 0.01 * 2^k.
-const E2E_SECONDS: &[f64] = &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+pub(crate) const E2E_SECONDS: &[f64] =
+    &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
 /// Policy calls: half a microsecond to ten milliseconds.
 const CALL_SECONDS: &[f64] = &[5e-7, 1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 5e-4, 1e-3, 1e-2];
 /// Publishing a generation, from pointer swap to a full warm-up.
@@ -60,6 +63,7 @@ pub struct Metrics {
     cancelled: IntCounterVec,
     alerts: IntCounterVec,
     events_dropped: IntCounter,
+    arms: ArmFamilies,
     plugin: Mutex<PluginFamilies>,
 }
 
@@ -203,7 +207,7 @@ fn shortened(label: &str) -> &str {
 }
 
 /// A family that is registered at once; a name clash is a bug in the list below, found by the first test that runs.
-fn registered<C: Collector + Clone + 'static>(registry: &Registry, family: prometheus::Result<C>) -> C {
+pub(crate) fn registered<C: Collector + Clone + 'static>(registry: &Registry, family: prometheus::Result<C>) -> C {
     let family = family.unwrap_or_else(|error| unreachable!("metric options are constants: {error}"));
     registry
         .register(Box::new(family.clone()))
@@ -319,6 +323,7 @@ impl Metrics {
                 &registry,
                 IntCounter::new("pointsman_events_dropped_total", "Events lost to the bound of the ring."),
             ),
+            arms: ArmFamilies::new(&registry),
             plugin: Mutex::default(),
             registry,
         }
@@ -403,6 +408,17 @@ impl Metrics {
         let _ = self.policy_fallbacks.remove_label_values(&[slot]);
         let _ = self.policy_generation.remove_label_values(&[slot]);
         let _ = self.swap.remove_label_values(&[slot]);
+    }
+
+    /// Handles for an arm (`control`, `candidate`) of the rollout in a slot.
+    #[must_use]
+    pub fn arm(&self, slot: &str, arm: &str) -> ArmMetrics {
+        self.arms.arm(slot, arm)
+    }
+
+    /// Removes the series of an arm: its rollout is over.
+    pub fn forget_arm(&self, slot: &str, arm: &str) {
+        self.arms.forget(slot, arm);
     }
 
     /// Counts a refused request: `queue`, `kv`, `quota`, `deadline` or `policy`.

@@ -20,7 +20,7 @@ pub(super) enum Ready {
 }
 
 impl Ready {
-    fn revision(&self) -> String {
+    pub(super) fn revision(&self) -> String {
         match self {
             Self::Native => "native".to_owned(),
             Self::Guest(prepared) => prepared.revision.to_string(),
@@ -46,10 +46,7 @@ impl Deploy {
     pub(super) fn carry_out(&self, planned: Planned, actor: &str, why: Why) -> Result<wire::Activated, AdminError> {
         self.check_changeable(Some(&planned.slot))?;
         let (slot, generation) = (planned.slot.clone(), planned.generation);
-        let ready = self.prepare(&slot, &planned.desired, generation).inspect_err(|error| {
-            let (component, error) = (planned.desired.component.to_string(), error.message.clone());
-            self.note(actor, Happened::Refused { slot: slot.clone(), component, error });
-        })?;
+        let ready = self.prepare_noted(&planned, actor)?;
         let mut next = lock(&self.state).clone();
         let retired = next.slot(&slot).and_then(|s| s.previous.as_ref()).map(|p| p.revision.clone());
         let document = next.published(planned, ready.revision());
@@ -71,6 +68,15 @@ impl Deploy {
         })
     }
 
+    /// Prepares what was planned; a refusal is journalled.
+    pub(super) fn prepare_noted(&self, planned: &Planned, actor: &str) -> Result<Ready, AdminError> {
+        let Planned { slot, desired, generation } = planned;
+        self.prepare(slot, desired, *generation).inspect_err(|error| {
+            let (component, error) = (desired.component.to_string(), error.message.clone());
+            self.note(actor, Happened::Refused { slot: slot.clone(), component, error });
+        })
+    }
+
     /// Refuses changes in safe mode, and to a slot whose document cannot be read.
     pub(super) fn check_changeable(&self, slot: Option<&SlotName>) -> Result<(), AdminError> {
         if self.safe_mode {
@@ -85,7 +91,7 @@ impl Deploy {
     }
 
     /// Puts the document back that belongs to the policy that still serves.
-    fn store_again(&self, slot: &SlotName) {
+    pub(super) fn store_again(&self, slot: &SlotName) {
         let document = lock(&self.state).document(slot);
         let stored = document.map_or(Ok(()), |document| self.store.write_slot(&document));
         if let Err(error) = stored {

@@ -6,6 +6,8 @@ use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
 
+use serde_json::value::RawValue;
+
 use super::errors::{activate_error, conflict, internal, not_found, plan_error};
 use super::intake::Offered;
 use super::{Deploy, Failed, Known, lock};
@@ -59,7 +61,7 @@ impl PolicyAdmin for Deploy {
         if !used.is_empty() {
             let slots = used.join(", ");
             return Err(conflict(format!(
-                "{digest} is active or previous in {slots}; activate something else there first"
+                "{digest} is active, previous or candidate in {slots}; activate something else there first"
             )));
         }
         // The file first: a map entry without a file would come back as an error, a file without an entry as a component.
@@ -150,6 +152,28 @@ impl PolicyAdmin for Deploy {
         Ok(Routed { choice, decided_by, fallback: None })
     }
 
+    fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError> {
+        self.begin_rollout(slot, request, actor)
+    }
+
+    fn rollouts(&self, slot: &str) -> Result<Vec<Box<RawValue>>, AdminError> {
+        Ok(self.last_rollout(slot)?.into_iter().collect())
+    }
+
+    fn rollout(&self, slot: &str, id: &str) -> Result<Box<RawValue>, AdminError> {
+        self.one_rollout(slot, id)
+    }
+
+    fn steer_rollout(
+        &self,
+        slot: &str,
+        id: &str,
+        steer: wire::Steer,
+        actor: &str,
+    ) -> Result<Box<RawValue>, AdminError> {
+        self.steer(slot, id, steer, actor)
+    }
+
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {
         let journal = lock(&self.journal);
         journal.after(after, limit).map(|e| JournalLine { sequence: e.sequence, json: e.to_json().into() }).collect()
@@ -170,7 +194,7 @@ impl Deploy {
             slot: slot.to_string(),
             active: revision_view(slot, state.map_or(&native, |s| &s.active)),
             previous: state.and_then(|s| s.previous.as_ref()).map(|p| revision_view(slot, p)),
-            candidate: None,
+            candidate: state.and_then(SlotState::candidate).map(|c| revision_view(slot, c)),
             health: self.failed_health(slot).or(status.as_ref().map(|s| self.health(s))).unwrap_or_else(native_health),
             counters: status.map(|s| counters(&s)).unwrap_or_default(),
         }
@@ -217,7 +241,7 @@ fn revision_view(slot: &SlotName, target: &Target) -> wire::SlotRevision {
         revision: target.revision.clone(),
         generation: target.generation,
         component: target.component.to_string(),
-        config: serde_json::value::RawValue::from_string(target.config.clone()).unwrap_or_default(),
+        config: RawValue::from_string(target.config.clone()).unwrap_or_default(),
         state_namespace: target.state_namespace.clone().unwrap_or_else(|| slot.to_string()),
     }
 }
@@ -226,7 +250,7 @@ fn native() -> Desired {
     Desired { component: ComponentRef::Native, config: "{}".into(), state_namespace: None, if_generation: None }
 }
 
-fn parse_slot(slot: &str) -> Result<SlotName, AdminError> {
+pub(super) fn parse_slot(slot: &str) -> Result<SlotName, AdminError> {
     slot.parse().map_err(|error: pointsman_control::SlotNameError| AdminError {
         param: Some("slot".into()),
         ..not_found(error.to_string())

@@ -35,9 +35,10 @@ pub(super) fn internal(message: String) -> AdminError {
 pub(super) fn plan_error(error: PlanError) -> AdminError {
     let kind = match &error {
         PlanError::NoSlot(_) => AdminErrorKind::NotFound,
-        PlanError::Stale { .. } | PlanError::NothingBefore(_) | PlanError::TooManySlots { .. } => {
-            AdminErrorKind::Conflict
-        }
+        PlanError::Stale { .. }
+        | PlanError::NothingBefore(_)
+        | PlanError::TooManySlots { .. }
+        | PlanError::RollingOut { .. } => AdminErrorKind::Conflict,
     };
     admin_error(kind, error.to_string())
 }

@@ -3,13 +3,14 @@
 //! One change at a time: `operations` is held from planning to the pointer swap, so that generations are published in the
 //! order in which they were numbered. The document is stored before the swap: a crash in between activates, at the next
 //! start, what was asked for, and a generation that anybody has seen is never given again. Nothing on the serving path
-//! takes a lock of this module. Locks nest in this order: `operations`, then one of `state` and `components`, then
-//! `journal`.
+//! takes a lock of this module. Locks nest in this order: `operations`, `rollouts`, then one of `state` and `components`,
+//! then `journal`.
 
 mod activate;
 mod admin;
 mod errors;
 mod intake;
+mod rollout;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -52,6 +53,8 @@ pub(crate) struct Deploy {
     state: Mutex<Deployment>,
     journal: Mutex<Journal>,
     components: Mutex<BTreeMap<String, Known>>,
+    /// Rollouts under way; the observer thread looks after them.
+    rollouts: Mutex<BTreeMap<SlotName, rollout::Live>>,
     faults: FaultQueue,
     /// Slot, generation and the last health that was journalled.
     last_health: Mutex<BTreeMap<SlotName, (u64, &'static str)>>,
@@ -139,6 +142,7 @@ impl Deploy {
             state: Mutex::default(),
             journal: Mutex::new(journal),
             components: Mutex::default(),
+            rollouts: Mutex::default(),
             faults: parts.faults,
             last_health: Mutex::default(),
             failed: Mutex::default(),
@@ -157,8 +161,12 @@ impl Deploy {
                     let (active, removed) = (document.active.clone(), document.removed);
                     self.catch_up(&document);
                     lock(&self.state).restore(document);
-                    if !removed && !self.safe_mode && self.bring_back(&slot, &active) {
-                        self.compare_with_config(&slot, &active, config);
+                    if !removed && !self.safe_mode {
+                        let serves = self.bring_back(&slot, &active);
+                        self.restore_rollout(&slot, serves);
+                        if serves {
+                            self.compare_with_config(&slot, &active, config);
+                        }
                     }
                 }
                 Err(error) => {

@@ -12,7 +12,7 @@ use super::ledger::{Ledger, Period, Seen, Split};
 /// What the host has to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
-    /// Let this arm serve from now on.
+    /// Let this arm serve from now on, and say so with [`Rollout::served`].
     Serve(Arm),
     /// Journal a period that has been taken in, and store the document.
     Observed(Box<Period>),
@@ -62,9 +62,14 @@ impl Rollout {
         self.serving
     }
 
-    /// Takes an event; says whose request it concerns.
-    pub fn note(&mut self, event: &Event) -> Option<Seen> {
-        self.ledger.note(event)
+    /// Takes an event; tells of each request of an arm what happened to it.
+    pub fn note(&mut self, event: &Event, tell: &mut dyn FnMut(Seen)) {
+        self.ledger.note(event, tell);
+    }
+
+    /// The host has carried out [`Command::Serve`].
+    pub fn served(&mut self, now: Micros) {
+        self.ledger.switched(now);
     }
 
     /// Events were lost: the periods under way prove nothing.
@@ -123,7 +128,6 @@ impl Rollout {
             return None;
         }
         self.serving = arm;
-        self.ledger.switched(now);
         // The host ends a rollout with a command of its own; until then its slot knows two arms.
         (!self.document.phase.is_over() && matches!(self.split, Split::Time { .. })).then_some(Command::Serve(arm))
     }

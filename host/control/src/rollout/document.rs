@@ -3,6 +3,8 @@
 //! Everything here is stored, journalled and replayed: [`RolloutDocument::observe`] and [`RolloutDocument::apply`] are the only
 //! two ways in which a rollout changes, and neither reads a clock.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::ledger::{Period, Sums};
@@ -291,6 +293,35 @@ impl Phase {
     #[must_use]
     pub fn is_over(&self) -> bool {
         !matches!(self, Self::Running | Self::Paused { .. })
+    }
+}
+
+// === impl Decision ===
+
+impl Decision {
+    /// Whether nothing follows it.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        matches!(self, Self::Abort { .. } | Self::Promote | Self::Complete)
+    }
+}
+
+// === impl Hold ===
+
+impl fmt::Display for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoTraffic => f.write_str("one of the arms got no requests for 3 periods"),
+            Self::StaleMetrics => f.write_str("events were lost or switches missed for 3 periods; the host is overloaded"),
+            Self::SampleRatio => f.write_str(
+                "the arms did not get the requests that the plan gives them (chi-square, p < 0.001); do clients wait for answers before they ask again?",
+            ),
+            Self::Exposure => f.write_str("more than 1 % of the requests were decided by the other arm's policy"),
+            Self::ShortBlocks => {
+                f.write_str("more than 30 % of the requests run on into the other arm's time; lengthen `block_ms`")
+            }
+            Self::SoftGuard(metric) => write!(f, "{} is worse than its margin", metric.as_str()),
+        }
     }
 }
 

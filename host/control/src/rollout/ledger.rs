@@ -19,6 +19,11 @@ const MAX_OPEN: usize = 65_536;
 const MAX_WINDOWS: usize = 32;
 /// Events may reach the ledger so much later than they happened.
 const LAG: Micros = 200_000;
+/// Events kept of requests that nobody has announced: threads record on their own, and a fast answer may overtake its
+/// admission. The oldest give way.
+const EARLY: usize = 256;
+/// A block's beginning, until the host has switched to its arm.
+const NOT_YET: Micros = Micros::MAX;
 
 /// What the requests of one block came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +41,8 @@ pub struct Sums {
     pub finished: u64,
     /// Of those, within both SLOs.
     pub good: u64,
+    /// Got a first token.
+    pub first_tokens: u64,
     /// Requests whose time to first token is known, or known to be over the SLO.
     pub ttft_n: u64,
     /// Of those, over the SLO.
@@ -163,6 +170,7 @@ pub(super) struct Ledger {
     settle_us: u64,
     windows: VecDeque<Window>,
     open: HashMap<u64, Open>,
+    early: VecDeque<Event>,
 }
 
 #[derive(Debug)]
@@ -226,6 +234,7 @@ impl Sums {
             (&mut self.cancelled, other.cancelled),
             (&mut self.finished, other.finished),
             (&mut self.good, other.good),
+            (&mut self.first_tokens, other.first_tokens),
             (&mut self.ttft_n, other.ttft_n),
             (&mut self.ttft_over, other.ttft_over),
             (&mut self.ttft_us, other.ttft_us),
@@ -280,6 +289,7 @@ impl Ledger {
             settle_us: spec.settle_ms.saturating_mul(1_000),
             windows: VecDeque::new(),
             open: HashMap::new(),
+            early: VecDeque::with_capacity(EARLY),
         }
     }
 
@@ -290,8 +300,8 @@ impl Ledger {
         let mut blocks = Vec::with_capacity(arms.len());
         let by_time = matches!(self.split, Split::Time { .. });
         for &arm in arms {
-            let burn_in = if by_time && arm != before { self.burn_in_us } else { 0 };
-            blocks.push(Placed { arm, from: at + burn_in, until: at + self.block_us, sums: Sums::default() });
+            let from = if by_time && arm != before { NOT_YET } else { at };
+            blocks.push(Placed { arm, from, until: at + self.block_us, sums: Sums::default() });
             before = arm;
             if by_time {
                 at += self.block_us;
@@ -306,12 +316,12 @@ impl Ledger {
         end
     }
 
-    /// The arm that a block was planned for serves since `at`: a late switch shortens its block.
+    /// The host has switched at `at`: the block that this is begins now, and after the burn-in its requests count.
     pub(super) fn switched(&mut self, at: Micros) {
-        let burn_in = self.burn_in_us;
-        let Some(window) = self.windows.iter_mut().find(|w| w.start <= at && at < w.end) else { return };
-        let Some(block) = window.blocks.iter_mut().find(|b| at < b.until) else { return };
-        block.from = block.from.max(at + burn_in);
+        let from = at.saturating_add(self.burn_in_us);
+        let window = self.windows.iter_mut().find(|w| w.start <= at && at < w.end);
+        let block = window.and_then(|w| w.blocks.iter_mut().find(|b| at < b.until));
+        block.into_iter().filter(|b| b.from == NOT_YET).for_each(|b| b.from = from);
     }
 
     /// Events were lost, or nobody was there to switch: the periods under way prove nothing.
@@ -323,6 +333,7 @@ impl Ledger {
     pub(super) fn clear(&mut self) {
         self.windows.clear();
         self.open.clear();
+        self.early.clear();
     }
 
     /// The oldest period, once it is complete.
@@ -374,17 +385,45 @@ impl Ledger {
         });
     }
 
-    /// Takes an event; says whose request it concerns, where it concerns one.
-    pub(super) fn note(&mut self, event: &Event) -> Option<Seen> {
-        match event.kind {
+    /// Takes an event; tells of each request of an arm what happened to it.
+    pub(super) fn note(&mut self, event: &Event, tell: &mut dyn FnMut(Seen)) {
+        let seen = match event.kind {
             EventKind::Admitted => self.admitted(event),
-            EventKind::Routed => self.routed(event),
-            EventKind::FirstToken => self.first_token(event),
             EventKind::Rejected if event.request == 0 => self.refused(event),
-            EventKind::Finished | EventKind::Failed | EventKind::Cancelled | EventKind::Rejected => self.ended(event),
+            EventKind::Routed
+            | EventKind::FirstToken
+            | EventKind::Finished
+            | EventKind::Failed
+            | EventKind::Cancelled
+            | EventKind::Rejected => {
+                if !self.open.contains_key(&event.request) {
+                    if self.early.len() == EARLY {
+                        self.early.pop_front();
+                    }
+                    self.early.push_back(*event);
+                    return;
+                }
+                self.of_request(event)
+            }
             EventKind::Preempted | EventKind::Step | EventKind::PolicyFault | EventKind::Swap | EventKind::Device => {
                 None
             }
+        };
+        seen.into_iter().for_each(&mut *tell);
+        if event.kind == EventKind::Admitted && seen.is_some() {
+            while let Some(i) = self.early.iter().position(|early| early.request == event.request) {
+                let Some(early) = self.early.remove(i) else { break };
+                self.of_request(&early).into_iter().for_each(&mut *tell);
+            }
+        }
+    }
+
+    /// What becomes of a request that was announced.
+    fn of_request(&mut self, event: &Event) -> Option<Seen> {
+        match event.kind {
+            EventKind::Routed => self.routed(event),
+            EventKind::FirstToken => self.first_token(event),
+            _ => self.ended(event),
         }
     }
 
@@ -432,6 +471,7 @@ impl Ledger {
         let open = *open;
         let over = event.a > self.ttft_slo_us;
         let sums = self.sums(&open)?;
+        sums.first_tokens += 1;
         sums.ttft_n += 1;
         sums.ttft_over += u64::from(over);
         sums.ttft_us = sums.ttft_us.saturating_add(event.a);
@@ -566,7 +606,7 @@ mod tests {
             event(1_410, Cancelled, 5, (10 * MS, 0)),
             event(1_900, Admitted, 6, (10, 5)), // never ends
         ] {
-            ledger.note(&e);
+            ledger.note(&e, &mut |_| {});
         }
         assert!(ledger.settled(end + LAG).is_none(), "one is still running");
         let period = ledger.settled(end + 2_000 * MS).expect("settled");
@@ -576,6 +616,7 @@ mod tests {
             rejected: 1,
             finished: 2,
             good: 1,
+            first_tokens: 2,
             ttft_n: 2,
             ttft_over: 1,
             ttft_us: 70 * MS,
@@ -603,6 +644,34 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_overtakes_its_admission_counts_and_a_block_begins_with_its_switch() {
+        let mut ledger = ledger(Split::Time { generations: None });
+        let end = ledger.begin((0, 50), 0, &[Arm::Candidate, Arm::Control], Arm::Control);
+        let mut told = Vec::new();
+        for e in [
+            event(5, EventKind::Admitted, 1, (1, 1)), // control still serves
+            event(6, EventKind::Finished, 1, (MS, 1)),
+        ] {
+            ledger.note(&e, &mut |seen| told.push(seen));
+        }
+        assert_eq!(told, []);
+        ledger.switched(10 * MS);
+        for e in [
+            event(212, EventKind::FirstToken, 2, (2 * MS, 0)),
+            event(213, EventKind::Finished, 2, (3 * MS, 2)),
+            event(211, EventKind::Admitted, 2, (1, 1)),
+        ] {
+            ledger.note(&e, &mut |seen| told.push(seen));
+        }
+        assert_eq!(told.len(), 3, "{told:?}");
+        assert!(told.iter().all(|seen| seen.arm == Arm::Candidate));
+        let period = ledger.settled(end + LAG).expect("all ended");
+        let candidate = &period.candidate;
+        assert_eq!([candidate.sums.offered, candidate.sums.first_tokens, candidate.sums.finished], [1; 3]);
+        assert_eq!([candidate.exposed_ms, period.control.exposed_ms], [890, 0], "the host never switched back");
+    }
+
+    #[test]
     fn lost_events_spoil_the_periods_under_way() {
         for lost in [false, true] {
             let mut ledger = ledger(Split::Time { generations: None });
@@ -620,8 +689,8 @@ mod tests {
         let end = ledger.begin((0, 50), 0, &[Arm::Control, Arm::Candidate], Arm::Control);
         assert_eq!(end, 1_000 * MS);
         for (request, variant) in [(1, 7), (2, 8), (3, 8), (4, 9)] {
-            ledger.note(&Event { variant, ..event(5, EventKind::Admitted, request, (1, 1)) });
-            ledger.note(&event(20, EventKind::Failed, request, (1, 1)));
+            ledger.note(&Event { variant, ..event(5, EventKind::Admitted, request, (1, 1)) }, &mut |_| {});
+            ledger.note(&event(20, EventKind::Failed, request, (1, 1)), &mut |_| {});
         }
         let period = ledger.settled(end + LAG).expect("all ended");
         assert_eq!([period.control.sums.offered, period.candidate.sums.offered], [1, 2]);

@@ -8,6 +8,7 @@ mod assign;
 mod conduct;
 mod document;
 mod ledger;
+mod plan;
 #[cfg(test)]
 mod sim;
 mod spec;
@@ -19,5 +20,6 @@ pub use document::{
     AskError, Cause, Decision, Evidence, GuardEvidence, Hold, Phase, Progress, RolloutDocument, RolloutFormatError,
 };
 pub use ledger::{ArmPeriod, Outcome, Period, Seen, Split, Sums};
+pub use plan::{ArmReport, Plan, PolicyCost, Report};
 pub use spec::{Class, Guard, Metric, Mode, OnRestart, Spec, SpecError, Sticky};
 pub use stats::Moments;

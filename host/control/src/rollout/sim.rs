@@ -245,10 +245,13 @@ impl Driven {
 
     fn carry_out(&mut self, commands: Vec<Command>, actor: &str) {
         for command in commands {
-            let document = self.rollout.document();
+            let document = self.rollout.document().clone();
             let (id, subject) = (document.id.clone(), document.subject.clone());
             match command {
-                Command::Serve(arm) => self.served.push(arm),
+                Command::Serve(arm) => {
+                    self.rollout.served(self.now);
+                    self.served.push(arm);
+                }
                 Command::Observed(period) => {
                     self.journal.append(self.now, actor, Happened::RolloutObserved { id, subject, period });
                 }
@@ -268,15 +271,17 @@ impl Driven {
             let request = self.next_request;
             self.next_request += 1;
             let event = Event { request, prompt_tokens: 9, ..Event::new(self.now, EventKind::Admitted) };
-            self.rollout.note(&event);
+            self.rollout.note(&event, &mut |_| {});
             let factor = if candidate { slow } else { 1.0 };
             let ttft = (30_000.0 * factor * (0.5 + self.random.unit())) as Micros;
-            self.rollout.note(&Event { request, a: ttft, ..Event::new(self.now + ttft, EventKind::FirstToken) });
+            self.rollout
+                .note(&Event { request, a: ttft, ..Event::new(self.now + ttft, EventKind::FirstToken) }, &mut |_| {});
             self.running.push((self.now + ttft + 200_000, request, self.now));
         }
         let now = self.now;
         for (at, request, admitted) in self.running.extract_if(.., |(at, ..)| *at <= now) {
-            self.rollout.note(&Event { request, a: at - admitted, b: 20, ..Event::new(at, EventKind::Finished) });
+            self.rollout
+                .note(&Event { request, a: at - admitted, b: 20, ..Event::new(at, EventKind::Finished) }, &mut |_| {});
         }
         let commands = self.rollout.tick(self.now);
         self.carry_out(commands, "rollout");

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::slot::SlotName;
+
 /// How candidate and control are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -138,7 +140,7 @@ pub enum SpecError {
     },
     /// A comparison of policies that no request feels.
     #[error(
-        "`{slot}` decides nothing that a request feels, so there is nothing to compare; put it with PUT, or use `shadow`"
+        "`{slot}` decides nothing that a request feels, so there is nothing to compare; activate it with PUT, or use `shadow`"
     )]
     NoOutcome {
         /// The slot.
@@ -216,6 +218,19 @@ impl Metric {
 // === impl Spec ===
 
 impl Spec {
+    /// Whether the mode is an experiment between two policies of a slot.
+    ///
+    /// # Errors
+    /// It is not; the error names the mode that is.
+    pub fn check_slot(&self, slot: &SlotName) -> Result<(), SpecError> {
+        match (slot, self.mode) {
+            (SlotName::Telemetry(_), Mode::Shadow) => Ok(()),
+            (SlotName::Telemetry(_), _) => Err(SpecError::NoOutcome { slot: slot.to_string() }),
+            (_, Mode::Ab) => Err(SpecError::Shared { slot: slot.to_string() }),
+            (_, Mode::Canary | Mode::Switchback | Mode::Shadow) => Ok(()),
+        }
+    }
+
     /// The defaults of a mode: the guards of every serving team, and blocks long enough for requests of a few seconds.
     #[must_use]
     pub fn of(mode: Mode, seed: u64) -> Self {
@@ -330,6 +345,23 @@ mod tests {
     fn the_defaults_of_every_mode_are_sound() {
         for mode in [Mode::Canary, Mode::Switchback, Mode::Ab, Mode::Shadow] {
             assert_eq!(Spec::of(mode, 1).check(), Ok(()), "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn a_mode_that_is_no_experiment_in_its_slot_names_the_one_that_is() {
+        let telemetry = SlotName::Telemetry("x".into());
+        for (slot, mode, expect) in [
+            (SlotName::Router, Mode::Canary, None),
+            (SlotName::Scheduler, Mode::Switchback, None),
+            (SlotName::Router, Mode::Ab, Some("use `switchback`")),
+            (SlotName::Scheduler, Mode::Ab, Some("use `switchback`")),
+            (telemetry.clone(), Mode::Canary, Some("use `shadow`")),
+            (telemetry, Mode::Shadow, None),
+        ] {
+            let found = Spec::of(mode, 1).check_slot(&slot).err().map(|e| e.to_string());
+            assert_eq!(found.is_some(), expect.is_some(), "{slot} {mode:?}");
+            assert!(found.unwrap_or_default().contains(expect.unwrap_or_default()), "{slot} {mode:?}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The admin plane: components, slots, requests, devices, journal, drain, on a listener of its own.
+//! The admin plane: components, slots, rollouts, requests, devices, journal, drain, on a listener of its own.
 //!
 //! Open on loopback, and so guarded against the browser on the same machine: a page on the web can send requests to
 //! 127.0.0.1, but not without an `Origin`, and a rebound DNS name shows in `Host`. Port calls compile, write and fsync:
@@ -8,6 +8,7 @@ pub(crate) mod guard;
 mod journal;
 mod record;
 mod requests;
+mod rollouts;
 mod slots;
 pub mod wire;
 
@@ -51,6 +52,12 @@ pub(crate) fn routes() -> Routes {
             get(slots::slot).put(slots::put_slot).delete(slots::delete_slot),
         ),
         ("/admin/v1/slots/{slot}/rollback", &["post"], post(slots::rollback)),
+        ("/admin/v1/slots/{slot}/rollouts", &["get", "post"], get(rollouts::rollouts).post(rollouts::start)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}", &["get"], get(rollouts::rollout)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/promote", &["post"], post(rollouts::promote)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/abort", &["post"], post(rollouts::abort)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/pause", &["post"], post(rollouts::pause)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/resume", &["post"], post(rollouts::resume)),
         ("/admin/v1/slots/{slot}/record", &["get"], get(record::record)),
         ("/admin/v1/requests", &["get"], get(requests::requests)),
         ("/admin/v1/requests/{id}", &["get"], get(requests::request)),

@@ -24,7 +24,7 @@ use crate::state::ServerState;
 const PUT_MEMBERS: [&str; 4] = ["component", "config", "if_generation", "state_namespace"];
 
 /// Longest body of a `PUT`: a config of 1 MiB.
-const MAX_PUT_BYTES: usize = 1 << 20;
+pub(super) const MAX_PUT_BYTES: usize = 1 << 20;
 /// 64 bytes in base64, and room for line breaks.
 const MAX_SIGNATURE_BYTES: usize = 128;
 
@@ -152,15 +152,19 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     })?;
     let if_generation = member(&members, "if_generation", "a generation")?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
-    let config = members.remove("config").filter(|config| config.get() != "null");
-    let config = match config {
-        Some(config) => config,
-        None => RawValue::from_string("{}".to_owned()).map_err(ApiError::Json)?,
-    };
+    let config = config(&mut members)?;
     Ok(PutSlot { component, config, if_generation, state_namespace })
 }
 
-fn member<T: DeserializeOwned>(
+/// The config as the text that it is; `{}` for none.
+pub(super) fn config(members: &mut BTreeMap<String, Box<RawValue>>) -> Result<Box<RawValue>, ApiError> {
+    match members.remove("config").filter(|config| config.get() != "null") {
+        Some(config) => Ok(config),
+        None => RawValue::from_string("{}".to_owned()).map_err(ApiError::Json),
+    }
+}
+
+pub(super) fn member<T: DeserializeOwned>(
     members: &BTreeMap<String, Box<RawValue>>,
     name: &str,
     expect: &str,

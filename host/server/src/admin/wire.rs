@@ -137,6 +137,35 @@ pub struct PutSlot {
     pub state_namespace: Option<String>,
 }
 
+/// Body of `POST /admin/v1/slots/{slot}/rollouts`, in parts.
+#[derive(Clone, Debug)]
+pub struct StartRollout {
+    /// Digest, or `native`.
+    pub component: String,
+    /// JSON text for `init`, as the operator wrote it; `{}` when absent.
+    pub config: Box<RawValue>,
+    /// Namespace of its host-state; the slot's name when absent.
+    pub state_namespace: Option<String>,
+    /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
+    pub plan: String,
+}
+
+/// What an operator does with a rollout under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Steer {
+    /// The candidate for good, or only the next step.
+    Promote {
+        /// Only the next step.
+        step: bool,
+    },
+    /// Control for good.
+    Abort,
+    /// Control until it is resumed.
+    Pause,
+    /// On from where it was.
+    Resume,
+}
+
 /// Answer to a publish.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Activated {

@@ -85,6 +85,42 @@ async fn routes_have_their_shapes() {
 }
 
 #[tokio::test]
+async fn rollouts_are_started_read_and_steered() {
+    let rig = Rig::new();
+    for (method, path, body, status, expect) in [
+        (
+            "POST",
+            "/admin/v1/slots/router/rollouts",
+            r#"{"component": "sha256:00", "mode": "canary"}"#,
+            201,
+            json!({"id": "router-4", "component": "sha256:00", "actor": "loopback"}),
+        ),
+        ("GET", "/admin/v1/slots/router/rollouts", "", 200, json!({"object": "list", "data": [{"id": "router-4"}]})),
+        ("GET", "/admin/v1/slots/router/rollouts/router-4", "", 200, json!({"id": "router-4"})),
+        (
+            "POST",
+            "/admin/v1/slots/router/rollouts/router-4/promote",
+            r#"{"step": true}"#,
+            200,
+            json!({"steered": "Promote { step: true }"}),
+        ),
+        (
+            "POST",
+            "/admin/v1/slots/router/rollouts/router-4/promote",
+            "",
+            200,
+            json!({"steered": "Promote { step: false }"}),
+        ),
+        ("POST", "/admin/v1/slots/router/rollouts/router-4/abort", "", 200, json!({"steered": "Abort"})),
+        ("POST", "/admin/v1/slots/router/rollouts/router-4/pause", "", 200, json!({"steered": "Pause"})),
+        ("POST", "/admin/v1/slots/router/rollouts/router-4/resume", "", 200, json!({"steered": "Resume"})),
+    ] {
+        let answer = rig.ask_admin(request(method, path, &[HOST], body)).await;
+        assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
+    }
+}
+
+#[tokio::test]
 async fn faults_have_their_status() {
     let long = "A".repeat(129);
     let rig = Rig::with(ServerConfig { max_component_bytes: 8, ..ServerConfig::default() });
@@ -102,6 +138,10 @@ async fn faults_have_their_status() {
         ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "if_generation": 2}"#, 409, "conflict"),
         ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "cofnig": 2}"#, 400, "invalid_value"),
         ("POST", "/admin/v1/slots/router/rollback", "", 409, "conflict"),
+        ("POST", "/admin/v1/slots/router/rollouts", r#"{"component": "native", "mode": "ab"}"#, 400, "invalid_value"),
+        ("POST", "/admin/v1/slots/router/rollouts", r#"{"mode": "canary"}"#, 400, "invalid_value"),
+        ("POST", "/admin/v1/slots/router/rollouts/router-5/abort", "", 404, "not_found"),
+        ("POST", "/admin/v1/slots/router/rollouts/router-4/promote", r#"{"stpe": 1}"#, 400, "invalid_json"),
         ("GET", "/admin/v1/slots/panic", "", 500, "internal"),
         ("GET", "/admin/v1/nope", "", 404, "unknown_url"),
         ("PATCH", "/admin/v1/slots/router", "", 405, "method_not_allowed"),
