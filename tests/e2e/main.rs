@@ -2,8 +2,10 @@
 //! be tested closer to the code is.
 #![expect(clippy::expect_used, clippy::panic, reason = "a broken host should stop the test where it is")]
 
+mod aliases;
 mod client;
 mod explain;
+mod kills;
 mod oci;
 mod restart;
 mod rollouts;

@@ -29,6 +29,9 @@ pub(crate) enum Command {
     /// Upload, activate and roll back policies on a running host.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Show and set which variants stand behind a model's name.
+    #[command(subcommand)]
+    Alias(AliasCommand),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
     #[command(name = "__compile", hide = true)]
     Compile,
@@ -200,6 +203,38 @@ pub(crate) enum RolloutCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum AliasCommand {
+    /// Show every alias with its variants and weights.
+    #[command(after_help = "Example:\n  pointsman alias list")]
+    List {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Assign requests of an alias to its variants by weight.
+    #[command(
+        after_help = "Examples:\n  pointsman alias set demo demo:f16=90 demo:q8_0=10 --sticky tenant\n  pointsman alias set demo --router"
+    )]
+    Set {
+        /// The model's name.
+        alias: String,
+        /// Weight of a variant, 0 to 10000; one that is not named gets none.
+        #[arg(value_name = "VARIANT=WEIGHT", value_parser = weight, required_unless_present = "router")]
+        weights: Vec<(String, u32)>,
+        /// No weights: the router chooses.
+        #[arg(long, conflicts_with = "weights")]
+        router: bool,
+        /// What stays at one variant.
+        #[arg(long, value_parser = ["tenant", "session", "request"], default_value = "session")]
+        sticky: String,
+        /// Only if this generation is active.
+        #[arg(long, value_name = "GENERATION")]
+        if_generation: Option<u64>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+}
+
 /// What a rollout is started with.
 #[derive(Debug, Args)]
 pub(crate) struct StartArgs {
@@ -244,6 +279,13 @@ pub(crate) struct AdminArgs {
 fn request_id(text: &str) -> Result<String, String> {
     let good = text.bytes().all(|b| b.is_ascii_graphic() && !b"/?#%".contains(&b));
     if good && !text.is_empty() { Ok(text.to_owned()) } else { Err("not a request id".to_owned()) }
+}
+
+fn weight(text: &str) -> Result<(String, u32), String> {
+    // The last one: a variant may have a `=` in its name.
+    let (variant, weight) = text.rsplit_once('=').ok_or("expected VARIANT=WEIGHT, as in demo:f16=90")?;
+    let weight = weight.parse().map_err(|_| format!("`{weight}` is not a weight: an integer of 0 to 10000"))?;
+    Ok((variant.to_owned(), weight))
 }
 
 fn json(text: &str) -> Result<serde_json::Value, String> {

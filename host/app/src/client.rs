@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use pointsman_policy::Digest;
 use serde_json::{Value, json};
 
-use crate::cli::{AdminArgs, PolicyCommand};
+use crate::cli::{AdminArgs, AliasCommand, PolicyCommand};
 use crate::oci::SIGNATURE_ANNOTATION;
 use crate::reference::{OCI_SCHEME, Reference};
 use crate::trust::{SecretKey, Signature};
@@ -74,6 +74,30 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
         PolicyCommand::Status { at } => {
             let answer = Admin::new(at.clone()).get("/admin/v1/slots")?;
             print(out, &at, &answer, slot_table)
+        }
+    }
+}
+
+/// `pointsman alias ...`.
+///
+/// # Errors
+/// As for [`run`].
+pub(crate) fn alias(command: AliasCommand, out: &mut dyn Write) -> anyhow::Result<()> {
+    match command {
+        AliasCommand::List { at } => {
+            let answer = Admin::new(at.clone()).get("/admin/v1/aliases")?;
+            print(out, &at, &answer, |a| rows(a).iter().map(alias_lines).collect::<Vec<_>>().join("\n"))
+        }
+        AliasCommand::Set { alias, weights, router: _, sticky, if_generation, at } => {
+            let weights: serde_json::Map<String, Value> = weights.into_iter().map(|(v, w)| (v, w.into())).collect();
+            let mut body = json!({ "weights": weights, "sticky": sticky });
+            if let Some(generation) = if_generation {
+                body["if_generation"] = generation.into();
+            }
+            let path = format!("/admin/v1/aliases/{}", alias.replace('%', "%25").replace('/', "%2F"));
+            let answer =
+                Admin::new(at.clone()).send("PUT", &path, body.to_string().into_bytes(), "application/json")?;
+            print(out, &at, &answer, alias_lines)
         }
     }
 }
@@ -269,6 +293,19 @@ fn component_table(answer: &Value) -> String {
             if c["builtin"] == true { "(built in)".to_owned() } else { text(c, "signed_by") },
             used.join(", ")
         ));
+    }
+    lines.join("\n")
+}
+
+fn alias_lines(alias: &Value) -> String {
+    let how = match alias["sticky"].as_str() {
+        Some(sticky) => format!("by weight, sticky by {sticky}"),
+        None => "the router chooses".to_owned(),
+    };
+    let mut lines = vec![format!("{};g={}  {how}", text(alias, "alias"), alias["generation"])];
+    for variant in alias["variants"].as_array().map_or(&[][..], Vec::as_slice) {
+        let (id, weight, replicas) = (text(variant, "id"), text(variant, "weight"), &variant["replicas"]);
+        lines.push(format!("  {id:<32} weight {weight:>5}  {replicas} replicas"));
     }
     lines.join("\n")
 }

@@ -3,6 +3,7 @@
 //! A library with a thin binary, so that the end-to-end tests can build the same `main` beside themselves.
 #![forbid(unsafe_code)]
 
+mod aliases;
 mod anomaly;
 mod builtin;
 mod cli;
@@ -37,6 +38,7 @@ pub fn main() -> ExitCode {
         None => serve::serve(&cli.serve),
         Some(Command::Serve(args)) => serve::serve(&args),
         Some(Command::Policy(command)) => client::run(command, &mut std::io::stdout()),
+        Some(Command::Alias(command)) => client::alias(command, &mut std::io::stdout()),
         Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
     };
     match outcome {

@@ -24,6 +24,7 @@ use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerC
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
 
+use crate::aliases::Aliases;
 use crate::cli::ServeArgs;
 use crate::clock::SystemClock;
 use crate::config::{Config, LogFormat, RoleName};
@@ -102,6 +103,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
         router: Arc::clone(&deploy.router) as _,
         policies: Arc::clone(&deploy) as _,
+        aliases: Aliases::start(Arc::clone(&deploy), Arc::clone(&store)) as _,
         models: Arc::clone(&engine) as Arc<dyn ModelAdmin>,
         clock: Arc::clone(&shared.clock) as Arc<dyn Clock>,
         metrics: Arc::clone(&shared.metrics),

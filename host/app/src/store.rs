@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use pointsman_control::{Entry, SlotDocument, SlotName};
+use pointsman_control::{AliasDocument, Entry, SlotDocument, SlotName};
 
 use crate::trust::Signature;
 
@@ -34,7 +34,7 @@ impl Store {
     /// It cannot be created or written, or another process holds it.
     pub(crate) fn open(root: &Path) -> anyhow::Result<Self> {
         let what = || format!("cannot use the data directory {}", root.display());
-        for folder in ["slots", "components", "compiled"] {
+        for folder in ["slots", "aliases", "components", "compiled"] {
             fs::create_dir_all(root.join(folder)).with_context(what)?;
         }
         let lock = File::create(root.join("lock")).with_context(what)?;
@@ -44,7 +44,7 @@ impl Store {
                 root.display()
             );
         }
-        ["slots", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
+        ["slots", "aliases", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
         let path = root.join("journal.jsonl");
         let mut journal = OpenOptions::new().create(true).append(true).open(&path).with_context(what)?;
         end_last_line(&path, &mut journal).with_context(what)?;
@@ -76,6 +76,30 @@ impl Store {
     pub(crate) fn write_slot(&self, document: &SlotDocument) -> io::Result<()> {
         let path = self.root.join("slots").join(format!("{}.json", document.slot));
         write_aside(&path, document.to_json().as_bytes())
+    }
+
+    /// Every alias's document, or what is wrong with its file.
+    pub(crate) fn alias_documents(&self) -> Vec<Result<AliasDocument, String>> {
+        let Ok(entries) = fs::read_dir(self.root.join("aliases")) else { return Vec::new() };
+        let paths =
+            entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json"));
+        let read = |path: PathBuf| {
+            let parsed = fs::read(&path).map_err(anyhow::Error::from).and_then(|b| Ok(AliasDocument::parse(&b)?));
+            parsed.map_err(|error| format!("{}: {error:#}", path.display()))
+        };
+        paths.map(read).collect()
+    }
+
+    /// Stores an alias's document so that it survives a crash.
+    ///
+    /// # Errors
+    /// The disk does not take it; the old document stays.
+    pub(crate) fn write_alias(&self, document: &AliasDocument) -> io::Result<()> {
+        // A model may be called anything: what is not plain is written as its bytes.
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+        let escape = |b: u8| if plain(b) { char::from(b).to_string() } else { format!("%{b:02x}") };
+        let name: String = document.alias.bytes().map(escape).collect();
+        write_aside(&self.root.join("aliases").join(format!("{name}.json")), document.to_json().as_bytes())
     }
 
     /// Keeps the bytes of a component.
@@ -212,7 +236,8 @@ fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pointsman_control::{ComponentRef, Deployment, Desired, Happened};
+    use pointsman_control::rollout::Sticky;
+    use pointsman_control::{ComponentRef, Deployment, Desired, DesiredAlias, Happened};
 
     #[test]
     fn what_was_written_is_read_back() {
@@ -226,6 +251,17 @@ mod tests {
         let document = deployment.published(planned, "r@1+ab".into());
         store.write_slot(&document).expect("a writable folder");
         fs::write(folder.path().join("slots/scheduler.json"), "{").expect("a broken document");
+        let mut aliases = pointsman_control::Aliases::default();
+        for alias in ["demo", "org/model:1", "../slots/router"] {
+            let weights = [(format!("{alias}:f16"), 1)].into();
+            let desired = DesiredAlias { weights, sticky: Sticky::Tenant, if_generation: None };
+            let document = aliases.plan(alias, desired).expect("good weights");
+            store.write_alias(&document).expect("a writable folder");
+            aliases.put(document);
+        }
+        let mut restored = pointsman_control::Aliases::default();
+        store.alias_documents().into_iter().for_each(|document| restored.put(document.expect("just written")));
+        assert_eq!(restored, aliases);
         let documents = store.slot_documents();
         assert_eq!(documents[0].1.as_ref().ok(), Some(&document));
         assert_eq!(documents[1].0, SlotName::Scheduler);

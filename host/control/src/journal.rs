@@ -3,12 +3,12 @@
 //! The journal is for people and audits; the slot documents are what a restart reads. It numbers and bounds entries; the
 //! app appends the lines to a file.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
 use crate::deployment::Target;
-use crate::rollout::{Decision, Evidence, Period, RolloutDocument};
+use crate::rollout::{Decision, Evidence, Period, RolloutDocument, Sticky};
 use crate::slot::SlotName;
 
 /// Who asked: `startup`, `host`, `rollout`, or the name of an admin token (`loopback` where none is asked for) and the address that
@@ -94,6 +94,17 @@ pub enum Happened {
         before: Option<String>,
         /// Why.
         why: Why,
+    },
+    /// Requests of an alias are assigned otherwise from now on.
+    AliasChanged {
+        /// Which.
+        alias: String,
+        /// Its generation.
+        generation: u64,
+        /// Weight by variant; none leaves the choice to the router.
+        weights: BTreeMap<String, u32>,
+        /// What stays at one variant.
+        sticky: Sticky,
     },
     /// A start found a stored document ahead of the journal: the host died between the two.
     Recovered {
@@ -278,6 +289,16 @@ impl Journal {
             Happened::RolloutRestored { rollout: found } => found.id == rollout && found.phase.is_over(),
             _ => false,
         })
+    }
+
+    /// The generation of an alias by the kept entries; 0 for none.
+    #[must_use]
+    pub fn last_of_alias(&self, alias: &str) -> u64 {
+        let generation = |entry: &Entry| match &entry.what {
+            Happened::AliasChanged { alias: of, generation, .. } if of == alias => Some(*generation),
+            _ => None,
+        };
+        self.recent.iter().rev().find_map(generation).unwrap_or(0)
     }
 
     /// Kept entries after a sequence number, oldest first, at most `limit`.

@@ -6,12 +6,14 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod alias;
 mod anomaly;
 mod deployment;
 mod journal;
 pub mod rollout;
 mod slot;
 
+pub use alias::{AliasDocument, AliasError, Aliases, DesiredAlias, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
 pub use journal::{Actor, Entry, Happened, Journal, LastOf, Why};

@@ -19,7 +19,7 @@ use pointsman_telemetry::{Event, EventKind};
 use crate::admin::wire::decision::Line;
 use crate::error::ApiError;
 use crate::identity::Caller;
-use crate::ports::{Catalog, Replica, SubmitError, Variant};
+use crate::ports::{Asker, Catalog, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
 use crate::trace::{Noted, Trace};
@@ -196,12 +196,13 @@ impl Dispatch<'_> {
     ) -> Result<Vec<Placement>, ApiError> {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut hashes = Hashes { tokens: &self.prompt.tokens, by_block: Vec::new() };
-            self.fill(scratch, &mut hashes);
+            let first = choices.first().map_or(RequestId(0), |c| c.id);
+            self.offer(scratch, &mut hashes, first);
             if scratch.rows.is_empty() {
                 return Err(ApiError::NoReplica { model: self.target.name.clone() });
             }
             let attributes = self.attributes();
-            let request = self.route_request(&attributes, &mut hashes, choices.first().map_or(RequestId(0), |c| c.id));
+            let request = self.route_request(&attributes, &mut hashes, first);
             let now = self.state.clock.now();
             let routed = self.state.router.route(now, &request, &scratch.columns);
             let call_us = self.state.clock.now().saturating_sub(now);
@@ -237,7 +238,22 @@ impl Dispatch<'_> {
         }
     }
 
-    fn fill(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>) {
+    /// Fills the columns with the replicas of the variant to which the request is assigned; with all of them where it is to
+    /// none, or where nobody there can take it.
+    fn offer(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>, id: RequestId) {
+        if let [_, _, ..] = &*self.target.variants {
+            let asker = Asker { tenant: &self.caller.tenant, session: self.terms.session, request: id.0 };
+            if let Some(variant) = self.state.aliases.assign(&self.target.name, &asker) {
+                self.fill(scratch, hashes, Some(&variant));
+                if scratch.rows.iter().any(|row| self.has_room(*row)) {
+                    return;
+                }
+            }
+        }
+        self.fill(scratch, hashes, None);
+    }
+
+    fn fill(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>, only: Option<&str>) {
         let load = |gauge: &std::sync::atomic::AtomicU32| gauge.load(Ordering::Relaxed);
         scratch.columns.clear();
         scratch.rows.clear();
@@ -245,7 +261,7 @@ impl Dispatch<'_> {
         let now = self.state.clock.now();
         let needed = self.prompt.tokens.len() as u64 + u64::from(self.terms.max_new_tokens);
         for (v, variant) in self.target.variants.iter().enumerate() {
-            if needed > u64::from(variant.context_tokens) {
+            if needed > u64::from(variant.context_tokens) || only.is_some_and(|only| *variant.id != *only) {
                 continue;
             }
             for (r, replica) in variant.replicas.iter().enumerate() {

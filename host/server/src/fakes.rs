@@ -19,8 +19,8 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica,
-    SubmitError, Upload, Uploaded, Variant,
+    AdminError, AdminErrorKind, AliasPort, Asker, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin,
+    Question, Replica, SubmitError, Upload, Uploaded, Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -79,6 +79,7 @@ pub(crate) struct FakeClock {
 #[derive(Debug, Default)]
 pub(crate) struct FakeAdmin {
     pub(crate) journal: Mutex<Vec<JournalLine>>,
+    pub(crate) weights: Mutex<wire::Weights>,
 }
 
 /// Everything a test holds.
@@ -349,6 +350,29 @@ impl PolicyAdmin for FakeAdmin {
     }
 }
 
+impl AliasPort for FakeAdmin {
+    fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Arc<str>> {
+        assert_eq!(alias, "m", "only an alias with several variants is asked about");
+        let weights = self.weights.lock().expect("unpoisoned");
+        // The fake's hash is the length of the tenant's name.
+        let ids: Vec<&String> = weights.weights.keys().collect();
+        (!ids.is_empty()).then(|| ids[asker.tenant.len() % ids.len()].as_str().into())
+    }
+
+    fn weights(&self, _alias: &str) -> wire::Weights {
+        self.weights.lock().expect("unpoisoned").clone()
+    }
+
+    fn put_alias(&self, alias: &str, request: wire::PutAlias, _actor: &str) -> Result<wire::Weights, AdminError> {
+        if request.if_generation.is_some() {
+            return Err(refused(AdminErrorKind::Conflict, "another generation is active"));
+        }
+        let wire::PutAlias { weights, sticky, .. } = request;
+        *self.weights.lock().expect("unpoisoned") = wire::Weights { generation: 1, weights, sticky };
+        Ok(AliasPort::weights(self, alias))
+    }
+}
+
 impl ModelAdmin for FakeAdmin {
     fn devices(&self) -> Vec<wire::Device> {
         vec![wire::Device {
@@ -414,6 +438,7 @@ impl Rig {
             engine: Arc::clone(&engine) as _,
             router: Arc::clone(&router) as _,
             policies: Arc::clone(&admin) as _,
+            aliases: Arc::clone(&admin) as _,
             models: Arc::clone(&admin) as _,
             clock: Arc::clone(&clock) as _,
             metrics: Arc::new(Metrics::new()),

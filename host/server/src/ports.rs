@@ -191,6 +191,32 @@ pub struct JournalLine {
     pub json: Arc<str>,
 }
 
+/// Which variant of an alias serves whom.
+pub trait AliasPort: Send + Sync + Debug {
+    /// The variant to which a request is assigned; none where the router chooses. Called for each request of an alias.
+    fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Arc<str>>;
+
+    /// The weights of an alias. May block.
+    fn weights(&self, alias: &str) -> wire::Weights;
+
+    /// Changes them; the server has checked the names. May block.
+    ///
+    /// # Errors
+    /// A stale generation, weights that cannot work, or a disk that takes no document.
+    fn put_alias(&self, alias: &str, request: wire::PutAlias, actor: &str) -> Result<wire::Weights, AdminError>;
+}
+
+/// Who asks for an alias.
+#[derive(Clone, Copy, Debug)]
+pub struct Asker<'a> {
+    /// Its tenant.
+    pub tenant: &'a str,
+    /// Hash of its session, 0 without one.
+    pub session: u64,
+    /// Number of the request.
+    pub request: u64,
+}
+
 /// Models and devices.
 pub trait ModelAdmin: Send + Sync + Debug {
     /// Per device: memory by owner, KV pool, batch, variants.

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::admission::Admission;
 use crate::config::{ConfigError, ServerConfig};
-use crate::ports::{Clock, EnginePort, ModelAdmin, PolicyAdmin};
+use crate::ports::{AliasPort, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use crate::record::Taps;
 use crate::registry::Registry;
 use crate::trace::Traces;
@@ -33,6 +33,8 @@ pub struct ServerParts {
     pub router: Arc<dyn RoutePolicy>,
     /// Slots, components, journal.
     pub policies: Arc<dyn PolicyAdmin>,
+    /// Aliases with weights.
+    pub aliases: Arc<dyn AliasPort>,
     /// Models and devices.
     pub models: Arc<dyn ModelAdmin>,
     /// Time and randomness.
@@ -54,6 +56,7 @@ pub struct ServerState {
     pub(crate) engine: Arc<dyn EnginePort>,
     pub(crate) router: Arc<dyn RoutePolicy>,
     pub(crate) policies: Arc<dyn PolicyAdmin>,
+    pub(crate) aliases: Arc<dyn AliasPort>,
     pub(crate) models: Arc<dyn ModelAdmin>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Arc<Metrics>,
@@ -77,7 +80,8 @@ impl ServerState {
     /// # Errors
     /// The first configuration value that cannot work.
     pub fn new(parts: ServerParts) -> Result<Arc<Self>, ConfigError> {
-        let ServerParts { config, engine, router, policies, models, clock, metrics, recorder, names, taps } = parts;
+        let ServerParts { config, engine, router, policies, aliases, models, clock, metrics, recorder, names, taps } =
+            parts;
         config.validate()?;
         let keys = config.api_keys.iter().enumerate().map(|(i, key)| (key.key.expose().to_owned(), i)).collect();
         Ok(Arc::new(Self {
@@ -94,6 +98,7 @@ impl ServerState {
             engine,
             router,
             policies,
+            aliases,
             models,
             clock,
             metrics,

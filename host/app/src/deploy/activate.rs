@@ -78,7 +78,7 @@ impl Deploy {
     }
 
     /// Refuses changes in safe mode, and to a slot whose document cannot be read.
-    pub(super) fn check_changeable(&self, slot: Option<&SlotName>) -> Result<(), AdminError> {
+    pub(crate) fn check_changeable(&self, slot: Option<&SlotName>) -> Result<(), AdminError> {
         if self.safe_mode {
             let message =
                 "the host runs in safe mode and leaves what is stored as it is; restart it without --safe-mode";

@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use crossbeam_queue::ArrayQueue;
-use pointsman_control::{ComponentRef, Deployment, Desired, Happened, Journal, SlotDocument, SlotName, Target, Why};
+use pointsman_control::{
+    AliasDocument, ComponentRef, Deployment, Desired, Happened, Journal, SlotDocument, SlotName, Target, Why,
+};
 use pointsman_policy::{
     Component, FaultReport, Health, RouterSlot, Runtime, SchedulerSlot, SlotStatus, TelemetrySlot, World,
 };
@@ -197,6 +199,15 @@ impl Deploy {
         }
         if *removed && !last.removed {
             self.note("startup", Happened::Removed { slot: slot.clone() });
+        }
+    }
+
+    /// As [`catch_up`](Self::catch_up), for an alias.
+    pub(crate) fn catch_up_alias(&self, document: &AliasDocument) {
+        let AliasDocument { alias, generation, weights, sticky, .. } = document.clone();
+        let last = lock(&self.journal).last_of_alias(&alias);
+        if last < generation {
+            self.note("startup", Happened::AliasChanged { alias, generation, weights, sticky });
         }
     }
 

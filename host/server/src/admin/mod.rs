@@ -4,6 +4,7 @@
 //! 127.0.0.1, but not without an `Origin`, and a rebound DNS name shows in `Host`. Port calls compile, write and fsync:
 //! they run on the blocking pool.
 
+mod aliases;
 pub(crate) mod guard;
 mod journal;
 mod record;
@@ -61,6 +62,8 @@ pub(crate) fn routes() -> Routes {
         ("/admin/v1/slots/{slot}/record", &["get"], get(record::record)),
         ("/admin/v1/requests", &["get"], get(requests::requests)),
         ("/admin/v1/requests/{id}", &["get"], get(requests::request)),
+        ("/admin/v1/aliases", &["get"], get(aliases::aliases)),
+        ("/admin/v1/aliases/{name}", &["get", "put"], get(aliases::alias).put(aliases::put_alias)),
         ("/admin/v1/devices", &["get"], get(devices)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),
         ("/admin/v1/drain", &["post"], post(drain)),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 pub mod decision;
@@ -164,6 +164,67 @@ pub enum Steer {
     Pause,
     /// On from where it was.
     Resume,
+}
+
+/// Body of `PUT /admin/v1/aliases/{name}`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PutAlias {
+    /// Weight by variant, 0 to 10,000; one that is not named gets 0, none at all leaves the choice to the router.
+    pub weights: BTreeMap<String, u32>,
+    /// What stays at one variant.
+    #[serde(default)]
+    pub sticky: Sticky,
+    /// Refuse unless this generation is active.
+    pub if_generation: Option<u64>,
+}
+
+/// What stays at one variant of an alias.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sticky {
+    /// All requests of a tenant.
+    Tenant,
+    /// All requests of a session; those without one by request.
+    #[default]
+    Session,
+    /// Each request by itself.
+    Request,
+}
+
+/// The weights of an alias, from the port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Weights {
+    /// Counter of the alias, +1 at every change; 0 before the first.
+    pub generation: u64,
+    /// Weight by variant; none where the router chooses.
+    pub weights: BTreeMap<String, u32>,
+    /// What stays at one variant.
+    pub sticky: Sticky,
+}
+
+/// An alias and its variants.
+#[derive(Clone, Debug, Serialize)]
+pub struct Alias {
+    /// The model's name.
+    pub alias: String,
+    /// Counter of the alias, +1 at every change; 0 before the first.
+    pub generation: u64,
+    /// What stays at one variant; null where the router chooses.
+    pub sticky: Option<Sticky>,
+    /// In the order in which they are listed.
+    pub variants: Vec<AliasVariant>,
+}
+
+/// One variant of an alias.
+#[derive(Clone, Debug, Serialize)]
+pub struct AliasVariant {
+    /// As in `demo:f16`.
+    pub id: String,
+    /// Its weight; null where the router chooses.
+    pub weight: Option<u32>,
+    /// Replicas that serve it; 0 for a variant that has a weight and is not loaded.
+    pub replicas: usize,
 }
 
 /// Answer to a publish.

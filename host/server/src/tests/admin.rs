@@ -75,13 +75,52 @@ async fn routes_have_their_shapes() {
         let answer = rig.ask_admin(request(method, path, &[HOST, ("content-type", kind)], body)).await;
         assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
     }
+    assert!(rig.state.admission.is_draining());
+    assert_eq!(rig.ask_admin(request("DELETE", "/admin/v1/components/sha256:00", &[HOST], "")).await.status, 204);
+}
+
+#[tokio::test]
+async fn signatures_reach_the_port() {
+    let rig = Rig::new();
     let headers = [HOST, ("x-pointsman-signature", "AAAA")];
     let answer = rig.ask_admin(request("POST", "/admin/v1/components", &headers, "\0asm1234")).await;
     assert_eq!(answer.json()["signed_by"], "AAAA", "the header reaches the port");
     let signature = "/admin/v1/components/sha256:00/signature";
     assert_eq!(rig.ask_admin(request("PUT", signature, &[HOST], "good")).await.status, 204);
-    assert!(rig.state.admission.is_draining());
-    assert_eq!(rig.ask_admin(request("DELETE", "/admin/v1/components/sha256:00", &[HOST], "")).await.status, 204);
+}
+
+#[tokio::test]
+async fn aliases_have_their_shape() {
+    let rig = Rig::new();
+    for (method, path, body, status, expect) in [
+        (
+            "PUT",
+            "/admin/v1/aliases/m",
+            r#"{"weights": {"m:a": 9, "m:b": 1}, "sticky": "tenant"}"#,
+            200,
+            json!({"alias": "m", "generation": 1, "sticky": "tenant",
+            "variants": [{"id": "m:a", "weight": 9, "replicas": 2}, {"id": "m:b", "weight": 1, "replicas": 1}]}),
+        ),
+        (
+            "GET",
+            "/admin/v1/aliases",
+            "",
+            200,
+            json!({"object": "list", "data": [{"alias": "m", "generation": 1, "sticky": "tenant",
+            "variants": [{"id": "m:a", "weight": 9, "replicas": 2}, {"id": "m:b", "weight": 1, "replicas": 1}]}]}),
+        ),
+        (
+            "PUT",
+            "/admin/v1/aliases/m",
+            r#"{"weights": {}}"#,
+            200,
+            json!({"alias": "m", "generation": 1, "sticky": null,
+            "variants": [{"id": "m:a", "weight": null, "replicas": 2}, {"id": "m:b", "weight": null, "replicas": 1}]}),
+        ),
+    ] {
+        let answer = rig.ask_admin(request(method, path, &[HOST, ("content-type", "application/json")], body)).await;
+        assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
+    }
 }
 
 #[tokio::test]
@@ -145,6 +184,13 @@ async fn faults_have_their_status() {
         ("GET", "/admin/v1/slots/panic", "", 500, "internal"),
         ("GET", "/admin/v1/nope", "", 404, "unknown_url"),
         ("PATCH", "/admin/v1/slots/router", "", 405, "method_not_allowed"),
+        ("GET", "/admin/v1/aliases/m:a", "", 404, "not_found"),
+        ("PUT", "/admin/v1/aliases/n", r#"{"weights": {}}"#, 404, "not_found"),
+        ("PUT", "/admin/v1/aliases/m", r#"{"weights": {"m:c": 1}}"#, 400, "invalid_value"),
+        ("PUT", "/admin/v1/aliases/m", r#"{"weights": {"m:a": -1}}"#, 400, "invalid_json"),
+        ("PUT", "/admin/v1/aliases/m", r#"{"sticky": "tenant"}"#, 400, "invalid_json"),
+        ("PUT", "/admin/v1/aliases/m", r#"{"weights": {}, "stiky": "tenant"}"#, 400, "invalid_json"),
+        ("PUT", "/admin/v1/aliases/m", r#"{"weights": {}, "if_generation": 4}"#, 409, "conflict"),
         ("GET", "/admin/v1/journal?after=x", "", 400, "invalid_value"),
     ] {
         let kind = if body.starts_with('{') { "application/json" } else { "application/wasm" };

@@ -76,6 +76,32 @@ async fn a_router_sees_labels_age_and_a_prediction() {
 }
 
 #[tokio::test]
+async fn an_assigned_variant_is_all_that_a_router_is_offered_while_it_has_room() {
+    let rig = Rig::new();
+    let weights = [("m:a".to_owned(), 1), ("m:b".to_owned(), 1)].into();
+    *rig.admin.weights.lock().expect("unpoisoned") = crate::admin::wire::Weights { weights, ..Default::default() };
+    let catalog = rig.state.engine.catalog();
+    for (tenant, model, full, variant, offered) in [
+        ("even", "m", false, "m:a", &[0, 1][..]),
+        ("odd", "m", false, "m:b", &[2]),
+        ("odd", "m:a", false, "m:a", &[0, 1]),
+        ("odd", "m", true, "m:a", &[0, 1, 2]),
+    ] {
+        let waiting = if full { 4 } else { 0 };
+        catalog.variants[1].replicas[0].gauges.waiting.store(waiting, Ordering::Relaxed);
+        let headers = [("x-tenant-id", tenant)];
+        let answer = rig.send(request("POST", COMPLETIONS, &headers, &body(&json!({ "model": model })))).await;
+        assert_eq!((answer.status, answer.header("x-pointsman-variant")), (200, variant), "{tenant} {model} {full}");
+        let calls = rig.router.calls.lock().expect("unpoisoned");
+        assert_eq!(calls.last().expect("a call").3.id, offered, "{tenant} {model} {full}");
+    }
+    // A weight of a variant that is not loaded keeps nobody from being served.
+    let weights = [("m:gone".to_owned(), 1)].into();
+    *rig.admin.weights.lock().expect("unpoisoned") = crate::admin::wire::Weights { weights, ..Default::default() };
+    assert_eq!(rig.post(COMPLETIONS, &body(&json!({}))).await.status, 200);
+}
+
+#[tokio::test]
 async fn the_last_prompt_token_is_never_cached() {
     let rig = Rig::new();
     let catalog = rig.state.engine.catalog();

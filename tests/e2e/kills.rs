@@ -1,0 +1,287 @@
+//! A host that is killed at any moment comes back with what it had promised: fifty `kill -9` at seeded moments in the middle
+//! of uploads, swaps, rollbacks, removals and changes of an alias, all on one data directory.
+//!
+//! The operator below knows what it was told (a 200 that arrived) and what was on its way when the host died. After each
+//! start nothing that was promised may be missing, and nothing may be there that nobody asked for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pointsman_tests::{Host, root};
+use serde_json::{Value, json};
+
+use crate::{host, journal};
+
+const KILLS: u64 = 50;
+const SEED: u64 = 0x5eed_0f6b_1115;
+const SLOTS: [&str; 3] = ["router", "scheduler", "telemetry.watch"];
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+}
+
+/// Where a slot stands: generation, component, and whether it is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Stand {
+    generation: u64,
+    component: String,
+    removed: bool,
+}
+
+/// What an operator asks for.
+#[derive(Clone, Debug)]
+enum Wish {
+    Upload(Vec<u8>),
+    Put { slot: &'static str, component: String },
+    Rollback { slot: &'static str },
+    Remove { slot: &'static str },
+    Weights { f16: u32 },
+}
+
+/// What the operator was told, and what it had asked for when the host died.
+#[derive(Debug, Default)]
+struct Told {
+    uploaded: BTreeSet<String>,
+    slots: BTreeMap<&'static str, Stand>,
+    /// Generation and weight of `demo:f16`.
+    alias: (u64, u32),
+    open: Option<Wish>,
+}
+
+/// A component that no one has uploaded yet: the same policy with a custom section of its own.
+fn component(number: u64) -> Vec<u8> {
+    let mut bytes = std::fs::read(root().join("plugins/prebuilt/route-weighted.wasm")).expect("a component");
+    let content = number.to_le_bytes();
+    bytes.extend([0, 2 + content.len() as u8, 1, b'n']);
+    bytes.extend(content);
+    bytes
+}
+
+/// Sends a request the way a client does that may lose the host: an answer, or none.
+fn send(host: &Host, method: &str, path: &str, body: (&str, Vec<u8>)) -> Option<(u16, Value)> {
+    let request = ureq::http::Request::builder().method(method).uri(format!("{}{path}", host.admin));
+    let request = request.header("content-type", body.0).body(body.1).expect("a request");
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let mut answer = agent.run(request).ok()?;
+    let text = answer.body_mut().read_to_string().ok()?;
+    Some((answer.status().as_u16(), serde_json::from_str(&text).unwrap_or_default()))
+}
+
+/// What may be put into a slot: digests by world, and native.
+fn candidates(host: &Host, slot: &str) -> Option<Vec<String>> {
+    let world = slot.split('.').next().unwrap_or_default();
+    let (_, listed) = send(host, "GET", "/admin/v1/components", ("", Vec::new()))?;
+    let rows = listed["data"].as_array()?.iter();
+    let fits = rows.filter(|c| c["world"].as_str().is_some_and(|w| w.starts_with(world)));
+    Some(fits.map(|c| c["digest"].as_str().expect("a digest").to_owned()).chain(["native".to_owned()]).collect())
+}
+
+/// The next wish; none once the host is dead.
+fn wish(host: &Host, random: &mut Random) -> Option<Wish> {
+    let slot = SLOTS[random.below(3) as usize];
+    Some(match random.below(10) {
+        0..3 => Wish::Upload(component(random.below(u64::MAX))),
+        3..7 => {
+            let mut known = candidates(host, slot)?;
+            let component = known.swap_remove(random.below(known.len() as u64) as usize);
+            Wish::Put { slot, component }
+        }
+        7 => Wish::Rollback { slot },
+        8 => Wish::Remove { slot: SLOTS[2] },
+        _ => Wish::Weights { f16: 1 + random.below(9_999) as u32 },
+    })
+}
+
+impl Wish {
+    fn ask(&self, host: &Host) -> Option<(u16, Value)> {
+        let json = |value: Value| ("application/json", value.to_string().into_bytes());
+        let (method, path, body) = match self {
+            Self::Upload(bytes) => ("POST", "components".to_owned(), ("application/wasm", bytes.clone())),
+            Self::Put { slot, component } => ("PUT", format!("slots/{slot}"), json(json!({ "component": component }))),
+            Self::Rollback { slot } => ("POST", format!("slots/{slot}/rollback"), ("", Vec::new())),
+            Self::Remove { slot } => ("DELETE", format!("slots/{slot}"), ("", Vec::new())),
+            Self::Weights { f16 } => {
+                let weights = json!({ "weights": { "demo:f16": f16, "demo:q8_0": 1 } });
+                ("PUT", "aliases/demo".to_owned(), json(weights))
+            }
+        };
+        send(host, method, &format!("/admin/v1/{path}"), body)
+    }
+}
+
+impl Told {
+    /// Works until the host dies; `begun` counts the wishes that were sent.
+    fn operate(&mut self, host: &Host, random: &mut Random, begun: &AtomicUsize) {
+        while let Some(wish) = wish(host, random) {
+            self.open = Some(wish.clone());
+            begun.fetch_add(1, Ordering::AcqRel);
+            let Some((status, body)) = wish.ask(host) else { return };
+            self.open = None;
+            match status {
+                200..300 => self.heard(&wish, &body),
+                404 | 409 | 422 => {}
+                _ => panic!("{wish:?}: {status} {body}"),
+            }
+        }
+    }
+
+    fn heard(&mut self, wish: &Wish, body: &Value) {
+        let generation = body["generation"].as_u64().unwrap_or_default();
+        match wish {
+            Wish::Upload(_) => {
+                self.uploaded.insert(body["digest"].as_str().expect("a digest").to_owned());
+            }
+            Wish::Put { slot, component } => {
+                self.slots.insert(slot, Stand { generation, component: component.clone(), removed: false });
+            }
+            Wish::Rollback { slot } => {
+                // The answer names the revision; which component that is, the next look at the slot says.
+                self.slots.insert(slot, Stand { generation, component: String::new(), removed: false });
+            }
+            Wish::Remove { slot } => {
+                self.slots.entry(slot).or_default().removed = true;
+            }
+            Wish::Weights { f16 } => self.alias = (generation, *f16),
+        }
+    }
+
+    /// Compares a host that has come back with what was told, and takes over what it says.
+    fn check(&mut self, host: &Host) {
+        let open = self.open.take();
+        let listed = host.admin("GET", "/admin/v1/components", &Value::Null).body;
+        let rows = listed["data"].as_array().expect("components");
+        let digests: BTreeSet<String> = rows.iter().filter_map(|c| c["digest"].as_str().map(str::to_owned)).collect();
+        assert!(self.uploaded.is_subset(&digests), "a component was lost: {:?}", &self.uploaded - &digests);
+        let uploads = rows.iter().filter(|c| c["builtin"] == false).filter_map(|c| c["digest"].as_str());
+        let unasked = uploads.filter(|digest| !self.uploaded.contains(*digest)).count();
+        let may = usize::from(matches!(open, Some(Wish::Upload(_))));
+        assert!(unasked <= may, "{unasked} components that nobody uploaded; open: {may}");
+        self.uploaded = rows
+            .iter()
+            .filter(|c| c["builtin"] == false)
+            .filter_map(|c| c["digest"].as_str().map(str::to_owned))
+            .collect();
+        let lines = journal(host);
+        for slot in SLOTS {
+            self.check_slot(host, slot, open.as_ref(), &lines);
+        }
+        let alias = host.admin("GET", "/admin/v1/aliases/demo", &Value::Null).body;
+        let generation = alias["generation"].as_u64().expect("a generation");
+        let weight = alias["variants"][0]["weight"].as_u64().unwrap_or(0);
+        let expect = match open {
+            Some(Wish::Weights { f16 }) if generation == self.alias.0 + 1 => (generation, f16),
+            _ => self.alias,
+        };
+        assert_eq!((generation, weight), (expect.0, u64::from(expect.1)), "{alias}");
+        self.alias = expect;
+        let changed = lines.iter().rev().find(|e| e["event"] == "alias-changed").and_then(|e| e["generation"].as_u64());
+        assert_eq!(changed.unwrap_or(0), generation, "the journal and the alias");
+        no_leftovers(host);
+    }
+
+    fn check_slot(&mut self, host: &Host, slot: &'static str, open: Option<&Wish>, lines: &[Value]) {
+        let found = host.admin("GET", &format!("/admin/v1/slots/{slot}"), &Value::Null);
+        let told = self.slots.get(slot).cloned().unwrap_or_default();
+        let state = found.body;
+        let is_there = found.status == 200;
+        let stored = host.folder().join(format!("slots/{slot}.json"));
+        let document: Value = match std::fs::read(&stored) {
+            Ok(bytes) => serde_json::from_slice(&bytes).expect("a whole document"),
+            Err(_) => {
+                assert!(!is_there && told == Stand::default(), "{slot} has no document: {told:?}");
+                return;
+            }
+        };
+        let generation = document["active"]["generation"].as_u64().expect("a generation");
+        let component = document["active"]["component"].as_str().expect("a component");
+        let removed = document["removed"] == true;
+        assert_eq!(is_there, !removed, "{slot}: {document} {state}");
+        if is_there {
+            // What is stored is what serves, and it works.
+            assert_eq!(state["active"]["generation"], generation, "{slot}: {document} {state}");
+            assert_eq!(state["active"]["component"], component, "{slot}: {document} {state}");
+            assert!(matches!(state["health"]["state"].as_str(), Some("closed" | "native")), "{slot}: {state}");
+        }
+        // What was told is there; one more only if it was asked for.
+        let whole = generation == told.generation && removed == told.removed;
+        let same = whole && (told.component.is_empty() || told.component == component);
+        let after = |removes: bool| (generation, removed) == (told.generation + u64::from(!removes), removes);
+        let next = match open {
+            Some(Wish::Put { slot: of, component: asked }) => *of == slot && after(false) && asked == component,
+            Some(Wish::Rollback { slot: of }) => *of == slot && after(false),
+            Some(Wish::Remove { slot: of }) => *of == slot && after(true),
+            _ => false,
+        };
+        assert!(same || next, "{slot}: told {told:?}, found {document}, open {open:?}");
+        // The journal's last word on the slot is the same.
+        let last = |events: &[&str]| {
+            let of = |e: &&Value| e["slot"] == slot && e["event"].as_str().is_some_and(|event| events.contains(&event));
+            lines.iter().rev().find(of).cloned().unwrap_or_default()
+        };
+        let published = last(&["published", "recovered"]);
+        assert_eq!(published["target"], document["active"], "{slot}");
+        let gone = last(&["removed"])["sequence"].as_u64() > published["sequence"].as_u64();
+        assert_eq!(gone, removed, "{slot}: the journal and the document");
+        self.slots.insert(slot, Stand { generation, component: component.to_owned(), removed });
+    }
+}
+
+/// Nothing half-written stays, and no signature without its component.
+fn no_leftovers(host: &Host) {
+    for folder in ["slots", "aliases", "components"] {
+        for entry in std::fs::read_dir(host.folder().join(folder)).expect("a folder").flatten() {
+            let path = entry.path();
+            let kind = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+            assert!(matches!(kind, "json" | "wasm"), "{} was left behind", path.display());
+        }
+    }
+}
+
+#[test]
+fn fifty_kills_lose_nothing_and_leave_nothing() {
+    let mut random = Random(SEED);
+    let mut told = Told::default();
+    let mut host = host(&[]);
+    for (slot, name) in [("router", "route-least-loaded"), ("scheduler", "sched-fcfs")] {
+        told.slots.insert(slot, Stand { generation: 1, component: host.builtin(name), removed: false });
+    }
+    for kill in 0..KILLS {
+        let (wishes, spins) = (1 + random.below(4) as usize, random.below(1_000_000));
+        let mut operator = Random(SEED ^ kill);
+        let begun = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let work = scope.spawn(|| told.operate(&host, &mut operator, &begun));
+            // Some wishes are granted; in the middle of the last one, after a while that the seed says, the host dies.
+            while begun.load(Ordering::Acquire) < wishes && !work.is_finished() {
+                std::hint::spin_loop();
+            }
+            for _ in 0..spins {
+                std::hint::spin_loop();
+            }
+            let killed = Command::new("kill").args(["-KILL", &host.pid().to_string()]).status();
+            assert!(killed.is_ok_and(|status| status.success()), "kill {kill}");
+        });
+        host = host.restart(&[]);
+        told.check(&host);
+        let served = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 1 }));
+        let router = served.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let generation = format!(";g={}", told.slots["router"].generation);
+        assert!(served.status == 200 && router.ends_with(&generation), "after kill {kill}: {router}, {generation}");
+    }
+    let recovered = journal(&host).iter().filter(|e| e["event"] == "recovered").count();
+    let generations: Vec<u64> = told.slots.values().map(|s| s.generation).collect();
+    println!(
+        "{KILLS} kills, seed {SEED:#x}: {} components, generations {generations:?}, {recovered} lines recovered",
+        told.uploaded.len()
+    );
+}
