@@ -239,13 +239,14 @@ impl Dispatch<'_> {
     }
 
     /// Fills the columns with the replicas of the variant to which the request is assigned; with all of them where it is to
-    /// none, or where nobody there can take it.
+    /// none, or where nobody there can take it (full, drained, a prompt too long).
     fn offer(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>, id: RequestId) {
         if let [_, _, ..] = &*self.target.variants {
             let asker = Asker { tenant: &self.caller.tenant, session: self.terms.session, request: id.0 };
             if let Some(variant) = self.state.aliases.assign(&self.target.name, &asker) {
                 self.fill(scratch, hashes, Some(&variant));
-                if scratch.rows.iter().any(|row| self.has_room(*row)) {
+                let weights = &scratch.columns.weight;
+                if scratch.rows.iter().zip(weights).any(|(row, weight)| *weight > 0 && self.has_room(*row)) {
                     return;
                 }
             }
