@@ -27,7 +27,7 @@ fn faults(state: &Value, kind: &str) -> u64 {
 fn after(slot: &str) -> u32 {
     match slot {
         "router" => 40,
-        "scheduler" => 12,
+        "scheduler" | "sampler" => 12,
         _ => 6,
     }
 }
@@ -81,10 +81,12 @@ fn drive(host: &Host, name: &str, digest: &str, (deed, comes): (&str, Comes)) {
     assert!(journalled, "{why}: not in the journal:\n{}", journal(host));
 }
 
-/// Today's fixture of a world, and that of 0.1.
+/// Today's fixture of a world, and that of 0.1 where it had one.
 fn drive_all(name: &str, world: &str, deeds: &[(&str, Comes)]) {
     let host = host();
-    for bytes in [fixture(world), frozen(&format!("fixture-{world}"))] {
+    let is_old = matches!(world, "router" | "scheduler" | "telemetry");
+    let old = is_old.then(|| frozen(&format!("fixture-{world}")));
+    for bytes in [fixture(world)].into_iter().chain(old) {
         let digest = host.upload(&bytes);
         for deed in deeds {
             drive(&host, name, &digest, *deed);
@@ -156,6 +158,50 @@ fn a_telemetry_hook_may_do_anything() {
         ("state-flood", NothingInTime),
     ];
     drive_all("telemetry.slo-log", "telemetry", &deeds);
+}
+
+#[test]
+fn a_retention_policy_may_do_anything() {
+    use Comes::{Fault, Nothing, NothingInTime};
+    let deeds = [
+        ("trap", Fault(&["trap"])),
+        ("spin", Fault(&["timeout"])),
+        ("allocate", Fault(&["memory", "timeout"])),
+        ("recurse", Fault(&["trap"])),
+        ("bad-row", Fault(&["bad-answer"])),
+        ("duplicate-row", Fault(&["bad-answer"])),
+        ("huge-list", Fault(&["bad-answer", "timeout"])),
+        ("slow", Nothing),
+        ("leak", Nothing),
+        ("log-flood", NothingInTime),
+        ("metric-flood", NothingInTime),
+        ("state-flood", NothingInTime),
+        ("abstain", Nothing),
+    ];
+    drive_all("kv-retention", "retention", &deeds);
+}
+
+#[test]
+fn a_sampler_may_do_anything() {
+    use Comes::{Fault, Nothing, NothingInTime};
+    let deeds = [
+        ("trap", Fault(&["trap"])),
+        ("spin", Fault(&["timeout"])),
+        ("allocate", Fault(&["memory", "timeout"])),
+        ("recurse", Fault(&["trap"])),
+        ("uneven-lists", Fault(&["bad-answer"])),
+        ("unknown-token", Fault(&["bad-answer"])),
+        ("allow-nothing", Fault(&["bad-answer"])),
+        ("infinite-bias", Fault(&["bad-answer"])),
+        ("huge-list", Fault(&["bad-answer", "memory", "timeout"])),
+        ("slow", Nothing),
+        ("leak", Nothing),
+        ("log-flood", NothingInTime),
+        ("metric-flood", NothingInTime),
+        ("state-flood", NothingInTime),
+        ("abstain", Nothing),
+    ];
+    drive_all("sampler", "sampler", &deeds);
 }
 
 #[test]

@@ -8,12 +8,20 @@ mod deeds;
 mod refused;
 mod versions;
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use pointsman_tests::{Answer, Host, root};
 use serde_json::{Value, json};
 
-/// A host with one router instance, so that calls are counted in one place, and a starvation bound that a test can wait for.
+/// A host with one router instance, so that calls are counted in one place, a starvation bound that a test can wait for, and
+/// a KV pool that a few requests fill.
 fn host() -> Host {
-    let settings = [("POLICY__ROUTER_INSTANCES", "1"), ("SCHED__STARVATION_MS", "20"), ("LOG__LEVEL", "off")];
+    let settings = [
+        ("POLICY__ROUTER_INSTANCES", "1"),
+        ("SCHED__STARVATION_MS", "20"),
+        ("ENGINE__KV_MIB", "1"),
+        ("LOG__LEVEL", "off"),
+    ];
     Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &settings)
 }
 
@@ -29,9 +37,12 @@ fn frozen(name: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// One short request; it must be served.
+/// One short request, whose prompt fills a block that no other has; it must be served.
 fn served(host: &Host, why: &str) -> Answer {
-    let answer = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is a", "max_tokens": 2 }));
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let prompt = format!("{number}, and that once more is {number}, as we have known for long: Rust is a");
+    let answer = host.post("/v1/completions", &json!({ "model": "demo", "prompt": prompt, "max_tokens": 2 }));
     assert_eq!(answer.status, 200, "{why}: {answer:?}");
     assert!(answer.body["choices"][0]["text"].is_string(), "{why}: {answer:?}");
     answer

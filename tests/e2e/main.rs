@@ -9,6 +9,7 @@ mod kills;
 mod oci;
 mod restart;
 mod rollouts;
+mod sampler;
 mod swaps;
 mod trust;
 

@@ -79,7 +79,15 @@ impl Host {
         let config = RuntimeConfig {
             compile: Compile::InProcess,
             maintenance: Maintenance::Manual,
-            budgets: Budgets { route: wide, step: wide, resync: wide, on_events: wide, init: wide },
+            budgets: Budgets {
+                route: wide,
+                step: wide,
+                resync: wide,
+                on_events: wide,
+                rank: wide,
+                edit: wide,
+                init: wide,
+            },
             max_instances: MAX_INSTANCES,
             // Instances wear out within a history.
             recycle_calls: 64,

@@ -112,6 +112,19 @@ fn a_seed_gives_the_same_history_twice() {
 }
 
 #[test]
+fn pins_keep_a_system_prompt_that_least_recent_use_loses() {
+    let [lru, pinned] = retention::hit_rates();
+    println!(
+        "prompt tokens found in the cache: {:.1} % least recently used, {:.1} % pinned",
+        100.0 * lru,
+        100.0 * pinned
+    );
+    assert!(lru < 0.01, "the job in between is larger than the cache: {lru}");
+    // 512 of 576 tokens, from the second turn on.
+    assert!(pinned > 0.85, "{pinned}");
+}
+
+#[test]
 fn good_guests_serve_everything() {
     let (total, tally) = sweep_guests(Cast::Good, |options| options);
     assert!(total.preemptions > 0 && total.cached_tokens > 0 && total.failed > 0 && total.cancelled > 0, "{total:?}");

@@ -27,6 +27,8 @@ pub(crate) const BUILTINS: &[Builtin] = builtins![
     "sched-shortest-first",
     "sched-priority",
     "sched-fair-share",
+    "kv-lru-with-pins",
+    "sampler-allowlist",
     "hook-slo-log",
     "hook-outcomes",
 ];

@@ -11,11 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
+use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig, SampledReplica};
 use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
-use pointsman_sched::retention::NativeRetention;
-use pointsman_sched::sampler::{Desk, NativeSampler};
+use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
@@ -289,6 +288,12 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
         }
         memory.kv += used.kv as u64;
         memory.workspace += used.workspace as u64;
+        let sampled = SampledReplica {
+            name: Arc::clone(&replica.name),
+            variant: Arc::clone(&variant),
+            vocabulary: u32::try_from(engine.model().spec().vocab).unwrap_or(u32::MAX),
+        };
+        let sampler = deploy.sampler.attach(sampled)?;
         replicas.push(DriverReplica {
             id: replica.id,
             scheduler: Scheduler::new(
@@ -303,8 +308,8 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
                 &shared.taps.scheduler,
                 &replica.name,
             )),
-            retention: Box::new(NativeRetention),
-            sampler: Desk::new(Box::new(NativeSampler)),
+            retention: Box::new(deploy.retention.attach(&replica.name)),
+            sampler: Desk::new(Box::new(sampler)),
             gauges: Arc::clone(&replica.gauges),
             metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
             variant: u32::try_from(replica.variant).unwrap_or(0),

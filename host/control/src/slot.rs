@@ -13,6 +13,10 @@ pub enum SlotName {
     Router,
     /// Orders the work of each replica.
     Scheduler,
+    /// Ranks what the prefix cache gives up first.
+    KvRetention,
+    /// Limits or biases tokens.
+    Sampler,
     /// Watches events; any number, by name (`telemetry.<name>`).
     Telemetry(String),
 }
@@ -21,7 +25,9 @@ pub enum SlotName {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SlotNameError {
     /// No such kind of slot.
-    #[error("there is no slot `{0}`; slots are `router`, `scheduler` and `telemetry.<name>`")]
+    #[error(
+        "there is no slot `{0}`; slots are `router`, `scheduler`, `kv-retention`, `sampler` and `telemetry.<name>`"
+    )]
     Unknown(String),
     /// A telemetry slot with a bad name.
     #[error("`{0}` is not a telemetry slot: its name must match [a-z0-9-]{{1,40}}, as in `telemetry.slo-log`")]
@@ -45,6 +51,8 @@ impl fmt::Display for SlotName {
         match self {
             Self::Router => f.write_str("router"),
             Self::Scheduler => f.write_str("scheduler"),
+            Self::KvRetention => f.write_str("kv-retention"),
+            Self::Sampler => f.write_str("sampler"),
             Self::Telemetry(name) => write!(f, "telemetry.{name}"),
         }
     }
@@ -58,6 +66,8 @@ impl FromStr for SlotName {
         match s {
             "router" => Ok(Self::Router),
             "scheduler" => Ok(Self::Scheduler),
+            "kv-retention" => Ok(Self::KvRetention),
+            "sampler" => Ok(Self::Sampler),
             _ => match s.strip_prefix("telemetry.") {
                 Some(name) if (1..=40).contains(&name.len()) && name.bytes().all(good_byte) => {
                     Ok(Self::Telemetry(name.to_owned()))
@@ -112,10 +122,10 @@ mod tests {
 
     #[test]
     fn slot_names_parse_and_print() {
-        for name in ["router", "scheduler", "telemetry.slo-log", "telemetry.0"] {
+        for name in ["router", "scheduler", "kv-retention", "sampler", "telemetry.slo-log", "telemetry.0"] {
             assert_eq!(name.parse::<SlotName>().map(|s| s.to_string()), Ok(name.to_owned()));
         }
-        for name in ["", "Router", "telemetry", "telemetry.", "telemetry.A", "telemetry.a b", "sampler"] {
+        for name in ["", "Router", "telemetry", "telemetry.", "telemetry.A", "telemetry.a b", "sampler.x"] {
             assert!(name.parse::<SlotName>().is_err(), "{name}");
         }
         assert!(format!("telemetry.{}", "a".repeat(41)).parse::<SlotName>().is_err());

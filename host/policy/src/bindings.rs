@@ -64,3 +64,25 @@ pub(crate) mod telemetry {
         with: { "pointsman:policy": super::router::pointsman::policy },
     });
 }
+
+/// `interface kv-retention`.
+pub(crate) mod kv_retention {
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        inline: "package pointsman:host; world kv-retention { export pointsman:policy/kv-retention@0.2.0; }",
+        world: "pointsman:host/kv-retention",
+        ownership: Borrowing { duplicate_if_necessary: true },
+        with: { "pointsman:policy": super::router::pointsman::policy },
+    });
+}
+
+/// `interface sampler`.
+pub(crate) mod sampler {
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        inline: "package pointsman:host; world sampler { export pointsman:policy/sampler@0.2.0; }",
+        world: "pointsman:host/sampler",
+        ownership: Borrowing { duplicate_if_necessary: true },
+        with: { "pointsman:policy": super::router::pointsman::policy },
+    });
+}

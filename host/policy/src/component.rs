@@ -9,7 +9,7 @@ use std::sync::Arc;
 use wasmtime::Store;
 use wasmtime::component::InstancePre;
 
-use crate::bindings::{router, scheduler, telemetry};
+use crate::bindings::{kv_retention, router, sampler, scheduler, telemetry};
 use crate::host::Host;
 use crate::instance::Hook;
 use crate::upload::{Digest, World};
@@ -38,6 +38,8 @@ pub(crate) enum Code {
     Router(Linked<router::RouterIndices>),
     Scheduler(Linked<scheduler::SchedulerIndices>),
     Telemetry(Linked<telemetry::TelemetryIndices>),
+    Retention(Linked<kv_retention::KvRetentionIndices>),
+    Sampler(Linked<sampler::SamplerIndices>),
 }
 
 /// Machine code with its imports, and where it has the two interfaces that it must export.
@@ -55,6 +57,8 @@ impl Code {
             World::Router => Self::Router(Linked::new(router::RouterIndices::new(&pre)?, pre)?),
             World::Scheduler => Self::Scheduler(Linked::new(scheduler::SchedulerIndices::new(&pre)?, pre)?),
             World::Telemetry => Self::Telemetry(Linked::new(telemetry::TelemetryIndices::new(&pre)?, pre)?),
+            World::Retention => Self::Retention(Linked::new(kv_retention::KvRetentionIndices::new(&pre)?, pre)?),
+            World::Sampler => Self::Sampler(Linked::new(sampler::SamplerIndices::new(&pre)?, pre)?),
         })
     }
 }

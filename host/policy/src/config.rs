@@ -58,6 +58,10 @@ pub struct Budgets {
     pub resync: Budget,
     /// `telemetry.on-events`.
     pub on_events: Budget,
+    /// `kv-retention.rank`.
+    pub rank: Budget,
+    /// Each function of `sampler`. A step waits for an edit up to four times the hard limit.
+    pub edit: Budget,
     /// Instantiation and `lifecycle.init`, together.
     pub init: Budget,
 }
@@ -168,6 +172,8 @@ impl Default for Budgets {
             step: Budget { soft: 50, hard: 10 * ms },
             resync: Budget { soft: 5 * ms, hard: 20 * ms },
             on_events: Budget { soft: 10 * ms, hard: 50 * ms },
+            rank: Budget { soft: 200, hard: 10 * ms },
+            edit: Budget { soft: ms, hard: 10 * ms },
             init: Budget { soft: 100 * ms, hard: 1_000 * ms },
         }
     }

@@ -48,6 +48,14 @@ pub enum Call {
     Step,
     /// `telemetry.on-events`.
     OnEvents,
+    /// `kv-retention.rank`.
+    Rank,
+    /// `sampler.start`.
+    Start,
+    /// `sampler.next`.
+    Next,
+    /// `sampler.ended`.
+    Ended,
 }
 
 /// A fault without its context.
@@ -116,6 +124,10 @@ impl Call {
             Self::Resync => "resync",
             Self::Step => "step",
             Self::OnEvents => "on-events",
+            Self::Rank => "rank",
+            Self::Start => "start",
+            Self::Next => "next",
+            Self::Ended => "ended",
         }
     }
 }

@@ -119,6 +119,8 @@ pub(crate) enum AnyReady {
     Router(Box<Ready<crate::router::RouterHook>>),
     Scheduler(Box<Ready<crate::scheduler::SchedulerHook>>),
     Telemetry(Box<Ready<crate::telemetry::TelemetryHook>>),
+    Retention(Box<Ready<crate::retention::RetentionHook>>),
+    Sampler(Box<Ready<crate::sampler::SamplerHook>>),
 }
 
 // === impl Instance ===

@@ -11,7 +11,7 @@
 //! 2. compile: in a child process, cached; component: linked and type-checked;
 //! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
 //! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
-//! 5. router, scheduler, telemetry: the calls; generation, circuit: what follows from a fault.
+//! 5. router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault.
 #![deny(missing_docs)]
 
 mod bindings;
@@ -26,8 +26,11 @@ mod generation;
 mod host;
 mod instance;
 mod manifest;
+mod resident;
+mod retention;
 mod router;
 mod runtime;
+mod sampler;
 mod scheduler;
 mod slot;
 mod state;
@@ -53,8 +56,10 @@ pub use config::{Budget, Budgets, Compile, CompileCommand, CompileLimits, Mainte
 pub use engine::Allocation;
 pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
 pub use manifest::ManifestError;
+pub use retention::{RetentionGuest, RetentionSlot};
 pub use router::{RouterQuestion, RouterSlot};
 pub use runtime::{ActivateError, Activation, Clock, Inspected, Runtime, RuntimeError};
+pub use sampler::{SampledReplica, SamplerPort, SamplerSlot};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
 pub use slot::{Arm, Prepared, PublishError, Published, Slot, SlotStatus};
 pub use telemetry::{Alert, Severity, TelemetrySlot};

@@ -169,6 +169,7 @@ pub(crate) fn known_names(world: World, labels: &[String]) -> Vec<String> {
             names(&REPLICA_COLUMNS).chain(labels).chain(names(&REQUEST_NUMBERS)).chain(texts).collect()
         }
         World::Scheduler => ["progress".to_owned()].into_iter().chain(names(&SEQUENCE_COLUMNS)).collect(),
+        World::Retention | World::Sampler => Vec::new(),
         World::Telemetry => {
             let events = EventKind::ALL.iter().map(|kind| format!("event.{}", kind.name()));
             events.chain(names(&EVENT_COLUMNS)).collect()
@@ -262,6 +263,7 @@ impl Wants {
                 self.progress |= name == "progress";
                 name == "progress"
             }
+            World::Retention | World::Sampler => false,
             World::Telemetry => {
                 if let Some(column) = lookup(&EVENT_COLUMNS, name) {
                     self.columns.push(column);

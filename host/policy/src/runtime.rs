@@ -23,7 +23,9 @@ use crate::fault::{Call, Fault};
 use crate::host::{Host, LogGate, MetricSink, linker};
 use crate::instance::{Hook, Maker, ProbeFault, Ready, StartError, new_store};
 use crate::manifest::{Manifest, ManifestError};
+use crate::retention::{RetentionHook, RetentionSlot};
 use crate::router::{self, RouterHook, RouterQuestion, RouterSlot};
+use crate::sampler::{SamplerHook, SamplerSlot};
 use crate::scheduler::{SchedulerHook, SchedulerSlot};
 use crate::slot::{Prepared, SlotCore, Tend};
 use crate::state::{Namespace, StateStore};
@@ -37,8 +39,8 @@ const MAX_CONFIG: usize = 256 << 10;
 const MAINTENANCE_PERIOD: Duration = Duration::from_millis(50);
 /// Instances of a telemetry generation: one works, one is the spare.
 const TELEMETRY_INSTANCES: u32 = 2;
-/// Spares of a scheduler generation, beside one instance per replica.
-const SCHEDULER_SPARES: u32 = 1;
+/// Spares of a generation with one instance per replica, beside those.
+const RESIDENT_SPARES: u32 = 1;
 
 /// The clock of the host: microseconds, monotonic, as in every seam.
 pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
@@ -124,7 +126,7 @@ pub enum RuntimeError {
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
     /// The host has no such slot: the caller's fault.
-    #[error("there is no slot `{slot}`; slots are router, scheduler and telemetry.<name>")]
+    #[error("there is no slot `{slot}`; slots are router, scheduler, kv-retention, sampler and telemetry.<name>")]
     UnknownSlot {
         /// Its name.
         slot: String,
@@ -306,6 +308,8 @@ impl Runtime {
             World::Router => self.inner.prepare::<RouterHook>(component, activation),
             World::Scheduler => self.inner.prepare::<SchedulerHook>(component, activation),
             World::Telemetry => self.inner.prepare::<TelemetryHook>(component, activation),
+            World::Retention => self.inner.prepare::<RetentionHook>(component, activation),
+            World::Sampler => self.inner.prepare::<SamplerHook>(component, activation),
         }
     }
 
@@ -339,6 +343,18 @@ impl Runtime {
     #[must_use]
     pub fn scheduler_slot(&self, name: &str) -> Arc<SchedulerSlot> {
         Arc::new(SchedulerSlot { core: self.inner.slot::<SchedulerHook>(name) })
+    }
+
+    /// A retention slot.
+    #[must_use]
+    pub fn retention_slot(&self, name: &str) -> Arc<RetentionSlot> {
+        Arc::new(RetentionSlot { core: self.inner.slot::<RetentionHook>(name) })
+    }
+
+    /// A sampler slot.
+    #[must_use]
+    pub fn sampler_slot(&self, name: &str) -> Arc<SamplerSlot> {
+        Arc::new(SamplerSlot { core: self.inner.slot::<SamplerHook>(name) })
     }
 
     /// A telemetry slot.
@@ -421,6 +437,8 @@ impl Inner {
             World::Router => self.try_out::<RouterHook>(&code),
             World::Scheduler => self.try_out::<SchedulerHook>(&code),
             World::Telemetry => self.try_out::<TelemetryHook>(&code),
+            World::Retention => self.try_out::<RetentionHook>(&code),
+            World::Sampler => self.try_out::<SamplerHook>(&code),
         }
         .map_err(refused)?;
         Ok(code)
@@ -447,7 +465,7 @@ impl Inner {
     fn least_instances<H: Hook>(&self) -> u32 {
         match H::WORLD {
             World::Router => self.shared.config.router_instances + 1,
-            World::Scheduler => SCHEDULER_SPARES,
+            World::Scheduler | World::Retention | World::Sampler => RESIDENT_SPARES,
             World::Telemetry => TELEMETRY_INSTANCES,
         }
     }

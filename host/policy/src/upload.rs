@@ -27,6 +27,10 @@ pub enum World {
     Scheduler,
     /// `telemetry-hook`.
     Telemetry,
+    /// `kv-retention-policy`.
+    Retention,
+    /// `sampler-policy`.
+    Sampler,
 }
 
 /// Identity of uploaded bytes: `sha256:<hex>`.
@@ -309,7 +313,7 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
 
 impl World {
     /// Every world.
-    pub(crate) const ALL: [Self; 3] = [Self::Router, Self::Scheduler, Self::Telemetry];
+    pub(crate) const ALL: [Self; 5] = [Self::Router, Self::Scheduler, Self::Telemetry, Self::Retention, Self::Sampler];
 
     /// Its name in the package.
     #[must_use]
@@ -318,6 +322,8 @@ impl World {
             Self::Router => "router-policy",
             Self::Scheduler => "scheduler-policy",
             Self::Telemetry => "telemetry-hook",
+            Self::Retention => "kv-retention-policy",
+            Self::Sampler => "sampler-policy",
         }
     }
 
@@ -327,6 +333,8 @@ impl World {
             Self::Router => "router",
             Self::Scheduler => "scheduler",
             Self::Telemetry => "telemetry",
+            Self::Retention => "kv-retention",
+            Self::Sampler => "sampler",
         }
     }
 
@@ -334,6 +342,7 @@ impl World {
     fn since(self) -> Minor {
         match self {
             Self::Router | Self::Scheduler | Self::Telemetry => Minor::V0_1,
+            Self::Retention | Self::Sampler => Minor::V0_2,
         }
     }
 
@@ -348,6 +357,8 @@ impl World {
         match slot {
             "router" => Some(Self::Router),
             "scheduler" => Some(Self::Scheduler),
+            "kv-retention" => Some(Self::Retention),
+            "sampler" => Some(Self::Sampler),
             _ => {
                 let name = slot.strip_prefix("telemetry.")?;
                 let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
@@ -466,7 +477,9 @@ mod tests {
             ("telemetry.slo-log", Some(World::Telemetry)),
             ("telemetry.", None),
             ("telemetry.X", None),
-            ("sampler", None),
+            ("kv-retention", Some(World::Retention)),
+            ("sampler", Some(World::Sampler)),
+            ("sampler.x", None),
         ] {
             assert_eq!(World::of_slot(slot), world, "{slot}");
         }

@@ -83,3 +83,33 @@ pub mod telemetry {
         additional_derives: [PartialEq],
     });
 }
+
+/// `interface kv-retention`.
+pub mod kv_retention {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        inline: "package pointsman:sdk@0.1.0; world kv-retention { export pointsman:policy/kv-retention@0.2.0; }",
+        world: "pointsman:sdk/kv-retention",
+        with: { "pointsman:policy/types@0.2.0": crate::bindings::host::pointsman::policy::types },
+        generate_all,
+        runtime_path: "pointsman_plugin::wit_bindgen::rt",
+        default_bindings_module: "pointsman_plugin::bindings::kv_retention",
+        pub_export_macro: true,
+        additional_derives: [PartialEq],
+    });
+}
+
+/// `interface sampler`.
+pub mod sampler {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        inline: "package pointsman:sdk@0.1.0; world sampler { export pointsman:policy/sampler@0.2.0; }",
+        world: "pointsman:sdk/sampler",
+        with: { "pointsman:policy/types@0.2.0": crate::bindings::host::pointsman::policy::types },
+        generate_all,
+        runtime_path: "pointsman_plugin::wit_bindgen::rt",
+        default_bindings_module: "pointsman_plugin::bindings::sampler",
+        pub_export_macro: true,
+        additional_derives: [PartialEq],
+    });
+}

@@ -7,12 +7,15 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::thread::LocalKey;
 
+use crate::bindings::kv_retention::exports::pointsman::policy::kv_retention;
 use crate::bindings::lifecycle::exports::pointsman::policy::lifecycle;
 use crate::bindings::router::exports::pointsman::policy::router;
+use crate::bindings::sampler::exports::pointsman::policy::sampler;
 use crate::bindings::scheduler::exports::pointsman::policy::scheduler;
 use crate::bindings::telemetry::exports::pointsman::policy::telemetry;
-use crate::{Alert, Budgets, Changes, Choice, Events, HostInfo, Manifest, Micros, Plan};
-use crate::{Policy, Replicas, Request, Router, Scheduler, Sequences, Telemetry, View, config};
+use crate::{Alert, Blocks, Budgets, Changes, Choice, Edit, Events, HostInfo, Manifest, Micros, Plan, Ranking};
+use crate::{Policy, Replicas, Request, RequestId, Retention, Router, Sampler, Scheduler, Sequences};
+use crate::{Started, Telemetry, View, config};
 
 /// A policy with a place to live in; implemented by the macros.
 #[doc(hidden)]
@@ -71,6 +74,26 @@ impl<P: Instance + Telemetry> telemetry::Guest for Component<P> {
     }
 }
 
+impl<P: Instance + Retention> kv_retention::Guest for Component<P> {
+    fn rank(now: Micros, wanted: u32, blocks: Blocks) -> Option<Ranking> {
+        with::<P, _>(|policy| policy.rank(now, wanted, &blocks))
+    }
+}
+
+impl<P: Instance + Sampler> sampler::Guest for Component<P> {
+    fn start(now: Micros, requests: Vec<Started>) -> Vec<Edit> {
+        with::<P, _>(|policy| policy.start(now, &requests))
+    }
+
+    fn next(now: Micros, ids: Vec<RequestId>, tokens: Vec<u32>) -> Vec<Edit> {
+        with::<P, _>(|policy| policy.next(now, &ids, &tokens))
+    }
+
+    fn ended(ids: Vec<RequestId>) {
+        with::<P, _>(|policy| policy.ended(&ids));
+    }
+}
+
 /// Exports a [`Router`] as a component of world `router-policy`.
 #[macro_export]
 macro_rules! router {
@@ -92,6 +115,22 @@ macro_rules! scheduler {
 macro_rules! telemetry {
     ($policy:ty) => {
         $crate::__export!(telemetry, $policy);
+    };
+}
+
+/// Exports a [`Retention`] policy as a component of world `kv-retention-policy`.
+#[macro_export]
+macro_rules! retention {
+    ($policy:ty) => {
+        $crate::__export!(kv_retention, $policy);
+    };
+}
+
+/// Exports a [`Sampler`] as a component of world `sampler-policy`.
+#[macro_export]
+macro_rules! sampler {
+    ($policy:ty) => {
+        $crate::__export!(sampler, $policy);
     };
 }
 

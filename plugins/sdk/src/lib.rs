@@ -1,7 +1,7 @@
 //! SDK for Pointsman policies in Rust.
 //!
-//! A policy is a plain type that implements [`Policy`] and one of [`Router`], [`Scheduler`], [`Telemetry`]; one macro
-//! ([`router!`], [`scheduler!`], [`telemetry!`]) makes the component out of it. Nothing in a policy knows about
+//! A policy is a plain type that implements [`Policy`] and one of [`Router`], [`Scheduler`], [`Telemetry`],
+//! [`Retention`], [`Sampler`]; one macro of the same name in small letters ([`router!`], ...) makes the component out of it. Nothing in a policy knows about
 //! WebAssembly: `cargo test` runs it natively, with [`testing`] in the place of the host.
 //!
 //! ```
@@ -61,8 +61,10 @@ use serde::de::DeserializeOwned;
 pub use bindings::host::pointsman::policy::host_log::Level;
 pub use bindings::host::pointsman::policy::host_state::Fault as StateFault;
 pub use bindings::host::pointsman::policy::types::{Micros, Priority, Refusal, Rejection, RequestId};
+pub use bindings::kv_retention::exports::pointsman::policy::kv_retention::{Blocks, Ranking};
 pub use bindings::lifecycle::exports::pointsman::policy::lifecycle::{HostInfo, Manifest};
 pub use bindings::router::exports::pointsman::policy::router::{Choice, Replicas, Request};
+pub use bindings::sampler::exports::pointsman::policy::sampler::{Edit, Request as Started};
 pub use bindings::scheduler::exports::pointsman::policy::scheduler::{Budgets, Changes, Plan, Rest, Sequences};
 pub use bindings::telemetry::exports::pointsman::policy::telemetry::{Alert, Events, Severity};
 pub use config::NoConfig;
@@ -71,7 +73,7 @@ pub use export::{Component, Instance};
 pub use hash::{NO_LABEL, label, mix, place};
 pub use host::{log, metrics, state};
 pub use queue::Queue;
-pub use rows::{Event, EventKind, Replica, Sequence};
+pub use rows::{Block, Event, EventKind, Replica, Sequence};
 #[doc(hidden)]
 pub use wit_bindgen;
 
@@ -104,6 +106,27 @@ pub trait Scheduler: Policy {
 
     /// What should happen in this step; none leaves it to the host's own plan.
     fn step(&mut self, now: Micros, budgets: &Budgets, changes: &Changes) -> Option<Plan>;
+}
+
+/// Ranks what the prefix cache of one replica gives up first.
+pub trait Retention: Policy {
+    /// Which of these blocks go first and which last; none leaves it to the host's own order.
+    fn rank(&mut self, now: Micros, wanted: u32, blocks: &Blocks) -> Option<Ranking>;
+}
+
+/// Limits or biases which tokens the requests of one replica get next.
+///
+/// A request may be started more than once: a host that had to drop an instance tells the next one of every request that it
+/// has not left, with its tokens from the first on.
+pub trait Sampler: Policy {
+    /// Requests that start to generate; one edit each, in order.
+    fn start(&mut self, now: Micros, requests: &[Started]) -> Vec<Edit>;
+
+    /// The tokens that were just sampled, one each; one edit each, in order, for the token after it.
+    fn next(&mut self, now: Micros, ids: &[RequestId], tokens: &[u32]) -> Vec<Edit>;
+
+    /// Requests that have ended: forget them.
+    fn ended(&mut self, ids: &[RequestId]);
 }
 
 /// Watches what happens.

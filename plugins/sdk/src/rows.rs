@@ -3,7 +3,7 @@
 //! A row is built on the fly from its columns and is never stored: the optimiser drops the fields that a policy does not
 //! read. For that to work a read must not be able to panic, so a missing cell is 0 (the host never leaves one out).
 
-use crate::{Events, Micros, Replicas, Request, RequestId, Sequences};
+use crate::{Blocks, Events, Micros, Replicas, Request, RequestId, Sequences};
 
 /// One replica; `record replicas` of the package.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +39,21 @@ pub struct Sequence {
     pub tenant: u32,
     pub arrived: Micros,
     pub deadline: Micros,
+}
+
+/// One cached block; `record blocks` of the package.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of `record blocks`, documented there")]
+pub struct Block {
+    /// What [`Ranking`](crate::Ranking) names.
+    pub row: u32,
+    pub prefix: u64,
+    pub depth: u32,
+    pub children: u32,
+    pub last_used: Micros,
+    pub created: Micros,
+    pub hits: u32,
+    pub tenant: u32,
 }
 
 /// What happened; `events.kind` of the package.
@@ -137,6 +152,23 @@ impl EventKind {
 #[inline]
 fn cell<T: Copy + Default>(column: &[T], row: usize) -> T {
     column.get(row).copied().unwrap_or_default()
+}
+
+impl Blocks {
+    /// The blocks, in the host's own order of eviction.
+    #[inline]
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = Block> {
+        (0..self.prefix.len()).map(|i| Block {
+            row: i as u32,
+            prefix: cell(&self.prefix, i),
+            depth: cell(&self.depth, i),
+            children: cell(&self.children, i),
+            last_used: cell(&self.last_used, i),
+            created: cell(&self.created, i),
+            hits: cell(&self.hits, i),
+            tenant: cell(&self.tenant, i),
+        })
+    }
 }
 
 impl Replicas {

@@ -6,8 +6,8 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use crate::{Budgets, Changes, Event, Events, HostInfo, Level, Policy, Priority, Replica, Replicas};
-use crate::{Request, Sequence, Sequences, View};
+use crate::{Block, Blocks, Budgets, Changes, Event, Events, HostInfo, Level, Policy, Priority, Replica, Replicas};
+use crate::{Request, Sequence, Sequences, Started, View};
 
 /// Starts a policy as the host would: with the text of its configuration.
 ///
@@ -75,6 +75,38 @@ pub fn replicas(rows: impl IntoIterator<Item = Replica>) -> Replicas {
         total_blocks: rows.iter().map(|r| r.total_blocks).collect(),
         cached_tokens: rows.iter().map(|r| r.cached_tokens).collect(),
         extra: Vec::new(),
+    }
+}
+
+/// Columns of these rows, in this order; tenants are named `tenant-<number>`, all of them new.
+#[must_use]
+pub fn blocks(rows: impl IntoIterator<Item = Block>) -> Blocks {
+    let rows: Vec<Block> = rows.into_iter().collect();
+    let tenants: BTreeMap<u32, String> = rows.iter().map(|r| (r.tenant, format!("tenant-{}", r.tenant))).collect();
+    Blocks {
+        prefix: rows.iter().map(|r| r.prefix).collect(),
+        depth: rows.iter().map(|r| r.depth).collect(),
+        children: rows.iter().map(|r| r.children).collect(),
+        last_used: rows.iter().map(|r| r.last_used).collect(),
+        created: rows.iter().map(|r| r.created).collect(),
+        hits: rows.iter().map(|r| r.hits).collect(),
+        tenant: rows.iter().map(|r| r.tenant).collect(),
+        new_tenants: tenants.into_iter().collect(),
+    }
+}
+
+/// A request that starts, of 100 prompt tokens and 50 new ones, with the stop token 2 in a vocabulary of 1,000.
+#[must_use]
+pub fn started(id: u64) -> Started {
+    Started {
+        id,
+        tenant: "default".into(),
+        variant: "demo:f16".into(),
+        vocabulary: 1_000,
+        stop_tokens: vec![2],
+        prompt_tokens: 100,
+        max_new_tokens: 50,
+        attributes: Vec::new(),
     }
 }
 

@@ -165,6 +165,8 @@ impl Deploy {
         match slot {
             SlotName::Router => Some(Arc::clone(&self.router) as Arc<dyn Slot>),
             SlotName::Scheduler => Some(Arc::clone(&self.scheduler) as Arc<dyn Slot>),
+            SlotName::KvRetention => Some(Arc::clone(&self.retention) as Arc<dyn Slot>),
+            SlotName::Sampler => Some(Arc::clone(&self.sampler) as Arc<dyn Slot>),
             SlotName::Telemetry(_) => {
                 self.telemetry.load().get(&slot.to_string()).map(|s| Arc::clone(s) as Arc<dyn Slot>)
             }

@@ -21,7 +21,8 @@ use pointsman_control::{
     AliasDocument, ComponentRef, Deployment, Desired, Happened, Journal, SlotDocument, SlotName, Target, Why,
 };
 use pointsman_policy::{
-    Component, FaultReport, Health, RouterSlot, Runtime, SchedulerSlot, SlotStatus, TelemetrySlot, World,
+    Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot, SlotStatus,
+    TelemetrySlot, World,
 };
 use pointsman_telemetry::Metrics;
 
@@ -66,6 +67,10 @@ pub(crate) struct Deploy {
     pub router: Arc<RouterSlot>,
     /// Orders steps; each replica's driver attaches to it.
     pub scheduler: Arc<SchedulerSlot>,
+    /// Ranks cached blocks; each replica's driver attaches to it.
+    pub retention: Arc<RetentionSlot>,
+    /// Limits tokens; each replica's driver attaches to it.
+    pub sampler: Arc<SamplerSlot>,
     /// Watch events; read by the observer thread.
     pub telemetry: ArcSwap<TelemetrySlots>,
 }
@@ -133,6 +138,8 @@ impl Deploy {
         Arc::new(Self {
             router: runtime.router_slot("router"),
             scheduler: runtime.scheduler_slot("scheduler"),
+            retention: runtime.retention_slot("kv-retention"),
+            sampler: runtime.sampler_slot("sampler"),
             telemetry: ArcSwap::default(),
             store,
             clock: parts.clock,

@@ -1,0 +1,172 @@
+//! A guest that one thread keeps: an instance of the slot's current generation, and what it takes to replace it.
+//!
+//! The thread never compiles, initializes or waits: when it has something to ask it finds out by two atomic reads whether its
+//! generation is still the current one, and takes a warm instance from the new one if not. The guest holds no truth, so
+//! after a swap, a fault or a pause its owner tells it everything again ([`Attention::NeedsView`]).
+
+use std::sync::Arc;
+
+use pointsman_sched::batch::Attention;
+use pointsman_telemetry::Micros;
+
+use crate::circuit::Admit;
+use crate::config::Budget;
+use crate::engine::stopwatch_ns;
+use crate::fault::{Call, Fault, FaultKind};
+use crate::generation::{CallContext, Generation};
+use crate::instance::{Hook, Instance};
+use crate::slot::SlotCore;
+
+pub(crate) struct Resident<H: Hook> {
+    pub(crate) core: Arc<SlotCore<H>>,
+    /// Whose it is, for messages.
+    owner: Arc<str>,
+    /// The generation that it is inside of.
+    generation: Arc<Generation<H>>,
+    instance: Option<Box<Instance<H>>>,
+    /// Whether the instance has been told everything.
+    pub(crate) synced: bool,
+    /// Whether its next good call closes the circuit.
+    trial: bool,
+}
+
+impl<H: Hook> Resident<H> {
+    /// Its instance is prepared by maintenance or by the next activation; until then there is none.
+    pub(crate) fn new(core: &Arc<SlotCore<H>>, owner: &Arc<str>) -> Self {
+        core.want(1);
+        Self {
+            generation: core.enter_to_stay(),
+            core: Arc::clone(core),
+            owner: Arc::clone(owner),
+            instance: None,
+            synced: false,
+            trial: false,
+        }
+    }
+
+    /// Whether the slot has a guest, in whatever state.
+    pub(crate) fn has_guest(&self) -> bool {
+        self.generation.guest.is_some()
+    }
+
+    /// Picks up a swap, a restart, an open or a closing circuit. [`Attention::Native`] where there is nobody to ask.
+    pub(crate) fn attend(&mut self, now: Micros) -> Attention {
+        if !self.core.is_current(&self.generation) {
+            self.leave();
+            self.generation = self.core.enter_to_stay();
+            self.synced = false;
+        }
+        let Some(guest) = &self.generation.guest else { return Attention::Native };
+        if !self.trial {
+            match guest.admit(now) {
+                Admit::Yes => {}
+                Admit::Trial => (self.trial, self.synced) = (true, false),
+                Admit::No => {
+                    self.synced = false;
+                    return Attention::Native;
+                }
+            }
+        }
+        let worn = self.instance.as_deref().is_some_and(|instance| guest.is_worn(instance));
+        if (worn || self.instance.is_none())
+            && let Some(fresh) = guest.take()
+        {
+            self.synced = false;
+            if let Some(worn) = self.instance.replace(fresh) {
+                guest.discard(worn);
+            }
+        }
+        if self.instance.is_none() {
+            if std::mem::take(&mut self.trial) {
+                guest.trial_withdrawn();
+            }
+            self.synced = false;
+            return Attention::Native;
+        }
+        if self.synced { Attention::Following } else { Attention::NeedsView }
+    }
+
+    /// Makes one call and deals with its fault; `None` when there is no answer.
+    pub(crate) fn call<R>(
+        &mut self,
+        call: Call,
+        now: Micros,
+        budget: Budget,
+        work: impl FnOnce(&mut Instance<H>, Micros) -> Result<R, Fault>,
+    ) -> Option<R> {
+        let (Some(guest), Some(instance)) = (&self.generation.guest, &mut self.instance) else { return None };
+        let number = guest.begin();
+        let started = stopwatch_ns();
+        let answer = work(instance, budget.hard);
+        let took_ns = stopwatch_ns() - started;
+        guest.took(took_ns, budget.soft);
+        match answer {
+            Ok(answer) => {
+                if std::mem::take(&mut self.trial) {
+                    guest.trial_passed(number);
+                }
+                Some(answer)
+            }
+            Err(fault) => {
+                if let Some(poisoned) = self.instance.take() {
+                    guest.discard(poisoned);
+                }
+                (self.synced, self.trial) = (false, false);
+                guest.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
+                None
+            }
+        }
+    }
+
+    /// The answer of the last call was refused by whoever asked: a fault of the guest.
+    pub(crate) fn refused(&mut self, call: Call, now: Micros, why: &dyn std::fmt::Display) {
+        let Some(guest) = &self.generation.guest else { return };
+        if let Some(wrong) = self.instance.take() {
+            guest.discard(wrong);
+        }
+        (self.synced, self.trial) = (false, false);
+        let fault = Fault::new(FaultKind::BadAnswer, format!("{}: {why}", self.owner));
+        guest.fault(CallContext { call, number: guest.last_number(), now, took_us: 0 }, fault);
+        guest.fell_back();
+    }
+
+    /// Counts a decision that is taken without the guest.
+    pub(crate) fn fell_back(&self) {
+        if let Some(guest) = &self.generation.guest {
+            guest.fell_back();
+        }
+    }
+
+    /// Gives back everything that belongs to the generation and leaves it. It may be asked again: it starts from a view.
+    fn leave(&mut self) {
+        if let Some(guest) = &self.generation.guest {
+            if let Some(instance) = self.instance.take() {
+                guest.give_back(instance);
+            }
+            if std::mem::take(&mut self.trial) {
+                guest.trial_withdrawn();
+            }
+        }
+        self.core.leave(&self.generation);
+    }
+}
+
+impl<H: Hook> Drop for Resident<H> {
+    fn drop(&mut self) {
+        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
+            guest.discard(instance);
+        }
+        self.leave();
+        self.core.want(-1);
+    }
+}
+
+impl<H: Hook> std::fmt::Debug for Resident<H> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resident")
+            .field("owner", &self.owner)
+            .field("generation", &self.generation)
+            .field("synced", &self.synced)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,443 @@
+//! `SamplerWorker` with a guest behind it: one instance and one thread per replica. The driver hands over what was sampled and
+//! goes on to the next forward pass; the thread asks the guest and answers with words.
+//!
+//! A guest may keep a state per request, and its instance may go at any moment. So the thread remembers, for every request
+//! that the guest has not left, how it started and which tokens it got, and tells a fresh instance all of it again: the new
+//! guest, or the next generation, is where the old one was.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::time::Duration;
+
+use pointsman_sched::batch::Attention;
+use pointsman_sched::ids::RequestId;
+use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word};
+use pointsman_telemetry::Micros;
+
+use crate::bindings::sampler::exports::pointsman::policy::sampler as wit;
+use crate::config::Budgets;
+use crate::fault::{Call, Fault, FaultKind};
+use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
+use crate::manifest::Wants;
+use crate::resident::Resident;
+use crate::slot::{SlotCore, slot_by_core};
+use crate::upload::World;
+
+/// `world sampler-policy`.
+pub(crate) struct SamplerHook;
+
+/// The slot `sampler`.
+#[derive(Debug)]
+pub struct SamplerSlot {
+    pub(crate) core: Arc<SlotCore<SamplerHook>>,
+}
+
+slot_by_core!(SamplerSlot);
+
+/// What a sampler must know of the replica that it works for.
+#[derive(Clone, Debug)]
+pub struct SampledReplica {
+    /// Its name, for threads and messages.
+    pub name: Arc<str>,
+    /// Id of its variant.
+    pub variant: Arc<str>,
+    /// Tokens in its vocabulary.
+    pub vocabulary: u32,
+}
+
+/// The driver's end of a sampler thread. Dropping it ends the thread.
+#[derive(Debug)]
+pub struct SamplerPort {
+    core: Arc<SlotCore<SamplerHook>>,
+    errands: SyncSender<Errand>,
+    replies: Receiver<Reply>,
+    /// The last generation that the thread was told to look at.
+    generation: u64,
+    /// How long a step waits for a reply.
+    patience: Duration,
+    /// The thread has ended in a panic; the host goes on without a sampler here.
+    is_gone: bool,
+}
+
+#[derive(Debug)]
+enum Errand {
+    Batch(Batch),
+    /// There may be another generation: let go of the old one.
+    Look(Micros),
+}
+
+struct Thread {
+    resident: Resident<SamplerHook>,
+    replica: SampledReplica,
+    /// Requests that the guest has not left, by id.
+    live: BTreeMap<u64, Live>,
+    /// Whether there is a guest to ask, as of the batch at hand.
+    may_ask: bool,
+}
+
+struct Live {
+    started: Started,
+    tokens: Vec<u32>,
+}
+
+// === impl SamplerSlot ===
+
+impl SamplerSlot {
+    /// A worker for one more replica, on a thread of its own.
+    ///
+    /// # Errors
+    /// The system refuses to start a thread.
+    pub fn attach(&self, replica: SampledReplica) -> std::io::Result<SamplerPort> {
+        // A batch and a nudge, or the next one's nudge.
+        let (errands, inbox) = sync_channel(2);
+        let (outbox, replies) = sync_channel(1);
+        let name = format!("sampler-{}", replica.name);
+        let resident = Resident::new(&self.core, &replica.name);
+        let mut thread = Thread { resident, replica, live: BTreeMap::new(), may_ask: false };
+        std::thread::Builder::new().name(name).spawn(move || {
+            while let Ok(errand) = inbox.recv() {
+                match errand {
+                    Errand::Look(now) => drop(thread.resident.attend(now)),
+                    Errand::Batch(batch) => {
+                        if outbox.send(thread.work(batch)).is_err() {
+                            break;
+                        }
+                    }
+                }
+            }
+        })?;
+        // A batch is up to three calls, whose limits count the guest's own time and not that of others on its processor.
+        let patience = Duration::from_micros(self.core.shared.config.budgets.edit.hard.saturating_mul(4));
+        let core = Arc::clone(&self.core);
+        Ok(SamplerPort { core, errands, replies, generation: 0, patience, is_gone: false })
+    }
+}
+
+// === impl SamplerPort ===
+
+impl SamplerWorker for SamplerPort {
+    fn attend(&mut self, now: Micros) -> bool {
+        let generation = self.core.enter();
+        if generation.number() != self.generation {
+            self.generation = generation.number();
+            // When the inbox is full, what is in it makes the thread look.
+            let _ = self.errands.try_send(Errand::Look(now));
+        }
+        generation.guest.is_some() && !self.is_gone
+    }
+
+    fn send(&mut self, batch: Batch) -> Result<(), Batch> {
+        self.errands.try_send(Errand::Batch(batch)).map_err(|error| {
+            self.is_gone |= matches!(error, TrySendError::Disconnected(_));
+            match error {
+                TrySendError::Full(Errand::Batch(batch)) | TrySendError::Disconnected(Errand::Batch(batch)) => batch,
+                TrySendError::Full(Errand::Look(_)) | TrySendError::Disconnected(Errand::Look(_)) => Batch::default(),
+            }
+        })
+    }
+
+    fn poll(&mut self) -> Option<Reply> {
+        let reply = self.replies.try_recv();
+        self.is_gone |= reply.as_ref().is_err_and(|error| *error == TryRecvError::Disconnected);
+        reply.ok()
+    }
+
+    fn wait(&mut self) -> Option<Reply> {
+        let reply = self.replies.recv_timeout(self.patience);
+        self.is_gone |= reply.as_ref().is_err_and(|error| *error == RecvTimeoutError::Disconnected);
+        reply.ok()
+    }
+
+    fn was_late(&mut self) {
+        if let Some(guest) = &self.core.enter().guest {
+            guest.fell_back();
+        }
+    }
+}
+
+// === impl Thread ===
+
+impl Thread {
+    /// Everything that a batch is owed.
+    fn work(&mut self, batch: Batch) -> Reply {
+        let now = batch.now;
+        let mut reply = Reply::default();
+        let attention = self.resident.attend(now);
+        self.may_ask = attention != Attention::Native;
+        match attention {
+            Attention::Native if !self.resident.has_guest() => self.live.clear(),
+            Attention::NeedsView => reply.renewed = self.tell_again(now),
+            Attention::Native | Attention::Following => {}
+        }
+        let words = self.start(now, &batch.started);
+        for (started, word) in batch.started.iter().zip(words) {
+            if word != Word::Leave {
+                let tokens = Vec::with_capacity(started.max_new_tokens as usize);
+                self.live.insert(started.id.0, Live { started: started.clone(), tokens });
+            }
+            reply.words.push((started.id, word));
+        }
+        for round in rounds(&batch.tokens) {
+            self.round(now, &round, &mut reply.words);
+        }
+        self.end(now, &batch.ended);
+        reply.spent = batch;
+        reply
+    }
+
+    /// One token each of several requests.
+    fn round(&mut self, now: Micros, round: &[(RequestId, u32)], words: &mut Vec<(RequestId, Word)>) {
+        let mut known = Vec::with_capacity(round.len());
+        for &(id, token) in round {
+            match self.live.get_mut(&id.0) {
+                Some(live) => {
+                    live.tokens.push(token);
+                    known.push((id, token));
+                }
+                None => words.push((id, Word::Leave)),
+            }
+        }
+        let answer = self.next(now, &known);
+        for ((id, _), word) in known.into_iter().zip(answer) {
+            if word == Word::Leave {
+                self.live.remove(&id.0);
+            }
+            words.push((id, word));
+        }
+    }
+
+    /// Tells a fresh instance of all requests that live, token by token, and gives its last word on each.
+    fn tell_again(&mut self, now: Micros) -> Vec<(RequestId, Word)> {
+        let started: Vec<Started> = self.live.values().map(|live| live.started.clone()).collect();
+        let mut last: BTreeMap<u64, Word> = BTreeMap::new();
+        let words = self.start(now, &started);
+        // To keep what nobody has said is to be free; without an answer it is what the guest before had said.
+        let word = |word| if word == Word::Keep && self.resident.synced { Word::Free } else { word };
+        last.extend(started.iter().map(|started| started.id.0).zip(words.into_iter().map(word)));
+        let longest = self.live.values().map(|live| live.tokens.len()).max().unwrap_or(0);
+        for i in 0..longest {
+            let round: Vec<(RequestId, u32)> = self
+                .live
+                .iter()
+                .filter(|(id, _)| last.get(id) != Some(&Word::Leave))
+                .filter_map(|(id, live)| Some((RequestId(*id), *live.tokens.get(i)?)))
+                .collect();
+            for ((id, _), word) in round.iter().zip(self.next(now, &round)) {
+                if word != Word::Keep {
+                    last.insert(id.0, word);
+                }
+            }
+        }
+        self.live.retain(|id, _| last.get(id) != Some(&Word::Leave));
+        last.into_iter().map(|(id, word)| (RequestId(id), word)).collect()
+    }
+
+    /// The guest's words on requests that start; without an answer they keep what they have, which is nothing yet.
+    fn start(&mut self, now: Micros, started: &[Started]) -> Vec<Word> {
+        if started.is_empty() {
+            return Vec::new();
+        }
+        let replica = self.replica.clone();
+        self.ask(Call::Start, now, started.len(), |instance, hard| start(instance, (hard, now), &replica, started))
+    }
+
+    fn next(&mut self, now: Micros, round: &[(RequestId, u32)]) -> Vec<Word> {
+        if round.is_empty() {
+            return Vec::new();
+        }
+        let vocabulary = self.replica.vocabulary;
+        self.ask(Call::Next, now, round.len(), |instance, hard| next(instance, (hard, now), vocabulary, round))
+    }
+
+    /// `n` words: the guest's, or that everybody keeps what they have.
+    fn ask(
+        &mut self,
+        call: Call,
+        now: Micros,
+        n: usize,
+        work: impl FnOnce(&mut Instance<SamplerHook>, Micros) -> Result<Vec<Word>, Fault>,
+    ) -> Vec<Word> {
+        let budget = self.resident.core.shared.config.budgets.edit;
+        let answer = if self.may_ask { self.resident.call(call, now, budget, work) } else { None };
+        self.resident.synced = answer.is_some();
+        answer.unwrap_or_else(|| {
+            self.resident.fell_back();
+            vec![Word::Keep; n]
+        })
+    }
+
+    fn end(&mut self, now: Micros, ended: &[RequestId]) {
+        let ids: Vec<u64> = ended.iter().map(|id| id.0).filter(|id| self.live.remove(id).is_some()).collect();
+        if !ids.is_empty() && self.may_ask {
+            let budget = self.resident.core.shared.config.budgets.edit;
+            self.resident.call(Call::Ended, now, budget, |instance, hard| ended_call(instance, (hard, now), &ids));
+        }
+    }
+}
+
+/// Tokens in as few rounds as there are tokens of one request, in their order.
+fn rounds(tokens: &[(RequestId, u32)]) -> Vec<Vec<(RequestId, u32)>> {
+    let mut seen: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut rounds: Vec<Vec<(RequestId, u32)>> = Vec::new();
+    for &(id, token) in tokens {
+        let n = seen.entry(id.0).or_default();
+        if rounds.len() == *n {
+            rounds.push(Vec::new());
+        }
+        rounds[*n].push((id, token));
+        *n += 1;
+    }
+    rounds
+}
+
+// === calls ===
+
+fn start(
+    instance: &mut Instance<SamplerHook>,
+    (hard, now): (Micros, Micros),
+    replica: &SampledReplica,
+    started: &[Started],
+) -> Result<Vec<Word>, Fault> {
+    let requests: Vec<wit::Request<'_>> = started
+        .iter()
+        .map(|started| wit::Request {
+            id: started.id.0,
+            tenant: &started.tenant,
+            variant: &replica.variant,
+            vocabulary: replica.vocabulary,
+            stop_tokens: &started.stop_tokens,
+            prompt_tokens: started.prompt_tokens,
+            max_new_tokens: started.max_new_tokens,
+            attributes: &[],
+        })
+        .collect();
+    let edits =
+        instance.call(hard, now, |guest, store| guest.pointsman_policy_sampler().call_start(store, now, &requests))?;
+    lift(edits, started.len(), replica.vocabulary)
+}
+
+fn next(
+    instance: &mut Instance<SamplerHook>,
+    (hard, now): (Micros, Micros),
+    vocabulary: u32,
+    round: &[(RequestId, u32)],
+) -> Result<Vec<Word>, Fault> {
+    let ids: Vec<u64> = round.iter().map(|(id, _)| id.0).collect();
+    let tokens: Vec<u32> = round.iter().map(|(_, token)| *token).collect();
+    let edits = instance
+        .call(hard, now, |guest, store| guest.pointsman_policy_sampler().call_next(store, now, &ids, &tokens))?;
+    lift(edits, round.len(), vocabulary)
+}
+
+fn ended_call(instance: &mut Instance<SamplerHook>, (hard, now): (Micros, Micros), ids: &[u64]) -> Result<(), Fault> {
+    instance.call(hard, now, |guest, store| guest.pointsman_policy_sampler().call_ended(store, ids))
+}
+
+/// Checks an answer as a whole.
+fn lift(edits: Vec<wit::Edit>, n: usize, vocabulary: u32) -> Result<Vec<Word>, Fault> {
+    let bad = |text: String| Fault::new(FaultKind::BadAnswer, text);
+    if edits.len() != n {
+        return Err(bad(format!("{} edits for {n} requests; answer one each, in order", edits.len())));
+    }
+    let word = |edit| {
+        Ok(match edit {
+            wit::Edit::Leave => Word::Leave,
+            wit::Edit::Keep => Word::Keep,
+            wit::Edit::Free => Word::Free,
+            wit::Edit::Allow(tokens) => Word::Edit(Arc::new(Edit::allow(tokens, vocabulary)?)),
+            wit::Edit::Forbid(tokens) => Word::Edit(Arc::new(Edit::forbid(tokens, vocabulary)?)),
+            wit::Edit::Bias(biases) => Word::Edit(Arc::new(Edit::bias(biases, vocabulary)?)),
+        })
+    };
+    let words: Result<_, pointsman_sched::sampler::BadEdit> = edits.into_iter().map(word).collect();
+    words.map_err(|why| bad(why.to_string()))
+}
+
+// === probe ===
+
+impl Hook for SamplerHook {
+    const WORLD: World = World::Sampler;
+    const MAX_ANSWER_BYTES: usize = 8 << 20;
+    type Local = ();
+    hook_bindings!(Sampler, sampler, SamplerIndices, Sampler);
+
+    fn probe(instance: &mut Instance<Self>, _wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
+        let clock = (budgets.edit.hard, now);
+        let replica = SampledReplica { name: "probe".into(), variant: "probe:f16".into(), vocabulary: 32_000 };
+        let started = probe_requests();
+        let case = "two requests start";
+        let words = start(instance, clock, &replica, &started).map_err(|fault| ProbeFault {
+            case,
+            call: Call::Start,
+            fault,
+        })?;
+        let mut live: Vec<RequestId> = started.iter().map(|started| started.id).collect();
+        let stays = |live: Vec<RequestId>, words: Vec<Word>| -> Vec<RequestId> {
+            live.into_iter().zip(words).filter(|(_, word)| *word != Word::Leave).map(|(id, _)| id).collect()
+        };
+        live = stays(live, words);
+        for token in [7, 8] {
+            let round: Vec<(RequestId, u32)> = live.iter().map(|&id| (id, token)).collect();
+            let case = "each gets a token";
+            let words = next(instance, clock, replica.vocabulary, &round).map_err(|fault| ProbeFault {
+                case,
+                call: Call::Next,
+                fault,
+            })?;
+            live = stays(live, words);
+        }
+        let ids: Vec<u64> = live.iter().map(|id| id.0).collect();
+        ended_call(instance, clock, &ids).map_err(|fault| ProbeFault { case: "they end", call: Call::Ended, fault })
+    }
+
+    /// Nobody starts, gets a token or ends: no trace.
+    fn warm(instance: &mut Instance<Self>, _wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), Fault> {
+        let clock = (budgets.edit.hard, now);
+        next(instance, clock, 1, &[])?;
+        ended_call(instance, clock, &[])
+    }
+}
+
+fn probe_requests() -> [Started; 2] {
+    let request = |id, tenant: &str| Started {
+        id: RequestId(id),
+        tenant: tenant.into(),
+        stop_tokens: Arc::from([2]),
+        prompt_tokens: 5,
+        max_new_tokens: 10,
+    };
+    [request(1, "probe"), request(2, "other")]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_has_each_request_once_and_tokens_in_order() {
+        let id = RequestId;
+        let tokens = [(id(1), 10), (id(2), 20), (id(1), 11), (id(3), 30), (id(1), 12), (id(2), 21)];
+        let expect = [vec![(id(1), 10), (id(2), 20), (id(3), 30)], vec![(id(1), 11), (id(2), 21)], vec![(id(1), 12)]];
+        assert_eq!(rounds(&tokens), expect);
+        assert!(rounds(&[]).is_empty());
+    }
+
+    #[test]
+    fn an_answer_is_good_as_a_whole() {
+        use wit::Edit::{Allow, Bias, Forbid, Free, Keep, Leave};
+        let words = lift(vec![Leave, Keep, Free, Allow(vec![3, 1, 3]), Forbid(vec![])], 5, 10).unwrap();
+        assert_eq!(words[3], Word::Edit(Arc::new(Edit::Allow([1, 3].into()))));
+        for (edits, n, expect) in [
+            (vec![Keep], 2, "1 edits for 2 requests"),
+            (vec![Keep, Allow(vec![])], 2, "names no token"),
+            (vec![Allow(vec![10])], 1, "token 10 is not in the vocabulary of 10"),
+            (vec![Forbid(vec![0, 99])], 1, "token 99"),
+            (vec![Bias(vec![(1, f32::NAN)])], 1, "must be finite"),
+        ] {
+            let fault = lift(edits, n, 10).unwrap_err();
+            assert_eq!(fault.kind, FaultKind::BadAnswer);
+            assert!(fault.message.contains(expect), "{}", fault.message);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! A sampler guest through its port: words, takeovers, faults. The guest runs on its own thread, so every test asks and waits;
+//! what it waits for always comes.
+
+mod support;
+
+use std::sync::Arc;
+
+use pointsman_policy::{FaultKind, SampledReplica, SamplerPort, Slot};
+use pointsman_sched::ids::RequestId;
+use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word};
+use support::{Bench, SECOND};
+
+/// More calls than a probe and a warm-up make.
+const PROBED: u64 = 12;
+
+fn replica() -> SampledReplica {
+    SampledReplica { name: "demo:f16@cpu".into(), variant: "demo:f16".into(), vocabulary: 100 }
+}
+
+fn started(id: u64, tenant: &str) -> Started {
+    Started {
+        id: RequestId(id),
+        tenant: tenant.into(),
+        stop_tokens: Arc::from([2]),
+        prompt_tokens: 5,
+        max_new_tokens: 10,
+    }
+}
+
+fn batch(started: Vec<Started>, tokens: &[(u64, u32)], ended: &[u64]) -> Batch {
+    Batch {
+        now: 1,
+        started,
+        tokens: tokens.iter().map(|&(id, token)| (RequestId(id), token)).collect(),
+        ended: ended.iter().map(|&id| RequestId(id)).collect(),
+    }
+}
+
+/// Hands a batch over and waits for the reply, however long the thread is kept from its work.
+fn ask(port: &mut SamplerPort, batch: Batch) -> Reply {
+    port.send(batch).expect("its hands are free");
+    (0..10_000).find_map(|_| port.wait()).expect("every batch is answered")
+}
+
+fn allow(tokens: &[u32]) -> Word {
+    Word::Edit(Arc::new(Edit::Allow(tokens.into())))
+}
+
+fn words(words: &[(RequestId, Word)]) -> Vec<(u64, Word)> {
+    words.iter().map(|(id, word)| (id.0, word.clone())).collect()
+}
+
+#[test]
+fn a_guest_masks_and_its_successor_takes_over() {
+    let bench = Bench::new();
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    assert!(!port.attend(1), "native");
+    let component = bench.admit("sampler-allowlist");
+    let config = r#"{"allow": [7, 5], "tenants": {"free": []}}"#;
+    slot.publish(bench.prepare(&component, "sampler", config)).expect("a publish");
+    assert!(port.attend(2));
+    let start = vec![started(1, "acme"), started(2, "free"), started(3, "acme")];
+    let reply = ask(&mut port, batch(start, &[], &[]));
+    assert_eq!(words(&reply.words), [(1, allow(&[2, 5, 7])), (2, Word::Leave), (3, allow(&[2, 5, 7]))]);
+    assert!(reply.renewed.is_empty());
+    // Two tokens of one request, where the thread was late; and one of a request that the guest has left.
+    let reply = ask(&mut port, batch(Vec::new(), &[(1, 5), (2, 9), (1, 7)], &[3]));
+    assert_eq!(words(&reply.words), [(2, Word::Leave), (1, Word::Keep), (1, Word::Keep)]);
+    // The next generation is told of request 1 alone, and what it wants holds before anything else.
+    slot.publish(bench.prepare(&component, "sampler", r#"{"allow": [9]}"#)).expect("a publish");
+    assert!(port.attend(3));
+    let reply = ask(&mut port, batch(vec![started(4, "acme")], &[(1, 5)], &[]));
+    assert_eq!(words(&reply.renewed), [(1, allow(&[2, 9]))]);
+    assert_eq!(words(&reply.words), [(4, allow(&[2, 9])), (1, Word::Keep)]);
+    bench.runtime.maintain();
+    let status = slot.status();
+    assert_eq!((status.draining, status.fallbacks, status.faults.iter().sum::<u64>()), (0, 0, 0));
+    slot.publish_native(3).expect("a publish");
+    assert!(!port.attend(4));
+    // Answered after the thread has looked: it has left the generation, and everybody.
+    let reply = ask(&mut port, batch(Vec::new(), &[(1, 5)], &[]));
+    assert_eq!(words(&reply.words), [(1, Word::Leave)]);
+    bench.runtime.maintain();
+    assert_eq!(slot.status().draining, 0);
+}
+
+#[test]
+fn misdeeds_become_faults_and_edits_stay() {
+    for (deed, kind) in [
+        ("trap", FaultKind::Trap),
+        ("spin", FaultKind::Timeout),
+        ("allocate", FaultKind::Memory),
+        ("recurse", FaultKind::Trap),
+        ("uneven-lists", FaultKind::BadAnswer),
+        ("unknown-token", FaultKind::BadAnswer),
+        ("allow-nothing", FaultKind::BadAnswer),
+        ("infinite-bias", FaultKind::BadAnswer),
+    ] {
+        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
+        let hard = if kind == FaultKind::Timeout { 10_000 } else { 2_000_000 };
+        let bench = Bench::with(|config| (config.budgets.edit.hard, config.memory_bytes) = (hard, memory));
+        let slot = bench.runtime.sampler_slot("sampler");
+        let mut port = slot.attach(replica()).expect("a thread");
+        let component = bench.admit("fixture-sampler");
+        let config = format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#);
+        slot.publish(bench.prepare(&component, "sampler", &config)).expect("a publish");
+        assert!(port.attend(bench.now()));
+        let reply = ask(&mut port, batch(vec![started(1, "acme")], &[], &[]));
+        assert_eq!(words(&reply.words), [(1, Word::Free)], "{deed}");
+        let mut good = 0;
+        while words(&ask(&mut port, batch(Vec::new(), &[(1, 5)], &[])).words) == [(1, Word::Free)] {
+            good += 1;
+            assert!(good <= PROBED, "{deed} never misbehaves");
+        }
+        let status = slot.status();
+        assert_eq!((status.faults[kind as usize], status.fallbacks), (1, 1), "{deed}: {status:?}");
+        // The spare is told of the request and of all its tokens, and then behaves no better.
+        let reply = ask(&mut port, batch(Vec::new(), &[(1, 6)], &[]));
+        assert_eq!(words(&reply.renewed).len(), 1, "{deed}");
+        assert_eq!(words(&reply.words), [(1, Word::Keep)], "{deed}");
+        bench.advance(60 * SECOND);
+        assert_eq!(slot.status().instances, 2, "{deed}: replaced after a while");
+    }
+}
+
+#[test]
+fn a_bad_answer_to_made_up_inputs_refuses_the_activation() {
+    let bench = Bench::new();
+    let component = bench.admit("fixture-sampler");
+    for (deed, expect) in [
+        ("uneven-lists", "3 edits for 2 requests"),
+        ("unknown-token", "is not in the vocabulary"),
+        ("allow-nothing", "`allow` names no token"),
+        ("infinite-bias", "must be finite"),
+    ] {
+        let activation = bench.activation("sampler", &format!(r#"{{"do": "{deed}"}}"#));
+        let error = bench.runtime.prepare(&component, activation).expect_err(deed).to_string();
+        assert!(error.contains("failed the probe") && error.contains(expect), "{error}");
+    }
+}

@@ -1,0 +1,105 @@
+//! A sampler policy over HTTP: what a request may say is the list that is active, through swaps and a rollback under load.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pointsman_tests::Host;
+use serde_json::{Value, json};
+
+use crate::host;
+
+/// Concurrent streams.
+const STREAMS: usize = 8;
+/// Swaps while they run.
+const SWAPS: usize = 12;
+
+/// Ids of the tokens of a text.
+fn tokens(host: &Host, text: &str) -> BTreeSet<u64> {
+    let answer = host.post("/tokenize", &json!({ "model": "demo:f16", "prompt": text, "add_special_tokens": false }));
+    let ids = answer.body["tokens"].as_array().unwrap_or_else(|| panic!("{answer:?}")).iter();
+    ids.map(|id| id.as_u64().expect("a token id")).collect()
+}
+
+/// What a stream generated.
+fn said(host: &Host, prompt: &str) -> Vec<u64> {
+    let body = json!({ "model": "demo:f16", "prompt": prompt, "temperature": 0, "max_tokens": 12, "ignore_eos": true });
+    host.stream(&body).expect("it is served").tokens
+}
+
+/// Tokens that were sampled without the policy's word, which a machine that is busy enough may cause.
+fn fallbacks(host: &Host) -> u64 {
+    let metrics = host.get("/metrics").body;
+    let series = "pointsman_policy_fallbacks_total{slot=\"sampler\"} ";
+    let line = metrics.as_str().expect("text").lines().find_map(|line| line.strip_prefix(series)).map(str::to_owned);
+    line.map_or(0, |count| count.parse().expect("a number"))
+}
+
+/// All of `said` but as many as were sampled too early are in the list.
+fn check(said: &[u64], list: &BTreeSet<u64>, excused: u64) {
+    let strays = said.iter().filter(|token| !list.contains(token)).count() as u64;
+    assert!(strays <= excused, "{strays} of {said:?} are not in {list:?}, {excused} may be");
+}
+
+#[test]
+fn an_allowlist_limits_what_is_said_until_it_is_rolled_back() {
+    let host = host(&[]);
+    let free = said(&host, "Ownership is");
+    let (one, other) = (tokens(&host, " the value of a"), tokens(&host, "let x = 1;"));
+    let component = host.builtin("sampler-allowlist");
+    let activate = |list: &BTreeSet<u64>| {
+        let activated = host.activate("sampler", &component, json!({ "allow": list }));
+        assert_eq!(activated.status, 200, "{activated:?}");
+    };
+    activate(&one);
+    let limited = said(&host, "Ownership is");
+    assert_ne!(limited, free);
+    check(&limited, &one, fallbacks(&host));
+    activate(&other);
+    check(&said(&host, "Ownership is"), &other, fallbacks(&host));
+    let rolled_back = host.admin("POST", "/admin/v1/slots/sampler/rollback", &Value::Null);
+    assert_eq!(rolled_back.status, 200, "{rolled_back:?}");
+    let again = said(&host, "Ownership is");
+    check(&again, &one, fallbacks(&host));
+    let removed = host.admin("DELETE", "/admin/v1/slots/sampler", &Value::Null);
+    assert_eq!(removed.status, 200, "{removed:?}");
+    assert_eq!(said(&host, "Ownership is"), free, "native: nobody is limited");
+}
+
+#[test]
+fn lists_are_swapped_under_load_and_no_request_pays() {
+    let host = host(&[]);
+    let lists = [tokens(&host, " the value of a"), tokens(&host, "let x = 1;")];
+    let either: BTreeSet<u64> = lists.iter().flatten().copied().collect();
+    let component = host.builtin("sampler-allowlist");
+    let swap = |i: usize| host.activate("sampler", &component, json!({ "allow": lists[i % 2] })).status;
+    assert_eq!(swap(0), 200);
+    let swapping = AtomicBool::new(true);
+    let everything = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for stream in 0..STREAMS {
+            let (host, swapping, everything) = (&host, &swapping, &everything);
+            scope.spawn(move || {
+                let prompt = format!("A trait is {}", "so ".repeat(stream));
+                while swapping.load(Ordering::Acquire) {
+                    let said = said(host, &prompt);
+                    assert_eq!(said.len(), 12, "it is served to its end");
+                    everything.lock().expect("no panic").extend(said);
+                }
+            });
+        }
+        for i in 1..=SWAPS {
+            assert_eq!(swap(i), 200, "swap {i}");
+        }
+        swapping.store(false, Ordering::Release);
+    });
+    let everything = everything.into_inner().expect("no panic");
+    check(&everything, &either, fallbacks(&host));
+    assert!(everything.len() >= 12 * STREAMS);
+    let rolled_back = host.admin("POST", "/admin/v1/slots/sampler/rollback", &Value::Null);
+    assert_eq!(rolled_back.status, 200, "{rolled_back:?}");
+    check(&said(&host, "A trait is"), &lists[(SWAPS + 1) % 2], fallbacks(&host));
+    let state = host.admin("GET", "/admin/v1/slots/sampler", &Value::Null).body;
+    let faults = state["counters"]["faults"].as_object().map_or(0, |f| f.values().filter_map(Value::as_u64).sum());
+    assert_eq!(faults, 0, "{state}");
+}
