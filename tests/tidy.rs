@@ -24,9 +24,10 @@ const WALLS: [(&str, &[&str]); 9] = [
 ];
 
 /// Third-party crates that only some of ours may name as a normal dependency.
-const EXTERNAL_WALLS: [(&str, &[&str]); 11] = [
+const EXTERNAL_WALLS: [(&str, &[&str]); 12] = [
     ("wasmtime", &["pointsman-policy"]),
     ("wit-component", &["pointsman-policy"]),
+    ("wit-bindgen-c", &["pointsman"]),
     ("candle-core", &["pointsman-engine"]),
     ("cudarc", &["pointsman-engine"]),
     ("hyper", &["pointsman-server", "pointsman"]),

@@ -260,12 +260,17 @@ impl Drop for Host {
     }
 }
 
-/// Whether a tool is required (`POINTSMAN_REQUIRE=a,b`): under it, a skip is a failure. Prints the skip otherwise.
+/// Whether a tool is required: `POINTSMAN_REQUIRE=a,b`.
 #[must_use]
 #[expect(clippy::disallowed_methods, reason = "the one switch of the test suite")]
+pub fn required(tool: &str) -> bool {
+    std::env::var("POINTSMAN_REQUIRE").unwrap_or_default().split(',').any(|t| t == tool)
+}
+
+/// Says that a test is skipped for want of a tool; where the tool is required, that is a failure.
+#[must_use]
 pub fn skip(tool: &str, why: &str) -> bool {
-    let required = std::env::var("POINTSMAN_REQUIRE").unwrap_or_default();
-    assert!(!required.split(',').any(|t| t == tool), "{tool} is required here: {why}");
+    assert!(!required(tool), "{tool} is required here: {why}");
     #[expect(clippy::print_stderr, reason = "a skip must be seen")]
     {
         eprintln!("skipped: {why}");

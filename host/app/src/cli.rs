@@ -1,10 +1,12 @@
-//! The command line, as a value. What each command does lives elsewhere: `serve.rs` and `client.rs`.
+//! The command line, as a value. What each command does lives elsewhere: `serve.rs`, `client.rs` and `plugin/`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use pointsman_control::SlotName;
+
+use crate::plugin::{Kind, Lang};
 
 /// An LLM inference host whose routing, scheduling and telemetry policies are hot-swappable WebAssembly components.
 #[derive(Debug, Parser)]
@@ -32,6 +34,9 @@ pub(crate) enum Command {
     /// Show and set which variants stand behind a model's name.
     #[command(subcommand)]
     Alias(AliasCommand),
+    /// Make, build, check and time a policy; needs no running host.
+    #[command(subcommand)]
+    Plugin(PluginCommand),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
     #[command(name = "__compile", hide = true)]
     Compile,
@@ -122,6 +127,23 @@ pub(crate) enum PolicyCommand {
         /// `x-request-id` of the response; without it the last requests are listed.
         #[arg(value_name = "ID", value_parser = request_id)]
         id: Option<String>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Record what a slot decides, and on what, for `pointsman plugin run`.
+    #[command(after_help = "Example:\n  pointsman policy record router --limit 500 --seconds 30 -o traffic.jsonl")]
+    Record {
+        /// router or scheduler.
+        slot: SlotName,
+        /// Most decisions.
+        #[arg(long, value_name = "N", default_value_t = 1_000)]
+        limit: u64,
+        /// Longest time.
+        #[arg(long, value_name = "S", default_value_t = 60)]
+        seconds: u64,
+        /// File to write; it is replaced.
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
         #[command(flatten)]
         at: AdminArgs,
     },
@@ -259,6 +281,80 @@ pub(crate) struct StartArgs {
     pub plan: serde_json::Value,
     #[command(flatten)]
     pub at: AdminArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PluginCommand {
+    /// Make a folder with a working policy, its build recipe and the package it implements.
+    #[command(after_help = "Example:\n  pointsman plugin new my-router --kind router --lang rust")]
+    New {
+        /// Folder to make; its last part is the policy's name.
+        name: PathBuf,
+        /// What it decides.
+        #[arg(long)]
+        kind: Kind,
+        /// What it is written in.
+        #[arg(long)]
+        lang: Lang,
+    },
+    /// Build a plugin folder into NAME.wasm and check it.
+    #[command(after_help = "Example:\n  pointsman plugin build my-router")]
+    Build {
+        /// The folder.
+        path: PathBuf,
+        #[command(flatten)]
+        with: TrialArgs,
+    },
+    /// Say whether the host would take a component, and if not, why and what to change.
+    #[command(
+        after_help = "Examples:\n  pointsman plugin check my-router\n  pointsman plugin check my_router.wasm --config '{\"bias\": 2}'"
+    )]
+    Check {
+        /// A plugin folder, a component, or a core module that carries its component type.
+        path: PathBuf,
+        #[command(flatten)]
+        with: TrialArgs,
+    },
+    /// Time the calls of a component beside the host's own policy.
+    #[command(after_help = "Example:\n  pointsman plugin bench my-router")]
+    Bench {
+        /// A plugin folder or a component.
+        path: PathBuf,
+        #[command(flatten)]
+        with: TrialArgs,
+        /// Most calls for each row of the table.
+        #[arg(long, value_name = "N", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+        calls: u32,
+    },
+    /// Run a policy on recorded inputs and show its decisions beside those of another.
+    #[command(
+        after_help = "Examples:\n  pointsman policy record router --limit 500 -o traffic.jsonl\n  pointsman plugin run my-router traffic.jsonl --against native"
+    )]
+    Run {
+        /// A plugin folder or a component.
+        path: PathBuf,
+        /// What `pointsman policy record` wrote.
+        input: PathBuf,
+        #[command(flatten)]
+        with: TrialArgs,
+        /// What to compare with: `recorded`, `native` or a component.
+        #[arg(long, value_name = "recorded|native|FILE", default_value = "recorded")]
+        against: String,
+        /// Print JSON lines instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What a policy is tried out with.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct TrialArgs {
+    /// JSON handed to the component's `init`.
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json)]
+    pub config: serde_json::Value,
+    /// A label of replicas that the host has in its configuration; `manifest.wants` may name it. Repeatable.
+    #[arg(long = "label", value_name = "NAME")]
+    pub labels: Vec<String>,
 }
 
 /// Where the admin API is.

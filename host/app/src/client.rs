@@ -1,6 +1,6 @@
 //! `pointsman policy ...`: a thin client of the admin API. It prints tables for people and JSON for scripts.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -69,6 +69,12 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = Admin::new(at.clone()).get(&path)?;
             print(out, &at, &answer, if id.is_some() { explain::table } else { explain::list })
         }
+        PolicyCommand::Record { slot, limit, seconds, output, at } => {
+            let path = format!("/admin/v1/slots/{slot}/record?limit={limit}&seconds={seconds}");
+            writeln!(out, "recording {slot}: {limit} decisions or {seconds} s, whichever comes first")?;
+            out.flush()?;
+            Admin::patient(at, Duration::from_secs(seconds) + PATIENCE).save(&path, &output, out)
+        }
         PolicyCommand::Keygen { file } => keygen(&file, out),
         PolicyCommand::Sign { file, key } => sign(&file, &key, out),
         PolicyCommand::Status { at } => {
@@ -111,11 +117,36 @@ pub(crate) struct Admin {
     agent: ureq::Agent,
 }
 
+/// Longest time for an answer that takes no time of its own.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 impl Admin {
     pub(crate) fn new(at: AdminArgs) -> Self {
-        let config =
-            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(60)));
+        Self::patient(at, PATIENCE)
+    }
+
+    /// One that waits this long for the end of an answer.
+    fn patient(at: AdminArgs, longest: Duration) -> Self {
+        let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(longest));
         Self { at, agent: config.build().into() }
+    }
+
+    /// Copies a stream of lines into a file, and says how many they were; the last one counts those that were lost.
+    fn save(&self, path: &str, file: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
+        let cannot = || format!("cannot write {}", file.display());
+        let mut answer = self.ask("GET", path, Vec::new(), &[])?;
+        let mut to = BufWriter::new(std::fs::File::create(file).with_context(cannot)?);
+        let (mut lines, mut last) = (0_u64, String::new());
+        for line in BufReader::new(answer.body_mut().as_reader()).lines() {
+            last = line.context("the recording broke off")?;
+            writeln!(to, "{last}").with_context(cannot)?;
+            lines += 1;
+        }
+        to.flush().with_context(cannot)?;
+        let last: Value = serde_json::from_str(&last).unwrap_or_default();
+        let Some(dropped) = last["dropped"].as_u64() else { bail!("the recording broke off after {lines} lines") };
+        writeln!(out, "{}: {} lines, {dropped} lost", file.display(), lines - 1)?;
+        Ok(())
     }
 
     pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
@@ -147,6 +178,19 @@ impl Admin {
     }
 
     fn send_with(&self, method: &str, path: &str, body: Vec<u8>, headers: &[(&str, &str)]) -> anyhow::Result<Value> {
+        let text =
+            self.ask(method, path, body, headers)?.body_mut().read_to_string().context("the answer broke off")?;
+        Ok(serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// Asks; an answer that is not a success is an error in the host's words.
+    fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Vec<u8>,
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<ureq::http::Response<ureq::Body>> {
         let url = format!("{}{path}", self.at.url.trim_end_matches('/'));
         let mut request = ureq::http::Request::builder().method(method).uri(&url);
         for (name, value) in headers {
@@ -160,11 +204,11 @@ impl Admin {
         let mut answer =
             answer.with_context(|| format!("cannot reach the admin API at {}; is pointsman running?", self.at.url))?;
         let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
         let text = answer.body_mut().read_to_string().context("the answer broke off")?;
         let value: Value = serde_json::from_str(&text).unwrap_or(Value::String(text));
-        if status.is_success() {
-            return Ok(value);
-        }
         match value["error"]["message"].as_str() {
             Some(message) => bail!("{message}"),
             None => bail!("the admin API answered {status}: {value}"),

@@ -24,6 +24,12 @@ impl SystemClock {
         Micros::try_from(self.start.elapsed().as_micros()).unwrap_or(Micros::MAX - 1) + 1
     }
 
+    /// Nanoseconds since the start, for measurements.
+    #[must_use]
+    pub(crate) fn nanos(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
     /// Milliseconds since 1970.
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "this is the clock")]

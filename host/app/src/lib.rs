@@ -17,6 +17,7 @@ mod models;
 mod observer;
 mod oci;
 mod pace;
+mod plugin;
 mod reference;
 mod rollouts;
 mod serve;
@@ -39,6 +40,7 @@ pub fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve::serve(&args),
         Some(Command::Policy(command)) => client::run(command, &mut std::io::stdout()),
         Some(Command::Alias(command)) => client::alias(command, &mut std::io::stdout()),
+        Some(Command::Plugin(command)) => plugin::run(command, &mut std::io::stdout()),
         Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
     };
     match outcome {

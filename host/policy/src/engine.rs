@@ -15,9 +15,10 @@ use wasmtime::{
 const TICK: Duration = Duration::from_millis(1);
 /// Stack that a guest may use before it traps.
 const STACK_BYTES: usize = 512 << 10;
-/// Core instances, memories and tables that one component may consist of; adapters make two or three of them.
-const CORE_INSTANCES_PER_COMPONENT: u32 = 16;
-const MEMORIES_PER_COMPONENT: u32 = 2;
+/// Core instances, memories and tables that one component may consist of: a JavaScript guest has three memories, and a Python
+/// guest is linked out of 38 instances at start.
+const CORE_INSTANCES_PER_COMPONENT: u32 = 64;
+const MEMORIES_PER_COMPONENT: u32 = 4;
 const TABLES_PER_COMPONENT: u32 = 8;
 /// Most entries of a table, also enforced by the store's limiter.
 pub(crate) const TABLE_ELEMENTS: usize = 20_000;
@@ -43,7 +44,9 @@ fn codegen_config() -> Config {
         .relaxed_simd_deterministic(true)
         .cranelift_opt_level(OptLevel::Speed)
         .wasm_memory64(false)
-        .wasm_multi_memory(false)
+        // For wasmtime's own adapters between the parts of a composed component, such as a JavaScript engine and its
+        // stubs of WASI; the store's limiter counts all memories of an instance together.
+        .wasm_multi_memory(true)
         .wasm_backtrace_details(WasmBacktraceDetails::Disable)
         .max_wasm_stack(STACK_BYTES)
         // A full 4 GiB reservation lets compiled code leave bounds checks to the guard pages.
@@ -62,7 +65,7 @@ pub(crate) fn compiler() -> wasmtime::Result<Engine> {
 pub(crate) fn host(max_instances: u32, memory_bytes: usize) -> wasmtime::Result<(Engine, Allocation)> {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(max_instances)
-        .total_core_instances(max_instances.saturating_mul(4))
+        .total_core_instances(max_instances.saturating_mul(CORE_INSTANCES_PER_COMPONENT))
         .total_memories(max_instances)
         .total_tables(max_instances.saturating_mul(2))
         .max_core_instances_per_component(CORE_INSTANCES_PER_COMPONENT)

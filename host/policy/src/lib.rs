@@ -63,4 +63,4 @@ pub use sampler::{SampledReplica, SamplerPort, SamplerSlot};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
 pub use slot::{Arm, Prepared, PublishError, Published, Slot, SlotStatus};
 pub use telemetry::{Alert, Severity, TelemetrySlot};
-pub use upload::{Digest, UploadError, World};
+pub use upload::{Digest, UploadError, World, encode};

@@ -93,6 +93,8 @@ pub struct Inspected {
     pub world: World,
     /// The package it was built against, as in `pointsman:policy@0.1.0`.
     pub package: Arc<str>,
+    /// Interfaces that it imports.
+    pub imports: Vec<String>,
 }
 
 /// Why the runtime did not start.
@@ -273,7 +275,12 @@ impl Runtime {
     pub fn inspect(&self, bytes: &[u8]) -> Result<Inspected, UploadError> {
         let encoded = to_component(bytes, self.inner.shared.config.max_upload_bytes)?;
         let identity = identify(&encoded)?;
-        Ok(Inspected { digest: Digest::of(bytes), world: identity.world, package: identity.package })
+        Ok(Inspected {
+            digest: Digest::of(bytes),
+            world: identity.world,
+            package: identity.package,
+            imports: identity.imports,
+        })
     }
 
     /// [`admit`](Self::admit) for bytes from the host's own store: they must still have the digest they were stored under.

@@ -4,6 +4,7 @@
 //! Reads names only, with wasmparser; types are checked later by wasmtime itself. Every refusal says what was found and what
 //! to do about it, because its reader is the policy's author.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -131,10 +132,21 @@ pub(crate) struct Identity {
     pub(crate) package: Arc<str>,
     /// Where names have the digit of an older minor version, for [`crate::versions::lift`].
     pub(crate) outdated_digits: Vec<usize>,
+    /// Names of the interfaces that it imports.
+    pub(crate) imports: Vec<String>,
+}
+
+/// A component for what a guest's toolchain made: a core module that carries its component type is encoded, a component
+/// is what it was.
+///
+/// # Errors
+/// It is neither.
+pub fn encode(bytes: &[u8]) -> Result<Vec<u8>, UploadError> {
+    to_component(bytes, usize::MAX).map(Cow::into_owned)
 }
 
 /// Checks size and kind and returns the bytes as a component, encoding a core module that carries its component type.
-pub(crate) fn to_component(bytes: &[u8], limit: usize) -> Result<std::borrow::Cow<'_, [u8]>, UploadError> {
+pub(crate) fn to_component(bytes: &[u8], limit: usize) -> Result<Cow<'_, [u8]>, UploadError> {
     if bytes.len() > limit {
         return Err(UploadError::TooLarge { size: bytes.len(), limit });
     }
@@ -214,6 +226,7 @@ pub(crate) fn identify(component: &[u8]) -> Result<Identity, UploadError> {
             world,
             package: format!("{PACKAGE}@{}", lifecycle.version).into(),
             outdated_digits: interfaces.iter().filter_map(|i| i.outdated_digit(component)).collect(),
+            imports: imports.iter().map(|name| (*name).to_owned()).collect(),
         }),
         _ => {
             Err(UploadError::UnknownWorld { exports: exports.into_iter().take(MAX_NAMES).map(str::to_owned).collect() })
