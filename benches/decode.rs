@@ -10,11 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pointsman_benches::{Samples, header, now, readable};
+use pointsman_benches::{Samples, header, now, plan, readable};
 use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
-use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
-use pointsman_sched::ids::{BlockId, RequestId};
-use pointsman_sched::request::Sampling;
+use pointsman_sched::execute::{Executor, StepOutput, StepPlan};
 use pointsman_sched::sampler::NoEdits;
 
 type Error = Box<dyn std::error::Error>;
@@ -75,25 +73,6 @@ fn steps(folder: &Path, precision: Precision, threads: usize, bytes_per_s: f64) 
     let ratio = rate[1] / rate[0];
     println!("  32 rows over 1: {ratio:.2}x   bar 4x {}", if ratio >= 4.0 { "met" } else { "MISSED" });
     Ok(())
-}
-
-/// `rows` sequences, each computing `n` tokens from `position` on.
-fn plan(rows: u32, position: u32, n: u32) -> StepPlan {
-    let mut plan = StepPlan::default();
-    let per_row = (position + n).div_ceil(16);
-    for row in 0..rows {
-        plan.tokens.extend((0..n).map(|i| (7 * row + 31 * i + 11) % 2_000));
-        plan.blocks.extend((row * per_row..(row + 1) * per_row).map(BlockId));
-        let sampling = Arc::new(Sampling::default());
-        plan.rows.push(Row {
-            request: RequestId(u64::from(row) + 1),
-            tokens: row * n..(row + 1) * n,
-            position,
-            blocks: row * per_row..(row + 1) * per_row,
-            sample: Some(Sample { sampling, index: 0, history: 0..0, history_prompt: 0, banned: None }),
-        });
-    }
-    plan
 }
 
 fn median(engine: &mut CpuEngine, plan: &StepPlan) -> Result<Duration, Error> {

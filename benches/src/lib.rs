@@ -1,4 +1,4 @@
-//! What the benchmarks share: a header that says machine and commit, and percentiles of repeated calls.
+//! What the benchmarks share: a header that says machine and commit, percentiles of repeated calls, and plans for an engine.
 //!
 //! Plain programs (`harness = false`) instead of a statistics framework: most of them measure whole operations of
 //! milliseconds against bars that are percentiles, and print them side by side in one run. Calls of a microsecond are timed
@@ -6,9 +6,13 @@
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use pointsman_sched::execute::{Row, Sample, StepPlan};
+use pointsman_sched::ids::{BlockId, RequestId};
+use pointsman_sched::request::Sampling;
 
 /// Percentiles of one measurement, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +68,26 @@ pub fn each_call(warm_up: usize, n: usize, mut call: impl FnMut()) -> Percentile
         samples.add(start.elapsed());
     }
     samples.percentiles()
+}
+
+/// `rows` sequences, each computing `n` tokens from `position` on.
+#[must_use]
+pub fn plan(rows: u32, position: u32, n: u32) -> StepPlan {
+    let mut plan = StepPlan::default();
+    let per_row = (position + n).div_ceil(16);
+    for row in 0..rows {
+        plan.tokens.extend((0..n).map(|i| (7 * row + 31 * i + 11) % 2_000));
+        plan.blocks.extend((row * per_row..(row + 1) * per_row).map(BlockId));
+        let sampling = Arc::new(Sampling::default());
+        plan.rows.push(Row {
+            request: RequestId(u64::from(row) + 1),
+            tokens: row * n..(row + 1) * n,
+            position,
+            blocks: row * per_row..(row + 1) * per_row,
+            sample: Some(Sample { sampling, index: 0, history: 0..0, history_prompt: 0, banned: None }),
+        });
+    }
+    plan
 }
 
 /// Longest duration that can be counted.

@@ -1,6 +1,6 @@
 //! What must hold after every plan and at the end of every history, whatever the policy, the faults and the clients do.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use pointsman_sched::config::Config;
 use pointsman_sched::execute::StepPlan;
@@ -31,23 +31,28 @@ pub(crate) fn plan_is_feasible(plan: &StepPlan, config: &Config) {
     assert_eq!(ids.len(), plan.rows.len(), "a sequence has two rows");
 }
 
-/// While an overdue request waits, nothing is prefilled for one that is not. Returns how many rows are overdue ones.
+/// Those who wait.
+pub(crate) fn queued(scheduler: &Scheduler, live: &BTreeSet<u64>, now: Micros) -> BTreeSet<RequestId> {
+    let waits = |id: &RequestId| scheduler.inspect(*id, now).is_some_and(|(stage, _)| stage == Stage::Queued);
+    live.iter().map(|&id| RequestId(id)).filter(waits).collect()
+}
+
+/// While an overdue request waits, nobody who is not overdue leaves the queue. `queued` are those who waited before the step;
+/// returns how many rows are overdue ones.
 pub(crate) fn nobody_passes_the_overdue(
     scheduler: &Scheduler,
     planned: &[RequestId],
-    live: impl Iterator<Item = RequestId>,
+    queued: &BTreeSet<RequestId>,
     now: Micros,
 ) -> u64 {
-    let states: BTreeMap<RequestId, (Stage, bool)> =
-        live.map(|id| (id, scheduler.inspect(id, now).expect("it lives"))).collect();
-    let starved = states.iter().find(|(_, state)| **state == (Stage::Queued, true));
+    // Requests that the step refused are gone.
+    let starved = queued.iter().find(|id| scheduler.inspect(**id, now) == Some((Stage::Queued, true)));
     let mut n_overdue = 0;
     for id in planned {
-        let state = states.get(id).unwrap_or_else(|| panic!("{id:?} is planned and does not live"));
-        if let Some((starved, _)) = starved {
-            assert_ne!(*state, (Stage::Prefilling, false), "{id:?} passes the overdue {starved:?}");
-        }
-        n_overdue += u64::from(state.1);
+        let (_, is_overdue) =
+            scheduler.inspect(*id, now).unwrap_or_else(|| panic!("{id:?} is planned and does not live"));
+        assert!(is_overdue || starved.is_none() || !queued.contains(id), "{id:?} passes the overdue {starved:?}");
+        n_overdue += u64::from(is_overdue);
     }
     n_overdue
 }

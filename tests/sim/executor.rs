@@ -3,25 +3,8 @@
 //! says what the answer should have been.
 
 use pointsman_sched::execute::{ExecuteError, Executor, Sampled, StepOutput, StepPlan};
-use pointsman_sched::ids::Micros;
 use pointsman_sched::prefix::chain_hash;
 use pointsman_sched::sampler::EditSource;
-
-/// What a step costs: `fixed + prefill * prefill tokens + decode * decode tokens`, in nanoseconds.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Cost {
-    pub(crate) fixed_ns: u64,
-    pub(crate) prefill_ns: u64,
-    pub(crate) decode_ns: u64,
-}
-
-impl Cost {
-    pub(crate) fn of(&self, plan: &StepPlan) -> Micros {
-        let decodes = plan.rows.iter().filter(|row| row.tokens.len() == 1).count() as u64;
-        let prefill = plan.tokens.len() as u64 - decodes;
-        (self.fixed_ns + self.prefill_ns * prefill + self.decode_ns * decodes).div_ceil(1_000)
-    }
-}
 
 #[derive(Debug)]
 pub(crate) struct ModelEngine {

@@ -5,22 +5,24 @@
 //! Read in this order: [`world`] (what happens when, and `run`), [`checks`] (what must hold after every step),
 //! [`executor`] (how wrong KV becomes a wrong answer), [`policies`] and [`retention`] (who proposes), [`guests`] and
 //! [`operator`] (the same through components, swapped at any moment). A seed that failed once goes into `seeds.txt` with a
-//! word on why; every sweep runs it for ever.
+//! word on why; every sweep runs it for ever. [`earn`] is another kind of test: what the shipped policies are good for, in
+//! figures.
 //!
 //! Not a fuzzer of bytes: what breaks schedulers is an order of events, and a world that knows what a request, a fault and
 //! a swap are reaches those orders sooner.
 
 mod checks;
+mod earn;
 mod executor;
 mod guests;
 mod operator;
 mod policies;
 mod retention;
-mod rng;
 mod world;
 
 use guests::Cast;
 use operator::{Tally, run_guests};
+use pointsman_tests::rng;
 use policies::Kind;
 use world::{Options, Report, run};
 

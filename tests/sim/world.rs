@@ -15,9 +15,10 @@ use pointsman_sched::retention::RetentionPolicy;
 use pointsman_sched::sampler::NoEdits;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_telemetry::Event;
+use pointsman_tests::fleet::Cost;
 
 use crate::checks;
-use crate::executor::{Cost, ModelEngine};
+use crate::executor::ModelEngine;
 use crate::policies::{Audited, Kind, Pending, Slot, Truth};
 use crate::retention;
 use crate::rng::Rng;
@@ -234,6 +235,7 @@ impl<'a> World<'a> {
     fn step(&mut self, out: &mut StepOutput) -> bool {
         self.scheduler.review_cache(self.now, &mut *self.retention);
         let digest = &mut self.report.digest;
+        let queued = checks::queued(&self.scheduler, &self.truth.lock().expect("one thread").live, self.now);
         let plan = self.scheduler.schedule(self.now, &mut self.policy, &mut |event| note(digest, event));
         let Some(plan) = plan else { return false };
         checks::plan_is_feasible(plan, &self.options.config);
@@ -241,10 +243,7 @@ impl<'a> World<'a> {
         let took = self.options.cost.of(plan);
         self.engine.fails_next = self.rng.chance(self.options.fault_ppm);
         let result = self.engine.execute(plan, &mut NoEdits, out);
-        let live: Vec<RequestId> =
-            self.truth.lock().expect("one thread").live.iter().map(|&id| RequestId(id)).collect();
-        self.report.overdue_served +=
-            checks::nobody_passes_the_overdue(&self.scheduler, &planned, live.into_iter(), self.now);
+        self.report.overdue_served += checks::nobody_passes_the_overdue(&self.scheduler, &planned, &queued, self.now);
         // What happens while the step is in flight reaches the scheduler before the step's end.
         self.now += took;
         self.deliver();

@@ -1,4 +1,5 @@
-//! What the tests of this package share: a running host in a process of its own, and a small blocking client of it.
+//! What the tests of this package share: a running host in a process of its own, and a small blocking client of it; and a
+//! simulated [`fleet`] of replicas, which the benchmarks run on the real engine.
 //!
 //! A real process on real sockets, because that is what users run; a temporary data directory and ports chosen by the
 //! system, so that tests run side by side. Nothing here sleeps: the host says on its first lines when it listens.
@@ -8,6 +9,9 @@
     clippy::panic,
     reason = "a harness stops the test where it is"
 )]
+
+pub mod fleet;
+pub mod rng;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -18,7 +18,7 @@
 //! - A step never exceeds `step_tokens`, `max_running`, `prefill_chunk` or the pool, whatever a policy proposes.
 //! - A request that has stood still for longer than `starvation_us` (all its waits together, so that it cannot be admitted
 //!   and preempted in turn for ever) is *overdue*: it goes before everything in order of age, no policy can hold, pause or
-//!   preempt it, and sequences that are not overdue make room for it.
+//!   preempt it, and sequences that are not overdue make room for it where that is enough.
 //! - A block enters the prefix index only after the step that computed it has succeeded.
 //!
 //! Why not asynchronous, or a thread with locks: the decision takes microseconds and the engine wants the whole plan at
@@ -145,6 +145,9 @@ pub struct Scheduler {
     // Buffers that live here so that a step allocates nothing.
     found: Vec<BlockId>,
     slots: Vec<Slot>,
+    /// By block: the count below when it was last met, so that shared blocks are counted once.
+    marks: Vec<u64>,
+    n_marks: u64,
 }
 
 impl Scheduler {
@@ -195,6 +198,8 @@ impl Scheduler {
             counters: Counters::default(),
             found: Vec::with_capacity(config.n_blocks as usize),
             slots: Vec::with_capacity(capacity),
+            marks: vec![0; config.n_blocks as usize],
+            n_marks: 0,
         };
         scheduler.publish_gauges();
         Ok(scheduler)

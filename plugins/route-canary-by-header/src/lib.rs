@@ -1,17 +1,18 @@
 //! Router: requests with a header, and a share of the others, go to the canary replicas; the rest never does.
 //!
-//! Which replicas are the canary is a column with a value: `{"column": "replica.variant", "equals": 2}` is the second variant,
-//! numbered from 1 in the order of loading. Columns are numbers, so a variant is named by its number. A request is a canary
-//! when the header has the value, or when the hash of its session (without one, its seed) falls into the share: a session
+//! Which replicas are the canary is a column with a value: `{"column": "replica.label.track", "equals": "canary"}` are those
+//! that the operator has labelled so, and `{"column": "replica.variant", "equals": "2"}` is the second variant, numbered from
+//! 1 in the order of loading. Columns hold numbers: a text stands for the hash that the host passes for it. A request is a
+//! canary when the header has the value, or when the hash of its session (without one, its seed) falls into the share: a session
 //! stays on its side, and a growing share only ever moves sessions to the canary. A header with another value keeps a
 //! request off the canary, whatever the share.
 //!
 //! Within its side a request goes where the least work is queued. Where one side has no replica in service, as with a
 //! request for a pinned variant, the other serves it: a canary must never cost an answer.
 //!
-//! Configuration: `header` ("x-canary"), `value` ("1"), `share_permille` (0), `column` ("replica.variant"), `equals` (2).
+//! Configuration: `header` ("x-canary"), `value` ("1"), `share_permille` (0), `column` ("replica.variant"), `equals` ("2").
 
-use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, mix};
+use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, label, mix};
 use serde::Deserialize;
 
 /// What the operator may set.
@@ -22,13 +23,15 @@ pub struct Config {
     value: String,
     share_permille: u32,
     column: String,
-    equals: u64,
+    equals: String,
 }
 
 /// The policy.
 #[derive(Debug)]
 pub struct Canary {
     config: Config,
+    /// What the column holds for a canary.
+    equals: u64,
     /// The attribute's name.
     header: String,
 }
@@ -45,7 +48,7 @@ impl Default for Config {
             value: "1".to_owned(),
             share_permille: 0,
             column: "replica.variant".to_owned(),
-            equals: 2,
+            equals: "2".to_owned(),
         }
     }
 }
@@ -64,7 +67,8 @@ impl Policy for Canary {
         if !config.column.starts_with("replica.") {
             return Err(format!("column must be one of replicas, as in replica.variant: {}", config.column));
         }
-        Ok(Self { config, header: format!("header.{lower}") })
+        let equals = config.equals.parse().unwrap_or_else(|_| label(&config.equals));
+        Ok(Self { config, equals, header: format!("header.{lower}") })
     }
 
     fn manifest(&self) -> Manifest {
@@ -77,7 +81,7 @@ impl Router for Canary {
         let wanted = self.is_canary(request);
         let side = |row: u32| {
             let value = replicas.extra.first().and_then(|column| column.get(row as usize));
-            (value == Some(&self.config.equals)) == wanted
+            (value == Some(&self.equals)) == wanted
         };
         let in_service = replicas.rows().filter(Replica::in_service);
         // Its own side first; between equals the request's bits decide.
@@ -92,15 +96,16 @@ impl Canary {
         if let Some((_, value)) = request.attributes.iter().find(|(name, _)| *name == self.header) {
             return *value == self.config.value;
         }
-        let label = if request.session == 0 { request.seed } else { request.session };
+        let whom = if request.session == 0 { request.seed } else { request.session };
         // The salt keeps these draws apart from those of placement.
-        mix(label, 0x6361_6e61_7279) % 1_000 < u64::from(self.config.share_permille)
+        mix(whom, 0x6361_6e61_7279) % 1_000 < u64::from(self.config.share_permille)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pointsman_plugin::NO_LABEL;
     use pointsman_plugin::testing::{self, replica};
 
     /// The row that a request gets; `variants` are those of the replicas.
@@ -125,9 +130,18 @@ mod tests {
             ("", with_header("0"), 1),
             (r#"{"share_permille": 1000}"#, testing::request(), 3),
             (r#"{"share_permille": 1000}"#, with_header("0"), 1),
-            (r#"{"equals": 1}"#, with_header("1"), 1),
+            (r#"{"equals": "1"}"#, with_header("1"), 1),
         ] {
             assert_eq!(route(config, &request, &variants, &rows), Choice::Pick(expect), "{config} {request:?}");
+        }
+    }
+
+    #[test]
+    fn a_text_stands_for_its_hash() {
+        let config = r#"{"column": "replica.label.track", "equals": "canary"}"#;
+        let labels = [NO_LABEL, label("canary")];
+        for (request, expect) in [(with_header("1"), 1), (testing::request(), 0)] {
+            assert_eq!(route(config, &request, &labels, &[replica(1), replica(2)]), Choice::Pick(expect));
         }
     }
 

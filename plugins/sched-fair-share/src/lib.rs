@@ -8,15 +8,19 @@
 //! A tenant that comes back to the queue is lifted to the smallest counter of those who wait (with an empty queue, to that
 //! of the tenant that left it last): being idle earns no credit to be spent on a burst. Counters are bounds on service, not
 //! clocks, so nothing has to be estimated; what a request generates is counted as it happens. Unlike shares per class or
-//! rate limits this wastes nothing: a tenant that is alone gets everything, but for `spare_places` places in the batch,
-//! which are kept for a tenant that runs nothing, so that it need not wait for somebody else's answer to end.
+//! rate limits this wastes nothing: a tenant that is alone gets everything, but for `spare_places` places in the batch.
+//!
+//! A light tenant, one that runs less than half of its share of the places, should not feel the flood at all. The spare
+//! places are kept for it, so that it need not wait for somebody else's answer to end; and while it is being prefilled, the
+//! prefills of the others pause, as long as it has not had more than they: steps are short then, and its first token does
+//! not wait for their prompts.
 //!
 //! When memory is short the newest request of the tenant with the largest counter goes first. With `max_waiting`, a longer
 //! queue refuses the newest requests of the tenant that has most of them: a flood's overflow then costs the flood, not
 //! whoever comes next. A restart of the policy starts all counters at 0. A step costs O((changes + running) * log n).
 //!
-//! Configuration: `weights` ({}: shares by tenant name, 1000 where not named), `output_cost` (2), `spare_places` (1),
-//! `max_waiting` (0: the host's own limit). Keep `max_waiting` below the host's `sched.max_waiting`.
+//! Configuration: `weights` ({}: shares by tenant name, 1000 where not named), `output_cost` (2), `spare_places` (2; at most
+//! an eighth of the places), `max_waiting` (0: the host's own limit). Keep `max_waiting` below the host's `sched.max_waiting`.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -44,6 +48,8 @@ pub struct FairShare {
     requests: BTreeMap<RequestId, Known>,
     /// Tenants with waiting requests, smallest counter first.
     line: BTreeSet<(u64, u64)>,
+    /// Running requests without a token yet, by the tenant whose they are.
+    prefilling: BTreeSet<(u64, RequestId)>,
     /// Counter of the tenant that left the line last.
     left_at: u64,
     n_running: u32,
@@ -57,6 +63,8 @@ struct Tenant {
     counter: u64,
     waiting: BTreeSet<(Micros, RequestId)>,
     running: BTreeSet<(Micros, RequestId)>,
+    /// Of the counter, what was charged for prompts that have no token yet.
+    under_way: u64,
 }
 
 /// What is known of a request.
@@ -66,8 +74,17 @@ struct Known {
     arrived: Micros,
     /// Prompt tokens still to be charged, at its first admission.
     prompt: u32,
+    /// What was charged for them, until its first token.
+    under_way: u64,
     generated: u32,
     runs: bool,
+}
+
+/// What makes a tenant a light one: places in the batch, and the weights of all who have requests.
+#[derive(Clone, Copy, Debug)]
+struct Light {
+    places: u32,
+    weights: u64,
 }
 
 pointsman_plugin::scheduler!(FairShare);
@@ -79,13 +96,13 @@ const PRECISION: u64 = 1_000;
 
 impl Default for Config {
     fn default() -> Self {
-        Self { weights: BTreeMap::new(), output_cost: 2, spare_places: 1, max_waiting: 0 }
+        Self { weights: BTreeMap::new(), output_cost: 2, spare_places: 2, max_waiting: 0 }
     }
 }
 
 impl Default for Tenant {
     fn default() -> Self {
-        Self { weight: NORMAL_WEIGHT, counter: 0, waiting: BTreeSet::new(), running: BTreeSet::new() }
+        Self { weight: NORMAL_WEIGHT, counter: 0, waiting: BTreeSet::new(), running: BTreeSet::new(), under_way: 0 }
     }
 }
 
@@ -101,6 +118,7 @@ impl Policy for FairShare {
             tenants: BTreeMap::new(),
             requests: BTreeMap::new(),
             line: BTreeSet::new(),
+            prefilling: BTreeSet::new(),
             left_at: 0,
             n_running: 0,
             n_waiting: 0,
@@ -117,10 +135,12 @@ impl Scheduler for FairShare {
         // Counters stay: only the requests are told again.
         self.requests.clear();
         self.line.clear();
+        self.prefilling.clear();
         (self.n_running, self.n_waiting) = (0, 0);
         for tenant in self.tenants.values_mut() {
             tenant.waiting.clear();
             tenant.running.clear();
+            tenant.under_way = 0;
         }
         self.meet(&view.tenants);
         view.waiting.rows().for_each(|sequence| self.arrive(&sequence));
@@ -136,9 +156,12 @@ impl Scheduler for FairShare {
         // Fewer free blocks than running requests: these need them to grow, and nothing can be admitted.
         let is_short = budgets.free_blocks < self.n_running;
         let places = if is_short { 0 } else { budgets.running.saturating_sub(self.n_running) };
-        let spare = self.config.spare_places.min(budgets.running.saturating_sub(1));
-        let (admit, reached) = self.pick(places, spare);
-        Some(Plan { admit, rest: Rest::Hold, preempt: self.victims(reached), drop, ..Plan::default() })
+        let live = self.tenants.values().filter(|tenant| !(tenant.waiting.is_empty() && tenant.running.is_empty()));
+        let light = Light { places: budgets.running, weights: live.map(|tenant| u64::from(tenant.weight)).sum() };
+        let (mut admit, reached) = self.pick(places, &light);
+        let prefill_id = self.pause(&mut admit, &light);
+        let prefill_tokens = vec![0; prefill_id.len()];
+        Some(Plan { admit, rest: Rest::Hold, preempt: self.victims(reached), drop, prefill_id, prefill_tokens })
     }
 }
 
@@ -147,8 +170,16 @@ fn known(sequence: &Sequence) -> Known {
         tenant: sequence.tenant,
         arrived: sequence.arrived,
         prompt: sequence.prefill_left(),
+        under_way: 0,
         generated: sequence.generated_tokens,
         runs: false,
+    }
+}
+
+impl Light {
+    /// Whether a tenant that runs so many has less than half of its share of the places.
+    fn is(&self, tenant: &Tenant, n_running: usize) -> bool {
+        2 * n_running as u64 * self.weights < u64::from(self.places) * u64::from(tenant.weight)
     }
 }
 
@@ -174,15 +205,21 @@ impl FairShare {
         changes.arrived.rows().for_each(|sequence| self.arrive(&sequence));
         for id in &changes.admitted {
             if let Some(known) = self.leave(*id) {
-                self.charge(known.tenant, u64::from(known.prompt));
-                self.enter(*id, Known { prompt: 0, runs: true, ..known });
+                let charged = self.charge(known.tenant, u64::from(known.prompt));
+                self.enter(*id, Known { prompt: 0, under_way: known.under_way + charged, runs: true, ..known });
             }
         }
         for (id, generated) in changes.progress_id.iter().zip(&changes.progress_generated) {
             let Some(known) = self.requests.get_mut(id) else { continue };
             let tokens = generated.saturating_sub(std::mem::replace(&mut known.generated, *generated));
-            let tenant = known.tenant;
-            self.charge(tenant, u64::from(tokens) * u64::from(self.config.output_cost));
+            let number = known.tenant;
+            if tokens > 0 {
+                if self.prefilling.remove(&(number.into(), *id)) {
+                    let under_way = std::mem::take(&mut known.under_way);
+                    self.tenants.entry(number).or_default().under_way -= under_way;
+                }
+                self.charge(number, u64::from(tokens) * u64::from(self.config.output_cost));
+            }
         }
     }
 
@@ -201,6 +238,10 @@ impl FairShare {
         if known.runs {
             self.n_running += 1;
             tenant.running.insert((known.arrived, id));
+            if known.generated == 0 {
+                tenant.under_way += known.under_way;
+                self.prefilling.insert((known.tenant.into(), id));
+            }
         } else {
             self.n_waiting += 1;
             tenant.waiting.insert((known.arrived, id));
@@ -215,6 +256,9 @@ impl FairShare {
         if known.runs {
             self.n_running -= 1;
             tenant.running.remove(&(known.arrived, id));
+            if self.prefilling.remove(&(known.tenant.into(), id)) {
+                tenant.under_way -= known.under_way;
+            }
         } else {
             self.n_waiting -= 1;
             tenant.waiting.remove(&(known.arrived, id));
@@ -226,17 +270,20 @@ impl FairShare {
         Some(known)
     }
 
-    fn charge(&mut self, number: u32, tokens: u64) {
+    /// Adds to a counter, and says how much.
+    fn charge(&mut self, number: u32, tokens: u64) -> u64 {
         let tenant = self.tenants.entry(number).or_default();
-        let before = tenant.counter;
-        tenant.counter += price(tokens, tenant.weight);
+        let (before, price) = (tenant.counter, price(tokens, tenant.weight));
+        tenant.counter += price;
         if self.line.remove(&(before, number.into())) {
             self.line.insert((tenant.counter, number.into()));
         }
+        price
     }
 
     /// Waiting requests for the free places, and the largest counter that one of them was picked at.
-    fn pick(&self, places: u32, spare: u32) -> (Vec<RequestId>, u64) {
+    fn pick(&self, places: u32, light: &Light) -> (Vec<RequestId>, u64) {
+        let spare = self.config.spare_places.min(light.places / 8) as usize;
         // Each place goes to one of so many tenants at most: the rest of the line need not be looked at.
         let first = self.line.iter().take(places as usize);
         let tenants = first.filter_map(|&(_, number)| self.tenants.get(&u32::try_from(number).ok()?));
@@ -247,7 +294,7 @@ impl FairShare {
         while admit.len() < places as usize {
             let Some((Reverse(counter), Reverse(at))) = heap.pop() else { break };
             let (tenant, waiting, n_running) = &mut queues[at];
-            if *n_running > 0 && places as usize - admit.len() <= spare as usize {
+            if places as usize - admit.len() <= spare && !light.is(tenant, *n_running) {
                 continue;
             }
             let Some((_, id)) = waiting.next() else { continue };
@@ -258,6 +305,18 @@ impl FairShare {
             heap.push((Reverse(counter + price(prompt.into(), tenant.weight)), Reverse(at)));
         }
         (admit, reached)
+    }
+
+    /// Takes out of `admit`, and returns of those that run, the prefills that pause for those of light tenants.
+    fn pause(&self, admit: &mut Vec<RequestId>, light: &Light) -> Vec<RequestId> {
+        let admitted = |id: &RequestId| self.requests.get(id).and_then(|known| self.tenants.get(&known.tenant));
+        let running = |(number, _): &(u64, RequestId)| self.tenants.get(&u32::try_from(*number).ok()?);
+        let all = self.prefilling.iter().filter_map(running).chain(admit.iter().filter_map(admitted));
+        let level = all.filter(|tenant| light.is(tenant, tenant.running.len())).map(|t| t.counter - t.under_way).min();
+        let Some(level) = level else { return Vec::new() };
+        let pauses = |tenant: &Tenant| !light.is(tenant, tenant.running.len()) && tenant.counter >= level;
+        admit.retain(|id| !admitted(id).is_some_and(pauses));
+        self.prefilling.iter().filter(|entry| running(entry).is_some_and(pauses)).map(|(_, id)| *id).collect()
     }
 
     /// Running requests in the order in which they may be put back: only tenants that have had more than those admitted now.
@@ -300,8 +359,8 @@ mod tests {
     }
 
     /// A replica of `places` places on which every admission is followed and every request generates a token a step and
-    /// ends after `n_tokens`. Returns the ids in the order of admission.
-    fn serve(config: &str, places: u32, arrivals_by_step: &[Vec<Sequence>], n_tokens: u32) -> Vec<u64> {
+    /// ends after `n_tokens`. Returns the steps and ids of the admissions.
+    fn serve(config: &str, places: u32, arrivals_by_step: &[Vec<Sequence>], n_tokens: u32) -> Vec<(usize, u64)> {
         let mut policy: FairShare = start(config).expect("a valid configuration");
         let mut empty = view(1, places, &[], &[]);
         empty.tenants = vec![(1, "big".into()), (2, "small".into())];
@@ -321,7 +380,7 @@ mod tests {
             };
             let plan = policy.step(1, &budgets(places), &changes).expect("a plan");
             next = plan.admit;
-            order.extend_from_slice(&next);
+            order.extend(next.iter().map(|id| (step, *id)));
             running.values_mut().for_each(|n| *n += 1);
             running.extend(next.iter().map(|id| (*id, 1)));
             assert!(running.len() <= places as usize);
@@ -340,7 +399,7 @@ mod tests {
         for (config, shares) in [("", 18..=22), (r#"{"weights": {"big": 3000}}"#, 28..=32)] {
             let both: Vec<Sequence> = flood(1..81, 1).into_iter().chain(flood(101..181, 2)).collect();
             let order = serve(config, 4, &[both], 5);
-            let first = order[..40].iter().filter(|id| **id < 100).count();
+            let first = order[..40].iter().filter(|(_, id)| *id < 100).count();
             assert!(shares.contains(&first), "{config}: {first} of the first 40");
             assert_eq!(order.len(), 160, "nobody is forgotten");
         }
@@ -349,14 +408,12 @@ mod tests {
     #[test]
     fn a_light_tenant_goes_before_a_flood_and_has_a_place() {
         let mut by_step = vec![Vec::new(); 100];
-        by_step[0] = flood(1..60, 1);
-        by_step[20] = flood(900..901, 2);
-        let order = serve("", 4, &by_step, 10);
-        let place = order.iter().position(|id| *id == 900).expect("served");
-        // Three places for the flood, in rounds of ten steps, and the spare one at once.
-        assert!(place <= 7, "{order:?}");
-        let without = serve(r#"{"spare_places": 0}"#, 4, &by_step, 10);
-        assert!(without.iter().position(|id| *id == 900).expect("served") <= 13, "{without:?}");
+        by_step[0] = flood(1..100, 1);
+        by_step[15] = flood(900..901, 2);
+        let served = |config| serve(config, 16, &by_step, 10).into_iter().find(|(_, id)| *id == 900);
+        assert_eq!(served(""), Some((15, 900)), "at once");
+        let without = served(r#"{"spare_places": 0}"#).expect("served");
+        assert!((16..=20).contains(&without.0), "when the first of the flood's answers ends: {without:?}");
     }
 
     #[test]
@@ -365,8 +422,8 @@ mod tests {
         by_step[0] = flood(1..121, 1);
         by_step[60] = flood(901..961, 2);
         let order = serve("", 4, &by_step, 5);
-        let from = order.iter().position(|id| *id > 900).expect("served");
-        let of_second = order[from..from + 40].iter().filter(|id| **id > 900).count();
+        let from = order.iter().position(|(_, id)| *id > 900).expect("served");
+        let of_second = order[from..from + 40].iter().filter(|(_, id)| *id > 900).count();
         assert!((18..=22).contains(&of_second), "half of the service from then on, not all of it: {of_second}");
     }
 
@@ -381,8 +438,23 @@ mod tests {
         let plan = policy.step(3, &budgets(3), &waiting).expect("a plan");
         assert_eq!((plan.admit, plan.drop, plan.preempt), (vec![], vec![14, 13], vec![2, 1, 3]));
         let gone = Changes { gone: vec![14, 13], ..arrivals([]) };
-        let plan = policy.step(3, &budgets(5), &gone).expect("a plan");
+        let plan = policy.step(3, &budgets(4), &gone).expect("a plan");
         assert_eq!((plan.admit, plan.preempt), (vec![20], vec![2, 1]), "never for one that has had more");
+    }
+
+    #[test]
+    fn a_first_token_does_not_wait_for_the_prompts_of_others() {
+        let mut policy: FairShare = start("").expect("a valid configuration");
+        policy.resync(&view(1, 8, &[], &[Sequence { generated_tokens: 5, ..of(1, 1) }, of(2, 1)]));
+        let pauses = |plan: Plan| (plan.admit, plan.prefill_id, plan.prefill_tokens);
+        let mut step = |changes: Changes| pauses(policy.step(2, &budgets(8), &changes).expect("a plan"));
+        assert_eq!(step(arrivals([of(3, 1)])), (vec![3], vec![], vec![]), "alone");
+        let admitted = Changes { admitted: vec![3], ..arrivals([of(9, 2), of(4, 1)]) };
+        assert_eq!(step(admitted), (vec![9], vec![2, 3], vec![0, 0]), "one that has no token");
+        let goes_on = Changes { admitted: vec![9], ..arrivals([of(5, 1)]) };
+        assert_eq!(step(goes_on), (vec![], vec![2, 3], vec![0, 0]));
+        let token = Changes { progress_id: vec![9], progress_generated: vec![1], ..arrivals([]) };
+        assert_eq!(step(token), (vec![4, 5], vec![], vec![]), "and then all go on");
     }
 
     #[test]

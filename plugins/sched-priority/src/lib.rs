@@ -13,8 +13,9 @@
 //! With `max_waiting`, a longer queue refuses the last in this order: under overload the low classes get the refusals, and
 //! not whoever happens to come when the host's queue is full.
 //!
-//! Configuration: `aging_ms` (10000), `preempt` (false), `max_waiting` (0: the host's own limit). Keep `max_waiting` below the
-//! host's `sched.max_waiting`.
+//! Configuration: `aging_ms` (2000), `preempt` (false), `max_waiting` (0: the host's own limit). Keep `max_waiting` below the
+//! host's `sched.max_waiting`, and three times `aging_ms` below its `sched.starvation_ms`: whom the host rescues goes before
+//! everybody, critical ones too.
 
 use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, Plan};
 use pointsman_plugin::{Policy, Queue, RequestId, Scheduler, Sequence, View};
@@ -43,7 +44,7 @@ pointsman_plugin::scheduler!(Priorities);
 
 impl Default for Config {
     fn default() -> Self {
-        Self { aging_ms: 10_000, preempt: false, max_waiting: 0 }
+        Self { aging_ms: 2_000, preempt: false, max_waiting: 0 }
     }
 }
 
@@ -123,9 +124,9 @@ mod tests {
         let queue = |low_since| [of(1, low_since, LOW), of(2, 40 * SECOND, HIGH), of(3, 40 * SECOND, CRITICAL)];
         for (config, low_since, expect) in [
             ("", 39 * SECOND, [3, 2, 1]),
-            ("", 15 * SECOND, [3, 1, 2]),
-            ("", 5 * SECOND, [1, 3, 2]),
-            (r#"{"aging_ms": 60000}"#, 5 * SECOND, [3, 2, 1]),
+            ("", 35 * SECOND, [3, 1, 2]),
+            ("", 33 * SECOND, [1, 3, 2]),
+            (r#"{"aging_ms": 10000}"#, 33 * SECOND, [3, 2, 1]),
         ] {
             assert_eq!(plan(config, 8, &queue(low_since), &[]).admit, expect, "{config} {low_since}");
         }

@@ -7,9 +7,9 @@
 //! Aging: a request's key is its arrival plus `micros_per_token` for each token of work, smallest first. All who wait age at
 //! the same rate, so the order never changes while they wait, and a step costs O(changes * log n) however long the queue. A
 //! request of w tokens can be overtaken only by those who arrive within the next w * `micros_per_token`: 2,000 tokens wait
-//! at most 2 s longer than in order of arrival. When memory is short the one that is last in this order goes first.
+//! at most 6 s longer than in order of arrival. When memory is short the one that is last in this order goes first.
 //!
-//! Configuration: `micros_per_token` (1000): 0 is first come, first served. `new_token_percent` (25): how much of
+//! Configuration: `micros_per_token` (3000): 0 is first come, first served. `new_token_percent` (25): how much of
 //! `max_new_tokens` counts; clients ask for far more than they use, but a token generated costs a step.
 
 use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, Plan};
@@ -35,7 +35,7 @@ pointsman_plugin::scheduler!(ShortestFirst);
 
 impl Default for Config {
     fn default() -> Self {
-        Self { micros_per_token: 1_000, new_token_percent: 25 }
+        Self { micros_per_token: 3_000, new_token_percent: 25 }
     }
 }
 
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn waiting_long_enough_beats_being_short() {
         let long = of(1, 1, 500);
-        for (arrived, expect) in [(480 * MS, [2, 1]), (500 * MS, [1, 2])] {
+        for (arrived, expect) in [(1_440 * MS, [2, 1]), (1_500 * MS, [1, 2])] {
             assert_eq!(admits("", &[long], &[of(2, arrived, 10)]), expect, "{arrived}");
         }
     }
@@ -118,7 +118,7 @@ mod tests {
             gone = policy.step(now, &budgets(1), &changes).expect("a plan").admit;
             gone == [1]
         });
-        assert_eq!(served_at, Some(200), "2,000 tokens wait 2 s");
+        assert_eq!(served_at, Some(599), "2,000 tokens wait 6 s");
     }
 
     #[test]

@@ -124,6 +124,7 @@ impl Scheduler {
             return false;
         }
         let headroom = if room == MakeRoom::Any { 0 } else { self.headroom() };
+        let mut checked = false;
         loop {
             let has_place = self.running.len() < self.config.max_running as usize;
             if has_place && self.budget == 0 {
@@ -134,6 +135,10 @@ impl Scheduler {
                 self.enter(slot, chain, now);
                 return true;
             }
+            if room == MakeRoom::No || !(checked || self.could_fit(slot, room, headroom, now)) {
+                return false;
+            }
+            checked = true;
             let victim = match room {
                 MakeRoom::No => None,
                 MakeRoom::Offered => self.offered_victim(now),
@@ -144,6 +149,30 @@ impl Scheduler {
                 None => return false,
             }
         }
+    }
+
+    /// Whether it would fit if everybody whom `room` lets go went; else nobody should. `self.found` is what is cached of it.
+    fn could_fit(&mut self, slot: Slot, room: MakeRoom, headroom: u32, now: Micros) -> bool {
+        self.n_marks += 1;
+        let mut marks = std::mem::take(&mut self.marks);
+        let offered = &self.plan.preempt[self.preempt_cursor..];
+        let may_go = |slot: Slot| {
+            let is_offered = || offered.contains(&self.sequences[slot].request.id.0);
+            !self.is_overdue(slot, now) && (room == MakeRoom::Any || is_offered())
+        };
+        // Blocks of those who stay, shared ones once.
+        let (mut n_stay, mut n_kept) = (0, 0);
+        for &other in self.running.iter().filter(|&&other| !may_go(other)) {
+            n_stay += 1;
+            for block in &self.sequences[other].table {
+                let before = std::mem::replace(&mut marks[block.0 as usize], self.n_marks);
+                n_kept += u32::from(before != self.n_marks);
+            }
+        }
+        let n_shared = self.found.iter().filter(|block| marks[block.0 as usize] == self.n_marks).count();
+        let needed = self.config.blocks_for(self.sequences[slot].n_tokens()) - count(n_shared);
+        self.marks = marks;
+        n_stay < self.config.max_running && n_kept + needed + headroom <= self.config.n_blocks
     }
 
     /// What is cached of a waiting sequence (left in `self.found`), and how many available blocks admitting it would take.

@@ -496,6 +496,35 @@ fn an_overdue_request_takes_the_place_of_one_that_is_not() {
 }
 
 #[test]
+fn nobody_is_preempted_in_vain() {
+    // 11 blocks are asked for and 16 there are: 6 stay with request 1, so the 4 of request 3 would not do.
+    for offered in [true, false] {
+        let mut host = Host::new(CONFIG);
+        host.submit(request(1, 24, 1));
+        host.submit(request(2, 44, 1));
+        host.submit(request(3, 13, 3));
+        let hold = Plan { rest: Rest::Hold, ..Plan::default() };
+        let mut policy = Scripted::new(Plan { admit: vec![3], ..hold.clone() });
+        host.step(&mut policy);
+        policy.plan = if offered {
+            Plan { admit: vec![1], ..hold.clone() }
+        } else {
+            // Both are overdue now: the older one is rescued, the other cannot be.
+            host.now = CONFIG.starvation_us + 1;
+            hold.clone()
+        };
+        host.step(&mut policy);
+        policy.plan = Plan { admit: vec![2], preempt: vec![3], ..hold };
+        host.step(&mut policy);
+        let stages = [1, 2, 3].map(|id| host.scheduler.inspect(RequestId(id), host.now).map(|(stage, _)| stage));
+        assert_eq!(stages, [Some(Stage::Prefilling), Some(Stage::Queued), Some(Stage::Decoding)], "{offered}");
+        assert_eq!(host.scheduler.take_counters().preemptions, 0, "{offered}");
+        host.run_until_idle(&mut NativeBatch);
+        assert_eq!(host.tokens(3), reference(&request(3, 13, 3)));
+    }
+}
+
+#[test]
 fn a_policy_can_drop_only_what_waits() {
     let mut host = Host::new(Config { max_running: 1, ..CONFIG });
     let mut policy = Scripted::new(Plan::default());
