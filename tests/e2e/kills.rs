@@ -1,5 +1,5 @@
 //! A host that is killed at any moment comes back with what it had promised: fifty `kill -9` at seeded moments in the middle
-//! of uploads, swaps, rollbacks, removals and changes of an alias, all on one data directory.
+//! of uploads, swaps, rollbacks, removals, rollouts and changes of an alias, all on one data directory.
 //!
 //! The operator below knows what it was told (a 200 that arrived) and what was on its way when the host died. After each
 //! start nothing that was promised may be missing, and nothing may be there that nobody asked for.
@@ -30,12 +30,18 @@ impl Random {
     }
 }
 
-/// Where a slot stands: generation, component, and whether it is there.
+/// Where a slot stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Stand {
+    /// Of what works there.
     generation: u64,
+    /// Empty after a rollback that was told: the answer does not name it.
     component: String,
     removed: bool,
+    /// Highest generation given there.
+    newest: u64,
+    /// Component of a rollout under way; its generation is the newest.
+    trying: Option<String>,
 }
 
 /// What an operator asks for.
@@ -45,6 +51,8 @@ enum Wish {
     Put { slot: &'static str, component: String },
     Rollback { slot: &'static str },
     Remove { slot: &'static str },
+    Rollout { slot: &'static str, component: String, on_restart: &'static str },
+    Steer { slot: &'static str, promote: bool, generation: u64 },
     Weights { f16: u32 },
 }
 
@@ -86,23 +94,16 @@ fn candidates(host: &Host, slot: &str) -> Option<Vec<String>> {
     Some(fits.map(|c| c["digest"].as_str().expect("a digest").to_owned()).chain(["native".to_owned()]).collect())
 }
 
-/// The next wish; none once the host is dead.
-fn wish(host: &Host, random: &mut Random) -> Option<Wish> {
-    let slot = SLOTS[random.below(3) as usize];
-    Some(match random.below(10) {
-        0..3 => Wish::Upload(component(random.below(u64::MAX))),
-        3..7 => {
-            let mut known = candidates(host, slot)?;
-            let component = known.swap_remove(random.below(known.len() as u64) as usize);
-            Wish::Put { slot, component }
-        }
-        7 => Wish::Rollback { slot },
-        8 => Wish::Remove { slot: SLOTS[2] },
-        _ => Wish::Weights { f16: 1 + random.below(9_999) as u32 },
-    })
-}
-
 impl Wish {
+    /// The slot that it changes.
+    fn slot(&self) -> Option<&'static str> {
+        match self {
+            Self::Upload(_) | Self::Weights { .. } => None,
+            Self::Put { slot, .. } | Self::Rollback { slot } | Self::Remove { slot } => Some(slot),
+            Self::Rollout { slot, .. } | Self::Steer { slot, .. } => Some(slot),
+        }
+    }
+
     fn ask(&self, host: &Host) -> Option<(u16, Value)> {
         let json = |value: Value| ("application/json", value.to_string().into_bytes());
         let (method, path, body) = match self {
@@ -110,6 +111,19 @@ impl Wish {
             Self::Put { slot, component } => ("PUT", format!("slots/{slot}"), json(json!({ "component": component }))),
             Self::Rollback { slot } => ("POST", format!("slots/{slot}/rollback"), ("", Vec::new())),
             Self::Remove { slot } => ("DELETE", format!("slots/{slot}"), ("", Vec::new())),
+            Self::Rollout { slot, component, on_restart } => {
+                // Arms take turns every 100 ms, each turn a stored document.
+                let plan = json!({
+                    "component": component, "mode": "switchback", "on_restart": on_restart,
+                    "block_ms": 100, "burn_in_ms": 0, "settle_ms": 0,
+                });
+                ("POST", format!("slots/{slot}/rollouts"), json(plan))
+            }
+            Self::Steer { slot, promote, generation } => {
+                let verb = if *promote { "promote" } else { "abort" };
+                let path = format!("slots/{slot}/rollouts/{slot}-{generation}/{verb}");
+                ("POST", path, json(json!({})))
+            }
             Self::Weights { f16 } => {
                 let weights = json!({ "weights": { "demo:f16": f16, "demo:q8_0": 1 } });
                 ("PUT", "aliases/demo".to_owned(), json(weights))
@@ -120,9 +134,34 @@ impl Wish {
 }
 
 impl Told {
+    /// The next wish; none once the host is dead. A rollout under way is steered sooner or later.
+    fn wish(&self, host: &Host, random: &mut Random) -> Option<Wish> {
+        let slot = SLOTS[random.below(3) as usize];
+        let stand = self.slots.get(slot).cloned().unwrap_or_default();
+        let kind = random.below(12);
+        if stand.trying.is_some() && (3..9).contains(&kind) {
+            return Some(Wish::Steer { slot, promote: kind < 6, generation: stand.newest });
+        }
+        let mut any = || {
+            let mut known = candidates(host, slot)?;
+            Some(known.swap_remove(random.below(known.len() as u64) as usize))
+        };
+        Some(match kind {
+            0..3 => Wish::Upload(component(random.below(u64::MAX))),
+            3..6 => Wish::Put { slot, component: any()? },
+            6..8 if slot != SLOTS[2] => {
+                let on_restart = if kind == 6 { "pause" } else { "resume" };
+                Wish::Rollout { slot, component: any()?, on_restart }
+            }
+            6..10 => Wish::Rollback { slot },
+            10 => Wish::Remove { slot: SLOTS[2] },
+            _ => Wish::Weights { f16: 1 + random.below(9_999) as u32 },
+        })
+    }
+
     /// Works until the host dies; `begun` counts the wishes that were sent.
     fn operate(&mut self, host: &Host, random: &mut Random, begun: &AtomicUsize) {
-        while let Some(wish) = wish(host, random) {
+        while let Some(wish) = self.wish(host, random) {
             self.open = Some(wish.clone());
             begun.fetch_add(1, Ordering::AcqRel);
             let Some((status, body)) = wish.ask(host) else { return };
@@ -142,11 +181,25 @@ impl Told {
                 self.uploaded.insert(body["digest"].as_str().expect("a digest").to_owned());
             }
             Wish::Put { slot, component } => {
-                self.slots.insert(slot, Stand { generation, component: component.clone(), removed: false });
+                let component = component.clone();
+                self.slots.insert(slot, Stand { generation, component, newest: generation, ..Stand::default() });
             }
             Wish::Rollback { slot } => {
-                // The answer names the revision; which component that is, the next look at the slot says.
-                self.slots.insert(slot, Stand { generation, component: String::new(), removed: false });
+                self.slots.insert(slot, Stand { generation, newest: generation, ..Stand::default() });
+            }
+            Wish::Rollout { slot, component, .. } => {
+                let id = body["id"].as_str().and_then(|id| id.rsplit_once('-')?.1.parse().ok());
+                let stand = self.slots.entry(slot).or_default();
+                stand.newest = id.expect("an id");
+                stand.trying = Some(component.clone());
+            }
+            Wish::Steer { slot, promote, .. } => {
+                let stand = self.slots.entry(slot).or_default();
+                let tried = stand.trying.take();
+                if *promote {
+                    stand.generation = stand.newest;
+                    stand.component = tried.expect("a rollout under way");
+                }
             }
             Wish::Remove { slot } => {
                 self.slots.entry(slot).or_default().removed = true;
@@ -206,23 +259,27 @@ impl Told {
         let component = document["active"]["component"].as_str().expect("a component");
         let removed = document["removed"] == true;
         assert_eq!(is_there, !removed, "{slot}: {document} {state}");
+        let rollout = &document["rollout"];
+        let live = matches!(rollout["phase"]["is"].as_str(), Some("running" | "paused"));
+        let newest = [&document["active"]["generation"], &document["newest"], &rollout["target"]["generation"]];
+        let found = Stand {
+            generation,
+            component: component.to_owned(),
+            removed,
+            newest: newest.iter().filter_map(|n| n.as_u64()).max().unwrap_or(0),
+            trying: live.then(|| rollout["target"]["component"].as_str().expect("a component").to_owned()),
+        };
         if is_there {
             // What is stored is what serves, and it works.
             assert_eq!(state["active"]["generation"], generation, "{slot}: {document} {state}");
             assert_eq!(state["active"]["component"], component, "{slot}: {document} {state}");
             assert!(matches!(state["health"]["state"].as_str(), Some("closed" | "native")), "{slot}: {state}");
+            assert_eq!(state["candidate"]["generation"].as_u64(), live.then_some(found.newest), "{slot}: {state}");
         }
-        // What was told is there; one more only if it was asked for.
-        let whole = generation == told.generation && removed == told.removed;
-        let same = whole && (told.component.is_empty() || told.component == component);
-        let after = |removes: bool| (generation, removed) == (told.generation + u64::from(!removes), removes);
-        let next = match open {
-            Some(Wish::Put { slot: of, component: asked }) => *of == slot && after(false) && asked == component,
-            Some(Wish::Rollback { slot: of }) => *of == slot && after(false),
-            Some(Wish::Remove { slot: of }) => *of == slot && after(true),
-            _ => false,
-        };
-        assert!(same || next, "{slot}: told {told:?}, found {document}, open {open:?}");
+        let may = expected(&told, open.filter(|open| open.slot() == Some(slot)));
+        let is = |stand: &Stand| Stand { component: component.to_owned(), ..stand.clone() } == found;
+        let fits = may.iter().any(|stand| is(stand) && (stand.component.is_empty() || stand.component == component));
+        assert!(fits, "{slot}: found {document}, but told and asked for {may:?}");
         // The journal's last word on the slot is the same.
         let last = |events: &[&str]| {
             let of = |e: &&Value| e["slot"] == slot && e["event"].as_str().is_some_and(|event| events.contains(&event));
@@ -232,8 +289,31 @@ impl Told {
         assert_eq!(published["target"], document["active"], "{slot}");
         let gone = last(&["removed"])["sequence"].as_u64() > published["sequence"].as_u64();
         assert_eq!(gone, removed, "{slot}: the journal and the document");
-        self.slots.insert(slot, Stand { generation, component: component.to_owned(), removed });
+        let last_rollout = rollout["id"].as_str().unwrap_or("none");
+        let of_rollout = |e: &&Value| e["id"] == last_rollout || e["rollout"]["id"] == last_rollout;
+        let known = lines.iter().rev().find(of_rollout);
+        assert!(rollout.is_null() || known.is_some(), "{slot}: {last_rollout} is not in the journal");
+        self.slots.insert(slot, found);
     }
+}
+
+/// Where a slot may stand after a crash: as was told, or as it would be had the open wish been granted.
+fn expected(told: &Stand, open: Option<&Wish>) -> Vec<Stand> {
+    let next = Stand { generation: told.newest + 1, newest: told.newest + 1, ..Stand::default() };
+    let granted = open.map(|open| match open {
+        Wish::Put { component, .. } => Stand { component: component.clone(), ..next },
+        Wish::Rollout { component, .. } => {
+            Stand { newest: told.newest + 1, trying: Some(component.clone()), ..told.clone() }
+        }
+        Wish::Steer { promote: false, .. } => Stand { trying: None, ..told.clone() },
+        Wish::Steer { promote: true, .. } => {
+            let component = told.trying.clone().unwrap_or_default();
+            Stand { generation: told.newest, component, trying: None, ..told.clone() }
+        }
+        Wish::Remove { .. } => Stand { removed: true, ..told.clone() },
+        Wish::Rollback { .. } | Wish::Upload(_) | Wish::Weights { .. } => next,
+    });
+    [Some(told.clone()), granted].into_iter().flatten().collect()
 }
 
 /// Nothing half-written stays, and no signature without its component.
@@ -253,7 +333,7 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
     let mut told = Told::default();
     let mut host = host(&[]);
     for (slot, name) in [("router", "route-least-loaded"), ("scheduler", "sched-fcfs")] {
-        told.slots.insert(slot, Stand { generation: 1, component: host.builtin(name), removed: false });
+        told.slots.insert(slot, Stand { generation: 1, component: host.builtin(name), newest: 1, ..Stand::default() });
     }
     for kill in 0..KILLS {
         let (wishes, spins) = (1 + random.below(4) as usize, random.below(1_000_000));
@@ -275,13 +355,20 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
         told.check(&host);
         let served = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 1 }));
         let router = served.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let generation = format!(";g={}", told.slots["router"].generation);
-        assert!(served.status == 200 && router.ends_with(&generation), "after kill {kill}: {router}, {generation}");
+        let stand = &told.slots["router"];
+        let arms = [Some(stand.generation), stand.trying.as_ref().map(|_| stand.newest)];
+        let known = arms.into_iter().flatten().any(|generation| router.ends_with(&format!(";g={generation}")));
+        assert!(served.status == 200 && known, "after kill {kill}: {router}, {stand:?}");
     }
-    let recovered = journal(&host).iter().filter(|e| e["event"] == "recovered").count();
+    let lines = journal(&host);
+    let count = |event: &str| lines.iter().filter(|e| e["event"] == event).count();
     let generations: Vec<u64> = told.slots.values().map(|s| s.generation).collect();
     println!(
-        "{KILLS} kills, seed {SEED:#x}: {} components, generations {generations:?}, {recovered} lines recovered",
-        told.uploaded.len()
+        "{KILLS} kills, seed {SEED:#x}: {} components, generations {generations:?}, {} rollouts started, {} restored, {} lines \
+         recovered",
+        told.uploaded.len(),
+        count("rollout-started"),
+        count("rollout-restored"),
+        count("recovered")
     );
 }
