@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use pointsman_tests::Host;
 use serde_json::{Value, json};
 
+use crate::trust::pointsman;
 use crate::{host, journal};
 
 /// The variant that served a tenant.
@@ -52,7 +53,15 @@ fn tenants_are_split_by_weight_and_stay() {
     assert_eq!(count(&all(&host)), 0);
     let cleared = put(&host, &json!({ "weights": {}, "if_generation": 3 }));
     assert_eq!((&cleared.body["generation"], &cleared.body["sticky"]), (&json!(4), &Value::Null), "{cleared:?}");
+    let alias = |arguments: &[&str]| pointsman(&[&["alias"], arguments, &["--url", &host.admin]].concat());
+    let said = alias(&["set", "demo", "demo:f16=1", "--sticky", "request"]).expect("a good weight");
+    assert!(said.starts_with("demo;g=5  by weight, sticky by request"), "{said}");
+    assert!(alias(&["set", "demo", "demo:f16"]).is_err_and(|e| e.contains("VARIANT=WEIGHT")));
+    assert!(alias(&["set", "demo"]).is_err(), "neither weights nor --router");
+    assert!(alias(&["set", "demo", "--router"]).is_ok());
+    let listed = alias(&["list"]).expect("a list");
+    assert!(listed.contains("demo;g=6  the router chooses") && listed.contains("demo:q8_0"), "{listed}");
     let changes: Vec<Value> = journal(&host).into_iter().filter(|e| e["event"] == "alias-changed").collect();
-    assert_eq!(changes.iter().map(|e| e["generation"].as_u64()).collect::<Vec<_>>(), [1, 2, 3, 4].map(Some));
+    assert_eq!(changes.iter().map(|e| e["generation"].as_u64()).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6].map(Some));
     assert_eq!(changes[1]["weights"], json!({ "demo:f16": 3, "demo:q8_0": 1 }));
 }

@@ -11,6 +11,7 @@ use pointsman_tests::{Host, root, skip};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::trust::{PROGRAM, keygen, pointsman};
 use crate::{host, journal};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -132,6 +133,42 @@ fn a_component_is_pulled_with_a_token_and_through_a_redirect() {
     assert_eq!(activated.status, 200, "{activated:?}");
     let active = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body["active"].clone();
     assert_eq!(active["component"], json!(sha256(&wasm)));
+}
+
+#[test]
+fn a_signature_travels_with_the_manifest() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (key, file) = (folder.path().join("release.key"), folder.path().join("router.wasm"));
+    let ring = keygen(&key);
+    let wasm = component();
+    std::fs::write(&file, &wasm).expect("a file");
+    let text = |path: &std::path::Path| path.to_str().expect("a UTF-8 path").to_owned();
+    pointsman(&["policy", "sign", &text(&file), "--key", &text(&key)]).expect("signed");
+    let signature = std::fs::read_to_string(format!("{}.sig", text(&file))).expect("written");
+    let mut signed: Value = serde_json::from_slice(&manifest(&wasm, "application/wasm")).expect("JSON");
+    let registry = Registry::default();
+    registry.put("/v2/r/manifests/unsigned", 200, "", signed.to_string().as_bytes());
+    signed["annotations"] = json!({ "pointsman.signature": signature.trim() });
+    registry.put("/v2/r/manifests/signed", 200, "", signed.to_string().as_bytes());
+    registry.put(&format!("/v2/r/blobs/{}", sha256(&wasm)), 200, "", &wasm);
+    let at = registry.serve();
+    let config = format!(
+        "[trust]\nrequire_signature = true\n[trust.keys]\n{ring}\n[slots.router]\ncomponent = \"oci://{at}/r:signed\"\n"
+    );
+    let host = Host::configured(PROGRAM, &config);
+    let active = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body["active"].clone();
+    assert_eq!(active["component"], json!(sha256(&wasm)), "pulled by the configuration of a fresh host");
+    let upload = |tag: &str| {
+        let reference = format!("oci://{at}/r:{tag}");
+        pointsman(&["policy", "upload", &reference, "--url", &host.admin])
+    };
+    assert!(upload("signed").expect("a good signature").contains("signed by release"));
+    assert_eq!(host.activate("router", "native", json!({})).status, 200);
+    assert_eq!(host.activate("router", &host.builtin("route-least-loaded"), json!({})).status, 200);
+    let deleted = host.admin("DELETE", &format!("/admin/v1/components/{}", sha256(&wasm)), &Value::Null);
+    assert_eq!(deleted.status, 204, "{deleted:?}");
+    let refused = upload("unsigned").expect_err("no signature");
+    assert!(refused.contains("is not signed"), "{refused}");
 }
 
 #[test]

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use crate::{host, journal};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pointsman-under-test");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_pointsman-under-test");
 
 /// Runs the command line; what it printed, or the error.
-fn pointsman(arguments: &[&str]) -> Result<String, String> {
+pub(crate) fn pointsman(arguments: &[&str]) -> Result<String, String> {
     let output = Command::new(PROGRAM).args(arguments).output().expect("it starts");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
@@ -33,7 +33,7 @@ fn message(answer: &Answer) -> &str {
 }
 
 /// Makes a key; the line that a configuration needs.
-fn keygen(path: &Path) -> String {
+pub(crate) fn keygen(path: &Path) -> String {
     let said = pointsman(&["policy", "keygen", text(path)]).expect("a key");
     said.lines().find(|line| line.contains(" = \"")).expect("a line for the ring").to_owned()
 }
