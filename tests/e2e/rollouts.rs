@@ -141,6 +141,40 @@ fn a_restart_pauses_a_rollout_with_what_it_knew_and_it_goes_on() {
 }
 
 #[test]
+fn the_command_line_starts_shows_and_aborts() {
+    let host = host(&[]);
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
+        command.args(["policy", "rollout"]).args(arguments).args(["--url", &host.admin]);
+        let output = command.output().expect("it starts");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).expect("UTF-8"))
+    };
+    let plan = r#"{"block_ms": 400, "burn_in_ms": 0}"#;
+    for (arguments, code, expect) in [
+        (&["status", "router"][..], 0, "no rollout here yet"),
+        (&["start", "router", "route-weighted", "--mode", "ab"], 1, "use `switchback`"),
+        (
+            &["start", "router", "route-weighted", "--mode", "canary", "--steps", "10,50", "--plan", plan],
+            0,
+            "router-2  canary",
+        ),
+        (&["start", "router", "native", "--mode", "canary"], 1, "rollout router-2 is under way"),
+        (&["status"], 0, "router-2"),
+        (&["status", "router-2"], 0, "ttft-over-slo"),
+        (&["promote", "router-2", "--step"], 0, "at 50 % of the time"),
+        (&["promote", "router-2", "--step"], 1, "is at its last step"),
+        (&["pause", "router-2"], 0, "paused  asked"),
+        (&["resume", "router-2"], 0, "running"),
+        (&["abort", "router-2"], 0, "aborted  asked"),
+        (&["abort", "router"], 1, "is not the id of a rollout"),
+    ] {
+        let (found, said) = run(arguments);
+        assert!(found == Some(code) && said.contains(expect), "{arguments:?}: {found:?} {said}");
+    }
+}
+
+#[test]
 fn a_plan_that_is_no_experiment_is_refused_with_the_reason() {
     let host = host(&[]);
     let refuse = |slot: &str, change: (&str, Value), expect: (u16, &str)| {

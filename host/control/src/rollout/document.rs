@@ -166,6 +166,11 @@ pub enum Decision {
         /// Percent.
         percent: u8,
     },
+    /// The evidence no longer says so: it waits for more.
+    NotReady {
+        /// Percent.
+        percent: u8,
+    },
     /// The ramp stops; the share stays.
     Hold {
         /// Why.
@@ -476,11 +481,14 @@ impl RolloutDocument {
             let release = holds.is_empty();
             decisions.push(if release { Decision::Release } else { Decision::Hold { why: holds.clone() } });
         }
-        if holds.is_empty() && self.is_step_done(evidence) {
-            decisions.extend(self.onward());
-        }
+        let done = holds.is_empty() && self.is_step_done(evidence);
+        decisions.extend(match (done, self.progress.ready) {
+            (true, _) => self.onward(),
+            (false, true) => Some(Decision::NotReady { percent: self.percent() }),
+            (false, false) => None,
+        });
         let bound = self.progress.periods >= u64::from(self.spec.max_periods);
-        if bound && !decisions.iter().any(|d| matches!(d, Decision::Promote)) && !self.progress.ready {
+        if bound && !decisions.iter().any(|d| matches!(d, Decision::Promote)) && !(done && self.progress.ready) {
             decisions.push(match self.spec.mode {
                 Mode::Shadow => Decision::Complete,
                 _ => Decision::Pause { why: format!("undecided after {} periods", self.spec.max_periods) },
@@ -541,6 +549,7 @@ impl RolloutDocument {
                 (progress.step_periods, progress.step_ms, progress.ready) = (0, 0, false);
             }
             Decision::Ready { .. } => progress.ready = true,
+            Decision::NotReady { .. } => progress.ready = false,
             Decision::Hold { why } => progress.holds.clone_from(why),
             Decision::Release => progress.holds.clear(),
             Decision::Pause { why } => self.phase = Phase::Paused { why: why.clone() },
