@@ -7,6 +7,7 @@ mod client;
 mod explain;
 mod kills;
 mod oci;
+mod operate;
 mod restart;
 mod rollouts;
 mod sampler;

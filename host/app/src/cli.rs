@@ -37,6 +37,9 @@ pub(crate) enum Command {
     /// Make, build, check and time a policy; needs no running host.
     #[command(subcommand)]
     Plugin(PluginCommand),
+    /// Make the slots of a running host what a file says: shows the plan, checks all of it, applies it or changes nothing.
+    #[command(after_help = "Examples:\n  pointsman apply -f slots.toml --dry-run\n  pointsman apply -f slots.json")]
+    Apply(ApplyArgs),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
     #[command(name = "__compile", hide = true)]
     Compile,
@@ -119,6 +122,19 @@ pub(crate) enum PolicyCommand {
     /// Try a policy on a share of the time, measure it, and take it back when it harms.
     #[command(subcommand)]
     Rollout(RolloutCommand),
+    /// Make the native policy decide in every slot with one switch, and let the policies answer again.
+    #[command(
+        after_help = "Examples:\n  pointsman policy safe-mode on --reason 'the new router loops'\n  pointsman policy safe-mode off\n  pointsman policy safe-mode     # says which"
+    )]
+    SafeMode {
+        /// on or off; without it, says which.
+        switch: Option<Switch>,
+        /// Why, for the journal and for whoever looks at the slots.
+        #[arg(long, value_name = "TEXT", requires = "switch")]
+        reason: Option<String>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
     /// Say why a request went where it went: what the router saw and said, what the host did, and when.
     #[command(
         after_help = "Examples:\n  pointsman policy explain chatcmpl-0011aabb\n  pointsman policy explain     # lists the last requests"
@@ -355,6 +371,26 @@ pub(crate) struct TrialArgs {
     /// A label of replicas that the host has in its configuration; `manifest.wants` may name it. Repeatable.
     #[arg(long = "label", value_name = "NAME")]
     pub labels: Vec<String>,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+/// Flags of `apply`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ApplyArgs {
+    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config and state_namespace.
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Show what would change, and change nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub at: AdminArgs,
 }
 
 /// Where the admin API is.

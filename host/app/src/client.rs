@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use pointsman_policy::Digest;
 use serde_json::{Value, json};
 
-use crate::cli::{AdminArgs, AliasCommand, PolicyCommand};
+use crate::cli::{AdminArgs, AliasCommand, PolicyCommand, Switch};
 use crate::oci::SIGNATURE_ANNOTATION;
 use crate::reference::{OCI_SCHEME, Reference};
 use crate::trust::{SecretKey, Signature};
@@ -61,6 +61,9 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             print(out, &at, &answer, |a| activated(&slot.to_string(), a))
         }
         PolicyCommand::Rollout(command) => rollouts::run(command, out),
+        PolicyCommand::SafeMode { switch, reason, at } => {
+            print(out, &at, &Admin::new(at.clone()).switch_safe_mode(switch, reason)?, safe_mode)
+        }
         PolicyCommand::Explain { id, at } => {
             let path = match &id {
                 Some(id) => format!("/admin/v1/requests/{id}"),
@@ -78,8 +81,12 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
         PolicyCommand::Keygen { file } => keygen(&file, out),
         PolicyCommand::Sign { file, key } => sign(&file, &key, out),
         PolicyCommand::Status { at } => {
-            let answer = Admin::new(at.clone()).get("/admin/v1/slots")?;
-            print(out, &at, &answer, slot_table)
+            let admin = Admin::new(at.clone());
+            let (answer, switch) = (admin.get("/admin/v1/slots")?, admin.get(SAFE_MODE)?);
+            print(out, &at, &answer, |slots| match switch["on"] == true {
+                true => format!("{}\n{}", slot_table(slots), safe_mode(&switch)),
+                false => slot_table(slots),
+            })
         }
     }
 }
@@ -107,6 +114,8 @@ pub(crate) fn alias(command: AliasCommand, out: &mut dyn Write) -> anyhow::Resul
         }
     }
 }
+
+const SAFE_MODE: &str = "/admin/v1/safe-mode";
 
 /// Fewest hex digits that stand for a digest: fewer could be a name with a letter missing.
 const MIN_DIGEST: usize = 8;
@@ -163,8 +172,15 @@ impl Admin {
         self.send_with("POST", "/admin/v1/components", bytes, &headers.into_iter().flatten().collect::<Vec<_>>())
     }
 
+    /// Switches safe mode, or says which it is.
+    fn switch_safe_mode(&self, switch: Option<Switch>, reason: Option<String>) -> anyhow::Result<Value> {
+        let Some(switch) = switch else { return self.get(SAFE_MODE) };
+        let body = json!({ "on": switch == Switch::On, "reason": reason });
+        self.send("POST", SAFE_MODE, body.to_string().into_bytes(), "application/json")
+    }
+
     /// Has the host fetch what a reference names.
-    fn pull(&self, reference: &str, signature: Option<&Path>) -> anyhow::Result<Value> {
+    pub(crate) fn pull(&self, reference: &str, signature: Option<&Path>) -> anyhow::Result<Value> {
         if signature.is_some() {
             bail!("a pulled component brings its signature in the manifest's annotation `{SIGNATURE_ANNOTATION}`");
         }
@@ -230,6 +246,16 @@ impl Admin {
         match pin {
             Some(pin) if pin.as_str() != found => bail!("`{name}` is pinned to {pin} and has the digest {found}"),
             _ => Ok(found),
+        }
+    }
+
+    /// Like [`resolve`](Self::resolve), and uploads nothing.
+    pub(crate) fn identify(&self, name: &str) -> anyhow::Result<String> {
+        let plain = name.split_once("@sha256:").map_or(name, |(plain, _)| plain);
+        if Path::new(plain).is_file() {
+            Ok(Digest::of(&read(Path::new(plain))?).to_string())
+        } else {
+            self.resolve(name)
         }
     }
 
@@ -318,6 +344,17 @@ fn activated(slot: &str, answer: &Value) -> String {
         text(answer, "revision"),
         answer["generation"]
     )
+}
+
+fn safe_mode(answer: &Value) -> String {
+    if answer["on"] != true {
+        return "safe mode is off: the policies of the slots answer".to_owned();
+    }
+    if answer["since_start"] == true {
+        return "safe mode is on since the start: only a restart without --safe-mode ends it".to_owned();
+    }
+    let (by, reason) = (text(answer, "by"), text(answer, "reason"));
+    format!("safe mode is on: every slot is native (by {by}: {reason}); `pointsman policy safe-mode off` ends it")
 }
 
 fn component_table(answer: &Value) -> String {

@@ -5,6 +5,7 @@
 
 mod aliases;
 mod anomaly;
+mod apply;
 mod builtin;
 mod cli;
 mod client;
@@ -41,6 +42,7 @@ pub fn main() -> ExitCode {
         Some(Command::Policy(command)) => client::run(command, &mut std::io::stdout()),
         Some(Command::Alias(command)) => client::alias(command, &mut std::io::stdout()),
         Some(Command::Plugin(command)) => plugin::run(command, &mut std::io::stdout()),
+        Some(Command::Apply(args)) => apply::run(&args, &mut std::io::stdout()),
         Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
     };
     match outcome {

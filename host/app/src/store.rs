@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use pointsman_control::{AliasDocument, Entry, SlotDocument, SlotName};
+use pointsman_control::{AliasDocument, Entry, SafeModeDocument, SlotDocument, SlotName};
 
 use crate::trust::Signature;
 
@@ -17,6 +17,9 @@ use crate::trust::Signature;
 const JOURNAL_BYTES: u64 = 16 << 20;
 /// Journal entries that are read back at start come from this many bytes at the end of the file.
 const JOURNAL_TAIL_BYTES: u64 = 1 << 20;
+
+/// Document of the switch that makes every slot native; there while it is on.
+const SAFE_MODE: &str = "safe-mode.json";
 
 /// A locked data directory.
 #[derive(Debug)]
@@ -185,6 +188,33 @@ impl Store {
         let entries = tail("journal.jsonl");
         // Right after it moved aside the file is empty, and the numbers go on from the older one.
         if entries.is_empty() { tail("journal.1.jsonl") } else { entries }
+    }
+
+    /// The switch that makes every slot native: its document, or what is wrong with it; `None` when it is off.
+    pub(crate) fn read_safe_mode(&self) -> Option<Result<SafeModeDocument, String>> {
+        match fs::read(self.root.join(SAFE_MODE)) {
+            Ok(bytes) => Some(SafeModeDocument::parse(&bytes).map_err(|error| error.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(Err(error.to_string())),
+        }
+    }
+
+    /// Stores the switch, or that it is off, so that it survives a crash.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub(crate) fn write_safe_mode(&self, document: Option<&SafeModeDocument>) -> io::Result<()> {
+        let path = self.root.join(SAFE_MODE);
+        match document {
+            Some(document) => write_aside(&path, document.to_json().as_bytes()),
+            None => {
+                match fs::remove_file(path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+                File::open(&self.root)?.sync_all()
+            }
+        }
     }
 
     /// Whether the store has any document of this slot.

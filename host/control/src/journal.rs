@@ -174,6 +174,14 @@ pub enum Happened {
         /// How it is unusual, in words.
         detail: String,
     },
+    /// Every slot was made native by one switch, or the policies are back.
+    SafeMode {
+        /// Which.
+        on: bool,
+        /// In the operator's words.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
     /// The configuration file and the stored deployment disagree; the stored one is used.
     Differs {
         /// Where.

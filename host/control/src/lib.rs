@@ -11,10 +11,12 @@ mod anomaly;
 mod deployment;
 mod journal;
 pub mod rollout;
+mod safe_mode;
 mod slot;
 
 pub use alias::{AliasDocument, AliasError, Aliases, DesiredAlias, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
 pub use journal::{Actor, Entry, Happened, Journal, LastOf, Why};
+pub use safe_mode::SafeModeDocument;
 pub use slot::{ComponentRef, SlotName, SlotNameError};

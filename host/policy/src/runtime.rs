@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::Duration;
@@ -52,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) recorder: Recorder,
     pub(crate) clock: Clock,
+    /// Whether the native policy decides in every slot, whatever is published there.
+    pub(crate) bypassed: AtomicBool,
     states: StateStore,
     maintainer: OnceLock<Thread>,
 }
@@ -220,6 +222,7 @@ impl Runtime {
             metrics,
             recorder,
             clock,
+            bypassed: AtomicBool::new(false),
             states: StateStore::default(),
             maintainer: OnceLock::new(),
         });
@@ -368,6 +371,12 @@ impl Runtime {
     #[must_use]
     pub fn telemetry_slot(&self, name: &str) -> Arc<TelemetrySlot> {
         Arc::new(TelemetrySlot { core: self.inner.slot::<TelemetryHook>(name), buffers: Mutex::default() })
+    }
+
+    /// Makes the native policy decide in every slot from the next call on, or lets the published ones decide again. What is
+    /// published or staged meanwhile stays warm and waits.
+    pub fn bypass(&self, on: bool) {
+        self.inner.shared.bypassed.store(on, Ordering::Relaxed);
     }
 
     /// Frees what has drained and starts what is missing, until there is nothing to do now. For

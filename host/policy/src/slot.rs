@@ -197,6 +197,8 @@ pub(crate) struct SlotCore<H: Hook> {
     pub(crate) name: Arc<str>,
     pub(crate) shared: Arc<Shared>,
     current: ArcSwap<Generation<H>>,
+    /// The native policy, which decides while the runtime is bypassed; nothing is ever published here.
+    native: ArcSwap<Generation<H>>,
     retired: Mutex<Vec<Arc<Generation<H>>>>,
     wanted: AtomicU32,
     swaps: AtomicU64,
@@ -254,6 +256,7 @@ impl<H: Hook> SlotCore<H> {
         Self {
             log: Arc::new(LogGate::new(Arc::clone(&name))),
             current: ArcSwap::from_pointee(Generation::native(0, Arc::clone(&alive))),
+            native: ArcSwap::from_pointee(Generation::native(0, Arc::default())),
             name,
             shared,
             retired: Mutex::default(),
@@ -265,11 +268,17 @@ impl<H: Hook> SlotCore<H> {
         }
     }
 
+    /// Who decides now.
+    #[inline]
+    fn deciding(&self) -> &ArcSwap<Generation<H>> {
+        if self.shared.bypassed.load(Ordering::Relaxed) { &self.native } else { &self.current }
+    }
+
     /// Enters the current generation for the length of a call.
     #[inline]
     pub(crate) fn enter(&self) -> Inside<'_, H> {
         loop {
-            let generation = self.current.load();
+            let generation = self.deciding().load();
             match generation.gate.enter() {
                 Ok(()) => return Inside { generation, shared: &self.shared },
                 // Retired since it was loaded: the next one is already published.
@@ -282,7 +291,7 @@ impl<H: Hook> SlotCore<H> {
     /// Enters the current generation to stay; leave it with [`leave`](Self::leave).
     pub(crate) fn enter_to_stay(&self) -> Arc<Generation<H>> {
         loop {
-            let generation = self.current.load_full();
+            let generation = self.deciding().load_full();
             match generation.gate.enter() {
                 Ok(()) => return generation,
                 Err(Drain::Drained) => self.shared.wake(),
@@ -300,7 +309,7 @@ impl<H: Hook> SlotCore<H> {
     /// Whether `generation` is still the current one.
     #[inline]
     pub(crate) fn is_current(&self, generation: &Arc<Generation<H>>) -> bool {
-        std::ptr::eq(&**self.current.load(), &**generation)
+        std::ptr::eq(&**self.deciding().load(), &**generation)
     }
 
     /// One more or one fewer instance is needed: a replica came or went.

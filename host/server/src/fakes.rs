@@ -336,6 +336,14 @@ impl PolicyAdmin for FakeAdmin {
         Ok(raw(&serde_json::json!({ "steered": format!("{steer:?}") })))
     }
 
+    fn safe_mode(&self) -> wire::SafeMode {
+        wire::SafeMode { on: false, since_start: false, reason: None, by: None, since_unix_ms: None }
+    }
+
+    fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
+        Ok(wire::SafeMode { on: put.on, reason: put.reason, by: Some(actor.to_owned()), ..self.safe_mode() })
+    }
+
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
         if question.request.prompt_tokens > 9 {
             return Err(refused(AdminErrorKind::Conflict, "the router has no previous policy"));

@@ -147,6 +147,10 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     /// Promotes, aborts, pauses or resumes; the report afterwards.
     fn steer_rollout(&self, slot: &str, id: &str, steer: wire::Steer, actor: &str)
     -> Result<Box<RawValue>, AdminError>;
+    /// Whether every slot is native by one switch.
+    fn safe_mode(&self) -> wire::SafeMode;
+    /// Makes every slot native, or lets the policies answer again.
+    fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError>;
     /// Asks the router that was active before the present one, off the path; nothing that serves is touched.
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.

@@ -62,6 +62,7 @@ pub struct Metrics {
     rejected: IntCounterVec,
     cancelled: IntCounterVec,
     alerts: IntCounterVec,
+    safe_mode: IntGauge,
     events_dropped: IntCounter,
     arms: ArmFamilies,
     plugin: Mutex<PluginFamilies>,
@@ -319,6 +320,10 @@ impl Metrics {
                 &["stage"],
             ),
             alerts: counter("pointsman_alerts_total", "Alerts raised.", &["severity", "source"]),
+            safe_mode: registered(
+                &registry,
+                IntGauge::new("pointsman_safe_mode", "1 while the native policy decides in every slot by one switch."),
+            ),
             events_dropped: registered(
                 &registry,
                 IntCounter::new("pointsman_events_dropped_total", "Events lost to the bound of the ring."),
@@ -327,6 +332,11 @@ impl Metrics {
             plugin: Mutex::default(),
             registry,
         }
+    }
+
+    /// Whether the native policy decides in every slot by one switch.
+    pub fn safe_mode(&self, on: bool) {
+        self.safe_mode.set(on.into());
     }
 
     /// Handles for the requests of one variant.

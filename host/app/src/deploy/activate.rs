@@ -41,6 +41,18 @@ impl Deploy {
         self.carry_out(planned, actor, why)
     }
 
+    /// Everything that an activation does before it changes something. The caller holds `operations`.
+    pub(super) fn try_out(&self, slot: SlotName, desired: Desired) -> Result<wire::Activated, AdminError> {
+        let planned = lock(&self.state).plan(slot, desired).map_err(plan_error)?;
+        self.check_changeable(Some(&planned.slot))?;
+        let ready = self.prepare(&planned.slot, &planned.desired, planned.generation)?;
+        let warm_ms = match &ready {
+            Ready::Native => 0.0,
+            Ready::Guest(prepared) => prepared.warm_ms,
+        };
+        Ok(wire::Activated { revision: ready.revision(), generation: planned.generation, warm_ms, publish_us: 0.0 })
+    }
+
     /// Prepares, stores, swaps. The caller holds `operations`. Until the document is stored nothing has changed; from then on
     /// the swap is all that is left.
     pub(super) fn carry_out(&self, planned: Planned, actor: &str, why: Why) -> Result<wire::Activated, AdminError> {

@@ -89,11 +89,11 @@ impl PolicyAdmin for Deploy {
 
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::PutSlot { component, config, if_generation, state_namespace } = request;
+        let wire::PutSlot { component, config, if_generation, state_namespace, dry_run } = request;
         let component = self.component_of(&component, actor)?;
         let desired = Desired { component, config: config.get().to_owned(), state_namespace, if_generation };
         let _one = lock(&self.operations);
-        self.activate(slot, desired, actor, Why::Put)
+        if dry_run { self.try_out(slot, desired) } else { self.activate(slot, desired, actor, Why::Put) }
     }
 
     fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError> {
@@ -129,6 +129,14 @@ impl PolicyAdmin for Deploy {
         let _one = lock(&self.operations);
         let planned = lock(&self.state).plan_rollback(&slot).map_err(plan_error)?;
         self.carry_out(planned, actor, Why::Rollback)
+    }
+
+    fn safe_mode(&self) -> wire::SafeMode {
+        self.safe_mode_view()
+    }
+
+    fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
+        self.switch_safe_mode(put, actor)
     }
 
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
@@ -195,9 +203,18 @@ impl Deploy {
             active: revision_view(slot, state.map_or(&native, |s| &s.active)),
             previous: state.and_then(|s| s.previous.as_ref()).map(|p| revision_view(slot, p)),
             candidate: state.and_then(SlotState::candidate).map(|c| revision_view(slot, c)),
-            health: self.failed_health(slot).or(status.as_ref().map(|s| self.health(s))).unwrap_or_else(native_health),
+            health: self
+                .safe_health()
+                .or_else(|| self.failed_health(slot))
+                .or(status.as_ref().map(|s| self.health(s)))
+                .unwrap_or_else(native_health),
             counters: status.map(|s| counters(&s)).unwrap_or_default(),
         }
+    }
+
+    /// In safe mode no slot runs what is stored for it.
+    fn safe_health(&self) -> Option<wire::Health> {
+        self.safe_reason().map(|reason| wire::Health { reason: Some(reason), ..native_health() })
     }
 
     /// A slot that does not run what is stored for it says why.

@@ -11,6 +11,7 @@ mod admin;
 mod errors;
 mod intake;
 mod rollout;
+mod safe_mode;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 use crossbeam_queue::ArrayQueue;
 use pointsman_control::{
-    AliasDocument, ComponentRef, Deployment, Desired, Happened, Journal, SlotDocument, SlotName, Target, Why,
+    AliasDocument, ComponentRef, Deployment, Desired, Happened, Journal, SafeModeDocument, SlotDocument, SlotName,
+    Target, Why,
 };
 use pointsman_policy::{
     Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot, SlotStatus,
@@ -49,7 +51,10 @@ pub(crate) struct Deploy {
     clock: Arc<SystemClock>,
     metrics: Arc<Metrics>,
     trust: KeyRing,
+    /// Started in safe mode: no guest is instantiated.
     safe_mode: bool,
+    /// Switched to safe mode since: every guest is bypassed.
+    switched: Mutex<Option<SafeModeDocument>>,
     operations: Mutex<()>,
     /// Held while a registry is asked.
     pulling: Mutex<()>,
@@ -146,6 +151,7 @@ impl Deploy {
             metrics: parts.metrics,
             trust: parts.trust,
             safe_mode,
+            switched: Mutex::default(),
             operations: Mutex::default(),
             pulling: Mutex::default(),
             state: Mutex::default(),
@@ -164,6 +170,8 @@ impl Deploy {
     pub(crate) fn start(&self, config: &Config) {
         self.find_components();
         let _one = lock(&self.operations);
+        self.metrics.safe_mode(self.safe_mode);
+        self.recall_safe_mode();
         for (slot, document) in self.store.slot_documents() {
             match document {
                 Ok(document) => {
@@ -194,6 +202,9 @@ impl Deploy {
                 Ok(slot) => self.start_fresh(slot, section),
                 Err(error) => tracing::error!("configuration, slots: {error}"),
             }
+        }
+        if self.safe_reason().is_some() {
+            self.pause_rollouts("startup");
         }
     }
 

@@ -249,7 +249,7 @@ impl Deploy {
         let config = config.get().to_owned();
         let desired = Desired { component, config, state_namespace, if_generation: None };
         let _one = lock(&self.operations);
-        self.check_changeable(Some(&slot))?;
+        self.check_changeable(Some(&slot)).and_then(|()| self.check_measurable())?;
         if matches!(lock(&self.failed).get(&slot), Some(Failed::Policy(_))) {
             return Err(conflict(format!(
                 "`{slot}` does not run what is stored for it; activate something there first"
@@ -316,6 +316,9 @@ impl Deploy {
         let slot = parse_slot(slot)?;
         let _one = lock(&self.operations);
         self.check_changeable(Some(&slot))?;
+        if matches!(steer, wire::Steer::Resume) {
+            self.check_measurable()?;
+        }
         let mut rollouts = lock(&self.rollouts);
         let Some(live) = rollouts.get_mut(&slot).filter(|live| live.rollout.document().id == id) else {
             return Err(conflict(format!("rollout {id} is over; start another")));
@@ -337,6 +340,25 @@ impl Deploy {
         }
         drop(rollouts);
         self.report(&slot, &document)
+    }
+
+    /// Pauses every rollout under way: while all slots are native, what is measured says nothing about its arms. The caller
+    /// holds `operations`.
+    pub(super) fn pause_rollouts(&self, actor: &str) {
+        for (slot, live) in lock(&self.rollouts).iter_mut() {
+            let Ok(decision) = live.rollout.document().ask_pause() else { continue };
+            let commands = live.rollout.decide(decision, self.clock.micros());
+            self.obey(slot, live, actor, commands);
+            self.settle(slot, live);
+        }
+    }
+
+    /// Refuses to measure while all slots are native.
+    fn check_measurable(&self) -> Result<(), AdminError> {
+        match self.safe_reason() {
+            Some(reason) => Err(conflict(format!("{reason}; nothing can be measured until it is off"))),
+            None => Ok(()),
+        }
     }
 
     /// The report of a rollout, with what its policies cost while both are warm.

@@ -10,6 +10,7 @@ mod journal;
 mod record;
 mod requests;
 mod rollouts;
+mod safe_mode;
 mod slots;
 pub mod wire;
 
@@ -64,6 +65,7 @@ pub(crate) fn routes() -> Routes {
         ("/admin/v1/requests/{id}", &["get"], get(requests::request)),
         ("/admin/v1/aliases", &["get"], get(aliases::aliases)),
         ("/admin/v1/aliases/{name}", &["get", "put"], get(aliases::alias).put(aliases::put_alias)),
+        ("/admin/v1/safe-mode", &["get", "post"], get(safe_mode::safe_mode).post(safe_mode::switch)),
         ("/admin/v1/devices", &["get"], get(devices)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),
         ("/admin/v1/drain", &["post"], post(drain)),

@@ -21,7 +21,7 @@ use crate::ports::Upload;
 use crate::state::ServerState;
 
 /// Members of the body of a `PUT`.
-const PUT_MEMBERS: [&str; 4] = ["component", "config", "if_generation", "state_namespace"];
+const PUT_MEMBERS: [&str; 5] = ["component", "config", "if_generation", "state_namespace", "dry_run"];
 
 /// Longest body of a `PUT`: a config of 1 MiB.
 pub(super) const MAX_PUT_BYTES: usize = 1 << 20;
@@ -152,8 +152,9 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     })?;
     let if_generation = member(&members, "if_generation", "a generation")?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
+    let dry_run = member(&members, "dry_run", "true or false")?.unwrap_or(false);
     let config = config(&mut members)?;
-    Ok(PutSlot { component, config, if_generation, state_namespace })
+    Ok(PutSlot { component, config, if_generation, state_namespace, dry_run })
 }
 
 /// The config as the text that it is; `{}` for none.

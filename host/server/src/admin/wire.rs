@@ -135,6 +135,8 @@ pub struct PutSlot {
     pub if_generation: Option<u64>,
     /// Namespace of its host-state; the slot's name when absent.
     pub state_namespace: Option<String>,
+    /// Prepare it and publish nothing: says what would be wrong.
+    pub dry_run: bool,
 }
 
 /// Body of `POST /admin/v1/slots/{slot}/rollouts`, in parts.
@@ -238,6 +240,35 @@ pub struct Activated {
     pub warm_ms: f64,
     /// The swap itself.
     pub publish_us: f64,
+}
+
+/// Whether every slot is native by one switch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SafeMode {
+    /// Whether no guest answers.
+    pub on: bool,
+    /// Whether the host was started so; only a restart ends it then.
+    pub since_start: bool,
+    /// In the operator's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Who switched it on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
+    /// When, in milliseconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since_unix_ms: Option<u64>,
+}
+
+/// Body of `POST /admin/v1/safe-mode`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PutSafeMode {
+    /// On or off.
+    pub on: bool,
+    /// Why, for the journal and for whoever looks at the slots.
+    #[serde(default)]
+    pub reason: Option<String>,
 }
 
 /// A device and what it holds.

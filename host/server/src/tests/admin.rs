@@ -160,6 +160,20 @@ async fn rollouts_are_started_read_and_steered() {
 }
 
 #[tokio::test]
+async fn safe_mode_is_one_switch() {
+    let rig = Rig::new();
+    let loops = r#"{"on": true, "reason": "loops"}"#;
+    for (method, body, expect) in [
+        ("GET", "", json!({"on": false, "since_start": false})),
+        ("POST", loops, json!({"on": true, "since_start": false, "reason": "loops", "by": "loopback"})),
+        ("POST", r#"{"on": false}"#, json!({"on": false, "since_start": false, "by": "loopback"})),
+    ] {
+        let answer = rig.ask_admin(request(method, "/admin/v1/safe-mode", &[HOST], body)).await;
+        assert_eq!((answer.status, answer.json()), (200, expect), "{method} {body}");
+    }
+}
+
+#[tokio::test]
 async fn faults_have_their_status() {
     let long = "A".repeat(129);
     let rig = Rig::with(ServerConfig { max_component_bytes: 8, ..ServerConfig::default() });
@@ -192,6 +206,8 @@ async fn faults_have_their_status() {
         ("PUT", "/admin/v1/aliases/m", r#"{"weights": {}, "stiky": "tenant"}"#, 400, "invalid_json"),
         ("PUT", "/admin/v1/aliases/m", r#"{"weights": {}, "if_generation": 4}"#, 409, "conflict"),
         ("GET", "/admin/v1/journal?after=x", "", 400, "invalid_value"),
+        ("POST", "/admin/v1/safe-mode", r#"{"on": "yes"}"#, 400, "invalid_json"),
+        ("POST", "/admin/v1/safe-mode", r#"{"on": true, "reson": "x"}"#, 400, "invalid_json"),
     ] {
         let kind = if body.starts_with('{') { "application/json" } else { "application/wasm" };
         let answer = rig.ask_admin(request(method, path, &[HOST, ("content-type", kind)], body)).await;

@@ -1,0 +1,90 @@
+//! The one switch that makes every slot native while the host runs, and back.
+//!
+//! Rollouts are paused, because their arms cannot be told apart any more; whoever switches off resumes them by hand.
+//! Deployments go on underneath: what is activated meanwhile is stored and kept warm, and answers once the switch is off. So
+//! an operator in trouble switches off first and repairs then. `--safe-mode` at the start is the stronger form: nothing of a
+//! guest is even instantiated.
+
+use pointsman_control::{Happened, SafeModeDocument};
+use pointsman_server::admin::wire;
+use pointsman_server::ports::AdminError;
+
+use super::errors::{conflict, internal};
+use super::{Deploy, lock};
+
+/// What the file says when it cannot be read: the switch was on, and nobody knows why.
+const UNREADABLE: &str = "its document cannot be read";
+
+impl Deploy {
+    /// Takes the switch as the last life of the host left it; before anything is published.
+    pub(super) fn recall_safe_mode(&self) {
+        let Some(found) = self.store.read_safe_mode() else { return };
+        let document = found.unwrap_or_else(|error| {
+            tracing::error!("safe-mode.json cannot be read, so safe mode is on: {error}");
+            let (reason, since_unix_ms) = (Some(UNREADABLE.to_owned()), self.clock.unix_millis());
+            SafeModeDocument { format: 1, reason, actor: "startup".into(), since_unix_ms }
+        });
+        let reason = document.reason.as_deref().unwrap_or("no reason given");
+        tracing::warn!("safe mode is on since before this start ({reason}); `pointsman policy safe-mode off` ends it");
+        self.bypass(Some(document));
+    }
+
+    /// Everything that follows from the switch but its document.
+    fn bypass(&self, switched: Option<SafeModeDocument>) {
+        self.runtime.bypass(switched.is_some());
+        self.metrics.safe_mode(self.safe_mode || switched.is_some());
+        *lock(&self.switched) = switched;
+    }
+
+    /// Why every slot is native; `None` when guests may answer.
+    pub(super) fn safe_reason(&self) -> Option<String> {
+        if self.safe_mode {
+            return Some("safe mode since the start".to_owned());
+        }
+        let switched = lock(&self.switched);
+        switched.as_ref().map(|d| format!("safe mode: {}", d.reason.as_deref().unwrap_or("no reason given")))
+    }
+
+    pub(super) fn safe_mode_view(&self) -> wire::SafeMode {
+        let switched = lock(&self.switched).clone();
+        wire::SafeMode {
+            on: self.safe_mode || switched.is_some(),
+            since_start: self.safe_mode,
+            reason: switched.as_ref().and_then(|d| d.reason.clone()),
+            by: switched.as_ref().map(|d| d.actor.clone()),
+            since_unix_ms: switched.map(|d| d.since_unix_ms),
+        }
+    }
+
+    /// Switches. On: guests are off first, whatever the disk says. Off: the document goes first, so that a crash in between
+    /// leaves the switch off as asked. Asking for what is the case already changes nothing.
+    pub(super) fn switch_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
+        let wire::PutSafeMode { on, reason } = put;
+        let _one = lock(&self.operations);
+        if self.safe_mode {
+            let message = "the host was started in safe mode and runs no policies; restart it without --safe-mode";
+            return Err(conflict(message.to_owned()));
+        }
+        if on == lock(&self.switched).is_some() {
+            return Ok(self.safe_mode_view());
+        }
+        if on {
+            let (actor, since_unix_ms) = (actor.to_owned(), self.clock.unix_millis());
+            let document = SafeModeDocument { format: 1, reason: reason.clone(), actor, since_unix_ms };
+            self.bypass(Some(document.clone()));
+            self.pause_rollouts(&document.actor);
+            let stored = self.store.write_safe_mode(Some(&document));
+            self.note(&document.actor, Happened::SafeMode { on, reason });
+            stored.map_err(|e| {
+                internal(format!("safe mode is on, and a restart would end it: it cannot be stored ({e})"))
+            })?;
+        } else {
+            self.store
+                .write_safe_mode(None)
+                .map_err(|e| internal(format!("safe mode stays on: its document cannot be removed ({e})")))?;
+            self.bypass(None);
+            self.note(actor, Happened::SafeMode { on, reason });
+        }
+        Ok(self.safe_mode_view())
+    }
+}

@@ -1,0 +1,128 @@
+//! What an operator does to a running host: one switch to native and back, and a file that says what every slot runs.
+
+use std::process::{Command, Output};
+
+use pointsman_tests::Host;
+use serde_json::{Value, json};
+
+use crate::host;
+
+fn pointsman(host: &Host, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"))
+        .args(arguments)
+        .args(["--url", &host.admin])
+        .output()
+        .expect("it starts")
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Who routed a request.
+fn router(host: &Host) -> String {
+    let answer = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 2 }));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
+}
+
+fn slot(host: &Host, name: &str) -> Value {
+    host.admin("GET", &format!("/admin/v1/slots/{name}"), &Value::Null).body
+}
+
+#[test]
+fn one_switch_makes_every_slot_native_and_back() {
+    let host = host(&[]);
+    assert!(router(&host).starts_with("route-least-loaded@"));
+    let candidate = json!({ "component": host.builtin("sched-priority"), "mode": "canary" });
+    let rollout = host.admin("POST", "/admin/v1/slots/scheduler/rollouts", &candidate);
+    assert_eq!(rollout.status, 201, "{rollout:?}");
+    let on = pointsman(&host, &["policy", "safe-mode", "on", "--reason", "it loops"]);
+    assert!(on.status.success() && said(&on).contains("every slot is native"), "{on:?}");
+    assert_eq!(router(&host), "native;g=0");
+    let calls = slot(&host, "scheduler")["counters"]["calls"].clone();
+    assert_eq!(router(&host), "native;g=0");
+    for name in ["router", "scheduler", "telemetry.slo-log"] {
+        let slot = slot(&host, name);
+        let reason = slot["health"]["reason"].as_str().unwrap_or_default();
+        assert!(slot["health"]["state"] == "native" && reason.contains("it loops"), "{slot}");
+    }
+    assert_eq!(slot(&host, "scheduler")["counters"]["calls"], calls, "the scheduler is not asked either");
+    let rollouts = host.admin("GET", "/admin/v1/slots/scheduler/rollouts", &Value::Null).body.to_string();
+    assert!(rollouts.contains("paused"), "nothing is measured meanwhile: {rollouts}");
+    assert_eq!(host.admin("POST", "/admin/v1/slots/router/rollouts", &candidate).status, 409);
+    assert_eq!(host.get("/ready").status, 200);
+    assert!(host.get("/metrics").body.as_str().is_some_and(|m| m.contains("pointsman_safe_mode 1")));
+    // What is activated meanwhile is kept, and answers when the switch is off.
+    let digest = host.builtin("route-weighted");
+    assert_eq!(host.activate("router", &digest, json!({})).status, 200);
+    assert_eq!(router(&host), "native;g=0");
+    let host = host.restart(&[]);
+    assert_eq!(router(&host), "native;g=0", "the switch survives a kill");
+    let status = pointsman(&host, &["policy", "status"]);
+    assert!(said(&status).contains("safe mode is on"), "{status:?}");
+    let off = pointsman(&host, &["policy", "safe-mode", "off"]);
+    assert!(off.status.success() && said(&off).contains("safe mode is off"), "{off:?}");
+    assert!(router(&host).starts_with("route-weighted@"));
+    let journal = host.admin("GET", "/admin/v1/journal", &Value::Null).body;
+    let journal = journal.as_str().unwrap_or_default();
+    let switches = journal.lines().filter(|line| line.contains("\"safe-mode\""));
+    let switches: Vec<Value> = switches.map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(switches.len(), 2, "{journal}");
+    assert_eq!((&switches[0]["on"], &switches[0]["reason"]), (&json!(true), &json!("it loops")));
+    let host = host.restart(&[]);
+    assert!(router(&host).starts_with("route-weighted@"), "off for good");
+}
+
+#[test]
+fn a_file_is_planned_applied_and_then_nothing_is_left_to_do() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("slots.toml");
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/route-least-loaded.core.wasm");
+    let text = format!(
+        "[slots.router]\ncomponent = \"{}\"\n[slots.scheduler]\ncomponent = \"sched-priority\"\nconfig = {{ aging_ms = 500 }}\n\
+         [slots.\"telemetry.slo-log\"]\ncomponent = \"hook-slo-log\"\n",
+        wasm.display()
+    );
+    std::fs::write(&file, text).expect("it can be written");
+    let file = file.display().to_string();
+    let apply = |more: &[&str]| pointsman(&host, &[&["apply", "-f", &file], more].concat());
+    let before = (slot(&host, "router")["active"].clone(), slot(&host, "scheduler")["active"].clone());
+    let dry = apply(&["--dry-run"]);
+    assert!(dry.status.success(), "{dry:?}");
+    for part in ["~ router: route-least-loaded@", "config  {} -> {\"aging_ms\":500}", "2 to change, 1 as the file says"]
+    {
+        assert!(said(&dry).contains(part), "{part}: {}", said(&dry));
+    }
+    assert_eq!((slot(&host, "router")["active"].clone(), slot(&host, "scheduler")["active"].clone()), before);
+    let applied = apply(&[]);
+    assert!(applied.status.success() && said(&applied).ends_with("applied\n"), "{applied:?}");
+    assert_eq!(slot(&host, "scheduler")["active"]["config"], json!({ "aging_ms": 500 }));
+    let again = apply(&[]);
+    assert!(again.status.success() && said(&again) == "0 to change, 3 as the file says\n", "{}", said(&again));
+}
+
+#[test]
+fn a_file_that_cannot_be_applied_changes_nothing() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("slots.json");
+    let before = host.admin("GET", "/admin/v1/slots", &Value::Null).body["data"].clone();
+    let generations = |slots: &Value| -> Vec<Value> {
+        slots.as_array().expect("slots").iter().map(|s| s["active"]["generation"].clone()).collect()
+    };
+    for (scheduler, part) in [
+        (json!({ "component": "sched-priority", "config": { "aging": 1 } }), "nothing was changed: `scheduler`"),
+        (json!({ "component": "route-weighted" }), "does not work in the slot `scheduler`"),
+        (json!({ "component": "no-such-policy" }), "slots.scheduler: no component `no-such-policy`"),
+    ] {
+        let wanted = json!({ "slots": { "router": { "component": "route-weighted" }, "scheduler": scheduler } });
+        std::fs::write(&file, wanted.to_string()).expect("it can be written");
+        let output = pointsman(&host, &["apply", "-f", &file.display().to_string()]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(said(&output).contains(part), "{part}: {}", said(&output));
+        let after = host.admin("GET", "/admin/v1/slots", &Value::Null).body["data"].clone();
+        assert_eq!(generations(&after), generations(&before), "{part}");
+    }
+}
