@@ -1,6 +1,6 @@
 //! Router: replicas by weight, sticky by session.
 //!
-//! Weighted rendezvous hashing ([`place`]): shares are exactly those of the weights; a replica that comes or goes moves only
+//! Weighted rendezvous hashing (`place` of the SDK): shares are exactly those of the weights; a replica that comes or goes moves only
 //! its own sessions, and a weight that changes moves only the difference, which no modulo and no ring of virtual nodes does.
 //! There is no state: every instance, on every host, gives the same answer, because `key` is stable.
 //!
@@ -10,7 +10,7 @@
 //!
 //! Configuration: `sticky` (true): false spreads the requests of a session, too.
 
-use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, place};
+use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, place_before};
 use serde::Deserialize;
 
 /// What the operator may set.
@@ -53,20 +53,22 @@ impl Router for Weighted {
     fn route(&mut self, _now: Micros, request: &Request, replicas: &Replicas) -> Choice {
         let sticky = self.config.sticky && request.session != 0;
         let label = if sticky { request.session } else { request.seed };
-        // Sorted; a row that is no better than the last of them costs one comparison.
         let mut best = [(u8::MAX, u64::MAX, u32::MAX); RANKED];
         for replica in replicas.rows().filter(Replica::in_service) {
-            let entry = (replica.health, place(label, replica.key, replica.weight), replica.row);
-            let mut at = RANKED;
+            let (health, last, _) = best[RANKED - 1];
+            let limit = if replica.health < health { u64::MAX } else { last };
+            let Some(place) = place_before(label, replica.key, replica.weight, limit) else { continue };
+            let entry = (replica.health, place, replica.row);
+            let mut at = RANKED - 1;
             while at > 0 && entry < best[at - 1] {
+                best[at] = best[at - 1];
                 at -= 1;
             }
-            if at < RANKED {
-                best[at..].rotate_right(1);
+            if entry < best[at] {
                 best[at] = entry;
             }
         }
-        let rank: Vec<u32> = best.iter().map(|&(.., row)| row).filter(|&row| row != u32::MAX).collect();
+        let rank: Vec<u32> = best.iter().map(|&(.., row)| row).take_while(|row| *row != u32::MAX).collect();
         if rank.is_empty() { Choice::Abstain } else { Choice::Rank(rank) }
     }
 }

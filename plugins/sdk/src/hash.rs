@@ -19,13 +19,28 @@ pub fn mix(label: u64, key: u64) -> u64 {
 #[must_use]
 #[inline]
 pub fn place(label: u64, key: u64, weight: u32) -> u64 {
+    place_before(label, key, weight, u64::MAX).unwrap_or(u64::MAX)
+}
+
+/// The same, where it is less than `limit`: for the best few of many, most of whom cost no logarithm.
+#[must_use]
+#[inline]
+pub fn place_before(label: u64, key: u64, weight: u32, limit: u64) -> Option<u64> {
     if weight == 0 {
-        return u64::MAX;
+        return None;
     }
     // 52 bits and a half: exact, and neither 0 nor 1 can come out.
     let hash = (mix(label, key) >> 12) as f64 + 0.5;
-    (minus_ln(hash, 52) / f64::from(weight)).to_bits()
+    // -ln(u) is at least 1 - u. The largest limit is no number as a float, and then nothing is ruled out here.
+    if 1.0 - hash / SCALE >= f64::from_bits(limit) * f64::from(weight) {
+        return None;
+    }
+    let place = (minus_ln(hash, 52) / f64::from(weight)).to_bits();
+    (place < limit).then_some(place)
 }
+
+/// 2^52.
+const SCALE: f64 = (1_u64 << 52) as f64;
 
 /// `-ln(x / 2^scale)` for an x between 0.5 and 2^scale, to within 1e-7 of the result. The logarithm of the standard library
 /// is exact to the last bit, and took twice the rest of a decision.
@@ -71,7 +86,7 @@ mod tests {
 
     #[test]
     fn the_logarithm_is_near_enough_everywhere() {
-        let top = (1_u64 << 52) as f64;
+        let top = SCALE;
         let random = (0..10_000).map(|i| (mix(i, 1) >> 12) as f64 + 0.5);
         let edges = [0.5, 1.5, top / 2.0, top * 0.707, top * 0.708, top - 100_000.5, top - 1.5, top - 0.5];
         for x in random.chain(edges) {
@@ -85,7 +100,16 @@ mod tests {
         let weights = [1_000, 0, 2_000, 5_000];
         let mut hits = [0_i32; 4];
         for label in 0..80_000 {
-            let winner = (0..4).min_by_key(|&i| place(label, i as u64, weights[i]));
+            let places = [0, 1, 2, 3].map(|i| place(label, i as u64, weights[i]));
+            let winner = (0..4).min_by_key(|&i| places[i]);
+            for (i, limit) in [(0, places[2]), (2, places[0]), (3, places[3]), (3, places[3].saturating_add(1))] {
+                let expect = (places[i] < limit).then_some(places[i]);
+                assert_eq!(
+                    place_before(label, i as u64, weights[i], limit),
+                    expect,
+                    "the bound rules out nothing else"
+                );
+            }
             hits[winner.expect("four")] += 1;
         }
         for (n, expect) in hits.into_iter().zip([10_000, 0, 20_000, 50_000]) {

@@ -70,7 +70,7 @@ pub use bindings::telemetry::exports::pointsman::policy::telemetry::{Alert, Even
 pub use config::NoConfig;
 #[doc(hidden)]
 pub use export::{Component, Instance};
-pub use hash::{NO_LABEL, label, mix, place};
+pub use hash::{NO_LABEL, label, mix, place, place_before};
 pub use host::{log, metrics, state};
 pub use queue::Queue;
 pub use rows::{Block, Event, EventKind, Replica, Sequence};
