@@ -88,7 +88,7 @@ fn activate(runtime: &Runtime, slot: &dyn Slot, generation: u64, (name, config):
     let path = pointsman_tests::root().join(format!("plugins/prebuilt/{name}.wasm"));
     let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{name}: {e}"));
     let component = runtime.admit(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
-    let activation = Activation { slot: "router".into(), generation, config: config.into(), namespace: None };
+    let activation = Activation { slot: "router".into(), generation, config: config.into(), ..Activation::default() };
     let prepared = runtime.prepare(&component, activation).unwrap_or_else(|e| panic!("{name}: {e}"));
     slot.publish(prepared).unwrap_or_else(|e| panic!("{name}: {e}"));
 }

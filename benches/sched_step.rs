@@ -59,7 +59,8 @@ impl Bench {
         let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{name}: {e}"));
         let component = self.runtime.admit(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
         let generation = self.generation;
-        let activation = Activation { slot: "scheduler".into(), generation, config: config.into(), namespace: None };
+        let activation =
+            Activation { slot: "scheduler".into(), generation, config: config.into(), ..Activation::default() };
         let prepared = self.runtime.prepare(&component, activation).unwrap_or_else(|e| panic!("{name}: {e}"));
         slot.publish(prepared).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(guest.attend(1), Attention::NeedsView);

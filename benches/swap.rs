@@ -60,7 +60,8 @@ fn main() -> ExitCode {
             let component = runtime.admit(&bytes).unwrap_or_else(|e| panic!("{e}"));
             assert!(!component.cached, "every upload is compiled");
             admit.add(start.elapsed());
-            let activation = Activation { slot: "router".into(), generation, config: "{}".into(), namespace: None };
+            let activation =
+                Activation { slot: "router".into(), generation, config: "{}".into(), ..Activation::default() };
             let preparing = now();
             let prepared = runtime.prepare(&component, activation).unwrap_or_else(|e| panic!("{e}"));
             prepare.add(preparing.elapsed());

@@ -182,7 +182,7 @@ impl Role {
     }
 
     pub(crate) fn activation(&self, generation: u64) -> Activation {
-        Activation { slot: SLOT.into(), generation, config: self.config.clone(), namespace: None }
+        Activation { slot: SLOT.into(), generation, config: self.config.clone(), ..Activation::default() }
     }
 }
 

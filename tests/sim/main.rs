@@ -15,12 +15,14 @@ mod checks;
 mod earn;
 mod executor;
 mod guests;
+mod late;
 mod operator;
 mod policies;
 mod retention;
 mod world;
 
-use guests::Cast;
+use guests::{Cast, Guest, Role};
+use late::{Lateness, run_late};
 use operator::{Tally, run_guests};
 use pointsman_tests::rng;
 use policies::Kind;
@@ -159,4 +161,41 @@ fn a_seed_gives_the_same_history_twice_with_guests() {
         let history = || run_guests(seed, Cast::Any, &slow(seed));
         assert_eq!(history(), history(), "seed {seed}");
     }
+}
+
+#[test]
+fn plans_that_come_late_name_nobody_who_is_unknown() {
+    let roles = [(Guest::Fcfs, "{}"), (Guest::ShortestFirst, "{}"), (Guest::Priority, r#"{"preempt": true}"#)];
+    for (guest, config) in roles {
+        let role = Role { guest, config: config.into(), starts: true };
+        let (mut total, mut late_plans, mut fallbacks) = (Report::default(), 0, 0);
+        for seed in regressions().into_iter().chain(GUEST_SWEEP.take(60)) {
+            let (report, lateness) = run_late(seed, &role, &slow(seed));
+            assert_eq!(lateness.faults, 0, "seed {seed}: {lateness:?}");
+            total.add(&report);
+            (late_plans, fallbacks) = (late_plans + lateness.late_plans, fallbacks + lateness.fallbacks);
+        }
+        assert_eq!((total.plans_refused, total.dropped), (0, 0), "{guest:?} {total:?}");
+        assert!(total.preemptions > 0 && total.cancelled > 0 && total.failed > 0, "{guest:?} {total:?}");
+        assert!(late_plans > 500 && fallbacks > 500, "{guest:?}: {late_plans} late, {fallbacks} native");
+    }
+}
+
+#[test]
+fn whatever_a_guest_does_late_every_request_finishes() {
+    let (mut faults, mut refused) = (0, 0);
+    for seed in GUEST_SWEEP.take(60) {
+        let deed = ["trap", "unknown-id", "duplicate-id", "uneven-lists", "starve", "no-plan"][seed as usize % 6];
+        let config = format!(r#"{{"do": "{deed}", "after": {}}}"#, 12 + seed % 8);
+        let role = Role { guest: Guest::Fixture, config, starts: true };
+        let calm = Options { cancel_ppm: 0, fault_ppm: 0, deadline_ppm: 0, ..slow(seed) };
+        let history = || run_late(seed, &role, &calm);
+        let (report, Lateness { faults: of_guest, .. }) = history();
+        assert_eq!(report.finished, report.submitted, "seed {seed} {deed}: {report:?}");
+        (faults, refused) = (faults + of_guest, refused + report.plans_refused);
+        if seed % 10 == 0 {
+            assert_eq!(history().0, report, "seed {seed}: the same history twice");
+        }
+    }
+    assert!(faults > 30 && refused > 15, "{faults} faults, {refused} refused plans");
 }

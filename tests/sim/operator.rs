@@ -172,14 +172,14 @@ impl Operated {
         match attention {
             Attention::Native => {
                 assert!(!is_new || !has_guest, "a new generation does not serve its first step: {before:?}");
-                assert_eq!(fell_back, u64::from(has_guest), "a fallback shows");
-                self.operator.count(|tally| tally.fallbacks += fell_back);
             }
+            Attention::Busy => panic!("no call is over such a budget: {before:?}"),
             Attention::Following => assert!(self.follows && !is_new, "it follows without a view: {before:?}"),
             Attention::NeedsView => assert!(has_guest, "native asks for nothing"),
         }
+        assert_eq!(fell_back, 0, "whether there is something to decide is not known yet");
         if attention != Attention::Native {
-            assert_eq!((self.guest.generation(), fell_back), (self.decides, 0));
+            assert_eq!(self.guest.generation(), self.decides);
             let is_open = matches!(before.health, Health::Open { until } if now < until);
             assert!(!is_open, "an open circuit is asked: {before:?}");
         }
@@ -271,5 +271,14 @@ impl BatchPolicy for Operated {
     fn refused(&mut self, now: Micros, why: BadPlan) {
         self.guest.refused(now, why);
         assert!(self.settle(Call::Step), "a refused plan is a fault");
+    }
+
+    fn stood_in(&mut self) {
+        let before = self.operator.slot.status();
+        self.guest.stood_in();
+        let fell_back = self.operator.slot.status().fallbacks - before.fallbacks;
+        let has_guest = before.generation == self.decides && &*before.revision != "native";
+        assert_eq!(fell_back, u64::from(has_guest), "a fallback shows: {before:?}");
+        self.operator.count(|tally| tally.fallbacks += fell_back);
     }
 }

@@ -250,6 +250,10 @@ impl BatchPolicy for Slot {
     fn refused(&mut self, now: Micros, why: BadPlan) {
         self.inner.refused(now, why);
     }
+
+    fn stood_in(&mut self) {
+        self.inner.stood_in();
+    }
 }
 
 // === Audited: is what a policy is told true? ===
@@ -352,5 +356,9 @@ impl BatchPolicy for Audited {
     fn refused(&mut self, now: Micros, why: BadPlan) {
         assert_eq!(self.generation, self.inner.generation());
         self.inner.refused(now, why);
+    }
+
+    fn stood_in(&mut self) {
+        self.inner.stood_in();
     }
 }

@@ -39,8 +39,11 @@ impl<P: BatchPolicy> BatchPolicy for Tapped<P> {
     fn attend(&mut self, now: Micros) -> Attention {
         let attention = self.inner.attend(now);
         let recording = self.tap.recording();
-        if recording == 0 || attention != Attention::Following {
+        if recording == 0 || !matches!(attention, Attention::Following | Attention::Busy) {
             self.following = 0;
+            return attention;
+        }
+        if attention == Attention::Busy {
             return attention;
         }
         let begin = self.following != recording && self.tap.has_room();
@@ -94,6 +97,10 @@ impl<P: BatchPolicy> BatchPolicy for Tapped<P> {
 
     fn refused(&mut self, now: Micros, why: BadPlan) {
         self.inner.refused(now, why);
+    }
+
+    fn stood_in(&mut self) {
+        self.inner.stood_in();
     }
 }
 

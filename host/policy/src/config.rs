@@ -10,6 +10,7 @@ use std::time::Duration;
 use pointsman_telemetry::Micros;
 
 use crate::fault::FaultListener;
+use crate::upload::World;
 
 /// Everything that [`crate::Runtime`] is told once.
 #[derive(Clone)]
@@ -66,6 +67,29 @@ pub struct Budgets {
     pub init: Budget,
 }
 
+/// What an activation changes of the budget of its hook's decisions: `route`, `step` or `on-events`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BudgetChange {
+    /// Instead of the default soft limit.
+    pub soft: Option<Micros>,
+    /// Instead of the default hard limit. A soft limit that is not changed is lowered to it.
+    pub hard: Option<Micros>,
+}
+
+/// A budget that no slot may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a budget of {soft} us soft and {hard} us hard is not possible: the hard one must lie between 1 and {} us, the soft one \
+     not above it",
+    Budget::MOST
+)]
+pub struct BudgetError {
+    /// The soft limit that was asked for.
+    pub soft: Micros,
+    /// The hard limit.
+    pub hard: Micros,
+}
+
 /// A soft and a hard limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
@@ -118,6 +142,31 @@ pub enum Maintenance {
     Thread,
     /// The caller.
     Manual,
+}
+
+// === impl Budget ===
+
+impl Budget {
+    /// Bound of a slot's own hard limit: a request, a step or a batch of events waits for so long at most.
+    pub const MOST: Micros = 1_000_000;
+
+    fn changed(self, change: BudgetChange) -> Result<Self, BudgetError> {
+        let hard = change.hard.unwrap_or(self.hard);
+        let soft = change.soft.unwrap_or(self.soft.min(hard));
+        let good = change == BudgetChange::default() || ((1..=Self::MOST).contains(&hard) && soft <= hard);
+        if good { Ok(Self { soft, hard }) } else { Err(BudgetError { soft, hard }) }
+    }
+}
+
+impl Budgets {
+    /// With another budget for the decisions of a world.
+    pub(crate) fn changed(self, world: World, change: BudgetChange) -> Result<Self, BudgetError> {
+        Ok(match world {
+            World::Router => Self { route: self.route.changed(change)?, ..self },
+            World::Scheduler => Self { step: self.step.changed(change)?, ..self },
+            World::Telemetry => Self { on_events: self.on_events.changed(change)?, ..self },
+        })
+    }
 }
 
 // === impl RuntimeConfig ===
@@ -187,5 +236,32 @@ impl Default for CompileLimits {
             max_output_bytes: 256 << 20,
             queue: Duration::from_secs(10),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_may_change_its_budget_within_bounds() {
+        let change = |soft, hard| BudgetChange { soft, hard };
+        let of = |soft, hard| Some((soft, hard));
+        for (asked, expect) in [
+            (change(None, None), of(50, 10_000)),
+            (change(Some(20), None), of(20, 10_000)),
+            (change(Some(0), None), of(0, 10_000)),
+            (change(None, Some(40)), of(40, 40)),
+            (change(Some(500), Some(2_000)), of(500, 2_000)),
+            (change(None, Some(Budget::MOST)), of(50, Budget::MOST)),
+            (change(None, Some(Budget::MOST + 1)), None),
+            (change(None, Some(0)), None),
+            (change(Some(11), Some(10)), None),
+        ] {
+            let changed = Budgets::default().changed(World::Scheduler, asked);
+            assert_eq!(changed.ok().map(|b| (b.step.soft, b.step.hard)), expect, "{asked:?}");
+        }
+        let changed = Budgets::default().changed(World::Router, change(Some(1), None)).expect("good");
+        assert_eq!((changed.route.soft, changed.step), (1, Budgets::default().step), "others stay as they are");
     }
 }

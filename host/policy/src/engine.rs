@@ -109,6 +109,12 @@ pub(crate) fn stopwatch_ns() -> u64 {
     nanoseconds(ClockId::Monotonic)
 }
 
+/// Nanoseconds of CPU time that this thread has used: for soft budgets by which the host changes its ways, because a guest
+/// whose thread was descheduled is not to blame. A system call, so not for every router call.
+pub(crate) fn cpu_ns() -> u64 {
+    nanoseconds(ClockId::ThreadCPUTime)
+}
+
 fn nanoseconds(clock: ClockId) -> u64 {
     let time = clock_gettime(clock);
     u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)

@@ -13,10 +13,12 @@ use pointsman_sched::route::DecidedBy;
 use pointsman_telemetry::{Event, EventKind, Metrics, Micros, SlotMetrics};
 
 use crate::circuit::{Admit, Circuit, Health};
+use crate::config::Budgets;
 use crate::drain::Gate;
 use crate::fault::{Call, Fault, FaultKind, FaultReport};
 use crate::instance::{Hook, Instance, Maker, Ready};
 use crate::manifest::{Manifest, Wants};
+use crate::state::StateView;
 
 /// Most instances of one generation.
 pub(crate) const MAX_INSTANCES: usize = 128;
@@ -51,6 +53,9 @@ pub(crate) struct Guest<H: Hook> {
     calls: AtomicU64,
     call_ns: AtomicU64,
     overruns: AtomicU64,
+    /// Replicas whose instance computes aside, and the plans that came of it.
+    pub(crate) aside: AtomicU32,
+    late_plans: AtomicU64,
     fallbacks: AtomicU64,
     faults: [AtomicU64; 5],
     last_fault: Mutex<Option<FaultReport>>,
@@ -74,10 +79,13 @@ pub(crate) struct GuestStatus {
     pub(crate) calls: u64,
     pub(crate) call_ns: u64,
     pub(crate) overruns: u64,
+    pub(crate) aside: u32,
+    pub(crate) late_plans: u64,
     pub(crate) fallbacks: u64,
     pub(crate) faults: [u64; 5],
     pub(crate) last_fault: Option<FaultReport>,
     pub(crate) instances: u32,
+    pub(crate) state_bytes: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -135,10 +143,22 @@ impl<H: Hook> Guest<H> {
             calls: AtomicU64::new(0),
             call_ns: AtomicU64::new(0),
             overruns: AtomicU64::new(0),
+            aside: AtomicU32::new(0),
+            late_plans: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
             faults: Default::default(),
             last_fault: Mutex::new(None),
         }
+    }
+
+    pub(crate) fn state(&self) -> &StateView {
+        &self.maker.state
+    }
+
+    /// What its calls may take.
+    #[inline]
+    pub(crate) fn budgets(&self) -> &Budgets {
+        &self.maker.budgets
     }
 
     /// Whether the guest may be asked now.
@@ -221,6 +241,12 @@ impl<H: Hook> Guest<H> {
     pub(crate) fn fell_back(&self) {
         self.fallbacks.fetch_add(1, Ordering::Relaxed);
         self.metrics.fallbacks.inc();
+    }
+
+    /// Counts a plan that was computed aside and is used now.
+    pub(crate) fn came_late(&self) {
+        self.late_plans.fetch_add(1, Ordering::Relaxed);
+        self.metrics.late_plans.inc();
     }
 
     /// A trial went well.
@@ -327,10 +353,13 @@ impl<H: Hook> Guest<H> {
             calls: load(&self.calls),
             call_ns: load(&self.call_ns),
             overruns: load(&self.overruns),
+            aside: self.aside.load(Ordering::Relaxed),
+            late_plans: load(&self.late_plans),
             fallbacks: load(&self.fallbacks),
             faults: [0, 1, 2, 3, 4].map(|kind: usize| load(&self.faults[kind])),
             last_fault: lock(&self.last_fault).clone(),
             instances: self.live.load(Ordering::Relaxed),
+            state_bytes: self.maker.state.bytes() as u64,
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::bindings::router::Router;
 use crate::bindings::router::pointsman::policy::{host_log, host_metrics, host_state, types};
 use crate::engine::{Deadline, TABLE_ELEMENTS};
 use crate::fault::truncate;
-use crate::state::{Namespace, StateFault};
+use crate::state::{StateFault, StateView};
 
 /// Metric handles of one instance.
 const MAX_HANDLES: usize = 64;
@@ -35,7 +35,7 @@ pub(crate) struct Host {
     pub(crate) now: Micros,
     log: Arc<LogGate>,
     metrics: PluginMetrics,
-    state: Arc<Namespace>,
+    state: Arc<StateView>,
 }
 
 /// Counts and caps memory and tables.
@@ -105,7 +105,7 @@ impl Host {
         memory_limit: usize,
         log: Arc<LogGate>,
         sink: Option<MetricSink>,
-        state: Arc<Namespace>,
+        state: Arc<StateView>,
         now: Micros,
     ) -> Self {
         Self {

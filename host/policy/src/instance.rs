@@ -16,7 +16,7 @@ use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::host::{Host, LogGate, MetricSink};
 use crate::manifest::{Manifest, Wants};
 use crate::runtime::Shared;
-use crate::state::Namespace;
+use crate::state::StateView;
 use crate::upload::World;
 use crate::versions::Lifecycle;
 
@@ -93,7 +93,9 @@ pub(crate) struct Maker<H: Hook> {
     pub(crate) config: Arc<str>,
     pub(crate) log: Arc<LogGate>,
     pub(crate) sink: Option<MetricSink>,
-    pub(crate) state: Arc<Namespace>,
+    pub(crate) state: Arc<StateView>,
+    /// Those of the host, with what the activation changed.
+    pub(crate) budgets: Budgets,
     pub(crate) next: AtomicU32,
 }
 
@@ -205,7 +207,7 @@ impl<H: Hook> Maker<H> {
             instance: number,
             columns: &columns,
         };
-        let manifest = match instance.init(shared.config.budgets.init.hard, now, &info) {
+        let manifest = match instance.init(self.budgets.init.hard, now, &info) {
             Ok(Ok(manifest)) => manifest,
             Ok(Err(mut words)) => {
                 truncate(&mut words, MAX_REFUSAL);
@@ -224,8 +226,8 @@ impl<H: Hook> Maker<H> {
             let text = format!("two instances of one generation returned different manifests: {manifest:?}, {again:?}");
             return Err(StartError::Fault(Call::Init, Fault::new(FaultKind::BadAnswer, text)));
         }
-        let (budgets, now) = (&self.shared.config.budgets, (self.shared.clock)());
-        H::warm(&mut instance, wants, budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
+        let now = (self.shared.clock)();
+        H::warm(&mut instance, wants, &self.budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
         instance.calls = 0;
         Ok(instance)
     }

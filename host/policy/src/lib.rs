@@ -14,6 +14,7 @@
 //! 5. router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault.
 #![deny(missing_docs)]
 
+mod aside;
 mod bindings;
 mod circuit;
 mod compile;
@@ -52,7 +53,9 @@ mod sync {
 pub use circuit::Health;
 pub use compile::{CacheError, CompileError, compile_child_main};
 pub use component::Component;
-pub use config::{Budget, Budgets, Compile, CompileCommand, CompileLimits, Maintenance, RuntimeConfig};
+pub use config::{
+    Budget, BudgetChange, BudgetError, Budgets, Compile, CompileCommand, CompileLimits, Maintenance, RuntimeConfig,
+};
 pub use engine::Allocation;
 pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
 pub use manifest::ManifestError;

@@ -78,7 +78,7 @@ impl RouterSlot {
             guest.fell_back();
             return Err(Fallback::NoInstance);
         };
-        let budget = self.core.shared.config.budgets.route;
+        let budget = guest.budgets().route;
         let number = guest.begin();
         let started = stopwatch_ns();
         let answer = call(&mut instance, budget.hard, now, &Arguments { request, replicas, wants: &guest.wants });

@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::mpsc::{SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use wasmtime::component::Linker;
 
 use crate::compile::{CacheError, Compiler};
 use crate::component::{Code, Component};
-use crate::config::{Maintenance, RuntimeConfig};
+use crate::config::{BudgetChange, BudgetError, Maintenance, RuntimeConfig};
 use crate::engine::{self, Allocation, stopwatch_ns};
 use crate::fault::{Call, Fault};
 use crate::host::{Host, LogGate, MetricSink, linker};
@@ -27,8 +28,8 @@ use crate::retention::{RetentionHook, RetentionSlot};
 use crate::router::{self, RouterHook, RouterQuestion, RouterSlot};
 use crate::sampler::{SamplerHook, SamplerSlot};
 use crate::scheduler::{SchedulerHook, SchedulerSlot};
-use crate::slot::{Prepared, SlotCore, Tend};
-use crate::state::{Namespace, StateStore};
+use crate::slot::{Arm, Prepared, SlotCore, Tend};
+use crate::state::{StateStore, StateView};
 use crate::telemetry::{TelemetryHook, TelemetrySlot};
 use crate::upload::{Digest, UploadError, World, identify, shorten, to_component};
 use crate::versions;
@@ -56,7 +57,12 @@ pub(crate) struct Shared {
     pub(crate) bypassed: AtomicBool,
     states: StateStore,
     maintainer: OnceLock<Thread>,
+    /// Where maintenance is by hand: what would be done by threads of the runtime.
+    chores: Mutex<Vec<Chore>>,
 }
+
+/// Does what there is to do; false once nobody can send more.
+type Chore = Box<dyn FnMut() -> bool + Send>;
 
 /// Where guests come from. Dropping it ends its threads; slots that are still held keep serving.
 pub struct Runtime {
@@ -74,7 +80,7 @@ struct Inner {
 }
 
 /// What a slot is asked to run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Activation {
     /// The slot, as in `router`.
     pub slot: String,
@@ -84,6 +90,10 @@ pub struct Activation {
     pub config: String,
     /// Name of the host-state namespace; `None` for the slot's own.
     pub namespace: Option<String>,
+    /// Whether it will be published or staged: a candidate gets a copy of the namespace before its first `init`.
+    pub arm: Arm,
+    /// What it may take for a decision, where that is not the host's default.
+    pub budget: BudgetChange,
 }
 
 /// What a component says it is ([`Runtime::inspect`]).
@@ -180,6 +190,9 @@ pub enum ActivateError {
         /// How.
         fault: Fault,
     },
+    /// The budget is out of bounds: the caller's fault.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
     /// All host-state namespaces are in use: the host's limit.
     #[error("all host-state namespaces are in use; share one (`state_namespace`) or free a slot")]
     NoNamespace,
@@ -193,6 +206,44 @@ impl Shared {
         if let Some(thread) = self.maintainer.get() {
             thread.unpark();
         }
+    }
+
+    /// Does `work` with what is sent, on a thread of its own that ends with the last sender. At most `bound` things wait.
+    /// Where maintenance is by hand there is no thread, and maintenance does it.
+    pub(crate) fn hire<T: Send + 'static>(
+        &self,
+        name: &str,
+        bound: usize,
+        mut work: impl FnMut(T) + Send + 'static,
+    ) -> std::io::Result<SyncSender<T>> {
+        let (send, receive) = sync_channel(bound);
+        match self.config.maintenance {
+            Maintenance::Thread => {
+                let run = move || receive.iter().for_each(work);
+                std::thread::Builder::new().name(name.to_owned()).spawn(run)?;
+            }
+            Maintenance::Manual => {
+                let chore = move || loop {
+                    match receive.try_recv() {
+                        Ok(thing) => work(thing),
+                        Err(error) => return error == TryRecvError::Empty,
+                    }
+                };
+                self.chores().push(Box::new(chore));
+            }
+        }
+        Ok(send)
+    }
+
+    fn chores(&self) -> MutexGuard<'_, Vec<Chore>> {
+        self.chores.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what was hired for, where maintenance is by hand.
+    fn do_chores(&self) {
+        let mut chores = std::mem::take(&mut *self.chores());
+        chores.retain_mut(|chore| chore());
+        self.chores().append(&mut chores);
     }
 }
 
@@ -225,6 +276,7 @@ impl Runtime {
             bypassed: AtomicBool::new(false),
             states: StateStore::default(),
             maintainer: OnceLock::new(),
+            chores: Mutex::default(),
         });
         let inner =
             Arc::new(Inner { linker, compiler, allocation, known: Mutex::default(), slots: Mutex::default(), shared });
@@ -338,7 +390,7 @@ impl Runtime {
         let maker = self.inner.maker::<RouterHook>(component, activation, log)?;
         let (mut instance, manifest) = maker.start()?;
         let wants = manifest.check(World::Router, &self.inner.shared.config.replica_labels)?;
-        let budget = self.inner.shared.config.budgets.route;
+        let budget = maker.budgets.route;
         let answer = router::answer(&mut instance, budget.hard, &wants, question);
         answer.map_err(|fault| ActivateError::Start { call: Call::Route, fault })
     }
@@ -379,8 +431,8 @@ impl Runtime {
         self.inner.shared.bypassed.store(on, Ordering::Relaxed);
     }
 
-    /// Frees what has drained and starts what is missing, until there is nothing to do now. For
-    /// [`Maintenance::Manual`]; harmless otherwise.
+    /// Frees what has drained and starts what is missing, until there is nothing to do now; for [`Maintenance::Manual`], does
+    /// also what the runtime has threads for otherwise. Harmless at any time.
     pub fn maintain(&self) {
         self.inner.maintain();
     }
@@ -492,6 +544,7 @@ impl Inner {
     }
 
     fn maintain(&self) {
+        self.shared.do_chores();
         let slots = self.slots();
         slots.iter().for_each(|slot| slot.free());
         slots.iter().for_each(|slot| slot.respawn((self.shared.clock)()));
@@ -508,7 +561,11 @@ impl Inner {
         let (manifest, wants) = self.probe(&maker)?;
         let revision = manifest.revision(&component.digest);
         let namespace = activation.namespace.map_or_else(|| Arc::clone(&name), Into::into);
-        maker.state = self.shared.states.open(&namespace, manifest.state_schema).ok_or(ActivateError::NoNamespace)?;
+        let live = self.shared.states.open(&namespace, manifest.state_schema).ok_or(ActivateError::NoNamespace)?;
+        maker.state = Arc::new(StateView::new(live));
+        if activation.arm == Arm::Candidate {
+            maker.state.fork();
+        }
         maker.sink = Some(MetricSink {
             metrics: Arc::clone(&self.shared.metrics),
             slot: Arc::clone(&name),
@@ -541,7 +598,8 @@ impl Inner {
             config: activation.config.as_str().into(),
             log,
             sink: None,
-            state: Arc::new(Namespace::default()),
+            state: Arc::default(),
+            budgets: self.shared.config.budgets.changed(H::WORLD, activation.budget)?,
             next: AtomicU32::new(0),
         })
     }
@@ -550,7 +608,7 @@ impl Inner {
     fn probe<H: Hook>(&self, maker: &Maker<H>) -> Result<(Manifest, crate::manifest::Wants), ActivateError> {
         let (mut instance, manifest) = maker.start()?;
         let wants = manifest.check(H::WORLD, &self.shared.config.replica_labels)?;
-        H::probe(&mut instance, &wants, &self.shared.config.budgets, (self.shared.clock)())?;
+        H::probe(&mut instance, &wants, &maker.budgets, (self.shared.clock)())?;
         Ok((manifest, wants))
     }
 }

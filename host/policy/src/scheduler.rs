@@ -2,7 +2,8 @@
 //!
 //! The driver never compiles, initializes or waits: at a step boundary it finds out by two atomic reads whether its
 //! generation is still the current one, and takes a warm instance from the new one if not. The guest holds no truth, so
-//! after a swap, a fault or a pause it gets the whole view again.
+//! after a swap, a fault or a pause it gets the whole view again. A guest over its soft budget computes aside (`aside.rs`),
+//! and its plans come a step late.
 
 use std::sync::Arc;
 
@@ -12,15 +13,15 @@ use pointsman_sched::batch::{
 use pointsman_sched::route::DecidedBy;
 use pointsman_telemetry::Micros;
 
+use crate::aside::{Answered, Aside, Gone, OwnedView, Seat, Task};
 use crate::bindings::scheduler::exports::pointsman::policy::scheduler as wit;
 use crate::circuit::Admit;
-use crate::config::{Budget, Budgets};
-use crate::engine::stopwatch_ns;
+use crate::config::Budgets;
 use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::{CallContext, Generation};
+use crate::generation::CallContext;
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{MAX_SEQUENCE_COLUMNS, SequenceColumn, Wants};
-use crate::slot::{SlotCore, slot_by_core};
+use crate::slot::{SlotCore, Stay, slot_by_core};
 use crate::upload::World;
 
 /// Longest list in a plan; the scheduler compares with what exists, this only bounds the work of doing so.
@@ -42,12 +43,30 @@ pub struct SchedulerGuest {
     core: Arc<SlotCore<SchedulerHook>>,
     replica: Arc<str>,
     /// The generation that it is inside of.
-    generation: Arc<Generation<SchedulerHook>>,
-    instance: Option<Box<Instance<SchedulerHook>>>,
+    stay: Arc<Stay<SchedulerHook>>,
+    /// Its instance, unless that computes aside.
+    seat: Seat,
     /// Whether the instance has the view and every change since.
     synced: bool,
-    /// Whether its next step decides if the circuit closes.
-    trial: bool,
+    trial: Trial,
+    /// Where it computes while it is over its soft budget.
+    aside: Option<Aside>,
+    /// What the next task begins with.
+    view: Option<OwnedView>,
+    /// What came back from there, for this boundary alone.
+    late: Answered,
+    /// The instance that is out gave a plan that was refused: it is not asked again.
+    is_doomed: bool,
+}
+
+/// Whether the guest decides if its circuit closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trial {
+    No,
+    /// By its next answer.
+    Asked,
+    /// It answered this call. The circuit closes at the next boundary: by then the plan was checked.
+    Answered(u64),
 }
 
 // === impl SchedulerSlot ===
@@ -59,12 +78,16 @@ impl SchedulerSlot {
     pub fn attach(&self, replica: &str) -> SchedulerGuest {
         self.core.want(1);
         SchedulerGuest {
-            generation: self.core.enter_to_stay(),
+            stay: Arc::new(self.core.stay()),
             core: Arc::clone(&self.core),
             replica: replica.into(),
-            instance: None,
+            seat: Seat::default(),
             synced: false,
-            trial: false,
+            trial: Trial::No,
+            aside: None,
+            view: None,
+            late: Answered::Nothing,
+            is_doomed: false,
         }
     }
 }
@@ -72,53 +95,99 @@ impl SchedulerSlot {
 // === impl SchedulerGuest ===
 
 impl SchedulerGuest {
-    /// Gives back everything that belongs to the generation and leaves it. It may be asked again: it starts from a view.
+    /// Gives back everything that belongs to the generation. It may be asked again: it starts from a view. A task that is out
+    /// gives its instance back by itself.
     fn leave(&mut self) {
-        if let Some(guest) = &self.generation.guest {
-            if let Some(instance) = self.instance.take() {
+        self.aside = None;
+        let seat = std::mem::take(&mut self.seat);
+        if let Some(guest) = &self.stay.guest {
+            if let Some(instance) = seat.instance {
                 guest.give_back(instance);
             }
-            if std::mem::take(&mut self.trial) {
-                guest.trial_withdrawn();
+            match self.trial {
+                Trial::No => {}
+                Trial::Asked => guest.trial_withdrawn(),
+                Trial::Answered(number) => guest.trial_passed(number),
             }
         }
-        self.core.leave(&self.generation);
+        self.trial = Trial::No;
+        self.is_doomed = false;
+        self.forget();
+    }
+
+    /// The guest starts from a view, the next time that it is asked.
+    fn forget(&mut self) {
+        self.synced = false;
+        self.view = None;
+        self.late = Answered::Nothing;
     }
 
     /// The native policy decides this step.
     fn pause(&mut self) -> Attention {
-        self.synced = false;
+        self.forget();
         Attention::Native
     }
 
-    /// Makes one call and deals with its fault; `None` when there is no answer.
-    fn call<R>(
-        &mut self,
-        call: Call,
-        now: Micros,
-        budget: Budget,
-        work: impl FnOnce(&mut Instance<SchedulerHook>, Micros, &Wants) -> Result<R, Fault>,
-    ) -> Option<R> {
-        let (Some(guest), Some(instance)) = (&self.generation.guest, &mut self.instance) else { return None };
-        let number = guest.begin();
-        let started = stopwatch_ns();
-        let answer = work(instance, budget.hard, &guest.wants);
-        let took_ns = stopwatch_ns() - started;
-        guest.took(took_ns, budget.soft);
-        match answer {
-            Ok(answer) => {
-                if call == Call::Step && std::mem::take(&mut self.trial) {
-                    guest.trial_passed(number);
-                }
-                Some(answer)
+    fn is_out(&self) -> bool {
+        self.aside.as_ref().is_some_and(Aside::is_out)
+    }
+
+    /// Whether a guest answers for this replica.
+    fn answers(&self) -> bool {
+        self.seat.instance.is_some() || self.is_out()
+    }
+
+    /// Takes back the instance that was out, with its answer.
+    fn take_back(&mut self) {
+        self.late = Answered::Nothing;
+        let Some(aside) = &mut self.aside else { return };
+        let mut task = match aside.take() {
+            Ok(Some(task)) => task,
+            Ok(None) => return,
+            Err(Gone) => {
+                self.aside = None;
+                return self.forget();
             }
-            Err(fault) => {
-                if let Some(poisoned) = self.instance.take() {
-                    guest.discard(poisoned);
-                }
-                (self.synced, self.trial) = (false, false);
-                guest.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
-                None
+        };
+        self.seat = std::mem::take(&mut task.seat);
+        self.late = std::mem::take(&mut task.answer);
+        if std::mem::take(&mut self.is_doomed)
+            && let (Some(guest), Some(wrong)) = (&self.stay.guest, self.seat.instance.take())
+        {
+            guest.discard(wrong);
+        }
+        if self.seat.instance.is_none() {
+            self.trial = Trial::No;
+            self.forget();
+        }
+    }
+
+    /// Has a fresh instance where there is none, or a worn one; false when it has none now.
+    fn be_seated(&mut self) -> bool {
+        let Some(guest) = &self.stay.guest else { return false };
+        let worn = self.seat.instance.as_deref().is_some_and(|instance| guest.is_worn(instance));
+        if (worn || self.seat.instance.is_none())
+            && let Some(fresh) = guest.take()
+        {
+            self.synced = false;
+            if let Some(worn) = self.seat.instance.replace(fresh) {
+                guest.discard(worn);
+            }
+        }
+        self.seat.instance.is_some()
+    }
+
+    /// Moves a slow guest aside and a quick one back.
+    fn choose_side(&mut self) {
+        let pace = self.seat.pace;
+        if self.aside.is_some() && pace.is_quick() {
+            self.aside = None;
+            // Its view may still be on its way.
+            self.synced &= self.view.take().is_none();
+        } else if self.aside.is_none() && pace.is_slow() {
+            match Aside::hire(&self.stay) {
+                Ok(aside) => self.aside = Some(aside),
+                Err(error) => tracing::warn!(replica = &*self.replica, "no thread for a slow scheduler: {error}"),
             }
         }
     }
@@ -126,100 +195,132 @@ impl SchedulerGuest {
 
 impl BatchPolicy for SchedulerGuest {
     fn attend(&mut self, now: Micros) -> Attention {
-        if !self.core.is_current(&self.generation) {
+        if !self.core.is_current(&self.stay) {
             self.leave();
-            self.generation = self.core.enter_to_stay();
-            self.synced = false;
+            self.stay = Arc::new(self.core.stay());
         }
-        let Some(guest) = &self.generation.guest else { return Attention::Native };
-        if !self.trial {
+        self.take_back();
+        let Some(guest) = &self.stay.guest else { return Attention::Native };
+        if let Trial::Answered(number) = self.trial {
+            guest.trial_passed(number);
+            self.trial = Trial::No;
+        }
+        if self.trial == Trial::No {
             match guest.admit(now) {
                 Admit::Yes => {}
-                Admit::Trial => (self.trial, self.synced) = (true, false),
-                Admit::No => {
-                    guest.fell_back();
-                    return self.pause();
+                Admit::Trial => {
+                    self.trial = Trial::Asked;
+                    self.forget();
                 }
+                Admit::No => return self.pause(),
             }
         }
-        let worn = self.instance.as_deref().is_some_and(|instance| guest.is_worn(instance));
-        if (worn || self.instance.is_none())
-            && let Some(fresh) = guest.take()
-        {
-            self.synced = false;
-            if let Some(worn) = self.instance.replace(fresh) {
-                guest.discard(worn);
-            }
+        if self.is_out() {
+            return Attention::Busy;
         }
-        if self.instance.is_none() {
-            if std::mem::take(&mut self.trial) {
+        if !self.be_seated() {
+            if let (Trial::Asked, Some(guest)) = (self.trial, &self.stay.guest) {
                 guest.trial_withdrawn();
+                self.trial = Trial::No;
             }
-            guest.fell_back();
             return self.pause();
         }
+        self.choose_side();
         if self.synced { Attention::Following } else { Attention::NeedsView }
     }
 
     fn generation(&self) -> u64 {
-        if self.instance.is_some() { self.generation.number() } else { 0 }
+        if self.answers() { self.stay.number() } else { 0 }
     }
 
     fn revision(&self) -> Arc<str> {
-        match self.instance {
-            Some(_) => Arc::clone(&self.generation.decided_by.revision),
-            None => DecidedBy::native(0).revision,
-        }
+        if self.answers() { Arc::clone(&self.stay.decided_by.revision) } else { DecidedBy::native(0).revision }
     }
 
     fn wants_progress(&self) -> bool {
-        self.generation.guest.as_ref().is_some_and(|guest| guest.wants.progress)
+        self.stay.guest.as_ref().is_some_and(|guest| guest.wants.progress)
     }
 
     fn resync(&mut self, view: &View<'_>) {
-        let budget = self.core.shared.config.budgets.resync;
-        let done =
-            self.call(Call::Resync, view.now, budget, |instance, hard, wants| resync(instance, hard, wants, view));
-        self.synced = done.is_some();
+        let Some(guest) = &self.stay.guest else { return };
+        self.late = Answered::Nothing;
+        if self.aside.is_some() {
+            self.view = Some(view.into());
+            self.synced = true;
+        } else {
+            self.synced = self.seat.resync(guest, view);
+            if !self.synced {
+                self.trial = Trial::No;
+            }
+        }
     }
 
     fn step(&mut self, now: Micros, budgets: &StepBudgets, changes: &Changes, plan: &mut Plan) -> Answer {
-        let budget = self.core.shared.config.budgets.step;
+        let Some(guest) = &self.stay.guest else { return Answer::Native };
         if !self.synced {
             return Answer::Native;
         }
-        match self.call(Call::Step, now, budget, |instance, hard, wants| {
-            step(instance, hard, now, Asked { wants, budgets, changes })
-        }) {
-            Some(Some(answer)) => {
-                fill(plan, answer);
+        let answer = match &mut self.aside {
+            None => self.seat.step(guest, now, (budgets, changes)),
+            Some(aside) => {
+                aside.send(Task {
+                    stay: Arc::clone(&self.stay),
+                    seat: std::mem::take(&mut self.seat),
+                    view: self.view.take(),
+                    now,
+                    budgets: *budgets,
+                    changes: changes.clone(),
+                    answer: Answered::Nothing,
+                });
+                let late = std::mem::take(&mut self.late);
+                if matches!(late, Answered::Plan(_)) {
+                    guest.came_late();
+                }
+                late
+            }
+        };
+        if matches!(answer, Answered::Nothing) {
+            guest.fell_back();
+            if self.aside.is_none() {
+                (self.synced, self.trial) = (false, Trial::No);
+            }
+            return Answer::Native;
+        }
+        if self.trial == Trial::Asked {
+            self.trial = Trial::Answered(guest.last_number());
+        }
+        match answer {
+            Answered::Plan(answer) => {
+                *plan = answer;
                 Answer::Planned
             }
-            Some(None) => Answer::Native,
-            None => {
-                if let Some(guest) = &self.generation.guest {
-                    guest.fell_back();
-                }
-                Answer::Native
-            }
+            Answered::NoPlan | Answered::Nothing => Answer::Native,
         }
     }
 
     fn refused(&mut self, now: Micros, why: BadPlan) {
-        let Some(guest) = &self.generation.guest else { return };
-        if let Some(wrong) = self.instance.take() {
+        self.is_doomed = self.is_out();
+        self.trial = Trial::No;
+        self.forget();
+        let Some(guest) = &self.stay.guest else { return };
+        if let Some(wrong) = self.seat.instance.take() {
             guest.discard(wrong);
         }
-        (self.synced, self.trial) = (false, false);
         let fault = Fault::new(FaultKind::BadAnswer, format!("{}: {why}", self.replica));
         guest.fault(CallContext { call: Call::Step, number: guest.last_number(), now, took_us: 0 }, fault);
         guest.fell_back();
+    }
+
+    fn stood_in(&mut self) {
+        if let Some(guest) = &self.stay.guest {
+            guest.fell_back();
+        }
     }
 }
 
 impl Drop for SchedulerGuest {
     fn drop(&mut self) {
-        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
+        if let (Some(guest), Some(instance)) = (&self.stay.guest, self.seat.instance.take()) {
             guest.discard(instance);
         }
         self.leave();
@@ -231,8 +332,9 @@ impl std::fmt::Debug for SchedulerGuest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SchedulerGuest")
             .field("replica", &self.replica)
-            .field("generation", &self.generation)
+            .field("generation", &**self.stay)
             .field("synced", &self.synced)
+            .field("is_out", &self.is_out())
             .finish_non_exhaustive()
     }
 }
@@ -241,13 +343,18 @@ impl std::fmt::Debug for SchedulerGuest {
 
 /// What a step is asked about.
 #[derive(Clone, Copy)]
-struct Asked<'a> {
-    wants: &'a Wants,
-    budgets: &'a StepBudgets,
-    changes: &'a Changes,
+pub(crate) struct Asked<'a> {
+    pub(crate) wants: &'a Wants,
+    pub(crate) budgets: &'a StepBudgets,
+    pub(crate) changes: &'a Changes,
 }
 
-fn resync(instance: &mut Instance<SchedulerHook>, hard: Micros, wants: &Wants, view: &View<'_>) -> Result<(), Fault> {
+pub(crate) fn resync(
+    instance: &mut Instance<SchedulerHook>,
+    hard: Micros,
+    wants: &Wants,
+    view: &View<'_>,
+) -> Result<(), Fault> {
     let tenants = lower_tenants(view.tenants);
     let (of_waiting, of_running) = (wanted_columns(view.waiting, wants), wanted_columns(view.running, wants));
     let waiting = lower_sequences(view.waiting, &of_waiting[..wants.sequence.len()]);
@@ -259,12 +366,12 @@ fn resync(instance: &mut Instance<SchedulerHook>, hard: Micros, wants: &Wants, v
     })
 }
 
-fn step(
+pub(crate) fn step(
     instance: &mut Instance<SchedulerHook>,
     hard: Micros,
     now: Micros,
     asked: Asked<'_>,
-) -> Result<Option<wit::Plan>, Fault> {
+) -> Result<Option<Plan>, Fault> {
     let Asked { wants, budgets, changes } = asked;
     let tenants = lower_tenants(&changes.new_tenants);
     let of_arrived = wanted_columns(&changes.arrived, wants);
@@ -288,7 +395,7 @@ fn step(
         let text = format!("a list of the plan has more than {MAX_PLAN_IDS} entries");
         return Err(Fault::new(FaultKind::BadAnswer, text));
     }
-    Ok(Some(plan))
+    Ok(Some(lift_plan(plan)))
 }
 
 fn lower_tenants(tenants: &[(u32, Arc<str>)]) -> Vec<(u32, &str)> {
@@ -336,16 +443,18 @@ fn lower_sequences<'a>(columns: &'a SequenceColumns, extra: &'a [&'a [u64]]) -> 
     }
 }
 
-fn fill(plan: &mut Plan, answer: wit::Plan) {
-    plan.admit = answer.admit;
-    plan.rest = match answer.rest {
-        wit::Rest::HostOrder => Rest::HostOrder,
-        wit::Rest::Hold => Rest::Hold,
-    };
-    plan.preempt = answer.preempt;
-    plan.drop = answer.drop;
-    plan.prefill_id = answer.prefill_id;
-    plan.prefill_tokens = answer.prefill_tokens;
+fn lift_plan(plan: wit::Plan) -> Plan {
+    Plan {
+        admit: plan.admit,
+        rest: match plan.rest {
+            wit::Rest::HostOrder => Rest::HostOrder,
+            wit::Rest::Hold => Rest::Hold,
+        },
+        preempt: plan.preempt,
+        drop: plan.drop,
+        prefill_id: plan.prefill_id,
+        prefill_tokens: plan.prefill_tokens,
+    }
 }
 
 // === probe ===
@@ -416,7 +525,7 @@ fn probe_steps(
 }
 
 /// What the scheduler will check of every plan, for the few requests of a probe.
-fn check_probe(plan: &wit::Plan, shown: &[u64]) -> Result<(), BadPlan> {
+fn check_probe(plan: &Plan, shown: &[u64]) -> Result<(), BadPlan> {
     for list in [&plan.admit, &plan.preempt, &plan.drop, &plan.prefill_id] {
         for (i, id) in list.iter().enumerate() {
             if !shown.contains(id) {

@@ -86,9 +86,10 @@ pub enum PublishError {
 }
 
 /// One of the two policies of a slot in which a candidate is staged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Arm {
     /// The active policy: what stays unless the candidate is promoted.
+    #[default]
     Control,
     /// The staged one.
     Candidate,
@@ -111,6 +112,10 @@ pub struct SlotStatus {
     pub call_ns: u64,
     /// Calls over the soft budget.
     pub overruns: u64,
+    /// Replicas whose scheduler guest computes aside, because it is over the soft budget.
+    pub aside: u32,
+    /// Plans that were computed aside and used.
+    pub late_plans: u64,
     /// Faults by kind, in the order of [`FaultKind::ALL`].
     pub faults: [u64; 5],
     /// Decisions that the native policy took in its place.
@@ -119,6 +124,8 @@ pub struct SlotStatus {
     pub last_fault: Option<FaultReport>,
     /// Instances that exist, in use or not.
     pub instances: u32,
+    /// Bytes of its host-state: of its namespace, or of what it has of its own while it is tried.
+    pub state_bytes: u64,
     /// Old generations that someone is still inside, or that maintenance has not freed yet.
     pub draining: u32,
     /// Pointer swaps of the slot since the start.
@@ -142,7 +149,8 @@ pub trait Slot: Send + Sync + fmt::Debug {
     /// The generation is not newer than what the slot has seen, or a candidate is staged.
     fn publish_native(&self, generation: u64) -> Result<Published, PublishError>;
 
-    /// Keeps `prepared` warm beside the active policy. It answers nothing until [`serve`](Self::serve) says so.
+    /// Keeps `prepared` warm beside the active policy. It answers nothing until [`serve`](Self::serve) says so. From now on
+    /// its host-state is a copy of its own: from its preparation, if that was for [`Arm::Candidate`].
     ///
     /// # Errors
     /// As [`publish`](Self::publish).
@@ -160,13 +168,13 @@ pub trait Slot: Send + Sync + fmt::Debug {
     /// No candidate is staged.
     fn serve(&self, arm: Arm) -> Result<Published, PublishError>;
 
-    /// Makes the candidate the active policy for good; what was active drains.
+    /// Makes the candidate the active policy for good, and its host-state that of the slot; what was active drains.
     ///
     /// # Errors
     /// No candidate is staged.
     fn promote(&self) -> Result<Published, PublishError>;
 
-    /// Returns to the active policy for good; the candidate drains.
+    /// Returns to the active policy for good; the candidate drains, and its host-state is thrown away.
     ///
     /// # Errors
     /// No candidate is staged.
@@ -224,6 +232,12 @@ struct Staged<H: Hook> {
     serving: Arm,
 }
 
+/// Being inside a generation for longer than a call; shared by those who work for one replica. The last one out leaves.
+pub(crate) struct Stay<H: Hook> {
+    core: Arc<SlotCore<H>>,
+    generation: Arc<Generation<H>>,
+}
+
 /// A generation that the caller is inside of.
 pub(crate) struct Inside<'a, H: Hook> {
     generation: Guard<Arc<Generation<H>>>,
@@ -244,6 +258,29 @@ impl<H: Hook> Drop for Inside<'_, H> {
     fn drop(&mut self) {
         if self.generation.gate.leave() == Drain::Drained {
             self.shared.wake();
+        }
+    }
+}
+
+impl<H: Hook> Stay<H> {
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.core.shared
+    }
+}
+
+impl<H: Hook> std::ops::Deref for Stay<H> {
+    type Target = Generation<H>;
+
+    #[inline]
+    fn deref(&self) -> &Generation<H> {
+        &self.generation
+    }
+}
+
+impl<H: Hook> Drop for Stay<H> {
+    fn drop(&mut self) {
+        if self.generation.gate.leave() == Drain::Drained {
+            self.core.shared.wake();
         }
     }
 }
@@ -288,28 +325,22 @@ impl<H: Hook> SlotCore<H> {
         }
     }
 
-    /// Enters the current generation to stay; leave it with [`leave`](Self::leave).
-    pub(crate) fn enter_to_stay(&self) -> Arc<Generation<H>> {
+    /// Enters the current generation to stay.
+    pub(crate) fn stay(self: &Arc<Self>) -> Stay<H> {
         loop {
             let generation = self.deciding().load_full();
             match generation.gate.enter() {
-                Ok(()) => return generation,
+                Ok(()) => return Stay { core: Arc::clone(self), generation },
                 Err(Drain::Drained) => self.shared.wake(),
                 Err(Drain::Pending) => {}
             }
         }
     }
 
-    pub(crate) fn leave(&self, generation: &Generation<H>) {
-        if generation.gate.leave() == Drain::Drained {
-            self.shared.wake();
-        }
-    }
-
     /// Whether `generation` is still the current one.
     #[inline]
-    pub(crate) fn is_current(&self, generation: &Arc<Generation<H>>) -> bool {
-        std::ptr::eq(&**self.deciding().load(), &**generation)
+    pub(crate) fn is_current(&self, generation: &Generation<H>) -> bool {
+        std::ptr::eq(&**self.deciding().load(), generation)
     }
 
     /// One more or one fewer instance is needed: a replica came or went.
@@ -349,6 +380,7 @@ impl<H: Hook> SlotCore<H> {
     fn swap(&self, next: Generation<H>) -> Result<Published, PublishError> {
         let mut arms = self.arms();
         arms.admit(next.number())?;
+        next.guest.iter().for_each(|guest| guest.state().adopt());
         let (old, published) = self.point_to(&Arc::new(next));
         self.retire(old);
         Ok(published)
@@ -365,6 +397,7 @@ impl<H: Hook> SlotCore<H> {
     fn stage(&self, candidate: Generation<H>) -> Result<(), PublishError> {
         let mut arms = self.arms();
         arms.admit(candidate.number())?;
+        candidate.guest.iter().for_each(|guest| guest.state().fork());
         let control = self.current.load_full();
         arms.staged = Some(Staged { control, candidate: Arc::new(candidate), serving: Arm::Control });
         Ok(())
@@ -392,6 +425,7 @@ impl<H: Hook> SlotCore<H> {
             Arm::Candidate => (staged.candidate, staged.control),
         };
         let published = if staged.serving == stays { Published::unchanged(&winner) } else { self.point_to(&winner).1 };
+        winner.guest.iter().for_each(|guest| guest.state().adopt());
         self.retire(loser);
         Ok(published)
     }
@@ -456,9 +490,12 @@ impl<H: Hook> SlotCore<H> {
             calls: guest.as_ref().map_or(0, |g| g.calls),
             call_ns: guest.as_ref().map_or(0, |g| g.call_ns),
             overruns: guest.as_ref().map_or(0, |g| g.overruns),
+            aside: guest.as_ref().map_or(0, |g| g.aside),
+            late_plans: guest.as_ref().map_or(0, |g| g.late_plans),
             faults: guest.as_ref().map_or([0; FaultKind::ALL.len()], |g| g.faults),
             fallbacks: guest.as_ref().map_or(0, |g| g.fallbacks),
             instances: guest.as_ref().map_or(0, |g| g.instances),
+            state_bytes: guest.as_ref().map_or(0, |g| g.state_bytes),
             last_fault: guest.and_then(|g| g.last_fault),
             draining: u32::try_from(Arc::strong_count(&self.alive).saturating_sub(1 + n_warm)).unwrap_or(u32::MAX),
             swaps: self.swaps.load(Ordering::Relaxed),

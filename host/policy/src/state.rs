@@ -3,9 +3,12 @@
 //! A namespace belongs to a name and a layout (`state-schema`), so that a revision never reads what another layout wrote.
 //! One lock per namespace, held for a map operation and never across a guest call. The store lives as long as the host;
 //! making it durable is not the guests' concern and not done here.
+//!
+//! A generation reaches its namespace through a [`StateView`], because one that is tried must not write where the active
+//! policy reads: an arm of an experiment works on a copy.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most keys in a namespace.
 pub(crate) const MAX_KEYS: usize = 1_024;
@@ -33,7 +36,24 @@ pub(crate) struct Namespace {
     entries: Mutex<Entries>,
 }
 
+/// What the host-state calls of one generation reach.
 #[derive(Debug, Default)]
+pub(crate) struct StateView {
+    live: Arc<Namespace>,
+    own: Mutex<Own>,
+}
+
+/// What a view has beside the namespace; bounded like one.
+#[derive(Debug, Default)]
+enum Own {
+    /// Nothing: calls reach the namespace.
+    #[default]
+    Nothing,
+    /// The namespace as it was at some moment, and what was written since: an arm of an experiment.
+    Copy(Entries),
+}
+
+#[derive(Clone, Debug, Default)]
 struct Entries {
     map: HashMap<String, Vec<u8>>,
     /// Keys and values together.
@@ -69,16 +89,59 @@ impl StateStore {
 // === impl Namespace ===
 
 impl Namespace {
-    fn entries(&self) -> std::sync::MutexGuard<'_, Entries> {
+    fn entries(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl StateView ===
+
+impl StateView {
+    pub(crate) fn new(live: Arc<Namespace>) -> Self {
+        Self { live, own: Mutex::default() }
+    }
+
+    // Locks nest in this order: own, then the namespace.
+    fn own(&self) -> MutexGuard<'_, Own> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works on a copy from now on, if it does not yet.
+    pub(crate) fn fork(&self) {
+        let mut own = self.own();
+        if !matches!(*own, Own::Copy(_)) {
+            *own = Own::Copy(self.live.entries().clone());
+        }
+    }
+
+    /// Makes its copy the namespace, for whoever else uses that, too.
+    pub(crate) fn adopt(&self) {
+        let mut own = self.own();
+        if let Own::Copy(entries) = std::mem::take(&mut *own) {
+            *self.live.entries() = entries;
+        }
+    }
+
+    /// Bytes that its keys and values take: of its copy, else of the namespace.
+    pub(crate) fn bytes(&self) -> usize {
+        match &*self.own() {
+            Own::Nothing => self.live.entries().bytes,
+            Own::Copy(entries) => entries.bytes,
+        }
     }
 
     pub(crate) fn get(&self, key: &str) -> Option<Vec<u8>> {
-        self.entries().map.get(key).cloned()
+        match &*self.own() {
+            Own::Nothing => self.live.entries().get(key).map(<[u8]>::to_vec),
+            Own::Copy(entries) => entries.get(key).map(<[u8]>::to_vec),
+        }
     }
 
     pub(crate) fn set(&self, key: String, value: Vec<u8>) -> Result<(), StateFault> {
-        self.entries().set(key, value)
+        match &mut *self.own() {
+            Own::Nothing => self.live.entries().set(key, value),
+            Own::Copy(entries) => entries.set(key, value),
+        }
     }
 
     /// Stores `value` if the key holds `expected`; says whether it did.
@@ -88,17 +151,16 @@ impl Namespace {
         expected: Option<&[u8]>,
         value: Vec<u8>,
     ) -> Result<bool, StateFault> {
-        let mut entries = self.entries();
-        if entries.map.get(&key).map(Vec::as_slice) != expected {
-            return Ok(false);
+        match &mut *self.own() {
+            Own::Nothing => self.live.entries().compare_and_set(key, expected, value),
+            Own::Copy(entries) => entries.compare_and_set(key, expected, value),
         }
-        entries.set(key, value).map(|()| true)
     }
 
     pub(crate) fn delete(&self, key: &str) {
-        let mut entries = self.entries();
-        if let Some(value) = entries.map.remove(key) {
-            entries.bytes -= key.len() + value.len();
+        match &mut *self.own() {
+            Own::Nothing => self.live.entries().delete(key),
+            Own::Copy(entries) => entries.delete(key),
         }
     }
 }
@@ -106,6 +168,10 @@ impl Namespace {
 // === impl Entries ===
 
 impl Entries {
+    fn get(&self, key: &str) -> Option<&[u8]> {
+        self.map.get(key).map(Vec::as_slice)
+    }
+
     fn set(&mut self, key: String, value: Vec<u8>) -> Result<(), StateFault> {
         if key.len() > MAX_KEY_BYTES || value.len() > MAX_VALUE_BYTES {
             return Err(StateFault::TooLarge);
@@ -119,6 +185,19 @@ impl Entries {
         self.map.insert(key, value);
         Ok(())
     }
+
+    fn compare_and_set(&mut self, key: String, expected: Option<&[u8]>, value: Vec<u8>) -> Result<bool, StateFault> {
+        if self.get(&key) != expected {
+            return Ok(false);
+        }
+        self.set(key, value).map(|()| true)
+    }
+
+    fn delete(&mut self, key: &str) {
+        if let Some(value) = self.map.remove(key) {
+            self.bytes -= key.len() + value.len();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -127,7 +206,7 @@ mod tests {
 
     #[test]
     fn a_namespace_is_bounded_in_every_direction() {
-        let space = Namespace::default();
+        let space = StateView::default();
         for (key, value, expect) in [
             ("k".repeat(MAX_KEY_BYTES), 1, Ok(())),
             ("k".repeat(MAX_KEY_BYTES + 1), 1, Err(StateFault::TooLarge)),
@@ -136,7 +215,7 @@ mod tests {
         ] {
             assert_eq!(space.set(key, vec![0; value]), expect, "{value}");
         }
-        let space = Namespace::default();
+        let space = StateView::default();
         let room = MAX_NAMESPACE_BYTES / (MAX_VALUE_BYTES + 4);
         for i in 0..room {
             assert_eq!(space.set(format!("{i:04}"), vec![0; MAX_VALUE_BYTES]), Ok(()), "{i}");
@@ -145,7 +224,7 @@ mod tests {
         space.delete("0000");
         assert_eq!(space.set("next".into(), vec![0; MAX_VALUE_BYTES]), Ok(()), "deleting makes room");
         assert_eq!(space.set("next".into(), vec![1]), Ok(()), "so does shrinking");
-        let space = Namespace::default();
+        let space = StateView::default();
         for i in 0..MAX_KEYS {
             assert_eq!(space.set(i.to_string(), Vec::new()), Ok(()));
         }
@@ -155,7 +234,7 @@ mod tests {
 
     #[test]
     fn compare_and_set_compares() {
-        let space = Namespace::default();
+        let space = StateView::default();
         for (expected, value, expect) in
             [(Some(&b"x"[..]), b"a", false), (None, b"a", true), (None, b"b", false), (Some(b"a"), b"b", true)]
         {
@@ -168,13 +247,37 @@ mod tests {
     fn namespaces_differ_by_name_and_layout_and_unused_ones_make_room() {
         let store = StateStore::default();
         let name: Arc<str> = "router".into();
-        store.open(&name, 1).expect("room").set("k".into(), vec![1]).expect("room");
-        assert_eq!(store.open(&name, 1).expect("room").get("k"), Some(vec![1]), "survives its users");
-        assert_eq!(store.open(&name, 2).expect("room").get("k"), None);
+        let open = |schema| StateView::new(store.open(&name, schema).expect("room"));
+        open(1).set("k".into(), vec![1]).expect("room");
+        assert_eq!(open(1).get("k"), Some(vec![1]), "survives its users");
+        assert_eq!(open(2).get("k"), None);
         let held: Vec<_> = (0..MAX_NAMESPACES as u32).map_while(|i| store.open(&"other".into(), i)).collect();
         assert_eq!(held.len(), MAX_NAMESPACES);
         assert!(store.open(&"one more".into(), 0).is_none());
         drop(held);
         assert!(store.open(&"one more".into(), 0).is_some());
+    }
+
+    #[test]
+    fn what_is_tried_writes_where_nobody_reads() {
+        let live = Arc::new(Namespace::default());
+        let (active, tried) = (StateView::new(Arc::clone(&live)), StateView::new(live));
+        for key in ["a", "b", "c"] {
+            active.set(key.into(), vec![1]).expect("room");
+        }
+        tried.fork();
+        tried.set("a".into(), vec![2]).expect("room");
+        tried.delete("b");
+        assert_eq!(tried.compare_and_set("c".into(), Some(&[1]), vec![3]), Ok(true));
+        tried.fork();
+        let of = |view: &StateView| ["a", "b", "c"].map(|key| view.get(key));
+        let (before, after) = ([Some(vec![1]), Some(vec![1]), Some(vec![1])], [Some(vec![2]), None, Some(vec![3])]);
+        assert_eq!((of(&active), of(&tried)), (before, after.clone()), "the second fork changes nothing");
+        active.set("d".into(), vec![9]).expect("room");
+        assert_eq!(tried.get("d"), None);
+        assert_eq!((active.bytes(), tried.bytes()), (8, 4));
+        tried.adopt();
+        assert_eq!((of(&active), of(&tried)), (after.clone(), after), "one namespace again");
+        assert_eq!(active.get("d"), None);
     }
 }

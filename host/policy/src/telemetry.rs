@@ -136,7 +136,7 @@ impl TelemetrySlot {
             guest.fell_back();
             return;
         };
-        let budget = self.core.shared.config.budgets.on_events;
+        let budget = guest.budgets().on_events;
         let number = guest.begin();
         let started = stopwatch_ns();
         let answer = call(&mut instance, budget.hard, now, Batch { columns, names, dropped });

@@ -137,7 +137,32 @@ fn a_refused_plan_is_a_fault_and_three_open_the_circuit() {
     resync(&mut guest, until, &[(1, 10)]);
     assert_eq!(guest.attend(until), Attention::Following);
     step(&mut guest, until, &Changes::default());
-    assert_eq!(slot.status().health, Health::Closed);
+    guest.refused(until, BadPlan::UnknownId(99));
+    let Health::Open { until: again } = slot.status().health else { panic!("{:?}", slot.status().health) };
+    assert_eq!(again, until + 2 * SECOND, "a plan that is refused is no good trial");
+    bench.now.store(again, std::sync::atomic::Ordering::Relaxed);
+    bench.runtime.maintain();
+    assert_eq!(guest.attend(again), Attention::NeedsView, "half-open again");
+    resync(&mut guest, again, &[(1, 10)]);
+    step(&mut guest, again, &Changes::default());
+    assert_eq!(slot.status().health, Health::HalfOpen, "its plan is not checked yet");
+    assert_eq!((guest.attend(again), slot.status().health), (Attention::Following, Health::Closed));
+}
+
+#[test]
+fn only_boundaries_with_something_to_decide_count_as_fallbacks() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let component = bench.admit("sched-fcfs");
+    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    let mut guests: Vec<SchedulerGuest> = (0..3).map(|i| slot.attach(&i.to_string())).collect();
+    assert_eq!(guests[0].attend(1), Attention::NeedsView, "the spare");
+    for turn in 0..10 {
+        assert_eq!(guests[1].attend(turn), Attention::Native, "nobody is left");
+    }
+    assert_eq!(slot.status().fallbacks, 0);
+    guests[1].stood_in();
+    assert_eq!(slot.status().fallbacks, 1);
 }
 
 #[test]

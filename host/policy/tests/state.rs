@@ -20,6 +20,7 @@ fn state_outlives_swaps_and_belongs_to_a_namespace_and_a_layout() {
             generation,
             config: "{}".into(),
             namespace: namespace.map(str::to_owned),
+            ..Activation::default()
         };
         let prepared = bench.runtime.prepare(component, activation).expect("a generation");
         slot.publish(prepared).expect("a publish");

@@ -125,6 +125,9 @@ pub enum Attention {
     Following,
     /// It is new, was replaced or restarted: `resync` first.
     NeedsView,
+    /// It follows, and still computes an earlier answer: the native policy decides this step, and what changes is kept for
+    /// the policy's next call.
+    Busy,
 }
 
 /// Why a plan was refused as a whole.
@@ -175,11 +178,17 @@ pub trait BatchPolicy: Send {
     /// Receives the whole view. A fault inside makes the next [`attend`](Self::attend) say what to do.
     fn resync(&mut self, view: &View<'_>);
 
-    /// Called when there is something to decide: something waits, or memory is short. Fills `plan` (empty on entry).
+    /// Called when there is something to decide: something waits, or memory is short. Fills `plan` (empty on entry). The
+    /// plan may come from what an earlier call was told, by a policy that computes aside: ids that have gone since are
+    /// skipped like those that ended between a step and its plan.
     fn step(&mut self, now: Micros, budgets: &Budgets, changes: &Changes, plan: &mut Plan) -> Answer;
 
     /// The plan just returned was refused as a whole; counts as a fault of the policy.
     fn refused(&mut self, now: Micros, why: BadPlan);
+
+    /// There was something to decide, and the native policy did, because [`attend`](Self::attend) had said
+    /// [`Native`](Attention::Native) or [`Busy`](Attention::Busy).
+    fn stood_in(&mut self) {}
 }
 
 /// The host's own order as a [`BatchPolicy`]: priority, then arrival. It never makes a call.

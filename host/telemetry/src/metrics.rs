@@ -54,6 +54,7 @@ pub struct Metrics {
     policy_call: HistogramVec,
     policy_faults: IntCounterVec,
     policy_fallbacks: IntCounterVec,
+    policy_late_plans: IntCounterVec,
     policy_generation: IntGaugeVec,
     swap: HistogramVec,
     step: HistogramVec,
@@ -129,6 +130,8 @@ pub struct SlotMetrics {
     pub call: Histogram,
     /// `pointsman_policy_fallbacks_total`: decisions that the native policy took instead.
     pub fallbacks: IntCounter,
+    /// `pointsman_policy_late_plans_total`: plans that were computed aside and used one step late.
+    pub late_plans: IntCounter,
     /// `pointsman_policy_faults_total`, by kind: timeout, trap, memory, bad-answer, link.
     pub faults: [IntCounter; 5],
 }
@@ -299,6 +302,11 @@ impl Metrics {
                 "Decisions taken by the native policy in place of the slot's.",
                 &["slot"],
             ),
+            policy_late_plans: counter(
+                "pointsman_policy_late_plans_total",
+                "Plans of a scheduler over its soft budget, computed aside and used a step late.",
+                &["slot"],
+            ),
             policy_generation: gauge("pointsman_policy_generation", "Generation active in the slot.", &["slot"]),
             swap: histogram(
                 "pointsman_swap_seconds",
@@ -385,6 +393,7 @@ impl Metrics {
         SlotMetrics {
             call: self.policy_call.with_label_values(&[slot, revision]),
             fallbacks: self.policy_fallbacks.with_label_values(&[slot]),
+            late_plans: self.policy_late_plans.with_label_values(&[slot]),
             faults: ["timeout", "trap", "memory", "bad-answer", "link"].map(fault),
         }
     }
@@ -416,6 +425,7 @@ impl Metrics {
     /// Removes the series of a slot that is gone. Its revisions go by [`Metrics::forget_revision`].
     pub fn forget_slot(&self, slot: &str) {
         let _ = self.policy_fallbacks.remove_label_values(&[slot]);
+        let _ = self.policy_late_plans.remove_label_values(&[slot]);
         let _ = self.policy_generation.remove_label_values(&[slot]);
         let _ = self.swap.remove_label_values(&[slot]);
     }

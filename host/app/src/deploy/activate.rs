@@ -120,6 +120,7 @@ impl Deploy {
             generation,
             config: desired.config.clone(),
             namespace: desired.state_namespace.clone(),
+            ..Activation::default()
         };
         let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;
         if let Some(known) = lock(&self.components).get_mut(digest) {

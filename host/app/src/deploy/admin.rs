@@ -151,7 +151,8 @@ impl PolicyAdmin for Deploy {
             ComponentRef::Digest(digest) => {
                 let component = self.compiled(&digest, &SlotName::Router)?;
                 let slot = SlotName::Router.to_string();
-                let activation = Activation { slot, generation, config, namespace: state_namespace };
+                let activation =
+                    Activation { slot, generation, config, namespace: state_namespace, ..Activation::default() };
                 let Question { now, request, replicas } = *question;
                 let question = RouterQuestion { now, request, replicas };
                 self.runtime.ask_router(&component, &activation, question).map_err(activate_error)?

@@ -115,7 +115,7 @@ impl Bench {
 
     pub(crate) fn activation(&self, slot: &str, config: &str) -> Activation {
         let generation = self.next_generation.fetch_add(1, Ordering::Relaxed);
-        Activation { slot: slot.to_owned(), generation, config: config.to_owned(), namespace: None }
+        Activation { slot: slot.to_owned(), generation, config: config.to_owned(), ..Activation::default() }
     }
 
     pub(crate) fn prepare(&self, component: &Component, slot: &str, config: &str) -> Prepared {

@@ -20,15 +20,26 @@ impl Scheduler {
         self.preempt_cursor = 0;
         self.generation = 0;
         let attention = policy.attend(now);
-        if attention == Attention::Native {
-            self.told.forget();
+        let may_be_asked = match attention {
+            Attention::Native => {
+                self.told.forget();
+                false
+            }
+            Attention::Busy => false,
+            Attention::Following | Attention::NeedsView => {
+                if attention == Attention::NeedsView || !self.told.following {
+                    self.resync(now, policy);
+                }
+                true
+            }
+        };
+        if self.waiting.is_empty() && self.growth() <= self.kv.pool.available() {
             return;
         }
-        if attention == Attention::NeedsView || !self.told.following {
-            self.resync(now, policy);
+        if !may_be_asked {
+            return policy.stood_in();
         }
-        let is_short = self.growth() > self.kv.pool.available();
-        if (self.waiting.is_empty() && !is_short) || !self.ask(now, policy) {
+        if !self.ask(now, policy) {
             return;
         }
         self.generation = policy.generation();
