@@ -154,7 +154,7 @@ pub(crate) fn hit_rates() -> [f64; 2] {
         slot: "kv-retention".into(),
         generation: 1,
         config: r#"{"tenants": ["assistant"]}"#.into(),
-        namespace: None,
+        ..Activation::default()
     };
     slot.publish(runtime.prepare(&component, activation).expect("it starts")).expect("it is newer");
     let mut guest = slot.attach(&"replica".into());

@@ -61,7 +61,7 @@ pub struct Budgets {
     pub on_events: Budget,
     /// `kv-retention.rank`.
     pub rank: Budget,
-    /// Each function of `sampler`. A step waits for an edit up to four times the hard limit.
+    /// Each function of `sampler`. A step waits for an edit up to four times this hard limit, whatever a slot's own one is.
     pub edit: Budget,
     /// Instantiation and `lifecycle.init`, together.
     pub init: Budget,
@@ -165,6 +165,8 @@ impl Budgets {
             World::Router => Self { route: self.route.changed(change)?, ..self },
             World::Scheduler => Self { step: self.step.changed(change)?, ..self },
             World::Telemetry => Self { on_events: self.on_events.changed(change)?, ..self },
+            World::Retention => Self { rank: self.rank.changed(change)?, ..self },
+            World::Sampler => Self { edit: self.edit.changed(change)?, ..self },
         })
     }
 }

@@ -10,19 +10,19 @@ use pointsman_sched::batch::Attention;
 use pointsman_telemetry::Micros;
 
 use crate::circuit::Admit;
-use crate::config::Budget;
+use crate::config::{Budget, Budgets};
 use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::{CallContext, Generation};
+use crate::generation::CallContext;
 use crate::instance::{Hook, Instance};
-use crate::slot::SlotCore;
+use crate::slot::{SlotCore, Stay};
 
 pub(crate) struct Resident<H: Hook> {
     pub(crate) core: Arc<SlotCore<H>>,
     /// Whose it is, for messages.
     owner: Arc<str>,
     /// The generation that it is inside of.
-    generation: Arc<Generation<H>>,
+    generation: Stay<H>,
     instance: Option<Box<Instance<H>>>,
     /// Whether the instance has been told everything.
     pub(crate) synced: bool,
@@ -35,7 +35,7 @@ impl<H: Hook> Resident<H> {
     pub(crate) fn new(core: &Arc<SlotCore<H>>, owner: &Arc<str>) -> Self {
         core.want(1);
         Self {
-            generation: core.enter_to_stay(),
+            generation: core.stay(),
             core: Arc::clone(core),
             owner: Arc::clone(owner),
             instance: None,
@@ -53,7 +53,7 @@ impl<H: Hook> Resident<H> {
     pub(crate) fn attend(&mut self, now: Micros) -> Attention {
         if !self.core.is_current(&self.generation) {
             self.leave();
-            self.generation = self.core.enter_to_stay();
+            self.generation = self.core.stay();
             self.synced = false;
         }
         let Some(guest) = &self.generation.guest else { return Attention::Native };
@@ -137,7 +137,7 @@ impl<H: Hook> Resident<H> {
         }
     }
 
-    /// Gives back everything that belongs to the generation and leaves it. It may be asked again: it starts from a view.
+    /// Gives back everything that belongs to the generation. It may be asked again: it starts from a view.
     fn leave(&mut self) {
         if let Some(guest) = &self.generation.guest {
             if let Some(instance) = self.instance.take() {
@@ -147,7 +147,11 @@ impl<H: Hook> Resident<H> {
                 guest.trial_withdrawn();
             }
         }
-        self.core.leave(&self.generation);
+    }
+
+    /// What its calls may take.
+    pub(crate) fn budgets(&self) -> Budgets {
+        self.generation.guest.as_ref().map_or(self.core.shared.config.budgets, |guest| *guest.budgets())
     }
 }
 
@@ -165,7 +169,7 @@ impl<H: Hook> std::fmt::Debug for Resident<H> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Resident")
             .field("owner", &self.owner)
-            .field("generation", &self.generation)
+            .field("generation", &*self.generation)
             .field("synced", &self.synced)
             .finish_non_exhaustive()
     }

@@ -50,7 +50,7 @@ impl RetentionPolicy for RetentionGuest {
     }
 
     fn rank(&mut self, now: Micros, wanted: u32, blocks: &BlockColumns, ranking: &mut Ranking) -> bool {
-        let budget = self.resident.core.shared.config.budgets.rank;
+        let budget = self.resident.budgets().rank;
         let answer =
             self.resident.call(Call::Rank, now, budget, |instance, hard| rank(instance, hard, (now, wanted), blocks));
         self.resident.synced = answer.is_some();

@@ -29,7 +29,7 @@ use crate::router::{self, RouterHook, RouterQuestion, RouterSlot};
 use crate::sampler::{SamplerHook, SamplerSlot};
 use crate::scheduler::{SchedulerHook, SchedulerSlot};
 use crate::slot::{Arm, Prepared, SlotCore, Tend};
-use crate::state::{StateStore, StateView};
+use crate::state::{Sharing, StateStore, StateView};
 use crate::telemetry::{TelemetryHook, TelemetrySlot};
 use crate::upload::{Digest, UploadError, World, identify, shorten, to_component};
 use crate::versions;
@@ -560,9 +560,10 @@ impl Inner {
         // The first instance is only asked questions: it has no metrics and a state of its own, and is thrown away.
         let (manifest, wants) = self.probe(&maker)?;
         let revision = manifest.revision(&component.digest);
+        let sharing = if activation.namespace.is_some() { Sharing::Named } else { Sharing::Slot };
         let namespace = activation.namespace.map_or_else(|| Arc::clone(&name), Into::into);
         let live = self.shared.states.open(&namespace, manifest.state_schema).ok_or(ActivateError::NoNamespace)?;
-        maker.state = Arc::new(StateView::new(live));
+        maker.state = Arc::new(StateView::new(live, sharing));
         if activation.arm == Arm::Candidate {
             maker.state.fork();
         }

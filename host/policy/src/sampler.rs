@@ -168,7 +168,7 @@ impl Thread {
         match attention {
             Attention::Native if !self.resident.has_guest() => self.live.clear(),
             Attention::NeedsView => reply.renewed = self.tell_again(now),
-            Attention::Native | Attention::Following => {}
+            Attention::Native | Attention::Following | Attention::Busy => {}
         }
         let words = self.start(now, &batch.started);
         for (started, word) in batch.started.iter().zip(words) {
@@ -258,7 +258,7 @@ impl Thread {
         n: usize,
         work: impl FnOnce(&mut Instance<SamplerHook>, Micros) -> Result<Vec<Word>, Fault>,
     ) -> Vec<Word> {
-        let budget = self.resident.core.shared.config.budgets.edit;
+        let budget = self.resident.budgets().edit;
         let answer = if self.may_ask { self.resident.call(call, now, budget, work) } else { None };
         self.resident.synced = answer.is_some();
         answer.unwrap_or_else(|| {
@@ -270,7 +270,7 @@ impl Thread {
     fn end(&mut self, now: Micros, ended: &[RequestId]) {
         let ids: Vec<u64> = ended.iter().map(|id| id.0).filter(|id| self.live.remove(id).is_some()).collect();
         if !ids.is_empty() && self.may_ask {
-            let budget = self.resident.core.shared.config.budgets.edit;
+            let budget = self.resident.budgets().edit;
             self.resident.call(Call::Ended, now, budget, |instance, hard| ended_call(instance, (hard, now), &ids));
         }
     }

@@ -5,7 +5,7 @@
 //! making it durable is not the guests' concern and not done here.
 //!
 //! A generation reaches its namespace through a [`StateView`], because one that is tried must not write where the active
-//! policy reads: an arm of an experiment works on a copy.
+//! policy reads: an arm of an experiment works on a copy, unless the namespace is one that the operator named for several slots.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,7 +40,19 @@ pub(crate) struct Namespace {
 #[derive(Debug, Default)]
 pub(crate) struct StateView {
     live: Arc<Namespace>,
+    sharing: Sharing,
     own: Mutex<Own>,
+}
+
+/// Whose namespace it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// The slot's own.
+    #[default]
+    Slot,
+    /// Named by the operator, so that several slots meet there: a candidate that worked on a copy would not hear what the
+    /// others write, and its copy would undo that when it is adopted.
+    Named,
 }
 
 /// What a view has beside the namespace; bounded like one.
@@ -97,8 +109,8 @@ impl Namespace {
 // === impl StateView ===
 
 impl StateView {
-    pub(crate) fn new(live: Arc<Namespace>) -> Self {
-        Self { live, own: Mutex::default() }
+    pub(crate) fn new(live: Arc<Namespace>, sharing: Sharing) -> Self {
+        Self { live, sharing, own: Mutex::default() }
     }
 
     // Locks nest in this order: own, then the namespace.
@@ -106,10 +118,10 @@ impl StateView {
         self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works on a copy from now on, if it does not yet.
+    /// Works on a copy from now on, if it does not yet and the namespace is the slot's own.
     pub(crate) fn fork(&self) {
         let mut own = self.own();
-        if !matches!(*own, Own::Copy(_)) {
+        if self.sharing == Sharing::Slot && !matches!(*own, Own::Copy(_)) {
             *own = Own::Copy(self.live.entries().clone());
         }
     }
@@ -247,7 +259,7 @@ mod tests {
     fn namespaces_differ_by_name_and_layout_and_unused_ones_make_room() {
         let store = StateStore::default();
         let name: Arc<str> = "router".into();
-        let open = |schema| StateView::new(store.open(&name, schema).expect("room"));
+        let open = |schema| StateView::new(store.open(&name, schema).expect("room"), Sharing::Slot);
         open(1).set("k".into(), vec![1]).expect("room");
         assert_eq!(open(1).get("k"), Some(vec![1]), "survives its users");
         assert_eq!(open(2).get("k"), None);
@@ -258,26 +270,51 @@ mod tests {
         assert!(store.open(&"one more".into(), 0).is_some());
     }
 
+    /// Every operation once; what the guest saw.
+    fn exercise(view: &StateView) -> (Option<Vec<u8>>, Option<Vec<u8>>, bool, Option<Vec<u8>>) {
+        view.set("a".into(), vec![2]).expect("room");
+        view.delete("b");
+        let swapped = view.compare_and_set("c".into(), Some(&[1]), vec![3]).expect("room");
+        (view.get("a"), view.get("b"), swapped, view.get("c"))
+    }
+
     #[test]
     fn what_is_tried_writes_where_nobody_reads() {
         let live = Arc::new(Namespace::default());
-        let (active, tried) = (StateView::new(Arc::clone(&live)), StateView::new(live));
+        let active = StateView::new(Arc::clone(&live), Sharing::Slot);
         for key in ["a", "b", "c"] {
             active.set(key.into(), vec![1]).expect("room");
         }
+        let tried = StateView::new(live, Sharing::Slot);
         tried.fork();
-        tried.set("a".into(), vec![2]).expect("room");
-        tried.delete("b");
-        assert_eq!(tried.compare_and_set("c".into(), Some(&[1]), vec![3]), Ok(true));
-        tried.fork();
-        let of = |view: &StateView| ["a", "b", "c"].map(|key| view.get(key));
-        let (before, after) = ([Some(vec![1]), Some(vec![1]), Some(vec![1])], [Some(vec![2]), None, Some(vec![3])]);
-        assert_eq!((of(&active), of(&tried)), (before, after.clone()), "the second fork changes nothing");
+        assert_eq!(exercise(&tried), (Some(vec![2]), None, true, Some(vec![3])));
+        assert_eq!(["a", "b", "c"].map(|key| active.get(key)), [Some(vec![1]), Some(vec![1]), Some(vec![1])]);
         active.set("d".into(), vec![9]).expect("room");
         assert_eq!(tried.get("d"), None);
-        assert_eq!((active.bytes(), tried.bytes()), (8, 4));
         tried.adopt();
-        assert_eq!((of(&active), of(&tried)), (after.clone(), after), "one namespace again");
-        assert_eq!(active.get("d"), None);
+        assert_eq!((active.get("a"), tried.get("a")), (Some(vec![2]), Some(vec![2])), "one namespace again");
+    }
+
+    #[test]
+    fn a_shared_namespace_stays_one() {
+        let live = Arc::new(Namespace::default());
+        let (teacher, tried) =
+            (StateView::new(Arc::clone(&live), Sharing::Named), StateView::new(live, Sharing::Named));
+        tried.fork();
+        teacher.set("lesson".into(), vec![1]).expect("room");
+        assert_eq!(tried.get("lesson"), Some(vec![1]));
+        tried.adopt();
+        assert_eq!(teacher.get("lesson"), Some(vec![1]));
+    }
+
+    #[test]
+    fn copies_are_bounded_and_counted() {
+        let view = StateView::default();
+        view.fork();
+        for i in 0..MAX_KEYS {
+            assert_eq!(view.set(i.to_string(), vec![0; 10]), Ok(()));
+        }
+        assert_eq!(view.set("one more".into(), Vec::new()), Err(StateFault::Full));
+        assert_eq!(view.bytes(), (0..MAX_KEYS).map(|i| i.to_string().len() + 10).sum::<usize>());
     }
 }

@@ -85,6 +85,7 @@ impl Trial {
             generation,
             config: config.to_string(),
             namespace: None,
+            ..Activation::default()
         };
         Ok(self.runtime.prepare(component, activation)?)
     }
