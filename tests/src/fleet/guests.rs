@@ -86,7 +86,8 @@ impl Guests {
         let component = self.runtime.admit(&bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
         let generation = slot.status().generation + 1;
         let namespace = namespace.map(str::to_owned);
-        let activation = Activation { slot: at.into(), generation, config: config.into(), namespace };
+        let activation =
+            Activation { slot: at.into(), generation, config: config.into(), namespace, ..Activation::default() };
         let prepared = self.runtime.prepare(&component, activation);
         let prepared = prepared.unwrap_or_else(|error| panic!("{name} {config}: {error}"));
         slot.publish(prepared).unwrap_or_else(|error| panic!("{name}: {error}"));
