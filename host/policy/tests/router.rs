@@ -200,7 +200,7 @@ fn misdeeds_before_a_publish_keep_the_old_policy() {
     }
     for (slot, expect) in [
         ("scheduler", "runs a scheduler-policy, and the component is a router-policy"),
-        ("sampler", "there is no slot `sampler`"),
+        ("oracle", "there is no slot `oracle`"),
     ] {
         let error = bench.runtime.prepare(&component, bench.activation(slot, "{}")).expect_err(slot);
         assert!(error.to_string().contains(expect), "{slot}: {error}");
