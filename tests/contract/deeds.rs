@@ -26,7 +26,7 @@ fn faults(state: &Value, kind: &str) -> u64 {
 /// Calls in which a fixture behaves first: more than the host's probes of that slot.
 fn after(slot: &str) -> u32 {
     match slot {
-        "router" => 40,
+        "admission" | "router" => 40,
         "scheduler" | "sampler" => 12,
         _ => 6,
     }
@@ -94,6 +94,23 @@ fn drive_all(name: &str, world: &str, deeds: &[(&str, Comes)]) {
             assert_eq!(reset.status, 200, "{reset:?}");
         }
     }
+}
+
+#[test]
+fn an_admission_policy_may_do_anything() {
+    use Comes::{Fault, Nothing, NothingInTime};
+    let deeds = [
+        ("trap", Fault(&["trap"])),
+        ("spin", Fault(&["timeout"])),
+        ("allocate", Fault(&["memory", "timeout"])),
+        ("recurse", Fault(&["trap"])),
+        ("slow", Nothing),
+        ("leak", Nothing),
+        ("log-flood", NothingInTime),
+        ("metric-flood", NothingInTime),
+        ("state-flood", NothingInTime),
+    ];
+    drive_all("admission", "admission", &deeds);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! row is activated, driven until its deed has happened, looked up in metrics, health and journal, and removed again.
 #![expect(clippy::expect_used, clippy::panic, reason = "a broken host should stop the test where it is")]
 
+mod admission;
 mod deeds;
 mod refused;
 mod versions;

@@ -33,7 +33,12 @@ fn uploads_that_are_no_policies_are_refused_with_what_to_change() {
 #[test]
 fn policies_that_fail_before_they_are_published_leave_the_old_one_serving() {
     let host = host();
-    for (name, world) in [("router", "router"), ("scheduler", "scheduler"), ("telemetry.slo-log", "telemetry")] {
+    for (name, world) in [
+        ("admission", "admission"),
+        ("router", "router"),
+        ("scheduler", "scheduler"),
+        ("telemetry.slo-log", "telemetry"),
+    ] {
         let digest = host.upload(&fixture(world));
         let before = slot(&host, name)["active"].clone();
         for (deed, part) in [

@@ -80,6 +80,8 @@ impl Host {
             compile: Compile::InProcess,
             maintenance: Maintenance::Manual,
             budgets: Budgets {
+                admit: wide,
+                settle: wide,
                 route: wide,
                 step: wide,
                 resync: wide,

@@ -17,6 +17,7 @@ macro_rules! builtins {
 
 /// Every built-in component.
 pub(crate) const BUILTINS: &[Builtin] = builtins![
+    "admit-token-bucket",
     "route-least-loaded",
     "route-prefix-aware",
     "route-weighted",

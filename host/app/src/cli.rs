@@ -97,7 +97,7 @@ pub(crate) enum PolicyCommand {
         after_help = "Examples:\n  pointsman policy activate router sha256:2c26...\n  pointsman policy activate router my_router.wasm --set '{\"bias\": 2}'\n  pointsman policy activate scheduler native"
     )]
     Activate {
-        /// router, scheduler, kv-retention, sampler or telemetry.NAME.
+        /// admission, router, scheduler, kv-retention, sampler or telemetry.NAME.
         slot: SlotName,
         /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, an `oci://` reference, or
         /// `native`; `@sha256:...` pins a name.
@@ -114,7 +114,7 @@ pub(crate) enum PolicyCommand {
     /// Return a slot to the policy that was active before.
     #[command(after_help = "Example:\n  pointsman policy rollback router")]
     Rollback {
-        /// router, scheduler, kv-retention, sampler or telemetry.NAME.
+        /// admission, router, scheduler, kv-retention, sampler or telemetry.NAME.
         slot: SlotName,
         #[command(flatten)]
         at: AdminArgs,

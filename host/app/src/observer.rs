@@ -1,4 +1,5 @@
-//! The observer thread: hands events to telemetry hooks in batches and journals what guests did, off every hot path.
+//! The observer thread: hands events to telemetry hooks and ended requests to the admission policy, in batches, and journals
+//! what guests did, off every hot path.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -91,6 +92,7 @@ impl Watched {
             }
         }
         self.deploy.tick_rollouts();
+        self.deploy.admission.settle(self.clock.micros(), &self.names);
         self.deploy.journal_faults();
         anomalies.close(self.clock.micros(), &self.names, &self.metrics, |what| self.deploy.note("host", what));
     }

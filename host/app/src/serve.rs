@@ -100,6 +100,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let state = ServerState::new(ServerParts {
         config: server_config(&config),
         engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
+        admit: Arc::clone(&deploy.admission) as _,
         router: Arc::clone(&deploy.router) as _,
         policies: Arc::clone(&deploy) as _,
         aliases: Aliases::start(Arc::clone(&deploy), Arc::clone(&store)) as _,

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum SlotName {
+    /// Lets requests in.
+    Admission,
     /// Chooses the replica of a request.
     Router,
     /// Orders the work of each replica.
@@ -26,7 +28,7 @@ pub enum SlotName {
 pub enum SlotNameError {
     /// No such kind of slot.
     #[error(
-        "there is no slot `{0}`; slots are `router`, `scheduler`, `kv-retention`, `sampler` and `telemetry.<name>`"
+        "there is no slot `{0}`; slots are `admission`, `router`, `scheduler`, `kv-retention`, `sampler` and `telemetry.<name>`"
     )]
     Unknown(String),
     /// A telemetry slot with a bad name.
@@ -49,6 +51,7 @@ pub enum ComponentRef {
 impl fmt::Display for SlotName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Admission => f.write_str("admission"),
             Self::Router => f.write_str("router"),
             Self::Scheduler => f.write_str("scheduler"),
             Self::KvRetention => f.write_str("kv-retention"),
@@ -64,6 +67,7 @@ impl FromStr for SlotName {
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let good_byte = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
         match s {
+            "admission" => Ok(Self::Admission),
             "router" => Ok(Self::Router),
             "scheduler" => Ok(Self::Scheduler),
             "kv-retention" => Ok(Self::KvRetention),
@@ -122,7 +126,8 @@ mod tests {
 
     #[test]
     fn slot_names_parse_and_print() {
-        for name in ["router", "scheduler", "kv-retention", "sampler", "telemetry.slo-log", "telemetry.0"] {
+        for name in ["admission", "router", "scheduler", "kv-retention", "sampler", "telemetry.slo-log", "telemetry.0"]
+        {
             assert_eq!(name.parse::<SlotName>().map(|s| s.to_string()), Ok(name.to_owned()));
         }
         for name in ["", "Router", "telemetry", "telemetry.", "telemetry.A", "telemetry.a b", "sampler.x"] {

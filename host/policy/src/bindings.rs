@@ -23,6 +23,17 @@ pub(crate) mod router {
     });
 }
 
+/// `interface admission`.
+pub(crate) mod admission {
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        inline: "package pointsman:host; world admission { export pointsman:policy/admission@0.2.0; }",
+        world: "pointsman:host/admission",
+        ownership: Borrowing { duplicate_if_necessary: true },
+        with: { "pointsman:policy": super::router::pointsman::policy },
+    });
+}
+
 /// `interface lifecycle`.
 pub(crate) mod lifecycle {
     wasmtime::component::bindgen!({

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use wasmtime::Store;
 use wasmtime::component::InstancePre;
 
-use crate::bindings::{kv_retention, router, sampler, scheduler, telemetry};
+use crate::bindings::{admission, kv_retention, router, sampler, scheduler, telemetry};
 use crate::host::Host;
 use crate::instance::Hook;
 use crate::upload::{Digest, World};
@@ -35,6 +35,7 @@ pub struct Component {
 
 /// Linked machine code of one world.
 pub(crate) enum Code {
+    Admission(Linked<admission::AdmissionIndices>),
     Router(Linked<router::RouterIndices>),
     Scheduler(Linked<scheduler::SchedulerIndices>),
     Telemetry(Linked<telemetry::TelemetryIndices>),
@@ -54,6 +55,7 @@ impl Code {
     /// Looks up the world's exports; their types are checked at instantiation.
     pub(crate) fn new(world: World, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
         Ok(match world {
+            World::Admission => Self::Admission(Linked::new(admission::AdmissionIndices::new(&pre)?, pre)?),
             World::Router => Self::Router(Linked::new(router::RouterIndices::new(&pre)?, pre)?),
             World::Scheduler => Self::Scheduler(Linked::new(scheduler::SchedulerIndices::new(&pre)?, pre)?),
             World::Telemetry => Self::Telemetry(Linked::new(telemetry::TelemetryIndices::new(&pre)?, pre)?),

@@ -30,8 +30,8 @@ pub struct RuntimeConfig {
     pub memory_bytes: usize,
     /// Instances that may exist at once, over all slots and generations; beyond, activations fail.
     pub max_instances: u32,
-    /// Warm router instances per generation; calls beyond it at the same moment are answered natively. One more is kept
-    /// as a spare.
+    /// Warm router instances per generation, and as many of admission; calls beyond it at the same moment are answered
+    /// natively. One more is kept as a spare.
     pub router_instances: u32,
     /// Calls after which an instance is replaced by a fresh one, and growth of its memory since it was ready that has the
     /// same effect: a guest that leaks stays flat.
@@ -51,6 +51,10 @@ pub struct RuntimeConfig {
 /// Budgets of one call, in microseconds of the guest's own CPU time. Soft ones are counted, hard ones are enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budgets {
+    /// `admission.admit`.
+    pub admit: Budget,
+    /// `admission.settle`.
+    pub settle: Budget,
     /// `router.route`.
     pub route: Budget,
     /// `scheduler.step`.
@@ -162,6 +166,7 @@ impl Budgets {
     /// With another budget for the decisions of a world.
     pub(crate) fn changed(self, world: World, change: BudgetChange) -> Result<Self, BudgetError> {
         Ok(match world {
+            World::Admission => Self { admit: self.admit.changed(change)?, ..self },
             World::Router => Self { route: self.route.changed(change)?, ..self },
             World::Scheduler => Self { step: self.step.changed(change)?, ..self },
             World::Telemetry => Self { on_events: self.on_events.changed(change)?, ..self },
@@ -219,6 +224,8 @@ impl Default for Budgets {
     fn default() -> Self {
         let ms = 1_000;
         Self {
+            admit: Budget { soft: 100, hard: 10 * ms },
+            settle: Budget { soft: 10 * ms, hard: 50 * ms },
             route: Budget { soft: 100, hard: 10 * ms },
             step: Budget { soft: 50, hard: 10 * ms },
             resync: Budget { soft: 5 * ms, hard: 20 * ms },

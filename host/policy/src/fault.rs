@@ -40,6 +40,10 @@ pub enum Call {
     Instantiate,
     /// `lifecycle.init`.
     Init,
+    /// `admission.admit`.
+    Admit,
+    /// `admission.settle`.
+    Settle,
     /// `router.route`.
     Route,
     /// `scheduler.resync`.
@@ -120,6 +124,8 @@ impl Call {
         match self {
             Self::Instantiate => "instantiate",
             Self::Init => "init",
+            Self::Admit => "admit",
+            Self::Settle => "settle",
             Self::Route => "route",
             Self::Resync => "resync",
             Self::Step => "step",

@@ -118,6 +118,7 @@ pub(crate) struct Ready<H: Hook> {
 
 /// The same, of any world.
 pub(crate) enum AnyReady {
+    Admission(Box<Ready<crate::admission::AdmissionHook>>),
     Router(Box<Ready<crate::router::RouterHook>>),
     Scheduler(Box<Ready<crate::scheduler::SchedulerHook>>),
     Telemetry(Box<Ready<crate::telemetry::TelemetryHook>>),

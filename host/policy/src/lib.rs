@@ -2,8 +2,8 @@
 //!
 //! It implements the seams of `pointsman-sched` with a guest behind them and the native policy beside them. A guest can be
 //! slow, wrong, malicious or gone: whatever it does becomes a [`Fault`] with a kind, the native policy answers, and the
-//! slot's circuit decides whether the guest is asked again. It is not a general wasm host: three worlds, three small host
-//! interfaces, no WASI, no async.
+//! slot's circuit decides whether the guest is asked again. It is not a general wasm host: a world per hook, three small
+//! host interfaces, no WASI, no async.
 //!
 //! The life of a revision, and the module that owns each part:
 //!
@@ -11,9 +11,10 @@
 //! 2. compile: in a child process, cached; component: linked and type-checked;
 //! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
 //! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
-//! 5. router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault.
+//! 5. admission, router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault.
 #![deny(missing_docs)]
 
+mod admission;
 mod aside;
 mod bindings;
 mod circuit;
@@ -50,6 +51,7 @@ mod sync {
     }
 }
 
+pub use admission::AdmissionSlot;
 pub use circuit::Health;
 pub use compile::{CacheError, CompileError, compile_child_main};
 pub use component::Component;

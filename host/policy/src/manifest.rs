@@ -78,9 +78,9 @@ pub enum ManifestError {
 pub(crate) struct Wants {
     /// Router: extra columns, in order.
     pub(crate) replica: Vec<ReplicaColumn>,
-    /// Router: numbers of the request, in order.
+    /// Router and admission: numbers of the request, in order.
     pub(crate) request: Vec<RequestNumber>,
-    /// Router: attributes, in order.
+    /// Router and admission: attributes, in order.
     pub(crate) attributes: Vec<String>,
     /// Scheduler: the `progress` columns.
     pub(crate) progress: bool,
@@ -163,6 +163,7 @@ fn names<T>(table: &[(&'static str, T)]) -> impl Iterator<Item = String> {
 /// operator gave to replicas.
 pub(crate) fn known_names(world: World, labels: &[String]) -> Vec<String> {
     match world {
+        World::Admission => names(&REQUEST_NUMBERS).collect(),
         World::Router => {
             let labels = labels.iter().map(|label| format!("{LABEL}{label}"));
             let texts = [PROMPT_HEAD.to_owned()];
@@ -221,7 +222,7 @@ impl Manifest {
             return Ok(wants);
         }
         let mut known = known_names(world, labels);
-        if world == World::Router {
+        if matches!(world, World::Admission | World::Router) {
             known.push(format!("{HEADER}<name>"));
         }
         Err(ManifestError::UnknownWants { world, unknown, known })
@@ -234,6 +235,7 @@ impl Wants {
     /// Adds a name; says whether it is known.
     fn add(&mut self, world: World, labels: &[String], name: &str) -> bool {
         match world {
+            World::Admission => self.add_of_request(name),
             World::Router => {
                 let label = |name: &str| {
                     let place =
@@ -244,16 +246,11 @@ impl Wants {
                     self.replica.push(column);
                     return true;
                 }
-                if let Some(number) = lookup(&REQUEST_NUMBERS, name) {
-                    self.request.push(number);
+                if name == PROMPT_HEAD {
+                    self.attributes.push(name.to_owned());
                     return true;
                 }
-                let header = name.strip_prefix(HEADER).is_some_and(|header| !header.is_empty());
-                let text = header || name == PROMPT_HEAD;
-                if text {
-                    self.attributes.push(name.to_owned());
-                }
-                text
+                self.add_of_request(name)
             }
             World::Scheduler => {
                 if let Some(column) = lookup(&SEQUENCE_COLUMNS, name) {
@@ -275,6 +272,19 @@ impl Wants {
                 kind.is_some()
             }
         }
+    }
+
+    /// Adds what is known of a request before its prompt is looked at.
+    fn add_of_request(&mut self, name: &str) -> bool {
+        if let Some(number) = lookup(&REQUEST_NUMBERS, name) {
+            self.request.push(number);
+            return true;
+        }
+        let header = name.strip_prefix(HEADER).is_some_and(|header| !header.is_empty());
+        if header {
+            self.attributes.push(name.to_owned());
+        }
+        header
     }
 
     /// Whether a telemetry guest gets events of this kind.
@@ -323,6 +333,8 @@ mod tests {
         assert_eq!(router.replica, [ReplicaColumn::Label(1), ReplicaColumn::Variant]);
         assert_eq!(router.request, [RequestNumber::Stream]);
         assert_eq!(router.attributes, ["header.x-plan", "prompt-head"]);
+        let door = wants(World::Admission, &["header.x-plan", "request.stream"]).expect("known");
+        assert_eq!((door.attributes, door.request), (vec!["header.x-plan".to_owned()], vec![RequestNumber::Stream]));
         let scheduler = wants(World::Scheduler, &["seq.prefix", "progress", "seq.session"]).expect("known");
         assert!(scheduler.progress);
         assert_eq!(scheduler.sequence, [SequenceColumn::Prefix, SequenceColumn::Session]);

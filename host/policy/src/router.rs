@@ -146,12 +146,9 @@ fn call(
     for (place, column) in columns.iter_mut().zip(&wants.replica) {
         *place = replica_column(replicas, *column);
     }
-    let mut numbers = [0; MAX_REQUEST_NUMBERS];
+    let numbers = wanted_numbers(&request.numbers, wants);
     let n_numbers = wants.request.len().min(numbers.len());
-    for (place, number) in numbers.iter_mut().zip(&wants.request) {
-        *place = request_number(&request.numbers, *number);
-    }
-    let attributes = attributes(request, wants);
+    let attributes = wanted(request.attributes, wants);
     let request = lower_request(request, &numbers[..n_numbers], &attributes);
     let replicas_arg = lower_replicas(replicas, &columns[..n_columns]);
     let choice = instance.call(hard, now, |guest, store| {
@@ -184,17 +181,30 @@ fn request_number(numbers: &RequestNumbers, number: RequestNumber) -> u64 {
     }
 }
 
-/// The texts that the guest wants and the request has.
-fn attributes<'a>(request: &RouteRequest<'a>, wants: &Wants) -> Vec<(&'a str, &'a str)> {
+/// Those numbers of a request that the guest wants; a manifest names each at most once.
+pub(crate) fn wanted_numbers(numbers: &RequestNumbers, wants: &Wants) -> [u64; MAX_REQUEST_NUMBERS] {
+    let mut row = [0; MAX_REQUEST_NUMBERS];
+    for (place, number) in row.iter_mut().zip(&wants.request) {
+        *place = request_number(numbers, *number);
+    }
+    row
+}
+
+/// Those texts of a request that the guest wants.
+pub(crate) fn wanted<'a>(attributes: &[(&'a str, &'a str)], wants: &Wants) -> Vec<(&'a str, &'a str)> {
     if wants.attributes.is_empty() {
         return Vec::new();
     }
-    request
-        .attributes
-        .iter()
-        .copied()
-        .filter(|(name, _)| wants.attributes.iter().any(|wanted| wanted == name))
-        .collect()
+    attributes.iter().copied().filter(|(name, _)| wants.attributes.iter().any(|wanted| wanted == name)).collect()
+}
+
+pub(crate) fn lower_priority(priority: Priority) -> types::Priority {
+    match priority {
+        Priority::Critical => types::Priority::Critical,
+        Priority::High => types::Priority::High,
+        Priority::Normal => types::Priority::Normal,
+        Priority::Low => types::Priority::Low,
+    }
 }
 
 fn lower_request<'a>(
@@ -209,12 +219,7 @@ fn lower_request<'a>(
         tenant_id: request.tenant_id,
         session: request.session,
         prefix: request.prefix,
-        priority: match request.priority {
-            Priority::Critical => types::Priority::Critical,
-            Priority::High => types::Priority::High,
-            Priority::Normal => types::Priority::Normal,
-            Priority::Low => types::Priority::Low,
-        },
+        priority: lower_priority(request.priority),
         prompt_tokens: request.prompt_tokens,
         max_new_tokens: request.max_new_tokens,
         arrived: request.arrived,

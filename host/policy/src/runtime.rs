@@ -5,17 +5,19 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::Duration;
 
+use crossbeam_queue::ArrayQueue;
 use pointsman_sched::route::Choice;
 use pointsman_telemetry::{Metrics, Micros, Recorder};
 use wasmtime::Engine;
 use wasmtime::component::Linker;
 
+use crate::admission::{AdmissionHook, AdmissionSlot, MAX_ENDINGS};
 use crate::compile::{CacheError, Compiler};
 use crate::component::{Code, Component};
 use crate::config::{BudgetChange, BudgetError, Maintenance, RuntimeConfig};
@@ -140,7 +142,9 @@ pub enum RuntimeError {
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
     /// The host has no such slot: the caller's fault.
-    #[error("there is no slot `{slot}`; slots are router, scheduler, kv-retention, sampler and telemetry.<name>")]
+    #[error(
+        "there is no slot `{slot}`; slots are admission, router, scheduler, kv-retention, sampler and telemetry.<name>"
+    )]
     UnknownSlot {
         /// Its name.
         slot: String,
@@ -367,6 +371,7 @@ impl Runtime {
         // Generations that have drained give their instances back to the pool first.
         self.maintain();
         match needs {
+            World::Admission => self.inner.prepare::<AdmissionHook>(component, activation),
             World::Router => self.inner.prepare::<RouterHook>(component, activation),
             World::Scheduler => self.inner.prepare::<SchedulerHook>(component, activation),
             World::Telemetry => self.inner.prepare::<TelemetryHook>(component, activation),
@@ -393,6 +398,16 @@ impl Runtime {
         let budget = maker.budgets.route;
         let answer = router::answer(&mut instance, budget.hard, &wants, question);
         answer.map_err(|fault| ActivateError::Start { call: Call::Route, fault })
+    }
+
+    /// An admission slot.
+    #[must_use]
+    pub fn admission_slot(&self, name: &str) -> Arc<AdmissionSlot> {
+        Arc::new(AdmissionSlot {
+            core: self.inner.slot::<AdmissionHook>(name),
+            endings: ArrayQueue::new(MAX_ENDINGS),
+            forgotten: AtomicU64::new(0),
+        })
     }
 
     /// A router slot.
@@ -502,6 +517,7 @@ impl Inner {
         let refused = |error: wasmtime::Error| UploadError::Link { detail: shorten(&format!("{error:#}")) };
         let code = Code::new(world, self.linker.instantiate_pre(component).map_err(refused)?).map_err(refused)?;
         match world {
+            World::Admission => self.try_out::<AdmissionHook>(&code),
             World::Router => self.try_out::<RouterHook>(&code),
             World::Scheduler => self.try_out::<SchedulerHook>(&code),
             World::Telemetry => self.try_out::<TelemetryHook>(&code),
@@ -532,7 +548,7 @@ impl Inner {
     /// Instances of a generation, beside those of attached replicas.
     fn least_instances<H: Hook>(&self) -> u32 {
         match H::WORLD {
-            World::Router => self.shared.config.router_instances + 1,
+            World::Admission | World::Router => self.shared.config.router_instances + 1,
             World::Scheduler | World::Retention | World::Sampler => RESIDENT_SPARES,
             World::Telemetry => TELEMETRY_INSTANCES,
         }

@@ -325,6 +325,12 @@ impl<H: Hook> SlotCore<H> {
         }
     }
 
+    /// Whether no guest decides now: one pointer load.
+    #[inline]
+    pub(crate) fn is_native(&self) -> bool {
+        self.deciding().load().guest.is_none()
+    }
+
     /// Enters the current generation to stay.
     pub(crate) fn stay(self: &Arc<Self>) -> Stay<H> {
         loop {

@@ -22,6 +22,8 @@ const MAX_NAMES: usize = 16;
 /// Which hook a component implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum World {
+    /// `admission-policy`.
+    Admission,
     /// `router-policy`.
     Router,
     /// `scheduler-policy`.
@@ -326,12 +328,14 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
 
 impl World {
     /// Every world.
-    pub(crate) const ALL: [Self; 5] = [Self::Router, Self::Scheduler, Self::Telemetry, Self::Retention, Self::Sampler];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Admission, Self::Router, Self::Scheduler, Self::Telemetry, Self::Retention, Self::Sampler];
 
     /// Its name in the package.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Admission => "admission-policy",
             Self::Router => "router-policy",
             Self::Scheduler => "scheduler-policy",
             Self::Telemetry => "telemetry-hook",
@@ -343,6 +347,7 @@ impl World {
     /// The interface that it exports beside `lifecycle`.
     fn interface(self) -> &'static str {
         match self {
+            Self::Admission => "admission",
             Self::Router => "router",
             Self::Scheduler => "scheduler",
             Self::Telemetry => "telemetry",
@@ -355,7 +360,7 @@ impl World {
     fn since(self) -> Minor {
         match self {
             Self::Router | Self::Scheduler | Self::Telemetry => Minor::V0_1,
-            Self::Retention | Self::Sampler => Minor::V0_2,
+            Self::Admission | Self::Retention | Self::Sampler => Minor::V0_2,
         }
     }
 
@@ -368,6 +373,7 @@ impl World {
     #[must_use]
     pub fn of_slot(slot: &str) -> Option<Self> {
         match slot {
+            "admission" => Some(Self::Admission),
             "router" => Some(Self::Router),
             "scheduler" => Some(Self::Scheduler),
             "kv-retention" => Some(Self::Retention),
@@ -460,6 +466,8 @@ mod tests {
         check(&[&log], &[&life, &router], "router-policy pointsman:policy@0.1.0");
         check(&[], &[&life, &at("scheduler", "0.1.0")], "scheduler-policy");
         check(&[], &[&life, &at("telemetry", "0.1.0")], "telemetry-hook");
+        check(&[], &[&at("lifecycle", "0.2.0"), &at("admission", "0.2.0")], "admission-policy");
+        check(&[], &[&life, &at("admission", "0.1.0")], "implements none of the worlds");
         check(&[], &[&router], "implements none of the worlds");
         check(&[], &[&life, &router, &at("scheduler", "0.1.0")], "implements none of the worlds");
         check(&[], &[], "it exports nothing");
@@ -485,6 +493,7 @@ mod tests {
     #[test]
     fn slots_have_worlds() {
         for (slot, world) in [
+            ("admission", Some(World::Admission)),
             ("router", Some(World::Router)),
             ("scheduler", Some(World::Scheduler)),
             ("telemetry.slo-log", Some(World::Telemetry)),

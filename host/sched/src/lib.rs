@@ -1,9 +1,9 @@
 //! The pure decision core: what the next step computes, as a deterministic, single-threaded state machine.
 //!
 //! No tensors, text, async, threads, clock or global randomness; time and seeds are arguments, so that a simulation can
-//! replay any history. This crate also owns the seams of the host: [`route::RoutePolicy`], [`batch::BatchPolicy`],
-//! [`retention::RetentionPolicy`], [`sampler::SamplerWorker`], [`execute::Executor`], [`request::TokenSink`],
-//! [`observe::Observer`]. A policy proposes; the scheduler alone checks what is feasible and enforces the budgets.
+//! replay any history. This crate also owns the seams of the host: [`admit::AdmitPolicy`], [`route::RoutePolicy`],
+//! [`batch::BatchPolicy`], [`retention::RetentionPolicy`], [`sampler::SamplerWorker`], [`execute::Executor`],
+//! [`request::TokenSink`], [`observe::Observer`]. A policy proposes; the scheduler alone checks what is feasible and enforces the budgets.
 //!
 //! Where to start reading: [`scheduler`] holds the crank and its invariants; what it decides with is [`blocks`] (who owns
 //! which page of KV), [`prefix`] (which pages may be reused) and [`batch`] (what a policy may propose).
@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+pub mod admit;
 pub mod batch;
 pub mod blocks;
 pub mod config;

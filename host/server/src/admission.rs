@@ -1,11 +1,16 @@
-//! Bounded admission: how many requests may be inside the host, and how many prompt tokens may wait for computation.
+//! Bounded admission: how many requests may be inside the host, how many prompt tokens may wait for computation, and what
+//! the admission policy says about whoever passes these bounds.
 //!
 //! Two counters and no queue: what does not fit is refused at once (429), because a request that waits outside the
 //! scheduler is one that no policy can see, order or drop. A permit is held until the last byte of the response is sent.
+//! What each tenant has inside is counted only while there is a policy to tell.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Load, Outcome, Verdict};
+use pointsman_sched::ids::{Micros, Priority};
 use tokio::sync::Notify;
 
 use crate::error::ApiError;
@@ -19,6 +24,24 @@ pub(crate) struct Admission {
     queued_tokens: AtomicU32,
     draining: AtomicBool,
     left: Notify,
+    policy: Arc<dyn AdmitPolicy>,
+    /// By number; as many as have requests inside.
+    tenants: Mutex<HashMap<u32, TenantLoad>>,
+}
+
+/// What a tenant has inside.
+#[derive(Clone, Copy, Debug, Default)]
+struct TenantLoad {
+    requests: u32,
+    queued_tokens: u64,
+}
+
+/// What becomes of a request that was let in while there was a policy.
+#[derive(Debug)]
+struct Ticket {
+    ending: Ending,
+    /// Whether the policy itself accepted it: then it hears of its ending.
+    settles: bool,
 }
 
 /// One request's place inside the host.
@@ -27,13 +50,16 @@ pub(crate) struct Permit {
     admission: Arc<Admission>,
     /// Prompt tokens that are still to be computed.
     tokens: u32,
+    ticket: Option<Ticket>,
 }
 
 // === impl Admission ===
 
 impl Admission {
-    pub(crate) fn new(max_requests: u32, max_queued_tokens: u32) -> Self {
+    pub(crate) fn new(max_requests: u32, max_queued_tokens: u32, policy: Arc<dyn AdmitPolicy>) -> Self {
         Self {
+            policy,
+            tenants: Mutex::default(),
             max_requests,
             max_queued_tokens,
             requests: AtomicU32::new(0),
@@ -52,7 +78,7 @@ impl Admission {
             let what = format!("{} requests are in flight", self.max_requests);
             return Err(ApiError::Saturated { what });
         }
-        let permit = Permit { admission: Arc::clone(self), tokens: 0 };
+        let permit = Permit { admission: Arc::clone(self), tokens: 0, ticket: None };
         // A drain that began in between must not miss this request: it either sees the count or is seen here.
         if self.is_draining() { Err(ApiError::Draining) } else { Ok(permit) }
     }
@@ -60,6 +86,23 @@ impl Admission {
     /// Requests inside.
     pub(crate) fn in_flight(&self) -> u32 {
         self.requests.load(Ordering::SeqCst)
+    }
+
+    /// Whether there is no policy to ask.
+    pub(crate) fn is_native(&self) -> bool {
+        self.policy.is_native()
+    }
+
+    /// Changes what a tenant has inside, and returns what it had.
+    fn tenant(&self, number: u32, change: impl FnOnce(&mut TenantLoad)) -> TenantLoad {
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        let load = tenants.entry(number).or_default();
+        let before = *load;
+        change(load);
+        if load.requests == 0 {
+            tenants.remove(&number);
+        }
+        before
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -98,17 +141,70 @@ impl Permit {
         Ok(())
     }
 
+    /// Asks the policy about a request that has its room, and returns the priority with which it enters.
+    pub(crate) fn ask(&mut self, now: Micros, request: &AdmitRequest<'_>) -> Result<Priority, ApiError> {
+        let admission = &self.admission;
+        let tenant = admission.tenant(request.tenant_id, |_| {});
+        let load = Load {
+            in_flight: admission.in_flight().saturating_sub(1),
+            in_flight_limit: admission.max_requests,
+            queued_tokens: admission.queued_tokens.load(Ordering::Relaxed).saturating_sub(self.tokens).into(),
+            queued_tokens_limit: admission.max_queued_tokens.into(),
+            tenant_in_flight: tenant.requests,
+            tenant_queued_tokens: tenant.queued_tokens,
+        };
+        let verdict = admission.policy.admit(now, request, &load);
+        if let Some(Verdict::Reject(rejection)) = verdict {
+            return Err(ApiError::Rejected(rejection));
+        }
+        admission.tenant(request.tenant_id, |tenant| {
+            tenant.requests += 1;
+            tenant.queued_tokens += u64::from(self.tokens);
+        });
+        let ending = Ending {
+            id: request.id,
+            tenant: request.tenant_id,
+            // Whatever refuses it before it is under way.
+            outcome: Outcome::Rejected,
+            prompt_tokens: request.prompt_tokens,
+            cached_tokens: 0,
+            generated_tokens: 0,
+            max_new_tokens: request.max_new_tokens,
+        };
+        self.ticket = Some(Ticket { ending, settles: verdict.is_some() });
+        Ok(match verdict {
+            Some(Verdict::AcceptAs(priority)) => priority,
+            _ => request.priority,
+        })
+    }
+
+    /// Notes what the request came to.
+    pub(crate) fn ended(&mut self, outcome: Outcome, cached_tokens: u32, generated_tokens: u32) {
+        if let Some(Ticket { ending, .. }) = &mut self.ticket {
+            *ending = Ending { outcome, cached_tokens, generated_tokens, ..*ending };
+        }
+    }
+
     /// Gives the room of computed prompt tokens back.
     pub(crate) fn computed(&mut self, tokens: u32) {
         let tokens = tokens.min(self.tokens);
         self.tokens -= tokens;
         self.admission.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
+        if let Some(Ticket { ending, .. }) = self.ticket.as_ref().filter(|_| tokens > 0) {
+            self.admission.tenant(ending.tenant, |tenant| tenant.queued_tokens -= u64::from(tokens));
+        }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
         self.computed(self.tokens);
+        if let Some(Ticket { ending, settles }) = self.ticket.take() {
+            self.admission.tenant(ending.tenant, |tenant| tenant.requests -= 1);
+            if settles {
+                self.admission.policy.ended(ending);
+            }
+        }
         self.admission.requests.fetch_sub(1, Ordering::SeqCst);
         self.admission.left.notify_waiters();
     }
@@ -122,11 +218,70 @@ fn add_within(counter: &AtomicU32, n: u32, limit: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use pointsman_sched::admit::AdmitAll;
+    use pointsman_sched::ids::RequestId;
+    use pointsman_sched::route::RequestNumbers;
+
     use super::*;
+    use crate::fakes::FakeDoor;
+
+    fn request(id: u64, tenant_id: u32) -> AdmitRequest<'static> {
+        AdmitRequest {
+            id: RequestId(id),
+            model: "demo",
+            tenant: "acme",
+            tenant_id,
+            session: 0,
+            priority: Priority::Normal,
+            highest: Priority::High,
+            prompt_tokens: 30,
+            max_new_tokens: 8,
+            arrived: 1,
+            deadline: 0,
+            seed: 0,
+            numbers: RequestNumbers::default(),
+            attributes: &[],
+        }
+    }
+
+    #[test]
+    fn a_policy_sees_what_a_tenant_carries_and_hears_what_it_accepted() {
+        let door = Arc::new(FakeDoor::default());
+        let admission = Arc::new(Admission::new(8, 1_000, Arc::clone(&door) as _));
+        let enter = |id: u64, tenant: u32, verdict: Option<Verdict>| {
+            *door.verdict.lock().expect("unpoisoned") = verdict;
+            let mut permit = admission.enter().expect("room");
+            permit.queue_tokens(30).expect("room");
+            let priority = permit.ask(1, &request(id, tenant));
+            let load = *door.loads.lock().expect("unpoisoned").last().expect("it was asked");
+            let tenant = (load.tenant_in_flight, load.tenant_queued_tokens);
+            (permit, priority, (load.in_flight, load.queued_tokens), tenant)
+        };
+        let (mut first, priority, all, tenant) = enter(1, 5, Some(Verdict::Accept));
+        assert_eq!((priority.ok(), all, tenant), (Some(Priority::Normal), (0, 0), (0, 0)));
+        let (second, priority, all, tenant) = enter(2, 5, Some(Verdict::AcceptAs(Priority::Low)));
+        assert_eq!((priority.ok(), all, tenant), (Some(Priority::Low), (1, 30), (1, 30)));
+        first.computed(30);
+        let (third, _, all, tenant) = enter(3, 5, None);
+        assert_eq!((all, tenant), ((2, 30), (2, 30)), "the first one is computed");
+        let rejection = pointsman_sched::route::Rejection {
+            reason: pointsman_sched::route::Refusal::Quota,
+            retry_after_ms: 5,
+            message: "no".into(),
+        };
+        let (fourth, refused, _, tenant) = enter(4, 6, Some(Verdict::Reject(rejection)));
+        assert!(matches!(refused, Err(ApiError::Rejected(_))) && tenant == (0, 0));
+        first.ended(Outcome::Finished, 16, 4);
+        drop((first, second, third, fourth));
+        let endings = door.endings.lock().expect("unpoisoned");
+        let told: Vec<_> = endings.iter().map(|e| (e.id.0, e.outcome, e.cached_tokens, e.generated_tokens)).collect();
+        assert_eq!(told, [(1, Outcome::Finished, 16, 4), (2, Outcome::Rejected, 0, 0)], "only those that it accepted");
+        assert!(admission.tenants.lock().expect("unpoisoned").is_empty());
+    }
 
     #[test]
     fn permits_are_bounded_and_come_back() {
-        let admission = Arc::new(Admission::new(2, 100));
+        let admission = Arc::new(Admission::new(2, 100, Arc::new(AdmitAll)));
         let mut first = admission.enter().expect("room");
         let mut second = admission.enter().expect("room");
         assert!(matches!(admission.enter(), Err(ApiError::Saturated { .. })));
@@ -143,7 +298,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_drain_ends_when_the_last_one_leaves() {
-        let admission = Arc::new(Admission::new(2, 100));
+        let admission = Arc::new(Admission::new(2, 100, Arc::new(AdmitAll)));
         let permit = admission.enter().expect("room");
         admission.drain();
         assert!(matches!(admission.enter(), Err(ApiError::Draining)));

@@ -1,14 +1,15 @@
 //! Fakes of every port, and a small HTTP client, for the crate's tests: no socket, no thread, no engine.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request as HttpRequest, Response};
 use http_body_util::BodyExt;
-use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
+use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Load, Verdict};
+use pointsman_sched::ids::{Micros, Priority, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, FinishReason, Request, SinkEvent, SinkState};
 use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
@@ -61,6 +62,19 @@ pub(crate) struct Taken {
     pub(crate) router_generation: u64,
 }
 
+/// Tenant, asked and highest priority, prompt and new tokens of a question.
+pub(crate) type DoorCall = (String, Priority, Priority, u32, u32);
+
+/// An admission policy that always says the same.
+#[derive(Debug, Default)]
+pub(crate) struct FakeDoor {
+    pub(crate) native: AtomicBool,
+    pub(crate) verdict: Mutex<Option<Verdict>>,
+    pub(crate) asked: Mutex<Vec<DoorCall>>,
+    pub(crate) loads: Mutex<Vec<Load>>,
+    pub(crate) endings: Mutex<Vec<Ending>>,
+}
+
 #[derive(Debug)]
 pub(crate) struct FakeRouter {
     pub(crate) choice: Mutex<Choice>,
@@ -86,6 +100,7 @@ pub(crate) struct FakeAdmin {
 #[derive(Debug)]
 pub(crate) struct Rig {
     pub(crate) engine: Arc<FakeEngine>,
+    pub(crate) door: Arc<FakeDoor>,
     pub(crate) router: Arc<FakeRouter>,
     pub(crate) clock: Arc<FakeClock>,
     pub(crate) admin: Arc<FakeAdmin>,
@@ -98,6 +113,24 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: axum::http::HeaderMap,
     pub(crate) body: String,
+}
+
+impl AdmitPolicy for FakeDoor {
+    fn is_native(&self) -> bool {
+        self.native.load(Ordering::Relaxed)
+    }
+
+    fn admit(&self, _now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Option<Verdict> {
+        let AdmitRequest { tenant, priority, highest, prompt_tokens, max_new_tokens, .. } = *request;
+        let asked = (tenant.to_owned(), priority, highest, prompt_tokens, max_new_tokens);
+        self.asked.lock().expect("unpoisoned").push(asked);
+        self.loads.lock().expect("unpoisoned").push(*load);
+        self.verdict.lock().expect("unpoisoned").clone()
+    }
+
+    fn ended(&self, ending: Ending) {
+        self.endings.lock().expect("unpoisoned").push(ending);
+    }
 }
 
 // === impl FakeEngine ===
@@ -439,11 +472,13 @@ impl Rig {
         let engine = Arc::new(FakeEngine::default());
         *engine.catalog.lock().expect("unpoisoned") = Arc::new(Catalog { variants: vec![a, b] });
         let router = Arc::new(FakeRouter { choice: Mutex::new(Choice::Pick(0)), calls: Mutex::default() });
+        let door = Arc::new(FakeDoor { native: AtomicBool::new(true), ..FakeDoor::default() });
         let clock = Arc::new(FakeClock::default());
         let admin = Arc::new(FakeAdmin::default());
         let state = ServerState::new(ServerParts {
             config,
             engine: Arc::clone(&engine) as _,
+            admit: Arc::clone(&door) as _,
             router: Arc::clone(&router) as _,
             policies: Arc::clone(&admin) as _,
             aliases: Arc::clone(&admin) as _,
@@ -454,7 +489,7 @@ impl Rig {
             names: Arc::new(Names::default()),
             taps: Taps::default(),
         });
-        Self { engine, router, clock, admin, state: state.expect("a good configuration") }
+        Self { engine, door, router, clock, admin, state: state.expect("a good configuration") }
     }
 
     pub(crate) fn data(&self) -> Router {

@@ -41,7 +41,7 @@ pub(crate) struct Caller {
     pub(crate) tenant_id: u32,
     /// Hash of the session, 0 without one.
     pub(crate) session: u64,
-    max_priority: Priority,
+    pub(crate) max_priority: Priority,
     header_priority: Option<Priority>,
     /// Allow-listed headers as a router names them, `header.<name>`.
     pub(crate) attributes: Vec<(String, String)>,

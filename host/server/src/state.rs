@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
+use pointsman_sched::admit::AdmitPolicy;
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::route::RoutePolicy;
 use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
@@ -29,6 +30,8 @@ pub struct ServerParts {
     pub config: ServerConfig,
     /// The device drivers.
     pub engine: Arc<dyn EnginePort>,
+    /// The admission slot.
+    pub admit: Arc<dyn AdmitPolicy>,
     /// The router slot.
     pub router: Arc<dyn RoutePolicy>,
     /// Slots, components, journal.
@@ -80,12 +83,24 @@ impl ServerState {
     /// # Errors
     /// The first configuration value that cannot work.
     pub fn new(parts: ServerParts) -> Result<Arc<Self>, ConfigError> {
-        let ServerParts { config, engine, router, policies, aliases, models, clock, metrics, recorder, names, taps } =
-            parts;
+        let ServerParts {
+            config,
+            engine,
+            admit,
+            router,
+            policies,
+            aliases,
+            models,
+            clock,
+            metrics,
+            recorder,
+            names,
+            taps,
+        } = parts;
         config.validate()?;
         let keys = config.api_keys.iter().enumerate().map(|(i, key)| (key.key.expose().to_owned(), i)).collect();
         Ok(Arc::new(Self {
-            admission: Arc::new(Admission::new(config.max_requests, config.max_queued_tokens)),
+            admission: Arc::new(Admission::new(config.max_requests, config.max_queued_tokens, admit)),
             registry: Arc::default(),
             traces: Traces::new(config.explain_requests),
             taps,

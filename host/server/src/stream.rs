@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame};
+use pointsman_sched::admit::Outcome;
 use pointsman_sched::ids::Micros;
 use pointsman_sched::request::{CancelCause, Failure, FinishReason, SinkEvent, SinkState, TokenLogprobs, TokenSink};
 use pointsman_telemetry::{Metrics, RequestMetrics};
@@ -95,7 +96,8 @@ pub(crate) struct Generation {
     open: usize,
     updates: VecDeque<Update>,
     deadline: Pin<Box<Sleep>>,
-    failed: bool,
+    /// How it ended, if it ended early.
+    failed: Option<Outcome>,
     in_flight: InFlight,
 }
 
@@ -225,7 +227,7 @@ impl Generation {
             open: choices.len(),
             choices: choices.into_iter().map(choice).collect(),
             updates: VecDeque::new(),
-            failed: false,
+            failed: None,
             deadline: Box::pin(tokio::time::sleep(left)),
             parts,
             events,
@@ -287,7 +289,7 @@ impl Generation {
             if let Some(reason) = error.reason() {
                 self.parts.host.rejected(reason);
             }
-            self.failed = true;
+            self.failed = Some(outcome(error));
             self.parts.trace.failed(error, self.parts.clock.now());
             self.log_failure(error);
         }
@@ -406,10 +408,23 @@ impl Drop for Generation {
         for choice in self.choices.iter().filter(|c| !c.done) {
             choice.parts.metrics.finished_abort.inc();
         }
-        if self.open > 0 && !self.failed {
+        let Totals { completion, cached, .. } = self.totals();
+        let over = if self.open == 0 { Outcome::Finished } else { Outcome::Cancelled };
+        self.in_flight.permit.ended(self.failed.unwrap_or(over), cached, completion);
+        if self.open > 0 && self.failed.is_none() {
             self.parts.trace.abandoned(self.parts.clock.now());
             tracing::info!(request = &**self.in_flight.id(), status = 499, "the client went away");
         }
+    }
+}
+
+/// What an error of the stream means to the admission policy.
+fn outcome(error: &ApiError) -> Outcome {
+    match error {
+        ApiError::DriverGone => Outcome::Failed,
+        ApiError::Failed(_) if error.reason().is_none() => Outcome::Failed,
+        ApiError::Failed(_) => Outcome::Rejected,
+        _ => Outcome::Cancelled,
     }
 }
 

@@ -39,6 +39,21 @@ pub mod lifecycle {
     });
 }
 
+/// `interface admission`.
+pub mod admission {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        inline: "package pointsman:sdk@0.1.0; world admission { export pointsman:policy/admission@0.2.0; }",
+        world: "pointsman:sdk/admission",
+        with: { "pointsman:policy/types@0.2.0": crate::bindings::host::pointsman::policy::types },
+        generate_all,
+        runtime_path: "pointsman_plugin::wit_bindgen::rt",
+        default_bindings_module: "pointsman_plugin::bindings::admission",
+        pub_export_macro: true,
+        additional_derives: [PartialEq],
+    });
+}
+
 /// `interface router`.
 pub mod router {
     wit_bindgen::generate!({

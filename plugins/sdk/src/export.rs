@@ -7,15 +7,16 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::thread::LocalKey;
 
+use crate::bindings::admission::exports::pointsman::policy::admission;
 use crate::bindings::kv_retention::exports::pointsman::policy::kv_retention;
 use crate::bindings::lifecycle::exports::pointsman::policy::lifecycle;
 use crate::bindings::router::exports::pointsman::policy::router;
 use crate::bindings::sampler::exports::pointsman::policy::sampler;
 use crate::bindings::scheduler::exports::pointsman::policy::scheduler;
 use crate::bindings::telemetry::exports::pointsman::policy::telemetry;
-use crate::{Alert, Blocks, Budgets, Changes, Choice, Edit, Events, HostInfo, Manifest, Micros, Plan, Ranking};
-use crate::{Policy, Replicas, Request, RequestId, Retention, Router, Sampler, Scheduler, Sequences};
-use crate::{Started, Telemetry, View, config};
+use crate::{Admission, AdmitRequest, Alert, Blocks, Budgets, Changes, Choice, Edit, Endings, Events, HostInfo, Load};
+use crate::{Manifest, Micros, Plan, Policy, Ranking, Replicas, Request, RequestId, Retention, Router, Sampler};
+use crate::{Scheduler, Sequences, Started, Telemetry, Verdict, View, config};
 
 /// A policy with a place to live in; implemented by the macros.
 #[doc(hidden)]
@@ -43,6 +44,16 @@ impl<P: Instance> lifecycle::Guest for Component<P> {
 
 fn with<P: Instance, R>(call: impl FnOnce(&mut P) -> R) -> R {
     P::cell().with_borrow_mut(|policy| call(policy.as_mut().expect("the host calls init first")))
+}
+
+impl<P: Instance + Admission> admission::Guest for Component<P> {
+    fn admit(now: Micros, request: AdmitRequest, load: Load) -> Verdict {
+        with::<P, _>(|policy| policy.admit(now, &request, &load))
+    }
+
+    fn settle(now: Micros, endings: Endings) {
+        with::<P, _>(|policy| policy.settle(now, &endings));
+    }
 }
 
 impl<P: Instance + Router> router::Guest for Component<P> {
@@ -92,6 +103,14 @@ impl<P: Instance + Sampler> sampler::Guest for Component<P> {
     fn ended(ids: Vec<RequestId>) {
         with::<P, _>(|policy| policy.ended(&ids));
     }
+}
+
+/// Exports an [`Admission`] policy as a component of world `admission-policy`.
+#[macro_export]
+macro_rules! admission {
+    ($policy:ty) => {
+        $crate::__export!(admission, $policy);
+    };
 }
 
 /// Exports a [`Router`] as a component of world `router-policy`.

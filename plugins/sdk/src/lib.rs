@@ -1,8 +1,8 @@
 //! SDK for Pointsman policies in Rust.
 //!
-//! A policy is a plain type that implements [`Policy`] and one of [`Router`], [`Scheduler`], [`Telemetry`],
-//! [`Retention`], [`Sampler`]; one macro of the same name in small letters ([`router!`], ...) makes the component out of it. Nothing in a policy knows about
-//! WebAssembly: `cargo test` runs it natively, with [`testing`] in the place of the host.
+//! A policy is a plain type that implements [`Policy`] and one of [`Admission`], [`Router`], [`Scheduler`], [`Retention`],
+//! [`Sampler`], [`Telemetry`]; one macro of the same name in small letters ([`router!`], ...) makes the component out of it.
+//! Nothing in a policy knows about WebAssembly: `cargo test` runs it natively, with [`testing`] in the place of the host.
 //!
 //! ```
 //! use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, NoConfig, Policy, Replicas, Request, Router};
@@ -58,6 +58,7 @@ pub mod testing;
 
 use serde::de::DeserializeOwned;
 
+pub use bindings::admission::exports::pointsman::policy::admission::{Endings, Load, Request as AdmitRequest, Verdict};
 pub use bindings::host::pointsman::policy::host_log::Level;
 pub use bindings::host::pointsman::policy::host_state::Fault as StateFault;
 pub use bindings::host::pointsman::policy::types::{Micros, Priority, Refusal, Rejection, RequestId};
@@ -73,7 +74,7 @@ pub use export::{Component, Instance};
 pub use hash::{NO_LABEL, label, mix, place, place_before};
 pub use host::{log, metrics, state};
 pub use queue::Queue;
-pub use rows::{Block, Event, EventKind, Replica, Sequence};
+pub use rows::{Block, Ending, Event, EventKind, Replica, Sequence};
 #[doc(hidden)]
 pub use wit_bindgen;
 
@@ -91,6 +92,16 @@ pub trait Policy: Sized + 'static {
 
     /// Name, version and wanted inputs; start from [`manifest!`].
     fn manifest(&self) -> Manifest;
+}
+
+/// Lets requests in.
+pub trait Admission: Policy {
+    /// Answers for one request that wants to enter. Several instances answer at once and none sees every request: what they
+    /// must agree on belongs in [`state`].
+    fn admit(&mut self, now: Micros, request: &AdmitRequest, load: &Load) -> Verdict;
+
+    /// What accepted requests came to, in batches and later. Any instance may get any ending.
+    fn settle(&mut self, _now: Micros, _endings: &Endings) {}
 }
 
 /// Chooses the replica that serves a request.

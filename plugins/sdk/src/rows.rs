@@ -3,7 +3,7 @@
 //! A row is built on the fly from its columns and is never stored: the optimiser drops the fields that a policy does not
 //! read. For that to work a read must not be able to panic, so a missing cell is 0 (the host never leaves one out).
 
-use crate::{Blocks, Events, Micros, Replicas, Request, RequestId, Sequences};
+use crate::{Blocks, Endings, Events, Micros, Replicas, Request, RequestId, Sequences};
 
 /// One replica; `record replicas` of the package.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +22,19 @@ pub struct Replica {
     pub free_blocks: u32,
     pub total_blocks: u32,
     pub cached_tokens: u32,
+}
+
+/// What an accepted request came to; `record endings` of the package.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of `record endings`, documented there")]
+pub struct Ending {
+    pub id: RequestId,
+    pub tenant: u32,
+    pub outcome: u8,
+    pub prompt_tokens: u32,
+    pub cached_tokens: u32,
+    pub generated_tokens: u32,
+    pub max_new_tokens: u32,
 }
 
 /// One request as schedulers see it; `record sequences` of the package.
@@ -188,6 +201,22 @@ impl Replicas {
             free_blocks: cell(&self.free_blocks, row),
             total_blocks: cell(&self.total_blocks, row),
             cached_tokens: cell(&self.cached_tokens, row),
+        })
+    }
+}
+
+impl Endings {
+    /// Endings, oldest first.
+    #[inline]
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = Ending> + '_ {
+        (0..self.id.len()).map(|row| Ending {
+            id: cell(&self.id, row),
+            tenant: cell(&self.tenant, row),
+            outcome: cell(&self.outcome, row),
+            prompt_tokens: cell(&self.prompt_tokens, row),
+            cached_tokens: cell(&self.cached_tokens, row),
+            generated_tokens: cell(&self.generated_tokens, row),
+            max_new_tokens: cell(&self.max_new_tokens, row),
         })
     }
 }

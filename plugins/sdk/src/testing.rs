@@ -6,8 +6,8 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use crate::{Block, Blocks, Budgets, Changes, Event, Events, HostInfo, Level, Policy, Priority, Replica, Replicas};
-use crate::{Request, Sequence, Sequences, Started, View};
+use crate::{AdmitRequest, Block, Blocks, Budgets, Changes, Ending, Endings, Event, Events, HostInfo, Level, Load};
+use crate::{Policy, Priority, Replica, Replicas, Request, Sequence, Sequences, Started, View};
 
 /// Starts a policy as the host would: with the text of its configuration.
 ///
@@ -41,6 +41,57 @@ pub fn request() -> Request {
         seed: 0,
         extra: Vec::new(),
         attributes: Vec::new(),
+    }
+}
+
+/// The same request at the door, of a tenant that may claim anything.
+#[must_use]
+pub fn admit_request() -> AdmitRequest {
+    let request = request();
+    AdmitRequest {
+        id: request.id,
+        model: request.model,
+        tenant: request.tenant,
+        tenant_id: request.tenant_id,
+        session: request.session,
+        priority: request.priority,
+        highest: Priority::Critical,
+        prompt_tokens: request.prompt_tokens,
+        max_new_tokens: request.max_new_tokens,
+        arrived: request.arrived,
+        deadline: request.deadline,
+        seed: request.seed,
+        extra: Vec::new(),
+        attributes: Vec::new(),
+    }
+}
+
+/// An idle host with the default limits.
+#[must_use]
+pub fn load() -> Load {
+    Load {
+        in_flight: 0,
+        in_flight_limit: 256,
+        queued_tokens: 0,
+        queued_tokens_limit: 262_144,
+        tenant_in_flight: 0,
+        tenant_queued_tokens: 0,
+    }
+}
+
+/// Columns of these endings, of tenants with these names.
+#[must_use]
+pub fn endings(rows: impl IntoIterator<Item = Ending>, new_tenants: &[(u32, &str)]) -> Endings {
+    let rows: Vec<Ending> = rows.into_iter().collect();
+    Endings {
+        id: rows.iter().map(|r| r.id).collect(),
+        tenant: rows.iter().map(|r| r.tenant).collect(),
+        outcome: rows.iter().map(|r| r.outcome).collect(),
+        prompt_tokens: rows.iter().map(|r| r.prompt_tokens).collect(),
+        cached_tokens: rows.iter().map(|r| r.cached_tokens).collect(),
+        generated_tokens: rows.iter().map(|r| r.generated_tokens).collect(),
+        max_new_tokens: rows.iter().map(|r| r.max_new_tokens).collect(),
+        new_tenants: new_tenants.iter().map(|(number, name)| (*number, (*name).to_owned())).collect(),
     }
 }
 

@@ -37,6 +37,8 @@ impl Guests {
             compile: Compile::InProcess,
             maintenance: Maintenance::Manual,
             budgets: Budgets {
+                admit: wide,
+                settle: wide,
                 route: wide,
                 step: wide,
                 resync: wide,

@@ -176,6 +176,7 @@ impl Deploy {
 
     pub(super) fn live_slot(&self, slot: &SlotName) -> Option<Arc<dyn Slot>> {
         match slot {
+            SlotName::Admission => Some(Arc::clone(&self.admission) as Arc<dyn Slot>),
             SlotName::Router => Some(Arc::clone(&self.router) as Arc<dyn Slot>),
             SlotName::Scheduler => Some(Arc::clone(&self.scheduler) as Arc<dyn Slot>),
             SlotName::KvRetention => Some(Arc::clone(&self.retention) as Arc<dyn Slot>),

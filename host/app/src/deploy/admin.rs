@@ -73,7 +73,8 @@ impl PolicyAdmin for Deploy {
 
     fn slots(&self) -> Vec<wire::Slot> {
         let state = lock(&self.state).clone();
-        let fixed = [SlotName::Router, SlotName::Scheduler, SlotName::KvRetention, SlotName::Sampler];
+        let fixed =
+            [SlotName::Admission, SlotName::Router, SlotName::Scheduler, SlotName::KvRetention, SlotName::Sampler];
         let others = state.slots().map(|(slot, _)| slot.clone()).filter(|slot| !fixed.contains(slot));
         fixed.iter().cloned().chain(others).map(|slot| self.view(&slot, state.slot(&slot))).collect()
     }

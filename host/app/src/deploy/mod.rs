@@ -23,8 +23,8 @@ use pointsman_control::{
     Target, Why,
 };
 use pointsman_policy::{
-    Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot, SlotStatus,
-    TelemetrySlot, World,
+    AdmissionSlot, Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot,
+    SlotStatus, TelemetrySlot, World,
 };
 use pointsman_telemetry::Metrics;
 
@@ -68,6 +68,8 @@ pub(crate) struct Deploy {
     last_health: Mutex<BTreeMap<SlotName, (u64, &'static str)>>,
     /// Slots whose stored policy or document could not be used at the start, and why.
     failed: Mutex<BTreeMap<SlotName, Failed>>,
+    /// Lets requests in.
+    pub admission: Arc<AdmissionSlot>,
     /// Chooses replicas.
     pub router: Arc<RouterSlot>,
     /// Orders steps; each replica's driver attaches to it.
@@ -141,6 +143,7 @@ impl Deploy {
         let mut journal = Journal::new(JOURNAL_ENTRIES, 0);
         journal.restore(store.journal_tail());
         Arc::new(Self {
+            admission: runtime.admission_slot("admission"),
             router: runtime.router_slot("router"),
             scheduler: runtime.scheduler_slot("scheduler"),
             retention: runtime.retention_slot("kv-retention"),

@@ -116,6 +116,7 @@ impl Kind {
 /// The slot in which a component of this world is tried out.
 pub(crate) fn trial_slot(world: World) -> &'static str {
     match world {
+        World::Admission => "admission",
         World::Router => "router",
         World::Scheduler => "scheduler",
         World::Telemetry => "telemetry.trial",

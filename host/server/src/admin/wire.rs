@@ -57,7 +57,7 @@ pub struct UploadedComponent {
 /// A slot and everything about it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Slot {
-    /// `router`, `scheduler`, `kv-retention`, `sampler`, `telemetry.<name>`.
+    /// `admission`, `router`, `scheduler`, `kv-retention`, `sampler`, `telemetry.<name>`.
     pub slot: String,
     /// What answers now.
     pub active: SlotRevision,

@@ -8,7 +8,8 @@ use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderN
 use axum::response::Response;
 use bytes::Bytes;
 use http_body_util::Full;
-use pointsman_sched::ids::Micros;
+use pointsman_sched::admit::AdmitRequest;
+use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::request::Sampling;
 
 use super::Usage;
@@ -124,8 +125,14 @@ impl Arrival {
         let Job { params, target, prompts, .. } = job;
         let text = target.text();
         let sampling = params.sampling(text, self.state.clock.random())?;
-        let terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
+        let mut terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
         permit.queue_tokens(prompt_tokens)?;
+        let id = self.state.next_request();
+        if !self.state.admission.is_native() {
+            let priority = self.ask_door(&mut permit, id, (job, &terms, sampling.len()))?;
+            terms.iter_mut().for_each(|terms| terms.priority = priority);
+        }
+        let mut first_id = Some(id);
         let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
         let trace = self.state.traces.enter(&self.tag, self.arrived);
         trace.reached(Stage::Admitted, self.state.clock.now());
@@ -135,7 +142,7 @@ impl Arrival {
         for (prompt, terms) in prompts.iter().zip(&terms) {
             let Self { state, caller, .. } = self;
             let dispatch = Dispatch { state, caller, target, prompt, terms, trace: &trace };
-            let submissions = self.submissions(&sampling, &sinks, choices.len());
+            let submissions = self.submissions(&sampling, &sinks, choices.len(), &mut first_id);
             let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id));
             let placements = placements.inspect_err(|error| trace.failed(error, state.clock.now()))?;
             for (i, placement) in placements.into_iter().enumerate() {
@@ -186,9 +193,48 @@ impl Arrival {
         })
     }
 
-    fn submissions(&self, sampling: &[Arc<Sampling>], sinks: &SinkMaker, first: usize) -> Vec<Submission> {
+    /// Asks the admission policy; the priority with which the request enters.
+    fn ask_door(
+        &self,
+        permit: &mut Permit,
+        id: RequestId,
+        (job, terms, n_choices): (&Job, &[Terms], usize),
+    ) -> Result<Priority, ApiError> {
+        let Some(first) = terms.first() else { return Err(ApiError::Internal) };
+        let attributes: Vec<(&str, &str)> =
+            self.caller.attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let new_tokens = terms.iter().map(|terms| u64::from(terms.max_new_tokens)).sum::<u64>() * n_choices as u64;
+        let now = self.state.clock.now();
+        permit.ask(
+            now,
+            &AdmitRequest {
+                id,
+                model: &job.target.name,
+                tenant: &self.caller.tenant,
+                tenant_id: self.caller.tenant_id,
+                session: first.session,
+                priority: first.priority,
+                highest: self.caller.max_priority,
+                prompt_tokens: total_tokens(&job.prompts),
+                max_new_tokens: u32::try_from(new_tokens).unwrap_or(u32::MAX),
+                arrived: self.arrived,
+                deadline: first.deadline,
+                seed: self.state.clock.random(),
+                numbers: first.numbers,
+                attributes: &attributes,
+            },
+        )
+    }
+
+    fn submissions(
+        &self,
+        sampling: &[Arc<Sampling>],
+        sinks: &SinkMaker,
+        first: usize,
+        first_id: &mut Option<RequestId>,
+    ) -> Vec<Submission> {
         let one = |(i, sampling): (usize, &Arc<Sampling>)| Submission {
-            id: self.state.next_request(),
+            id: first_id.take().unwrap_or_else(|| self.state.next_request()),
             sampling: Arc::clone(sampling),
             sink: sinks.sink(first + i),
         };

@@ -1,0 +1,322 @@
+//! `AdmitPolicy` with an admission guest behind it.
+//!
+//! As routers, it runs on the thread that handles the request, on a warm instance from a pool; when none is free, or the
+//! guest faults or is off, nobody has answered and the request enters as it is. What accepted requests came to waits in a
+//! bounded queue for the observer thread, because a quota that learns of it 50 ms later is as good.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_queue::ArrayQueue;
+use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Load, Outcome, Verdict};
+use pointsman_sched::ids::{Priority, RequestId};
+use pointsman_sched::route::RequestNumbers;
+use pointsman_telemetry::{Micros, NameKind, Names};
+
+use crate::bindings::admission::exports::pointsman::policy::admission as wit;
+use crate::bindings::router::pointsman::policy::types;
+use crate::circuit::Admit;
+use crate::config::Budgets;
+use crate::engine::stopwatch_ns;
+use crate::fault::{Call, Fault, FaultKind};
+use crate::generation::{CallContext, Guest};
+use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
+use crate::manifest::Wants;
+use crate::router::{lift_rejection, lower_priority, wanted, wanted_numbers};
+use crate::slot::{SlotCore, slot_by_core};
+use crate::upload::World;
+
+/// Endings that wait for the guest; beyond, the oldest are forgotten and counted.
+pub(crate) const MAX_ENDINGS: usize = 8_192;
+/// Most endings of one call.
+const MAX_BATCH: usize = 1_024;
+/// Calls that a probe makes with each input, which also fault the shared code in.
+const WARM_CALLS: u64 = 16;
+
+/// `world admission-policy`.
+pub(crate) struct AdmissionHook;
+
+/// The slot `admission`.
+#[derive(Debug)]
+pub struct AdmissionSlot {
+    pub(crate) core: Arc<SlotCore<AdmissionHook>>,
+    pub(crate) endings: ArrayQueue<Ending>,
+    pub(crate) forgotten: AtomicU64,
+}
+
+slot_by_core!(AdmissionSlot);
+
+/// What an instance has been told: the highest number of a tenant's name.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    tenants: u32,
+}
+
+/// Endings as columns.
+#[derive(Debug, Default)]
+struct Columns {
+    id: Vec<u64>,
+    tenant: Vec<u32>,
+    outcome: Vec<u8>,
+    prompt_tokens: Vec<u32>,
+    cached_tokens: Vec<u32>,
+    generated_tokens: Vec<u32>,
+    max_new_tokens: Vec<u32>,
+}
+
+impl AdmitPolicy for AdmissionSlot {
+    #[inline]
+    fn is_native(&self) -> bool {
+        self.core.is_native()
+    }
+
+    fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Option<Verdict> {
+        let generation = self.core.enter();
+        let guest = generation.guest.as_ref()?;
+        let budget = guest.budgets().admit;
+        let ask = |instance: &mut Instance<AdmissionHook>| {
+            admit(instance, budget.hard, now, (request, load, &guest.wants)).map_err(|fault| (Call::Admit, fault))
+        };
+        call(guest, now, budget.soft, ask)
+    }
+
+    fn ended(&self, ending: Ending) {
+        if self.endings.force_push(ending).is_some() {
+            self.forgotten.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl AdmissionSlot {
+    /// Tells the guest what became of the requests that it accepted; for a thread off every hot path. Without a guest they
+    /// are forgotten. A batch whose call fails is lost.
+    pub fn settle(&self, now: Micros, names: &Names) {
+        let forgotten = self.forgotten.swap(0, Ordering::Relaxed);
+        if forgotten > 0 {
+            tracing::warn!(
+                slot = &*self.core.name,
+                forgotten,
+                "endings came faster than the admission policy took them"
+            );
+        }
+        let generation = self.core.enter();
+        let Some(guest) = &generation.guest else {
+            while self.endings.pop().is_some() {}
+            return;
+        };
+        let budget = guest.budgets().settle;
+        for _ in 0..MAX_ENDINGS / MAX_BATCH {
+            if self.endings.is_empty() {
+                return;
+            }
+            let tell = |instance: &mut Instance<AdmissionHook>| {
+                let mut columns = Columns::default();
+                std::iter::from_fn(|| self.endings.pop()).take(MAX_BATCH).for_each(|ending| columns.push(&ending));
+                settle(instance, budget.hard, now, (&columns, names)).map_err(|fault| (Call::Settle, fault))
+            };
+            if call(guest, now, budget.soft, tell).is_none() {
+                return;
+            }
+        }
+    }
+}
+
+/// Takes an instance, makes a call and deals with its fault; `None` when there is no answer.
+#[inline]
+fn call<R>(
+    guest: &Guest<AdmissionHook>,
+    now: Micros,
+    soft: Micros,
+    work: impl FnOnce(&mut Instance<AdmissionHook>) -> Result<R, (Call, Fault)>,
+) -> Option<R> {
+    let admit = guest.admit(now);
+    let instance = if admit == Admit::No { None } else { guest.take() };
+    let Some(mut instance) = instance else {
+        if admit == Admit::Trial {
+            guest.trial_withdrawn();
+        }
+        guest.fell_back();
+        return None;
+    };
+    let number = guest.begin();
+    let started = stopwatch_ns();
+    let answer = work(&mut instance);
+    let took_ns = stopwatch_ns() - started;
+    guest.took(took_ns, soft);
+    match answer {
+        Ok(answer) => {
+            guest.give_back(instance);
+            if admit == Admit::Trial {
+                guest.trial_passed(number);
+            }
+            Some(answer)
+        }
+        Err((call, fault)) => {
+            guest.discard(instance);
+            guest.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
+            guest.fell_back();
+            None
+        }
+    }
+}
+
+/// One question and the check of its answer.
+#[inline]
+fn admit(
+    instance: &mut Instance<AdmissionHook>,
+    hard: Micros,
+    now: Micros,
+    (request, load, wants): (&AdmitRequest<'_>, &Load, &Wants),
+) -> Result<Verdict, Fault> {
+    let attributes = wanted(request.attributes, wants);
+    let numbers = wanted_numbers(&request.numbers, wants);
+    let asked = wit::Request {
+        id: request.id.0,
+        model: request.model,
+        tenant: request.tenant,
+        tenant_id: request.tenant_id,
+        session: request.session,
+        priority: lower_priority(request.priority),
+        highest: lower_priority(request.highest),
+        prompt_tokens: request.prompt_tokens,
+        max_new_tokens: request.max_new_tokens,
+        arrived: request.arrived,
+        deadline: request.deadline,
+        seed: request.seed,
+        extra: &numbers[..wants.request.len().min(numbers.len())],
+        attributes: &attributes,
+    };
+    let load = wit::Load {
+        in_flight: load.in_flight,
+        in_flight_limit: load.in_flight_limit,
+        queued_tokens: load.queued_tokens,
+        queued_tokens_limit: load.queued_tokens_limit,
+        tenant_in_flight: load.tenant_in_flight,
+        tenant_queued_tokens: load.tenant_queued_tokens,
+    };
+    let verdict = instance
+        .call(hard, now, |guest, store| guest.pointsman_policy_admission().call_admit(store, now, asked, load))?;
+    match verdict {
+        wit::Verdict::Accept => Ok(Verdict::Accept),
+        wit::Verdict::AcceptAs(priority) => match lift_priority(priority) {
+            given if given < request.highest => {
+                let text = format!("accepts as {given:?}, and the highest that it may give is {:?}", request.highest);
+                Err(Fault::new(FaultKind::BadAnswer, text))
+            }
+            given => Ok(Verdict::AcceptAs(given)),
+        },
+        wit::Verdict::Reject(rejection) => Ok(Verdict::Reject(lift_rejection(rejection))),
+    }
+}
+
+fn settle(
+    instance: &mut Instance<AdmissionHook>,
+    hard: Micros,
+    now: Micros,
+    (columns, names): (&Columns, &Names),
+) -> Result<(), Fault> {
+    let fresh = names.since(NameKind::Tenant, instance.local.tenants);
+    let new_tenants: Vec<(u32, &str)> = fresh.iter().map(|(number, name)| (*number, &**name)).collect();
+    let endings = wit::Endings {
+        id: &columns.id,
+        tenant: &columns.tenant,
+        outcome: &columns.outcome,
+        prompt_tokens: &columns.prompt_tokens,
+        cached_tokens: &columns.cached_tokens,
+        generated_tokens: &columns.generated_tokens,
+        max_new_tokens: &columns.max_new_tokens,
+        new_tenants: &new_tenants,
+    };
+    instance.call(hard, now, |guest, store| guest.pointsman_policy_admission().call_settle(store, now, endings))?;
+    instance.local.tenants = new_tenants.last().map_or(instance.local.tenants, |(number, _)| *number);
+    Ok(())
+}
+
+fn lift_priority(priority: types::Priority) -> Priority {
+    match priority {
+        types::Priority::Critical => Priority::Critical,
+        types::Priority::High => Priority::High,
+        types::Priority::Normal => Priority::Normal,
+        types::Priority::Low => Priority::Low,
+    }
+}
+
+impl Columns {
+    fn push(&mut self, ending: &Ending) {
+        self.id.push(ending.id.0);
+        self.tenant.push(ending.tenant);
+        self.outcome.push(ending.outcome as u8);
+        self.prompt_tokens.push(ending.prompt_tokens);
+        self.cached_tokens.push(ending.cached_tokens);
+        self.generated_tokens.push(ending.generated_tokens);
+        self.max_new_tokens.push(ending.max_new_tokens);
+    }
+}
+
+// === probe ===
+
+impl Hook for AdmissionHook {
+    const WORLD: World = World::Admission;
+    const MAX_ANSWER_BYTES: usize = 64 << 10;
+    type Local = Told;
+    hook_bindings!(Admission, admission, AdmissionIndices, Admission);
+
+    fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
+        let attributes: Vec<(&str, &str)> = wants.attributes.iter().map(|name| (name.as_str(), "probe")).collect();
+        let full = Load { in_flight: 256, queued_tokens: 262_144, tenant_in_flight: 200, ..probe_load() };
+        for (case, load) in [("an idle host", probe_load()), ("a full host", full)] {
+            for turn in 1..=WARM_CALLS {
+                let request = probe_request(turn, now, &attributes);
+                admit(instance, budgets.admit.hard, now, (&request, &load, wants)).map_err(|fault| ProbeFault {
+                    case,
+                    call: Call::Admit,
+                    fault,
+                })?;
+            }
+        }
+        let names = Names::default();
+        let tenant = names.intern(NameKind::Tenant, "probe");
+        let mut columns = Columns::default();
+        for outcome in [Outcome::Finished, Outcome::Failed, Outcome::Cancelled, Outcome::Rejected] {
+            let id = RequestId(1 + outcome as u64);
+            let (prompt_tokens, cached_tokens, generated_tokens, max_new_tokens) = (100, 16, 8, 16);
+            columns.push(&Ending {
+                id,
+                tenant,
+                outcome,
+                prompt_tokens,
+                cached_tokens,
+                generated_tokens,
+                max_new_tokens,
+            });
+        }
+        settle(instance, budgets.settle.hard, now, (&columns, &names)).map_err(|fault| ProbeFault {
+            case: "one ending of each kind",
+            call: Call::Settle,
+            fault,
+        })
+    }
+}
+
+fn probe_load() -> Load {
+    Load { in_flight_limit: 256, queued_tokens_limit: 262_144, ..Load::default() }
+}
+
+fn probe_request<'a>(turn: u64, now: Micros, attributes: &'a [(&'a str, &'a str)]) -> AdmitRequest<'a> {
+    AdmitRequest {
+        id: RequestId(turn),
+        model: "probe",
+        tenant: "probe",
+        tenant_id: 1,
+        session: turn,
+        priority: Priority::Normal,
+        highest: Priority::High,
+        prompt_tokens: 100,
+        max_new_tokens: 16,
+        arrived: now,
+        deadline: 0,
+        seed: turn.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        numbers: RequestNumbers::default(),
+        attributes,
+    }
+}
