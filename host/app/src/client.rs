@@ -126,8 +126,10 @@ pub(crate) struct Admin {
     agent: ureq::Agent,
 }
 
-/// Longest time for an answer that takes no time of its own.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest time for an answer: a pull and a compilation may stand before it.
+const PATIENCE: Duration = Duration::from_secs(900);
+/// Longest time for a connection.
+const CONNECT: Duration = Duration::from_secs(5);
 
 impl Admin {
     pub(crate) fn new(at: AdminArgs) -> Self {
@@ -136,7 +138,12 @@ impl Admin {
 
     /// One that waits this long for the end of an answer.
     fn patient(at: AdminArgs, longest: Duration) -> Self {
-        let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(longest));
+        // The admin plane is not reached through the environment's proxy, which would see the token.
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .proxy(None)
+            .timeout_connect(Some(CONNECT))
+            .timeout_global(Some(longest));
         Self { at, agent: config.build().into() }
     }
 

@@ -16,6 +16,7 @@ use crate::fault::{Call, Fault, FaultKind};
 use crate::generation::CallContext;
 use crate::instance::{Hook, Instance};
 use crate::slot::{SlotCore, Stay};
+use crate::upload::World;
 
 pub(crate) struct Resident<H: Hook> {
     pub(crate) core: Arc<SlotCore<H>>,
@@ -141,7 +142,8 @@ impl<H: Hook> Resident<H> {
     fn leave(&mut self) {
         if let Some(guest) = &self.generation.guest {
             if let Some(instance) = self.instance.take() {
-                guest.give_back(instance);
+                // What a sampler's instance knows of requests cannot be taken back from it, as a view would.
+                if H::WORLD == World::Sampler { guest.discard(instance) } else { guest.give_back(instance) }
             }
             if std::mem::take(&mut self.trial) {
                 guest.trial_withdrawn();

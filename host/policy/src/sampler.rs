@@ -165,6 +165,10 @@ impl Thread {
         let mut reply = Reply::default();
         let attention = self.resident.attend(now);
         self.may_ask = attention != Attention::Native;
+        if batch.fresh {
+            let gone: Vec<RequestId> = self.live.keys().map(|&id| RequestId(id)).collect();
+            if attention == Attention::Following { self.end(now, &gone) } else { self.live.clear() }
+        }
         match attention {
             Attention::Native if !self.resident.has_guest() => self.live.clear(),
             Attention::NeedsView => reply.renewed = self.tell_again(now),

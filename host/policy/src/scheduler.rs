@@ -13,7 +13,7 @@ use pointsman_sched::batch::{
 use pointsman_sched::route::DecidedBy;
 use pointsman_telemetry::Micros;
 
-use crate::aside::{Answered, Aside, Gone, OwnedView, Seat, Task};
+use crate::aside::{Answered, Aside, Gone, OwnedView, Pace, Seat, Task};
 use crate::bindings::scheduler::exports::pointsman::policy::scheduler as wit;
 use crate::circuit::Admit;
 use crate::config::Budgets;
@@ -187,7 +187,10 @@ impl SchedulerGuest {
         } else if self.aside.is_none() && pace.is_slow() {
             match Aside::hire(&self.stay) {
                 Ok(aside) => self.aside = Some(aside),
-                Err(error) => tracing::warn!(replica = &*self.replica, "no thread for a slow scheduler: {error}"),
+                Err(error) => {
+                    tracing::warn!(replica = &*self.replica, "no thread for a slow scheduler: {error}");
+                    self.seat.pace = Pace::default();
+                }
             }
         }
     }

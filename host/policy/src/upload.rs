@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use wasmparser::{Encoding, Parser, Payload};
 
 use crate::compile::CompileError;
-use crate::versions::{BOUND, Interface, LIFECYCLE, Minor, PACKAGE};
+use crate::versions::{BOUND, HANDOVER, Interface, LIFECYCLE, Minor, PACKAGE};
 
 /// Interfaces of the package that a guest may import; `types` has no functions.
 const IMPORTS: &[&str] = &["types", "host-log", "host-metrics", "host-state"];
@@ -107,6 +107,12 @@ pub enum UploadError {
         /// What it exports.
         exports: Vec<String>,
     },
+    /// It counts on an interface that the package names and this host does not serve yet.
+    #[error(
+        "the component exports pointsman:policy/handover, and this host takes no snapshots yet: keep what must outlive a swap in \
+         host-state, and leave the export out"
+    )]
+    Handover,
     /// Its types are not those of the package, or it cannot be instantiated.
     #[error("the component does not fit this host: {detail}; rebuild it against this host's wit/policy.wit")]
     Link {
@@ -221,6 +227,9 @@ pub(crate) fn identify(component: &[u8]) -> Result<Identity, UploadError> {
     }
     let exported =
         |wanted: &str| exports.iter().filter_map(|name| Interface::parse(name)).find(|found| found.name == wanted);
+    if exported(HANDOVER).is_some() {
+        return Err(UploadError::Handover);
+    }
     let implements = |world: &World| exported(world.interface()).is_some_and(|i| i.minor() >= Some(world.since()));
     let mut found = World::ALL.into_iter().filter(implements);
     match (found.next(), found.next(), exported(LIFECYCLE)) {
@@ -468,6 +477,8 @@ mod tests {
         check(&[], &[&life, &at("telemetry", "0.1.0")], "telemetry-hook");
         check(&[], &[&at("lifecycle", "0.2.0"), &at("admission", "0.2.0")], "admission-policy");
         check(&[], &[&life, &at("admission", "0.1.0")], "implements none of the worlds");
+        let of_0_2 = ["lifecycle", "router", "handover"].map(|name| at(name, "0.2.0"));
+        check(&[], &of_0_2.each_ref().map(String::as_str), "takes no snapshots yet");
         check(&[], &[&router], "implements none of the worlds");
         check(&[], &[&life, &router, &at("scheduler", "0.1.0")], "implements none of the worlds");
         check(&[], &[], "it exports nothing");

@@ -33,6 +33,7 @@ fn batch(started: Vec<Started>, tokens: &[(u64, u32)], ended: &[u64]) -> Batch {
         started,
         tokens: tokens.iter().map(|&(id, token)| (RequestId(id), token)).collect(),
         ended: ended.iter().map(|&id| RequestId(id)).collect(),
+        fresh: false,
     }
 }
 

@@ -89,6 +89,8 @@ pub struct Batch {
     pub tokens: Vec<(RequestId, u32)>,
     /// Requests that have ended.
     pub ended: Vec<RequestId>,
+    /// There was no policy in between: nothing that was told before is of interest any more.
+    pub fresh: bool,
 }
 
 /// The words that a batch was owed, and its memory back.
@@ -286,6 +288,7 @@ impl Batch {
         self.started.clear();
         self.tokens.clear();
         self.ended.clear();
+        self.fresh = false;
     }
 }
 
@@ -312,6 +315,7 @@ impl<W: SamplerWorker> Desk<W> {
         if !self.active {
             self.entries.clear();
             self.pending.clear();
+            self.pending.fresh = true;
         }
         self.hand_over(now);
     }

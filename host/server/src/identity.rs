@@ -122,11 +122,13 @@ fn name_header<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<
 }
 
 /// Headers that some pattern allows: a name, or the beginning of one with a `*` behind it. Those that the host itself reads
-/// are never passed on, because routers get what they came to.
+/// are never passed on, because routers get what they came to; those that look like credentials only by their whole name.
 fn attributes(headers: &HeaderMap, allowed: &[String]) -> Vec<(String, String)> {
     let own = |name: &str| ["x-request-id", TENANT_ID, SESSION_ID].contains(&name) || name.starts_with("x-pointsman-");
+    let secret =
+        |name: &str| ["key", "token", "secret", "auth", "cookie", "passw"].iter().any(|word| name.contains(word));
     let fits = |name: &str, pattern: &String| match pattern.strip_suffix('*') {
-        Some(beginning) => name.starts_with(beginning) && !own(name),
+        Some(beginning) => name.starts_with(beginning) && !own(name) && !secret(name),
         None => name == pattern,
     };
     let one = |(name, value): (&HeaderName, &HeaderValue)| {

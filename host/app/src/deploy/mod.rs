@@ -23,7 +23,7 @@ use pointsman_control::{
     Target, Why,
 };
 use pointsman_policy::{
-    AdmissionSlot, Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot,
+    AdmissionSlot, Arm, Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot,
     SlotStatus, TelemetrySlot, World,
 };
 use pointsman_telemetry::Metrics;
@@ -272,7 +272,7 @@ impl Deploy {
             if_generation: None,
         };
         let published = self
-            .prepare(slot, &desired, active.generation)
+            .prepare(slot, &desired, active.generation, Arm::Control)
             .and_then(|ready| self.publish(slot, ready, active.generation));
         let Err(error) = published else { return true };
         tracing::error!(%slot, "the stored policy {} cannot be brought back, native serves: {error}", active.revision);

@@ -12,7 +12,7 @@ use pointsman_control::rollout::{
     Seen, Split,
 };
 use pointsman_control::{Desired, Happened, PlanError, SlotName, Target, Why};
-use pointsman_policy::{Health, SlotStatus};
+use pointsman_policy::{Arm as SlotArm, Health, SlotStatus};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, Clock};
 use pointsman_telemetry::{ArmMetrics, Event, Metrics};
@@ -186,12 +186,16 @@ impl Deploy {
     }
 
     fn store_rollout(&self, slot: &SlotName, rollout: RolloutDocument) -> std::io::Result<()> {
+        let promoted = rollout.phase == Phase::Promoted;
         let mut next = lock(&self.state).clone();
-        if let Some(document) = next.rolled(slot, rollout) {
-            self.store.write_slot(&document)?;
+        let Some(document) = next.rolled(slot, rollout) else { return Ok(()) };
+        let stored = self.store.write_slot(&document);
+        // An end that the disk did not take holds in this life all the same, or the slot could never be changed again; only a
+        // promotion must be stored first.
+        if stored.is_ok() || !promoted {
             *lock(&self.state) = next;
         }
-        Ok(())
+        stored
     }
 
     fn promoted(&self, slot: &SlotName, retired: Option<Target>) {
@@ -244,6 +248,11 @@ impl Deploy {
         if spec.mode == Mode::Shadow {
             return Err(invalid("mode `shadow` is not served yet; use `canary` or `switchback`".into()));
         }
+        if slot == SlotName::Admission {
+            let message = "`admission` takes no rollouts yet: its policies hear of endings later than they decide, and \
+                           each would be told of requests that the other one accepted; activate it with PUT";
+            return Err(invalid(message.into()));
+        }
         spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
         let component = self.component_of(&component, actor)?;
         let config = config.get().to_owned();
@@ -259,7 +268,7 @@ impl Deploy {
         let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
         let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
         let generation = planned.generation;
-        let ready = self.prepare_noted(&planned, actor)?;
+        let ready = self.prepare_noted(&planned, SlotArm::Candidate, actor)?;
         let names = [control.revision, ready.revision()];
         let document = RolloutDocument::new(format!("{slot}-{generation}"), slot.to_string(), names, spec);
         let document = RolloutDocument { target: Some(planned.target(ready.revision())), ..document };
@@ -417,7 +426,8 @@ impl Deploy {
         let generation = target.generation;
         let Target { component, config, state_namespace, .. } = target;
         let desired = Desired { component, config, state_namespace, if_generation: None };
-        self.prepare(slot, &desired, generation).and_then(|ready| self.stage(slot, ready, generation))
+        self.prepare(slot, &desired, generation, SlotArm::Candidate)
+            .and_then(|ready| self.stage(slot, ready, generation))
     }
 }
 

@@ -60,6 +60,10 @@ impl Deploy {
     /// leaves the switch off as asked. Asking for what is the case already changes nothing.
     pub(super) fn switch_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
         let wire::PutSafeMode { on, reason } = put;
+        if on && !self.safe_mode {
+            // Guests are off whoever holds the lock, such as a compilation; the rest follows under it.
+            self.runtime.bypass(true);
+        }
         let _one = lock(&self.operations);
         if self.safe_mode {
             let message = "the host was started in safe mode and runs no policies; restart it without --safe-mode";

@@ -47,17 +47,15 @@ impl Scheduler {
     /// Lets a retention policy rank the cached blocks, where the last answer may not last for what is needed next. To be
     /// called before [`schedule`](Self::schedule); without it, the least recently used blocks are evicted first.
     pub fn review_cache(&mut self, now: Micros, policy: &mut dyn RetentionPolicy) {
-        let counts = self.kv.pool.counts();
-        if counts.cached == 0 {
-            return;
-        }
+        // Also where nothing is cached: a policy that was swapped out is left here.
         let attention = policy.attend(now);
         if attention != Attention::Following {
             self.kv.forget_ranking();
             self.review.named.clear();
             self.review.good_until = 0;
         }
-        if attention == Attention::Native {
+        let counts = self.kv.pool.counts();
+        if attention == Attention::Native || counts.cached == 0 {
             return;
         }
         let (usual, needed) = (self.review.usual, self.blocks_needed());

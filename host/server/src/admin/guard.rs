@@ -39,6 +39,12 @@ fn admit(state: &ServerState, request: &Request) -> Result<Actor, ApiError> {
     if headers.contains_key(ORIGIN) {
         return Err(ApiError::Forbidden { what: "the admin plane takes no requests from web pages (`Origin` is set)" });
     }
+    // Browsers leave `Origin` out of the requests that images make.
+    if headers.get("sec-fetch-site").is_some_and(|site| site != "none" && site != "same-origin") {
+        return Err(ApiError::Forbidden {
+            what: "the admin plane takes no requests from web pages (`Sec-Fetch-Site`)",
+        });
+    }
     let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     if !state.config.admin_remote && !is_loopback(host) {
         return Err(ApiError::Forbidden { what: "the admin plane answers to loopback names only (`Host`)" });
