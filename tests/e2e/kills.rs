@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use pointsman_tests::rng::Rng;
 use pointsman_tests::{Host, root};
 use serde_json::{Value, json};
 
@@ -16,19 +17,6 @@ use crate::{host, journal};
 const KILLS: u64 = 50;
 const SEED: u64 = 0x5eed_0f6b_1115;
 const SLOTS: [&str; 3] = ["router", "scheduler", "telemetry.watch"];
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
-}
 
 /// Where a slot stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -135,7 +123,7 @@ impl Wish {
 
 impl Told {
     /// The next wish; none once the host is dead. A rollout under way is steered sooner or later.
-    fn wish(&self, host: &Host, random: &mut Random) -> Option<Wish> {
+    fn wish(&self, host: &Host, random: &mut Rng) -> Option<Wish> {
         let slot = SLOTS[random.below(3) as usize];
         let stand = self.slots.get(slot).cloned().unwrap_or_default();
         let kind = random.below(12);
@@ -160,7 +148,7 @@ impl Told {
     }
 
     /// Works until the host dies; `begun` counts the wishes that were sent.
-    fn operate(&mut self, host: &Host, random: &mut Random, begun: &AtomicUsize) {
+    fn operate(&mut self, host: &Host, random: &mut Rng, begun: &AtomicUsize) {
         while let Some(wish) = self.wish(host, random) {
             self.open = Some(wish.clone());
             begun.fetch_add(1, Ordering::AcqRel);
@@ -329,7 +317,7 @@ fn no_leftovers(host: &Host) {
 
 #[test]
 fn fifty_kills_lose_nothing_and_leave_nothing() {
-    let mut random = Random(SEED);
+    let mut random = Rng::new(SEED);
     let mut told = Told::default();
     let mut host = host(&[]);
     for (slot, name) in [("router", "route-least-loaded"), ("scheduler", "sched-fcfs")] {
@@ -337,7 +325,7 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
     }
     for kill in 0..KILLS {
         let (wishes, spins) = (1 + random.below(4) as usize, random.below(1_000_000));
-        let mut operator = Random(SEED ^ kill);
+        let mut operator = Rng::new(SEED ^ kill);
         let begun = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             let work = scope.spawn(|| told.operate(&host, &mut operator, &begun));

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use pointsman_control::{AnomalyConfig, AnomalyWatch, Finding, Happened, Interval, Metric, SeriesKey, Unusual};
 use pointsman_telemetry::{Event, EventKind, Metrics, Micros, NameKind, Names};
 
+use crate::clock::seconds;
+
 /// Length of an interval, in microseconds.
 const INTERVAL_US: Micros = 10_000_000;
 
@@ -72,10 +74,6 @@ impl Anomalies {
         interval.count += 1;
         interval.sum += value;
     }
-}
-
-fn seconds(us: u64) -> f64 {
-    us as f64 * 1e-6
 }
 
 fn detail(finding: &Finding) -> String {

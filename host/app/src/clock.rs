@@ -4,6 +4,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use pointsman_sched::ids::Micros;
 
+/// A duration for metrics and people.
+#[must_use]
+pub(crate) fn seconds(us: Micros) -> f64 {
+    us as f64 * 1e-6
+}
+
 /// Monotonic microseconds since its creation, wall-clock seconds and random bits.
 #[derive(Debug)]
 pub(crate) struct SystemClock {

@@ -15,11 +15,8 @@ use pointsman_telemetry::{Micros, NameKind, Names};
 
 use crate::bindings::admission::exports::pointsman::policy::admission as wit;
 use crate::bindings::router::pointsman::policy::types;
-use crate::circuit::Admit;
 use crate::config::Budgets;
-use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::{CallContext, Guest};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::Wants;
 use crate::router::{lift_rejection, lower_priority, wanted, wanted_numbers};
@@ -73,11 +70,8 @@ impl AdmitPolicy for AdmissionSlot {
     fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Option<Verdict> {
         let generation = self.core.enter();
         let guest = generation.guest.as_ref()?;
-        let budget = guest.budgets().admit;
-        let ask = |instance: &mut Instance<AdmissionHook>| {
-            admit(instance, budget.hard, now, (request, load, &guest.wants)).map_err(|fault| (Call::Admit, fault))
-        };
-        call(guest, now, budget.soft, ask)
+        let asked = (request, load, &guest.wants);
+        guest.ask(now, (Call::Admit, guest.budgets().admit), |i, hard| admit(i, hard, now, asked)).ok()
     }
 
     fn ended(&self, ending: Ending) {
@@ -104,58 +98,18 @@ impl AdmissionSlot {
             while self.endings.pop().is_some() {}
             return;
         };
-        let budget = guest.budgets().settle;
         for _ in 0..MAX_ENDINGS / MAX_BATCH {
             if self.endings.is_empty() {
                 return;
             }
-            let tell = |instance: &mut Instance<AdmissionHook>| {
+            let tell = |instance: &mut Instance<AdmissionHook>, hard| {
                 let mut columns = Columns::default();
                 std::iter::from_fn(|| self.endings.pop()).take(MAX_BATCH).for_each(|ending| columns.push(&ending));
-                settle(instance, budget.hard, now, (&columns, names)).map_err(|fault| (Call::Settle, fault))
+                settle(instance, hard, now, (&columns, names))
             };
-            if call(guest, now, budget.soft, tell).is_none() {
+            if guest.ask(now, (Call::Settle, guest.budgets().settle), tell).is_err() {
                 return;
             }
-        }
-    }
-}
-
-/// Takes an instance, makes a call and deals with its fault; `None` when there is no answer.
-#[inline]
-fn call<R>(
-    guest: &Guest<AdmissionHook>,
-    now: Micros,
-    soft: Micros,
-    work: impl FnOnce(&mut Instance<AdmissionHook>) -> Result<R, (Call, Fault)>,
-) -> Option<R> {
-    let admit = guest.admit(now);
-    let instance = if admit == Admit::No { None } else { guest.take() };
-    let Some(mut instance) = instance else {
-        if admit == Admit::Trial {
-            guest.trial_withdrawn();
-        }
-        guest.fell_back();
-        return None;
-    };
-    let number = guest.begin();
-    let started = stopwatch_ns();
-    let answer = work(&mut instance);
-    let took_ns = stopwatch_ns() - started;
-    guest.took(took_ns, soft);
-    match answer {
-        Ok(answer) => {
-            guest.give_back(instance);
-            if admit == Admit::Trial {
-                guest.trial_passed(number);
-            }
-            Some(answer)
-        }
-        Err((call, fault)) => {
-            guest.discard(instance);
-            guest.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
-            guest.fell_back();
-            None
         }
     }
 }

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_queue::ArrayQueue;
-use pointsman_sched::route::DecidedBy;
+use pointsman_sched::route::{DecidedBy, Fallback};
 use pointsman_telemetry::{Event, EventKind, Metrics, Micros, SlotMetrics};
 
 use crate::circuit::{Admit, Circuit, Health};
-use crate::config::Budgets;
+use crate::config::{Budget, Budgets};
 use crate::drain::Gate;
+use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, FaultReport};
 use crate::instance::{Hook, Instance, Maker, Ready};
 use crate::manifest::{Manifest, Wants};
@@ -187,6 +188,63 @@ impl<H: Hook> Guest<H> {
         }
     }
 
+    /// Has an instance of the pool make one call, and deals with its fault. Where there is no answer, and why, the native
+    /// policy decides: that is counted here.
+    #[inline]
+    pub(crate) fn ask<R>(
+        &self,
+        now: Micros,
+        (call, budget): (Call, Budget),
+        work: impl FnOnce(&mut Instance<H>, Micros) -> Result<R, Fault>,
+    ) -> Result<R, Fallback> {
+        let admit = self.admit(now);
+        if admit == Admit::No {
+            self.fell_back();
+            return Err(Fallback::CircuitOpen);
+        }
+        let Some(mut instance) = self.take() else {
+            if admit == Admit::Trial {
+                self.trial_withdrawn();
+            }
+            self.fell_back();
+            return Err(Fallback::NoInstance);
+        };
+        let number = self.begin();
+        let started = stopwatch_ns();
+        let answer = work(&mut instance, budget.hard);
+        let took_ns = stopwatch_ns() - started;
+        self.took(took_ns, budget.soft);
+        match answer {
+            Ok(answer) => {
+                self.give_back(instance);
+                if admit == Admit::Trial {
+                    self.trial_passed(number);
+                }
+                Ok(answer)
+            }
+            Err(fault) => {
+                let kind = fault.kind.as_str();
+                self.discard(instance);
+                self.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
+                self.fell_back();
+                Err(Fallback::Fault(kind))
+            }
+        }
+    }
+
+    /// Puts a fresh instance where there is none or a worn one, if the pool has one; says whether it did.
+    pub(crate) fn renew(&self, kept: &mut Option<Box<Instance<H>>>) -> bool {
+        let worn = kept.as_deref().is_some_and(|instance| self.is_worn(instance));
+        if !worn && kept.is_some() {
+            return false;
+        }
+        let Some(fresh) = self.take() else { return false };
+        if let Some(worn) = kept.replace(fresh) {
+            self.discard(worn);
+        }
+        true
+    }
+
     /// The instance that served the last call, else another: for the worlds whose calls come from one thread.
     pub(crate) fn take_working(&self) -> Option<Box<Instance<H>>> {
         let working = lock(&self.working).take();
@@ -203,7 +261,7 @@ impl<H: Hook> Guest<H> {
     }
 
     #[inline]
-    pub(crate) fn is_worn(&self, instance: &Instance<H>) -> bool {
+    fn is_worn(&self, instance: &Instance<H>) -> bool {
         let config = &self.maker.shared.config;
         instance.is_worn(config.recycle_calls, config.recycle_growth_bytes)
     }

@@ -68,14 +68,8 @@ impl<H: Hook> Resident<H> {
                 }
             }
         }
-        let worn = self.instance.as_deref().is_some_and(|instance| guest.is_worn(instance));
-        if (worn || self.instance.is_none())
-            && let Some(fresh) = guest.take()
-        {
+        if guest.renew(&mut self.instance) {
             self.synced = false;
-            if let Some(worn) = self.instance.replace(fresh) {
-                guest.discard(worn);
-            }
         }
         if self.instance.is_none() {
             if std::mem::take(&mut self.trial) {

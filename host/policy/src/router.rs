@@ -8,18 +8,15 @@ use std::sync::Arc;
 
 use pointsman_sched::ids::Priority;
 use pointsman_sched::route::{
-    Choice, Fallback, NO_LABEL, Refusal, Rejection, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest, Routed,
+    Choice, NO_LABEL, Refusal, Rejection, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest, Routed,
     check_choice,
 };
 use pointsman_telemetry::Micros;
 
 use crate::bindings::router::exports::pointsman::policy::router as wit;
 use crate::bindings::router::pointsman::policy::types;
-use crate::circuit::Admit;
 use crate::config::Budgets;
-use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, truncate};
-use crate::generation::{CallContext, Guest};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{MAX_REPLICA_COLUMNS, MAX_REQUEST_NUMBERS, ReplicaColumn, RequestNumber, Wants};
 use crate::slot::{SlotCore, slot_by_core};
@@ -45,7 +42,10 @@ impl RoutePolicy for RouterSlot {
     fn route(&self, now: Micros, request: &RouteRequest<'_>, replicas: &ReplicaColumns) -> Routed {
         let generation = self.core.enter();
         let asked = match &generation.guest {
-            Some(guest) => self.ask(guest, now, request, replicas),
+            Some(guest) => {
+                let arguments = Arguments { request, replicas, wants: &guest.wants };
+                guest.ask(now, (Call::Route, guest.budgets().route), |i, hard| call(i, hard, now, &arguments))
+            }
             None => Ok(Choice::Abstain),
         };
         let (choice, fallback) = match asked {
@@ -53,53 +53,6 @@ impl RoutePolicy for RouterSlot {
             Err(why) => (Choice::Abstain, Some(why)),
         };
         Routed { choice, decided_by: generation.decided_by.clone(), fallback }
-    }
-}
-
-impl RouterSlot {
-    /// The guest's checked answer, or why the native policy must stand in.
-    #[inline]
-    fn ask(
-        &self,
-        guest: &Guest<RouterHook>,
-        now: Micros,
-        request: &RouteRequest<'_>,
-        replicas: &ReplicaColumns,
-    ) -> Result<Choice, Fallback> {
-        let admit = guest.admit(now);
-        if admit == Admit::No {
-            guest.fell_back();
-            return Err(Fallback::CircuitOpen);
-        }
-        let Some(mut instance) = guest.take() else {
-            if admit == Admit::Trial {
-                guest.trial_withdrawn();
-            }
-            guest.fell_back();
-            return Err(Fallback::NoInstance);
-        };
-        let budget = guest.budgets().route;
-        let number = guest.begin();
-        let started = stopwatch_ns();
-        let answer = call(&mut instance, budget.hard, now, &Arguments { request, replicas, wants: &guest.wants });
-        let took_ns = stopwatch_ns() - started;
-        guest.took(took_ns, budget.soft);
-        match answer {
-            Ok(choice) => {
-                guest.give_back(instance);
-                if admit == Admit::Trial {
-                    guest.trial_passed(number);
-                }
-                Ok(choice)
-            }
-            Err(fault) => {
-                let kind = fault.kind.as_str();
-                guest.discard(instance);
-                guest.fault(CallContext { call: Call::Route, number, now, took_us: took_ns / 1_000 }, fault);
-                guest.fell_back();
-                Err(Fallback::Fault(kind))
-            }
-        }
     }
 }
 

@@ -165,14 +165,8 @@ impl SchedulerGuest {
     /// Has a fresh instance where there is none, or a worn one; false when it has none now.
     fn be_seated(&mut self) -> bool {
         let Some(guest) = &self.stay.guest else { return false };
-        let worn = self.seat.instance.as_deref().is_some_and(|instance| guest.is_worn(instance));
-        if (worn || self.seat.instance.is_none())
-            && let Some(fresh) = guest.take()
-        {
+        if guest.renew(&mut self.seat.instance) {
             self.synced = false;
-            if let Some(worn) = self.seat.instance.replace(fresh) {
-                guest.discard(worn);
-            }
         }
         self.seat.instance.is_some()
     }

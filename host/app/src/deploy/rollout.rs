@@ -18,6 +18,8 @@ use pointsman_server::ports::{AdminError, Clock};
 use pointsman_telemetry::{ArmMetrics, Event, Metrics};
 use serde_json::value::RawValue;
 
+use crate::clock::seconds;
+
 use super::activate::Ready;
 use super::admin::parse_slot;
 use super::errors::{conflict, internal, invalid, not_found, plan_error};
@@ -143,8 +145,8 @@ impl Deploy {
     fn serve(&self, slot: &SlotName, arm: Arm) -> Result<(), String> {
         let live = self.live_slot(slot).ok_or_else(|| format!("the slot `{slot}` is gone"))?;
         let arm = match arm {
-            Arm::Control => pointsman_policy::Arm::Control,
-            Arm::Candidate => pointsman_policy::Arm::Candidate,
+            Arm::Control => SlotArm::Control,
+            Arm::Candidate => SlotArm::Candidate,
         };
         live.serve(arm).map(drop).map_err(|error| error.to_string())
     }
@@ -464,8 +466,4 @@ fn cost(status: &SlotStatus) -> PolicyCost {
         faults: status.faults.iter().sum(),
         fallbacks: status.fallbacks,
     }
-}
-
-fn seconds(us: u64) -> f64 {
-    us as f64 * 1e-6
 }

@@ -71,17 +71,21 @@ pub fn arm_of(bucket: u16, percent: u8) -> Arm {
 }
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
     fn new(seed: u64, stream: u64) -> Self {
         Self(seed ^ mixed(stream.wrapping_add(0x9e37_79b9_7f4a_7c15)))
     }
 
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mixed(self.0)
+    }
+
     /// A number below `bound`, by the high bits of a product; the bias is below 2^-57 for the bounds of a period.
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        ((u128::from(mixed(self.0)) * u128::from(bound)) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
 }
 

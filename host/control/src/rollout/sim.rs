@@ -5,23 +5,12 @@
 
 use pointsman_telemetry::{Event, EventKind, Micros};
 
-use super::assign::{Arm, blocks};
+use super::assign::{Arm, Random, blocks};
 use super::ledger::{ArmPeriod, Period, Split, Sums};
 use super::{Cause, Command, Decision, Hold, Metric, Mode, Phase, Rollout, RolloutDocument, Spec};
 use crate::journal::{Entry, Happened, Journal};
 
-/// SplitMix64.
-struct Random(u64);
-
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
     fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
