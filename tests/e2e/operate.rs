@@ -126,3 +126,65 @@ fn a_file_that_cannot_be_applied_changes_nothing() {
         assert_eq!(generations(&after), generations(&before), "{part}");
     }
 }
+
+/// What holds in a slot, and who says so.
+fn limits(of: &Value) -> Value {
+    let limit = |name: &str| json!([of["limits"][name]["value"], of["limits"][name]["from"]]);
+    json!([limit("soft_us"), limit("hard_ms"), limit("memory_mib")])
+}
+
+#[test]
+fn a_budget_belongs_to_its_activation_and_the_file_sets_what_it_leaves_out() {
+    let config = "[slots.scheduler.budget]\nhard_ms = 30\n[slots.router.budget]\nmemory_mib = 32\n";
+    let host = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), config);
+    let digest = host.builtin("sched-priority");
+    let put = |host: &Host, budget: Value| {
+        let body = json!({ "component": digest, "budget": budget });
+        host.admin("PUT", "/admin/v1/slots/scheduler", &body)
+    };
+    let found = limits(&slot(&host, "router")["active"]);
+    assert_eq!(found, json!([[100, "default"], [10, "default"], [32, "config"]]));
+    assert_eq!(limits(&slot(&host, "scheduler")["active"]), json!([[50, "default"], [30, "config"], [64, "default"]]));
+    for (budget, part) in [
+        (json!({ "hard_ms": 0 }), "the hard one must lie between 1 and 1000000 us"),
+        (json!({ "soft_us": 40_000 }), "a budget of 40000 us soft and 30000 us hard is not possible"),
+        (json!({ "memory_mib": 300 }), "a budget of 314572800 bytes of memory is not possible"),
+    ] {
+        let refused = put(&host, budget);
+        assert_eq!((refused.status, &refused.body["error"]["param"]), (400, &json!("budget")), "{refused:?}");
+        assert!(refused.body["error"]["message"].as_str().is_some_and(|m| m.contains(part)), "{refused:?}");
+    }
+    let refused =
+        host.admin("PUT", "/admin/v1/slots/scheduler", &json!({ "component": "native", "budget": { "soft_us": 1 } }));
+    assert_eq!(refused.status, 400, "{refused:?}");
+    let own = json!([[0, "slot"], [30, "config"], [8, "slot"]]);
+    assert_eq!(put(&host, json!({ "soft_us": 0, "memory_mib": 8 })).status, 200);
+    assert_eq!(limits(&slot(&host, "scheduler")["active"]), own);
+    assert_eq!(put(&host, Value::Null).status, 200);
+    assert_eq!(limits(&slot(&host, "scheduler")["active"]), json!([[50, "default"], [30, "config"], [64, "default"]]));
+    assert_eq!(host.admin("POST", "/admin/v1/slots/scheduler/rollback", &Value::Null).status, 200);
+    let host = host.restart(&[]);
+    let found = slot(&host, "scheduler");
+    assert_eq!(found["active"]["budget"], json!({ "soft_us": 0, "memory_mib": 8 }), "rollback and restart keep it");
+    assert_eq!(
+        (limits(&found["active"]), limits(&found["previous"])),
+        (own, json!([[50, "default"], [30, "config"], [64, "default"]]))
+    );
+    // Every call is over a budget of nothing, so that it moves aside.
+    let counters = (0..200).find_map(|_| {
+        router(&host);
+        Some(slot(&host, "scheduler")["counters"].clone()).filter(|c| c["aside"]["plans_used"].as_u64() > Some(0))
+    });
+    let counters = counters.expect("a slow scheduler computes aside");
+    assert!(counters["over_soft"].as_u64() > Some(2) && counters["call_mean_us"].as_f64() > Some(0.0), "{counters}");
+    assert_eq!(
+        (&counters["aside"]["replicas"], &counters["state_limit_bytes"]),
+        (&json!(2), &json!(4 << 20)),
+        "{counters}"
+    );
+    let candidate = json!({ "component": digest, "mode": "canary", "budget": { "hard_ms": 5 } });
+    let started = host.admin("POST", "/admin/v1/slots/scheduler/rollouts", &candidate);
+    assert_eq!(started.status, 201, "{started:?}");
+    let candidate = slot(&host, "scheduler")["candidate"].clone();
+    assert_eq!(limits(&candidate), json!([[50, "default"], [5, "slot"], [64, "default"]]));
+}

@@ -33,7 +33,7 @@ pub(crate) fn run_late(seed: u64, role: &Role, options: &Options) -> (Report, La
     let _turn = host.turn();
     let slot = host.runtime.scheduler_slot(SLOT);
     let guest = slot.attach("replica-0");
-    let budget = BudgetChange { soft: Some(0), hard: Some(1_000_000) };
+    let budget = BudgetChange { soft: Some(0), hard: Some(1_000_000), memory_bytes: None };
     let activation = Activation { budget, ..role.activation(1) };
     let prepared = host.runtime.prepare(host.component(role.guest), activation).expect("a guest that starts");
     slot.publish(prepared).expect("the first generation");

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::io::Write;
 
 use anyhow::{Context, bail};
-use pointsman_control::SlotName;
+use pointsman_control::{Budget, SlotName};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -34,6 +34,8 @@ struct WantedSlot {
     config: Value,
     #[serde(default)]
     state_namespace: Option<String>,
+    #[serde(default)]
+    budget: Budget,
 }
 
 /// A slot that has to change, and what it is now.
@@ -46,6 +48,7 @@ struct Change {
     digest: String,
     config: Value,
     state_namespace: String,
+    budget: Budget,
     /// `null` for a slot that does not exist.
     now: Value,
 }
@@ -130,13 +133,20 @@ fn plan(
         let state_namespace = wanted.state_namespace.clone().unwrap_or_else(|| slot.clone());
         let same = active["component"] == digest
             && same_json(&active["config"], &wanted.config)
-            && active["state_namespace"] == state_namespace;
+            && active["state_namespace"] == state_namespace
+            && own_budget(&active) == wanted.budget;
         if !same {
             let (slot, component, config) = (slot.clone(), wanted.component.clone(), wanted.config.clone());
-            changes.push(Change { slot, component, digest, config, state_namespace, now: active });
+            let budget = wanted.budget;
+            changes.push(Change { slot, component, digest, config, state_namespace, budget, now: active });
         }
     }
     Ok(changes)
+}
+
+/// The limits that an active policy has of its own.
+fn own_budget(active: &Value) -> Budget {
+    Budget::deserialize(&active["budget"]).unwrap_or_default()
 }
 
 /// Whether two texts mean the same: order and spelling of numbers do not matter.
@@ -154,7 +164,7 @@ fn same_json(a: &Value, b: &Value) -> bool {
 /// The plan, for a person.
 fn describe(changes: &[Change], kept: usize) -> String {
     let mut lines = Vec::new();
-    for Change { slot, component, digest, config, state_namespace, now } in changes {
+    for Change { slot, component, digest, config, state_namespace, budget, now } in changes {
         if now.is_null() {
             lines.push(format!("+ {slot}: {component} with {config}"));
             continue;
@@ -168,6 +178,9 @@ fn describe(changes: &[Change], kept: usize) -> String {
         }
         if now["state_namespace"] != *state_namespace {
             lines.push(format!("    state_namespace  {} -> {state_namespace}", text(now, "state_namespace")));
+        }
+        if own_budget(now) != *budget {
+            lines.push(format!("    budget  {} -> {}", json!(own_budget(now)), json!(budget)));
         }
     }
     lines.push(format!("{} to change, {kept} as the file says", changes.len()));
@@ -197,6 +210,7 @@ impl Admin {
             "component": change.digest,
             "config": change.config,
             "state_namespace": change.state_namespace,
+            "budget": change.budget,
             "if_generation": change.now["generation"].as_u64().unwrap_or(0),
             "dry_run": dry_run,
         });
@@ -210,12 +224,13 @@ impl Admin {
             self.send("DELETE", &format!("/admin/v1/slots/{slot}"), Vec::new(), "")
         } else {
             let (component, config, namespace) = (&now["component"], &now["config"], &now["state_namespace"]);
-            self.put_slot(slot, &json!({ "component": component, "config": config, "state_namespace": namespace }))
+            let body = json!({ "component": component, "config": config, "state_namespace": namespace, "budget": now["budget"] });
+            self.put_slot(slot, &body)
         };
         back.map(|_| slot.clone()).map_err(|error| format!("`{slot}` could not be taken back: {error:#}"))
     }
 
-    fn put_slot(&self, slot: &str, body: &Value) -> anyhow::Result<Value> {
+    pub(crate) fn put_slot(&self, slot: &str, body: &Value) -> anyhow::Result<Value> {
         self.send("PUT", &format!("/admin/v1/slots/{slot}"), body.to_string().into_bytes(), "application/json")
     }
 }
@@ -248,6 +263,7 @@ mod tests {
             config = { x = 1.0 }
             [slots.scheduler]
             component = "b"
+            budget = { soft_us = 200 }
             [slots."telemetry.new"]
             component = "c"
             state_namespace = "shared"
@@ -265,6 +281,11 @@ mod tests {
         };
         let (router, scheduler) =
             (active("sha256:a", json!({"x": 1}), "router"), active("sha256:b", json!({}), "scheduler"));
+        let own = |mut active: Value, budget: Value| {
+            active["budget"] = budget;
+            active
+        };
+        let scheduler = own(scheduler, json!({"soft_us": 200}));
         let (changed, said) = differing(&slots(router.clone(), scheduler.clone()));
         assert_eq!(changed, ["telemetry.new"]);
         assert!(said.contains("+ telemetry.new: c with {}\n1 to change, 2 as the file says"), "{said}");
@@ -275,11 +296,20 @@ mod tests {
                 "sha256:z -> a (sha256:a)",
             ),
             (
-                slots(active("sha256:a", json!({"x": 2}), "router"), scheduler),
+                slots(active("sha256:a", json!({"x": 2}), "router"), scheduler.clone()),
                 "router",
                 r#"config  {"x":2} -> {"x":1.0}"#,
             ),
-            (slots(router, active("sha256:b", json!({}), "other")), "scheduler", "state_namespace  other -> scheduler"),
+            (
+                slots(router.clone(), own(active("sha256:b", json!({}), "other"), json!({"soft_us": 200}))),
+                "scheduler",
+                "state_namespace  other -> scheduler",
+            ),
+            (
+                slots(router, active("sha256:b", json!({}), "scheduler")),
+                "scheduler",
+                r#"budget  {} -> {"soft_us":200}"#,
+            ),
         ] {
             let (changed, said) = differing(&now);
             assert_eq!(changed, [slot, "telemetry.new"]);
@@ -297,6 +327,7 @@ mod tests {
             ("a.toml", "[slots.router]\nconfig = {}", "missing field `component`"),
             ("a.toml", "[slots.nowhere]\ncomponent = \"native\"", "slots.nowhere"),
             ("a.toml", "[slots.router]\ncomponent = \"native\"\nconfg = {}", "unknown field `confg`"),
+            ("a.toml", "[slots.router]\ncomponent = \"native\"\nbudget = { soft = 1 }", "unknown field `soft`"),
             ("a.json", "[slots]", "not such a file"),
         ] {
             let file = folder.path().join(name);

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pointsman_control::SlotName;
+use pointsman_control::{Budget, SlotName};
 
 use crate::plugin::{Kind, Lang};
 
@@ -108,6 +108,8 @@ pub(crate) enum PolicyCommand {
         /// Only if this generation is active.
         #[arg(long, value_name = "GENERATION")]
         if_generation: Option<u64>,
+        #[command(flatten)]
+        budget: BudgetArgs,
         #[command(flatten)]
         at: AdminArgs,
     },
@@ -383,7 +385,7 @@ pub(crate) enum Switch {
 /// Flags of `apply`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ApplyArgs {
-    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config and state_namespace.
+    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace and budget.
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
     /// Show what would change, and change nothing.
@@ -391,6 +393,27 @@ pub(crate) struct ApplyArgs {
     pub dry_run: bool,
     #[command(flatten)]
     pub at: AdminArgs,
+}
+
+/// Limits that a policy has of its own.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct BudgetArgs {
+    /// Time of a decision beyond which it is counted, in microseconds.
+    #[arg(long, value_name = "US")]
+    pub soft_us: Option<u64>,
+    /// Time of a decision at which it is stopped, in milliseconds.
+    #[arg(long, value_name = "MS")]
+    pub hard_ms: Option<u64>,
+    /// Memory of an instance, in MiB.
+    #[arg(long, value_name = "MIB")]
+    pub memory_mib: Option<u64>,
+}
+
+impl BudgetArgs {
+    pub(crate) fn into_budget(self) -> Budget {
+        let Self { soft_us, hard_ms, memory_mib } = self;
+        Budget { soft_us, hard_ms, memory_mib }
+    }
 }
 
 /// Where the admin API is.

@@ -41,18 +41,14 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = Admin::new(at.clone()).get("/admin/v1/components")?;
             print(out, &at, &answer, component_table)
         }
-        PolicyCommand::Activate { slot, component, config, if_generation, at } => {
+        PolicyCommand::Activate { slot, component, config, if_generation, budget, at } => {
             let admin = Admin::new(at.clone());
-            let mut body = json!({ "component": admin.resolve(&component)?, "config": config });
+            let mut body =
+                json!({ "component": admin.resolve(&component)?, "config": config, "budget": budget.into_budget() });
             if let Some(generation) = if_generation {
                 body["if_generation"] = generation.into();
             }
-            let answer = admin.send(
-                "PUT",
-                &format!("/admin/v1/slots/{slot}"),
-                body.to_string().into_bytes(),
-                "application/json",
-            )?;
+            let answer = admin.put_slot(&slot.to_string(), &body)?;
             print(out, &at, &answer, |a| activated(&slot.to_string(), a))
         }
         PolicyCommand::Rollback { slot, at } => {

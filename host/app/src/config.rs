@@ -8,11 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use pointsman_control::SlotName;
+use pointsman_control::{Budget, SlotName};
+use pointsman_policy::{BudgetError, RuntimeConfig, World};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::builtin::BUILTINS;
+use crate::deploy::budget::change;
 use crate::models::stable_key;
 use crate::reference::{Reference, ReferenceError};
 use crate::trust::{KeyRing, TrustError};
@@ -146,6 +148,9 @@ pub(crate) struct SlotSection {
     pub component: String,
     /// Handed to the component's `init` as JSON.
     pub config: Table,
+    /// Limits of whatever policy the slot has, unless its activation brings its own.
+    #[serde(skip_serializing_if = "Budget::is_empty")]
+    pub budget: Budget,
 }
 
 /// What the operator says of a replica.
@@ -211,6 +216,8 @@ pub(crate) enum ConfigError {
     Trust(#[from] TrustError),
     #[error("slots.{slot}.component: {source}")]
     Component { slot: String, source: ReferenceError },
+    #[error("slots.{slot}.budget: {source}")]
+    Budget { slot: String, source: BudgetError },
     #[error("admin.tokens.{name} {problem}")]
     AdminToken { name: String, problem: &'static str },
     #[error("{name}: `{section}` is set in the configuration file, not in the environment")]
@@ -225,7 +232,7 @@ fn hint(nearest: &Option<String>) -> String {
 
 impl Default for Config {
     fn default() -> Self {
-        let slot = |component: &str| SlotSection { component: component.into(), config: Table::new() };
+        let slot = |component: &str| SlotSection { component: component.into(), ..SlotSection::default() };
         Self {
             data_dir: PathBuf::new(),
             safe_mode: false,
@@ -399,7 +406,13 @@ impl Config {
         self.admin.check_tokens()?;
         KeyRing::new(&self.trust)?;
         self.check_names()?;
-        self.slots.iter().try_for_each(|(name, section)| check_slot(name, &section.component))
+        self.slots.iter().try_for_each(|(name, section)| check_slot(name, section))
+    }
+
+    /// Limits of slots that have some here.
+    pub(crate) fn budgets(&self) -> BTreeMap<SlotName, Budget> {
+        let named = |(name, section): (&String, &SlotSection)| Some((name.parse().ok()?, section.budget));
+        self.slots.iter().filter_map(named).filter(|(_, budget)| !budget.is_empty()).collect()
     }
 
     /// Every label that a replica has, by name.
@@ -465,9 +478,20 @@ impl AdminSection {
     }
 }
 
-/// A slot that exists, and a component that could: a built-in, a digest, a file, a reference to a registry or `native`.
-fn check_slot(name: &str, component: &str) -> Result<(), ConfigError> {
-    name.parse::<SlotName>().map_err(|error| ConfigError::Shape(format!("slots: {error}")))?;
+/// A slot that exists, limits that it may have, and a component that could be: a built-in, a digest, a file, a reference to a
+/// registry or `native`. One that has only limits needs none.
+fn check_slot(name: &str, section: &SlotSection) -> Result<(), ConfigError> {
+    let slot = name.parse::<SlotName>().map_err(|error| ConfigError::Shape(format!("slots: {error}")))?;
+    let component = section.component.as_str();
+    if !section.budget.is_empty() {
+        if let Some(world) = World::of_slot(&slot.to_string()) {
+            let fault = |source| ConfigError::Budget { slot: name.to_owned(), source };
+            RuntimeConfig::default().limits(world, change(section.budget)).map_err(fault)?;
+        }
+        if component.is_empty() {
+            return Ok(());
+        }
+    }
     let known = || BUILTINS.iter().map(|b| b.name).chain(["native"]);
     let fault = |source| ConfigError::Component { slot: name.to_owned(), source };
     let named = match component.parse().map_err(fault)? {
@@ -626,6 +650,17 @@ mod tests {
         assert_eq!((config.sched.max_running, config.sched.max_waiting), (3, 9));
         assert_eq!(config.slots["router"].component, "native");
         assert_eq!(config.slots["scheduler"], Config::default().slots["scheduler"]);
+        let config =
+            read("[slots.admission.budget]\nsoft_us = 5\n[slots.router.budget]\nhard_ms = 2\n").expect("limits");
+        config.validate().expect("limits alone are a section");
+        let expect = [("admission", Some(5), None), ("router", None, Some(2))];
+        let budgets = config.budgets();
+        assert!(
+            budgets
+                .iter()
+                .map(|(slot, b)| (slot.to_string(), b.soft_us, b.hard_ms))
+                .eq(expect.map(|(slot, soft, hard)| (slot.to_owned(), soft, hard)))
+        );
         for (text, expect) in
             [("[sched", "not valid TOML"), ("[sched]\nmax_runing = 1", "did you mean `sched.max_running`?")]
         {
@@ -645,6 +680,17 @@ mod tests {
             ("[slots.router]\ncomponent = \"oci://x\"", "names no repository"),
             ("[slots.router]\ncomponent = \"route-weighted@sha256:12\"", "64 lower-case hexadecimal digits"),
             ("[slots.router]\ncomponent = \"route-weigted\"", "did you mean `route-weighted`?"),
+            ("[slots.admission]\nconfig = {}", "slots.admission.component = \"\" is no built-in"),
+            ("[slots.router.budget]\nsoft = 1", "unknown field `soft`"),
+            ("[slots.router.budget]\nhard_ms = 0", "slots.router.budget: a budget of 0 us soft and 0 us hard"),
+            (
+                "[slots.router.budget]\nsoft_us = 20000",
+                "slots.router.budget: a budget of 20000 us soft and 10000 us hard",
+            ),
+            (
+                "[slots.admission.budget]\nmemory_mib = 257",
+                "slots.admission.budget: a budget of 269484032 bytes of memory",
+            ),
         ] {
             let error = match read(text) {
                 Ok(config) => config.validate().expect_err(expect).to_string(),

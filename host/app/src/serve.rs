@@ -258,6 +258,7 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::
         clock: Arc::clone(&shared.clock),
         metrics: Arc::clone(&shared.metrics),
         trust: KeyRing::new(&config.trust)?,
+        budgets: config.budgets(),
         faults,
     };
     Ok(Deploy::new(runtime, Arc::clone(store), parts, config.safe_mode))

@@ -276,7 +276,7 @@ mod tests {
         assert!(Store::open(folder.path()).is_err(), "the second process is refused");
         let mut deployment = Deployment::default();
         let component = ComponentRef::Digest("sha256:ab".into());
-        let desired = Desired { component, config: "{}".into(), state_namespace: None, if_generation: None };
+        let desired = Desired { component, config: "{}".into(), ..Desired::default() };
         let planned = deployment.plan(SlotName::Router, desired).expect("no condition");
         let document = deployment.published(planned, "r@1+ab".into());
         store.write_slot(&document).expect("a writable folder");

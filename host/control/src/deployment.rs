@@ -12,8 +12,23 @@ use serde::{Deserialize, Serialize};
 use crate::rollout::{Phase, RolloutDocument, RolloutFormatError};
 use crate::slot::{ComponentRef, SlotName};
 
+/// Limits that a slot's policy has of its own; what is absent stays as the host has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Budget {
+    /// Time of a decision beyond which it is counted, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub soft_us: Option<u64>,
+    /// Time at which it is stopped, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hard_ms: Option<u64>,
+    /// Memory of an instance, in MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+}
+
 /// What an operator wants in a slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
     /// The component.
     pub component: ComponentRef,
@@ -21,6 +36,8 @@ pub struct Desired {
     pub config: String,
     /// Namespace of its host-state; the slot's own when absent.
     pub state_namespace: Option<String>,
+    /// Its own limits.
+    pub budget: Budget,
     /// Only if the slot's active generation is this one.
     pub if_generation: Option<u64>,
 }
@@ -35,6 +52,9 @@ pub struct Target {
     /// Namespace of its host-state, when it is not the slot's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state_namespace: Option<String>,
+    /// Its own limits.
+    #[serde(default, skip_serializing_if = "Budget::is_empty")]
+    pub budget: Budget,
     /// `name@version+<8 hex>`, or `native`.
     pub revision: String,
     /// The generation under which it was published.
@@ -205,13 +225,7 @@ impl Deployment {
         self.not_rolling_out(slot)?;
         let state = self.slots.get(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
         let before = state.previous.clone().ok_or_else(|| PlanError::NothingBefore(slot.clone()))?;
-        let desired = Desired {
-            component: before.component,
-            config: before.config,
-            state_namespace: before.state_namespace,
-            if_generation: None,
-        };
-        Ok(Planned { slot: slot.clone(), desired, generation: self.next_generation(slot) })
+        Ok(Planned { slot: slot.clone(), desired: before.into(), generation: self.next_generation(slot) })
     }
 
     /// Makes a published plan the truth; returns the document to store. The policy that was active becomes the previous
@@ -293,8 +307,38 @@ impl Planned {
     /// What is published once it is prepared and has said what it is.
     #[must_use]
     pub fn target(self, revision: String) -> Target {
-        let Desired { component, config, state_namespace, if_generation: _ } = self.desired;
-        Target { component, config, state_namespace, revision, generation: self.generation }
+        let Desired { component, config, state_namespace, budget, if_generation: _ } = self.desired;
+        Target { component, config, state_namespace, budget, revision, generation: self.generation }
+    }
+}
+
+// === impl Budget ===
+
+impl Budget {
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// With `other`'s limits where it has none of its own.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            soft_us: self.soft_us.or(other.soft_us),
+            hard_ms: self.hard_ms.or(other.hard_ms),
+            memory_mib: self.memory_mib.or(other.memory_mib),
+        }
+    }
+}
+
+// === impl Desired ===
+
+impl From<Target> for Desired {
+    /// The same again.
+    fn from(target: Target) -> Self {
+        let Target { component, config, state_namespace, budget, revision: _, generation: _ } = target;
+        Self { component, config, state_namespace, budget, if_generation: None }
     }
 }
 
@@ -341,7 +385,7 @@ mod tests {
 
     fn desired(component: &str, if_generation: Option<u64>) -> Desired {
         let component = ComponentRef::from(component.to_owned());
-        Desired { component, config: "{}".into(), state_namespace: None, if_generation }
+        Desired { component, config: "{}".into(), if_generation, ..Desired::default() }
     }
 
     fn activate(deployment: &mut Deployment, slot: &SlotName, component: &str) -> SlotDocument {

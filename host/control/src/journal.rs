@@ -360,6 +360,7 @@ mod tests {
             component: ComponentRef::Native,
             config: "{}".into(),
             state_namespace: None,
+            budget: Budget::default(),
             revision: "native".into(),
             generation,
         };
@@ -389,7 +390,7 @@ mod tests {
         let mut journal = Journal::new(64, 0);
         for component in ["sha256:a", "sha256:b", "native", "sha256:a"] {
             let component = ComponentRef::from(component.to_owned());
-            let desired = Desired { component, config: "{}".into(), state_namespace: None, if_generation: None };
+            let desired = Desired { component, config: "{}".into(), ..Desired::default() };
             let planned = deployment.plan(SlotName::Router, desired).expect("no condition");
             let document = deployment.published(planned, "r@1".into());
             let before = document.previous.map(|t| t.revision);
@@ -399,9 +400,8 @@ mod tests {
         let mut replayed = Deployment::default();
         for entry in journal.after(0, 64) {
             let Happened::Published { slot, target, .. } = entry.what.clone() else { continue };
-            let Target { component, config, state_namespace, revision, generation } = target;
-            let desired = Desired { component, config, state_namespace, if_generation: None };
-            let planned = replayed.plan(slot, desired).expect("no condition");
+            let (revision, generation) = (target.revision.clone(), target.generation);
+            let planned = replayed.plan(slot, target.into()).expect("no condition");
             assert_eq!(planned.generation, generation);
             replayed.published(planned, revision);
         }

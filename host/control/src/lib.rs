@@ -16,7 +16,7 @@ mod slot;
 
 pub use alias::{AliasDocument, AliasError, Aliases, DesiredAlias, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
-pub use deployment::{Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
+pub use deployment::{Budget, Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
 pub use journal::{Actor, Entry, Happened, Journal, LastOf, Why};
 pub use safe_mode::SafeModeDocument;
 pub use slot::{ComponentRef, SlotName, SlotNameError};

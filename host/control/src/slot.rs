@@ -37,10 +37,11 @@ pub enum SlotNameError {
 }
 
 /// A component, by the digest of its bytes, or the host's own policy.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum ComponentRef {
     /// The host's own policy.
+    #[default]
     Native,
     /// `sha256:<hex>` of the uploaded bytes.
     Digest(String),

@@ -153,6 +153,17 @@ impl Seat {
     }
 }
 
+// === impl Answered ===
+
+impl Answered {
+    /// Nobody will use it.
+    pub(crate) fn forget(&mut self, guest: &Guest<SchedulerHook>) {
+        if matches!(std::mem::take(self), Self::Plan(_)) {
+            guest.came_too_late();
+        }
+    }
+}
+
 // === impl OwnedView ===
 
 impl From<&View<'_>> for OwnedView {
@@ -189,7 +200,9 @@ impl Task {
 
 impl Drop for Task {
     fn drop(&mut self) {
-        let (Some(guest), Some(instance)) = (&self.stay.guest, self.seat.instance.take()) else { return };
+        let Some(guest) = &self.stay.guest else { return };
+        self.answer.forget(guest);
+        let Some(instance) = self.seat.instance.take() else { return };
         if std::thread::panicking() { guest.discard(instance) } else { guest.give_back(instance) }
     }
 }

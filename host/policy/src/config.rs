@@ -71,27 +71,52 @@ pub struct Budgets {
     pub init: Budget,
 }
 
-/// What an activation changes of the budget of its hook's decisions: `route`, `step` or `on-events`.
+/// What an activation changes of the memory of its instances and of the budget of its hook's decisions: `admit`, `route`,
+/// `step`, `rank`, `on-events`, or each function of `sampler`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BudgetChange {
     /// Instead of the default soft limit.
     pub soft: Option<Micros>,
     /// Instead of the default hard limit. A soft limit that is not changed is lowered to it.
     pub hard: Option<Micros>,
+    /// Instead of the default memory.
+    pub memory_bytes: Option<usize>,
+}
+
+/// What a guest may take, after what its activation changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Of its decisions.
+    pub budget: Budget,
+    /// Memory of one instance, in bytes.
+    pub memory_bytes: usize,
 }
 
 /// A budget that no slot may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a budget of {soft} us soft and {hard} us hard is not possible: the hard one must lie between 1 and {} us, the soft one \
-     not above it",
-    Budget::MOST
-)]
-pub struct BudgetError {
-    /// The soft limit that was asked for.
-    pub soft: Micros,
-    /// The hard limit.
-    pub hard: Micros,
+pub enum BudgetError {
+    /// Of time.
+    #[error(
+        "a budget of {soft} us soft and {hard} us hard is not possible: the hard one must lie between 1 and {} us, the soft \
+         one not above it",
+        Budget::MOST
+    )]
+    Time {
+        /// The soft limit that was asked for.
+        soft: Micros,
+        /// The hard limit.
+        hard: Micros,
+    },
+    /// Of memory.
+    #[error(
+        "a budget of {bytes} bytes of memory is not possible: it must lie between {} and {}",
+        RuntimeConfig::MIN_MEMORY_BYTES,
+        RuntimeConfig::MAX_MEMORY_BYTES
+    )]
+    Memory {
+        /// The memory that was asked for.
+        bytes: usize,
+    },
 }
 
 /// A soft and a hard limit.
@@ -157,22 +182,29 @@ impl Budget {
     fn changed(self, change: BudgetChange) -> Result<Self, BudgetError> {
         let hard = change.hard.unwrap_or(self.hard);
         let soft = change.soft.unwrap_or(self.soft.min(hard));
-        let good = change == BudgetChange::default() || ((1..=Self::MOST).contains(&hard) && soft <= hard);
-        if good { Ok(Self { soft, hard }) } else { Err(BudgetError { soft, hard }) }
+        let unchanged = (change.soft, change.hard) == (None, None);
+        let good = unchanged || ((1..=Self::MOST).contains(&hard) && soft <= hard);
+        if good { Ok(Self { soft, hard }) } else { Err(BudgetError::Time { soft, hard }) }
     }
 }
 
 impl Budgets {
     /// With another budget for the decisions of a world.
-    pub(crate) fn changed(self, world: World, change: BudgetChange) -> Result<Self, BudgetError> {
-        Ok(match world {
-            World::Admission => Self { admit: self.admit.changed(change)?, ..self },
-            World::Router => Self { route: self.route.changed(change)?, ..self },
-            World::Scheduler => Self { step: self.step.changed(change)?, ..self },
-            World::Telemetry => Self { on_events: self.on_events.changed(change)?, ..self },
-            World::Retention => Self { rank: self.rank.changed(change)?, ..self },
-            World::Sampler => Self { edit: self.edit.changed(change)?, ..self },
-        })
+    pub(crate) fn changed(mut self, world: World, change: BudgetChange) -> Result<Self, BudgetError> {
+        let budget = self.of_decisions(world);
+        *budget = budget.changed(change)?;
+        Ok(self)
+    }
+
+    fn of_decisions(&mut self, world: World) -> &mut Budget {
+        match world {
+            World::Admission => &mut self.admit,
+            World::Router => &mut self.route,
+            World::Scheduler => &mut self.step,
+            World::Telemetry => &mut self.on_events,
+            World::Retention => &mut self.rank,
+            World::Sampler => &mut self.edit,
+        }
     }
 }
 
@@ -182,6 +214,25 @@ impl RuntimeConfig {
     /// Bound of [`memory_bytes`](Self::memory_bytes): a single `memory.copy` cannot be interrupted, so this also bounds how
     /// late a deadline can be noticed.
     pub const MAX_MEMORY_BYTES: usize = 256 << 20;
+    /// Least memory that an activation may ask for: a guest of the SDK has 1 MiB of stack.
+    pub const MIN_MEMORY_BYTES: usize = 1 << 20;
+
+    /// What a guest of `world` may take.
+    ///
+    /// # Errors
+    /// The change is out of bounds.
+    pub fn limits(&self, world: World, change: BudgetChange) -> Result<Limits, BudgetError> {
+        let budget = *self.budgets.changed(world, change)?.of_decisions(world);
+        Ok(Limits { budget, memory_bytes: self.memory(change)? })
+    }
+
+    pub(crate) fn memory(&self, change: BudgetChange) -> Result<usize, BudgetError> {
+        match change.memory_bytes {
+            None => Ok(self.memory_bytes),
+            Some(bytes) if (Self::MIN_MEMORY_BYTES..=Self::MAX_MEMORY_BYTES).contains(&bytes) => Ok(bytes),
+            Some(bytes) => Err(BudgetError::Memory { bytes }),
+        }
+    }
 }
 
 impl Default for RuntimeConfig {
@@ -254,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_slot_may_change_its_budget_within_bounds() {
-        let change = |soft, hard| BudgetChange { soft, hard };
+        let change = |soft, hard| BudgetChange { soft, hard, memory_bytes: None };
         let of = |soft, hard| Some((soft, hard));
         for (asked, expect) in [
             (change(None, None), of(50, 10_000)),
@@ -272,5 +323,22 @@ mod tests {
         }
         let changed = Budgets::default().changed(World::Router, change(Some(1), None)).expect("good");
         assert_eq!((changed.route.soft, changed.step), (1, Budgets::default().step), "others stay as they are");
+    }
+
+    #[test]
+    fn a_slot_may_change_its_memory_within_bounds() {
+        let config = RuntimeConfig::default();
+        for (asked, expect) in [
+            (None, Some(config.memory_bytes)),
+            (Some(1 << 20), Some(1 << 20)),
+            (Some(256 << 20), Some(256 << 20)),
+            (Some(0), None),
+            (Some((256 << 20) + 1), None),
+            (Some(usize::MAX), None),
+        ] {
+            let change = BudgetChange { memory_bytes: asked, ..BudgetChange::default() };
+            let limits = config.limits(World::Router, change);
+            assert_eq!(limits.ok().map(|limits| limits.memory_bytes), expect, "{asked:?}");
+        }
     }
 }

@@ -11,6 +11,8 @@ use wasmtime::{
     Config, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig, UpdateDeadline, WasmBacktraceDetails,
 };
 
+use crate::config::RuntimeConfig;
+
 /// One tick of the epoch: the resolution of hard budgets.
 const TICK: Duration = Duration::from_millis(1);
 /// Stack that a guest may use before it traps.
@@ -61,8 +63,9 @@ pub(crate) fn compiler() -> wasmtime::Result<Engine> {
     Engine::new(&codegen_config())
 }
 
-/// The host's engine, for at most `max_instances` instances of `memory_bytes` each.
-pub(crate) fn host(max_instances: u32, memory_bytes: usize) -> wasmtime::Result<(Engine, Allocation)> {
+/// The host's engine, for at most `max_instances` instances. Address space is reserved for 4 GiB each whatever they may use, so
+/// the pool takes the most that any slot may have; what one does have is the store's limiter's business.
+pub(crate) fn host(max_instances: u32) -> wasmtime::Result<(Engine, Allocation)> {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(max_instances)
         .total_core_instances(max_instances.saturating_mul(CORE_INSTANCES_PER_COMPONENT))
@@ -72,7 +75,7 @@ pub(crate) fn host(max_instances: u32, memory_bytes: usize) -> wasmtime::Result<
         .max_memories_per_component(MEMORIES_PER_COMPONENT)
         .max_tables_per_component(TABLES_PER_COMPONENT)
         .table_elements(TABLE_ELEMENTS)
-        .max_memory_size(memory_bytes)
+        .max_memory_size(RuntimeConfig::MAX_MEMORY_BYTES)
         .linear_memory_keep_resident(KEEP_RESIDENT)
         .table_keep_resident(KEEP_RESIDENT)
         .max_unused_warm_slots(max_instances.min(16));
@@ -160,7 +163,7 @@ mod tests {
 
     #[test]
     fn the_child_compiles_what_the_host_loads() {
-        let (host, allocation) = host(4, 64 << 20).expect("an engine");
+        let (host, allocation) = host(4).expect("an engine");
         println!("allocation: {allocation:?}");
         assert_eq!(compatibility(&host), compatibility(&compiler().expect("an engine")));
     }
@@ -168,7 +171,7 @@ mod tests {
     #[test]
     fn too_large_a_pool_falls_back_to_allocating_on_demand() {
         // 2^47 bytes of user address space hold fewer than 2^15 reservations of 4 GiB.
-        let (_, allocation) = host(1 << 17, 64 << 20).expect("an engine");
+        let (_, allocation) = host(1 << 17).expect("an engine");
         assert_eq!(allocation, Allocation::OnDemand);
     }
 

@@ -57,6 +57,7 @@ pub(crate) struct Guest<H: Hook> {
     /// Replicas whose instance computes aside, and the plans that came of it.
     pub(crate) aside: AtomicU32,
     late_plans: AtomicU64,
+    dropped_plans: AtomicU64,
     fallbacks: AtomicU64,
     faults: [AtomicU64; 5],
     last_fault: Mutex<Option<FaultReport>>,
@@ -82,6 +83,7 @@ pub(crate) struct GuestStatus {
     pub(crate) overruns: u64,
     pub(crate) aside: u32,
     pub(crate) late_plans: u64,
+    pub(crate) dropped_plans: u64,
     pub(crate) fallbacks: u64,
     pub(crate) faults: [u64; 5],
     pub(crate) last_fault: Option<FaultReport>,
@@ -146,6 +148,7 @@ impl<H: Hook> Guest<H> {
             overruns: AtomicU64::new(0),
             aside: AtomicU32::new(0),
             late_plans: AtomicU64::new(0),
+            dropped_plans: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
             faults: Default::default(),
             last_fault: Mutex::new(None),
@@ -307,6 +310,11 @@ impl<H: Hook> Guest<H> {
         self.metrics.late_plans.inc();
     }
 
+    /// Counts a plan that was computed aside and came to nothing: nobody asked at the boundary that found it.
+    pub(crate) fn came_too_late(&self) {
+        self.dropped_plans.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// A trial went well.
     pub(crate) fn trial_passed(&self, number: u64) {
         let mut circuit = lock(&self.circuit);
@@ -413,6 +421,7 @@ impl<H: Hook> Guest<H> {
             overruns: load(&self.overruns),
             aside: self.aside.load(Ordering::Relaxed),
             late_plans: load(&self.late_plans),
+            dropped_plans: load(&self.dropped_plans),
             fallbacks: load(&self.fallbacks),
             faults: [0, 1, 2, 3, 4].map(|kind: usize| load(&self.faults[kind])),
             last_fault: lock(&self.last_fault).clone(),

@@ -96,6 +96,8 @@ pub(crate) struct Maker<H: Hook> {
     pub(crate) state: Arc<StateView>,
     /// Those of the host, with what the activation changed.
     pub(crate) budgets: Budgets,
+    /// Of one instance, the same.
+    pub(crate) memory_bytes: usize,
     pub(crate) next: AtomicU32,
 }
 
@@ -177,13 +179,7 @@ impl<H: Hook> Maker<H> {
     pub(crate) fn start(&self) -> Result<(Box<Instance<H>>, Manifest), StartError> {
         let shared = &self.shared;
         let now = (shared.clock)();
-        let host = Host::new(
-            shared.config.memory_bytes,
-            Arc::clone(&self.log),
-            self.sink.clone(),
-            Arc::clone(&self.state),
-            now,
-        );
+        let host = Host::new(self.memory_bytes, Arc::clone(&self.log), self.sink.clone(), Arc::clone(&self.state), now);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut store = new_store::<H>(shared, host);
         let (lifecycle, guest) = self

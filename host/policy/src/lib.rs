@@ -56,7 +56,8 @@ pub use circuit::Health;
 pub use compile::{CacheError, CompileError, compile_child_main};
 pub use component::Component;
 pub use config::{
-    Budget, BudgetChange, BudgetError, Budgets, Compile, CompileCommand, CompileLimits, Maintenance, RuntimeConfig,
+    Budget, BudgetChange, BudgetError, Budgets, Compile, CompileCommand, CompileLimits, Limits, Maintenance,
+    RuntimeConfig,
 };
 pub use engine::Allocation;
 pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
@@ -67,5 +68,6 @@ pub use runtime::{ActivateError, Activation, Clock, Inspected, Runtime, RuntimeE
 pub use sampler::{SampledReplica, SamplerPort, SamplerSlot};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
 pub use slot::{Arm, Prepared, PublishError, Published, Slot, SlotStatus};
+pub use state::MAX_NAMESPACE_BYTES;
 pub use telemetry::{Alert, Severity, TelemetrySlot};
 pub use upload::{Digest, UploadError, World, encode};

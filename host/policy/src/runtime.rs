@@ -20,7 +20,7 @@ use wasmtime::component::Linker;
 use crate::admission::{AdmissionHook, AdmissionSlot, MAX_ENDINGS};
 use crate::compile::{CacheError, Compiler};
 use crate::component::{Code, Component};
-use crate::config::{BudgetChange, BudgetError, Maintenance, RuntimeConfig};
+use crate::config::{BudgetChange, BudgetError, Limits, Maintenance, RuntimeConfig};
 use crate::engine::{self, Allocation, stopwatch_ns};
 use crate::fault::{Call, Fault};
 use crate::host::{Host, LogGate, MetricSink, linker};
@@ -266,7 +266,7 @@ impl Runtime {
     ) -> Result<Self, RuntimeError> {
         check_bounds(&config)?;
         let refused = |error: wasmtime::Error| RuntimeError::Engine { detail: shorten(&format!("{error:#}")) };
-        let (engine, allocation) = engine::host(config.max_instances, config.memory_bytes).map_err(refused)?;
+        let (engine, allocation) = engine::host(config.max_instances).map_err(refused)?;
         engine::start_ticker(&engine)?;
         let linker = linker(&engine).map_err(refused)?;
         let compiler =
@@ -440,6 +440,14 @@ impl Runtime {
         Arc::new(TelemetrySlot { core: self.inner.slot::<TelemetryHook>(name), buffers: Mutex::default() })
     }
 
+    /// What a guest of `world` may take.
+    ///
+    /// # Errors
+    /// The change is out of bounds.
+    pub fn limits(&self, world: World, change: BudgetChange) -> Result<Limits, BudgetError> {
+        self.inner.shared.config.limits(world, change)
+    }
+
     /// Makes the native policy decide in every slot from the next call on, or lets the published ones decide again. What is
     /// published or staged meanwhile stays warm and waits.
     pub fn bypass(&self, on: bool) {
@@ -532,7 +540,7 @@ impl Inner {
         let Some(linked) = H::linked(code) else { return Ok(()) };
         let now = (self.shared.clock)();
         let log = Arc::new(LogGate::new(H::WORLD.as_str().into()));
-        let host = Host::new(self.shared.config.memory_bytes, log, None, Arc::default(), now);
+        let host = Host::new(RuntimeConfig::MAX_MEMORY_BYTES, log, None, Arc::default(), now);
         linked.instantiate::<H>(&mut new_store::<H>(&self.shared, host)).map(drop)
     }
 
@@ -617,6 +625,7 @@ impl Inner {
             sink: None,
             state: Arc::default(),
             budgets: self.shared.config.budgets.changed(H::WORLD, activation.budget)?,
+            memory_bytes: self.shared.config.memory(activation.budget)?,
             next: AtomicU32::new(0),
         })
     }

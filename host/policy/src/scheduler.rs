@@ -119,7 +119,14 @@ impl SchedulerGuest {
     fn forget(&mut self) {
         self.synced = false;
         self.view = None;
-        self.late = Answered::Nothing;
+        self.drop_late();
+    }
+
+    /// What came back from aside is of no use any more.
+    fn drop_late(&mut self) {
+        if let Some(guest) = &self.stay.guest {
+            self.late.forget(guest);
+        }
     }
 
     /// The native policy decides this step.
@@ -139,7 +146,7 @@ impl SchedulerGuest {
 
     /// Takes back the instance that was out, with its answer.
     fn take_back(&mut self) {
-        self.late = Answered::Nothing;
+        self.drop_late();
         let Some(aside) = &mut self.aside else { return };
         let mut task = match aside.take() {
             Ok(Some(task)) => task,
@@ -239,8 +246,8 @@ impl BatchPolicy for SchedulerGuest {
     }
 
     fn resync(&mut self, view: &View<'_>) {
+        self.drop_late();
         let Some(guest) = &self.stay.guest else { return };
-        self.late = Answered::Nothing;
         if self.aside.is_some() {
             self.view = Some(view.into());
             self.synced = true;

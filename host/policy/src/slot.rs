@@ -116,6 +116,8 @@ pub struct SlotStatus {
     pub aside: u32,
     /// Plans that were computed aside and used.
     pub late_plans: u64,
+    /// Plans that were computed aside and came to nothing.
+    pub dropped_plans: u64,
     /// Faults by kind, in the order of [`FaultKind::ALL`].
     pub faults: [u64; 5],
     /// Decisions that the native policy took in its place.
@@ -498,6 +500,7 @@ impl<H: Hook> SlotCore<H> {
             overruns: guest.as_ref().map_or(0, |g| g.overruns),
             aside: guest.as_ref().map_or(0, |g| g.aside),
             late_plans: guest.as_ref().map_or(0, |g| g.late_plans),
+            dropped_plans: guest.as_ref().map_or(0, |g| g.dropped_plans),
             faults: guest.as_ref().map_or([0; FaultKind::ALL.len()], |g| g.faults),
             fallbacks: guest.as_ref().map_or(0, |g| g.fallbacks),
             instances: guest.as_ref().map_or(0, |g| g.instances),

@@ -17,7 +17,7 @@ pub(crate) const MAX_KEY_BYTES: usize = 256;
 /// Longest value, in bytes.
 pub(crate) const MAX_VALUE_BYTES: usize = 64 << 10;
 /// Keys and values of a namespace together, in bytes.
-pub(crate) const MAX_NAMESPACE_BYTES: usize = 4 << 20;
+pub const MAX_NAMESPACE_BYTES: usize = 4 << 20;
 /// Most namespaces; at the bound, those that no instance uses go first.
 const MAX_NAMESPACES: usize = 64;
 

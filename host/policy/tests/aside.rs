@@ -9,7 +9,7 @@ use pointsman_policy::{
 use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Changes, Plan, SequenceColumns, View};
 use support::{Bench, arrivals, budgets, sequences};
 
-const OVER: BudgetChange = BudgetChange { soft: Some(0), hard: None };
+const OVER: BudgetChange = BudgetChange { soft: Some(0), hard: None, memory_bytes: None };
 
 fn publish(bench: &Bench, slot: &SchedulerSlot, component: &Component, config: &str) {
     let activation = Activation { budget: OVER, ..bench.activation("scheduler", config) };
@@ -59,7 +59,8 @@ fn a_plan_comes_a_step_late_and_the_device_does_not_wait() {
     assert_eq!(guest.attend(5), Attention::Following);
     assert_eq!(step(&mut guest, &Changes::default()), (Answer::Planned, vec![4, 2, 3, 1]));
     let status = slot.status();
-    assert_eq!((status.late_plans, status.fallbacks, status.faults), (2, 4, [0; 5]));
+    assert_eq!((status.late_plans, status.dropped_plans), (2, 0));
+    assert_eq!((status.fallbacks, status.faults), (4, [0; 5]));
     assert!(bench.metrics.render().contains(r#"pointsman_policy_late_plans_total{slot="scheduler"} 2"#));
 }
 
@@ -82,6 +83,8 @@ fn a_late_plan_is_for_the_boundary_that_finds_it() {
     bench.runtime.maintain();
     guest.attend(6);
     assert_eq!(step(&mut guest, &Changes::default()), (Answer::Planned, vec![9, 8]));
+    let status = slot.status();
+    assert_eq!((status.late_plans, status.dropped_plans), (1, 2));
 }
 
 #[test]

@@ -313,6 +313,8 @@ impl PolicyAdmin for FakeAdmin {
             component: "native".into(),
             config: RawValue::from_string("{}".into()).expect("JSON"),
             state_namespace: "router".into(),
+            budget: wire::Budget::default(),
+            limits: None,
         };
         Ok(wire::Slot {
             slot: slot.into(),

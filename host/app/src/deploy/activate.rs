@@ -119,7 +119,15 @@ impl Deploy {
         generation: u64,
         arm: Arm,
     ) -> Result<Ready, AdminError> {
-        let ComponentRef::Digest(digest) = &desired.component else { return Ok(Ready::Native) };
+        let ComponentRef::Digest(digest) = &desired.component else {
+            return match desired.budget.is_empty() {
+                true => Ok(Ready::Native),
+                false => Err(AdminError {
+                    param: Some("budget".into()),
+                    ..invalid("the native policy has no budget; leave it out".into())
+                }),
+            };
+        };
         let component = self.compiled(digest, slot)?;
         let activation = Activation {
             slot: slot.to_string(),
@@ -128,7 +136,7 @@ impl Deploy {
             // The slot's own namespace by its name is still the slot's own.
             namespace: desired.state_namespace.clone().filter(|name| *name != slot.to_string()),
             arm,
-            ..Activation::default()
+            budget: self.budget_of(slot, desired.budget),
         };
         let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;
         if let Some(known) = lock(&self.components).get_mut(digest) {

@@ -1,7 +1,7 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
-use pointsman_control::{ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
-use pointsman_policy::{Activation, FaultKind, Health, RouterQuestion, SlotStatus};
+use pointsman_control::{Budget, ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
+use pointsman_policy::{Activation, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus};
 use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use super::errors::{activate_error, conflict, internal, not_found, plan_error};
 use super::intake::Offered;
-use super::{Deploy, Failed, Known, lock};
+use super::{Deploy, Failed, Known, budget, lock};
 
 impl PolicyAdmin for Deploy {
     fn upload(&self, upload: Upload, actor: &str) -> Result<Uploaded, AdminError> {
@@ -90,9 +90,10 @@ impl PolicyAdmin for Deploy {
 
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::PutSlot { component, config, if_generation, state_namespace, dry_run } = request;
+        let wire::PutSlot { component, config, if_generation, state_namespace, budget, dry_run } = request;
         let component = self.component_of(&component, actor)?;
-        let desired = Desired { component, config: config.get().to_owned(), state_namespace, if_generation };
+        let (config, budget) = (config.get().to_owned(), budget::stored(budget));
+        let desired = Desired { component, config, state_namespace, budget, if_generation };
         let _one = lock(&self.operations);
         if dry_run { self.try_out(slot, desired) } else { self.activate(slot, desired, actor, Why::Put) }
     }
@@ -145,15 +146,20 @@ impl PolicyAdmin for Deploy {
         let _one = lock(&self.operations);
         let previous = lock(&self.state).slot(&SlotName::Router).and_then(|slot| slot.previous.clone());
         let previous = previous.ok_or_else(|| conflict("the router has no previous policy".to_owned()))?;
-        let Target { component, config, state_namespace, revision, generation } = previous;
+        let Target { component, config, state_namespace, budget, revision, generation } = previous;
         let decided_by = DecidedBy { revision: revision.into(), generation };
         let choice = match component {
             ComponentRef::Native => Choice::Abstain,
             ComponentRef::Digest(digest) => {
                 let component = self.compiled(&digest, &SlotName::Router)?;
-                let slot = SlotName::Router.to_string();
-                let activation =
-                    Activation { slot, generation, config, namespace: state_namespace, ..Activation::default() };
+                let activation = Activation {
+                    slot: SlotName::Router.to_string(),
+                    generation,
+                    config,
+                    namespace: state_namespace,
+                    budget: self.budget_of(&SlotName::Router, budget),
+                    ..Activation::default()
+                };
                 let Question { now, request, replicas } = *question;
                 let question = RouterQuestion { now, request, replicas };
                 self.runtime.ask_router(&component, &activation, question).map_err(activate_error)?
@@ -197,20 +203,33 @@ impl Deploy {
             component: ComponentRef::Native,
             config: "{}".into(),
             state_namespace: None,
+            budget: Budget::default(),
             revision: "native".into(),
             generation: 0,
         };
         wire::Slot {
             slot: slot.to_string(),
-            active: revision_view(slot, state.map_or(&native, |s| &s.active)),
-            previous: state.and_then(|s| s.previous.as_ref()).map(|p| revision_view(slot, p)),
-            candidate: state.and_then(SlotState::candidate).map(|c| revision_view(slot, c)),
+            active: self.revision_view(slot, state.map_or(&native, |s| &s.active)),
+            previous: state.and_then(|s| s.previous.as_ref()).map(|p| self.revision_view(slot, p)),
+            candidate: state.and_then(SlotState::candidate).map(|c| self.revision_view(slot, c)),
             health: self
                 .safe_health()
                 .or_else(|| self.failed_health(slot))
                 .or(status.as_ref().map(|s| self.health(s)))
                 .unwrap_or_else(native_health),
-            counters: status.map(|s| counters(&s)).unwrap_or_default(),
+            counters: status.map(|s| counters(slot, &s)).unwrap_or_default(),
+        }
+    }
+
+    fn revision_view(&self, slot: &SlotName, target: &Target) -> wire::SlotRevision {
+        wire::SlotRevision {
+            revision: target.revision.clone(),
+            generation: target.generation,
+            component: target.component.to_string(),
+            config: RawValue::from_string(target.config.clone()).unwrap_or_default(),
+            state_namespace: target.state_namespace.clone().unwrap_or_else(|| slot.to_string()),
+            budget: budget::shown(target.budget),
+            limits: (target.component != ComponentRef::Native).then(|| self.limits(slot, target.budget)).flatten(),
         }
     }
 
@@ -246,27 +265,27 @@ fn native_health() -> wire::Health {
     wire::Health { state: wire::HealthState::Native, reason: None, retry_in_ms: None }
 }
 
-fn counters(status: &SlotStatus) -> wire::Counters {
+fn counters(slot: &SlotName, status: &SlotStatus) -> wire::Counters {
     let faults = FaultKind::ALL.iter().zip(status.faults).filter(|(_, n)| *n > 0);
     wire::Counters {
         calls: status.calls,
+        call_mean_us: (status.calls > 0).then(|| status.call_ns as f64 / status.calls as f64 * 1e-3),
+        over_soft: status.overruns,
         faults: faults.map(|(kind, n)| (kind.as_str().to_owned(), n)).collect(),
         fallbacks: status.fallbacks,
-    }
-}
-
-fn revision_view(slot: &SlotName, target: &Target) -> wire::SlotRevision {
-    wire::SlotRevision {
-        revision: target.revision.clone(),
-        generation: target.generation,
-        component: target.component.to_string(),
-        config: RawValue::from_string(target.config.clone()).unwrap_or_default(),
-        state_namespace: target.state_namespace.clone().unwrap_or_else(|| slot.to_string()),
+        instances: status.instances,
+        state_bytes: status.state_bytes,
+        state_limit_bytes: MAX_NAMESPACE_BYTES as u64,
+        aside: (*slot == SlotName::Scheduler).then_some(wire::Aside {
+            replicas: status.aside,
+            plans_used: status.late_plans,
+            plans_dropped: status.dropped_plans,
+        }),
     }
 }
 
 fn native() -> Desired {
-    Desired { component: ComponentRef::Native, config: "{}".into(), state_namespace: None, if_generation: None }
+    Desired { config: "{}".into(), ..Desired::default() }
 }
 
 pub(super) fn parse_slot(slot: &str) -> Result<SlotName, AdminError> {

@@ -81,6 +81,7 @@ pub(super) fn activate_error(error: ActivateError) -> AdminError {
         ActivateError::WrongWorld { .. } => (AdminErrorKind::Invalid, "component"),
         ActivateError::ConfigTooLarge { .. } => (AdminErrorKind::TooLarge, "config"),
         ActivateError::Refused { .. } => (AdminErrorKind::Refused, "config"),
+        ActivateError::Budget(_) => (AdminErrorKind::Invalid, "budget"),
         ActivateError::NoNamespace => (AdminErrorKind::Conflict, "state_namespace"),
         _ => (AdminErrorKind::Refused, "component"),
     };

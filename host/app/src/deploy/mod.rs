@@ -8,6 +8,7 @@
 
 mod activate;
 mod admin;
+pub(crate) mod budget;
 mod errors;
 mod intake;
 mod rollout;
@@ -19,8 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 use crossbeam_queue::ArrayQueue;
 use pointsman_control::{
-    AliasDocument, ComponentRef, Deployment, Desired, Happened, Journal, SafeModeDocument, SlotDocument, SlotName,
-    Target, Why,
+    AliasDocument, Budget, ComponentRef, Deployment, Desired, Happened, Journal, SafeModeDocument, SlotDocument,
+    SlotName, Target, Why,
 };
 use pointsman_policy::{
     AdmissionSlot, Arm, Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot,
@@ -51,6 +52,8 @@ pub(crate) struct Deploy {
     clock: Arc<SystemClock>,
     metrics: Arc<Metrics>,
     trust: KeyRing,
+    /// Limits that the configuration sets for whatever policy a slot has.
+    budgets: BTreeMap<SlotName, Budget>,
     /// Started in safe mode: no guest is instantiated.
     safe_mode: bool,
     /// Switched to safe mode since: every guest is bypassed.
@@ -117,6 +120,8 @@ pub(crate) struct HostParts {
     pub metrics: Arc<Metrics>,
     /// Whose components are taken.
     pub trust: KeyRing,
+    /// Limits that the configuration sets for whatever policy a slot has.
+    pub budgets: BTreeMap<SlotName, Budget>,
     /// What guests did wrong, from whatever thread noticed to the observer thread: the journal's file must not hold up a
     /// request or a step.
     pub faults: FaultQueue,
@@ -153,6 +158,7 @@ impl Deploy {
             clock: parts.clock,
             metrics: parts.metrics,
             trust: parts.trust,
+            budgets: parts.budgets,
             safe_mode,
             switched: Mutex::default(),
             operations: Mutex::default(),
@@ -201,7 +207,7 @@ impl Deploy {
         }
         for (name, section) in &config.slots {
             match name.parse::<SlotName>() {
-                Ok(slot) if self.store.knows(&slot) => {}
+                Ok(slot) if section.component.is_empty() || self.store.knows(&slot) => {}
                 Ok(slot) => self.start_fresh(slot, section),
                 Err(error) => tracing::error!("configuration, slots: {error}"),
             }
@@ -265,14 +271,8 @@ impl Deploy {
 
     /// Publishes a stored policy again, under its own generation; native where that fails.
     fn bring_back(&self, slot: &SlotName, active: &Target) -> bool {
-        let desired = Desired {
-            component: active.component.clone(),
-            config: active.config.clone(),
-            state_namespace: active.state_namespace.clone(),
-            if_generation: None,
-        };
         let published = self
-            .prepare(slot, &desired, active.generation, Arm::Control)
+            .prepare(slot, &active.clone().into(), active.generation, Arm::Control)
             .and_then(|ready| self.publish(slot, ready, active.generation));
         let Err(error) = published else { return true };
         tracing::error!(%slot, "the stored policy {} cannot be brought back, native serves: {error}", active.revision);
@@ -288,7 +288,7 @@ impl Deploy {
 
     fn compare_with_config(&self, slot: &SlotName, active: &Target, config: &Config) {
         let Some(section) = config.slots.get(&slot.to_string()) else { return };
-        if section.component.starts_with(OCI_SCHEME) {
+        if section.component.is_empty() || section.component.starts_with(OCI_SCHEME) {
             // What a tag means today is not worth a start that waits for a registry.
             return;
         }
@@ -303,7 +303,7 @@ impl Deploy {
     fn start_fresh(&self, slot: SlotName, section: &SlotSection) {
         let config = serde_json::to_string(&section.config).unwrap_or_else(|_| "{}".into());
         let started = self.resolve(&section.component).and_then(|component| {
-            let desired = Desired { component, config, state_namespace: None, if_generation: None };
+            let desired = Desired { component, config, ..Desired::default() };
             self.activate(slot.clone(), desired, "startup", Why::Start)
         });
         if let Err(error) = started {

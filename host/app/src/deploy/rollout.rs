@@ -23,7 +23,7 @@ use crate::clock::seconds;
 use super::activate::Ready;
 use super::admin::parse_slot;
 use super::errors::{conflict, internal, invalid, not_found, plan_error};
-use super::{Deploy, Failed, lock};
+use super::{Deploy, Failed, budget, lock};
 
 /// The actor of what a rollout does by its own rules.
 const ACTOR: &str = "rollout";
@@ -244,7 +244,7 @@ impl Deploy {
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::StartRollout { component, config, state_namespace, plan } = request;
+        let wire::StartRollout { component, config, state_namespace, budget, plan } = request;
         let plan: Plan = serde_json::from_str(&plan).map_err(|error| invalid(format!("the plan: {error}")))?;
         let spec = plan.spec(self.clock.random());
         if spec.mode == Mode::Shadow {
@@ -258,7 +258,8 @@ impl Deploy {
         spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
         let component = self.component_of(&component, actor)?;
         let config = config.get().to_owned();
-        let desired = Desired { component, config, state_namespace, if_generation: None };
+        let budget = budget::stored(budget);
+        let desired = Desired { component, config, state_namespace, budget, if_generation: None };
         let _one = lock(&self.operations);
         self.check_changeable(Some(&slot)).and_then(|()| self.check_measurable())?;
         if matches!(lock(&self.failed).get(&slot), Some(Failed::Policy(_))) {
@@ -426,9 +427,7 @@ impl Deploy {
     fn stage_again(&self, slot: &SlotName, document: &RolloutDocument) -> Result<(), AdminError> {
         let target = document.target.clone().ok_or_else(|| internal("its document names no policy".into()))?;
         let generation = target.generation;
-        let Target { component, config, state_namespace, .. } = target;
-        let desired = Desired { component, config, state_namespace, if_generation: None };
-        self.prepare(slot, &desired, generation, SlotArm::Candidate)
+        self.prepare(slot, &target.into(), generation, SlotArm::Candidate)
             .and_then(|ready| self.stage(slot, ready, generation))
     }
 }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::guard::Actor;
-use super::slots::{MAX_PUT_BYTES, config, member};
+use super::slots::{MAX_PUT_BYTES, budget, config, member};
 use super::wire::{StartRollout, Steer};
 use super::{blocking, list};
 use crate::error::ApiError;
@@ -114,10 +114,11 @@ fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
         ApiError::invalid("component", what)
     })?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
+    let budget = budget(&members)?;
     let config = config(&mut members)?;
-    members.retain(|name, _| !matches!(name.as_str(), "component" | "state_namespace"));
+    members.retain(|name, _| !matches!(name.as_str(), "component" | "state_namespace" | "budget"));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartRollout { component, config, state_namespace, plan })
+    Ok(StartRollout { component, config, state_namespace, budget, plan })
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::guard::Actor;
-use super::wire::PutSlot;
+use super::wire::{Budget, PutSlot};
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
@@ -21,7 +21,7 @@ use crate::ports::Upload;
 use crate::state::ServerState;
 
 /// Members of the body of a `PUT`.
-const PUT_MEMBERS: [&str; 5] = ["component", "config", "if_generation", "state_namespace", "dry_run"];
+const PUT_MEMBERS: [&str; 6] = ["component", "config", "if_generation", "state_namespace", "budget", "dry_run"];
 
 /// Longest body of a `PUT`: a config of 1 MiB.
 pub(super) const MAX_PUT_BYTES: usize = 1 << 20;
@@ -152,9 +152,16 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     })?;
     let if_generation = member(&members, "if_generation", "a generation")?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
+    let budget = budget(&members)?;
     let dry_run = member(&members, "dry_run", "true or false")?.unwrap_or(false);
     let config = config(&mut members)?;
-    Ok(PutSlot { component, config, if_generation, state_namespace, dry_run })
+    Ok(PutSlot { component, config, if_generation, state_namespace, budget, dry_run })
+}
+
+/// The policy's own limits; none for `null`.
+pub(super) fn budget(members: &BTreeMap<String, Box<RawValue>>) -> Result<Budget, ApiError> {
+    let budget: Option<Option<Budget>> = member(members, "budget", "an object of soft_us, hard_ms and memory_mib")?;
+    Ok(budget.flatten().unwrap_or_default())
 }
 
 /// The config as the text that it is; `{}` for none.
@@ -190,6 +197,22 @@ mod tests {
     }
 
     #[test]
+    fn a_budget_is_what_is_named_of_it() {
+        for (budget, expect) in [
+            ("null", Budget::default()),
+            ("{}", Budget::default()),
+            (
+                r#"{"soft_us": 0, "memory_mib": 8}"#,
+                Budget { soft_us: Some(0), memory_mib: Some(8), ..Budget::default() },
+            ),
+            (r#"{"hard_ms": 2}"#, Budget { hard_ms: Some(2), ..Budget::default() }),
+        ] {
+            let put = parse_put(format!(r#"{{"component": "x", "budget": {budget}}}"#).as_bytes());
+            assert_eq!(put.expect("good").budget, expect, "{budget}");
+        }
+    }
+
+    #[test]
     fn bad_bodies_say_what_to_change() {
         for (body, expect) in [
             (&b"{"[..], "not valid JSON"),
@@ -198,6 +221,11 @@ mod tests {
             (br#"{"component": 3}"#, "`component` must be a string, found 3"),
             (br#"{"component": "x", "if_generation": -1}"#, "`if_generation` must be a generation, found -1"),
             (br#"{"component": "x", "if_genration": 1}"#, "did you mean `if_generation`?"),
+            (
+                br#"{"component": "x", "budget": {"soft": 1}}"#,
+                "`budget` must be an object of soft_us, hard_ms and memory_mib",
+            ),
+            (br#"{"component": "x", "budget": {"hard_ms": -1}}"#, "found {\"hard_ms\": -1}"),
         ] {
             let error = parse_put(body).expect_err(expect).to_string();
             assert!(error.contains(expect), "{error}");

@@ -84,6 +84,59 @@ pub struct SlotRevision {
     pub config: Box<RawValue>,
     /// Namespace of its host-state.
     pub state_namespace: String,
+    /// Its own limits, as they were given.
+    #[serde(skip_serializing_if = "Budget::is_empty")]
+    pub budget: Budget,
+    /// The limits that hold; absent for native, which has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
+}
+
+/// Limits that a slot's policy has of its own; what is absent stays as the host has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Budget {
+    /// Time of a decision beyond which it is counted, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub soft_us: Option<u64>,
+    /// Time at which it is stopped, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hard_ms: Option<u64>,
+    /// Memory of an instance, in MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+}
+
+/// The limits of a policy, each with where it comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Limits {
+    /// Time of a decision beyond which it is counted, in microseconds.
+    pub soft_us: Limit,
+    /// Time at which it is stopped, in milliseconds.
+    pub hard_ms: Limit,
+    /// Memory of an instance, in MiB.
+    pub memory_mib: Limit,
+}
+
+/// One limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Limit {
+    /// In the unit of its name.
+    pub value: u64,
+    /// Who says so.
+    pub from: LimitSource,
+}
+
+/// Words for [`Limit::from`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LimitSource {
+    /// The host.
+    Default,
+    /// `slots.<slot>.budget` of the configuration file.
+    Config,
+    /// The activation.
+    Slot,
 }
 
 /// State of a slot's circuit.
@@ -114,14 +167,39 @@ pub enum HealthState {
 }
 
 /// Counts since the revision was published.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Counters {
     /// Guest calls.
     pub calls: u64,
+    /// Their mean time, in microseconds; absent before the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub call_mean_us: Option<f64>,
+    /// Calls over the soft budget.
+    pub over_soft: u64,
     /// Faults by kind: timeout, trap, memory, bad-answer, link.
     pub faults: BTreeMap<String, u64>,
     /// Decisions that the native policy took instead.
     pub fallbacks: u64,
+    /// Instances that exist, in use or not.
+    pub instances: u32,
+    /// Its host-state, in bytes of keys and values, and the most that fits.
+    pub state_bytes: u64,
+    /// See `state_bytes`.
+    pub state_limit_bytes: u64,
+    /// A scheduler's work beside the device; absent in other slots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aside: Option<Aside>,
+}
+
+/// A scheduler that is over its soft budget computes aside, and its plans are used a step late.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Aside {
+    /// Replicas for which it does so now.
+    pub replicas: u32,
+    /// Plans that were used, late.
+    pub plans_used: u64,
+    /// Plans that came to nothing: what they were for had passed.
+    pub plans_dropped: u64,
 }
 
 /// Body of `PUT /admin/v1/slots/{slot}`; parsed by the slots handler, which names unknown members.
@@ -135,6 +213,8 @@ pub struct PutSlot {
     pub if_generation: Option<u64>,
     /// Namespace of its host-state; the slot's name when absent.
     pub state_namespace: Option<String>,
+    /// Its own limits.
+    pub budget: Budget,
     /// Prepare it and publish nothing: says what would be wrong.
     pub dry_run: bool,
 }
@@ -148,6 +228,8 @@ pub struct StartRollout {
     pub config: Box<RawValue>,
     /// Namespace of its host-state; the slot's name when absent.
     pub state_namespace: Option<String>,
+    /// Its own limits.
+    pub budget: Budget,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }
@@ -166,6 +248,12 @@ pub enum Steer {
     Pause,
     /// On from where it was.
     Resume,
+}
+
+impl Budget {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Body of `PUT /admin/v1/aliases/{name}`.

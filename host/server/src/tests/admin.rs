@@ -60,7 +60,7 @@ async fn routes_have_their_shapes() {
             "",
             200,
             json!({"slot": "router", "active": {"revision": "native", "generation": 3, "component": "native", "config": {}, "state_namespace": "router"},
-            "previous": null, "candidate": null, "health": {"state": "native"}, "counters": {"calls": 0, "faults": {}, "fallbacks": 0}}),
+            "previous": null, "candidate": null, "health": {"state": "native"}, "counters": {"calls": 0, "over_soft": 0, "faults": {}, "fallbacks": 0, "instances": 0, "state_bytes": 0, "state_limit_bytes": 0}}),
         ),
         (
             "GET",
