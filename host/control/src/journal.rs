@@ -334,7 +334,7 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::deployment::{Deployment, Desired};
+    use crate::deployment::{Budget, Deployment, Desired};
     use crate::slot::ComponentRef;
 
     #[test]
