@@ -1,93 +1,104 @@
 //! What the shipped policies are worth on the CPU engine: the scenarios of `tests/sim/earn.rs`, with steps that the demo model
 //! computes, beside the same bars. Arrivals follow a virtual clock and each step advances it by what it took, so that four
-//! replicas need no four machines, and loads are shares of what this machine can do, measured first.
+//! replicas need no four machines, and loads are shares of what a replica does with the same traffic at saturation.
 //!
-//! Takes about ten minutes: `cargo bench --profile release -p pointsman-benches --bench policies -- [SEED]`.
+//! A replica computes on one thread and its steps take what they take of that thread's own time, so that other programs on the
+//! machine disturb a figure as little as they can. What they still do to it (caches, the clock of the cores) shows in the pace,
+//! which is measured before and after each scenario.
+//!
+//! Takes about six minutes: `cargo bench --profile release -p pointsman-benches --bench policies -- [SCENARIO] [SEED]`.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::sync::Arc;
 
-use pointsman_benches::{each_call, header, now, plan};
+use anyhow::{Context, bail};
+use pointsman_benches::{header, now};
 use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::config::Config;
 use pointsman_sched::execute::{Executor, StepOutput, StepPlan};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::sampler::NoEdits;
+use pointsman_tests::fleet::Device;
 use pointsman_tests::fleet::scenarios::{self, Outcome, Stage};
-use pointsman_tests::fleet::{Cost, Device};
+use rustix::time::{ClockId, clock_gettime};
 
-type Error = Box<dyn std::error::Error>;
+/// A pace that changes by more than this within a scenario has made its loads others.
+const DRIFT: f64 = 0.1;
 
-/// The demo model on this machine.
+/// The demo model on one thread of this machine.
 struct Cpu {
     model: Arc<Model>,
     pool: ComputePool,
-    cost: Cost,
 }
 
-/// An engine whose steps count so many times.
-struct Timed {
-    engine: CpuEngine,
-    times: u64,
-}
+/// An engine whose steps take what they used of this thread's time.
+struct Timed(CpuEngine);
 
 impl Device for Timed {
     fn run(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Micros {
-        let start = now();
-        self.engine.execute(plan, &mut NoEdits, out).unwrap_or_else(|error| panic!("{error}"));
-        u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX) * self.times
+        let start = thread_micros();
+        self.0.execute(plan, &mut NoEdits, out).unwrap_or_else(|error| panic!("{error}"));
+        thread_micros() - start
     }
+}
+
+fn thread_micros() -> Micros {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    u64::try_from(time.tv_sec * 1_000_000 + time.tv_nsec / 1_000).unwrap_or(0)
 }
 
 impl Stage for Cpu {
-    fn cost(&self) -> Cost {
-        self.cost
+    fn device(&self, config: &Config) -> Box<dyn Device> {
+        let config = CpuConfig {
+            n_blocks: config.n_blocks as usize,
+            block_tokens: config.block_tokens as usize,
+            max_step_tokens: config.step_tokens as usize,
+            max_rows: config.max_running as usize,
+            context_tokens: config.context_tokens as usize,
+        };
+        let engine = CpuEngine::new(Arc::clone(&self.model), self.pool.clone(), config);
+        Box::new(Timed(engine.unwrap_or_else(|error| panic!("{error}"))))
     }
+}
 
-    fn device(&self, config: &Config, times: u64) -> Box<dyn Device> {
-        Box::new(Timed { engine: engine(&self.model, &self.pool, config), times })
+/// The scenario to run, all if none, and the seed.
+fn arguments() -> anyhow::Result<(Option<String>, u64)> {
+    let (mut chosen, mut seed) = (None, 1);
+    // Cargo adds `--bench`.
+    for word in std::env::args().skip(1).filter(|word| !word.starts_with("--")) {
+        match word.parse() {
+            Ok(number) => seed = number,
+            Err(_) => chosen = Some(word),
+        }
+    }
+    let names = scenarios::ALL.map(|(name, ..)| name);
+    match chosen {
+        Some(name) if !names.contains(&&*name) => {
+            bail!("no scenario is called `{name}`; there are {}", names.join(", "))
+        }
+        chosen => Ok((chosen, seed)),
     }
 }
 
-fn engine(model: &Arc<Model>, pool: &ComputePool, config: &Config) -> CpuEngine {
-    let config = CpuConfig {
-        n_blocks: config.n_blocks as usize,
-        block_tokens: config.block_tokens as usize,
-        max_step_tokens: config.step_tokens as usize,
-        max_rows: config.max_running as usize,
-        context_tokens: config.context_tokens as usize,
-    };
-    CpuEngine::new(Arc::clone(model), pool.clone(), config).unwrap_or_else(|error| panic!("{error}"))
-}
-
-/// Medians of a full chunk, and of decodes of one row and of a full batch at a usual length.
-fn measure(engine: &mut CpuEngine) -> Cost {
-    let mut median = |plan: &StepPlan| {
-        let mut out = StepOutput::default();
-        each_call(5, 50, || engine.execute(plan, &mut NoEdits, &mut out).unwrap_or_else(|error| panic!("{error}"))).p50
-    };
-    let rows = scenarios::CONFIG.max_running;
-    let (one, full, chunk) = (median(&plan(1, 128, 1)), median(&plan(rows, 128, 1)), median(&plan(1, 0, 128)));
-    let decode_ns = full.saturating_sub(one) / u64::from(rows - 1);
-    let fixed_ns = one.saturating_sub(decode_ns);
-    Cost { fixed_ns, prefill_ns: chunk.saturating_sub(fixed_ns) / 128, decode_ns }
-}
-
-fn main() -> Result<(), Error> {
+fn main() -> anyhow::Result<()> {
+    let (chosen, seed) = arguments()?;
     header("policies: what they are worth on the CPU engine");
-    let seed = std::env::args().nth(1).and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let folder = pointsman_tests::root().join("host/app/demo/demo");
-    let spec = ModelSpec::from_config(&std::fs::read(folder.join("config.json"))?)?;
+    let spec = ModelSpec::from_config(&std::fs::read(folder.join("config.json")).context("the demo model")?)?;
     let model = Arc::new(Model::load(spec, &Weights::open(&folder)?, Precision::F16)?);
-    let pool = ComputePool::start(std::thread::available_parallelism()?.get())?;
-    let cost = measure(&mut engine(&model, &pool, &scenarios::CONFIG));
-    println!("a step: {} ns, {} ns a prefill token, {} ns a decode", cost.fixed_ns, cost.prefill_ns, cost.decode_ns);
-    let cpu = Cpu { model, pool, cost };
-    for (title, scenario) in scenarios::ALL {
-        let Outcome { figures, bars } = scenario(&cpu, seed);
-        println!("{title}, seed {seed}");
+    let cpu = Cpu { model, pool: ComputePool::start(1)? };
+    for (name, title, scenario) in scenarios::ALL {
+        if chosen.as_deref().is_some_and(|chosen| chosen != name) {
+            continue;
+        }
+        let start = now();
+        let Outcome { figures, bars, unit_us: [before, after] } = scenario(&cpu, seed);
+        println!("{name}: {title}, seed {seed}, {:.0} s", start.elapsed().as_secs_f64());
         figures.iter().for_each(|line| println!("  {line}"));
         bars.iter().for_each(|bar| println!("  {bar}"));
+        let steady = (after / before - 1.0).abs() <= DRIFT;
+        let verdict = if steady { "steady" } else { "NOT STEADY: run it again on an idle machine" };
+        println!("  pace at saturation: {before:.1} us a unit of work before, {after:.1} us after, {verdict}");
     }
     Ok(())
 }

@@ -14,11 +14,11 @@ const SEEDS: [u64; 3] = [1, 2, 3];
 
 #[expect(clippy::print_stdout, reason = "the tables are what a reader runs this for")]
 fn check(scenario: Scenario) {
-    let (title, _) =
-        scenarios::ALL.into_iter().find(|(_, other)| std::ptr::fn_addr_eq(*other, scenario)).expect("listed");
+    let (name, title, _) =
+        scenarios::ALL.into_iter().find(|(.., other)| std::ptr::fn_addr_eq(*other, scenario)).expect("listed");
     for seed in SEEDS {
-        let Outcome { figures, bars } = scenario(&DEVICE, seed);
-        println!("{title}, seed {seed}");
+        let Outcome { figures, bars, .. } = scenario(&DEVICE, seed);
+        println!("{name}: {title}, seed {seed}");
         figures.iter().for_each(|line| println!("  {line}"));
         bars.iter().for_each(|bar| println!("  {bar}"));
         for bar in &bars {

@@ -162,13 +162,6 @@ impl Cost {
         let prefill = plan.tokens.len() as u64 - decodes;
         (self.fixed_ns + self.prefill_ns * prefill + self.decode_ns * decodes).div_ceil(1_000)
     }
-
-    /// So many times as slow.
-    #[must_use]
-    pub fn times(self, factor: u64) -> Self {
-        let Self { fixed_ns, prefill_ns, decode_ns } = self;
-        Self { fixed_ns: fixed_ns * factor, prefill_ns: prefill_ns * factor, decode_ns: decode_ns * factor }
-    }
 }
 
 impl Device for Cost {

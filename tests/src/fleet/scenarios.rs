@@ -1,5 +1,9 @@
 //! What the shipped policies are for, each as a trace and the policies that are compared on it. The simulation asserts the
 //! figures, the benchmark prints them for the real engine.
+//!
+//! Loads are shares of what a replica can do, which is measured with the scenario's own mix at saturation, not computed from
+//! the cost of a step: prompts in the middle, chunks beside decodes and a batch that is never quite full make a quarter more
+//! or less of it, and that decides whether a queue empties at all.
 
 use std::fmt;
 use std::ops::Range;
@@ -18,11 +22,8 @@ use super::{Ask, Cost, Device, Fate, Policies, Replica, RoundRobin, serve};
 
 /// Where replicas compute.
 pub trait Stage {
-    /// What a step costs there, about: loads are shares of it.
-    fn cost(&self) -> Cost;
-
-    /// A device that takes `times` as long.
-    fn device(&self, config: &Config, times: u64) -> Box<dyn Device>;
+    /// A device for one replica.
+    fn device(&self, config: &Config) -> Box<dyn Device>;
 }
 
 /// A policy's line in a table.
@@ -60,18 +61,21 @@ pub struct Outcome {
     pub figures: Vec<Figures>,
     /// What they say of the policy.
     pub bars: Vec<Bar>,
+    /// Microseconds that a replica took for a unit of work at saturation, before the first figure and after the last: loads
+    /// are what they are said to be as far as these agree.
+    pub unit_us: [f64; 2],
 }
 
-/// A scenario: where to compute, and the seed of its traffic.
+/// Where to compute, and the seed of the traffic.
 pub type Scenario = fn(&dyn Stage, u64) -> Outcome;
 
-/// All of them, with their titles.
-pub const ALL: [(&str, Scenario); 5] = [
-    ("shortest first: short chats among long documents, in waves of 1.6 of what the replica can do", shortest_first),
-    ("priority: a tenth of the load is critical; the rest grows to twice what the replica can do", priority),
-    ("fair share: a light tenant beside a flood of twice what the replica can do", fair_share),
-    ("prefix aware: four replicas and 40 shared prefixes, of which a replica's cache holds 17 at most", prefix_aware),
-    ("bandit: one of two replicas takes three times as long, and at half time they change places", bandit),
+/// All of them: name, title, and what to run.
+pub const ALL: [(&str, &str, Scenario); 5] = [
+    ("shortest-first", "short chats among long documents, in waves of 1.6 of what the replica can do", shortest_first),
+    ("priority", "a tenth of the load is critical; the rest grows to twice what the replica can do", priority),
+    ("fair-share", "a light tenant beside a flood of twice what the replica can do", fair_share),
+    ("prefix-aware", "four replicas and 40 shared prefixes, of which a replica's cache holds 17 at most", prefix_aware),
+    ("bandit", "one of two replicas takes three times as long, and at half time they change places", bandit),
 ];
 
 /// Of those served.
@@ -98,12 +102,56 @@ pub const CONFIG: Config = Config {
 const SECOND: Micros = 1_000_000;
 
 impl Stage for Cost {
-    fn cost(&self) -> Cost {
-        *self
+    fn device(&self, _config: &Config) -> Box<dyn Device> {
+        Box::new(*self)
+    }
+}
+
+/// Traffic of several sources, each with its share of what a replica can do.
+struct Load<'a> {
+    stage: &'a dyn Stage,
+    config: Config,
+    seed: u64,
+    mix: Vec<(f64, Source)>,
+    /// Microseconds for a unit of work, with always more of it waiting.
+    unit_us: f64,
+}
+
+// === impl Load ===
+
+impl<'a> Load<'a> {
+    fn measure(stage: &'a dyn Stage, config: &Config, seed: u64, mix: Vec<(f64, Source)>) -> Self {
+        let load = Self { stage, config: *config, seed, mix, unit_us: 0.0 };
+        Self { unit_us: load.saturate(), ..load }
     }
 
-    fn device(&self, _config: &Config, times: u64) -> Box<dyn Device> {
-        Box::new(self.times(times))
+    /// Lets a replica work through a full queue of the mix, in order.
+    fn saturate(&self) -> f64 {
+        let n = self.config.max_waiting as usize;
+        let per_micro: f64 = self.mix.iter().map(|(share, source)| share / source.work()).sum();
+        let during = 0..(1.5 * n as f64 / per_micro) as Micros;
+        let sources = self
+            .mix
+            .iter()
+            .map(|(share, source)| Source { during: during.clone(), ..source.clone() }.at_load(*share, 1.0));
+        let mut asks = trace(self.seed, &sources.collect::<Vec<_>>());
+        asks.truncate(n);
+        asks.iter_mut().for_each(|ask| ask.at = 1);
+        let replica = native(&self.config, self.stage.device(&self.config));
+        let policies = Policies { router: &NativeRouter, hook: None, clock: &AtomicU64::new(1) };
+        let fates = serve(&asks, vec![replica], &policies, self.seed);
+        let took = fates.iter().map(|fate| fate.e2e).max().unwrap_or(0);
+        took as f64 / asks.iter().map(Ask::work).sum::<f64>()
+    }
+
+    /// The traffic at these loads.
+    fn trace(&self) -> Vec<Ask> {
+        let sources = self.mix.iter().map(|(share, source)| source.clone().at_load(*share, self.unit_us));
+        trace(self.seed, &sources.collect::<Vec<_>>())
+    }
+
+    fn outcome(&self, figures: Vec<Figures>, bars: Vec<Bar>) -> Outcome {
+        Outcome { figures, bars, unit_us: [self.unit_us, self.saturate()] }
     }
 }
 
@@ -181,18 +229,18 @@ impl Latency {
 /// Short chats among long documents, in waves over what the replica can do. Fcfs, then shortest first.
 #[must_use]
 pub fn shortest_first(stage: &dyn Stage, seed: u64) -> Outcome {
-    let cost = stage.cost();
+    let chats = Source { prompt: 20..120, new: 8..40, ..Source::default() };
+    let documents = Source { class: 1, prompt: 400..800, new: 60..140, ..Source::default() };
     let wave = |share: f64, during: Range<Micros>| {
-        let chats = Source { prompt: 20..120, new: 8..40, during: during.clone(), ..Source::default() };
-        let documents = Source { class: 1, prompt: 400..800, new: 60..140, during, ..Source::default() };
-        let places = CONFIG.max_running;
-        [chats.at_load(share * (1.0 - 0.6), &cost, places), documents.at_load(share * 0.6, &cost, places)]
+        let at = |share, source: &Source| (share, Source { during: during.clone(), ..source.clone() });
+        [at(share * 0.4, &chats), at(share * 0.6, &documents)]
     };
     let waves = (0..3).flat_map(|i| {
         let start = i * 10 * SECOND;
         wave(1.6, start..start + 4 * SECOND).into_iter().chain(wave(0.4, start + 4 * SECOND..start + 10 * SECOND))
     });
-    let asks = trace(seed, &waves.collect::<Vec<_>>());
+    let load = Load::measure(stage, &CONFIG, seed, waves.collect());
+    let asks = load.trace();
     let run = |name: &str| {
         let fates = alone(stage, &asks, (name, "{}"), seed);
         Figures::of(name, (&asks, &fates), |_| true)
@@ -202,31 +250,25 @@ pub fn shortest_first(stage: &dyn Stage, seed: u64) -> Outcome {
     let bars = vec![
         Bar::at_least("mean e2e, fcfs over shortest first", fcfs.e2e.mean / shortest.e2e.mean, 1.5),
         Bar::at_most("p99 e2e, shortest first over fcfs", shortest.e2e.p99 / fcfs.e2e.p99, 1.5),
+        Bar::none_refused("requests refused", &[fcfs, shortest]),
     ];
-    Outcome { figures: figures.into(), bars }
+    load.outcome(figures.into(), bars)
 }
 
 /// Critical requests among others, at half of what the replica can do and at twice as much. The critical ones' figures, then
 /// everybody's: fcfs at both loads, then priorities.
 #[must_use]
 pub fn priority(stage: &dyn Stage, seed: u64) -> Outcome {
-    let cost = stage.cost();
-    let at = |load: f64| {
+    let mix = |load: f64| {
         // The critical ones do not grow with the overload.
         let critical = Source { priority: Priority::Critical, during: 0..20 * SECOND, ..Source::default() };
         let others = |priority| Source { class: 1, priority, new: 16..96, ..critical.clone() };
-        let places = CONFIG.max_running;
         let rest = (load - 0.1) / 2.0;
-        trace(
-            seed,
-            &[
-                critical.clone().at_load(0.1, &cost, places),
-                others(Priority::Normal).at_load(rest, &cost, places),
-                others(Priority::Low).at_load(rest, &cost, places),
-            ],
-        )
+        vec![(0.1, critical.clone()), (rest, others(Priority::Normal)), (rest, others(Priority::Low))]
     };
-    let loads = [(0.5, "half load"), (2.0, "double load")].map(|(load, name)| (at(load), name));
+    let double = Load::measure(stage, &CONFIG, seed, mix(2.0));
+    let half = Load { mix: mix(0.5), ..double };
+    let loads = [(half.trace(), "half load"), (double.trace(), "double load")];
     let mut figures = Vec::new();
     for (policy, config) in [("sched-fcfs", "{}"), ("sched-priority", r#"{"preempt": true, "max_waiting": 128}"#)] {
         for (asks, load) in &loads {
@@ -243,19 +285,18 @@ pub fn priority(stage: &dyn Stage, seed: u64) -> Outcome {
         Bar::at_most("critical p99 ttft, double load over half", loaded.ttft.p99 / calm.ttft.p99, 1.5),
         Bar::none_refused("critical requests refused", &[calm, loaded]),
     ];
-    Outcome { figures, bars }
+    double.outcome(figures, bars)
 }
 
 /// A tenant with little traffic: alone, then beside a flood of twice what the replica can do. The light tenant's figures,
 /// then the flood's: alone (fair share), beside the flood under fcfs and under fair share.
 #[must_use]
 pub fn fair_share(stage: &dyn Stage, seed: u64) -> Outcome {
-    let cost = stage.cost();
     let light = Source { tenant: 1, prompt: 200..400, new: 16..48, during: 0..20 * SECOND, ..Source::default() };
     let flood = Source { class: 1, tenant: 2, prompt: 20..200, new: 16..96, ..light.clone() };
-    let light = light.at_load(0.1, &cost, CONFIG.max_running);
-    let idle = trace(seed, std::slice::from_ref(&light));
-    let both = trace(seed, &[light, flood.at_load(2.0, &cost, CONFIG.max_running)]);
+    let load = Load::measure(stage, &CONFIG, seed, vec![(0.1, light), (2.0, flood)]);
+    let both = load.trace();
+    let idle = both.iter().filter(|ask| ask.class == 0).cloned().collect::<Vec<_>>();
     let fair = ("sched-fair-share", r#"{"max_waiting": 128}"#);
     let mut figures = Vec::new();
     for (asks, policy, name) in [
@@ -274,21 +315,23 @@ pub fn fair_share(stage: &dyn Stage, seed: u64) -> Outcome {
         Bar::at_most("light tenant's mean ttft, beside the flood over alone", beside.ttft.mean / idle.ttft.mean, 1.5),
         Bar::none_refused("light tenant's requests refused", &[idle, beside]),
     ];
-    Outcome { figures, bars }
+    load.outcome(figures, bars)
 }
 
 /// Four replicas and more shared prefixes than the cache of one holds. Round robin, least loaded, then prefix aware.
 #[must_use]
 pub fn prefix_aware(stage: &dyn Stage, seed: u64) -> Outcome {
+    const PREFIX: u32 = 480;
     let config = Config { n_blocks: 512, ..CONFIG };
-    let source =
-        Source { prompt: 16..64, prefixes: (40, 480), new: 8..40, during: 0..20 * SECOND, ..Source::default() };
+    let source = Source { prompt: 16..64, new: 8..40, during: 0..15 * SECOND, ..Source::default() };
     // All prompts computed in full would be so much of the four replicas.
-    let source = source.at_load(4.0 * 0.7, &stage.cost(), config.max_running);
-    let asks = trace(seed, &[source]);
+    let cold = Source { prompt: source.prompt.start + PREFIX..source.prompt.end + PREFIX, ..source.clone() };
+    let load = Load::measure(stage, &config, seed, vec![(4.0 * 0.7, cold)]);
+    let source = Source { prefixes: (40, PREFIX), ..source };
+    let asks = trace(seed, &[source.at_load(4.0 * 0.7, load.unit_us)]);
     let guests = Guests::start();
     let run = |name: &str, router: &dyn RoutePolicy| {
-        let replicas = (0..4).map(|_| native(&config, stage.device(&config, 1))).collect();
+        let replicas = (0..4).map(|_| native(&config, stage.device(&config))).collect();
         let policies = Policies { router, hook: None, clock: &guests.clock };
         let fates = serve(&asks, replicas, &policies, seed);
         Figures::of(name, (&asks, &fates), |_| true)
@@ -299,22 +342,26 @@ pub fn prefix_aware(stage: &dyn Stage, seed: u64) -> Outcome {
         run("route-prefix-aware", &*guests.router("route-prefix-aware", "{}", None)),
     ];
     let ratio = figures[0].ttft.mean / figures[2].ttft.mean;
-    let bars = vec![Bar::at_least("mean ttft, round robin over prefix aware", ratio, 2.0)];
-    Outcome { figures, bars }
+    let bars = vec![
+        Bar::at_least("mean ttft, round robin over prefix aware", ratio, 2.0),
+        Bar::none_refused("requests refused", &figures.iter().collect::<Vec<_>>()),
+    ];
+    load.outcome(figures, bars)
 }
 
 /// Two replicas, one of which takes three times as long, under half of the load that the fast one can carry; at half time
 /// they change places, which only outcomes tell.
 #[must_use]
 pub fn bandit(stage: &dyn Stage, seed: u64) -> Outcome {
-    const HALF: Micros = 60 * SECOND;
+    const HALF: Micros = 30 * SECOND;
     let source = Source { prompt: 20..200, new: 8..64, during: 0..2 * HALF, ..Source::default() };
-    let asks = trace(seed, &[source.at_load(0.5, &stage.cost(), CONFIG.max_running)]);
+    let load = Load::measure(stage, &CONFIG, seed, vec![(0.5, source)]);
+    let asks = load.trace();
     let guests = Guests::start();
     let run = |router: &dyn RoutePolicy, hook| {
-        let replicas = [1, 3].map(|times| {
-            let [before, after] = [times, 4 - times].map(|times| stage.device(&CONFIG, times));
-            native(&CONFIG, Box::new(Changing { before, after, at: HALF, clock: Arc::clone(&guests.clock) }))
+        let replicas = [[1, 3], [3, 1]].map(|times| {
+            let (device, clock) = (stage.device(&CONFIG), Arc::clone(&guests.clock));
+            native(&CONFIG, Box::new(Changing { device, times, at: HALF, clock }))
         });
         serve(&asks, replicas.into(), &Policies { router, hook, clock: &guests.clock }, seed)
     };
@@ -332,18 +379,19 @@ pub fn bandit(stage: &dyn Stage, seed: u64) -> Outcome {
     let figures = figures.map(|(name, fates)| Figures::of(name, (&asks, fates), |_| true));
     let [round_robin, least_loaded, learned] = &figures;
     let bars = vec![
-        Bar::at_least("share of the fast replica, after 30 s", shares[0], 0.9),
-        Bar::at_least("share of the one that has become the fast one, 40 s after that", shares[1], 0.9),
+        Bar::at_least("share of the fast replica, after 15 s", shares[0], 0.9),
+        Bar::at_least("share of the one that has become the fast one, 20 s after that", shares[1], 0.9),
         Bar::at_least("mean e2e, round robin over bandit", round_robin.e2e.mean / learned.e2e.mean, 2.0),
         Bar::at_least("mean e2e, least loaded over bandit", least_loaded.e2e.mean / learned.e2e.mean, 1.0),
+        Bar::none_refused("requests refused", &[learned]),
     ];
-    Outcome { figures: figures.into(), bars }
+    load.outcome(figures.into(), bars)
 }
 
-/// A device that becomes another one.
+/// A device that takes so many times as long, until a moment and from then on.
 struct Changing {
-    before: Box<dyn Device>,
-    after: Box<dyn Device>,
+    device: Box<dyn Device>,
+    times: [u64; 2],
     at: Micros,
     clock: Arc<AtomicU64>,
 }
@@ -351,7 +399,7 @@ struct Changing {
 impl Device for Changing {
     fn run(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Micros {
         let now = self.clock.load(Ordering::Relaxed);
-        if now < self.at { self.before.run(plan, out) } else { self.after.run(plan, out) }
+        self.device.run(plan, out) * self.times[usize::from(now >= self.at)]
     }
 }
 
@@ -363,6 +411,6 @@ fn native(config: &Config, device: Box<dyn Device>) -> Replica {
 /// One replica under a scheduler guest.
 fn alone(stage: &dyn Stage, asks: &[Ask], (name, config): (&str, &str), seed: u64) -> Vec<Fate> {
     let guests = Guests::start();
-    let replica = Replica { policy: guests.scheduler(name, config), ..native(&CONFIG, stage.device(&CONFIG, 1)) };
+    let replica = Replica { policy: guests.scheduler(name, config), ..native(&CONFIG, stage.device(&CONFIG)) };
     serve(asks, vec![replica], &Policies { router: &NativeRouter, hook: None, clock: &guests.clock }, seed)
 }

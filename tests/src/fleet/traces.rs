@@ -5,11 +5,15 @@ use std::ops::Range;
 
 use pointsman_sched::ids::{Micros, Priority};
 
-use super::{Ask, Cost};
+use super::Ask;
 use crate::rng::Rng;
 
 /// Token ids that prompts are made of; within the vocabulary of the demo model.
 const TOKENS: Range<u32> = 10..2_000;
+
+/// What a generated token counts in prompt tokens; about what it costs in a full batch. It only says how the sources of a mix
+/// share their load: how much the mix is altogether is measured.
+const GENERATED: f64 = 2.0;
 
 /// One kind of traffic, with Poisson arrivals.
 #[derive(Clone, Debug)]
@@ -48,14 +52,25 @@ impl Default for Source {
 }
 
 impl Source {
-    /// Sends `share` of what one replica of this cost can serve with a batch of `places`.
+    /// What a request of its kind is, in the mean: see [`Ask::work`].
     #[must_use]
-    pub fn at_load(self, share: f64, cost: &Cost, places: u32) -> Self {
+    pub fn work(&self) -> f64 {
         let mean = |range: &Range<u32>| f64::from(range.start + range.end - 1) / 2.0;
-        let (prompt, new) = (mean(&self.prompt) + f64::from(self.prefixes.1), mean(&self.new));
-        let per_token = cost.decode_ns as f64 + cost.fixed_ns as f64 / f64::from(places);
-        let machine_us = (cost.prefill_ns as f64 * prompt + per_token * new) / 1_000.0;
-        Self { gap: (machine_us / share) as Micros, ..self }
+        mean(&self.prompt) + f64::from(self.prefixes.1) + GENERATED * mean(&self.new)
+    }
+
+    /// Sends `share` of what a replica does that takes `unit_us` for a unit of work.
+    #[must_use]
+    pub fn at_load(self, share: f64, unit_us: f64) -> Self {
+        Self { gap: (self.work() * unit_us / share) as Micros, ..self }
+    }
+}
+
+impl Ask {
+    /// Work of this request, in prompt tokens.
+    #[must_use]
+    pub fn work(&self) -> f64 {
+        self.prompt.len() as f64 + GENERATED * f64::from(self.max_new)
     }
 }
 
