@@ -50,6 +50,9 @@ const EXTERNAL_WALLS: [(&str, &[&str]); 12] = [
     ),
 ];
 
+/// Largest guest, in thousands of bytes: what a policy drags in is compiled while an upload waits.
+const MAX_GUEST_KB: u64 = 160;
+
 /// Where `unsafe` may stand: the engine's backends, the mapping of weights, the compiled-component cache, the guests' ABI,
 /// and a counting allocator in a test.
 const UNSAFE: [&str; 5] = [
@@ -228,7 +231,10 @@ fn the_committed_guests_are_built_from_these_sources() {
     for (name, file) in files {
         let path = format!("plugins/prebuilt/{name}");
         assert_eq!(file["sha256"], sha256(&bytes(&path)), "{path} is not what the manifest says: run plugins/build.sh");
+        let size = file["size"].as_u64().expect("a size");
+        assert!(size <= MAX_GUEST_KB * 1_000, "{path} has {size} bytes: find out what it drags in");
     }
+    assert!(read("plugins/README.md").contains(&format!("beyond {MAX_GUEST_KB} KB")), "it names the largest size");
     let committed = tracked(&[".wasm"]).into_iter().filter(|p| p.starts_with("plugins/prebuilt/")).count();
     assert_eq!(committed, files.len(), "the manifest lists every prebuilt component");
 }

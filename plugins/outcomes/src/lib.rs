@@ -7,12 +7,22 @@
 /// The key.
 pub const KEY: &str = "outcomes";
 /// `state-schema` of both policies: the layout of the value.
-pub const STATE_SCHEMA: u32 = 1;
+pub const STATE_SCHEMA: u32 = 2;
 /// Most replicas in the table, of 28 bytes each; a value holds 64 KiB. Outcomes of others are not kept.
 pub const MAX_REPLICAS: usize = 1_024;
 
 /// Below this weight an outcome is forgotten.
 const FORGOTTEN: f64 = 0.01;
+/// What a step costs whatever its batch, in requests of the batch; of the order of every device that reads its weights once
+/// per step.
+const STEP_REQUESTS: f64 = 4.0;
+
+/// How much slower a request is served among so many in the batch, itself included. Costs are kept without it, so that what
+/// was learned under one load is good under another.
+#[must_use]
+pub fn crowding(batch: u32) -> f64 {
+    STEP_REQUESTS + f64::from(batch)
+}
 
 /// What requests cost on a replica lately, each weighted by its age.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -7,15 +7,16 @@
 //!
 //! The draw is a normal one around the mean with its standard error, after one imagined outcome at the mean of all replicas
 //! with an error as large as itself. It comes out of the request's seed and the replica's key, so a decision can be
-//! replayed. What waits now counts, too: a queue as long as the batch doubles the cost, so that a burst spreads before its
-//! outcomes are known. Until there are outcomes, the host decides.
+//! replayed. Outcomes say how slow a replica is and not how much it has to do; that the columns say, and it is now: a request
+//! is served the slower the more are in its batch, and where the batch is full it waits for as many turns as there are
+//! batches before it. So a burst spreads before its outcomes are known. Until there are outcomes, the host decides.
 //!
 //! Both policies must be told the same namespace: `"state_namespace": "outcomes"` in the activation of this router and of the
 //! hook. The table is read once in `refresh_ms` by each instance, not for every request.
 //!
 //! Configuration: `refresh_ms` (100), `explore_percent` (100): the width of the draws, 0 for none.
 
-use outcomes::{KEY, Outcome, STATE_SCHEMA, Table};
+use outcomes::{KEY, Outcome, STATE_SCHEMA, Table, crowding};
 use pointsman_plugin::{Choice, HostInfo, Manifest, Micros, Policy, Replica, Replicas, Request, Router, mix, state};
 use serde::Deserialize;
 
@@ -91,8 +92,10 @@ impl Bandit {
         let squares = known.squares + off * off * known.n / n + self.prior * self.prior;
         let error = squares.sqrt() / n * f64::from(self.config.explore_percent) / 100.0;
         let drawn = (mean + error * normal(mix(seed, replica.key))).max(self.prior / 1_000.0);
-        let queue = f64::from(replica.waiting) / f64::from(replica.running_limit.max(1));
-        drawn * (1.0 + queue) / f64::from(replica.weight.max(1))
+        let limit = replica.running_limit.max(1);
+        let sequences = replica.running.saturating_add(replica.waiting).saturating_add(1);
+        let turns = (f64::from(sequences) / f64::from(limit)).max(1.0);
+        drawn * crowding(sequences.min(limit)) * turns / f64::from(replica.weight.max(1))
     }
 }
 
@@ -148,8 +151,15 @@ mod tests {
     fn a_queue_drained_replicas_and_health_count() {
         let outcomes = [(100, 10.0), (100, 15.0)];
         let [first, second] = [1, 2].map(replica);
-        let queue = Replica { waiting: 8, ..first };
-        assert_eq!(picks("", outcomes, [queue, second]), [0, 2_000]);
+        for (busy, first_wins) in [
+            (Replica { running: 1, ..first }, true),
+            (Replica { running: 7, ..first }, false),
+            (Replica { running: 8, waiting: 8, ..first }, false),
+        ] {
+            let picks = picks("", outcomes, [busy, second]);
+            assert_eq!(picks[0] > 1_900, first_wins, "{busy:?}: {picks:?}");
+            assert_eq!(picks[1] > 1_900, !first_wins, "{busy:?}: {picks:?}");
+        }
         assert_eq!(picks("", outcomes, [Replica { weight: 0, ..first }, second]), [0, 2_000]);
         assert_eq!(picks("", outcomes, [Replica { health: 1, ..first }, second]), [0, 2_000]);
     }
