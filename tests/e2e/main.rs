@@ -10,6 +10,7 @@ mod oci;
 mod operate;
 mod restart;
 mod rollouts;
+mod routers;
 mod sampler;
 mod swaps;
 mod trust;
