@@ -42,6 +42,7 @@ fn request(id: u64, prompt_tokens: u32) -> Request {
         min_new_tokens: 0,
         stop_tokens: Arc::from([]),
         sampling: Arc::new(Sampling::default()),
+        attributes: Arc::default(),
         router_generation: 0,
         sink: Box::new(Sink),
     }

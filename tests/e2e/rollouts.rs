@@ -116,6 +116,39 @@ fn a_good_candidate_is_measured_and_promoted() {
 }
 
 #[test]
+fn an_admission_candidate_that_traps_is_off_and_everybody_enters() {
+    let host = host(&[]);
+    let bucket = host.builtin("admit-token-bucket");
+    assert_eq!(host.activate("admission", &bucket, json!({})).status, 200);
+    let before = active(&host, "admission");
+    let id = start(&host, "admission", &plan(&fixture(&host, "admission"), json!({ "do": "trap", "after": 60 })));
+    let ended = until(&host, "admission", &id, |r| r["phase"]["is"] == "aborted");
+    assert!(ended["phase"]["cause"]["what"].as_str().is_some_and(|w| w.contains(" faults in ")), "{ended}");
+    assert_eq!(active(&host, "admission"), before);
+    assert!((0..20).all(|_| serve(&host).starts_with("route-least-loaded@")));
+}
+
+#[test]
+fn a_quota_is_tried_beside_the_old_one_and_promoted() {
+    let host = host(&[]);
+    let bucket = host.builtin("admit-token-bucket");
+    let quota = |burst: u32| json!({ "tokens_per_second": 1_000_000, "burst_tokens": burst });
+    assert_eq!(host.activate("admission", &bucket, quota(500_000)).status, 200);
+    let id = start(&host, "admission", &plan(&bucket, quota(1_000_000)));
+    let measured = until(&host, "admission", &id, |r| r["evidence"]["periods"].as_u64().is_some_and(|n| n >= 3));
+    for arm in ["control", "candidate"] {
+        assert!(measured[arm]["requests"].as_u64().is_some_and(|n| n > 0), "{measured}");
+        // Asked about requests and told of their ends.
+        assert!(measured[arm]["policy"]["calls"].as_u64() > measured[arm]["requests"].as_u64(), "{measured}");
+        assert_eq!((&measured[arm]["policy"]["faults"], &measured[arm]["policy"]["fallbacks"]), (&json!(0), &json!(0)));
+    }
+    let promoted = host.admin("POST", &format!("/admin/v1/slots/admission/rollouts/{id}/promote"), &Value::Null);
+    assert_eq!((promoted.status, &promoted.body["phase"]["is"]), (200, &json!("promoted")), "{promoted:?}");
+    assert_eq!(active(&host, "admission").1, 2);
+    serve(&host);
+}
+
+#[test]
 fn a_restart_pauses_a_rollout_with_what_it_knew_and_it_goes_on() {
     let host = host(&[]);
     let id = start(&host, "scheduler", &plan(&host.builtin("sched-priority"), json!({})));

@@ -127,6 +127,7 @@ fn hit_rate(policy: &mut dyn RetentionPolicy) -> f64 {
             min_new_tokens: 0,
             stop_tokens: Arc::default(),
             sampling: Arc::new(Sampling::default()),
+            attributes: Arc::default(),
             router_generation: 0,
             sink: Box::new(Cached(counts)),
         };

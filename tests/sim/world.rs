@@ -310,6 +310,7 @@ impl<'a> World<'a> {
             min_new_tokens: wanted.min_new,
             stop_tokens: wanted.stop.clone().into(),
             sampling: Arc::new(Sampling::default()),
+            attributes: Arc::default(),
             router_generation: 0,
             sink: Box::new(sink),
         };

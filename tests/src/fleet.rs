@@ -289,6 +289,7 @@ impl<'a> Fleet<'a> {
             min_new_tokens: 0,
             stop_tokens: Arc::default(),
             sampling: Arc::new(Sampling::default()),
+            attributes: Arc::default(),
             router_generation: routed.decided_by.generation,
             sink: Box::new(Deaf),
         };

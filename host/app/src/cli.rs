@@ -151,7 +151,7 @@ pub(crate) enum PolicyCommand {
     /// Record what a slot decides, and on what, for `pointsman plugin run`.
     #[command(after_help = "Example:\n  pointsman policy record router --limit 500 --seconds 30 -o traffic.jsonl")]
     Record {
-        /// router or scheduler.
+        /// admission, router, scheduler, kv-retention or sampler.
         slot: SlotName,
         /// Most decisions.
         #[arg(long, value_name = "N", default_value_t = 1_000)]
@@ -278,7 +278,7 @@ pub(crate) enum AliasCommand {
 /// What a rollout is started with.
 #[derive(Debug, Args)]
 pub(crate) struct StartArgs {
-    /// router or scheduler.
+    /// admission, router, scheduler, kv-retention or sampler.
     pub slot: SlotName,
     /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`.
     pub component: String,

@@ -46,6 +46,10 @@ pub(crate) fn table(answer: &Value) -> String {
             answer["generated_tokens"], answer["cached_tokens"]
         ),
     ];
+    if let admission @ Value::Object(_) = &answer["admission"] {
+        let is_routed = answer["decision"].is_object();
+        admitted(&mut lines, admission, is_routed);
+    }
     if let decision @ Value::Object(_) = &answer["decision"] {
         decided(&mut lines, decision);
     }
@@ -56,8 +60,46 @@ pub(crate) fn table(answer: &Value) -> String {
     lines.join("\n")
 }
 
-fn decided(lines: &mut Vec<String>, decision: &Value) {
-    let request = &decision["request"];
+/// What happened at the door; the request itself too, where no router saw it.
+fn admitted(lines: &mut Vec<String>, admission: &Value, is_routed: bool) {
+    if !is_routed {
+        asked_for(lines, &admission["request"]);
+    }
+    let load = &admission["load"];
+    lines.push(format!(
+        "door    {};g={}  said: {}  (in {} us; {} of {} requests inside, {} of the tenant)",
+        text(&admission["revision"]),
+        admission["generation"],
+        verdict(&admission["answer"]),
+        admission["call_us"],
+        load["in_flight"],
+        load["in_flight_limit"],
+        load["tenant_in_flight"]
+    ));
+    let clamps = admission["clamps"].as_array().map_or(&[][..], Vec::as_slice);
+    lines.extend(clamps.iter().map(|clamp| format!("host    {}", text(clamp))));
+    match &admission["previous"] {
+        Value::Object(said) if said.contains_key("unavailable") => {}
+        Value::Object(said) => lines.push(format!(
+            "before  {};g={} would have said: {}",
+            text(&said["revision"]),
+            said["generation"],
+            verdict(&said["answer"])
+        )),
+        _ => {}
+    }
+}
+
+fn verdict(answer: &Value) -> String {
+    match answer {
+        Value::Object(said) if said.contains_key("accept-as") => format!("accept as {}", text(&said["accept-as"])),
+        Value::Object(said) if said.contains_key("accept") => "accept".to_owned(),
+        Value::Object(_) => said(answer, &Value::Null),
+        _ => "nothing".to_owned(),
+    }
+}
+
+fn asked_for(lines: &mut Vec<String>, request: &Value) {
     lines.push(format!(
         "model   {}  tenant {}  priority {}  prompt {} tokens, at most {} new",
         text(&request["model"]),
@@ -68,6 +110,10 @@ fn decided(lines: &mut Vec<String>, decision: &Value) {
     ));
     let attributes = request["attributes"].as_array().map_or(&[][..], Vec::as_slice);
     lines.extend(attributes.iter().map(|a| format!("        {} = {}", text(&a[0]), text(&a[1]))));
+}
+
+fn decided(lines: &mut Vec<String>, decision: &Value) {
+    asked_for(lines, &decision["request"]);
     lines.push(format!(
         "router  {};g={}  said: {}  (in {} us)",
         text(&decision["revision"]),
@@ -197,7 +243,23 @@ mod tests {
         ] {
             assert!(said.contains(expect), "{expect:?} is missing in\n{said}");
         }
-        let refused = table(&json!({"id": "r", "state": "rejected", "finish": "no", "stages_us": {}}));
-        assert!(refused.starts_with("request r  rejected: no\n"), "{refused}");
+        let refused = table(&json!({
+            "id": "r", "state": "rejected", "finish": "no", "stages_us": {},
+            "admission": {
+                "request": {"model": "demo", "tenant": "t", "priority": "normal", "prompt_tokens": 20, "max_new_tokens": 4},
+                "load": {"in_flight": 3, "in_flight_limit": 256, "tenant_in_flight": 2},
+                "revision": "b@1.0.0+00000000", "generation": 2, "call_us": 4, "clamps": [],
+                "answer": {"reject": {"reason": "quota", "message": "no"}},
+                "previous": {"revision": "native", "generation": 1, "answer": null}
+            }
+        }));
+        for expect in [
+            "request r  rejected: no\n",
+            "model   demo  tenant t  priority normal  prompt 20 tokens, at most 4 new",
+            "door    b@1.0.0+00000000;g=2  said: reject (quota) no  (in 4 us; 3 of 256 requests inside, 2 of the tenant)",
+            "before  native;g=1 would have said: nothing",
+        ] {
+            assert!(refused.contains(expect), "{expect:?} is missing in\n{refused}");
+        }
     }
 }

@@ -19,6 +19,7 @@ mod observer;
 mod oci;
 mod pace;
 mod plugin;
+mod recorded;
 mod reference;
 mod rollouts;
 mod serve;

@@ -1,12 +1,18 @@
 //! The observer thread: hands events to telemetry hooks and ended requests to the admission policy, in batches, and journals
 //! what guests did, off every hot path.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use pointsman_telemetry::{Event, Metrics, Names, Recorder};
+use pointsman_sched::admit::Ending;
+use pointsman_sched::route::DecidedBy;
+use pointsman_server::admin::wire::calls::{AdmissionCall, AdmissionLine, EndingSeen};
+use pointsman_server::admin::wire::decision::Line;
+use pointsman_server::record::Taps;
+use pointsman_telemetry::{Event, Metrics, NameKind, Names, Recorder};
 
 use crate::anomaly::Anomalies;
 use crate::clock::SystemClock;
@@ -43,6 +49,8 @@ pub(crate) struct Watched {
     pub metrics: Arc<Metrics>,
     /// Time for the hooks.
     pub clock: Arc<SystemClock>,
+    /// Where what policies hear is recorded.
+    pub taps: Taps,
 }
 
 impl Observer {
@@ -92,9 +100,24 @@ impl Watched {
             }
         }
         self.deploy.tick_rollouts();
-        self.deploy.admission.settle(self.clock.micros(), &self.names);
+        self.deploy.admission.settle(self.clock.micros(), &self.names, &mut |by, endings| self.record(by, endings));
         self.deploy.journal_faults();
         anomalies.close(self.clock.micros(), &self.names, &self.metrics, |what| self.deploy.note("host", what));
+    }
+
+    /// Records endings that the admission policy has taken in.
+    fn record(&self, by: &DecidedBy, endings: &[Ending]) {
+        if self.taps.admission.recording() == 0 {
+            return;
+        }
+        let tenants: BTreeSet<u32> = endings.iter().map(|ending| ending.tenant).collect();
+        let name = |number| (number, self.names.name(NameKind::Tenant, number).to_string());
+        let call = AdmissionCall::Settle {
+            tenants: tenants.into_iter().map(name).collect(),
+            endings: endings.iter().map(EndingSeen::from).collect(),
+        };
+        let (now, revision, generation) = (self.clock.micros(), by.revision.to_string(), by.generation);
+        self.taps.admission.push(Line::Admission(Box::new(AdmissionLine { now, call, revision, generation })));
     }
 
     fn show(&self, events: &[Event], dropped: u64) {

@@ -32,6 +32,7 @@ use crate::driver::{DriverContext, DriverHandle, DriverReplica};
 use crate::models::{Loaded, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::pace::Pace;
+use crate::recorded::{TappedRetention, TappedSampler};
 use crate::store::Store;
 use crate::tapped::Tapped;
 use crate::trust::KeyRing;
@@ -96,6 +97,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         names: Arc::clone(&shared.names),
         metrics: Arc::clone(&shared.metrics),
         clock: Arc::clone(&shared.clock),
+        taps: shared.taps.clone(),
     })?;
     let state = ServerState::new(ServerParts {
         config: server_config(&config),
@@ -295,7 +297,8 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
             variant: Arc::clone(&variant),
             vocabulary: u32::try_from(engine.model().spec().vocab).unwrap_or(u32::MAX),
         };
-        let sampler = deploy.sampler.attach(sampled)?;
+        let sampler = TappedSampler::new(deploy.sampler.attach(sampled.clone())?, &shared.taps.sampler, sampled);
+        let retention = deploy.retention.attach(&replica.name);
         replicas.push(DriverReplica {
             id: replica.id,
             scheduler: Scheduler::new(
@@ -310,7 +313,7 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
                 &shared.taps.scheduler,
                 &replica.name,
             )),
-            retention: Box::new(deploy.retention.attach(&replica.name)),
+            retention: Box::new(TappedRetention::new(retention, &shared.taps.retention, &replica.name, &shared.names)),
             sampler: Desk::new(Box::new(sampler)),
             gauges: Arc::clone(&replica.gauges),
             metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),

@@ -175,7 +175,7 @@ mod tests {
                         format!("{:?};g={generation}", answer.as_ref().map(|plan| &plan.0.admit))
                     }
                 },
-                Line::Router(line) => panic!("{line:?}"),
+                other => panic!("{other:?}"),
             };
             taken.iter().map(word).collect::<Vec<_>>()
         };

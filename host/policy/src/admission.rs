@@ -2,20 +2,22 @@
 //!
 //! As routers, it runs on the thread that handles the request, on a warm instance from a pool; when none is free, or the
 //! guest faults or is off, nobody has answered and the request enters as it is. What accepted requests came to waits in a
-//! bounded queue for the observer thread, because a quota that learns of it 50 ms later is as good.
+//! bounded queue for the observer thread, because a quota that learns of it 50 ms later is as good; whose business it then is
+//! stands in `endings`.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_queue::ArrayQueue;
-use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Load, Outcome, Verdict};
+use pointsman_sched::admit::{Accepted, AdmitPolicy, AdmitRequest, Ending, Judged, Load, Outcome, Verdict};
 use pointsman_sched::ids::{Priority, RequestId};
-use pointsman_sched::route::RequestNumbers;
+use pointsman_sched::route::{DecidedBy, Fallback, RequestNumbers};
 use pointsman_telemetry::{Micros, NameKind, Names};
 
 use crate::bindings::admission::exports::pointsman::policy::admission as wit;
 use crate::bindings::router::pointsman::policy::types;
 use crate::config::Budgets;
+use crate::endings::{Ledger, MAX_ENDINGS};
 use crate::fault::{Call, Fault, FaultKind};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::Wants;
@@ -23,8 +25,6 @@ use crate::router::{lift_rejection, lower_priority, wanted, wanted_numbers};
 use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 
-/// Endings that wait for the guest; beyond, the oldest are forgotten and counted.
-pub(crate) const MAX_ENDINGS: usize = 8_192;
 /// Most endings of one call.
 const MAX_BATCH: usize = 1_024;
 /// Calls that a probe makes with each input, which also fault the shared code in.
@@ -38,6 +38,7 @@ pub(crate) struct AdmissionHook;
 pub struct AdmissionSlot {
     pub(crate) core: Arc<SlotCore<AdmissionHook>>,
     pub(crate) endings: ArrayQueue<Ending>,
+    pub(crate) ledger: Mutex<Ledger>,
     pub(crate) forgotten: AtomicU64,
 }
 
@@ -67,11 +68,16 @@ impl AdmitPolicy for AdmissionSlot {
         self.core.is_native()
     }
 
-    fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Option<Verdict> {
+    fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Judged {
         let generation = self.core.enter();
-        let guest = generation.guest.as_ref()?;
+        let decided_by = generation.decided_by.clone();
+        let Some(guest) = &generation.guest else { return Judged::native(decided_by) };
         let asked = (request, load, &guest.wants);
-        guest.ask(now, (Call::Admit, guest.budgets().admit), |i, hard| admit(i, hard, now, asked)).ok()
+        match guest.ask(now, (Call::Admit, guest.budgets().admit), |i, hard| admit(i, hard, now, asked)) {
+            // After the call: a copy that was promoted meanwhile has what the call wrote.
+            Ok(verdict) => Judged { verdict: Some(verdict), decided_by, state: guest.state().number(), fallback: None },
+            Err(why) => Judged { fallback: Some(why), ..Judged::native(decided_by) },
+        }
     }
 
     fn ended(&self, ending: Ending) {
@@ -81,10 +87,37 @@ impl AdmitPolicy for AdmissionSlot {
     }
 }
 
+/// Inputs of one decision, for [`Runtime::ask_admission`](crate::Runtime::ask_admission).
+#[derive(Clone, Copy, Debug)]
+pub struct AdmissionQuestion<'a> {
+    /// When.
+    pub now: Micros,
+    /// The request.
+    pub request: &'a AdmitRequest<'a>,
+    /// What the host carries.
+    pub load: &'a Load,
+}
+
+/// The checked answer of an instance that serves nobody.
+pub(crate) fn answer(
+    instance: &mut Instance<AdmissionHook>,
+    hard: Micros,
+    wants: &Wants,
+    question: AdmissionQuestion<'_>,
+) -> Result<Verdict, Fault> {
+    let AdmissionQuestion { now, request, load } = question;
+    admit(instance, hard, now, (request, load, wants))
+}
+
 impl AdmissionSlot {
-    /// Tells the guest what became of the requests that it accepted; for a thread off every hot path. Without a guest they
-    /// are forgotten. A batch whose call fails is lost.
-    pub fn settle(&self, now: Micros, names: &Names) {
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells guests what became of the requests that are counted in their state; for a thread off every hot path. `heard` is
+    /// shown each batch that a guest has taken in. Nobody is called while the slots are bypassed, or while a circuit is open:
+    /// what ends waits. A batch whose call fails is lost: how far it came cannot be known.
+    pub fn settle(&self, now: Micros, names: &Names, heard: &mut dyn FnMut(&DecidedBy, &[Ending])) {
         let forgotten = self.forgotten.swap(0, Ordering::Relaxed);
         if forgotten > 0 {
             tracing::warn!(
@@ -93,24 +126,38 @@ impl AdmissionSlot {
                 "endings came faster than the admission policy took them"
             );
         }
-        let generation = self.core.enter();
-        let Some(guest) = &generation.guest else {
-            while self.endings.pop().is_some() {}
+        if self.core.is_bypassed() {
             return;
-        };
-        for _ in 0..MAX_ENDINGS / MAX_BATCH {
-            if self.endings.is_empty() {
-                return;
-            }
-            let tell = |instance: &mut Instance<AdmissionHook>, hard| {
-                let mut columns = Columns::default();
-                std::iter::from_fn(|| self.endings.pop()).take(MAX_BATCH).for_each(|ending| columns.push(&ending));
-                settle(instance, hard, now, (&columns, names))
-            };
-            if guest.ask(now, (Call::Settle, guest.budgets().settle), tell).is_err() {
-                return;
+        }
+        // Taken out, because no lock is held while a guest runs; nobody else settles meanwhile.
+        let mut ledger = std::mem::take(&mut *self.ledger());
+        let warm = self.core.warm();
+        ledger.collect(&self.endings, &warm);
+        for (place, generation) in warm.iter().enumerate() {
+            let Some(guest) = &generation.guest else { continue };
+            for _ in 0..=MAX_ENDINGS / MAX_BATCH {
+                let due = ledger.due(&warm, place, MAX_BATCH);
+                if due.is_empty() {
+                    break;
+                }
+                let endings = ledger.endings(&due);
+                let columns = Columns::of(&endings);
+                let tell =
+                    |instance: &mut Instance<AdmissionHook>, hard| settle(instance, hard, now, (&columns, names));
+                let told = guest.ask(now, (Call::Settle, guest.budgets().settle), tell);
+                if matches!(told, Ok(()) | Err(Fallback::Fault(_))) {
+                    // After the call: a copy that was made meanwhile may lack what it wrote.
+                    ledger.tell(&due, guest.state().number(), (self.core.shared.clock)());
+                }
+                match told {
+                    Ok(()) => heard(&generation.decided_by, &endings),
+                    Err(_) => break,
+                }
             }
         }
+        let forgotten = ledger.close(&warm, &self.core.shared.states);
+        self.forgotten.fetch_add(forgotten, Ordering::Relaxed);
+        *self.ledger() = ledger;
     }
 }
 
@@ -196,6 +243,12 @@ fn lift_priority(priority: types::Priority) -> Priority {
 }
 
 impl Columns {
+    fn of(endings: &[Ending]) -> Self {
+        let mut columns = Self::default();
+        endings.iter().for_each(|ending| columns.push(ending));
+        columns
+    }
+
     fn push(&mut self, ending: &Ending) {
         self.id.push(ending.id.0);
         self.tenant.push(ending.tenant);
@@ -242,6 +295,7 @@ impl Hook for AdmissionHook {
                 cached_tokens,
                 generated_tokens,
                 max_new_tokens,
+                accepted: Accepted::default(),
             });
         }
         settle(instance, budgets.settle.hard, now, (&columns, &names)).map_err(|fault| ProbeFault {

@@ -22,6 +22,7 @@ mod compile;
 mod component;
 mod config;
 mod drain;
+mod endings;
 mod engine;
 mod fault;
 mod generation;
@@ -51,7 +52,7 @@ mod sync {
     }
 }
 
-pub use admission::AdmissionSlot;
+pub use admission::{AdmissionQuestion, AdmissionSlot};
 pub use circuit::Health;
 pub use compile::{CacheError, CompileError, compile_child_main};
 pub use component::Component;

@@ -80,7 +80,7 @@ pub(crate) struct Wants {
     pub(crate) replica: Vec<ReplicaColumn>,
     /// Router and admission: numbers of the request, in order.
     pub(crate) request: Vec<RequestNumber>,
-    /// Router and admission: attributes, in order.
+    /// Router, admission and sampler: attributes, in order.
     pub(crate) attributes: Vec<String>,
     /// Scheduler: the `progress` columns.
     pub(crate) progress: bool,
@@ -222,7 +222,7 @@ impl Manifest {
             return Ok(wants);
         }
         let mut known = known_names(world, labels);
-        if matches!(world, World::Admission | World::Router) {
+        if matches!(world, World::Admission | World::Router | World::Sampler) {
             known.push(format!("{HEADER}<name>"));
         }
         Err(ManifestError::UnknownWants { world, unknown, known })
@@ -260,7 +260,8 @@ impl Wants {
                 self.progress |= name == "progress";
                 name == "progress"
             }
-            World::Retention | World::Sampler => false,
+            World::Retention => false,
+            World::Sampler => self.add_header(name),
             World::Telemetry => {
                 if let Some(column) = lookup(&EVENT_COLUMNS, name) {
                     self.columns.push(column);
@@ -280,6 +281,10 @@ impl Wants {
             self.request.push(number);
             return true;
         }
+        self.add_header(name)
+    }
+
+    fn add_header(&mut self, name: &str) -> bool {
         let header = name.strip_prefix(HEADER).is_some_and(|header| !header.is_empty());
         if header {
             self.attributes.push(name.to_owned());
@@ -335,6 +340,7 @@ mod tests {
         assert_eq!(router.attributes, ["header.x-plan", "prompt-head"]);
         let door = wants(World::Admission, &["header.x-plan", "request.stream"]).expect("known");
         assert_eq!((door.attributes, door.request), (vec!["header.x-plan".to_owned()], vec![RequestNumber::Stream]));
+        assert_eq!(wants(World::Sampler, &["header.x-plan"]).expect("known").attributes, ["header.x-plan"]);
         let scheduler = wants(World::Scheduler, &["seq.prefix", "progress", "seq.session"]).expect("known");
         assert!(scheduler.progress);
         assert_eq!(scheduler.sequence, [SequenceColumn::Prefix, SequenceColumn::Session]);
@@ -349,6 +355,8 @@ mod tests {
             (World::Router, "replica.label."),
             (World::Router, "seq.session"),
             (World::Scheduler, "seq.age"),
+            (World::Sampler, "request.stream"),
+            (World::Retention, "header.x-plan"),
             (World::Telemetry, "event.unheard"),
         ] {
             let error = wants(world, &[name]).expect_err(name).to_string();

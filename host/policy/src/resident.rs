@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use pointsman_sched::batch::Attention;
+use pointsman_sched::route::DecidedBy;
 use pointsman_telemetry::Micros;
 
 use crate::circuit::Admit;
@@ -48,6 +49,16 @@ impl<H: Hook> Resident<H> {
     /// Whether the slot has a guest, in whatever state.
     pub(crate) fn has_guest(&self) -> bool {
         self.generation.guest.is_some()
+    }
+
+    /// The generation that it is inside of.
+    pub(crate) fn decided_by(&self) -> &DecidedBy {
+        &self.generation.decided_by
+    }
+
+    /// Attributes that the guest wants.
+    pub(crate) fn wanted_attributes(&self) -> &[String] {
+        self.generation.guest.as_ref().map_or(&[], |guest| &guest.wants.attributes)
     }
 
     /// Picks up a swap, a restart, an open or a closing circuit. [`Attention::Native`] where there is nobody to ask.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use pointsman_sched::batch::Attention;
 use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy, check_ranking};
+use pointsman_sched::route::DecidedBy;
 use pointsman_telemetry::Micros;
 
 use crate::bindings::kv_retention::exports::pointsman::policy::kv_retention as wit;
@@ -69,6 +70,10 @@ impl RetentionPolicy for RetentionGuest {
 
     fn refused(&mut self, now: Micros, why: BadRanking) {
         self.resident.refused(Call::Rank, now, &why);
+    }
+
+    fn decided_by(&self) -> DecidedBy {
+        self.resident.decided_by().clone()
     }
 }
 

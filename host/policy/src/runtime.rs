@@ -12,15 +12,17 @@ use std::thread::Thread;
 use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
+use pointsman_sched::admit::Verdict;
 use pointsman_sched::route::Choice;
 use pointsman_telemetry::{Metrics, Micros, Recorder};
 use wasmtime::Engine;
 use wasmtime::component::Linker;
 
-use crate::admission::{AdmissionHook, AdmissionSlot, MAX_ENDINGS};
+use crate::admission::{self, AdmissionHook, AdmissionQuestion, AdmissionSlot};
 use crate::compile::{CacheError, Compiler};
 use crate::component::{Code, Component};
 use crate::config::{BudgetChange, BudgetError, Limits, Maintenance, RuntimeConfig};
+use crate::endings::MAX_ENDINGS;
 use crate::engine::{self, Allocation, stopwatch_ns};
 use crate::fault::{Call, Fault};
 use crate::host::{Host, LogGate, MetricSink, linker};
@@ -57,7 +59,7 @@ pub(crate) struct Shared {
     pub(crate) clock: Clock,
     /// Whether the native policy decides in every slot, whatever is published there.
     pub(crate) bypassed: AtomicBool,
-    states: StateStore,
+    pub(crate) states: StateStore,
     maintainer: OnceLock<Thread>,
     /// Where maintenance is by hand: what would be done by threads of the runtime.
     chores: Mutex<Vec<Chore>>,
@@ -210,6 +212,11 @@ impl Shared {
         if let Some(thread) = self.maintainer.get() {
             thread.unpark();
         }
+    }
+
+    /// Lets a view work on a copy from now on.
+    pub(crate) fn fork(&self, view: &StateView) {
+        view.fork(self.states.number(), (self.clock)());
     }
 
     /// Does `work` with what is sent, on a thread of its own that ends with the last sender. At most `bound` things wait.
@@ -400,12 +407,32 @@ impl Runtime {
         answer.map_err(|fault| ActivateError::Start { call: Call::Route, fault })
     }
 
+    /// Asks an admission policy one question, as [`ask_router`](Self::ask_router) does a router.
+    ///
+    /// # Errors
+    /// It does not start, or faults.
+    pub fn ask_admission(
+        &self,
+        component: &Component,
+        activation: &Activation,
+        question: AdmissionQuestion<'_>,
+    ) -> Result<Verdict, ActivateError> {
+        let log = Arc::new(LogGate::new(activation.slot.as_str().into()));
+        let maker = self.inner.maker::<AdmissionHook>(component, activation, log)?;
+        let (mut instance, manifest) = maker.start()?;
+        let wants = manifest.check(World::Admission, &self.inner.shared.config.replica_labels)?;
+        let budget = maker.budgets.admit;
+        let answer = admission::answer(&mut instance, budget.hard, &wants, question);
+        answer.map_err(|fault| ActivateError::Start { call: Call::Admit, fault })
+    }
+
     /// An admission slot.
     #[must_use]
     pub fn admission_slot(&self, name: &str) -> Arc<AdmissionSlot> {
         Arc::new(AdmissionSlot {
             core: self.inner.slot::<AdmissionHook>(name),
             endings: ArrayQueue::new(MAX_ENDINGS),
+            ledger: Mutex::default(),
             forgotten: AtomicU64::new(0),
         })
     }
@@ -589,7 +616,7 @@ impl Inner {
         let live = self.shared.states.open(&namespace, manifest.state_schema).ok_or(ActivateError::NoNamespace)?;
         maker.state = Arc::new(StateView::new(live, sharing));
         if activation.arm == Arm::Candidate {
-            maker.state.fork();
+            self.shared.fork(&maker.state);
         }
         maker.sink = Some(MetricSink {
             metrics: Arc::clone(&self.shared.metrics),

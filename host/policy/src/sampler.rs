@@ -187,6 +187,7 @@ impl Thread {
         }
         self.end(now, &batch.ended);
         reply.spent = batch;
+        reply.decided_by = self.resident.has_guest().then(|| self.resident.decided_by().clone());
         reply
     }
 
@@ -242,8 +243,10 @@ impl Thread {
         if started.is_empty() {
             return Vec::new();
         }
-        let replica = self.replica.clone();
-        self.ask(Call::Start, now, started.len(), |instance, hard| start(instance, (hard, now), &replica, started))
+        let (replica, wanted) = (self.replica.clone(), self.resident.wanted_attributes().to_vec());
+        let start =
+            |instance: &mut Instance<SamplerHook>, hard| start(instance, (hard, now), (&replica, &wanted), started);
+        self.ask(Call::Start, now, started.len(), start)
     }
 
     fn next(&mut self, now: Micros, round: &[(RequestId, u32)]) -> Vec<Word> {
@@ -300,12 +303,14 @@ fn rounds(tokens: &[(RequestId, u32)]) -> Vec<Vec<(RequestId, u32)>> {
 fn start(
     instance: &mut Instance<SamplerHook>,
     (hard, now): (Micros, Micros),
-    replica: &SampledReplica,
+    (replica, wanted): (&SampledReplica, &[String]),
     started: &[Started],
 ) -> Result<Vec<Word>, Fault> {
+    let texts: Vec<Vec<(&str, &str)>> = started.iter().map(|started| started.texts(wanted)).collect();
     let requests: Vec<wit::Request<'_>> = started
         .iter()
-        .map(|started| wit::Request {
+        .zip(&texts)
+        .map(|(started, texts)| wit::Request {
             id: started.id.0,
             tenant: &started.tenant,
             variant: &replica.variant,
@@ -313,7 +318,7 @@ fn start(
             stop_tokens: &started.stop_tokens,
             prompt_tokens: started.prompt_tokens,
             max_new_tokens: started.max_new_tokens,
-            attributes: &[],
+            attributes: texts,
         })
         .collect();
     let edits =
@@ -366,12 +371,12 @@ impl Hook for SamplerHook {
     type Local = ();
     hook_bindings!(Sampler, sampler, SamplerIndices, Sampler);
 
-    fn probe(instance: &mut Instance<Self>, _wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
+    fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let clock = (budgets.edit.hard, now);
         let replica = SampledReplica { name: "probe".into(), variant: "probe:f16".into(), vocabulary: 32_000 };
-        let started = probe_requests();
+        let started = probe_requests(wants);
         let case = "two requests start";
-        let words = start(instance, clock, &replica, &started).map_err(|fault| ProbeFault {
+        let words = start(instance, clock, (&replica, &wants.attributes), &started).map_err(|fault| ProbeFault {
             case,
             call: Call::Start,
             fault,
@@ -403,13 +408,15 @@ impl Hook for SamplerHook {
     }
 }
 
-fn probe_requests() -> [Started; 2] {
+fn probe_requests(wants: &Wants) -> [Started; 2] {
+    let attributes: Arc<[_]> = wants.attributes.iter().map(|name| (name.clone(), "probe".to_owned())).collect();
     let request = |id, tenant: &str| Started {
         id: RequestId(id),
         tenant: tenant.into(),
         stop_tokens: Arc::from([2]),
         prompt_tokens: 5,
         max_new_tokens: 10,
+        attributes: Arc::clone(&attributes),
     };
     [request(1, "probe"), request(2, "other")]
 }

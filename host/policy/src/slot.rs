@@ -307,10 +307,16 @@ impl<H: Hook> SlotCore<H> {
         }
     }
 
+    /// Whether the native policy stands in for whatever is published here.
+    #[inline]
+    pub(crate) fn is_bypassed(&self) -> bool {
+        self.shared.bypassed.load(Ordering::Relaxed)
+    }
+
     /// Who decides now.
     #[inline]
     fn deciding(&self) -> &ArcSwap<Generation<H>> {
-        if self.shared.bypassed.load(Ordering::Relaxed) { &self.native } else { &self.current }
+        if self.is_bypassed() { &self.native } else { &self.current }
     }
 
     /// Enters the current generation for the length of a call.
@@ -405,7 +411,7 @@ impl<H: Hook> SlotCore<H> {
     fn stage(&self, candidate: Generation<H>) -> Result<(), PublishError> {
         let mut arms = self.arms();
         arms.admit(candidate.number())?;
-        candidate.guest.iter().for_each(|guest| guest.state().fork());
+        candidate.guest.iter().for_each(|guest| self.shared.fork(guest.state()));
         let control = self.current.load_full();
         arms.staged = Some(Staged { control, candidate: Arc::new(candidate), serving: Arm::Control });
         Ok(())
@@ -466,7 +472,7 @@ impl<H: Hook> SlotCore<H> {
     }
 
     /// Those that may serve: the current generation, and both arms where a candidate is staged.
-    fn warm(&self) -> Vec<Arc<Generation<H>>> {
+    pub(crate) fn warm(&self) -> Vec<Arc<Generation<H>>> {
         let arms = self.arms();
         match &arms.staged {
             Some(staged) => vec![Arc::clone(&staged.control), Arc::clone(&staged.candidate)],

@@ -8,7 +8,10 @@
 //! policy reads: an arm of an experiment works on a copy, unless the namespace is one that the operator named for several slots.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pointsman_telemetry::Micros;
 
 /// Most keys in a namespace.
 pub(crate) const MAX_KEYS: usize = 1_024;
@@ -20,11 +23,15 @@ pub(crate) const MAX_VALUE_BYTES: usize = 64 << 10;
 pub const MAX_NAMESPACE_BYTES: usize = 4 << 20;
 /// Most namespaces; at the bound, those that no instance uses go first.
 const MAX_NAMESPACES: usize = 64;
+/// Copies of copies that a lineage remembers: rollouts in a row that one request may outlive.
+const MAX_ANCESTORS: usize = 8;
 
 /// All namespaces of a host.
 #[derive(Debug, Default)]
 pub(crate) struct StateStore {
     namespaces: Mutex<HashMap<NamespaceKey, Arc<Namespace>>>,
+    /// Numbers of lineages that were given.
+    lineages: AtomicU64,
 }
 
 /// A name and a layout.
@@ -70,6 +77,16 @@ struct Entries {
     map: HashMap<String, Vec<u8>>,
     /// Keys and values together.
     bytes: usize,
+    lineage: Lineage,
+}
+
+/// Which writes are in a state: those to itself, and those to what it was copied from, up to the copy.
+#[derive(Clone, Debug, Default)]
+struct Lineage {
+    /// Its own number; 0 for none.
+    number: u64,
+    /// What it was copied from and when, the latest last.
+    copied: Vec<(u64, Micros)>,
 }
 
 /// Why a value was not stored.
@@ -94,7 +111,43 @@ impl StateStore {
                 return None;
             }
         }
-        Some(Arc::clone(namespaces.entry(key).or_default()))
+        Some(Arc::clone(namespaces.entry(key).or_insert_with(|| {
+            let entries =
+                Entries { lineage: Lineage { number: self.number(), copied: Vec::new() }, ..Entries::default() };
+            Arc::new(Namespace { entries: Mutex::new(entries) })
+        })))
+    }
+
+    /// A number for a lineage, never given before and not 0.
+    pub(crate) fn number(&self) -> u64 {
+        self.lineages.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Whether some namespace [holds](StateView::holds) a write and none of the later ones.
+    pub(crate) fn holds(&self, write: (u64, Micros), later: &[(u64, Micros)]) -> bool {
+        let namespaces = self.namespaces.lock().unwrap_or_else(PoisonError::into_inner);
+        namespaces.values().any(|namespace| namespace.entries().lineage.holds_but(write, later))
+    }
+}
+
+// === impl Lineage ===
+
+impl Lineage {
+    fn holds(&self, (number, at): (u64, Micros)) -> bool {
+        number == self.number || self.copied.iter().any(|&(from, until)| from == number && at <= until)
+    }
+
+    fn holds_but(&self, write: (u64, Micros), later: &[(u64, Micros)]) -> bool {
+        self.holds(write) && !later.iter().any(|&later| self.holds(later))
+    }
+
+    /// Of a copy that is made now.
+    fn copied(mut self, number: u64, now: Micros) -> Self {
+        if self.copied.len() == MAX_ANCESTORS {
+            self.copied.remove(0);
+        }
+        self.copied.push((self.number, now));
+        Self { number, copied: self.copied }
     }
 }
 
@@ -118,11 +171,29 @@ impl StateView {
         self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works on a copy from now on, if it does not yet and the namespace is the slot's own.
-    pub(crate) fn fork(&self) {
+    /// Works on a copy from `now` on, if it does not yet and the namespace is the slot's own; `number` is that of the copy.
+    pub(crate) fn fork(&self, number: u64, now: Micros) {
         let mut own = self.own();
         if self.sharing == Sharing::Slot && !matches!(*own, Own::Copy(_)) {
-            *own = Own::Copy(self.live.entries().clone());
+            let mut copy = self.live.entries().clone();
+            copy.lineage = copy.lineage.copied(number, now);
+            *own = Own::Copy(copy);
+        }
+    }
+
+    /// Number of the state that calls reach now.
+    pub(crate) fn number(&self) -> u64 {
+        match &*self.own() {
+            Own::Nothing => self.live.entries().lineage.number,
+            Own::Copy(entries) => entries.lineage.number,
+        }
+    }
+
+    /// Whether what was written to the state of a number at some time is in here, and none of what was written later.
+    pub(crate) fn holds(&self, write: (u64, Micros), later: &[(u64, Micros)]) -> bool {
+        match &*self.own() {
+            Own::Nothing => self.live.entries().lineage.holds_but(write, later),
+            Own::Copy(entries) => entries.lineage.holds_but(write, later),
         }
     }
 
@@ -278,7 +349,7 @@ mod tests {
             active.set(key.into(), vec![1]).expect("room");
         }
         let tried = StateView::new(live, Sharing::Slot);
-        tried.fork();
+        tried.fork(9, 5);
         tried.set("a".into(), vec![2]).expect("room");
         tried.delete("b");
         assert_eq!(tried.compare_and_set("c".into(), Some(&[1]), vec![3]), Ok(true));
@@ -291,11 +362,39 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_holds_what_was_written_before_it() {
+        let store = StateStore::default();
+        let live = store.open(&"admission".into(), 0).expect("room");
+        let active = StateView::new(Arc::clone(&live), Sharing::Slot);
+        let base = active.number();
+        let tried = StateView::new(live, Sharing::Slot);
+        tried.fork(store.number(), 10);
+        let copy = tried.number();
+        for (write, later, in_active, in_tried) in [
+            ((base, 5), &[][..], true, true),
+            ((base, 10), &[], true, true),
+            ((base, 11), &[], true, false),
+            ((copy, 12), &[], false, true),
+            ((0, 1), &[], false, false),
+            ((base, 5), &[(base, 9)], false, false),
+            ((base, 5), &[(base, 11)], false, true),
+            ((base, 5), &[(base, 11), (copy, 11)], false, false),
+        ] {
+            let found = (active.holds(write, later), tried.holds(write, later));
+            assert_eq!(found, (in_active, in_tried), "{write:?} {later:?}");
+        }
+        assert!(!store.holds((copy, 12), &[]), "a copy is no namespace");
+        tried.adopt();
+        assert_eq!((active.number(), active.holds((base, 11), &[])), (copy, false), "the copy took its place");
+        assert!(store.holds((copy, 12), &[]) && store.holds((base, 5), &[]) && !store.holds((base, 11), &[]));
+    }
+
+    #[test]
     fn a_shared_namespace_stays_one() {
         let live = Arc::new(Namespace::default());
         let (teacher, tried) =
             (StateView::new(Arc::clone(&live), Sharing::Named), StateView::new(live, Sharing::Named));
-        tried.fork();
+        tried.fork(9, 5);
         teacher.set("lesson".into(), vec![1]).expect("room");
         assert_eq!(tried.get("lesson"), Some(vec![1]));
         tried.adopt();
@@ -305,7 +404,7 @@ mod tests {
     #[test]
     fn copies_are_bounded_and_counted() {
         let view = StateView::default();
-        view.fork();
+        view.fork(9, 5);
         for i in 0..MAX_KEYS {
             assert_eq!(view.set(i.to_string(), vec![0; 10]), Ok(()));
         }

@@ -24,6 +24,7 @@ fn started(id: u64, tenant: &str) -> Started {
         stop_tokens: Arc::from([2]),
         prompt_tokens: 5,
         max_new_tokens: 10,
+        attributes: Arc::default(),
     }
 }
 

@@ -7,7 +7,7 @@
 use std::fmt::Debug;
 
 use crate::ids::{Micros, Priority, RequestId};
-use crate::route::{Rejection, RequestNumbers};
+use crate::route::{DecidedBy, Fallback, Rejection, RequestNumbers};
 
 /// One request that wants to enter.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +70,30 @@ pub enum Verdict {
     Reject(Rejection),
 }
 
+/// A verdict with its author.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judged {
+    /// The answer, already checked; `None` when no policy answered, and the request enters as it is.
+    pub verdict: Option<Verdict>,
+    /// Who was asked.
+    pub decided_by: DecidedBy,
+    /// Number of the host-state in which the policy may have counted the request; the policy's own business.
+    pub state: u64,
+    /// Why no policy answered; `None` when it did, or the slot has none.
+    pub fallback: Option<Fallback>,
+}
+
+/// Which policy accepted a request, and when: what became of it is told to whoever carries on its state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accepted {
+    /// Generation of the policy.
+    pub generation: u64,
+    /// As in [`Judged::state`].
+    pub state: u64,
+    /// When it was asked.
+    pub at: Micros,
+}
+
 /// How an accepted request ended; numbers as guests see them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -101,6 +125,8 @@ pub struct Ending {
     pub generated_tokens: u32,
     /// As in the request.
     pub max_new_tokens: u32,
+    /// Who let it in.
+    pub accepted: Accepted,
 }
 
 /// Lets requests in. Called on any worker thread, several at once; must not block.
@@ -108,8 +134,8 @@ pub trait AdmitPolicy: Send + Sync + Debug {
     /// Whether there is a policy to ask: without one, nothing needs to be gathered for it.
     fn is_native(&self) -> bool;
 
-    /// Answers for one request, already checked. `None` when no policy answered, and the request enters as it is.
-    fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Option<Verdict>;
+    /// Answers for one request. A guest's bad answer never leaves this call: it becomes no verdict with `fallback` set.
+    fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Judged;
 
     /// A request that a policy accepted has ended. Never blocks; the policy hears of it in a batch, later.
     fn ended(&self, ending: Ending);
@@ -124,9 +150,24 @@ impl AdmitPolicy for AdmitAll {
         true
     }
 
-    fn admit(&self, _now: Micros, _request: &AdmitRequest<'_>, _load: &Load) -> Option<Verdict> {
-        None
+    fn admit(&self, _now: Micros, _request: &AdmitRequest<'_>, _load: &Load) -> Judged {
+        Judged::native(DecidedBy::native(0))
     }
 
     fn ended(&self, _ending: Ending) {}
+}
+
+impl Judged {
+    /// Nobody was asked.
+    #[must_use]
+    pub fn native(decided_by: DecidedBy) -> Self {
+        Self { verdict: None, decided_by, state: 0, fallback: None }
+    }
+
+    /// The author of a verdict that lets a request in, for its ending; `None` where no policy let it in.
+    #[must_use]
+    pub fn accepted(&self, at: Micros) -> Option<Accepted> {
+        let enters = matches!(self.verdict, Some(Verdict::Accept | Verdict::AcceptAs(_)));
+        enters.then_some(Accepted { generation: self.decided_by.generation, state: self.state, at })
+    }
 }

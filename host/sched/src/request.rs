@@ -60,6 +60,8 @@ pub struct Request {
     pub stop_tokens: Arc<[u32]>,
     /// How tokens are chosen.
     pub sampling: Arc<Sampling>,
+    /// Texts by name that a sampler may ask for, as for routers.
+    pub attributes: Arc<[(String, String)]>,
     /// Generation of the router that chose this replica, 0 for native; stamped on events.
     pub router_generation: u64,
     /// Where tokens go.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::batch::Attention;
 use crate::ids::Micros;
+use crate::route::DecidedBy;
 
 /// Most blocks that a policy is shown at once, and so the most that it can name.
 pub const MAX_ROWS: usize = 1_024;
@@ -67,6 +68,11 @@ pub trait RetentionPolicy: Send {
 
     /// The ranking just returned was refused as a whole; counts as a fault of the policy.
     fn refused(&mut self, now: Micros, why: BadRanking);
+
+    /// Who ranks, for recordings.
+    fn decided_by(&self) -> DecidedBy {
+        DecidedBy::native(0)
+    }
 }
 
 /// The host's own order as a [`RetentionPolicy`]: least recently used first. It never makes a call.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crate::hash::IntMap;
 use crate::ids::{Micros, RequestId};
 use crate::request::Request;
+use crate::route::DecidedBy;
 
 /// Most tokens that wait for a worker. Beyond, their requests are no longer shown to the policy and keep the edits they have.
 pub const MAX_PENDING_TOKENS: usize = 4_096;
@@ -76,6 +77,7 @@ pub struct Started {
     pub stop_tokens: Arc<[u32]>,
     pub prompt_tokens: u32,
     pub max_new_tokens: u32,
+    pub attributes: Arc<[(String, String)]>,
 }
 
 /// What happened since the last batch, in the order of the fields.
@@ -100,8 +102,10 @@ pub struct Reply {
     pub renewed: Vec<(RequestId, Word)>,
     /// One per start and per token, a request's own in their order.
     pub words: Vec<(RequestId, Word)>,
-    /// Whatever it holds is void.
+    /// The batch, as it was sent.
     pub spent: Batch,
+    /// Whose words they are, for recordings; none where there was nobody to ask.
+    pub decided_by: Option<DecidedBy>,
 }
 
 /// Asked by the executor for the edits of rows that it samples, between the forward pass and the choice of tokens.
@@ -270,7 +274,15 @@ impl Started {
             stop_tokens: Arc::clone(&request.stop_tokens),
             prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
             max_new_tokens: request.max_new_tokens,
+            attributes: Arc::clone(&request.attributes),
         }
+    }
+
+    /// Those texts of the request that are wanted.
+    #[must_use]
+    pub fn texts(&self, wanted: &[String]) -> Vec<(&str, &str)> {
+        let texts = self.attributes.iter().filter(|(name, _)| wanted.contains(name));
+        texts.map(|(name, value)| (name.as_str(), value.as_str())).collect()
     }
 }
 
@@ -385,7 +397,7 @@ impl<W: SamplerWorker> Desk<W> {
 
     fn take(&mut self, reply: Reply) {
         self.in_flight = false;
-        let Reply { renewed, words, mut spent } = reply;
+        let Reply { renewed, words, mut spent, .. } = reply;
         let renewed = renewed.into_iter().map(|(id, word)| (id, word, 0));
         for (id, word, paid) in renewed.chain(words.into_iter().map(|(id, word)| (id, word, 1))) {
             let Some(entry) = self.entries.get_mut(&id.0) else { continue };

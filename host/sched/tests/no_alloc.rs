@@ -154,6 +154,7 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
         min_new_tokens: 5,
         stop_tokens: Arc::from([7]),
         sampling: Arc::clone(sampling),
+        attributes: Arc::default(),
         router_generation: 0,
         sink: Box::new(Discard),
     }

@@ -9,8 +9,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Load, Outcome, Verdict};
-use pointsman_sched::ids::{Micros, Priority};
+use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Judged, Load, Outcome, Verdict};
+use pointsman_sched::ids::Micros;
 use tokio::sync::Notify;
 
 use crate::error::ApiError;
@@ -141,8 +141,8 @@ impl Permit {
         Ok(())
     }
 
-    /// Asks the policy about a request that has its room, and returns the priority with which it enters.
-    pub(crate) fn ask(&mut self, now: Micros, request: &AdmitRequest<'_>) -> Result<Priority, ApiError> {
+    /// Asks the policy about a request that has its room. Unless it is refused, what it carries is counted from now on.
+    pub(crate) fn ask(&mut self, now: Micros, request: &AdmitRequest<'_>) -> (Load, Judged) {
         let admission = &self.admission;
         let tenant = admission.tenant(request.tenant_id, |_| {});
         let load = Load {
@@ -153,14 +153,15 @@ impl Permit {
             tenant_in_flight: tenant.requests,
             tenant_queued_tokens: tenant.queued_tokens,
         };
-        let verdict = admission.policy.admit(now, request, &load);
-        if let Some(Verdict::Reject(rejection)) = verdict {
-            return Err(ApiError::Rejected(rejection));
+        let judged = admission.policy.admit(now, request, &load);
+        if matches!(judged.verdict, Some(Verdict::Reject(_))) {
+            return (load, judged);
         }
         admission.tenant(request.tenant_id, |tenant| {
             tenant.requests += 1;
             tenant.queued_tokens += u64::from(self.tokens);
         });
+        let accepted = judged.accepted(now);
         let ending = Ending {
             id: request.id,
             tenant: request.tenant_id,
@@ -170,12 +171,10 @@ impl Permit {
             cached_tokens: 0,
             generated_tokens: 0,
             max_new_tokens: request.max_new_tokens,
+            accepted: accepted.unwrap_or_default(),
         };
-        self.ticket = Some(Ticket { ending, settles: verdict.is_some() });
-        Ok(match verdict {
-            Some(Verdict::AcceptAs(priority)) => priority,
-            _ => request.priority,
-        })
+        self.ticket = Some(Ticket { ending, settles: accepted.is_some() });
+        (load, judged)
     }
 
     /// Notes what the request came to.
@@ -218,8 +217,8 @@ fn add_within(counter: &AtomicU32, n: u32, limit: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use pointsman_sched::admit::AdmitAll;
-    use pointsman_sched::ids::RequestId;
+    use pointsman_sched::admit::{Accepted, AdmitAll};
+    use pointsman_sched::ids::{Priority, RequestId};
     use pointsman_sched::route::RequestNumbers;
 
     use super::*;
@@ -249,33 +248,35 @@ mod tests {
         let door = Arc::new(FakeDoor::default());
         let admission = Arc::new(Admission::new(8, 1_000, Arc::clone(&door) as _));
         let enter = |id: u64, tenant: u32, verdict: Option<Verdict>| {
+            let asked = verdict.is_some();
             *door.verdict.lock().expect("unpoisoned") = verdict;
             let mut permit = admission.enter().expect("room");
             permit.queue_tokens(30).expect("room");
-            let priority = permit.ask(1, &request(id, tenant));
-            let load = *door.loads.lock().expect("unpoisoned").last().expect("it was asked");
+            let (load, judged) = permit.ask(1, &request(id, tenant));
+            assert_eq!((judged.decided_by.generation, judged.verdict.is_some()), (9, asked));
             let tenant = (load.tenant_in_flight, load.tenant_queued_tokens);
-            (permit, priority, (load.in_flight, load.queued_tokens), tenant)
+            (permit, (load.in_flight, load.queued_tokens), tenant)
         };
-        let (mut first, priority, all, tenant) = enter(1, 5, Some(Verdict::Accept));
-        assert_eq!((priority.ok(), all, tenant), (Some(Priority::Normal), (0, 0), (0, 0)));
-        let (second, priority, all, tenant) = enter(2, 5, Some(Verdict::AcceptAs(Priority::Low)));
-        assert_eq!((priority.ok(), all, tenant), (Some(Priority::Low), (1, 30), (1, 30)));
+        let (mut first, all, tenant) = enter(1, 5, Some(Verdict::Accept));
+        assert_eq!((all, tenant), ((0, 0), (0, 0)));
+        let (second, all, tenant) = enter(2, 5, Some(Verdict::AcceptAs(Priority::Low)));
+        assert_eq!((all, tenant), ((1, 30), (1, 30)));
         first.computed(30);
-        let (third, _, all, tenant) = enter(3, 5, None);
+        let (third, all, tenant) = enter(3, 5, None);
         assert_eq!((all, tenant), ((2, 30), (2, 30)), "the first one is computed");
         let rejection = pointsman_sched::route::Rejection {
             reason: pointsman_sched::route::Refusal::Quota,
             retry_after_ms: 5,
             message: "no".into(),
         };
-        let (fourth, refused, _, tenant) = enter(4, 6, Some(Verdict::Reject(rejection)));
-        assert!(matches!(refused, Err(ApiError::Rejected(_))) && tenant == (0, 0));
+        let (fourth, _, tenant) = enter(4, 6, Some(Verdict::Reject(rejection)));
+        assert_eq!(tenant, (0, 0));
         first.ended(Outcome::Finished, 16, 4);
         drop((first, second, third, fourth));
         let endings = door.endings.lock().expect("unpoisoned");
         let told: Vec<_> = endings.iter().map(|e| (e.id.0, e.outcome, e.cached_tokens, e.generated_tokens)).collect();
         assert_eq!(told, [(1, Outcome::Finished, 16, 4), (2, Outcome::Rejected, 0, 0)], "only those that it accepted");
+        assert!(endings.iter().all(|e| e.accepted == Accepted { generation: 9, state: 4, at: 1 }), "{endings:?}");
         assert!(admission.tenants.lock().expect("unpoisoned").is_empty());
     }
 

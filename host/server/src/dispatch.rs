@@ -440,6 +440,7 @@ impl Dispatch<'_> {
             min_new_tokens: terms.min_new_tokens,
             stop_tokens: Arc::clone(&terms.stop_tokens),
             sampling: choice.sampling,
+            attributes: Arc::clone(&self.caller.attributes),
             router_generation: if native { 0 } else { placement.decided_by.generation },
             sink: choice.sink,
         }

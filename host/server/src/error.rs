@@ -124,10 +124,10 @@ const INVALID: &str = "invalid_request_error";
 
 fn policy_message(rejection: &Rejection) -> String {
     let why = match rejection.reason {
-        Refusal::Overloaded => "the routing policy refused the request: too much load",
-        Refusal::Quota => "the routing policy refused the request: quota used up",
-        Refusal::NotAllowed => "the routing policy does not allow the request",
-        Refusal::CannotMeetDeadline => "the routing policy refused the request: it would miss its deadline",
+        Refusal::Overloaded => "a policy refused the request: too much load",
+        Refusal::Quota => "a policy refused the request: quota used up",
+        Refusal::NotAllowed => "a policy does not allow the request",
+        Refusal::CannotMeetDeadline => "a policy refused the request: it would miss its deadline",
     };
     if rejection.message.is_empty() { why.to_owned() } else { format!("{why}: {}", rejection.message) }
 }

@@ -8,11 +8,11 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request as HttpRequest, Response};
 use http_body_util::BodyExt;
-use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Load, Verdict};
+use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Judged, Load, Verdict};
 use pointsman_sched::ids::{Micros, Priority, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, FinishReason, Request, SinkEvent, SinkState};
-use pointsman_sched::route::{Choice, DecidedBy, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
+use pointsman_sched::route::{Choice, DecidedBy, Fallback, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -20,8 +20,8 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, AliasPort, Asker, Catalog, Clock, EnginePort, JournalLine, ModelAdmin, PolicyAdmin,
-    Question, Replica, SubmitError, Upload, Uploaded, Variant,
+    AdminError, AdminErrorKind, AliasPort, Asker, Catalog, Clock, DoorQuestion, EnginePort, JournalLine, ModelAdmin,
+    PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded, Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -120,12 +120,15 @@ impl AdmitPolicy for FakeDoor {
         self.native.load(Ordering::Relaxed)
     }
 
-    fn admit(&self, _now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Option<Verdict> {
+    fn admit(&self, _now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Judged {
         let AdmitRequest { tenant, priority, highest, prompt_tokens, max_new_tokens, .. } = *request;
         let asked = (tenant.to_owned(), priority, highest, prompt_tokens, max_new_tokens);
         self.asked.lock().expect("unpoisoned").push(asked);
         self.loads.lock().expect("unpoisoned").push(*load);
-        self.verdict.lock().expect("unpoisoned").clone()
+        let verdict = self.verdict.lock().expect("unpoisoned").clone();
+        let fallback = verdict.is_none().then_some(Fallback::Fault("trap"));
+        let decided_by = DecidedBy { revision: "d@1+0000".into(), generation: 9 };
+        Judged { verdict, decided_by, state: 4, fallback }
     }
 
     fn ended(&self, ending: Ending) {
@@ -385,6 +388,14 @@ impl PolicyAdmin for FakeAdmin {
         }
         let decided_by = DecidedBy { revision: "q@1+0000".into(), generation: 6 };
         Ok(Routed { choice: Choice::Rank(vec![2, 0]), decided_by, fallback: None })
+    }
+
+    fn ask_previous_admission(&self, question: &DoorQuestion<'_>) -> Result<Judged, AdminError> {
+        if question.request.prompt_tokens > 9 {
+            return Err(refused(AdminErrorKind::Conflict, "`admission` has no previous policy"));
+        }
+        let decided_by = DecidedBy { revision: "e@1+0000".into(), generation: 8 };
+        Ok(Judged { verdict: Some(Verdict::AcceptAs(Priority::Low)), ..Judged::native(decided_by) })
     }
 
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {

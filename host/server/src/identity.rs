@@ -44,7 +44,7 @@ pub(crate) struct Caller {
     pub(crate) max_priority: Priority,
     header_priority: Option<Priority>,
     /// Allow-listed headers as a router names them, `header.<name>`.
-    pub(crate) attributes: Vec<(String, String)>,
+    pub(crate) attributes: Arc<[(String, String)]>,
 }
 
 // === impl Caller ===
@@ -83,7 +83,7 @@ fn identify(headers: &HeaderMap, state: &ServerState) -> Result<Caller, ApiError
         session: name_header(headers, SESSION_ID)?.map_or(0, session_hash),
         max_priority: configured.map_or(Priority::Critical, |key| key.max_priority),
         header_priority,
-        attributes: attributes(headers, &state.config.route_headers),
+        attributes: attributes(headers, &state.config.route_headers).into(),
     })
 }
 

@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
+use pointsman_sched::admit::{AdmitRequest, Judged, Load};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{CancelCause, Request};
@@ -153,6 +154,8 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError>;
     /// Asks the router that was active before the present one, off the path; nothing that serves is touched.
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
+    /// The same of admission.
+    fn ask_previous_admission(&self, question: &DoorQuestion<'_>) -> Result<Judged, AdminError>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine>;
 }
@@ -166,6 +169,17 @@ pub struct Question<'a> {
     pub request: &'a RouteRequest<'a>,
     /// The replicas.
     pub replicas: &'a ReplicaColumns,
+}
+
+/// What an admission policy once saw.
+#[derive(Clone, Copy, Debug)]
+pub struct DoorQuestion<'a> {
+    /// When.
+    pub now: Micros,
+    /// The request.
+    pub request: &'a AdmitRequest<'a>,
+    /// What the host carried.
+    pub load: &'a Load,
 }
 
 /// A component on its way in.

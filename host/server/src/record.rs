@@ -21,6 +21,12 @@ pub struct Taps {
     pub router: Arc<Tap>,
     /// Of every replica's scheduler; the app feeds it.
     pub scheduler: Arc<Tap>,
+    /// Of the admission policy; whoever asks it, and whoever tells it of endings.
+    pub admission: Arc<Tap>,
+    /// Of every replica's retention policy; the app feeds it.
+    pub retention: Arc<Tap>,
+    /// Of every replica's sampler; the app feeds it.
+    pub sampler: Arc<Tap>,
 }
 
 /// Where decisions of a slot can be listened to.

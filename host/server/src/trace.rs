@@ -1,5 +1,5 @@
-//! What became of the last requests, for whoever asks why: what the router saw and said, where they went, when they reached
-//! each stage.
+//! What became of the last requests, for whoever asks why: what admission policy and router saw and said, where they went,
+//! when they reached each stage.
 //!
 //! A ring of shared records, each with a place of its own: entering one is a short lock of that place alone, and what follows
 //! are relaxed stores into the record. The replica columns are kept as one list of numbers, because a request should not pay
@@ -10,11 +10,13 @@ use std::borrow::Cow;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use pointsman_sched::admit::{Judged, Load};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::route::{Choice, ReplicaColumns, Resolved, RouteRequest, Routed, resolve};
 
+use crate::admin::wire::calls::{AdmissionCall, AdmissionLine, DoorSeen, VerdictSeen};
 use crate::admin::wire::decision::{
-    Answer, Chosen, Decision, Explained, RequestSeen, RequestSummary, RouterLine, Stages, State,
+    Admission, Answer, Chosen, Decision, Explained, RequestSeen, RequestSummary, RouterLine, Stages, State,
 };
 use crate::dispatch::Placement;
 use crate::error::ApiError;
@@ -35,6 +37,7 @@ pub(crate) struct Traces {
 pub(crate) struct Trace {
     id: Arc<str>,
     arrived: Micros,
+    door: Option<Box<Doored>>,
     decided: OnceLock<Box<Decided>>,
     /// When it reached each stage, 0 for not yet.
     reached: [AtomicU64; N_STAGES],
@@ -67,6 +70,16 @@ pub(crate) struct Noted<'a> {
     pub(crate) chosen: Option<(u32, &'a Placement)>,
 }
 
+/// A decision at the door.
+#[derive(Debug)]
+pub(crate) struct Doored {
+    pub(crate) now: Micros,
+    pub(crate) request: DoorSeen,
+    pub(crate) load: Load,
+    pub(crate) judged: Judged,
+    pub(crate) call_us: u64,
+}
+
 /// A routing decision, kept.
 #[derive(Debug)]
 pub(crate) struct Decided {
@@ -94,11 +107,12 @@ impl Traces {
         Self { places: (0..n_requests).map(|_| Mutex::default()).collect(), next: AtomicUsize::new(0) }
     }
 
-    /// Enters a request, in the place of the oldest.
-    pub(crate) fn enter(&self, id: &Arc<str>, arrived: Micros) -> Arc<Trace> {
+    /// Enters a request, in the place of the oldest, with what an admission policy said of it.
+    pub(crate) fn enter(&self, id: &Arc<str>, arrived: Micros, door: Option<Doored>) -> Arc<Trace> {
         let trace = Arc::new(Trace {
             id: Arc::clone(id),
             arrived,
+            door: door.map(Box::new),
             decided: OnceLock::new(),
             reached: Default::default(),
             cached_tokens: AtomicU32::new(0),
@@ -191,6 +205,11 @@ impl Trace {
         self.decided.get().map(|decided| &**decided)
     }
 
+    /// What was decided at the door, if a policy was asked.
+    pub(crate) fn door(&self) -> Option<&Doored> {
+        self.door.as_deref()
+    }
+
     fn stages(&self) -> Stages {
         let at = |stage: Stage| match self.reached[stage as usize].load(Ordering::Relaxed) {
             0 => None,
@@ -219,6 +238,7 @@ impl Trace {
             stages_us: self.stages(),
             cached_tokens: self.cached_tokens.load(Ordering::Relaxed),
             generated_tokens: self.generated_tokens.load(Ordering::Relaxed),
+            admission: self.door().map(Doored::explain),
             decision: self.decision().map(|decided| decided.explain(catalog)),
             previous: None,
         }
@@ -227,18 +247,51 @@ impl Trace {
     /// One line of it.
     pub(crate) fn summary(&self) -> RequestSummary {
         let (state, finish) = self.state();
-        let decided = self.decision();
+        let (decided, door) = (self.decision(), self.door().map(|door| &door.request));
         RequestSummary {
             id: self.id.to_string(),
             state,
             finish,
-            model: decided.map(|d| d.request.model.clone()),
-            tenant: decided.map(|d| d.request.tenant.clone()),
+            model: decided.map(|d| &d.request.model).or(door.map(|d| &d.model)).cloned(),
+            tenant: decided.map(|d| &d.request.tenant).or(door.map(|d| &d.tenant)).cloned(),
             replica: decided.and_then(|d| d.chosen.as_ref()).map(|(_, replica, _)| replica.to_string()),
             revision: decided.map(|d| d.routed.decided_by.revision.to_string()),
             generation: decided.map(|d| d.routed.decided_by.generation),
             stages_us: self.stages(),
             generated_tokens: self.generated_tokens.load(Ordering::Relaxed),
+        }
+    }
+}
+
+// === impl Doored ===
+
+impl Doored {
+    /// As a line of a recording.
+    pub(crate) fn line(&self) -> AdmissionLine {
+        let Self { now, request, load, judged, .. } = self;
+        let answer = judged.verdict.as_ref().map(VerdictSeen::from);
+        AdmissionLine {
+            now: *now,
+            call: AdmissionCall::Admit { request: request.clone(), load: *load, answer },
+            revision: judged.decided_by.revision.to_string(),
+            generation: judged.decided_by.generation,
+        }
+    }
+
+    fn explain(&self) -> Admission {
+        let Judged { verdict, decided_by, fallback, .. } = &self.judged;
+        let fallback = fallback.map(|why| why.as_str());
+        let stood_in = |why| format!("the policy did not answer ({why}): the request entered as it was");
+        Admission {
+            request: self.request.clone(),
+            load: self.load,
+            revision: decided_by.revision.to_string(),
+            generation: decided_by.generation,
+            answer: verdict.as_ref().map(VerdictSeen::from),
+            call_us: self.call_us,
+            fallback,
+            clamps: fallback.map(stood_in).into_iter().collect(),
+            previous: None,
         }
     }
 }
@@ -442,13 +495,13 @@ mod tests {
     fn the_oldest_give_way_and_the_latest_of_an_id_is_found() {
         let traces = Traces::new(2);
         for (n, id) in ["a", "b", "a"].into_iter().enumerate() {
-            traces.enter(&id.into(), n as u64);
+            traces.enter(&id.into(), n as u64, None);
         }
         let remembered: Vec<(String, u64)> = traces.newest().map(|t| (t.id.to_string(), t.arrived)).collect();
         assert_eq!(remembered, [("a".to_owned(), 2), ("b".to_owned(), 1)]);
         assert_eq!(traces.find("a").map(|t| t.arrived), Some(2));
         assert!(Traces::new(0).find("a").is_none());
-        Traces::new(0).enter(&"a".into(), 1).finished("stop", 2);
+        Traces::new(0).enter(&"a".into(), 1, None).finished("stop", 2);
     }
 
     #[test]
@@ -480,7 +533,7 @@ mod tests {
 
     #[test]
     fn only_the_first_end_and_the_first_time_count() {
-        let trace = Traces::new(1).enter(&"a".into(), 10);
+        let trace = Traces::new(1).enter(&"a".into(), 10, None);
         trace.reached(Stage::Admitted, 15);
         trace.reached(Stage::Admitted, 99);
         trace.finished("stop", 30);

@@ -1,10 +1,13 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
 use pointsman_control::{Budget, ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
-use pointsman_policy::{Activation, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus};
+use pointsman_policy::{
+    Activation, AdmissionQuestion, Component, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus,
+};
+use pointsman_sched::admit::Judged;
 use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{AdminError, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
+use pointsman_server::ports::{AdminError, DoorQuestion, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
 
 use serde_json::value::RawValue;
 
@@ -144,28 +147,26 @@ impl PolicyAdmin for Deploy {
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
         // Held although nothing is published: the previous policy must not be forgotten meanwhile.
         let _one = lock(&self.operations);
-        let previous = lock(&self.state).slot(&SlotName::Router).and_then(|slot| slot.previous.clone());
-        let previous = previous.ok_or_else(|| conflict("the router has no previous policy".to_owned()))?;
-        let Target { component, config, state_namespace, budget, revision, generation } = previous;
-        let decided_by = DecidedBy { revision: revision.into(), generation };
-        let choice = match component {
-            ComponentRef::Native => Choice::Abstain,
-            ComponentRef::Digest(digest) => {
-                let component = self.compiled(&digest, &SlotName::Router)?;
-                let activation = Activation {
-                    slot: SlotName::Router.to_string(),
-                    generation,
-                    config,
-                    namespace: state_namespace,
-                    budget: self.budget_of(&SlotName::Router, budget),
-                    ..Activation::default()
-                };
+        let (decided_by, guest) = self.previous_policy(&SlotName::Router)?;
+        let choice = match guest {
+            None => Choice::Abstain,
+            Some((component, activation)) => {
                 let Question { now, request, replicas } = *question;
                 let question = RouterQuestion { now, request, replicas };
                 self.runtime.ask_router(&component, &activation, question).map_err(activate_error)?
             }
         };
         Ok(Routed { choice, decided_by, fallback: None })
+    }
+
+    fn ask_previous_admission(&self, question: &DoorQuestion<'_>) -> Result<Judged, AdminError> {
+        let _one = lock(&self.operations);
+        let (decided_by, guest) = self.previous_policy(&SlotName::Admission)?;
+        let Some((component, activation)) = guest else { return Ok(Judged::native(decided_by)) };
+        let DoorQuestion { now, request, load } = *question;
+        let question = AdmissionQuestion { now, request, load };
+        let verdict = self.runtime.ask_admission(&component, &activation, question).map_err(activate_error)?;
+        Ok(Judged { verdict: Some(verdict), ..Judged::native(decided_by) })
     }
 
     fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError> {
@@ -197,6 +198,19 @@ impl PolicyAdmin for Deploy {
 }
 
 impl Deploy {
+    /// What was active in a slot before, and how to start it again; the caller holds `operations`.
+    fn previous_policy(&self, slot: &SlotName) -> Result<(DecidedBy, Option<(Component, Activation)>), AdminError> {
+        let previous = lock(&self.state).slot(slot).and_then(|state| state.previous.clone());
+        let previous = previous.ok_or_else(|| conflict(format!("the slot `{slot}` has no previous policy")))?;
+        let Target { component, config, state_namespace: namespace, budget, revision, generation } = previous;
+        let decided_by = DecidedBy { revision: revision.into(), generation };
+        let ComponentRef::Digest(digest) = component else { return Ok((decided_by, None)) };
+        let component = self.compiled(&digest, slot)?;
+        let (name, budget) = (slot.to_string(), self.budget_of(slot, budget));
+        let activation = Activation { slot: name, generation, config, namespace, budget, ..Activation::default() };
+        Ok((decided_by, Some((component, activation))))
+    }
+
     fn view(&self, slot: &SlotName, state: Option<&SlotState>) -> wire::Slot {
         let status = self.live_slot(slot).map(|s| s.status());
         let native = Target {

@@ -250,11 +250,6 @@ impl Deploy {
         if spec.mode == Mode::Shadow {
             return Err(invalid("mode `shadow` is not served yet; use `canary` or `switchback`".into()));
         }
-        if slot == SlotName::Admission {
-            let message = "`admission` takes no rollouts yet: its policies hear of endings later than they decide, and \
-                           each would be told of requests that the other one accepted; activate it with PUT";
-            return Err(invalid(message.into()));
-        }
         spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
         let component = self.component_of(&component, actor)?;
         let config = config.get().to_owned();

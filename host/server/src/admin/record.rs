@@ -43,11 +43,12 @@ pub(super) async fn record(
     let tap = match slot.as_str() {
         "router" => &state.taps.router,
         "scheduler" => &state.taps.scheduler,
+        "admission" => &state.taps.admission,
+        "kv-retention" => &state.taps.retention,
+        "sampler" => &state.taps.sampler,
         _ => {
-            return Err(refused(
-                AdminErrorKind::NotFound,
-                format!("`{slot}` cannot be recorded; router and scheduler can"),
-            ));
+            let can = "admission, router, scheduler, kv-retention and sampler can";
+            return Err(refused(AdminErrorKind::NotFound, format!("`{slot}` cannot be recorded; {can}")));
         }
     };
     let recording = tap.start().ok_or_else(|| {

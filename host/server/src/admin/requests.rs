@@ -10,13 +10,14 @@ use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::wire::decision::{Answer, Explained, Previous, RequestSummary};
+use super::wire::calls::VerdictSeen;
+use super::wire::decision::{Admission, Answer, Explained, Previous, PreviousVerdict, RequestSummary};
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::json;
-use crate::ports::{AdminError, AdminErrorKind, Catalog, Question};
+use crate::ports::{AdminError, AdminErrorKind, Catalog, DoorQuestion, Question};
 use crate::state::ServerState;
-use crate::trace::{Decided, Trace};
+use crate::trace::{Decided, Doored, Trace};
 
 /// Requests of a list that does not say how many.
 const LISTED: usize = 50;
@@ -53,7 +54,23 @@ fn explain(state: &ServerState, id: &str) -> Result<Explained, AdminError> {
     })?;
     let catalog = state.engine.catalog();
     let previous = trace.decision().map(|decided| ask_previous(state, decided, &catalog));
-    Ok(Explained { previous, ..trace.explain(&catalog) })
+    let explained = trace.explain(&catalog);
+    let previous_verdict = trace.door().map(|doored| ask_previous_door(state, doored));
+    let admission = explained.admission.map(|admission| Admission { previous: previous_verdict, ..admission });
+    Ok(Explained { previous, admission, ..explained })
+}
+
+fn ask_previous_door(state: &ServerState, doored: &Doored) -> PreviousVerdict {
+    let texts = doored.request.texts();
+    let question = DoorQuestion { now: doored.now, request: &doored.request.lend(&texts), load: &doored.load };
+    match state.policies.ask_previous_admission(&question) {
+        Ok(judged) => PreviousVerdict::Said {
+            revision: judged.decided_by.revision.to_string(),
+            generation: judged.decided_by.generation,
+            answer: judged.verdict.as_ref().map(VerdictSeen::from),
+        },
+        Err(error) => PreviousVerdict::Unavailable { unavailable: error.message },
+    }
 }
 
 fn ask_previous(state: &ServerState, decided: &Decided, catalog: &Catalog) -> Previous {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+pub mod calls;
 pub mod decision;
 
 /// A component that a slot may use.

@@ -8,13 +8,15 @@ use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderN
 use axum::response::Response;
 use bytes::Bytes;
 use http_body_util::Full;
-use pointsman_sched::admit::AdmitRequest;
-use pointsman_sched::ids::{Micros, Priority, RequestId};
+use pointsman_sched::admit::{AdmitRequest, Verdict};
+use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::request::Sampling;
 
 use super::Usage;
 use super::ndjson::NdjsonEncoder;
 use super::params::Params;
+use crate::admin::wire::calls::DoorSeen;
+use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
 use crate::dispatch::{Dispatch, Placement, Prompt, Submission, Target, Terms, record_rejection};
 use crate::error::ApiError;
@@ -24,7 +26,7 @@ use crate::stream::{
     ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Update, channel,
 };
 use crate::text::{Detokenizer, StopMatcher, TextModel};
-use crate::trace::Stage;
+use crate::trace::{Doored, Stage};
 
 /// Texts longer than this are tokenized on the blocking pool: a worker thread serves other requests in the meantime.
 const INLINE_TEXT: usize = 8 << 10;
@@ -128,13 +130,11 @@ impl Arrival {
         let mut terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
         permit.queue_tokens(prompt_tokens)?;
         let id = self.state.next_request();
-        if !self.state.admission.is_native() {
-            let priority = self.ask_door(&mut permit, id, (job, &terms, sampling.len()))?;
-            terms.iter_mut().for_each(|terms| terms.priority = priority);
-        }
+        let asks = !self.state.admission.is_native();
+        let door = asks.then(|| self.ask_door(&mut permit, id, (job, &mut terms, sampling.len()))).transpose()?;
         let mut first_id = Some(id);
         let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
-        let trace = self.state.traces.enter(&self.tag, self.arrived);
+        let trace = self.state.traces.enter(&self.tag, self.arrived, door);
         trace.reached(Stage::Admitted, self.state.clock.now());
         let (sinks, events) = channel(self.state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
         let mut choices = Vec::new();
@@ -193,37 +193,56 @@ impl Arrival {
         })
     }
 
-    /// Asks the admission policy; the priority with which the request enters.
+    /// Asks the admission policy; a request that it lets in may enter with another priority.
     fn ask_door(
         &self,
         permit: &mut Permit,
         id: RequestId,
-        (job, terms, n_choices): (&Job, &[Terms], usize),
-    ) -> Result<Priority, ApiError> {
+        (job, terms, n_choices): (&Job, &mut [Terms], usize),
+    ) -> Result<Doored, ApiError> {
         let Some(first) = terms.first() else { return Err(ApiError::Internal) };
         let attributes: Vec<(&str, &str)> =
             self.caller.attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         let new_tokens = terms.iter().map(|terms| u64::from(terms.max_new_tokens)).sum::<u64>() * n_choices as u64;
+        let request = AdmitRequest {
+            id,
+            model: &job.target.name,
+            tenant: &self.caller.tenant,
+            tenant_id: self.caller.tenant_id,
+            session: first.session,
+            priority: first.priority,
+            highest: self.caller.max_priority,
+            prompt_tokens: total_tokens(&job.prompts),
+            max_new_tokens: u32::try_from(new_tokens).unwrap_or(u32::MAX),
+            arrived: self.arrived,
+            deadline: first.deadline,
+            seed: self.state.clock.random(),
+            numbers: first.numbers,
+            attributes: &attributes,
+        };
         let now = self.state.clock.now();
-        permit.ask(
-            now,
-            &AdmitRequest {
-                id,
-                model: &job.target.name,
-                tenant: &self.caller.tenant,
-                tenant_id: self.caller.tenant_id,
-                session: first.session,
-                priority: first.priority,
-                highest: self.caller.max_priority,
-                prompt_tokens: total_tokens(&job.prompts),
-                max_new_tokens: u32::try_from(new_tokens).unwrap_or(u32::MAX),
-                arrived: self.arrived,
-                deadline: first.deadline,
-                seed: self.state.clock.random(),
-                numbers: first.numbers,
-                attributes: &attributes,
-            },
-        )
+        let (load, judged) = permit.ask(now, &request);
+        let call_us = self.state.clock.now().saturating_sub(now);
+        let doored = Doored { now, request: DoorSeen::of(&request), load, judged, call_us };
+        self.note_door(&doored);
+        match &doored.judged.verdict {
+            Some(Verdict::Reject(rejection)) => {
+                let error = ApiError::Rejected(rejection.clone());
+                self.state.traces.enter(&self.tag, self.arrived, Some(doored)).failed(&error, self.state.clock.now());
+                return Err(error);
+            }
+            Some(Verdict::AcceptAs(priority)) => terms.iter_mut().for_each(|terms| terms.priority = *priority),
+            Some(Verdict::Accept) | None => {}
+        }
+        Ok(doored)
+    }
+
+    /// Records what a policy was asked; a slot that went native meanwhile asked nobody.
+    fn note_door(&self, doored: &Doored) {
+        let (tap, judged) = (&self.state.taps.admission, &doored.judged);
+        if tap.recording() != 0 && (judged.verdict.is_some() || judged.fallback.is_some()) {
+            tap.push(Line::Admission(Box::new(doored.line())));
+        }
     }
 
     fn submissions(

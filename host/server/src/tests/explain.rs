@@ -1,12 +1,17 @@
 //! Why a request went where it went, and the decisions that are recorded.
 
+use std::sync::atomic::Ordering;
+
 use http_body_util::BodyExt;
+use pointsman_sched::admit::Verdict;
+use pointsman_sched::ids::Priority;
 use pointsman_sched::request::SinkEvent;
 use pointsman_sched::route::{Choice, Refusal, Rejection};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use crate::ServerConfig;
+use crate::admin::wire::calls::AdmissionCall;
 use crate::admin::wire::decision::{Answer, Line};
 use crate::fakes::{Play, Rig, bytes, request, token};
 use crate::ports::SubmitError;
@@ -146,7 +151,7 @@ async fn decisions_are_recorded_until_there_are_enough() {
     assert_eq!(*last, r#"{"dropped":0}"#);
     let router = |line: &str| match serde_json::from_str::<Line>(line).expect("a line") {
         Line::Router(line) => *line,
-        Line::Scheduler(line) => panic!("{line:?}"),
+        other => panic!("{other:?}"),
     };
     let (first, second) = (router(first), router(second));
     assert_eq!((&first.answer, first.chosen, first.generation), (&Answer::Pick(2), Some(2), 7));
@@ -155,10 +160,67 @@ async fn decisions_are_recorded_until_there_are_enough() {
 }
 
 #[tokio::test]
+async fn a_decision_at_the_door_is_explained_and_recorded() {
+    let rig = Rig::with(ServerConfig { route_headers: vec!["x-plan".into()], ..ServerConfig::default() });
+    rig.door.native.store(false, Ordering::Relaxed);
+    let ask = request("GET", "/admin/v1/slots/admission/record?limit=3&seconds=60", &[HOST], "");
+    let response = rig.admin().oneshot(ask).await.expect("routers do not fail");
+    let rejection = Rejection { reason: Refusal::Quota, retry_after_ms: 5, message: "no more".into() };
+    for (id, verdict, status, state, answer, clamp) in [
+        ("a", Some(Verdict::AcceptAs(Priority::Low)), 200, "finished", json!({"accept-as": "low"}), "[]"),
+        (
+            "b",
+            Some(Verdict::Reject(rejection)),
+            429,
+            "rejected",
+            json!({"reject": {"reason": "quota", "retry_after_ms": 5, "message": "no more"}}),
+            "[]",
+        ),
+        ("c", None, 200, "finished", Value::Null, "the policy did not answer (trap): the request entered as it was"),
+    ] {
+        *rig.door.verdict.lock().expect("unpoisoned") = verdict;
+        assert_eq!(generate(&rig, id).await, status, "{id}");
+        let why = explain(&rig, id).await;
+        let admission = &why["admission"];
+        assert_eq!((&why["state"], &admission["answer"]), (&json!(state), &answer), "{why}");
+        assert!(admission["clamps"].to_string().contains(clamp), "{admission}");
+        for (path, expect) in [
+            ("/revision", json!("d@1+0000")),
+            ("/generation", json!(9)),
+            ("/request/prompt_tokens", json!(9)),
+            ("/request/highest", json!("critical")),
+            ("/request/attributes", json!([["header.x-plan", "gold"]])),
+            ("/load/in_flight_limit", json!(1_024)),
+            ("/previous", json!({"revision": "e@1+0000", "generation": 8, "answer": {"accept-as": "low"}})),
+        ] {
+            assert_eq!(admission.pointer(path).unwrap_or(&Value::Null), &expect, "{path} in {admission}");
+        }
+        assert_eq!(why["decision"].is_null(), state == "rejected", "who is refused is not routed: {why}");
+    }
+    let text = response.into_body().collect().await.expect("bodies do not fail").to_bytes();
+    let text = String::from_utf8(text.to_vec()).expect("UTF-8");
+    let answers: Vec<String> = text
+        .lines()
+        .filter_map(|line| match serde_json::from_str::<Line>(line).ok()? {
+            Line::Admission(line) => Some(*line),
+            other => panic!("{other:?}"),
+        })
+        .map(|line| match line.call {
+            AdmissionCall::Admit { answer, request, .. } if request.tenant == "default" => format!("{answer:?}"),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let [first, second, third] = answers.as_slice() else { panic!("{text}") };
+    assert!(first.contains("AcceptAs(Low)") && second.contains("Reject") && third == "None", "{answers:?}");
+    let list = rig.ask_admin(request("GET", "/admin/v1/requests", &[HOST], "")).await.json();
+    assert_eq!((&list["data"][1]["id"], &list["data"][1]["model"]), (&json!("b"), &json!("m")), "{list}");
+}
+
+#[tokio::test]
 async fn only_what_can_be_recorded_is() {
     let rig = Rig::new();
     for (path, status, part) in [
-        ("/admin/v1/slots/telemetry.slo-log/record", 404, "router and scheduler can"),
+        ("/admin/v1/slots/telemetry.slo-log/record", 404, "admission, router, scheduler, kv-retention and sampler can"),
         ("/admin/v1/slots/router/record?limit=0", 400, "`limit` must be 1 to 1000000, found 0"),
         ("/admin/v1/slots/router/record?seconds=9999", 400, "`seconds` must be 1 to 3600, found 9999"),
         ("/admin/v1/slots/router/record?limit=x", 400, "invalid digit"),

@@ -52,6 +52,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
         min_new_tokens: 0,
         stop_tokens: Arc::default(),
         sampling: Arc::new(Sampling::default()),
+        attributes: Arc::default(),
         router_generation: 0,
         sink: Box::new(Sink::default()),
     }

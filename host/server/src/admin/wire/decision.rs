@@ -7,10 +7,16 @@
 
 use std::sync::Arc;
 
+use pointsman_sched::admit::Load;
 use pointsman_sched::batch::{Budgets, Changes, Plan, Rest, SequenceColumns};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::route::{Choice, Refusal, Rejection, ReplicaColumns, RequestNumbers, RouteRequest};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::calls::{AdmissionLine, DoorSeen, LoadDef, RetentionLine, SamplerLine, VerdictSeen};
+
+/// Longest text that is kept of an attribute, in bytes; headers may be long and are remembered a thousand times.
+const MAX_TEXT: usize = 256;
 
 /// One line of a recording.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,6 +26,13 @@ pub enum Line {
     Router(Box<RouterLine>),
     /// A call of a replica's scheduler.
     Scheduler(Box<SchedulerLine>),
+    /// A call of the admission policy.
+    Admission(Box<AdmissionLine>),
+    /// A ranking of a replica's cached blocks.
+    #[serde(rename = "kv-retention")]
+    Retention(Box<RetentionLine>),
+    /// A batch of a replica's sampler.
+    Sampler(Box<SamplerLine>),
 }
 
 /// The last line of a recording.
@@ -142,6 +155,9 @@ pub struct Explained {
     pub cached_tokens: u32,
     /// Tokens generated so far.
     pub generated_tokens: u32,
+    /// What the admission policy saw and said; absent when there was none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admission: Option<Admission>,
     /// What the router saw and said for its first prompt; absent when it did not get that far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decision: Option<Decision>,
@@ -209,6 +225,52 @@ pub struct Decision {
     pub chosen: Option<Chosen>,
 }
 
+/// A decision at the door, explained.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Admission {
+    /// What the policy saw of the request.
+    pub request: DoorSeen,
+    /// What it saw of the host.
+    #[serde(with = "LoadDef")]
+    pub load: Load,
+    /// `name@version+digest`.
+    pub revision: String,
+    /// Its generation.
+    pub generation: u64,
+    /// What it said; null where it gave no answer.
+    pub answer: Option<VerdictSeen>,
+    /// How long it took to say so.
+    pub call_us: u64,
+    /// Why it gave none: a kind of fault, `circuit-open` or `no-instance`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<&'static str>,
+    /// What the host did without an answer, in words.
+    pub clamps: Vec<String>,
+    /// What the policy before the active one says to the same inputs; asked now, off the path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub previous: Option<PreviousVerdict>,
+}
+
+/// What another admission policy would have said.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum PreviousVerdict {
+    /// It was asked.
+    Said {
+        /// `name@version+digest`, or `native`.
+        revision: String,
+        /// The generation under which it worked.
+        generation: u64,
+        /// What it says; null for native, which lets in whoever is within the host's limits.
+        answer: Option<VerdictSeen>,
+    },
+    /// It cannot be asked.
+    Unavailable {
+        /// Why.
+        unavailable: String,
+    },
+}
+
 /// The replica that got a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Chosen {
@@ -268,16 +330,17 @@ pub struct RequestSummary {
     pub generated_tokens: u32,
 }
 
+/// The beginning of a text that may be long.
+pub(super) fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(MAX_TEXT)].to_owned()
+}
+
 // === impl RequestSeen ===
 
 impl RequestSeen {
-    /// Longest text that is kept of an attribute; headers may be long and are remembered a thousand times.
-    const MAX_TEXT: usize = 256;
-
     /// What a router saw, without the text of the prompt.
     #[must_use]
     pub fn of(request: &RouteRequest<'_>) -> Self {
-        let cut = |text: &str| text[..text.floor_char_boundary(Self::MAX_TEXT)].to_owned();
         let texts = request.attributes.iter().filter(|(name, _)| *name != "prompt-head");
         Self {
             id: request.id.0,
@@ -353,7 +416,7 @@ impl From<Answer> for Choice {
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Priority", rename_all = "lowercase")]
-enum PriorityDef {
+pub(super) enum PriorityDef {
     Critical,
     High,
     Normal,
@@ -371,7 +434,7 @@ enum RefusalDef {
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Rejection")]
-struct RejectionDef {
+pub(super) struct RejectionDef {
     #[serde(with = "RefusalDef")]
     reason: Refusal,
     retry_after_ms: u32,
@@ -380,7 +443,7 @@ struct RejectionDef {
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "RequestNumbers")]
-struct RequestNumbersDef {
+pub(super) struct RequestNumbersDef {
     choices: u64,
     temperature_ppm: u64,
     stream: u64,
