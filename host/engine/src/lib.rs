@@ -14,4 +14,4 @@ pub use backend::cpu::{
     ComputePool, ConfigError, CpuConfig, CpuEngine, KvPlan, MemoryUse, Model, PoolError, Precision,
 };
 pub use load::{LoadError, Weights};
-pub use spec::{ModelSpec, SpecError};
+pub use spec::{Activation, Experts, ModelSpec, Naming, Rope, RopeScaling, SpecError, Window};

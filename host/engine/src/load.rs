@@ -283,6 +283,15 @@ impl Elements<'_> {
         }
     }
 
+    /// The first `n` values, and the rest.
+    pub(crate) fn split_at(self, n: usize) -> (Self, Self) {
+        match self {
+            Self::F32(x) => (Self::F32(&x[..n]), Self::F32(&x[n..])),
+            Self::F16(x) => (Self::F16(&x[..n]), Self::F16(&x[n..])),
+            Self::Bf16(x) => (Self::Bf16(&x[..n]), Self::Bf16(&x[n..])),
+        }
+    }
+
     pub(crate) fn to_f32(self) -> Vec<f32> {
         (0..self.len()).map(|i| self.f32(i)).collect()
     }

@@ -1,11 +1,17 @@
-//! What distinguishes one decoder transformer from another, as data, read from a Hugging Face `config.json`.
+//! What distinguishes one decoder transformer from another, as data.
 //!
-//! The reader accepts what the forward pass computes and refuses the rest by name: a field that would silently change the
-//! mathematics (a bias, a scaled rope, another activation) is an error here, never a wrong token later.
+//! Read in the order below: the description, then [`read`] (fields of a Hugging Face `config.json`), then `families` (what each
+//! architecture adds to the fields that all share). The reader accepts what the forward pass computes and refuses the rest
+//! by name: a field that would silently change the mathematics is an error here, never a wrong token later.
 
-use serde_json::{Map, Value};
+mod families;
+mod read;
+#[cfg(test)]
+mod tests;
 
-/// A decoder transformer of the Llama family: RMSNorm before each half, rotate-half RoPE, grouped-query attention, SwiGLU.
+pub use read::SpecError;
+
+/// A decoder transformer: RMSNorm before each half, rotate-half RoPE, grouped-query attention, a gated feed-forward half.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// Tokens in the vocabulary.
@@ -20,78 +26,120 @@ pub struct ModelSpec {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Width of the feed-forward half.
+    /// Width of the feed-forward half; of one expert where there are [`experts`](Self::experts).
     pub ffn: usize,
     /// Positions that the model was trained for.
     pub context: usize,
     /// Added to the mean square in RMSNorm.
     pub norm_eps: f32,
-    /// Base of the rotation frequencies.
-    pub rope_theta: f64,
+    /// Whether a norm multiplies by `1 + gain` instead of `gain`.
+    pub norm_plus_one: bool,
+    /// Whether each half's result is normed, too, before it joins the residual stream.
+    pub post_norms: bool,
+    /// What the embedding is multiplied by.
+    pub embedding_scale: f32,
     /// Whether the output head is the embedding.
     pub tied: bool,
+    /// How positions turn queries and keys.
+    pub rope: Rope,
+    /// The same in the layers with a window, where they differ.
+    pub window_rope: Option<Rope>,
+    /// Layers that see only the last positions.
+    pub window: Option<Window>,
+    /// Whether the projections to q, k and v add a bias.
+    pub qkv_bias: bool,
+    /// Whether the projection out of attention adds a bias.
+    pub out_bias: bool,
+    /// Whether each head of q and k is normed before it is turned.
+    pub qk_norm: bool,
+    /// What a product of query and key is multiplied by.
+    pub score_scale: f32,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub score_cap: Option<f32>,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub logit_cap: Option<f32>,
+    /// Applied to the gate.
+    pub activation: Activation,
+    /// Sparse experts in place of the feed-forward half.
+    pub experts: Option<Experts>,
+    /// How the file names its tensors.
+    pub naming: Naming,
 }
 
-/// Why a `config.json` cannot be served. The model, or this version of the host, is at fault; a retry does not help.
-#[derive(Debug, thiserror::Error)]
-pub enum SpecError {
-    /// Not JSON.
-    #[error("config.json is not JSON: {0}")]
-    Json(#[from] serde_json::Error),
-    /// A field that must be there is not.
-    #[error("config.json lacks {field}; it must be {expected}")]
-    Missing {
-        /// Its name.
-        field: &'static str,
-        /// What it must be.
-        expected: &'static str,
+/// Rotate-half positions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Leading elements of a head that are turned; the rest stay.
+    pub width: usize,
+    /// How frequencies are stretched for a longer context.
+    pub scaling: RopeScaling,
+}
+
+/// How rotation frequencies are stretched.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
     },
-    /// A field has the wrong type or an impossible value.
-    #[error("config.json has {field} = {found}; it must be {expected}")]
-    Invalid {
-        /// Its name.
-        field: &'static str,
-        /// What it is.
-        found: String,
-        /// What it must be.
-        expected: &'static str,
-    },
-    /// A field asks for something that is not implemented.
-    #[error("config.json has {field} = {found}, which is not supported; supported: {supported}")]
-    Unsupported {
-        /// Its name.
-        field: &'static str,
-        /// What it is.
-        found: String,
-        /// What works.
-        supported: &'static str,
+    /// Low ones divided by a factor, high ones kept, those between blended.
+    Llama3 {
+        /// The factor.
+        factor: f64,
+        /// Turns within the old context below which a frequency counts as low.
+        low: f64,
+        /// ... and above which it counts as high.
+        high: f64,
+        /// Positions of the old context.
+        old_context: f64,
     },
 }
 
-/// Upper bound of every size, so that products of sizes cannot overflow.
-const MAX_SIZE: u64 = 1 << 24;
-
-/// A field that must be one of a few values when it is there.
-struct Only {
-    field: &'static str,
-    accept: fn(&Value) -> bool,
-    supported: &'static str,
+/// Layers with a sliding window.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Positions that a token sees, itself included.
+    pub positions: usize,
+    /// By layer, whether it has the window.
+    pub layers: Vec<bool>,
 }
 
-const ONLY: &[Only] = &[
-    Only { field: "hidden_act", accept: |v| v == "silu", supported: "silu" },
-    Only { field: "attention_bias", accept: |v| v == false, supported: "false" },
-    Only { field: "mlp_bias", accept: |v| v == false, supported: "false" },
-    Only { field: "quantization_config", accept: Value::is_null, supported: "null: F32, F16 or BF16 weights" },
-    Only { field: "rope_scaling", accept: is_plain_rope, supported: "null, or rope_type = default" },
-    Only { field: "rope_parameters", accept: is_plain_rope, supported: "null, or rope_type = default" },
-    Only { field: "partial_rotary_factor", accept: |v| v.as_f64() == Some(1.0) || v.is_null(), supported: "1" },
-    Only { field: "sliding_window", accept: Value::is_null, supported: "null" },
-];
+/// What the gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// The tanh form of GELU.
+    GeluTanh,
+}
 
-fn is_plain_rope(value: &Value) -> bool {
-    let kind = value.get("rope_type").or_else(|| value.get("type"));
-    value.is_null() || kind.is_some_and(|kind| kind == "default")
+/// Sparse experts: each token goes through a few of many feed-forward halves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token goes through.
+    pub per_token: usize,
+    /// Whether the weights of those few are made to sum to 1.
+    pub normalised: bool,
+    /// By layer: the width of its dense feed-forward half, where it has one instead of experts.
+    pub dense: Vec<Option<usize>>,
+}
+
+/// How a checkpoint names and splits its tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// `q_proj`, `k_proj`, `v_proj`; `gate_proj`, `up_proj`; experts as `mlp.experts.N.gate_proj`.
+    Split,
+    /// `qkv_proj`; `gate_up_proj`.
+    Packed,
+    /// As [`Split`](Self::Split), with experts as `block_sparse_moe.experts.N.w1`, `w3`, `w2`.
+    Mixtral,
 }
 
 impl ModelSpec {
@@ -100,32 +148,7 @@ impl ModelSpec {
     /// # Errors
     /// The first field that is missing, impossible or not supported.
     pub fn from_config(json: &[u8]) -> Result<Self, SpecError> {
-        let fields: Map<String, Value> = serde_json::from_slice(json)?;
-        check_architecture(&fields)?;
-        for only in ONLY {
-            match fields.get(only.field) {
-                Some(found) if !(only.accept)(found) => {
-                    return Err(unsupported(only.field, found.to_string(), only.supported));
-                }
-                _ => {}
-            }
-        }
-        let (hidden, heads) = (size(&fields, "hidden_size", None)?, size(&fields, "num_attention_heads", None)?);
-        let theta_at = fields.get("rope_parameters").and_then(Value::as_object).unwrap_or(&fields);
-        Self {
-            vocab: size(&fields, "vocab_size", None)?,
-            hidden,
-            layers: size(&fields, "num_hidden_layers", None)?,
-            heads,
-            kv_heads: size(&fields, "num_key_value_heads", Some(heads))?,
-            head_dim: size(&fields, "head_dim", Some(hidden / heads))?,
-            ffn: size(&fields, "intermediate_size", None)?,
-            context: size(&fields, "max_position_embeddings", None)?,
-            norm_eps: positive(&fields, "rms_norm_eps", 1e-6)? as f32,
-            rope_theta: positive(theta_at, "rope_theta", 10_000.0)?,
-            tied: flag(&fields, "tie_word_embeddings", false)?,
-        }
-        .checked()
+        families::from_config(json)
     }
 
     /// Checks that the kernels can serve these sizes.
@@ -142,14 +165,17 @@ impl ModelSpec {
                 expected,
             });
         }
+        let dense = self.experts.iter().flat_map(|experts| experts.dense.iter().flatten());
         let multiples = [
             ("hidden_size", self.hidden),
             ("head_dim", self.head_dim),
+            ("head_dim * partial_rotary_factor", self.rope.width),
             ("intermediate_size", self.ffn),
             ("num_attention_heads * head_dim", q_dim),
         ];
+        let multiples = multiples.into_iter().chain(dense.map(|&ffn| ("intermediate_size", ffn)));
         match multiples.into_iter().find(|&(_, found)| found == 0 || found % 32 != 0) {
-            Some((field, found)) => Err(unsupported(field, found.to_string(), "multiples of 32")),
+            Some((field, found)) => Err(read::unsupported(field, found.to_string(), "multiples of 32")),
             None => Ok(self),
         }
     }
@@ -165,134 +191,39 @@ impl ModelSpec {
     pub fn kv_dim(&self) -> usize {
         self.kv_heads * self.head_dim
     }
-}
 
-fn unsupported(field: &'static str, found: String, supported: &'static str) -> SpecError {
-    SpecError::Unsupported { field, found, supported }
-}
+    /// Positions that layer `layer` sees, where it has a window.
+    #[must_use]
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        self.window.as_ref().filter(|window| window.layers[layer]).map(|window| window.positions)
+    }
 
-fn check_architecture(fields: &Map<String, Value>) -> Result<(), SpecError> {
-    const EXPECTED: &str = "[\"LlamaForCausalLM\"]";
-    match fields.get("architectures") {
-        None => Err(SpecError::Missing { field: "architectures", expected: EXPECTED }),
-        Some(Value::Array(names)) if names.len() == 1 && names[0] == "LlamaForCausalLM" => Ok(()),
-        Some(found) => Err(unsupported("architectures", found.to_string(), EXPECTED)),
+    /// Whether layer `layer` turns by [`window_rope`](Self::window_rope).
+    #[must_use]
+    pub fn has_window_rope(&self, layer: usize) -> bool {
+        self.window_rope.is_some() && self.window_of(layer).is_some()
     }
 }
 
-fn size(fields: &Map<String, Value>, field: &'static str, default: Option<usize>) -> Result<usize, SpecError> {
-    const EXPECTED: &str = "a whole number from 1 to 2^24";
-    match (fields.get(field), default) {
-        (None | Some(Value::Null), Some(default)) => Ok(default),
-        (None | Some(Value::Null), None) => Err(SpecError::Missing { field, expected: EXPECTED }),
-        (Some(found), _) => match found.as_u64() {
-            Some(size @ 1..=MAX_SIZE) => Ok(size as usize),
-            _ => Err(SpecError::Invalid { field, found: found.to_string(), expected: EXPECTED }),
-        },
+impl Rope {
+    /// Radians per position of each pair of elements.
+    #[must_use]
+    pub fn frequencies(&self) -> Vec<f64> {
+        let plain = |i: usize| self.theta.powf(-2.0 * i as f64 / self.width as f64);
+        (0..self.width / 2).map(|i| self.scaling.apply(plain(i))).collect()
     }
 }
 
-fn positive(fields: &Map<String, Value>, field: &'static str, default: f64) -> Result<f64, SpecError> {
-    match fields.get(field) {
-        None | Some(Value::Null) => Ok(default),
-        Some(found) => found.as_f64().filter(|x| *x > 0.0).ok_or_else(|| SpecError::Invalid {
-            field,
-            found: found.to_string(),
-            expected: "a positive number",
-        }),
-    }
-}
-
-fn flag(fields: &Map<String, Value>, field: &'static str, default: bool) -> Result<bool, SpecError> {
-    match fields.get(field) {
-        None | Some(Value::Null) => Ok(default),
-        Some(Value::Bool(flag)) => Ok(*flag),
-        Some(found) => Err(SpecError::Invalid { field, found: found.to_string(), expected: "true or false" }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config() -> Map<String, Value> {
-        let text = r#"{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 128,
-            "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 1024, "rms_norm_eps": 1e-05,
-            "rope_theta": 50000.0, "rope_scaling": null, "attention_bias": false, "tie_word_embeddings": true}"#;
-        serde_json::from_str(text).unwrap()
-    }
-
-    fn read(fields: &Map<String, Value>) -> Result<ModelSpec, SpecError> {
-        ModelSpec::from_config(&serde_json::to_vec(fields).unwrap())
-    }
-
-    #[test]
-    fn a_llama_config_is_read() {
-        let spec = read(&config()).unwrap();
-        let expect = ModelSpec {
-            vocab: 2048,
-            hidden: 128,
-            layers: 3,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 32,
-            ffn: 352,
-            context: 1024,
-            norm_eps: 1e-5,
-            rope_theta: 50_000.0,
-            tied: true,
-        };
-        assert_eq!(spec, expect);
-        assert_eq!((spec.q_dim(), spec.kv_dim()), (128, 64));
-    }
-
-    #[test]
-    fn optional_fields_have_the_defaults_of_the_family() {
-        let mut fields = config();
-        for field in
-            ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act"]
-        {
-            fields.remove(field);
+impl RopeScaling {
+    fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::None => frequency,
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3 { factor, low, high, old_context } => {
+                let turns = old_context * frequency / std::f64::consts::TAU;
+                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                frequency * (kept + (1.0 - kept) / factor)
+            }
         }
-        fields.insert("rope_parameters".into(), serde_json::json!({"rope_type": "default", "rope_theta": 7.5}));
-        let spec = read(&fields).unwrap();
-        assert_eq!((spec.kv_heads, spec.head_dim, spec.rope_theta, spec.tied), (4, 32, 7.5, false));
-        assert_eq!(spec.norm_eps, 1e-6);
-    }
-
-    #[test]
-    fn odd_fields_are_named_with_what_is_supported() {
-        let json = |text: &str| serde_json::from_str::<Value>(text).unwrap();
-        for (field, value, expect) in [
-            (
-                "architectures",
-                r#"["GemmaForCausalLM"]"#,
-                r#"architectures = ["GemmaForCausalLM"], which is not supported; supported: ["LlamaForCausalLM"]"#,
-            ),
-            (
-                "rope_scaling",
-                r#"{"rope_type":"yarn"}"#,
-                r#"rope_scaling = {"rope_type":"yarn"}, which is not supported; supported: null"#,
-            ),
-            ("hidden_act", r#""gelu""#, r#"hidden_act = "gelu", which is not supported; supported: silu"#),
-            ("attention_bias", "true", "attention_bias = true, which is not supported; supported: false"),
-            ("quantization_config", "{}", "quantization_config = {}, which is not supported"),
-            ("vocab_size", "-1", "vocab_size = -1; it must be a whole number"),
-            ("vocab_size", "null", "lacks vocab_size; it must be a whole number"),
-            ("rms_norm_eps", "0", "rms_norm_eps = 0; it must be a positive number"),
-            ("tie_word_embeddings", "1", "tie_word_embeddings = 1; it must be true or false"),
-            ("head_dim", "40", "head_dim = 40, which is not supported; supported: multiples of 32"),
-            ("num_key_value_heads", "3", "num_key_value_heads = 3; it must be a divisor of num_attention_heads"),
-        ] {
-            let mut fields = config();
-            fields.insert(field.into(), json(value));
-            let error = read(&fields).unwrap_err().to_string();
-            assert!(error.contains(expect), "{field}: {error}");
-        }
-        assert!(ModelSpec::from_config(b"{").unwrap_err().to_string().contains("not JSON"));
-        let mut fields = config();
-        fields.remove("architectures");
-        assert!(read(&fields).unwrap_err().to_string().contains("lacks architectures"));
     }
 }

@@ -6,6 +6,7 @@
 mod aligned;
 mod attention;
 mod engine;
+mod experts;
 mod gemm;
 mod isa;
 mod kv;
@@ -15,6 +16,7 @@ mod model;
 mod norm;
 mod pool;
 mod quant;
+mod rows;
 pub(crate) mod softmax;
 
 pub use engine::{ConfigError, CpuConfig, CpuEngine, MemoryUse};

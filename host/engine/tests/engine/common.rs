@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Rope, Weights};
 use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
@@ -40,19 +40,17 @@ impl Rng {
 }
 
 pub(crate) fn spec() -> ModelSpec {
-    ModelSpec {
-        vocab: 203,
-        hidden: 96,
-        layers: 3,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 32,
-        ffn: 160,
-        context: 256,
-        norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        tied: true,
-    }
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 203, "hidden_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 160,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
+    ModelSpec::from_config(config.as_bytes()).unwrap()
+}
+
+/// The same with heads of another width.
+pub(crate) fn with_heads(heads: usize, kv_heads: usize, head_dim: usize) -> ModelSpec {
+    let spec = spec();
+    let (rope, score_scale) = (Rope { width: head_dim, ..spec.rope }, 1.0 / (head_dim as f32).sqrt());
+    ModelSpec { heads, kv_heads, head_dim, rope, score_scale, ..spec }
 }
 
 /// A tensor of a random model, in `f32`.

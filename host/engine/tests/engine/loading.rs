@@ -22,7 +22,7 @@ fn bad_tensors_are_named() {
             |t| t[0].values[3] = f32::NAN,
             "tensor model.embed_tokens.weight holds a value that is not finite at element 3",
         ),
-        (|t| t.truncate(5), "tensor model.layers.0.mlp.gate_proj.weight of shape [160, 96] is missing"),
+        (|t| t.truncate(5), "tensor model.layers.0.self_attn.o_proj.weight of shape [96, 128] is missing"),
     ];
     for (change, expect) in cases {
         let mut tensors = tensors(&spec(), Dtype::F32, 1);

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests, and the functions they share")]
 
 mod common;
+mod families;
 mod golden;
 mod invariance;
 mod loading;

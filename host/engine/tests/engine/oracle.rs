@@ -1,7 +1,7 @@
 //! The engine against candle: a plain `f32` forward pass of the same random model, written with candle's tensors.
-use crate::common::{Named, Rng, engine, generate, model, spec, tensors};
+use crate::common::{Named, Rng, engine, generate, model, spec, tensors, with_heads};
 use candle_core::{D, Device, Tensor};
-use pointsman_engine::{ComputePool, ModelSpec, Precision};
+use pointsman_engine::{ComputePool, ModelSpec, Precision, Rope};
 use safetensors::Dtype;
 
 struct Oracle<'a> {
@@ -34,7 +34,7 @@ impl Oracle<'_> {
         if !rotate {
             return Ok(x);
         }
-        let angle = |i: usize| (i / (d / 2)) as f64 / self.spec.rope_theta.powf(2.0 * (i % (d / 2)) as f64 / d as f64);
+        let angle = |i: usize| (i / (d / 2)) as f64 / self.spec.rope.theta.powf(2.0 * (i % (d / 2)) as f64 / d as f64);
         let table = |f: fn(f64) -> f64| {
             let values: Vec<f32> = (0..t * d / 2).map(|i| f(angle(i)) as f32).collect();
             Tensor::from_vec(values, (t, d / 2), &Device::Cpu)
@@ -95,9 +95,9 @@ fn specs() -> Vec<ModelSpec> {
     vec![
         spec(),
         ModelSpec { tied: false, kv_heads: 4, vocab: 64, ..spec() },
-        ModelSpec { head_dim: 64, kv_heads: 1, heads: 3, rope_theta: 500_000.0, ..spec() },
-        ModelSpec { heads: 10, kv_heads: 2, layers: 1, ..spec() },
-        ModelSpec { head_dim: 96, heads: 2, kv_heads: 2, layers: 1, ..spec() },
+        ModelSpec { rope: Rope { theta: 500_000.0, ..with_heads(3, 1, 64).rope }, ..with_heads(3, 1, 64) },
+        ModelSpec { layers: 1, ..with_heads(10, 2, 32) },
+        ModelSpec { layers: 1, ..with_heads(2, 2, 96) },
     ]
 }
 

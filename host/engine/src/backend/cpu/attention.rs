@@ -1,9 +1,11 @@
 //! Causal attention over the pages: the query heads of one key head together, one row at a time.
 //!
-//! A row sees positions 0 up to its own in a fixed order: each score is one chain over the head's width; the weights'
+//! A row sees its window's positions up to its own in a fixed order: each score is one chain over the head's width; the weights'
 //! sum keeps a lane per position modulo 16; each output is four chains, by position modulo 4, joined at the end. Nothing
 //! depends on the chunk a row came in, on other rows, or on where the pages lie. No flash-style running maximum: with all
 //! scores of a row at hand (4 bytes a position) it would only add roundings that depend on block boundaries.
+
+use std::ops::Range;
 
 use pointsman_sched::ids::BlockId;
 
@@ -40,6 +42,12 @@ pub(super) struct Attention<'a> {
     pub(super) head_dim: usize,
     /// Query heads per key head.
     pub(super) group: usize,
+    /// What a product of query and key is multiplied by.
+    pub(super) scale: f32,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub(super) cap: Option<f32>,
+    /// Positions that a token sees, itself included.
+    pub(super) window: Option<usize>,
 }
 
 impl Attention<'_> {
@@ -47,6 +55,13 @@ impl Attention<'_> {
     /// every position of the longest sequence.
     pub(super) fn heads(&self, first: usize, scores: &mut [Lanes], out: &mut [Lanes]) {
         self.isa.run(Heads { shared: self, first, scores, out });
+    }
+
+    /// Positions that a row sees.
+    #[inline(always)]
+    fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.tokens[row].position as usize + 1;
+        end.saturating_sub(self.window.unwrap_or(end))..end
     }
 
     /// Vectors of one head's output.
@@ -108,26 +123,28 @@ impl<const G: usize> Group<'_, G> {
     fn run<S: Simd>(mut self, s: S) {
         for row in 0..self.shared.tokens.len() {
             self.scores_of(s, row);
-            let n = self.shared.tokens[row].position as usize + 1;
+            let seen = self.shared.seen(row);
+            let (first, last) = (seen.start % LANES, (seen.end - 1) % LANES + 1);
+            let slabs = slabs(&seen);
             let mut scales = [0.0; G];
             for (scores, scale) in self.scores.iter_mut().zip(&mut scales) {
-                *scale = 1.0 / soften(s, &mut scores[..n.div_ceil(LANES)], (n - 1) % LANES + 1);
+                *scale = 1.0 / soften(s, &mut scores[slabs.clone()], first, last);
             }
             self.mix(s, row, scales);
         }
     }
 
-    /// Fills `scores` for a row's positions; lanes after its last are what the page held before. Asks for the values.
+    /// Fills `scores` for the slabs that a row sees; lanes after its last are what the page held before. Asks for the
+    /// values.
     #[inline(always)]
     fn scores_of<S: Simd>(&mut self, s: S, row: usize) {
-        let Attention { kv, layer, tokens, q, head_dim, group, .. } = *self.shared;
-        let n_slabs = (tokens[row].position as usize + 1).div_ceil(LANES);
+        let Attention { kv, layer, tokens, q, group, scale, cap, .. } = *self.shared;
         let (unit, step) = (self.shared.unit(), stride(tokens.len()));
         let queries: [_; G] =
             std::array::from_fn(|g| Strided { panels: &q[(self.first + g) * unit..], stride: step, row });
-        let scale = s.splat(1.0 / (head_dim as f32).sqrt());
+        let scale = s.splat(scale);
         let blocks = tokens[row].blocks_in(self.shared.blocks);
-        for slab in 0..n_slabs {
+        for slab in slabs(&self.shared.seen(row)) {
             let page = kv.slab(blocks, layer, self.first / group, slab);
             page.values.iter().for_each(|line| s.prefetch(line));
             let mut score = [s.zero(); G];
@@ -141,7 +158,8 @@ impl<const G: usize> Group<'_, G> {
                 }
             }
             for (score, out) in score.into_iter().zip(&mut self.scores) {
-                s.store(s.mul(score, scale), &mut out[slab]);
+                let score = s.mul(score, scale);
+                s.store(cap.map_or(score, |cap| math::cap(s, score, cap)), &mut out[slab]);
             }
         }
     }
@@ -150,20 +168,20 @@ impl<const G: usize> Group<'_, G> {
     #[inline(always)]
     fn mix<S: Simd>(&mut self, s: S, row: usize, scales: [f32; G]) {
         let Attention { kv, layer, tokens, head_dim, group, .. } = *self.shared;
-        let n = tokens[row].position as usize + 1;
+        let seen = self.shared.seen(row);
         let panels = head_dim / LANES;
         let blocks = tokens[row].blocks_in(self.shared.blocks);
-        let next = tokens.get(row + 1).map_or(0..0, |next| 0..(next.position as usize + 1).div_ceil(LANES));
+        let next = if row + 1 < tokens.len() { slabs(&self.shared.seen(row + 1)) } else { 0..0 };
         for panel in 0..panels {
             let mut acc = [[s.zero(); 4]; G];
-            for slab in 0..n.div_ceil(LANES) {
+            for slab in slabs(&seen) {
                 if panel == 0 && next.contains(&slab) {
                     let blocks = tokens[row + 1].blocks_in(self.shared.blocks);
                     kv.slab(blocks, layer, self.first / group, slab).keys.iter().for_each(|line| s.prefetch(line));
                 }
                 let values = kv.slab(blocks, layer, self.first / group, slab).values;
                 // Beyond the last position a page may hold anything, so a zero weight is not enough.
-                for i in 0..LANES.min(n - slab * LANES) {
+                for i in 0..LANES.min(seen.end - slab * LANES) {
                     let value = s.load(&values[i * panels + panel]);
                     for (acc, weights) in acc.iter_mut().zip(&self.scores) {
                         acc[i % 4] = s.fma(s.splat(weights[slab][i]), value, acc[i % 4]);
@@ -179,10 +197,18 @@ impl<const G: usize> Group<'_, G> {
     }
 }
 
-/// Turns scores into weights relative to the largest, and returns their sum. The last vector has `last` of them.
+/// Vectors of sixteen positions that hold these.
 #[inline(always)]
-fn soften<S: Simd>(s: S, scores: &mut [Lanes], last: usize) -> f32 {
+fn slabs(positions: &Range<usize>) -> Range<usize> {
+    positions.start / LANES..positions.end.div_ceil(LANES)
+}
+
+/// Turns scores into weights relative to the largest, and returns their sum. They begin at lane `first` of the first vector
+/// and end before lane `last` of the last.
+#[inline(always)]
+fn soften<S: Simd>(s: S, scores: &mut [Lanes], first: usize, last: usize) -> f32 {
     let end = scores.len() - 1;
+    scores[0][..first].fill(f32::NEG_INFINITY);
     scores[end][last..].fill(f32::NEG_INFINITY);
     let mut largest = s.splat(f32::NEG_INFINITY);
     for score in scores.iter() {
@@ -193,6 +219,7 @@ fn soften<S: Simd>(s: S, scores: &mut [Lanes], last: usize) -> f32 {
         let weight = math::exp(s, s.sub(s.load(score), largest));
         s.store(weight, score);
     }
+    scores[0][..first].fill(0.0);
     scores[end][last..].fill(0.0);
     let mut total = s.zero();
     for score in scores.iter() {

@@ -10,15 +10,18 @@ use pointsman_sched::sampler::EditSource;
 
 use super::aligned::Aligned;
 use super::attention::{Attention, Token};
+use super::experts::{ExpertWork, Sparse};
 use super::gemm::{Epilogue, Input, matmul};
 use super::isa::{LANES, Lanes, stride};
 use super::kv::{KvPlan, KvPool, Position, Strided};
-use super::matrix::{BLOCK, PANEL};
-use super::model::{Layer, Model};
-use super::norm::{Rope, rms_norm};
+use super::matrix::{BLOCK, Matrix, PANEL};
+use super::model::{Ffn, Layer, Model};
+use super::norm::{Norm, RopeTables, norm_heads, rms_norm, rms_norm_add};
 use super::pool::{ComputePool, Units};
 use super::quant::QuantRow;
+use super::rows;
 use crate::sampling::Sampler;
+use crate::spec::Activation;
 
 /// Sizes of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +75,9 @@ pub struct CpuEngine {
     pool: ComputePool,
     config: CpuConfig,
     kv: KvPool,
-    rope: Rope,
+    rope: RopeTables,
+    /// For layers with a window, where theirs differs.
+    window_rope: Option<RopeTables>,
     work: Workspace,
 }
 
@@ -84,6 +89,9 @@ struct Workspace {
     qkv: Aligned<f32, LANES>,
     mixed: Aligned<f32, LANES>,
     ffn: Aligned<f32, LANES>,
+    /// A half's result where it is normed before it joins `hidden`.
+    branch: Aligned<f32, LANES>,
+    experts: Option<ExpertWork>,
     quantised: Vec<QuantRow>,
     scores: Aligned<f32, LANES>,
     /// The hidden state and logits of rows that sample.
@@ -105,10 +113,13 @@ impl CpuEngine {
     /// A size of the configuration is impossible.
     pub fn new(model: Arc<Model>, pool: ComputePool, config: CpuConfig) -> Result<Self, ConfigError> {
         config.check(&model)?;
-        let plan = KvPlan::for_blocks(&model.spec, config.block_tokens, config.n_blocks);
+        let spec = &model.spec;
+        let plan = KvPlan::for_blocks(spec, config.block_tokens, config.n_blocks);
+        let tables = |rope: &_| RopeTables::new(rope, spec.head_dim, config.context_tokens);
         Ok(Self {
-            kv: KvPool::allocate(&model.spec, &plan),
-            rope: Rope::tables(&model.spec, config.context_tokens),
+            kv: KvPool::allocate(spec, &plan),
+            rope: tables(&spec.rope),
+            window_rope: spec.window_rope.as_ref().map(tables),
             work: Workspace::allocate(&model, &config, pool.isa()),
             model,
             pool,
@@ -119,10 +130,11 @@ impl CpuEngine {
     /// Memory by owner.
     #[must_use]
     pub fn memory(&self) -> MemoryUse {
+        let ropes = std::iter::once(&self.rope).chain(&self.window_rope);
         MemoryUse {
             weights: self.model.bytes(),
             kv: KvPlan::for_blocks(&self.model.spec, self.config.block_tokens, self.config.n_blocks).bytes(),
-            workspace: self.work.bytes() + self.rope.bytes(),
+            workspace: self.work.bytes() + ropes.map(RopeTables::bytes).sum::<usize>(),
         }
     }
 
@@ -160,60 +172,106 @@ impl CpuEngine {
 
     fn embed(&mut self, plan: &StepPlan) {
         let step = stride(plan.tokens.len());
-        let embedding = self.model.embedding();
+        let (embedding, scale) = (self.model.embedding(), self.model.spec.embedding_scale);
         for (row, &token) in plan.tokens.iter().enumerate() {
-            embedding.gather(token as usize, |k, x| self.work.hidden[k / LANES * step + row][k % LANES] = x);
+            let put = |k: usize, x: f32| self.work.hidden[k / LANES * step + row][k % LANES] = x * scale;
+            embedding.gather(token as usize, put);
         }
     }
 
     fn attention_half(&mut self, plan: &StepPlan, index: usize, layer: &Layer) {
+        self.project_heads(index, layer);
+        self.write_heads(plan, index);
         let (pool, spec) = (&self.pool, &self.model.spec);
-        let Workspace { hidden, normed, qkv, mixed, quantised, scores, tokens, positions, .. } = &mut self.work;
+        let Workspace { hidden, branch, qkv, mixed, quantised, scores, tokens, positions, .. } = &mut self.work;
         let rows = tokens.len();
         let head = spec.head_dim / LANES * stride(rows);
-        let (q_len, kv_len) = (spec.heads * head, spec.kv_heads * head);
-
-        rms_norm(pool.isa(), &layer.attention_norm, hidden, rows, normed);
-        matmul(pool, &layer.qkv, Input { x: normed, rows, quantised }, qkv, Epilogue::Store);
-        let (q, kv) = qkv.split_at_mut(q_len);
-        let (k, v) = kv.split_at_mut(kv_len);
-        self.rope.rotate(pool.isa(), q, positions);
-        self.rope.rotate(pool.isa(), &mut k[..kv_len], positions);
-        for (row, token) in tokens.iter().enumerate() {
-            let blocks = token.blocks_in(&plan.blocks);
-            for kv_head in 0..spec.kv_heads {
-                let key = Strided { panels: &k[kv_head * head..], stride: stride(rows), row };
-                let value = Strided { panels: &v[kv_head * head..], stride: stride(rows), row };
-                let position = token.position as usize;
-                self.kv.write(Position { blocks, layer: index, head: kv_head, position }, key, value);
-            }
-        }
-
+        let q_len = spec.heads * head;
         let attention = Attention {
             isa: pool.isa(),
             kv: &self.kv,
             layer: index,
             tokens,
             blocks: &plan.blocks,
-            q,
+            q: &qkv[..q_len],
             head_dim: spec.head_dim,
             group: spec.heads / spec.kv_heads,
+            scale: spec.score_scale,
+            cap: spec.score_cap,
+            window: spec.window_of(index),
         };
         let scores_unit = scores.len() / spec.heads;
         let seen: usize = positions.iter().map(|&position| position as usize + 1).sum();
         let work = 2 * seen * spec.q_dim();
         let units = Units { items: &mut mixed[..q_len], unit: head, scratch: scores, scratch_unit: scores_unit };
         pool.split_with(work, units, |first, mixed, scores| attention.heads(first, scores, mixed));
-        matmul(pool, &layer.out, Input { x: mixed, rows, quantised }, hidden, Epilogue::Add);
+        let input = Input { x: mixed, rows, quantised };
+        join(pool, &layer.out, input, layer.post_attention_norm.as_ref(), (branch, hidden));
+        if let Some(bias) = &layer.out_bias {
+            rows::add_bias(pool.isa(), bias, hidden, rows);
+        }
+    }
+
+    /// Queries, keys and values of the step's tokens, turned to their positions.
+    fn project_heads(&mut self, index: usize, layer: &Layer) {
+        let (pool, isa, spec) = (&self.pool, self.pool.isa(), &self.model.spec);
+        let Workspace { hidden, normed, qkv, quantised, positions, .. } = &mut self.work;
+        let rows = positions.len();
+        rms_norm(isa, &layer.attention_norm, hidden, rows, normed);
+        matmul(pool, &layer.qkv, Input { x: normed, rows, quantised }, qkv, Epilogue::Store);
+        if let Some(bias) = &layer.qkv_bias {
+            rows::add_bias(isa, bias, qkv, rows);
+        }
+        let head = spec.head_dim / LANES * stride(rows);
+        let (q, kv) = qkv.split_at_mut(spec.heads * head);
+        let k = &mut kv[..spec.kv_heads * head];
+        if let Some([q_norm, k_norm]) = &layer.qk_norms {
+            norm_heads(isa, q_norm, q, rows);
+            norm_heads(isa, k_norm, k, rows);
+        }
+        let rope = self.window_rope.as_ref().filter(|_| spec.has_window_rope(index)).unwrap_or(&self.rope);
+        rope.rotate(isa, q, positions);
+        rope.rotate(isa, k, positions);
+    }
+
+    /// Keys and values go to their pages.
+    fn write_heads(&mut self, plan: &StepPlan, layer: usize) {
+        let spec = &self.model.spec;
+        let Workspace { qkv, tokens, .. } = &self.work;
+        let stride = stride(tokens.len());
+        let head = spec.head_dim / LANES * stride;
+        let (k, v) = qkv[spec.heads * head..].split_at(spec.kv_heads * head);
+        for (row, token) in tokens.iter().enumerate() {
+            let blocks = token.blocks_in(&plan.blocks);
+            for kv_head in 0..spec.kv_heads {
+                let key = Strided { panels: &k[kv_head * head..], stride, row };
+                let value = Strided { panels: &v[kv_head * head..], stride, row };
+                let position = token.position as usize;
+                self.kv.write(Position { blocks, layer, head: kv_head, position }, key, value);
+            }
+        }
     }
 
     fn ffn_half(&mut self, layer: &Layer) {
-        let pool = &self.pool;
-        let Workspace { hidden, normed, ffn, quantised, tokens, .. } = &mut self.work;
+        let (pool, spec) = (&self.pool, &self.model.spec);
+        let Workspace { hidden, normed, ffn, branch, experts, quantised, tokens, .. } = &mut self.work;
         let rows = tokens.len();
+        let gated = match spec.activation {
+            Activation::Silu => Epilogue::SiluMul,
+            Activation::GeluTanh => Epilogue::GeluMul,
+        };
         rms_norm(pool.isa(), &layer.ffn_norm, hidden, rows, normed);
-        matmul(pool, &layer.gate_up, Input { x: normed, rows, quantised }, ffn, Epilogue::SiluMul);
-        matmul(pool, &layer.down, Input { x: ffn, rows, quantised }, hidden, Epilogue::Add);
+        match (&layer.ffn, experts, &spec.experts) {
+            (Ffn::Dense(dense), ..) => {
+                matmul(pool, &dense.gate_up, Input { x: normed, rows, quantised }, ffn, gated);
+                let input = Input { x: ffn, rows, quantised };
+                join(pool, &dense.down, input, layer.post_ffn_norm.as_ref(), (branch, hidden));
+            }
+            (Ffn::Sparse { router, experts }, Some(work), Some(choice)) => {
+                work.run(pool, Sparse { router, experts, choice, gated, ffn, quantised, rows }, normed, hidden);
+            }
+            (Ffn::Sparse { .. }, ..) => unreachable!("sparse layers are loaded for a specification with experts only"),
+        }
     }
 
     /// Final norm and output head, for the last token of each row that samples.
@@ -231,6 +289,10 @@ impl CpuEngine {
         rms_norm(self.pool.isa(), &self.model.norm, picked, n_picked, normed);
         let input = Input { x: normed, rows: n_picked, quantised };
         matmul(&self.pool, &self.model.head, input, logits, Epilogue::Store);
+        if let Some(cap) = self.model.spec.logit_cap {
+            let vectors = self.model.head.n_panels() * (PANEL / LANES) * stride(n_picked);
+            rows::cap(self.pool.isa(), cap, &mut logits[..vectors]);
+        }
     }
 
     fn sample(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) {
@@ -254,8 +316,27 @@ impl CpuEngine {
     /// Multiply-adds of a step, roughly.
     fn cost(&self, plan: &StepPlan) -> usize {
         let spec = &self.model.spec;
-        let layer = spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn);
+        let ffn = spec.ffn * spec.experts.as_ref().map_or(1, |experts| experts.per_token);
+        let layer = spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * ffn);
         plan.tokens.len() * layer * spec.layers + plan.rows.len() * spec.vocab * spec.hidden
+    }
+}
+
+/// Adds a half's last product to the residual stream, normed before where the model says so.
+fn join(
+    pool: &ComputePool,
+    w: &Matrix,
+    input: Input<'_>,
+    norm: Option<&Norm>,
+    (branch, hidden): (&mut [Lanes], &mut [Lanes]),
+) {
+    let rows = input.rows;
+    match norm {
+        None => matmul(pool, w, input, hidden, Epilogue::Add),
+        Some(norm) => {
+            matmul(pool, w, input, branch, Epilogue::Store);
+            rms_norm_add(pool.isa(), norm, branch, rows, hidden);
+        }
     }
 }
 
@@ -357,14 +438,18 @@ impl Workspace {
         let CpuConfig { max_step_tokens: tokens, max_rows, context_tokens, .. } = *config;
         let zeros = |n: usize| Aligned::filled(0.0, n);
         let panels = |width: usize, rows: usize| zeros(width.next_multiple_of(PANEL) / LANES * stride(rows));
-        let widest = spec.hidden.max(spec.q_dim()).max(spec.ffn);
+        let dense = spec.experts.iter().flat_map(|experts| experts.dense.iter().flatten()).copied();
+        let ffn = dense.fold(spec.ffn, usize::max);
+        let widest = spec.hidden.max(spec.q_dim()).max(ffn);
         let most = tokens.max(max_rows);
         Self {
             hidden: panels(spec.hidden, tokens),
             normed: panels(spec.hidden, most),
             qkv: panels(spec.q_dim() + 2 * spec.kv_dim(), tokens),
             mixed: panels(spec.q_dim(), tokens),
-            ffn: panels(spec.ffn, tokens),
+            ffn: panels(ffn, tokens),
+            branch: if spec.post_norms { panels(spec.hidden, tokens) } else { zeros(0) },
+            experts: spec.experts.as_ref().map(|experts| ExpertWork::allocate(spec, experts, tokens)),
             quantised: vec![QuantRow::default(); widest / BLOCK * most],
             scores: zeros(spec.heads * context_tokens.div_ceil(LANES)),
             picked: panels(spec.hidden, max_rows),
@@ -377,10 +462,11 @@ impl Workspace {
     }
 
     fn bytes(&self) -> usize {
-        let Self { hidden, normed, qkv, mixed, ffn, quantised, scores, picked, logits, .. } = self;
-        let lanes: usize = [hidden, normed, qkv, mixed, ffn, scores, picked, logits].iter().map(|v| v.len()).sum();
+        let Self { hidden, normed, qkv, mixed, ffn, branch, experts, quantised, scores, picked, logits, .. } = self;
+        let lanes = [hidden, normed, qkv, mixed, ffn, branch, scores, picked, logits].map(|v| v.len());
         let samplers: usize = self.samplers.iter().map(Sampler::bytes).sum();
-        lanes * size_of::<Lanes>() + size_of_val(quantised.as_slice()) + samplers
+        let experts = experts.as_ref().map_or(0, ExpertWork::bytes);
+        lanes.iter().sum::<usize>() * size_of::<Lanes>() + size_of_val(quantised.as_slice()) + samplers + experts
     }
 
     /// Lists the tokens of a step.

@@ -27,6 +27,8 @@ pub(super) enum Epilogue {
     Add,
     /// The panel holds sixteen gate and sixteen up columns: the output is `silu(gate) * up`.
     SiluMul,
+    /// The same with `gelu(gate) * up`.
+    GeluMul,
 }
 
 /// Activations of some rows, panel-major, with room for their quantised form.
@@ -83,7 +85,7 @@ struct Q8Gemm<'a> {
 impl Epilogue {
     #[inline(always)]
     fn out_vectors(self) -> usize {
-        if self == Self::SiluMul { 1 } else { 2 }
+        if matches!(self, Self::SiluMul | Self::GeluMul) { 1 } else { 2 }
     }
 
     /// Finishes one row of one panel: the sums of its two halves.
@@ -102,6 +104,10 @@ impl Epilogue {
             }
             Self::SiluMul => {
                 let product = s.mul(math::silu(s, sums[0]), sums[1]);
+                s.store(product, &mut out[at[0]]);
+            }
+            Self::GeluMul => {
+                let product = s.mul(math::gelu(s, sums[0]), sums[1]);
                 s.store(product, &mut out[at[0]]);
             }
         }
@@ -464,7 +470,7 @@ mod tests {
         let (n, k) = (200, 352);
         let x: Vec<Vec<f32>> = (0..64).map(|row| values(k, 100 + row)).collect();
         for w in &matrices(n, k) {
-            for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::SiluMul] {
+            for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::SiluMul, Epilogue::GeluMul] {
                 let one = ComputePool::start(1).unwrap();
                 let alone: Vec<Vec<u32>> =
                     x.iter().flat_map(|x| product(&one, w, std::slice::from_ref(x), epilogue)).collect();

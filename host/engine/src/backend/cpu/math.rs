@@ -33,39 +33,67 @@ pub(super) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
     s.div(x, s.add(s.splat(1.0), e))
 }
 
+/// The tanh form of GELU: `x / (1 + e^-2u)` with `u = sqrt(2 / pi) * (x + 0.044715 * x^3)`.
+#[inline(always)]
+pub(super) fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
+    const MINUS_TWICE: f32 = -1.595_769;
+    let cube = s.mul(s.mul(x, x), x);
+    let u = s.fma(cube, s.splat(0.044_715), x);
+    let e = exp(s, s.mul(u, s.splat(MINUS_TWICE)));
+    s.div(x, s.add(s.splat(1.0), e))
+}
+
+/// `cap * tanh(x / cap)`, with an absolute error below `cap * 4e-7`.
+#[inline(always)]
+pub(super) fn cap<S: Simd>(s: S, x: S::V, cap: f32) -> S::V {
+    let e = exp(s, s.mul(x, s.splat(2.0 / cap)));
+    let one = s.splat(1.0);
+    let below_one = s.div(s.splat(2.0), s.add(e, one));
+    s.mul(s.sub(one, below_one), s.splat(cap))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::isa::{Isa, Kernel, LANES, Lanes};
     use super::*;
 
-    struct Both<'a>(&'a Lanes);
+    struct All<'a>(&'a Lanes);
 
-    impl Kernel for Both<'_> {
-        type Out = [Lanes; 2];
+    impl Kernel for All<'_> {
+        type Out = [Lanes; 4];
 
         #[inline(always)]
-        fn run<S: Simd>(self, s: S) -> [Lanes; 2] {
-            let mut out = [[0.0; LANES]; 2];
+        fn run<S: Simd>(self, s: S) -> [Lanes; 4] {
+            let mut out = [[0.0; LANES]; 4];
             let x = s.load(self.0);
             s.store(exp(s, x), &mut out[0]);
             s.store(silu(s, x), &mut out[1]);
+            s.store(gelu(s, x), &mut out[2]);
+            s.store(cap(s, x, 30.0), &mut out[3]);
             out
         }
     }
 
     #[test]
-    fn exp_and_silu_are_close_to_the_truth_and_equal_everywhere() {
+    fn all_are_close_to_the_truth_and_equal_everywhere() {
         let isas = Isa::available();
         for step in 0..2_800 {
             let x: Lanes = std::array::from_fn(|i| -87.0 + (step * LANES + i) as f32 * (175.0 / 44_800.0));
-            let reference = isas[0].run(Both(&x));
+            let reference = isas[0].run(All(&x));
             for isa in &isas {
-                assert_eq!(isa.run(Both(&x)).map(|l| l.map(f32::to_bits)), reference.map(|l| l.map(f32::to_bits)));
+                assert_eq!(isa.run(All(&x)).map(|l| l.map(f32::to_bits)), reference.map(|l| l.map(f32::to_bits)));
             }
             for i in 0..LANES {
-                let (truth, sigmoid) = (f64::from(x[i]).exp(), 1.0 / (1.0 + f64::from(-x[i]).exp()));
-                assert!((f64::from(reference[0][i]) / truth - 1.0).abs() < 2e-7, "exp({})", x[i]);
-                let silu = f64::from(x[i]) * sigmoid;
+                let (exp, sigmoid) = (f64::from(x[i]).exp(), 1.0 / (1.0 + f64::from(-x[i]).exp()));
+                assert!((f64::from(reference[0][i]) / exp - 1.0).abs() < 2e-7, "exp({})", x[i]);
+                let truth = f64::from(x[i]);
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (truth + 0.044715 * truth.powi(3));
+                let gelu = 0.5 * truth * (1.0 + u.tanh());
+                // Far below zero the truth vanishes and e^-2u stops at e^88.
+                assert!((f64::from(reference[2][i]) - gelu).abs() <= 6e-7 * truth.abs() + 1e-30, "gelu({})", x[i]);
+                let capped = 30.0 * (truth / 30.0).tanh();
+                assert!((f64::from(reference[3][i]) - capped).abs() <= 30.0 * 4e-7, "cap({})", x[i]);
+                let silu = truth * sigmoid;
                 assert!((f64::from(reference[1][i]) - silu).abs() <= 4e-7 * silu.abs() + 1e-30, "silu({})", x[i]);
             }
         }
@@ -75,7 +103,7 @@ mod tests {
     fn exp_is_clamped_at_both_ends() {
         let mut x = [0.0; LANES];
         (x[0], x[1], x[2]) = (f32::NEG_INFINITY, -1_000.0, 1_000.0);
-        let [e, _] = Isa::best().run(Both(&x));
+        let [e, ..] = Isa::best().run(All(&x));
         assert!(e[0] > 0.0 && e[0] < 2e-38 && e[1] == e[0] && e[2].is_finite() && e[3] == 1.0, "{e:?}");
     }
 }

@@ -1,10 +1,10 @@
 //! A model's weights, checked and packed: immutable, shared by the replicas of a device.
 
-use super::isa::LANES;
+use super::isa::{LANES, Lanes};
 use super::matrix::{Join, Matrix};
 use super::norm::Norm;
 use crate::load::{Elements, LoadError, Weights};
-use crate::spec::ModelSpec;
+use crate::spec::{Experts, ModelSpec, Naming};
 
 /// How weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +32,26 @@ pub(super) struct Layer {
     pub(super) attention_norm: Norm,
     /// q, k and v, one after the other.
     pub(super) qkv: Matrix,
+    pub(super) qkv_bias: Option<Vec<Lanes>>,
+    /// Norms of each head of q and of k.
+    pub(super) qk_norms: Option<[Norm; 2]>,
     pub(super) out: Matrix,
+    pub(super) out_bias: Option<Vec<Lanes>>,
+    pub(super) post_attention_norm: Option<Norm>,
     pub(super) ffn_norm: Norm,
+    pub(super) ffn: Ffn,
+    pub(super) post_ffn_norm: Option<Norm>,
+}
+
+/// The second half of a layer.
+#[derive(Debug)]
+pub(super) enum Ffn {
+    Dense(Gated),
+    Sparse { router: Matrix, experts: Vec<Gated> },
+}
+
+#[derive(Debug)]
+pub(super) struct Gated {
     /// Gate and up, alternating every sixteen columns.
     pub(super) gate_up: Matrix,
     pub(super) down: Matrix,
@@ -44,6 +62,8 @@ struct Loader<'a> {
     weights: &'a Weights,
     precision: Precision,
 }
+
+// === impl Model ===
 
 impl Model {
     /// Checks, packs and, where asked, quantises the weights of a model.
@@ -60,7 +80,7 @@ impl Model {
             (head, Some(Matrix::pack(&[embedding], spec.hidden, Join::Concat)))
         };
         let layers = (0..spec.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
-        let norm = loader.norm("model.norm.weight")?;
+        let norm = loader.norm("model.norm.weight", spec.hidden)?;
         Ok(Self { spec, precision, untied_embedding, layers, norm, head })
     }
 
@@ -79,13 +99,8 @@ impl Model {
     /// Bytes of the packed weights.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let norm = |norm: &Norm| size_of_val(norm.gain.as_slice());
-        let layer = |layer: &Layer| {
-            let Layer { attention_norm, qkv, out, ffn_norm, gate_up, down } = layer;
-            norm(attention_norm) + norm(ffn_norm) + qkv.bytes() + out.bytes() + gate_up.bytes() + down.bytes()
-        };
-        self.layers.iter().map(layer).sum::<usize>()
-            + norm(&self.norm)
+        self.layers.iter().map(Layer::bytes).sum::<usize>()
+            + self.norm.bytes()
             + self.head.bytes()
             + self.untied_embedding.as_ref().map_or(0, Matrix::bytes)
     }
@@ -96,21 +111,119 @@ impl Model {
     }
 }
 
+impl Layer {
+    fn bytes(&self) -> usize {
+        let Self { attention_norm, qkv, qkv_bias, qk_norms, out, out_bias, post_attention_norm, .. } = self;
+        let Self { ffn_norm, ffn, post_ffn_norm, .. } = self;
+        let norms = [attention_norm, ffn_norm].into_iter().chain(post_attention_norm).chain(post_ffn_norm);
+        let norms = norms.chain(qk_norms.iter().flatten()).map(Norm::bytes).sum::<usize>();
+        let biases = [qkv_bias, out_bias].into_iter().flatten().map(|bias| size_of_val(bias.as_slice()));
+        let gated = |gated: &Gated| gated.gate_up.bytes() + gated.down.bytes();
+        let ffn = match ffn {
+            Ffn::Dense(dense) => gated(dense),
+            Ffn::Sparse { router, experts } => router.bytes() + experts.iter().map(gated).sum::<usize>(),
+        };
+        norms + biases.sum::<usize>() + qkv.bytes() + out.bytes() + ffn
+    }
+}
+
+// === impl Loader ===
+
 impl Loader<'_> {
     fn layer(&self, layer: usize) -> Result<Layer, LoadError> {
-        let ModelSpec { hidden, ffn, .. } = *self.spec;
-        let (q_dim, kv_dim) = (self.spec.q_dim(), self.spec.kv_dim());
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        let get = |part: &str, n: usize| self.weights.get(&name(part), &[n, hidden]);
-        let qkv = [get("self_attn.q_proj", q_dim)?, get("self_attn.k_proj", kv_dim)?, get("self_attn.v_proj", kv_dim)?];
-        let gate_up = [get("mlp.gate_proj", ffn)?, get("mlp.up_proj", ffn)?];
+        let spec = self.spec;
+        let (hidden, q_dim, kv_dim) = (spec.hidden, spec.q_dim(), spec.kv_dim());
+        let attention = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        let norm = |part: &str| self.norm(&format!("model.layers.{layer}.{part}.weight"), hidden);
+        let head_norm = |part: &str| self.norm(&attention(&format!("{part}.weight")), spec.head_dim);
+        let qkv = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
+        let (ffn_norm, after) = match spec.post_norms {
+            true => ("pre_feedforward_layernorm", Some(("post_attention_layernorm", "post_feedforward_layernorm"))),
+            false => ("post_attention_layernorm", None),
+        };
         Ok(Layer {
-            attention_norm: self.norm(&name("input_layernorm"))?,
-            qkv: self.packed(&qkv, hidden, Join::Concat)?,
-            out: self.matrix(&name("self_attn.o_proj"), hidden, q_dim)?,
-            ffn_norm: self.norm(&name("post_attention_layernorm"))?,
-            gate_up: self.packed(&gate_up, hidden, Join::Interleave)?,
-            down: self.matrix(&name("mlp.down_proj"), hidden, ffn)?,
+            attention_norm: norm("input_layernorm")?,
+            qkv: match spec.naming {
+                Naming::Packed => self.matrix(&attention("qkv_proj.weight"), q_dim + 2 * kv_dim, hidden)?,
+                Naming::Split | Naming::Mixtral => {
+                    let get = |(part, n)| self.weights.get(&attention(&format!("{part}.weight")), &[n, hidden]);
+                    let [q, k, v] = qkv.map(get);
+                    self.packed(&[q?, k?, v?], hidden, Join::Concat)?
+                }
+            },
+            qkv_bias: match spec.qkv_bias {
+                true => Some(self.bias(&qkv.map(|(part, n)| (attention(&format!("{part}.bias")), n)))?),
+                false => None,
+            },
+            qk_norms: match spec.qk_norm {
+                true => Some([head_norm("q_norm")?, head_norm("k_norm")?]),
+                false => None,
+            },
+            out: self.matrix(&attention("o_proj.weight"), hidden, q_dim)?,
+            out_bias: match spec.out_bias {
+                true => Some(self.bias(&[(attention("o_proj.bias"), hidden)])?),
+                false => None,
+            },
+            post_attention_norm: after.map(|(name, _)| norm(name)).transpose()?,
+            ffn_norm: norm(ffn_norm)?,
+            ffn: self.ffn(layer)?,
+            post_ffn_norm: after.map(|(_, name)| norm(name)).transpose()?,
+        })
+    }
+
+    fn ffn(&self, layer: usize) -> Result<Ffn, LoadError> {
+        let ModelSpec { hidden, ffn, naming, ref experts, .. } = *self.spec;
+        let name = |part: &str| format!("model.layers.{layer}.mlp.{part}");
+        let dense = match experts {
+            None => Some(ffn),
+            Some(experts) => experts.dense[layer],
+        };
+        if let Some(ffn) = dense {
+            let gate_up = (name("gate_proj"), name("up_proj"));
+            return Ok(Ffn::Dense(match naming {
+                Naming::Packed => self.gated_packed(&name("gate_up_proj"), &name("down_proj"), ffn)?,
+                Naming::Split | Naming::Mixtral => self.gated([&gate_up.0, &gate_up.1, &name("down_proj")], ffn)?,
+            }));
+        }
+        let block = match naming {
+            Naming::Mixtral => format!("model.layers.{layer}.block_sparse_moe"),
+            Naming::Split | Naming::Packed => format!("model.layers.{layer}.mlp"),
+        };
+        let parts = match naming {
+            Naming::Mixtral => ["w1", "w3", "w2"],
+            Naming::Split | Naming::Packed => ["gate_proj", "up_proj", "down_proj"],
+        };
+        let count = experts.as_ref().map_or(0, |Experts { count, .. }| *count);
+        let expert = |i: usize| {
+            let names = parts.map(|part| format!("{block}.experts.{i}.{part}"));
+            self.gated(names.each_ref().map(String::as_str), ffn)
+        };
+        // A choice between experts may hang on the last bit, so the router stays as the file has it.
+        let router = self.weights.get(&format!("{block}.gate.weight"), &[count, hidden])?;
+        Ok(Ffn::Sparse {
+            router: Matrix::pack(&[router], hidden, Join::Concat),
+            experts: (0..count).map(expert).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Gate, up and down by their names.
+    fn gated(&self, [gate, up, down]: [&str; 3], ffn: usize) -> Result<Gated, LoadError> {
+        let hidden = self.spec.hidden;
+        let get = |name: &str| self.weights.get(&format!("{name}.weight"), &[ffn, hidden]);
+        Ok(Gated {
+            gate_up: self.packed(&[get(gate)?, get(up)?], hidden, Join::Interleave)?,
+            down: self.matrix(&format!("{down}.weight"), hidden, ffn)?,
+        })
+    }
+
+    /// The same from one tensor of gate rows, then up rows.
+    fn gated_packed(&self, gate_up: &str, down: &str, ffn: usize) -> Result<Gated, LoadError> {
+        let hidden = self.spec.hidden;
+        let both = self.weights.get(&format!("{gate_up}.weight"), &[2 * ffn, hidden])?;
+        let (gate, up) = both.split_at(ffn * hidden);
+        Ok(Gated {
+            gate_up: self.packed(&[gate, up], hidden, Join::Interleave)?,
+            down: self.matrix(&format!("{down}.weight"), hidden, ffn)?,
         })
     }
 
@@ -125,8 +238,20 @@ impl Loader<'_> {
         }
     }
 
-    fn norm(&self, name: &str) -> Result<Norm, LoadError> {
-        let gain = self.weights.get(name, &[self.spec.hidden])?.to_f32();
+    /// Vectors one after the other.
+    fn bias(&self, parts: &[(String, usize)]) -> Result<Vec<Lanes>, LoadError> {
+        let mut all = Vec::new();
+        for (name, n) in parts {
+            all.extend(self.weights.get(name, &[*n])?.to_f32());
+        }
+        Ok(all.as_chunks::<LANES>().0.to_vec())
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {
+        let mut gain = self.weights.get(name, &[width])?.to_f32();
+        if self.spec.norm_plus_one {
+            gain.iter_mut().for_each(|gain| *gain += 1.0);
+        }
         Ok(Norm { gain: gain.as_chunks::<LANES>().0.to_vec(), eps: self.spec.norm_eps })
     }
 }

@@ -1,11 +1,21 @@
 //! Root-mean-square norm and rotary positions, on panel-major activations `[width / 16][stride(rows)][16]`.
 
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, stride};
-use crate::spec::ModelSpec;
+use crate::spec::Rope;
 
-/// Writes `x / rms(x) * weight`, row by row.
+/// Writes `x / rms(x) * gain`, row by row.
 pub(super) fn rms_norm(isa: Isa, norm: &Norm, x: &[Lanes], rows: usize, out: &mut [Lanes]) {
-    isa.run(RmsNorm { norm, x, rows, out });
+    isa.run(RmsNorm { norm, x, rows, out, add: false });
+}
+
+/// Adds `x / rms(x) * gain` to `out`, row by row.
+pub(super) fn rms_norm_add(isa: Isa, norm: &Norm, x: &[Lanes], rows: usize, out: &mut [Lanes]) {
+    isa.run(RmsNorm { norm, x, rows, out, add: true });
+}
+
+/// Norms each head in `x` in place.
+pub(super) fn norm_heads(isa: Isa, norm: &Norm, x: &mut [Lanes], rows: usize) {
+    isa.run(NormHeads { norm, x, rows });
 }
 
 /// Gains of a norm.
@@ -20,6 +30,31 @@ struct RmsNorm<'a> {
     x: &'a [Lanes],
     rows: usize,
     out: &'a mut [Lanes],
+    add: bool,
+}
+
+struct NormHeads<'a> {
+    norm: &'a Norm,
+    x: &'a mut [Lanes],
+    rows: usize,
+}
+
+impl Norm {
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.gain.as_slice())
+    }
+
+    /// What a row is multiplied by before the gain.
+    #[inline(always)]
+    fn scale<S: Simd>(&self, s: S, x: &[Lanes], step: usize, row: usize) -> S::V {
+        let mut squares = s.zero();
+        for panel in 0..self.gain.len() {
+            let v = s.load(&x[panel * step + row]);
+            squares = s.fma(v, v, squares);
+        }
+        let width = (self.gain.len() * LANES) as f32;
+        s.splat(1.0 / (s.sum(squares) / width + self.eps).sqrt())
+    }
 }
 
 impl Kernel for RmsNorm<'_> {
@@ -27,60 +62,73 @@ impl Kernel for RmsNorm<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { norm: Norm { gain, eps }, x, rows, out } = self;
-        let width = (gain.len() * LANES) as f32;
+        let Self { norm, x, rows, out, add } = self;
         let step = stride(rows);
         for row in 0..rows {
-            let mut squares = s.zero();
-            for panel in 0..gain.len() {
-                let v = s.load(&x[panel * step + row]);
-                squares = s.fma(v, v, squares);
-            }
-            let scale = s.splat(1.0 / (s.sum(squares) / width + eps).sqrt());
-            for (panel, gain) in gain.iter().enumerate() {
-                let v = s.mul(s.load(&x[panel * step + row]), scale);
-                s.store(s.mul(v, s.load(gain)), &mut out[panel * step + row]);
+            let scale = norm.scale(s, x, step, row);
+            for (panel, gain) in norm.gain.iter().enumerate() {
+                let at = panel * step + row;
+                let v = s.mul(s.mul(s.load(&x[at]), scale), s.load(gain));
+                s.store(if add { s.add(s.load(&out[at]), v) } else { v }, &mut out[at]);
             }
         }
     }
 }
 
-/// Cosines and sines by position, for the first half of a head: `[position][head_dim / 32][16]`.
+impl Kernel for NormHeads<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { norm, x, rows } = self;
+        let step = stride(rows);
+        for head in x.chunks_exact_mut(norm.gain.len() * step) {
+            for row in 0..rows {
+                let scale = norm.scale(s, head, step, row);
+                for (panel, gain) in norm.gain.iter().enumerate() {
+                    let v = s.mul(s.load(&head[panel * step + row]), scale);
+                    s.store(s.mul(v, s.load(gain)), &mut head[panel * step + row]);
+                }
+            }
+        }
+    }
+}
+
+/// Cosines and sines by position, for the first half of what is turned of a head: `[position][rope width / 32][16]`.
 ///
 /// Made once in `f64` from the platform's sine and cosine and rounded to `f32`: another machine's libm may differ in the
 /// last bit of the `f64`, which survives that rounding about once in 2^28 values.
 #[derive(Debug)]
-pub(super) struct Rope {
+pub(super) struct RopeTables {
     cos: Vec<Lanes>,
     sin: Vec<Lanes>,
     half: usize,
+    /// Vectors of a head, turned or not.
+    head: usize,
 }
 
-impl Rope {
-    pub(super) fn tables(spec: &ModelSpec, positions: usize) -> Self {
-        let half = spec.head_dim / 2 / LANES;
-        let angle = |i: usize| {
-            let (position, d) = (i / (half * LANES), i % (half * LANES));
-            position as f64 * spec.rope_theta.powf(-2.0 * d as f64 / spec.head_dim as f64)
-        };
-        let table = |f: fn(f64) -> f64| {
-            (0..positions * half).map(|v| std::array::from_fn(|i| f(angle(v * LANES + i)) as f32)).collect()
-        };
-        Self { cos: table(f64::cos), sin: table(f64::sin), half }
+impl RopeTables {
+    pub(super) fn new(rope: &Rope, head_dim: usize, positions: usize) -> Self {
+        let frequencies = rope.frequencies();
+        let half = frequencies.len() / LANES;
+        let angle = |v: usize, i: usize| (v / half) as f64 * frequencies[v % half * LANES + i];
+        let table =
+            |f: fn(f64) -> f64| (0..positions * half).map(|v| std::array::from_fn(|i| f(angle(v, i)) as f32)).collect();
+        Self { cos: table(f64::cos), sin: table(f64::sin), half, head: head_dim / LANES }
     }
 
     pub(super) fn bytes(&self) -> usize {
         2 * size_of_val(self.cos.as_slice())
     }
 
-    /// Rotates the heads in `x`, whose rows stand at `positions`.
+    /// Turns the heads in `x`, whose rows stand at `positions`.
     pub(super) fn rotate(&self, isa: Isa, x: &mut [Lanes], positions: &[u32]) {
         isa.run(Rotate { rope: self, x, positions });
     }
 }
 
 struct Rotate<'a> {
-    rope: &'a Rope,
+    rope: &'a RopeTables,
     x: &'a mut [Lanes],
     positions: &'a [u32],
 }
@@ -91,8 +139,8 @@ impl Kernel for Rotate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (step, half) = (stride(self.positions.len()), self.rope.half);
-        for head in self.x.chunks_exact_mut(2 * half * step) {
-            let (low, high) = head.split_at_mut(half * step);
+        for head in self.x.chunks_exact_mut(self.rope.head * step) {
+            let (low, high) = head[..2 * half * step].split_at_mut(half * step);
             for (row, &position) in self.positions.iter().enumerate() {
                 for panel in 0..half {
                     let table = position as usize * half + panel;
