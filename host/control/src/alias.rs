@@ -4,13 +4,16 @@
 //! answer. Each variant has a run of buckets, in the order of the names; between two variants, growing the share of one moves
 //! nobody back to the other. Rendezvous hashing would keep that for more than two, with logarithms of weights; operators
 //! compare two.
+//!
+//! A rollout between two variants is a part of its alias's document, as one of policies is of its slot's: while it is under
+//! way its share and its hash decide, the weights are what the alias returns to, and promoting it changes both in one write.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::deployment::DocumentError;
-use crate::rollout::{BUCKETS, Sticky, bucket};
+use crate::rollout::{Arm, BUCKETS, Phase, RolloutDocument, Spec, Sticky, arm_of, bucket, unit_hash};
 
 /// Largest weight: with it, a weight of 1 is one bucket.
 const MAX_WEIGHT: u32 = BUCKETS as u32;
@@ -29,7 +32,7 @@ pub struct DesiredAlias {
 }
 
 /// An alias as it works, and its stored form.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AliasDocument {
     /// Version of this layout: 1.
@@ -42,6 +45,12 @@ pub struct AliasDocument {
     pub weights: BTreeMap<String, u32>,
     /// What stays at one variant.
     pub sticky: Sticky,
+    /// What is being tried there, or was last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutDocument>,
+    /// How many rollouts there have been: the next one's number less one.
+    #[serde(default)]
+    pub rollouts: u64,
 }
 
 /// Why an alias stays as it is. The operator's fault.
@@ -74,6 +83,42 @@ pub enum AliasError {
         /// How many.
         found: usize,
     },
+    /// A rollout is under way there.
+    #[error(
+        "rollout {id} is under way in `{alias}`; promote or abort it first (POST /admin/v1/aliases/{alias}/rollouts/{id}/abort)"
+    )]
+    RollingOut {
+        /// The alias.
+        alias: String,
+        /// The rollout.
+        id: String,
+    },
+    /// Nothing to compare the candidate with.
+    #[error(
+        "a rollout needs one variant as control, and {found} of `{alias}` serve by weight; give one of them all the weight first, \
+         as in PUT /admin/v1/aliases/{alias} {{\"weights\": {{\"<variant>\": 1}}}}"
+    )]
+    NoControl {
+        /// The alias.
+        alias: String,
+        /// Variants with a weight.
+        found: usize,
+    },
+    /// A variant against itself.
+    #[error("`{variant}` serves the alias already; name another of its variants as candidate")]
+    Itself {
+        /// Which.
+        variant: String,
+    },
+}
+
+/// Where a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Assigned<'a> {
+    /// The variant.
+    pub variant: &'a str,
+    /// Hash of what stays there.
+    pub unit: u64,
 }
 
 /// Who asks for an alias.
@@ -88,9 +133,11 @@ pub struct Unit<'a> {
 }
 
 /// Every alias that was ever changed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Aliases {
     by_name: BTreeMap<String, AliasDocument>,
+    /// Percent of the candidate now, where a rollout is under way; 0 for one that is not here.
+    shares: BTreeMap<String, u8>,
 }
 
 // === impl AliasDocument ===
@@ -98,7 +145,15 @@ pub struct Aliases {
 impl AliasDocument {
     /// An alias that nobody has changed: the router chooses.
     fn fresh(alias: &str) -> Self {
-        Self { format: 1, alias: alias.to_owned(), generation: 0, weights: BTreeMap::new(), sticky: Sticky::default() }
+        Self {
+            format: 1,
+            alias: alias.to_owned(),
+            generation: 0,
+            weights: BTreeMap::new(),
+            sticky: Sticky::default(),
+            rollout: None,
+            rollouts: 0,
+        }
     }
 
     /// Pretty JSON: people read these files.
@@ -113,29 +168,61 @@ impl AliasDocument {
     /// It is malformed or of a newer host.
     pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
         let document: Self = serde_json::from_slice(bytes)?;
+        document.rollout.as_ref().map_or(Ok(()), RolloutDocument::check)?;
         if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
     }
 
-    /// The variant of a unit; none where the router chooses.
+    /// The rollout that is under way.
     #[must_use]
-    pub fn assign(&self, unit: &Unit<'_>) -> Option<&str> {
+    pub fn rolling_out(&self) -> Option<&RolloutDocument> {
+        self.rollout.as_ref().filter(|rollout| !rollout.phase.is_over())
+    }
+
+    /// The variant of a unit; none where the router chooses. `percent` is the candidate's share while a rollout is under way.
+    #[must_use]
+    pub fn assign(&self, unit: &Unit<'_>, percent: u8) -> Option<Assigned<'_>> {
+        if let Some(rollout) = self.rolling_out() {
+            // Salted by the rollout: the same tenants need not try everything first.
+            let unit = unit.hash(&rollout.id, rollout.spec.sticky);
+            let variant = match arm_of(bucket(unit), percent) {
+                Arm::Control => &rollout.control,
+                Arm::Candidate => &rollout.candidate,
+            };
+            return Some(Assigned { variant, unit });
+        }
         let total: u64 = self.weights.values().map(|weight| u64::from(*weight)).sum();
         if total == 0 {
             return None;
         }
-        let bucket = match (self.sticky, unit.session) {
-            (Sticky::Tenant, _) => bucket(&self.alias, unit.tenant),
-            (Sticky::Session, session @ 1..) => bucket(&self.alias, &session.to_string()),
-            (Sticky::Session, 0) | (Sticky::Request, _) => bucket(&self.alias, &unit.request.to_string()),
-        };
-        let mut place = u64::from(bucket) * total / u64::from(BUCKETS);
+        let unit = unit.hash(&self.alias, self.sticky);
+        let mut place = u64::from(bucket(unit)) * total / u64::from(BUCKETS);
         for (variant, weight) in &self.weights {
             match place.checked_sub(u64::from(*weight)) {
                 Some(rest) => place = rest,
-                None => return Some(variant),
+                None => return Some(Assigned { variant, unit }),
             }
         }
         None
+    }
+
+    /// Only while no rollout is under way.
+    fn not_rolling_out(&self) -> Result<(), AliasError> {
+        match self.rolling_out() {
+            Some(rollout) => Err(AliasError::RollingOut { alias: self.alias.clone(), id: rollout.id.clone() }),
+            None => Ok(()),
+        }
+    }
+}
+
+// === impl Unit ===
+
+impl Unit<'_> {
+    fn hash(&self, salt: &str, sticky: Sticky) -> u64 {
+        match (sticky, self.session) {
+            (Sticky::Tenant, _) => unit_hash(salt, self.tenant),
+            (Sticky::Session, session @ 1..) => unit_hash(salt, &session.to_string()),
+            (Sticky::Session, 0) | (Sticky::Request, _) => unit_hash(salt, &self.request.to_string()),
+        }
     }
 }
 
@@ -150,16 +237,29 @@ impl Aliases {
 
     /// The variant of a unit; none where the router chooses.
     #[must_use]
-    pub fn assign(&self, alias: &str, unit: &Unit<'_>) -> Option<&str> {
-        self.by_name.get(alias)?.assign(unit)
+    pub fn assign(&self, alias: &str, unit: &Unit<'_>) -> Option<Assigned<'_>> {
+        self.by_name.get(alias)?.assign(unit, self.share(alias))
+    }
+
+    /// Percent of the candidate now.
+    #[must_use]
+    pub fn share(&self, alias: &str) -> u8 {
+        self.shares.get(alias).copied().unwrap_or(0)
+    }
+
+    /// Gives the candidate of the rollout under way this share from now on.
+    pub fn set_share(&mut self, alias: &str, percent: u8) {
+        self.shares.insert(alias.to_owned(), percent);
     }
 
     /// Checks a wish; returns the document to store and then to [`put`](Self::put).
     ///
     /// # Errors
-    /// A stale `if_generation`, or weights that cannot work.
+    /// A stale `if_generation`, a rollout under way, or weights that cannot work.
     pub fn plan(&self, alias: &str, desired: DesiredAlias) -> Result<AliasDocument, AliasError> {
-        let active = self.get(alias).generation;
+        let document = self.get(alias);
+        document.not_rolling_out()?;
+        let active = document.generation;
         if let Some(expected) = desired.if_generation.filter(|expected| *expected != active) {
             return Err(AliasError::Stale { alias: alias.to_owned(), active, expected });
         }
@@ -173,11 +273,51 @@ impl Aliases {
         if !weights.is_empty() && weights.values().all(|weight| *weight == 0) {
             return Err(AliasError::NoWeight);
         }
-        Ok(AliasDocument { generation: active + 1, weights, sticky: desired.sticky, ..AliasDocument::fresh(alias) })
+        Ok(AliasDocument { generation: active + 1, weights, sticky: desired.sticky, ..document })
+    }
+
+    /// Checks the wish to try a variant beside the one that serves; returns the document to store and then to
+    /// [`put`](Self::put), with the rollout in it. It has no share yet.
+    ///
+    /// # Errors
+    /// A rollout under way, or no other variant that serves alone.
+    pub fn plan_rollout(&self, alias: &str, candidate: &str, spec: Spec) -> Result<AliasDocument, AliasError> {
+        let mut document = self.get(alias);
+        document.not_rolling_out()?;
+        let serving: Vec<&String> = document.weights.iter().filter(|(_, w)| **w > 0).map(|(v, _)| v).collect();
+        let control = match serving.as_slice() {
+            [control] => (*control).clone(),
+            found => return Err(AliasError::NoControl { alias: alias.to_owned(), found: found.len() }),
+        };
+        if control == candidate {
+            return Err(AliasError::Itself { variant: control });
+        }
+        document.rollouts += 1;
+        let subject = format!("alias.{alias}");
+        let id = format!("{subject}-{}", document.rollouts);
+        document.rollout = Some(RolloutDocument::new(id, subject, [control, candidate.to_owned()], spec));
+        Ok(document)
+    }
+
+    /// The document of an alias whose rollout has changed, to store and then to [`put`](Self::put). One that is promoted gives
+    /// its candidate all the weight.
+    #[must_use]
+    pub fn rolled(&self, alias: &str, rollout: RolloutDocument) -> AliasDocument {
+        let mut document = self.get(alias);
+        if rollout.phase == Phase::Promoted && document.rolling_out().is_some() {
+            let weight = document.weights.values().copied().max().unwrap_or(1);
+            document.weights = [(rollout.candidate.clone(), weight)].into();
+            document.generation += 1;
+        }
+        document.rollout = Some(rollout);
+        document
     }
 
     /// Makes a document the truth: a planned one once it is stored, a stored one at the start.
     pub fn put(&mut self, document: AliasDocument) {
+        if document.rolling_out().is_none() {
+            self.shares.remove(&document.alias);
+        }
         self.by_name.insert(document.alias.clone(), document);
     }
 }
@@ -209,7 +349,7 @@ mod tests {
             for i in 0..40_000_u64 {
                 let tenant = format!("tenant-{i}");
                 let unit = Unit { tenant: &tenant, session: i + 1, request: i };
-                *counts.entry(document.assign(&unit).expect("weights").to_owned()).or_default() += 1;
+                *counts.entry(document.assign(&unit, 0).expect("weights").variant.to_owned()).or_default() += 1;
             }
             for (variant, weight) in weights {
                 let found = f64::from(counts.get(*variant).copied().unwrap_or(0)) / 40_000.0;
@@ -232,14 +372,16 @@ mod tests {
             let weights: Vec<(&str, u32)> =
                 weights.iter().map(|(variant, weight)| (variant.as_str(), *weight)).collect();
             let document = document(&weights, sticky);
-            assert_eq!(document.assign(&one), document.assign(&other), "{sticky:?}");
+            assert_eq!(document.assign(&one, 0), document.assign(&other, 0), "{sticky:?}");
         }
         let halves = document(&[("a", 1), ("b", 1)], Sticky::Session);
-        let without: Vec<_> = (0..64).map(|request| halves.assign(&unit("t", 0, request))).collect();
-        assert!(without.contains(&Some("a")) && without.contains(&Some("b")), "without a session by request");
+        let to = |document: &AliasDocument, unit: Unit<'_>| {
+            document.assign(&unit, 0).map(|assigned| assigned.variant.to_owned()).expect("weights")
+        };
+        let without: Vec<_> = (0..64).map(|request| to(&halves, unit("t", 0, request))).collect();
+        assert!(["a", "b"].iter().all(|v| without.iter().any(|w| w == v)), "without a session by request");
         for session in 1..2_000 {
-            let at =
-                |a, b| document(&[("a", a), ("b", b)], Sticky::Session).assign(&unit("t", session, 0)) == Some("a");
+            let at = |a, b| to(&document(&[("a", a), ("b", b)], Sticky::Session), unit("t", session, 0)) == "a";
             assert!(!at(10, 90) || at(50, 50), "a growing share moves nobody back");
         }
     }
@@ -262,12 +404,62 @@ mod tests {
             assert_eq!(AliasDocument::parse(planned.to_json().as_bytes()).expect("just written"), planned);
             aliases.put(planned);
         }
-        assert_eq!((aliases.assign("m", &unit), aliases.assign("other", &unit)), (Some("a"), None));
+        assert_eq!(aliases.assign("m", &unit).map(|assigned| assigned.variant), Some("a"));
+        assert_eq!(aliases.assign("other", &unit), None);
         let stale = DesiredAlias { if_generation: Some(1), ..desired(&[], Sticky::Tenant) };
         assert!(matches!(aliases.plan("m", stale), Err(AliasError::Stale { active: 2, expected: 1, .. })));
         let newer = aliases.get("m").to_json().replace("\"format\": 1", "\"format\": 2");
         assert!(matches!(AliasDocument::parse(newer.as_bytes()), Err(DocumentError::Format { found: 2 })));
         aliases.put(aliases.plan("m", desired(&[], Sticky::Tenant)).expect("no weights"));
         assert_eq!(aliases.assign("m", &unit), None);
+    }
+
+    #[test]
+    fn a_rollout_takes_its_share_and_leaves_one_variant() {
+        use crate::rollout::{Cause, Decision, Mode};
+        let spec = || Spec { sticky: Sticky::Tenant, ..Spec::of(Mode::Canary, 1) };
+        let start = |weights: &[(&str, u32)]| {
+            let mut aliases = Aliases::default();
+            aliases.put(aliases.plan("m", desired(weights, Sticky::Session)).expect("good weights"));
+            aliases
+        };
+        for (weights, candidate, error) in [
+            (&[][..], "b", AliasError::NoControl { alias: "m".into(), found: 0 }),
+            (&[("a", 1), ("b", 1)], "b", AliasError::NoControl { alias: "m".into(), found: 2 }),
+            (&[("a", 7), ("b", 0)], "a", AliasError::Itself { variant: "a".into() }),
+        ] {
+            assert_eq!(start(weights).plan_rollout("m", candidate, spec()), Err(error), "{weights:?}");
+        }
+        let served = |aliases: &Aliases, tenant: usize| {
+            let tenant = format!("tenant-{tenant}");
+            let unit = Unit { tenant: &tenant, session: 1, request: 1 };
+            aliases.assign("m", &unit).expect("one of two").variant.to_owned()
+        };
+        let share = |aliases: &Aliases| (0..2_000).filter(|t| served(aliases, *t) == "b").count();
+        for (promoted, after) in [(true, ("b", 2, 2_000)), (false, ("a", 1, 0))] {
+            let mut aliases = start(&[("a", 7), ("b", 0)]);
+            let document = aliases.plan_rollout("m", "b", spec()).expect("a good wish");
+            assert_eq!(AliasDocument::parse(document.to_json().as_bytes()).expect("just written"), document);
+            aliases.put(document);
+            let busy = aliases.plan("m", desired(&[("b", 1)], Sticky::Session));
+            assert!(matches!(busy, Err(AliasError::RollingOut { id, .. }) if id == "alias.m-1"));
+            assert_eq!(share(&aliases), 0, "nobody before its first period");
+            let mut tried = Vec::new();
+            for percent in [10, 50] {
+                aliases.set_share("m", percent);
+                assert!(share(&aliases).abs_diff(20 * usize::from(percent)) < 70, "{percent}: {}", share(&aliases));
+                assert!(tried.iter().all(|t| served(&aliases, *t) == "b"), "a growing share moves nobody back");
+                tried = (0..2_000).filter(|t| served(&aliases, *t) == "b").collect();
+            }
+            let mut rollout = aliases.get("m").rollout.expect("under way");
+            rollout.apply(&if promoted { Decision::Promote } else { Decision::Abort { cause: Cause::Asked } });
+            aliases.put(aliases.rolled("m", rollout.clone()));
+            aliases.put(aliases.rolled("m", rollout));
+            let document = aliases.get("m");
+            let weight = document.weights.iter().find(|(_, w)| **w > 0).map(|(v, w)| (v.as_str(), *w));
+            assert_eq!((weight, document.generation, share(&aliases)), (Some((after.0, 7)), after.1, after.2));
+            let next = aliases.plan_rollout("m", if promoted { "a" } else { "b" }, spec()).expect("another");
+            assert_eq!(next.rollout.map(|r| r.id).as_deref(), Some("alias.m-2"), "an id is not given twice");
+        }
     }
 }

@@ -14,7 +14,7 @@ pub mod rollout;
 mod safe_mode;
 mod slot;
 
-pub use alias::{AliasDocument, AliasError, Aliases, DesiredAlias, Unit};
+pub use alias::{AliasDocument, AliasError, Aliases, Assigned, DesiredAlias, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{Budget, Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
 pub use journal::{Actor, Entry, Happened, Journal, LastOf, Why};

@@ -100,6 +100,11 @@ pub struct Event {
     pub prompt_tokens: u32,
     /// Of those, found in the prefix cache.
     pub cached_tokens: u32,
+    /// Interned variant to which the weights of its alias assigned the request, 0 for none. In `Admitted` and `Rejected` only;
+    /// rollouts between variants read it, guests do not.
+    pub assigned: u32,
+    /// Hash of what stays at that variant: a tenant, a session or a request.
+    pub unit: u64,
 }
 
 impl Event {
@@ -119,6 +124,8 @@ impl Event {
             priority: 2,
             prompt_tokens: 0,
             cached_tokens: 0,
+            assigned: 0,
+            unit: 0,
         }
     }
 }

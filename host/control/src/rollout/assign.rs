@@ -54,13 +54,18 @@ pub(super) fn blocks(seed: u64, period: u64, percent: u8) -> Vec<Arm> {
     arms
 }
 
-/// The bucket of a unit (tenant, session or request) in a rollout: 0 to 9,999.
+/// The hash of a unit (tenant, session or request) in a rollout.
 #[must_use]
-pub fn bucket(rollout: &str, unit: &str) -> u16 {
+pub fn unit_hash(rollout: &str, unit: &str) -> u64 {
     let fnv = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     // 0xff is in no UTF-8 text: salt and unit cannot be confused.
     let bytes = rollout.bytes().chain([0xff]).chain(unit.bytes());
-    let hash = mixed(bytes.fold(0xcbf2_9ce4_8422_2325, fnv));
+    mixed(bytes.fold(0xcbf2_9ce4_8422_2325, fnv))
+}
+
+/// The bucket of a hash: 0 to 9,999.
+#[must_use]
+pub fn bucket(hash: u64) -> u16 {
     ((u128::from(hash) * u128::from(BUCKETS)) >> 64) as u16
 }
 
@@ -125,18 +130,18 @@ mod tests {
     fn buckets_are_even_sticky_and_salted() {
         let units: Vec<String> = (0..20_000).map(|i| format!("tenant-{i}")).collect();
         let share = |salt: &str, percent| {
-            units.iter().filter(|u| arm_of(bucket(salt, u), percent) == Arm::Candidate).count() as f64 / 20_000.0
+            units.iter().filter(|u| arm_of(bucket(unit_hash(salt, u)), percent) == Arm::Candidate).count() as f64 / 20_000.0
         };
         for percent in [0, 1, 10, 50, 100] {
             let found = share("r1", percent);
             assert!((found - f64::from(percent) / 100.0).abs() < 0.015, "{percent} %: {found}");
         }
         let stays = |u: &String| {
-            let bucket = bucket("r1", u);
+            let bucket = bucket(unit_hash("r1", u));
             (1..100).all(|p| arm_of(bucket, p) == Arm::Control || arm_of(bucket, p + 1) == Arm::Candidate)
         };
         assert!(units.iter().all(stays), "growing shares move nobody back");
-        let both = |u: &&String| [bucket("r1", u), bucket("r2", u)].iter().all(|b| arm_of(*b, 50) == Arm::Candidate);
+        let both = |u: &&String| ["r1", "r2"].iter().all(|r| arm_of(bucket(unit_hash(r, u)), 50) == Arm::Candidate);
         let both = units.iter().filter(both).count();
         assert!(both.abs_diff(5_000) < 300, "two rollouts split independently: {both}");
     }

@@ -35,6 +35,7 @@ pub struct Rollout {
 /// The period whose blocks are being served.
 #[derive(Debug)]
 struct Current {
+    percent: u8,
     arms: Vec<Arm>,
     start: Micros,
     end: Micros,
@@ -60,6 +61,13 @@ impl Rollout {
     #[must_use]
     pub fn serving(&self) -> Arm {
         self.serving
+    }
+
+    /// Percent of the units that are the candidate's now, where units are split. A step begins with its first period, so that
+    /// every request of a period had the same chance.
+    #[must_use]
+    pub fn share(&self) -> u8 {
+        self.current.as_ref().map_or(0, |current| current.percent)
     }
 
     /// Takes an event; tells of each request of an arm what happened to it.
@@ -147,7 +155,7 @@ impl Rollout {
                 Split::Variant(_) => vec![Arm::Control, Arm::Candidate],
             };
             let end = self.ledger.begin((number, percent), start, &arms, self.serving);
-            self.current = Some(Current { arms, start, end });
+            self.current = Some(Current { percent, arms, start, end });
         }
         let Some(current) = &self.current else { return Arm::Control };
         let block = usize::try_from((now - current.start) / block_us).unwrap_or(usize::MAX);

@@ -20,6 +20,8 @@ const MAX_MISPLACED: f64 = 0.01;
 const MAX_CROSSED: f64 = 0.3;
 /// Requests before those shares mean anything.
 const MIN_REQUESTS: u64 = 30;
+/// Variance of the candidate's number of units, in millionths, before a deviation from it means anything.
+const MIN_SPREAD: i64 = 10_000_000;
 
 /// A rollout as it is stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +96,8 @@ pub struct Progress {
     pub evidence: Vec<Compared>,
     /// Requests of the candidate beyond its share of each period's, in thousandths.
     pub deviations: Moments,
+    /// Where units are split, these instead: units of the candidate beyond its share, in thousandths.
+    pub units: Moments,
     /// All requests of control.
     pub control: Sums,
     /// All requests of the candidate.
@@ -119,7 +123,7 @@ pub enum Hold {
     StaleMetrics,
     /// The arms did not get the requests that the plan gives them (chi-square, p < 0.001).
     SampleRatio,
-    /// More than 1 % of an arm's requests were decided by the other arm's policy.
+    /// More than 1 % of the requests were decided or served by the other arm.
     Exposure,
     /// More than 30 % of requests run on into the other arm's time: blocks are too short.
     ShortBlocks,
@@ -209,7 +213,7 @@ pub struct Evidence {
     pub guards: Vec<GuardEvidence>,
     /// Statistic of the sample-ratio check; above 10.828 chance explains it less than once in a thousand times.
     pub chi_square: f64,
-    /// Share of requests decided by the other arm's policy.
+    /// Share of requests decided by the other arm's policy, or not served by the variant to which they were assigned.
     pub misplaced: f64,
     /// Share of requests that ran on into the other arm's time.
     pub crossed: f64,
@@ -321,7 +325,7 @@ impl fmt::Display for Hold {
             Self::SampleRatio => f.write_str(
                 "the arms did not get the requests that the plan gives them (chi-square, p < 0.001); do clients wait for answers before they ask again?",
             ),
-            Self::Exposure => f.write_str("more than 1 % of the requests were decided by the other arm's policy"),
+            Self::Exposure => f.write_str("more than 1 % of the requests were decided or served by the other arm"),
             Self::ShortBlocks => {
                 f.write_str("more than 30 % of the requests run on into the other arm's time; lengthen `block_ms`")
             }
@@ -392,13 +396,26 @@ impl Progress {
         if period.percent == 0 || period.percent == 100 {
             return;
         }
-        self.deviations.add(deviation(period));
+        match &period.units {
+            Some(units) => self.units.merge(units),
+            None => self.deviations.add(deviation(period)),
+        }
         for (guard, compared) in spec.guards.iter().zip(&mut self.evidence) {
             let place = guard.metric as usize;
             if let (Some(control), Some(candidate)) = (period.control.harm[place], period.candidate.harm[place]) {
                 compared.control.add(control);
                 compared.harm.add(candidate.saturating_sub(control));
             }
+        }
+    }
+}
+
+impl Progress {
+    /// Statistic of the sample-ratio check, and whether there is enough to judge by it.
+    fn sample_ratio(&self, min_periods: u32) -> (f64, bool) {
+        match self.units.n {
+            0 => (chi_square(&self.deviations), self.deviations.n >= u64::from(min_periods)),
+            _ => (chi_square(&self.units), self.units.squares >= MIN_SPREAD),
         }
     }
 }
@@ -423,6 +440,13 @@ impl RolloutDocument {
         let evidence = vec![Compared::default(); spec.guards.len()];
         let progress = Progress { evidence, ..Progress::default() };
         Self { format: 1, id, subject, control, candidate, target: None, spec, phase: Phase::Running, progress }
+    }
+
+    /// What a restart leaves of it: which units were counted is forgotten, so they are counted anew.
+    #[must_use]
+    pub fn recalled(mut self) -> Self {
+        self.progress.units = Moments::default();
+        self
     }
 
     /// Percent of the candidate in this step.
@@ -450,7 +474,7 @@ impl RolloutDocument {
             periods: progress.periods,
             step_periods: progress.step_periods,
             guards: guards.map(|(i, compared)| GuardEvidence::of(&self.spec, i, compared)).collect(),
-            chi_square: chi_square(&progress.deviations),
+            chi_square: progress.sample_ratio(self.spec.min_periods).0,
             misplaced: (progress.control.misplaced + progress.candidate.misplaced) as f64 / total,
             crossed: (progress.control.crossed + progress.candidate.crossed) as f64 / total,
         }
@@ -504,7 +528,7 @@ impl RolloutDocument {
         if progress.barren >= MAX_BARREN {
             holds.push(if progress.stale { Hold::StaleMetrics } else { Hold::NoTraffic });
         }
-        if progress.deviations.n >= u64::from(self.spec.min_periods) && evidence.chi_square > CHI_SQUARE_0_001 {
+        if progress.sample_ratio(self.spec.min_periods).1 && evidence.chi_square > CHI_SQUARE_0_001 {
             holds.push(Hold::SampleRatio);
         }
         if progress.control.offered + progress.candidate.offered >= MIN_REQUESTS {

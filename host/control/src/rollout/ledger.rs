@@ -5,16 +5,19 @@
 //! short for these requests. One that arrives within the burn-in after a switch belongs to none. A period is complete when
 //! all its requests have ended, or after the settling time, when what still runs counts with the time it has had.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use pointsman_telemetry::{Event, EventKind, Micros};
 use serde::{Deserialize, Serialize};
 
 use super::assign::Arm;
 use super::spec::{Metric, Spec};
+use super::stats::Moments;
 
 /// Requests that are followed at once; more make a period incomplete.
 const MAX_OPEN: usize = 65_536;
+/// Units of a split that are known again; at the bound all are forgotten, and count once more.
+const MAX_UNITS: usize = 65_536;
 /// Periods that settle at once; the oldest is closed to make room.
 const MAX_WINDOWS: usize = 32;
 /// Events may reach the ledger so much later than they happened.
@@ -67,7 +70,7 @@ pub struct Sums {
     pub cached_tokens: u64,
     /// Ran on while the other arm served.
     pub crossed: u64,
-    /// Decided by the other arm's policy.
+    /// Decided by the other arm's policy, or not served by the variant to which they were assigned.
     pub misplaced: u64,
     /// Had not ended when the period was closed.
     pub late: u64,
@@ -101,6 +104,10 @@ pub struct Period {
     pub control: ArmPeriod,
     /// The same of the candidate.
     pub candidate: ArmPeriod,
+    /// Where units are split: those that were seen for the first time. The sum is the candidate's beyond its share, in
+    /// thousandths, the squares are the spread that chance gives it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub units: Option<Moments>,
 }
 
 /// How requests are told apart.
@@ -112,7 +119,8 @@ pub enum Split {
         /// Generations of control and candidate, or none to compare.
         generations: Option<[u64; 2]>,
     },
-    /// By the variant that serves them: numbers of control and candidate.
+    /// By the variant to which they were assigned, whoever serves them then: numbers of control and candidate. A request that
+    /// names its variant was not assigned and belongs to neither.
     Variant([u32; 2]),
 }
 
@@ -171,6 +179,8 @@ pub(super) struct Ledger {
     windows: VecDeque<Window>,
     open: HashMap<u64, Open>,
     early: VecDeque<Event>,
+    /// Units that have been counted.
+    units: HashSet<u64>,
 }
 
 #[derive(Debug)]
@@ -183,6 +193,7 @@ struct Window {
     blocks: Vec<Placed>,
     n_open: usize,
     incomplete: bool,
+    units: Moments,
 }
 
 #[derive(Debug)]
@@ -290,6 +301,7 @@ impl Ledger {
             windows: VecDeque::new(),
             open: HashMap::new(),
             early: VecDeque::with_capacity(EARLY),
+            units: HashSet::new(),
         }
     }
 
@@ -312,7 +324,9 @@ impl Ledger {
             self.windows.front_mut().into_iter().for_each(|oldest| oldest.end = 0);
         }
         let took_us = end - start;
-        self.windows.push_back(Window { number, percent, start, end, took_us, blocks, n_open: 0, incomplete: false });
+        let units = Moments::default();
+        let window = Window { number, percent, start, end, took_us, blocks, n_open: 0, incomplete: false, units };
+        self.windows.push_back(window);
         end
     }
 
@@ -362,6 +376,7 @@ impl Ledger {
             incomplete: window.incomplete,
             control: of(Arm::Control),
             candidate: of(Arm::Candidate),
+            units: matches!(self.split, Split::Variant(_)).then_some(window.units),
         })
     }
 
@@ -428,17 +443,19 @@ impl Ledger {
     }
 
     /// Window and block in which something that happens at `at` counts.
-    fn place(&self, at: Micros, variant: u32) -> Option<(usize, usize)> {
+    fn place(&self, event: &Event) -> Option<(usize, usize)> {
+        let at = event.at;
         let w = self.windows.iter().position(|w| w.start <= at && at < w.end)?;
         let here = |b: &Placed| match self.split {
             Split::Time { .. } => b.from <= at && at < b.until,
-            Split::Variant(variants) => variants[b.arm as usize] == variant,
+            Split::Variant(variants) => variants[b.arm as usize] == event.assigned,
         };
         Some((w, self.windows[w].blocks.iter().position(here)?))
     }
 
     fn admitted(&mut self, event: &Event) -> Option<Seen> {
-        let (w, block) = self.place(event.at, event.variant)?;
+        let (w, block) = self.place(event)?;
+        self.count_unit(w, block, event);
         let window = &mut self.windows[w];
         if self.open.len() >= MAX_OPEN {
             window.incomplete = true;
@@ -447,6 +464,8 @@ impl Ledger {
         let placed = &mut window.blocks[block];
         let (prompt_tokens, cached_tokens) = (event.prompt_tokens, event.cached_tokens);
         placed.sums.offered += 1;
+        let elsewhere = matches!(self.split, Split::Variant(_)) && event.variant != event.assigned;
+        placed.sums.misplaced += u64::from(elsewhere);
         placed.sums.prompt_tokens += u64::from(prompt_tokens);
         placed.sums.cached_tokens += u64::from(cached_tokens);
         let (period, arm) = (window.number, placed.arm);
@@ -478,16 +497,31 @@ impl Ledger {
         Some(Seen { arm: open.arm, what: Outcome::FirstToken { ttft_us: event.a } })
     }
 
-    /// Refused before a replica was chosen: it belongs to whoever serves, and to nobody where requests are split.
+    /// Refused before a replica was chosen: it belongs to whoever serves, or to the arm to which it was assigned.
     fn refused(&mut self, event: &Event) -> Option<Seen> {
-        if !matches!(self.split, Split::Time { .. }) {
-            return None;
-        }
-        let (w, block) = self.place(event.at, event.variant)?;
+        let (w, block) = self.place(event)?;
+        self.count_unit(w, block, event);
         let placed = &mut self.windows[w].blocks[block];
         placed.sums.offered += 1;
         placed.sums.rejected += 1;
         Some(Seen { arm: placed.arm, what: Outcome::Rejected })
+    }
+
+    /// Where units are split, one that was not seen yet: it is the candidate's or not, against the candidate's share.
+    fn count_unit(&mut self, w: usize, block: usize, event: &Event) {
+        if matches!(self.split, Split::Time { .. }) {
+            return;
+        }
+        if self.units.len() >= MAX_UNITS {
+            self.units.clear();
+        }
+        let window = &mut self.windows[w];
+        if self.units.insert(event.unit) {
+            let percent = i64::from(window.percent);
+            let mine = i64::from(window.blocks[block].arm == Arm::Candidate);
+            let one = Moments { n: 1, sum: mine * 1_000 - percent * 10, squares: percent * (100 - percent) * 100 };
+            window.units.merge(&one);
+        }
     }
 
     fn ended(&mut self, event: &Event) -> Option<Seen> {
@@ -688,11 +722,21 @@ mod tests {
         let mut ledger = ledger(Split::Variant([7, 8]));
         let end = ledger.begin((0, 50), 0, &[Arm::Control, Arm::Candidate], Arm::Control);
         assert_eq!(end, 1_000 * MS);
-        for (request, variant) in [(1, 7), (2, 8), (3, 8), (4, 9)] {
-            ledger.note(&Event { variant, ..event(5, EventKind::Admitted, request, (1, 1)) }, &mut |_| {});
+        // One unit asks twice; 4 goes to a third variant, 5 names its variant itself, 6 is served by the other arm.
+        for (request, assigned, variant, unit) in
+            [(1, 7, 7, 71), (2, 8, 8, 81), (3, 8, 8, 81), (4, 9, 9, 91), (5, 0, 8, 0), (6, 8, 7, 82)]
+        {
+            let admitted = event(5, EventKind::Admitted, request, (1, 1));
+            ledger.note(&Event { assigned, variant, unit, ..admitted }, &mut |_| {});
             ledger.note(&event(20, EventKind::Failed, request, (1, 1)), &mut |_| {});
         }
+        let refused = event(30, EventKind::Rejected, 0, (0, 0));
+        ledger.note(&Event { assigned: 7, unit: 72, ..refused }, &mut |_| {});
+        ledger.note(&refused, &mut |_| {});
         let period = ledger.settled(end + LAG).expect("all ended");
-        assert_eq!([period.control.sums.offered, period.candidate.sums.offered], [1, 2]);
+        let (control, candidate) = (&period.control.sums, &period.candidate.sums);
+        assert_eq!([control.offered, control.rejected, control.misplaced], [2, 1, 0]);
+        assert_eq!([candidate.offered, candidate.failed, candidate.misplaced], [3, 3, 1]);
+        assert_eq!(period.units, Some(Moments { n: 4, sum: 0, squares: 1_000_000 }), "two of four, once each");
     }
 }

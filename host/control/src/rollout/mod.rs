@@ -14,7 +14,7 @@ mod sim;
 mod spec;
 mod stats;
 
-pub use assign::{Arm, BUCKETS, arm_of, bucket};
+pub use assign::{Arm, BUCKETS, arm_of, bucket, unit_hash};
 pub use conduct::{Command, Rollout};
 pub use document::{
     AskError, Cause, Decision, Evidence, GuardEvidence, Hold, Phase, Progress, RolloutDocument, RolloutFormatError,

@@ -8,6 +8,7 @@ use super::assign::Arm;
 use super::document::{Evidence, Phase, RolloutDocument};
 use super::ledger::Sums;
 use super::spec::{Guard, Mode, OnRestart, Spec, Sticky};
+use crate::deployment::Target;
 
 /// What an operator writes: a mode, and whatever is not as usual.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -49,12 +50,16 @@ pub struct Report {
     pub ready: bool,
     /// What stops the ramp, in words.
     pub holds: Vec<String>,
+    /// What the reader should know of the comparison, in words; the host's to fill in.
+    pub caveats: Vec<String>,
     /// The numbers that decide.
     pub evidence: Evidence,
     /// What control did.
     pub control: ArmReport,
     /// What the candidate did.
     pub candidate: ArmReport,
+    /// The policy that is tried; none between variants.
+    pub target: Option<Target>,
     /// The plan, with every default.
     pub spec: Spec,
 }
@@ -98,6 +103,12 @@ pub struct PolicyCost {
 // === impl Plan ===
 
 impl Plan {
+    /// The same plan, with this for one that does not say what stays at one arm.
+    #[must_use]
+    pub fn or_sticky(self, sticky: Sticky) -> Self {
+        Self { sticky: self.sticky.or(Some(sticky)), ..self }
+    }
+
     /// Fills in the defaults; `seed` is for a plan that names none.
     #[must_use]
     pub fn spec(self, seed: u64) -> Spec {
@@ -138,9 +149,11 @@ impl Report {
             percent: document.percent(),
             ready: progress.ready,
             holds: progress.holds.iter().map(ToString::to_string).collect(),
+            caveats: Vec::new(),
             evidence: document.evidence(),
             control: ArmReport::of(&document.control, &progress.control),
             candidate: ArmReport::of(&document.candidate, &progress.candidate),
+            target: document.target.clone(),
             spec: document.spec.clone(),
         }
     }

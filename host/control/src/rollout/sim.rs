@@ -76,6 +76,7 @@ impl World {
             incomplete: false,
             control: of(Arm::Control),
             candidate: of(Arm::Candidate),
+            units: None,
         }
     }
 }

@@ -146,6 +146,15 @@ pub enum SpecError {
         /// The slot.
         slot: String,
     },
+    /// A mode that is no experiment between variants.
+    #[error(
+        "mode `{mode}` compares policies of one host; between the variants of an alias use `canary` or `ab`, which split the \
+         requests"
+    )]
+    NotForVariants {
+        /// The mode.
+        mode: &'static str,
+    },
     /// Steps that do not ascend within 1 to 100.
     #[error("`steps` must ascend within 1 to 100 percent, found {found:?}; for example [1, 5, 10, 25, 50, 100]")]
     Steps {
@@ -228,6 +237,17 @@ impl Spec {
             (SlotName::Telemetry(_), _) => Err(SpecError::NoOutcome { slot: slot.to_string() }),
             (_, Mode::Ab) => Err(SpecError::Shared { slot: slot.to_string() }),
             (_, Mode::Canary | Mode::Switchback | Mode::Shadow) => Ok(()),
+        }
+    }
+
+    /// Whether the mode is an experiment between two variants of an alias.
+    ///
+    /// # Errors
+    /// It is not; the error names those that are.
+    pub fn check_alias(&self) -> Result<(), SpecError> {
+        match self.mode {
+            Mode::Canary | Mode::Ab => Ok(()),
+            Mode::Switchback | Mode::Shadow => Err(SpecError::NotForVariants { mode: self.mode.as_str() }),
         }
     }
 
@@ -362,6 +382,13 @@ mod tests {
             let found = Spec::of(mode, 1).check_slot(&slot).err().map(|e| e.to_string());
             assert_eq!(found.is_some(), expect.is_some(), "{slot} {mode:?}");
             assert!(found.unwrap_or_default().contains(expect.unwrap_or_default()), "{slot} {mode:?}");
+        }
+    }
+
+    #[test]
+    fn variants_are_compared_by_requests() {
+        for (mode, fits) in [(Mode::Canary, true), (Mode::Ab, true), (Mode::Switchback, false), (Mode::Shadow, false)] {
+            assert_eq!(Spec::of(mode, 1).check_alias().is_ok(), fits, "{mode:?}");
         }
     }
 

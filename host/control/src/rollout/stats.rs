@@ -39,6 +39,13 @@ impl Moments {
         self.squares = self.squares.saturating_add(value.saturating_mul(value));
     }
 
+    /// Takes other values in.
+    pub fn merge(&mut self, other: &Self) {
+        self.n += other.n;
+        self.sum = self.sum.saturating_add(other.sum);
+        self.squares = self.squares.saturating_add(other.squares);
+    }
+
     /// Mean; 0 of nothing.
     #[must_use]
     pub fn mean(&self) -> f64 {
@@ -90,8 +97,10 @@ impl Level {
     }
 }
 
-/// Chi-square statistic, with one degree of freedom, of the deviations of a split from its plan, one per period. Each is
-/// measured against the spread of all of them and not against a Poisson count: requests come in bursts.
+/// Chi-square statistic, with one degree of freedom, of the deviations of a split from its plan. Where time is split there is
+/// one per period, measured against the spread of all of them and not against a Poisson count: requests come in bursts. Where
+/// units are split there is one per unit, measured against the spread that chance gives it, because each unit is assigned by
+/// itself.
 #[must_use]
 pub(super) fn chi_square(deviations: &Moments) -> f64 {
     if deviations.squares == 0 { 0.0 } else { (deviations.sum as f64).powi(2) / deviations.squares as f64 }
