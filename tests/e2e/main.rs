@@ -14,6 +14,7 @@ mod routers;
 mod sampler;
 mod swaps;
 mod trust;
+mod variants;
 
 use pointsman_tests::Host;
 

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use pointsman_control::{Budget, SlotName};
 
 use crate::plugin::{Kind, Lang};
+use crate::rollouts::Subject;
 
 /// An LLM inference host whose routing, scheduling and telemetry policies are hot-swappable WebAssembly components.
 #[derive(Debug, Parser)]
@@ -121,7 +122,8 @@ pub(crate) enum PolicyCommand {
         #[command(flatten)]
         at: AdminArgs,
     },
-    /// Try a policy on a share of the time, measure it, and take it back when it harms.
+    /// Try a policy on a share of the time, or a variant on a share of the requests, measure it, and take it back when it
+    /// harms.
     #[command(subcommand)]
     Rollout(RolloutCommand),
     /// Make the native policy decide in every slot with one switch, and let the policies answer again.
@@ -192,13 +194,15 @@ pub(crate) enum PolicyCommand {
 pub(crate) enum RolloutCommand {
     /// Start a rollout.
     #[command(
-        after_help = "Examples:\n  pointsman policy rollout start router my_router.wasm --mode canary\n  pointsman policy rollout start scheduler sched-priority --mode switchback --auto-promote\n  pointsman policy rollout start router route-weighted --mode canary --steps 10,50,100 \\\n      --plan '{\"block_ms\": 10000, \"guards\": [{\"metric\": \"ttft-over-slo\", \"margin\": 0.02}]}'"
+        after_help = "Examples:\n  pointsman policy rollout start router my_router.wasm --mode canary\n  pointsman policy rollout start scheduler sched-priority --mode switchback --auto-promote\n  pointsman policy rollout start router route-weighted --mode canary --steps 10,50,100 \\\n      --plan '{\"block_ms\": 10000, \"guards\": [{\"metric\": \"ttft-over-slo\", \"margin\": 0.02}]}'\n  pointsman policy rollout start alias.demo demo:q8_0 --mode canary --plan '{\"sticky\": \"tenant\"}'"
     )]
     Start(Box<StartArgs>),
-    /// Show a rollout's report, or the last rollout of every slot.
-    #[command(after_help = "Examples:\n  pointsman policy rollout status\n  pointsman policy rollout status router-7")]
+    /// Show a rollout's report, or the last rollout of every slot and alias.
+    #[command(
+        after_help = "Examples:\n  pointsman policy rollout status\n  pointsman policy rollout status router-7\n  pointsman policy rollout status alias.demo"
+    )]
     Status {
-        /// A rollout or a slot.
+        /// A rollout, a slot or `alias.NAME`.
         #[arg(value_name = "ID|SLOT")]
         of: Option<String>,
         #[command(flatten)]
@@ -278,16 +282,19 @@ pub(crate) enum AliasCommand {
 /// What a rollout is started with.
 #[derive(Debug, Args)]
 pub(crate) struct StartArgs {
-    /// admission, router, scheduler, kv-retention or sampler.
-    pub slot: SlotName,
-    /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`.
-    pub component: String,
-    /// How candidate and control are compared: canary or switchback.
+    /// admission, router, scheduler, kv-retention, sampler, or alias.NAME.
+    #[arg(value_name = "SLOT")]
+    pub subject: Subject,
+    /// A digest (or a unique beginning of one), the name of a built-in, a file to upload first, or `native`; of an alias, one
+    /// of its variants.
+    #[arg(value_name = "COMPONENT")]
+    pub candidate: String,
+    /// How candidate and control are compared: canary or switchback; of an alias, canary or ab.
     #[arg(long, value_name = "MODE")]
     pub mode: String,
-    /// JSON handed to the component's `init`.
-    #[arg(long = "set", value_name = "JSON", default_value = "{}", value_parser = json)]
-    pub config: serde_json::Value,
+    /// JSON handed to the component's `init` [default: {}].
+    #[arg(long = "set", value_name = "JSON", value_parser = json)]
+    pub config: Option<serde_json::Value>,
     /// Percent of the candidate, ascending [default: 1,5,10,25,50,100].
     #[arg(long, value_name = "PERCENT", value_delimiter = ',')]
     pub steps: Vec<u8>,

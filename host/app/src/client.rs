@@ -103,7 +103,7 @@ pub(crate) fn alias(command: AliasCommand, out: &mut dyn Write) -> anyhow::Resul
             if let Some(generation) = if_generation {
                 body["if_generation"] = generation.into();
             }
-            let path = format!("/admin/v1/aliases/{}", alias.replace('%', "%25").replace('/', "%2F"));
+            let path = format!("/admin/v1/aliases/{}", segment(&alias));
             let answer =
                 Admin::new(at.clone()).send("PUT", &path, body.to_string().into_bytes(), "application/json")?;
             print(out, &at, &answer, alias_lines)
@@ -118,7 +118,7 @@ const MIN_DIGEST: usize = 8;
 
 /// The admin API of a host.
 pub(crate) struct Admin {
-    at: AdminArgs,
+    pub(crate) at: AdminArgs,
     agent: ureq::Agent,
 }
 
@@ -331,6 +331,13 @@ pub(crate) fn rows(answer: &Value) -> &[Value] {
     list.map_or(&[], Vec::as_slice)
 }
 
+/// A name as a part of a path: a model may be called anything.
+pub(crate) fn segment(name: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.:@~".contains(&b);
+    let escape = |b: u8| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") };
+    name.bytes().map(escape).collect()
+}
+
 pub(crate) fn text(value: &Value, key: &str) -> String {
     match &value[key] {
         Value::String(s) => s.clone(),
@@ -390,6 +397,10 @@ fn alias_lines(alias: &Value) -> String {
     for variant in alias["variants"].as_array().map_or(&[][..], Vec::as_slice) {
         let (id, weight, replicas) = (text(variant, "id"), text(variant, "weight"), &variant["replicas"]);
         lines.push(format!("  {id:<32} weight {weight:>5}  {replicas} replicas"));
+    }
+    if let Some(id) = alias["rollout"]["id"].as_str() {
+        let (candidate, percent) = (text(&alias["rollout"], "candidate"), &alias["rollout"]["percent"]);
+        lines.push(format!("  rollout {id} is under way: {candidate} has {percent} % of the requests now"));
     }
     lines.join("\n")
 }

@@ -14,6 +14,7 @@ use pointsman_server::admin::wire::decision::Line;
 use pointsman_server::record::Taps;
 use pointsman_telemetry::{Event, Metrics, NameKind, Names, Recorder};
 
+use crate::aliases::Aliases;
 use crate::anomaly::Anomalies;
 use crate::clock::SystemClock;
 use crate::deploy::Deploy;
@@ -41,6 +42,8 @@ pub(crate) struct Observer {
 pub(crate) struct Watched {
     /// Where hooks are.
     pub deploy: Arc<Deploy>,
+    /// Where rollouts between variants are.
+    pub aliases: Arc<Aliases>,
     /// Where events come from.
     pub recorder: Recorder,
     /// Names behind their numbers.
@@ -92,6 +95,7 @@ impl Watched {
             self.metrics.events_dropped(drained.dropped);
             if drained.taken > 0 || drained.dropped > 0 {
                 self.deploy.show_rollouts(events, drained.dropped);
+                self.aliases.show_rollouts(events, drained.dropped);
                 self.show(events, drained.dropped);
                 anomalies.take(events);
             }
@@ -100,6 +104,7 @@ impl Watched {
             }
         }
         self.deploy.tick_rollouts();
+        self.aliases.tick_rollouts();
         self.deploy.admission.settle(self.clock.micros(), &self.names, &mut |by, endings| self.record(by, endings));
         self.deploy.journal_faults();
         anomalies.close(self.clock.micros(), &self.names, &self.metrics, |what| self.deploy.note("host", what));

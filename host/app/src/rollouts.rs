@@ -1,12 +1,46 @@
 //! `pointsman policy rollout ...`: start one, read its report as a table, steer it.
 
 use std::io::Write;
+use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use pointsman_control::{SlotName, SlotNameError};
 use serde_json::{Value, json};
 
 use crate::cli::{RolloutCommand, StartArgs};
-use crate::client::{Admin, print, rows, text};
+use crate::client::{Admin, print, rows, segment, text};
+
+/// What a rollout is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// Two policies.
+    Slot(SlotName),
+    /// Two variants.
+    Alias(String),
+}
+
+// === impl Subject ===
+
+impl FromStr for Subject {
+    type Err = SlotNameError;
+
+    fn from_str(text: &str) -> Result<Self, SlotNameError> {
+        match text.strip_prefix("alias.") {
+            Some(alias) if !alias.is_empty() => Ok(Self::Alias(alias.to_owned())),
+            _ => text.parse().map(Self::Slot),
+        }
+    }
+}
+
+impl Subject {
+    /// Where its rollouts are.
+    pub(crate) fn path(&self) -> String {
+        match self {
+            Self::Slot(slot) => format!("/admin/v1/slots/{slot}/rollouts"),
+            Self::Alias(alias) => format!("/admin/v1/aliases/{}/rollouts", segment(alias)),
+        }
+    }
+}
 
 /// Runs one command; what it prints goes to `out`.
 ///
@@ -17,10 +51,9 @@ pub(crate) fn run(command: RolloutCommand, out: &mut dyn Write) -> anyhow::Resul
         RolloutCommand::Start(args) => start(*args, out),
         RolloutCommand::Status { of, at } => {
             let admin = Admin::new(at.clone());
-            match of.as_deref() {
-                Some(id) if slot_of(id).is_ok() => print(out, &at, &admin.get(&path_of(id, "")?)?, report),
-                Some(slot) => print(out, &at, &admin.get(&format!("/admin/v1/slots/{slot}/rollouts"))?, reports),
-                None => print(out, &at, &of_all_slots(&admin)?, overview),
+            match of {
+                Some(of) => status(&admin, &of, out),
+                None => print(out, &at, &of_all(&admin)?, overview),
             }
         }
         RolloutCommand::Promote { id, step, at } => {
@@ -47,38 +80,59 @@ pub(crate) fn run(command: RolloutCommand, out: &mut dyn Write) -> anyhow::Resul
 }
 
 fn start(args: StartArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let StartArgs { slot, component, mode, config, steps, auto_promote, plan, at } = args;
+    let StartArgs { subject, candidate, mode, config, steps, auto_promote, plan, at } = args;
     let admin = Admin::new(at.clone());
     let Value::Object(mut body) = plan else { bail!("--plan takes a JSON object, such as {{\"block_ms\": 10000}}") };
-    body.insert("component".into(), admin.resolve(&component)?.into());
+    match (&subject, config) {
+        (Subject::Slot(_), config) => {
+            body.insert("component".into(), admin.resolve(&candidate)?.into());
+            body.insert("config".into(), config.unwrap_or_else(|| json!({})));
+        }
+        (Subject::Alias(_), None) => drop(body.insert("candidate".into(), candidate.into())),
+        (Subject::Alias(_), Some(_)) => bail!("a variant takes no --set: it is a model, not a policy"),
+    }
     body.insert("mode".into(), mode.into());
-    body.insert("config".into(), config);
     if !steps.is_empty() {
         body.insert("steps".into(), json!(steps));
     }
     if auto_promote {
         body.insert("auto_promote".into(), true.into());
     }
-    let path = format!("/admin/v1/slots/{slot}/rollouts");
     let body = Value::Object(body).to_string().into_bytes();
-    print(out, &at, &admin.send("POST", &path, body, "application/json")?, report)
+    print(out, &at, &admin.send("POST", &subject.path(), body, "application/json")?, report)
 }
 
-/// An id is its slot and the candidate's generation: `router-7`.
-fn slot_of(id: &str) -> anyhow::Result<&str> {
-    let (slot, generation) = id.rsplit_once('-').unwrap_or((id, ""));
-    let is_id = !generation.is_empty() && generation.bytes().all(|b| b.is_ascii_digit());
-    is_id.then_some(slot).with_context(|| format!("`{id}` is not the id of a rollout, such as `router-7`"))
+/// A rollout's report, or those of a subject: `alias.llama-3` may be either.
+fn status(admin: &Admin, of: &str, out: &mut dyn Write) -> anyhow::Result<()> {
+    let error = match path_of(of, "").and_then(|path| admin.get(&path)) {
+        Ok(found) => return print(out, &admin.at, &found, report),
+        Err(error) => error,
+    };
+    match of.parse::<Subject>() {
+        Ok(subject) => print(out, &admin.at, &admin.get(&subject.path())?, reports),
+        Err(_) => Err(error),
+    }
+}
+
+/// An id is its slot and the candidate's generation, `router-7`, or its alias and a number, `alias.demo-1`.
+fn subject_of(id: &str) -> anyhow::Result<Subject> {
+    let (subject, number) = id.rsplit_once('-').unwrap_or((id, ""));
+    let is_id = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    let subject = is_id.then_some(subject).and_then(|subject| subject.parse().ok());
+    subject.with_context(|| format!("`{id}` is not the id of a rollout, such as `router-7` or `alias.demo-1`"))
 }
 
 fn path_of(id: &str, verb: &str) -> anyhow::Result<String> {
-    Ok(format!("/admin/v1/slots/{}/rollouts/{id}{verb}", slot_of(id)?))
+    Ok(format!("{}/{}{verb}", subject_of(id)?.path(), segment(id)))
 }
 
-fn of_all_slots(admin: &Admin) -> anyhow::Result<Value> {
+fn of_all(admin: &Admin) -> anyhow::Result<Value> {
     let mut found = Vec::new();
-    for slot in rows(&admin.get("/admin/v1/slots")?) {
-        let listed = admin.get(&format!("/admin/v1/slots/{}/rollouts", text(slot, "slot")))?;
+    let (slots, aliases) = (admin.get("/admin/v1/slots")?, admin.get("/admin/v1/aliases")?);
+    let slots = rows(&slots).iter().map(|slot| text(slot, "slot"));
+    let aliases = rows(&aliases).iter().map(|alias| format!("alias.{}", text(alias, "alias")));
+    for subject in slots.chain(aliases) {
+        let listed = admin.get(&subject.parse::<Subject>()?.path())?;
         found.extend(rows(&listed).iter().cloned());
     }
     Ok(Value::Array(found))
@@ -136,9 +190,10 @@ fn report(r: &Value) -> String {
             .trim_end()
             .to_owned(),
         format!(
-            "candidate {} at {} % of the time against {}; {} periods, {} in this step",
+            "candidate {} at {} % of the {} against {}; {} periods, {} in this step",
             text(&r["candidate"], "name"),
             text(r, "percent"),
+            if text(r, "subject").starts_with("alias.") { "requests" } else { "time" },
             text(&r["control"], "name"),
             text(evidence, "periods"),
             text(evidence, "step_periods"),
@@ -182,8 +237,13 @@ fn report(r: &Value) -> String {
     ];
     for (label, path) in rows {
         let cell = |arm: &str| number(path.iter().fold(&r[arm], |value, key| &value[*key]));
+        if label.starts_with("policy") && r["control"]["policy"].is_null() {
+            continue;
+        }
         lines.push(format!("{label:<24} {:>14} {:>14}", cell("control"), cell("candidate")));
     }
+    let caveats = r["caveats"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    lines.extend(caveats.map(|caveat| format!("\nnote: {caveat}")));
     lines.join("\n")
 }
 
@@ -201,14 +261,18 @@ mod tests {
 
     #[test]
     fn an_id_names_its_slot() {
-        for (id, slot) in [
-            ("router-7", Some("router")),
-            ("telemetry.slo-log-12", Some("telemetry.slo-log")),
+        for (id, path) in [
+            ("router-7", Some("/admin/v1/slots/router/rollouts/router-7")),
+            ("telemetry.slo-log-12", Some("/admin/v1/slots/telemetry.slo-log/rollouts/telemetry.slo-log-12")),
+            ("alias.demo-1", Some("/admin/v1/aliases/demo/rollouts/alias.demo-1")),
+            ("alias.org/llama-3-2", Some("/admin/v1/aliases/org%2Fllama-3/rollouts/alias.org%2Fllama-3-2")),
             ("router", None),
             ("telemetry.slo-log", None),
             ("router-", None),
+            ("nowhere-7", None),
+            ("alias.-1", None),
         ] {
-            assert_eq!(slot_of(id).ok(), slot, "{id}");
+            assert_eq!(path_of(id, "").ok().as_deref(), path, "{id}");
         }
     }
 }

@@ -23,7 +23,7 @@ use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerC
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
 
-use crate::aliases::Aliases;
+use crate::aliases::{AliasParts, Aliases};
 use crate::cli::ServeArgs;
 use crate::clock::SystemClock;
 use crate::config::{Config, LogFormat, RoleName};
@@ -91,8 +91,16 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let deploy = deployments(&config, &store, &shared)?;
     let loaded = load_beside(&config, &shared, &deploy)?;
     let engine = Arc::new(start_engine(&config, &shared, &deploy, loaded)?);
+    let aliases = Aliases::start(AliasParts {
+        deploy: Arc::clone(&deploy),
+        store: Arc::clone(&store),
+        catalog: engine.catalog(),
+        clock: Arc::clone(&shared.clock),
+        metrics: Arc::clone(&shared.metrics),
+    });
     let observer = Observer::start(Watched {
         deploy: Arc::clone(&deploy),
+        aliases: Arc::clone(&aliases),
         recorder: shared.recorder.clone(),
         names: Arc::clone(&shared.names),
         metrics: Arc::clone(&shared.metrics),
@@ -105,7 +113,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         admit: Arc::clone(&deploy.admission) as _,
         router: Arc::clone(&deploy.router) as _,
         policies: Arc::clone(&deploy) as _,
-        aliases: Aliases::start(Arc::clone(&deploy), Arc::clone(&store)) as _,
+        aliases: aliases as _,
         models: Arc::clone(&engine) as Arc<dyn ModelAdmin>,
         clock: Arc::clone(&shared.clock) as Arc<dyn Clock>,
         metrics: Arc::clone(&shared.metrics),

@@ -276,12 +276,17 @@ impl Aliases {
         Ok(AliasDocument { generation: active + 1, weights, sticky: desired.sticky, ..document })
     }
 
-    /// Checks the wish to try a variant beside the one that serves; returns the document to store and then to
-    /// [`put`](Self::put), with the rollout in it. It has no share yet.
+    /// Checks the wish to try a variant beside the one that serves; returns the rollout, and the document with it to store and
+    /// then to [`put`](Self::put). It has no share yet.
     ///
     /// # Errors
     /// A rollout under way, or no other variant that serves alone.
-    pub fn plan_rollout(&self, alias: &str, candidate: &str, spec: Spec) -> Result<AliasDocument, AliasError> {
+    pub fn plan_rollout(
+        &self,
+        alias: &str,
+        candidate: &str,
+        spec: Spec,
+    ) -> Result<(RolloutDocument, AliasDocument), AliasError> {
         let mut document = self.get(alias);
         document.not_rolling_out()?;
         let serving: Vec<&String> = document.weights.iter().filter(|(_, w)| **w > 0).map(|(v, _)| v).collect();
@@ -295,8 +300,9 @@ impl Aliases {
         document.rollouts += 1;
         let subject = format!("alias.{alias}");
         let id = format!("{subject}-{}", document.rollouts);
-        document.rollout = Some(RolloutDocument::new(id, subject, [control, candidate.to_owned()], spec));
-        Ok(document)
+        let rollout = RolloutDocument::new(id, subject, [control, candidate.to_owned()], spec);
+        document.rollout = Some(rollout.clone());
+        Ok((rollout, document))
     }
 
     /// The document of an alias whose rollout has changed, to store and then to [`put`](Self::put). One that is promoted gives
@@ -428,7 +434,7 @@ mod tests {
             (&[("a", 1), ("b", 1)], "b", AliasError::NoControl { alias: "m".into(), found: 2 }),
             (&[("a", 7), ("b", 0)], "a", AliasError::Itself { variant: "a".into() }),
         ] {
-            assert_eq!(start(weights).plan_rollout("m", candidate, spec()), Err(error), "{weights:?}");
+            assert_eq!(start(weights).plan_rollout("m", candidate, spec()).err(), Some(error), "{weights:?}");
         }
         let served = |aliases: &Aliases, tenant: usize| {
             let tenant = format!("tenant-{tenant}");
@@ -438,7 +444,7 @@ mod tests {
         let share = |aliases: &Aliases| (0..2_000).filter(|t| served(aliases, *t) == "b").count();
         for (promoted, after) in [(true, ("b", 2, 2_000)), (false, ("a", 1, 0))] {
             let mut aliases = start(&[("a", 7), ("b", 0)]);
-            let document = aliases.plan_rollout("m", "b", spec()).expect("a good wish");
+            let (mut rollout, document) = aliases.plan_rollout("m", "b", spec()).expect("a good wish");
             assert_eq!(AliasDocument::parse(document.to_json().as_bytes()).expect("just written"), document);
             aliases.put(document);
             let busy = aliases.plan("m", desired(&[("b", 1)], Sticky::Session));
@@ -451,15 +457,14 @@ mod tests {
                 assert!(tried.iter().all(|t| served(&aliases, *t) == "b"), "a growing share moves nobody back");
                 tried = (0..2_000).filter(|t| served(&aliases, *t) == "b").collect();
             }
-            let mut rollout = aliases.get("m").rollout.expect("under way");
             rollout.apply(&if promoted { Decision::Promote } else { Decision::Abort { cause: Cause::Asked } });
             aliases.put(aliases.rolled("m", rollout.clone()));
             aliases.put(aliases.rolled("m", rollout));
             let document = aliases.get("m");
             let weight = document.weights.iter().find(|(_, w)| **w > 0).map(|(v, w)| (v.as_str(), *w));
             assert_eq!((weight, document.generation, share(&aliases)), (Some((after.0, 7)), after.1, after.2));
-            let next = aliases.plan_rollout("m", if promoted { "a" } else { "b" }, spec()).expect("another");
-            assert_eq!(next.rollout.map(|r| r.id).as_deref(), Some("alias.m-2"), "an id is not given twice");
+            let (next, _) = aliases.plan_rollout("m", if promoted { "a" } else { "b" }, spec()).expect("another");
+            assert_eq!(next.id, "alias.m-2", "an id is not given twice");
         }
     }
 }

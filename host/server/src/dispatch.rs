@@ -19,7 +19,7 @@ use pointsman_telemetry::{Event, EventKind};
 use crate::admin::wire::decision::Line;
 use crate::error::ApiError;
 use crate::identity::Caller;
-use crate::ports::{Asker, Catalog, Replica, SubmitError, Variant};
+use crate::ports::{Catalog, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
 use crate::trace::{Noted, Trace};
@@ -92,6 +92,18 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) prompt: &'a Prompt,
     pub(crate) terms: &'a Terms,
     pub(crate) trace: &'a Trace,
+    /// Where the weights of its alias want it; none where the router chooses.
+    pub(crate) assigned: Option<&'a Assignment>,
+}
+
+/// The variant to which the weights of its alias assign a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Assignment {
+    pub(crate) variant: Arc<str>,
+    /// Its number in the event stream; 0 for one that is not loaded.
+    pub(crate) number: u32,
+    /// Hash of what stays there.
+    pub(crate) unit: u64,
 }
 
 /// What the policy said, once for all choices of a prompt.
@@ -197,7 +209,7 @@ impl Dispatch<'_> {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut hashes = Hashes { tokens: &self.prompt.tokens, by_block: Vec::new() };
             let first = choices.first().map_or(RequestId(0), |c| c.id);
-            self.offer(scratch, &mut hashes, first);
+            self.offer(scratch, &mut hashes);
             if scratch.rows.is_empty() {
                 return Err(ApiError::NoReplica { model: self.target.name.clone() });
             }
@@ -240,15 +252,12 @@ impl Dispatch<'_> {
 
     /// Fills the columns with the replicas of the variant to which the request is assigned; with all of them where it is to
     /// none, or where nobody there can take it (full, drained, a prompt too long).
-    fn offer(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>, id: RequestId) {
-        if let [_, _, ..] = &*self.target.variants {
-            let asker = Asker { tenant: &self.caller.tenant, session: self.terms.session, request: id.0 };
-            if let Some(variant) = self.state.aliases.assign(&self.target.name, &asker) {
-                self.fill(scratch, hashes, Some(&variant));
-                let weights = &scratch.columns.weight;
-                if scratch.rows.iter().zip(weights).any(|(row, weight)| *weight > 0 && self.has_room(*row)) {
-                    return;
-                }
+    fn offer(&self, scratch: &mut Scratch, hashes: &mut Hashes<'_>) {
+        if let Some(assigned) = self.assigned {
+            self.fill(scratch, hashes, Some(&assigned.variant));
+            let weights = &scratch.columns.weight;
+            if scratch.rows.iter().zip(weights).any(|(row, weight)| *weight > 0 && self.has_room(*row)) {
+                return;
             }
         }
         self.fill(scratch, hashes, None);
@@ -459,11 +468,14 @@ impl Dispatch<'_> {
             cached_tokens,
             ..Event::new(at, EventKind::Routed)
         };
+        let (assigned, unit) = self.assigned.map_or((0, 0), |assigned| (assigned.number, assigned.unit));
         let prompt = self.prompt.tokens.len() as u64;
         self.state.recorder.record(Event {
             kind: EventKind::Admitted,
             a: prompt,
             b: self.terms.max_new_tokens.into(),
+            assigned,
+            unit,
             ..base
         });
         self.state.recorder.record(Event { a: call_ns, b: native.into(), ..base });
@@ -498,8 +510,13 @@ fn head(text: &str) -> &str {
     &text[..text.floor_char_boundary(PROMPT_HEAD)]
 }
 
-/// Counts a refused request and records it for telemetry guests.
-pub(crate) fn record_rejection(state: &ServerState, caller: &Caller, error: &ApiError, prompt_tokens: u32) {
+/// Counts a refused request and records it for telemetry guests, and for the variant to which it was assigned by then.
+pub(crate) fn record_rejection(
+    state: &ServerState,
+    caller: &Caller,
+    error: &ApiError,
+    (prompt_tokens, assigned): (u32, Option<&Assignment>),
+) {
     let Some(reason) = error.reason() else { return };
     state.metrics.rejected(reason);
     let number = match reason {
@@ -514,6 +531,8 @@ pub(crate) fn record_rejection(state: &ServerState, caller: &Caller, error: &Api
         prompt_tokens,
         a: number,
         b: if error.retryable() { error.retry_after_ms().into() } else { 0 },
+        assigned: assigned.map_or(0, |assigned| assigned.number),
+        unit: assigned.map_or(0, |assigned| assigned.unit),
         ..Event::new(state.clock.now(), EventKind::Rejected)
     });
 }

@@ -20,8 +20,8 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, AliasPort, Asker, Catalog, Clock, DoorQuestion, EnginePort, JournalLine, ModelAdmin,
-    PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded, Variant,
+    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Catalog, Clock, DoorQuestion, EnginePort, JournalLine,
+    ModelAdmin, PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded, Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -370,7 +370,7 @@ impl PolicyAdmin for FakeAdmin {
         steer: wire::Steer,
         _actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
-        self.rollout(slot, id)?;
+        PolicyAdmin::rollout(self, slot, id)?;
         Ok(raw(&serde_json::json!({ "steered": format!("{steer:?}") })))
     }
 
@@ -405,12 +405,13 @@ impl PolicyAdmin for FakeAdmin {
 }
 
 impl AliasPort for FakeAdmin {
-    fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Arc<str>> {
+    fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Assigned> {
         assert_eq!(alias, "m", "only an alias with several variants is asked about");
         let weights = self.weights.lock().expect("unpoisoned");
         // The fake's hash is the length of the tenant's name.
         let ids: Vec<&String> = weights.weights.keys().collect();
-        (!ids.is_empty()).then(|| ids[asker.tenant.len() % ids.len()].as_str().into())
+        let unit = asker.tenant.len();
+        (!ids.is_empty()).then(|| Assigned { variant: ids[unit % ids.len()].as_str().into(), unit: unit as u64 })
     }
 
     fn weights(&self, _alias: &str) -> wire::Weights {
@@ -422,8 +423,36 @@ impl AliasPort for FakeAdmin {
             return Err(refused(AdminErrorKind::Conflict, "another generation is active"));
         }
         let wire::PutAlias { weights, sticky, .. } = request;
-        *self.weights.lock().expect("unpoisoned") = wire::Weights { generation: 1, weights, sticky };
+        *self.weights.lock().expect("unpoisoned") = wire::Weights { generation: 1, weights, sticky, rollout: None };
         Ok(AliasPort::weights(self, alias))
+    }
+
+    fn start_rollout(
+        &self,
+        alias: &str,
+        request: wire::StartAliasRollout,
+        actor: &str,
+    ) -> Result<Box<RawValue>, AdminError> {
+        let id = format!("alias.{alias}-4");
+        Ok(raw(&serde_json::json!({ "id": id, "candidate": request.candidate, "plan": request.plan, "actor": actor })))
+    }
+
+    fn rollouts(&self, alias: &str) -> Result<Vec<Box<RawValue>>, AdminError> {
+        Ok(vec![raw(&serde_json::json!({ "id": format!("alias.{alias}-4") }))])
+    }
+
+    fn rollout(&self, _alias: &str, id: &str) -> Result<Box<RawValue>, AdminError> {
+        Ok(raw(&serde_json::json!({ "id": id })))
+    }
+
+    fn steer_rollout(
+        &self,
+        alias: &str,
+        id: &str,
+        steer: wire::Steer,
+        _actor: &str,
+    ) -> Result<Box<RawValue>, AdminError> {
+        Ok(raw(&serde_json::json!({ "alias": alias, "id": id, "steered": format!("{steer:?}") })))
     }
 }
 

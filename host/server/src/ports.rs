@@ -209,10 +209,10 @@ pub struct JournalLine {
     pub json: Arc<str>,
 }
 
-/// Which variant of an alias serves whom.
+/// Which variant of an alias serves whom, and which one may.
 pub trait AliasPort: Send + Sync + Debug {
     /// The variant to which a request is assigned; none where the router chooses. Called for each request of an alias.
-    fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Arc<str>>;
+    fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Assigned>;
 
     /// The weights of an alias. May block.
     fn weights(&self, alias: &str) -> wire::Weights;
@@ -220,8 +220,37 @@ pub trait AliasPort: Send + Sync + Debug {
     /// Changes them; the server has checked the names. May block.
     ///
     /// # Errors
-    /// A stale generation, weights that cannot work, or a disk that takes no document.
+    /// A stale generation, a rollout under way, weights that cannot work, or a disk that takes no document.
     fn put_alias(&self, alias: &str, request: wire::PutAlias, actor: &str) -> Result<wire::Weights, AdminError>;
+
+    /// Starts a rollout of a variant; its report, as JSON. The server has checked the names. This and those below may block.
+    fn start_rollout(
+        &self,
+        alias: &str,
+        request: wire::StartAliasRollout,
+        actor: &str,
+    ) -> Result<Box<RawValue>, AdminError>;
+    /// The report of the rollout under way in an alias, or of the last one.
+    fn rollouts(&self, alias: &str) -> Result<Vec<Box<RawValue>>, AdminError>;
+    /// One report.
+    fn rollout(&self, alias: &str, id: &str) -> Result<Box<RawValue>, AdminError>;
+    /// Promotes, aborts, pauses or resumes; the report afterwards.
+    fn steer_rollout(
+        &self,
+        alias: &str,
+        id: &str,
+        steer: wire::Steer,
+        actor: &str,
+    ) -> Result<Box<RawValue>, AdminError>;
+}
+
+/// To which variant a request is assigned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assigned {
+    /// As in `demo:f16`.
+    pub variant: Arc<str>,
+    /// Hash of what stays there: tenant, session or request.
+    pub unit: u64,
 }
 
 /// Who asks for an alias.

@@ -11,7 +11,7 @@ mod admin;
 pub(crate) mod budget;
 mod errors;
 mod intake;
-mod rollout;
+pub(crate) mod rollout;
 mod safe_mode;
 
 use std::collections::BTreeMap;
@@ -136,7 +136,7 @@ pub(crate) fn fault_queue() -> FaultQueue {
     Arc::new(ArrayQueue::new(PENDING_FAULTS))
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -236,6 +236,11 @@ impl Deploy {
         if last < generation {
             self.note("startup", Happened::AliasChanged { alias, generation, weights, sticky });
         }
+    }
+
+    /// Whether the journal knows that a rollout is over.
+    pub(crate) fn tells_end_of(&self, rollout: &str) -> bool {
+        lock(&self.journal).tells_end_of(rollout)
     }
 
     /// Lists built-ins and the components on disk, so that they can be named; nothing is compiled here.

@@ -26,16 +26,16 @@ use super::errors::{conflict, internal, invalid, not_found, plan_error};
 use super::{Deploy, Failed, budget, lock};
 
 /// The actor of what a rollout does by its own rules.
-const ACTOR: &str = "rollout";
+pub(crate) const ACTOR: &str = "rollout";
 
 /// A rollout under way.
 #[derive(Debug)]
-pub(super) struct Live {
-    rollout: Rollout,
+pub(crate) struct Live {
+    pub(crate) rollout: Rollout,
     /// Of control and candidate.
     arms: [ArmMetrics; 2],
     /// Lines that wait for `operations`, with who did it.
-    pending: VecDeque<(String, Happened)>,
+    pub(crate) pending: VecDeque<(String, Happened)>,
 }
 
 // === impl Live ===
@@ -44,19 +44,22 @@ impl Live {
     fn new(slot: &SlotName, document: RolloutDocument, control: u64, metrics: &Metrics) -> Self {
         let candidate = document.target.as_ref().map_or(0, |target| target.generation);
         let generations = (*slot == SlotName::Router).then_some([control, candidate]);
-        let rollout = Rollout::new(document, Split::Time { generations });
-        let subject = slot.to_string();
-        let arms = [Arm::Control, Arm::Candidate].map(|arm| metrics.arm(&subject, arm.as_str()));
+        Self::of(Rollout::new(document, Split::Time { generations }), metrics)
+    }
+
+    pub(crate) fn of(rollout: Rollout, metrics: &Metrics) -> Self {
+        let subject = &rollout.document().subject;
+        let arms = [Arm::Control, Arm::Candidate].map(|arm| metrics.arm(subject, arm.as_str()));
         Self { rollout, arms, pending: VecDeque::new() }
     }
 
-    fn take(&mut self, event: &Event) {
+    pub(crate) fn take(&mut self, event: &Event) {
         let Self { rollout, arms, .. } = self;
         rollout.note(event, &mut |Seen { arm, what }| count(&arms[arm as usize], what));
     }
 
     /// Keeps what is to be journalled, with the numbers of this moment. Returns the arms that are to serve, in order.
-    fn keep(&mut self, actor: &str, commands: Vec<Command>) -> Vec<Arm> {
+    pub(crate) fn keep(&mut self, actor: &str, commands: Vec<Command>) -> Vec<Arm> {
         let document = self.rollout.document();
         let mut serve = Vec::new();
         for command in commands {

@@ -130,7 +130,8 @@ mod tests {
     fn buckets_are_even_sticky_and_salted() {
         let units: Vec<String> = (0..20_000).map(|i| format!("tenant-{i}")).collect();
         let share = |salt: &str, percent| {
-            units.iter().filter(|u| arm_of(bucket(unit_hash(salt, u)), percent) == Arm::Candidate).count() as f64 / 20_000.0
+            units.iter().filter(|u| arm_of(bucket(unit_hash(salt, u)), percent) == Arm::Candidate).count() as f64
+                / 20_000.0
         };
         for percent in [0, 1, 10, 50, 100] {
             let found = share("r1", percent);

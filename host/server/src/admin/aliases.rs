@@ -34,7 +34,7 @@ pub(super) async fn alias(
     Path(name): Path<String>,
 ) -> Result<Response, ApiError> {
     let catalog = state.engine.catalog();
-    Ok(json(&view(&state, &known(&catalog, &name)?, &name)))
+    Ok(json(&view(&state, &variants_of(&catalog, &name).map_err(ApiError::Admin)?, &name)))
 }
 
 pub(super) async fn put_alias(
@@ -46,12 +46,8 @@ pub(super) async fn put_alias(
     check_content_type(request.headers())?;
     let put: PutAlias = from_json(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
     let catalog = state.engine.catalog();
-    let variants = known(&catalog, &name)?;
-    if let Some(unknown) = put.weights.keys().find(|id| !variants.iter().any(|v| *v.id == **id)) {
-        let ids: Vec<String> = variants.iter().map(|v| format!("`{}`", v.id)).collect();
-        let problem = format!("`{unknown}` is not a variant of `{name}`; its variants are {}", ids.join(", "));
-        return Err(ApiError::invalid("weights", problem));
-    }
+    put.weights.keys().try_for_each(|id| check_variant(&catalog, &name, ("weights", id)))?;
+    let variants = variants_of(&catalog, &name).map_err(ApiError::Admin)?;
     let alias = name.clone();
     blocking(&state, move |state| state.aliases.put_alias(&alias, put, &actor)).await?;
     Ok(json(&view(&state, &variants, &name)))
@@ -62,15 +58,26 @@ fn variants<'a>(catalog: &'a Catalog, name: &str) -> Vec<&'a Variant> {
 }
 
 /// The variants of an alias; there is none without.
-fn known<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<&'a Variant>, ApiError> {
+pub(super) fn variants_of<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<&'a Variant>, AdminError> {
     let found = variants(catalog, name);
     if found.is_empty() {
         let mut aliases: Vec<String> = catalog.variants.iter().map(|v| format!("`{}`", v.alias)).collect();
         aliases.dedup();
         let message = format!("there is no alias `{name}`; aliases are {}", aliases.join(", "));
-        return Err(ApiError::Admin(AdminError { kind: AdminErrorKind::NotFound, message, param: None }));
+        return Err(AdminError { kind: AdminErrorKind::NotFound, message, param: None });
     }
     Ok(found)
+}
+
+/// Refuses what `param` names and the alias lacks.
+pub(super) fn check_variant(catalog: &Catalog, name: &str, (param, id): (&str, &str)) -> Result<(), ApiError> {
+    let variants = variants_of(catalog, name).map_err(ApiError::Admin)?;
+    if variants.iter().any(|variant| *variant.id == *id) {
+        return Ok(());
+    }
+    let ids: Vec<String> = variants.iter().map(|v| format!("`{}`", v.id)).collect();
+    let problem = format!("`{id}` is not a variant of `{name}`; its variants are {}", ids.join(", "));
+    Err(ApiError::invalid(param, problem))
 }
 
 fn view(state: &ServerState, variants: &[&Variant], name: &str) -> Alias {
@@ -90,5 +97,6 @@ fn view(state: &ServerState, variants: &[&Variant], name: &str) -> Alias {
         generation: weights.generation,
         sticky: assigned.then_some(weights.sticky),
         variants: served.chain(gone).collect(),
+        rollout: weights.rollout,
     }
 }

@@ -24,6 +24,7 @@ use axum::{Router, middleware};
 use serde::Serialize;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use self::rollouts::{OfAlias, OfSlot};
 use crate::data::{Routes, unknown_route, wrong_method};
 use crate::error::{ApiError, panicked};
 use crate::openai::json;
@@ -54,17 +55,27 @@ pub(crate) fn routes() -> Routes {
             get(slots::slot).put(slots::put_slot).delete(slots::delete_slot),
         ),
         ("/admin/v1/slots/{slot}/rollback", &["post"], post(slots::rollback)),
-        ("/admin/v1/slots/{slot}/rollouts", &["get", "post"], get(rollouts::rollouts).post(rollouts::start)),
-        ("/admin/v1/slots/{slot}/rollouts/{id}", &["get"], get(rollouts::rollout)),
-        ("/admin/v1/slots/{slot}/rollouts/{id}/promote", &["post"], post(rollouts::promote)),
-        ("/admin/v1/slots/{slot}/rollouts/{id}/abort", &["post"], post(rollouts::abort)),
-        ("/admin/v1/slots/{slot}/rollouts/{id}/pause", &["post"], post(rollouts::pause)),
-        ("/admin/v1/slots/{slot}/rollouts/{id}/resume", &["post"], post(rollouts::resume)),
+        ("/admin/v1/slots/{slot}/rollouts", &["get", "post"], get(rollouts::rollouts::<OfSlot>).post(rollouts::start)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}", &["get"], get(rollouts::rollout::<OfSlot>)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/promote", &["post"], post(rollouts::promote::<OfSlot>)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/abort", &["post"], post(rollouts::abort::<OfSlot>)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/pause", &["post"], post(rollouts::pause::<OfSlot>)),
+        ("/admin/v1/slots/{slot}/rollouts/{id}/resume", &["post"], post(rollouts::resume::<OfSlot>)),
         ("/admin/v1/slots/{slot}/record", &["get"], get(record::record)),
         ("/admin/v1/requests", &["get"], get(requests::requests)),
         ("/admin/v1/requests/{id}", &["get"], get(requests::request)),
         ("/admin/v1/aliases", &["get"], get(aliases::aliases)),
         ("/admin/v1/aliases/{name}", &["get", "put"], get(aliases::alias).put(aliases::put_alias)),
+        (
+            "/admin/v1/aliases/{name}/rollouts",
+            &["get", "post"],
+            get(rollouts::rollouts::<OfAlias>).post(rollouts::start_variant),
+        ),
+        ("/admin/v1/aliases/{name}/rollouts/{id}", &["get"], get(rollouts::rollout::<OfAlias>)),
+        ("/admin/v1/aliases/{name}/rollouts/{id}/promote", &["post"], post(rollouts::promote::<OfAlias>)),
+        ("/admin/v1/aliases/{name}/rollouts/{id}/abort", &["post"], post(rollouts::abort::<OfAlias>)),
+        ("/admin/v1/aliases/{name}/rollouts/{id}/pause", &["post"], post(rollouts::pause::<OfAlias>)),
+        ("/admin/v1/aliases/{name}/rollouts/{id}/resume", &["post"], post(rollouts::resume::<OfAlias>)),
         ("/admin/v1/safe-mode", &["get", "post"], get(safe_mode::safe_mode).post(safe_mode::switch)),
         ("/admin/v1/devices", &["get"], get(devices)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),

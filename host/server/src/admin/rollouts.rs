@@ -1,7 +1,7 @@
-//! `/admin/v1/slots/{slot}/rollouts`: start one, read its report, steer it.
+//! `/admin/v1/slots/{slot}/rollouts` and `/admin/v1/aliases/{name}/rollouts`: start one, read its report, steer it.
 //!
 //! What a plan may say and what a report says is the language of the deployments behind the port; here bodies are only cut
-//! into the component, its config as the text that it is, and the plan.
+//! into what is tried (a component with its config as the text that it is, or a variant) and the plan.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,16 +13,70 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::aliases::{check_variant, variants_of};
 use super::guard::Actor;
 use super::slots::{MAX_PUT_BYTES, budget, config, member};
-use super::wire::{StartRollout, Steer};
+use super::wire::{StartAliasRollout, StartRollout, Steer};
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
+use crate::ports::AdminError;
 use crate::state::ServerState;
 
 /// Longest body that steers.
 const MAX_STEER_BYTES: usize = 4_096;
+
+/// Whose rollouts a route is about.
+pub(super) trait Subject: 'static {
+    fn rollouts(state: &ServerState, name: &str) -> Result<Vec<Box<RawValue>>, AdminError>;
+    fn rollout(state: &ServerState, name: &str, id: &str) -> Result<Box<RawValue>, AdminError>;
+    fn steer(state: &ServerState, of: (&str, &str), steer: Steer, actor: &str) -> Result<Box<RawValue>, AdminError>;
+}
+
+/// A slot's.
+pub(super) enum OfSlot {}
+
+/// An alias's.
+pub(super) enum OfAlias {}
+
+impl Subject for OfSlot {
+    fn rollouts(state: &ServerState, name: &str) -> Result<Vec<Box<RawValue>>, AdminError> {
+        state.policies.rollouts(name)
+    }
+
+    fn rollout(state: &ServerState, name: &str, id: &str) -> Result<Box<RawValue>, AdminError> {
+        state.policies.rollout(name, id)
+    }
+
+    fn steer(
+        state: &ServerState,
+        (name, id): (&str, &str),
+        steer: Steer,
+        actor: &str,
+    ) -> Result<Box<RawValue>, AdminError> {
+        state.policies.steer_rollout(name, id, steer, actor)
+    }
+}
+
+impl Subject for OfAlias {
+    fn rollouts(state: &ServerState, name: &str) -> Result<Vec<Box<RawValue>>, AdminError> {
+        variants_of(&state.engine.catalog(), name)?;
+        state.aliases.rollouts(name)
+    }
+
+    fn rollout(state: &ServerState, name: &str, id: &str) -> Result<Box<RawValue>, AdminError> {
+        state.aliases.rollout(name, id)
+    }
+
+    fn steer(
+        state: &ServerState,
+        (name, id): (&str, &str),
+        steer: Steer,
+        actor: &str,
+    ) -> Result<Box<RawValue>, AdminError> {
+        state.aliases.steer_rollout(name, id, steer, actor)
+    }
+}
 
 pub(super) async fn start(
     State(state): State<Arc<ServerState>>,
@@ -36,18 +90,31 @@ pub(super) async fn start(
     Ok((StatusCode::CREATED, json(&report)).into_response())
 }
 
-pub(super) async fn rollouts(
+pub(super) async fn start_variant(
     State(state): State<Arc<ServerState>>,
-    Path(slot): Path<String>,
+    Extension(Actor(actor)): Extension<Actor>,
+    Path(alias): Path<String>,
+    request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    Ok(list(blocking(&state, move |state| state.policies.rollouts(&slot)).await?))
+    check_content_type(request.headers())?;
+    let start = parse_variant(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
+    check_variant(&state.engine.catalog(), &alias, ("candidate", &start.candidate))?;
+    let report = blocking(&state, move |state| state.aliases.start_rollout(&alias, start, &actor)).await?;
+    Ok((StatusCode::CREATED, json(&report)).into_response())
 }
 
-pub(super) async fn rollout(
+pub(super) async fn rollouts<S: Subject>(
     State(state): State<Arc<ServerState>>,
-    Path((slot, id)): Path<(String, String)>,
+    Path(name): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.rollout(&slot, &id)).await?))
+    Ok(list(blocking(&state, move |state| S::rollouts(state, &name)).await?))
+}
+
+pub(super) async fn rollout<S: Subject>(
+    State(state): State<Arc<ServerState>>,
+    Path((name, id)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
+    Ok(json(&blocking(&state, move |state| S::rollout(state, &name, &id)).await?))
 }
 
 /// Body of `promote`.
@@ -59,7 +126,7 @@ struct Promote {
     step: bool,
 }
 
-pub(super) async fn promote(
+pub(super) async fn promote<S: Subject>(
     state: State<Arc<ServerState>>,
     actor: Extension<Actor>,
     path: Path<(String, String)>,
@@ -70,40 +137,40 @@ pub(super) async fn promote(
         true => Promote::default(),
         false => serde_json::from_slice(&body).map_err(ApiError::Json)?,
     };
-    steer(state, actor, path, Steer::Promote { step }).await
+    steer::<S>(state, actor, path, Steer::Promote { step }).await
 }
 
-pub(super) async fn abort(
+pub(super) async fn abort<S: Subject>(
     state: State<Arc<ServerState>>,
     actor: Extension<Actor>,
     path: Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    steer(state, actor, path, Steer::Abort).await
+    steer::<S>(state, actor, path, Steer::Abort).await
 }
 
-pub(super) async fn pause(
+pub(super) async fn pause<S: Subject>(
     state: State<Arc<ServerState>>,
     actor: Extension<Actor>,
     path: Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    steer(state, actor, path, Steer::Pause).await
+    steer::<S>(state, actor, path, Steer::Pause).await
 }
 
-pub(super) async fn resume(
+pub(super) async fn resume<S: Subject>(
     state: State<Arc<ServerState>>,
     actor: Extension<Actor>,
     path: Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    steer(state, actor, path, Steer::Resume).await
+    steer::<S>(state, actor, path, Steer::Resume).await
 }
 
-async fn steer(
+async fn steer<S: Subject>(
     State(state): State<Arc<ServerState>>,
     Extension(Actor(actor)): Extension<Actor>,
-    Path((slot, id)): Path<(String, String)>,
+    Path((name, id)): Path<(String, String)>,
     steer: Steer,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.steer_rollout(&slot, &id, steer, &actor)).await?))
+    Ok(json(&blocking(&state, move |state| S::steer(state, (&name, &id), steer, &actor)).await?))
 }
 
 fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
@@ -119,6 +186,16 @@ fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     members.retain(|name, _| !matches!(name.as_str(), "component" | "state_namespace" | "budget"));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
     Ok(StartRollout { component, config, state_namespace, budget, plan })
+}
+
+fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {
+    let mut members: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(body).map_err(ApiError::Json)?;
+    let candidate: Option<String> = member(&members, "candidate", "a string")?;
+    let what = "`candidate` is required: the variant that is tried, as in `demo:q8_0`";
+    let candidate = candidate.ok_or_else(|| ApiError::invalid("candidate", what))?;
+    members.remove("candidate");
+    let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
+    Ok(StartAliasRollout { candidate, plan })
 }
 
 #[cfg(test)]
@@ -137,5 +214,9 @@ mod tests {
             let error = parse_start(body).expect_err(expect).to_string();
             assert!(error.contains(expect), "{error}");
         }
+        let start = parse_variant(br#"{"mode": "ab", "candidate": "m:b"}"#).expect("good");
+        assert_eq!((start.candidate.as_str(), start.plan.as_str()), ("m:b", r#"{"mode":"ab"}"#));
+        let error = parse_variant(br#"{"component": "native"}"#).expect_err("no variant").to_string();
+        assert!(error.contains("`candidate` is required"), "{error}");
     }
 }

@@ -235,6 +235,15 @@ pub struct StartRollout {
     pub plan: String,
 }
 
+/// Body of `POST /admin/v1/aliases/{name}/rollouts`, in parts.
+#[derive(Clone, Debug)]
+pub struct StartAliasRollout {
+    /// The variant that is tried, as in `demo:q8_0`.
+    pub candidate: String,
+    /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
+    pub plan: String,
+}
+
 /// What an operator does with a rollout under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Steer {
@@ -292,6 +301,19 @@ pub struct Weights {
     pub weights: BTreeMap<String, u32>,
     /// What stays at one variant.
     pub sticky: Sticky,
+    /// What is tried there now.
+    pub rollout: Option<Trial>,
+}
+
+/// A rollout under way between two variants of an alias.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Trial {
+    /// Its id.
+    pub id: String,
+    /// The variant that is tried.
+    pub candidate: String,
+    /// Its share of the requests now; control has the others.
+    pub percent: u8,
 }
 
 /// An alias and its variants.
@@ -305,6 +327,8 @@ pub struct Alias {
     pub sticky: Option<Sticky>,
     /// In the order in which they are listed.
     pub variants: Vec<AliasVariant>,
+    /// What is tried there now; while it is, its share decides and the weights are what the alias returns to.
+    pub rollout: Option<Trial>,
 }
 
 /// One variant of an alias.

@@ -18,9 +18,10 @@ use super::params::Params;
 use crate::admin::wire::calls::DoorSeen;
 use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
-use crate::dispatch::{Dispatch, Placement, Prompt, Submission, Target, Terms, record_rejection};
+use crate::dispatch::{Assignment, Dispatch, Placement, Prompt, Submission, Target, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::identity::{Caller, session_hash};
+use crate::ports::{Asker, Assigned};
 use crate::state::ServerState;
 use crate::stream::{
     ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Update, channel,
@@ -110,20 +111,28 @@ impl Arrival {
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
     pub(super) fn admit(&self) -> Result<Permit, ApiError> {
-        self.state.admission.enter().inspect_err(|error| record_rejection(&self.state, &self.caller, error, 0))
+        self.state.admission.enter().inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
     }
 
     /// Dispatches a job.
     pub(super) fn start(&self, job: &Job, permit: Permit) -> Result<Running, ApiError> {
         let prompt_tokens = total_tokens(&job.prompts);
-        let started = self.try_start(job, permit, prompt_tokens);
+        let mut assigned = None;
+        let started = self.try_start(job, permit, prompt_tokens, &mut assigned);
         if let Err(error) = &started {
-            record_rejection(&self.state, &self.caller, error, prompt_tokens);
+            record_rejection(&self.state, &self.caller, error, (prompt_tokens, assigned.as_ref()));
         }
         started
     }
 
-    fn try_start(&self, job: &Job, mut permit: Permit, prompt_tokens: u32) -> Result<Running, ApiError> {
+    /// Whoever fails after the request was assigned to a variant leaves that in `assigned`.
+    fn try_start(
+        &self,
+        job: &Job,
+        mut permit: Permit,
+        prompt_tokens: u32,
+        assigned: &mut Option<Assignment>,
+    ) -> Result<Running, ApiError> {
         let Job { params, target, prompts, .. } = job;
         let text = target.text();
         let sampling = params.sampling(text, self.state.clock.random())?;
@@ -132,6 +141,7 @@ impl Arrival {
         let id = self.state.next_request();
         let asks = !self.state.admission.is_native();
         let door = asks.then(|| self.ask_door(&mut permit, id, (job, &mut terms, sampling.len()))).transpose()?;
+        *assigned = self.assign(target, terms.first().map_or(0, |terms| terms.session), id);
         let mut first_id = Some(id);
         let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
         let trace = self.state.traces.enter(&self.tag, self.arrived, door);
@@ -141,7 +151,8 @@ impl Arrival {
         let mut first = None;
         for (prompt, terms) in prompts.iter().zip(&terms) {
             let Self { state, caller, .. } = self;
-            let dispatch = Dispatch { state, caller, target, prompt, terms, trace: &trace };
+            let dispatch =
+                Dispatch { state, caller, target, prompt, terms, trace: &trace, assigned: assigned.as_ref() };
             let submissions = self.submissions(&sampling, &sinks, choices.len(), &mut first_id);
             let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id));
             let placements = placements.inspect_err(|error| trace.failed(error, state.clock.now()))?;
@@ -191,6 +202,16 @@ impl Arrival {
             cache_prompt: params.cache_prompt,
             numbers: params.numbers(target.text()),
         })
+    }
+
+    /// Asks the weights of the alias, once for all prompts and choices of the request.
+    fn assign(&self, target: &Target, session: u64, id: RequestId) -> Option<Assignment> {
+        let [_, _, ..] = &*target.variants else { return None };
+        let asker = Asker { tenant: &self.caller.tenant, session, request: id.0 };
+        let Assigned { variant, unit } = self.state.aliases.assign(&target.name, &asker)?;
+        let loaded = target.variants.iter().find(|loaded| loaded.id == variant);
+        let number = loaded.and_then(|loaded| loaded.replicas.first()).map_or(0, |replica| replica.variant);
+        Some(Assignment { variant, number: u32::try_from(number).unwrap_or(0), unit })
     }
 
     /// Asks the admission policy; a request that it lets in may enter with another priority.

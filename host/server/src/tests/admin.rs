@@ -99,7 +99,7 @@ async fn aliases_have_their_shape() {
             r#"{"weights": {"m:a": 9, "m:b": 1}, "sticky": "tenant"}"#,
             200,
             json!({"alias": "m", "generation": 1, "sticky": "tenant",
-            "variants": [{"id": "m:a", "weight": 9, "replicas": 2}, {"id": "m:b", "weight": 1, "replicas": 1}]}),
+            "variants": [{"id": "m:a", "weight": 9, "replicas": 2}, {"id": "m:b", "weight": 1, "replicas": 1}], "rollout": null}),
         ),
         (
             "GET",
@@ -107,7 +107,7 @@ async fn aliases_have_their_shape() {
             "",
             200,
             json!({"object": "list", "data": [{"alias": "m", "generation": 1, "sticky": "tenant",
-            "variants": [{"id": "m:a", "weight": 9, "replicas": 2}, {"id": "m:b", "weight": 1, "replicas": 1}]}]}),
+            "variants": [{"id": "m:a", "weight": 9, "replicas": 2}, {"id": "m:b", "weight": 1, "replicas": 1}], "rollout": null}]}),
         ),
         (
             "PUT",
@@ -115,7 +115,7 @@ async fn aliases_have_their_shape() {
             r#"{"weights": {}}"#,
             200,
             json!({"alias": "m", "generation": 1, "sticky": null,
-            "variants": [{"id": "m:a", "weight": null, "replicas": 2}, {"id": "m:b", "weight": null, "replicas": 1}]}),
+            "variants": [{"id": "m:a", "weight": null, "replicas": 2}, {"id": "m:b", "weight": null, "replicas": 1}], "rollout": null}),
         ),
     ] {
         let answer = rig.ask_admin(request(method, path, &[HOST, ("content-type", "application/json")], body)).await;
@@ -155,6 +155,35 @@ async fn rollouts_are_started_read_and_steered() {
         ("POST", "/admin/v1/slots/router/rollouts/router-4/resume", "", 200, json!({"steered": "Resume"})),
     ] {
         let answer = rig.ask_admin(request(method, path, &[HOST], body)).await;
+        assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
+    }
+}
+
+#[tokio::test]
+async fn rollouts_between_variants_are_started_read_and_steered() {
+    let rig = Rig::new();
+    let start = r#"{"candidate": "m:b", "mode": "ab"}"#;
+    for (method, path, body, status, expect) in [
+        (
+            "POST",
+            "",
+            start,
+            201,
+            json!({"id": "alias.m-4", "candidate": "m:b", "plan": r#"{"mode":"ab"}"#, "actor": "loopback"}),
+        ),
+        ("GET", "", "", 200, json!({"object": "list", "data": [{"id": "alias.m-4"}]})),
+        ("GET", "/alias.m-4", "", 200, json!({"id": "alias.m-4"})),
+        (
+            "POST",
+            "/alias.m-4/promote",
+            r#"{"step": true}"#,
+            200,
+            json!({"alias": "m", "id": "alias.m-4", "steered": "Promote { step: true }"}),
+        ),
+        ("POST", "/alias.m-4/abort", "", 200, json!({"alias": "m", "id": "alias.m-4", "steered": "Abort"})),
+    ] {
+        let path = format!("/admin/v1/aliases/m/rollouts{path}");
+        let answer = rig.ask_admin(request(method, &path, &[HOST], body)).await;
         assert_eq!((answer.status, answer.json()), (status, expect), "{method} {path}");
     }
 }
@@ -205,6 +234,9 @@ async fn faults_have_their_status() {
         ("PUT", "/admin/v1/aliases/m", r#"{"sticky": "tenant"}"#, 400, "invalid_json"),
         ("PUT", "/admin/v1/aliases/m", r#"{"weights": {}, "stiky": "tenant"}"#, 400, "invalid_json"),
         ("PUT", "/admin/v1/aliases/m", r#"{"weights": {}, "if_generation": 4}"#, 409, "conflict"),
+        ("POST", "/admin/v1/aliases/m/rollouts", r#"{"candidate": "m:c"}"#, 400, "invalid_value"),
+        ("POST", "/admin/v1/aliases/n/rollouts", r#"{"candidate": "m:a"}"#, 404, "not_found"),
+        ("GET", "/admin/v1/aliases/n/rollouts", "", 404, "not_found"),
         ("GET", "/admin/v1/journal?after=x", "", 400, "invalid_value"),
         ("POST", "/admin/v1/safe-mode", r#"{"on": "yes"}"#, 400, "invalid_json"),
         ("POST", "/admin/v1/safe-mode", r#"{"on": true, "reson": "x"}"#, 400, "invalid_json"),
