@@ -1,5 +1,6 @@
 //! A host that is killed at any moment comes back with what it had promised: fifty `kill -9` at seeded moments in the middle
-//! of uploads, swaps, rollbacks, removals, rollouts and changes of an alias, all on one data directory.
+//! of uploads, swaps, rollbacks, removals, changes of an alias, and rollouts of policies and of variants, all on one data
+//! directory.
 //!
 //! The operator below knows what it was told (a 200 that arrived) and what was on its way when the host died. After each
 //! start nothing that was promised may be missing, and nothing may be there that nobody asked for.
@@ -17,6 +18,7 @@ use crate::{host, journal};
 const KILLS: u64 = 50;
 const SEED: u64 = 0x5eed_0f6b_1115;
 const SLOTS: [&str; 3] = ["router", "scheduler", "telemetry.watch"];
+const VARIANTS: [&str; 2] = ["demo:f16", "demo:q8_0"];
 
 /// Where a slot stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +34,18 @@ struct Stand {
     trying: Option<String>,
 }
 
+/// Where the alias stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct AliasStand {
+    generation: u64,
+    weights: Weights,
+    /// Rollouts there have been; the last one is under way if `trying` says what.
+    rollouts: u64,
+    trying: Option<String>,
+}
+
+type Weights = BTreeMap<String, u32>;
+
 /// What an operator asks for.
 #[derive(Clone, Debug)]
 enum Wish {
@@ -41,7 +55,9 @@ enum Wish {
     Remove { slot: &'static str },
     Rollout { slot: &'static str, component: String, on_restart: &'static str },
     Steer { slot: &'static str, promote: bool, generation: u64 },
-    Weights { f16: u32 },
+    Weights(Weights),
+    Variant { candidate: String, on_restart: &'static str },
+    SteerVariant { promote: bool, number: u64 },
 }
 
 /// What the operator was told, and what it had asked for when the host died.
@@ -49,8 +65,7 @@ enum Wish {
 struct Told {
     uploaded: BTreeSet<String>,
     slots: BTreeMap<&'static str, Stand>,
-    /// Generation and weight of `demo:f16`.
-    alias: (u64, u32),
+    alias: AliasStand,
     open: Option<Wish>,
 }
 
@@ -86,7 +101,7 @@ impl Wish {
     /// The slot that it changes.
     fn slot(&self) -> Option<&'static str> {
         match self {
-            Self::Upload(_) | Self::Weights { .. } => None,
+            Self::Upload(_) | Self::Weights(_) | Self::Variant { .. } | Self::SteerVariant { .. } => None,
             Self::Put { slot, .. } | Self::Rollback { slot } | Self::Remove { slot } => Some(slot),
             Self::Rollout { slot, .. } | Self::Steer { slot, .. } => Some(slot),
         }
@@ -112,9 +127,17 @@ impl Wish {
                 let path = format!("slots/{slot}/rollouts/{slot}-{generation}/{verb}");
                 ("POST", path, json(json!({})))
             }
-            Self::Weights { f16 } => {
-                let weights = json!({ "weights": { "demo:f16": f16, "demo:q8_0": 1 } });
-                ("PUT", "aliases/demo".to_owned(), json(weights))
+            Self::Weights(weights) => ("PUT", "aliases/demo".to_owned(), json(json!({ "weights": weights }))),
+            Self::Variant { candidate, on_restart } => {
+                let plan = json!({
+                    "candidate": candidate, "mode": "ab", "on_restart": on_restart,
+                    "block_ms": 100, "burn_in_ms": 0, "settle_ms": 0,
+                });
+                ("POST", "aliases/demo/rollouts".to_owned(), json(plan))
+            }
+            Self::SteerVariant { promote, number } => {
+                let verb = if *promote { "promote" } else { "abort" };
+                ("POST", format!("aliases/demo/rollouts/alias.demo-{number}/{verb}"), json(json!({})))
             }
         };
         send(host, method, &format!("/admin/v1/{path}"), body)
@@ -124,9 +147,12 @@ impl Wish {
 impl Told {
     /// The next wish; none once the host is dead. A rollout under way is steered sooner or later.
     fn wish(&self, host: &Host, random: &mut Rng) -> Option<Wish> {
+        if random.below(4) == 0 {
+            return Some(self.wish_of_alias(random));
+        }
         let slot = SLOTS[random.below(3) as usize];
         let stand = self.slots.get(slot).cloned().unwrap_or_default();
-        let kind = random.below(12);
+        let kind = random.below(11);
         if stand.trying.is_some() && (3..9).contains(&kind) {
             return Some(Wish::Steer { slot, promote: kind < 6, generation: stand.newest });
         }
@@ -142,9 +168,25 @@ impl Told {
                 Wish::Rollout { slot, component: any()?, on_restart }
             }
             6..10 => Wish::Rollback { slot },
-            10 => Wish::Remove { slot: SLOTS[2] },
-            _ => Wish::Weights { f16: 1 + random.below(9_999) as u32 },
+            _ => Wish::Remove { slot: SLOTS[2] },
         })
+    }
+
+    /// A rollout where one variant serves alone, the end of one under way, else weights.
+    fn wish_of_alias(&self, random: &mut Rng) -> Wish {
+        let kind = random.below(4);
+        if self.alias.trying.is_some() && kind < 3 {
+            return Wish::SteerVariant { promote: kind < 2, number: self.alias.rollouts };
+        }
+        if kind < 3 && self.alias.weights.len() == 1 {
+            let other = VARIANTS.into_iter().find(|v| !self.alias.weights.contains_key(*v)).expect("one of two");
+            let on_restart = if kind == 0 { "pause" } else { "resume" };
+            return Wish::Variant { candidate: other.to_owned(), on_restart };
+        }
+        let mut weight = || 1 + random.below(9_999) as u32;
+        let one = (VARIANTS[kind as usize % 2].to_owned(), weight());
+        let both = VARIANTS.map(|variant| (variant.to_owned(), weight()));
+        Wish::Weights(if kind < 3 { [one].into() } else { both.into() })
     }
 
     /// Works until the host dies; `begun` counts the wishes that were sent.
@@ -192,7 +234,7 @@ impl Told {
             Wish::Remove { slot } => {
                 self.slots.entry(slot).or_default().removed = true;
             }
-            Wish::Weights { f16 } => self.alias = (generation, *f16),
+            Wish::Weights(_) | Wish::Variant { .. } | Wish::SteerVariant { .. } => self.alias = self.alias.after(wish),
         }
     }
 
@@ -216,18 +258,41 @@ impl Told {
         for slot in SLOTS {
             self.check_slot(host, slot, open.as_ref(), &lines);
         }
-        let alias = host.admin("GET", "/admin/v1/aliases/demo", &Value::Null).body;
-        let generation = alias["generation"].as_u64().expect("a generation");
-        let weight = alias["variants"][0]["weight"].as_u64().unwrap_or(0);
-        let expect = match open {
-            Some(Wish::Weights { f16 }) if generation == self.alias.0 + 1 => (generation, f16),
-            _ => self.alias,
-        };
-        assert_eq!((generation, weight), (expect.0, u64::from(expect.1)), "{alias}");
-        self.alias = expect;
-        let changed = lines.iter().rev().find(|e| e["event"] == "alias-changed").and_then(|e| e["generation"].as_u64());
-        assert_eq!(changed.unwrap_or(0), generation, "the journal and the alias");
+        self.check_alias(host, open.as_ref(), &lines);
         no_leftovers(host);
+    }
+
+    fn check_alias(&mut self, host: &Host, open: Option<&Wish>, lines: &[Value]) {
+        let state = host.admin("GET", "/admin/v1/aliases/demo", &Value::Null).body;
+        let Ok(bytes) = std::fs::read(host.folder().join("aliases/demo.json")) else {
+            assert_eq!(self.alias, AliasStand::default(), "the alias has no document");
+            return;
+        };
+        let document: Value = serde_json::from_slice(&bytes).expect("a whole document");
+        let rollout = &document["rollout"];
+        let live = matches!(rollout["phase"]["is"].as_str(), Some("running" | "paused"));
+        let found = AliasStand {
+            generation: document["generation"].as_u64().expect("a generation"),
+            weights: serde_json::from_value(document["weights"].clone()).expect("weights"),
+            rollouts: document["rollouts"].as_u64().expect("a number"),
+            trying: live.then(|| rollout["candidate"].as_str().expect("a variant").to_owned()),
+        };
+        let may = [Some(self.alias.clone()), open.map(|open| self.alias.after(open))];
+        assert!(may.contains(&Some(found.clone())), "found {document}, but told and asked for {may:?}");
+        // What is stored is what serves.
+        let trial = live.then_some(&rollout["id"]).unwrap_or(&Value::Null);
+        assert_eq!((&state["generation"], &state["rollout"]["id"]), (&document["generation"], trial), "{state}");
+        for variant in state["variants"].as_array().expect("variants") {
+            let stored = document["weights"][variant["id"].as_str().expect("a name")].as_u64();
+            assert_eq!(variant["weight"].as_u64(), Some(stored.unwrap_or(0)), "{document} {state}");
+        }
+        // The journal's last words are the same.
+        let changed = lines.iter().rev().find(|e| e["event"] == "alias-changed").and_then(|e| e["generation"].as_u64());
+        assert_eq!(changed.unwrap_or(0), found.generation, "the journal and the alias");
+        let last = rollout["id"].as_str().unwrap_or("none");
+        let known = lines.iter().any(|e| e["id"] == last || e["rollout"]["id"] == last);
+        assert!(rollout.is_null() || known, "{last} is not in the journal");
+        self.alias = found;
     }
 
     fn check_slot(&mut self, host: &Host, slot: &'static str, open: Option<&Wish>, lines: &[Value]) {
@@ -285,6 +350,28 @@ impl Told {
     }
 }
 
+impl AliasStand {
+    /// Where it stands once a wish was granted.
+    fn after(&self, wish: &Wish) -> Self {
+        let mut next = self.clone();
+        match wish {
+            Wish::Weights(weights) => (next.generation, next.weights) = (self.generation + 1, weights.clone()),
+            Wish::Variant { candidate, .. } => {
+                (next.rollouts, next.trying) = (self.rollouts + 1, Some(candidate.clone()));
+            }
+            Wish::SteerVariant { promote, .. } => {
+                let tried = next.trying.take().unwrap_or_default();
+                if *promote {
+                    let weight = self.weights.values().copied().max().unwrap_or_default();
+                    (next.generation, next.weights) = (self.generation + 1, [(tried, weight)].into());
+                }
+            }
+            _ => {}
+        }
+        next
+    }
+}
+
 /// Where a slot may stand after a crash: as was told, or as it would be had the open wish been granted.
 fn expected(told: &Stand, open: Option<&Wish>) -> Vec<Stand> {
     let next = Stand { generation: told.newest + 1, newest: told.newest + 1, ..Stand::default() };
@@ -299,7 +386,7 @@ fn expected(told: &Stand, open: Option<&Wish>) -> Vec<Stand> {
             Stand { generation: told.newest, component, trying: None, ..told.clone() }
         }
         Wish::Remove { .. } => Stand { removed: true, ..told.clone() },
-        Wish::Rollback { .. } | Wish::Upload(_) | Wish::Weights { .. } => next,
+        _ => next,
     });
     [Some(told.clone()), granted].into_iter().flatten().collect()
 }
@@ -352,10 +439,11 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
     let count = |event: &str| lines.iter().filter(|e| e["event"] == event).count();
     let generations: Vec<u64> = told.slots.values().map(|s| s.generation).collect();
     println!(
-        "{KILLS} kills, seed {SEED:#x}: {} components, generations {generations:?}, {} rollouts started, {} restored, {} lines \
-         recovered",
+        "{KILLS} kills, seed {SEED:#x}: {} components, generations {generations:?}, {} rollouts started ({} of variants), {} \
+         restored, {} lines recovered",
         told.uploaded.len(),
         count("rollout-started"),
+        told.alias.rollouts,
         count("rollout-restored"),
         count("recovered")
     );

@@ -236,6 +236,15 @@ impl Admin {
 
     /// A digest for what a person calls a component.
     pub(crate) fn resolve(&self, name: &str) -> anyhow::Result<String> {
+        self.named(name, |file, pin| self.offer(file, pin))
+    }
+
+    /// A digest for what a person calls a component: that of a file by `file`, which gets the pin too.
+    fn named(
+        &self,
+        name: &str,
+        file: impl Fn(&Path, Option<&Digest>) -> anyhow::Result<String>,
+    ) -> anyhow::Result<String> {
         if name == "native" || name.starts_with(OCI_SCHEME) {
             return Ok(name.to_owned());
         }
@@ -244,8 +253,8 @@ impl Admin {
             Err(error) if name.contains("@sha256:") => return Err(error.into()),
             _ => (name.to_owned(), None),
         };
-        let name = &*name;
-        let found = self.find(name, pin.as_ref())?;
+        let path = Path::new(&name);
+        let found = if path.is_file() { file(path, pin.as_ref())? } else { self.find(&name)? };
         match pin {
             Some(pin) if pin.as_str() != found => bail!("`{name}` is pinned to {pin} and has the digest {found}"),
             _ => Ok(found),
@@ -254,22 +263,18 @@ impl Admin {
 
     /// Like [`resolve`](Self::resolve), and uploads nothing.
     pub(crate) fn identify(&self, name: &str) -> anyhow::Result<String> {
-        let plain = name.split_once("@sha256:").map_or(name, |(plain, _)| plain);
-        if Path::new(plain).is_file() {
-            Ok(Digest::of(&read(Path::new(plain))?).to_string())
-        } else {
-            self.resolve(name)
-        }
+        self.named(name, |file, _| Ok(Digest::of(&read(file)?).to_string()))
     }
 
-    /// The digest of a file (uploaded first, unless it is not what it is pinned to) or of a component that is there.
-    fn find(&self, name: &str, pin: Option<&Digest>) -> anyhow::Result<String> {
-        let file = Path::new(name);
-        if file.is_file() {
-            let digest = Digest::of(&read(file)?);
-            let wanted = pin.is_none_or(|pin| *pin == digest);
-            return if wanted { Ok(text(&self.upload(file, None)?, "digest")) } else { Ok(digest.to_string()) };
-        }
+    /// Uploads a file, unless it is not what it is pinned to; its digest.
+    fn offer(&self, file: &Path, pin: Option<&Digest>) -> anyhow::Result<String> {
+        let digest = Digest::of(&read(file)?);
+        let wanted = pin.is_none_or(|pin| *pin == digest);
+        if wanted { Ok(text(&self.upload(file, None)?, "digest")) } else { Ok(digest.to_string()) }
+    }
+
+    /// The digest of a component that is there.
+    fn find(&self, name: &str) -> anyhow::Result<String> {
         let listed = self.get("/admin/v1/components")?;
         let hex = name.trim_start_matches("sha256:");
         let matches = |c: &&Value| {

@@ -149,6 +149,17 @@ pub enum PlanError {
         /// The bound.
         limit: usize,
     },
+    /// The name of a slot is that slot's own namespace.
+    #[error(
+        "`{namespace}` is the namespace that the slot `{namespace}` has by itself; for `{slot}` leave it out, and to let slots \
+         share one give each of them the same other name, such as `shared`"
+    )]
+    NamespaceOfSlot {
+        /// Whose policy asked.
+        slot: SlotName,
+        /// The slot that has it.
+        namespace: SlotName,
+    },
     /// A rollout is under way there.
     #[error(
         "rollout {id} is under way in `{slot}`; promote or abort it first (POST /admin/v1/slots/{slot}/rollouts/{id}/abort)"
@@ -199,9 +210,13 @@ impl Deployment {
     /// Decides what to prepare for a wish.
     ///
     /// # Errors
-    /// A stale `if_generation`, a rollout under way, or one telemetry slot too many.
+    /// A stale `if_generation`, a rollout under way, another slot's namespace, or one telemetry slot too many.
     pub fn plan(&self, slot: SlotName, desired: Desired) -> Result<Planned, PlanError> {
         self.not_rolling_out(&slot)?;
+        let of_slot = desired.state_namespace.as_deref().and_then(|name| name.parse::<SlotName>().ok());
+        if let Some(namespace) = of_slot.filter(|of| *of != slot) {
+            return Err(PlanError::NamespaceOfSlot { slot, namespace });
+        }
         let active = self.slots.get(&slot).map_or(0, |state| state.active.generation);
         if let Some(expected) = desired.if_generation
             && expected != active
@@ -404,6 +419,19 @@ mod tests {
         restored.restore(SlotDocument::parse(document.to_json().as_bytes()).expect("it was just written"));
         assert_eq!(restored, deployment);
         assert_eq!(activate(&mut restored, &slot, "sha256:b").active.generation, 3);
+    }
+
+    #[test]
+    fn a_namespace_is_the_slots_own_or_nobodys() {
+        for (namespace, fits) in
+            [("router", true), ("shared", true), ("scheduler", false), ("telemetry.x", false), ("telemetry.X!", true)]
+        {
+            let desired = Desired { state_namespace: Some(namespace.into()), ..desired("native", None) };
+            let planned = Deployment::default().plan(SlotName::Router, desired);
+            assert_eq!(planned.is_ok(), fits, "{namespace}: {planned:?}");
+            let said = planned.err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(fits || said.contains("give each of them the same other name"), "{said}");
+        }
     }
 
     #[test]

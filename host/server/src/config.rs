@@ -121,10 +121,10 @@ pub enum ConfigError {
         what: &'static str,
     },
     /// The admin plane would be open to the network.
-    #[error("the admin plane listens beyond loopback and has no token: set server.admin_tokens")]
+    #[error("the admin plane listens beyond loopback and has no token: set admin.token, or a token under admin.tokens")]
     OpenAdmin,
     /// An admin token that says nothing.
-    #[error("server.admin_tokens: the token of `{name}` is empty")]
+    #[error("admin.tokens: the token of `{name}` is empty")]
     EmptyToken {
         /// Whose.
         name: String,
@@ -251,7 +251,7 @@ mod tests {
             (ServerConfig { max_header_bytes: 100, ..base() }, "at least 8192, found 100"),
             (ServerConfig { api_keys: vec![key("")], ..base() }, "server.api_keys[0] is empty"),
             (ServerConfig { api_keys: vec![key("k"), key("k")], ..base() }, "server.api_keys[1] is listed twice"),
-            (ServerConfig { admin_remote: true, ..base() }, "set server.admin_tokens"),
+            (ServerConfig { admin_remote: true, ..base() }, "set admin.token"),
             (ServerConfig { admin_tokens: vec![empty], ..base() }, "the token of `ci` is empty"),
         ] {
             let error = config.validate().expect_err(expect).to_string();

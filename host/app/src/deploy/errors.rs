@@ -35,6 +35,7 @@ pub(super) fn internal(message: String) -> AdminError {
 pub(super) fn plan_error(error: PlanError) -> AdminError {
     let kind = match &error {
         PlanError::NoSlot(_) => AdminErrorKind::NotFound,
+        PlanError::NamespaceOfSlot { .. } => AdminErrorKind::Invalid,
         PlanError::Stale { .. }
         | PlanError::NothingBefore(_)
         | PlanError::TooManySlots { .. }

@@ -7,6 +7,7 @@ use pointsman_telemetry::{Event, EventKind, Micros};
 
 use super::assign::{Arm, Random, blocks};
 use super::ledger::{ArmPeriod, Period, Split, Sums};
+use super::stats::Moments;
 use super::{Cause, Command, Decision, Hold, Metric, Mode, Phase, Rollout, RolloutDocument, Spec};
 use crate::journal::{Entry, Happened, Journal};
 
@@ -29,17 +30,23 @@ struct World {
     /// P(TTFT > SLO) of control at mean load, and what the candidate adds.
     over: f64,
     added: f64,
+    /// Whether requests are split between variants, and not time between policies.
+    split: bool,
 }
 
 impl World {
     fn new(seed: u64, over: f64, added: f64) -> Self {
-        Self { random: Random(seed), drift: 0.0, over, added }
+        Self { random: Random(seed), drift: 0.0, over, added, split: false }
     }
 
-    fn block(&mut self, arm: Arm) -> Sums {
+    /// Luck and number of the requests of a block.
+    fn weather(&mut self) -> (f64, u64) {
         self.drift = 0.8 * self.drift + 0.2 * self.random.normal();
         let luck = (self.drift + 0.15 * self.random.normal()).exp();
-        let offered = (30.0 * self.drift.exp() + 6.0 * self.random.normal()).max(3.0) as u64;
+        (luck, (30.0 * self.drift.exp() + 6.0 * self.random.normal()).max(3.0) as u64)
+    }
+
+    fn requests(&mut self, arm: Arm, (luck, offered): (f64, u64)) -> Sums {
         let added = if arm == Arm::Candidate { self.added } else { 0.0 };
         let mut sums = Sums { offered, ..Sums::default() };
         for _ in 0..offered {
@@ -61,10 +68,30 @@ impl World {
         sums
     }
 
+    /// One block of time whose requests are split; each is a unit.
+    fn split_period(&mut self, number: u64, percent: u8) -> Period {
+        let (luck, offered) = self.weather();
+        let share = i64::from(percent);
+        let mine = (0..offered).filter(|_| self.random.unit() < share as f64 / 100.0).count() as u64;
+        let mut of = |arm, n| ArmPeriod::of(20_000, [self.requests(arm, (luck, n))].iter());
+        let (control, candidate) = (of(Arm::Control, offered - mine), of(Arm::Candidate, mine));
+        let n = offered as i64;
+        let units =
+            Moments { n: offered, sum: mine as i64 * 1_000 - n * share * 10, squares: n * share * (100 - share) * 100 };
+        Period { number, percent, took_ms: 20_000, incomplete: false, control, candidate, units: Some(units) }
+    }
+
     fn period(&mut self, document: &RolloutDocument) -> Period {
         let (number, percent) = (document.progress.next_period, document.percent());
+        if self.split {
+            return self.split_period(number, percent);
+        }
+        let mut block = |arm| {
+            let weather = self.weather();
+            self.requests(arm, weather)
+        };
         let placed: Vec<(Arm, Sums)> =
-            blocks(document.spec.seed, number, percent).into_iter().map(|arm| (arm, self.block(arm))).collect();
+            blocks(document.spec.seed, number, percent).into_iter().map(|arm| (arm, block(arm))).collect();
         let of = |arm: Arm| {
             let mine = placed.iter().filter(move |(a, _)| *a == arm).map(|(_, sums)| sums);
             ArmPeriod::of(mine.clone().count() as u64 * 20_000, mine)
@@ -159,6 +186,45 @@ fn two_equal_policies_are_told_apart_less_often_than_alpha() {
         );
         assert!(bound <= 0.05, "{name}: {false_aborts} false aborts, bound {bound}");
     }
+}
+
+#[test]
+fn two_equal_variants_are_told_apart_less_often_than_alpha_and_a_worse_one_is_caught() {
+    let variants = |seed: u64, added| World { split: true, ..World::new(seed, 0.10, added) };
+    for (name, spec) in [
+        ("ab between variants, 500 blocks", Spec::of(Mode::Ab, 7)),
+        ("canary between variants at 10 %, 500 blocks", Spec { steps: vec![10], ..Spec::of(Mode::Canary, 7) }),
+    ] {
+        let ended: Vec<Ended> =
+            (1..=4_000).map(|seed| run(with_margin(spec.clone(), 0.0), variants(seed, 0.0), 500)).collect();
+        let false_aborts = ended.iter().filter(|e| e.aborted_for.is_some()).count() as u64;
+        let bound = upper_bound(false_aborts, 4_000);
+        println!(
+            "A/A, {name}: {false_aborts} false aborts of 4000 at alpha 0.05 (exact 95 % upper bound {:.2} %)",
+            bound * 100.0
+        );
+        assert!(bound <= 0.05, "{name}: {false_aborts} false aborts, bound {bound}");
+        let ended: Vec<Ended> = (1..=200).map(|seed| run(spec.clone(), variants(seed, 0.20), 500)).collect();
+        let mut blocks: Vec<u64> =
+            ended.iter().filter(|e| e.aborted_for == Some(Metric::TtftOverSlo)).map(|e| e.blocks / 2).collect();
+        blocks.sort_unstable();
+        let (caught, half, most) = (blocks.len(), quantile(&blocks, 0.5), quantile(&blocks, 0.95));
+        println!(
+            "regression, P(TTFT > SLO) 0.10 -> 0.30, {name}: caught in {caught} of 200 runs, after {half} blocks (median), {most} (95th percentile)"
+        );
+        assert!(caught >= 190, "{name}: {caught}");
+    }
+    // The sample-ratio check looks at every period, and is wrong in few of a thousand rollouts that are what they say.
+    let held = |seed: u64| {
+        let (mut world, mut document) = (variants(seed, 0.0), document(Spec::of(Mode::Ab, seed)));
+        (0..100).any(|_| {
+            document.observe(&world.period(&document));
+            document.progress.holds.contains(&Hold::SampleRatio)
+        })
+    };
+    let held = (1..=1_000).filter(|seed| held(*seed)).count();
+    println!("sample ratio, ab between variants, 100 looks: {held} of 1000 held for a while");
+    assert!(held <= 30, "{held}");
 }
 
 #[test]
