@@ -280,7 +280,7 @@ impl Told {
         let may = [Some(self.alias.clone()), open.map(|open| self.alias.after(open))];
         assert!(may.contains(&Some(found.clone())), "found {document}, but told and asked for {may:?}");
         // What is stored is what serves.
-        let trial = live.then_some(&rollout["id"]).unwrap_or(&Value::Null);
+        let trial = if live { &rollout["id"] } else { &Value::Null };
         assert_eq!((&state["generation"], &state["rollout"]["id"]), (&document["generation"], trial), "{state}");
         for variant in state["variants"].as_array().expect("variants") {
             let stored = document["weights"][variant["id"].as_str().expect("a name")].as_u64();
