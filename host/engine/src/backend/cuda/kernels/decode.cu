@@ -1,0 +1,229 @@
+// Attention of one token per row over its pages, cut into splits so that a few long rows occupy the whole device.
+//
+// A block serves up to eight query heads of one key head, so that each key and value is read once. The D elements of a key are
+// spread over D / VEC lanes, 16 bytes each: a warp reads several positions at once, and four such loads of keys
+// and four of values are under way per thread. Every lane group keeps its own running maximum; they meet at the end. Scores are
+// in units of log 2, so that exponentials are single instructions.
+
+static const float NO_SCORE = -1e30f;
+
+struct Decode {
+    const u32 *n;
+    const T *qkv;
+    Pages pages;
+    const u32 *lens;
+    T *out;
+    float *part;
+    float *stat;
+    u32 heads;
+    u32 window;
+    float scale;
+};
+
+// The positions of this block's split.
+struct Span {
+    u32 begin, end;
+};
+
+DEVICE Span span_of(const Decode &a, u32 len) {
+    u32 tokens = a.pages.block_tokens, low = a.window && len > a.window ? len - a.window : 0;
+    u32 first = low / tokens, per = ceil_div(ceil_div(len, tokens) - first, gridDim.z);
+    Span span = {most(low, (first + blockIdx.z * per) * tokens), least(len, (first + (blockIdx.z + 1) * per) * tokens)};
+    return span;
+}
+
+template <u32 G> struct Running {
+    float top[G], sum[G], out[G][VEC];
+
+    // Takes another's state of the same heads.
+    METHOD void join(u32 g, float other_top, float other_sum, const float (&other)[VEC]) {
+        float highest = fmaxf(top[g], other_top);
+        float mine = exp2f(top[g] - highest), its = exp2f(other_top - highest);
+        top[g] = highest;
+        sum[g] = sum[g] * mine + other_sum * its;
+#pragma unroll
+        for (u32 i = 0; i < VEC; i++) out[g][i] = out[g][i] * mine + other[i] * its;
+    }
+};
+
+// Four positions of this lane group: `keys` and `values` are its 16 bytes of each.
+template <u32 G, u32 LANES>
+DEVICE void attend(Running<G> &state, const float (&q)[G][VEC], const uint4 (&keys)[4], const uint4 (&values)[4], const bool (&live)[4]) {
+    float scores[4][G] = {};
+#pragma unroll
+    for (u32 u = 0; u < 4; u++) {
+        float key[VEC];
+        widen(key, keys[u]);
+#pragma unroll
+        for (u32 g = 0; g < G; g++) {
+#pragma unroll
+            for (u32 i = 0; i < VEC; i++) scores[u][g] += q[g][i] * key[i];
+#pragma unroll
+            for (int mask = LANES / 2; mask > 0; mask /= 2) scores[u][g] += from_lane_xor(scores[u][g], mask);
+            if (!live[u]) scores[u][g] = -INFINITY;
+        }
+    }
+#pragma unroll
+    for (u32 g = 0; g < G; g++) {
+        float highest = state.top[g];
+#pragma unroll
+        for (u32 u = 0; u < 4; u++) highest = fmaxf(highest, scores[u][g]);
+        float shrink = exp2f(state.top[g] - highest);
+        state.top[g] = highest;
+        state.sum[g] *= shrink;
+#pragma unroll
+        for (u32 i = 0; i < VEC; i++) state.out[g][i] *= shrink;
+#pragma unroll
+        for (u32 u = 0; u < 4; u++) {
+            scores[u][g] = exp2f(scores[u][g] - highest);
+            state.sum[g] += scores[u][g];
+        }
+    }
+#pragma unroll
+    for (u32 u = 0; u < 4; u++) {
+        float value[VEC];
+        widen(value, values[u]);
+#pragma unroll
+        for (u32 g = 0; g < G; g++)
+#pragma unroll
+            for (u32 i = 0; i < VEC; i++) state.out[g][i] += scores[u][g] * value[i];
+    }
+}
+
+// Joins the lane groups of a warp: every lane has the result for its elements.
+template <u32 G, u32 LANES> DEVICE void join_groups(Running<G> &state) {
+#pragma unroll
+    for (int mask = 16; mask >= (int)LANES; mask /= 2)
+#pragma unroll
+        for (u32 g = 0; g < G; g++) {
+            float top = from_lane_xor(state.top[g], mask), sum = from_lane_xor(state.sum[g], mask), out[VEC];
+#pragma unroll
+            for (u32 i = 0; i < VEC; i++) out[i] = from_lane_xor(state.out[g][i], mask);
+            state.join(g, top, sum, out);
+        }
+}
+
+// Joins the warps and writes heads `first ..`, `count` of them.
+template <u32 D, u32 G> DEVICE void write_heads(const Decode &a, const Running<G> &state, u32 row, u32 first, u32 count) {
+    SHARED(float, tops, 4 * G);
+    SHARED(float, sums, 4 * G);
+    SHARED(float, outs, 4 * G * D);
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane < D / VEC) {
+#pragma unroll
+        for (u32 g = 0; g < G; g++) {
+            tops[warp * G + g] = state.top[g];
+            sums[warp * G + g] = state.sum[g];
+#pragma unroll
+            for (u32 i = 0; i < VEC; i++) outs[(warp * G + g) * D + lane * VEC + i] = state.out[g][i];
+        }
+    }
+    __syncthreads();
+    for (u32 at = threadIdx.x; at < count * D; at += 128) {
+        u32 g = at / D, i = at % D;
+        float highest = fmaxf(fmaxf(tops[g], tops[G + g]), fmaxf(tops[2 * G + g], tops[3 * G + g]));
+        float sum = 0.0f, out = 0.0f;
+#pragma unroll
+        for (u32 from = 0; from < 4; from++) {
+            float weight = exp2f(tops[from * G + g] - highest);
+            sum += sums[from * G + g] * weight;
+            out += outs[(from * G + g) * D + i] * weight;
+        }
+        u64 head = (u64)row * a.heads + first + g;
+        if (gridDim.z == 1) {
+            a.out[head * D + i] = to_element(out / sum);
+            continue;
+        }
+        u64 split = head * gridDim.z + blockIdx.z;
+        a.part[split * D + i] = out;
+        if (i == 0) {
+            a.stat[split * 2] = highest;
+            a.stat[split * 2 + 1] = sum;
+        }
+    }
+}
+
+template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
+    const u32 LANES = D / VEC, AT_ONCE = 32 / LANES;
+    let_next_start();
+    wait_for_previous();
+    u32 row = blockIdx.y;
+    if (row >= *a.n) return;
+    u32 group = a.heads / a.pages.kv_heads, runs = ceil_div(group, G);
+    u32 kv_head = blockIdx.x / runs, first = kv_head * group + blockIdx.x % runs * G;
+    u32 count = least(G, (kv_head + 1) * group - first);
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % LANES * VEC;
+    float q[G][VEC];
+#pragma unroll
+    for (u32 g = 0; g < G; g++) {
+        // Heads past the last are computed from it again and dropped.
+        u64 head = (u64)row * (a.heads + 2 * a.pages.kv_heads) + first + least(g, count - 1);
+        widen(q[g], load_vec(a.qkv + head * D + column));
+#pragma unroll
+        for (u32 i = 0; i < VEC; i++) q[g][i] *= a.scale * 1.44269504f;
+    }
+    Running<G> state;
+#pragma unroll
+    for (u32 g = 0; g < G; g++) {
+        state.top[g] = NO_SCORE;
+        state.sum[g] = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < VEC; i++) state.out[g][i] = 0.0f;
+    }
+    Span span = span_of(a, a.lens[row]);
+    u64 to_value = value_offset(a.pages);
+    for (u32 base = span.begin + warp * 4 * AT_ONCE; base < span.end; base += 16 * AT_ONCE) {
+        uint4 keys[4], values[4];
+        bool live[4];
+#pragma unroll
+        for (u32 u = 0; u < 4; u++) {
+            u32 position = base + u * AT_ONCE + lane / LANES;
+            live[u] = position < span.end;
+            const T *key = key_at(a.pages, row, kv_head, least(position, span.end - 1)) + column;
+            keys[u] = load_once(key);
+            values[u] = load_once(key + to_value);
+        }
+        attend<G, LANES>(state, q, keys, values, live);
+    }
+    join_groups<G, LANES>(state);
+    write_heads<D, G>(a, state, row, first, count);
+}
+
+#define DECODE(name, width, most_heads, per_sm)                                                                                   \
+    ENTRY(name, 128, per_sm, (const u32 *n, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables, u32 max_blocks,        \
+            const u32 *lens, T *out, float *part, float *stat, u32 heads, u32 kv_heads, u32 block_tokens, u32 window,             \
+            float scale)) {                                                                                                       \
+        Decode a = {n, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, lens, out, part, stat,    \
+                    heads, window, scale};                                                                                        \
+        decode_attention<width, most_heads>(a);                                                                                   \
+    }
+
+DECODE(decode_attention_d64_g4, 64, 4, 4)
+DECODE(decode_attention_d64_g8, 64, 8, 2)
+DECODE(decode_attention_d128_g4, 128, 4, 4)
+DECODE(decode_attention_d128_g8, 128, 8, 2)
+
+// A thread per element of a head.
+template <u32 D> DEVICE void combine(const u32 *n, const float *part, const float *stat, T *out, u32 heads, u32 splits) {
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.y >= *n) return;
+    u64 head = (u64)blockIdx.y * heads + blockIdx.x;
+    float highest = NO_SCORE, sum = 0.0f, total = 0.0f;
+    for (u32 s = 0; s < splits; s++) highest = fmaxf(highest, stat[(head * splits + s) * 2]);
+    for (u32 s = 0; s < splits; s++) {
+        u64 split = head * splits + s;
+        float weight = exp2f(stat[split * 2] - highest);
+        sum += stat[split * 2 + 1] * weight;
+        total += part[split * D + threadIdx.x] * weight;
+    }
+    out[head * D + threadIdx.x] = to_element(total / sum);
+}
+
+#define COMBINE(name, width)                                                                                                      \
+    ENTRY(name, width, 4, (const u32 *n, const float *part, const float *stat, T *out, u32 heads, u32 splits)) {                  \
+        combine<width>(n, part, stat, out, heads, splits);                                                                        \
+    }
+
+COMBINE(combine_d64, 64)
+COMBINE(combine_d128, 128)

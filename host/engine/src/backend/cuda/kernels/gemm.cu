@@ -1,0 +1,213 @@
+// Products of a weight with many rows.
+//
+// `gemm` serves any number of rows. For 16-bit types `gemm_m128` is its larger twin for prefill, and `gemm_m16` and `gemm_m32` are
+// for decode batches, where the reading of the weight is what takes time. The f32 unit is there for exact checks against
+// the CPU, so its product is a plain one.
+
+#if PM_T == 0
+
+// A tile of 64 rows by 64 columns; each thread has 8 by 4 of them.
+ENTRY(gemm, 128, 3, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+    const u32 DEPTH = 16, PITCH = 65;
+    SHARED(float, xs, 16 * 65);
+    SHARED(float, ws, 16 * 65);
+    let_next_start();
+    wait_for_previous();
+    u32 live = *n, row0 = blockIdx.y * 64, column0 = blockIdx.x * 64;
+    if (row0 >= live) return;
+    u32 column = threadIdx.x % 16 * 4, row = threadIdx.x / 16 * 8;
+    float sums[8][4] = {};
+    for (u32 base = 0; base < k; base += DEPTH) {
+        for (u32 i = threadIdx.x; i < 64 * DEPTH; i += 128) {
+            u32 line = i / DEPTH, at = base + i % DEPTH;
+            bool inside = at < k;
+            xs[i % DEPTH * PITCH + line] = inside && row0 + line < live ? x[(u64)(row0 + line) * k + at] : 0.0f;
+            ws[i % DEPTH * PITCH + line] = inside && column0 + line < n_out ? w[(u64)(column0 + line) * k + at] : 0.0f;
+        }
+        __syncthreads();
+#pragma unroll
+        for (u32 step = 0; step < DEPTH; step++)
+#pragma unroll
+            for (u32 i = 0; i < 8; i++)
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) sums[i][j] += xs[step * PITCH + row + i] * ws[step * PITCH + column + j];
+        __syncthreads();
+    }
+    Epilogue e = {y, bias, n_out, epilogue};
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        if (row0 + row + i >= live) continue;
+        finish(e, row0 + row + i, column0 + column, sums[i][0], sums[i][1]);
+        finish(e, row0 + row + i, column0 + column + 2, sums[i][2], sums[i][3]);
+    }
+}
+
+#else
+
+// A tile in shared memory has 64 elements of k per row: eight 16-byte chunks, whose order is turned by the row's number so that
+// the eight rows of a matrix lie in different banks.
+DEVICE T *chunk(T *tile, u32 row, u32 column) { return tile + row * 64 + ((column ^ row) & 7) * 8; }
+
+// Rows `first ..` of a matrix with `rows` of them, elements `at .. at + 64` of each.
+template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 first, u32 rows, u32 at, u32 k) {
+#pragma unroll
+    for (u32 i = threadIdx.x; i < ROWS * 8; i += THREADS) {
+        u32 row = i / 8, column = i % 8;
+        bool live = first + row < rows && at + column * 8 < k;
+        copy_async(chunk(tile, row, column), live ? from + (u64)(first + row) * k + at + column * 8 : from, live);
+    }
+}
+
+// M tokens by N columns of the weight, in warps of WM by WN; a ring of tiles in shared memory is filled ahead of use.
+template <u32 M, u32 N, u32 WM, u32 WN, u32 STAGES>
+DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e) {
+    const u32 THREADS = M / WM * (N / WN) * 32, STAGE = (M + N) * 64;
+    let_next_start();
+    wait_for_previous();
+    u32 live = *n, row0 = blockIdx.y * M, column0 = blockIdx.x * N;
+    if (row0 >= live) return;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 wm = warp / (N / WN) * WM, wn = warp % (N / WN) * WN;
+    u32 tiles = ceil_div(k, 64);
+    float sums[WM / 16][WN / 8][4] = {};
+#pragma unroll
+    for (u32 s = 0; s + 1 < STAGES; s++) {
+        if (s < tiles) {
+            fetch<M, THREADS>(shared + s * STAGE, x, row0, live, s * 64, k);
+            fetch<N, THREADS>(shared + s * STAGE + M * 64, w, column0, e.n_out, s * 64, k);
+        }
+        commit_copies();
+    }
+    for (u32 tile = 0; tile < tiles; tile++) {
+        await_copies<STAGES - 2>();
+        // Also: nobody reads the slot any more that is filled next.
+        __syncthreads();
+        u32 ahead = tile + STAGES - 1;
+        if (ahead < tiles) {
+            T *slot = shared + ahead % STAGES * STAGE;
+            fetch<M, THREADS>(slot, x, row0, live, ahead * 64, k);
+            fetch<N, THREADS>(slot + M * 64, w, column0, e.n_out, ahead * 64, k);
+        }
+        commit_copies();
+        T *xs = shared + tile % STAGES * STAGE, *ws = xs + M * 64;
+#pragma unroll
+        for (u32 step = 0; step < 4; step++) {
+            u32 a[WM / 16][4], b[WN / 16][4];
+#pragma unroll
+            for (u32 i = 0; i < WM / 16; i++)
+                load_matrices(a[i], chunk(xs, wm + i * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+            for (u32 j = 0; j < WN / 16; j++)
+                load_matrices(b[j], chunk(ws, wn + j * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+            for (u32 i = 0; i < WM / 16; i++)
+#pragma unroll
+                for (u32 j = 0; j < WN / 16; j++) {
+                    mma(sums[i][2 * j], a[i], b[j][0], b[j][1]);
+                    mma(sums[i][2 * j + 1], a[i], b[j][2], b[j][3]);
+                }
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < WM / 16; i++)
+#pragma unroll
+        for (u32 j = 0; j < WN / 8; j++) {
+            u32 row = row0 + wm + i * 16 + lane / 4, column = column0 + wn + j * 8 + lane % 4 * 2;
+            if (row < live) finish(e, row, column, sums[i][j][0], sums[i][j][1]);
+            if (row + 8 < live) finish(e, row + 8, column, sums[i][j][2], sums[i][j][3]);
+        }
+}
+
+ENTRY(gemm, 128, 3, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+    SHARED(T, shared, 3 * 128 * 64);
+    Epilogue e = {y, bias, n_out, epilogue};
+    gemm_tile<64, 64, 32, 32, 3>(shared, n, w, x, k, e);
+}
+
+ENTRY(gemm_m128, 256, 1, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+    DYNAMIC_SHARED(shared);
+    Epilogue e = {y, bias, n_out, epilogue};
+    gemm_tile<128, 128, 64, 32, 3>((T *)shared, n, w, x, k, e);
+}
+
+// 32 rows of the weight by 8 * NT tokens; the eight warps each take every eighth run of 64 elements of k.
+//
+// The weight goes from memory into registers and there into the matrix units as their left operand, 16 bytes per load. A
+// load's four words are two products' words for the same thread: which elements of k the two products pair up
+// differs from the layout that the instruction names, for both operands alike, and a sum does not mind.
+template <u32 NT> DEVICE void gemm_few(const u32 *n, const T *w, const T *x, u32 k, Epilogue e) {
+    const u32 TOKENS = 8 * NT;
+    SHARED(float, parts, 8 * 32 * TOKENS);
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, row0 = blockIdx.x * 32;
+    const T *rows[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) rows[i] = w + (u64)least(row0 + i * 8 + g, e.n_out - 1) * k;
+    uint4 held[2][4];
+    u32 at = warp * 64 + t * 8;
+    let_next_start();
+#pragma unroll
+    for (u32 u = 0; u < 2; u++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) held[u][i] = at + u * 32 < k ? load_once(rows[i] + at + u * 32) : zero_vec();
+    wait_for_previous();
+    u32 live = least(*n, TOKENS);
+    if (live == 0) return;
+    float sums[2][NT][4] = {};
+    for (u32 base = warp * 64; base < k; base += 512) {
+#pragma unroll
+        for (u32 u = 0; u < 2; u++) {
+            uint4 now[4];
+            u32 here = base + u * 32 + t * 8, next = here + 512;
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                now[i] = held[u][i];
+                held[u][i] = next < k ? load_once(rows[i] + next) : zero_vec();
+            }
+#pragma unroll
+            for (u32 j = 0; j < NT; j++) {
+                // Tokens past the last are computed from it again and dropped.
+                uint4 v = here < k ? load_vec(x + (u64)least(j * 8 + g, live - 1) * k + here) : zero_vec();
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    const u32 first[4] = {now[2 * i].x, now[2 * i + 1].x, now[2 * i].y, now[2 * i + 1].y};
+                    const u32 second[4] = {now[2 * i].z, now[2 * i + 1].z, now[2 * i].w, now[2 * i + 1].w};
+                    mma(sums[i][j], first, v.x, v.y);
+                    mma(sums[i][j], second, v.z, v.w);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < 2; i++)
+#pragma unroll
+        for (u32 j = 0; j < NT; j++) {
+            float *to = parts + (warp * TOKENS + j * 8 + 2 * t) * 32 + i * 16 + g;
+            to[0] = sums[i][j][0];
+            to[32] = sums[i][j][1];
+            to[8] = sums[i][j][2];
+            to[40] = sums[i][j][3];
+        }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < 16 * live; i += 256) {
+        u32 token = i / 16, pair = i % 16 * 2;
+        float even = 0.0f, odd = 0.0f;
+#pragma unroll
+        for (u32 from = 0; from < 8; from++) {
+            even += parts[(from * TOKENS + token) * 32 + pair];
+            odd += parts[(from * TOKENS + token) * 32 + pair + 1];
+        }
+        finish(e, token, row0 + pair, even, odd);
+    }
+}
+
+ENTRY(gemm_m16, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+    Epilogue e = {y, bias, n_out, epilogue};
+    gemm_few<2>(n, w, x, k, e);
+}
+
+ENTRY(gemm_m32, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+    Epilogue e = {y, bias, n_out, epilogue};
+    gemm_few<4>(n, w, x, k, e);
+}
+
+#endif

@@ -1,0 +1,264 @@
+// Attention of chunks of many tokens over the pages of their rows, causal; a chunk may have one token.
+//
+// A tile is up to 64 (token, query head) pairs that share one key head, so a key is read once for the heads of a group and for the
+// tokens of a tile. Keys and values come in runs of 32 positions. Scores are in units of log 2.
+
+struct Prefill {
+    const u32 *n;
+    const u32 *tiles;
+    const T *qkv;
+    Pages pages;
+    const u32 *row_starts;
+    const u32 *lens;
+    T *out;
+    u32 heads;
+    u32 window;
+    float scale;
+};
+
+// A tile, as its block sees it.
+struct Tile {
+    u32 row;
+    u32 token0;     // in qkv and out
+    u32 tokens;     // live ones
+    u32 position0;  // of the first token
+    u32 group;
+};
+
+DEVICE Tile tile_of(const Prefill &a) {
+    Tile t;
+    u32 first = a.tiles[blockIdx.x * 2 + 1];
+    t.row = a.tiles[blockIdx.x * 2];
+    t.group = a.heads / a.pages.kv_heads;
+    u32 start = a.row_starts[t.row], chunk = a.row_starts[t.row + 1] - start;
+    t.tokens = first < chunk ? least(64 / t.group, chunk - first) : 0;
+    t.token0 = start + first;
+    t.position0 = a.lens[t.row] - chunk + first;
+    return t;
+}
+
+// The first position that the tile's first token sees.
+DEVICE u32 lowest_seen(const Prefill &a, const Tile &t) {
+    return a.window && t.position0 + 1 > a.window ? t.position0 + 1 - a.window : 0;
+}
+
+DEVICE bool sees(const Prefill &a, u32 position, u32 other) {
+    return other <= position && (a.window == 0 || other + a.window > position);
+}
+
+#if PM_T == 0
+
+// A warp per pair: lanes are positions for the scores, and elements of the head for the sum.
+template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.x >= *a.n) return;
+    Tile t = tile_of(a);
+    u32 lane = threadIdx.x % 32;
+    u64 to_value = value_offset(a.pages);
+    for (u32 pair = threadIdx.x / 32; pair < t.tokens * t.group; pair += 4) {
+        u32 token = t.token0 + pair / t.group, position = t.position0 + pair / t.group;
+        u32 head = blockIdx.y * t.group + pair % t.group;
+        const T *q = a.qkv + ((u64)token * (a.heads + 2 * a.pages.kv_heads) + head) * D;
+        float top = NO_SCORE, sum = 0.0f, out[D / 32] = {};
+        for (u32 base = lowest_seen(a, t); base <= position; base += 32) {
+            u32 other = least(base + lane, position);
+            const T *key = key_at(a.pages, t.row, blockIdx.y, other);
+            float score = 0.0f;
+            for (u32 i = 0; i < D; i++) score += q[i] * key[i];
+            score *= a.scale * 1.44269504f;
+            if (base + lane > position || !sees(a, position, other)) score = -INFINITY;
+            float highest = score;
+#pragma unroll
+            for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, from_lane_xor(highest, mask));
+            highest = fmaxf(highest, top);
+            float shrink = exp2f(top - highest), weight = exp2f(score - highest);
+            top = highest;
+            sum = sum * shrink + warp_sum(weight);
+#pragma unroll
+            for (u32 i = 0; i < D / 32; i++) out[i] *= shrink;
+            for (u32 i = 0; i < least(32, position - base + 1); i++) {
+                const T *value = key_at(a.pages, t.row, blockIdx.y, base + i) + to_value;
+                float w = from_lane(weight, (int)i);
+#pragma unroll
+                for (u32 j = 0; j < D / 32; j++) out[j] += w * value[j * 32 + lane];
+            }
+        }
+#pragma unroll
+        for (u32 j = 0; j < D / 32; j++) a.out[((u64)token * a.heads + head) * D + j * 32 + lane] = out[j] / sum;
+    }
+}
+
+#else
+
+// A run of 32 positions in shared memory; the order of a row's 16-byte chunks is turned by its number, against bank conflicts.
+template <u32 D> DEVICE T *kv_chunk(T *run, u32 position, u32 column) {
+    return run + position * D + ((column & ~7u) | ((column ^ position) & 7)) * 8;
+}
+
+// Starts to copy the keys and values of positions `base .. base + 32`; those at `end` or later become zeros.
+template <u32 D> DEVICE void fetch_run(const Prefill &a, const Tile &t, T *keys, u32 base, u32 end) {
+    u64 to_value = value_offset(a.pages);
+#pragma unroll
+    for (u32 i = threadIdx.x; i < 32 * D / 8; i += 128) {
+        u32 position = i / (D / 8), column = i % (D / 8);
+        bool live = base + position < end;
+        const T *key = key_at(a.pages, t.row, blockIdx.y, least(base + position, end - 1)) + column * 8;
+        copy_async(kv_chunk<D>(keys, position, column), key, live);
+        copy_async(kv_chunk<D>(keys + 32 * D, position, column), key + to_value, live);
+    }
+}
+
+// One warp's sixteen pairs. A thread has two rows of the matrices, `lane / 4` and eight further.
+template <u32 D> struct Pairs {
+    u32 q[D / 16][4];
+    u32 position[2];
+    bool live[2];
+    float top[2], sum[2], out[D / 8][4];
+
+    METHOD void begin(const Prefill &a, const Tile &t) {
+        u32 lane = threadIdx.x % 32;
+#pragma unroll
+        for (u32 h = 0; h < 2; h++) {
+            u32 pair = threadIdx.x / 32 * 16 + lane / 4 + h * 8, token = pair / t.group;
+            live[h] = token < t.tokens;
+            position[h] = t.position0 + token;
+            top[h] = NO_SCORE;
+            sum[h] = 0.0f;
+            u32 head = blockIdx.y * t.group + pair % t.group;
+            const T *from = a.qkv + ((u64)(t.token0 + (live[h] ? token : 0)) * (a.heads + 2 * a.pages.kv_heads) + head) * D;
+#pragma unroll
+            for (u32 i = 0; i < D / 16; i++) {
+                q[i][h] = *(const u32 *)(from + i * 16 + lane % 4 * 2);
+                q[i][h + 2] = *(const u32 *)(from + i * 16 + lane % 4 * 2 + 8);
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < D / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+    }
+
+    // scores = q * keys, scaled and masked.
+    METHOD void score(const Prefill &a, T *keys, u32 base, float (&scores)[4][4]) {
+        u32 lane = threadIdx.x % 32;
+#pragma unroll
+        for (u32 i = 0; i < D / 16; i++)
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) {
+                u32 b[4];
+                load_matrices(b, kv_chunk<D>(keys, j * 16 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
+                mma(scores[2 * j], q[i], b[0], b[1]);
+                mma(scores[2 * j + 1], q[i], b[2], b[3]);
+            }
+#pragma unroll
+        for (u32 j = 0; j < 4; j++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                bool seen = live[i / 2] && sees(a, position[i / 2], base + j * 8 + lane % 4 * 2 + i % 2);
+                scores[j][i] = seen ? scores[j][i] * a.scale * 1.44269504f : -INFINITY;
+            }
+    }
+
+    // Turns scores into weights relative to the running maximum.
+    METHOD void soften(float (&scores)[4][4]) {
+#pragma unroll
+        for (u32 h = 0; h < 2; h++) {
+            float highest = top[h], run = 0.0f;
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) highest = fmaxf(highest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
+            highest = fmaxf(highest, from_lane_xor(highest, 1));
+            highest = fmaxf(highest, from_lane_xor(highest, 2));
+            float shrink = exp2f(top[h] - highest);
+            top[h] = highest;
+#pragma unroll
+            for (u32 j = 0; j < 4; j++)
+#pragma unroll
+                for (u32 i = 2 * h; i < 2 * h + 2; i++) {
+                    scores[j][i] = exp2f(scores[j][i] - highest);
+                    run += scores[j][i];
+                }
+            sum[h] = sum[h] * shrink + run;
+#pragma unroll
+            for (u32 i = 0; i < D / 8; i++) {
+                out[i][2 * h] *= shrink;
+                out[i][2 * h + 1] *= shrink;
+            }
+        }
+    }
+
+    // out += weights * values
+    METHOD void mix(T *values, const float (&weights)[4][4]) {
+        u32 lane = threadIdx.x % 32;
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+            const u32 w[4] = {to_elements(weights[2 * j][0], weights[2 * j][1]), to_elements(weights[2 * j][2], weights[2 * j][3]),
+                              to_elements(weights[2 * j + 1][0], weights[2 * j + 1][1]),
+                              to_elements(weights[2 * j + 1][2], weights[2 * j + 1][3])};
+#pragma unroll
+            for (u32 i = 0; i < D / 16; i++) {
+                u32 b[4];
+                load_matrices_transposed(b, kv_chunk<D>(values, j * 16 + lane % 16, i * 2 + lane / 16));
+                mma(out[2 * i], w, b[0], b[1]);
+                mma(out[2 * i + 1], w, b[2], b[3]);
+            }
+        }
+    }
+
+    METHOD void end(const Prefill &a, const Tile &t) {
+        u32 lane = threadIdx.x % 32;
+#pragma unroll
+        for (u32 h = 0; h < 2; h++) {
+            // The four threads of a row each summed their own columns.
+            float all = sum[h] + from_lane_xor(sum[h], 1);
+            all += from_lane_xor(all, 2);
+            if (!live[h]) continue;
+            u32 pair = threadIdx.x / 32 * 16 + lane / 4 + h * 8;
+            u32 head = blockIdx.y * t.group + pair % t.group;
+            T *to = a.out + ((u64)(t.token0 + pair / t.group) * a.heads + head) * D;
+#pragma unroll
+            for (u32 i = 0; i < D / 8; i++)
+                *(u32 *)(to + i * 8 + lane % 4 * 2) = to_elements(out[i][2 * h] / all, out[i][2 * h + 1] / all);
+        }
+    }
+};
+
+template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
+    // Two runs, each of keys and values.
+    SHARED(T, shared, 2 * 64 * D);
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.x >= *a.n) return;
+    Tile t = tile_of(a);
+    if (t.tokens == 0) return;
+    u32 begin = lowest_seen(a, t), end = t.position0 + t.tokens, slot = 0;
+    fetch_run<D>(a, t, shared, begin, end);
+    commit_copies();
+    Pairs<D> pairs;
+    pairs.begin(a, t);
+    for (u32 base = begin; base < end; base += 32, slot ^= 1) {
+        if (base + 32 < end) fetch_run<D>(a, t, shared + (slot ^ 1) * 64 * D, base + 32, end);
+        commit_copies();
+        await_copies<1>();
+        __syncthreads();
+        T *keys = shared + slot * 64 * D;
+        float scores[4][4] = {};
+        pairs.score(a, keys, base, scores);
+        pairs.soften(scores);
+        pairs.mix(keys + 32 * D, scores);
+        __syncthreads();
+    }
+    pairs.end(a, t);
+}
+
+#endif
+
+#define PREFILL(name, width)                                                                                                      \
+    ENTRY(name, 128, 2, (const u32 *n, const u32 *tiles, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables,           \
+            u32 max_blocks, const u32 *row_starts, const u32 *lens, T *out, u32 heads, u32 kv_heads, u32 block_tokens,            \
+            u32 window, float scale)) {                                                                                           \
+        Prefill a = {n, tiles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, row_starts, lens, \
+                     out, heads, window, scale};                                                                                  \
+        prefill_attention<width>(a);                                                                                              \
+    }
+
+PREFILL(prefill_attention_d64, 64)
+PREFILL(prefill_attention_d128, 128)
