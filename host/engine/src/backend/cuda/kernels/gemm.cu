@@ -205,7 +205,7 @@ ENTRY(gemm_m16, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, vo
     gemm_few<2>(n, w, x, k, e);
 }
 
-ENTRY(gemm_m32, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+ENTRY(gemm_m32, 256, 1, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
     Epilogue e = {y, bias, n_out, epilogue};
     gemm_few<4>(n, w, x, k, e);
 }

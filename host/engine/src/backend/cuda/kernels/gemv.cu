@@ -68,4 +68,4 @@ template <u32 B, u32 R> DEVICE void gemv(const u32 *n, const T *w, const T *x, u
 GEMV(gemv_b1, 1, 2, 6)
 GEMV(gemv_b2, 2, 2, 5)
 GEMV(gemv_b4, 4, 4, 4)
-GEMV(gemv_b8, 8, 4, 3)
+GEMV(gemv_b8, 8, 4, 2)

@@ -235,16 +235,16 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
     Pairs<D> pairs;
     pairs.begin(a, t);
     for (u32 base = begin; base < end; base += 32, slot ^= 1) {
+        await_copies<0>();
+        // Also: nobody reads the other slot any more.
+        __syncthreads();
         if (base + 32 < end) fetch_run<D>(a, t, shared + (slot ^ 1) * 64 * D, base + 32, end);
         commit_copies();
-        await_copies<1>();
-        __syncthreads();
         T *keys = shared + slot * 64 * D;
         float scores[4][4] = {};
         pairs.score(a, keys, base, scores);
         pairs.soften(scores);
         pairs.mix(keys + 32 * D, scores);
-        __syncthreads();
     }
     pairs.end(a, t);
 }

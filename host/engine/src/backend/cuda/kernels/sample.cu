@@ -42,7 +42,8 @@ static const u32 NONE = 0xffffffffu;
 static const float LARGEST = 3.402823466e+38f;
 
 DEVICE bool is_finite(float v) { return fabsf(v) <= LARGEST; }
-DEVICE float clamped(float v) { return fminf(fmaxf(v, -LARGEST), LARGEST); }
+// NaN stays NaN.
+DEVICE float clamped(float v) { return v > LARGEST ? LARGEST : v < -LARGEST ? -LARGEST : v; }
 
 ENTRY(take_sampled, 256, 4, (const u32 *n, const u32 *from, const u32 *sampled, u32 *tokens)) {
     let_next_start();
@@ -289,7 +290,7 @@ DEVICE_CALL u64 rank_at(const Candidates &c, bool weights, u64 left) {
         shift = low;
         if (counts[*bin] == 1) break;
     }
-    return prefix;
+    return prefix > c.floor ? prefix : c.floor;
 }
 
 // The worst of the candidates with at least this rank.

@@ -1,0 +1,182 @@
+//! Embedding, norms, and rotation with the store into pages.
+
+use crate::case::{Call, Case, Check, Element, POISON, Rng, check_all, close, is_close};
+
+const EPS: f64 = 1e-5;
+
+fn normed(x: &[f64], gain: &[f64]) -> Vec<f64> {
+    let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+    x.iter().zip(gain).map(|(v, g)| v / (mean + EPS).sqrt() * g).collect()
+}
+
+fn embed(element: Element, rng: &mut Rng) -> Case {
+    let (live, rows, hidden, vocab) = (3, 5, 264, 7);
+    let table = element.random(rng, vocab * hidden);
+    let tokens = [6, 0, 4];
+    let expect = tokens.iter().flat_map(|&t| table[t as usize * hidden..][..hidden].to_vec()).collect();
+    let call = Call::typed("embed", element, [rows, 1, 1], 256)
+        .count(live)
+        .words(&tokens)
+        .input(element, &table)
+        .poisoned(rows * hidden * 4)
+        .u32(hidden);
+    Case { what: format!("embed {}", element.name()), call, check: close(Element::F32, 1e-7, expect) }
+}
+
+fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2]>) -> Case {
+    let (live, rows) = (2, 3);
+    let x = Element::F32.random(rng, 4 * hidden);
+    let gain = element.random(rng, hidden);
+    let from = pick.unwrap_or([0, 1]).map(|i| &x[i as usize * hidden..][..hidden]);
+    let expect = from.iter().flat_map(|x| normed(x, &gain)).collect();
+    let call = Call::typed("rms_norm", element, [rows, 1, 1], 256).count(live).input(Element::F32, &x);
+    let call = match pick {
+        Some(pick) => call.words(&pick),
+        None => call.null(),
+    };
+    let call = call.input(element, &gain).poisoned(rows * hidden * element.bytes()).u32(hidden).f32(EPS);
+    let what = format!("rms_norm {} {hidden} {pick:?}", element.name());
+    Case { what, call, check: close(element, element.tolerance(), expect) }
+}
+
+fn add_rms_norm(element: Element, rng: &mut Rng) -> Case {
+    let (live, rows, hidden) = (2, 4, 520);
+    let x = Element::F32.random(rng, live * hidden);
+    let delta = element.random(rng, live * hidden);
+    let gain = element.random(rng, hidden);
+    let sum: Vec<f64> = x.iter().zip(&delta).map(|(x, d)| x + d).collect();
+    let expect: Vec<f64> = sum.chunks(hidden).flat_map(|row| normed(row, &gain)).collect();
+    let mut initial = Element::F32.encode(&x);
+    initial.resize(rows * hidden * 4, POISON);
+    let call = Call::typed("add_rms_norm", element, [rows, 1, 1], 256)
+        .count(live)
+        .output(initial)
+        .input(element, &delta)
+        .input(element, &gain)
+        .poisoned(rows * hidden * element.bytes())
+        .u32(hidden)
+        .f32(EPS);
+    let check: Check = Box::new(move |outs| {
+        is_close(Element::F32, 1e-6, &sum, &outs[0])?;
+        is_close(element, element.tolerance(), &expect, &outs[1])
+    });
+    Case { what: format!("add_rms_norm {}", element.name()), call, check }
+}
+
+/// Rows of lengths that end within, at and past a page; their last tokens are in the step.
+struct Rope {
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+    block_tokens: usize,
+    with_gains: bool,
+}
+
+const POSITIONS: [u32; 5] = [0, 15, 16, 33, 47];
+const ROW_OF: [u32; 5] = [1, 0, 0, 2, 1];
+const MAX_BLOCKS: usize = 4;
+
+impl Rope {
+    fn rotate(&self, x: &[f64], gain: Option<&[f64]>, position: u32) -> Vec<f64> {
+        let x = gain.map_or_else(|| x.to_vec(), |gain| normed(x, gain));
+        let half = self.d / 2;
+        let turn = |i: usize| {
+            let (low, high) = (x[i % half], x[i % half + half]);
+            let (sin, cos) = self.angle(position as usize, i % half).sin_cos();
+            if i < half { low * cos - high * sin } else { high * cos + low * sin }
+        };
+        (0..self.d).map(turn).collect()
+    }
+
+    fn angle(&self, position: usize, i: usize) -> f64 {
+        position as f64 * 10_000f64.powf(-2.0 * i as f64 / self.d as f64)
+    }
+
+    fn table(&self) -> Vec<f64> {
+        let pair = |at: usize| {
+            let (sin, cos) = self.angle(at / (self.d / 2), at % (self.d / 2)).sin_cos();
+            [cos, sin]
+        };
+        (0..48 * self.d / 2).flat_map(pair).collect()
+    }
+
+    fn case(&self, element: Element, rng: &mut Rng) -> Case {
+        let &Self { heads, kv_heads, d, block_tokens, with_gains } = self;
+        let (rows, width, stride) = (POSITIONS.len() + 2, (heads + 2 * kv_heads) * d, kv_heads * block_tokens * d);
+        let tables: Vec<u32> = rng.shuffled(3 * MAX_BLOCKS).into_iter().map(|page| page as u32).collect();
+        let qkv = element.random(rng, POSITIONS.len() * width);
+        let gains = with_gains.then(|| [element.random(rng, d), element.random(rng, d)]);
+        let (mut expect, mut pages) = (qkv.clone(), vec![f64::NAN; 3 * MAX_BLOCKS * 2 * stride]);
+        for (token, (&position, &row)) in POSITIONS.iter().zip(&ROW_OF).enumerate() {
+            let page = tables[row as usize * MAX_BLOCKS + position as usize / block_tokens] as usize;
+            for head in 0..heads + 2 * kv_heads {
+                let from = &qkv[token * width + head * d..][..d];
+                let gain = gains.as_ref().map(|[q, k]| if head < heads { q.as_slice() } else { k.as_slice() });
+                let rotated = self.rotate(from, gain, position);
+                let slot = position as usize % block_tokens;
+                let mut put = |part: usize, kv_head: usize, values: &[f64]| {
+                    let at = (page * 2 + part) * stride + (kv_head * block_tokens + slot) * d;
+                    pages[at..][..d].copy_from_slice(values);
+                };
+                if head < heads {
+                    expect[token * width + head * d..][..d].copy_from_slice(&rotated);
+                } else if head < heads + kv_heads {
+                    put(0, head - heads, &rotated);
+                } else {
+                    put(1, head - heads - kv_heads, from);
+                }
+            }
+        }
+        let mut initial = element.encode(&qkv);
+        initial.resize(rows * width * element.bytes(), POISON);
+        let call = Call::typed("qk_rope_store", element, [rows, (heads + 2 * kv_heads).div_ceil(4), 1], 128)
+            .count(POSITIONS.len())
+            .output(initial)
+            .words(&POSITIONS)
+            .words(&ROW_OF)
+            .words(&tables)
+            .u32(MAX_BLOCKS)
+            .input(Element::F32, &self.table())
+            .maybe(element, gains.as_ref().map(|[q, _]| q.as_slice()))
+            .maybe(element, gains.as_ref().map(|[_, k]| k.as_slice()))
+            .f32(EPS)
+            .poisoned(pages.len() * element.bytes())
+            .u64(2 * stride)
+            .u32(heads)
+            .u32(kv_heads)
+            .u32(d)
+            .u32(block_tokens);
+        let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d} pages of {block_tokens}", element.name());
+        let check: Check = Box::new(move |outs| {
+            is_close(element, element.tolerance(), &expect, &outs[0])?;
+            let found = element.decode(&outs[1]);
+            if let Some(at) = (0..pages.len()).find(|&i| pages[i].is_nan() != found[i].is_nan()) {
+                return Err(format!("element {at} of the pages: {} instead of {}", found[at], pages[at]));
+            }
+            let (expect, found): (Vec<f64>, Vec<f64>) =
+                pages.iter().zip(&found).filter(|(expect, _)| !expect.is_nan()).map(|(e, f)| (*e, *f)).unzip();
+            is_close(Element::F32, element.tolerance(), &expect, &Element::F32.encode(&found))
+        });
+        Case { what, call, check }
+    }
+}
+
+pub(crate) fn cases(element: Element) -> Vec<Case> {
+    let mut rng = Rng(5);
+    let rope = |heads, kv_heads, d, block_tokens, with_gains| Rope { heads, kv_heads, d, block_tokens, with_gains };
+    vec![
+        embed(element, &mut rng),
+        rms_norm(element, &mut rng, 8, None),
+        rms_norm(element, &mut rng, 1_032, None),
+        rms_norm(element, &mut rng, 256, Some([3, 1])),
+        add_rms_norm(element, &mut rng),
+        rope(4, 2, 64, 16, false).case(element, &mut rng),
+        rope(3, 1, 128, 48, true).case(element, &mut rng),
+        rope(7, 1, 64, 16, true).case(element, &mut rng),
+    ]
+}
+
+#[test]
+fn the_small_kernels() {
+    check_all(Element::ALL.into_iter().flat_map(cases).collect());
+}

@@ -1,0 +1,155 @@
+//! GEMV and GEMM: every entry, epilogue and element type, at sizes that fit no tile.
+
+use crate::case::{Call, Case, Check, Element, Rng, check_all, close, is_close};
+
+#[derive(Clone, Copy, Debug)]
+enum Epilogue {
+    Store,
+    StoreFloat,
+    AddFloat,
+    SiluMul,
+}
+
+use Epilogue::{AddFloat, SiluMul, Store, StoreFloat};
+
+/// An entry: columns and rows of a block, its threads, its dynamic shared memory.
+struct Entry {
+    name: &'static str,
+    columns: usize,
+    rows: usize,
+    block: u32,
+    shared: u32,
+    only_16_bit: bool,
+}
+
+const fn gemv(name: &'static str, columns: usize, rows: usize) -> Entry {
+    Entry { name, columns, rows, block: 128, shared: 0, only_16_bit: false }
+}
+
+const GEMV_1: Entry = gemv("gemv_b1", 8, 1);
+const GEMV_2: Entry = gemv("gemv_b2", 8, 2);
+const GEMV_4: Entry = gemv("gemv_b4", 16, 4);
+const GEMV_8: Entry = gemv("gemv_b8", 16, 8);
+const GEMM: Entry = gemv("gemm", 64, 64);
+const GEMM_16: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m16", 32, 16) };
+const GEMM_32: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m32", 32, 32) };
+const GEMM_128: Entry = Entry { block: 256, shared: 98_304, only_16_bit: true, ..gemv("gemm_m128", 128, 128) };
+
+/// Entry, live rows, rows of the bucket, k, `n_out`.
+const SHAPES: [(Entry, [usize; 4]); 22] = [
+    (GEMV_1, [1, 1, 8, 1]),
+    (GEMV_1, [1, 1, 1_048, 34]),
+    (GEMV_1, [0, 1, 64, 8]),
+    (GEMV_2, [1, 2, 264, 10]),
+    (GEMV_2, [2, 2, 1_304, 7]),
+    (GEMV_4, [3, 4, 520, 33]),
+    (GEMV_4, [4, 4, 16, 18]),
+    (GEMV_8, [5, 8, 776, 50]),
+    (GEMV_8, [8, 8, 1_032, 17]),
+    (GEMM, [1, 1, 8, 2]),
+    (GEMM, [3, 64, 72, 66]),
+    (GEMM, [65, 70, 200, 70]),
+    (GEMM, [64, 64, 328, 64]),
+    (GEMM, [0, 64, 64, 64]),
+    (GEMM_16, [9, 16, 1_096, 70]),
+    (GEMM_16, [16, 16, 520, 32]),
+    (GEMM_16, [1, 16, 8, 5]),
+    (GEMM_32, [17, 32, 584, 34]),
+    (GEMM_32, [32, 32, 64, 64]),
+    (GEMM_128, [130, 140, 136, 130]),
+    (GEMM_128, [7, 128, 328, 128]),
+    (GEMM_128, [128, 128, 64, 66]),
+];
+
+struct Product<'a> {
+    element: Element,
+    entry: &'a Entry,
+    epilogue: Epilogue,
+    shape: [usize; 4],
+    biased: bool,
+}
+
+impl Product<'_> {
+    fn case(&self, rng: &mut Rng) -> Case {
+        let &Self { element, entry, epilogue, shape: [live, rows, k, n_out], biased } = self;
+        let w = element.random(rng, n_out * k);
+        let x = element.random(rng, live * k);
+        let bias = biased.then(|| element.random(rng, n_out));
+        let residual = Element::F32.random(rng, live * n_out);
+        let dot = |row: usize, column: usize| {
+            let sum: f64 = (0..k).map(|i| x[row * k + i] * w[column * k + i]).sum();
+            sum + bias.as_ref().map_or(0.0, |bias| bias[column])
+        };
+        let silu = |v: f64| v / (1.0 + (-v).exp());
+        let at = |row: usize, column: usize| match epilogue {
+            Store | StoreFloat => dot(row, column),
+            AddFloat => dot(row, column) + residual[row * n_out + column],
+            SiluMul => silu(dot(row, 2 * column)) * dot(row, 2 * column + 1),
+        };
+        let width = if matches!(epilogue, SiluMul) { n_out / 2 } else { n_out };
+        let expect: Vec<f64> = (0..live * width).map(|i| at(i / width, i % width)).collect();
+        let to = if matches!(epilogue, Store | SiluMul) { element } else { Element::F32 };
+        let mut initial = if matches!(epilogue, AddFloat) { to.encode(&residual) } else { Vec::new() };
+        initial.resize(rows * width * to.bytes(), crate::case::POISON);
+        let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
+        let call = Call::typed(entry.name, element, grid, entry.block)
+            .shared(entry.shared)
+            .count(live)
+            .input(element, &w)
+            .input(element, &x)
+            .maybe(element, bias.as_deref())
+            .output(initial)
+            .u32(k)
+            .u32(n_out)
+            .u32(epilogue as usize);
+        // Sums are in float whatever the type, so a float result of exact inputs is as exact as that.
+        let check: Check = Box::new(move |outs| is_close(to, to.tolerance(), &expect, &outs[0]));
+        let what = format!("{} {} {epilogue:?} {:?}", entry.name, element.name(), self.shape);
+        Case { what, call, check }
+    }
+}
+
+pub(crate) fn cases(element: Element) -> Vec<Case> {
+    let mut rng = Rng(3);
+    let mut cases = Vec::new();
+    for (entry, shape) in SHAPES.iter().filter(|(entry, _)| !entry.only_16_bit || element != Element::F32) {
+        for (i, epilogue) in [Store, StoreFloat, AddFloat, SiluMul].into_iter().enumerate() {
+            let mut shape = *shape;
+            if matches!(epilogue, SiluMul) {
+                shape[3] = shape[3].next_multiple_of(2);
+            }
+            let product = Product { element, entry, epilogue, shape, biased: i % 2 == 1 };
+            cases.push(product.case(&mut rng));
+        }
+    }
+    cases
+}
+
+#[test]
+fn in_f32() {
+    check_all(cases(Element::F32));
+}
+
+#[test]
+fn in_f16() {
+    check_all(cases(Element::F16));
+}
+
+#[test]
+fn in_bf16() {
+    check_all(cases(Element::Bf16));
+}
+
+#[test]
+fn a_wrong_product_is_seen() {
+    let expect = vec![1.0, 2.0, 3.0];
+    for (found, is_right) in [
+        (vec![1.0, 2.0, 3.0], true),
+        (vec![1.0, 2.0, 3.1], false),
+        (vec![1.0, f64::NAN, 3.0], false),
+        (vec![1.0, 2.0, 3.0, 0.0], false),
+    ] {
+        let outs = [Element::F32.encode(&found)];
+        assert_eq!(close(Element::F32, 1e-5, expect.clone())(&outs).is_ok(), is_right, "{found:?}");
+    }
+}
