@@ -130,7 +130,8 @@ impl Batch {
             .u32(self.max_blocks)
             .words(&self.lens())
             .poisoned(n_out * element.bytes());
-        let call = if splits == 1 { call.null().null() } else { call.poisoned(n_part * self.d * 4).poisoned(n_part * 8) };
+        let call =
+            if splits == 1 { call.null().null() } else { call.poisoned(n_part * self.d * 4).poisoned(n_part * 8) };
         let call = call.u32(self.heads).u32(self.kv_heads).u32(self.block_tokens).u32(self.window);
         let call = call.f32(1.0 / (self.d as f64).sqrt());
         let what = format!("{} in {splits}", self.what("decode_attention"));
@@ -170,22 +171,23 @@ impl Batch {
         }
         let n_tiles = tiles.len() / 2;
         let n_tokens = starts[starts.len() - 1] as usize + 3;
-        let call = Call::typed(&format!("prefill_attention_d{}", self.d), element, [n_tiles + 2, self.kv_heads, 1], 128)
-            .count(n_tiles)
-            .words(&tiles)
-            .input(element, &self.qkv)
-            .input(element, &self.pages)
-            .u64(2 * self.kv_heads * self.block_tokens * self.d)
-            .words(&self.tables)
-            .u32(self.max_blocks)
-            .words(&starts)
-            .words(&self.lens())
-            .poisoned(n_tokens * self.heads * self.d * element.bytes())
-            .u32(self.heads)
-            .u32(self.kv_heads)
-            .u32(self.block_tokens)
-            .u32(self.window)
-            .f32(1.0 / (self.d as f64).sqrt());
+        let call =
+            Call::typed(&format!("prefill_attention_d{}", self.d), element, [n_tiles + 2, self.kv_heads, 1], 128)
+                .count(n_tiles)
+                .words(&tiles)
+                .input(element, &self.qkv)
+                .input(element, &self.pages)
+                .u64(2 * self.kv_heads * self.block_tokens * self.d)
+                .words(&self.tables)
+                .u32(self.max_blocks)
+                .words(&starts)
+                .words(&self.lens())
+                .poisoned(n_tokens * self.heads * self.d * element.bytes())
+                .u32(self.heads)
+                .u32(self.kv_heads)
+                .u32(self.block_tokens)
+                .u32(self.window)
+                .f32(1.0 / (self.d as f64).sqrt());
         Case { what: self.what("prefill_attention"), call, check: close(element, element.tolerance(), self.expect()) }
     }
 }

@@ -65,8 +65,10 @@ fn is_missed(shim: &mut Shim, case: &Case, site: &str) -> bool {
 #[test]
 fn every_barrier_is_missed_when_left_out() {
     let Some(mut shim) = Shim::start() else { return };
-    let typed = |element| [products::cases(element), model::cases(element), attention::cases(element)];
-    let cases = typed(Element::Bf16).into_iter().chain(typed(Element::F32)).flatten();
+    let typed = [products::cases(Element::Bf16), model::cases(Element::Bf16), attention::cases(Element::Bf16)];
+    // The plain product is the one kernel whose barriers are of its type alone.
+    let plain = products::cases(Element::F32).into_iter().filter(|case| case.what.starts_with("gemm "));
+    let cases = typed.into_iter().flatten().chain(plain);
     let mut missed: BTreeMap<String, bool> = BTreeMap::new();
     for case in cases.chain(sampling::cases()).chain(memory::cases()) {
         let done = case.call.run(&mut shim, 0, "").expect("no fault");

@@ -15,16 +15,9 @@ pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
 
     let (from, sampled, tokens) = ([1, u32::MAX, 0, u32::MAX], [70, 71], [1, 2, 3, 4, 5]);
-    let call = Call::new("take_sampled", [2, 1, 1], 256)
-        .count(4)
-        .words(&from)
-        .words(&sampled)
-        .output(words_to_bytes(&tokens));
-    cases.push(Case {
-        what: "take_sampled".to_owned(),
-        call,
-        check: exactly(words_to_bytes(&[71, 2, 70, 4, 5])),
-    });
+    let call =
+        Call::new("take_sampled", [2, 1, 1], 256).count(4).words(&from).words(&sampled).output(words_to_bytes(&tokens));
+    cases.push(Case { what: "take_sampled".to_owned(), call, check: exactly(words_to_bytes(&[71, 2, 70, 4, 5])) });
 
     let page = 16 * 37;
     let before: Vec<u8> = words_to_bytes(&words(&mut rng, 6 * page / 4));
@@ -33,8 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
     for pair in pairs[..6].chunks(2) {
         after.copy_within(pair[0] as usize * page..(pair[0] as usize + 1) * page, pair[1] as usize * page);
     }
-    let call =
-        Call::new("copy_pages", [2, 4, 1], 256).count(3).words(&pairs).output(before).u64(page);
+    let call = Call::new("copy_pages", [2, 4, 1], 256).count(3).words(&pairs).output(before).u64(page);
     cases.push(Case { what: "copy_pages".to_owned(), call, check: exactly(after) });
 
     let data = words(&mut rng, 4 * 4_099);

@@ -194,7 +194,8 @@ fn program() -> String {
     let line = |(name, text): &Source| format!("#line 1 \"{name}\"\n{text}");
     let mut program = line(&SHIM);
     for (number, unit) in ["f32", "f16", "bf16"].iter().enumerate() {
-        program += &format!("\n#define PM_T {number}\n#define SUFFIX \"_{unit}\"\nnamespace {unit} {{\n{}", line(&COMMON));
+        program +=
+            &format!("\n#define PM_T {number}\n#define SUFFIX \"_{unit}\"\nnamespace {unit} {{\n{}", line(&COMMON));
         program.extend(TYPED.iter().map(line));
         program += "}\n#undef PM_T\n#undef SUFFIX\n";
     }

@@ -24,6 +24,7 @@ static uint64_t seed, random_state;
 static const Entry *entry;
 static std::vector<Argument> arguments;
 static std::vector<Fiber> fibers;
+// A heap: the fiber with the greatest turn is next.
 static std::vector<Fiber *> runnable;
 static std::set<std::string> sites;
 static unsigned at_barrier;
@@ -49,6 +50,18 @@ static uint64_t random_u64() {
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
     x = (x ^ x >> 27) * 0x94d049bb133111eb;
     return x ^ x >> 31;
+}
+
+static bool is_later(const Fiber *a, const Fiber *b) { return a->turn < b->turn; }
+
+// Under even seeds any fiber may be next. Under odd ones warps have ranks for as long as the block runs, and one goes on until it can
+// go no further: the first then is a barrier or more ahead of the last.
+static void let_run(Fiber &f) {
+    f.state = RUNNING;
+    uint64_t rank = seed % 2 == 0 ? 0 : fibers[f.warp * 32].rank;
+    f.turn = rank << 32 | random_u64() >> 32;
+    runnable.push_back(&f);
+    std::push_heap(runnable.begin(), runnable.end(), is_later);
 }
 
 static std::string site_of(const char *file, int line) { return std::string(file) + ":" + std::to_string(line); }
@@ -139,8 +152,7 @@ int sync_threads(int predicate, const char *file, int line) {
     if (++at_barrier == fibers.size()) {
         for (Fiber &other : fibers) {
             if (other.line != line || strcmp(other.file, file) != 0) fail("threads wait at different barriers, one of them", file, line);
-            other.state = RUNNING;
-            runnable.push_back(&other);
+            let_run(other);
         }
         at_barrier = 0;
         last_any = any;
@@ -160,10 +172,7 @@ const Slot *exchange(const void *mine, size_t bytes) {
     f.file = "an operation of the warp";
     f.line = 0;
     if (++in_warp[f.warp] == 32) {
-        for (unsigned i = 0; i < 32; i++) {
-            fibers[f.warp * 32 + i].state = RUNNING;
-            runnable.push_back(&fibers[f.warp * 32 + i]);
-        }
+        for (unsigned i = 0; i < 32; i++) let_run(fibers[f.warp * 32 + i]);
         in_warp[f.warp] = 0;
     }
     yield_fiber();
@@ -231,17 +240,17 @@ static void run_block(unsigned threads) {
         f.index = {i, 0, 0};
         f.lane = i % 32;
         f.warp = i / 32;
-        f.state = RUNNING;
+        f.rank = random_u64() >> 32;
         f.phase = 0;
         f.copies.assign(1, {});
         f.fake_stack = nullptr;
         prepare(f, fiber_main);
-        runnable.push_back(&f);
+        let_run(f);
     }
     unsigned left = threads;
     while (left > 0) {
         if (runnable.empty()) report_deadlock();
-        std::swap(runnable[random_u64() % runnable.size()], runnable.back());
+        std::pop_heap(runnable.begin(), runnable.end(), is_later);
         current = runnable.back();
         runnable.pop_back();
         __sanitizer_start_switch_fiber(&scheduler_fake_stack, current->stack, STACK);

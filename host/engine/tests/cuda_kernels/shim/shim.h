@@ -43,6 +43,8 @@ struct Fiber {
     int line;
     // Which of its warp's two sets of slots it used last.
     unsigned phase;
+    // When it is next: see the scheduler.
+    uint64_t rank, turn;
     // Copies under way, by group; the last group is open.
     std::vector<std::vector<Copy>> copies;
     void *stack;

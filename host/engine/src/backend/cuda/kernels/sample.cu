@@ -98,15 +98,13 @@ DEVICE bool apply_mask(const Row &row, const u32 *mask) {
     return true;
 }
 
-// Bans, unless they would leave nothing of a mask.
+// Bans, unless they would leave nothing of a mask. Its barrier also ends a policy's bias, which leaves what is finite finite.
 DEVICE void ban(const Row &row, const u32 *banned, u32 len, bool masked) {
     if (len == 0) return;
-    if (masked) {
-        int any = 0;
-        for (u32 token = threadIdx.x; token < row.vocab; token += 1024)
-            any |= is_finite(row.logits[token]) && !is_in(banned, len, token);
-        if (!__syncthreads_or(any)) return;
-    }
+    int any = !masked;
+    for (u32 token = threadIdx.x; masked && token < row.vocab; token += 1024)
+        any |= is_finite(row.logits[token]) && !is_in(banned, len, token);
+    if (!__syncthreads_or(any)) return;
     for (u32 i = threadIdx.x; i < len; i += 1024)
         if (banned[i] < row.vocab) row.logits[banned[i]] = -INFINITY;
 }
@@ -139,7 +137,6 @@ ENTRY(sample_rules, 1024, 1, (const u32 *n, const Rules *rules, float *logits, c
         if (bias.token < vocab && is_finite(row.logits[bias.token]))
             row.logits[bias.token] = clamped(row.logits[bias.token] + bias.add);
     }
-    __syncthreads();
     ban(row, banned + r.ban_start, r.ban_len, masked);
 }
 
@@ -267,7 +264,8 @@ DEVICE_CALL u64 rank_at(const Candidates &c, bool weights, u64 left) {
     u32 shift = c.by_id ? 32 : 64;
     while (shift > 0) {
         u32 width = least(DIGIT, shift), low = shift - width;
-        __syncthreads();
+        // Nobody needs what is cleared: in a loop that goes on, whoever is late to read its bin's count finds it is not 1 either
+        // way; and between two calls of this function stands one of `total`.
         for (u32 i = threadIdx.x; i < BINS; i += 1024) {
             sums[i] = 0;
             counts[i] = 0;
@@ -354,14 +352,12 @@ DEVICE void report(const float *logits, u32 vocab, float max, u32 chosen, u32 wa
     SHARED(Best, kept, MOST_LOGPROBS);
     SHARED(u32, count, 1);
     Candidates c = {logits, vocab, max, 1.0f, 0.0f, false, 0};
+    // The barriers of `total` are this counter's too.
+    if (threadIdx.x == 0) *count = 0;
     double log_sum = log((double)total(c, true) / 17592186044416.0);
+    if (threadIdx.x == 0) top->chosen = (float)((double)logits[chosen] - (double)max - log_sum);
     wanted = least(wanted, MOST_LOGPROBS);
-    if (threadIdx.x == 0) {
-        *count = 0;
-        top->chosen = (float)((double)logits[chosen] - (double)max - log_sum);
-    }
     if (wanted > 0 && wanted < total(c, false)) c.floor = rank_at(c, false, wanted);
-    __syncthreads();
     if (wanted > 0) {
         for (u32 token = threadIdx.x; token < vocab; token += 1024) {
             if (!takes_part(c, token, logits[token])) continue;
