@@ -257,7 +257,8 @@ pub(crate) fn is_close(element: Element, tolerance: f64, expect: &[f64], found: 
     if relative < tolerance {
         return Ok(());
     }
-    let at = (0..expect.len()).find(|&i| !((expect[i] - found[i]).abs() <= tolerance * (1.0 + expect[i].abs())));
+    let is_near = |i: usize| (expect[i] - found[i]).abs() <= tolerance * (1.0 + expect[i].abs());
+    let at = (0..expect.len()).find(|&i| !is_near(i));
     let at = at.unwrap_or_default();
     Err(format!("relative error {relative:e}; value {at} is {} instead of {}", found[at], expect[at]))
 }

@@ -4,7 +4,7 @@
 //! AddressSanitizer, so that a wrong index, a missing barrier and a row that is written past the last one all show. What it cannot
 //! show is speed, and what the hardware does beyond its description. Skipped, with a line, where there is no C++ compiler
 //! (`c++`) or no NVRTC (`nvrtc`); `POINTSMAN_REQUIRE` makes either a failure.
-#![expect(clippy::expect_used, clippy::panic, reason = "a broken test should stop where it is")]
+#![expect(clippy::expect_used, reason = "a broken test should stop where it is")]
 
 mod attention;
 mod barriers;

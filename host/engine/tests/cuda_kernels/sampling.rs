@@ -106,14 +106,13 @@ fn ruled(logits: &[f32], r: &Rules, sampled: &[u32]) -> Vec<f32> {
     let mut output = output.clone();
     output.extend(sampled.get(r.previous as usize));
     let penalties = r.repetition != 1.0 || r.presence != 0.0 || r.frequency != 0.0;
-    for token in 0..if penalties { logits.len() } else { 0 } {
+    for (token, v) in out.iter_mut().enumerate().filter(|_| penalties) {
         let times = |list: &[u32]| list.iter().filter(|&&t| t as usize == token).count() as f32;
         let n = times(&output);
         if n > 0.0 || times(prompt) > 0.0 {
-            let v = out[token];
-            let v = if v > 0.0 { v / r.repetition } else { v * r.repetition };
+            let scaled = if *v > 0.0 { *v / r.repetition } else { *v * r.repetition };
             let present = if n > 0.0 { r.presence } else { 0.0 };
-            out[token] = (v - present - n * r.frequency).clamp(f32::MIN, f32::MAX);
+            *v = (scaled - present - n * r.frequency).clamp(f32::MIN, f32::MAX);
         }
     }
     let vocab = out.len();
@@ -282,6 +281,7 @@ fn rules_cases(rng: &mut Rng) -> Vec<Case> {
         ..rows[1].1.clone()
     };
     let unmasked = Rules { allowed: None, ..all.clone() };
+    let all = Rules { edit: Vec::new(), ..all };
     let all = vec![(rows[1].0.clone(), all), (rows[1].0.clone(), unmasked)];
     // A mask that leaves nothing: its tokens are no candidates.
     let mut hollow = rows[4].0.clone();

@@ -132,7 +132,9 @@ ENTRY(sample_rules, 1024, 1, (const u32 *n, const Rules *rules, float *logits, c
     }
     __syncthreads();
     bool masked = r.mask != NONE && apply_mask(row, masks + (u64)r.mask * ceil_div(vocab, 32));
-    for (u32 i = threadIdx.x; i < r.edit_len; i += 1024) {
+    // Not both: no barrier stands between them.
+    u32 edits = r.mask == NONE ? r.edit_len : 0;
+    for (u32 i = threadIdx.x; i < edits; i += 1024) {
         Bias bias = biases[r.edit_start + i];
         if (bias.token < vocab && is_finite(row.logits[bias.token]))
             row.logits[bias.token] = clamped(row.logits[bias.token] + bias.add);
