@@ -210,7 +210,7 @@ impl Driver {
         };
         let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
         // Not only at a step: a request that comes after a swap is the new policy's.
-        replica.sampler.attend(now);
+        replica.sampler.attend(now, &replica.scheduler);
         let started = replica.sampler.is_active().then(|| Started::of(&request));
         match replica.scheduler.submit(request, now) {
             Ok(()) => {
@@ -230,7 +230,7 @@ impl Driver {
         let replica = &mut replicas[index];
         let clock = &context.clock;
         let start = clock.micros();
-        replica.sampler.attend(start);
+        replica.sampler.attend(start, &replica.scheduler);
         replica.scheduler.review_cache(start, &mut *replica.retention);
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
@@ -243,9 +243,8 @@ impl Driver {
         let scheduled = clock.micros();
         let executed = replica.executor.execute(plan, &mut replica.sampler, output);
         let done = clock.micros();
-        if replica.sampler.is_active() && executed.is_ok() {
-            let rows = plan.rows.iter().filter(|row| row.sample.is_some());
-            rows.zip(&output.sampled).for_each(|(row, sampled)| replica.sampler.sampled(row.request, sampled.token));
+        if executed.is_ok() {
+            replica.sampler.sampled(plan, output);
         }
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));

@@ -103,7 +103,9 @@ impl<W: SamplerWorker> TappedSampler<W> {
         if reply.spent.fresh {
             self.followed.clear();
         }
-        self.followed.extend(reply.spent.started.iter().map(|started| started.id.0));
+        // Not those that ran before there was this policy.
+        let fresh = reply.spent.started.iter().filter(|started| started.said.is_empty());
+        self.followed.extend(fresh.map(|started| started.id.0));
         let Some(line) = self.line(reply, by) else { return };
         if !self.tap.push(Line::Sampler(Box::new(line))) {
             return self.followed.clear();
@@ -128,7 +130,7 @@ impl<W: SamplerWorker> TappedSampler<W> {
             vocabulary: self.replica.vocabulary,
             now: *now,
             renewed: words(&reply.renewed),
-            started: started.iter().map(StartedSeen::from).collect(),
+            started: started.iter().filter(|started| is_followed(&started.id)).map(StartedSeen::from).collect(),
             tokens: tokens.iter().filter(|(id, _)| is_followed(id)).map(|(id, token)| (id.0, *token)).collect(),
             ended: ended.iter().filter(|id| is_followed(id)).map(|id| id.0).collect(),
             words: words(&reply.words),
@@ -141,7 +143,7 @@ impl<W: SamplerWorker> TappedSampler<W> {
 }
 
 impl<W: SamplerWorker> SamplerWorker for TappedSampler<W> {
-    fn attend(&mut self, now: Micros) -> bool {
+    fn attend(&mut self, now: Micros) -> Option<u64> {
         self.inner.attend(now)
     }
 
@@ -160,10 +162,6 @@ impl<W: SamplerWorker> SamplerWorker for TappedSampler<W> {
         reply.iter().for_each(|reply| self.note(reply));
         reply
     }
-
-    fn was_late(&mut self) {
-        self.inner.was_late();
-    }
 }
 
 #[cfg(test)]
@@ -177,8 +175,8 @@ mod tests {
     struct Keeping(Option<Batch>);
 
     impl SamplerWorker for Keeping {
-        fn attend(&mut self, _now: Micros) -> bool {
-            true
+        fn attend(&mut self, _now: Micros) -> Option<u64> {
+            Some(3)
         }
 
         fn send(&mut self, batch: Batch) -> Result<(), Batch> {
@@ -198,13 +196,19 @@ mod tests {
         fn wait(&mut self) -> Option<Reply> {
             self.poll()
         }
-
-        fn was_late(&mut self) {}
     }
 
     fn started(id: u64) -> Started {
         let (tenant, stop_tokens, attributes) = ("t".into(), Arc::from([2]), Arc::default());
-        Started { id: RequestId(id), tenant, stop_tokens, prompt_tokens: 5, max_new_tokens: 10, attributes }
+        Started {
+            id: RequestId(id),
+            tenant,
+            stop_tokens,
+            prompt_tokens: 5,
+            max_new_tokens: 10,
+            attributes,
+            said: Vec::new(),
+        }
     }
 
     fn batch(starts: &[u64], tokens: &[(u64, u32)], ended: &[u64]) -> Batch {

@@ -117,14 +117,14 @@ impl SamplerSlot {
 // === impl SamplerPort ===
 
 impl SamplerWorker for SamplerPort {
-    fn attend(&mut self, now: Micros) -> bool {
+    fn attend(&mut self, now: Micros) -> Option<u64> {
         let generation = self.core.enter();
         if generation.number() != self.generation {
             self.generation = generation.number();
             // When the inbox is full, what is in it makes the thread look.
             let _ = self.errands.try_send(Errand::Look(now));
         }
-        generation.guest.is_some() && !self.is_gone
+        (generation.guest.is_some() && !self.is_gone).then_some(self.generation)
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
@@ -148,12 +148,6 @@ impl SamplerWorker for SamplerPort {
         self.is_gone |= reply.as_ref().is_err_and(|error| *error == RecvTimeoutError::Disconnected);
         reply.ok()
     }
-
-    fn was_late(&mut self) {
-        if let Some(guest) = &self.core.enter().guest {
-            guest.fell_back();
-        }
-    }
 }
 
 // === impl Thread ===
@@ -174,21 +168,35 @@ impl Thread {
             Attention::NeedsView => reply.renewed = self.tell_again(now),
             Attention::Native | Attention::Following | Attention::Busy => {}
         }
-        let words = self.start(now, &batch.started);
-        for (started, word) in batch.started.iter().zip(words) {
-            if word != Word::Leave {
-                let tokens = Vec::with_capacity(started.max_new_tokens as usize);
-                self.live.insert(started.id.0, Live { started: started.clone(), tokens });
-            }
-            reply.words.push((started.id, word));
-        }
-        for round in rounds(&batch.tokens) {
-            self.round(now, &round, &mut reply.words);
-        }
+        self.take_in(now, &batch.started, &mut reply);
+        self.round(now, &batch.tokens, &mut reply.words);
         self.end(now, &batch.ended);
         reply.spent = batch;
         reply.decided_by = self.resident.has_guest().then(|| self.resident.decided_by().clone());
         reply
+    }
+
+    /// Requests that start, or that ran before there was this guest. An instance that fails them is replaced at once, if there
+    /// is a spare: nobody should get a token because the first one was unlucky.
+    fn take_in(&mut self, now: Micros, started: &[Started], reply: &mut Reply) {
+        if started.is_empty() {
+            return;
+        }
+        for one in started {
+            let mut tokens = Vec::with_capacity(one.max_new_tokens as usize);
+            tokens.extend_from_slice(&one.said);
+            self.live.insert(one.id.0, Live { started: one.clone(), tokens });
+        }
+        let mut words = self.tell(now, &started.iter().map(|one| one.id.0).collect::<Vec<_>>());
+        if self.may_ask && !self.resident.synced && self.resident.attend(now) == Attention::NeedsView {
+            reply.renewed = self.tell_again(now);
+            if self.resident.synced {
+                // The spare's words stand before these.
+                let stale = words.iter_mut().map(|(_, word)| word).filter(|word| **word != Word::Leave);
+                stale.for_each(|word| *word = Word::Keep);
+            }
+        }
+        reply.words.extend(words);
     }
 
     /// One token each of several requests.
@@ -212,22 +220,25 @@ impl Thread {
         }
     }
 
-    /// Tells a fresh instance of all requests that live, token by token, and gives its last word on each.
+    /// Tells a fresh instance of all requests that live.
     fn tell_again(&mut self, now: Micros) -> Vec<(RequestId, Word)> {
-        let started: Vec<Started> = self.live.values().map(|live| live.started.clone()).collect();
+        let ids: Vec<u64> = self.live.keys().copied().collect();
+        self.tell(now, &ids)
+    }
+
+    /// Tells the guest how requests started and, token by token, what they got since; its last word on each, in their order.
+    fn tell(&mut self, now: Micros, ids: &[u64]) -> Vec<(RequestId, Word)> {
+        let started: Vec<Started> = ids.iter().filter_map(|id| Some(self.live.get(id)?.started.clone())).collect();
         let mut last: BTreeMap<u64, Word> = BTreeMap::new();
         let words = self.start(now, &started);
         // To keep what nobody has said is to be free; without an answer it is what the guest before had said.
         let word = |word| if word == Word::Keep && self.resident.synced { Word::Free } else { word };
         last.extend(started.iter().map(|started| started.id.0).zip(words.into_iter().map(word)));
-        let longest = self.live.values().map(|live| live.tokens.len()).max().unwrap_or(0);
+        let longest = ids.iter().filter_map(|id| Some(self.live.get(id)?.tokens.len())).max().unwrap_or(0);
         for i in 0..longest {
-            let round: Vec<(RequestId, u32)> = self
-                .live
-                .iter()
-                .filter(|(id, _)| last.get(id) != Some(&Word::Leave))
-                .filter_map(|(id, live)| Some((RequestId(*id), *live.tokens.get(i)?)))
-                .collect();
+            let stays = ids.iter().filter(|id| last.get(id).is_some_and(|word| *word != Word::Leave));
+            let token = |id: &u64| Some((RequestId(*id), *self.live.get(id)?.tokens.get(i)?));
+            let round: Vec<(RequestId, u32)> = stays.filter_map(token).collect();
             for ((id, _), word) in round.iter().zip(self.next(now, &round)) {
                 if word != Word::Keep {
                     last.insert(id.0, word);
@@ -235,7 +246,7 @@ impl Thread {
             }
         }
         self.live.retain(|id, _| last.get(id) != Some(&Word::Leave));
-        last.into_iter().map(|(id, word)| (RequestId(id), word)).collect()
+        ids.iter().filter_map(|id| Some((RequestId(*id), last.remove(id)?))).collect()
     }
 
     /// The guest's words on requests that start; without an answer they keep what they have, which is nothing yet.
@@ -281,21 +292,6 @@ impl Thread {
             self.resident.call(Call::Ended, now, budget, |instance, hard| ended_call(instance, (hard, now), &ids));
         }
     }
-}
-
-/// Tokens in as few rounds as there are tokens of one request, in their order.
-fn rounds(tokens: &[(RequestId, u32)]) -> Vec<Vec<(RequestId, u32)>> {
-    let mut seen: BTreeMap<u64, usize> = BTreeMap::new();
-    let mut rounds: Vec<Vec<(RequestId, u32)>> = Vec::new();
-    for &(id, token) in tokens {
-        let n = seen.entry(id.0).or_default();
-        if rounds.len() == *n {
-            rounds.push(Vec::new());
-        }
-        rounds[*n].push((id, token));
-        *n += 1;
-    }
-    rounds
 }
 
 // === calls ===
@@ -417,6 +413,7 @@ fn probe_requests(wants: &Wants) -> [Started; 2] {
         prompt_tokens: 5,
         max_new_tokens: 10,
         attributes: Arc::clone(&attributes),
+        said: Vec::new(),
     };
     [request(1, "probe"), request(2, "other")]
 }
@@ -424,15 +421,6 @@ fn probe_requests(wants: &Wants) -> [Started; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_round_has_each_request_once_and_tokens_in_order() {
-        let id = RequestId;
-        let tokens = [(id(1), 10), (id(2), 20), (id(1), 11), (id(3), 30), (id(1), 12), (id(2), 21)];
-        let expect = [vec![(id(1), 10), (id(2), 20), (id(3), 30)], vec![(id(1), 11), (id(2), 21)], vec![(id(1), 12)]];
-        assert_eq!(rounds(&tokens), expect);
-        assert!(rounds(&[]).is_empty());
-    }
 
     #[test]
     fn an_answer_is_good_as_a_whole() {

@@ -25,6 +25,7 @@ fn started(id: u64, tenant: &str) -> Started {
         prompt_tokens: 5,
         max_new_tokens: 10,
         attributes: Arc::default(),
+        said: Vec::new(),
     }
 }
 
@@ -57,21 +58,21 @@ fn a_guest_masks_and_its_successor_takes_over() {
     let bench = Bench::new();
     let slot = bench.runtime.sampler_slot("sampler");
     let mut port = slot.attach(replica()).expect("a thread");
-    assert!(!port.attend(1), "native");
+    assert_eq!(port.attend(1), None, "native");
     let component = bench.admit("sampler-allowlist");
     let config = r#"{"allow": [7, 5], "tenants": {"free": []}}"#;
     slot.publish(bench.prepare(&component, "sampler", config)).expect("a publish");
-    assert!(port.attend(2));
+    assert_eq!(port.attend(2), Some(1));
     let start = vec![started(1, "acme"), started(2, "free"), started(3, "acme")];
     let reply = ask(&mut port, batch(start, &[], &[]));
     assert_eq!(words(&reply.words), [(1, allow(&[2, 5, 7])), (2, Word::Leave), (3, allow(&[2, 5, 7]))]);
     assert!(reply.renewed.is_empty());
-    // Two tokens of one request, where the thread was late; and one of a request that the guest has left.
-    let reply = ask(&mut port, batch(Vec::new(), &[(1, 5), (2, 9), (1, 7)], &[3]));
-    assert_eq!(words(&reply.words), [(2, Word::Leave), (1, Word::Keep), (1, Word::Keep)]);
+    // One token is of a request that the guest has left.
+    let reply = ask(&mut port, batch(Vec::new(), &[(1, 5), (2, 9)], &[3]));
+    assert_eq!(words(&reply.words), [(2, Word::Leave), (1, Word::Keep)]);
     // The next generation is told of request 1 alone, and what it wants holds before anything else.
     slot.publish(bench.prepare(&component, "sampler", r#"{"allow": [9]}"#)).expect("a publish");
-    assert!(port.attend(3));
+    assert_eq!(port.attend(3), Some(2));
     let reply = ask(&mut port, batch(vec![started(4, "acme")], &[(1, 5)], &[]));
     assert_eq!(words(&reply.renewed), [(1, allow(&[2, 9]))]);
     assert_eq!(words(&reply.words), [(4, allow(&[2, 9])), (1, Word::Keep)]);
@@ -79,12 +80,49 @@ fn a_guest_masks_and_its_successor_takes_over() {
     let status = slot.status();
     assert_eq!((status.draining, status.fallbacks, status.faults.iter().sum::<u64>()), (0, 0, 0));
     slot.publish_native(3).expect("a publish");
-    assert!(!port.attend(4));
+    assert_eq!(port.attend(4), None);
     // Answered after the thread has looked: it has left the generation, and everybody.
     let reply = ask(&mut port, batch(Vec::new(), &[(1, 5)], &[]));
     assert_eq!(words(&reply.words), [(1, Word::Leave)]);
     bench.runtime.maintain();
     assert_eq!(slot.status().draining, 0);
+}
+
+#[test]
+fn a_guest_is_told_what_ran_before_it() {
+    let bench = Bench::new();
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    let component = bench.admit("sampler-allowlist");
+    slot.publish(bench.prepare(&component, "sampler", r#"{"allow": [7]}"#)).expect("a publish");
+    assert_eq!(port.attend(1), Some(1));
+    let running = Started { said: vec![40, 41, 42], ..started(1, "acme") };
+    let reply = ask(&mut port, batch(vec![running, started(2, "acme")], &[], &[]));
+    assert_eq!(words(&reply.words), [(1, allow(&[2, 7])), (2, allow(&[2, 7]))]);
+    assert_eq!(slot.status().calls, 1 + 3, "the start, and three tokens");
+    assert_eq!(reply.decided_by.map(|by| by.generation), Some(1));
+}
+
+#[test]
+fn a_start_that_faults_is_put_to_the_spare_at_once() {
+    let bench = Bench::with(|config| config.budgets.edit.hard = 2_000_000);
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    let component = bench.admit("fixture-sampler");
+    let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
+    slot.publish(bench.prepare(&component, "sampler", &config)).expect("a publish");
+    assert!(port.attend(bench.now()).is_some());
+    for id in 1..=2 * PROBED {
+        let reply = ask(&mut port, batch(vec![started(id, "acme")], &[], &[]));
+        if words(&reply.words) == [(id, Word::Free)] {
+            continue;
+        }
+        let all: Vec<(u64, Word)> = (1..=id).map(|id| (id, Word::Free)).collect();
+        assert_eq!((words(&reply.words), words(&reply.renewed)), (vec![(id, Word::Keep)], all));
+        assert_eq!(slot.status().faults[FaultKind::Trap as usize], 1);
+        return;
+    }
+    panic!("it never traps");
 }
 
 #[test]
@@ -107,7 +145,7 @@ fn misdeeds_become_faults_and_edits_stay() {
         let component = bench.admit("fixture-sampler");
         let config = format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#);
         slot.publish(bench.prepare(&component, "sampler", &config)).expect("a publish");
-        assert!(port.attend(bench.now()));
+        assert_eq!(port.attend(bench.now()), Some(1));
         let reply = ask(&mut port, batch(vec![started(1, "acme")], &[], &[]));
         assert_eq!(words(&reply.words), [(1, Word::Free)], "{deed}");
         let mut good = 0;

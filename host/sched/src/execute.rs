@@ -58,6 +58,9 @@ pub struct Sample {
 pub struct StepOutput {
     /// One entry per row with a `sample`, in the order of the rows.
     pub sampled: Vec<Sampled>,
+    /// Requests whose token was chosen without a word that the sampler policy owes: it is not used, and its row computed again.
+    /// The driver's business; an executor leaves it as it is.
+    pub withheld: Vec<RequestId>,
 }
 
 /// A chosen token.

@@ -6,19 +6,19 @@
 //! words are still owed, and which edit holds. It is handed tokens that were sampled and nothing else, so no policy sees a
 //! placeholder; and a request of no interest, or a host without a sampler, costs one look at an empty map.
 //!
-//! A word that is late beyond the worker's bound, or lost with its guest, leaves the request with the edit that it had: a mask
-//! that is one token old is closer to what the policy wants than none. Not a call in the middle of the step: one slow
-//! policy would then stand in the way of every request of the device.
+//! A request whose word is late beyond the worker's bound gets no token in this step: what was chosen for it is thrown away and
+//! its last position is computed again in the next one. So no token is ever chosen before the policy has spoken, or failed to:
+//! a word that is lost with its guest leaves the request with the edit that it had. Not a call in the middle of the step, and
+//! no wait without a bound: one slow policy would then stand in the way of every request of the device.
 
 use std::sync::Arc;
 
+use crate::execute::{StepOutput, StepPlan};
 use crate::hash::IntMap;
 use crate::ids::{Micros, RequestId};
 use crate::request::Request;
 use crate::route::DecidedBy;
-
-/// Most tokens that wait for a worker. Beyond, their requests are no longer shown to the policy and keep the edits they have.
-pub const MAX_PENDING_TOKENS: usize = 4_096;
+use crate::scheduler::Scheduler;
 
 /// What is done to a request's logits before a token is chosen. Tokens are ascending, and below the vocabulary's size.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,6 +78,8 @@ pub struct Started {
     pub prompt_tokens: u32,
     pub max_new_tokens: u32,
     pub attributes: Arc<[(String, String)]>,
+    /// Tokens that it has got already: it ran before there was this policy.
+    pub said: Vec<u32>,
 }
 
 /// What happened since the last batch, in the order of the fields.
@@ -87,7 +89,7 @@ pub struct Batch {
     pub now: Micros,
     /// Requests that start to generate. Each is owed a word.
     pub started: Vec<Started>,
-    /// Tokens that were sampled. Each is owed a word; a request may have several where the worker was late.
+    /// Tokens that were sampled. Each is owed a word.
     pub tokens: Vec<(RequestId, u32)>,
     /// Requests that have ended.
     pub ended: Vec<RequestId>,
@@ -110,7 +112,8 @@ pub struct Reply {
 
 /// Asked by the executor for the edits of rows that it samples, between the forward pass and the choice of tokens.
 pub trait EditSource: Send {
-    /// What holds for the next token of a request. May wait for a word that is owed, up to a bound per step.
+    /// What holds for the next token of a request. May wait for a word that is owed, up to a bound per step; a token that is
+    /// chosen without it is not used.
     fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>>;
 }
 
@@ -126,8 +129,8 @@ impl EditSource for NoEdits {
 
 /// Runs a sampler policy away from the driver thread. One batch is in its hands at a time.
 pub trait SamplerWorker: Send {
-    /// Whether a policy is active. Asked at every step boundary: picks up a swap.
-    fn attend(&mut self, now: Micros) -> bool;
+    /// Generation of the active policy, if there is one. Asked at every step boundary: picks up a swap.
+    fn attend(&mut self, now: Micros) -> Option<u64>;
 
     /// Takes a batch, to be answered by one reply. Never blocks.
     ///
@@ -140,13 +143,10 @@ pub trait SamplerWorker: Send {
 
     /// The reply, waiting for it up to a bound.
     fn wait(&mut self) -> Option<Reply>;
-
-    /// A row is sampled with an edit that is out of date.
-    fn was_late(&mut self);
 }
 
 impl<W: SamplerWorker + ?Sized> SamplerWorker for Box<W> {
-    fn attend(&mut self, now: Micros) -> bool {
+    fn attend(&mut self, now: Micros) -> Option<u64> {
         (**self).attend(now)
     }
 
@@ -161,10 +161,6 @@ impl<W: SamplerWorker + ?Sized> SamplerWorker for Box<W> {
     fn wait(&mut self) -> Option<Reply> {
         (**self).wait()
     }
-
-    fn was_late(&mut self) {
-        (**self).was_late();
-    }
 }
 
 /// No sampler, as a [`SamplerWorker`].
@@ -172,8 +168,8 @@ impl<W: SamplerWorker + ?Sized> SamplerWorker for Box<W> {
 pub struct NativeSampler;
 
 impl SamplerWorker for NativeSampler {
-    fn attend(&mut self, _now: Micros) -> bool {
-        false
+    fn attend(&mut self, _now: Micros) -> Option<u64> {
+        None
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
@@ -187,15 +183,14 @@ impl SamplerWorker for NativeSampler {
     fn wait(&mut self) -> Option<Reply> {
         None
     }
-
-    fn was_late(&mut self) {}
 }
 
 /// The books between a replica's driver, its executor and its sampler; see the [module documentation](self).
 #[derive(Debug)]
 pub struct Desk<W> {
     worker: W,
-    active: bool,
+    /// Generation of the policy that there is.
+    active: Option<u64>,
     /// Requests that the policy has not left, by id.
     entries: IntMap<u64, Entry>,
     /// What has not been handed over.
@@ -203,8 +198,12 @@ pub struct Desk<W> {
     /// Memory for the next one.
     spare: Batch,
     in_flight: bool,
+    /// The words of what is in flight are of a time before there was no policy.
+    is_void: bool,
     /// The worker was waited for in this step, and in vain.
     out_of_patience: bool,
+    /// Requests that get no token in this step.
+    withheld: Vec<RequestId>,
 }
 
 #[derive(Debug, Default)]
@@ -212,8 +211,6 @@ struct Entry {
     edit: Option<Arc<Edit>>,
     /// Words that are still to come.
     owed: u32,
-    /// A token of its could not be kept for the worker: it stays as it is.
-    lost: bool,
 }
 
 // === impl Edit ===
@@ -275,6 +272,7 @@ impl Started {
             prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
             max_new_tokens: request.max_new_tokens,
             attributes: Arc::clone(&request.attributes),
+            said: Vec::new(),
         }
     }
 
@@ -312,22 +310,34 @@ impl<W: SamplerWorker> Desk<W> {
     pub fn new(worker: W) -> Self {
         Self {
             worker,
-            active: false,
+            active: None,
             entries: IntMap::default(),
             pending: Batch::default(),
             spare: Batch::default(),
             in_flight: false,
+            is_void: false,
             out_of_patience: false,
+            withheld: Vec::new(),
         }
     }
 
-    /// Opens a step: picks up swaps and hands over what has gathered. Without a policy every request is free at once.
-    pub fn attend(&mut self, now: Micros) {
-        self.active = self.worker.attend(now);
-        if !self.active {
-            self.entries.clear();
-            self.pending.clear();
-            self.pending.fresh = true;
+    /// Opens a step: picks up swaps and hands over what has gathered. Without a policy every request is free at once; a policy
+    /// that was not there before is told of all requests that it does not know.
+    pub fn attend(&mut self, now: Micros, scheduler: &Scheduler) {
+        let before = std::mem::replace(&mut self.active, self.worker.attend(now));
+        match self.active {
+            None => {
+                self.entries.clear();
+                self.pending.clear();
+                self.pending.fresh = true;
+                self.is_void = self.in_flight;
+            }
+            Some(_) if self.active == before => {}
+            Some(_) => {
+                for (request, said) in scheduler.live() {
+                    self.start(Started { said: said.to_vec(), ..Started::of(request) });
+                }
+            }
         }
         self.hand_over(now);
     }
@@ -335,37 +345,45 @@ impl<W: SamplerWorker> Desk<W> {
     /// Whether anybody wants to hear of requests that start.
     #[must_use]
     pub fn is_active(&self) -> bool {
-        self.active
+        self.active.is_some()
     }
 
     /// A request has been accepted.
     pub fn start(&mut self, started: Started) {
-        if self.active {
+        if self.is_active() && !self.entries.contains_key(&started.id.0) {
             self.entries.insert(started.id.0, Entry { owed: 1, ..Entry::default() });
             self.pending.started.push(started);
         }
     }
 
-    /// A request got a token. To be called before it may be told that the request has [ended](Self::ended).
-    pub fn sampled(&mut self, id: RequestId, token: u32) {
-        let Some(entry) = self.entries.get_mut(&id.0).filter(|entry| !entry.lost) else { return };
-        if self.pending.tokens.len() < MAX_PENDING_TOKENS {
-            entry.owed += 1;
-            self.pending.tokens.push((id, token));
-        } else {
-            entry.lost = true;
-            self.pending.ended.push(id);
+    /// What a step has computed: those that got a token are owed a word, and `output` is told whose tokens are withheld. To be
+    /// called before the scheduler [completes](Scheduler::complete) the step.
+    pub fn sampled(&mut self, plan: &StepPlan, output: &mut StepOutput) {
+        output.withheld.append(&mut self.withheld);
+        if self.entries.is_empty() {
+            return;
+        }
+        let rows = plan.rows.iter().filter(|row| row.sample.is_some());
+        for (row, sampled) in rows.zip(&output.sampled) {
+            if let Some(entry) = self.entries.get_mut(&row.request.0)
+                && !output.withheld.contains(&row.request)
+            {
+                entry.owed += 1;
+                self.pending.tokens.push((row.request, sampled.token));
+            }
         }
     }
 
     /// A request has ended, in whatever way.
     pub fn ended(&mut self, id: RequestId) {
-        let Some(entry) = self.entries.remove(&id.0) else { return };
+        if self.entries.remove(&id.0).is_none() {
+            return;
+        }
         self.pending.tokens.retain(|(of, _)| *of != id);
         let before = self.pending.started.len();
         self.pending.started.retain(|started| started.id != id);
-        // The worker knows it only if it was handed over, and has heard of its end if it is lost.
-        if self.pending.started.len() == before && !entry.lost {
+        // The worker knows it only if it was handed over.
+        if self.pending.started.len() == before {
             self.pending.ended.push(id);
         }
     }
@@ -373,6 +391,7 @@ impl<W: SamplerWorker> Desk<W> {
     /// Gives the worker what has gathered, if its hands are free. Closes a step: the worker goes on while the next one runs.
     pub fn hand_over(&mut self, now: Micros) {
         self.out_of_patience = false;
+        self.withheld.clear();
         while self.in_flight
             && let Some(reply) = self.worker.poll()
         {
@@ -397,7 +416,11 @@ impl<W: SamplerWorker> Desk<W> {
 
     fn take(&mut self, reply: Reply) {
         self.in_flight = false;
-        let Reply { renewed, words, mut spent, .. } = reply;
+        let Reply { mut renewed, mut words, mut spent, .. } = reply;
+        if std::mem::take(&mut self.is_void) {
+            renewed.clear();
+            words.clear();
+        }
         let renewed = renewed.into_iter().map(|(id, word)| (id, word, 0));
         for (id, word, paid) in renewed.chain(words.into_iter().map(|(id, word)| (id, word, 1))) {
             let Some(entry) = self.entries.get_mut(&id.0) else { continue };
@@ -434,8 +457,8 @@ impl<W: SamplerWorker> EditSource for Desk<W> {
             }
         }
         let entry = self.entries.get(&request.0)?;
-        if entry.owed > 0 || entry.lost {
-            self.worker.was_late();
+        if entry.owed > 0 {
+            self.withheld.push(request);
         }
         entry.edit.clone()
     }

@@ -295,6 +295,14 @@ impl Scheduler {
         starving.into_iter().chain(deadline).min()
     }
 
+    /// Requests that have not ended, with the tokens that they have got, in no order.
+    pub fn live(&self) -> impl Iterator<Item = (&Request, &[u32])> {
+        let said = |sequence: &Sequence| sequence.prompt_tokens() as usize;
+        self.sequences
+            .iter()
+            .map(move |(_, sequence)| (&sequence.request, sequence.tokens.get(said(sequence)..).unwrap_or_default()))
+    }
+
     /// Whether no request lives here.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -166,7 +166,7 @@ fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling) ->
     for id in 1..=n_requests {
         scheduler.submit(request(u64::from(id), &sampling), 0).map_err(|(_, failure)| failure).expect("room");
     }
-    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize) };
+    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize), ..StepOutput::default() };
     let mut n_events = 0u64;
     let mut before = 0;
     for step in 0..WARM_UP + STEADY {
@@ -200,7 +200,7 @@ fn a_thousand_steady_steps_allocate_nothing() {
 #[test]
 fn ranking_a_cache_under_pressure_allocates_nothing() {
     let (mut scheduler, sampling) = (scheduler(), Arc::new(Sampling::default()));
-    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize) };
+    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize), ..StepOutput::default() };
     let mut retention = Librarian::default();
     let mut allocations = 0;
     // Prompts of their own, one after the other: 2,048 blocks hold the last 341 of them.

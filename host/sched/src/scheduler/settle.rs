@@ -17,28 +17,44 @@ use crate::sequence::Slot;
 use super::ending::Ending;
 use super::{InFlight, LastStep, Scheduler, event};
 
+/// What a step came to for one of its rows.
+enum Chosen {
+    /// It was not sampled.
+    Nothing,
+    Token(Sampled),
+    /// Its token is not used: the last of its positions counts as not computed.
+    Withheld,
+}
+
 impl Scheduler {
     /// Applies the output of the step in flight: emits tokens, ends what is done. `out` is left empty. An output that does
     /// not match the plan fails the step like an [`ExecuteError`].
     pub fn complete(&mut self, now: Micros, out: &mut StepOutput, observer: &mut dyn Observer) {
         if out.sampled.len() != self.rows.iter().filter(|row| row.samples).count() {
             out.sampled.clear();
+            out.withheld.clear();
             let what = "the output has another number of tokens than the plan has rows to sample";
             return self.fail_step(now, &ExecuteError::Malformed { what }, observer);
         }
         let rows = self.land();
-        let mut sampled = out.sampled.drain(..);
+        let mut sampled = out.sampled.drain(..).peekable();
+        let withheld = &out.withheld;
         let mut tokens = 0;
         for row in &rows {
-            let sampled = if row.samples { sampled.next() } else { None };
+            let chosen = match sampled.next_if(|_| row.samples) {
+                None => Chosen::Nothing,
+                Some(_) if withheld.contains(&row.id) => Chosen::Withheld,
+                Some(sampled) => Chosen::Token(sampled),
+            };
             tokens += row.n_tokens;
             let phase =
                 if row.is_decode { &mut self.counters.decode_tokens } else { &mut self.counters.prefill_tokens };
             *phase += u64::from(row.n_tokens);
             if self.sequences.holds(row.slot, row.id) {
-                self.settle(row, sampled, now, observer);
+                self.settle(row, chosen, now, observer);
             }
         }
+        out.withheld.clear();
         self.rows = rows;
         self.rows.clear();
         self.last_step = LastStep { took: now.saturating_sub(self.step_started), tokens };
@@ -83,12 +99,12 @@ impl Scheduler {
         std::mem::take(&mut self.rows)
     }
 
-    fn settle(&mut self, row: &InFlight, sampled: Option<Sampled>, now: Micros, observer: &mut dyn Observer) {
+    fn settle(&mut self, row: &InFlight, chosen: Chosen, now: Micros, observer: &mut dyn Observer) {
         let sequence = &mut self.sequences[row.slot];
         assert_eq!(sequence.chunk, row.n_tokens, "{:?} changed while its step was in flight", row.id);
         sequence.chunk = 0;
         self.queued_tokens -= u64::from(sequence.prompt_remaining());
-        sequence.computed += row.n_tokens;
+        sequence.computed += row.n_tokens - u32::from(matches!(chosen, Chosen::Withheld));
         self.queued_tokens += u64::from(sequence.prompt_remaining());
         let mut chain = sequence.chain;
         let origin = Origin { tenant: sequence.request.tenant, now };
@@ -96,7 +112,7 @@ impl Scheduler {
         sequence.chain = chain;
         if sequence.closed {
             self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
-        } else if let Some(sampled) = sampled {
+        } else if let Chosen::Token(sampled) = chosen {
             self.emit(row.slot, sampled, now, observer);
         }
     }

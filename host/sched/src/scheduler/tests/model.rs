@@ -154,7 +154,7 @@ impl Host {
         out: &mut StepOutput,
         look: impl Fn(&StepPlan),
     ) -> Vec<u64> {
-        self.desk.attend(self.now);
+        self.desk.attend(self.now, &self.scheduler);
         self.scheduler.review_cache(self.now, &mut *self.retention);
         let (ended, desk) = (&mut self.ended, &mut self.desk);
         let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))
@@ -164,7 +164,7 @@ impl Host {
         look(plan);
         self.touched.clone_from(&plan.blocks);
         execute(plan, (&mut self.cells, self.block_tokens), desk, out);
-        tell(plan, out, desk);
+        desk.sampled(plan, out);
         plan.rows.iter().map(|row| row.request.0).collect()
     }
 
@@ -193,14 +193,14 @@ impl Host {
 
     /// A whole step, with a look at its plan.
     pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
-        self.desk.attend(self.now);
+        self.desk.attend(self.now, &self.scheduler);
         self.scheduler.review_cache(self.now, &mut *self.retention);
         let (ended, desk) = (&mut self.ended, &mut self.desk);
         let plan = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))?;
         let seen = look(plan);
         let mut out = StepOutput::default();
         execute(plan, (&mut self.cells, self.block_tokens), desk, &mut out);
-        tell(plan, &out, desk);
+        desk.sampled(plan, &mut out);
         self.finish(&mut out);
         Some(seen)
     }
@@ -239,14 +239,6 @@ fn note((ended, desk): (&mut Vec<u64>, &mut TestDesk), event: Event) {
     if matches!(event.kind, Cancelled | Failed | Finished | Rejected) {
         ended.push(event.request);
         desk.ended(RequestId(event.request));
-    }
-}
-
-/// Tells the desk what was sampled.
-fn tell(plan: &StepPlan, out: &StepOutput, desk: &mut TestDesk) {
-    let rows = plan.rows.iter().filter(|row| row.sample.is_some());
-    for (row, sampled) in rows.zip(&out.sampled) {
-        desk.sampled(row.request, sampled.token);
     }
 }
 

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::execute::{ExecuteError, StepOutput};
 use crate::ids::{Micros, RequestId};
 use crate::request::{CancelCause, FinishReason, Request, SinkEvent};
-use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Word};
+use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Started, Word};
 
 use super::model::{Host, VOCABULARY, reference};
 use super::{CONFIG, request};
@@ -27,7 +27,6 @@ struct Guest {
     history: BTreeMap<u64, Vec<u32>>,
     batch: Option<Batch>,
     waits: u32,
-    late: u32,
     ended: Vec<u64>,
     /// Another guest takes over with the next reply: it forbids what the one before dictated.
     renews: bool,
@@ -52,10 +51,14 @@ impl Guest {
             return None;
         }
         let batch = self.batch.take()?;
+        if batch.fresh {
+            self.seen.clear();
+        }
         let mut words = Vec::new();
         for started in &batch.started {
-            assert!(self.seen.insert(started.id.0, Vec::new()).is_none(), "{:?} starts twice", started.id);
-            words.push((started.id, wanted(started.id.0, 0)));
+            let before = self.seen.insert(started.id.0, started.said.clone());
+            assert!(before.is_none(), "{:?} starts twice", started.id);
+            words.push((started.id, wanted(started.id.0, started.said.len())));
         }
         for &(id, token) in &batch.tokens {
             // A late guest has left a request of which a token is already on its way.
@@ -89,8 +92,8 @@ impl Guest {
 }
 
 impl SamplerWorker for Worker {
-    fn attend(&mut self, _now: Micros) -> bool {
-        self.0.lock().expect("one thread").active
+    fn attend(&mut self, _now: Micros) -> Option<u64> {
+        self.0.lock().expect("one thread").active.then_some(1)
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
@@ -110,10 +113,6 @@ impl SamplerWorker for Worker {
         guest.waits += 1;
         guest.reply()
     }
-
-    fn was_late(&mut self) {
-        self.0.lock().expect("one thread").late += 1;
-    }
 }
 
 fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
@@ -125,14 +124,13 @@ fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
         history: BTreeMap::new(),
         batch: None,
         waits: 0,
-        late: 0,
         ended: Vec::new(),
         renews: false,
     };
     let guest = Arc::new(Mutex::new(guest));
     let mut host = Host::new(config);
     host.desk = Desk::new(Box::new(Worker(Arc::clone(&guest))));
-    host.desk.attend(0);
+    host.desk.attend(0, &host.scheduler);
     (host, guest)
 }
 
@@ -140,7 +138,13 @@ fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
 fn settle(host: &mut Host, guest: &Mutex<Guest>) {
     guest.lock().expect("one thread").early = true;
     for _ in 0..3 {
-        host.desk.attend(host.now);
+        host.desk.attend(host.now, &host.scheduler);
+    }
+}
+
+fn steps(host: &mut Host, n: u32) {
+    for _ in 0..n {
+        host.step(&mut NativeBatch);
     }
 }
 
@@ -170,8 +174,22 @@ fn every_token_has_the_edit_that_its_predecessor_asked_for() {
         }
         // Real tokens, each once, and none of the last: there is nothing after it.
         assert_eq!(guest.history, BTreeMap::from([(1, dictated(1, 2)), (2, dictated(2, 5)), (4, dictated(4, 5))]));
-        assert_eq!(guest.late, 0);
         assert!(guest.seen.is_empty(), "it has forgotten what has ended");
+    }
+}
+
+#[test]
+fn a_sampler_sees_the_texts_that_it_wants() {
+    let text = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let attributes = Arc::from([text("header.x-plan", "gold"), text("header.x-other", "1")]);
+    let started = Started::of(&Request { attributes, ..request(2, 5, 6) });
+    for (wanted, expect) in [
+        (&[][..], &[][..]),
+        (&["header.x-plan"], &[("header.x-plan", "gold")]),
+        (&["header.x-absent", "header.x-other"], &[("header.x-other", "1")]),
+    ] {
+        let wanted: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(started.texts(&wanted), expect, "{wanted:?}");
     }
 }
 
@@ -187,31 +205,52 @@ fn a_preempted_request_keeps_its_edit() {
     for id in [2, 4] {
         assert_eq!(host.tokens(id), dictated(id, 24));
     }
-    assert_eq!(guest.lock().expect("one thread").late, 0);
+    assert!(guest.lock().expect("one thread").waits > 0);
 }
 
 #[test]
-fn a_late_guest_costs_one_wait_per_step_and_no_request() {
-    let (mut host, guest) = host(CONFIG, false);
-    for id in [2, 4, 6] {
-        host.submit(request(id, 4, 6));
+fn nobody_gets_a_token_before_the_policy_has_spoken() {
+    // Before its first token, and after its first.
+    for n_before in [0, 1] {
+        let (mut host, guest) = host(CONFIG, false);
+        for id in [2, 4, 91] {
+            host.submit(request(id, 5, 6));
+        }
+        steps(&mut host, n_before);
+        guest.lock().expect("one thread").stuck = true;
+        steps(&mut host, 3);
+        assert_eq!(guest.lock().expect("one thread").waits, n_before + 3, "one wait per step, however many rows");
+        assert_eq!(host.tokens(4), dictated(4, n_before as usize), "its row is computed again and again");
+        assert_eq!(host.tokens(91).len(), 4 * n_before as usize, "a request that was left goes on");
+        guest.lock().expect("one thread").stuck = false;
+        host.run_until_idle(&mut NativeBatch);
+        for id in [2, 4] {
+            assert_eq!(host.tokens(id), dictated(id, 6), "{n_before}");
+        }
+        assert_eq!(host.tokens(91), reference(&request(91, 5, 6)), "{n_before}");
+        assert_eq!(guest.lock().expect("one thread").history[&4], dictated(4, 5), "real tokens only");
     }
-    host.step(&mut NativeBatch);
-    let late = |guest: &Mutex<Guest>| {
-        let guest = guest.lock().expect("one thread");
-        (guest.waits, guest.late)
-    };
-    assert_eq!(late(&guest), (1, 0), "one batch answers all rows");
+}
+
+#[test]
+fn a_withheld_row_can_be_cancelled_and_freed() {
+    let (mut host, guest) = host(Config { n_blocks: 10, ..CONFIG }, false);
+    for id in [2, 4] {
+        host.submit(request(id, 8, 24));
+    }
     guest.lock().expect("one thread").stuck = true;
+    steps(&mut host, 3);
+    host.cancel(2, CancelCause::Asked);
+    // The policy goes while its word is on the way, and comes back: what it said then does not count any more.
+    guest.lock().expect("one thread").active = false;
     host.step(&mut NativeBatch);
-    host.step(&mut NativeBatch);
-    assert_eq!(late(&guest), (3, 6));
-    // It keeps the edit that it had: the same token again.
-    assert_eq!(host.tokens(4), [80, 80, 80]);
-    guest.lock().expect("one thread").stuck = false;
+    assert_eq!(host.tokens(4), reference(&request(4, 8, 24))[..1], "free at once");
+    let mut state = guest.lock().expect("one thread");
+    (state.active, state.stuck) = (true, false);
+    drop(state);
     host.run_until_idle(&mut NativeBatch);
-    assert_eq!(host.tokens(4), [80, 80, 80, 83, 84, 85], "it has seen what it missed");
-    assert_eq!(guest.lock().expect("one thread").history[&4], [80, 80, 80, 83, 84]);
+    assert_eq!(host.tokens(4)[1..], dictated(4, 24)[1..]);
+    assert!(host.tokens(2).is_empty(), "it never got one");
 }
 
 #[test]
@@ -226,7 +265,6 @@ fn a_guest_that_takes_over_says_what_it_wants_of_those_that_run() {
     let tokens = host.tokens(2);
     assert_eq!(tokens[..3], dictated(2, 3));
     assert!(tokens[3..].iter().all(|token| !dictated(2, 20).contains(token)), "{tokens:?}");
-    assert_eq!(guest.lock().expect("one thread").late, 0);
 }
 
 #[test]
@@ -267,12 +305,13 @@ fn without_a_policy_everybody_is_free_at_once() {
     let tokens = host.tokens(2);
     assert_eq!(tokens[0], 40);
     assert!(tokens[1..].iter().all(|token| !dictated(2, 9).contains(token)), "{tokens:?}");
-    // Requests that started without it are not shown to a policy that comes later.
+    // A policy that comes later has a say from the next token on.
     host.submit(request(4, 4, 6));
     host.step(&mut NativeBatch);
     guest.lock().expect("one thread").active = true;
     host.run_until_idle(&mut NativeBatch);
-    assert_eq!(host.tokens(4), reference(&request(4, 4, 6)));
+    assert_eq!(host.tokens(4)[0], reference(&request(4, 4, 6))[0]);
+    assert_eq!(host.tokens(4)[1..], dictated(4, 6)[1..]);
     host.submit(request(6, 4, 3));
     host.run_until_idle(&mut NativeBatch);
     assert_eq!(host.tokens(6), dictated(6, 3));
