@@ -12,6 +12,7 @@ mod restart;
 mod rollouts;
 mod routers;
 mod sampler;
+mod shadow;
 mod swaps;
 mod trust;
 mod variants;

@@ -217,7 +217,7 @@ fn a_plan_that_is_no_experiment_is_refused_with_the_reason() {
         assert!(answer.status == expect.0 && answer.body.to_string().contains(expect.1), "{expect:?}: {answer:?}");
     };
     refuse("router", ("mode", json!("ab")), (400, "use `switchback`"));
-    refuse("telemetry.slo-log", ("mode", json!("canary")), (400, "use `shadow`"));
+    refuse("telemetry.slo-log", ("mode", json!("canary")), (400, "`telemetry.<another name>`"));
     refuse("router", ("steps", json!([50, 10])), (400, "`steps` must ascend"));
     refuse("router", ("step", json!([50])), (400, "unknown field `step`"));
     refuse("router", ("component", json!("sha256:00")), (404, "upload it first"));

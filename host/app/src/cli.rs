@@ -194,7 +194,7 @@ pub(crate) enum PolicyCommand {
 pub(crate) enum RolloutCommand {
     /// Start a rollout.
     #[command(
-        after_help = "Examples:\n  pointsman policy rollout start router my_router.wasm --mode canary\n  pointsman policy rollout start scheduler sched-priority --mode switchback --auto-promote\n  pointsman policy rollout start router route-weighted --mode canary --steps 10,50,100 \\\n      --plan '{\"block_ms\": 10000, \"guards\": [{\"metric\": \"ttft-over-slo\", \"margin\": 0.02}]}'\n  pointsman policy rollout start alias.demo demo:q8_0 --mode canary --plan '{\"sticky\": \"tenant\"}'"
+        after_help = "Examples:\n  pointsman policy rollout start router my_router.wasm --mode canary\n  pointsman policy rollout start scheduler sched-priority --mode switchback --auto-promote\n  pointsman policy rollout start router my_router.wasm --mode shadow --sample 0.5\n  pointsman policy rollout start router route-weighted --mode canary --steps 10,50,100 \\\n      --plan '{\"block_ms\": 10000, \"guards\": [{\"metric\": \"ttft-over-slo\", \"margin\": 0.02}]}'\n  pointsman policy rollout start alias.demo demo:q8_0 --mode canary --plan '{\"sticky\": \"tenant\"}'"
     )]
     Start(Box<StartArgs>),
     /// Show a rollout's report, or the last rollout of every slot and alias.
@@ -289,7 +289,7 @@ pub(crate) struct StartArgs {
     /// of its variants.
     #[arg(value_name = "COMPONENT")]
     pub candidate: String,
-    /// How candidate and control are compared: canary or switchback; of an alias, canary or ab.
+    /// How candidate and control are compared: canary, switchback or shadow; of an alias, canary or ab.
     #[arg(long, value_name = "MODE")]
     pub mode: String,
     /// JSON handed to the component's `init` [default: {}].
@@ -298,6 +298,9 @@ pub(crate) struct StartArgs {
     /// Percent of the candidate, ascending [default: 1,5,10,25,50,100].
     #[arg(long, value_name = "PERCENT", value_delimiter = ',')]
     pub steps: Vec<u8>,
+    /// Share of the decisions that are put to a shadow, above 0 and at most 1 [default: 0.1].
+    #[arg(long, value_name = "SHARE")]
+    pub sample: Option<f64>,
     /// Go to the next step, and make the candidate active at the end, without asking.
     #[arg(long)]
     pub auto_promote: bool,

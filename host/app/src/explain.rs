@@ -54,7 +54,10 @@ pub(crate) fn table(answer: &Value) -> String {
         decided(&mut lines, decision);
     }
     if let previous @ Value::Object(_) = &answer["previous"] {
-        lines.push(said_before(previous, &answer["decision"]["rows"]));
+        lines.push(said_instead("before", previous, &answer["decision"]["rows"]));
+    }
+    if let shadow @ Value::Object(_) = &answer["shadow"] {
+        lines.push(said_instead("shadow", shadow, &answer["decision"]["rows"]));
     }
     stages(&mut lines, &answer["stages_us"]);
     lines.join("\n")
@@ -160,13 +163,14 @@ fn predicted(value: &Value) -> String {
     value.as_u64().filter(|us| *us > 0).map_or("-".to_owned(), |us| format!("{:.1}", us as f64 * 1e-3))
 }
 
-fn said_before(previous: &Value, rows: &Value) -> String {
-    if let Some(why) = previous["unavailable"].as_str() {
-        return format!("before  what the previous policy would have said is unavailable: {why}");
+/// What another policy says to the same inputs.
+fn said_instead(who: &str, other: &Value, rows: &Value) -> String {
+    if let Some(why) = other["unavailable"].as_str() {
+        return format!("{who}  what the previous policy would have said is unavailable: {why}");
     }
-    let row = previous["row"].as_u64().map_or("no row".to_owned(), |row| named(row, rows));
-    let (revision, generation) = (text(&previous["revision"]), &previous["generation"]);
-    format!("before  {revision};g={generation} would have said: {}, so {row}", said(&previous["answer"], rows))
+    let row = other["row"].as_u64().map_or("no row".to_owned(), |row| named(row, rows));
+    let (revision, generation) = (text(&other["revision"]), &other["generation"]);
+    format!("{who}  {revision};g={generation} would have said: {}, so {row}", said(&other["answer"], rows))
 }
 
 fn said(answer: &Value, rows: &Value) -> String {
@@ -227,7 +231,8 @@ mod tests {
                 "answer": {"rank": [0, 1]}, "call_us": 2, "clamps": ["row 0 (demo:f16@cpu) had no room"],
                 "chosen": {"row": 1, "replica": "demo:q8_0@cpu", "variant": "demo:q8_0"}
             },
-            "previous": {"revision": "native", "generation": 2, "answer": {"abstain": true}, "row": 1}
+            "previous": {"revision": "native", "generation": 2, "answer": {"abstain": true}, "row": 1},
+            "shadow": {"revision": "b@2.0.0+00000000", "generation": 4, "answer": {"pick": 0}, "row": 1}
         }));
         for expect in [
             "request r-1  finished: length",
@@ -238,6 +243,7 @@ mod tests {
             "*   1 demo:q8_0@cpu",
             "8 of 8      12.3",
             "before  native;g=2 would have said: nothing, so row 1 (demo:q8_0@cpu)",
+            "shadow  b@2.0.0+00000000;g=4 would have said: row 0 (demo:f16@cpu), so row 1 (demo:q8_0@cpu)",
             "first_token         3.150        2.000  prefill",
             "ended                   -            -",
         ] {

@@ -80,7 +80,7 @@ pub(crate) fn run(command: RolloutCommand, out: &mut dyn Write) -> anyhow::Resul
 }
 
 fn start(args: StartArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let StartArgs { subject, candidate, mode, config, steps, auto_promote, plan, at } = args;
+    let StartArgs { subject, candidate, mode, config, steps, sample, auto_promote, plan, at } = args;
     let admin = Admin::new(at.clone());
     let Value::Object(mut body) = plan else { bail!("--plan takes a JSON object, such as {{\"block_ms\": 10000}}") };
     match (&subject, config) {
@@ -94,6 +94,9 @@ fn start(args: StartArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     body.insert("mode".into(), mode.into());
     if !steps.is_empty() {
         body.insert("steps".into(), json!(steps));
+    }
+    if let Some(share) = sample {
+        body.insert("sample".into(), share.into());
     }
     if auto_promote {
         body.insert("auto_promote".into(), true.into());
@@ -183,12 +186,49 @@ fn note(r: &Value) -> String {
     }
 }
 
+/// Its first line.
+fn headline(r: &Value) -> String {
+    let line = format!("{}  {}  {}  {}", text(r, "id"), text(r, "mode"), text(&r["phase"], "is"), note(r));
+    line.trim_end().to_owned()
+}
+
+fn shadow_report(r: &Value) -> String {
+    let shadow = &r["evidence"]["shadow"];
+    let answers = &shadow["answers"];
+    let percent = r["spec"]["sample"].as_f64().unwrap_or_default() * 100.0;
+    let within = match (shadow["lower"].as_f64(), shadow["upper"].as_f64()) {
+        (Some(lower), Some(upper)) => format!(", within {lower:.4} to {upper:.4}"),
+        _ => String::new(),
+    };
+    let count = |name: &str| (name.to_owned(), number(&answers[name]));
+    let micros = |name: &str| answers[name].as_f64().filter(|ns| *ns > 0.0).map(|ns| ns * 1e-3);
+    let time = |label: &str, name| (label.to_owned(), micros(name).map_or("-".to_owned(), |us| format!("{us:.1}")));
+    let mut cells = vec![("agreement".to_owned(), format!("{}{within}", number(&shadow["share"]))), count("agreed")];
+    let differed = answers["differed"].as_object().into_iter().flatten();
+    cells.extend(differed.map(|(kind, n)| (kind.clone(), number(n))));
+    cells.extend([count("unanswered"), count("dropped")]);
+    cells.extend([time("call, median, us", "call_p50_ns"), time("call, 99 %, us", "call_p99_ns")]);
+    cells.push(("faults".to_owned(), number(&r["candidate"]["policy"]["faults"])));
+    let mut lines = vec![
+        headline(r),
+        format!(
+            "candidate {} is asked about {percent} % of what {} decides; {} periods with answers\n",
+            text(&r["candidate"], "name"),
+            text(&r["control"], "name"),
+            text(shadow, "n"),
+        ),
+    ];
+    lines.extend(cells.into_iter().map(|(label, cell)| format!("{label:<24} {cell}")));
+    lines.join("\n")
+}
+
 fn report(r: &Value) -> String {
+    if r["mode"] == "shadow" {
+        return shadow_report(r);
+    }
     let evidence = &r["evidence"];
     let mut lines = vec![
-        format!("{}  {}  {}  {}", text(r, "id"), text(r, "mode"), text(&r["phase"], "is"), note(r))
-            .trim_end()
-            .to_owned(),
+        headline(r),
         format!(
             "candidate {} at {} % of the {} against {}; {} periods, {} in this step",
             text(&r["candidate"], "name"),

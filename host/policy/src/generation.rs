@@ -197,19 +197,32 @@ impl<H: Hook> Guest<H> {
     pub(crate) fn ask<R>(
         &self,
         now: Micros,
+        what: (Call, Budget),
+        work: impl FnOnce(&mut Instance<H>, Micros) -> Result<R, Fault>,
+    ) -> Result<R, Fallback> {
+        let asked = self.consult(now, what, work);
+        if asked.is_err() {
+            self.fell_back();
+        }
+        asked
+    }
+
+    /// As [`ask`](Self::ask), where nobody needs the answer.
+    #[inline]
+    pub(crate) fn consult<R>(
+        &self,
+        now: Micros,
         (call, budget): (Call, Budget),
         work: impl FnOnce(&mut Instance<H>, Micros) -> Result<R, Fault>,
     ) -> Result<R, Fallback> {
         let admit = self.admit(now);
         if admit == Admit::No {
-            self.fell_back();
             return Err(Fallback::CircuitOpen);
         }
         let Some(mut instance) = self.take() else {
             if admit == Admit::Trial {
                 self.trial_withdrawn();
             }
-            self.fell_back();
             return Err(Fallback::NoInstance);
         };
         let number = self.begin();
@@ -229,7 +242,6 @@ impl<H: Hook> Guest<H> {
                 let kind = fault.kind.as_str();
                 self.discard(instance);
                 self.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
-                self.fell_back();
                 Err(Fallback::Fault(kind))
             }
         }

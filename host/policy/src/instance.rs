@@ -16,6 +16,7 @@ use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::host::{Host, LogGate, MetricSink};
 use crate::manifest::{Manifest, Wants};
 use crate::runtime::Shared;
+use crate::shadow::Case;
 use crate::state::StateView;
 use crate::upload::World;
 use crate::versions::Lifecycle;
@@ -34,6 +35,10 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     type Bindings: Send;
     /// What the host keeps per instance.
     type Local: Default + Send;
+    /// What a shadow is told: the inputs of a decision, with the answer that was used.
+    type Sample: Send + 'static;
+    /// The ways in which a shadow's answer may differ; none where the slot takes no shadow.
+    const DIFFERENCES: &'static [&'static str] = &[];
 
     fn linked(code: &Code) -> Option<&Linked<Self::Indices>>;
     fn load(
@@ -47,6 +52,8 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     fn warm(_instance: &mut Instance<Self>, _wants: &Wants, _budgets: &Budgets, _now: Micros) -> Result<(), Fault> {
         Ok(())
     }
+    /// Has a candidate answer what the active policy has decided, and compares.
+    fn shadow(_case: &Case<Self>, _sample: Self::Sample) {}
     fn wrap(ready: Ready<Self>) -> AnyReady;
     fn unwrap(ready: AnyReady) -> Option<Ready<Self>>;
 }
@@ -259,6 +266,10 @@ impl StartError {
 /// Implements the parts of [`Hook`] that the generated bindings of every world have under their own names.
 macro_rules! hook_bindings {
     ($variant:ident, $interface:ident, $indices:ident, $bindings:ident) => {
+        crate::instance::hook_bindings!($variant, $interface, $indices, $bindings, std::convert::Infallible);
+    };
+    ($variant:ident, $interface:ident, $indices:ident, $bindings:ident, $sample:ty) => {
+        type Sample = $sample;
         type Indices = crate::bindings::$interface::$indices;
         type Bindings = crate::bindings::$interface::$bindings;
 

@@ -11,7 +11,8 @@
 //! 2. compile: in a child process, cached; component: linked and type-checked;
 //! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
 //! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
-//! 5. admission, router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault.
+//! 5. admission, router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault;
+//!    shadow: calls whose answers are only compared.
 #![deny(missing_docs)]
 
 mod admission;
@@ -35,6 +36,7 @@ mod router;
 mod runtime;
 mod sampler;
 mod scheduler;
+mod shadow;
 mod slot;
 mod state;
 mod telemetry;
@@ -65,9 +67,10 @@ pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
 pub use manifest::ManifestError;
 pub use retention::{RetentionGuest, RetentionSlot};
 pub use router::{RouterQuestion, RouterSlot};
-pub use runtime::{ActivateError, Activation, Clock, Inspected, Runtime, RuntimeError};
+pub use runtime::{ActivateError, Activation, Clock, Inspected, Role, Runtime, RuntimeError};
 pub use sampler::{SampledReplica, SamplerPort, SamplerSlot};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
+pub use shadow::Compared;
 pub use slot::{Arm, Prepared, PublishError, Published, Slot, SlotStatus};
 pub use state::MAX_NAMESPACE_BYTES;
 pub use telemetry::{Alert, Severity, TelemetrySlot};

@@ -6,19 +6,21 @@
 
 use std::sync::Arc;
 
-use pointsman_sched::ids::Priority;
+use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::route::{
     Choice, NO_LABEL, Refusal, Rejection, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest, Routed,
-    check_choice,
+    check_choice, resolve,
 };
 use pointsman_telemetry::Micros;
 
 use crate::bindings::router::exports::pointsman::policy::router as wit;
 use crate::bindings::router::pointsman::policy::types;
 use crate::config::Budgets;
+use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{MAX_REPLICA_COLUMNS, MAX_REQUEST_NUMBERS, ReplicaColumn, RequestNumber, Wants};
+use crate::shadow::{Case, Shadow, Verdict};
 use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 
@@ -52,7 +54,21 @@ impl RoutePolicy for RouterSlot {
             Ok(choice) => (choice, None),
             Err(why) => (Choice::Abstain, Some(why)),
         };
-        Routed { choice, decided_by: generation.decided_by.clone(), fallback }
+        let routed = Routed { choice, decided_by: generation.decided_by.clone(), fallback };
+        if let Some(shadow) = self.core.shadowed() {
+            self::shadow(&shadow, RouterQuestion { now, request, replicas }, &routed.choice);
+        }
+        routed
+    }
+}
+
+impl RouterSlot {
+    /// What the shadow said of a request, if it was asked about it and that is not long ago.
+    #[must_use]
+    pub fn shadow_said(&self, request: RequestId) -> Option<Routed> {
+        let case = self.core.case()?;
+        let choice = case.answer_to(request.0)?;
+        Some(Routed { choice, decided_by: case.candidate.decided_by.clone(), fallback: None })
     }
 }
 
@@ -76,6 +92,77 @@ pub(crate) fn answer(
 ) -> Result<Choice, Fault> {
     let RouterQuestion { now, request, replicas } = question;
     call(instance, hard, now, &Arguments { request, replicas, wants })
+}
+
+/// Puts a decision to the shadow.
+#[cold]
+fn shadow(shadow: &Shadow<RouterHook>, question: RouterQuestion<'_>, said: &Choice) {
+    if shadow.case.samples(question.request.id.0) {
+        let wants = shadow.case.candidate.guest.as_ref().map(|guest| &guest.wants);
+        shadow.put(|| RouterSample::of(question, said, wants));
+    }
+}
+
+/// A decision as a shadow is told of it.
+pub(crate) struct RouterSample {
+    now: Micros,
+    /// With its texts beside it.
+    request: RouteRequest<'static>,
+    model: Box<str>,
+    tenant: Box<str>,
+    attributes: Vec<(Box<str>, Box<str>)>,
+    replicas: ReplicaColumns,
+    said: Choice,
+}
+
+impl RouterSample {
+    fn of(question: RouterQuestion<'_>, said: &Choice, wants: Option<&Wants>) -> Self {
+        let RouterQuestion { now, request, replicas } = question;
+        let attributes = wants.map_or_else(Vec::new, |wants| wanted(request.attributes, wants));
+        Self {
+            now,
+            request: RouteRequest {
+                id: request.id,
+                model: "",
+                tenant: "",
+                tenant_id: request.tenant_id,
+                session: request.session,
+                prefix: request.prefix,
+                priority: request.priority,
+                prompt_tokens: request.prompt_tokens,
+                max_new_tokens: request.max_new_tokens,
+                arrived: request.arrived,
+                deadline: request.deadline,
+                seed: request.seed,
+                numbers: request.numbers,
+                attributes: &[],
+            },
+            model: request.model.into(),
+            tenant: request.tenant.into(),
+            attributes: attributes.into_iter().map(|(name, value)| (name.into(), value.into())).collect(),
+            replicas: replicas.clone(),
+            said: said.clone(),
+        }
+    }
+}
+
+/// Ways in which two routers differ, in the order of [`RouterHook::DIFFERENCES`].
+const OTHER_REPLICA: usize = 0;
+const WOULD_REFUSE: usize = 1;
+const WOULD_SERVE: usize = 2;
+const OTHER_REASON: usize = 3;
+
+/// Compares what two answers come to where every replica has room: the row that each would try first.
+fn compare(used: &Choice, shadow: &Choice, replicas: &ReplicaColumns, seed: u64) -> Verdict {
+    let row = |choice| resolve(choice, replicas, seed, |_| true);
+    match (used, shadow) {
+        (Choice::Reject(used), Choice::Reject(shadow)) if used.reason == shadow.reason => Verdict::Agrees,
+        (Choice::Reject(_), Choice::Reject(_)) => Verdict::Differs(OTHER_REASON),
+        (Choice::Reject(_), _) => Verdict::Differs(WOULD_SERVE),
+        (_, Choice::Reject(_)) => Verdict::Differs(WOULD_REFUSE),
+        _ if row(used) == row(shadow) => Verdict::Agrees,
+        _ => Verdict::Differs(OTHER_REPLICA),
+    }
 }
 
 struct Arguments<'a> {
@@ -225,7 +312,26 @@ impl Hook for RouterHook {
     const WORLD: World = World::Router;
     const MAX_ANSWER_BYTES: usize = 1 << 20;
     type Local = ();
-    hook_bindings!(Router, router, RouterIndices, Router);
+    const DIFFERENCES: &'static [&'static str] = &["other-replica", "would-refuse", "would-serve", "other-reason"];
+    hook_bindings!(Router, router, RouterIndices, Router, RouterSample);
+
+    fn shadow(case: &Case<Self>, sample: RouterSample) {
+        let RouterSample { now, request, model, tenant, attributes, replicas, said } = sample;
+        let attributes: Vec<(&str, &str)> = attributes.iter().map(|(name, value)| (&**name, &**value)).collect();
+        let request = RouteRequest { model: &model, tenant: &tenant, attributes: &attributes, ..request };
+        let started = stopwatch_ns();
+        let asked = match &case.candidate.guest {
+            Some(guest) => {
+                let arguments = Arguments { request: &request, replicas: &replicas, wants: &guest.wants };
+                guest.consult(now, (Call::Route, guest.budgets().route), |i, hard| call(i, hard, now, &arguments))
+            }
+            None => Ok(Choice::Abstain),
+        };
+        let took_ns = stopwatch_ns() - started;
+        let Ok(choice) = asked else { return case.judged(Verdict::NoAnswer, took_ns) };
+        case.judged(compare(&said, &choice, &replicas, request.seed), took_ns);
+        case.keep(request.id.0, choice);
+    }
 
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let attributes: Vec<(&str, &str)> = wants.attributes.iter().map(|name| (name.as_str(), "probe")).collect();

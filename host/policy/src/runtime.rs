@@ -32,7 +32,7 @@ use crate::retention::{RetentionHook, RetentionSlot};
 use crate::router::{self, RouterHook, RouterQuestion, RouterSlot};
 use crate::sampler::{SamplerHook, SamplerSlot};
 use crate::scheduler::{SchedulerHook, SchedulerSlot};
-use crate::slot::{Arm, Prepared, SlotCore, Tend};
+use crate::slot::{Prepared, SlotCore, Tend};
 use crate::state::{Sharing, StateStore, StateView};
 use crate::telemetry::{TelemetryHook, TelemetrySlot};
 use crate::upload::{Digest, UploadError, World, identify, shorten, to_component};
@@ -94,10 +94,22 @@ pub struct Activation {
     pub config: String,
     /// Name of the host-state namespace; `None` for the slot's own.
     pub namespace: Option<String>,
-    /// Whether it will be published or staged: a candidate gets a copy of the namespace before its first `init`.
-    pub arm: Arm,
+    /// What it will be, and so whose host-state its first `init` meets.
+    pub role: Role,
     /// What it may take for a decision, where that is not the host's default.
     pub budget: BudgetChange,
+}
+
+/// What a generation is prepared for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// To be published: it has the namespace itself.
+    #[default]
+    Active,
+    /// To be staged: it has a copy of the namespace, unless that is one that the operator named.
+    Candidate,
+    /// To be staged and asked on the side: it reads through, and what it writes is thrown away, promoted or not.
+    Shadow,
 }
 
 /// What a component says it is ([`Runtime::inspect`]).
@@ -615,8 +627,10 @@ impl Inner {
         let namespace = activation.namespace.map_or_else(|| Arc::clone(&name), Into::into);
         let live = self.shared.states.open(&namespace, manifest.state_schema).ok_or(ActivateError::NoNamespace)?;
         maker.state = Arc::new(StateView::new(live, sharing));
-        if activation.arm == Arm::Candidate {
-            self.shared.fork(&maker.state);
+        match activation.role {
+            Role::Active => {}
+            Role::Candidate => self.shared.fork(&maker.state),
+            Role::Shadow => maker.state.overlay(),
         }
         maker.sink = Some(MetricSink {
             metrics: Arc::clone(&self.shared.metrics),

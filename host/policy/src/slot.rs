@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use pointsman_telemetry::{Event, EventKind, Micros};
 
 use crate::circuit::Health;
@@ -22,6 +22,7 @@ use crate::generation::{Generation, Guest, MAX_INSTANCES};
 use crate::host::LogGate;
 use crate::instance::{AnyReady, Hook};
 use crate::runtime::Shared;
+use crate::shadow::{Case, Compared, Shadow};
 use crate::upload::World;
 
 /// A generation that is ready to be published: warm, probed, and not yet visible to anyone.
@@ -76,6 +77,18 @@ pub enum PublishError {
     Staged {
         /// The candidate.
         candidate: u64,
+    },
+    /// Answers of this slot cannot be compared.
+    #[error("the slot {slot} takes no shadow")]
+    NoShadow {
+        /// This slot.
+        slot: Arc<str>,
+    },
+    /// No thread for a shadow: the machine's limit.
+    #[error("no thread for the shadow: {detail}")]
+    NoThread {
+        /// In the machine's words.
+        detail: String,
     },
     /// There is no candidate to serve, promote or take back.
     #[error("no candidate is staged in the slot {slot}; stage one first")]
@@ -152,7 +165,7 @@ pub trait Slot: Send + Sync + fmt::Debug {
     fn publish_native(&self, generation: u64) -> Result<Published, PublishError>;
 
     /// Keeps `prepared` warm beside the active policy. It answers nothing until [`serve`](Self::serve) says so. From now on
-    /// its host-state is a copy of its own: from its preparation, if that was for [`Arm::Candidate`].
+    /// its host-state is its own: from its preparation, if that was for [`Role::Candidate`](crate::Role) or for a shadow.
     ///
     /// # Errors
     /// As [`publish`](Self::publish).
@@ -169,6 +182,16 @@ pub trait Slot: Send + Sync + fmt::Debug {
     /// # Errors
     /// No candidate is staged.
     fn serve(&self, arm: Arm) -> Result<Published, PublishError>;
+
+    /// Puts this share of the active policy's decisions, in millionths, to the staged candidate too, off the path, and compares
+    /// its answers; 0 puts nothing to it until the next call.
+    ///
+    /// # Errors
+    /// No candidate is staged, the slot takes no shadow, or there is no thread for it.
+    fn shadow(&self, share_ppm: u32) -> Result<(), PublishError>;
+
+    /// What the staged candidate's answers have come to as a shadow.
+    fn compared(&self) -> Option<Compared>;
 
     /// Makes the candidate the active policy for good, and its host-state that of the slot; what was active drains.
     ///
@@ -214,6 +237,9 @@ pub(crate) struct SlotCore<H: Hook> {
     swaps: AtomicU64,
     alive: Arc<()>,
     log: Arc<LogGate>,
+    /// Of a million decisions, those that are put to the shadow, if there is one.
+    share_ppm: Arc<AtomicU32>,
+    shadow: ArcSwapOption<Shadow<H>>,
     /// Held while the pointer moves; serving threads never take it.
     arms: Mutex<Arms<H>>,
     /// One thread at a time starts instances here.
@@ -302,6 +328,8 @@ impl<H: Hook> SlotCore<H> {
             wanted: AtomicU32::new(wanted),
             swaps: AtomicU64::new(0),
             alive,
+            share_ppm: Arc::default(),
+            shadow: ArcSwapOption::empty(),
             arms: Mutex::new(Arms { newest: 0, staged: None }),
             respawning: Mutex::new(()),
         }
@@ -430,10 +458,40 @@ impl<H: Hook> SlotCore<H> {
         Ok(self.point_to(next).1)
     }
 
+    /// Lets the candidate be asked beside the active policy from now on, about a share of what that decides.
+    pub(crate) fn shadow(&self, share_ppm: u32) -> Result<(), PublishError> {
+        let arms = self.arms();
+        let staged = arms.staged.as_ref().ok_or_else(|| self.nothing_staged())?;
+        if H::DIFFERENCES.is_empty() {
+            return Err(PublishError::NoShadow { slot: Arc::clone(&self.name) });
+        }
+        if self.shadow.load().is_none() {
+            let shadow = Shadow::hire(&self.shared, &staged.candidate, &self.share_ppm)
+                .map_err(|error| PublishError::NoThread { detail: error.to_string() })?;
+            self.shadow.store(Some(Arc::new(shadow)));
+        }
+        self.share_ppm.store(share_ppm, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The shadow, while it is to be asked; where there is none, the cost is the load of a number.
+    #[inline]
+    pub(crate) fn shadowed(&self) -> Option<Arc<Shadow<H>>> {
+        let is_asked = self.share_ppm.load(Ordering::Relaxed) != 0 && !self.shared.bypassed.load(Ordering::Relaxed);
+        if is_asked { self.shadow.load_full() } else { None }
+    }
+
+    /// The shadow, asked or not.
+    pub(crate) fn case(&self) -> Option<Arc<Case<H>>> {
+        self.shadow.load().as_ref().map(|shadow| Arc::clone(&shadow.case))
+    }
+
     /// Ends the staging: one arm stays, the other drains.
     pub(crate) fn settle(&self, stays: Arm) -> Result<Published, PublishError> {
         let mut arms = self.arms();
         let staged = arms.staged.take().ok_or_else(|| self.nothing_staged())?;
+        self.share_ppm.store(0, Ordering::Relaxed);
+        self.shadow.store(None);
         let (winner, loser) = match stays {
             Arm::Control => (staged.control, staged.candidate),
             Arm::Candidate => (staged.candidate, staged.control),
@@ -634,6 +692,14 @@ macro_rules! slot_by_core {
 
             fn serve(&self, arm: crate::slot::Arm) -> Result<crate::slot::Published, crate::slot::PublishError> {
                 self.core.serve(arm)
+            }
+
+            fn shadow(&self, share_ppm: u32) -> Result<(), crate::slot::PublishError> {
+                self.core.shadow(share_ppm)
+            }
+
+            fn compared(&self) -> Option<crate::shadow::Compared> {
+                self.core.case().map(|case| case.compared())
             }
 
             fn promote(&self) -> Result<crate::slot::Published, crate::slot::PublishError> {

@@ -5,9 +5,10 @@
 //! making it durable is not the guests' concern and not done here.
 //!
 //! A generation reaches its namespace through a [`StateView`], because one that is tried must not write where the active
-//! policy reads: an arm of an experiment works on a copy, unless the namespace is one that the operator named for several slots.
+//! policy reads: an arm of an experiment works on a copy, unless the namespace is one that the operator named for several
+//! slots; a shadow, whose decisions never happen, writes to an overlay that is thrown away.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -70,6 +71,15 @@ enum Own {
     Nothing,
     /// The namespace as it was at some moment, and what was written since: an arm of an experiment.
     Copy(Entries),
+    /// What was written and deleted; the rest reads through: a shadow.
+    Overlay(Overlay),
+}
+
+#[derive(Debug, Default)]
+struct Overlay {
+    written: Entries,
+    /// Keys of the namespace that are gone for the shadow, unless it wrote them again.
+    deleted: HashSet<String>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -171,20 +181,20 @@ impl StateView {
         self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works on a copy from `now` on, if it does not yet and the namespace is the slot's own; `number` is that of the copy.
+    /// Works on a copy from `now` on, if it has nothing of its own yet and the namespace is the slot's own; `number` is that of the copy.
     pub(crate) fn fork(&self, number: u64, now: Micros) {
         let mut own = self.own();
-        if self.sharing == Sharing::Slot && !matches!(*own, Own::Copy(_)) {
+        if self.sharing == Sharing::Slot && matches!(*own, Own::Nothing) {
             let mut copy = self.live.entries().clone();
             copy.lineage = copy.lineage.copied(number, now);
             *own = Own::Copy(copy);
         }
     }
 
-    /// Number of the state that calls reach now.
+    /// Number of the state that calls reach now; an overlay is a part of the namespace's.
     pub(crate) fn number(&self) -> u64 {
         match &*self.own() {
-            Own::Nothing => self.live.entries().lineage.number,
+            Own::Nothing | Own::Overlay(_) => self.live.entries().lineage.number,
             Own::Copy(entries) => entries.lineage.number,
         }
     }
@@ -192,12 +202,17 @@ impl StateView {
     /// Whether what was written to the state of a number at some time is in here, and none of what was written later.
     pub(crate) fn holds(&self, write: (u64, Micros), later: &[(u64, Micros)]) -> bool {
         match &*self.own() {
-            Own::Nothing => self.live.entries().lineage.holds_but(write, later),
+            Own::Nothing | Own::Overlay(_) => self.live.entries().lineage.holds_but(write, later),
             Own::Copy(entries) => entries.lineage.holds_but(write, later),
         }
     }
 
-    /// Makes its copy the namespace, for whoever else uses that, too.
+    /// Reads through from now on, and keeps what it writes to itself.
+    pub(crate) fn overlay(&self) {
+        *self.own() = Own::Overlay(Overlay::default());
+    }
+
+    /// Makes its copy the namespace, for whoever else uses that, too; an overlay is thrown away.
     pub(crate) fn adopt(&self) {
         let mut own = self.own();
         if let Own::Copy(entries) = std::mem::take(&mut *own) {
@@ -205,11 +220,12 @@ impl StateView {
         }
     }
 
-    /// Bytes that its keys and values take: of its copy, else of the namespace.
+    /// Bytes that its keys and values take: of its copy or overlay, else of the namespace.
     pub(crate) fn bytes(&self) -> usize {
         match &*self.own() {
             Own::Nothing => self.live.entries().bytes,
             Own::Copy(entries) => entries.bytes,
+            Own::Overlay(overlay) => overlay.written.bytes + overlay.deleted.iter().map(String::len).sum::<usize>(),
         }
     }
 
@@ -217,6 +233,7 @@ impl StateView {
         match &*self.own() {
             Own::Nothing => self.live.entries().get(key).map(<[u8]>::to_vec),
             Own::Copy(entries) => entries.get(key).map(<[u8]>::to_vec),
+            Own::Overlay(overlay) => overlay.get(key, &self.live.entries()).map(<[u8]>::to_vec),
         }
     }
 
@@ -224,6 +241,7 @@ impl StateView {
         match &mut *self.own() {
             Own::Nothing => self.live.entries().set(key, value),
             Own::Copy(entries) => entries.set(key, value),
+            Own::Overlay(overlay) => overlay.written.set(key, value),
         }
     }
 
@@ -237,6 +255,12 @@ impl StateView {
         match &mut *self.own() {
             Own::Nothing => self.live.entries().compare_and_set(key, expected, value),
             Own::Copy(entries) => entries.compare_and_set(key, expected, value),
+            Own::Overlay(overlay) => {
+                if overlay.get(&key, &self.live.entries()) != expected {
+                    return Ok(false);
+                }
+                overlay.written.set(key, value).map(|()| true)
+            }
         }
     }
 
@@ -244,7 +268,29 @@ impl StateView {
         match &mut *self.own() {
             Own::Nothing => self.live.entries().delete(key),
             Own::Copy(entries) => entries.delete(key),
+            Own::Overlay(overlay) => overlay.delete(key, &self.live.entries()),
         }
+    }
+}
+
+// === impl Overlay ===
+
+impl Overlay {
+    fn get<'a>(&'a self, key: &str, live: &'a Entries) -> Option<&'a [u8]> {
+        let own = self.written.get(key);
+        if own.is_some() || self.deleted.contains(key) { own } else { live.get(key) }
+    }
+
+    fn delete(&mut self, key: &str, live: &Entries) {
+        self.written.delete(key);
+        if live.get(key).is_none() {
+            return;
+        }
+        if self.deleted.len() >= MAX_KEYS {
+            // There are never so many keys to hide: the others have gone by themselves.
+            self.deleted.retain(|deleted| live.get(deleted).is_some());
+        }
+        self.deleted.insert(key.to_owned());
     }
 }
 
@@ -387,6 +433,53 @@ mod tests {
         tried.adopt();
         assert_eq!((active.number(), active.holds((base, 11), &[])), (copy, false), "the copy took its place");
         assert!(store.holds((copy, 12), &[]) && store.holds((base, 5), &[]) && !store.holds((base, 11), &[]));
+    }
+
+    #[test]
+    fn a_shadow_reads_through_and_writes_where_nobody_reads() {
+        for sharing in [Sharing::Slot, Sharing::Named] {
+            let live = Arc::new(Namespace::default());
+            let active = StateView::new(Arc::clone(&live), sharing);
+            for key in ["a", "b", "c"] {
+                active.set(key.into(), vec![1]).expect("room");
+            }
+            let shadow = StateView::new(live, sharing);
+            shadow.overlay();
+            shadow.fork(9, 5);
+            shadow.set("a".into(), vec![2]).expect("room");
+            shadow.delete("b");
+            assert_eq!(shadow.compare_and_set("c".into(), Some(&[9]), vec![3]), Ok(false), "{sharing:?}");
+            assert_eq!(shadow.compare_and_set("c".into(), Some(&[1]), vec![3]), Ok(true), "{sharing:?}");
+            active.set("d".into(), vec![4]).expect("room");
+            let seen = ["a", "b", "c", "d"].map(|key| shadow.get(key));
+            assert_eq!(seen, [Some(vec![2]), None, Some(vec![3]), Some(vec![4])], "{sharing:?}");
+            let untouched = ["a", "b", "c"].map(|key| active.get(key));
+            assert_eq!(untouched, [Some(vec![1]), Some(vec![1]), Some(vec![1])], "{sharing:?}");
+            assert_eq!(shadow.compare_and_set("b".into(), None, vec![5]), Ok(true), "a deleted key can come back");
+            assert_eq!(shadow.get("b"), Some(vec![5]));
+            shadow.delete("b");
+            assert_eq!((shadow.get("b"), shadow.bytes()), (None, 2 + 2 + 1), "{sharing:?}");
+            shadow.adopt();
+            assert_eq!(shadow.get("a"), Some(vec![1]), "{sharing:?}: thrown away");
+        }
+    }
+
+    #[test]
+    fn an_overlay_is_bounded_and_forgets_deletions_that_hide_nothing() {
+        let live = Arc::new(Namespace::default());
+        let (active, shadow) = (StateView::new(Arc::clone(&live), Sharing::Slot), StateView::new(live, Sharing::Slot));
+        shadow.overlay();
+        for i in 0..3 * MAX_KEYS {
+            active.set(i.to_string(), vec![1]).expect("room");
+            shadow.delete(&i.to_string());
+            assert_eq!(shadow.get(&i.to_string()), None);
+            active.delete(&i.to_string());
+        }
+        assert!(shadow.bytes() <= MAX_KEYS * MAX_KEY_BYTES, "{}", shadow.bytes());
+        for i in 0..MAX_KEYS {
+            assert_eq!(shadow.set(i.to_string(), Vec::new()), Ok(()));
+        }
+        assert_eq!(shadow.set("one more".into(), Vec::new()), Err(StateFault::Full));
     }
 
     #[test]

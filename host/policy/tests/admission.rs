@@ -4,7 +4,7 @@ mod support;
 
 use std::sync::Arc;
 
-use pointsman_policy::{Activation, AdmissionSlot, Arm, FaultKind, Slot};
+use pointsman_policy::{Activation, AdmissionSlot, Arm, FaultKind, Role, Slot};
 use pointsman_sched::admit::{Accepted, AdmitPolicy, AdmitRequest, Ending, Judged, Load, Outcome, Verdict};
 use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::route::{Refusal, RequestNumbers};
@@ -198,9 +198,9 @@ impl Door {
         heard
     }
 
-    fn prepare(&self, config: &str, arm: Arm) -> pointsman_policy::Prepared {
+    fn prepare(&self, config: &str, role: Role) -> pointsman_policy::Prepared {
         let component = self.bench.admit("admit-token-bucket");
-        let activation = Activation { arm, ..self.bench.activation("admission", config) };
+        let activation = Activation { role, ..self.bench.activation("admission", config) };
         self.bench.runtime.prepare(&component, activation).expect("a generation")
     }
 }
@@ -214,10 +214,10 @@ fn endings_wait_while_nobody_can_be_asked() {
         (
             "native",
             |door| drop(door.slot.publish_native(2).expect("a publish")),
-            |door| drop(door.slot.publish(door.prepare(ONE, Arm::Control)).expect("a publish")),
+            |door| drop(door.slot.publish(door.prepare(ONE, Role::Active)).expect("a publish")),
             3,
         ),
-        ("swapped", |door| drop(door.slot.publish(door.prepare(ONE, Arm::Control)).expect("a publish")), |_| {}, 2),
+        ("swapped", |door| drop(door.slot.publish(door.prepare(ONE, Role::Active)).expect("a publish")), |_| {}, 2),
         ("between rounds", |_| {}, |_| {}, 1),
     ];
     for (what, away, back, heir) in rows {
@@ -265,7 +265,7 @@ fn an_open_circuit_keeps_what_ends_for_later() {
 fn each_arm_hears_of_what_its_state_counts() {
     let door = Door::new();
     let before = door.let_in(1);
-    door.slot.stage(door.prepare(ONE, Arm::Candidate)).expect("staged");
+    door.slot.stage(door.prepare(ONE, Role::Candidate)).expect("staged");
     assert!(door.is_full());
     door.end(1, before);
     assert_eq!(door.settle(), [(1, vec![1]), (2, vec![1])], "the candidate's copy has it too");
@@ -290,7 +290,7 @@ fn each_arm_hears_of_what_its_state_counts() {
 fn what_ends_while_a_candidate_is_prepared_reaches_its_copy() {
     let door = Door::new();
     let before = door.let_in(1);
-    let prepared = door.prepare(ONE, Arm::Candidate);
+    let prepared = door.prepare(ONE, Role::Candidate);
     door.end(1, before);
     assert_eq!(door.settle(), [(1, vec![1])]);
     let between = door.let_in(2);
@@ -316,14 +316,14 @@ fn arms_that_share_a_namespace_hear_of_an_ending_once() {
     assert_eq!(names.intern(NameKind::Tenant, "acme"), 1);
     let door = Door { bench, slot, names };
     let component = door.bench.admit("admit-token-bucket");
-    let prepare = |arm| {
+    let prepare = |role| {
         let namespace = Some("quota".to_owned());
-        let activation = Activation { arm, namespace, ..door.bench.activation("admission", ONE) };
+        let activation = Activation { role, namespace, ..door.bench.activation("admission", ONE) };
         door.bench.runtime.prepare(&component, activation).expect("a generation")
     };
-    door.slot.publish(prepare(Arm::Control)).expect("a publish");
+    door.slot.publish(prepare(Role::Active)).expect("a publish");
     let of_control = door.let_in(1);
-    door.slot.stage(prepare(Arm::Candidate)).expect("staged");
+    door.slot.stage(prepare(Role::Candidate)).expect("staged");
     door.slot.serve(Arm::Candidate).expect("staged");
     assert!(door.is_full(), "one state");
     door.end(1, of_control);

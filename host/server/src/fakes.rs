@@ -398,6 +398,11 @@ impl PolicyAdmin for FakeAdmin {
         Ok(Judged { verdict: Some(Verdict::AcceptAs(Priority::Low)), ..Judged::native(decided_by) })
     }
 
+    fn shadow_router_said(&self, request: RequestId) -> Option<Routed> {
+        let decided_by = DecidedBy { revision: "s@1+0000".into(), generation: 8 };
+        (request == RequestId(1)).then_some(Routed { choice: Choice::Pick(1), decided_by, fallback: None })
+    }
+
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {
         let lines = self.journal.lock().expect("unpoisoned");
         lines.iter().filter(|line| line.sequence > after).take(limit).cloned().collect()

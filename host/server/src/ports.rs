@@ -156,6 +156,8 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
     /// The same of admission.
     fn ask_previous_admission(&self, question: &DoorQuestion<'_>) -> Result<Judged, AdminError>;
+    /// What the shadow beside the router said of a request, if there is one and it was asked about that not long ago.
+    fn shadow_router_said(&self, request: RequestId) -> Option<Routed>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine>;
 }

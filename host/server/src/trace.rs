@@ -241,6 +241,7 @@ impl Trace {
             admission: self.door().map(Doored::explain),
             decision: self.decision().map(|decided| decided.explain(catalog)),
             previous: None,
+            shadow: None,
         }
     }
 

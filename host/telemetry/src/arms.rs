@@ -21,6 +21,7 @@ pub(crate) struct ArmFamilies {
     requests: IntCounterVec,
     good: IntCounterVec,
     tokens: IntCounterVec,
+    shadow: IntCounterVec,
 }
 
 /// Handles for one arm of a rollout.
@@ -80,7 +81,21 @@ impl ArmFamilies {
                 &["slot", "arm"],
             ),
             tokens: counter("pointsman_rollout_tokens_total", "Tokens, by arm.", &["slot", "arm", "kind"]),
+            shadow: counter(
+                "pointsman_shadow_decisions_total",
+                "Decisions put to a shadow, by what its answer came to.",
+                &["slot", "outcome"],
+            ),
         }
+    }
+
+    pub(crate) fn shadow(&self, slot: &str, outcome: &str) -> IntCounter {
+        self.shadow.with_label_values(&[slot, outcome])
+    }
+
+    pub(crate) fn forget_shadow(&self, slot: &str, outcome: &str) {
+        // As below.
+        let _ = self.shadow.remove_label_values(&[slot, outcome]);
     }
 
     pub(crate) fn arm(&self, slot: &str, arm: &str) -> ArmMetrics {
@@ -136,6 +151,11 @@ mod tests {
         assert!(text.contains(r#"pointsman_rollout_good_total{arm="control",slot="router"} 1"#), "{text}");
         assert!(!text.contains("candidate"), "{text}");
         metrics.forget_arm("router", "control");
+        metrics.shadow("router", "agreed").inc_by(7);
+        let shadowed = r#"pointsman_shadow_decisions_total{outcome="agreed",slot="router"} 7"#;
+        assert!(metrics.render().contains(shadowed));
+        metrics.forget_shadow("router", "agreed");
+        assert!(!metrics.render().contains("outcome=\"agreed\""));
         assert!(!metrics.render().contains("arm="), "a rollout that is over leaves no series");
     }
 }

@@ -441,6 +441,17 @@ impl Metrics {
         self.arms.forget(slot, arm);
     }
 
+    /// `pointsman_shadow_decisions_total`: decisions put to the shadow in a slot whose answers came to this.
+    #[must_use]
+    pub fn shadow(&self, slot: &str, outcome: &str) -> IntCounter {
+        self.arms.shadow(slot, outcome)
+    }
+
+    /// Removes the series of an outcome: the shadow's rollout is over.
+    pub fn forget_shadow(&self, slot: &str, outcome: &str) {
+        self.arms.forget_shadow(slot, outcome);
+    }
+
     /// Counts a refused request: `queue`, `kv`, `quota`, `deadline` or `policy`.
     pub fn rejected(&self, reason: &str) {
         self.rejected.with_label_values(&[reason]).inc();

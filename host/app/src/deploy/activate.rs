@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pointsman_control::{ComponentRef, Desired, Happened, Planned, SlotName, Why};
-use pointsman_policy::{Activation, Arm, Component, Digest, Prepared, Published, Slot, World};
+use pointsman_policy::{Activation, Component, Digest, Prepared, Published, Role, Slot, World};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::AdminError;
 
@@ -45,7 +45,7 @@ impl Deploy {
     pub(super) fn try_out(&self, slot: SlotName, desired: Desired) -> Result<wire::Activated, AdminError> {
         let planned = lock(&self.state).plan(slot, desired).map_err(plan_error)?;
         self.check_changeable(Some(&planned.slot))?;
-        let ready = self.prepare(&planned.slot, &planned.desired, planned.generation, Arm::Candidate)?;
+        let ready = self.prepare(&planned.slot, &planned.desired, planned.generation, Role::Candidate)?;
         let warm_ms = match &ready {
             Ready::Native => 0.0,
             Ready::Guest(prepared) => prepared.warm_ms,
@@ -58,7 +58,7 @@ impl Deploy {
     pub(super) fn carry_out(&self, planned: Planned, actor: &str, why: Why) -> Result<wire::Activated, AdminError> {
         self.check_changeable(Some(&planned.slot))?;
         let (slot, generation) = (planned.slot.clone(), planned.generation);
-        let ready = self.prepare_noted(&planned, Arm::Control, actor)?;
+        let ready = self.prepare_noted(&planned, Role::Active, actor)?;
         let mut next = lock(&self.state).clone();
         let retired = next.slot(&slot).and_then(|s| s.previous.as_ref()).map(|p| p.revision.clone());
         let document = next.published(planned, ready.revision());
@@ -81,9 +81,9 @@ impl Deploy {
     }
 
     /// Prepares what was planned; a refusal is journalled.
-    pub(super) fn prepare_noted(&self, planned: &Planned, arm: Arm, actor: &str) -> Result<Ready, AdminError> {
+    pub(super) fn prepare_noted(&self, planned: &Planned, role: Role, actor: &str) -> Result<Ready, AdminError> {
         let Planned { slot, desired, generation } = planned;
-        self.prepare(slot, desired, *generation, arm).inspect_err(|error| {
+        self.prepare(slot, desired, *generation, role).inspect_err(|error| {
             let (component, error) = (desired.component.to_string(), error.message.clone());
             self.note(actor, Happened::Refused { slot: slot.clone(), component, error });
         })
@@ -111,13 +111,13 @@ impl Deploy {
         }
     }
 
-    /// Everything before the pointer swap; changes nothing that serves. A candidate's `init` meets a copy of the host-state.
+    /// Everything before the pointer swap; changes nothing that serves. A candidate's `init` meets a copy or an overlay of the host-state.
     pub(super) fn prepare(
         &self,
         slot: &SlotName,
         desired: &Desired,
         generation: u64,
-        arm: Arm,
+        role: Role,
     ) -> Result<Ready, AdminError> {
         let ComponentRef::Digest(digest) = &desired.component else {
             return match desired.budget.is_empty() {
@@ -135,7 +135,7 @@ impl Deploy {
             config: desired.config.clone(),
             // The slot's own namespace by its name is still the slot's own.
             namespace: desired.state_namespace.clone().filter(|name| *name != slot.to_string()),
-            arm,
+            role,
             budget: self.budget_of(slot, desired.budget),
         };
         let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;

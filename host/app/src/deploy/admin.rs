@@ -5,6 +5,7 @@ use pointsman_policy::{
     Activation, AdmissionQuestion, Component, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus,
 };
 use pointsman_sched::admit::Judged;
+use pointsman_sched::ids::RequestId;
 use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, DoorQuestion, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
@@ -167,6 +168,10 @@ impl PolicyAdmin for Deploy {
         let question = AdmissionQuestion { now, request, load };
         let verdict = self.runtime.ask_admission(&component, &activation, question).map_err(activate_error)?;
         Ok(Judged { verdict: Some(verdict), ..Judged::native(decided_by) })
+    }
+
+    fn shadow_router_said(&self, request: RequestId) -> Option<Routed> {
+        self.router.shadow_said(request)
     }
 
     fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError> {

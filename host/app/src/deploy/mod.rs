@@ -24,8 +24,8 @@ use pointsman_control::{
     SlotName, Target, Why,
 };
 use pointsman_policy::{
-    AdmissionSlot, Arm, Component, FaultReport, Health, RetentionSlot, RouterSlot, Runtime, SamplerSlot, SchedulerSlot,
-    SlotStatus, TelemetrySlot, World,
+    AdmissionSlot, Component, FaultReport, Health, RetentionSlot, Role, RouterSlot, Runtime, SamplerSlot,
+    SchedulerSlot, SlotStatus, TelemetrySlot, World,
 };
 use pointsman_telemetry::Metrics;
 
@@ -277,7 +277,7 @@ impl Deploy {
     /// Publishes a stored policy again, under its own generation; native where that fails.
     fn bring_back(&self, slot: &SlotName, active: &Target) -> bool {
         let published = self
-            .prepare(slot, &active.clone().into(), active.generation, Arm::Control)
+            .prepare(slot, &active.clone().into(), active.generation, Role::Active)
             .and_then(|ready| self.publish(slot, ready, active.generation));
         let Err(error) = published else { return true };
         tracing::error!(%slot, "the stored policy {} cannot be brought back, native serves: {error}", active.revision);

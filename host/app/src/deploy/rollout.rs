@@ -4,15 +4,18 @@
 //! The observer must not wait for somebody's activation, which may compile for seconds: what needs `operations` is kept until
 //! it is free, while a candidate that harms is taken off at once, by the slot's own pointer. `rollouts` nests inside
 //! `operations` and outside `state`. As with every change here the document is stored before the pointer moves.
+//!
+//! A shadow never moves the pointer: the slot puts decisions to it while its rollout runs, and every look collects how it has
+//! answered.
 
 use std::collections::VecDeque;
 
 use pointsman_control::rollout::{
-    Arm, Cause, Command, Decision, Mode, OnRestart, Outcome, Phase, Plan, PolicyCost, Report, Rollout, RolloutDocument,
-    Seen, Split,
+    Answers, Arm, Cause, Command, Decision, Mode, OnRestart, Outcome, Phase, Plan, PolicyCost, Report, Rollout,
+    RolloutDocument, Seen, Split,
 };
 use pointsman_control::{Desired, Happened, PlanError, SlotName, Target, Why};
-use pointsman_policy::{Arm as SlotArm, Health, SlotStatus};
+use pointsman_policy::{Arm as SlotArm, Compared, Health, Role, SlotStatus};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, Clock};
 use pointsman_telemetry::{ArmMetrics, Event, Metrics};
@@ -34,6 +37,8 @@ pub(crate) struct Live {
     pub(crate) rollout: Rollout,
     /// Of control and candidate.
     arms: [ArmMetrics; 2],
+    /// How a shadow has answered, as far as metrics tell.
+    told: Answers,
     /// Lines that wait for `operations`, with who did it.
     pub(crate) pending: VecDeque<(String, Happened)>,
 }
@@ -50,7 +55,7 @@ impl Live {
     pub(crate) fn of(rollout: Rollout, metrics: &Metrics) -> Self {
         let subject = &rollout.document().subject;
         let arms = [Arm::Control, Arm::Candidate].map(|arm| metrics.arm(subject, arm.as_str()));
-        Self { rollout, arms, pending: VecDeque::new() }
+        Self { rollout, arms, told: Answers::default(), pending: VecDeque::new() }
     }
 
     pub(crate) fn take(&mut self, event: &Event) {
@@ -99,6 +104,7 @@ impl Deploy {
         let mut rollouts = lock(&self.rollouts);
         for (slot, live) in rollouts.iter_mut() {
             if !live.rollout.document().phase.is_over() {
+                self.hear(slot, live);
                 let now = self.clock.micros();
                 let commands = match self.hard_fault(slot) {
                     Some(what) => live.rollout.hard_fault(what, now),
@@ -127,9 +133,38 @@ impl Deploy {
             .then(|| format!("{n} faults in {} calls; the last: {}", status.calls, last.unwrap_or_default()))
     }
 
+    /// Takes in how a shadow has answered so far.
+    fn hear(&self, slot: &SlotName, live: &mut Live) {
+        let Some(compared) = self.live_slot(slot).and_then(|s| s.compared()) else { return };
+        let answers = answers(compared);
+        for (outcome, n) in outcomes(&answers.since(&live.told)) {
+            self.metrics.shadow(&slot.to_string(), outcome).inc_by(n);
+        }
+        live.told = answers.clone();
+        live.rollout.answered(answers);
+    }
+
+    /// Has decisions put to a shadow while its rollout runs, and none otherwise.
+    fn follow(&self, slot: &SlotName, live: &mut Live) {
+        let document = live.rollout.document();
+        let Some(shadowed) = self.live_slot(slot).filter(|_| document.spec.mode == Mode::Shadow) else { return };
+        if document.phase != Phase::Running {
+            // A slot that has no candidate any more puts nothing to it either.
+            drop(shadowed.shadow(0));
+        } else if let Err(error) = shadowed.shadow(document.spec.sample_ppm()) {
+            let decision = Decision::Abort { cause: Cause::Host { what: error.to_string() } };
+            let commands = live.rollout.decide(decision, self.clock.micros());
+            live.keep("host", commands);
+        }
+    }
+
     /// Moves the pointer at once and keeps the rest for [`Deploy::settle`].
     fn obey(&self, slot: &SlotName, live: &mut Live, actor: &str, commands: Vec<Command>) {
+        if commands.is_empty() {
+            return;
+        }
         let mut serve = live.keep(actor, commands);
+        self.follow(slot, live);
         if matches!(live.rollout.document().phase, Phase::Aborted { .. } | Phase::Completed) {
             serve.push(Arm::Control);
         }
@@ -181,8 +216,8 @@ impl Deploy {
         }
         match phase {
             Phase::Running | Phase::Paused { .. } => {}
-            Phase::Promoted => self.promoted(slot, retired),
-            Phase::Aborted { .. } | Phase::Completed => self.taken_back(slot, &document),
+            Phase::Promoted => self.promoted(slot, retired, live),
+            Phase::Aborted { .. } | Phase::Completed => self.taken_back(slot, live),
         }
     }
 
@@ -203,7 +238,7 @@ impl Deploy {
         stored
     }
 
-    fn promoted(&self, slot: &SlotName, retired: Option<Target>) {
+    fn promoted(&self, slot: &SlotName, retired: Option<Target>, live: &Live) {
         let Some(state) = lock(&self.state).slot(slot).cloned() else { return };
         match self.live_slot(slot).map(|s| s.promote()) {
             Some(Ok(_)) => {}
@@ -214,11 +249,11 @@ impl Deploy {
         let keep = [Some(state.active.revision.as_str()), before.as_deref()];
         let retired: Vec<String> = retired.into_iter().map(|t| t.revision).collect();
         self.forget_retired(slot, keep, &retired);
-        self.forget_arms(slot);
+        self.forget_arms(slot, &live.told);
         self.note(ACTOR, Happened::Published { slot: slot.clone(), target: state.active, before, why: Why::Rollout });
     }
 
-    fn taken_back(&self, slot: &SlotName, document: &RolloutDocument) {
+    fn taken_back(&self, slot: &SlotName, live: &Live) {
         // A slot that could not take the candidate back has none: control serves either way.
         if let Some(Err(error)) = self.live_slot(slot).map(|s| s.unstage()) {
             tracing::warn!(%slot, "{error}");
@@ -226,13 +261,16 @@ impl Deploy {
         let state = lock(&self.state).slot(slot).cloned();
         let active = state.as_ref().map(|s| s.active.revision.as_str());
         let previous = state.as_ref().and_then(|s| s.previous.as_ref()).map(|p| p.revision.as_str());
-        self.forget_retired(slot, [active, previous], std::slice::from_ref(&document.candidate));
-        self.forget_arms(slot);
+        self.forget_retired(slot, [active, previous], std::slice::from_ref(&live.rollout.document().candidate));
+        self.forget_arms(slot, &live.told);
     }
 
-    fn forget_arms(&self, slot: &SlotName) {
+    fn forget_arms(&self, slot: &SlotName, told: &Answers) {
         for arm in [Arm::Control, Arm::Candidate] {
             self.metrics.forget_arm(&slot.to_string(), arm.as_str());
+        }
+        for (outcome, _) in outcomes(told) {
+            self.metrics.forget_shadow(&slot.to_string(), outcome);
         }
     }
 }
@@ -250,9 +288,6 @@ impl Deploy {
         let wire::StartRollout { component, config, state_namespace, budget, plan } = request;
         let plan: Plan = serde_json::from_str(&plan).map_err(|error| invalid(format!("the plan: {error}")))?;
         let spec = plan.spec(self.clock.random());
-        if spec.mode == Mode::Shadow {
-            return Err(invalid("mode `shadow` is not served yet; use `canary` or `switchback`".into()));
-        }
         spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
         let component = self.component_of(&component, actor)?;
         let config = config.get().to_owned();
@@ -269,7 +304,7 @@ impl Deploy {
         let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
         let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
         let generation = planned.generation;
-        let ready = self.prepare_noted(&planned, SlotArm::Candidate, actor)?;
+        let ready = self.prepare_noted(&planned, role(spec.mode), actor)?;
         let names = [control.revision, ready.revision()];
         let document = RolloutDocument::new(format!("{slot}-{generation}"), slot.to_string(), names, spec);
         let document = RolloutDocument { target: Some(planned.target(ready.revision())), ..document };
@@ -282,7 +317,8 @@ impl Deploy {
         self.stage(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
         *lock(&self.state) = next;
         self.note(actor, Happened::RolloutStarted { rollout: Box::new(document.clone()) });
-        let live = Live::new(&slot, document, control.generation, &self.metrics);
+        let mut live = Live::new(&slot, document, control.generation, &self.metrics);
+        self.follow(&slot, &mut live);
         let report = self.report(&slot, live.rollout.document());
         lock(&self.rollouts).insert(slot, live);
         report
@@ -417,6 +453,7 @@ impl Deploy {
             live.keep("startup", commands);
             self.settle(slot, &mut live);
         }
+        self.follow(slot, &mut live);
         if !live.rollout.document().phase.is_over() {
             lock(&self.rollouts).insert(slot.clone(), live);
         }
@@ -425,9 +462,26 @@ impl Deploy {
     fn stage_again(&self, slot: &SlotName, document: &RolloutDocument) -> Result<(), AdminError> {
         let target = document.target.clone().ok_or_else(|| internal("its document names no policy".into()))?;
         let generation = target.generation;
-        self.prepare(slot, &target.into(), generation, SlotArm::Candidate)
+        self.prepare(slot, &target.into(), generation, role(document.spec.mode))
             .and_then(|ready| self.stage(slot, ready, generation))
     }
+}
+
+/// Whose host-state the candidate of a mode has.
+fn role(mode: Mode) -> Role {
+    if mode == Mode::Shadow { Role::Shadow } else { Role::Candidate }
+}
+
+fn answers(compared: Compared) -> Answers {
+    let Compared { agreed, differed, unanswered, dropped, call_p50_ns, call_p99_ns } = compared;
+    let differed = differed.into_iter().map(|(kind, n)| (kind.to_owned(), n)).collect();
+    Answers { agreed, differed, unanswered, dropped, call_p50_ns, call_p99_ns }
+}
+
+/// As metrics tell them apart.
+fn outcomes(answers: &Answers) -> impl Iterator<Item = (&str, u64)> {
+    let others = [("agreed", answers.agreed), ("unanswered", answers.unanswered), ("dropped", answers.dropped)];
+    others.into_iter().chain(answers.differed.iter().map(|(kind, n)| (kind.as_str(), *n)))
 }
 
 fn count(metrics: &ArmMetrics, what: Outcome) {

@@ -8,6 +8,8 @@ use pointsman_telemetry::{Event, Micros};
 use super::assign::{Arm, blocks};
 use super::document::{Cause, Decision, Phase, RolloutDocument};
 use super::ledger::{Ledger, Period, Seen, Split};
+use super::shadow::Answers;
+use super::spec::Mode;
 
 /// What the host has to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,6 +32,9 @@ pub struct Rollout {
     serving: Arm,
     current: Option<Current>,
     ticked: Micros,
+    /// How a shadow has answered since it was staged, and how much of that the closed periods have.
+    answers: Answers,
+    taken: Answers,
 }
 
 /// The period whose blocks are being served.
@@ -48,7 +53,16 @@ impl Rollout {
     #[must_use]
     pub fn new(document: RolloutDocument, split: Split) -> Self {
         let ledger = Ledger::new(&document.spec, split);
-        Self { document, ledger, split, serving: Arm::Control, current: None, ticked: 0 }
+        Self {
+            document,
+            ledger,
+            split,
+            serving: Arm::Control,
+            current: None,
+            ticked: 0,
+            answers: Answers::default(),
+            taken: Answers::default(),
+        }
     }
 
     /// What is known of it.
@@ -85,6 +99,11 @@ impl Rollout {
         self.ledger.spoil();
     }
 
+    /// How a shadow has answered since it was staged, all in all.
+    pub fn answered(&mut self, answers: Answers) {
+        self.answers = answers;
+    }
+
     /// What is to be done now. Call it often: a switch is as late as this.
     pub fn tick(&mut self, now: Micros) -> Vec<Command> {
         let mut commands = Vec::new();
@@ -93,7 +112,11 @@ impl Rollout {
             self.ledger.spoil();
         }
         self.ticked = now;
-        while let Some(period) = self.ledger.settled(now) {
+        while let Some(mut period) = self.ledger.settled(now) {
+            if self.document.spec.mode == Mode::Shadow {
+                period.shadow = Some(self.answers.since(&self.taken));
+                self.taken.clone_from(&self.answers);
+            }
             let decisions = self.document.observe(&period);
             commands.push(Command::Observed(Box::new(period)));
             commands.extend(decisions.into_iter().map(Command::Decided));

@@ -8,6 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::ledger::{Period, Sums};
+use super::shadow::{Agreement, Answers};
 use super::spec::{Class, Metric, Mode, Spec};
 use super::stats::{CHI_SQUARE_0_001, Level, Moments, chi_square};
 use crate::deployment::Target;
@@ -102,6 +103,10 @@ pub struct Progress {
     pub control: Sums,
     /// All requests of the candidate.
     pub candidate: Sums,
+    /// A shadow's shares that agree, one per period with answers, in millionths.
+    pub agreement: Moments,
+    /// All answers of a shadow.
+    pub shadow: Answers,
 }
 
 /// One guard's sums over periods.
@@ -217,6 +222,9 @@ pub struct Evidence {
     pub misplaced: f64,
     /// Share of requests that ran on into the other arm's time.
     pub crossed: f64,
+    /// How a shadow answers; of the other modes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<Agreement>,
 }
 
 /// One guard's numbers: shares, or milliseconds for `e2e-mean`.
@@ -380,6 +388,9 @@ impl Progress {
         self.next_period = self.next_period.max(period.number + 1);
         self.control.add(&period.control.sums);
         self.candidate.add(&period.candidate.sums);
+        if let Some(answers) = &period.shadow {
+            return self.answered(period, answers);
+        }
         let [control, candidate] = [&period.control, &period.candidate].map(|arm| arm.sums.offered > 0);
         let full = (control || period.percent == 100) && (candidate || period.percent == 0);
         if period.incomplete || !full {
@@ -416,6 +427,17 @@ impl Progress {
         match self.units.n {
             0 => (chi_square(&self.deviations), self.deviations.n >= u64::from(min_periods)),
             _ => (chi_square(&self.units), self.units.squares >= MIN_SPREAD),
+        }
+    }
+
+    /// Takes a shadow's answers in. A period without any proves nothing, and harms nothing either.
+    fn answered(&mut self, period: &Period, answers: &Answers) {
+        self.shadow.add(answers);
+        if let Some(share) = answers.share() {
+            self.agreement.add(share);
+            self.periods += 1;
+            self.step_periods += 1;
+            self.step_ms = self.step_ms.saturating_add(period.took_ms);
         }
     }
 }
@@ -477,6 +499,8 @@ impl RolloutDocument {
             chi_square: progress.sample_ratio(self.spec.min_periods).0,
             misplaced: (progress.control.misplaced + progress.candidate.misplaced) as f64 / total,
             crossed: (progress.control.crossed + progress.candidate.crossed) as f64 / total,
+            shadow: (self.spec.mode == Mode::Shadow)
+                .then(|| Agreement::of(&self.spec, &progress.agreement, &progress.shadow)),
         }
     }
 
@@ -525,6 +549,10 @@ impl RolloutDocument {
     fn faults_of_the_experiment(&self, evidence: &Evidence) -> Vec<Hold> {
         let progress = &self.progress;
         let mut holds = Vec::new();
+        if self.spec.mode == Mode::Shadow {
+            // There is no ramp to stop.
+            return holds;
+        }
         if progress.barren >= MAX_BARREN {
             holds.push(if progress.stale { Hold::StaleMetrics } else { Hold::NoTraffic });
         }

@@ -11,6 +11,7 @@ use pointsman_telemetry::{Event, EventKind, Micros};
 use serde::{Deserialize, Serialize};
 
 use super::assign::Arm;
+use super::shadow::Answers;
 use super::spec::{Metric, Spec};
 use super::stats::Moments;
 
@@ -108,6 +109,9 @@ pub struct Period {
     /// thousandths, the squares are the spread that chance gives it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub units: Option<Moments>,
+    /// How a shadow answered meanwhile; of the other modes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<Answers>,
 }
 
 /// How requests are told apart.
@@ -377,6 +381,7 @@ impl Ledger {
             control: of(Arm::Control),
             candidate: of(Arm::Candidate),
             units: matches!(self.split, Split::Variant(_)).then_some(window.units),
+            shadow: None,
         })
     }
 

@@ -9,6 +9,7 @@ mod conduct;
 mod document;
 mod ledger;
 mod plan;
+mod shadow;
 #[cfg(test)]
 mod sim;
 mod spec;
@@ -21,5 +22,6 @@ pub use document::{
 };
 pub use ledger::{ArmPeriod, Outcome, Period, Seen, Split, Sums};
 pub use plan::{ArmReport, Plan, PolicyCost, Report};
+pub use shadow::{Agreement, Answers};
 pub use spec::{Class, Guard, Metric, Mode, OnRestart, Spec, SpecError, Sticky};
 pub use stats::Moments;

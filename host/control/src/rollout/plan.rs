@@ -16,6 +16,7 @@ use crate::deployment::Target;
 pub struct Plan {
     mode: Mode,
     steps: Option<Vec<u8>>,
+    sample: Option<f64>,
     guards: Option<Vec<Guard>>,
     ttft_slo_ms: Option<u64>,
     itl_slo_ms: Option<u64>,
@@ -115,6 +116,7 @@ impl Plan {
         let usual = Spec::of(self.mode, self.seed.unwrap_or(seed));
         Spec {
             steps: self.steps.unwrap_or(usual.steps),
+            sample: self.sample.or(usual.sample),
             guards: self.guards.unwrap_or(usual.guards),
             ttft_slo_ms: self.ttft_slo_ms.unwrap_or(usual.ttft_slo_ms),
             itl_slo_ms: self.itl_slo_ms.unwrap_or(usual.itl_slo_ms),

@@ -8,7 +8,7 @@ use pointsman_telemetry::{Event, EventKind, Micros};
 use super::assign::{Arm, Random, blocks};
 use super::ledger::{ArmPeriod, Period, Split, Sums};
 use super::stats::Moments;
-use super::{Cause, Command, Decision, Hold, Metric, Mode, Phase, Rollout, RolloutDocument, Spec};
+use super::{Answers, Cause, Command, Decision, Hold, Metric, Mode, Phase, Rollout, RolloutDocument, Spec};
 use crate::journal::{Entry, Happened, Journal};
 
 impl Random {
@@ -78,7 +78,16 @@ impl World {
         let n = offered as i64;
         let units =
             Moments { n: offered, sum: mine as i64 * 1_000 - n * share * 10, squares: n * share * (100 - share) * 100 };
-        Period { number, percent, took_ms: 20_000, incomplete: false, control, candidate, units: Some(units) }
+        Period {
+            number,
+            percent,
+            took_ms: 20_000,
+            incomplete: false,
+            control,
+            candidate,
+            units: Some(units),
+            shadow: None,
+        }
     }
 
     fn period(&mut self, document: &RolloutDocument) -> Period {
@@ -104,6 +113,7 @@ impl World {
             control: of(Arm::Control),
             candidate: of(Arm::Candidate),
             units: None,
+            shadow: None,
         }
     }
 }
@@ -421,6 +431,71 @@ fn a_candidate_that_misbehaves_is_off_at_once() {
     (0..1_000).for_each(|_| driven.step(1.0));
     assert_eq!(driven.served.len(), served);
     assert!(driven.rollout.document().ask_promote(false).is_err(), "what is over stays over");
+}
+
+/// Answers of one period, of which about `agree` are the same.
+fn answers(world: &mut World, agree: f64) -> Answers {
+    let (_, offered) = world.weather();
+    let agreed = (0..offered).filter(|_| world.random.unit() < agree).count() as u64;
+    Answers { agreed, differed: [("other-replica".to_owned(), offered - agreed)].into(), ..Answers::default() }
+}
+
+#[test]
+fn the_interval_of_a_shadow_covers_the_truth_at_every_look() {
+    const RUNS: u64 = 1_000;
+    let missed = (1..=RUNS).filter(|&seed| {
+        let (mut document, mut world) = (document(Spec::of(Mode::Shadow, seed)), World::new(seed, 0.1, 0.0));
+        (0..200).any(|_| {
+            let shadow = Some(answers(&mut world, 0.9));
+            document.observe(&Period { shadow, ..world.period(&document) });
+            let found = document.evidence().shadow.expect("a shadow");
+            found.lower.zip(found.upper).is_some_and(|(lower, upper)| !(lower..=upper).contains(&0.9))
+        })
+    });
+    let missed = missed.count() as u64;
+    println!(
+        "shadow, agreement 0.90, looked at after each of 200 periods: the interval misses it in {missed} of {RUNS} runs at \
+         alpha 0.05"
+    );
+    assert!(missed <= RUNS / 20, "{missed} misses");
+}
+
+#[test]
+fn a_shadow_counts_answers_per_period_serves_never_and_completes() {
+    let spec = Spec { block_ms: 1_000, burn_in_ms: 0, settle_ms: 0, max_periods: 20, ..Spec::of(Mode::Shadow, 3) };
+    let mut driven = Driven::new(spec, 6);
+    let mut total = Answers::default();
+    for tick in 0..2_000 {
+        if driven.rollout.document().phase.is_over() {
+            break;
+        }
+        total.agreed += 1;
+        *total.differed.entry("would-refuse".to_owned()).or_default() += u64::from(tick % 4 == 0);
+        driven.rollout.answered(total.clone());
+        driven.step(1.0);
+    }
+    let document = driven.rollout.document();
+    assert_eq!((&document.phase, document.progress.periods), (&Phase::Completed, 20));
+    assert_eq!((driven.served.as_slice(), driven.rollout.serving()), (&[][..], Arm::Control));
+    let found = document.evidence().shadow.expect("a shadow");
+    let counted = &found.answers;
+    assert!(counted.agreed >= 380 && counted.agreed <= total.agreed, "{found:?}");
+    assert!((0.79..0.81).contains(&found.share.expect("periods")), "{found:?}");
+    assert!(document.progress.holds.is_empty() && document.ask_promote(false).is_err());
+    let replayed = replay(&driven.journal);
+    assert_eq!((replayed.evidence(), &replayed.phase), (document.evidence(), &document.phase));
+}
+
+#[test]
+fn a_shadow_without_traffic_waits_and_one_that_misbehaves_is_off() {
+    let mut driven = Driven::new(Spec { block_ms: 1_000, burn_in_ms: 0, ..Spec::of(Mode::Shadow, 3) }, 6);
+    (0..2_000).for_each(|_| driven.step(1.0));
+    let document = driven.rollout.document();
+    assert_eq!((&document.phase, document.progress.periods, document.progress.holds.len()), (&Phase::Running, 0, 0));
+    let none = document.evidence().shadow.expect("a shadow");
+    assert_eq!((none.n, none.share, none.lower), (0, None, None));
+    driven.rollout.hard_fault("3 traps within 50 calls".into(), driven.now);
+    assert!(matches!(driven.rollout.document().phase, Phase::Aborted { cause: Cause::Hard { .. } }));
 }
 
 #[test]

@@ -94,6 +94,9 @@ pub struct Spec {
     pub mode: Mode,
     /// Percent of the candidate, ascending; one of 50 for a switchback, none for a shadow.
     pub steps: Vec<u8>,
+    /// Share of the decisions that are put to a shadow, above 0 and at most 1; of the other modes none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<f64>,
     /// What is watched.
     pub guards: Vec<Guard>,
     /// A first token later than this is over the SLO.
@@ -108,7 +111,8 @@ pub struct Spec {
     pub burn_in_ms: u64,
     /// Longest wait for the requests of a period to end.
     pub settle_ms: u64,
-    /// Periods with data of both arms before a guard may decide, and in each step before the next.
+    /// Periods with data of both arms before a guard may decide, and in each step before the next; of a shadow, periods with
+    /// answers before an interval is told.
     pub min_periods: u32,
     /// Shortest time in a step.
     pub min_step_ms: u64,
@@ -140,7 +144,8 @@ pub enum SpecError {
     },
     /// A comparison of policies that no request feels.
     #[error(
-        "`{slot}` decides nothing that a request feels, so there is nothing to compare; activate it with PUT, or use `shadow`"
+        "`{slot}` decides nothing that a request feels, so there is nothing to compare; activate the candidate with PUT beside \
+         it, as `telemetry.<another name>`"
     )]
     NoOutcome {
         /// The slot.
@@ -155,6 +160,14 @@ pub enum SpecError {
         /// The mode.
         mode: &'static str,
     },
+    /// A shadow where unused answers say nothing.
+    #[error("mode `shadow` does not work in `{slot}`: {why}")]
+    NoShadow {
+        /// The slot.
+        slot: String,
+        /// Why, and what to do instead.
+        why: &'static str,
+    },
     /// Steps that do not ascend within 1 to 100.
     #[error("`steps` must ascend within 1 to 100 percent, found {found:?}; for example [1, 5, 10, 25, 50, 100]")]
     Steps {
@@ -166,6 +179,16 @@ pub enum SpecError {
     NoSteps {
         /// The mode.
         mode: &'static str,
+    },
+    /// A member that means nothing in the mode.
+    #[error("mode `{mode}` takes no `{field}`: {why}")]
+    NotInMode {
+        /// The mode.
+        mode: &'static str,
+        /// Which.
+        field: &'static str,
+        /// Why.
+        why: &'static str,
     },
     /// A number out of its range.
     #[error("`{field}` must be {range}, found {found}")]
@@ -233,10 +256,10 @@ impl Spec {
     /// It is not; the error names the mode that is.
     pub fn check_slot(&self, slot: &SlotName) -> Result<(), SpecError> {
         match (slot, self.mode) {
-            (SlotName::Telemetry(_), Mode::Shadow) => Ok(()),
             (SlotName::Telemetry(_), _) => Err(SpecError::NoOutcome { slot: slot.to_string() }),
             (_, Mode::Ab) => Err(SpecError::Shared { slot: slot.to_string() }),
-            (_, Mode::Canary | Mode::Switchback | Mode::Shadow) => Ok(()),
+            (_, Mode::Shadow) => self.check_shadow(slot),
+            (_, Mode::Canary | Mode::Switchback) => Ok(()),
         }
     }
 
@@ -249,6 +272,21 @@ impl Spec {
             Mode::Canary | Mode::Ab => Ok(()),
             Mode::Switchback | Mode::Shadow => Err(SpecError::NotForVariants { mode: self.mode.as_str() }),
         }
+    }
+
+    /// Whether answers that nobody uses say something there.
+    fn check_shadow(&self, slot: &SlotName) -> Result<(), SpecError> {
+        let why = match slot {
+            SlotName::Router => return Ok(()),
+            SlotName::Scheduler => "plans are not compared yet; use `switchback`",
+            SlotName::KvRetention => "an order of eviction shows in later cache hits only; use `switchback`",
+            SlotName::Sampler => {
+                "the tokens that it would have changed are missing from the text that it follows; use `switchback`"
+            }
+            SlotName::Admission => "it would not hear of the requests that it alone had let in",
+            SlotName::Telemetry(_) => "a hook is heard beside the others in any case",
+        };
+        Err(SpecError::NoShadow { slot: slot.to_string(), why })
     }
 
     /// The defaults of a mode: the guards of every serving team, and blocks long enough for requests of a few seconds.
@@ -270,6 +308,7 @@ impl Spec {
                 Mode::Switchback | Mode::Ab => vec![50],
                 Mode::Shadow => vec![],
             },
+            sample: (mode == Mode::Shadow).then_some(0.1),
             guards: if mode == Mode::Shadow { vec![] } else { guards },
             ttft_slo_ms: 2_000,
             itl_slo_ms: 200,
@@ -277,7 +316,7 @@ impl Spec {
             block_ms: if switchback { 60_000 } else { 20_000 },
             burn_in_ms: if switchback { 10_000 } else { 2_000 },
             settle_ms: 30_000,
-            min_periods: 10,
+            min_periods: if mode == Mode::Shadow { 20 } else { 10 },
             min_step_ms: 0,
             expected_periods: 100,
             max_periods: 10_000,
@@ -292,6 +331,12 @@ impl Spec {
     #[must_use]
     pub fn percent(&self, step: usize) -> u8 {
         self.steps.get(step).copied().unwrap_or(0)
+    }
+
+    /// Share of the decisions that are put to a shadow, in millionths.
+    #[must_use]
+    pub fn sample_ppm(&self) -> u32 {
+        self.sample.map_or(0, |share| (share.clamp(0.0, 1.0) * 1e6).ceil() as u32)
     }
 
     /// Checks every number.
@@ -336,7 +381,28 @@ impl Spec {
                 format!("{counts:?}"),
             );
         }
-        self.check_guards()
+        self.check_sample().and_then(|()| self.check_guards())
+    }
+
+    /// What only a shadow has, and what it has not.
+    fn check_sample(&self) -> Result<(), SpecError> {
+        let mode = self.mode.as_str();
+        let not = |field, why| Err(SpecError::NotInMode { mode, field, why });
+        match (self.mode, self.sample) {
+            (Mode::Shadow, _) if !self.guards.is_empty() => {
+                not("guards", "its candidate answers no request; leave them out")
+            }
+            (Mode::Shadow, _) if self.auto_promote => {
+                not("auto_promote", "to agree is not to be better; look at the report and promote it by hand")
+            }
+            (Mode::Shadow, Some(share)) if share > 0.0 && share <= 1.0 => Ok(()),
+            (Mode::Shadow, found) => {
+                let found = found.map_or("none".to_owned(), |share| share.to_string());
+                Err(SpecError::Range { field: "sample", range: "above 0 and at most 1", found })
+            }
+            (_, Some(_)) => not("sample", "it measures every request; leave it out"),
+            (_, None) => Ok(()),
+        }
     }
 
     fn check_guards(&self) -> Result<(), SpecError> {
@@ -376,8 +442,12 @@ mod tests {
             (SlotName::Scheduler, Mode::Switchback, None),
             (SlotName::Router, Mode::Ab, Some("use `switchback`")),
             (SlotName::Scheduler, Mode::Ab, Some("use `switchback`")),
-            (telemetry.clone(), Mode::Canary, Some("use `shadow`")),
-            (telemetry, Mode::Shadow, None),
+            (telemetry.clone(), Mode::Canary, Some("`telemetry.<another name>`")),
+            (telemetry, Mode::Shadow, Some("`telemetry.<another name>`")),
+            (SlotName::Router, Mode::Shadow, None),
+            (SlotName::Sampler, Mode::Shadow, Some("use `switchback`")),
+            (SlotName::KvRetention, Mode::Shadow, Some("use `switchback`")),
+            (SlotName::Admission, Mode::Shadow, Some("it alone had let in")),
         ] {
             let found = Spec::of(mode, 1).check_slot(&slot).err().map(|e| e.to_string());
             assert_eq!(found.is_some(), expect.is_some(), "{slot} {mode:?}");
@@ -395,20 +465,25 @@ mod tests {
     #[test]
     fn an_unsound_plan_says_what_to_change() {
         type Spoil = fn(&mut Spec);
-        let rows: [(Spoil, &str); 10] = [
-            (|s| s.steps = vec![], "`steps` must ascend"),
-            (|s| s.steps = vec![5, 5], "`steps` must ascend"),
-            (|s| s.steps = vec![0, 5], "`steps` must ascend"),
-            (|s| s.alpha = 0.0, "`alpha` must be above 0"),
-            (|s| s.alpha = f64::NAN, "`alpha` must be above 0"),
-            (|s| s.block_ms = 10, "`block_ms` must be"),
-            (|s| s.burn_in_ms = s.block_ms, "`burn_in_ms` must be shorter"),
-            (|s| s.min_periods = 1, "`min_periods` must be at least 2"),
-            (|s| s.guards.push(s.guards[0]), "two guards watch"),
-            (|s| s.guards.clear(), "nothing could stop the candidate"),
+        let rows: [(Mode, Spoil, &str); 15] = [
+            (Mode::Canary, |s| s.steps = vec![], "`steps` must ascend"),
+            (Mode::Canary, |s| s.steps = vec![5, 5], "`steps` must ascend"),
+            (Mode::Canary, |s| s.steps = vec![0, 5], "`steps` must ascend"),
+            (Mode::Canary, |s| s.alpha = 0.0, "`alpha` must be above 0"),
+            (Mode::Canary, |s| s.alpha = f64::NAN, "`alpha` must be above 0"),
+            (Mode::Canary, |s| s.block_ms = 10, "`block_ms` must be"),
+            (Mode::Canary, |s| s.burn_in_ms = s.block_ms, "`burn_in_ms` must be shorter"),
+            (Mode::Canary, |s| s.min_periods = 1, "`min_periods` must be at least 2"),
+            (Mode::Canary, |s| s.guards.push(s.guards[0]), "two guards watch"),
+            (Mode::Canary, |s| s.guards.clear(), "nothing could stop the candidate"),
+            (Mode::Canary, |s| s.sample = Some(0.1), "takes no `sample`"),
+            (Mode::Shadow, |s| s.sample = Some(0.0), "`sample` must be above 0"),
+            (Mode::Shadow, |s| s.sample = Some(f64::NAN), "`sample` must be above 0"),
+            (Mode::Shadow, |s| s.guards = Spec::of(Mode::Canary, 1).guards, "takes no `guards`"),
+            (Mode::Shadow, |s| s.auto_promote = true, "promote it by hand"),
         ];
-        for (spoil, expect) in rows {
-            let mut spec = Spec::of(Mode::Canary, 1);
+        for (mode, spoil, expect) in rows {
+            let mut spec = Spec::of(mode, 1);
             spoil(&mut spec);
             let error = spec.check().expect_err(expect).to_string();
             assert!(error.contains(expect), "{error}");

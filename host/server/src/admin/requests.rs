@@ -8,6 +8,8 @@ use std::sync::Arc;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
+use pointsman_sched::ids::RequestId;
+use pointsman_sched::route::Routed;
 use serde::Deserialize;
 
 use super::wire::calls::VerdictSeen;
@@ -57,7 +59,11 @@ fn explain(state: &ServerState, id: &str) -> Result<Explained, AdminError> {
     let explained = trace.explain(&catalog);
     let previous_verdict = trace.door().map(|doored| ask_previous_door(state, doored));
     let admission = explained.admission.map(|admission| Admission { previous: previous_verdict, ..admission });
-    Ok(Explained { previous, admission, ..explained })
+    let shadow = trace.decision().and_then(|decided| {
+        let routed = state.policies.shadow_router_said(RequestId(decided.request.id))?;
+        Some(said(routed, decided, &catalog))
+    });
+    Ok(Explained { previous, shadow, admission, ..explained })
 }
 
 fn ask_previous_door(state: &ServerState, doored: &Doored) -> PreviousVerdict {
@@ -78,12 +84,17 @@ fn ask_previous(state: &ServerState, decided: &Decided, catalog: &Catalog) -> Pr
     let (request, replicas) = (decided.request.lend(&texts), decided.replicas());
     let question = Question { now: decided.now, request: &request, replicas: &replicas };
     match state.policies.ask_previous_router(&question) {
-        Ok(routed) => Previous::Said {
-            revision: routed.decided_by.revision.to_string(),
-            generation: routed.decided_by.generation,
-            row: decided.row_of(&routed.choice, catalog),
-            answer: Answer::from(&routed.choice),
-        },
+        Ok(routed) => said(routed, decided, catalog),
         Err(error) => Previous::Unavailable { unavailable: error.message },
+    }
+}
+
+/// Another policy's answer, and what it comes to.
+fn said(routed: Routed, decided: &Decided, catalog: &Catalog) -> Previous {
+    Previous::Said {
+        revision: routed.decided_by.revision.to_string(),
+        generation: routed.decided_by.generation,
+        row: decided.row_of(&routed.choice, catalog),
+        answer: Answer::from(&routed.choice),
     }
 }

@@ -164,6 +164,9 @@ pub struct Explained {
     /// What the policy before the active one says to the same inputs; asked now, off the path.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
+    /// What the shadow beside the router said when the decision was put to it; absent where it was not, or the rollout is over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<Previous>,
 }
 
 /// Words for [`Explained::state`].
