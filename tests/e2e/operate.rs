@@ -188,3 +188,79 @@ fn a_budget_belongs_to_its_activation_and_the_file_sets_what_it_leaves_out() {
     let candidate = slot(&host, "scheduler")["candidate"].clone();
     assert_eq!(limits(&candidate), json!([[50, "default"], [5, "slot"], [64, "default"]]));
 }
+
+#[test]
+fn a_dry_run_honours_a_pin() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("slots.toml");
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/route-least-loaded.core.wasm");
+    let pin = "0".repeat(64);
+    std::fs::write(&file, format!("[slots.router]\ncomponent = \"{}@sha256:{pin}\"\n", wasm.display()))
+        .expect("a file");
+    for more in [&["--dry-run"][..], &[]] {
+        let output = pointsman(&host, &[&["apply", "-f", &file.display().to_string()], more].concat());
+        assert!(output.status.code() == Some(1) && said(&output).contains("is pinned to sha256:0000"), "{output:?}");
+    }
+}
+
+#[test]
+fn a_file_sets_aliases_and_starts_rollouts_once() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("all.toml");
+    let apply = |text: &str, more: &[&str], code: i32, parts: &[&str]| {
+        std::fs::write(&file, text).expect("it can be written");
+        let output = pointsman(&host, &[&["apply", "-f", &file.display().to_string()], more].concat());
+        assert_eq!(output.status.code(), Some(code), "{text}: {output:?}");
+        assert!(parts.iter().all(|part| said(&output).contains(part)), "{parts:?}: {}", said(&output));
+    };
+    let steer = |id: &str, verb: &str| {
+        let steered = host.admin("POST", &format!("/admin/v1/aliases/demo/rollouts/{id}/{verb}"), &Value::Null);
+        assert_eq!(steered.status, 200, "{steered:?}");
+    };
+    let alias = || host.admin("GET", "/admin/v1/aliases/demo", &Value::Null).body;
+    let trial = "[rollouts.\"alias.demo\"]\ncandidate = \"demo:q8_0\"\nmode = \"ab\"\nblock_ms = 400\nburn_in_ms = 0\n";
+    let text = format!(
+        "[aliases.demo]\nweights = {{ \"demo:f16\" = 10 }}\nsticky = \"tenant\"\n{trial}\
+         [rollouts.scheduler]\ncomponent = \"sched-priority\"\nmode = \"canary\"\n"
+    );
+    let plan = [
+        "~ alias demo;g=0\n    weights  {} -> {\"demo:f16\":10}",
+        "+ rollout of alias.demo: demo:q8_0, ab",
+        "+ rollout of scheduler: sched-priority with {}, canary",
+        "3 to change, 0 as the file says",
+    ];
+    apply(&text, &["--dry-run"], 0, &plan);
+    assert_eq!((&alias()["generation"], &alias()["rollout"]), (&json!(0), &Value::Null), "nothing was changed");
+    // The last one cannot be started: what was done by then is taken back.
+    let never = format!("{text}[rollouts.kv-retention]\ncomponent = \"native\"\nmode = \"canary\"\n");
+    let taken_back = ["the rollout of `alias.demo` was taken back", "the alias `demo` was taken back"];
+    apply(&never, &[], 1, &[&["the rollout of `kv-retention` was not changed"], &taken_back[..]].concat());
+    assert_eq!((&alias()["generation"], &alias()["sticky"]), (&json!(2), &Value::Null), "{}", alias());
+    assert_eq!(alias()["rollout"], Value::Null);
+    let text = text.replace("block_ms = 400", "block_ms = 410");
+    apply(&text, &[], 0, &["applied"]);
+    assert_eq!(alias()["rollout"]["id"], "alias.demo-2");
+    let running = ["= rollout of alias.demo: alias.demo-2 is running", "0 to change, 3 as the file says"];
+    for more in [&["--dry-run"][..], &[]] {
+        apply(&text, more, 0, &running);
+    }
+    let longer = text.replace("block_ms = 410", "block_ms = 500");
+    apply(&longer, &["--dry-run"], 1, &["block_ms  410 -> 500", "alias.demo-2 is under way with another"]);
+    steer("alias.demo-2", "abort");
+    apply(&text, &[], 0, &["alias.demo-2 is aborted; it is not started again", "0 to change"]);
+    apply(&longer, &[], 0, &["+ rollout of alias.demo", "1 to change, 2 as the file says", "applied"]);
+    steer("alias.demo-3", "promote");
+    apply(&longer, &[], 0, &["alias.demo-3 is promoted", "0 to change, 3 as the file says"]);
+    let by_hand = json!({ "weights": { "demo:f16": 1, "demo:q8_0": 1 } });
+    assert_eq!(host.admin("PUT", "/admin/v1/aliases/demo", &by_hand).status, 200);
+    apply(
+        &longer,
+        &["--dry-run"],
+        0,
+        &["weights  {\"demo:f16\":1,\"demo:q8_0\":1} -> {\"demo:f16\":10}", "1 to change"],
+    );
+    let nobody = text.replace("demo:q8_0", "demo:f32");
+    apply(&nobody, &["--dry-run"], 1, &["`demo:f32` is not one of its variants"]);
+}

@@ -102,9 +102,12 @@ impl AliasPort for Aliases {
     fn put_alias(&self, alias: &str, request: wire::PutAlias, actor: &str) -> Result<wire::Weights, AdminError> {
         let _one = lock(&self.operations);
         self.parts.deploy.check_changeable(None)?;
-        let wire::PutAlias { weights, sticky, if_generation } = request;
+        let wire::PutAlias { weights, sticky, if_generation, dry_run } = request;
         let desired = DesiredAlias { weights, sticky: from_wire(sticky), if_generation };
         let document = self.live.load().plan(alias, desired).map_err(alias_error)?;
+        if dry_run {
+            return Ok(self.weights(alias));
+        }
         self.parts.store.write_alias(&document).map_err(|error| AdminError {
             kind: AdminErrorKind::Internal,
             message: format!("nothing was changed: the document of `{alias}` cannot be stored ({error})"),

@@ -1,60 +1,80 @@
-//! `pointsman apply`: makes the slots of a running host what a file says.
+//! `pointsman apply`: makes slots, aliases and rollouts of a running host what a file says.
 //!
 //! A client like `pointsman policy`, so that a file can be applied from anywhere. Everything is uploaded and tried out before
-//! the first slot changes; each change then names the generation that the plan was made from, so that two people who apply at
-//! once do not mix; and a change that fails takes back those before it. Slots that the file does not name stay as they are.
+//! the first thing changes; each change then names the generation that the plan was made from, so that two people who apply at
+//! once do not mix; and a change that fails takes back those before it. What the file does not name stays as it is.
+//!
+//! A rollout is started once: while it is under way, and after its end, it is as the file says. So a file that is applied every
+//! minute neither starts an aborted candidate again nor undoes a promotion.
+
+mod aliases;
+mod slots;
+mod trials;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write;
 
 use anyhow::{Context, bail};
-use pointsman_control::{Budget, SlotName};
+use pointsman_control::SlotName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::aliases::WantedAlias;
+use self::slots::WantedSlot;
+use self::trials::WantedTrial;
 use crate::cli::ApplyArgs;
 use crate::client::{Admin, rows, text};
 use crate::reference::OCI_SCHEME;
+use crate::rollouts::Subject;
 
 /// What a file says.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Wanted {
     slots: BTreeMap<String, WantedSlot>,
+    aliases: BTreeMap<String, WantedAlias>,
+    /// By what they are of: a slot or `alias.<name>`.
+    rollouts: BTreeMap<String, WantedTrial>,
 }
 
-/// What a file says of a slot.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WantedSlot {
-    /// As for `policy activate`: a built-in's name, a digest, a file, an `oci://` reference or `native`.
-    component: String,
-    #[serde(default = "nothing")]
-    config: Value,
-    #[serde(default)]
-    state_namespace: Option<String>,
-    #[serde(default)]
-    budget: Budget,
+/// One thing to do: tried out first, carried out in order, taken back when a later one fails.
+trait Act {
+    /// What it is about, in words.
+    fn name(&self) -> String;
+    /// What changes, for a person.
+    fn lines(&self) -> Vec<String>;
+    /// The component that it needs.
+    fn component(&self) -> Option<Needs<'_>>;
+    /// Whether it would work; changes nothing.
+    fn check(&self, admin: &Admin) -> anyhow::Result<()>;
+    fn carry_out(&self, admin: &Admin) -> anyhow::Result<Value>;
+    /// Puts back what was there before; `done` is what carrying it out answered.
+    fn take_back(&self, admin: &Admin, done: &Value) -> anyhow::Result<()>;
 }
 
-/// A slot that has to change, and what it is now.
-#[derive(Clone, Debug, PartialEq)]
-struct Change {
-    slot: String,
+/// A component that the host may lack: after the uploads it has it, and trying out only it need not.
+struct Needs<'a> {
     /// As the file names it.
-    component: String,
+    name: &'a str,
     /// `native` or a digest; trying out only, also a reference.
-    digest: String,
-    config: Value,
-    state_namespace: String,
-    budget: Budget,
-    /// `null` for a slot that does not exist.
-    now: Value,
+    digest: &'a str,
 }
 
-fn nothing() -> Value {
-    json!({})
+/// What differs, and what does not.
+struct Plan {
+    acts: Vec<Box<dyn Act>>,
+    /// Entries of the file that are as it says, and what is to be said of them.
+    kept: usize,
+    notes: Vec<String>,
+}
+
+/// What a host is now, as far as the file asks.
+struct Now {
+    slots: Value,
+    aliases: Value,
+    /// The last rollout of each subject of the file; `null` for none.
+    rollouts: BTreeMap<String, Value>,
 }
 
 /// Runs the command; the plan goes to `out`.
@@ -64,41 +84,43 @@ fn nothing() -> Value {
 pub(crate) fn run(args: &ApplyArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let wanted = read(args)?;
     let admin = Admin::new(args.at.clone());
-    let now = admin.get("/admin/v1/slots")?;
-    let changes = plan(&wanted, &now, |component| admin.resolve_for(component, args.dry_run))?;
-    let kept = wanted.slots.len() - changes.len();
-    writeln!(out, "{}", describe(&changes, kept)).context("cannot print")?;
-    if changes.is_empty() {
+    let now = Now::of(&admin, &wanted)?;
+    let plan = plan(&wanted, &now, |component| admin.resolve_for(component, args.dry_run))?;
+    writeln!(out, "{}", plan.describe()).context("cannot print")?;
+    if plan.acts.is_empty() {
         return Ok(());
     }
     let known = admin.get("/admin/v1/components")?;
-    for change in &changes {
-        if !change.is_there(&known) {
-            let (slot, component) = (&change.slot, &change.component);
-            writeln!(out, "{slot}: the host does not have {component} yet; whether it fits shows when it is applied")?;
-            continue;
+    for act in &plan.acts {
+        match act.component().filter(|needs| !needs.is_met(&known)) {
+            Some(Needs { name, .. }) => {
+                let about = act.name();
+                writeln!(out, "{about}: the host does not have {name} yet; whether it fits shows when it is applied")?;
+            }
+            None => act.check(&admin).with_context(|| format!("nothing was changed: {}", act.name()))?,
         }
-        admin.put(change, true).with_context(|| format!("nothing was changed: `{}`", change.slot))?;
     }
     if args.dry_run {
         return Ok(());
     }
-    for (done, change) in changes.iter().enumerate() {
-        if let Err(error) = admin.put(change, false) {
-            let undone = changes[..done].iter().rev().map(|change| admin.take_back(change)).collect::<Vec<_>>();
-            bail!("`{}` was not changed: {error:#}{}", change.slot, told(&undone));
+    let mut done: Vec<(&dyn Act, Value)> = Vec::new();
+    for act in &plan.acts {
+        match act.carry_out(&admin) {
+            Ok(answer) => done.push((&**act, answer)),
+            Err(error) => bail!("{} was not changed: {error:#}{}", act.name(), take_back(&admin, &done)),
         }
     }
     writeln!(out, "applied").context("cannot print")
 }
 
-/// What became of the changes before the one that failed.
-fn told(undone: &[Result<String, String>]) -> String {
+/// Takes back what was done, the last first, and says what became of it.
+fn take_back(admin: &Admin, done: &[(&dyn Act, Value)]) -> String {
     let mut text = String::new();
-    for outcome in undone {
-        let _ = match outcome {
-            Ok(slot) => write!(text, "; `{slot}` was taken back"),
-            Err(why) => write!(text, "; {why}"),
+    for (act, answer) in done.iter().rev() {
+        let name = act.name();
+        let _ = match act.take_back(admin, answer) {
+            Ok(()) => write!(text, "; {name} was taken back"),
+            Err(error) => write!(text, "; {name} could not be taken back: {error:#}"),
         };
     }
     text
@@ -111,42 +133,99 @@ fn read(args: &ApplyArgs) -> anyhow::Result<Wanted> {
         true => serde_json::from_str(&content).with_context(|| format!("{name} is not such a file"))?,
         false => toml::from_str(&content).with_context(|| format!("{name} is not such a file"))?,
     };
-    if wanted.slots.is_empty() {
-        bail!("{name} names no slot: write [slots.router] with component = \"...\"");
+    if wanted == Wanted::default() {
+        bail!("{name} names no slot, alias or rollout: write [slots.router] with component = \"...\"");
     }
     for slot in wanted.slots.keys() {
         slot.parse::<SlotName>().with_context(|| format!("{name}, slots.{slot}"))?;
     }
+    for (subject, trial) in &wanted.rollouts {
+        let of: Subject = subject.parse().with_context(|| format!("{name}, rollouts.{subject}"))?;
+        trial.check(&of).with_context(|| format!("{name}, rollouts.{subject}"))?;
+    }
     Ok(wanted)
 }
 
-/// What differs, in the order of the file's names.
-fn plan(
-    wanted: &Wanted,
-    now: &Value,
-    mut resolve: impl FnMut(&str) -> anyhow::Result<String>,
-) -> anyhow::Result<Vec<Change>> {
-    let mut changes = Vec::new();
-    for (slot, wanted) in &wanted.slots {
-        let digest = resolve(&wanted.component).with_context(|| format!("slots.{slot}"))?;
-        let active = rows(now).iter().find(|s| s["slot"] == *slot).map_or(Value::Null, |s| s["active"].clone());
-        let state_namespace = wanted.state_namespace.clone().unwrap_or_else(|| slot.clone());
-        let same = active["component"] == digest
-            && same_json(&active["config"], &wanted.config)
-            && active["state_namespace"] == state_namespace
-            && own_budget(&active) == wanted.budget;
-        if !same {
-            let (slot, component, config) = (slot.clone(), wanted.component.clone(), wanted.config.clone());
-            let budget = wanted.budget;
-            changes.push(Change { slot, component, digest, config, state_namespace, budget, now: active });
+/// What differs: slots, then aliases, then rollouts, each in the order of their names.
+fn plan(wanted: &Wanted, now: &Now, mut resolve: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result<Plan> {
+    let mut plan = Plan { acts: Vec::new(), kept: 0, notes: Vec::new() };
+    let mut to_start: Vec<Box<dyn Act>> = Vec::new();
+    let mut promoted = Vec::new();
+    for (subject, trial) in &wanted.rollouts {
+        let last = now.rollouts.get(subject).unwrap_or(&Value::Null);
+        let found = trial.compare(subject, (wanted, now), last, &mut resolve);
+        match found.with_context(|| format!("rollouts.{subject}"))? {
+            trials::Found::Start(act) => to_start.push(act),
+            trials::Found::Kept { note, is_promoted } => {
+                plan.notes.push(note);
+                plan.kept += 1;
+                promoted.extend(is_promoted.then_some(subject));
+            }
         }
     }
-    Ok(changes)
+    for (slot, entry) in &wanted.slots {
+        let digest = resolve(&entry.component).with_context(|| format!("slots.{slot}"))?;
+        let change = match promoted.contains(&slot) {
+            true => None,
+            false => entry.compare(slot, digest, &now.slots),
+        };
+        plan.take(change);
+    }
+    for (alias, entry) in &wanted.aliases {
+        let change = entry.compare(alias, &now.aliases).with_context(|| format!("aliases.{alias}"))?;
+        plan.take(change.filter(|_| !promoted.contains(&&format!("alias.{alias}"))));
+    }
+    plan.acts.append(&mut to_start);
+    Ok(plan)
 }
 
-/// The limits that an active policy has of its own.
-fn own_budget(active: &Value) -> Budget {
-    Budget::deserialize(&active["budget"]).unwrap_or_default()
+impl Plan {
+    fn take(&mut self, change: Option<Box<dyn Act>>) {
+        match change {
+            Some(act) => self.acts.push(act),
+            None => self.kept += 1,
+        }
+    }
+
+    fn describe(&self) -> String {
+        let count = format!("{} to change, {} as the file says", self.acts.len(), self.kept);
+        let acts = self.acts.iter().flat_map(|act| act.lines());
+        acts.chain(self.notes.iter().cloned()).chain([count]).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Now {
+    fn of(admin: &Admin, wanted: &Wanted) -> anyhow::Result<Self> {
+        let mut rollouts = BTreeMap::new();
+        for subject in wanted.rollouts.keys() {
+            let listed =
+                admin.get(&subject.parse::<Subject>()?.path()).with_context(|| format!("rollouts.{subject}"))?;
+            rollouts.insert(subject.clone(), rows(&listed).first().cloned().unwrap_or_default());
+        }
+        Ok(Self { slots: admin.get("/admin/v1/slots")?, aliases: admin.get("/admin/v1/aliases")?, rollouts })
+    }
+}
+
+impl Needs<'_> {
+    fn is_met(&self, known: &Value) -> bool {
+        self.digest == "native" || rows(known).iter().any(|component| component["digest"] == *self.digest)
+    }
+}
+
+impl Admin {
+    /// A digest for what the file names. Trying out only, nothing is uploaded or pulled: a file is known by its bytes, and a
+    /// reference, which only the host can resolve, stands for itself and differs from everything.
+    fn resolve_for(&self, component: &str, dry_run: bool) -> anyhow::Result<String> {
+        match (dry_run, component.starts_with(OCI_SCHEME)) {
+            (true, _) => self.identify(component),
+            (false, true) => Ok(text(&self.pull(component, None)?, "digest")),
+            (false, false) => self.resolve(component),
+        }
+    }
+}
+
+fn nothing() -> Value {
+    json!({})
 }
 
 /// Whether two texts mean the same: order and spelling of numbers do not matter.
@@ -161,83 +240,19 @@ fn same_json(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// The plan, for a person.
-fn describe(changes: &[Change], kept: usize) -> String {
-    let mut lines = Vec::new();
-    for Change { slot, component, digest, config, state_namespace, budget, now } in changes {
-        if now.is_null() {
-            lines.push(format!("+ {slot}: {component} with {config}"));
-            continue;
-        }
-        lines.push(format!("~ {slot}: {};g={}", text(now, "revision"), now["generation"]));
-        if now["component"] != *digest {
-            lines.push(format!("    component  {} -> {component} ({digest})", text(now, "component")));
-        }
-        if !same_json(&now["config"], config) {
-            lines.push(format!("    config  {} -> {config}", now["config"]));
-        }
-        if now["state_namespace"] != *state_namespace {
-            lines.push(format!("    state_namespace  {} -> {state_namespace}", text(now, "state_namespace")));
-        }
-        if own_budget(now) != *budget {
-            lines.push(format!("    budget  {} -> {}", json!(own_budget(now)), json!(budget)));
-        }
-    }
-    lines.push(format!("{} to change, {kept} as the file says", changes.len()));
-    lines.join("\n")
-}
-
-impl Change {
-    /// Whether the host has the component: after the uploads it does, and trying out only it need not.
-    fn is_there(&self, known: &Value) -> bool {
-        self.digest == "native" || rows(known).iter().any(|component| component["digest"] == self.digest)
-    }
-}
-
-impl Admin {
-    /// A digest for what the file names. Trying out only, nothing is uploaded or pulled: a file is known by its bytes, and a
-    /// reference, which only the host can resolve, stands for itself and differs from everything.
-    fn resolve_for(&self, component: &str, dry_run: bool) -> anyhow::Result<String> {
-        match (dry_run, component.starts_with(OCI_SCHEME)) {
-            (true, _) => self.identify(component),
-            (false, true) => Ok(text(&self.pull(component, None)?, "digest")),
-            (false, false) => self.resolve(component),
-        }
-    }
-
-    fn put(&self, change: &Change, dry_run: bool) -> anyhow::Result<Value> {
-        let body = json!({
-            "component": change.digest,
-            "config": change.config,
-            "state_namespace": change.state_namespace,
-            "budget": change.budget,
-            "if_generation": change.now["generation"].as_u64().unwrap_or(0),
-            "dry_run": dry_run,
-        });
-        self.put_slot(&change.slot, &body)
-    }
-
-    /// Puts back what was active before a change.
-    fn take_back(&self, change: &Change) -> Result<String, String> {
-        let (slot, now) = (&change.slot, &change.now);
-        let back = if now.is_null() {
-            self.send("DELETE", &format!("/admin/v1/slots/{slot}"), Vec::new(), "")
-        } else {
-            let (component, config, namespace) = (&now["component"], &now["config"], &now["state_namespace"]);
-            let body = json!({ "component": component, "config": config, "state_namespace": namespace, "budget": now["budget"] });
-            self.put_slot(slot, &body)
-        };
-        back.map(|_| slot.clone()).map_err(|error| format!("`{slot}` could not be taken back: {error:#}"))
-    }
-
-    pub(crate) fn put_slot(&self, slot: &str, body: &Value) -> anyhow::Result<Value> {
-        self.send("PUT", &format!("/admin/v1/slots/{slot}"), body.to_string().into_bytes(), "application/json")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The names of what a plan changes, and what it says.
+    fn differing(wanted: &Wanted, now: &Now) -> (Vec<String>, String) {
+        let plan = plan(wanted, now, |name| Ok(format!("sha256:{name}"))).expect("all are known");
+        (plan.acts.iter().map(|act| act.name()).collect(), plan.describe())
+    }
+
+    fn now(slots: Value) -> Now {
+        Now { slots, aliases: Value::Null, rollouts: BTreeMap::new() }
+    }
 
     #[test]
     fn configs_are_compared_by_meaning() {
@@ -274,10 +289,8 @@ mod tests {
             json!({"component": component, "config": config, "state_namespace": namespace, "generation": 4,
                    "revision": format!("{component}@1")})
         };
-        let slots = |router: Value, scheduler: Value| json!({"data": [{"slot": "router", "active": router}, {"slot": "scheduler", "active": scheduler}]});
-        let differing = |now: &Value| {
-            let changes = plan(&wanted, now, |name| Ok(format!("sha256:{name}"))).expect("all are known");
-            (changes.iter().map(|c| c.slot.clone()).collect::<Vec<_>>(), describe(&changes, 3 - changes.len()))
+        let slots = |router: Value, scheduler: Value| {
+            now(json!({"data": [{"slot": "router", "active": router}, {"slot": "scheduler", "active": scheduler}]}))
         };
         let (router, scheduler) =
             (active("sha256:a", json!({"x": 1}), "router"), active("sha256:b", json!({}), "scheduler"));
@@ -286,10 +299,10 @@ mod tests {
             active
         };
         let scheduler = own(scheduler, json!({"soft_us": 200}));
-        let (changed, said) = differing(&slots(router.clone(), scheduler.clone()));
-        assert_eq!(changed, ["telemetry.new"]);
+        let (changed, said) = differing(&wanted, &slots(router.clone(), scheduler.clone()));
+        assert_eq!(changed, ["`telemetry.new`"]);
         assert!(said.contains("+ telemetry.new: c with {}\n1 to change, 2 as the file says"), "{said}");
-        for (now, slot, line) in [
+        for (then, slot, line) in [
             (
                 slots(active("sha256:z", json!({"x": 1}), "router"), scheduler.clone()),
                 "router",
@@ -311,23 +324,114 @@ mod tests {
                 r#"budget  {} -> {"soft_us":200}"#,
             ),
         ] {
-            let (changed, said) = differing(&now);
-            assert_eq!(changed, [slot, "telemetry.new"]);
+            let (changed, said) = differing(&wanted, &then);
+            assert_eq!(changed, [format!("`{slot}`"), "`telemetry.new`".to_owned()]);
             assert!(said.contains(line), "{line}: {said}");
         }
-        let unknown = plan(&wanted, &json!({"data": []}), |_| bail!("no such component")).expect_err("unknown");
+        let unknown =
+            plan(&wanted, &now(json!({"data": []})), |_| bail!("no such component")).map(|_| ()).expect_err("unknown");
         assert_eq!(format!("{unknown:#}"), "slots.router: no such component");
+    }
+
+    #[test]
+    fn aliases_differ_by_weights_that_count() {
+        let wanted: Wanted =
+            toml::from_str("[aliases.m]\nweights = { a = 9, b = 0 }\nsticky = \"tenant\"").expect("a file");
+        let view = |a: Value, b: Value, sticky: Value| {
+            let variants = json!([{"id": "a", "weight": a}, {"id": "b", "weight": b}]);
+            json!({"data": [{"alias": "m", "generation": 3, "sticky": sticky, "variants": variants}]})
+        };
+        for (view, line) in [
+            (view(json!(9), json!(0), json!("tenant")), "0 to change, 1 as the file says"),
+            (view(json!(9), json!(1), json!("tenant")), "    weights  {\"a\":9,\"b\":1} -> {\"a\":9}"),
+            (view(json!(9), json!(0), json!("session")), "    sticky  session -> tenant"),
+            (view(Value::Null, Value::Null, Value::Null), "    weights  {} -> {\"a\":9}"),
+        ] {
+            let (_, said) = differing(&wanted, &Now { aliases: view, ..now(Value::Null) });
+            assert!(said.contains(line), "{line}: {said}");
+        }
+        let unknown = plan(&wanted, &Now { aliases: json!({"data": []}), ..now(Value::Null) }, |_| bail!("none"));
+        let error = unknown.map(|_| ()).expect_err("no such alias");
+        assert!(format!("{error:#}").starts_with("aliases.m: the host has no such alias"), "{error:#}");
+    }
+
+    #[test]
+    fn a_rollout_is_started_once() {
+        let wanted: Wanted = toml::from_str(
+            r#"
+            [slots.router]
+            component = "a"
+            [rollouts.router]
+            component = "b"
+            mode = "canary"
+            steps = [10, 50]
+            "#,
+        )
+        .expect("a good file");
+        let spec = |steps: Value| {
+            let plan: pointsman_control::rollout::Plan =
+                serde_json::from_value(json!({"mode": "canary", "steps": steps})).expect("a plan");
+            serde_json::to_value(plan.spec(77)).expect("plain data")
+        };
+        let last = |phase: &str, component: &str, steps: Value| {
+            let target = json!({"component": component, "config": "{ }", "generation": 5});
+            json!({"id": "router-5", "phase": {"is": phase}, "target": target, "spec": spec(steps)})
+        };
+        let active = |component: &str, generation: u64| {
+            let active = json!({"component": component, "config": {}, "state_namespace": "router", "generation": generation,
+                                "revision": "r"});
+            json!({"data": [{"slot": "router", "active": active}]})
+        };
+        let steps = || json!([10, 50]);
+        for (slots, last, acts, line) in [
+            (active("sha256:a", 1), Value::Null, &["the rollout of `router`"][..], "+ rollout of router: b with {}"),
+            (
+                active("sha256:a", 1),
+                last("running", "sha256:b", steps()),
+                &[],
+                "= rollout of router: router-5 is running",
+            ),
+            (active("sha256:a", 1), last("aborted", "sha256:b", steps()), &[], "it is not started again"),
+            (active("sha256:b", 5), last("promoted", "sha256:b", steps()), &[], "0 to change, 2 as the file says"),
+            (active("sha256:c", 6), last("promoted", "sha256:b", steps()), &["`router`"], "sha256:c -> a"),
+            (active("sha256:a", 1), last("aborted", "sha256:z", steps()), &["the rollout of `router`"], "+ rollout of"),
+            (
+                active("sha256:a", 1),
+                last("paused", "sha256:z", steps()),
+                &["the rollout of `router`"],
+                "component  sha256:z -> b",
+            ),
+            (
+                active("sha256:a", 1),
+                last("running", "sha256:b", json!([50])),
+                &["the rollout of `router`"],
+                "steps  [50] -> [10,50]",
+            ),
+        ] {
+            let rollouts = [("router".to_owned(), last.clone())].into();
+            let (found, said) = differing(&wanted, &Now { rollouts, ..now(slots) });
+            assert_eq!(found, acts, "{last}");
+            assert!(said.contains(line), "{line}: {said}");
+        }
     }
 
     #[test]
     fn files_that_mean_nothing_are_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         for (name, content, part) in [
-            ("a.toml", "", "names no slot"),
+            ("a.toml", "", "names no slot, alias or rollout"),
             ("a.toml", "[slots.router]\nconfig = {}", "missing field `component`"),
             ("a.toml", "[slots.nowhere]\ncomponent = \"native\"", "slots.nowhere"),
             ("a.toml", "[slots.router]\ncomponent = \"native\"\nconfg = {}", "unknown field `confg`"),
             ("a.toml", "[slots.router]\ncomponent = \"native\"\nbudget = { soft = 1 }", "unknown field `soft`"),
+            ("a.toml", "[aliases.m]\nweight = {}", "unknown field `weight`"),
+            ("a.toml", "[rollouts.nowhere]\nmode = \"canary\"", "rollouts.nowhere"),
+            ("a.toml", "[rollouts.router]\nmode = \"canary\"", "needs `component`"),
+            ("a.toml", "[rollouts.router]\ncomponent = \"a\"", "missing field `mode`"),
+            ("a.toml", "[rollouts.router]\ncomponent = \"a\"\nmode = \"canary\"\nstep = [1]", "unknown field `step`"),
+            ("a.toml", "[rollouts.router]\ncomponent = \"a\"\nmode = \"ab\"", "use `switchback`"),
+            ("a.toml", "[rollouts.\"alias.m\"]\ncomponent = \"a\"\nmode = \"ab\"", "needs `candidate`"),
+            ("a.toml", "[rollouts.\"alias.m\"]\ncandidate = \"a\"\nconfig = {}\nmode = \"ab\"", "takes no `config`"),
             ("a.json", "[slots]", "not such a file"),
         ] {
             let file = folder.path().join(name);

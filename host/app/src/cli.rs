@@ -38,8 +38,9 @@ pub(crate) enum Command {
     /// Make, build, check and time a policy; needs no running host.
     #[command(subcommand)]
     Plugin(PluginCommand),
-    /// Make the slots of a running host what a file says: shows the plan, checks all of it, applies it or changes nothing.
-    #[command(after_help = "Examples:\n  pointsman apply -f slots.toml --dry-run\n  pointsman apply -f slots.json")]
+    /// Make slots, aliases and rollouts of a running host what a file says: shows the plan, checks all of it, applies it or
+    /// changes nothing.
+    #[command(after_help = "Examples:\n  pointsman apply -f host.toml --dry-run\n  pointsman apply -f host.json")]
     Apply(ApplyArgs),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
     #[command(name = "__compile", hide = true)]
@@ -395,7 +396,8 @@ pub(crate) enum Switch {
 /// Flags of `apply`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ApplyArgs {
-    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace and budget.
+    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace and budget,
+    /// `[aliases.NAME]` with weights and sticky, `[rollouts.SLOT]` and `[rollouts."alias.NAME"]` (docs/operate.md).
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
     /// Show what would change, and change nothing.

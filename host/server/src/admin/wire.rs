@@ -277,6 +277,9 @@ pub struct PutAlias {
     pub sticky: Sticky,
     /// Refuse unless this generation is active.
     pub if_generation: Option<u64>,
+    /// Change nothing: says what would be wrong.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// What stays at one variant of an alias.

@@ -1,0 +1,131 @@
+//! What a file says of slots, and how one is changed.
+
+use pointsman_control::Budget;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Act, Needs, nothing, same_json};
+use crate::client::{Admin, rows, text};
+
+/// What a file says of a slot.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WantedSlot {
+    /// As for `policy activate`: a built-in's name, a digest, a file, an `oci://` reference or `native`.
+    pub(super) component: String,
+    #[serde(default = "nothing")]
+    config: Value,
+    #[serde(default)]
+    state_namespace: Option<String>,
+    #[serde(default)]
+    budget: Budget,
+}
+
+/// A slot that has to change, and what it is now.
+struct Change {
+    slot: String,
+    /// As the file names it.
+    component: String,
+    /// `native` or a digest; trying out only, also a reference.
+    digest: String,
+    config: Value,
+    state_namespace: String,
+    budget: Budget,
+    /// `null` for a slot that does not exist.
+    now: Value,
+}
+
+impl WantedSlot {
+    /// What has to change; `digest` is the component's.
+    pub(super) fn compare(&self, slot: &str, digest: String, slots: &Value) -> Option<Box<dyn Act>> {
+        let Self { component, config, state_namespace, budget } = self.clone();
+        let state_namespace = state_namespace.unwrap_or_else(|| slot.to_owned());
+        let now = active(slots, slot);
+        let same = now["component"] == digest
+            && same_json(&now["config"], &config)
+            && now["state_namespace"] == state_namespace
+            && own_budget(&now) == budget;
+        let slot = slot.to_owned();
+        (!same).then(|| Box::new(Change { slot, component, digest, config, state_namespace, budget, now }) as _)
+    }
+}
+
+/// What is active in a slot; `null` for one that does not exist.
+pub(super) fn active(slots: &Value, slot: &str) -> Value {
+    rows(slots).iter().find(|s| s["slot"] == slot).map_or(Value::Null, |s| s["active"].clone())
+}
+
+/// The limits that a policy has of its own.
+pub(super) fn own_budget(policy: &Value) -> Budget {
+    Budget::deserialize(&policy["budget"]).unwrap_or_default()
+}
+
+impl Act for Change {
+    fn name(&self) -> String {
+        format!("`{}`", self.slot)
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let Self { slot, component, digest, config, state_namespace, budget, now } = self;
+        if now.is_null() {
+            return vec![format!("+ {slot}: {component} with {config}")];
+        }
+        let mut lines = vec![format!("~ {slot}: {};g={}", text(now, "revision"), now["generation"])];
+        if now["component"] != *digest {
+            lines.push(format!("    component  {} -> {component} ({digest})", text(now, "component")));
+        }
+        if !same_json(&now["config"], config) {
+            lines.push(format!("    config  {} -> {config}", now["config"]));
+        }
+        if now["state_namespace"] != *state_namespace {
+            lines.push(format!("    state_namespace  {} -> {state_namespace}", text(now, "state_namespace")));
+        }
+        if own_budget(now) != *budget {
+            lines.push(format!("    budget  {} -> {}", json!(own_budget(now)), json!(budget)));
+        }
+        lines
+    }
+
+    fn component(&self) -> Option<Needs<'_>> {
+        Some(Needs { name: &self.component, digest: &self.digest })
+    }
+
+    fn check(&self, admin: &Admin) -> anyhow::Result<()> {
+        self.put(admin, true).map(drop)
+    }
+
+    fn carry_out(&self, admin: &Admin) -> anyhow::Result<Value> {
+        self.put(admin, false)
+    }
+
+    fn take_back(&self, admin: &Admin, _done: &Value) -> anyhow::Result<()> {
+        let Self { slot, now, .. } = self;
+        if now.is_null() {
+            return admin.send("DELETE", &format!("/admin/v1/slots/{slot}"), Vec::new(), "").map(drop);
+        }
+        let (component, config, namespace) = (&now["component"], &now["config"], &now["state_namespace"]);
+        let body =
+            json!({ "component": component, "config": config, "state_namespace": namespace, "budget": now["budget"] });
+        admin.put_slot(slot, &body).map(drop)
+    }
+}
+
+impl Change {
+    fn put(&self, admin: &Admin, dry_run: bool) -> anyhow::Result<Value> {
+        let body = json!({
+            "component": self.digest,
+            "config": self.config,
+            "state_namespace": self.state_namespace,
+            "budget": self.budget,
+            "if_generation": self.now["generation"].as_u64().unwrap_or(0),
+            "dry_run": dry_run,
+        });
+        admin.put_slot(&self.slot, &body)
+    }
+}
+
+impl Admin {
+    pub(crate) fn put_slot(&self, slot: &str, body: &Value) -> anyhow::Result<Value> {
+        self.send("PUT", &format!("/admin/v1/slots/{slot}"), body.to_string().into_bytes(), "application/json")
+    }
+}
