@@ -11,6 +11,7 @@ mod barriers;
 mod case;
 mod memory;
 mod model;
+mod nvrtc;
 mod products;
 mod sampling;
 mod shim;

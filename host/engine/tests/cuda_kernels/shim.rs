@@ -189,6 +189,13 @@ pub(crate) fn skip(tool: &str, why: &str) {
     }
 }
 
+/// The translation units as a device's compiler gets them.
+pub(crate) fn units() -> [String; 4] {
+    let text = |files: &[Source]| COMMON.1.to_owned() + &files.iter().map(|file| file.1).collect::<String>();
+    let typed = |number: usize| format!("#define PM_T {number}\n{}", text(&TYPED));
+    [typed(0), typed(1), typed(2), text(&STEP)]
+}
+
 /// All of the program's text.
 fn program() -> String {
     let line = |(name, text): &Source| format!("#line 1 \"{name}\"\n{text}");
