@@ -189,26 +189,28 @@ pub(crate) fn skip(tool: &str, why: &str) {
     }
 }
 
-/// The translation units as a device's compiler gets them.
+/// A file's text, which knows its name and lines.
+fn lined((name, text): &Source) -> String {
+    format!("#line 1 \"{name}\"\n{text}")
+}
+
+/// The translation units as a device's compiler gets them: f32, f16, bf16, and the one without a type.
 pub(crate) fn units() -> [String; 4] {
-    let text = |files: &[Source]| COMMON.1.to_owned() + &files.iter().map(|file| file.1).collect::<String>();
+    let text = |files: &[Source]| lined(&COMMON) + &files.iter().map(lined).collect::<String>();
     let typed = |number: usize| format!("#define PM_T {number}\n{}", text(&TYPED));
     [typed(0), typed(1), typed(2), text(&STEP)]
 }
 
 /// All of the program's text.
 fn program() -> String {
-    let line = |(name, text): &Source| format!("#line 1 \"{name}\"\n{text}");
-    let mut program = line(&SHIM);
-    for (number, unit) in ["f32", "f16", "bf16"].iter().enumerate() {
+    let mut program = lined(&SHIM);
+    for (unit, (name, suffix)) in
+        units().iter().zip([("f32", "_f32"), ("f16", "_f16"), ("bf16", "_bf16"), ("step", "")])
+    {
         program +=
-            &format!("\n#define PM_T {number}\n#define SUFFIX \"_{unit}\"\nnamespace {unit} {{\n{}", line(&COMMON));
-        program.extend(TYPED.iter().map(line));
-        program += "}\n#undef PM_T\n#undef SUFFIX\n";
+            &format!("\n#define SUFFIX \"{suffix}\"\nnamespace {name} {{\n{unit}}}\n#undef SUFFIX\n#undef PM_T\n");
     }
-    program += &format!("#define SUFFIX \"\"\nnamespace step {{\n{}", line(&COMMON));
-    program.extend(STEP.iter().map(line));
-    program + "}\nnamespace selftest {\n" + &line(&SELFTEST) + "}\n" + &line(&RUNNER)
+    program + "#define SUFFIX \"\"\nnamespace selftest {\n" + &lined(&SELFTEST) + "}\n" + &lined(&RUNNER)
 }
 
 /// The compiled program.
