@@ -26,6 +26,18 @@ guests-update:
 bench NAME="":
     cargo bench --profile release -p pointsman-benches {{ if NAME == "" { "" } else { "--bench " + NAME } }}
 
+# Remake the kernels' PTX from their sources, for machines without NVRTC; FOLDERS are looked through for libnvrtc first.
+kernels-ptx *FOLDERS:
+    cargo run --release -p pointsman-engine --example kernels_ptx -- {{FOLDERS}}
+
+# One folder for a bare machine with a GPU and a driver: the binary and a script that checks and measures it.
+gpu-bundle:
+    benches/gpu-bundle.sh
+
+# Check and measure the GPU of this machine.
+gpu-check *ARGS:
+    cargo run --release -- gpu-check {{ARGS}}
+
 # What continuous integration runs.
 ci:
     .ci/run

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pointsman_benches::{Samples, header, now, plan, readable};
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{Executor, StepOutput, StepPlan};
 use pointsman_sched::sampler::NoEdits;
 
@@ -43,7 +43,7 @@ fn steps(folder: &Path, precision: Precision, threads: usize, bytes_per_s: f64) 
     let pool = ComputePool::start(threads)?;
     println!("{precision:?}, {} bytes of weights, {threads} threads, {}", model.bytes(), pool.isa().name());
     let (weights, layers, kv_dim) = (model.bytes(), model.spec().layers, model.spec().kv_dim());
-    let config = CpuConfig {
+    let config = EngineConfig {
         n_blocks: 64 * (CONTEXT as usize + 16).div_ceil(16),
         block_tokens: 16,
         max_step_tokens: 512,

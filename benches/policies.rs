@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use pointsman_benches::{header, now};
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::config::Config;
 use pointsman_sched::execute::{Executor, StepOutput, StepPlan};
 use pointsman_sched::ids::Micros;
@@ -49,7 +49,7 @@ fn thread_micros() -> Micros {
 
 impl Stage for Cpu {
     fn device(&self, config: &Config) -> Box<dyn Device> {
-        let config = CpuConfig {
+        let config = EngineConfig {
             n_blocks: config.n_blocks as usize,
             block_tokens: config.block_tokens as usize,
             max_step_tokens: config.step_tokens as usize,

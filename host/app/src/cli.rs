@@ -42,6 +42,11 @@ pub(crate) enum Command {
     /// changes nothing.
     #[command(after_help = "Examples:\n  pointsman apply -f host.toml --dry-run\n  pointsman apply -f host.json")]
     Apply(ApplyArgs),
+    /// Check a GPU: compare it with the CPU on small random models, measure decoding, and see that memory comes back.
+    #[command(
+        after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --parity-only"
+    )]
+    GpuCheck(GpuCheckArgs),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
     #[command(name = "__compile", hide = true)]
     Compile,
@@ -62,15 +67,36 @@ pub(crate) struct ServeArgs {
     /// A model to serve besides the demo: a folder with config.json, safetensors and tokenizer.json.
     #[arg(long, value_name = "[NAME=]PATH")]
     pub(crate) model: Vec<String>,
-    /// Device to serve on; this build serves on the CPU.
-    #[arg(long, value_parser = ["auto", "cpu"])]
-    pub device: Vec<String>,
+    /// Device to serve on: cpu, cuda:N, or auto for the GPUs that there are; several give each variant a replica on
+    /// each [default: cpu]. Serving on a GPU is new and has not been run on one yet.
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<String>,
+    /// Folder with NVIDIA's libraries, looked at before the usual ones.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cuda_lib_dir: Vec<PathBuf>,
     /// Where deployments, components and the journal live [default: $XDG_DATA_HOME/pointsman].
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
     /// Native policies only; stored deployments are left as they are.
     #[arg(long)]
     pub safe_mode: bool,
+}
+
+/// Flags of `gpu-check`.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct GpuCheckArgs {
+    /// The N of cuda:N.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) gpu: u32,
+    /// Write the results here too.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Compare and measure nothing.
+    #[arg(long)]
+    pub(crate) parity_only: bool,
+    /// Folder with NVIDIA's libraries, looked at before the usual ones.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cuda_lib_dir: Vec<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

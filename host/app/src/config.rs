@@ -15,6 +15,7 @@ use toml::{Table, Value};
 
 use crate::builtin::BUILTINS;
 use crate::deploy::budget::change;
+use crate::devices::Wanted;
 use crate::models::stable_key;
 use crate::reference::{Reference, ReferenceError};
 use crate::trust::{KeyRing, TrustError};
@@ -122,10 +123,16 @@ pub(crate) struct SchedSection {
 pub(crate) struct EngineSection {
     /// Threads of the compute pool; 0 for one per core.
     pub threads: usize,
-    /// KV pool of each replica.
+    /// KV pool of each replica on the CPU.
     pub kv_mib: u32,
     /// Serve the embedded demo model.
     pub demo: bool,
+    /// Where to serve: `auto`, `cpu`, `cuda:N`; each has a replica of every variant that it can serve.
+    pub devices: Vec<String>,
+    /// KV pool of each replica on a GPU; 0 for a fair share of what is free.
+    pub gpu_kv_mib: u32,
+    /// Folders to look for NVIDIA's libraries in before the usual ones.
+    pub cuda_lib_dirs: Vec<PathBuf>,
 }
 
 /// The WebAssembly half.
@@ -292,7 +299,14 @@ impl Default for SchedSection {
 
 impl Default for EngineSection {
     fn default() -> Self {
-        Self { threads: 0, kv_mib: 64, demo: true }
+        Self {
+            threads: 0,
+            kv_mib: 64,
+            demo: true,
+            devices: vec!["cpu".to_owned()],
+            gpu_kv_mib: 0,
+            cuda_lib_dirs: Vec::new(),
+        }
     }
 }
 
@@ -403,6 +417,11 @@ impl Config {
         rule((64..=1 << 22).contains(&ring), "policy.event_ring", &ring, "64 to 4194304 events")?;
         let open = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty() && self.admin.tokens.is_empty();
         rule(!open, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")?;
+        for device in &self.engine.devices {
+            let bad = device.parse::<Wanted>().err();
+            rule(bad.is_none(), "engine.devices", device, "auto, cpu or cuda:N")?;
+        }
+        rule(!self.engine.devices.is_empty(), "engine.devices", &"[]", "at least one of auto, cpu and cuda:N")?;
         self.admin.check_tokens()?;
         KeyRing::new(&self.trust)?;
         self.check_names()?;
@@ -630,6 +649,8 @@ mod tests {
             (&[("POINTSMAN_SCHED__MAX_RUNNING", "0")][..], "`sched.max_running` = 0: 1 to 4096"),
             (&[("POINTSMAN_SCHED__MAX_BATCH_TOKENS", "8")], "at least sched.max_running"),
             (&[("POINTSMAN_ADMIN__LISTEN", "0.0.0.0:8081")], "admin.token must be set"),
+            (&[("POINTSMAN_ENGINE__DEVICES", "[\"gpu\"]")], "`engine.devices` = gpu: auto, cpu or cuda:N"),
+            (&[("POINTSMAN_ENGINE__DEVICES", "[]")], "at least one of auto, cpu and cuda:N"),
         ] {
             let config = Config::read(None, env(pairs)).expect("well-formed");
             let error = config.validate().expect_err(expect).to_string();

@@ -226,7 +226,7 @@ impl Driver {
 
     /// One step of one replica; false when it had nothing to do.
     fn step(&mut self, index: usize) -> bool {
-        let Self { replicas, context, output, .. } = self;
+        let Self { replicas, context, output, stop, .. } = self;
         let replica = &mut replicas[index];
         let clock = &context.clock;
         let start = clock.micros();
@@ -253,6 +253,10 @@ impl Driver {
             Err(error) => {
                 tracing::error!(replica = replica.id.0, "a step failed: {error}");
                 replica.scheduler.fail_step(done, &error, &mut observe);
+                if replica.executor.is_lost() {
+                    tracing::error!("this device serves no more; other devices go on");
+                    stop.store(true, Ordering::Release);
+                }
             }
         }
         // What was sampled is looked at while the next step runs.

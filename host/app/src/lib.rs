@@ -12,8 +12,10 @@ mod client;
 mod clock;
 mod config;
 mod deploy;
+mod devices;
 mod driver;
 mod explain;
+mod gpu_check;
 mod models;
 mod observer;
 mod oci;
@@ -44,6 +46,7 @@ pub fn main() -> ExitCode {
         Some(Command::Alias(command)) => client::alias(command, &mut std::io::stdout()),
         Some(Command::Plugin(command)) => plugin::run(command, &mut std::io::stdout()),
         Some(Command::Apply(args)) => apply::run(&args, &mut std::io::stdout()),
+        Some(Command::GpuCheck(args)) => gpu_check::run(&args, &mut std::io::stdout()),
         Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
     };
     match outcome {

@@ -1,45 +1,59 @@
-//! Models on disk or in the binary become variants with replicas on the CPU device.
+//! Models on disk or in the binary become variants with a replica on every device that serves.
 //!
 //! A model folder is a Hugging Face folder. The embedded demo is served as the variants `demo:f16` and `demo:q8_0` under the
-//! alias `demo`, the second quantised at load from the first; every other model is served as it is stored, as one variant.
+//! alias `demo`, the second quantised at load from the first, and on the CPU alone; every other model is served as it is
+//! stored, as one variant.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use anyhow::{Context, bail};
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, KvPlan, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::cuda::{self, CodeOptions, CudaEngine, CudaOptions, Device, Element, FoundGpu, Gpu, KvWish};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::config::Config as SchedConfig;
+use pointsman_sched::execute::Executor;
 use pointsman_sched::ids::{Micros, ReplicaId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::route::NO_LABEL;
+use pointsman_server::admin::wire;
 use pointsman_server::ports::{Replica, Variant};
 use pointsman_server::text::{TextFiles, TextModel};
 use pointsman_telemetry::{NameKind, Names};
 use serde_json::Value;
 
 use crate::config::{Config, Label, ReplicaSection};
+use crate::devices::Place;
 
 /// One replica with its engine, before its driver takes it.
-#[derive(Debug)]
 pub(crate) struct LoadedReplica {
     /// What the server sees.
     pub replica: Arc<Replica>,
     /// Its variant, as in `demo:f16`.
     pub variant: Arc<str>,
     /// Computes for it.
-    pub engine: CpuEngine,
+    pub executor: Box<dyn Executor>,
+    /// What it took of its device. Weights that several replicas share are counted with the first of them.
+    pub memory: wire::DeviceMemory,
+    /// Tokens that the model knows.
+    pub vocabulary: u32,
     /// Bounds of its scheduler.
     pub sched: SchedConfig,
 }
 
-/// Everything that was loaded for the CPU device.
+/// Everything that was loaded.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
     /// For the catalog.
     pub variants: Vec<Arc<Variant>>,
-    /// For the driver.
+    /// For the drivers.
     pub replicas: Vec<LoadedReplica>,
+}
+
+impl std::fmt::Debug for LoadedReplica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadedReplica").field("replica", &self.replica.name).finish_non_exhaustive()
+    }
 }
 
 /// The files of a model, wherever they come from.
@@ -51,19 +65,46 @@ struct ModelFiles<'a> {
     precisions: &'a [Precision],
 }
 
-/// Loads models one after the other onto the CPU.
+/// Where and when models are loaded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LoadTerms<'a> {
+    /// The devices.
+    pub places: &'a [Place],
+    /// Where code for a GPU comes from.
+    pub code: &'a CodeOptions,
+    /// What `GET /v1/models` reports, in Unix seconds.
+    pub created: u64,
+    /// The same moment on the host's clock.
+    pub started: Micros,
+}
+
+/// Loads models one after the other.
 #[derive(Debug)]
 pub(crate) struct Loader<'a> {
     config: &'a Config,
     names: &'a Names,
+    terms: LoadTerms<'a>,
     pool: ComputePool,
-    created: u64,
-    started: Micros,
+    /// Engines that each GPU has yet to hold: they share what it has free.
+    to_come: u32,
     loaded: Loaded,
 }
 
-/// Index of the CPU in columns and events.
-const CPU: u64 = 0;
+/// What a variant is made from.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    id: &'a Arc<str>,
+    spec: &'a ModelSpec,
+    weights: &'a Weights,
+    precision: Precision,
+}
+
+/// An engine and what it came to.
+struct Made {
+    executor: Box<dyn Executor>,
+    memory: wire::DeviceMemory,
+    n_blocks: usize,
+}
 
 macro_rules! demo_file {
     ($path:literal) => {
@@ -74,20 +115,18 @@ macro_rules! demo_file {
 // === impl Loader ===
 
 impl<'a> Loader<'a> {
-    /// Starts the compute pool. `created` is what `GET /v1/models` reports, in Unix seconds; `started` the same moment on the
-    /// host's clock.
+    /// Starts the compute pool.
     ///
     /// # Errors
     /// The pool's threads cannot be started.
-    pub(crate) fn start(
-        config: &'a Config,
-        names: &'a Names,
-        (created, started): (u64, Micros),
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn start(config: &'a Config, names: &'a Names, terms: LoadTerms<'a>) -> anyhow::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
         let pool = ComputePool::start(threads)?;
-        Ok(Self { config, names, pool, created, started, loaded: Loaded::default() })
+        // The demo is two models that a GPU can serve.
+        let models = config.models.len() + if config.engine.demo { 2 } else { 0 };
+        let to_come = u32::try_from(models).unwrap_or(u32::MAX);
+        Ok(Self { config, names, terms, pool, to_come, loaded: Loaded::default() })
     }
 
     /// Loads the demo (if configured) and every configured model.
@@ -170,29 +209,75 @@ impl<'a> Loader<'a> {
             );
         }
         for &precision in files.precisions {
-            let model = Arc::new(Model::load(spec.clone(), &files.weights, precision)?);
             let suffix = match precision {
                 Precision::F16 => "f16",
                 Precision::Q8_0 => "q8_0",
             };
             let id: Arc<str> = format!("{}:{suffix}", files.name).into();
-            self.add_variant(files.name, id, model, &text)?;
+            let source = Source { id: &id, spec: &spec, weights: &files.weights, precision };
+            self.add_variant(files.name, source, &text)?;
+        }
+        self.to_come = self.to_come.saturating_sub(1);
+        Ok(())
+    }
+
+    /// A variant with one replica on every device that can serve it.
+    fn add_variant(&mut self, alias: &str, source: Source<'_>, text: &Arc<TextModel>) -> anyhow::Result<()> {
+        let section = &self.config.sched;
+        let config = EngineConfig {
+            n_blocks: 0,
+            block_tokens: section.block_tokens as usize,
+            max_step_tokens: section.max_batch_tokens as usize,
+            max_rows: section.max_running as usize,
+            context_tokens: source.spec.context,
+        };
+        let context_tokens = u32::try_from(source.spec.context).context("the model's context is too long")?;
+        let mut replicas = Vec::new();
+        for place in self.terms.places {
+            let made = match place {
+                Place::Cpu(_) => self.on_cpu(source, config)?,
+                Place::Cuda(_) if source.precision == Precision::Q8_0 => {
+                    tracing::info!("{} is not served on {}: its weights have 8 bits", source.id, place.name());
+                    continue;
+                }
+                Place::Cuda(found) => self.on_gpu(source, config, found)?,
+            };
+            let sched = SchedConfig {
+                block_tokens: section.block_tokens,
+                n_blocks: u32::try_from(made.n_blocks).context("the KV pool is too large; lower engine.kv_mib")?,
+                max_running: section.max_running,
+                step_tokens: section.max_batch_tokens,
+                max_waiting: section.max_waiting,
+                prefill_chunk: section.prefill_chunk_tokens,
+                starvation_us: section.starvation_ms * 1_000,
+                context_tokens,
+            };
+            let replica = Arc::new(self.replica(source.id, place, &sched));
+            if self.loaded.replicas.iter().any(|loaded| loaded.replica.id == replica.id) {
+                bail!("there are too many replicas: {} cannot have a number of its own", replica.name);
+            }
+            replicas.push(Arc::clone(&replica));
+            let vocabulary = u32::try_from(source.spec.vocab).unwrap_or(u32::MAX);
+            let (variant, Made { executor, memory, .. }) = (Arc::clone(source.id), made);
+            self.loaded.replicas.push(LoadedReplica { replica, variant, executor, memory, vocabulary, sched });
+        }
+        if !replicas.is_empty() {
+            self.loaded.variants.push(Arc::new(Variant {
+                id: Arc::clone(source.id),
+                alias: alias.into(),
+                text: Arc::clone(text),
+                context_tokens,
+                block_tokens: section.block_tokens,
+                created: self.terms.created,
+                replicas,
+            }));
         }
         Ok(())
     }
 
-    /// A variant with one replica on the CPU.
-    fn add_variant(
-        &mut self,
-        alias: &str,
-        id: Arc<str>,
-        model: Arc<Model>,
-        text: &Arc<TextModel>,
-    ) -> anyhow::Result<()> {
-        let section = &self.config.sched;
-        let context_tokens = model.spec().context;
+    fn on_cpu(&self, source: Source<'_>, config: EngineConfig) -> anyhow::Result<Made> {
         let kv_bytes = (self.config.engine.kv_mib as usize) << 20;
-        let kv = KvPlan::for_memory(model.spec(), section.block_tokens as usize, kv_bytes);
+        let kv = KvPlan::for_memory(source.spec, config.block_tokens, kv_bytes);
         if kv.n_blocks == 0 {
             bail!(
                 "engine.kv_mib = {} does not hold one block of this model ({} bytes)",
@@ -200,43 +285,61 @@ impl<'a> Loader<'a> {
                 kv.block_bytes
             );
         }
-        let sched = SchedConfig {
-            block_tokens: section.block_tokens,
-            n_blocks: u32::try_from(kv.n_blocks).context("engine.kv_mib is too large")?,
-            max_running: section.max_running,
-            step_tokens: section.max_batch_tokens,
-            max_waiting: section.max_waiting,
-            prefill_chunk: section.prefill_chunk_tokens,
-            starvation_us: section.starvation_ms * 1_000,
-            context_tokens: u32::try_from(context_tokens).context("the model's context is too long")?,
+        let model = Arc::new(Model::load(source.spec.clone(), source.weights, source.precision)?);
+        let engine = CpuEngine::new(model, self.pool.clone(), EngineConfig { n_blocks: kv.n_blocks, ..config })?;
+        let used = engine.memory();
+        let memory = wire::DeviceMemory {
+            weights: used.weights as u64,
+            kv: used.kv as u64,
+            workspace: used.workspace as u64,
+            ..wire::DeviceMemory::default()
         };
-        let engine = CpuConfig {
-            n_blocks: kv.n_blocks,
-            block_tokens: kv.block_tokens,
-            max_step_tokens: section.max_batch_tokens as usize,
-            max_rows: section.max_running as usize,
-            context_tokens,
-        };
-        let engine = CpuEngine::new(model, self.pool.clone(), engine)?;
-        let replica = Arc::new(self.replica(&id, &sched));
-        if self.loaded.replicas.iter().any(|loaded| loaded.replica.id == replica.id) {
-            bail!("there are too many replicas: {} cannot have a number of its own", replica.name);
-        }
-        self.loaded.variants.push(Arc::new(Variant {
-            id: Arc::clone(&id),
-            alias: alias.into(),
-            text: Arc::clone(text),
-            context_tokens: sched.context_tokens,
-            block_tokens: sched.block_tokens,
-            created: self.created,
-            replicas: vec![Arc::clone(&replica)],
-        }));
-        self.loaded.replicas.push(LoadedReplica { replica, variant: id, engine, sched });
-        Ok(())
+        Ok(Made { executor: Box::new(engine), memory, n_blocks: kv.n_blocks })
     }
 
-    fn replica(&self, variant: &Arc<str>, sched: &SchedConfig) -> Replica {
-        let name: Arc<str> = format!("{variant}@cpu").into();
+    /// Says how the memory will be divided, or what would fit, before anything is allocated.
+    fn on_gpu(&self, source: Source<'_>, config: EngineConfig, found: &FoundGpu) -> anyhow::Result<Made> {
+        // 16 bits as they are; 32 bits where they fit, else half of them.
+        let elements = match source.weights.stored() {
+            Some(Element::F16) => &[Element::F16][..],
+            Some(Element::Bf16) => &[Element::Bf16],
+            Some(Element::F32) | None => &[Element::F32, Element::Bf16],
+        };
+        let wish = match self.config.engine.gpu_kv_mib {
+            0 => KvWish::Share(self.to_come),
+            mib => KvWish::Bytes(u64::from(mib) << 20),
+        };
+        let name = format!("{}@cuda:{}", source.id, found.ordinal);
+        let mut gpu = Gpu::open(found.clone(), self.terms.code.clone(), false).with_context(|| name.clone())?;
+        let room = (gpu.memory()?, found.info.n_sms);
+        let plan = cuda::plan_memory(source.spec, elements, config, room, wish).with_context(|| name.clone())?;
+        tracing::info!("{name}: {plan}");
+        let config = EngineConfig { n_blocks: plan.n_blocks as usize, ..config };
+        let options = CudaOptions { element: plan.footprint.element, graphs: true };
+        let (all, mut told) = (plan.bytes.weights.max(1), 0);
+        let mut progress = |done: u64| {
+            if done * 4 / all > told {
+                told = done * 4 / all;
+                tracing::info!("{name}: {} of {} loaded", cuda::Bytes(done), cuda::Bytes(all));
+            }
+        };
+        let model = (source.spec.clone(), cuda::Source::Files(source.weights));
+        let mut engine =
+            CudaEngine::load(Box::new(gpu), model, config, options, &mut progress).with_context(|| name.clone())?;
+        engine.device().notes().iter().for_each(|note| tracing::warn!("{name}: {note}"));
+        let used = engine.memory();
+        let memory = wire::DeviceMemory {
+            weights: used.weights,
+            kv: used.kv,
+            workspace: used.workspace,
+            graphs: Some(used.graphs),
+            ..wire::DeviceMemory::default()
+        };
+        Ok(Made { executor: Box::new(engine), memory, n_blocks: config.n_blocks })
+    }
+
+    fn replica(&self, variant: &Arc<str>, place: &Place, sched: &SchedConfig) -> Replica {
+        let name: Arc<str> = format!("{variant}@{}", place.name()).into();
         let section = self.config.replicas.get(&*name);
         let label = |label: String| {
             let value = section.and_then(|s| s.labels.get(&label));
@@ -247,12 +350,12 @@ impl<'a> Loader<'a> {
             id: ReplicaId(self.names.intern(NameKind::Replica, &name)),
             key: stable_key(&name),
             name,
-            device: CPU,
+            device: place.index().into(),
             variant: self.names.intern(NameKind::Variant, variant).into(),
             weight: AtomicU32::new(section.map_or(ReplicaSection::default().weight, |s| s.weight)),
             health: AtomicU8::new(0),
             max_waiting: sched.max_waiting,
-            started: self.started,
+            started: self.terms.started,
             labels: self.config.label_names().into_iter().map(label).collect(),
             gauges: Arc::<ReplicaGauges>::default(),
             sketch: Arc::new(PrefixSketch::new(sched.n_blocks)),

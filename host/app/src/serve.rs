@@ -1,9 +1,10 @@
 //! `pointsman serve`: wires the crates together, says what is served, and takes it all down again.
 //!
 //! Order matters twice. Up: the data directory's lock first, then ports (a taken port must not cost a model load), then
-//! models and policies side by side, then the driver, then HTTP. Down: HTTP stops admitting and lets requests finish, then
-//! the driver ends what is left, then the observer sees the last events.
+//! models and policies side by side, then a driver per device, then HTTP. Down: HTTP stops admitting and lets requests finish,
+//! then the drivers end what is left, then the observer sees the last events.
 
+use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,13 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use pointsman_engine::cuda::GpuMonitor;
 use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig, SampledReplica};
 use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
-use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, SubmitError};
+use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, Replica, SubmitError, Variant};
 use pointsman_server::record::Taps;
 use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
@@ -28,8 +30,9 @@ use crate::cli::ServeArgs;
 use crate::clock::SystemClock;
 use crate::config::{Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
+use crate::devices::{self, Place};
 use crate::driver::{DriverContext, DriverHandle, DriverReplica};
-use crate::models::{Loaded, LoadedReplica, Loader};
+use crate::models::{LoadTerms, Loaded, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
@@ -54,19 +57,23 @@ struct Shared {
     taps: Taps,
 }
 
-/// The device drivers as the server sees them: one driver today.
+/// The device drivers as the server sees them.
 #[derive(Debug)]
 struct Engine {
     catalog: Arc<Catalog>,
-    cpu: DriverHandle,
-    device: CpuDevice,
+    devices: Vec<ServingDevice>,
+    /// Place in `devices` of each replica.
+    device_of: HashMap<ReplicaId, usize>,
 }
 
-/// What does not change about the CPU device.
-#[derive(Clone, Debug)]
-struct CpuDevice {
-    description: String,
+/// A device and its driver.
+#[derive(Debug)]
+struct ServingDevice {
+    place: Place,
+    driver: DriverHandle,
     memory: wire::DeviceMemory,
+    /// Of a GPU, where the driver brings one.
+    monitor: Option<GpuMonitor>,
 }
 
 /// Runs a host until a signal ends it.
@@ -89,8 +96,9 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         taps: Taps::default(),
     };
     let deploy = deployments(&config, &store, &shared)?;
-    let loaded = load_beside(&config, &shared, &deploy)?;
-    let engine = Arc::new(start_engine(&config, &shared, &deploy, loaded)?);
+    let places = devices::find(&config.engine)?;
+    let loaded = load_beside(&config, &shared, &deploy, &places)?;
+    let engine = Arc::new(start_engine(&config, &shared, &deploy, (places, loaded))?);
     let aliases = Aliases::start(AliasParts {
         deploy: Arc::clone(&deploy),
         store: Arc::clone(&store),
@@ -125,7 +133,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let served = runtime.block_on(serve_until_signalled(listeners, state));
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
-    engine.cpu.stop();
+    engine.devices.iter().for_each(|device| device.driver.stop());
     observer.stop();
     tracing::info!("stopped");
     served
@@ -147,6 +155,10 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
         config.data_dir.clone_from(folder);
     }
     config.safe_mode |= args.safe_mode;
+    if !args.device.is_empty() {
+        config.engine.devices.clone_from(&args.device);
+    }
+    config.engine.cuda_lib_dirs.extend(args.cuda_lib_dir.iter().cloned());
     for model in &args.model {
         let (name, path) = match model.split_once('=') {
             Some((name, path)) => (name.to_owned(), PathBuf::from(path)),
@@ -275,12 +287,13 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::
 }
 
 /// Loads the models while the policies of the stored deployment are brought back.
-fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>) -> anyhow::Result<Loaded> {
+fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>, places: &[Place]) -> anyhow::Result<Loaded> {
+    let code = &devices::code_options(&config.engine, &data_dir(config)?)?;
     let created = shared.clock.unix_millis() / 1_000;
     std::thread::scope(|scope| {
         let policies = scope.spawn(|| deploy.start(config));
-        let since = (created, shared.clock.micros());
-        let loaded = Loader::start(config, &shared.names, since).and_then(Loader::load_all);
+        let terms = LoadTerms { places, code, created, started: shared.clock.micros() };
+        let loaded = Loader::start(config, &shared.names, terms).and_then(Loader::load_all);
         if policies.join().is_err() {
             bail!("bringing the policies back ended in a panic; --safe-mode serves without them");
         }
@@ -288,47 +301,12 @@ fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>) -> anyhow
     })
 }
 
-fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loaded) -> anyhow::Result<Engine> {
-    let mut memory = wire::DeviceMemory::default();
-    let mut weights_counted = Vec::new();
-    let mut replicas = Vec::new();
-    for LoadedReplica { replica, variant, engine, sched } in loaded.replicas {
-        let used = engine.memory();
-        if !weights_counted.contains(&variant) {
-            memory.weights += used.weights as u64;
-            weights_counted.push(Arc::clone(&variant));
-        }
-        memory.kv += used.kv as u64;
-        memory.workspace += used.workspace as u64;
-        let sampled = SampledReplica {
-            name: Arc::clone(&replica.name),
-            variant: Arc::clone(&variant),
-            vocabulary: u32::try_from(engine.model().spec().vocab).unwrap_or(u32::MAX),
-        };
-        let sampler = TappedSampler::new(deploy.sampler.attach(sampled.clone())?, &shared.taps.sampler, sampled);
-        let retention = deploy.retention.attach(&replica.name);
-        replicas.push(DriverReplica {
-            id: replica.id,
-            scheduler: Scheduler::new(
-                sched,
-                shared.clock.random(),
-                Arc::clone(&replica.gauges),
-                Arc::clone(&replica.sketch),
-            )?,
-            executor: Box::new(engine),
-            policy: Box::new(Tapped::new(
-                deploy.scheduler.attach(&replica.name),
-                &shared.taps.scheduler,
-                &replica.name,
-            )),
-            retention: Box::new(TappedRetention::new(retention, &shared.taps.retention, &replica.name, &shared.names)),
-            sampler: Desk::new(Box::new(sampler)),
-            gauges: Arc::clone(&replica.gauges),
-            metrics: shared.metrics.replica(&variant, "cpu", sched.block_tokens, sched.n_blocks),
-            variant: u32::try_from(replica.variant).unwrap_or(0),
-            pace: Pace::new(sched.step_tokens),
-        });
-    }
+fn start_engine(
+    config: &Config,
+    shared: &Shared,
+    deploy: &Deploy,
+    (places, loaded): (Vec<Place>, Loaded),
+) -> anyhow::Result<Engine> {
     let context = DriverContext {
         clock: Arc::clone(&shared.clock),
         recorder: shared.recorder.clone(),
@@ -338,10 +316,61 @@ fn start_engine(config: &Config, shared: &Shared, deploy: &Deploy, loaded: Loade
     let in_flight = config.server.max_in_flight as usize;
     let per_request = ServerConfig::default();
     let engine_requests = in_flight * (per_request.max_prompts * per_request.max_choices) as usize;
-    let cpu = DriverHandle::start("cpu", replicas, (in_flight, engine_requests.min(MAX_CANCELS)), context)?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let device = CpuDevice { description: format!("CPU, {cores} cores"), memory };
-    Ok(Engine { catalog: Arc::new(Catalog { variants: loaded.variants }), cpu, device })
+    let bounds = (in_flight, engine_requests.min(MAX_CANCELS));
+    let mut left = loaded.replicas;
+    let mut device_of = HashMap::new();
+    let mut devices = Vec::new();
+    for place in places {
+        let here = |loaded: &LoadedReplica| loaded.replica.device == u64::from(place.index());
+        let (own, others): (Vec<_>, Vec<_>) = left.into_iter().partition(here);
+        left = others;
+        let mut memory = wire::DeviceMemory::default();
+        let mut replicas = Vec::new();
+        for loaded in own {
+            add_memory(&mut memory, &loaded.memory);
+            device_of.insert(loaded.replica.id, devices.len());
+            replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
+        }
+        let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
+        let monitor = match &place {
+            Place::Cpu(_) => None,
+            Place::Cuda(found) => GpuMonitor::open(&found.bus_id),
+        };
+        devices.push(ServingDevice { place, driver, memory, monitor });
+    }
+    Ok(Engine { catalog: Arc::new(Catalog { variants: loaded.variants }), devices, device_of })
+}
+
+fn driver_replica(
+    shared: &Shared,
+    deploy: &Deploy,
+    loaded: LoadedReplica,
+    device: &str,
+) -> anyhow::Result<DriverReplica> {
+    let LoadedReplica { replica, variant, executor, vocabulary, sched, .. } = loaded;
+    let sampled = SampledReplica { name: Arc::clone(&replica.name), variant: Arc::clone(&variant), vocabulary };
+    let sampler = TappedSampler::new(deploy.sampler.attach(sampled.clone())?, &shared.taps.sampler, sampled);
+    let retention = deploy.retention.attach(&replica.name);
+    let (gauges, sketch) = (Arc::clone(&replica.gauges), Arc::clone(&replica.sketch));
+    Ok(DriverReplica {
+        id: replica.id,
+        scheduler: Scheduler::new(sched, shared.clock.random(), gauges, sketch)?,
+        executor,
+        policy: Box::new(Tapped::new(deploy.scheduler.attach(&replica.name), &shared.taps.scheduler, &replica.name)),
+        retention: Box::new(TappedRetention::new(retention, &shared.taps.retention, &replica.name, &shared.names)),
+        sampler: Desk::new(Box::new(sampler)),
+        gauges: Arc::clone(&replica.gauges),
+        metrics: shared.metrics.replica(&variant, device, sched.block_tokens, sched.n_blocks),
+        variant: u32::try_from(replica.variant).unwrap_or(0),
+        pace: Pace::new(sched.step_tokens),
+    })
+}
+
+fn add_memory(sum: &mut wire::DeviceMemory, part: &wire::DeviceMemory) {
+    sum.weights += part.weights;
+    sum.kv += part.kv;
+    sum.workspace += part.workspace;
+    sum.graphs = sum.graphs.or(part.graphs.map(|_| 0)).map(|graphs| graphs + part.graphs.unwrap_or(0));
 }
 
 impl EnginePort for Engine {
@@ -349,45 +378,63 @@ impl EnginePort for Engine {
         Arc::clone(&self.catalog)
     }
 
+    /// While one device serves: requests for the others are offered to it.
     fn is_alive(&self) -> bool {
-        self.cpu.is_alive()
+        self.devices.iter().any(|device| device.driver.is_alive())
     }
 
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
-        self.cpu.submit(replica, request)
+        match self.device_of.get(&replica) {
+            Some(&device) => self.devices[device].driver.submit(replica, request),
+            None => Err((Box::new(request), SubmitError::Stopped)),
+        }
     }
 
     fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
-        self.cpu.cancel(replica, id, cause);
+        if let Some(&device) = self.device_of.get(&replica) {
+            self.devices[device].driver.cancel(replica, id, cause);
+        }
     }
 }
 
 impl ModelAdmin for Engine {
     fn devices(&self) -> Vec<wire::Device> {
-        let replicas = self.catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
+        self.devices.iter().map(|device| device.report(&self.catalog)).collect()
+    }
+}
+
+impl ServingDevice {
+    fn report(&self, catalog: &Catalog) -> wire::Device {
+        let here = u64::from(self.place.index());
+        let replicas = catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
+        let replicas = replicas.filter(|(_, replica)| replica.device == here);
         let load = |gauge: &std::sync::atomic::AtomicU32| gauge.load(std::sync::atomic::Ordering::Relaxed);
-        let replica =
-            |(variant, replica): (&Arc<pointsman_server::ports::Variant>, &Arc<pointsman_server::ports::Replica>)| {
-                wire::DeviceReplica {
-                    name: replica.name.to_string(),
-                    variant: variant.id.to_string(),
-                    kv_blocks: load(&replica.gauges.total_blocks),
-                    kv_free_blocks: load(&replica.gauges.free_blocks),
-                    block_tokens: variant.block_tokens,
-                    running: load(&replica.gauges.running),
-                    running_limit: load(&replica.gauges.running_limit),
-                    waiting: load(&replica.gauges.waiting),
-                }
-            };
-        vec![wire::Device {
-            index: 0,
-            name: "cpu".into(),
-            description: self.device.description.clone(),
-            state: if self.cpu.is_alive() { "up" } else { "down" }.into(),
-            memory: self.device.memory,
+        let replica = |(variant, replica): (&Arc<Variant>, &Arc<Replica>)| wire::DeviceReplica {
+            name: replica.name.to_string(),
+            variant: variant.id.to_string(),
+            kv_blocks: load(&replica.gauges.total_blocks),
+            kv_free_blocks: load(&replica.gauges.free_blocks),
+            block_tokens: variant.block_tokens,
+            running: load(&replica.gauges.running),
+            running_limit: load(&replica.gauges.running_limit),
+            waiting: load(&replica.gauges.waiting),
+        };
+        let seen = self.monitor.as_ref().map(GpuMonitor::look).unwrap_or_default();
+        let total = match &self.place {
+            Place::Cpu(_) => None,
+            Place::Cuda(found) => Some(found.total_bytes),
+        };
+        wire::Device {
+            index: self.place.index(),
+            name: self.place.name(),
+            description: self.place.description(),
+            state: if self.driver.is_alive() { "up" } else { "down" }.into(),
+            memory: wire::DeviceMemory { free: seen.free_bytes, total, ..self.memory },
             replicas: replicas.map(replica).collect(),
-            utilization: None,
-        }]
+            utilization: seen.utilization,
+            temperature: seen.temperature,
+            power_watts: seen.power_watts,
+        }
     }
 }
 

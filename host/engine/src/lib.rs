@@ -10,8 +10,7 @@ mod load;
 mod sampling;
 mod spec;
 
-pub use backend::cpu::{
-    ComputePool, ConfigError, CpuConfig, CpuEngine, KvPlan, MemoryUse, Model, PoolError, Precision,
-};
+pub use backend::cpu::{ComputePool, CpuEngine, KvPlan, MemoryUse, Model, PoolError, Precision};
+pub use backend::{ConfigError, EngineConfig, cuda};
 pub use load::{LoadError, Weights};
 pub use spec::{Activation, Experts, ModelSpec, Naming, Rope, RopeScaling, SpecError, Window};

@@ -13,6 +13,8 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+use crate::backend::cuda;
+
 /// Tensors by name, in one file or several.
 #[derive(Debug)]
 pub struct Weights {
@@ -192,6 +194,19 @@ impl Weights {
         match (0..elements.len()).find(|&i| !elements.f32(i).is_finite()) {
             Some(element) => Err(LoadError::NotFinite { name: name.to_owned(), element }),
             None => Ok(elements),
+        }
+    }
+}
+
+impl Weights {
+    /// The type in which a model of this kind is stored: that of its embedding. `None` where there is none that is supported.
+    #[must_use]
+    pub fn stored(&self) -> Option<cuda::Element> {
+        match self.tensors.get("model.embed_tokens.weight")?.dtype {
+            Dtype::F32 => Some(cuda::Element::F32),
+            Dtype::F16 => Some(cuda::Element::F16),
+            Dtype::BF16 => Some(cuda::Element::Bf16),
+            _ => None,
         }
     }
 }

@@ -86,6 +86,11 @@ pub trait Executor: Send {
         edits: &mut dyn EditSource,
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError>;
+
+    /// Whether the device is gone for this process, so that no step will ever succeed again.
+    fn is_lost(&self) -> bool {
+        false
+    }
 }
 
 /// A fault of the engine or its device.

@@ -471,6 +471,8 @@ impl ModelAdmin for FakeAdmin {
             memory: wire::DeviceMemory::default(),
             replicas: Vec::new(),
             utilization: None,
+            temperature: None,
+            power_watts: None,
         }]
     }
 }

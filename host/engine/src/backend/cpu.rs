@@ -19,7 +19,7 @@ mod quant;
 mod rows;
 pub(crate) mod softmax;
 
-pub use engine::{ConfigError, CpuConfig, CpuEngine, MemoryUse};
+pub use engine::{CpuEngine, MemoryUse};
 pub use isa::Isa;
 pub(crate) use isa::{LANES, Lanes};
 pub use kv::KvPlan;

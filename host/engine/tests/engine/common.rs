@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Rope, Weights};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Rope, Weights};
 use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
@@ -119,9 +119,9 @@ pub(crate) fn model(spec: &ModelSpec, dtype: Dtype, precision: Precision, seed: 
     Arc::new(Model::load(spec.clone(), &weights, precision).unwrap())
 }
 
-pub(crate) fn config(model: &Model) -> CpuConfig {
+pub(crate) fn config(model: &Model) -> EngineConfig {
     let context_tokens = model.spec().context.min(256);
-    CpuConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 40, context_tokens }
+    EngineConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 40, context_tokens }
 }
 
 pub(crate) fn engine(model: &Arc<Model>, pool: &ComputePool) -> CpuEngine {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::request::Sampling;
 
 use crate::common::{Sequence, Step, blocks, generate};
@@ -34,7 +34,8 @@ fn open(folder: &Path) -> (Golden, CpuEngine) {
     let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
     let spec = ModelSpec::from_config(&read("config.json")).unwrap();
     let model = Model::load(spec, &Weights::open(folder).unwrap(), Precision::F16).unwrap();
-    let config = CpuConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 8, context_tokens: 256 };
+    let config =
+        EngineConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 8, context_tokens: 256 };
     let engine = CpuEngine::new(Arc::new(model), ComputePool::start(2).unwrap(), config).unwrap();
     (serde_json::from_slice(&read("golden.json")).unwrap(), engine)
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 
 use crate::common::generate;
 
@@ -26,7 +26,8 @@ fn demo() -> PathBuf {
 fn load(folder: &Path, precision: Precision) -> CpuEngine {
     let spec = ModelSpec::from_config(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
     let model = Model::load(spec, &Weights::open(folder).unwrap(), precision).unwrap();
-    let config = CpuConfig { n_blocks: 16, block_tokens: 16, max_step_tokens: 128, max_rows: 4, context_tokens: 256 };
+    let config =
+        EngineConfig { n_blocks: 16, block_tokens: 16, max_step_tokens: 128, max_rows: 4, context_tokens: 256 };
     CpuEngine::new(Arc::new(model), ComputePool::start(2).unwrap(), config).unwrap()
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pointsman_engine::{ComputePool, CpuConfig, CpuEngine, KvPlan, Precision};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, KvPlan, Precision};
 use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 use pointsman_sched::ids::BlockId;
 use pointsman_sched::request::Sampling;
@@ -58,9 +58,9 @@ fn impossible_sizes_are_refused() {
     let model = model(&spec(), Dtype::F16, Precision::F16, 1);
     let good = config(&model);
     for (config, expect) in [
-        (CpuConfig { block_tokens: 24, ..good }, "block_tokens is 24; it must be a multiple of 16"),
-        (CpuConfig { n_blocks: 0, ..good }, "n_blocks is 0; it must be at least 1"),
-        (CpuConfig { context_tokens: 257, ..good }, "context_tokens is 257, the model was made for 256"),
+        (EngineConfig { block_tokens: 24, ..good }, "block_tokens is 24; it must be a multiple of 16"),
+        (EngineConfig { n_blocks: 0, ..good }, "n_blocks is 0; it must be at least 1"),
+        (EngineConfig { context_tokens: 257, ..good }, "context_tokens is 257, the model was made for 256"),
     ] {
         let error = CpuEngine::new(Arc::clone(&model), ComputePool::start(1).unwrap(), config).unwrap_err().to_string();
         assert!(error.contains(expect), "{error}");

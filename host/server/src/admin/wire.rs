@@ -405,6 +405,12 @@ pub struct Device {
     /// Share of the last second in which it computed, 0 to 1; absent where the backend cannot tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub utilization: Option<f64>,
+    /// Degrees Celsius; absent where nobody measures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<u32>,
+    /// What it draws now; absent where nobody measures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub power_watts: Option<f64>,
 }
 
 /// Memory of a device by owner, in bytes.
@@ -416,6 +422,12 @@ pub struct DeviceMemory {
     pub kv: u64,
     /// Activations and scratch.
     pub workspace: u64,
+    /// Captured graphs; absent for the CPU, which has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub graphs: Option<u64>,
+    /// What nobody holds, this host or another process; absent where the driver's monitor does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free: Option<u64>,
     /// All that the device has; absent for the CPU where the host shares it with others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total: Option<u64>,

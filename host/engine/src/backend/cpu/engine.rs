@@ -20,42 +20,9 @@ use super::norm::{Norm, RopeTables, norm_heads, rms_norm, rms_norm_add};
 use super::pool::{ComputePool, Units};
 use super::quant::QuantRow;
 use super::rows;
+use crate::backend::config::{ConfigError, EngineConfig};
 use crate::sampling::Sampler;
 use crate::spec::Activation;
-
-/// Sizes of an engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CpuConfig {
-    /// Blocks of the KV pool.
-    pub n_blocks: usize,
-    /// Positions in a block; a multiple of 16.
-    pub block_tokens: usize,
-    /// Tokens that one step may compute.
-    pub max_step_tokens: usize,
-    /// Rows that one step may have.
-    pub max_rows: usize,
-    /// Positions that a sequence may have; at most the model's context.
-    pub context_tokens: usize,
-}
-
-/// A size that an engine cannot have. The configuration is at fault.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// A size is zero.
-    #[error("{0} is 0; it must be at least 1")]
-    Zero(&'static str),
-    /// Blocks that the kernels cannot address.
-    #[error("block_tokens is {0}; it must be a multiple of 16")]
-    BlockTokens(usize),
-    /// More positions than the model was trained for.
-    #[error("context_tokens is {asked}, the model was made for {context}; ask for at most that")]
-    Context {
-        /// What the configuration asks for.
-        asked: usize,
-        /// What the model has.
-        context: usize,
-    },
-}
 
 /// Memory by owner, in bytes. Weights are shared by all engines of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,7 +40,7 @@ pub struct MemoryUse {
 pub struct CpuEngine {
     model: Arc<Model>,
     pool: ComputePool,
-    config: CpuConfig,
+    config: EngineConfig,
     kv: KvPool,
     rope: RopeTables,
     /// For layers with a window, where theirs differs.
@@ -111,8 +78,8 @@ impl CpuEngine {
     ///
     /// # Errors
     /// A size of the configuration is impossible.
-    pub fn new(model: Arc<Model>, pool: ComputePool, config: CpuConfig) -> Result<Self, ConfigError> {
-        config.check(&model)?;
+    pub fn new(model: Arc<Model>, pool: ComputePool, config: EngineConfig) -> Result<Self, ConfigError> {
+        config.check(&model.spec)?;
         let spec = &model.spec;
         let plan = KvPlan::for_blocks(spec, config.block_tokens, config.n_blocks);
         let tables = |rope: &_| RopeTables::new(rope, spec.head_dim, config.context_tokens);
@@ -140,7 +107,7 @@ impl CpuEngine {
 
     /// The sizes it was made with.
     #[must_use]
-    pub fn config(&self) -> &CpuConfig {
+    pub fn config(&self) -> &EngineConfig {
         &self.config
     }
 
@@ -369,73 +336,12 @@ impl Executor for CpuEngine {
     }
 }
 
-// === impl CpuConfig ===
-
-impl CpuConfig {
-    fn check(&self, model: &Model) -> Result<(), ConfigError> {
-        let Self { n_blocks, block_tokens, max_step_tokens, max_rows, context_tokens } = *self;
-        let sizes = [
-            ("n_blocks", n_blocks),
-            ("block_tokens", block_tokens),
-            ("max_step_tokens", max_step_tokens),
-            ("max_rows", max_rows),
-            ("context_tokens", context_tokens),
-        ];
-        if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
-            return Err(ConfigError::Zero(name));
-        }
-        if !block_tokens.is_multiple_of(LANES) {
-            return Err(ConfigError::BlockTokens(block_tokens));
-        }
-        let context = model.spec.context;
-        if context_tokens > context {
-            return Err(ConfigError::Context { asked: context_tokens, context });
-        }
-        Ok(())
-    }
-
-    /// Checks every promise of the seam that the kernels rely on.
-    fn check_plan(&self, plan: &StepPlan, vocab: usize) -> Result<(), ExecuteError> {
-        let expect = |holds: bool, what| if holds { Ok(()) } else { Err(ExecuteError::Malformed { what }) };
-        expect(plan.rows.len() <= self.max_rows, "more rows than max_rows")?;
-        expect(plan.tokens.len() <= self.max_step_tokens, "more tokens than max_step_tokens")?;
-        expect(plan.tokens.iter().all(|&token| (token as usize) < vocab), "a token outside the vocabulary")?;
-        expect(plan.blocks.iter().all(|&block| (block.0 as usize) < self.n_blocks), "a block outside the pool")?;
-        let mut next_token = 0;
-        for row in &plan.rows {
-            let (tokens, blocks) = (&row.tokens, &row.blocks);
-            expect(
-                tokens.start == next_token && tokens.end > tokens.start,
-                "token ranges that leave gaps or are empty",
-            )?;
-            next_token = tokens.end;
-            expect(next_token as usize <= plan.tokens.len(), "a token range beyond the tokens")?;
-            expect(
-                blocks.start <= blocks.end && blocks.end as usize <= plan.blocks.len(),
-                "a block range beyond the blocks",
-            )?;
-            let end = row.position as usize + tokens.len();
-            expect(end <= self.context_tokens, "a position beyond the context")?;
-            expect(end <= blocks.len() * self.block_tokens, "a position without a block")?;
-            if let Some(sample) = &row.sample {
-                let history = &sample.history;
-                expect(
-                    history.start <= history.end && history.end as usize <= plan.history.len(),
-                    "a history range beyond the history",
-                )?;
-                expect(sample.history_prompt as usize <= history.len(), "more prompt than history")?;
-            }
-        }
-        expect(next_token as usize == plan.tokens.len(), "tokens that belong to no row")
-    }
-}
-
 // === impl Workspace ===
 
 impl Workspace {
-    fn allocate(model: &Model, config: &CpuConfig, isa: super::Isa) -> Self {
+    fn allocate(model: &Model, config: &EngineConfig, isa: super::Isa) -> Self {
         let spec = &model.spec;
-        let CpuConfig { max_step_tokens: tokens, max_rows, context_tokens, .. } = *config;
+        let EngineConfig { max_step_tokens: tokens, max_rows, context_tokens, .. } = *config;
         let zeros = |n: usize| Aligned::filled(0.0, n);
         let panels = |width: usize, rows: usize| zeros(width.next_multiple_of(PANEL) / LANES * stride(rows));
         let dense = spec.experts.iter().flat_map(|experts| experts.dense.iter().flatten()).copied();

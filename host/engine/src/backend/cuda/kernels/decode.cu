@@ -198,6 +198,8 @@ template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
         decode_attention<width, most_heads>(a);                                                                                   \
     }
 
+DECODE(decode_attention_d32_g4, 32, 4, 4)
+DECODE(decode_attention_d32_g8, 32, 8, 2)
 DECODE(decode_attention_d64_g4, 64, 4, 4)
 DECODE(decode_attention_d64_g8, 64, 8, 2)
 DECODE(decode_attention_d128_g4, 128, 4, 4)
@@ -225,5 +227,6 @@ template <u32 D> DEVICE void combine(const u32 *n, const float *part, const floa
         combine<width>(n, part, stat, out, heads, splits);                                                                        \
     }
 
+COMBINE(combine_d32, 32)
 COMBINE(combine_d64, 64)
 COMBINE(combine_d128, 128)

@@ -91,9 +91,12 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
 
 #else
 
-// A run of 32 positions in shared memory; the order of a row's 16-byte chunks is turned by its number, against bank conflicts.
+// A run of 32 positions in shared memory; the order of a row's 16-byte chunks, up to eight at a time, is turned by the number of
+// the row (of the pair of rows, where a row is half a line of banks), against bank conflicts.
 template <u32 D> DEVICE T *kv_chunk(T *run, u32 position, u32 column) {
-    return run + position * D + ((column & ~7u) | ((column ^ position) & 7)) * 8;
+    const u32 TURNED = D < 64 ? D / 8 : 8;
+    u32 turn = position / (8 / TURNED);
+    return run + position * D + ((column & ~(TURNED - 1)) | ((column ^ turn) & (TURNED - 1))) * 8;
 }
 
 // Starts to copy the keys and values of positions `base .. base + 32`; those at `end` or later become zeros.
@@ -260,5 +263,6 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
         prefill_attention<width>(a);                                                                                              \
     }
 
+PREFILL(prefill_attention_d32, 32)
 PREFILL(prefill_attention_d64, 64)
 PREFILL(prefill_attention_d128, 128)

@@ -1,0 +1,220 @@
+//! Which devices serve: what was asked for, and what is there.
+//!
+//! `cpu` is always there. A GPU is looked for when the program runs, because one binary serves machines with and without one;
+//! what is missing is said in words, and only `auto` goes on without it.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use pointsman_engine::cuda::{self, CodeOptions, FoundGpu, NoGpu};
+
+use crate::config::EngineSection;
+
+/// A device as it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// Every GPU, or the CPU where there is none.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU by its number.
+    Cuda(u32),
+}
+
+/// A device that serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The CPU, with this many cores.
+    Cpu(usize),
+    /// A GPU.
+    Cuda(FoundGpu),
+}
+
+/// No such device.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is no device: use auto, cpu or cuda:N")]
+pub(crate) struct BadDevice(String);
+
+impl FromStr for Wanted {
+    type Err = BadDevice;
+
+    fn from_str(text: &str) -> Result<Self, BadDevice> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
+            _ => Err(BadDevice(text.to_owned())),
+        }
+    }
+}
+
+impl Place {
+    /// As in `cpu` or `cuda:0`.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Cpu(_) => "cpu".to_owned(),
+            Self::Cuda(found) => format!("cuda:{}", found.ordinal),
+        }
+    }
+
+    /// Number in columns and in the admin API: 0 for the CPU, N + 1 for `cuda:N`.
+    pub(crate) fn index(&self) -> u32 {
+        match self {
+            Self::Cpu(_) => 0,
+            Self::Cuda(found) => found.ordinal + 1,
+        }
+    }
+
+    /// For a person.
+    pub(crate) fn description(&self) -> String {
+        match self {
+            Self::Cpu(cores) => format!("CPU, {cores} cores"),
+            Self::Cuda(found) => {
+                let (major, minor) = found.info.capability;
+                let memory = cuda::Bytes(found.total_bytes);
+                format!("{}, {memory}, compute capability {major}.{minor}", found.info.name)
+            }
+        }
+    }
+}
+
+/// The devices to serve on, each once, in the order in which they are asked for.
+///
+/// # Errors
+/// A GPU was asked for by its number and is not there.
+pub(crate) fn find(engine: &EngineSection) -> anyhow::Result<Vec<Place>> {
+    places(engine, cuda::discover)
+}
+
+fn places(
+    engine: &EngineSection,
+    discover: impl FnOnce() -> Result<Vec<FoundGpu>, NoGpu>,
+) -> anyhow::Result<Vec<Place>> {
+    let wanted: Vec<Wanted> = engine.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
+    let cpu = || Place::Cpu(std::thread::available_parallelism().map_or(1, usize::from));
+    // A driver is loaded only where somebody asks for a GPU.
+    let gpus = if wanted.iter().any(|device| *device != Wanted::Cpu) { Some(discover()) } else { None };
+    let gpus = gpus.unwrap_or(Err(NoGpu::NoDevice));
+    let mut places = Vec::new();
+    for device in wanted {
+        match (device, &gpus) {
+            (Wanted::Cpu, _) => places.push(cpu()),
+            (Wanted::Auto, Ok(found)) => places.extend(found.iter().cloned().map(Place::Cuda)),
+            (Wanted::Auto, Err(why)) => {
+                tracing::info!("no GPU: {why}; serving on the CPU");
+                places.push(cpu());
+            }
+            (Wanted::Cuda(ordinal), Ok(found)) => {
+                let count = u32::try_from(found.len()).unwrap_or(u32::MAX);
+                let gpu = found.iter().find(|gpu| gpu.ordinal == ordinal).cloned();
+                places.push(Place::Cuda(gpu.ok_or(NoGpu::NoSuch { asked: ordinal, count })?));
+            }
+            (Wanted::Cuda(ordinal), Err(why)) => {
+                bail!(
+                    "--device cuda:{ordinal}: {why}. --device cpu serves without a GPU, --device auto on what there is"
+                );
+            }
+        }
+    }
+    let mut kept: Vec<Place> = Vec::new();
+    for place in places {
+        if kept.iter().all(|other| other.index() != place.index()) {
+            kept.push(place);
+        }
+    }
+    if kept.is_empty() {
+        bail!("engine.devices is empty: name at least one of auto, cpu and cuda:N");
+    }
+    Ok(kept)
+}
+
+/// Where code for a GPU comes from: NVIDIA's compiler, if one of the usual folders has it, and what it made before.
+pub(crate) fn code_options(engine: &EngineSection, data_dir: &Path) -> anyhow::Result<CodeOptions> {
+    for folder in &engine.cuda_lib_dirs {
+        std::fs::read_dir(folder).with_context(|| format!("engine.cuda_lib_dirs: {}", folder.display()))?;
+    }
+    let mut folders = engine.cuda_lib_dirs.clone();
+    folders.extend(usual_folders());
+    Ok(CodeOptions { folders, cache: Some(data_dir.join("cuda")) })
+}
+
+/// The toolkit's folder, and those of NVIDIA's Python packages.
+#[expect(clippy::disallowed_methods, reason = "where a toolkit or a virtual environment is, only the environment says")]
+pub(crate) fn usual_folders() -> Vec<PathBuf> {
+    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let toolkits = toolkits.chain([PathBuf::from("/usr/local/cuda")]);
+    let mut folders: Vec<PathBuf> = toolkits.map(|toolkit| toolkit.join("lib64")).collect();
+    let pythons = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from).into_iter();
+    for prefix in pythons.chain(["/usr", "/usr/local"].map(PathBuf::from)) {
+        let versions = subfolders(&prefix.join("lib"));
+        for python in versions.iter().filter(|path| path.to_string_lossy().contains("/python3")) {
+            let packages = ["site-packages", "dist-packages"].map(|kind| python.join(kind).join("nvidia"));
+            let libraries = packages.iter().flat_map(|folder| subfolders(folder)).map(|package| package.join("lib"));
+            folders.extend(libraries);
+        }
+    }
+    folders.retain(|folder| folder.is_dir());
+    folders
+}
+
+/// In the order of their names; none where the folder cannot be read.
+fn subfolders(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    found.sort();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(ordinal: u32) -> FoundGpu {
+        FoundGpu {
+            ordinal,
+            info: cuda::DeviceInfo { name: "a GPU".to_owned(), n_sms: 132, capability: (9, 0) },
+            total_bytes: 80 << 30,
+            bus_id: "0000:01:00.0".to_owned(),
+            driver: (12, 8),
+        }
+    }
+
+    #[test]
+    fn devices_are_taken_as_asked_or_refused_in_words() {
+        let two = || Ok(vec![gpu(0), gpu(1)]);
+        let none = || Err(NoGpu::NoDriver);
+        type Found = fn() -> Result<Vec<FoundGpu>, NoGpu>;
+        type Expect = Result<&'static [u32], &'static str>;
+        let cases: [(&[&str], Found, Expect); 10] = [
+            (&["cpu"], none, Ok(&[0])),
+            (&["auto"], none, Ok(&[0])),
+            (&["auto"], two, Ok(&[1, 2])),
+            (&["cuda:1", "cpu"], two, Ok(&[2, 0])),
+            (&["auto", "cpu", "cuda:0"], two, Ok(&[1, 2, 0])),
+            (&["auto", "cpu"], none, Ok(&[0])),
+            (&["cuda:0"], none, Err("libcuda is not in the loader's path. --device cpu serves without a GPU")),
+            (&["cuda:2"], two, Err("there is no cuda:2; the driver sees 2 devices")),
+            (&["gpu"], two, Err("`gpu` is no device: use auto, cpu or cuda:N")),
+            (&[], two, Err("engine.devices is empty")),
+        ];
+        for (devices, found, expect) in cases {
+            let section =
+                EngineSection { devices: devices.iter().map(|&d| d.to_owned()).collect(), ..EngineSection::default() };
+            match (places(&section, found), expect) {
+                (Ok(places), Ok(expect)) => {
+                    assert_eq!(places.iter().map(Place::index).collect::<Vec<_>>(), expect, "{devices:?}");
+                }
+                (Err(error), Err(expect)) => assert!(error.to_string().contains(expect), "{error}"),
+                (found, expect) => panic!("{devices:?}: {found:?}, {expect:?}"),
+            }
+        }
+        assert_eq!((Place::Cuda(gpu(1)).name(), Place::Cpu(2).description()), ("cuda:1".into(), "CPU, 2 cores".into()));
+    }
+
+    #[test]
+    fn a_driver_is_not_loaded_for_the_cpu() {
+        let never = || -> Result<Vec<FoundGpu>, NoGpu> { panic!("nobody asked for a GPU") };
+        assert_eq!(places(&EngineSection::default(), never).expect("the CPU is there").len(), 1);
+    }
+}

@@ -1,0 +1,34 @@
+//! The CUDA backend: always built, and used where a driver and a device are found when the program runs.
+//!
+//! Read in this order: what fits (`vram`, `layout`), what is launched (`bucket`, `launch`, `step`), who runs it (`engine`), and
+//! on what (`device`, `gpu`, `code`, `nvrtc`). All but the last three is plain arithmetic and is tested without a GPU: the engine
+//! runs the same launches through the kernels compiled for the CPU and must choose the CPU backend's tokens.
+//!
+//! In three layers, as CUDA bindings usually are: cudarc's raw calls, its checked results, and the safe `Gpu` here.
+
+mod bucket;
+mod check;
+mod code;
+mod device;
+mod element;
+mod engine;
+mod gpu;
+mod launch;
+mod layout;
+mod monitor;
+mod nvrtc;
+mod step;
+mod vram;
+mod weights;
+
+pub use bucket::{Buckets, StepShape};
+pub use check::{Parity, ParityCase, ParityError};
+pub use code::{COMPILE_OPTIONS, CodeOptions, Unit};
+pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value};
+pub use element::Element;
+pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};
+pub use gpu::{FoundGpu, Gpu, NoGpu, discover};
+pub use monitor::{GpuMonitor, Seen};
+pub use nvrtc::{Nvrtc, NvrtcError, Output};
+pub use vram::{Advice, Bytes, Footprint, KvWish, VramError, VramFree, VramPlan, VramUse};
+pub use weights::Source;

@@ -1,0 +1,231 @@
+//! What the engine asks of a device: memory, copies, launches and graphs, in order on one stream.
+//!
+//! A trait, though there is one device in production, because the other one runs in every test: the same kernels compiled for
+//! the CPU. Everything with a lifetime (allocations, pinned memory, graphs) belongs to the device and goes with it.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use super::vram::VramFree;
+
+/// A device's description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As its driver names it.
+    pub name: String,
+    /// Multiprocessors.
+    pub n_sms: u32,
+    /// Compute capability.
+    pub capability: (u32, u32),
+}
+
+/// Host memory from which and into which a step is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// Tokens, positions, block tables.
+    Inputs,
+    /// Sampling rules and the lists that they point into.
+    Rules,
+    /// Sampled tokens and log-probabilities.
+    Outputs,
+}
+
+/// One kernel on one grid, with its arguments as the kernel wants them.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceLaunch<'a> {
+    /// Number under which the kernel was loaded.
+    pub kernel: usize,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Dynamic shared memory, in bytes.
+    pub shared: u32,
+    /// Addresses and constants.
+    pub args: &'a [Value],
+}
+
+/// An argument.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Value {
+    /// Of a buffer; 0 is none.
+    Address(u64),
+    /// A constant.
+    U32(u32),
+    /// A constant.
+    U64(u64),
+    /// A constant.
+    F32(f32),
+}
+
+/// A captured sequence of launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GraphId(pub usize);
+
+/// A fault of a device or its driver.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// No memory is left. Nothing else is lost.
+    #[error(
+        "out of device memory: {asked} bytes asked for, {free} free; serve a smaller model, or lower engine.gpu_kv_mib"
+    )]
+    OutOfMemory {
+        /// What was asked for.
+        asked: u64,
+        /// What there was.
+        free: u64,
+    },
+    /// The driver refused something. Whether a retry can help depends on `code`.
+    #[error("{call} failed: {code} ({text})")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// Its error.
+        code: Arc<str>,
+        /// The same in words.
+        text: Arc<str>,
+    },
+    /// The context is gone, and with it everything on the device. The process must be started again.
+    #[error(
+        "the device is lost: {call} failed with {code} ({text}); restart the host, and look at the kernel log for Xid lines"
+    )]
+    Lost {
+        /// The driver's function that said so first.
+        call: &'static str,
+        /// Its error.
+        code: Arc<str>,
+        /// The same in words.
+        text: Arc<str>,
+    },
+    /// A kernel is not in the code that was loaded: a fault of the build.
+    #[error("the kernels that were loaded lack {entry}; rebuild them")]
+    NoKernel {
+        /// Its entry point.
+        entry: String,
+    },
+    /// The kernels cannot be made for this device.
+    #[error("no kernels for this device: {0}")]
+    NoCode(String),
+}
+
+/// Memory, copies, launches and graphs. Calls other than `upload`, `download`, `wait` and `allocate` may return before they are
+/// done; they are done in the order in which they were made.
+pub trait Device: Send + Debug {
+    /// What it is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// What is worth a line in the log: where its code came from, what is missing and costs speed.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
+
+    /// What it has and what is free.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn memory(&mut self) -> Result<VramFree, DeviceError>;
+
+    /// Makes the device the calling thread's. Called before a step, because a model is loaded by another thread than steps.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn enter(&mut self) -> Result<(), DeviceError>;
+
+    /// Finds the kernels with these entry points; launches name them by number.
+    ///
+    /// # Errors
+    /// One does not exist.
+    fn load(&mut self, entries: &[(usize, String)]) -> Result<(), DeviceError>;
+
+    /// Zeroed memory, aligned to 256 bytes, until the device is dropped. Every address that a launch is given lies in it.
+    ///
+    /// # Errors
+    /// There is not enough.
+    fn allocate(&mut self, bytes: u64) -> Result<u64, DeviceError>;
+
+    /// Host memory of a lane, in words; once per lane.
+    ///
+    /// # Errors
+    /// There is not enough.
+    fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError>;
+
+    /// The host memory of a lane. Not to be touched between a copy and the next `wait`.
+    fn lane(&mut self, lane: Lane) -> &mut [u32];
+
+    /// Copies from any host memory; done on return.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError>;
+
+    /// Copies words to any host memory; done on return.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn download(&mut self, from: u64, words: &mut [u32]) -> Result<(), DeviceError>;
+
+    /// Copies the first words of a lane to the device.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError>;
+
+    /// Copies words from the device into the output lane.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError>;
+
+    /// Launches a kernel. While a capture is on, it is recorded instead.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn launch(&mut self, launch: &DeviceLaunch<'_>) -> Result<(), DeviceError>;
+
+    /// Whether launches can be captured.
+    fn captures(&self) -> bool;
+
+    /// Starts recording launches.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn begin_capture(&mut self) -> Result<(), DeviceError>;
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// The driver's; something in between cannot be captured.
+    fn end_capture(&mut self) -> Result<GraphId, DeviceError>;
+
+    /// Runs what was recorded.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn replay(&mut self, graph: GraphId) -> Result<(), DeviceError>;
+
+    /// Waits for everything.
+    ///
+    /// # Errors
+    /// A fault of anything before.
+    fn wait(&mut self) -> Result<(), DeviceError>;
+}
+
+impl Value {
+    /// Its bits; those of a narrow one are the low ones, which come first in memory.
+    #[must_use]
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::Address(n) | Self::U64(n) => n,
+            Self::U32(n) => n.into(),
+            Self::F32(x) => x.to_bits().into(),
+        }
+    }
+}
+
+impl DeviceError {
+    /// Whether the device is gone for this process.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        matches!(self, Self::Lost { .. })
+    }
+}

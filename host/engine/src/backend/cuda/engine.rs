@@ -1,0 +1,365 @@
+//! Computes step plans on a device: inputs in one copy, a graph, rules in a second copy, a graph, tokens back in one copy.
+//!
+//! The host's part of a step is writing words into pinned memory. Edits of a sampler policy are asked for while the forward
+//! pass runs, so a policy has that long. Everything is allocated when the engine is made; a step allocates nothing, and
+//! leaves nothing running: a fault belongs to the step that it happened in.
+
+use std::sync::Arc;
+
+use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
+use pointsman_sched::sampler::{Edit, EditSource};
+
+use super::bucket::{Buckets, StepShape};
+use super::device::{Device, DeviceError, DeviceLaunch, GraphId, Lane, Value};
+use super::element::Element;
+use super::launch::{Arg, Extent, LaunchPlan};
+use super::layout::{ALIGN, Buffer, Owner, Sizes};
+use super::step::{check_lists, extent_of, output_words, read_outputs, write_inputs, write_rules};
+use super::vram::{Footprint, KvWish, VramError, VramFree, VramPlan, VramUse, recommend};
+use super::weights::{Packer, Source};
+use crate::backend::{ConfigError, EngineConfig};
+use crate::load::LoadError;
+use crate::spec::{Activation, ModelSpec};
+
+/// Most arguments of a kernel.
+const MAX_ARGS: usize = 24;
+
+/// Why a model cannot be served on a device.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// A size is impossible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernels do not cover this model. A retry does not help; the CPU serves it.
+    #[error(
+        "the CUDA kernels do not cover {what} ({found}); they cover {supported}. Serve this model with --device cpu"
+    )]
+    Unsupported {
+        /// What the model has.
+        what: &'static str,
+        /// How much of it.
+        found: String,
+        /// What there is.
+        supported: &'static str,
+    },
+    /// The weights cannot be used.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The memory does not suffice.
+    #[error(transparent)]
+    Vram(#[from] VramError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// How an engine is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Type of weights, activations and pages.
+    pub element: Element,
+    /// Capture the decode step of each bucket as a graph, where the device can.
+    pub graphs: bool,
+}
+
+/// Computes step plans on a device.
+#[derive(Debug)]
+pub struct CudaEngine {
+    device: Box<dyn Device>,
+    sizes: Sizes,
+    buckets: Buckets,
+    /// Of each buffer, by its index; 0 where there is none.
+    addresses: Vec<u64>,
+    /// Per bucket: its rows, the forward pass and the choice of tokens.
+    graphs: Vec<(usize, GraphId, GraphId)>,
+    launches: LaunchPlan,
+    edits: Vec<Option<Arc<Edit>>>,
+    used: VramUse,
+    /// The first fault after which nothing works.
+    lost: Option<Arc<str>>,
+}
+
+// === impl CudaEngine ===
+
+impl CudaEngine {
+    /// Allocates everything, copies the weights and captures the graphs. `progress` is told the bytes of weights done.
+    ///
+    /// # Errors
+    /// The model is not covered, the weights are bad, or the device refuses; what was allocated is given back.
+    pub fn load(
+        mut device: Box<dyn Device>,
+        (spec, source): (ModelSpec, Source<'_>),
+        config: EngineConfig,
+        options: CudaOptions,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self, CudaError> {
+        config.check(&spec)?;
+        check_spec(&spec)?;
+        let sizes = Sizes { spec, element: options.element, config, n_sms: device.info().n_sms };
+        device.enter()?;
+        let entries: Vec<(usize, String)> = sizes.entries().map(|(kernel, entry)| (kernel as usize, entry)).collect();
+        device.load(&entries)?;
+        let mut used = VramUse::default();
+        let addresses = allocate(&mut *device, &sizes, &mut used)?;
+        Packer { sizes: &sizes, device: &mut *device, addresses: &addresses, piece: Vec::new() }
+            .pack(source, progress)?;
+        let rows = sizes.config.max_rows;
+        let mut engine = Self {
+            device,
+            buckets: Buckets::up_to(rows),
+            addresses,
+            graphs: Vec::new(),
+            launches: LaunchPlan::default(),
+            edits: Vec::with_capacity(rows),
+            used,
+            lost: None,
+            sizes,
+        };
+        engine.warm_up()?;
+        if options.graphs && engine.device.captures() {
+            engine.capture()?;
+        }
+        Ok(engine)
+    }
+
+    /// Device memory by owner, as allocated.
+    #[must_use]
+    pub fn memory(&self) -> VramUse {
+        self.used
+    }
+
+    /// The sizes it was made with.
+    #[must_use]
+    pub fn config(&self) -> &EngineConfig {
+        &self.sizes.config
+    }
+
+    /// The model it computes.
+    #[must_use]
+    pub fn spec(&self) -> &ModelSpec {
+        &self.sizes.spec
+    }
+
+    /// The type it computes in.
+    #[must_use]
+    pub fn element(&self) -> Element {
+        self.sizes.element
+    }
+
+    /// The device.
+    pub fn device(&mut self) -> &mut dyn Device {
+        &mut *self.device
+    }
+
+    /// Logits of the `i`-th sampling row of the last step, after its rules.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn logits(&mut self, i: usize) -> Result<Vec<f32>, DeviceError> {
+        let vocab = self.sizes.spec.vocab;
+        let mut words = vec![0; vocab];
+        self.device.download(self.addresses[Buffer::Logits.index()] + (4 * i * vocab) as u64, &mut words)?;
+        Ok(words.into_iter().map(f32::from_bits).collect())
+    }
+
+    /// Runs every launch once with counts of zero: the driver loads code lazily, and a capture must not be the first use.
+    fn warm_up(&mut self) -> Result<(), DeviceError> {
+        self.device.lane(Lane::Inputs)[..4].fill(0);
+        self.device.send(Lane::Inputs, self.addresses[Buffer::StepInputs.index()], 4)?;
+        for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
+            self.launch_forward(Extent::decode(rows))?;
+            self.launch_choose(rows)?;
+        }
+        self.launch_forward(self.sizes.largest())?;
+        self.device.wait()
+    }
+
+    /// Records the decode step of every bucket, the largest first.
+    fn capture(&mut self) -> Result<(), DeviceError> {
+        let before = self.device.memory()?.free;
+        for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
+            self.device.begin_capture()?;
+            self.launch_forward(Extent::decode(rows))?;
+            let forward = self.device.end_capture()?;
+            self.device.begin_capture()?;
+            self.launch_choose(rows)?;
+            let choose = self.device.end_capture()?;
+            self.graphs.push((rows, forward, choose));
+        }
+        self.used.graphs = before.saturating_sub(self.device.memory()?.free);
+        Ok(())
+    }
+
+    fn launch_forward(&mut self, extent: Extent) -> Result<(), DeviceError> {
+        self.launches.clear();
+        self.launches.forward(&self.sizes, extent);
+        self.launch_all()
+    }
+
+    fn launch_choose(&mut self, rows: usize) -> Result<(), DeviceError> {
+        self.launches.clear();
+        self.launches.choose(&self.sizes, rows);
+        self.launch_all()
+    }
+
+    fn launch_all(&mut self) -> Result<(), DeviceError> {
+        let mut args = [Value::U64(0); MAX_ARGS];
+        for launch in &self.launches.launches {
+            let given = self.launches.args_of(launch);
+            for (to, arg) in args.iter_mut().zip(given) {
+                *to = match *arg {
+                    Arg::At(buffer, offset) => Value::Address(self.addresses[buffer.index()] + offset),
+                    Arg::U32(n) => Value::U32(n),
+                    Arg::U64(n) => Value::U64(n),
+                    Arg::F32(x) => Value::F32(x),
+                    Arg::Null => Value::Address(0),
+                };
+            }
+            self.device.launch(&DeviceLaunch {
+                kernel: launch.kernel as usize,
+                grid: launch.grid,
+                block: launch.block,
+                shared: launch.shared,
+                args: &args[..given.len()],
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The step in the device's terms; the rows of the launch that chose its tokens.
+    fn run(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<usize, DeviceError> {
+        self.device.enter()?;
+        let (extent, graph) = match self.buckets.shape(plan) {
+            StepShape::Decode { bucket } => {
+                let graph = self.graphs.iter().find(|(rows, ..)| *rows == bucket).copied();
+                (Extent::decode(bucket), graph)
+            }
+            StepShape::Mixed { .. } => (extent_of(&self.sizes, plan), None),
+        };
+        let words = write_inputs(&self.sizes, extent, plan, self.device.lane(Lane::Inputs));
+        self.device.send(Lane::Inputs, self.addresses[Buffer::StepInputs.index()], words)?;
+        match graph {
+            Some((_, forward, _)) => self.device.replay(forward)?,
+            None => self.launch_forward(extent)?,
+        }
+        // The device computes; meanwhile a policy may still say what it wants.
+        self.edits.clear();
+        let sampling = plan.rows.iter().filter(|row| row.sample.is_some());
+        self.edits.extend(sampling.map(|row| edits.edit(row.request)));
+        let n_sampled = self.edits.len();
+        if n_sampled > 0 {
+            let words = write_rules(&self.sizes, extent.sampled, plan, &self.edits, self.device.lane(Lane::Rules));
+            self.device.send(Lane::Rules, self.addresses[Buffer::Rules.index()], words)?;
+            match graph {
+                Some((.., choose)) => self.device.replay(choose)?,
+                None => self.launch_choose(extent.sampled)?,
+            }
+            let words = output_words(extent.sampled, n_sampled, plan);
+            self.device.receive(self.addresses[Buffer::Outputs.index()], words)?;
+        }
+        self.device.wait()?;
+        Ok(extent.sampled)
+    }
+}
+
+impl Executor for CudaEngine {
+    fn execute(
+        &mut self,
+        plan: &StepPlan,
+        edits: &mut dyn EditSource,
+        out: &mut StepOutput,
+    ) -> Result<(), ExecuteError> {
+        out.sampled.clear();
+        if let Some(what) = &self.lost {
+            return Err(ExecuteError::Device { what: Arc::clone(what) });
+        }
+        let vocab = self.sizes.spec.vocab;
+        self.sizes.config.check_plan(plan, vocab)?;
+        check_lists(plan)?;
+        if plan.rows.is_empty() {
+            return Ok(());
+        }
+        let rows = self.run(plan, edits).map_err(|error| {
+            let what: Arc<str> = error.to_string().into();
+            if error.is_lost() {
+                self.lost = Some(Arc::clone(&what));
+            }
+            ExecuteError::Device { what }
+        })?;
+        read_outputs((rows, vocab), plan, self.device.lane(Lane::Outputs), out)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.is_some()
+    }
+}
+
+/// How a device's memory would be divided, and in which precision: that of `elements` (best first) which leaves room for a
+/// full context. Nothing is allocated; `config.n_blocks` is what this decides and is not read.
+///
+/// # Errors
+/// The kernels do not cover the model, or none fits, with what would.
+pub fn plan_memory(
+    spec: &ModelSpec,
+    elements: &[Element],
+    config: EngineConfig,
+    (memory, n_sms): (VramFree, u32),
+    wish: KvWish,
+) -> Result<VramPlan, CudaError> {
+    let config = EngineConfig { n_blocks: 1, ..config };
+    config.check(spec)?;
+    check_spec(spec)?;
+    let footprint = |&element: &Element| Sizes { spec: spec.clone(), element, config, n_sms }.footprint();
+    let footprints: Vec<Footprint> = elements.iter().map(footprint).collect();
+    Ok(recommend(&footprints, memory, wish)?)
+}
+
+/// What the kernels cover: plain decoders with windows, biases and norms of q and k.
+fn check_spec(spec: &ModelSpec) -> Result<(), CudaError> {
+    let group = spec.heads / spec.kv_heads;
+    let no = |found: bool, what, supported| (found, what, String::from("yes"), supported);
+    let refused = [
+        (![32, 64, 128].contains(&spec.head_dim), "heads of this width", spec.head_dim.to_string(), "32, 64 and 128"),
+        (group > 16, "query heads per key head", group.to_string(), "at most 16"),
+        (spec.layers > usize::from(u16::MAX), "layers", spec.layers.to_string(), "at most 65535"),
+        (spec.rope.width != spec.head_dim, "partial rotation", spec.rope.width.to_string(), "whole heads"),
+        (spec.embedding_scale != 1.0, "scaled embeddings", spec.embedding_scale.to_string(), "plain ones"),
+        (spec.activation != Activation::Silu, "this activation", format!("{:?}", spec.activation), "SiLU"),
+        no(spec.experts.is_some(), "sparse experts", "dense feed-forward halves"),
+        no(spec.norm_plus_one, "norms of 1 + gain", "plain gains"),
+        no(spec.post_norms, "norms behind each half", "norms before each half"),
+        no(spec.window_rope.is_some(), "two rotations", "one for all layers"),
+        no(spec.score_cap.is_some() || spec.logit_cap.is_some(), "soft caps", "plain scores and logits"),
+    ];
+    match refused.into_iter().find(|(is_so, ..)| *is_so) {
+        Some((_, what, found, supported)) => Err(CudaError::Unsupported { what, found, supported }),
+        None => Ok(()),
+    }
+}
+
+/// One allocation per owner, and the lanes; the address of each buffer.
+fn allocate(device: &mut dyn Device, sizes: &Sizes, used: &mut VramUse) -> Result<Vec<u64>, DeviceError> {
+    let mut addresses = vec![0; Buffer::count(sizes.spec.layers)];
+    let pieces = sizes.pieces();
+    for owner in [Owner::Weights, Owner::Kv, Owner::Workspace] {
+        let own = || pieces.iter().filter(|piece| piece.owner == owner);
+        let bytes = own().map(|piece| piece.bytes.next_multiple_of(ALIGN)).sum();
+        let mut at = device.allocate(bytes)?;
+        for piece in own() {
+            addresses[piece.buffer.index()] = at;
+            at += piece.bytes.next_multiple_of(ALIGN);
+            match piece.buffer {
+                Buffer::StepInputs => device.allocate_lane(Lane::Inputs, piece.bytes as usize / 4)?,
+                Buffer::Rules => device.allocate_lane(Lane::Rules, piece.bytes as usize / 4)?,
+                Buffer::Outputs => device.allocate_lane(Lane::Outputs, piece.bytes as usize / 4)?,
+                _ => {}
+            }
+        }
+        match owner {
+            Owner::Weights => used.weights = bytes,
+            Owner::Kv => used.kv = bytes,
+            Owner::Workspace => used.workspace = bytes,
+        }
+    }
+    Ok(addresses)
+}

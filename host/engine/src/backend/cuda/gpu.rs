@@ -1,0 +1,446 @@
+//! An NVIDIA GPU behind the [`Device`] trait, through CUDA's driver API, which is looked for at run time.
+//!
+//! cudarc's thin layer and not its safe one: the safe one allocates through a pool and follows every buffer with events,
+//! which cannot be captured, and knows no launch that may overlap the end of the one before. Here one thread at a time owns a
+//! context, a stream and everything on it; memory is a few allocations that live as long as the device.
+#![expect(unsafe_code, reason = "the driver API is a C interface")]
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::{DriverError, result, sys};
+
+use super::code::{CodeOptions, Unit};
+use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane};
+use super::vram::VramFree;
+
+/// Dynamic shared memory beyond this must be asked for.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
+/// Most arguments of a kernel.
+const MAX_ARGS: usize = 24;
+
+/// A GPU that answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundGpu {
+    /// Its number: the N of `cuda:N`.
+    pub ordinal: u32,
+    /// What it is.
+    pub info: DeviceInfo,
+    /// Its memory.
+    pub total_bytes: u64,
+    /// As in `0000:01:00.0`.
+    pub bus_id: String,
+    /// The newest CUDA version that the driver knows.
+    pub driver: (u32, u32),
+}
+
+/// Why there is no GPU.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoGpu {
+    /// No driver on this machine, or not where the loader looks.
+    #[error("no NVIDIA driver is installed: libcuda is not in the loader's path")]
+    NoDriver,
+    /// The driver does not start.
+    #[error("the NVIDIA driver does not start: {0}")]
+    Driver(DeviceError),
+    /// The driver sees nothing.
+    #[error("the NVIDIA driver sees no device; is one hidden by CUDA_VISIBLE_DEVICES?")]
+    NoDevice,
+    /// Not the one that was asked for.
+    #[error("there is no cuda:{asked}; the driver sees {count} devices, from cuda:0")]
+    NoSuch {
+        /// Its number.
+        asked: u32,
+        /// How many there are.
+        count: u32,
+    },
+}
+
+/// A GPU with a context, a stream, and everything that was allocated there.
+#[derive(Debug)]
+pub struct Gpu {
+    found: FoundGpu,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    code: CodeOptions,
+    modules: Vec<(Unit, sys::CUmodule)>,
+    /// By number.
+    functions: Vec<Option<sys::CUfunction>>,
+    allocations: Vec<sys::CUdeviceptr>,
+    lanes: [Pinned; 3],
+    graphs: Vec<sys::CUgraphExec>,
+    /// Lets a kernel start while the one before it ends.
+    overlap: bool,
+    notes: Vec<String>,
+}
+
+/// Pinned host memory.
+#[derive(Debug)]
+struct Pinned {
+    at: *mut u32,
+    words: usize,
+}
+
+// SAFETY: every handle here (context, stream, module, function, graph, memory) belongs to the driver, which takes it from any
+// thread that has made the context its own; `enter` does that before a step. `Gpu` is not `Sync`: one thread at a time uses it.
+unsafe impl Send for Gpu {}
+
+// === finding ===
+
+/// The GPUs of this machine.
+///
+/// # Errors
+/// There is none, in words for the operator.
+pub fn discover() -> Result<Vec<FoundGpu>, NoGpu> {
+    // SAFETY: asks the loader for libcuda, whose initialisers are NVIDIA's.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(NoGpu::NoDriver);
+    }
+    result::init().map_err(|error| match error.0 {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => NoGpu::NoDevice,
+        _ => NoGpu::Driver(fault("cuInit", error)),
+    })?;
+    let count = result::device::get_count().map_err(|error| NoGpu::Driver(fault("cuDeviceGetCount", error)))?;
+    if count == 0 {
+        return Err(NoGpu::NoDevice);
+    }
+    (0..count).map(|ordinal| describe(ordinal).map_err(NoGpu::Driver)).collect()
+}
+
+fn describe(ordinal: i32) -> Result<FoundGpu, DeviceError> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    let device = result::device::get(ordinal).map_err(|error| fault("cuDeviceGet", error))?;
+    let attribute = |which| {
+        // SAFETY: the device is one that the driver has just named.
+        let value = unsafe { result::device::get_attribute(device, which) };
+        value.map(|n| u32::try_from(n).unwrap_or(0)).map_err(|error| fault("cuDeviceGetAttribute", error))
+    };
+    let capability = (
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let bus = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+    let slot = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+    let domain = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+    let mut version = 0;
+    // SAFETY: the version is written to a local.
+    let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    check("cuDriverGetVersion", code.result())?;
+    let version = u32::try_from(version).unwrap_or(0);
+    // SAFETY: as above.
+    let total = check("cuDeviceTotalMem", unsafe { result::device::total_mem(device) })?;
+    Ok(FoundGpu {
+        ordinal: u32::try_from(ordinal).unwrap_or(0),
+        info: DeviceInfo {
+            name: check("cuDeviceGetName", result::device::get_name(device))?,
+            n_sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            capability,
+        },
+        total_bytes: total as u64,
+        bus_id: format!("{domain:04x}:{bus:02x}:{slot:02x}.0"),
+        driver: (version / 1_000, version % 1_000 / 10),
+    })
+}
+
+// === faults ===
+
+fn check<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+    result.map_err(|error| fault(call, error))
+}
+
+fn fault(call: &'static str, error: DriverError) -> DeviceError {
+    use sys::CUresult as E;
+    let words = |text: Result<&std::ffi::CStr, DriverError>| -> Arc<str> {
+        text.map_or_else(|_| format!("error {}", error.0 as u32).into(), |text| text.to_string_lossy().into())
+    };
+    let (code, text) = (words(error.error_name()), words(error.error_string()));
+    match error.0 {
+        // After these the driver answers nothing but the same error for this context.
+        E::CUDA_ERROR_ILLEGAL_ADDRESS
+        | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | E::CUDA_ERROR_MISALIGNED_ADDRESS
+        | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
+        | E::CUDA_ERROR_INVALID_PC
+        | E::CUDA_ERROR_HARDWARE_STACK_ERROR
+        | E::CUDA_ERROR_LAUNCH_FAILED
+        | E::CUDA_ERROR_LAUNCH_TIMEOUT
+        | E::CUDA_ERROR_ASSERT
+        | E::CUDA_ERROR_ECC_UNCORRECTABLE
+        | E::CUDA_ERROR_NVLINK_UNCORRECTABLE
+        | E::CUDA_ERROR_CONTEXT_IS_DESTROYED
+        | E::CUDA_ERROR_DEINITIALIZED
+        | E::CUDA_ERROR_DEVICE_UNAVAILABLE
+        | E::CUDA_ERROR_UNKNOWN => DeviceError::Lost { call, code, text },
+        _ => DeviceError::Driver { call, code, text },
+    }
+}
+
+// === impl Gpu ===
+
+impl Gpu {
+    /// Takes a GPU: a context and a stream.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn open(found: FoundGpu, code: CodeOptions, overlap: bool) -> Result<Self, DeviceError> {
+        let device = check("cuDeviceGet", result::device::get(i32::try_from(found.ordinal).unwrap_or(i32::MAX)))?;
+        // SAFETY: the device is one that the driver has named; the context is given back on drop.
+        let context = check("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
+        let lane = || Pinned { at: std::ptr::NonNull::dangling().as_ptr(), words: 0 };
+        let overlap = overlap && found.info.capability.0 >= 9;
+        let mut gpu = Self {
+            found,
+            device,
+            context,
+            stream: std::ptr::null_mut(),
+            code,
+            modules: Vec::new(),
+            functions: Vec::new(),
+            allocations: Vec::new(),
+            lanes: [lane(), lane(), lane()],
+            graphs: Vec::new(),
+            overlap,
+            notes: Vec::new(),
+        };
+        gpu.enter()?;
+        gpu.stream = check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        Ok(gpu)
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn found(&self) -> &FoundGpu {
+        &self.found
+    }
+
+    fn module(&mut self, unit: Unit) -> Result<sys::CUmodule, DeviceError> {
+        if let Some((_, module)) = self.modules.iter().find(|(loaded, _)| *loaded == unit) {
+            return Ok(*module);
+        }
+        let code = self.code.make(unit, self.found.info.capability);
+        self.notes.extend(code.note);
+        // SAFETY: the image is a CUBIN or a text that ends in a zero byte, and outlives the call, which copies it.
+        let mut loaded = unsafe { result::module::load_data(code.image.as_ptr().cast()) };
+        if let (Err(_), Some(ptx)) = (&loaded, &code.fallback) {
+            // SAFETY: as above.
+            loaded = unsafe { result::module::load_data(ptx.as_ptr().cast()) };
+        }
+        let module = check("cuModuleLoadData", loaded)?;
+        self.modules.push((unit, module));
+        Ok(module)
+    }
+
+    fn launch_config(&self, launch: &DeviceLaunch<'_>, attribute: &mut sys::CUlaunchAttribute) -> sys::CUlaunchConfig {
+        let [x, y, z] = launch.grid;
+        sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream,
+            attrs: attribute,
+            numAttrs: u32::from(self.overlap),
+        }
+    }
+}
+
+impl Device for Gpu {
+    fn info(&self) -> &DeviceInfo {
+        &self.found.info
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn memory(&mut self) -> Result<VramFree, DeviceError> {
+        let (free, total) = check("cuMemGetInfo", result::mem_get_info())?;
+        Ok(VramFree { total: total as u64, free: free as u64 })
+    }
+
+    fn enter(&mut self) -> Result<(), DeviceError> {
+        // SAFETY: the context is retained until drop.
+        check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.context) })
+    }
+
+    fn load(&mut self, entries: &[(usize, String)]) -> Result<(), DeviceError> {
+        for (number, entry) in entries {
+            let module = self.module(Unit::of(entry))?;
+            let name = CString::new(entry.as_str()).map_err(|_| DeviceError::NoKernel { entry: entry.clone() })?;
+            // SAFETY: the module stays loaded until drop.
+            let function = unsafe { result::module::get_function(module, name) };
+            let function = function.map_err(|_| DeviceError::NoKernel { entry: entry.clone() })?;
+            self.functions.resize(self.functions.len().max(number + 1), None);
+            self.functions[*number] = Some(function);
+        }
+        Ok(())
+    }
+
+    fn allocate(&mut self, bytes: u64) -> Result<u64, DeviceError> {
+        let size = (bytes as usize).max(1);
+        // Not from a pool: what is freed goes back to the driver at once.
+        // SAFETY: the memory is recorded below and freed on drop.
+        let at = unsafe { result::malloc_sync(size) };
+        let at = at.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
+                DeviceError::OutOfMemory { asked: bytes, free }
+            }
+            _ => fault("cuMemAlloc", error),
+        })?;
+        self.allocations.push(at);
+        // SAFETY: `at` has `size` bytes.
+        check("cuMemsetD8Async", unsafe { result::memset_d8_async(at, 0, size, self.stream) })?;
+        self.wait()?;
+        Ok(at)
+    }
+
+    fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError> {
+        // SAFETY: recorded below and freed on drop; zeroed before anybody reads it.
+        let at = check("cuMemHostAlloc", unsafe { result::malloc_host(words.max(1) * 4, 0) })?.cast::<u32>();
+        // SAFETY: the allocation has that many words and nobody else knows it yet.
+        unsafe { std::ptr::write_bytes(at, 0, words) };
+        self.lanes[lane as usize].free();
+        self.lanes[lane as usize] = Pinned { at, words };
+        Ok(())
+    }
+
+    fn lane(&mut self, lane: Lane) -> &mut [u32] {
+        let Pinned { at, words } = self.lanes[lane as usize];
+        // SAFETY: the lane owns `words` initialised words at `at` (none at a dangling address) until drop, and is borrowed
+        // through `&mut self`. The device may read or write it between a copy and the next `wait`, when the trait forbids use.
+        unsafe { std::slice::from_raw_parts_mut(at, words) }
+    }
+
+    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        // SAFETY: the caller's buffer at `to` holds that many bytes: both come from one table of sizes.
+        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(to, bytes) })
+    }
+
+    fn download(&mut self, from: u64, words: &mut [u32]) -> Result<(), DeviceError> {
+        self.wait()?;
+        // SAFETY: as in `upload`.
+        check("cuMemcpyDtoH", unsafe { result::memcpy_dtoh_sync(words, from) })
+    }
+
+    fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError> {
+        let Pinned { at, words: all } = self.lanes[lane as usize];
+        // SAFETY: within the lane, which is pinned and not touched before the next `wait`; the buffer at `to` is as long.
+        let copied = unsafe {
+            let from = std::slice::from_raw_parts(at, words.min(all));
+            result::memcpy_htod_async(to, from, self.stream)
+        };
+        check("cuMemcpyHtoDAsync", copied)
+    }
+
+    fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
+        let stream = self.stream;
+        let lane = self.lane(Lane::Outputs);
+        let words = words.min(lane.len());
+        // SAFETY: within the lane, which is pinned and not touched before the next `wait`.
+        check("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(&mut lane[..words], from, stream) })
+    }
+
+    fn launch(&mut self, launch: &DeviceLaunch<'_>) -> Result<(), DeviceError> {
+        let function = self.functions.get(launch.kernel).copied().flatten();
+        let function = function.ok_or_else(|| DeviceError::NoKernel { entry: format!("number {}", launch.kernel) })?;
+        let mut args = [0u64; MAX_ARGS];
+        args.iter_mut().zip(launch.args).for_each(|(to, arg)| *to = arg.bits());
+        let mut pointers: [*mut c_void; MAX_ARGS] = std::array::from_fn(|i| (&raw mut args[i]).cast());
+        // SAFETY: an attribute is plain data, for which zeros are valid.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = self.launch_config(launch, &mut attribute);
+        if launch.shared > SHARED_WITHOUT_ASKING {
+            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = i32::try_from(launch.shared).unwrap_or(i32::MAX);
+            // SAFETY: the function belongs to a loaded module.
+            let set = unsafe { result::function::set_function_attribute(function, which, bytes) };
+            check("cuFuncSetAttribute", set)?;
+        }
+        // SAFETY: the function is of a loaded module. The kernel reads as many arguments as it declares, each at most eight
+        // bytes, from the copies above, during the call; the addresses among them are of buffers that live as long as the
+        // device, with the sizes that the launch plan was made from.
+        let code = unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
+        check("cuLaunchKernelEx", code.result())
+    }
+
+    fn captures(&self) -> bool {
+        true
+    }
+
+    fn begin_capture(&mut self) -> Result<(), DeviceError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is ours and idle.
+        check("cuStreamBeginCapture", unsafe { result::stream::begin_capture(self.stream, mode) })
+    }
+
+    fn end_capture(&mut self) -> Result<GraphId, DeviceError> {
+        // SAFETY: a capture was begun on this stream.
+        let graph = check("cuStreamEndCapture", unsafe { result::stream::end_capture(self.stream) })?;
+        // SAFETY: the graph is the one that was just captured; it is not needed once it is instantiated.
+        let (made, destroyed) = unsafe {
+            let made = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            (made, result::graph::destroy(graph))
+        };
+        let made = check("cuGraphInstantiate", made)?;
+        self.graphs.push(made);
+        check("cuGraphDestroy", destroyed)?;
+        // SAFETY: both are alive. Uploading now keeps it out of the first replay.
+        check("cuGraphUpload", unsafe { result::graph::upload(made, self.stream) })?;
+        self.wait()?;
+        Ok(GraphId(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, graph: GraphId) -> Result<(), DeviceError> {
+        // SAFETY: graphs are destroyed on drop only.
+        check("cuGraphLaunch", unsafe { result::graph::launch(self.graphs[graph.0], self.stream) })
+    }
+
+    fn wait(&mut self) -> Result<(), DeviceError> {
+        // SAFETY: the stream is ours.
+        check("cuStreamSynchronize", unsafe { result::stream::synchronize(self.stream) })
+    }
+}
+
+impl Pinned {
+    fn free(&mut self) {
+        if self.words > 0 {
+            // SAFETY: it came from `malloc_host`, and `words` says that it has not been freed.
+            let _ = unsafe { result::free_host(self.at.cast()) };
+            self.words = 0;
+        }
+    }
+}
+
+impl Drop for Gpu {
+    /// Gives everything back. Errors are passed over: on a lost device each of these calls fails, and the process ends soon.
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        let _ = self.wait();
+        // SAFETY: the stream is idle, so nothing uses what is freed; each handle is freed once, and in the order in which one
+        // may need another.
+        unsafe {
+            for graph in self.graphs.drain(..) {
+                let _ = result::graph::exec_destroy(graph);
+            }
+            for (_, module) in self.modules.drain(..) {
+                let _ = result::module::unload(module);
+            }
+            for at in self.allocations.drain(..) {
+                let _ = result::free_sync(at);
+            }
+            self.lanes.iter_mut().for_each(Pinned::free);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}

@@ -1,0 +1,664 @@
+//! The launches of a step, as data: which kernel, on which grid, with which buffers and constants.
+//!
+//! A pure function of the model and of the step's extent, so that what a GPU runs can be read, counted and run elsewhere: the
+//! tests hand the very same list to the kernels compiled for the CPU. A captured graph is this list, recorded once per
+//! bucket; nothing in it depends on a step's contents, which lie in buffers, counts included.
+
+use std::ops::Range;
+
+use super::element::Element;
+use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes};
+
+/// What a product does with its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Epilogue {
+    Store = 0,
+    StoreF32 = 1,
+    AddToF32 = 2,
+    SiluMul = 3,
+}
+
+/// The kernels, in the order of their numbers on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    Embed,
+    RmsNorm,
+    RopeStore,
+    Gemv1,
+    Gemv2,
+    Gemv4,
+    Gemv8,
+    Gemm,
+    Gemm16,
+    Gemm32,
+    Gemm128,
+    DecodeAttention,
+    Combine,
+    PrefillAttention,
+    SampleRules,
+    ArgmaxParts,
+    SampleChoose,
+}
+
+/// Upper bounds of what a launch computes: the sizes of its grids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) rows: usize,
+    pub(crate) tokens: usize,
+    /// Rows whose logits are wanted.
+    pub(crate) sampled: usize,
+    /// Tiles of prefill attention; 0 for a step of decodes.
+    pub(crate) tiles: usize,
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Arg {
+    /// An address: bytes into a buffer.
+    At(Buffer, u64),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    /// An address that is left out.
+    Null,
+}
+
+/// One launch.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Launch {
+    pub(crate) kernel: Kernel,
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: u32,
+    /// Dynamic shared memory, in bytes.
+    pub(crate) shared: u32,
+    /// Range in [`LaunchPlan::args`].
+    pub(crate) args: Range<usize>,
+}
+
+/// Launches in order; flat, so that a step's list is built without allocating.
+#[derive(Debug, Default)]
+pub(crate) struct LaunchPlan {
+    pub(crate) launches: Vec<Launch>,
+    pub(crate) args: Vec<Arg>,
+}
+
+/// A product `y = x * w^T` of up to `rows` rows; `count` says where their number stands.
+struct Product {
+    count: u64,
+    rows: usize,
+    weight: Buffer,
+    bias: Arg,
+    x: Buffer,
+    y: Buffer,
+    k: usize,
+    n: usize,
+    epilogue: Epilogue,
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    pub(crate) const ALL: [Self; 17] = [
+        Self::Embed,
+        Self::RmsNorm,
+        Self::RopeStore,
+        Self::Gemv1,
+        Self::Gemv2,
+        Self::Gemv4,
+        Self::Gemv8,
+        Self::Gemm,
+        Self::Gemm16,
+        Self::Gemm32,
+        Self::Gemm128,
+        Self::DecodeAttention,
+        Self::Combine,
+        Self::PrefillAttention,
+        Self::SampleRules,
+        Self::ArgmaxParts,
+        Self::SampleChoose,
+    ];
+
+    /// Whether there is one for this type: tensor cores have no plain `f32`.
+    pub(crate) fn exists(self, element: Element) -> bool {
+        element != Element::F32 || !matches!(self, Self::Gemm16 | Self::Gemm32 | Self::Gemm128)
+    }
+
+    /// Its entry point.
+    pub(crate) fn entry(self, sizes: &Sizes) -> String {
+        let (element, head_dim) = (sizes.element, sizes.spec.head_dim);
+        let name = match self {
+            Self::Embed => "embed",
+            Self::RmsNorm => "rms_norm",
+            Self::RopeStore => "qk_rope_store",
+            Self::Gemv1 => "gemv_b1",
+            Self::Gemv2 => "gemv_b2",
+            Self::Gemv4 => "gemv_b4",
+            Self::Gemv8 => "gemv_b8",
+            Self::Gemm => "gemm",
+            Self::Gemm16 => "gemm_m16",
+            Self::Gemm32 => "gemm_m32",
+            Self::Gemm128 => "gemm_m128",
+            Self::DecodeAttention => {
+                return format!("decode_attention_d{head_dim}_g{}_{element}", sizes.cluster_heads());
+            }
+            Self::Combine => return format!("combine_d{head_dim}_{element}"),
+            Self::PrefillAttention => return format!("prefill_attention_d{head_dim}_{element}"),
+            Self::SampleRules => return "sample_rules".to_owned(),
+            Self::ArgmaxParts => return "argmax_parts".to_owned(),
+            Self::SampleChoose => return "sample_choose".to_owned(),
+        };
+        format!("{name}_{element}")
+    }
+}
+
+impl Extent {
+    /// A step of at most `rows` decodes.
+    pub(crate) fn decode(rows: usize) -> Self {
+        Self { rows, tokens: rows, sampled: rows, tiles: 0 }
+    }
+}
+
+// === impl LaunchPlan ===
+
+impl LaunchPlan {
+    pub(crate) fn clear(&mut self) {
+        self.launches.clear();
+        self.args.clear();
+    }
+
+    pub(crate) fn args_of(&self, launch: &Launch) -> &[Arg] {
+        &self.args[launch.args.clone()]
+    }
+
+    fn push(&mut self, kernel: Kernel, grid: [usize; 3], block: u32, args: impl IntoIterator<Item = Arg>) {
+        let start = self.args.len();
+        self.args.extend(args);
+        let grid = grid.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let shared = if kernel == Kernel::Gemm128 { 98_304 } else { 0 };
+        self.launches.push(Launch { kernel, grid, block, shared, args: start..self.args.len() });
+    }
+
+    /// From token ids to the logits of the rows that sample.
+    pub(crate) fn forward(&mut self, sizes: &Sizes, extent: Extent) {
+        let inputs = sizes.inputs(extent);
+        let input = |at: u64| Arg::At(Buffer::StepInputs, at);
+        let hidden = sizes.spec.hidden;
+        self.push(
+            Kernel::Embed,
+            [extent.tokens, 1, 1],
+            256,
+            [
+                input(N_TOKENS),
+                input(inputs.tokens),
+                Arg::At(Buffer::Embedding, 0),
+                Arg::At(Buffer::Residual, 0),
+                u32_arg(hidden),
+            ],
+        );
+        for layer in 0..sizes.spec.layers {
+            self.attention_half(sizes, extent, layer);
+            self.ffn_half(sizes, extent, layer);
+        }
+        if extent.sampled > 0 {
+            self.norm(sizes, (extent.sampled, N_SAMPLED), Some(inputs.pick), Buffer::FinalNorm);
+            let head = if sizes.spec.tied { Buffer::Embedding } else { Buffer::Head };
+            self.product(
+                sizes,
+                &Product {
+                    count: N_SAMPLED,
+                    rows: extent.sampled,
+                    weight: head,
+                    bias: Arg::Null,
+                    x: Buffer::Normed,
+                    y: Buffer::Logits,
+                    k: hidden,
+                    n: sizes.spec.vocab,
+                    epilogue: Epilogue::StoreF32,
+                },
+            );
+        }
+    }
+
+    fn attention_half(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
+        let spec = &sizes.spec;
+        let part = |part| Buffer::Layer(layer as u16, part);
+        let product = |(weight, bias), x, y, (k, n), epilogue| Product {
+            count: N_TOKENS,
+            rows: extent.tokens,
+            weight: part(weight),
+            bias: optional(sizes, layer, bias),
+            x,
+            y,
+            k,
+            n,
+            epilogue,
+        };
+        let qkv = spec.q_dim() + 2 * spec.kv_dim();
+        self.norm(sizes, (extent.tokens, N_TOKENS), None, part(LayerPart::AttentionNorm));
+        self.product(
+            sizes,
+            &product(
+                (LayerPart::Qkv, LayerPart::QkvBias),
+                Buffer::Normed,
+                Buffer::Qkv,
+                (spec.hidden, qkv),
+                Epilogue::Store,
+            ),
+        );
+        self.rope_store(sizes, extent, layer);
+        if extent.tiles == 0 {
+            self.decode_attention(sizes, extent, layer);
+        } else {
+            self.prefill_attention(sizes, extent, layer);
+        }
+        self.product(
+            sizes,
+            &product(
+                (LayerPart::Out, LayerPart::OutBias),
+                Buffer::Mixed,
+                Buffer::Residual,
+                (spec.q_dim(), spec.hidden),
+                Epilogue::AddToF32,
+            ),
+        );
+    }
+
+    fn ffn_half(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
+        let spec = &sizes.spec;
+        let part = |part| Buffer::Layer(layer as u16, part);
+        let (count, rows) = (N_TOKENS, extent.tokens);
+        self.norm(sizes, (rows, count), None, part(LayerPart::FfnNorm));
+        let up = Product {
+            count,
+            rows,
+            weight: part(LayerPart::GateUp),
+            bias: Arg::Null,
+            x: Buffer::Normed,
+            y: Buffer::Ffn,
+            k: spec.hidden,
+            n: 2 * spec.ffn,
+            epilogue: Epilogue::SiluMul,
+        };
+        self.product(sizes, &up);
+        let down = Product {
+            weight: part(LayerPart::Down),
+            x: Buffer::Ffn,
+            y: Buffer::Residual,
+            k: spec.ffn,
+            n: spec.hidden,
+            epilogue: Epilogue::AddToF32,
+            ..up
+        };
+        self.product(sizes, &down);
+    }
+
+    /// Norm of the residual stream, of all rows or of picked ones.
+    fn norm(&mut self, sizes: &Sizes, (rows, count): (usize, u64), pick: Option<u64>, gain: Buffer) {
+        self.push(
+            Kernel::RmsNorm,
+            [rows, 1, 1],
+            256,
+            [
+                Arg::At(Buffer::StepInputs, count),
+                Arg::At(Buffer::Residual, 0),
+                pick.map_or(Arg::Null, |at| Arg::At(Buffer::StepInputs, at)),
+                Arg::At(gain, 0),
+                Arg::At(Buffer::Normed, 0),
+                u32_arg(sizes.spec.hidden),
+                Arg::F32(sizes.spec.norm_eps),
+            ],
+        );
+    }
+
+    fn product(&mut self, sizes: &Sizes, product: &Product) {
+        let Product { count, rows, weight, bias, x, y, k, n, epilogue } = *product;
+        let (kernel, grid, block) = match (rows, sizes.element) {
+            (1, _) => (Kernel::Gemv1, [n.div_ceil(8), 1, 1], 128),
+            (2, _) => (Kernel::Gemv2, [n.div_ceil(8), 1, 1], 128),
+            (3..=4, _) => (Kernel::Gemv4, [n.div_ceil(16), 1, 1], 128),
+            (5..=8, _) => (Kernel::Gemv8, [n.div_ceil(16), 1, 1], 128),
+            (65.., Element::F16 | Element::Bf16) => (Kernel::Gemm128, [n.div_ceil(128), rows.div_ceil(128), 1], 256),
+            (9..=16, Element::F16 | Element::Bf16) => (Kernel::Gemm16, [n.div_ceil(32), 1, 1], 256),
+            (17..=32, Element::F16 | Element::Bf16) => (Kernel::Gemm32, [n.div_ceil(32), 1, 1], 256),
+            _ => (Kernel::Gemm, [n.div_ceil(64), rows.div_ceil(64), 1], 128),
+        };
+        self.push(
+            kernel,
+            grid,
+            block,
+            [
+                Arg::At(Buffer::StepInputs, count),
+                Arg::At(weight, 0),
+                Arg::At(x, 0),
+                bias,
+                Arg::At(y, 0),
+                u32_arg(k),
+                u32_arg(n),
+                Arg::U32(epilogue as u32),
+            ],
+        );
+    }
+
+    fn rope_store(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
+        let (spec, inputs) = (&sizes.spec, sizes.inputs(extent));
+        let input = |at: u64| Arg::At(Buffer::StepInputs, at);
+        self.push(
+            Kernel::RopeStore,
+            [extent.tokens, (spec.heads + 2 * spec.kv_heads).div_ceil(4), 1],
+            128,
+            [
+                input(N_TOKENS),
+                Arg::At(Buffer::Qkv, 0),
+                input(inputs.positions),
+                input(inputs.row_of),
+                input(inputs.tables),
+                u32_arg(sizes.max_blocks()),
+                Arg::At(Buffer::Rope, 0),
+                optional(sizes, layer, LayerPart::QNorm),
+                optional(sizes, layer, LayerPart::KNorm),
+                Arg::F32(spec.norm_eps),
+                pages(sizes, layer),
+                Arg::U64(sizes.page_elements()),
+                u32_arg(spec.heads),
+                u32_arg(spec.kv_heads),
+                u32_arg(spec.head_dim),
+                u32_arg(sizes.config.block_tokens),
+            ],
+        );
+    }
+
+    fn decode_attention(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
+        let (spec, inputs) = (&sizes.spec, sizes.inputs(extent));
+        let input = |at: u64| Arg::At(Buffer::StepInputs, at);
+        let splits = sizes.splits(extent.rows);
+        let scratch = |buffer| if splits == 1 { Arg::Null } else { Arg::At(buffer, 0) };
+        self.push(
+            Kernel::DecodeAttention,
+            [sizes.clusters(), extent.rows, splits as usize],
+            128,
+            [
+                input(N_ROWS),
+                Arg::At(Buffer::Qkv, 0),
+                pages(sizes, layer),
+                Arg::U64(sizes.page_elements()),
+                input(inputs.tables),
+                u32_arg(sizes.max_blocks()),
+                input(inputs.lens),
+                Arg::At(Buffer::Mixed, 0),
+                scratch(Buffer::Partial),
+                scratch(Buffer::PartialStat),
+                u32_arg(spec.heads),
+                u32_arg(spec.kv_heads),
+                u32_arg(sizes.config.block_tokens),
+                u32_arg(spec.window_of(layer).unwrap_or(0)),
+                Arg::F32(spec.score_scale),
+            ],
+        );
+        if splits > 1 {
+            self.push(
+                Kernel::Combine,
+                [spec.heads, extent.rows, 1],
+                spec.head_dim as u32,
+                [
+                    input(N_ROWS),
+                    Arg::At(Buffer::Partial, 0),
+                    Arg::At(Buffer::PartialStat, 0),
+                    Arg::At(Buffer::Mixed, 0),
+                    u32_arg(spec.heads),
+                    Arg::U32(splits as u32),
+                ],
+            );
+        }
+    }
+
+    fn prefill_attention(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
+        let (spec, inputs) = (&sizes.spec, sizes.inputs(extent));
+        let input = |at: u64| Arg::At(Buffer::StepInputs, at);
+        self.push(
+            Kernel::PrefillAttention,
+            [extent.tiles, spec.kv_heads, 1],
+            128,
+            [
+                input(N_TILES),
+                input(inputs.tiles),
+                Arg::At(Buffer::Qkv, 0),
+                pages(sizes, layer),
+                Arg::U64(sizes.page_elements()),
+                input(inputs.tables),
+                u32_arg(sizes.max_blocks()),
+                input(inputs.row_starts),
+                input(inputs.lens),
+                Arg::At(Buffer::Mixed, 0),
+                u32_arg(spec.heads),
+                u32_arg(spec.kv_heads),
+                u32_arg(sizes.config.block_tokens),
+                u32_arg(spec.window_of(layer).unwrap_or(0)),
+                Arg::F32(spec.score_scale),
+            ],
+        );
+    }
+
+    /// From logits to tokens, for up to `rows` rows.
+    pub(crate) fn choose(&mut self, sizes: &Sizes, rows: usize) {
+        let n = Arg::At(Buffer::StepInputs, N_SAMPLED);
+        let (rules, logits) = (Arg::At(Buffer::Rules, 0), Arg::At(Buffer::Logits, 0));
+        let lists = Arg::At(Buffer::Rules, sizes.lists_at(rows as u64));
+        let vocab = u32_arg(sizes.spec.vocab);
+        let parts = sizes.best_parts(rows);
+        let (best, sampled) = (Arg::At(Buffer::Best, 0), Arg::At(Buffer::Outputs, 0));
+        let tops = Arg::At(Buffer::Outputs, Sizes::tops_at(rows as u64));
+        // History, biases, bans and masks share one stretch: each row's rules say where in it its own stand.
+        self.push(
+            Kernel::SampleRules,
+            [rows, 1, 1],
+            1_024,
+            [n, rules, logits, lists, Arg::Null, Arg::At(Buffer::Seen, 0), lists, lists, lists, vocab],
+        );
+        self.push(Kernel::ArgmaxParts, [parts as usize, rows, 1], 256, [n, logits, best, vocab]);
+        self.push(
+            Kernel::SampleChoose,
+            [rows, 1, 1],
+            1_024,
+            [n, rules, logits, best, Arg::U32(parts as u32), sampled, tops, vocab],
+        );
+    }
+}
+
+fn u32_arg(n: usize) -> Arg {
+    Arg::U32(u32::try_from(n).unwrap_or(u32::MAX))
+}
+
+/// A layer's part of page 0.
+fn pages(sizes: &Sizes, layer: usize) -> Arg {
+    Arg::At(Buffer::Kv, layer as u64 * sizes.layer_elements() * sizes.element.bytes() as u64)
+}
+
+/// A part of a layer that the model may not have.
+fn optional(sizes: &Sizes, layer: usize, part: LayerPart) -> Arg {
+    if sizes.has(part) { Arg::At(Buffer::Layer(layer as u16, part), 0) } else { Arg::Null }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::EngineConfig;
+    use crate::backend::cuda::layout::Piece;
+    use crate::spec::ModelSpec;
+
+    const LLAMA_8B: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}"#;
+
+    /// Llama-3.1-8B on 132 multiprocessors.
+    fn sizes(element: Element) -> Sizes {
+        Sizes {
+            spec: ModelSpec::from_config(LLAMA_8B.as_bytes()).expect("a Llama"),
+            element,
+            config: EngineConfig {
+                n_blocks: 2_048,
+                block_tokens: 16,
+                max_step_tokens: 2_048,
+                max_rows: 128,
+                context_tokens: 8_192,
+            },
+            n_sms: 132,
+        }
+    }
+
+    fn mixed(rows: usize, tokens: usize) -> Extent {
+        Extent { rows, tokens, sampled: rows, tiles: tokens.div_ceil(16) + rows }
+    }
+
+    fn launched(sizes: &Sizes, extent: Extent) -> LaunchPlan {
+        let mut plan = LaunchPlan::default();
+        plan.forward(sizes, extent);
+        plan.choose(sizes, extent.sampled);
+        plan
+    }
+
+    #[test]
+    fn a_decode_step_has_nine_kernels_a_layer_and_eight_where_rows_fill_the_device() {
+        for (extent, expect) in [
+            (Extent::decode(1), 1 + 32 * 9 + 2 + 3),
+            (Extent::decode(8), 1 + 32 * 9 + 2 + 3),
+            (Extent::decode(64), 1 + 32 * 8 + 2 + 3),
+            (mixed(3, 700), 1 + 32 * 8 + 2 + 3),
+            (Extent { sampled: 0, ..mixed(1, 256) }, 1 + 32 * 8 + 3),
+        ] {
+            assert_eq!(launched(&sizes(Element::Bf16), extent).launches.len(), expect, "{extent:?}");
+        }
+    }
+
+    #[test]
+    fn products_take_the_kernel_for_their_rows() {
+        use Kernel::{Gemm, Gemm16, Gemm32, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+        for (rows, expect, expect_f32, grid) in [
+            (1, Gemv1, Gemv1, [768, 1, 1]),
+            (2, Gemv2, Gemv2, [768, 1, 1]),
+            (4, Gemv4, Gemv4, [384, 1, 1]),
+            (8, Gemv8, Gemv8, [384, 1, 1]),
+            (16, Gemm16, Gemm, [192, 1, 1]),
+            (32, Gemm32, Gemm, [192, 1, 1]),
+            (64, Gemm, Gemm, [96, 1, 1]),
+            (96, Gemm128, Gemm, [48, 1, 1]),
+        ] {
+            let of = |element| launched(&sizes(element), Extent::decode(rows)).launches[2].clone();
+            assert_eq!((of(Element::Bf16).kernel, of(Element::Bf16).grid), (expect, grid), "{rows} rows");
+            assert_eq!(of(Element::F32).kernel, expect_f32, "{rows} rows");
+        }
+    }
+
+    #[test]
+    fn contexts_are_cut_until_the_device_is_full() {
+        let sizes = sizes(Element::Bf16);
+        let found: Vec<u64> = [1, 2, 4, 8, 16, 24, 32, 48, 64, 128].map(|rows| sizes.splits(rows)).into();
+        assert_eq!(found, [33, 17, 9, 5, 3, 2, 2, 1, 1, 1]);
+        assert_eq!([1, 8, 128].map(|rows| sizes.best_parts(rows)), [64, 33, 3]);
+    }
+
+    /// What a kernel reads or writes at most through its arguments, so that no launch can reach beyond a buffer.
+    fn spans(sizes: &Sizes, extent: Extent, launch: &Launch, args: &[Arg]) -> Vec<(Arg, u64)> {
+        let size = sizes.element.bytes() as u64;
+        let u32_at = |i: usize| match args[i] {
+            Arg::U32(n) => u64::from(n),
+            ref other => panic!("argument {i} of {:?} is {other:?}", launch.kernel),
+        };
+        let (tokens, rows, sampled) = (extent.tokens as u64, extent.rows as u64, extent.sampled as u64);
+        let spec = &sizes.spec;
+        let (q_dim, heads) = (spec.q_dim() as u64, spec.heads as u64);
+        let qkv = tokens * (spec.q_dim() + 2 * spec.kv_dim()) as u64 * size;
+        let tables = rows * sizes.max_blocks() as u64 * 4;
+        let pages = (sizes.config.n_blocks as u64 - 1) * sizes.page_bytes() + sizes.layer_elements() * size;
+        let splits = u64::from(launch.grid[2]);
+        let lengths: Vec<u64> = match launch.kernel {
+            Kernel::Embed => {
+                let hidden = u32_at(4);
+                vec![4, 4 * tokens, spec.vocab as u64 * hidden * size, 4 * tokens * hidden]
+            }
+            Kernel::RmsNorm => {
+                let (hidden, out) = (u32_at(5), u64::from(launch.grid[0]));
+                vec![4, 4 * tokens * hidden, 4 * out, hidden * size, out * hidden * size]
+            }
+            Kernel::RopeStore => {
+                let rope = (sizes.config.context_tokens * spec.head_dim * 4) as u64;
+                vec![4, qkv, 4 * tokens, 4 * tokens, tables, 0, rope, 0, 0, 0, pages]
+            }
+            Kernel::DecodeAttention => {
+                let part = rows * heads * splits;
+                let (out, part) = (rows * q_dim * size, [part * spec.head_dim as u64 * 4, part * 8]);
+                vec![4, qkv, pages, 0, tables, 0, 4 * rows, out, part[0], part[1]]
+            }
+            Kernel::Combine => {
+                let part = rows * heads * u32_at(5);
+                vec![4, part * spec.head_dim as u64 * 4, part * 8, rows * q_dim * size]
+            }
+            Kernel::PrefillAttention => {
+                let tiles = 8 * extent.tiles as u64;
+                vec![4, tiles, qkv, pages, 0, tables, 0, 4 * (rows + 1), 4 * rows, tokens * q_dim * size]
+            }
+            Kernel::SampleRules => {
+                let logits = 4 * sampled * spec.vocab as u64;
+                vec![4, 96 * sampled, logits, 0, 0, logits]
+            }
+            Kernel::ArgmaxParts => {
+                vec![4, 4 * sampled * spec.vocab as u64, 8 * sampled * u64::from(launch.grid[0])]
+            }
+            Kernel::SampleChoose => {
+                let parts = 8 * sampled * u32_at(4);
+                vec![4, 96 * sampled, 4 * sampled * spec.vocab as u64, parts, 0, 4 * sampled, 168 * sampled]
+            }
+            _ => {
+                let (k, n, rows) = (
+                    u32_at(5),
+                    u32_at(6),
+                    if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens },
+                );
+                let y = match u32_at(7) {
+                    0 => rows * n * size,
+                    3 => rows * n / 2 * size,
+                    _ => rows * n * 4,
+                };
+                vec![4, n * k * size, rows * k * size, 0, y]
+            }
+        };
+        args.iter().copied().zip(lengths).collect()
+    }
+
+    #[test]
+    fn no_launch_reaches_beyond_a_buffer() {
+        for element in Element::ALL {
+            let sizes = sizes(element);
+            let pieces = sizes.pieces();
+            let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain([mixed(3, 700), sizes.largest()]);
+            for extent in extents {
+                let plan = launched(&sizes, extent);
+                for launch in &plan.launches {
+                    assert!(launch.kernel.exists(element), "{launch:?}");
+                    for (arg, length) in spans(&sizes, extent, launch, plan.args_of(launch)) {
+                        let Arg::At(buffer, offset) = arg else { continue };
+                        let piece: &Piece = pieces.iter().find(|p| p.buffer == buffer).expect("it is allocated");
+                        assert!(offset + length <= piece.bytes, "{launch:?}: {length} from {offset} of {piece:?}");
+                        let aligned = offset % 16 == 0 || length == 4;
+                        assert!(aligned, "{launch:?}: {buffer:?} at {offset}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn footprints_are_those_of_the_buffers() {
+        let sizes = sizes(Element::Bf16);
+        let footprint = sizes.footprint();
+        // 8.03e9 numbers of two bytes, and 4 MiB of rotations.
+        assert_eq!(footprint.weights, 2 * 8_030_261_248 + (8_192 * 128 * 4));
+        assert_eq!(footprint.block_bytes, 2 * 32 * 1_024 * 16 * 2);
+        let of = |owner| sizes.pieces().iter().filter(|p| p.owner == owner).map(|p| p.bytes).sum::<u64>();
+        use crate::backend::cuda::layout::Owner;
+        assert_eq!(of(Owner::Kv), 2_048 * footprint.block_bytes);
+        assert!(footprint.workspace >= of(Owner::Workspace) && footprint.workspace < of(Owner::Workspace) + 16 * 256);
+        assert_eq!(footprint.graphs % GRAPH_NODE_BYTES, 0);
+    }
+
+    use crate::backend::cuda::vram::GRAPH_NODE_BYTES;
+}

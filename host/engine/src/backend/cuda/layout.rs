@@ -1,0 +1,386 @@
+//! What lies where on a device: every buffer of a model and of its largest step, by name and size.
+//!
+//! One list, from which the planner counts, the arena allocates and the launch plan takes its arguments: sizes that are
+//! written down twice come apart. Nothing here depends on a step; nothing is allocated after the start.
+
+use super::bucket::Buckets;
+use super::element::Element;
+use super::launch::{Extent, Kernel, LaunchPlan};
+use super::vram::{Footprint, GRAPH_NODE_BYTES};
+use crate::backend::EngineConfig;
+use crate::spec::ModelSpec;
+
+/// Buffers begin at multiples of this: more than any load of a kernel asks for.
+pub(crate) const ALIGN: u64 = 256;
+
+/// Bytes of a row's rules, of a best logit and of a row's log-probabilities, as the kernels have them.
+pub(crate) const RULES_BYTES: u64 = 96;
+pub(crate) const BEST_BYTES: u64 = 8;
+pub(crate) const TOP_BYTES: u64 = 168;
+
+/// Most entries of a request's own bias, of a policy's bias and of a row's bans that the device has room for.
+pub(crate) const MAX_REQUEST_BIASES: usize = 1_024;
+pub(crate) const MAX_POLICY_BIASES: usize = 8_192;
+pub(crate) const MAX_BANS: usize = 512;
+
+/// Most parts of a row in which the largest logit is looked for.
+const MAX_BEST_PARTS: u64 = 64;
+
+/// Most runs into which a row's context is cut.
+const MAX_SPLITS: u64 = 64;
+
+/// A piece of device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Buffer {
+    Embedding,
+    /// Absent where the embedding serves.
+    Head,
+    FinalNorm,
+    Rope,
+    Layer(u16, LayerPart),
+    Kv,
+    /// The residual stream, in `f32`.
+    Residual,
+    Normed,
+    Qkv,
+    Mixed,
+    Ffn,
+    /// Partial results of attention that is cut into runs, and their maxima and sums.
+    Partial,
+    PartialStat,
+    Logits,
+    Best,
+    /// Counts of tokens, zero between steps.
+    Seen,
+    StepInputs,
+    Rules,
+    Outputs,
+}
+
+/// A weight of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LayerPart {
+    AttentionNorm,
+    Qkv,
+    /// These three where the model has them.
+    QkvBias,
+    QNorm,
+    KNorm,
+    Out,
+    /// Where the model has one.
+    OutBias,
+    FfnNorm,
+    GateUp,
+    Down,
+}
+
+/// Whose memory it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Weights,
+    Kv,
+    Workspace,
+}
+
+/// A buffer to allocate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) buffer: Buffer,
+    pub(crate) owner: Owner,
+    pub(crate) bytes: u64,
+}
+
+/// Everything that sizes depend on.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Sizes {
+    pub(crate) spec: ModelSpec,
+    pub(crate) element: Element,
+    pub(crate) config: EngineConfig,
+    /// Multiprocessors of the device.
+    pub(crate) n_sms: u32,
+}
+
+/// Where the parts of a step's inputs stand in their buffer; counts come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct InputLayout {
+    pub(crate) tokens: u64,
+    pub(crate) positions: u64,
+    pub(crate) row_of: u64,
+    pub(crate) row_starts: u64,
+    pub(crate) lens: u64,
+    pub(crate) pick: u64,
+    pub(crate) tiles: u64,
+    pub(crate) tables: u64,
+    pub(crate) bytes: u64,
+}
+
+/// Offsets of the counts in a step's inputs.
+pub(crate) const N_TOKENS: u64 = 0;
+pub(crate) const N_ROWS: u64 = 4;
+pub(crate) const N_SAMPLED: u64 = 8;
+pub(crate) const N_TILES: u64 = 12;
+
+impl Buffer {
+    const LAYER_PARTS: usize = 10;
+    const OTHERS: usize = 18;
+
+    /// A number below [`Buffer::count`].
+    pub(crate) fn index(self) -> usize {
+        match self {
+            Self::Embedding => 0,
+            Self::Head => 1,
+            Self::FinalNorm => 2,
+            Self::Rope => 3,
+            Self::Kv => 4,
+            Self::Residual => 5,
+            Self::Normed => 6,
+            Self::Qkv => 7,
+            Self::Mixed => 8,
+            Self::Ffn => 9,
+            Self::Partial => 10,
+            Self::PartialStat => 11,
+            Self::Logits => 12,
+            Self::Best => 13,
+            Self::Seen => 14,
+            Self::StepInputs => 15,
+            Self::Rules => 16,
+            Self::Outputs => 17,
+            Self::Layer(layer, part) => Self::OTHERS + usize::from(layer) * Self::LAYER_PARTS + part as usize,
+        }
+    }
+
+    pub(crate) fn count(layers: usize) -> usize {
+        Self::OTHERS + layers * Self::LAYER_PARTS
+    }
+}
+
+impl Sizes {
+    /// Every buffer, in the order in which it is allocated.
+    pub(crate) fn pieces(&self) -> Vec<Piece> {
+        let mut pieces = self.weights();
+        pieces.push(Piece {
+            buffer: Buffer::Kv,
+            owner: Owner::Kv,
+            bytes: self.config.n_blocks as u64 * self.page_bytes(),
+        });
+        pieces.extend(self.workspace());
+        pieces
+    }
+
+    fn weights(&self) -> Vec<Piece> {
+        let ModelSpec { vocab, hidden, layers, ffn, tied, head_dim, .. } = self.spec;
+        let (q_dim, kv_dim) = (self.spec.q_dim(), self.spec.kv_dim());
+        let size = self.element.bytes();
+        let piece = |buffer, n: usize| Piece { buffer, owner: Owner::Weights, bytes: (n * size) as u64 };
+        let rope = (self.config.context_tokens * head_dim * size_of::<f32>()) as u64;
+        let mut pieces = vec![
+            piece(Buffer::Embedding, vocab * hidden),
+            piece(Buffer::FinalNorm, hidden),
+            Piece { buffer: Buffer::Rope, owner: Owner::Weights, bytes: rope },
+        ];
+        if !tied {
+            pieces.push(piece(Buffer::Head, vocab * hidden));
+        }
+        for layer in 0..layers {
+            let part = |part, n| piece(Buffer::Layer(layer as u16, part), n);
+            let parts = [
+                (LayerPart::AttentionNorm, hidden),
+                (LayerPart::Qkv, (q_dim + 2 * kv_dim) * hidden),
+                (LayerPart::QkvBias, q_dim + 2 * kv_dim),
+                (LayerPart::QNorm, head_dim),
+                (LayerPart::KNorm, head_dim),
+                (LayerPart::Out, hidden * q_dim),
+                (LayerPart::OutBias, hidden),
+                (LayerPart::FfnNorm, hidden),
+                (LayerPart::GateUp, 2 * ffn * hidden),
+                (LayerPart::Down, hidden * ffn),
+            ];
+            pieces.extend(parts.into_iter().filter(|(of, _)| self.has(*of)).map(|(of, n)| part(of, n)));
+        }
+        pieces
+    }
+
+    fn workspace(&self) -> Vec<Piece> {
+        let (spec, config) = (&self.spec, &self.config);
+        let (tokens, rows, size) = (config.max_step_tokens, config.max_rows, self.element.bytes());
+        let most = tokens.max(rows);
+        let piece = |buffer, bytes: u64| Piece { buffer, owner: Owner::Workspace, bytes };
+        let typed = |buffer, n: usize| piece(buffer, (n * size) as u64);
+        let split_rows = self.most_split_rows();
+        vec![
+            piece(Buffer::Residual, (tokens * spec.hidden * 4) as u64),
+            typed(Buffer::Normed, most * spec.hidden),
+            typed(Buffer::Qkv, tokens * (spec.q_dim() + 2 * spec.kv_dim())),
+            typed(Buffer::Mixed, tokens * spec.q_dim()),
+            typed(Buffer::Ffn, tokens * spec.ffn),
+            piece(Buffer::Partial, split_rows * (spec.q_dim() * 4) as u64),
+            piece(Buffer::PartialStat, split_rows * (spec.heads * 8) as u64),
+            piece(Buffer::Logits, (rows * spec.vocab * 4) as u64),
+            piece(Buffer::Best, rows as u64 * MAX_BEST_PARTS * BEST_BYTES),
+            piece(Buffer::Seen, (rows * spec.vocab * 4) as u64),
+            piece(Buffer::StepInputs, self.inputs(self.largest()).bytes),
+            piece(Buffer::Rules, self.rules_bytes()),
+            piece(Buffer::Outputs, self.outputs_bytes(rows as u64)),
+        ]
+    }
+
+    /// Whether the model has this part.
+    pub(crate) fn has(&self, part: LayerPart) -> bool {
+        match part {
+            LayerPart::QkvBias => self.spec.qkv_bias,
+            LayerPart::OutBias => self.spec.out_bias,
+            LayerPart::QNorm | LayerPart::KNorm => self.spec.qk_norm,
+            _ => true,
+        }
+    }
+
+    /// The largest step.
+    pub(crate) fn largest(&self) -> Extent {
+        let EngineConfig { max_step_tokens: tokens, max_rows: rows, .. } = self.config;
+        Extent { rows, tokens, sampled: rows, tiles: tokens.div_ceil(self.tile_tokens()) + rows }
+    }
+
+    /// Query heads per key head.
+    pub(crate) fn group(&self) -> usize {
+        self.spec.heads / self.spec.kv_heads
+    }
+
+    /// Query heads that a block of decode attention takes at most, so that keys are read once for all of them.
+    pub(crate) fn cluster_heads(&self) -> usize {
+        if self.group() <= 4 { 4 } else { 8 }
+    }
+
+    /// Blocks of decode attention for a row that is not cut.
+    pub(crate) fn clusters(&self) -> usize {
+        self.spec.kv_heads * self.group().div_ceil(self.cluster_heads())
+    }
+
+    /// Tokens that a tile of prefill attention holds.
+    pub(crate) fn tile_tokens(&self) -> usize {
+        64 / self.group()
+    }
+
+    /// Pages of the longest sequence.
+    pub(crate) fn max_blocks(&self) -> usize {
+        self.config.context_tokens.div_ceil(self.config.block_tokens)
+    }
+
+    /// Numbers of a page in one layer: keys and values.
+    pub(crate) fn layer_elements(&self) -> u64 {
+        (2 * self.spec.kv_dim() * self.config.block_tokens) as u64
+    }
+
+    /// Numbers of a page.
+    pub(crate) fn page_elements(&self) -> u64 {
+        self.layer_elements() * self.spec.layers as u64
+    }
+
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.page_elements() * self.element.bytes() as u64
+    }
+
+    /// Words of a token mask.
+    pub(crate) fn mask_words(&self) -> usize {
+        self.spec.vocab.div_ceil(32)
+    }
+
+    /// Runs into which each row's context is cut, so that about two blocks of threads run on each multiprocessor. By the
+    /// number of rows alone, never by the length of a context: a captured graph cannot change its grid.
+    pub(crate) fn splits(&self, rows: usize) -> u64 {
+        let blocks = (self.clusters() * rows) as u64;
+        let wanted = (2 * u64::from(self.n_sms)).div_ceil(blocks.max(1));
+        wanted.clamp(1, MAX_SPLITS.min(self.max_blocks() as u64))
+    }
+
+    /// Parts in which the largest of a row's logits is looked for.
+    pub(crate) fn best_parts(&self, rows: usize) -> u64 {
+        let wanted = (2 * u64::from(self.n_sms)).div_ceil(rows.max(1) as u64);
+        wanted.min((self.spec.vocab as u64).div_ceil(1_024)).clamp(1, MAX_BEST_PARTS)
+    }
+
+    fn most_split_rows(&self) -> u64 {
+        let rows_of = |rows: usize| match self.splits(rows) {
+            1 => 0,
+            splits => rows as u64 * splits,
+        };
+        Buckets::up_to(self.config.max_rows).largest_first().map(rows_of).max().unwrap_or(0)
+    }
+
+    pub(crate) fn inputs(&self, extent: Extent) -> InputLayout {
+        let Extent { rows, tokens, sampled, tiles } = extent;
+        let mut next = 16;
+        let mut place = |words: usize| {
+            let at = next;
+            next += (4 * words as u64).next_multiple_of(16);
+            at
+        };
+        InputLayout {
+            tokens: place(tokens),
+            positions: place(tokens),
+            row_of: place(tokens),
+            row_starts: place(rows + 1),
+            lens: place(rows),
+            pick: place(sampled),
+            tiles: place(2 * tiles),
+            tables: place(rows * self.max_blocks()),
+            bytes: next,
+        }
+    }
+
+    /// Where the lists that rules point into begin, for `rows` sampled rows.
+    pub(crate) fn lists_at(&self, rows: u64) -> u64 {
+        (rows * RULES_BYTES).next_multiple_of(16)
+    }
+
+    /// Rules of every row, each with a mask, a whole history and the longest lists.
+    fn rules_bytes(&self) -> u64 {
+        let words = self.mask_words() + self.config.context_tokens + MAX_BANS;
+        let lists = 4 * words + 8 * (MAX_REQUEST_BIASES + MAX_POLICY_BIASES + 1);
+        let rows = self.config.max_rows as u64;
+        self.lists_at(rows) + rows * lists as u64
+    }
+
+    /// Where log-probabilities begin in the outputs; tokens come first.
+    pub(crate) fn tops_at(rows: u64) -> u64 {
+        (4 * rows).next_multiple_of(16)
+    }
+
+    fn outputs_bytes(&self, rows: u64) -> u64 {
+        Self::tops_at(rows) + rows * TOP_BYTES
+    }
+
+    /// Launches of all graphs together.
+    fn graph_nodes(&self) -> u64 {
+        let mut plan = LaunchPlan::default();
+        let mut nodes = 0;
+        for rows in Buckets::up_to(self.config.max_rows).largest_first() {
+            plan.clear();
+            plan.forward(self, Extent::decode(rows));
+            plan.choose(self, rows);
+            nodes += plan.launches.len() as u64;
+        }
+        nodes
+    }
+
+    /// What it needs, whatever the device has.
+    pub(crate) fn footprint(&self) -> Footprint {
+        let sum = |pieces: Vec<Piece>| pieces.iter().map(|piece| piece.bytes.next_multiple_of(ALIGN)).sum();
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Footprint {
+            element: self.element,
+            weights: sum(self.weights()),
+            workspace: sum(self.workspace()),
+            graphs: self.graph_nodes() * GRAPH_NODE_BYTES,
+            block_bytes: self.page_bytes(),
+            block_tokens: count(self.config.block_tokens),
+            context_tokens: count(self.config.context_tokens),
+            max_rows: count(self.config.max_rows),
+        }
+    }
+
+    /// The kernels that this model needs, by their entry points.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (Kernel, String)> + '_ {
+        let here = Kernel::ALL.into_iter().filter(|kernel| kernel.exists(self.element));
+        here.map(|kernel| (kernel, kernel.entry(self)))
+    }
+}

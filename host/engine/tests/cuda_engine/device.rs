@@ -1,0 +1,181 @@
+//! The kernels' shim as a device: a process that keeps the memory and runs launches at once, in order.
+
+use std::collections::HashMap;
+
+use pointsman_engine::cuda::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value, VramFree};
+
+use crate::shim::{Arg, Launch, Shim};
+
+/// Memory that the device claims to have.
+const TOTAL: u64 = 1 << 30;
+
+/// A launch that was captured: kernel, grid, block, shared memory, arguments.
+type Recorded = (usize, [u32; 3], u32, u32, Vec<Value>);
+
+#[derive(Debug)]
+pub(crate) struct ShimDevice {
+    info: DeviceInfo,
+    shim: Shim,
+    entries: HashMap<usize, String>,
+    lanes: [Vec<u32>; 3],
+    taken: u64,
+    capturing: Option<Vec<Recorded>>,
+    graphs: Vec<Vec<Recorded>>,
+    /// Of the order of blocks and threads; another one for each launch.
+    seed: u64,
+    /// Every launch fails from this one on, as those of a lost device do.
+    pub(crate) fails_after: Option<u64>,
+}
+
+impl ShimDevice {
+    /// `None` without a C++ compiler.
+    pub(crate) fn start() -> Option<Self> {
+        let info = DeviceInfo { name: "the CPU".to_owned(), n_sms: 4, capability: (9, 0) };
+        Some(Self {
+            info,
+            shim: Shim::start()?,
+            entries: HashMap::new(),
+            lanes: Default::default(),
+            taken: 0,
+            capturing: None,
+            graphs: Vec::new(),
+            seed: 1,
+            fails_after: None,
+        })
+    }
+
+    fn lost(text: &str) -> DeviceError {
+        DeviceError::Lost { call: "launch", code: "SHIM".into(), text: text.into() }
+    }
+
+    fn run(&mut self, (kernel, grid, block, shared, args): &Recorded) -> Result<(), DeviceError> {
+        self.seed += 1;
+        if self.fails_after.is_some_and(|last| self.seed > last) {
+            return Err(Self::lost("as asked"));
+        }
+        let arg = |value: &Value| match *value {
+            Value::Address(n) => Arg::Address(n),
+            Value::U32(n) => Arg::U32(n),
+            Value::U64(n) => Arg::U64(n),
+            Value::F32(x) => Arg::F32(x),
+        };
+        let args: Vec<Arg> = args.iter().map(arg).collect();
+        let Some(entry) = self.entries.get(kernel) else {
+            return Err(DeviceError::NoKernel { entry: kernel.to_string() });
+        };
+        let launch = Launch {
+            kernel: entry,
+            grid: *grid,
+            block: *block,
+            shared: *shared,
+            args: &args,
+            seed: self.seed,
+            skip: "",
+        };
+        self.shim.launch(&launch).map(drop).map_err(|text| Self::lost(&text))
+    }
+}
+
+fn bytes(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+impl Device for ShimDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn memory(&mut self) -> Result<VramFree, DeviceError> {
+        Ok(VramFree { total: TOTAL, free: TOTAL - self.taken })
+    }
+
+    fn enter(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn load(&mut self, entries: &[(usize, String)]) -> Result<(), DeviceError> {
+        self.entries.extend(entries.iter().cloned());
+        Ok(())
+    }
+
+    fn allocate(&mut self, bytes: u64) -> Result<u64, DeviceError> {
+        if self.taken + bytes > TOTAL {
+            return Err(DeviceError::OutOfMemory { asked: bytes, free: TOTAL - self.taken });
+        }
+        self.taken += bytes;
+        let at = self.shim.allocate(bytes as usize);
+        self.shim.write(at, &vec![0; bytes as usize]);
+        Ok(at)
+    }
+
+    fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError> {
+        self.lanes[lane as usize] = vec![0; words];
+        Ok(())
+    }
+
+    fn lane(&mut self, lane: Lane) -> &mut [u32] {
+        &mut self.lanes[lane as usize]
+    }
+
+    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.shim.write(to, bytes);
+        Ok(())
+    }
+
+    fn download(&mut self, from: u64, words: &mut [u32]) -> Result<(), DeviceError> {
+        let mut bytes = vec![0; 4 * words.len()];
+        self.shim.read(from, &mut bytes);
+        let (quads, _) = bytes.as_chunks();
+        words.iter_mut().zip(quads).for_each(|(word, quad)| *word = u32::from_le_bytes(*quad));
+        Ok(())
+    }
+
+    fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError> {
+        let bytes = bytes(&self.lanes[lane as usize][..words]);
+        self.upload(to, &bytes)
+    }
+
+    fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
+        let mut read = vec![0; words];
+        self.download(from, &mut read)?;
+        self.lanes[Lane::Outputs as usize][..words].copy_from_slice(&read);
+        Ok(())
+    }
+
+    fn launch(&mut self, launch: &DeviceLaunch<'_>) -> Result<(), DeviceError> {
+        let recorded = (launch.kernel, launch.grid, launch.block, launch.shared, launch.args.to_vec());
+        match &mut self.capturing {
+            Some(graph) => graph.push(recorded),
+            None => self.run(&recorded)?,
+        }
+        Ok(())
+    }
+
+    fn captures(&self) -> bool {
+        true
+    }
+
+    fn begin_capture(&mut self) -> Result<(), DeviceError> {
+        assert!(self.capturing.is_none(), "one capture at a time");
+        self.capturing = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_capture(&mut self) -> Result<GraphId, DeviceError> {
+        self.graphs.push(self.capturing.take().expect("a capture was begun"));
+        Ok(GraphId(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, graph: GraphId) -> Result<(), DeviceError> {
+        assert!(self.capturing.is_none(), "a replay cannot be captured");
+        for launch in self.graphs[graph.0].clone() {
+            self.run(&launch)?;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<(), DeviceError> {
+        assert!(self.capturing.is_none(), "waiting ends a capture");
+        Ok(())
+    }
+}

@@ -1,0 +1,273 @@
+//! Steps on both engines.
+
+use std::sync::Arc;
+
+use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, ParityCase, Source};
+use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
+use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::ids::RequestId;
+use pointsman_sched::request::Sampling;
+use pointsman_sched::sampler::{Edit, EditSource, NoEdits};
+use safetensors::Dtype;
+
+use crate::common::{Rng, Sequence, Step, blocks, serialize, tensors, with_heads};
+use crate::device::ShimDevice;
+
+/// Small, with everything that has a shape of its own: grouped heads, a vocabulary and a width of odd sizes, a head of its own.
+fn spec(head_dim: usize, tied: bool) -> ModelSpec {
+    ModelSpec { layers: 2, context: 128, tied, ..with_heads(6, 2, head_dim) }
+}
+
+const CONFIG: EngineConfig =
+    EngineConfig { n_blocks: 32, block_tokens: 16, max_step_tokens: 96, max_rows: 12, context_tokens: 128 };
+
+/// The same model on both backends; `None` without a C++ compiler.
+fn engines(spec: &ModelSpec, element: Element, graphs: bool) -> Option<(CpuEngine, CudaEngine)> {
+    let dtype = match element {
+        Element::F32 => Dtype::F32,
+        Element::F16 => Dtype::F16,
+        Element::Bf16 => Dtype::BF16,
+    };
+    let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, 7), dtype)).unwrap();
+    assert_eq!(weights.stored(), Some(element));
+    let device = Box::new(ShimDevice::start()?);
+    let options = CudaOptions { element, graphs };
+    let mut seen = 0;
+    let cuda =
+        CudaEngine::load(device, (spec.clone(), Source::Files(&weights)), CONFIG, options, &mut |done| seen = done)
+            .unwrap();
+    let used = cuda.memory();
+    assert!(seen > 0 && seen <= used.weights, "progress ends at {seen} of {}", used.weights);
+    let model = Arc::new(Model::load(spec.clone(), &weights, Precision::F16).unwrap());
+    let cpu = CpuEngine::new(model, ComputePool::start(1).unwrap(), CONFIG).unwrap();
+    Some((cpu, cuda))
+}
+
+fn execute(engine: &mut dyn Executor, plan: &StepPlan, edits: &mut dyn EditSource) -> Vec<Sampled> {
+    let mut out = StepOutput::default();
+    engine.execute(plan, edits, &mut out).unwrap();
+    out.sampled
+}
+
+fn tokens(sampled: &[Sampled]) -> Vec<u32> {
+    sampled.iter().map(|sampled| sampled.token).collect()
+}
+
+/// Largest difference of the logits of the last step's row `i`, relative to the largest of them.
+fn difference(cpu: &CpuEngine, cuda: &mut CudaEngine, i: usize) -> f32 {
+    let (expect, found) = (cpu.logits(i), cuda.logits(i).unwrap());
+    assert_eq!(expect.len(), found.len());
+    let largest = expect.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    expect.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+/// Runs five sequences that arrive one after the other, prefilled in chunks between decodes. Gives the worst difference.
+fn serve(cpu: &mut CpuEngine, cuda: &mut CudaEngine, same_tokens: bool) -> f32 {
+    let greedy = Arc::new(Sampling::default());
+    let mut rng = Rng(5);
+    let prompts = [1, 16, 17, 40, 70];
+    let sequence = |(i, len): (usize, usize)| Sequence {
+        tokens: rng.tokens(len, 203),
+        computed: 0,
+        // Pages of different sequences alternate, and none is in order.
+        blocks: blocks((0..6).rev().map(|page| (page * 5 + i) as u32)),
+    };
+    let mut sequences: Vec<Sequence> = prompts.into_iter().enumerate().map(sequence).collect();
+    let mut worst = 0.0f32;
+    for round in 0..9 {
+        let mut step = Step::default();
+        let mut sampling = Vec::new();
+        let active = sequences.len().min(round + 1);
+        let mut room = 40;
+        for (i, sequence) in sequences[..active].iter_mut().enumerate() {
+            let left = sequence.tokens.len() - sequence.computed;
+            let n = left.min(33).min(room);
+            if n == 0 {
+                continue;
+            }
+            step.push(sequence, n, &greedy);
+            sequence.computed += n;
+            room -= n;
+            if n == left {
+                sampling.push(i);
+            }
+        }
+        let expect = tokens(&execute(cpu, &step.plan, &mut NoEdits));
+        let found = tokens(&execute(cuda, &step.plan, &mut NoEdits));
+        assert_eq!(found.len(), sampling.len());
+        for (row, &i) in sampling.iter().enumerate() {
+            worst = worst.max(difference(cpu, cuda, row));
+            sequences[i].tokens.push(expect[row]);
+        }
+        if same_tokens {
+            assert_eq!(found, expect, "round {round}");
+        }
+    }
+    worst
+}
+
+#[test]
+fn f32_steps_choose_the_tokens_of_the_cpu() {
+    for (spec, graphs) in [(spec(64, true), true), (spec(128, false), false), (spec(32, false), true)] {
+        let Some((mut cpu, mut cuda)) = engines(&spec, Element::F32, graphs) else { return };
+        let worst = serve(&mut cpu, &mut cuda, true);
+        assert!(worst < 1e-4, "{spec:?}: logits differ by {worst}");
+    }
+}
+
+#[test]
+fn sixteen_bits_stay_close_to_the_cpu() {
+    for (element, head_dim) in [(Element::Bf16, 64), (Element::F16, 64), (Element::Bf16, 32), (Element::F16, 128)] {
+        let Some((mut cpu, mut cuda)) = engines(&spec(head_dim, true), element, true) else { return };
+        let worst = serve(&mut cpu, &mut cuda, false);
+        assert!(worst < 2e-2, "{element}, heads of {head_dim}: logits differ by {worst}");
+    }
+}
+
+/// An edit for each request by its number.
+struct Edits(Vec<Option<Edit>>);
+
+impl EditSource for Edits {
+    fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
+        self.0[request.0 as usize - 1].clone().map(Arc::new)
+    }
+}
+
+/// Rules of every kind, one row each, with a history, bans and edits.
+fn rules() -> Vec<(Sampling, Vec<u32>, Option<Edit>)> {
+    let drawn = Sampling { temperature: 0.9, seed: 11, ..Sampling::default() };
+    let allow = Edit::allow(vec![3, 40, 99, 100, 202], 203).unwrap();
+    vec![
+        (Sampling { logprobs: Some(5), ..Sampling::default() }, vec![], None),
+        (drawn.clone(), vec![], None),
+        (Sampling { top_k: 3, logprobs: Some(20), ..drawn.clone() }, vec![], None),
+        (Sampling { top_p: 0.6, min_p: 0.02, ..drawn.clone() }, vec![1, 2], None),
+        (Sampling { repetition_penalty: 1.7, logprobs: Some(0), ..Sampling::default() }, vec![], None),
+        (Sampling { presence_penalty: 1.0, frequency_penalty: 0.5, ..drawn.clone() }, vec![], None),
+        (Sampling { logit_bias: vec![(7, 9.0), (8, -4.0)], ..drawn.clone() }, vec![], None),
+        (drawn.clone(), vec![3, 40], Some(allow.clone())),
+        (Sampling { logprobs: Some(3), ..Sampling::default() }, vec![], Some(allow)),
+        (drawn.clone(), vec![], Some(Edit::forbid((0..190).collect(), 203).unwrap())),
+        (drawn, vec![], Some(Edit::bias(vec![(5, 3.0), (6, -3.0)], 203).unwrap())),
+    ]
+}
+
+#[test]
+fn rules_edits_and_log_probabilities_are_those_of_the_cpu() {
+    let Some((mut cpu, mut cuda)) = engines(&spec(64, true), Element::F32, true) else { return };
+    let mut rng = Rng(9);
+    let mut step = Step::default();
+    let rules = rules();
+    for (i, (sampling, banned, _)) in rules.iter().enumerate() {
+        let tokens = rng.tokens(5, 203);
+        let sequence = Sequence { tokens, computed: 0, blocks: blocks([i as u32]) };
+        step.push(&sequence, 5, &Arc::new(sampling.clone()));
+        let start = step.plan.history.len() as u32;
+        step.plan.history.extend([9, 9, 7, 9, 120, 7]);
+        let sample = step.plan.rows[i].sample.as_mut().unwrap();
+        *sample = Sample {
+            index: 4 + i as u32,
+            history: start..start + 6,
+            history_prompt: 3,
+            banned: (!banned.is_empty()).then(|| banned.as_slice().into()),
+            ..sample.clone()
+        };
+    }
+    let mut edits = Edits(rules.into_iter().map(|(_, _, edit)| edit).collect());
+    // The same rows again as decodes: through the graph, and with scratch memory that has been used.
+    for round in 0..3 {
+        let expect = execute(&mut cpu, &step.plan, &mut edits);
+        let found = execute(&mut cuda, &step.plan, &mut edits);
+        assert_eq!(tokens(&found), tokens(&expect), "round {round}");
+        for (i, (found, expect)) in found.iter().zip(&expect).enumerate() {
+            match (&found.logprobs, &expect.logprobs) {
+                (None, None) => {}
+                (Some(found), Some(expect)) => {
+                    assert!((found.chosen - expect.chosen).abs() < 1e-4, "row {i}: {found:?}, {expect:?}");
+                    let ids = |of: &[(u32, f32)]| of.iter().map(|(id, _)| *id).collect::<Vec<_>>();
+                    assert_eq!(ids(&found.top), ids(&expect.top), "row {i}");
+                    let close = |(a, b): (&(u32, f32), &(u32, f32))| (a.1 - b.1).abs() < 1e-4;
+                    assert!(found.top.iter().zip(&expect.top).all(close), "row {i}: {found:?}, {expect:?}");
+                }
+                _ => panic!("row {i} has log-probabilities on one side"),
+            }
+        }
+        for (i, sampled) in expect.iter().enumerate() {
+            let (plan, at) = (&mut step.plan, i as u32);
+            if round == 0 {
+                plan.rows[i].tokens = at..at + 1;
+                plan.rows[i].position = 5;
+            } else {
+                plan.rows[i].position += 1;
+            }
+            plan.tokens[i] = sampled.token;
+            plan.rows[i].sample.as_mut().unwrap().index += 1;
+        }
+        step.plan.tokens.truncate(expect.len());
+    }
+}
+
+#[test]
+fn a_lost_device_fails_its_steps_and_says_so() {
+    let spec = spec(64, true);
+    let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
+    let Some(mut device) = ShimDevice::start() else { return };
+    // Enough launches for the start without graphs, and a few more.
+    device.fails_after = Some(400);
+    let options = CudaOptions { element: Element::F32, graphs: false };
+    let mut cuda =
+        CudaEngine::load(Box::new(device), (spec, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap();
+    let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
+    let mut step = Step::default();
+    step.push(&sequence, 20, &Arc::default());
+    let fault = (0..40).find_map(|_| cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default()).err());
+    let Some(ExecuteError::Device { what }) = fault else { panic!("{fault:?}") };
+    assert!(what.contains("the device is lost") && what.contains("restart"), "{what}");
+    let again = cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default());
+    assert_eq!(again, Err(ExecuteError::Device { what }));
+}
+
+#[test]
+fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
+    let Some(device) = ShimDevice::start() else { return };
+    let odd = spec(96, true);
+    let weights = Weights::from_bytes(serialize(&tensors(&odd, Dtype::F32, 7), Dtype::F32)).unwrap();
+    let options = CudaOptions { element: Element::F32, graphs: true };
+    let error =
+        CudaEngine::load(Box::new(device), (odd, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap_err();
+    assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("do not cover heads of this width (96); they cover 32, 64 and 128"), "{error}");
+    let Some((_, mut cuda)) = engines(&spec(64, true), Element::F32, false) else { return };
+    let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3]) };
+    let mut step = Step::default();
+    step.push(&sequence, 20, &Arc::default());
+    let error = cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default());
+    assert_eq!(error, Err(ExecuteError::Malformed { what: "a position without a block" }));
+    assert!(execute(&mut cuda, &StepPlan::default(), &mut NoEdits).is_empty());
+}
+
+#[test]
+fn the_check_for_a_gpu_passes_on_the_shim() {
+    for mut case in ParityCase::all() {
+        let Some(device) = ShimDevice::start() else { return };
+        // A GPU is given steps of up to 96 rows; here each takes seconds.
+        case.rows.retain(|rows| *rows < 4);
+        let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
+        assert!(parity.is_good(), "{case:?}: {parity:?}");
+    }
+}
+
+#[test]
+fn random_numbers_fill_every_matrix() {
+    let Some(device) = ShimDevice::start() else { return };
+    let options = CudaOptions { element: Element::Bf16, graphs: true };
+    let model = (spec(64, false), Source::Random(3));
+    let mut cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
+    let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
+    let mut step = Step::default();
+    step.push(&sequence, 20, &Arc::default());
+    assert_eq!(execute(&mut cuda, &step.plan, &mut NoEdits).len(), 1);
+    let logits = cuda.logits(0).unwrap();
+    let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    assert!(logits.iter().all(|x| x.is_finite()) && largest > 1e-3, "{largest}");
+}
