@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::slots::{active, own_budget};
 use super::{Act, Needs, Now, Wanted, aliases, same_json};
-use crate::client::{Admin, text};
+use crate::client::{Admin, segment, text};
 use crate::rollouts::Subject;
 
 /// What a file says of a rollout.
@@ -71,12 +71,13 @@ impl WantedTrial {
             }
             Subject::Alias(_) => {
                 self.candidate.as_ref().context("a rollout of an alias needs `candidate`, one of its variants")?;
-                let own = [("component", self.component.is_some()), ("config", self.config.is_some())];
-                let own = own.into_iter().chain([
+                let own = [
+                    ("component", self.component.is_some()),
+                    ("config", self.config.is_some()),
                     ("state_namespace", self.state_namespace.is_some()),
                     ("budget", self.budget != Budget::default()),
-                ]);
-                if let Some((member, _)) = own.into_iter().find(|(_, given)| *given) {
+                ];
+                if let Some((member, _)) = own.iter().find(|(_, given)| *given) {
                     bail!("a rollout of an alias takes no `{member}`: a variant is a model, not a policy");
                 }
                 spec.check_alias()?;
@@ -240,7 +241,7 @@ impl Act for Trial {
     }
 
     fn take_back(&self, admin: &Admin, done: &Value) -> anyhow::Result<()> {
-        let path = format!("{}/{}/abort", self.subject.path(), crate::client::segment(&text(done, "id")));
+        let path = format!("{}/{}/abort", self.subject.path(), segment(&text(done, "id")));
         admin.send("POST", &path, Vec::new(), "application/json").map(drop)
     }
 }
