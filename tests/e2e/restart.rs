@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::host;
+use crate::{host, journal};
 
 #[test]
 fn active_policies_survive_a_kill() {
@@ -124,4 +124,35 @@ fn a_signal_lets_a_running_stream_end() {
         let streamed = stream.join().expect("no panic").expect("a stream that has begun ends");
         assert_eq!((streamed.tokens.len(), streamed.finish.as_str()), (400, "length"));
     });
+}
+
+#[test]
+fn a_start_writes_the_lines_that_are_missing_and_no_others() {
+    let host = host(&[]);
+    let digest = host.builtin("route-prefix-aware");
+    assert_eq!(host.activate("router", &digest, json!({})).status, 200);
+    let weights = host.admin("PUT", "/admin/v1/aliases/demo", &json!({ "weights": { "demo:f16": 1 } }));
+    assert_eq!(weights.status, 200, "{weights:?}");
+    // More entries than a start reads back.
+    let file = host.folder().join("journal.jsonl");
+    let last = journal(&host).last().and_then(|e| e["sequence"].as_u64()).expect("an entry");
+    let mut lines = std::fs::read_to_string(&file).expect("a journal");
+    for sequence in last + 1..last + 5_001 {
+        let line = json!({ "sequence": sequence, "at_unix_ms": 1, "actor": "t", "event": "deleted", "digest": "x" });
+        lines += &format!("{line}\n");
+    }
+    std::fs::write(&file, lines).expect("a journal");
+    let written = |host: &pointsman_tests::Host| -> Vec<Value> {
+        let by_start = |entry: &Value| entry["actor"] == "startup" && entry["sequence"].as_u64() > Some(last + 5_000);
+        let events = journal(host).into_iter().filter(by_start).map(|entry| entry["event"].clone());
+        events.filter(|event| event != "differs").collect()
+    };
+    let host = host.restart(&[]);
+    assert_eq!(written(&host), Vec::<Value>::new(), "every line was written once");
+    assert_eq!(host.activate("router", "native", json!({})).status, 200);
+    // As if it had died between the document and the line.
+    let text = std::fs::read_to_string(&file).expect("a journal");
+    let (before, _) = text.trim_end().rsplit_once('\n').expect("lines");
+    std::fs::write(&file, format!("{before}\n")).expect("a journal");
+    assert_eq!(written(&host.restart(&[])), ["recovered"]);
 }

@@ -104,10 +104,11 @@ impl AliasPort for Aliases {
         self.parts.deploy.check_changeable(None)?;
         let wire::PutAlias { weights, sticky, if_generation, dry_run } = request;
         let desired = DesiredAlias { weights, sticky: from_wire(sticky), if_generation };
-        let document = self.live.load().plan(alias, desired).map_err(alias_error)?;
+        let planned = self.live.load().plan(alias, desired).map_err(alias_error)?;
         if dry_run {
             return Ok(self.weights(alias));
         }
+        let document = AliasDocument { journal_before: self.parts.deploy.last_line(), ..planned };
         self.parts.store.write_alias(&document).map_err(|error| AdminError {
             kind: AdminErrorKind::Internal,
             message: format!("nothing was changed: the document of `{alias}` cannot be stored ({error})"),

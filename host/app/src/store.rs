@@ -184,10 +184,13 @@ impl Store {
 
     /// The last entries of the journal; lines that a crash cut short are skipped.
     pub(crate) fn journal_tail(&self) -> Vec<Entry> {
-        let tail = |file: &str| tail_of(&self.root.join(file)).unwrap_or_default();
-        let entries = tail("journal.jsonl");
-        // Right after it moved aside the file is empty, and the numbers go on from the older one.
-        if entries.is_empty() { tail("journal.1.jsonl") } else { entries }
+        let tail = |file: &str, limit: u64| tail_of(&self.root.join(file), limit).unwrap_or_default();
+        let newer = tail("journal.jsonl", JOURNAL_TAIL_BYTES);
+        // After it moved aside the file is short, and the older one goes on before it.
+        let mut bytes = tail("journal.1.jsonl", JOURNAL_TAIL_BYTES.saturating_sub(newer.len() as u64));
+        bytes.extend(newer);
+        let lines = bytes.split(|byte| *byte == b'\n');
+        lines.filter_map(|line| Entry::parse(std::str::from_utf8(line).ok()?).ok()).collect()
     }
 
     /// The switch that makes every slot native: its document, or what is wrong with it; `None` when it is off.
@@ -224,14 +227,18 @@ impl Store {
     }
 }
 
-fn tail_of(path: &Path) -> io::Result<Vec<Entry>> {
+/// The whole lines among the last `limit` bytes of a file.
+fn tail_of(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
-    let skipped = file.metadata()?.len().saturating_sub(JOURNAL_TAIL_BYTES);
+    let skipped = file.metadata()?.len().saturating_sub(limit);
     file.seek(SeekFrom::Start(skipped))?;
     let mut bytes = Vec::new();
-    file.take(JOURNAL_TAIL_BYTES).read_to_end(&mut bytes)?;
-    let lines = bytes.split(|byte| *byte == b'\n').skip(usize::from(skipped > 0));
-    Ok(lines.filter_map(|line| Entry::parse(std::str::from_utf8(line).ok()?).ok()).collect())
+    file.take(limit).read_to_end(&mut bytes)?;
+    if skipped > 0 {
+        let cut = bytes.iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |end| end + 1);
+        bytes.drain(..cut);
+    }
+    Ok(bytes)
 }
 
 /// Ends a last line that a crash cut short, so that the next entry stands on its own.
@@ -323,7 +330,10 @@ mod tests {
         let numbers: Vec<u64> = store.journal_tail().iter().map(|e| e.sequence).collect();
         assert_eq!(numbers, [2, 3, 4]);
         fs::rename(&path, folder.path().join("journal.1.jsonl")).expect("moved aside");
-        fs::write(&path, "").expect("an empty file");
-        assert_eq!(store.journal_tail().last().map(|e| e.sequence), Some(4));
+        for (newer, expect) in [("", &[2, 3, 4][..]), (&*line(5, "e"), &[2, 3, 4, 5]), (&*line(6, &long), &[3, 4, 6])] {
+            fs::write(&path, newer).expect("a new file");
+            let numbers: Vec<u64> = store.journal_tail().iter().map(|e| e.sequence).collect();
+            assert_eq!(numbers, expect, "the older file goes on before the newer one");
+        }
     }
 }

@@ -51,6 +51,12 @@ pub struct AliasDocument {
     /// How many rollouts there have been: the next one's number less one.
     #[serde(default)]
     pub rollouts: u64,
+    /// The journal's last line when this generation was stored: the line that tells of it comes after. 0 from older hosts.
+    #[serde(default)]
+    pub journal_before: u64,
+    /// The same for the end of the last rollout.
+    #[serde(default)]
+    pub ended_before: u64,
 }
 
 /// Why an alias stays as it is. The operator's fault.
@@ -153,6 +159,8 @@ impl AliasDocument {
             sticky: Sticky::default(),
             rollout: None,
             rollouts: 0,
+            journal_before: 0,
+            ended_before: 0,
         }
     }
 
@@ -305,15 +313,19 @@ impl Aliases {
         Ok((rollout, document))
     }
 
-    /// The document of an alias whose rollout has changed, to store and then to [`put`](Self::put). One that is promoted gives
-    /// its candidate all the weight.
+    /// The document of an alias whose rollout has changed since this line of the journal, to store and then to
+    /// [`put`](Self::put). One that is promoted gives its candidate all the weight.
     #[must_use]
-    pub fn rolled(&self, alias: &str, rollout: RolloutDocument) -> AliasDocument {
+    pub fn rolled(&self, alias: &str, rollout: RolloutDocument, journal: u64) -> AliasDocument {
         let mut document = self.get(alias);
         if rollout.phase == Phase::Promoted && document.rolling_out().is_some() {
             let weight = document.weights.values().copied().max().unwrap_or(1);
             document.weights = [(rollout.candidate.clone(), weight)].into();
             document.generation += 1;
+            document.journal_before = journal;
+        }
+        if rollout.phase.is_over() {
+            document.ended_before = journal;
         }
         document.rollout = Some(rollout);
         document
@@ -458,8 +470,8 @@ mod tests {
                 tried = (0..2_000).filter(|t| served(&aliases, *t) == "b").collect();
             }
             rollout.apply(&if promoted { Decision::Promote } else { Decision::Abort { cause: Cause::Asked } });
-            aliases.put(aliases.rolled("m", rollout.clone()));
-            aliases.put(aliases.rolled("m", rollout));
+            aliases.put(aliases.rolled("m", rollout.clone(), 0));
+            aliases.put(aliases.rolled("m", rollout, 0));
             let document = aliases.get("m");
             let weight = document.weights.iter().find(|(_, w)| **w > 0).map(|(v, w)| (v.as_str(), *w));
             assert_eq!((weight, document.generation, share(&aliases)), (Some((after.0, 7)), after.1, after.2));

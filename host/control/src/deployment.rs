@@ -94,6 +94,9 @@ pub struct SlotDocument {
     /// Whether the slot was removed; the document stays so that its generations are never reused.
     #[serde(default)]
     pub removed: bool,
+    /// The journal's last line when this was stored: the line that tells of it comes after. 0 from older hosts.
+    #[serde(default)]
+    pub journal_before: u64,
 }
 
 /// A document that cannot be read.
@@ -270,9 +273,7 @@ impl Deployment {
 
     fn put(&mut self, slot: SlotName, state: SlotState) -> SlotDocument {
         self.slots.insert(slot.clone(), state.clone());
-        let SlotState { active, previous, rollout } = state;
-        let newest = self.generations.get(&slot).copied().filter(|newest| *newest != active.generation);
-        SlotDocument { format: 1, slot, active, previous, rollout, newest, removed: false }
+        self.document_of(slot, state)
     }
 
     fn not_rolling_out(&self, slot: &SlotName) -> Result<(), PlanError> {
@@ -291,7 +292,8 @@ impl Deployment {
         let state = self.slots.remove(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
         let newest = self.generations.get(slot).copied();
         let (active, slot) = (state.active, slot.clone());
-        Ok(SlotDocument { format: 1, slot, active, previous: None, rollout: None, newest, removed: true })
+        let (previous, rollout, journal_before) = (None, None, 0);
+        Ok(SlotDocument { format: 1, slot, active, previous, rollout, newest, removed: true, journal_before })
     }
 
     /// Takes a stored document as the truth: at start, before anything is published.
@@ -306,9 +308,13 @@ impl Deployment {
     /// The document of a slot as it stands.
     #[must_use]
     pub fn document(&self, slot: &SlotName) -> Option<SlotDocument> {
-        let SlotState { active, previous, rollout } = self.slots.get(slot)?.clone();
-        let newest = self.generations.get(slot).copied().filter(|newest| *newest != active.generation);
-        Some(SlotDocument { format: 1, slot: slot.clone(), active, previous, rollout, newest, removed: false })
+        Some(self.document_of(slot.clone(), self.slots.get(slot)?.clone()))
+    }
+
+    fn document_of(&self, slot: SlotName, state: SlotState) -> SlotDocument {
+        let SlotState { active, previous, rollout } = state;
+        let newest = self.generations.get(&slot).copied().filter(|newest| *newest != active.generation);
+        SlotDocument { format: 1, slot, active, previous, rollout, newest, removed: false, journal_before: 0 }
     }
 
     fn next_generation(&self, slot: &SlotName) -> u64 {

@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::deployment::Target;
+use crate::alias::AliasDocument;
+use crate::deployment::{SlotDocument, Target};
 use crate::rollout::{Decision, Evidence, Period, RolloutDocument, Sticky};
 use crate::slot::SlotName;
 
@@ -232,13 +233,13 @@ pub struct Journal {
     capacity: usize,
 }
 
-/// Where a slot stands by the journal.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LastOf {
+/// The last word on a slot.
+#[derive(Clone, Copy, Debug, Default)]
+struct LastOf {
     /// Of the last publication; 0 for none.
-    pub generation: u64,
+    generation: u64,
     /// Whether the slot was removed after it.
-    pub removed: bool,
+    removed: bool,
 }
 
 impl Journal {
@@ -271,11 +272,67 @@ impl Journal {
         }
     }
 
-    /// What the kept entries say last about a slot.
+    /// The number of the last entry; 0 before the first one.
     #[must_use]
-    pub fn last_of(&self, slot: &SlotName) -> LastOf {
+    pub fn last(&self) -> u64 {
+        self.next - 1
+    }
+
+    /// The lines that a stored document has not got: it is stored before them, and the host died in between. Where the kept
+    /// entries do not reach back to the document, the host lived on, and wrote them. Each change was told of before the next
+    /// one was stored, so a policy that a rollout came after was, and so was a rollout that a policy came after.
+    #[must_use]
+    pub fn untold(&self, document: &SlotDocument) -> Vec<Happened> {
+        let SlotDocument { slot, active, rollout, removed, journal_before, .. } = document;
+        let mut untold = Vec::new();
+        if !self.keeps_all_after(*journal_before) {
+            return untold;
+        }
+        let last = self.last_of(slot, *journal_before);
+        if *removed {
+            untold.extend((!last.removed).then(|| Happened::Removed { slot: slot.clone() }));
+            return untold;
+        }
+        let tried = rollout.as_ref().and_then(|rollout| rollout.target.as_ref()).map_or(0, |target| target.generation);
+        if tried <= active.generation && last.generation < active.generation {
+            untold.push(Happened::Recovered { slot: slot.clone(), target: active.clone() });
+        }
+        if let Some(rollout) = rollout
+            && rollout.phase.is_over()
+            && tried >= active.generation
+            && !self.tells_end_of(&rollout.id)
+        {
+            untold.push(Happened::RolloutRestored { rollout: Box::new(rollout.clone()) });
+        }
+        untold
+    }
+
+    /// As [`untold`](Self::untold), for an alias.
+    #[must_use]
+    pub fn untold_of_alias(&self, document: &AliasDocument) -> Vec<Happened> {
+        let AliasDocument { alias, generation, weights, sticky, rollout, journal_before, ended_before, .. } =
+            document.clone();
+        let ended = rollout.filter(|rollout| {
+            rollout.phase.is_over() && self.keeps_all_after(ended_before) && !self.tells_end_of(&rollout.id)
+        });
+        let is_ahead = self.keeps_all_after(journal_before) && self.last_of_alias(&alias) < generation;
+        let changed = is_ahead.then_some(Happened::AliasChanged { alias, generation, weights, sticky });
+        ended
+            .map(|rollout| Happened::RolloutRestored { rollout: Box::new(rollout) })
+            .into_iter()
+            .chain(changed)
+            .collect()
+    }
+
+    /// Whether every entry after this one is kept: only then was one that is not found never written.
+    fn keeps_all_after(&self, sequence: u64) -> bool {
+        self.recent.front().map_or(self.next, |oldest| oldest.sequence) <= sequence + 1
+    }
+
+    /// What the kept entries after this one say last about a slot.
+    fn last_of(&self, slot: &SlotName, after: u64) -> LastOf {
         let mut last = LastOf::default();
-        for entry in &self.recent {
+        for entry in self.after(after, usize::MAX) {
             match &entry.what {
                 Happened::Published { slot: of, target, .. } | Happened::Recovered { slot: of, target }
                     if of == slot =>
@@ -290,8 +347,7 @@ impl Journal {
     }
 
     /// Whether a kept entry says that this rollout is over.
-    #[must_use]
-    pub fn tells_end_of(&self, rollout: &str) -> bool {
+    fn tells_end_of(&self, rollout: &str) -> bool {
         self.recent.iter().any(|entry| match &entry.what {
             Happened::RolloutDecided { id, decision, .. } => id == rollout && decision.is_end(),
             Happened::RolloutRestored { rollout: found } => found.id == rollout && found.phase.is_over(),
@@ -300,8 +356,7 @@ impl Journal {
     }
 
     /// The generation of an alias by the kept entries; 0 for none.
-    #[must_use]
-    pub fn last_of_alias(&self, alias: &str) -> u64 {
+    fn last_of_alias(&self, alias: &str) -> u64 {
         let generation = |entry: &Entry| match &entry.what {
             Happened::AliasChanged { alias: of, generation, .. } if of == alias => Some(*generation),
             _ => None,
@@ -334,7 +389,9 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alias::Aliases;
     use crate::deployment::{Budget, Deployment, Desired};
+    use crate::rollout::{Mode, Phase, Spec};
     use crate::slot::ComponentRef;
 
     #[test]
@@ -352,27 +409,96 @@ mod tests {
         assert_eq!(restored.append(9, "admin", Happened::Deleted { digest: "x".into() }).0, 4);
     }
 
-    #[test]
-    fn the_last_word_on_a_slot_is_found() {
-        let mut journal = Journal::new(8, 0);
-        let slot = SlotName::Telemetry("t".into());
-        let target = |generation| Target {
+    fn target(generation: u64) -> Target {
+        Target {
             component: ComponentRef::Native,
             config: "{}".into(),
             state_namespace: None,
             budget: Budget::default(),
             revision: "native".into(),
             generation,
+        }
+    }
+
+    /// A document whose rollout has this candidate, and is over or not.
+    fn document(active: u64, journal_before: u64, rollout: Option<(u64, Phase)>, removed: bool) -> SlotDocument {
+        let rollout = rollout.map(|(generation, phase)| {
+            let names = ["native".into(), "native".into()];
+            let id = format!("telemetry.t-{generation}");
+            let started = RolloutDocument::new(id, "telemetry.t".into(), names, Spec::of(Mode::Canary, 1));
+            RolloutDocument { target: Some(target(generation)), phase, ..started }
+        });
+        let (active, slot) = (target(active), SlotName::Telemetry("t".into()));
+        SlotDocument { format: 1, slot, active, previous: None, rollout, newest: None, removed, journal_before }
+    }
+
+    #[test]
+    fn a_line_is_missing_only_where_the_kept_entries_reach_back_to_its_document() {
+        let slot = SlotName::Telemetry("t".into());
+        let published = |generation| Happened::Published {
+            slot: slot.clone(),
+            target: target(generation),
+            before: None,
+            why: Why::Put,
         };
-        assert_eq!(journal.last_of(&slot), LastOf::default());
-        for (what, generation, removed) in [
-            (Happened::Published { slot: slot.clone(), target: target(1), before: None, why: Why::Put }, 1, false),
-            (Happened::Published { slot: SlotName::Router, target: target(9), before: None, why: Why::Put }, 1, false),
-            (Happened::Removed { slot: slot.clone() }, 1, true),
-            (Happened::Recovered { slot: slot.clone(), target: target(2) }, 2, false),
+        let removed = || Happened::Removed { slot: slot.clone() };
+        let ended = |generation| {
+            let rollout = document(1, 0, Some((generation, Phase::Completed)), false).rollout.expect("just made");
+            Happened::RolloutRestored { rollout: Box::new(rollout) }
+        };
+        let noise = || Happened::Deleted { digest: "x".into() };
+        let over = |generation| Some((generation, Phase::Completed));
+        let (recovered, restored) = ("recovered", "rollout-restored");
+        // What was written; what of it is still kept; the document; what it lacks.
+        for (name, written, kept, document, expect) in [
+            ("nothing was ever written", vec![], 9, document(1, 0, None, false), &[recovered][..]),
+            ("the line is there", vec![noise(), published(1)], 9, document(1, 1, None, false), &[]),
+            ("died before the line", vec![published(1)], 9, document(2, 1, None, false), &[recovered]),
+            ("another line came first", vec![published(1), noise()], 1, document(2, 1, None, false), &[recovered]),
+            ("the line is forgotten", vec![published(1), noise(), noise()], 2, document(1, 0, None, false), &[]),
+            ("an older host's document", vec![noise(), published(1)], 9, document(1, 0, None, false), &[]),
+            ("removed", vec![published(1), removed()], 9, document(1, 1, None, true), &[]),
+            ("died before it was told", vec![published(1)], 9, document(1, 1, None, true), &["removed"]),
+            ("removed, forgotten before", vec![published(1), noise()], 1, document(1, 2, None, true), &["removed"]),
+            ("removed twice", vec![removed(), published(2)], 9, document(2, 2, None, true), &["removed"]),
+            ("tried", vec![published(1), noise()], 1, document(1, 2, Some((2, Phase::Running)), false), &[]),
+            ("tried in vain", vec![noise()], 1, document(1, 1, over(2), false), &[restored]),
+            ("that is told", vec![noise(), ended(2)], 2, document(1, 1, over(2), false), &[]),
+            ("promoted", vec![noise()], 1, document(2, 1, over(2), false), &[recovered, restored]),
+            ("a rollout long ago", vec![noise(), published(3)], 1, document(3, 1, over(2), false), &[]),
+            ("died after one long ago", vec![noise()], 1, document(3, 1, over(2), false), &[recovered]),
         ] {
-            journal.append(0, "t", what);
-            assert_eq!(journal.last_of(&slot), LastOf { generation, removed });
+            let mut journal = Journal::new(kept, 0);
+            written.into_iter().for_each(|what| drop(journal.append(0, "t", what)));
+            let lacks = journal.untold(&document);
+            let events = lacks.iter().map(|what| serde_json::to_value(what).expect("plain data")["event"].clone());
+            assert_eq!(events.collect::<Vec<_>>(), expect, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_alias_lacks_lines_where_the_kept_entries_reach_back_to_its_document() {
+        let over = document(1, 0, Some((2, Phase::Completed)), false).rollout;
+        // Of a change and another line this many are kept; what the document says of lines before; what it lacks.
+        for (kept, generation, (journal_before, ended_before), rollout, expect) in [
+            (9, 1, (0, 0), None, &[][..]),
+            (9, 2, (2, 0), None, &["alias-changed"]),
+            (1, 1, (0, 0), None, &[]),
+            (1, 2, (2, 0), None, &["alias-changed"]),
+            (1, 1, (0, 2), over.clone(), &["rollout-restored"]),
+            (1, 2, (2, 2), over.clone(), &["rollout-restored", "alias-changed"]),
+            (1, 1, (0, 0), over, &[]),
+        ] {
+            let mut journal = Journal::new(kept, 0);
+            let (weights, sticky) = (BTreeMap::new(), Sticky::default());
+            journal.append(0, "t", Happened::AliasChanged { alias: "demo".into(), generation: 1, weights, sticky });
+            journal.append(0, "t", Happened::Deleted { digest: "x".into() });
+            let alias = Aliases::default().get("demo");
+            let document = AliasDocument { generation, rollout, journal_before, ended_before, ..alias };
+            let lacks = journal.untold_of_alias(&document);
+            let events = lacks.iter().map(|what| serde_json::to_value(what).expect("plain data")["event"].clone());
+            let case = (kept, generation, journal_before, ended_before);
+            assert_eq!(events.collect::<Vec<_>>(), expect, "{case:?}");
         }
     }
 

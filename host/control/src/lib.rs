@@ -17,6 +17,6 @@ mod slot;
 pub use alias::{AliasDocument, AliasError, Aliases, Assigned, DesiredAlias, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{Budget, Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
-pub use journal::{Actor, Entry, Happened, Journal, LastOf, Why};
+pub use journal::{Actor, Entry, Happened, Journal, Why};
 pub use safe_mode::SafeModeDocument;
 pub use slot::{ComponentRef, SlotName, SlotNameError};

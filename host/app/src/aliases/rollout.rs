@@ -61,7 +61,7 @@ impl Aliases {
     /// Stores the document, ends what is over, and journals what was kept. The caller holds `operations`.
     fn settle(&self, alias: &str, live: &mut Live) {
         let rollout = live.rollout.document().clone();
-        let document = self.live.load().rolled(alias, rollout.clone());
+        let document = self.live.load().rolled(alias, rollout.clone(), self.parts.deploy.last_line());
         let stored = self.parts.store.write_alias(&document);
         let promoted = rollout.phase == Phase::Promoted;
         if let Err(error) = &stored {
@@ -218,14 +218,7 @@ impl Aliases {
         let _one = lock(&self.operations);
         let deploy = &self.parts.deploy;
         let rollout = rollout.recalled();
-        if rollout.phase.is_over() {
-            // The document is stored before its journal line: a host that died in between left the line to be written now.
-            if !deploy.tells_end_of(&rollout.id) {
-                deploy.note("startup", Happened::RolloutRestored { rollout: Box::new(rollout) });
-            }
-            return;
-        }
-        if deploy.check_changeable(None).is_err() {
+        if rollout.phase.is_over() || deploy.check_changeable(None).is_err() {
             return;
         }
         deploy.note("startup", Happened::RolloutRestored { rollout: Box::new(rollout.clone()) });

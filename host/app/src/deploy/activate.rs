@@ -62,8 +62,7 @@ impl Deploy {
         let mut next = lock(&self.state).clone();
         let retired = next.slot(&slot).and_then(|s| s.previous.as_ref()).map(|p| p.revision.clone());
         let document = next.published(planned, ready.revision());
-        self.store
-            .write_slot(&document)
+        self.store_slot(&document)
             .map_err(|e| internal(format!("nothing was activated: the document of `{slot}` cannot be stored ({e})")))?;
         let published = self.publish(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
         *lock(&self.state) = next;
@@ -102,7 +101,8 @@ impl Deploy {
         }
     }
 
-    /// Puts the document back that belongs to the policy that still serves.
+    /// Puts the document back that belongs to the policy that still serves. Its lines were written long ago: it says nothing
+    /// of where the journal is.
     pub(super) fn store_again(&self, slot: &SlotName) {
         let document = lock(&self.state).document(slot);
         let stored = document.map_or(Ok(()), |document| self.store.write_slot(&document));

@@ -112,8 +112,7 @@ impl PolicyAdmin for Deploy {
         let mut next = lock(&self.state).clone();
         let before = next.slot(&slot).cloned();
         let document = next.removed(&slot).map_err(plan_error)?;
-        self.store
-            .write_slot(&document)
+        self.store_slot(&document)
             .map_err(|e| internal(format!("nothing was removed: the document cannot be stored ({e})")))?;
         *lock(&self.state) = next;
         self.drop_telemetry(&slot);

@@ -219,28 +219,14 @@ impl Deploy {
 
     /// A document is stored before its journal line: a host that died in between left the line to be written now.
     fn catch_up(&self, document: &SlotDocument) {
-        let SlotDocument { slot, active, removed, .. } = document;
-        let last = lock(&self.journal).last_of(slot);
-        if last.generation < active.generation {
-            self.note("startup", Happened::Recovered { slot: slot.clone(), target: active.clone() });
-        }
-        if *removed && !last.removed {
-            self.note("startup", Happened::Removed { slot: slot.clone() });
-        }
+        let untold = lock(&self.journal).untold(document);
+        untold.into_iter().for_each(|what| self.note("startup", what));
     }
 
     /// As [`catch_up`](Self::catch_up), for an alias.
     pub(crate) fn catch_up_alias(&self, document: &AliasDocument) {
-        let AliasDocument { alias, generation, weights, sticky, .. } = document.clone();
-        let last = lock(&self.journal).last_of_alias(&alias);
-        if last < generation {
-            self.note("startup", Happened::AliasChanged { alias, generation, weights, sticky });
-        }
-    }
-
-    /// Whether the journal knows that a rollout is over.
-    pub(crate) fn tells_end_of(&self, rollout: &str) -> bool {
-        lock(&self.journal).tells_end_of(rollout)
+        let untold = lock(&self.journal).untold_of_alias(document);
+        untold.into_iter().for_each(|what| self.note("startup", what));
     }
 
     /// Lists built-ins and the components on disk, so that they can be named; nothing is compiled here.
@@ -318,6 +304,19 @@ impl Deploy {
 }
 
 impl Deploy {
+    /// Stores a slot's document, with where the journal is: the line that tells of it comes after.
+    ///
+    /// # Errors
+    /// The disk does not take it; the old document stays.
+    fn store_slot(&self, document: &SlotDocument) -> std::io::Result<()> {
+        self.store.write_slot(&SlotDocument { journal_before: self.last_line(), ..document.clone() })
+    }
+
+    /// The number of the journal's last line.
+    pub(crate) fn last_line(&self) -> u64 {
+        lock(&self.journal).last()
+    }
+
     /// Numbers an event, keeps it and appends it to the journal file.
     pub(crate) fn note(&self, actor: &str, what: Happened) {
         // Held while the line is written, so that the file has the order of the numbers.

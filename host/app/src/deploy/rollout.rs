@@ -229,7 +229,7 @@ impl Deploy {
         let promoted = rollout.phase == Phase::Promoted;
         let mut next = lock(&self.state).clone();
         let Some(document) = next.rolled(slot, rollout) else { return Ok(()) };
-        let stored = self.store.write_slot(&document);
+        let stored = self.store_slot(&document);
         // An end that the disk did not take holds in this life all the same, or the slot could never be changed again; only a
         // promotion must be stored first.
         if stored.is_ok() || !promoted {
@@ -311,8 +311,7 @@ impl Deploy {
         let mut next = lock(&self.state).clone();
         let stored = next.rolled(&slot, document.clone());
         let stored = stored.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
-        self.store
-            .write_slot(&stored)
+        self.store_slot(&stored)
             .map_err(|e| internal(format!("nothing was started: the document of `{slot}` cannot be stored ({e})")))?;
         self.stage(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
         *lock(&self.state) = next;
@@ -426,15 +425,10 @@ impl Deploy {
     pub(super) fn restore_rollout(&self, slot: &SlotName, control_serves: bool) {
         let found = lock(&self.state).slot(slot).and_then(|s| Some((s.active.generation, s.rollout.clone()?)));
         let Some((control, document)) = found else { return };
-        let restored = || Happened::RolloutRestored { rollout: Box::new(document.clone()) };
         if document.phase.is_over() {
-            // The document is stored before its journal line: a host that died in between left the line to be written now.
-            if !lock(&self.journal).tells_end_of(&document.id) {
-                self.note("startup", restored());
-            }
             return;
         }
-        self.note("startup", restored());
+        self.note("startup", Happened::RolloutRestored { rollout: Box::new(document.clone()) });
         let staged = match control_serves {
             true => self.stage_again(slot, &document),
             false => Err(internal("the policy that served before cannot be brought back".into())),
