@@ -3,12 +3,13 @@
 //! The instance itself travels. A task takes it there with the changes (after a swap or a fault, with the view), and brings it
 //! back with the plan, so that one thread at a time touches it and a driver only has to look whether it is there. The plan is
 //! used at the boundary that finds it, one step late or more; until then the native policy decides, and the scheduler keeps
-//! what changes. Whoever loses interest (a swap, a replica that goes) drops its end: the task then gives the instance back.
+//! what changes. Whoever loses interest (a swap, a replica that goes) drops its end: the task then gives the instance back,
+//! unless a plan of it was refused.
 //!
 //! Not a limit on how often the guest is asked: a guest that needs a millisecond for a good plan is worth having it, late.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 
 use pointsman_sched::batch::{Budgets as StepBudgets, Changes, Plan, SequenceColumns, View};
@@ -59,6 +60,8 @@ pub(crate) struct Task {
     pub(crate) changes: Changes,
     /// What came of it.
     pub(crate) answer: Answered,
+    /// An earlier plan of the instance was refused meanwhile: it is not asked again.
+    pub(crate) doomed: Arc<AtomicBool>,
 }
 
 /// What a guest said.
@@ -79,6 +82,8 @@ pub(crate) struct Aside {
     todo: SyncSender<Task>,
     done: Receiver<Task>,
     is_out: bool,
+    /// Of the task that is out.
+    doomed: Arc<AtomicBool>,
 }
 
 /// The thread ended in a panic.
@@ -131,6 +136,18 @@ impl Seat {
         }
     }
 
+    /// Shows the view, where the guest starts anew, and asks for a plan.
+    pub(crate) fn answer(
+        &mut self,
+        guest: &Guest<SchedulerHook>,
+        view: Option<OwnedView>,
+        now: Micros,
+        news: (&StepBudgets, &Changes),
+    ) -> Answered {
+        let told = view.is_none_or(|view| self.resync(guest, &view.view()));
+        if told { self.step(guest, now, news) } else { Answered::Nothing }
+    }
+
     /// Shows the whole view; whether the guest took it.
     pub(crate) fn resync(&mut self, guest: &Guest<SchedulerHook>, view: &View<'_>) -> bool {
         let shown = self.call(guest, (Call::Resync, view.now), |i, hard| resync(i, hard, &guest.wants, view));
@@ -138,7 +155,7 @@ impl Seat {
     }
 
     /// Asks for a plan.
-    pub(crate) fn step(
+    fn step(
         &mut self,
         guest: &Guest<SchedulerHook>,
         now: Micros,
@@ -191,10 +208,7 @@ impl OwnedView {
 impl Task {
     fn work(&mut self) {
         let Some(guest) = &self.stay.guest else { return };
-        let told = self.view.take().is_none_or(|view| self.seat.resync(guest, &view.view()));
-        if told {
-            self.answer = self.seat.step(guest, self.now, (&self.budgets, &self.changes));
-        }
+        self.answer = self.seat.answer(guest, self.view.take(), self.now, (&self.budgets, &self.changes));
     }
 }
 
@@ -203,7 +217,8 @@ impl Drop for Task {
         let Some(guest) = &self.stay.guest else { return };
         self.answer.forget(guest);
         let Some(instance) = self.seat.instance.take() else { return };
-        if std::thread::panicking() { guest.discard(instance) } else { guest.give_back(instance) }
+        let is_wrong = std::thread::panicking() || self.doomed.load(Ordering::Relaxed);
+        if is_wrong { guest.discard(instance) } else { guest.give_back(instance) }
     }
 }
 
@@ -221,12 +236,22 @@ impl Aside {
         if let Some(guest) = &stay.guest {
             guest.aside.fetch_add(1, Ordering::Relaxed);
         }
-        Ok(Self { stay: Arc::clone(stay), todo, done, is_out: false })
+        Ok(Self { stay: Arc::clone(stay), todo, done, is_out: false, doomed: Arc::default() })
     }
 
     /// Whether a task is out.
     pub(crate) fn is_out(&self) -> bool {
         self.is_out
+    }
+
+    /// The instance that is out gave a plan that was refused: whoever has it in the end lets go of it.
+    pub(crate) fn doom(&self) {
+        self.doomed.store(self.is_out, Ordering::Relaxed);
+    }
+
+    /// For the task that goes out next.
+    pub(crate) fn doomed(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.doomed)
     }
 
     /// Sends a task; only when none is out.

@@ -92,17 +92,24 @@ impl Circuit {
         }
     }
 
-    /// Whether a call may be made now. Turns an open circuit whose time has come into a half-open one.
-    pub(crate) fn admit(&mut self, now: Micros) -> Admit {
+    /// What [`admit`](Self::admit) would say.
+    pub(crate) fn would_admit(&self, now: Micros) -> Admit {
         match self.state {
             State::Closed => Admit::Yes,
             State::Open { until } if now < until => Admit::No,
             State::HalfOpen { trial_since: Some(since) } if now < since + TRIAL_TIMEOUT => Admit::No,
-            State::Open { .. } | State::HalfOpen { .. } => {
-                self.state = State::HalfOpen { trial_since: Some(now) };
-                Admit::Trial
-            }
+            State::Open { .. } | State::HalfOpen { .. } => Admit::Trial,
         }
+    }
+
+    /// Whether a call may be made now, for a caller who then makes it. Turns an open circuit whose time has come into a
+    /// half-open one.
+    pub(crate) fn admit(&mut self, now: Micros) -> Admit {
+        let admit = self.would_admit(now);
+        if admit == Admit::Trial {
+            self.state = State::HalfOpen { trial_since: Some(now) };
+        }
+        admit
     }
 
     /// A trial ended well: the circuit closes.
@@ -219,7 +226,8 @@ mod tests {
         for call in 4..12 {
             let Health::Open { until } = circuit.health() else { panic!("{circuit:?}") };
             waits.push((until - now) / S);
-            assert_eq!(circuit.admit(until - 1), Admit::No);
+            assert_eq!((circuit.would_admit(until - 1), circuit.admit(until - 1)), (Admit::No, Admit::No));
+            assert_eq!((circuit.would_admit(until), circuit.would_admit(until)), (Admit::Trial, Admit::Trial));
             assert_eq!(circuit.admit(until), Admit::Trial);
             assert_eq!(circuit.admit(until), Admit::No, "one trial at a time");
             now = until;

@@ -165,7 +165,13 @@ impl<H: Hook> Guest<H> {
         &self.maker.budgets
     }
 
-    /// Whether the guest may be asked now.
+    /// What [`admit`](Self::admit) would say, for a caller who may not come to make a call.
+    #[inline]
+    pub(crate) fn would_admit(&self, now: Micros) -> Admit {
+        if self.closed.load(Ordering::Acquire) { Admit::Yes } else { lock(&self.circuit).would_admit(now) }
+    }
+
+    /// Whether the guest may be asked now, for a caller who then asks.
     #[inline]
     pub(crate) fn admit(&self, now: Micros) -> Admit {
         if self.closed.load(Ordering::Acquire) { Admit::Yes } else { lock(&self.circuit).admit(now) }

@@ -28,8 +28,6 @@ pub(crate) struct Resident<H: Hook> {
     instance: Option<Box<Instance<H>>>,
     /// Whether the instance has been told everything.
     pub(crate) synced: bool,
-    /// Whether its next good call closes the circuit.
-    trial: bool,
 }
 
 impl<H: Hook> Resident<H> {
@@ -42,7 +40,6 @@ impl<H: Hook> Resident<H> {
             owner: Arc::clone(owner),
             instance: None,
             synced: false,
-            trial: false,
         }
     }
 
@@ -69,30 +66,17 @@ impl<H: Hook> Resident<H> {
             self.synced = false;
         }
         let Some(guest) = &self.generation.guest else { return Attention::Native };
-        if !self.trial {
-            match guest.admit(now) {
-                Admit::Yes => {}
-                Admit::Trial => (self.trial, self.synced) = (true, false),
-                Admit::No => {
-                    self.synced = false;
-                    return Attention::Native;
-                }
-            }
-        }
-        if guest.renew(&mut self.instance) {
-            self.synced = false;
-        }
-        if self.instance.is_none() {
-            if std::mem::take(&mut self.trial) {
-                guest.trial_withdrawn();
-            }
-            self.synced = false;
+        // Only asked: the trial is for whoever makes a call, and there may be none to make here for a long time.
+        let admit = guest.would_admit(now);
+        let is_fresh = admit != Admit::No && guest.renew(&mut self.instance);
+        self.synced &= admit == Admit::Yes && !is_fresh && self.instance.is_some();
+        if admit == Admit::No || self.instance.is_none() {
             return Attention::Native;
         }
         if self.synced { Attention::Following } else { Attention::NeedsView }
     }
 
-    /// Makes one call and deals with its fault; `None` when there is no answer.
+    /// Makes one call and deals with its fault; `None` when there is no answer, as where another replica is at its trial.
     pub(crate) fn call<R>(
         &mut self,
         call: Call,
@@ -101,6 +85,11 @@ impl<H: Hook> Resident<H> {
         work: impl FnOnce(&mut Instance<H>, Micros) -> Result<R, Fault>,
     ) -> Option<R> {
         let (Some(guest), Some(instance)) = (&self.generation.guest, &mut self.instance) else { return None };
+        let admit = guest.admit(now);
+        if admit == Admit::No {
+            self.synced = false;
+            return None;
+        }
         let number = guest.begin();
         let started = stopwatch_ns();
         let answer = work(instance, budget.hard);
@@ -108,7 +97,7 @@ impl<H: Hook> Resident<H> {
         guest.took(took_ns, budget.soft);
         match answer {
             Ok(answer) => {
-                if std::mem::take(&mut self.trial) {
+                if admit == Admit::Trial {
                     guest.trial_passed(number);
                 }
                 Some(answer)
@@ -117,7 +106,7 @@ impl<H: Hook> Resident<H> {
                 if let Some(poisoned) = self.instance.take() {
                     guest.discard(poisoned);
                 }
-                (self.synced, self.trial) = (false, false);
+                self.synced = false;
                 guest.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
                 None
             }
@@ -130,7 +119,7 @@ impl<H: Hook> Resident<H> {
         if let Some(wrong) = self.instance.take() {
             guest.discard(wrong);
         }
-        (self.synced, self.trial) = (false, false);
+        self.synced = false;
         let fault = Fault::new(FaultKind::BadAnswer, format!("{}: {why}", self.owner));
         guest.fault(CallContext { call, number: guest.last_number(), now, took_us: 0 }, fault);
         guest.fell_back();
@@ -145,14 +134,9 @@ impl<H: Hook> Resident<H> {
 
     /// Gives back everything that belongs to the generation. It may be asked again: it starts from a view.
     fn leave(&mut self) {
-        if let Some(guest) = &self.generation.guest {
-            if let Some(instance) = self.instance.take() {
-                // What a sampler's instance knows of requests cannot be taken back from it, as a view would.
-                if H::WORLD == World::Sampler { guest.discard(instance) } else { guest.give_back(instance) }
-            }
-            if std::mem::take(&mut self.trial) {
-                guest.trial_withdrawn();
-            }
+        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
+            // What a sampler's instance knows of requests cannot be taken back from it, as a view would.
+            if H::WORLD == World::Sampler { guest.discard(instance) } else { guest.give_back(instance) }
         }
     }
 

@@ -6,6 +6,7 @@
 //! and its plans come a step late.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use pointsman_sched::batch::{
     Answer, Attention, BadPlan, BatchPolicy, Budgets as StepBudgets, Changes, Plan, Rest, SequenceColumns, View,
@@ -51,19 +52,17 @@ pub struct SchedulerGuest {
     trial: Trial,
     /// Where it computes while it is over its soft budget.
     aside: Option<Aside>,
-    /// What the next task begins with.
+    /// What its next call begins with.
     view: Option<OwnedView>,
     /// What came back from there, for this boundary alone.
     late: Answered,
-    /// The instance that is out gave a plan that was refused: it is not asked again.
-    is_doomed: bool,
 }
 
 /// Whether the guest decides if its circuit closes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trial {
     No,
-    /// By its next answer.
+    /// By its next answer: it is computing aside, or has just come back.
     Asked,
     /// It answered this call. The circuit closes at the next boundary: by then the plan was checked.
     Answered(u64),
@@ -87,7 +86,6 @@ impl SchedulerSlot {
             aside: None,
             view: None,
             late: Answered::Nothing,
-            is_doomed: false,
         }
     }
 }
@@ -111,7 +109,6 @@ impl SchedulerGuest {
             }
         }
         self.trial = Trial::No;
-        self.is_doomed = false;
         self.forget();
     }
 
@@ -158,7 +155,7 @@ impl SchedulerGuest {
         };
         self.seat = std::mem::take(&mut task.seat);
         self.late = std::mem::take(&mut task.answer);
-        if std::mem::take(&mut self.is_doomed)
+        if task.doomed.swap(false, Ordering::Relaxed)
             && let (Some(guest), Some(wrong)) = (&self.stay.guest, self.seat.instance.take())
         {
             guest.discard(wrong);
@@ -183,8 +180,6 @@ impl SchedulerGuest {
         let pace = self.seat.pace;
         if self.aside.is_some() && pace.is_quick() {
             self.aside = None;
-            // Its view may still be on its way.
-            self.synced &= self.view.take().is_none();
         } else if self.aside.is_none() && pace.is_slow() {
             match Aside::hire(&self.stay) {
                 Ok(aside) => self.aside = Some(aside),
@@ -205,17 +200,23 @@ impl BatchPolicy for SchedulerGuest {
         }
         self.take_back();
         let Some(guest) = &self.stay.guest else { return Attention::Native };
-        if let Trial::Answered(number) = self.trial {
-            guest.trial_passed(number);
-            self.trial = Trial::No;
+        match self.trial {
+            Trial::Answered(number) => {
+                guest.trial_passed(number);
+                self.trial = Trial::No;
+            }
+            // Its answer found nothing to decide, or its thread is gone.
+            Trial::Asked if !self.is_out() && matches!(self.late, Answered::Nothing) => {
+                guest.trial_withdrawn();
+                self.trial = Trial::No;
+            }
+            Trial::Asked | Trial::No => {}
         }
         if self.trial == Trial::No {
-            match guest.admit(now) {
-                Admit::Yes => {}
-                Admit::Trial => {
-                    self.trial = Trial::Asked;
-                    self.forget();
-                }
+            // Only asked: the trial is for whoever has something to decide.
+            match guest.would_admit(now) {
+                Admit::Trial if self.view.is_none() => self.forget(),
+                Admit::Yes | Admit::Trial => {}
                 Admit::No => return self.pause(),
             }
         }
@@ -223,10 +224,6 @@ impl BatchPolicy for SchedulerGuest {
             return Attention::Busy;
         }
         if !self.be_seated() {
-            if let (Trial::Asked, Some(guest)) = (self.trial, &self.stay.guest) {
-                guest.trial_withdrawn();
-                self.trial = Trial::No;
-            }
             return self.pause();
         }
         self.choose_side();
@@ -248,14 +245,12 @@ impl BatchPolicy for SchedulerGuest {
     fn resync(&mut self, view: &View<'_>) {
         self.drop_late();
         let Some(guest) = &self.stay.guest else { return };
-        if self.aside.is_some() {
+        if self.aside.is_none() && guest.would_admit(view.now) == Admit::Yes {
+            self.synced = self.seat.resync(guest, view);
+        } else {
+            // Told with the next question, which is the trial where one is needed.
             self.view = Some(view.into());
             self.synced = true;
-        } else {
-            self.synced = self.seat.resync(guest, view);
-            if !self.synced {
-                self.trial = Trial::No;
-            }
         }
     }
 
@@ -264,17 +259,31 @@ impl BatchPolicy for SchedulerGuest {
         if !self.synced {
             return Answer::Native;
         }
+        if self.trial == Trial::No {
+            match guest.admit(now) {
+                Admit::Yes => {}
+                Admit::Trial => self.trial = Trial::Asked,
+                // Another replica is at its trial.
+                Admit::No => {
+                    guest.fell_back();
+                    self.forget();
+                    return Answer::Native;
+                }
+            }
+        }
+        let view = self.view.take();
         let answer = match &mut self.aside {
-            None => self.seat.step(guest, now, (budgets, changes)),
+            None => self.seat.answer(guest, view, now, (budgets, changes)),
             Some(aside) => {
                 aside.send(Task {
                     stay: Arc::clone(&self.stay),
                     seat: std::mem::take(&mut self.seat),
-                    view: self.view.take(),
+                    view,
                     now,
                     budgets: *budgets,
                     changes: changes.clone(),
                     answer: Answered::Nothing,
+                    doomed: aside.doomed(),
                 });
                 let late = std::mem::take(&mut self.late);
                 if matches!(late, Answered::Plan(_)) {
@@ -303,7 +312,7 @@ impl BatchPolicy for SchedulerGuest {
     }
 
     fn refused(&mut self, now: Micros, why: BadPlan) {
-        self.is_doomed = self.is_out();
+        self.aside.iter().for_each(Aside::doom);
         self.trial = Trial::No;
         self.forget();
         let Some(guest) = &self.stay.guest else { return };

@@ -4,7 +4,7 @@
 mod support;
 
 use pointsman_policy::{
-    Activation, BudgetChange, Component, FaultKind, Maintenance, SchedulerGuest, SchedulerSlot, Slot,
+    Activation, Arm, BudgetChange, Component, FaultKind, Maintenance, SchedulerGuest, SchedulerSlot, Slot,
 };
 use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Changes, Plan, SequenceColumns, View};
 use support::{Bench, arrivals, budgets, sequences};
@@ -150,6 +150,25 @@ fn a_refused_late_plan_costs_the_instance_that_is_out() {
     assert_eq!(guest.generation(), 1);
     bench.runtime.maintain();
     assert_eq!(guest.attend(5), Attention::NeedsView, "a spare: the wrong one is not asked again");
+}
+
+#[test]
+fn a_refused_late_plan_costs_the_instance_also_when_the_other_arm_serves_meanwhile() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let component = bench.admit("sched-shortest-first");
+    publish(&bench, &slot, &component, "{}");
+    let mut guest = slow_guest(&slot);
+    slot.stage(bench.prepare(&component, "scheduler", "{}")).expect("a candidate");
+    step(&mut guest, &Changes::default());
+    bench.runtime.maintain();
+    guest.attend(3);
+    assert_eq!(step(&mut guest, &Changes::default()).0, Answer::Planned);
+    guest.refused(3, BadPlan::UnknownId(99));
+    slot.serve(Arm::Candidate).expect("a swap");
+    guest.attend(4);
+    bench.runtime.maintain();
+    assert_eq!(slot.status().instances, 1, "the wrong one does not go back among the others");
 }
 
 #[test]

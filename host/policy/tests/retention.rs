@@ -2,7 +2,7 @@
 
 mod support;
 
-use pointsman_policy::{FaultKind, RetentionGuest, Slot};
+use pointsman_policy::{FaultKind, Health, RetentionGuest, Slot};
 use pointsman_sched::batch::Attention;
 use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
 use support::{Bench, SECOND};
@@ -101,6 +101,28 @@ fn a_refused_ranking_is_a_fault() {
     let last = status.last_fault.expect("a fault");
     assert!(last.message.contains("demo: the ranking names row 7 twice"), "{}", last.message);
     assert_eq!(guest.attend(bench.now()), Attention::NeedsView, "another instance");
+}
+
+#[test]
+fn the_trial_is_for_the_replica_that_has_something_to_rank() {
+    let bench = Bench::new();
+    let slot = bench.runtime.retention_slot("kv-retention");
+    let (mut idle, mut busy) = (slot.attach(&"idle".into()), slot.attach(&"busy".into()));
+    let component = bench.admit("kv-lru-with-pins");
+    slot.publish(bench.prepare(&component, "kv-retention", r#"{"min_hits": 1}"#)).expect("a publish");
+    for _ in 0..3 {
+        busy.attend(bench.now());
+        rank(&mut busy, bench.now(), &blocks(&[1, 1], &[1]));
+        busy.refused(bench.now(), BadRanking::Duplicate(7));
+        bench.advance(8 * SECOND);
+    }
+    assert!(matches!(slot.status().health, Health::Open { .. }));
+    for _ in 0..3 {
+        assert_eq!(idle.attend(bench.now()), Attention::NeedsView, "it could be asked");
+    }
+    assert_eq!(busy.attend(bench.now()), Attention::NeedsView, "the trial is free");
+    assert!(rank(&mut busy, bench.now(), &blocks(&[1, 1], &[1])).is_some());
+    assert_eq!(slot.status().health, Health::Closed);
 }
 
 #[test]

@@ -150,6 +150,35 @@ fn a_refused_plan_is_a_fault_and_three_open_the_circuit() {
 }
 
 #[test]
+fn the_trial_is_for_the_replica_that_has_something_to_decide() {
+    let bench = Bench::new();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let (mut idle, mut busy) = (slot.attach("idle"), slot.attach("busy"));
+    let component = bench.admit("sched-fcfs");
+    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    for _ in 0..3 {
+        busy.attend(bench.now());
+        resync(&mut busy, bench.now(), &[(1, 10)]);
+        step(&mut busy, bench.now(), &Changes::default());
+        busy.refused(bench.now(), BadPlan::UnknownId(99));
+        bench.advance(8 * SECOND);
+    }
+    assert!(matches!(slot.status().health, Health::Open { .. }));
+    let now = bench.now();
+    for turn in 0..3 {
+        let expect = if turn == 0 { Attention::NeedsView } else { Attention::Following };
+        assert_eq!(idle.attend(now + turn), expect, "it could be asked");
+        resync(&mut idle, now + turn, &[]);
+    }
+    assert_eq!(busy.attend(now + 3), Attention::NeedsView, "the trial is free");
+    resync(&mut busy, now + 3, &[(1, 10)]);
+    assert_eq!(step(&mut busy, now + 3, &Changes::default()).0, Answer::Planned);
+    assert_eq!(step(&mut idle, now + 3, &Changes::default()).0, Answer::Native, "one at a time");
+    assert_eq!((busy.attend(now + 4), slot.status().health), (Attention::Following, Health::Closed));
+    assert_eq!(idle.attend(now + 4), Attention::NeedsView, "it missed its turn");
+}
+
+#[test]
 fn only_boundaries_with_something_to_decide_count_as_fallbacks() {
     let bench = Bench::new();
     let slot = bench.runtime.scheduler_slot("scheduler");

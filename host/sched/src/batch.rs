@@ -175,7 +175,8 @@ pub trait BatchPolicy: Send {
         false
     }
 
-    /// Receives the whole view. A fault inside makes the next [`attend`](Self::attend) say what to do.
+    /// Receives the whole view. A guest may be told of it only when it is asked for a plan; a fault then makes the next
+    /// [`attend`](Self::attend) say what to do.
     fn resync(&mut self, view: &View<'_>);
 
     /// Called when there is something to decide: something waits, or memory is short. Fills `plan` (empty on entry). The
