@@ -10,8 +10,10 @@ use pointsman_sched::admit::AdmitPolicy;
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::route::RoutePolicy;
 use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::admin::{MAX_CALLS, MAX_UPLOADS};
 use crate::admission::Admission;
 use crate::config::{ConfigError, ServerConfig};
 use crate::ports::{AliasPort, Clock, EnginePort, ModelAdmin, PolicyAdmin};
@@ -75,6 +77,10 @@ pub struct ServerState {
     request_metrics: RwLock<HashMap<Arc<str>, Arc<RequestMetrics>>>,
     scrape: Mutex<Option<(Micros, Bytes)>>,
     tasks: Mutex<JoinSet<()>>,
+    /// Places for components on their way in.
+    pub(crate) uploads: Semaphore,
+    /// Places for port calls of the admin plane.
+    pub(crate) admin_calls: Semaphore,
 }
 
 impl ServerState {
@@ -109,6 +115,8 @@ impl ServerState {
             request_metrics: RwLock::default(),
             scrape: Mutex::default(),
             tasks: Mutex::default(),
+            uploads: Semaphore::new(MAX_UPLOADS),
+            admin_calls: Semaphore::new(MAX_CALLS),
             config,
             engine,
             router,

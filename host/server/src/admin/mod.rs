@@ -22,14 +22,21 @@ use axum::response::Response;
 use axum::routing::{delete, get, post, put};
 use axum::{Router, middleware};
 use serde::Serialize;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use self::rollouts::{OfAlias, OfSlot};
 use crate::data::{Routes, unknown_route, wrong_method};
 use crate::error::{ApiError, panicked};
 use crate::openai::json;
-use crate::ports::AdminError;
+use crate::ports::{AdminError, AdminErrorKind};
 use crate::state::ServerState;
+
+/// Port calls at once. They wait for each other's changes on threads that the data plane needs too; aborts and reads do not
+/// wait, and need room beside those that do.
+pub(crate) const MAX_CALLS: usize = 64;
+/// Components on their way in at once: each may be held in memory for as long as a slow client is given.
+pub(crate) const MAX_UPLOADS: usize = 8;
 
 /// A list on the wire.
 #[derive(Serialize)]
@@ -99,6 +106,7 @@ async fn blocking<T: Send + 'static>(
     state: &Arc<ServerState>,
     call: impl FnOnce(&ServerState) -> Result<T, AdminError> + Send + 'static,
 ) -> Result<T, ApiError> {
+    let _place = place(&state.admin_calls, "calls of the admin API are under way")?;
     let state = Arc::clone(state);
     match tokio::task::spawn_blocking(move || call(&state)).await {
         Ok(result) => result.map_err(ApiError::Admin),
@@ -107,6 +115,14 @@ async fn blocking<T: Send + 'static>(
             Err(ApiError::Internal)
         }
     }
+}
+
+/// One of a few places; they are not queued for, because whoever waits holds a connection and its memory.
+fn place<'a>(places: &'a Semaphore, taken: &str) -> Result<SemaphorePermit<'a>, ApiError> {
+    places.try_acquire().map_err(|_| {
+        let message = format!("as many {taken} as are allowed at once; try again");
+        ApiError::Admin(AdminError { kind: AdminErrorKind::Busy, message, param: None })
+    })
 }
 
 async fn devices(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {

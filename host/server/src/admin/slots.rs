@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 
 use super::guard::Actor;
 use super::wire::{Budget, PutSlot};
-use super::{blocking, list};
+use super::{blocking, list, place};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
 use crate::ports::Upload;
@@ -53,6 +53,7 @@ pub(super) async fn upload(
         let pull: Pull = from_json(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
         blocking(&state, move |state| state.policies.pull(&pull.component, &actor)).await?
     } else {
+        let _place = place(&state.uploads, "components are being uploaded")?;
         let signature =
             request.headers().get(SIGNATURE).map(|text| String::from_utf8_lossy(text.as_bytes()).into_owned());
         let bytes = read_body(&state, request, state.config.max_component_bytes).await?;

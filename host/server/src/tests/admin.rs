@@ -7,6 +7,7 @@ use pointsman_sched::request::SinkEvent;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::admin::MAX_UPLOADS;
 use crate::fakes::{Play, Rig, bytes, request, token};
 use crate::ports::JournalLine;
 use crate::{AdminRole, AdminToken, Listeners, Secret, ServeError, ServerConfig, ops, serve};
@@ -77,6 +78,43 @@ async fn routes_have_their_shapes() {
     }
     assert!(rig.state.admission.is_draining());
     assert_eq!(rig.ask_admin(request("DELETE", "/admin/v1/components/sha256:00", &[HOST], "")).await.status, 204);
+}
+
+/// The body of a client that announced more than it sends.
+struct Stalled;
+
+impl hyper::body::Body for Stalled {
+    type Data = bytes::Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<hyper::body::Frame<bytes::Bytes>, Self::Error>>> {
+        std::task::Poll::Pending
+    }
+}
+
+#[tokio::test]
+async fn slow_uploads_have_a_few_places_and_take_none_from_others() {
+    let rig = std::rc::Rc::new(Rig::new());
+    let upload = || request("POST", "/admin/v1/components", &[HOST], "\0asm1234");
+    let tasks = tokio::task::LocalSet::new();
+    let slow = || {
+        let (rig, request) = (std::rc::Rc::clone(&rig), upload().map(|_| axum::body::Body::new(Stalled)));
+        tasks.spawn_local(async move { rig.ask_admin(request).await.status })
+    };
+    let slow: Vec<_> = (0..MAX_UPLOADS).map(|_| slow()).collect();
+    let asked = async {
+        tokio::task::yield_now().await;
+        let refused = rig.ask_admin(upload()).await;
+        assert_eq!((refused.status, refused.header("retry-after")), (429, "1"), "{}", refused.body);
+        assert_eq!(rig.ask_admin(request("GET", "/admin/v1/slots", &[HOST], "")).await.status, 200);
+        slow.iter().for_each(|upload| upload.abort());
+        tokio::task::yield_now().await;
+        assert_eq!(rig.ask_admin(upload()).await.status, 201, "their places are free again");
+    };
+    tasks.run_until(asked).await;
 }
 
 #[tokio::test]
