@@ -2,12 +2,17 @@
 //! implementation (Debian's `docker-registry`) where it is installed.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use pointsman_tests::{Host, root, skip};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -49,6 +54,25 @@ struct Registry {
     asked: Arc<Mutex<Vec<(String, String)>>>,
     /// Asks for this bearer token under `/v2/`.
     token: Option<&'static str>,
+    /// Asks for this user and password: where there is a token, at the token service.
+    user: Option<&'static str>,
+    tls: bool,
+}
+
+/// Somebody to talk to.
+trait Stream: Read + Write {}
+
+impl<S: Read + Write> Stream for S {}
+
+fn tls(stream: TcpStream) -> Box<dyn Stream> {
+    let pem = include_bytes!("registry.pem");
+    let certificate = CertificateDer::from_pem_slice(pem).expect("a certificate");
+    let key = PrivateKeyDer::from_pem_slice(pem).expect("a key");
+    let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .and_then(|config| config.with_no_client_auth().with_single_cert(vec![certificate], key));
+    let connection = ServerConnection::new(Arc::new(config.expect("a good certificate"))).expect("a connection");
+    Box::new(StreamOwned::new(connection, stream))
 }
 
 impl Registry {
@@ -60,7 +84,7 @@ impl Registry {
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 // A client that goes away half-way is none of the registry's business.
-                let _ = registry.answer(stream, &own);
+                let _ = registry.answer(if registry.tls { tls(stream) } else { Box::new(stream) }, &own);
             }
         });
         at
@@ -71,8 +95,8 @@ impl Registry {
         self.answers.lock().expect("no panic").insert(path.to_owned(), answer);
     }
 
-    fn answer(&self, mut stream: TcpStream, own: &str) -> std::io::Result<()> {
-        let mut reader = BufReader::new(stream.try_clone()?);
+    fn answer(&self, mut stream: Box<dyn Stream>, own: &str) -> std::io::Result<()> {
+        let mut reader = BufReader::new(&mut stream);
         let (mut line, mut authorization) = (String::new(), String::new());
         reader.read_line(&mut line)?;
         loop {
@@ -88,10 +112,13 @@ impl Registry {
         }
         let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
         self.asked.lock().expect("no panic").push((path.clone(), authorization.clone()));
-        let needs = self.token.filter(|_| path.starts_with("/v2/")).map(|token| format!("Bearer {token}"));
-        let challenge = format!(
-            "www-authenticate: Bearer realm=\"http://{own}/token\",service=\"s\",scope=\"repository:a/b:pull\"\r\n"
-        );
+        let scheme = if self.tls { "https" } else { "http" };
+        let bearer = format!("Bearer realm=\"{scheme}://{own}/token\",service=\"s\",scope=\"repository:a/b:pull\"");
+        let (needs, challenge) = match (self.token, self.user) {
+            (Some(token), _) if path.starts_with("/v2/") => (Some(format!("Bearer {token}")), bearer),
+            (_, user) => (user.map(|user| format!("Basic {}", STANDARD.encode(user))), "Basic realm=\"r\"".to_owned()),
+        };
+        let challenge = format!("www-authenticate: {challenge}\r\n");
         let (status, headers, body) = match self.answers.lock().expect("no panic").get(&path) {
             _ if needs.is_some_and(|needs| needs != authorization) => (401, challenge, b"{}".to_vec()),
             Some(answer) => answer.clone(),
@@ -133,6 +160,77 @@ fn a_component_is_pulled_with_a_token_and_through_a_redirect() {
     assert_eq!(activated.status, 200, "{activated:?}");
     let active = host.admin("GET", "/admin/v1/slots/router", &Value::Null).body["active"].clone();
     assert_eq!(active["component"], json!(sha256(&wasm)));
+}
+
+/// A host that knows how each of these registries is reached: `(host, its section)`.
+fn host_with(folder: &std::path::Path, password: &str, registries: &[(&str, &str)]) -> Host {
+    let file = folder.join("password");
+    std::fs::write(&file, password).expect("a file");
+    let (file, ca) = (file.display(), root().join("tests/e2e/registry.pem"));
+    let sections = registries.iter().map(|(at, section)| {
+        let section = section.replace("USER", &format!("username = \"ci\"\npassword_file = \"{file}\""));
+        format!("[registries.\"{at}\"]\n{}\n", section.replace("CA", &format!("ca_file = \"{}\"", ca.display())))
+    });
+    Host::configured(PROGRAM, &sections.collect::<String>())
+}
+
+#[test]
+fn a_private_registry_gets_the_credentials_and_nobody_else_does() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let wasm = component();
+    let storage = Registry::default();
+    storage.put("/blob", 200, "", &wasm);
+    let storage_at = storage.serve();
+    let user = Some("ci:let me in");
+    let basic = Registry { user, ..Registry::default() };
+    let bearer = Registry { user, token: Some("for-ci"), ..Registry::default() };
+    let tls = Registry { user, token: Some("for-ci"), tls: true, ..Registry::default() };
+    let open = Registry { tls: true, ..Registry::default() };
+    let blob = format!("/v2/a/b/blobs/{}", sha256(&wasm));
+    for registry in [&basic, &bearer, &tls, &open] {
+        registry.put("/v2/a/b/manifests/v1", 200, "", &manifest(&wasm, "application/wasm"));
+        registry.put(&blob, 200, "", &wasm);
+        registry.put("/token?service=s&scope=repository%3Aa%2Fb%3Apull", 200, "", br#"{"token": "for-ci"}"#);
+    }
+    basic.put(&blob, 307, &format!("location: http://{storage_at}/blob\r\n"), b"");
+    let registries = [&basic, &bearer, &tls, &open].map(Registry::serve);
+    let sections = ["USER", "USER", "USER\nCA", "CA"];
+    let known: Vec<(&str, &str)> = registries.iter().map(String::as_str).zip(sections).collect();
+    let host = host_with(folder.path(), "let me in\n", &known);
+    for at in &registries {
+        let pulled = pull(&host, &format!("oci://{at}/a/b:v1"));
+        assert!(matches!(pulled.status, 200 | 201), "{at}: {pulled:?}");
+        assert_eq!(pulled.body["digest"], json!(sha256(&wasm)), "{at}");
+    }
+    let asked = |registry: &Registry| registry.asked.lock().expect("no panic").clone();
+    let said = format!("Basic {}", STANDARD.encode("ci:let me in"));
+    for (path, authorization) in asked(&bearer) {
+        let expect = if path.starts_with("/token") { &said } else { "Bearer for-ci" };
+        assert!(authorization.is_empty() || authorization == expect, "{path}: {authorization}");
+    }
+    assert!(asked(&open).iter().all(|(_, authorization)| authorization.is_empty()), "nobody asked for it");
+    assert_eq!(asked(&storage), [("/blob".to_owned(), String::new())], "the credentials stay with the registry");
+    // A registry that nobody gave credentials for, a wrong password, and a certificate that nobody vouches for.
+    let nameless = Registry { user, ..Registry::default() }.serve();
+    let [wrong, ..] = &registries;
+    let other = tls.serve().replace("127.0.0.1", "localhost");
+    let host =
+        host_with(folder.path(), "guess", &[(wrong.as_str(), "USER"), (other.as_str(), "CA"), ("127.0.0.1:9", "USER")]);
+    std::fs::remove_file(folder.path().join("password")).expect("it was there");
+    for (at, status, part) in [
+        (nameless.as_str(), 422, "set `username` and `password_file`"),
+        (other.as_str(), 502, "cannot reach"),
+        ("127.0.0.1:9", 500, "`password_file` of the registry 127.0.0.1:9"),
+    ] {
+        let answer = pull(&host, &format!("oci://{at}/a/b:v1"));
+        let message = answer.body["error"]["message"].as_str().unwrap_or_default();
+        assert!(answer.status == status && message.contains(part), "{at}: {answer:?}");
+    }
+    std::fs::write(folder.path().join("password"), "guess").expect("a file");
+    let answer = pull(&host, &format!("oci://{wrong}/a/b:v1"));
+    let message = answer.body["error"]["message"].as_str().unwrap_or_default();
+    assert!(answer.status == 422 && message.contains("refuses the credentials of `ci`"), "{answer:?}");
+    assert!(!message.contains("guess"), "{message}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::builtin::BUILTINS;
 use crate::deploy::budget::change;
 use crate::devices::Wanted;
 use crate::models::stable_key;
-use crate::reference::{Reference, ReferenceError};
+use crate::reference::{OCI_SCHEME, Reference, ReferenceError};
 use crate::trust::{KeyRing, TrustError};
 
 /// Prefix of environment variables: `POINTSMAN_SCHED__MAX_BATCH_TOKENS` is `sched.max_batch_tokens`.
@@ -41,6 +41,8 @@ pub(crate) struct Config {
     pub engine: EngineSection,
     pub policy: PolicySection,
     pub trust: TrustSection,
+    /// How registries are reached from which components are pulled, by host, as in `ghcr.io` or `10.0.0.7:5000`.
+    pub registries: BTreeMap<String, RegistrySection>,
     /// What a fresh data directory starts with, by slot name.
     pub slots: BTreeMap<String, SlotSection>,
     /// What the operator says of replicas, by name, as in `demo:f16@cpu`.
@@ -103,6 +105,18 @@ pub(crate) struct TrustSection {
     pub require_signature: bool,
     /// Ed25519 public keys, base64 or hex, by the name that stands in the journal.
     pub keys: BTreeMap<String, String>,
+}
+
+/// How a registry is reached.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct RegistrySection {
+    /// Empty: pulls are anonymous.
+    pub username: String,
+    /// File with the password or access token of that user, read at every pull.
+    pub password_file: PathBuf,
+    /// PEM file with the certificates that sign the registry's, instead of the system's.
+    pub ca_file: PathBuf,
 }
 
 /// Limits of each replica's scheduler.
@@ -225,6 +239,8 @@ pub(crate) enum ConfigError {
     Component { slot: String, source: ReferenceError },
     #[error("slots.{slot}.budget: {source}")]
     Budget { slot: String, source: BudgetError },
+    #[error("registries.\"{registry}\" {problem}")]
+    Registry { registry: String, problem: &'static str },
     #[error("admin.tokens.{name} {problem}")]
     AdminToken { name: String, problem: &'static str },
     #[error("{name}: `{section}` is set in the configuration file, not in the environment")]
@@ -249,6 +265,7 @@ impl Default for Config {
             engine: EngineSection::default(),
             policy: PolicySection::default(),
             trust: TrustSection::default(),
+            registries: BTreeMap::new(),
             slots: [
                 ("router", slot("route-least-loaded")),
                 ("scheduler", slot("sched-fcfs")),
@@ -340,7 +357,8 @@ impl Default for LogSection {
 const ACTORS: [&str; 5] = ["host", "loopback", "rollout", "startup", "token"];
 
 /// Keys under which anything may stand.
-const FREE_FORM: [&str; 6] = ["slots", "models", "replicas", "server.api_keys", "admin.tokens", "trust.keys"];
+const FREE_FORM: [&str; 7] =
+    ["slots", "models", "replicas", "registries", "server.api_keys", "admin.tokens", "trust.keys"];
 
 impl Config {
     /// Reads the file (if any), then the environment on top. Flags are applied by the caller, then [`Config::validate`].
@@ -424,6 +442,7 @@ impl Config {
         rule(!self.engine.devices.is_empty(), "engine.devices", &"[]", "at least one of auto, cpu and cuda:N")?;
         self.admin.check_tokens()?;
         KeyRing::new(&self.trust)?;
+        self.registries.iter().try_for_each(|(registry, section)| section.check(registry))?;
         self.check_names()?;
         self.slots.iter().try_for_each(|(name, section)| check_slot(name, section))
     }
@@ -470,6 +489,24 @@ impl Label {
             Self::Number(number) => *number,
             Self::Text(text) => stable_key(text),
         }
+    }
+}
+
+impl RegistrySection {
+    /// A host that a reference can name, and both halves of the credentials or none.
+    fn check(&self, registry: &str) -> Result<(), ConfigError> {
+        let named = format!("{OCI_SCHEME}{registry}/r").parse::<Reference>();
+        let is_host = matches!(named, Ok(Reference::Oci(reference)) if reference.registry == registry);
+        let problem = if !is_host {
+            "is not the host of a registry reference, as in `ghcr.io` or `10.0.0.7:5000`"
+        } else if self.username.is_empty() != self.password_file.as_os_str().is_empty() {
+            "needs both `username` and `password_file`, or neither"
+        } else if self.username.contains(':') {
+            "has a `:` in its username, which basic authentication cannot carry"
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::Registry { registry: registry.to_owned(), problem })
     }
 }
 
@@ -698,6 +735,9 @@ mod tests {
                 "token of another name",
             ),
             ("[trust.keys]\nci = \"x\"", "trust.keys.ci is not an Ed25519 public key"),
+            ("[registries.\"a/b\"]", "is not the host of a registry reference"),
+            ("[registries.\"ghcr.io\"]\nusername = \"ci\"", "needs both `username` and `password_file`"),
+            ("[registries.\"ghcr.io\"]\npassword = \"x\"", "unknown field `password`"),
             ("[slots.router]\ncomponent = \"oci://x\"", "names no repository"),
             ("[slots.router]\ncomponent = \"route-weighted@sha256:12\"", "64 lower-case hexadecimal digits"),
             ("[slots.router]\ncomponent = \"route-weigted\"", "did you mean `route-weighted`?"),

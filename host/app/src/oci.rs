@@ -1,22 +1,29 @@
 //! Pulls a component from a registry: the few requests of the OCI distribution specification that a pull needs.
 //!
 //! Over `ureq`, which the command line has anyway; the ecosystem's client library is made for pushing images too and brings
-//! a second HTTP client with its own TLS and connection pool for what is two GETs and a token. A pull is anonymous. It
-//! trusts nothing on the way: every byte is checked against a digest, a manifest against the pin where there is one. Plain
-//! HTTP is for loopback only, and only a registry on loopback may send us there. Every request ends within 30 seconds,
-//! there are at most a dozen of them, and nothing larger than the limit is read.
+//! a second HTTP client with its own TLS and connection pool for what is two GETs and a token. A pull is anonymous unless the
+//! registry asks for credentials and the operator gave some; they go to that registry, or to the token service that it
+//! names, and to nobody else. A pull trusts nothing on the way: every byte is checked against a digest, a manifest against the
+//! pin where there is one. Plain HTTP is for loopback only, and only a registry on loopback may send us there. Every request
+//! ends within 30 seconds, there are at most a dozen of them, and nothing larger than the limit is read.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use pointsman_policy::Digest;
 use serde::Deserialize;
 use ureq::Body;
 use ureq::http::header::{ACCEPT, AUTHORIZATION, LOCATION, WWW_AUTHENTICATE};
 use ureq::http::{HeaderMap, Request, Response, Uri};
-use ureq::tls::{RootCerts, TlsConfig};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
+use crate::config::RegistrySection;
 use crate::reference::OciReference;
 
 /// What registries serve a single artifact's manifest as.
@@ -34,6 +41,8 @@ pub(crate) const SIGNATURE_ANNOTATION: &str = "pointsman.signature";
 /// The specification lets registries refuse larger manifests.
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const MAX_TOKEN_BYTES: u64 = 64 << 10;
+/// A password, or a file of certificates.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Registries redirect to their storage once.
 const MAX_REDIRECTS: usize = 3;
 const CONNECT: Duration = Duration::from_secs(5);
@@ -58,8 +67,12 @@ pub(crate) enum PullError {
     Status { url: String, status: u16 },
     #[error("the registry has no {0}; check repository, tag and pin")]
     Missing(String),
-    #[error("{0} asks for credentials and pulls are anonymous: pull it with another tool and upload the file")]
+    #[error("{0} asks for credentials; set `username` and `password_file` under `registries` in the configuration")]
     Credentials(String),
+    #[error("{origin} refuses the credentials of `{username}`, or they may not read this repository")]
+    WrongCredentials { origin: String, username: String },
+    #[error("`{key}` of the registry {registry}, {}: {problem}", .path.display())]
+    File { registry: String, key: &'static str, path: PathBuf, problem: String },
     #[error(
         "the registry sends us to `{0}`; redirects and token services must be HTTPS, or on loopback where the registry is"
     )]
@@ -104,17 +117,24 @@ struct Pull {
     agent: ureq::Agent,
     /// Scheme, host and port of the registry.
     origin: String,
-    /// Whether the registry is on loopback.
-    local: bool,
-    bearer: Option<String>,
+    /// Whether the registry is on loopback and spoken to in plain text.
+    plain: bool,
+    /// A user, and the header that says who it is.
+    credentials: Option<(String, String)>,
+    /// What the registry asked for.
+    authorization: Option<String>,
 }
 
 /// Fetches the component that a reference names, of at most `limit` bytes. Blocks.
 ///
 /// # Errors
 /// What the registry did; nothing was kept.
-pub(crate) fn pull(reference: &OciReference, limit: u64) -> Result<Pulled, PullError> {
-    let mut pull = Pull::new(&reference.registry);
+pub(crate) fn pull(
+    reference: &OciReference,
+    registry: Option<&RegistrySection>,
+    limit: u64,
+) -> Result<Pulled, PullError> {
+    let mut pull = Pull::new(&reference.registry, registry)?;
     let repository = format!("{}/v2/{}", pull.origin, reference.repository);
     let name = reference.pin.as_ref().map_or(reference.tag.as_str(), Digest::as_str);
     let url = format!("{repository}/manifests/{name}");
@@ -160,31 +180,56 @@ fn only_layer(layers: &[Descriptor]) -> Result<&Descriptor, PullError> {
 // === impl Pull ===
 
 impl Pull {
-    fn new(registry: &str) -> Self {
+    fn new(registry: &str, section: Option<&RegistrySection>) -> Result<Self, PullError> {
         let local = format!("http://{registry}").parse::<Uri>().is_ok_and(|uri| is_loopback(&uri));
+        let file = |key, path: &Path| {
+            read(path).map_err(|problem| PullError::File {
+                registry: registry.to_owned(),
+                key,
+                path: path.to_owned(),
+                problem,
+            })
+        };
+        let ca_file = section.map(|section| section.ca_file.as_path()).filter(|path| !path.as_os_str().is_empty());
+        let roots = ca_file.map(|path| {
+            certificates(&file("ca_file", path)?).ok_or_else(|| {
+                let problem = "it holds no certificate in PEM".to_owned();
+                PullError::File { registry: registry.to_owned(), key: "ca_file", path: path.to_owned(), problem }
+            })
+        });
+        let roots = roots.transpose()?.unwrap_or(RootCerts::PlatformVerifier);
+        let user = section.filter(|section| !section.username.is_empty());
+        let credentials = user.map(|RegistrySection { username, password_file, .. }| {
+            let password = file("password_file", password_file)?;
+            let pair = [username.as_bytes(), b":", password.trim_ascii_end()].concat();
+            Ok((username.clone(), format!("Basic {}", STANDARD.encode(pair))))
+        });
+        let credentials = credentials.transpose()?;
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
             .timeout_connect(Some(CONNECT))
             .timeout_global(Some(REQUEST))
-            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build());
+            .tls_config(TlsConfig::builder().root_certs(roots).build());
         // A proxy is for the world outside.
         let config = if local { config.proxy(None) } else { config };
-        let scheme = if local { "http" } else { "https" };
-        Self { agent: config.build().into(), origin: format!("{scheme}://{registry}"), local, bearer: None }
+        let plain = local && ca_file.is_none();
+        let scheme = if plain { "http" } else { "https" };
+        let (agent, origin) = (config.build().into(), format!("{scheme}://{registry}"));
+        Ok(Self { agent, origin, plain, credentials, authorization: None })
     }
 
-    /// The body of a resource, of at most `limit` bytes; gets a token where the registry asks for one.
+    /// The body of a resource, of at most `limit` bytes; with credentials or a token where the registry asks for them.
     fn get(&mut self, url: &str, accept: &str, limit: u64, what: &'static str) -> Result<Vec<u8>, PullError> {
         let mut response = self.follow(url, accept)?;
-        if response.status() == 401 && self.bearer.is_none() {
-            self.bearer = Some(self.token(response.headers())?);
+        if response.status() == 401 && self.authorization.is_none() {
+            self.authorization = Some(self.authorize(response.headers())?);
             response = self.follow(url, accept)?;
         }
         match response.status().as_u16() {
             200 => body(&mut response, url, limit, what),
-            401 | 403 => Err(PullError::Credentials(self.origin.clone())),
+            401 | 403 => Err(self.refused()),
             404 => Err(PullError::Missing(url.trim_start_matches(&self.origin).to_owned())),
             status => Err(PullError::Status { url: url.to_owned(), status }),
         }
@@ -195,8 +240,8 @@ impl Pull {
         let mut at = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = Request::get(&at).header(ACCEPT, accept);
-            if let Some(token) = self.bearer.as_ref().filter(|_| at.starts_with(&format!("{}/", self.origin))) {
-                request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+            if let Some(said) = self.authorization.as_ref().filter(|_| at.starts_with(&format!("{}/", self.origin))) {
+                request = request.header(AUTHORIZATION, said);
             }
             let request = request.body(()).map_err(|_| PullError::Redirect(at.clone()))?;
             let unreachable = |source| PullError::Unreachable { url: at.clone(), source: Box::new(source) };
@@ -215,20 +260,41 @@ impl Pull {
         let uri = url.parse::<Uri>().ok();
         let allowed = uri.is_some_and(|uri| match uri.scheme_str() {
             Some("https") => true,
-            Some("http") => self.local && is_loopback(&uri),
+            Some("http") => self.plain && is_loopback(&uri),
             _ => false,
         });
         if allowed { Ok(()) } else { Err(PullError::Redirect(url.to_owned())) }
     }
 
-    /// An anonymous token from the service that a registry names.
-    fn token(&self, headers: &HeaderMap) -> Result<String, PullError> {
-        let credentials = || PullError::Credentials(self.origin.clone());
-        let challenge = headers.get(WWW_AUTHENTICATE).and_then(|text| text.to_str().ok()).ok_or_else(credentials)?;
-        let challenge = challenge_of(challenge).ok_or_else(credentials)?;
-        let realm = challenge.get("realm").ok_or_else(credentials)?;
+    /// The registry, or its token service, does not let us read.
+    fn refused(&self) -> PullError {
+        match &self.credentials {
+            Some((username, _)) => {
+                PullError::WrongCredentials { origin: self.origin.clone(), username: username.clone() }
+            }
+            None => PullError::Credentials(self.origin.clone()),
+        }
+    }
+
+    /// What the registry asks for: a token, or else the credentials themselves.
+    fn authorize(&self, headers: &HeaderMap) -> Result<String, PullError> {
+        let challenges = || headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|text| text.to_str().ok());
+        if let Some(challenge) = challenges().find_map(challenge_of) {
+            return Ok(format!("Bearer {}", self.token(&challenge)?));
+        }
+        let asks = challenges().any(|text| scheme_of(text).eq_ignore_ascii_case("basic"));
+        let basic = self.credentials.as_ref().filter(|_| asks).map(|(_, basic)| basic.clone());
+        basic.ok_or_else(|| PullError::Credentials(self.origin.clone()))
+    }
+
+    /// A token from the service that the registry names; for everybody where there are no credentials.
+    fn token(&self, challenge: &BTreeMap<String, String>) -> Result<String, PullError> {
+        let realm = challenge.get("realm").ok_or_else(|| self.refused())?;
         self.check_place(realm)?;
         let mut request = self.agent.get(realm);
+        if let Some((_, basic)) = &self.credentials {
+            request = request.header(AUTHORIZATION, basic);
+        }
         for key in ["service", "scope"] {
             if let Some(value) = challenge.get(key) {
                 request = request.query(key, value);
@@ -236,8 +302,10 @@ impl Pull {
         }
         let unreachable = |source| PullError::Unreachable { url: realm.clone(), source: Box::new(source) };
         let mut response = request.call().map_err(unreachable)?;
-        if response.status() != 200 {
-            return Err(credentials());
+        match response.status().as_u16() {
+            200 => {}
+            status @ 500.. => return Err(PullError::Status { url: realm.clone(), status }),
+            _ => return Err(self.refused()),
         }
         let bytes = body(&mut response, realm, MAX_TOKEN_BYTES, "token")?;
         let token: Token = serde_json::from_slice(&bytes).map_err(|e| PullError::Malformed {
@@ -245,7 +313,7 @@ impl Pull {
             url: realm.clone(),
             detail: e.to_string(),
         })?;
-        token.token.or(token.access_token).ok_or_else(credentials)
+        token.token.or(token.access_token).ok_or_else(|| self.refused())
     }
 }
 
@@ -253,6 +321,24 @@ fn body(response: &mut Response<Body>, url: &str, limit: u64, what: &'static str
     // The limit of `ureq` is the first number of bytes that is too many.
     let read = response.body_mut().with_config().limit(limit + 1).read_to_vec();
     read.map_err(|e| PullError::Malformed { what, url: url.to_owned(), detail: e.to_string() })
+}
+
+/// A file that is not endless.
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
+/// The certificates in a PEM file; none is a mistake.
+fn certificates(pem: &[u8]) -> Option<RootCerts> {
+    let found = parse_pem(pem).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    });
+    let found: Vec<Certificate<'static>> = found.collect();
+    (!found.is_empty()).then(|| found.into())
 }
 
 /// `scheme://host:port` of a URL.
@@ -266,6 +352,11 @@ fn is_loopback(uri: &Uri) -> bool {
     let host = uri.host().unwrap_or_default();
     let name = host.trim_start_matches('[').trim_end_matches(']');
     name == "localhost" || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+}
+
+/// The first word of a challenge.
+fn scheme_of(header: &str) -> &str {
+    header.trim().split(' ').next().unwrap_or_default()
 }
 
 /// The parameters of a `Bearer` challenge, such as `Bearer realm="https://a/token",scope="repository:x:pull,push"`.
@@ -303,6 +394,10 @@ mod tests {
         assert_eq!(challenge_of("Bearer"), None);
     }
 
+    fn anonymous(registry: &str) -> Pull {
+        Pull::new(registry, None).expect("nothing to read")
+    }
+
     #[test]
     fn only_loopback_is_spoken_to_in_plain_text() {
         for (registry, origin) in [
@@ -312,7 +407,7 @@ mod tests {
             ("[::1]:5000", "http://[::1]:5000"),
             ("127.0.0.1.example", "https://127.0.0.1.example"),
         ] {
-            assert_eq!(Pull::new(registry).origin, origin);
+            assert_eq!(anonymous(registry).origin, origin);
         }
         for (registry, place, allowed) in [
             ("ghcr.io", "https://storage.example/x", true),
@@ -323,7 +418,7 @@ mod tests {
             ("localhost:5000", "http://127.0.0.1:5001/x", true),
             ("localhost:5000", "http://storage.example/x", false),
         ] {
-            assert_eq!(Pull::new(registry).check_place(place).is_ok(), allowed, "{registry} -> {place}");
+            assert_eq!(anonymous(registry).check_place(place).is_ok(), allowed, "{registry} -> {place}");
         }
         assert_eq!(origin("https://a.example:5/b/c"), "https://a.example:5");
     }

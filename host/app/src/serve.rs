@@ -281,6 +281,7 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::
         metrics: Arc::clone(&shared.metrics),
         trust: KeyRing::new(&config.trust)?,
         budgets: config.budgets(),
+        registries: config.registries.clone(),
         faults,
     };
     Ok(Deploy::new(runtime, Arc::clone(store), parts, config.safe_mode))

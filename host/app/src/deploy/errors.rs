@@ -70,7 +70,11 @@ pub(super) fn pull_error(error: PullError) -> AdminError {
     let kind = match &error {
         PullError::Missing(_) => AdminErrorKind::NotFound,
         PullError::TooLarge { .. } => AdminErrorKind::TooLarge,
-        PullError::Layers { .. } | PullError::Digest { .. } | PullError::Credentials(_) => AdminErrorKind::Refused,
+        PullError::Layers { .. }
+        | PullError::Digest { .. }
+        | PullError::Credentials(_)
+        | PullError::WrongCredentials { .. } => AdminErrorKind::Refused,
+        PullError::File { .. } => AdminErrorKind::Internal,
         _ => AdminErrorKind::Upstream,
     };
     AdminError { param: Some("component".into()), ..admin_error(kind, error.to_string()) }

@@ -153,7 +153,8 @@ impl Deploy {
             Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
             Ok(guard) => guard,
         };
-        let pulled = oci::pull(&reference, MAX_PULL_BYTES).map_err(pull_error)?;
+        let pulled =
+            oci::pull(&reference, self.registries.get(&reference.registry), MAX_PULL_BYTES).map_err(pull_error)?;
         let signature = pulled.signature.map(|text| Signature::parse(text.as_bytes())).transpose();
         let signature = signature.map_err(trust_error)?;
         Ok(Offered { bytes: pulled.bytes, signature, source: Some(pulled.source) })

@@ -31,7 +31,7 @@ use pointsman_telemetry::Metrics;
 
 use crate::builtin::BUILTINS;
 use crate::clock::SystemClock;
-use crate::config::{Config, SlotSection};
+use crate::config::{Config, RegistrySection, SlotSection};
 use crate::reference::OCI_SCHEME;
 use crate::store::Store;
 use crate::trust::KeyRing;
@@ -54,6 +54,7 @@ pub(crate) struct Deploy {
     trust: KeyRing,
     /// Limits that the configuration sets for whatever policy a slot has.
     budgets: BTreeMap<SlotName, Budget>,
+    registries: BTreeMap<String, RegistrySection>,
     /// Started in safe mode: no guest is instantiated.
     safe_mode: bool,
     /// Switched to safe mode since: every guest is bypassed.
@@ -122,6 +123,8 @@ pub(crate) struct HostParts {
     pub trust: KeyRing,
     /// Limits that the configuration sets for whatever policy a slot has.
     pub budgets: BTreeMap<SlotName, Budget>,
+    /// How registries are reached, by host.
+    pub registries: BTreeMap<String, RegistrySection>,
     /// What guests did wrong, from whatever thread noticed to the observer thread: the journal's file must not hold up a
     /// request or a step.
     pub faults: FaultQueue,
@@ -159,6 +162,7 @@ impl Deploy {
             metrics: parts.metrics,
             trust: parts.trust,
             budgets: parts.budgets,
+            registries: parts.registries,
             safe_mode,
             switched: Mutex::default(),
             operations: Mutex::default(),
