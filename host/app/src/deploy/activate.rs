@@ -79,13 +79,34 @@ impl Deploy {
         })
     }
 
+    /// Compiles what is to be prepared. To be called before `operations` is held: aborts, rollbacks and uploads need not wait
+    /// for a compiler. A refusal is journalled under the actor, where there is one; what is refused before it costs nothing.
+    pub(super) fn compile_first(
+        &self,
+        slot: &SlotName,
+        desired: &Desired,
+        actor: Option<&str>,
+    ) -> Result<(), AdminError> {
+        lock(&self.state).plan(slot.clone(), desired.clone()).map_err(plan_error)?;
+        self.check_changeable(Some(slot))?;
+        let ComponentRef::Digest(digest) = &desired.component else { return Ok(()) };
+        self.compiled(digest, slot).map(drop).inspect_err(|error| {
+            if let Some(actor) = actor {
+                self.note_refused(slot, desired, actor, error);
+            }
+        })
+    }
+
     /// Prepares what was planned; a refusal is journalled.
     pub(super) fn prepare_noted(&self, planned: &Planned, role: Role, actor: &str) -> Result<Ready, AdminError> {
         let Planned { slot, desired, generation } = planned;
-        self.prepare(slot, desired, *generation, role).inspect_err(|error| {
-            let (component, error) = (desired.component.to_string(), error.message.clone());
-            self.note(actor, Happened::Refused { slot: slot.clone(), component, error });
-        })
+        self.prepare(slot, desired, *generation, role)
+            .inspect_err(|error| self.note_refused(slot, desired, actor, error))
+    }
+
+    fn note_refused(&self, slot: &SlotName, desired: &Desired, actor: &str, error: &AdminError) {
+        let (component, error) = (desired.component.to_string(), error.message.clone());
+        self.note(actor, Happened::Refused { slot: slot.clone(), component, error });
     }
 
     /// Refuses changes in safe mode, and to a slot whose document cannot be read.
@@ -173,7 +194,8 @@ impl Deploy {
         if let Some(component) = known.component {
             return Ok(component);
         }
-        let bytes = match known.builtin.and_then(|name| BUILTINS.iter().find(|b| b.name == name)) {
+        let builtin = known.builtin.and_then(|name| BUILTINS.iter().find(|b| b.name == name));
+        let bytes = match builtin {
             Some(builtin) => builtin.bytes.to_vec(),
             None => self
                 .store
@@ -182,8 +204,11 @@ impl Deploy {
         };
         let expected = Digest::parse(digest).ok_or_else(|| internal(format!("`{digest}` is not a digest")))?;
         let component = self.runtime.load(&expected, &bytes).map_err(upload_error)?;
-        // A built-in of today may be gone from the next version of the host: keep what a document names.
-        self.store.write_component(digest, &bytes).map_err(|e| internal(format!("cannot keep {digest}: {e}")))?;
+        if builtin.is_some() {
+            // It may be gone from the next version of the host: keep what a document names. An uploaded one is on the disk, or
+            // was deleted while it was compiled.
+            self.store.write_component(digest, &bytes).map_err(|e| internal(format!("cannot keep {digest}: {e}")))?;
+        }
         if let Some(known) = lock(&self.components).get_mut(digest) {
             known.component = Some(component.clone());
         }

@@ -98,6 +98,7 @@ impl PolicyAdmin for Deploy {
         let component = self.component_of(&component, actor)?;
         let (config, budget) = (config.get().to_owned(), budget::stored(budget));
         let desired = Desired { component, config, state_namespace, budget, if_generation };
+        self.compile_first(&slot, &desired, (!dry_run).then_some(actor))?;
         let _one = lock(&self.operations);
         if dry_run { self.try_out(slot, desired) } else { self.activate(slot, desired, actor, Why::Put) }
     }
@@ -131,8 +132,10 @@ impl PolicyAdmin for Deploy {
 
     fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
+        let plan = || lock(&self.state).plan_rollback(&slot).map_err(plan_error);
+        self.compile_first(&slot, &plan()?.desired, Some(actor))?;
         let _one = lock(&self.operations);
-        let planned = lock(&self.state).plan_rollback(&slot).map_err(plan_error)?;
+        let planned = plan()?;
         self.carry_out(planned, actor, Why::Rollback)
     }
 
@@ -145,8 +148,6 @@ impl PolicyAdmin for Deploy {
     }
 
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
-        // Held although nothing is published: the previous policy must not be forgotten meanwhile.
-        let _one = lock(&self.operations);
         let (decided_by, guest) = self.previous_policy(&SlotName::Router)?;
         let choice = match guest {
             None => Choice::Abstain,
@@ -160,7 +161,6 @@ impl PolicyAdmin for Deploy {
     }
 
     fn ask_previous_admission(&self, question: &DoorQuestion<'_>) -> Result<Judged, AdminError> {
-        let _one = lock(&self.operations);
         let (decided_by, guest) = self.previous_policy(&SlotName::Admission)?;
         let Some((component, activation)) = guest else { return Ok(Judged::native(decided_by)) };
         let DoorQuestion { now, request, load } = *question;
@@ -202,7 +202,8 @@ impl PolicyAdmin for Deploy {
 }
 
 impl Deploy {
-    /// What was active in a slot before, and how to start it again; the caller holds `operations`.
+    /// What was active in a slot before, and how to start it again. Nothing is published, and nobody need wait for it: a
+    /// component that is deleted meanwhile is still what was asked for.
     fn previous_policy(&self, slot: &SlotName) -> Result<(DecidedBy, Option<(Component, Activation)>), AdminError> {
         let previous = lock(&self.state).slot(slot).and_then(|state| state.previous.clone());
         let previous = previous.ok_or_else(|| conflict(format!("the slot `{slot}` has no previous policy")))?;

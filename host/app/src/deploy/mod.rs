@@ -13,6 +13,8 @@ mod errors;
 mod intake;
 pub(crate) mod rollout;
 mod safe_mode;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

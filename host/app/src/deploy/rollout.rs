@@ -293,6 +293,7 @@ impl Deploy {
         let config = config.get().to_owned();
         let budget = budget::stored(budget);
         let desired = Desired { component, config, state_namespace, budget, if_generation: None };
+        self.check_measurable().and_then(|()| self.compile_first(&slot, &desired, Some(actor)))?;
         let _one = lock(&self.operations);
         self.check_changeable(Some(&slot)).and_then(|()| self.check_measurable())?;
         if matches!(lock(&self.failed).get(&slot), Some(Failed::Policy(_))) {
@@ -358,14 +359,37 @@ impl Deploy {
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
         self.one_rollout(slot, id)?;
-        let slot = parse_slot(slot)?;
+        let name = parse_slot(slot)?;
+        self.check_changeable(Some(&name))?;
+        let takes_off = matches!(steer, wire::Steer::Abort | wire::Steer::Pause);
+        if takes_off {
+            // At once, whoever holds the lock; what is stored, and the answer, come after.
+            self.decide(&name, id, steer, actor)?;
+        }
         let _one = lock(&self.operations);
-        self.check_changeable(Some(&slot))?;
-        if matches!(steer, wire::Steer::Resume) {
-            self.check_measurable()?;
+        if !takes_off {
+            self.check_changeable(Some(&name))?;
+            if matches!(steer, wire::Steer::Resume) {
+                self.check_measurable()?;
+            }
+            self.decide(&name, id, steer, actor)?;
         }
         let mut rollouts = lock(&self.rollouts);
-        let Some(live) = rollouts.get_mut(&slot).filter(|live| live.rollout.document().id == id) else {
+        // Settled by now where the observer thread was faster.
+        if let Some(live) = rollouts.get_mut(&name).filter(|live| !live.pending.is_empty()) {
+            self.settle(&name, live);
+            if live.rollout.document().phase.is_over() {
+                rollouts.remove(&name);
+            }
+        }
+        drop(rollouts);
+        self.one_rollout(slot, id)
+    }
+
+    /// Decides what was asked for and moves the pointer; the rest is kept for [`Deploy::settle`].
+    fn decide(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+        let mut rollouts = lock(&self.rollouts);
+        let Some(live) = rollouts.get_mut(slot).filter(|live| live.rollout.document().id == id) else {
             return Err(conflict(format!("rollout {id} is over; start another")));
         };
         let document = live.rollout.document();
@@ -377,14 +401,8 @@ impl Deploy {
         };
         let decision = decision.map_err(|error| conflict(error.to_string()))?;
         let commands = live.rollout.decide(decision, self.clock.micros());
-        self.obey(&slot, live, actor, commands);
-        self.settle(&slot, live);
-        let document = live.rollout.document().clone();
-        if document.phase.is_over() {
-            rollouts.remove(&slot);
-        }
-        drop(rollouts);
-        self.report(&slot, &document)
+        self.obey(slot, live, actor, commands);
+        Ok(())
     }
 
     /// Pauses every rollout under way: while all slots are native, what is measured says nothing about its arms. The caller
