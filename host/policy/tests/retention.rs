@@ -5,7 +5,7 @@ mod support;
 use pointsman_policy::{FaultKind, Health, RetentionGuest, Slot};
 use pointsman_sched::batch::Attention;
 use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
-use support::{Bench, SECOND};
+use support::{Bench, MISDEEDS, SECOND};
 
 /// More calls than a probe and a warm-up make.
 const PROBED: u64 = 8;
@@ -55,17 +55,8 @@ fn a_guest_ranks_and_a_swap_starts_from_names() {
 
 #[test]
 fn misdeeds_become_faults_and_the_hosts_order_holds() {
-    for (deed, kind) in [
-        ("trap", FaultKind::Trap),
-        ("spin", FaultKind::Timeout),
-        ("allocate", FaultKind::Memory),
-        ("recurse", FaultKind::Trap),
-        ("huge-list", FaultKind::BadAnswer),
-    ] {
-        // As for schedulers: whoever shall meet the cap gets a low one, and only the endless one may meet the deadline.
-        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
-        let hard = if kind == FaultKind::Timeout { 10_000 } else { 2_000_000 };
-        let bench = Bench::with(|config| (config.budgets.rank.hard, config.memory_bytes) = (hard, memory));
+    for (deed, kind) in MISDEEDS.into_iter().chain([("huge-list", FaultKind::BadAnswer)]) {
+        let bench = Bench::for_fault(kind, |budgets| &mut budgets.rank);
         let slot = bench.runtime.retention_slot("kv-retention");
         let mut guest = slot.attach(&"demo".into());
         let component = bench.admit("fixture-retention");

@@ -5,7 +5,7 @@ mod support;
 use pointsman_policy::{ActivateError, Call, FaultKind, Health, PublishError, RouterQuestion, Slot};
 use pointsman_sched::route::{Choice, Fallback, Refusal, RequestNumbers, RoutePolicy, RouteRequest, Routed};
 use pointsman_telemetry::{Event, EventKind};
-use support::{Bench, SECOND, replicas, request};
+use support::{Bench, MISDEEDS, SECOND, replicas, request};
 
 fn route(slot: &impl RoutePolicy, now: u64) -> Routed {
     slot.route(now, &request(now), &replicas(4, 2))
@@ -125,21 +125,9 @@ fn a_core_module_with_its_type_is_a_component() {
 
 #[test]
 fn misdeeds_in_a_call_become_faults_and_the_native_policy_answers() {
-    for (deed, kind) in [
-        ("trap", FaultKind::Trap),
-        ("spin", FaultKind::Timeout),
-        ("allocate", FaultKind::Memory),
-        ("recurse", FaultKind::Trap),
-        ("bad-row", FaultKind::BadAnswer),
-        ("empty-rank", FaultKind::BadAnswer),
-        ("duplicate-row", FaultKind::BadAnswer),
-        ("huge-list", FaultKind::BadAnswer),
-    ] {
-        // Touching 64 MiB takes longer than the budget: whoever shall meet the cap gets a low one.
-        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
-        // Only the endless one may meet the deadline, however slow the machine is today.
-        let hard = if kind == FaultKind::Timeout { 5_000 } else { 2_000_000 };
-        let bench = Bench::with(|config| (config.budgets.route.hard, config.memory_bytes) = (hard, memory));
+    let answers = ["bad-row", "empty-rank", "duplicate-row", "huge-list"];
+    for (deed, kind) in MISDEEDS.into_iter().chain(answers.map(|deed| (deed, FaultKind::BadAnswer))) {
+        let bench = Bench::for_fault(kind, |budgets| &mut budgets.route);
         let component = bench.admit("fixture-router");
         let slot = bench.runtime.router_slot("router");
         let config = format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use pointsman_policy::{FaultKind, SampledReplica, SamplerPort, Slot};
 use pointsman_sched::ids::RequestId;
 use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word};
-use support::{Bench, SECOND};
+use support::{Bench, MISDEEDS, SECOND};
 
 /// More calls than a probe and a warm-up make.
 const PROBED: u64 = 12;
@@ -127,19 +127,9 @@ fn a_start_that_faults_is_put_to_the_spare_at_once() {
 
 #[test]
 fn misdeeds_become_faults_and_edits_stay() {
-    for (deed, kind) in [
-        ("trap", FaultKind::Trap),
-        ("spin", FaultKind::Timeout),
-        ("allocate", FaultKind::Memory),
-        ("recurse", FaultKind::Trap),
-        ("uneven-lists", FaultKind::BadAnswer),
-        ("unknown-token", FaultKind::BadAnswer),
-        ("allow-nothing", FaultKind::BadAnswer),
-        ("infinite-bias", FaultKind::BadAnswer),
-    ] {
-        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
-        let hard = if kind == FaultKind::Timeout { 10_000 } else { 2_000_000 };
-        let bench = Bench::with(|config| (config.budgets.edit.hard, config.memory_bytes) = (hard, memory));
+    let answers = ["uneven-lists", "unknown-token", "allow-nothing", "infinite-bias"];
+    for (deed, kind) in MISDEEDS.into_iter().chain(answers.map(|deed| (deed, FaultKind::BadAnswer))) {
+        let bench = Bench::for_fault(kind, |budgets| &mut budgets.edit);
         let slot = bench.runtime.sampler_slot("sampler");
         let mut port = slot.attach(replica()).expect("a thread");
         let component = bench.admit("fixture-sampler");

@@ -4,7 +4,7 @@ mod support;
 
 use pointsman_policy::{FaultKind, Health, SchedulerGuest, Slot};
 use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Changes, Plan, SequenceColumns, View};
-use support::{Bench, SECOND, arrivals, budgets, sequences};
+use support::{Bench, MISDEEDS, SECOND, arrivals, budgets, sequences};
 
 /// Steps that every probe makes, so that a fixture with this `after` passes the probe and the warm-up.
 const PROBED: u64 = 20;
@@ -76,18 +76,8 @@ fn each_replica_has_an_instance_and_one_is_spare() {
 
 #[test]
 fn misdeeds_become_faults_and_the_spare_takes_over() {
-    for (deed, kind) in [
-        ("trap", FaultKind::Trap),
-        ("spin", FaultKind::Timeout),
-        ("allocate", FaultKind::Memory),
-        ("recurse", FaultKind::Trap),
-        ("huge-list", FaultKind::BadAnswer),
-    ] {
-        // Touching 64 MiB takes longer than the budget: whoever shall meet the cap gets a low one.
-        let memory = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
-        // Only the endless one may meet the deadline, however slow the machine is today.
-        let hard = if kind == FaultKind::Timeout { 10_000 } else { 2_000_000 };
-        let bench = Bench::with(|config| (config.budgets.step.hard, config.memory_bytes) = (hard, memory));
+    for (deed, kind) in MISDEEDS.into_iter().chain([("huge-list", FaultKind::BadAnswer)]) {
+        let bench = Bench::for_fault(kind, |budgets| &mut budgets.step);
         let component = bench.admit("fixture-scheduler");
         let slot = bench.runtime.scheduler_slot("scheduler");
         let mut guest = slot.attach("demo");

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use pointsman_policy::{Activation, Component, FaultReport, Maintenance, Prepared, Runtime, RuntimeConfig};
+use pointsman_policy::{
+    Activation, Budget, Budgets as PolicyBudgets, Component, FaultKind, FaultReport, Maintenance, Prepared, Runtime,
+    RuntimeConfig,
+};
 use pointsman_sched::batch::{Budgets, Changes, SequenceColumns};
 use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::route::{ReplicaColumns, RequestNumbers, RouteRequest};
@@ -68,6 +71,14 @@ pub(crate) fn counter(version: &str, schema: u32) -> Vec<u8> {
     module
 }
 
+/// What the fixture of every world with a hard budget can do wrong, and what it counts as.
+pub(crate) const MISDEEDS: [(&str, FaultKind); 4] = [
+    ("trap", FaultKind::Trap),
+    ("spin", FaultKind::Timeout),
+    ("allocate", FaultKind::Memory),
+    ("recurse", FaultKind::Trap),
+];
+
 /// A runtime, its clock, and the faults it told of.
 pub(crate) struct Bench {
     pub(crate) runtime: Runtime,
@@ -109,6 +120,16 @@ impl Bench {
         let clock = Arc::new(move || clock.load(Ordering::Relaxed));
         let runtime = Runtime::new(config, Arc::clone(&metrics), recorder.clone(), clock).expect("a runtime");
         Self { runtime, metrics, recorder, now, faults, next_generation: AtomicU64::new(1) }
+    }
+
+    /// Where a misdeed meets its own limit and no other, in calls with this budget.
+    pub(crate) fn for_fault(kind: FaultKind, budget: fn(&mut PolicyBudgets) -> &mut Budget) -> Self {
+        Self::with(|config| {
+            // Only the endless one may meet the deadline, however slow the machine is today.
+            budget(&mut config.budgets).hard = if kind == FaultKind::Timeout { 10_000 } else { 2_000_000 };
+            // Touching 64 MiB takes longer than the budget: whoever shall meet the cap gets a low one.
+            config.memory_bytes = if kind == FaultKind::Memory { 4 << 20 } else { 64 << 20 };
+        })
     }
 
     pub(crate) fn admit(&self, name: &str) -> Component {
