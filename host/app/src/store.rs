@@ -173,13 +173,21 @@ impl Store {
     }
 
     fn append_to(&self, file: &mut File, line: &str) -> io::Result<()> {
-        if file.metadata()?.len() > JOURNAL_BYTES {
+        let mut length = file.metadata()?.len();
+        if length > JOURNAL_BYTES {
             let path = self.root.join("journal.jsonl");
-            fs::rename(&path, self.root.join("journal.1.jsonl"))?;
+            match fs::rename(&path, self.root.join("journal.1.jsonl")) {
+                // None to move: an earlier attempt did that, and could not open the next one.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             *file = OpenOptions::new().create(true).append(true).open(path)?;
+            File::open(&self.root)?.sync_all()?;
+            length = file.metadata()?.len();
         }
-        file.write_all(format!("{line}\n").as_bytes())?;
-        file.sync_data()
+        let written = file.write_all(format!("{line}\n").as_bytes()).and_then(|()| file.sync_data());
+        // A part of a line would spoil the next one too; where it cannot be cut off, both are skipped when they are read.
+        written.inspect_err(|_| drop(file.set_len(length)))
     }
 
     /// The last entries of the journal; lines that a crash cut short are skipped.
@@ -311,6 +319,22 @@ mod tests {
         assert_eq!(store.component_digests(), ["sha256:ab"]);
         assert!(store.delete_component("sha256:ab").and_then(|()| store.delete_component("sha256:ab")).is_ok());
         assert_eq!(store.read_signature("sha256:ab"), None);
+    }
+
+    #[test]
+    fn the_journal_goes_on_after_it_was_moved_aside_in_vain() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("an empty folder");
+        let path = folder.path().join("journal.jsonl");
+        let full = OpenOptions::new().write(true).open(&path).expect("a journal");
+        full.set_len(JOURNAL_BYTES + 1).expect("a large file");
+        // As if there had been no file descriptor left for the next one.
+        fs::rename(&path, folder.path().join("journal.1.jsonl")).expect("moved aside");
+        for sequence in [1, 2] {
+            let what = Happened::Deleted { digest: "x".into() };
+            store.append_journal(&Entry { sequence, at_unix_ms: 5, actor: "t".into(), what }.to_json());
+        }
+        assert_eq!(store.journal_tail().iter().map(|e| e.sequence).collect::<Vec<_>>(), [1, 2]);
     }
 
     #[test]
