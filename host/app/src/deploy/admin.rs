@@ -118,6 +118,7 @@ impl PolicyAdmin for Deploy {
         *lock(&self.state) = next;
         self.drop_telemetry(&slot);
         lock(&self.failed).remove(&slot);
+        lock(&self.last_health).remove(&slot);
         self.note(actor, Happened::Removed { slot: slot.clone() });
         let revisions = before.into_iter().flat_map(|s| [Some(s.active), s.previous]).flatten().map(|t| t.revision);
         self.forget_retired(&slot, [None, None], &revisions.collect::<Vec<_>>());

@@ -177,9 +177,18 @@ impl Deploy {
 
     /// A component from a configuration: also a built-in's name or a path. The caller holds `operations`.
     pub(super) fn resolve(&self, name: &str) -> Result<ComponentRef, AdminError> {
+        let (component, offered) = self.look_up(name)?;
+        if let Some(offered) = offered {
+            self.keep(self.admit(offered, "startup")?, "startup")?;
+        }
+        Ok(component)
+    }
+
+    /// What a configuration names, with its bytes where the host may not have them.
+    pub(super) fn look_up(&self, name: &str) -> Result<(ComponentRef, Option<Offered>), AdminError> {
         let offered = match name.parse().map_err(reference_error)? {
-            Reference::Native => return Ok(ComponentRef::Native),
-            Reference::Digest(digest) => return Ok(ComponentRef::Digest(digest.to_string())),
+            Reference::Native => return Ok((ComponentRef::Native, None)),
+            Reference::Digest(digest) => return Ok((ComponentRef::Digest(digest.to_string()), None)),
             Reference::Oci(_) => self.fetch(name)?,
             Reference::Named { name, pin } => {
                 let builtin =
@@ -190,13 +199,9 @@ impl Deploy {
                 if let Some(pin) = pin.filter(|pin| pin.as_str() != found) {
                     return Err(invalid(format!("`{name}` is pinned to {pin} and has the digest {found}")));
                 }
-                match offered {
-                    Some(offered) => offered,
-                    None => return Ok(ComponentRef::Digest(found)),
-                }
+                return Ok((ComponentRef::Digest(found), offered));
             }
         };
-        let admitted = self.admit(offered, "startup")?;
-        Ok(ComponentRef::Digest(self.keep(admitted, "startup")?.component.digest))
+        Ok((ComponentRef::Digest(Digest::of(&offered.bytes).to_string()), Some(offered)))
     }
 }

@@ -289,8 +289,9 @@ impl Deploy {
             // What a tag means today is not worth a start that waits for a registry.
             return;
         }
-        let configured = self.resolve(&section.component).unwrap_or(ComponentRef::Digest(section.component.clone()));
-        if configured != active.component {
+        // Only looked at: a file that nobody activates is not worth keeping.
+        let found = self.look_up(&section.component).map(|(component, _)| component);
+        if found.unwrap_or(ComponentRef::Digest(section.component.clone())) != active.component {
             let (configured, stored) = (section.component.clone(), active.revision.clone());
             tracing::warn!(%slot, "the configuration names {configured}, the stored deployment {stored}; the stored one serves");
             self.note("startup", Happened::Differs { slot: slot.clone(), configured, stored });

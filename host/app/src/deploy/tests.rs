@@ -108,3 +108,22 @@ fn a_component_is_compiled_while_somebody_else_changes_something() {
     });
     assert_eq!(deploy.router.status().generation, 1);
 }
+
+#[test]
+fn a_file_that_the_configuration_names_is_compared_and_not_kept() {
+    let folder = tempfile::tempdir().expect("a folder");
+    deploy(folder.path()).put_slot("router", put("native"), "t").expect("native is always there");
+    let file = folder.path().join("router.wasm");
+    let builtin = BUILTINS.iter().find(|b| b.name == "route-weighted").expect("built in");
+    // The same policy with a custom section of its own is another component.
+    std::fs::write(&file, [builtin.bytes, &[0, 2, 1, b'n']].concat()).expect("a file");
+    let component = file.to_str().expect("UTF-8").to_owned();
+    let section = SlotSection { component: component.clone(), ..SlotSection::default() };
+    let config = Config { slots: [("router".to_owned(), section)].into(), ..Config::default() };
+    let deploy = deploy(folder.path());
+    deploy.start(&config);
+    assert_eq!(deploy.store.component_digests(), Vec::<String>::new());
+    let lines = deploy.journal(0, 9);
+    let last = lines.last().expect("a line").json.to_string();
+    assert!(last.contains("\"differs\"") && last.contains(&component), "{last}");
+}
