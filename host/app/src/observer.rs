@@ -1,7 +1,7 @@
 //! The observer thread: hands events to telemetry hooks and ended requests to the admission policy, in batches, and journals
 //! what guests did, off every hot path.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -12,7 +12,7 @@ use pointsman_sched::route::DecidedBy;
 use pointsman_server::admin::wire::calls::{AdmissionCall, AdmissionLine, EndingSeen};
 use pointsman_server::admin::wire::decision::Line;
 use pointsman_server::record::Taps;
-use pointsman_telemetry::{Event, Metrics, NameKind, Names, Recorder};
+use pointsman_telemetry::{Event, Metrics, Micros, NameKind, Names, Recorder};
 
 use crate::aliases::Aliases;
 use crate::anomaly::Anomalies;
@@ -27,14 +27,23 @@ const BATCH: usize = 4_096;
 /// Batches per round: when events come faster than hooks take them, the ring drops the oldest and faults are still
 /// journalled.
 const MAX_BATCHES: usize = 8;
-/// Alerts of one hook per batch that reach log and journal; the others are counted in metrics.
-const MAX_ALERTS: usize = 4;
+/// Alerts of one hook in an hour that reach log and journal; the others are counted in metrics. The journal is bounded too, and
+/// what people did must not be pushed out of it by a hook that never stops.
+const MAX_ALERTS: u32 = 60;
+const HOUR: Micros = 3_600_000_000;
 
 /// The running observer.
 #[derive(Debug)]
 pub(crate) struct Observer {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
+}
+
+/// Alerts that were told in the hour at hand, by hook.
+#[derive(Debug, Default)]
+struct Told {
+    hour: u64,
+    alerts: BTreeMap<String, u32>,
 }
 
 /// What the observer reads.
@@ -66,12 +75,12 @@ impl Observer {
         let stopped = Arc::clone(&stop);
         let run = move || {
             let mut events = Vec::with_capacity(BATCH);
-            let mut anomalies = Anomalies::new(watched.clock.micros());
+            let (mut anomalies, mut told) = (Anomalies::new(watched.clock.micros()), Told::default());
             while !stopped.load(Ordering::Acquire) {
-                watched.round(&mut events, &mut anomalies);
+                watched.round(&mut events, &mut anomalies, &mut told);
                 std::thread::park_timeout(PERIOD);
             }
-            watched.round(&mut events, &mut anomalies);
+            watched.round(&mut events, &mut anomalies, &mut told);
         };
         let thread = std::thread::Builder::new().name("observer".into()).spawn(run)?;
         Ok(Self { stop, thread })
@@ -88,7 +97,7 @@ impl Observer {
 }
 
 impl Watched {
-    fn round(&self, events: &mut Vec<Event>, anomalies: &mut Anomalies) {
+    fn round(&self, events: &mut Vec<Event>, anomalies: &mut Anomalies, told: &mut Told) {
         for _ in 0..MAX_BATCHES {
             events.clear();
             let drained = self.recorder.drain(events, BATCH);
@@ -96,7 +105,7 @@ impl Watched {
             if drained.taken > 0 || drained.dropped > 0 {
                 self.deploy.show_rollouts(events, drained.dropped);
                 self.aliases.show_rollouts(events, drained.dropped);
-                self.show(events, drained.dropped);
+                self.show(events, drained.dropped, told);
                 anomalies.take(events);
             }
             if drained.taken < BATCH {
@@ -125,15 +134,42 @@ impl Watched {
         self.taps.admission.push(Line::Admission(Box::new(AdmissionLine { now, call, revision, generation })));
     }
 
-    fn show(&self, events: &[Event], dropped: u64) {
+    fn show(&self, events: &[Event], dropped: u64, told: &mut Told) {
         for (name, slot) in self.deploy.telemetry.load().iter() {
-            let alerts = slot.on_events(self.clock.micros(), events, &self.names, dropped);
-            for (n, alert) in alerts.iter().enumerate() {
+            let now = self.clock.micros();
+            for alert in &slot.on_events(now, events, &self.names, dropped) {
                 self.metrics.alert(alert.severity.as_str(), name);
-                if n < MAX_ALERTS {
+                if told.admits(name, now) {
                     self.deploy.alert(name, alert);
                 }
             }
+        }
+    }
+}
+
+impl Told {
+    /// Whether one more may be told.
+    fn admits(&mut self, hook: &str, now: Micros) -> bool {
+        let hour = now / HOUR;
+        if hour != self.hour {
+            *self = Self { hour, alerts: BTreeMap::new() };
+        }
+        let alerts = self.alerts.entry(hook.to_owned()).or_default();
+        *alerts = alerts.saturating_add(1);
+        *alerts <= MAX_ALERTS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hook_that_never_stops_leaves_room_in_the_journal() {
+        let mut told = Told::default();
+        for (hook, now, expect) in [("a", 1, 60), ("a", 2, 0), ("b", 3, 60), ("a", HOUR, 60), ("b", 2 * HOUR - 1, 60)] {
+            let n = (0..1_000).filter(|_| told.admits(hook, now)).count();
+            assert_eq!(n, expect, "{hook} at {now}");
         }
     }
 }
