@@ -198,7 +198,7 @@ template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
         decode_attention<width, most_heads>(a);                                                                                   \
     }
 
-DECODE(decode_attention_d32_g4, 32, 4, 4)
+DECODE(decode_attention_d32_g4, 32, 4, 3)
 DECODE(decode_attention_d32_g8, 32, 8, 2)
 DECODE(decode_attention_d64_g4, 64, 4, 4)
 DECODE(decode_attention_d64_g8, 64, 8, 2)
