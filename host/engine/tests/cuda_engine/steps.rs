@@ -248,7 +248,9 @@ fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
 
 #[test]
 fn the_check_for_a_gpu_passes_on_the_shim() {
-    for mut case in ParityCase::all() {
+    // Each model once, in one type or another: all of them take minutes without a GPU.
+    let cases = ParityCase::all().into_iter().enumerate().filter(|(i, _)| [0, 4, 8, 9, 12].contains(i));
+    for (_, mut case) in cases {
         let Some(device) = ShimDevice::start() else { return };
         // A GPU is given steps of up to 96 rows; here each takes seconds.
         case.rows.retain(|rows| *rows < 4);
