@@ -6,50 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pointsman::inputs::{replicas, request};
 use pointsman_benches::{Percentiles, Samples, each_call, header, now};
 use pointsman_policy::{Activation, Component, Maintenance, Role, Runtime, RuntimeConfig, Slot};
-use pointsman_sched::ids::{Priority, RequestId};
-use pointsman_sched::route::{Choice, NativeRouter, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest};
+use pointsman_sched::route::{Choice, NativeRouter, ReplicaColumns, RoutePolicy};
 use pointsman_telemetry::{Metrics, Recorder};
-
-fn replicas(n: u32) -> ReplicaColumns {
-    let column = |f: fn(u32) -> u32| (0..n).map(f).collect::<Vec<u32>>();
-    ReplicaColumns {
-        id: column(|i| i),
-        key: (0..n).map(|i| u64::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect(),
-        health: vec![0; n as usize],
-        weight: column(|_| 1_000),
-        waiting: column(|i| i * 7 % 5),
-        running: column(|i| i * 3 % 11),
-        running_limit: column(|_| 64),
-        queued_tokens: column(|i| i * 131 % 1_999),
-        free_blocks: column(|i| 500 - i % 400),
-        total_blocks: column(|_| 500),
-        cached_tokens: column(|i| i * 16 % 128),
-        device: vec![0; n as usize],
-        variant: vec![1; n as usize],
-        ..ReplicaColumns::default()
-    }
-}
-
-fn request(seed: u64) -> RouteRequest<'static> {
-    RouteRequest {
-        id: RequestId(seed + 1),
-        model: "demo",
-        tenant: "acme",
-        tenant_id: 1,
-        session: seed % 64,
-        prefix: 7,
-        priority: Priority::Normal,
-        prompt_tokens: 200,
-        max_new_tokens: 64,
-        arrived: 1,
-        deadline: 0,
-        seed,
-        numbers: RequestNumbers::default(),
-        attributes: &[],
-    }
-}
 
 fn time(policy: &dyn RoutePolicy, replicas: &ReplicaColumns, expect_pick: bool) -> Percentiles {
     let mut seed = 0;
@@ -70,17 +31,17 @@ fn main() {
     let runtime = Runtime::new(config, Arc::new(Metrics::new()), Recorder::new(1_024), clock);
     let runtime = runtime.unwrap_or_else(|e| panic!("{e}"));
     each_call(10_000, 100_000, || ()).print("the clock itself", None);
-    time(&NativeRouter, &replicas(8), false).print("native, 8 replicas", None);
+    time(&NativeRouter, &replicas(8, &[]), false).print("native, 8 replicas", None);
     let slot = runtime.router_slot("router");
     for (generation, name) in (1u64..).zip(["route-least-loaded", "route-prefix-aware", "route-weighted"]) {
         activate(&runtime, &*slot, generation, (name, "{}"));
         for n in [1, 8, 64, 512] {
             let bar = (n == 8).then_some(Duration::from_nanos(1_500));
-            time(&*slot, &replicas(n), true).print(&format!("{name}, {n} replicas"), bar);
+            time(&*slot, &replicas(n, &[]), true).print(&format!("{name}, {n} replicas"), bar);
         }
     }
     activate(&runtime, &*slot, 4, ("fixture-router", r#"{"do": "abstain"}"#));
-    let boundary = time(&*slot, &replicas(1_024), false);
+    let boundary = time(&*slot, &replicas(1_024, &[]), false);
     boundary.print("boundary alone, 1,024 rows of 11 columns", Some(Duration::from_micros(5)));
     shadow();
 }
@@ -102,8 +63,8 @@ fn shadow() {
             [(0, "a paused shadow"), (100_000, "a shadow of 10 %"), (1_000_000, "a shadow of everything")]
         {
             slot.shadow(share_ppm).unwrap_or_else(|e| panic!("{e}"));
-            let (columns, mut samples) = (replicas(n), Samples::default());
-            for seed in 0..200_000 {
+            let (columns, mut samples) = (replicas(n, &[]), Samples::default());
+            for seed in 1..=200_000 {
                 let request = request(seed);
                 let start = now();
                 let routed = slot.route(seed, &request, &columns);

@@ -5,44 +5,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pointsman::inputs::{BUDGETS, DELTAS, add, sequences};
 use pointsman_benches::{each_call, header, now};
 use pointsman_policy::{Activation, Runtime, RuntimeConfig, SchedulerGuest, Slot};
-use pointsman_sched::batch::{Answer, Attention, BatchPolicy, Budgets, Changes, Plan, SequenceColumns, View};
+use pointsman_sched::batch::{Answer, Attention, BatchPolicy, Changes, Plan, SequenceColumns, View};
 use pointsman_telemetry::{Metrics, Recorder};
-
-/// Arrivals, admissions and departures per step.
-const DELTAS: u64 = 16;
-
-fn add(columns: &mut SequenceColumns, id: u64) {
-    let spread = u32::try_from(id * 37 % 400).unwrap_or(0);
-    columns.id.push(id);
-    columns.prompt_tokens.push(16 + spread);
-    columns.cached_tokens.push(0);
-    columns.computed_tokens.push(0);
-    columns.generated_tokens.push(0);
-    columns.max_new_tokens.push(16 + spread / 2);
-    columns.held_blocks.push(0);
-    columns.priority.push(u8::try_from(id % 4).unwrap_or(0));
-    columns.tenant.push(1);
-    columns.arrived.push(id * 10);
-    columns.deadline.push(0);
-}
-
-fn sequences(ids: std::ops::Range<u64>) -> SequenceColumns {
-    let mut columns = SequenceColumns::default();
-    ids.for_each(|id| add(&mut columns, id));
-    columns
-}
-
-const BUDGETS: Budgets = Budgets {
-    step_tokens: 512,
-    running: 64,
-    free_blocks: 4_096,
-    total_blocks: 8_192,
-    block_tokens: 16,
-    last_step: 4_000,
-    last_step_tokens: 64,
-};
 
 struct Bench {
     runtime: Runtime,

@@ -1,4 +1,4 @@
-//! Follows docs/plugin-guide.md: the commands of a section's ```console blocks, in order, and what the guide says they print.
+//! Follows docs/plugin-guide.md and the pages of single hooks: the commands of a section's ```console blocks, in order, and what the guide says they print.
 //!
 //! A command is a line behind `$ `. Other lines are what it prints: each must be found in its output, in order, with anything
 //! in the place of `...`. The command `pointsman` alone starts the host, which the desk has done.
@@ -14,10 +14,10 @@ struct Command {
 /// Commands that install tools.
 const INSTALLS: [&str; 2] = ["npm install", "python3 -m venv"];
 
-/// Runs every command of the section `## title`.
-pub(crate) fn follow(desk: &Desk, title: &str) {
-    let commands = commands(include_str!("../../docs/plugin-guide.md"), title);
-    assert!(!commands.is_empty(), "the guide has no section `{title}` with commands");
+/// Runs every command of the section `## title` of a page.
+pub(crate) fn follow(desk: &Desk, page: &str, title: &str) {
+    let commands = commands(page, title);
+    assert!(!commands.is_empty(), "the page has no section `{title}` with commands");
     for Command { line, prints } in commands {
         let left_out = !desk.installs && INSTALLS.iter().any(|install| line.starts_with(install));
         if line == "pointsman" || left_out {

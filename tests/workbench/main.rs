@@ -15,7 +15,16 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The kinds of template beside the router, which the guide makes, and the slots that they go into.
-const KINDS: [(&str, &str); 2] = [("scheduler", "scheduler"), ("telemetry", "telemetry.slo-log")];
+const KINDS: [(&str, &str); 5] = [
+    ("scheduler", "scheduler"),
+    ("telemetry", "telemetry.slo-log"),
+    ("admission", "admission"),
+    ("kv-retention", "kv-retention"),
+    ("sampler", "sampler"),
+];
+
+/// The plugin guide.
+const GUIDE: &str = include_str!("../../docs/plugin-guide.md");
 
 /// An author's desk: a folder, a running host, and the program on the path.
 struct Desk {
@@ -86,10 +95,11 @@ impl Desk {
         let state = self.host.admin("GET", &format!("/admin/v1/slots/{slot}"), &Value::Null).body;
         let faults = state["counters"]["faults"].as_object().expect("faults by kind");
         assert!(faults.values().all(|n| *n == json!(0)), "{state}");
-        if !before.is_null() {
-            self.run(&format!("pointsman policy rollback {slot}"));
-            assert_eq!(self.active(slot)["revision"], before["revision"]);
-        }
+        // A slot that was native has nothing to roll back to.
+        let native = before["revision"] == "native";
+        let undo = if native { format!("activate {slot} native") } else { format!("rollback {slot}") };
+        self.run(&format!("pointsman policy {undo}"));
+        assert_eq!(self.active(slot)["revision"], before["revision"]);
     }
 }
 
@@ -110,11 +120,23 @@ fn language(lang: &str, title: &str, present: bool, why: &str) {
         return;
     }
     let desk = Desk::new(installs);
-    guide::follow(&desk, title);
+    guide::follow(&desk, GUIDE, title);
     for (kind, slot) in KINDS {
         desk.template(lang, kind, slot);
     }
-    guide::follow(&desk, "Try it on recorded traffic");
+    guide::follow(&desk, GUIDE, "Try it on recorded traffic");
+}
+
+#[test]
+fn the_pages_of_the_other_hooks() {
+    let desk = Desk::new(false);
+    for page in [
+        include_str!("../../docs/admission.md"),
+        include_str!("../../docs/kv-retention.md"),
+        include_str!("../../docs/sampler.md"),
+    ] {
+        guide::follow(&desk, page, "Try it");
+    }
 }
 
 #[test]

@@ -35,6 +35,8 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 
+pub use plugin::inputs;
+
 /// Runs the command line: exit code 0 is good, 1 a fault that was named, 2 wrong usage.
 #[must_use]
 pub fn main() -> ExitCode {

@@ -8,13 +8,19 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::bail;
-use pointsman_policy::{Budgets as CallBudgets, Component, Slot, World};
-use pointsman_sched::batch::{Attention, BatchPolicy, Budgets, Changes, Plan, SequenceColumns, View};
-use pointsman_sched::ids::{Priority, RequestId};
-use pointsman_sched::route::{NativeRouter, ReplicaColumns, RequestNumbers, RoutePolicy, RouteRequest, resolve};
-use pointsman_telemetry::{Event, EventKind, Names};
+use pointsman_policy::{Budgets as CallBudgets, Component, SampledReplica, Slot, World};
+use pointsman_sched::admit::{AdmitAll, AdmitPolicy};
+use pointsman_sched::batch::{Attention, BatchPolicy, Changes, Plan, SequenceColumns, View};
+use pointsman_sched::ids::RequestId;
+use pointsman_sched::retention::{NativeRetention, Ranking, RetentionPolicy, check_ranking};
+use pointsman_sched::route::{NativeRouter, RoutePolicy, resolve};
+use pointsman_sched::sampler::{Batch, NativeSampler, SamplerWorker, Word};
+use pointsman_telemetry::Names;
 
 use super::host::{Trial, read};
+use super::inputs::{
+    self, BUDGETS, DELTAS, VOCABULARY, add, admit_request, blocks, events, replicas, request, sequences, started,
+};
 use super::native::HostOrder;
 use crate::cli::TrialArgs;
 use crate::clock::SystemClock;
@@ -23,12 +29,17 @@ use crate::clock::SystemClock;
 const REPLICAS: [u32; 3] = [1, 8, 64];
 const WAITING: [u64; 3] = [16, 128, 1_024];
 const EVENTS: [u64; 3] = [1, 64, 1_024];
+const TENANTS: [u64; 3] = [1, 8, 64];
+const BLOCKS: [u64; 3] = [16, 128, 1_024];
+const SAMPLED: [u64; 3] = [1, 8, 64];
 /// The first calls of a row warm caches up and are left out: one in so many.
 const WARM_UP: usize = 10;
 /// Longest time for one row, in nanoseconds.
 const ROW_NS: u64 = 1_000_000_000;
-/// Arrivals, admissions and departures of a scheduling step.
-const DELTAS: u64 = 16;
+/// Waits of a sampler's port, of tens of milliseconds each, for a reply.
+const PATIENCE: u32 = 1_000;
+/// Blocks that the host says it needs.
+const WANTED: u32 = 16;
 
 /// Percentiles of one row, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,13 +80,26 @@ pub(crate) fn bench(path: &Path, with: &TrialArgs, calls: u32, out: &mut dyn Wri
             bench.title("events", budgets.on_events.soft)?;
             EVENTS.into_iter().try_for_each(|rows| bench.telemetry(rows))
         }
-        other => bail!("a {other} cannot be timed: routers, schedulers and telemetry hooks can"),
+        World::Admission => {
+            bench.title("tenants", budgets.admit.soft)?;
+            TENANTS.into_iter().try_for_each(|rows| bench.admission(rows))
+        }
+        World::Retention => {
+            bench.title("blocks", budgets.rank.soft)?;
+            BLOCKS.into_iter().try_for_each(|rows| bench.retention(rows))
+        }
+        World::Sampler => {
+            bench.title("requests", budgets.edit.soft)?;
+            SAMPLED.into_iter().try_for_each(|rows| bench.sampler(rows))
+        }
     }
 }
 
 impl Bench<'_> {
     fn title(&mut self, unit: &str, soft_us: u64) -> anyhow::Result<()> {
-        writeln!(self.out, "one call of a {}; soft budget {}", self.component.world, readable(soft_us * 1_000))?;
+        let world = self.component.world;
+        let article = if world == World::Admission { "an" } else { "a" };
+        writeln!(self.out, "one call of {article} {world}; soft budget {}", readable(soft_us * 1_000))?;
         let columns = ["policy p50", "p99", "native p50", "p99"];
         let [a, b, c, d] = columns;
         writeln!(self.out, "{unit:>10} {a:>12} {b:>10} {c:>12} {d:>10}")?;
@@ -173,17 +197,93 @@ impl Bench<'_> {
         percentiles(samples)
     }
 
-    fn telemetry(&mut self, events: u64) -> anyhow::Result<()> {
+    fn telemetry(&mut self, events_n: u64) -> anyhow::Result<()> {
         let slot = self.trial.runtime.telemetry_slot(super::project::trial_slot(World::Telemetry));
         self.publish(&*slot)?;
-        let names = Names::default();
-        // All kinds in turn, from the first token on; the host leaves out those that the hook does not want.
-        let kinds = EventKind::ALL.into_iter().cycle().skip(EventKind::FirstToken as usize).zip(0..events);
-        let batch: Vec<Event> =
-            kinds.map(|(kind, i)| Event { request: i + 1, a: i * 100, ..Event::new(i + 1, kind) }).collect();
+        let (names, batch) = (Names::default(), events(events_n));
         let policy = self.time(|now| drop(slot.on_events(now, &batch, &names, 0)));
-        self.row(events, &*slot, policy, None)
+        self.row(events_n, &*slot, policy, None)
     }
+
+    /// Requests of so many tenants in turn, at a door that is half full.
+    fn admission(&mut self, tenants: u64) -> anyhow::Result<()> {
+        let slot = self.trial.runtime.admission_slot("admission");
+        self.publish(&*slot)?;
+        let (names, load) = (inputs::tenants(tenants), inputs::load());
+        let ask = |policy: &dyn AdmitPolicy, number: u64| {
+            if !policy.is_native() {
+                drop(policy.admit(number, &admit_request(number, &names), &load));
+            }
+        };
+        let policy = self.time(|number| ask(&*slot, number));
+        let native = self.time(|number| ask(&AdmitAll, number));
+        self.row(tenants, &*slot, policy, Some(native))
+    }
+
+    /// The same blocks again and again; their tenants are named once.
+    fn retention(&mut self, n: u64) -> anyhow::Result<()> {
+        let slot = self.trial.runtime.retention_slot("kv-retention");
+        let mut guest = slot.attach(&"bench".into());
+        self.publish(&*slot)?;
+        let policy = self.ranked(&mut guest, n);
+        let native = self.ranked(&mut NativeRetention, n);
+        self.row(n, &*slot, policy, Some(native))
+    }
+
+    fn ranked(&self, policy: &mut dyn RetentionPolicy, n: u64) -> Cost {
+        let (mut blocks, mut ranking, mut seen) = (blocks(n), Ranking::default(), Vec::new());
+        let names = std::mem::take(&mut blocks.new_tenants);
+        self.time(|now| match policy.attend(now) {
+            Attention::Native => {}
+            attention => {
+                ranking.clear();
+                blocks.new_tenants = if attention == Attention::NeedsView { names.clone() } else { Vec::new() };
+                if policy.rank(now, WANTED, &blocks, &mut ranking)
+                    && let Err(why) = check_ranking(&ranking, blocks.len(), &mut seen)
+                {
+                    policy.refused(now, why);
+                }
+            }
+        })
+    }
+
+    /// A token for each of so many requests, from the driver's hands into its hands again; those that the policy leaves start
+    /// anew.
+    fn sampler(&mut self, n: u64) -> anyhow::Result<()> {
+        let slot = self.trial.runtime.sampler_slot("sampler");
+        let replica = SampledReplica { name: "bench".into(), variant: "demo:f16".into(), vocabulary: VOCABULARY };
+        let mut port = slot.attach(replica)?;
+        self.publish(&*slot)?;
+        let policy = self.sampled(&mut port, n);
+        let native = self.sampled(&mut NativeSampler, n);
+        self.row(n, &*slot, policy, Some(native))
+    }
+
+    fn sampled(&self, worker: &mut dyn SamplerWorker, n: u64) -> Cost {
+        let mut left: Vec<u64> = (1..=n).collect();
+        self.time(|now| {
+            if !worker.attend(now) {
+                return;
+            }
+            let tokens = (1..=n).filter(|id| !left.contains(id)).map(|id| (RequestId(id), token(now, id)));
+            let batch = Batch {
+                now,
+                tokens: tokens.collect(),
+                started: left.iter().copied().map(started).collect(),
+                ..Batch::default()
+            };
+            let sent = worker.send(batch).is_ok();
+            // Whoever is late gets a word all the same.
+            let reply = (0..PATIENCE).find_map(|_| if sent { worker.wait() } else { None }).unwrap_or_default();
+            left.clear();
+            left.extend(reply.words.iter().filter(|(_, word)| *word == Word::Leave).map(|(id, _)| id.0));
+        })
+    }
+}
+
+/// The token that a request gets at that turn.
+fn token(turn: u64, id: u64) -> u32 {
+    u32::try_from((turn * 31 + id) % u64::from(VOCABULARY)).unwrap_or(0)
 }
 
 /// Median and 99th percentile of all but the first tenth.
@@ -204,86 +304,6 @@ fn readable(nanos: u64) -> String {
     }
 }
 
-// === made-up inputs ===
-
-const BUDGETS: Budgets = Budgets {
-    step_tokens: 512,
-    running: 64,
-    free_blocks: 4_096,
-    total_blocks: 8_192,
-    block_tokens: 16,
-    last_step: 4_000,
-    last_step_tokens: 64,
-};
-
-fn replicas(n: u32, labels: &[String]) -> ReplicaColumns {
-    let same = |value: u64| vec![value; n as usize];
-    let column = |f: fn(u32) -> u32| (0..n).map(f).collect::<Vec<u32>>();
-    ReplicaColumns {
-        id: column(|i| i),
-        key: (0..n).map(|i| u64::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect(),
-        health: vec![0; n as usize],
-        weight: column(|_| 1_000),
-        waiting: column(|i| i * 7 % 5),
-        running: column(|i| i * 3 % 11),
-        running_limit: column(|_| 64),
-        queued_tokens: column(|i| i * 131 % 1_999),
-        free_blocks: column(|i| 500 - i % 400),
-        total_blocks: column(|_| 500),
-        cached_tokens: column(|i| i * 16 % 128),
-        device: same(0),
-        variant: same(1),
-        load: same(500_000),
-        errors: same(0),
-        age: same(60_000_000),
-        predicted_ttft: same(10_000),
-        labels: labels.iter().map(|label| (label.as_str().into(), same(1))).collect(),
-    }
-}
-
-fn request(seed: u64) -> RouteRequest<'static> {
-    RouteRequest {
-        id: RequestId(seed),
-        model: "demo",
-        tenant: "bench",
-        tenant_id: 1,
-        session: seed % 64,
-        prefix: 7,
-        priority: Priority::Normal,
-        prompt_tokens: 200,
-        max_new_tokens: 64,
-        arrived: 1,
-        deadline: 0,
-        // All bits, as in the host.
-        seed: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15),
-        numbers: RequestNumbers::default(),
-        attributes: &[],
-    }
-}
-
-fn sequences(ids: std::ops::Range<u64>) -> SequenceColumns {
-    let mut columns = SequenceColumns::default();
-    ids.for_each(|id| add(&mut columns, id));
-    columns
-}
-
-fn add(columns: &mut SequenceColumns, id: u64) {
-    let spread = u32::try_from(id * 37 % 400).unwrap_or(0);
-    columns.id.push(id);
-    columns.prompt_tokens.push(16 + spread);
-    columns.cached_tokens.push(0);
-    columns.computed_tokens.push(0);
-    columns.generated_tokens.push(0);
-    columns.max_new_tokens.push(16 + spread / 2);
-    columns.held_blocks.push(0);
-    columns.priority.push(u8::try_from(id % 4).unwrap_or(0));
-    columns.tenant.push(1);
-    columns.arrived.push(id * 10);
-    columns.deadline.push(0);
-    columns.prefix.push(id % 8);
-    columns.session.push(id % 64);
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -298,6 +318,12 @@ mod tests {
             ("route-least-loaded", json!({}), [" 1 ", " 8 ", " 64 "], None),
             ("sched-fcfs", json!({}), [" 16 ", " 128 ", " 1024 "], None),
             ("hook-slo-log", json!({}), [" 1 ", " 64 ", " 1024 "], None),
+            ("admit-token-bucket", json!({}), [" 1 ", " 8 ", " 64 "], None),
+            ("kv-lru-with-pins", json!({ "min_hits": 2 }), [" 16 ", " 128 ", " 1024 "], None),
+            ("sampler-allowlist", json!({ "allow": [7] }), [" 1 ", " 8 ", " 64 "], None),
+            ("sampler-allowlist", json!({}), [" 1 ", " 8 ", " 64 "], None),
+            ("fixture-retention", json!({ "do": "trap", "after": 40 }), [" 16 "; 3], Some("trap")),
+            ("fixture-sampler", json!({ "do": "trap", "after": 40 }), [" 1 "; 3], Some("trap")),
             ("fixture-router", json!({ "do": "trap", "after": 40 }), [" 1 "; 3], Some("trap")),
         ] {
             let mut said = Vec::new();

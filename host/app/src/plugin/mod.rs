@@ -8,6 +8,7 @@ mod bench;
 mod build;
 mod check;
 mod host;
+pub mod inputs;
 mod native;
 mod project;
 mod replay;

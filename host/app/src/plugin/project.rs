@@ -25,6 +25,12 @@ pub(crate) enum Kind {
     Scheduler,
     /// Watches what happens.
     Telemetry,
+    /// Lets requests in.
+    Admission,
+    /// Ranks what the prefix cache gives up first.
+    KvRetention,
+    /// Limits or biases the next token.
+    Sampler,
 }
 
 /// What a plugin is written in.
@@ -74,6 +80,9 @@ impl Kind {
             Self::Router => "router-policy",
             Self::Scheduler => "scheduler-policy",
             Self::Telemetry => "telemetry-hook",
+            Self::Admission => "admission-policy",
+            Self::KvRetention => "kv-retention-policy",
+            Self::Sampler => "sampler-policy",
         }
     }
 
@@ -83,6 +92,9 @@ impl Kind {
             Self::Router => "Least work first.",
             Self::Scheduler => "Short prompts first, with aging.",
             Self::Telemetry => "Counts late first tokens.",
+            Self::Admission => "So many requests of a tenant at once.",
+            Self::KvRetention => "Blocks that several requests found go last.",
+            Self::Sampler => "No token too often in a row.",
         }
     }
 
@@ -92,23 +104,26 @@ impl Kind {
             Self::Router => "router",
             Self::Scheduler => "scheduler",
             Self::Telemetry => "telemetry",
+            Self::Admission => "admission",
+            Self::KvRetention => "kv-retention",
+            Self::Sampler => "sampler",
         }
     }
 
     /// A slot that it goes into.
     pub(crate) fn slot(self, name: &Name) -> String {
         match self {
-            Self::Router | Self::Scheduler => self.as_str().to_owned(),
             Self::Telemetry => format!("telemetry.{name}"),
+            slot => slot.as_str().to_owned(),
         }
     }
 
-    /// The command that takes it out again. A slot of its own has nothing before it to roll back to.
+    /// The command that takes it out again. A slot that starts empty has nothing to roll back to.
     pub(crate) fn undo(self, name: &Name) -> String {
         let slot = self.slot(name);
         match self {
             Self::Router | Self::Scheduler => format!("pointsman policy rollback {slot}"),
-            Self::Telemetry => format!("pointsman policy activate {slot} native"),
+            _ => format!("pointsman policy activate {slot} native"),
         }
     }
 }

@@ -18,7 +18,7 @@ pub(crate) const WIT: &str = include_str!("../../../../wit/policy.wit");
 type File = (&'static str, &'static str);
 
 macro_rules! template {
-    ($path:literal) => {
+    ($path:expr) => {
         include_str!(concat!("../../../../plugins/templates/", $path))
     };
 }
@@ -66,7 +66,7 @@ pub(crate) fn create(name: &Path, kind: Kind, lang: Lang, out: &mut dyn Write) -
         super::build::c_bindings(&project)?;
     }
     let folder = name.display();
-    writeln!(out, "{folder}: a {} in {}; edit {}, then:", kind.as_str(), lang.title(), source(kind, lang).0)?;
+    writeln!(out, "{folder}: {} in {}; edit {}, then:", kind.as_str(), lang.title(), source(kind, lang).0)?;
     if let Some(install) = lang.install(name) {
         writeln!(out, "  {install}")?;
     }
@@ -85,19 +85,23 @@ fn write(project: &Project, path: &str, text: &str) -> anyhow::Result<()> {
 
 /// The policy itself.
 fn source(kind: Kind, lang: Lang) -> File {
-    match (lang, kind) {
-        (Lang::Rust, Kind::Router) => ("src/lib.rs", template!("rust/router.rs.in")),
-        (Lang::Rust, Kind::Scheduler) => ("src/lib.rs", template!("rust/scheduler.rs.in")),
-        (Lang::Rust, Kind::Telemetry) => ("src/lib.rs", template!("rust/telemetry.rs.in")),
-        (Lang::Js, Kind::Router) => ("policy.js", template!("js/router.js")),
-        (Lang::Js, Kind::Scheduler) => ("policy.js", template!("js/scheduler.js")),
-        (Lang::Js, Kind::Telemetry) => ("policy.js", template!("js/telemetry.js")),
-        (Lang::Python, Kind::Router) => ("policy.py", template!("python/router.py")),
-        (Lang::Python, Kind::Scheduler) => ("policy.py", template!("python/scheduler.py")),
-        (Lang::Python, Kind::Telemetry) => ("policy.py", template!("python/telemetry.py")),
-        (Lang::C, Kind::Router) => ("policy.c", template!("c/router.c")),
-        (Lang::C, Kind::Scheduler) => ("policy.c", template!("c/scheduler.c")),
-        (Lang::C, Kind::Telemetry) => ("policy.c", template!("c/telemetry.c")),
+    macro_rules! of_kind {
+        ($to:literal, $folder:literal, $extension:literal) => {
+            match kind {
+                Kind::Router => ($to, template!(concat!($folder, "/router", $extension))),
+                Kind::Scheduler => ($to, template!(concat!($folder, "/scheduler", $extension))),
+                Kind::Telemetry => ($to, template!(concat!($folder, "/telemetry", $extension))),
+                Kind::Admission => ($to, template!(concat!($folder, "/admission", $extension))),
+                Kind::KvRetention => ($to, template!(concat!($folder, "/kv-retention", $extension))),
+                Kind::Sampler => ($to, template!(concat!($folder, "/sampler", $extension))),
+            }
+        };
+    }
+    match lang {
+        Lang::Rust => of_kind!("src/lib.rs", "rust", ".rs.in"),
+        Lang::Js => of_kind!("policy.js", "js", ".js"),
+        Lang::Python => of_kind!("policy.py", "python", ".py"),
+        Lang::C => of_kind!("policy.c", "c", ".c"),
     }
 }
 
