@@ -174,6 +174,7 @@ pub fn started(number: u64) -> Started {
         stop_tokens: Arc::from([2]),
         prompt_tokens: 200,
         max_new_tokens: 64,
+        attributes: Arc::from([]),
     }
 }
 

@@ -2,7 +2,10 @@
 //!
 //! Each decision is asked for in the situation that was recorded, not in the one to which the policy's earlier decisions would
 //! have led: that takes a simulator. Two decisions are the same when they come to the same: the row that a request goes to
-//! (with room on every row, which a recording does not tell), the requests that a step starts and drops.
+//! (with room on every row, which a recording does not tell), the requests that a step starts and drops, whether a request
+//! enters and as what, the blocks that go first, the edits that hold.
+
+mod calls;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -11,12 +14,16 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use pointsman_policy::{RouterSlot, SchedulerGuest, SchedulerSlot, Slot, World};
+use pointsman_sched::admit::Verdict;
 use pointsman_sched::batch::{Answer as Stepped, Attention, BatchPolicy, Budgets, Changes, Plan, Rest, View};
 use pointsman_sched::route::{Choice, RoutePolicy, resolve};
+use pointsman_server::admin::wire::calls::{AdmissionCall, AdmissionLine, RetentionLine, SamplerLine};
 use pointsman_server::admin::wire::decision::{
     Answer, LastLine, Line, PlanSeen, RouterLine, SchedulerCall, SchedulerLine,
 };
 use serde_json::{Value, json};
+
+use calls::{Calls, Held};
 
 use super::host::{Trial, read};
 use super::native::HostOrder;
@@ -62,10 +69,20 @@ struct Count {
 
 /// One side of a comparison.
 enum Side {
-    Recorded,
+    Recorded(Held),
     Native,
     Guest(Guest),
 }
+
+/// Both sides, and the host's own order of each replica.
+struct Both {
+    one: Guest,
+    other: Side,
+    orders: HashMap<String, HostOrder>,
+}
+
+/// What both decided; none for a fault.
+type Decisions = (Option<Decision>, Option<Decision>);
 
 /// A component in a runtime of its own.
 struct Guest {
@@ -76,6 +93,7 @@ struct Guest {
     revision: Arc<str>,
     /// One instance per replica of the recording.
     replicas: HashMap<String, SchedulerGuest>,
+    calls: Calls,
 }
 
 /// A decision: as it was said, and what it comes to.
@@ -91,9 +109,9 @@ impl Replay<'_> {
     /// # Errors
     /// A file cannot be read, a component is refused, or the recording has no decision for it.
     pub(crate) fn run(&self, out: &mut dyn Write) -> anyhow::Result<()> {
-        let mut one = Guest::start(self.wasm, self.with)?;
-        let mut other = match &self.against {
-            Against::Recorded => Side::Recorded,
+        let one = Guest::start(self.wasm, self.with)?;
+        let other = match &self.against {
+            Against::Recorded => Side::Recorded(Held::default()),
             Against::Native => Side::Native,
             Against::File(path) => {
                 Side::Guest(Guest::start(path, &TrialArgs { config: json!({}), ..self.with.clone() })?)
@@ -104,38 +122,24 @@ impl Replay<'_> {
         {
             bail!("{} is a {} and {} is a {}", self.wasm.display(), one.world, other.revision, other.world);
         }
+        let mut both = Both { one, other, orders: HashMap::new() };
         if !self.json {
-            let what = if one.world == World::Router { "REQUEST" } else { "REPLICA AND TIME" };
-            writeln!(out, "{what:<32} {:<36} {:<36} SAME", one.revision, other.title())?;
+            let by_request = matches!(both.one.world, World::Router | World::Admission);
+            let what = if by_request { "REQUEST" } else { "REPLICA AND TIME" };
+            writeln!(out, "{what:<32} {:<36} {:<36} SAME", both.one.revision, both.other.title())?;
         }
         let mut count = Count::default();
-        let mut orders: HashMap<String, HostOrder> = HashMap::new();
         let file = std::fs::File::open(self.input).with_context(|| format!("cannot read {}", self.input.display()))?;
         for (number, text) in (1_u64..).zip(BufReader::new(file).lines()) {
-            match parse(&text?).with_context(|| format!("{}, line {number}", self.input.display()))? {
-                Some(Line::Router(line)) if one.world == World::Router => {
-                    let decisions = (one.route(&line), other.route(&line));
-                    self.show(&line.request.id.to_string(), decisions, &mut count, out)?;
-                }
-                Some(Line::Scheduler(line)) if one.world == World::Scheduler => {
-                    let order = orders.entry(line.replica.clone()).or_default();
-                    if let Some(decisions) = step(&mut one, &mut other, order, &line) {
-                        self.show(&format!("{} {}", line.replica, line.now), decisions, &mut count, out)?;
-                    }
-                }
-                _ => {}
+            let line = parse(&text?).with_context(|| format!("{}, line {number}", self.input.display()))?;
+            if let Some((what, decisions)) = line.and_then(|line| both.ask(&line)) {
+                self.show(&what, decisions, &mut count, out)?;
             }
         }
-        self.sum_up(&one, &other, count, out)
+        self.sum_up(&both.one, &both.other, count, out)
     }
 
-    fn show(
-        &self,
-        what: &str,
-        (one, other): (Option<Decision>, Option<Decision>),
-        count: &mut Count,
-        out: &mut dyn Write,
-    ) -> anyhow::Result<()> {
+    fn show(&self, what: &str, (one, other): Decisions, count: &mut Count, out: &mut dyn Write) -> anyhow::Result<()> {
         count.decisions += 1;
         count.faults += u64::from(one.is_none());
         let same = one.is_some() && one.as_ref().map(|d| &d.comes_to) == other.as_ref().map(|d| &d.comes_to);
@@ -197,12 +201,53 @@ impl From<&str> for Against {
     }
 }
 
+// === impl Both ===
+
+impl Both {
+    /// Shows a recorded call to both sides: what it was about, and what they decide, if it asks for a decision.
+    fn ask(&mut self, line: &Line) -> Option<(String, Decisions)> {
+        let Self { one, other, orders } = self;
+        // An instance that faulted is replaced, as the host's maintenance would.
+        one.trial.runtime.maintain();
+        if let Side::Guest(other) = other {
+            other.trial.runtime.maintain();
+        }
+        let at = |replica: &str, now: u64| format!("{replica} {now}");
+        match (line, one.world) {
+            (Line::Router(line), World::Router) => {
+                Some((line.request.id.to_string(), (one.route(line), other.route(line))))
+            }
+            (Line::Scheduler(line), World::Scheduler) => {
+                let order = orders.entry(line.replica.clone()).or_default();
+                step(one, other, order, line).map(|decisions| (at(&line.replica, line.now), decisions))
+            }
+            (Line::Admission(line), World::Admission) => {
+                let decisions = (one.calls.admission(line), other.admission(line));
+                match (&line.call, decisions) {
+                    (AdmissionCall::Admit { request, .. }, (Some(one), Some(other))) => {
+                        Some((request.id.to_string(), (one, other)))
+                    }
+                    _ => None,
+                }
+            }
+            (Line::Retention(line), World::Retention) => {
+                Some((at(&line.replica, line.now), (one.calls.rank(line), other.rank(line))))
+            }
+            (Line::Sampler(line), World::Sampler) => {
+                let decisions = (one.calls.sample(line), other.sample(line));
+                (!line.words.is_empty()).then(|| (at(&line.replica, line.now), decisions))
+            }
+            _ => None,
+        }
+    }
+}
+
 // === impl Side ===
 
 impl Side {
     fn title(&self) -> &str {
         match self {
-            Self::Recorded => "the recording",
+            Self::Recorded(_) => "the recording",
             Self::Native => "native",
             Self::Guest(guest) => &guest.revision,
         }
@@ -210,9 +255,39 @@ impl Side {
 
     fn route(&mut self, line: &RouterLine) -> Option<Decision> {
         match self {
-            Self::Recorded => Some(routed(&line.answer.clone().into(), line)),
+            Self::Recorded(_) => Some(routed(&line.answer.clone().into(), line)),
             Self::Native => Some(routed(&Choice::Abstain, line)),
             Self::Guest(guest) => guest.route(line),
+        }
+    }
+
+    fn admission(&mut self, line: &AdmissionLine) -> Option<Option<Decision>> {
+        match (self, &line.call) {
+            (Self::Guest(guest), _) => guest.calls.admission(line),
+            (Self::Recorded(_), AdmissionCall::Admit { answer, .. }) => {
+                Some(Some(calls::judge(answer.clone().map(Verdict::from).as_ref())))
+            }
+            (Self::Native, AdmissionCall::Admit { .. }) => Some(Some(calls::judge(None))),
+            (_, AdmissionCall::Settle { .. }) => None,
+        }
+    }
+
+    fn rank(&mut self, line: &RetentionLine) -> Option<Decision> {
+        match self {
+            Self::Recorded(_) => Some(calls::rank(line.answer.as_ref().map(|seen| &seen.0), line)),
+            Self::Native => Some(calls::rank(None, line)),
+            Self::Guest(guest) => guest.calls.rank(line),
+        }
+    }
+
+    fn sample(&mut self, line: &SamplerLine) -> Option<Decision> {
+        match self {
+            Self::Recorded(held) => {
+                let words = line.renewed.iter().chain(&line.words).map(|(id, word)| (*id, &word.0));
+                Some(held.speak(line, words))
+            }
+            Self::Native => Some(calls::unedited(line)),
+            Self::Guest(guest) => guest.calls.sample(line),
         }
     }
 }
@@ -251,17 +326,25 @@ impl Guest {
         let (router, scheduler) = (trial.runtime.router_slot("router"), trial.runtime.scheduler_slot("scheduler"));
         let prepared = trial.prepare(&component, &with.config, 1)?;
         let (world, revision) = (component.world, Arc::clone(&prepared.revision));
-        match world {
-            World::Router => router.publish(prepared)?,
-            World::Scheduler => scheduler.publish(prepared)?,
-            other => bail!("a {other} takes no decisions that could be compared"),
-        };
-        Ok(Self { trial, router, scheduler, world, revision, replicas: HashMap::new() })
+        let calls = Calls::new(&trial.runtime);
+        let guest = Self { trial, router, scheduler, world, revision, replicas: HashMap::new(), calls };
+        let slot = guest.slot().with_context(|| format!("a {world} takes no decisions that could be compared"))?;
+        slot.publish(prepared)?;
+        Ok(guest)
+    }
+
+    fn slot(&self) -> Option<&dyn Slot> {
+        match self.world {
+            World::Router => Some(&*self.router),
+            World::Scheduler => Some(&*self.scheduler),
+            World::Admission => Some(&*self.calls.admission),
+            World::Retention => Some(&*self.calls.retention),
+            World::Sampler => Some(&*self.calls.sampler),
+            World::Telemetry => None,
+        }
     }
 
     fn route(&mut self, line: &RouterLine) -> Option<Decision> {
-        // An instance that faulted is replaced, as the host's maintenance would.
-        self.trial.runtime.maintain();
         let texts = line.request.texts();
         let said = self.router.route(line.now, &line.request.lend(&texts), &line.replicas);
         said.fallback.is_none().then(|| routed(&said.choice, line))
@@ -272,29 +355,22 @@ impl Guest {
         if !self.replicas.contains_key(name) {
             self.replicas.insert(name.to_owned(), self.scheduler.attach(name));
         }
-        self.trial.runtime.maintain();
         self.replicas.entry(name.to_owned()).or_insert_with(|| self.scheduler.attach(name))
     }
 
     fn last_fault(&self) -> Option<String> {
-        let slot: &dyn Slot = if self.world == World::Router { &*self.router } else { &*self.scheduler };
-        slot.status().last_fault.map(|fault| format!("{}: {}", fault.kind.as_str(), fault.message))
+        self.slot()?.status().last_fault.map(|fault| format!("{}: {}", fault.kind.as_str(), fault.message))
     }
 }
 
 // === scheduling ===
 
 /// One recorded call, shown to both sides; their decisions if it was a step.
-fn step(
-    one: &mut Guest,
-    other: &mut Side,
-    order: &mut HostOrder,
-    line: &SchedulerLine,
-) -> Option<(Option<Decision>, Option<Decision>)> {
+fn step(one: &mut Guest, other: &mut Side, order: &mut HostOrder, line: &SchedulerLine) -> Option<Decisions> {
     let against_native = matches!(other, Side::Native);
     let other_guest = match other {
         Side::Guest(guest) => Some(guest.replica(&line.replica)),
-        Side::Recorded | Side::Native => None,
+        Side::Recorded(_) | Side::Native => None,
     };
     let one = one.replica(&line.replica);
     match &line.call {
@@ -473,11 +549,71 @@ mod tests {
         ]
     }
 
+    /// Three requests of one tenant, the first of which is cancelled before the last one comes; all were let in.
+    fn admission_lines() -> Vec<Value> {
+        let line = |now: u64, call: Value| {
+            let mut line = json!({ "slot": "admission", "now": now, "revision": "a@1.0.0+00000000", "generation": 1 });
+            line.as_object_mut().expect("an object").extend(call.as_object().expect("an object").clone());
+            line
+        };
+        let load = json!({
+            "in_flight": 0, "in_flight_limit": 8, "queued_tokens": 0, "queued_tokens_limit": 9_000,
+            "tenant_in_flight": 0, "tenant_queued_tokens": 0,
+        });
+        let numbers =
+            json!({ "choices": 1, "temperature_ppm": 0, "stream": 0, "min_new_tokens": 0, "cache_prompt": 1 });
+        let admit = |id: u64| {
+            let request = json!({
+                "id": id, "model": "m", "tenant": "acme", "tenant_id": 30, "session": 0, "priority": "normal",
+                "highest": "normal", "prompt_tokens": 100, "max_new_tokens": 50, "arrived": id, "deadline": 0, "seed": id,
+                "numbers": numbers, "attributes": [],
+            });
+            line(id, json!({ "call": "admit", "request": request, "load": load, "answer": { "accept": true } }))
+        };
+        let ending = json!({
+            "id": 1, "tenant": 30, "outcome": "failed", "prompt_tokens": 100, "cached_tokens": 0, "generated_tokens": 0,
+            "max_new_tokens": 50,
+        });
+        let settle = line(3, json!({ "call": "settle", "tenants": [[30, "acme"]], "endings": [ending] }));
+        vec![admit(1), admit(2), settle, admit(4)]
+    }
+
+    /// Three blocks, the middle one of which was found three times: one is wanted, then two.
+    fn retention_lines() -> Vec<Value> {
+        let blocks = json!({
+            "prefix": [1, 2, 3], "depth": [0, 0, 0], "children": [0, 0, 0], "last_used": [1, 2, 3], "created": [1, 1, 1],
+            "hits": [0, 3, 0], "tenant": [30, 30, 30],
+        });
+        let line = |wanted: u32| {
+            json!({
+                "slot": "kv-retention", "replica": "m:f16@cpu", "now": wanted, "wanted": wanted, "tenants": [[30, "acme"]],
+                "blocks": blocks, "answer": null, "revision": "k@1.0.0+00000000", "generation": 1,
+            })
+        };
+        vec![line(1), line(2)]
+    }
+
+    /// A request that may say one token, and says it.
+    fn sampler_lines() -> Vec<Value> {
+        let started = json!({ "id": 7, "tenant": "t", "stop_tokens": [2], "prompt_tokens": 5, "max_new_tokens": 10 });
+        let line = |now: u64, started: Value, tokens: Value, words: Value| {
+            json!({
+                "slot": "sampler", "replica": "m:f16@cpu", "variant": "m:f16", "vocabulary": 100, "now": now, "renewed": [],
+                "started": started, "tokens": tokens, "ended": [], "words": words, "revision": "s@1.0.0+00000000",
+                "generation": 1,
+            })
+        };
+        let first = line(1, json!([started]), json!([]), json!([[7, { "allow": [2, 9] }]]));
+        vec![first, line(2, json!([]), json!([[7, 9]]), json!([[7, "keep"]]))]
+    }
+
     fn run(name: &str, config: &Value, against: &str, shown: (bool, usize)) -> (anyhow::Result<()>, String) {
         let (json, times) = shown;
         let file = tempfile::NamedTempFile::new().expect("a file");
         let lines = [routed_line(1, [500, 40], 1), routed_line(2, [40, 500], 1)].into_iter().chain(scheduler_lines());
-        let text: String = lines.map(|line| serde_json::to_string(&line).expect("plain data") + "\n").collect();
+        let lines = lines.map(|line| json!(line));
+        let lines = lines.chain(admission_lines()).chain(retention_lines()).chain(sampler_lines());
+        let text: String = lines.map(|line| format!("{line}\n")).collect();
         std::fs::write(file.path(), text.repeat(times) + "{\"dropped\":0}\n").expect("a file");
         let mut said = Vec::new();
         let with = TrialArgs { config: config.clone(), labels: Vec::new() };
@@ -497,8 +633,21 @@ mod tests {
             ("sched-shortest-first", "recorded", "1 of 1 decisions are those of the recording"),
             ("sched-shortest-first", "native", "0 of 1 decisions are those of native"),
             ("sched-fcfs", "native", "1 of 1 decisions are those of native"),
+            // The second request finds the bucket empty; the third one what the first gave back.
+            ("admit-token-bucket", "recorded", "2 of 3 decisions are those of the recording"),
+            ("admit-token-bucket", "native", "2 of 3 decisions are those of native"),
+            ("kv-lru-with-pins", "recorded", "1 of 2 decisions are those of the recording"),
+            ("kv-lru-with-pins", "native", "1 of 2 decisions are those of native"),
+            ("sampler-allowlist", "recorded", "2 of 2 decisions are those of the recording"),
+            ("sampler-allowlist", "native", "0 of 2 decisions are those of native"),
         ] {
-            let config = if name == "fixture-router" { json!({ "do": "abstain" }) } else { json!({}) };
+            let config = match name {
+                "fixture-router" => json!({ "do": "abstain" }),
+                "admit-token-bucket" => json!({ "tokens_per_second": 1, "burst_tokens": 150, "output_cost": 1 }),
+                "kv-lru-with-pins" => json!({ "min_hits": 3 }),
+                "sampler-allowlist" => json!({ "allow": [9] }),
+                _ => json!({}),
+            };
             let (outcome, said) = run(name, &config, against, (false, 1));
             assert!(outcome.is_ok() && said.contains(expect), "{name} against {against}: {outcome:?}\n{said}");
         }
@@ -514,6 +663,9 @@ mod tests {
             ("hook-slo-log", json!({}), "recorded", "takes no decisions"),
             ("route-least-loaded", json!({ "sequence": 1 }), "native", "refused its configuration"),
             ("fixture-router", json!({ "do": "trap", "after": 40 }), "native", "the policy faulted"),
+            ("fixture-admission", json!({ "do": "trap", "after": 40 }), "native", "the policy faulted"),
+            ("fixture-retention", json!({ "do": "trap", "after": 40 }), "native", "the policy faulted"),
+            ("fixture-sampler", json!({ "do": "trap", "after": 40 }), "native", "the policy faulted"),
             ("route-least-loaded", json!({}), "nothing.wasm", "cannot read nothing.wasm"),
             ("route-least-loaded", json!({}), &prebuilt("sched-fcfs").display().to_string(), "is a scheduler-policy"),
         ] {
