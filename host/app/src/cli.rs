@@ -341,7 +341,9 @@ pub(crate) struct StartArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum PluginCommand {
     /// Make a folder with a working policy, its build recipe and the package it implements.
-    #[command(after_help = "Example:\n  pointsman plugin new my-router --kind router --lang rust")]
+    #[command(
+        after_help = "Examples:\n  pointsman plugin new my-router --kind router --lang rust\n  pointsman plugin new my-sampler --kind sampler --lang js"
+    )]
     New {
         /// Folder to make; its last part is the policy's name.
         name: PathBuf,
