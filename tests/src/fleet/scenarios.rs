@@ -353,9 +353,15 @@ pub fn prefix_aware(stage: &dyn Stage, seed: u64) -> Outcome {
 /// they change places, which only outcomes tell.
 #[must_use]
 pub fn bandit(stage: &dyn Stage, seed: u64) -> Outcome {
+    bandit_at(stage, seed, 0.5)
+}
+
+/// The same under so much of the load that the fast one can carry; both together carry 1.33.
+#[must_use]
+pub fn bandit_at(stage: &dyn Stage, seed: u64, share: f64) -> Outcome {
     const HALF: Micros = 30 * SECOND;
     let source = Source { prompt: 20..200, new: 8..64, during: 0..2 * HALF, ..Source::default() };
-    let load = Load::measure(stage, &CONFIG, seed, vec![(0.5, source)]);
+    let load = Load::measure(stage, &CONFIG, seed, vec![(share, source)]);
     let asks = load.trace();
     let guests = Guests::start();
     let run = |router: &dyn RoutePolicy, hook| {
@@ -367,12 +373,12 @@ pub fn bandit(stage: &dyn Stage, seed: u64) -> Outcome {
     };
     let hook = guests.hook("hook-outcomes", r#"{"half_life_s": 5}"#, Some("outcomes"));
     let learned = run(&*guests.router("route-bandit", "{}", Some("outcomes")), Some(&*hook));
-    let share = |during: Range<Micros>, fast: usize| {
+    let share_of = |during: Range<Micros>, fast: usize| {
         let of = asks.iter().zip(&learned).filter(|(ask, _)| during.contains(&ask.at));
         let (all, fast) = of.fold((0, 0), |(n, hits), (_, fate)| (n + 1, hits + u32::from(fate.replica == Some(fast))));
         f64::from(fast) / f64::from(all.max(1))
     };
-    let shares = [share(HALF / 2..HALF, 0), share(2 * HALF - HALF / 3..2 * HALF, 1)];
+    let shares = [share_of(HALF / 2..HALF, 0), share_of(2 * HALF - HALF / 3..2 * HALF, 1)];
     let round_robin = run(&RoundRobin::default(), None);
     let least_loaded = run(&*guests.router("route-least-loaded", "{}", None), None);
     let figures = [("round robin", &round_robin), ("route-least-loaded", &least_loaded), ("route-bandit", &learned)];
