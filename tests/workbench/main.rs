@@ -194,7 +194,7 @@ fn what_is_wrong_with_a_component_ends_with_exit_code_1_and_usage_with_2() {
         ("pointsman plugin new Mine --kind router --lang c", 1, "lower-case letters"),
         ("pointsman plugin new mine --kind rooter --lang c", 2, "router"),
         ("pointsman policy record nowhere -o out", 2, "router"),
-        ("pointsman policy record telemetry.slo-log -o out", 1, "router and scheduler can"),
+        ("pointsman policy record telemetry.slo-log -o out", 1, "scheduler, kv-retention and sampler can"),
     ] {
         let output = desk.shell(line);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
