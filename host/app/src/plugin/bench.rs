@@ -262,7 +262,7 @@ impl Bench<'_> {
     fn sampled(&self, worker: &mut dyn SamplerWorker, n: u64) -> Cost {
         let mut left: Vec<u64> = (1..=n).collect();
         self.time(|now| {
-            if !worker.attend(now) {
+            if worker.attend(now).is_none() {
                 return;
             }
             let tokens = (1..=n).filter(|id| !left.contains(id)).map(|id| (RequestId(id), token(now, id)));

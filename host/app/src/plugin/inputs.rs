@@ -175,6 +175,7 @@ pub fn started(number: u64) -> Started {
         prompt_tokens: 200,
         max_new_tokens: 64,
         attributes: Arc::from([]),
+        said: Vec::new(),
     }
 }
 

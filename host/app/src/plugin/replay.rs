@@ -71,7 +71,7 @@ struct Count {
 enum Side {
     Recorded(Held),
     Native,
-    Guest(Guest),
+    Guest(Box<Guest>),
 }
 
 /// Both sides, and the host's own order of each replica.
@@ -114,7 +114,8 @@ impl Replay<'_> {
             Against::Recorded => Side::Recorded(Held::default()),
             Against::Native => Side::Native,
             Against::File(path) => {
-                Side::Guest(Guest::start(path, &TrialArgs { config: json!({}), ..self.with.clone() })?)
+                let with = TrialArgs { config: json!({}), ..self.with.clone() };
+                Side::Guest(Box::new(Guest::start(path, &with)?))
             }
         };
         if let Side::Guest(other) = &other

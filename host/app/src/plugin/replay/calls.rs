@@ -152,9 +152,7 @@ impl Calls {
         };
         let fallbacks = || pointsman_policy::Slot::status(&*self.sampler).fallbacks;
         let before = fallbacks();
-        if !port.attend(line.now) {
-            return None;
-        }
+        port.attend(line.now)?;
         port.send(batch(line)).ok()?;
         let reply = (0..PATIENCE).find_map(|_| port.wait())?;
         let words = reply.renewed.iter().chain(&reply.words).map(|(id, word)| (id.0, word));
@@ -171,6 +169,7 @@ fn batch(line: &SamplerLine) -> Batch {
         prompt_tokens: seen.prompt_tokens,
         max_new_tokens: seen.max_new_tokens,
         attributes: seen.attributes.as_slice().into(),
+        said: seen.said.clone(),
     };
     Batch {
         now: line.now,

@@ -160,6 +160,8 @@ pub struct StartedSeen {
     pub max_new_tokens: u32,
     #[serde(default)]
     pub attributes: Vec<(String, String)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub said: Vec<u32>,
 }
 
 /// What a sampler said of a request: `"leave"`, `"keep"`, `"free"`, `{"allow": [..]}`, `{"forbid": [..]}` or
@@ -259,6 +261,7 @@ impl From<&Started> for StartedSeen {
             prompt_tokens: started.prompt_tokens,
             max_new_tokens: started.max_new_tokens,
             attributes: started.attributes.iter().map(|(name, value)| (name.clone(), cut(value))).collect(),
+            said: started.said.clone(),
         }
     }
 }
@@ -411,6 +414,7 @@ mod tests {
                 prompt_tokens: 5,
                 max_new_tokens: 10,
                 attributes: vec![("header.x-plan".into(), "gold".into())],
+                said: vec![40],
             }],
             tokens: vec![(6, 40), (5, 41), (4, 42)],
             ended: vec![4],
