@@ -54,7 +54,6 @@ fn the_bandit_finds_the_faster_replica_and_finds_out_when_it_changes() {
 
 /// Where the fast replica is full, learning must not be worse than looking at the queues, which least-loaded does.
 #[test]
-#[expect(clippy::print_stdout, reason = "the table is what a reader runs this for")]
 fn the_bandit_does_not_run_from_a_full_replica() {
     for (seed, share) in SEEDS.into_iter().flat_map(|seed| [0.8, 1.0, 1.2].map(|share| (seed, share))) {
         let Outcome { bars, .. } = scenarios::bandit_at(&DEVICE, seed, share);
