@@ -171,17 +171,15 @@ fn a_budget_belongs_to_its_activation_and_the_file_sets_what_it_leaves_out() {
         (own, json!([[50, "default"], [30, "config"], [64, "default"]]))
     );
     // Every call is over a budget of nothing, so that it moves aside.
-    let counters = (0..200).find_map(|_| {
+    let plans = |aside: &Value| aside["plans_used"].as_u64().zip(aside["plans_dropped"].as_u64()).map(|(a, b)| a + b);
+    let counters = (0..400).find_map(|_| {
         router(&host);
-        Some(slot(&host, "scheduler")["counters"].clone()).filter(|c| c["aside"]["plans_used"].as_u64() > Some(0))
+        Some(slot(&host, "scheduler")["counters"].clone()).filter(|c| plans(&c["aside"]) > Some(0))
     });
     let counters = counters.expect("a slow scheduler computes aside");
     assert!(counters["over_soft"].as_u64() > Some(2) && counters["call_mean_us"].as_f64() > Some(0.0), "{counters}");
-    assert_eq!(
-        (&counters["aside"]["replicas"], &counters["state_limit_bytes"]),
-        (&json!(2), &json!(4 << 20)),
-        "{counters}"
-    );
+    assert!(counters["aside"]["replicas"].as_u64() > Some(0), "{counters}");
+    assert_eq!(counters["state_limit_bytes"], 4 << 20, "{counters}");
     let candidate = json!({ "component": digest, "mode": "canary", "budget": { "hard_ms": 5 } });
     let started = host.admin("POST", "/admin/v1/slots/scheduler/rollouts", &candidate);
     assert_eq!(started.status, 201, "{started:?}");
