@@ -6,6 +6,7 @@
 
 mod admission;
 mod deeds;
+mod handover;
 mod refused;
 mod versions;
 

@@ -5,6 +5,7 @@
 mod aliases;
 mod client;
 mod explain;
+mod handover;
 mod kills;
 mod oci;
 mod operate;

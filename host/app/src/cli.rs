@@ -138,6 +138,9 @@ pub(crate) enum PolicyCommand {
         if_generation: Option<u64>,
         #[command(flatten)]
         budget: BudgetArgs,
+        /// Whether it may start without what the active policy knows.
+        #[arg(long, value_enum, default_value_t)]
+        handover: HandoverArg,
         #[command(flatten)]
         at: AdminArgs,
     },
@@ -424,8 +427,8 @@ pub(crate) enum Switch {
 /// Flags of `apply`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ApplyArgs {
-    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace and budget,
-    /// `[aliases.NAME]` with weights and sticky, `[rollouts.SLOT]` and `[rollouts."alias.NAME"]` (docs/operate.md).
+    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace, budget and
+    /// handover, `[aliases.NAME]` with weights and sticky, `[rollouts.SLOT]` and `[rollouts."alias.NAME"]` (docs/operate.md).
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
     /// Show what would change, and change nothing.
@@ -453,6 +456,25 @@ impl BudgetArgs {
     pub(crate) fn into_budget(self) -> Budget {
         let Self { soft_us, hard_ms, memory_mib } = self;
         Budget { soft_us, hard_ms, memory_mib }
+    }
+}
+
+/// Whether a policy may start cold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum HandoverArg {
+    /// Where nothing can be handed over it starts without.
+    #[default]
+    Cold,
+    /// It is refused then.
+    Require,
+}
+
+impl HandoverArg {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Require => "require",
+        }
     }
 }
 

@@ -41,10 +41,11 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = Admin::new(at.clone()).get("/admin/v1/components")?;
             print(out, &at, &answer, component_table)
         }
-        PolicyCommand::Activate { slot, component, config, if_generation, budget, at } => {
+        PolicyCommand::Activate { slot, component, config, if_generation, budget, handover, at } => {
             let admin = Admin::new(at.clone());
+            let (component, budget) = (admin.resolve(&component)?, budget.into_budget());
             let mut body =
-                json!({ "component": admin.resolve(&component)?, "config": config, "budget": budget.into_budget() });
+                json!({ "component": component, "config": config, "budget": budget, "handover": handover.as_str() });
             if let Some(generation) = if_generation {
                 body["if_generation"] = generation.into();
             }
@@ -354,11 +355,18 @@ pub(crate) fn text(value: &Value, key: &str) -> String {
 fn activated(slot: &str, answer: &Value) -> String {
     let ms = answer["warm_ms"].as_f64().unwrap_or_default();
     let us = answer["publish_us"].as_f64().unwrap_or_default();
-    format!(
+    let mut said = format!(
         "{slot}: {};g={}  (warmed in {ms:.1} ms, published in {us:.1} us)",
         text(answer, "revision"),
         answer["generation"]
-    )
+    );
+    let handed = &answer["handover"];
+    if !handed.is_null() {
+        said += &format!("\n  {} instances were handed {} bytes", handed["restored"], handed["bytes"]);
+        let cold = handed["cold"].as_array().map_or(&[][..], Vec::as_slice);
+        cold.iter().filter_map(Value::as_str).for_each(|line| said += &format!("\n  cold: {line}"));
+    }
+    said
 }
 
 fn safe_mode(answer: &Value) -> String {

@@ -112,6 +112,7 @@ impl Watched {
                 break;
             }
         }
+        self.deploy.telemetry.load().values().for_each(|slot| slot.attend(self.clock.micros()));
         self.deploy.tick_rollouts();
         self.aliases.tick_rollouts();
         self.deploy.admission.settle(self.clock.micros(), &self.names, &mut |by, endings| self.record(by, endings));

@@ -27,6 +27,17 @@ pub struct Budget {
     pub memory_mib: Option<u64>,
 }
 
+/// Whether a policy may start without what the one before it knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Handover {
+    /// It starts cold where nothing can be handed over.
+    #[default]
+    Cold,
+    /// It is not activated then.
+    Require,
+}
+
 /// What an operator wants in a slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
@@ -38,6 +49,8 @@ pub struct Desired {
     pub state_namespace: Option<String>,
     /// Its own limits.
     pub budget: Budget,
+    /// Whether it may start cold.
+    pub handover: Handover,
     /// Only if the slot's active generation is this one.
     pub if_generation: Option<u64>,
 }
@@ -55,6 +68,9 @@ pub struct Target {
     /// Its own limits.
     #[serde(default, skip_serializing_if = "Budget::is_empty")]
     pub budget: Budget,
+    /// Whether it might start cold.
+    #[serde(default, skip_serializing_if = "Handover::is_cold")]
+    pub handover: Handover,
     /// `name@version+<8 hex>`, or `native`.
     pub revision: String,
     /// The generation under which it was published.
@@ -328,8 +344,8 @@ impl Planned {
     /// What is published once it is prepared and has said what it is.
     #[must_use]
     pub fn target(self, revision: String) -> Target {
-        let Desired { component, config, state_namespace, budget, if_generation: _ } = self.desired;
-        Target { component, config, state_namespace, budget, revision, generation: self.generation }
+        let Desired { component, config, state_namespace, budget, handover, if_generation: _ } = self.desired;
+        Target { component, config, state_namespace, budget, handover, revision, generation: self.generation }
     }
 }
 
@@ -353,13 +369,21 @@ impl Budget {
     }
 }
 
+// === impl Handover ===
+
+impl Handover {
+    fn is_cold(&self) -> bool {
+        *self == Self::Cold
+    }
+}
+
 // === impl Desired ===
 
 impl From<Target> for Desired {
     /// The same again.
     fn from(target: Target) -> Self {
-        let Target { component, config, state_namespace, budget, revision: _, generation: _ } = target;
-        Self { component, config, state_namespace, budget, if_generation: None }
+        let Target { component, config, state_namespace, budget, handover, revision: _, generation: _ } = target;
+        Self { component, config, state_namespace, budget, handover, if_generation: None }
     }
 }
 

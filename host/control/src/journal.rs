@@ -123,6 +123,20 @@ pub enum Happened {
         /// What was wrong.
         error: String,
     },
+    /// What a policy was handed by the one before it when it was published or staged.
+    HandedOver {
+        /// The slot.
+        slot: SlotName,
+        /// Of the policy that was handed something.
+        generation: u64,
+        /// Instances that were.
+        restored: u32,
+        /// How much that was, in bytes.
+        bytes: u64,
+        /// Whose instances start cold and why.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        cold: Vec<String>,
+    },
     /// A telemetry slot was removed.
     Removed {
         /// Which.
@@ -390,7 +404,7 @@ impl Entry {
 mod tests {
     use super::*;
     use crate::alias::Aliases;
-    use crate::deployment::{Budget, Deployment, Desired};
+    use crate::deployment::{Budget, Deployment, Desired, Handover};
     use crate::rollout::{Mode, Phase, Spec};
     use crate::slot::ComponentRef;
 
@@ -415,6 +429,7 @@ mod tests {
             config: "{}".into(),
             state_namespace: None,
             budget: Budget::default(),
+            handover: Handover::default(),
             revision: "native".into(),
             generation,
         }

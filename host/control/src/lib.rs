@@ -16,7 +16,9 @@ mod slot;
 
 pub use alias::{AliasDocument, AliasError, Aliases, Assigned, DesiredAlias, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
-pub use deployment::{Budget, Deployment, Desired, DocumentError, PlanError, Planned, SlotDocument, SlotState, Target};
+pub use deployment::{
+    Budget, Deployment, Desired, DocumentError, Handover, PlanError, Planned, SlotDocument, SlotState, Target,
+};
 pub use journal::{Actor, Entry, Happened, Journal, Why};
 pub use safe_mode::SafeModeDocument;
 pub use slot::{ComponentRef, SlotName, SlotNameError};

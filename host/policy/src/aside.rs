@@ -51,6 +51,8 @@ pub(crate) struct OwnedView {
 
 /// One question, on its way.
 pub(crate) struct Task {
+    /// The replica, which may find its instance again where nobody waits for the task.
+    pub(crate) owner: Arc<str>,
     pub(crate) stay: Arc<Stay<SchedulerHook>>,
     pub(crate) seat: Seat,
     /// Told first, where the guest starts anew.
@@ -218,7 +220,7 @@ impl Drop for Task {
         self.answer.forget(guest);
         let Some(instance) = self.seat.instance.take() else { return };
         let is_wrong = std::thread::panicking() || self.doomed.load(Ordering::Relaxed);
-        if is_wrong { guest.discard(instance) } else { guest.give_back(instance) }
+        if is_wrong { guest.discard(instance) } else { guest.park(&self.owner, instance) }
     }
 }
 

@@ -54,6 +54,16 @@ pub(crate) mod lifecycle_0_1 {
     });
 }
 
+/// `interface handover`.
+pub(crate) mod handover {
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        inline: "package pointsman:host; world handover { export pointsman:policy/handover@0.2.0; }",
+        world: "pointsman:host/handover",
+        ownership: Borrowing { duplicate_if_necessary: true },
+    });
+}
+
 /// `interface scheduler`.
 pub(crate) mod scheduler {
     wasmtime::component::bindgen!({

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use wasmtime::Store;
 use wasmtime::component::InstancePre;
 
+use crate::bindings::handover::{Handover, HandoverIndices};
 use crate::bindings::{admission, kv_retention, router, sampler, scheduler, telemetry};
 use crate::host::Host;
 use crate::instance::Hook;
@@ -43,40 +44,60 @@ pub(crate) enum Code {
     Sampler(Linked<sampler::SamplerIndices>),
 }
 
-/// Machine code with its imports, and where it has the two interfaces that it must export.
+/// Machine code with its imports, and where it has the two interfaces that it must export, and the one that it may.
 #[derive(Clone)]
 pub(crate) struct Linked<I> {
     pre: InstancePre<Host>,
     lifecycle: LifecycleIndices,
+    handover: Option<HandoverIndices>,
     hook: I,
+}
+
+/// The interfaces of an instance.
+pub(crate) struct Exports<B> {
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) handover: Option<Handover>,
+    pub(crate) hook: B,
 }
 
 impl Code {
     /// Looks up the world's exports; their types are checked at instantiation.
-    pub(crate) fn new(world: World, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
+    pub(crate) fn new(world: World, hands_over: bool, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
+        let handover = hands_over.then(|| HandoverIndices::new(&pre)).transpose()?;
         Ok(match world {
-            World::Admission => Self::Admission(Linked::new(admission::AdmissionIndices::new(&pre)?, pre)?),
-            World::Router => Self::Router(Linked::new(router::RouterIndices::new(&pre)?, pre)?),
-            World::Scheduler => Self::Scheduler(Linked::new(scheduler::SchedulerIndices::new(&pre)?, pre)?),
-            World::Telemetry => Self::Telemetry(Linked::new(telemetry::TelemetryIndices::new(&pre)?, pre)?),
-            World::Retention => Self::Retention(Linked::new(kv_retention::KvRetentionIndices::new(&pre)?, pre)?),
-            World::Sampler => Self::Sampler(Linked::new(sampler::SamplerIndices::new(&pre)?, pre)?),
+            World::Admission => Self::Admission(Linked::new(admission::AdmissionIndices::new(&pre)?, handover, pre)?),
+            World::Router => Self::Router(Linked::new(router::RouterIndices::new(&pre)?, handover, pre)?),
+            World::Scheduler => Self::Scheduler(Linked::new(scheduler::SchedulerIndices::new(&pre)?, handover, pre)?),
+            World::Telemetry => Self::Telemetry(Linked::new(telemetry::TelemetryIndices::new(&pre)?, handover, pre)?),
+            World::Retention => {
+                Self::Retention(Linked::new(kv_retention::KvRetentionIndices::new(&pre)?, handover, pre)?)
+            }
+            World::Sampler => Self::Sampler(Linked::new(sampler::SamplerIndices::new(&pre)?, handover, pre)?),
         })
     }
 }
 
 impl<I> Linked<I> {
-    fn new(hook: I, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
-        Ok(Self { lifecycle: LifecycleIndices::new(&pre)?, hook, pre })
+    fn new(hook: I, handover: Option<HandoverIndices>, pre: InstancePre<Host>) -> wasmtime::Result<Self> {
+        Ok(Self { lifecycle: LifecycleIndices::new(&pre)?, handover, hook, pre })
+    }
+
+    /// Whether it exports `handover`.
+    pub(crate) fn hands_over(&self) -> bool {
+        self.handover.is_some()
     }
 
     /// Runs start functions and checks the types of the exports.
     pub(crate) fn instantiate<H: Hook<Indices = I>>(
         &self,
         store: &mut Store<Host>,
-    ) -> wasmtime::Result<(Lifecycle, H::Bindings)> {
+    ) -> wasmtime::Result<Exports<H::Bindings>> {
         let instance = self.pre.instantiate(&mut *store)?;
-        Ok((self.lifecycle.load(store, &instance)?, H::load(&self.hook, store, &instance)?))
+        Ok(Exports {
+            lifecycle: self.lifecycle.load(store, &instance)?,
+            handover: self.handover.as_ref().map(|handover| handover.load(&mut *store, &instance)).transpose()?,
+            hook: H::load(&self.hook, store, &instance)?,
+        })
     }
 }
 

@@ -196,6 +196,11 @@ impl Budgets {
         Ok(self)
     }
 
+    /// The one of a world's decisions.
+    pub(crate) fn decisions(mut self, world: World) -> Budget {
+        *self.of_decisions(world)
+    }
+
     fn of_decisions(&mut self, world: World) -> &mut Budget {
         match world {
             World::Admission => &mut self.admit,
@@ -222,7 +227,7 @@ impl RuntimeConfig {
     /// # Errors
     /// The change is out of bounds.
     pub fn limits(&self, world: World, change: BudgetChange) -> Result<Limits, BudgetError> {
-        let budget = *self.budgets.changed(world, change)?.of_decisions(world);
+        let budget = self.budgets.changed(world, change)?.decisions(world);
         Ok(Limits { budget, memory_bytes: self.memory(change)? })
     }
 

@@ -60,6 +60,10 @@ pub enum Call {
     Next,
     /// `sampler.ended`.
     Ended,
+    /// `handover.take-snapshot`.
+    TakeSnapshot,
+    /// `handover.restore`.
+    Restore,
 }
 
 /// A fault without its context.
@@ -134,6 +138,8 @@ impl Call {
             Self::Start => "start",
             Self::Next => "next",
             Self::Ended => "ended",
+            Self::TakeSnapshot => "take-snapshot",
+            Self::Restore => "restore",
         }
     }
 }

@@ -13,13 +13,15 @@ use pointsman_sched::route::{DecidedBy, Fallback};
 use pointsman_telemetry::{Event, EventKind, Metrics, Micros, SlotMetrics};
 
 use crate::circuit::{Admit, Circuit, Health};
-use crate::config::{Budget, Budgets};
+use crate::config::{Budget, Budgets, Maintenance};
 use crate::drain::Gate;
 use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, FaultReport};
+use crate::handover::{Handed, NotHandedOver, PATIENCE_NS, Questions, Snapshot};
 use crate::instance::{Hook, Instance, Maker, Ready};
 use crate::manifest::{Manifest, Wants};
 use crate::state::StateView;
+use crate::upload::World;
 
 /// Most instances of one generation.
 pub(crate) const MAX_INSTANCES: usize = 128;
@@ -44,6 +46,11 @@ pub(crate) struct Guest<H: Hook> {
     idle: ArrayQueue<Box<Instance<H>>>,
     /// The instance that a world with one caller keeps using, so that what it remembers stays in one place.
     working: Mutex<Option<Box<Instance<H>>>>,
+    /// Of a guest that hands over: instances whose owner is in another generation, or has not come yet.
+    parked: Mutex<Vec<Parked<H>>>,
+    pub(crate) questions: Questions,
+    /// The last question that the one caller of a telemetry hook has answered.
+    answered: AtomicU64,
     trash: ArrayQueue<Box<Instance<H>>>,
     /// Instances that serve or could: idle ones and those taken.
     live: AtomicU32,
@@ -62,6 +69,13 @@ pub(crate) struct Guest<H: Hook> {
     faults: [AtomicU64; 5],
     last_fault: Mutex<Option<FaultReport>>,
     pub(crate) metrics: SlotMetrics,
+}
+
+/// An instance that waits for its owner.
+struct Parked<H: Hook> {
+    owner: Arc<str>,
+    /// None while it is asked for a snapshot.
+    instance: Option<Box<Instance<H>>>,
 }
 
 /// What a caller needs to know to report a fault.
@@ -130,14 +144,32 @@ impl<H: Hook> Guest<H> {
         for instance in ready.instances {
             live += u32::from(idle.push(instance).is_ok());
         }
+        live += u32::try_from(ready.parked.len()).unwrap_or(u32::MAX);
+        let metrics = metrics.slot(&ready.maker.slot, &ready.revision);
+        if let Some(inherited) = &ready.inherited {
+            metrics.handed_over.inc_by(inherited.restored.into());
+            metrics.started_cold.inc_by(inherited.cold.len() as u64);
+        }
+        let mut parked = ready.parked;
+        // A hook has one caller, which looks in one place.
+        let working = if H::WORLD == World::Telemetry { parked.pop().map(|(_, instance)| instance) } else { None };
+        let questions = Questions::default();
+        if H::WORLD == World::Telemetry {
+            questions.join();
+        }
         Self {
-            metrics: metrics.slot(&ready.maker.slot, &ready.revision),
+            metrics,
+            parked: Mutex::new(
+                parked.into_iter().map(|(owner, instance)| Parked { owner, instance: Some(instance) }).collect(),
+            ),
+            questions,
+            answered: AtomicU64::new(0),
             maker: ready.maker,
             manifest: ready.manifest,
             wants: ready.wants,
             revision: ready.revision,
             idle,
-            working: Mutex::new(None),
+            working: Mutex::new(working),
             trash: ArrayQueue::new(TRASH),
             live: AtomicU32::new(live),
             respawn_at: AtomicU64::new(0),
@@ -253,15 +285,21 @@ impl<H: Hook> Guest<H> {
         }
     }
 
-    /// Puts a fresh instance where there is none or a worn one, if the pool has one; says whether it did.
-    pub(crate) fn renew(&self, kept: &mut Option<Box<Instance<H>>>) -> bool {
+    /// Puts an instance where there is none, or a fresh one in the place of a worn one, if there is one; says whether anything
+    /// changed. What the worn one knows goes over.
+    pub(crate) fn renew(&self, kept: &mut Option<Box<Instance<H>>>, owner: &str, now: Micros) -> bool {
         let worn = kept.as_deref().is_some_and(|instance| self.is_worn(instance));
         if !worn && kept.is_some() {
             return false;
         }
-        let Some(fresh) = self.take() else { return false };
-        if let Some(worn) = kept.replace(fresh) {
-            self.discard(worn);
+        let Some(fresh) = self.take_for(owner) else { return false };
+        match kept.take() {
+            Some(worn) if self.hands_over() => *kept = self.succeed(worn, fresh, now),
+            Some(worn) => {
+                self.discard(worn);
+                *kept = Some(fresh);
+            }
+            None => *kept = Some(fresh),
         }
         true
     }
@@ -273,12 +311,10 @@ impl<H: Hook> Guest<H> {
     }
 
     /// Puts back what [`take_working`](Self::take_working) gave, unless it is worn and there is another.
-    pub(crate) fn keep_working(&self, instance: Box<Instance<H>>) {
-        if self.is_worn(&instance) && !self.idle.is_empty() {
-            self.discard(instance);
-        } else {
-            *lock(&self.working) = Some(instance);
-        }
+    pub(crate) fn keep_working(&self, instance: Box<Instance<H>>, now: Micros) {
+        let mut kept = Some(instance);
+        self.renew(&mut kept, &self.maker.slot, now);
+        *lock(&self.working) = kept;
     }
 
     #[inline]
@@ -395,6 +431,12 @@ impl<H: Hook> Guest<H> {
         }
     }
 
+    fn unpark(&self) -> Option<Box<Instance<H>>> {
+        let mut parked = lock(&self.parked);
+        let at = parked.iter().position(|parked| parked.instance.is_some())?;
+        parked.swap_remove(at).instance
+    }
+
     /// Starts missing instances up to `wanted`, and lets go of idle ones beyond: of a replica that left while the other arm
     /// served.
     pub(crate) fn fill(&self, now: Micros, wanted: u32) {
@@ -403,7 +445,7 @@ impl<H: Hook> Guest<H> {
             && self.respawn(now)
         {}
         while self.live.load(Ordering::Relaxed) > wanted
-            && let Some(instance) = self.idle.pop()
+            && let Some(instance) = self.idle.pop().or_else(|| self.unpark())
         {
             self.live.fetch_sub(1, Ordering::Relaxed);
             drop(instance);
@@ -445,6 +487,179 @@ impl<H: Hook> Guest<H> {
             last_fault: lock(&self.last_fault).clone(),
             instances: self.live.load(Ordering::Relaxed),
             state_bytes: self.maker.state.bytes() as u64,
+        }
+    }
+}
+
+// === handing over ===
+
+impl<H: Hook> Guest<H> {
+    /// Whether its component exports `handover`.
+    pub(crate) fn hands_over(&self) -> bool {
+        self.maker.linked.hands_over()
+    }
+
+    /// Keeps the instance of an owner who leaves for another generation and may come back.
+    pub(crate) fn park(&self, owner: &Arc<str>, instance: Box<Instance<H>>) {
+        if !self.hands_over() {
+            return self.give_back(instance);
+        }
+        let mut parked = lock(&self.parked);
+        if parked.iter().all(|parked| parked.owner != *owner) {
+            return parked.push(Parked { owner: Arc::clone(owner), instance: Some(instance) });
+        }
+        drop(parked);
+        self.give_back(instance);
+    }
+
+    /// Lets go of what is kept for an owner who is gone for good.
+    pub(crate) fn forget(&self, owner: &str) {
+        let mut parked = lock(&self.parked);
+        let at = parked.iter().position(|parked| *parked.owner == *owner);
+        let kept = at.and_then(|at| parked.swap_remove(at).instance);
+        drop(parked);
+        kept.into_iter().for_each(|instance| self.discard(instance));
+    }
+
+    /// The instance that is kept for an owner, else any; none while the one that is kept is being asked for a snapshot.
+    fn take_for(&self, owner: &str) -> Option<Box<Instance<H>>> {
+        if self.hands_over() {
+            let mut parked = lock(&self.parked);
+            if let Some(at) = parked.iter().position(|parked| *parked.owner == *owner) {
+                parked[at].instance.as_ref()?;
+                return parked.swap_remove(at).instance;
+            }
+        }
+        self.take()
+    }
+
+    /// Whether somebody who prepares the next generation has asked since; one atomic read.
+    #[inline]
+    pub(crate) fn is_asked(&self, answered: u64) -> bool {
+        self.questions.asked() != answered
+    }
+
+    /// Answers whoever prepares the next generation, if somebody waits for it: one call of the instance that `owner` keeps,
+    /// which a fault costs. Says whether it was made.
+    pub(crate) fn answer(
+        &self,
+        kept: &mut Option<Box<Instance<H>>>,
+        owner: &Arc<str>,
+        answered: &mut u64,
+        now: Micros,
+    ) -> bool {
+        let Some(to) = self.questions.take(answered) else { return false };
+        let has_instance = kept.is_some();
+        let what = self.snapshot(kept, self.hard(), now);
+        // Nobody waits for one that is late.
+        drop(to.try_send(Handed { owner: Arc::clone(owner), what }));
+        has_instance
+    }
+
+    /// The same for the instance of a world with one caller.
+    pub(crate) fn answer_working(&self, now: Micros) {
+        let mut answered = self.answered.load(Ordering::Relaxed);
+        if self.is_asked(answered) {
+            let mut kept = self.take_working();
+            self.answer(&mut kept, &self.maker.slot, &mut answered, now);
+            self.answered.store(answered, Ordering::Relaxed);
+            *lock(&self.working) = kept;
+        }
+    }
+
+    /// Everything that its instances hand over, for the next generation. `bypassed`: no owner comes, the native policy decides.
+    pub(crate) fn hand_over(&self, now: Micros, bypassed: bool) -> Vec<Handed> {
+        let owners: Vec<Arc<str>> = lock(&self.parked).iter().map(|parked| Arc::clone(&parked.owner)).collect();
+        let mut handed: Vec<Handed> = owners.into_iter().filter_map(|owner| self.ask_parked(owner, now)).collect();
+        if bypassed {
+            let mut kept = lock(&self.working).take();
+            if kept.is_some() {
+                let what = self.snapshot(&mut kept, self.hard(), now);
+                *lock(&self.working) = kept;
+                handed.push(Handed { owner: Arc::clone(&self.maker.slot), what });
+            }
+            return handed;
+        }
+        // Where maintenance is by hand there is one thread, and nobody answers while it waits.
+        let by_hand = self.maker.shared.config.maintenance == Maintenance::Manual;
+        let (answers, late) = self.questions.ask(if by_hand { 0 } else { PATIENCE_NS });
+        handed.extend(answers);
+        if late > 0 {
+            handed.push(Handed { owner: Arc::clone(&self.maker.slot), what: Err(NotHandedOver::Late(late)) });
+        }
+        handed
+    }
+
+    fn ask_parked(&self, owner: Arc<str>, now: Micros) -> Option<Handed> {
+        let place = |parked: &[Parked<H>]| parked.iter().position(|parked| parked.owner == owner);
+        let mut kept = {
+            let mut parked = lock(&self.parked);
+            let at = place(&parked)?;
+            parked[at].instance.take()
+        };
+        kept.as_ref()?;
+        let what = self.snapshot(&mut kept, self.hard(), now);
+        let mut parked = lock(&self.parked);
+        if let Some(at) = place(&parked) {
+            match kept {
+                Some(instance) => parked[at].instance = Some(instance),
+                None => drop(parked.swap_remove(at)),
+            }
+        }
+        drop(parked);
+        Some(Handed { owner, what })
+    }
+
+    /// The fresh instance with what the worn one knows, on the thread of their owner: half the hard limit for each. Where that
+    /// fails neither goes on; maintenance starts a third one, cold.
+    fn succeed(&self, worn: Box<Instance<H>>, mut fresh: Box<Instance<H>>, now: Micros) -> Option<Box<Instance<H>>> {
+        let half = self.hard() / 2;
+        let mut kept = Some(worn);
+        let handed = self.snapshot(&mut kept, half, now);
+        kept.into_iter().for_each(|worn| self.discard(worn));
+        let Ok(snapshot) = handed else {
+            self.metrics.started_cold.inc();
+            return Some(fresh);
+        };
+        match fresh.restore(half, now, &snapshot) {
+            Ok(Ok(())) => {
+                self.metrics.handed_over.inc();
+                return Some(fresh);
+            }
+            Ok(Err(words)) => {
+                tracing::warn!(target: "policy", slot = &*self.maker.slot, "an instance refused what the one before it knew: {words}");
+            }
+            Err(fault) => {
+                let number = self.last_number();
+                self.fault(CallContext { call: Call::Restore, number, now, took_us: 0 }, fault);
+            }
+        }
+        self.discard(fresh);
+        self.metrics.started_cold.inc();
+        None
+    }
+
+    fn hard(&self) -> Micros {
+        self.maker.budgets.decisions(H::WORLD).hard
+    }
+
+    fn snapshot(
+        &self,
+        kept: &mut Option<Box<Instance<H>>>,
+        hard: Micros,
+        now: Micros,
+    ) -> Result<Snapshot, NotHandedOver> {
+        let instance = kept.as_mut().ok_or(NotHandedOver::NoInstance)?;
+        let started = stopwatch_ns();
+        match instance.take_snapshot(hard, now) {
+            Ok(snapshot) => snapshot.ok_or(NotHandedOver::Nothing),
+            Err(fault) => {
+                kept.take().into_iter().for_each(|poisoned| self.discard(poisoned));
+                let took_us = (stopwatch_ns() - started) / 1_000;
+                let context = CallContext { call: Call::TakeSnapshot, number: self.last_number(), now, took_us };
+                self.fault(context, fault.clone());
+                Err(NotHandedOver::Snapshot(fault))
+            }
         }
     }
 }

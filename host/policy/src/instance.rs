@@ -10,18 +10,19 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use pointsman_telemetry::Micros;
 use wasmtime::Store;
 
-use crate::component::{Code, Linked};
+use crate::bindings::handover::exports::pointsman::policy::handover as wit;
+use crate::component::{Code, Exports, Linked};
 use crate::config::Budgets;
 use crate::fault::{Call, Fault, FaultKind, truncate};
+use crate::handover::{Inheritance, MAX_SNAPSHOT_BYTES, Snapshot};
 use crate::host::{Host, LogGate, MetricSink};
 use crate::manifest::{Manifest, Wants};
 use crate::runtime::Shared;
 use crate::shadow::Case;
 use crate::state::StateView;
 use crate::upload::World;
-use crate::versions::Lifecycle;
 
-/// Longest message of a guest that refuses its configuration, in bytes.
+/// Longest message of a guest that refuses its configuration, or what it is handed, in bytes.
 const MAX_REFUSAL: usize = 1_024;
 
 /// What the worlds differ in.
@@ -82,8 +83,7 @@ pub(crate) struct ProbeFault {
 /// A running guest.
 pub(crate) struct Instance<H: Hook> {
     store: Store<Host>,
-    lifecycle: Lifecycle,
-    guest: H::Bindings,
+    exports: Exports<H::Bindings>,
     pub(crate) local: H::Local,
     pub(crate) calls: u64,
     pub(crate) number: u32,
@@ -123,6 +123,9 @@ pub(crate) struct Ready<H: Hook> {
     pub(crate) wants: Wants,
     pub(crate) revision: Arc<str>,
     pub(crate) instances: Vec<Box<Instance<H>>>,
+    /// Those that were handed something, by whose they will be.
+    pub(crate) parked: Vec<(Arc<str>, Box<Instance<H>>)>,
+    pub(crate) inherited: Option<Inheritance>,
 }
 
 /// The same, of any world.
@@ -148,12 +151,49 @@ impl<H: Hook> Instance<H> {
     ) -> Result<R, Fault> {
         self.calls += 1;
         self.start_clock(hard, now);
-        call(&self.guest, &mut self.store).map_err(|error| Fault::of_call(&error))
+        call(&self.exports.hook, &mut self.store).map_err(|error| Fault::of_call(&error))
     }
 
     fn init(&mut self, hard: Micros, now: Micros, info: &InitInfo<'_>) -> Result<Result<Manifest, String>, Fault> {
         self.start_clock(hard, now);
-        self.lifecycle.init(&mut self.store, info).map_err(|error| Fault::of_call(&error))
+        self.exports.lifecycle.init(&mut self.store, info).map_err(|error| Fault::of_call(&error))
+    }
+
+    /// What it hands over, if its component exports that and there is something.
+    pub(crate) fn take_snapshot(&mut self, hard: Micros, now: Micros) -> Result<Option<Snapshot>, Fault> {
+        self.start_clock(hard, now);
+        let Some(handover) = &self.exports.handover else { return Ok(None) };
+        // The bound of this one call: what may be handed over and a little more, so that it is known how much there was.
+        self.store.set_hostcall_fuel(4 * MAX_SNAPSHOT_BYTES);
+        let answer = handover.pointsman_policy_handover().call_take_snapshot(&mut self.store);
+        self.store.set_hostcall_fuel(H::MAX_ANSWER_BYTES);
+        let Some(wit::SnapshotResult { schema, bytes }) = answer.map_err(|error| Fault::of_call(&error))? else {
+            return Ok(None);
+        };
+        if bytes.len() > MAX_SNAPSHOT_BYTES {
+            let text = format!("a snapshot of {} bytes; at most {MAX_SNAPSHOT_BYTES} are possible", bytes.len());
+            return Err(Fault::new(FaultKind::BadAnswer, text));
+        }
+        Ok(Some(Snapshot { schema, bytes }))
+    }
+
+    /// Hands it what another one gave. It may refuse, in its own words.
+    pub(crate) fn restore(
+        &mut self,
+        hard: Micros,
+        now: Micros,
+        snapshot: &Snapshot,
+    ) -> Result<Result<(), String>, Fault> {
+        self.start_clock(hard, now);
+        let Some(handover) = &self.exports.handover else { return Ok(Ok(())) };
+        let snapshot = wit::SnapshotParam { schema: snapshot.schema, bytes: &snapshot.bytes };
+        let answer = handover.pointsman_policy_handover().call_restore(&mut self.store, snapshot);
+        let mut answer = answer.map_err(|error| Fault::of_call(&error))?;
+        self.ready_bytes = self.store.data().memory.bytes;
+        if let Err(words) = &mut answer {
+            truncate(words, MAX_REFUSAL);
+        }
+        Ok(answer)
     }
 
     #[inline]
@@ -189,19 +229,12 @@ impl<H: Hook> Maker<H> {
         let host = Host::new(self.memory_bytes, Arc::clone(&self.log), self.sink.clone(), Arc::clone(&self.state), now);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut store = new_store::<H>(shared, host);
-        let (lifecycle, guest) = self
+        let exports = self
             .linked
             .instantiate::<H>(&mut store)
             .map_err(|error| StartError::Fault(Call::Instantiate, Fault::of_instantiation(&error)))?;
-        let mut instance = Box::new(Instance {
-            store,
-            lifecycle,
-            guest,
-            local: H::Local::default(),
-            calls: 0,
-            number,
-            ready_bytes: 0,
-        });
+        let mut instance =
+            Box::new(Instance { store, exports, local: H::Local::default(), calls: 0, number, ready_bytes: 0 });
         let columns = crate::manifest::known_names(H::WORLD, &shared.config.replica_labels);
         let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
         let info = InitInfo {
@@ -225,15 +258,26 @@ impl<H: Hook> Maker<H> {
 
     /// Like [`start`](Self::start), for a generation whose manifest is known: it must say the same again.
     pub(crate) fn start_equal(&self, manifest: &Manifest, wants: &Wants) -> Result<Box<Instance<H>>, StartError> {
-        let (mut instance, again) = self.start()?;
+        let mut instance = self.start_again(manifest)?;
+        self.warm(&mut instance, wants)?;
+        Ok(instance)
+    }
+
+    /// The same without warming it, because there is something to restore before.
+    pub(crate) fn start_again(&self, manifest: &Manifest) -> Result<Box<Instance<H>>, StartError> {
+        let (instance, again) = self.start()?;
         if again != *manifest {
             let text = format!("two instances of one generation returned different manifests: {manifest:?}, {again:?}");
             return Err(StartError::Fault(Call::Init, Fault::new(FaultKind::BadAnswer, text)));
         }
-        let now = (self.shared.clock)();
-        H::warm(&mut instance, wants, &self.budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
-        instance.calls = 0;
         Ok(instance)
+    }
+
+    pub(crate) fn warm(&self, instance: &mut Instance<H>, wants: &Wants) -> Result<(), StartError> {
+        let now = (self.shared.clock)();
+        H::warm(instance, wants, &self.budgets, now).map_err(|fault| StartError::Fault(Call::Init, fault))?;
+        instance.calls = 0;
+        Ok(())
     }
 }
 

@@ -12,7 +12,8 @@
 //! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
 //! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
 //! 5. admission, router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault;
-//!    shadow: calls whose answers are only compared.
+//!    shadow: calls whose answers are only compared;
+//! 6. handover: what an instance gives to the one that takes its place.
 #![deny(missing_docs)]
 
 mod admission;
@@ -27,6 +28,7 @@ mod endings;
 mod engine;
 mod fault;
 mod generation;
+mod handover;
 mod host;
 mod instance;
 mod manifest;
@@ -64,6 +66,7 @@ pub use config::{
 };
 pub use engine::Allocation;
 pub use fault::{Call, Fault, FaultKind, FaultListener, FaultReport};
+pub use handover::{Handover, Inheritance};
 pub use manifest::ManifestError;
 pub use retention::{RetentionGuest, RetentionSlot};
 pub use router::{RouterQuestion, RouterSlot};

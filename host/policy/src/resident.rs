@@ -28,6 +28,8 @@ pub(crate) struct Resident<H: Hook> {
     instance: Option<Box<Instance<H>>>,
     /// Whether the instance has been told everything.
     pub(crate) synced: bool,
+    /// The last question of whoever prepares the next generation that was answered.
+    answered: u64,
 }
 
 impl<H: Hook> Resident<H> {
@@ -40,6 +42,7 @@ impl<H: Hook> Resident<H> {
             owner: Arc::clone(owner),
             instance: None,
             synced: false,
+            answered: 0,
         }
     }
 
@@ -63,17 +66,32 @@ impl<H: Hook> Resident<H> {
         if !self.core.is_current(&self.generation) {
             self.leave();
             self.generation = self.core.stay();
-            self.synced = false;
+            (self.synced, self.answered) = (false, 0);
         }
+        self.hand_over(now);
         let Some(guest) = &self.generation.guest else { return Attention::Native };
         // Only asked: the trial is for whoever makes a call, and there may be none to make here for a long time.
         let admit = guest.would_admit(now);
-        let is_fresh = admit != Admit::No && guest.renew(&mut self.instance);
+        let is_fresh = admit != Admit::No && guest.renew(&mut self.instance, &self.owner, now);
         self.synced &= admit == Admit::Yes && !is_fresh && self.instance.is_some();
         if admit == Admit::No || self.instance.is_none() {
             return Attention::Native;
         }
         if self.synced { Attention::Following } else { Attention::NeedsView }
+    }
+
+    /// Answers whoever prepares the next generation.
+    fn hand_over(&mut self, now: Micros) {
+        let Some(guest) = &self.generation.guest else { return };
+        if !guest.is_asked(self.answered) {
+            return;
+        }
+        // The first boundary since the last swap may be this one.
+        if guest.renew(&mut self.instance, &self.owner, now) {
+            self.synced = false;
+        }
+        guest.answer(&mut self.instance, &self.owner, &mut self.answered, now);
+        self.synced &= self.instance.is_some();
     }
 
     /// Makes one call and deals with its fault; `None` when there is no answer, as where another replica is at its trial.
@@ -136,7 +154,7 @@ impl<H: Hook> Resident<H> {
     fn leave(&mut self) {
         if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
             // What a sampler's instance knows of requests cannot be taken back from it, as a view would.
-            if H::WORLD == World::Sampler { guest.discard(instance) } else { guest.give_back(instance) }
+            if H::WORLD == World::Sampler { guest.discard(instance) } else { guest.park(&self.owner, instance) }
         }
     }
 
@@ -152,7 +170,7 @@ impl<H: Hook> Drop for Resident<H> {
             guest.discard(instance);
         }
         self.leave();
-        self.core.want(-1);
+        self.core.dismiss(&self.owner);
     }
 }
 

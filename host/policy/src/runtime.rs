@@ -25,6 +25,7 @@ use crate::config::{BudgetChange, BudgetError, Limits, Maintenance, RuntimeConfi
 use crate::endings::MAX_ENDINGS;
 use crate::engine::{self, Allocation, stopwatch_ns};
 use crate::fault::{Call, Fault};
+use crate::handover::{Handed, Handover, Inheritance, NotHandedOver, Snapshot};
 use crate::host::{Host, LogGate, MetricSink, linker};
 use crate::instance::{Hook, Maker, ProbeFault, Ready, StartError, new_store};
 use crate::manifest::{Manifest, ManifestError};
@@ -98,6 +99,8 @@ pub struct Activation {
     pub role: Role,
     /// What it may take for a decision, where that is not the host's default.
     pub budget: BudgetChange,
+    /// Whether it may start without what the active policy knows.
+    pub handover: Handover,
 }
 
 /// What a generation is prepared for.
@@ -211,6 +214,15 @@ pub enum ActivateError {
     /// The budget is out of bounds: the caller's fault.
     #[error(transparent)]
     Budget(#[from] BudgetError),
+    /// It must not start without what the active policy knows, and has to.
+    #[error(
+        "the policy was to start with what the active one knows (`handover`: `require`), and cannot: {why}; activate it with \
+         `handover`: `cold` to start without"
+    )]
+    NotHandedOver {
+        /// Why.
+        why: String,
+    },
     /// All host-state namespaces are in use: the host's limit.
     #[error("all host-state namespaces are in use; share one (`state_namespace`) or free a slot")]
     NoNamespace,
@@ -330,7 +342,7 @@ impl Runtime {
             Some(code) => (code, true),
             None => {
                 let compiled = inner.compiler.compile(&inner.shared.engine, &Digest::of(&encoded), &encoded)?;
-                let code = Arc::new(inner.link(identity.world, &compiled.component)?);
+                let code = Arc::new(inner.link((identity.world, identity.hands_over), &compiled.component)?);
                 inner.remember(&digest, &code);
                 (code, compiled.cached)
             }
@@ -560,9 +572,14 @@ impl Inner {
     }
 
     /// Checks imports by linking and exports by instantiating once: wasmtime compares their types when it looks them up.
-    fn link(&self, world: World, component: &wasmtime::component::Component) -> Result<Code, UploadError> {
+    fn link(
+        &self,
+        (world, hands_over): (World, bool),
+        component: &wasmtime::component::Component,
+    ) -> Result<Code, UploadError> {
         let refused = |error: wasmtime::Error| UploadError::Link { detail: shorten(&format!("{error:#}")) };
-        let code = Code::new(world, self.linker.instantiate_pre(component).map_err(refused)?).map_err(refused)?;
+        let pre = self.linker.instantiate_pre(component).map_err(refused)?;
+        let code = Code::new(world, hands_over, pre).map_err(refused)?;
         match world {
             World::Admission => self.try_out::<AdmissionHook>(&code),
             World::Router => self.try_out::<RouterHook>(&code),
@@ -618,7 +635,8 @@ impl Inner {
         let name: Arc<str> = activation.slot.as_str().into();
         let slot = self.slots().into_iter().find(|slot| *slot.name() == name && slot.world() == H::WORLD);
         let wanted = slot.as_ref().map_or_else(|| self.least_instances::<H>(), |slot| slot.wanted());
-        let log = slot.map_or_else(|| Arc::new(LogGate::new(Arc::clone(&name))), |slot| Arc::clone(slot.log()));
+        let gate = || Arc::new(LogGate::new(Arc::clone(&name)));
+        let log = slot.as_ref().map_or_else(gate, |slot| Arc::clone(slot.log()));
         let mut maker = self.maker::<H>(component, &activation, log)?;
         // The first instance is only asked questions: it has no metrics and a state of its own, and is thrown away.
         let (manifest, wants) = self.probe(&maker)?;
@@ -638,12 +656,24 @@ impl Inner {
             revision: Arc::clone(&revision),
         });
         maker.next = AtomicU32::new(0);
-        let instances = (0..wanted).map(|_| maker.start_equal(&manifest, &wants)).collect::<Result<Vec<_>, _>>()?;
+        let instances = (0..wanted).map(|_| maker.start_again(&manifest)).collect::<Result<Vec<_>, _>>()?;
+        let mut ready = Ready {
+            maker,
+            manifest,
+            wants,
+            revision: Arc::clone(&revision),
+            instances,
+            parked: Vec::new(),
+            inherited: None,
+        };
+        // As late as can be: what the active policy learns from here on is lost.
+        ready.inherit(slot.as_deref(), activation.handover)?;
+        ready.warm()?;
         let generation = activation.generation;
-        let summary = manifest.summary.as_str().into();
-        let ready = Ready { maker, manifest, wants, revision: Arc::clone(&revision), instances };
+        let summary = ready.manifest.summary.as_str().into();
+        let inherited = ready.inherited.clone();
         let warm_ms = (stopwatch_ns() - started) as f64 * 1e-6;
-        Ok(Prepared { slot: name, revision, summary, generation, warm_ms, ready: H::wrap(ready) })
+        Ok(Prepared { slot: name, revision, summary, generation, warm_ms, inherited, ready: H::wrap(ready) })
     }
 
     /// Starts instances without metrics and with a state of their own.
@@ -677,6 +707,74 @@ impl Inner {
         let wants = manifest.check(H::WORLD, &self.shared.config.replica_labels)?;
         H::probe(&mut instance, &wants, &maker.budgets, (self.shared.clock)())?;
         Ok((manifest, wants))
+    }
+}
+
+// === impl Ready ===
+
+impl<H: Hook> Ready<H> {
+    /// Has its instances restore what those of the active generation hand over. One that refuses or faults is replaced.
+    fn inherit(&mut self, slot: Option<&dyn Tend>, handover: Handover) -> Result<(), ActivateError> {
+        let refused = |why: String| match handover {
+            Handover::Cold => Ok(why),
+            Handover::Require => Err(ActivateError::NotHandedOver { why }),
+        };
+        if !self.maker.linked.hands_over() {
+            return refused("it does not export pointsman:policy/handover".to_owned()).map(drop);
+        }
+        let now = (self.maker.shared.clock)();
+        let mut inherited = Inheritance::default();
+        match slot.map_or(Err(NotHandedOver::Native), |slot| slot.hand_over(now)) {
+            Err(why) => inherited.cold.push(refused(why.to_string())?),
+            Ok(handed) => {
+                for Handed { owner, what } in handed {
+                    match self.take_over(&owner, what)? {
+                        Ok(bytes) => {
+                            inherited.restored += 1;
+                            inherited.bytes += bytes;
+                        }
+                        Err(why) if why.is_harmless() => inherited.cold.push(format!("{owner}: {why}")),
+                        Err(why) => inherited.cold.push(refused(format!("{owner}: {why}"))?),
+                    }
+                }
+            }
+        }
+        self.inherited = Some(inherited);
+        Ok(())
+    }
+
+    /// Restores for one owner: how many bytes, or why it starts cold.
+    fn take_over(
+        &mut self,
+        owner: &Arc<str>,
+        what: Result<Snapshot, NotHandedOver>,
+    ) -> Result<Result<u64, NotHandedOver>, StartError> {
+        let snapshot = match what {
+            Ok(snapshot) => snapshot,
+            Err(why) => return Ok(Err(why)),
+        };
+        let hard = self.maker.budgets.init.hard;
+        let mut instance = match self.instances.pop() {
+            Some(instance) => instance,
+            None => self.maker.start_again(&self.manifest)?,
+        };
+        let why = match instance.restore(hard, (self.maker.shared.clock)(), &snapshot) {
+            Ok(Ok(())) => {
+                self.parked.push((Arc::clone(owner), instance));
+                return Ok(Ok(snapshot.bytes.len() as u64));
+            }
+            Ok(Err(words)) => NotHandedOver::Refused(words),
+            Err(fault) => NotHandedOver::Restore(fault),
+        };
+        drop(instance);
+        self.instances.push(self.maker.start_again(&self.manifest)?);
+        Ok(Err(why))
+    }
+
+    fn warm(&mut self) -> Result<(), StartError> {
+        let Self { maker, wants, instances, parked, .. } = self;
+        let parked = parked.iter_mut().map(|(_, instance)| instance);
+        instances.iter_mut().chain(parked).try_for_each(|instance| maker.warm(instance, wants))
     }
 }
 

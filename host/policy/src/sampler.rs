@@ -52,8 +52,8 @@ pub struct SamplerPort {
     core: Arc<SlotCore<SamplerHook>>,
     errands: SyncSender<Errand>,
     replies: Receiver<Reply>,
-    /// The last generation that the thread was told to look at.
-    generation: u64,
+    /// The last generation, and question of whoever prepares the next one, that the thread was told to look at.
+    seen: (u64, u64),
     /// How long a step waits for a reply.
     patience: Duration,
     /// The thread has ended in a panic; the host goes on without a sampler here.
@@ -110,7 +110,7 @@ impl SamplerSlot {
         // A batch is up to three calls, whose limits count the guest's own time and not that of others on its processor.
         let patience = Duration::from_micros(self.core.shared.config.budgets.edit.hard.saturating_mul(4));
         let core = Arc::clone(&self.core);
-        Ok(SamplerPort { core, errands, replies, generation: 0, patience, is_gone: false })
+        Ok(SamplerPort { core, errands, replies, seen: (0, 0), patience, is_gone: false })
     }
 }
 
@@ -119,12 +119,13 @@ impl SamplerSlot {
 impl SamplerWorker for SamplerPort {
     fn attend(&mut self, now: Micros) -> Option<u64> {
         let generation = self.core.enter();
-        if generation.number() != self.generation {
-            self.generation = generation.number();
+        let asked = generation.guest.as_ref().map_or(0, |guest| guest.questions.asked());
+        if (generation.number(), asked) != self.seen {
+            self.seen = (generation.number(), asked);
             // When the inbox is full, what is in it makes the thread look.
             let _ = self.errands.try_send(Errand::Look(now));
         }
-        (generation.guest.is_some() && !self.is_gone).then_some(self.generation)
+        (generation.guest.is_some() && !self.is_gone).then_some(self.seen.0)
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {

@@ -56,6 +56,8 @@ pub struct SchedulerGuest {
     view: Option<OwnedView>,
     /// What came back from there, for this boundary alone.
     late: Answered,
+    /// The last question of whoever prepares the next generation that was answered.
+    answered: u64,
 }
 
 /// Whether the guest decides if its circuit closes.
@@ -86,6 +88,7 @@ impl SchedulerSlot {
             aside: None,
             view: None,
             late: Answered::Nothing,
+            answered: 0,
         }
     }
 }
@@ -100,7 +103,7 @@ impl SchedulerGuest {
         let seat = std::mem::take(&mut self.seat);
         if let Some(guest) = &self.stay.guest {
             if let Some(instance) = seat.instance {
-                guest.give_back(instance);
+                guest.park(&self.replica, instance);
             }
             match self.trial {
                 Trial::No => {}
@@ -109,6 +112,7 @@ impl SchedulerGuest {
             }
         }
         self.trial = Trial::No;
+        self.answered = 0;
         self.forget();
     }
 
@@ -167,12 +171,29 @@ impl SchedulerGuest {
     }
 
     /// Has a fresh instance where there is none, or a worn one; false when it has none now.
-    fn be_seated(&mut self) -> bool {
+    fn be_seated(&mut self, now: Micros) -> bool {
         let Some(guest) = &self.stay.guest else { return false };
-        if guest.renew(&mut self.seat.instance) {
+        if guest.renew(&mut self.seat.instance, &self.replica, now) {
             self.synced = false;
         }
         self.seat.instance.is_some()
+    }
+
+    /// Answers whoever prepares the next generation, and says whether that took a call.
+    fn hand_over(&mut self, now: Micros) -> bool {
+        // One that is out answers at the boundary that finds it back.
+        if !self.stay.guest.as_ref().is_some_and(|guest| guest.is_asked(self.answered)) || self.is_out() {
+            return false;
+        }
+        // The first boundary since the last swap may be this one.
+        self.be_seated(now);
+        let Some(guest) = &self.stay.guest else { return false };
+        let called = guest.answer(&mut self.seat.instance, &self.replica, &mut self.answered, now);
+        if self.seat.instance.is_none() {
+            self.trial = Trial::No;
+            self.forget();
+        }
+        called
     }
 
     /// Moves a slow guest aside and a quick one back.
@@ -199,6 +220,10 @@ impl BatchPolicy for SchedulerGuest {
             self.stay = Arc::new(self.core.stay());
         }
         self.take_back();
+        if self.hand_over(now) {
+            // Nothing else is asked at this boundary: it takes no longer than a decision may.
+            return Attention::Busy;
+        }
         let Some(guest) = &self.stay.guest else { return Attention::Native };
         match self.trial {
             Trial::Answered(number) => {
@@ -223,7 +248,7 @@ impl BatchPolicy for SchedulerGuest {
         if self.is_out() {
             return Attention::Busy;
         }
-        if !self.be_seated() {
+        if !self.be_seated(now) {
             return self.pause();
         }
         self.choose_side();
@@ -276,6 +301,7 @@ impl BatchPolicy for SchedulerGuest {
             None => self.seat.answer(guest, view, now, (budgets, changes)),
             Some(aside) => {
                 aside.send(Task {
+                    owner: Arc::clone(&self.replica),
                     stay: Arc::clone(&self.stay),
                     seat: std::mem::take(&mut self.seat),
                     view,
@@ -337,7 +363,7 @@ impl Drop for SchedulerGuest {
             guest.discard(instance);
         }
         self.leave();
-        self.core.want(-1);
+        self.core.dismiss(&self.replica);
     }
 }
 

@@ -19,6 +19,7 @@ use crate::drain::Drain;
 use crate::engine::stopwatch_ns;
 use crate::fault::{FaultKind, FaultReport};
 use crate::generation::{Generation, Guest, MAX_INSTANCES};
+use crate::handover::{Handed, Inheritance, NotHandedOver};
 use crate::host::LogGate;
 use crate::instance::{AnyReady, Hook};
 use crate::runtime::Shared;
@@ -37,6 +38,8 @@ pub struct Prepared {
     pub generation: u64,
     /// Time from start to warm, in milliseconds.
     pub warm_ms: f64,
+    /// What the active policy has handed over; absent where the component does not take it.
+    pub inherited: Option<Inheritance>,
     pub(crate) ready: AnyReady,
 }
 
@@ -223,6 +226,8 @@ pub(crate) trait Tend: Send + Sync {
     /// Instances that a generation should have.
     fn wanted(&self) -> u32;
     fn log(&self) -> &Arc<LogGate>;
+    /// What the instances that serve hand over to the next generation; may wait for their owners.
+    fn hand_over(&self, now: Micros) -> Result<Vec<Handed>, NotHandedOver>;
 }
 
 /// The part of a slot that does not care which world it is.
@@ -307,6 +312,7 @@ impl<H: Hook> std::ops::Deref for Stay<H> {
 
 impl<H: Hook> Drop for Stay<H> {
     fn drop(&mut self) {
+        self.generation.guest.iter().for_each(|guest| guest.questions.part());
         if self.generation.gate.leave() == Drain::Drained {
             self.core.shared.wake();
         }
@@ -372,7 +378,10 @@ impl<H: Hook> SlotCore<H> {
         loop {
             let generation = self.deciding().load_full();
             match generation.gate.enter() {
-                Ok(()) => return Stay { core: Arc::clone(self), generation },
+                Ok(()) => {
+                    generation.guest.iter().for_each(|guest| guest.questions.join());
+                    return Stay { core: Arc::clone(self), generation };
+                }
                 Err(Drain::Drained) => self.shared.wake(),
                 Err(Drain::Pending) => {}
             }
@@ -390,6 +399,14 @@ impl<H: Hook> SlotCore<H> {
         let _ =
             self.wanted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n.saturating_add_signed(change)));
         self.shared.wake();
+    }
+
+    /// An owner of an instance is gone for good: one fewer is needed, in whichever arm.
+    pub(crate) fn dismiss(&self, owner: &str) {
+        for generation in self.warm() {
+            generation.guest.iter().for_each(|guest| guest.forget(owner));
+        }
+        self.want(-1);
     }
 
     fn arms(&self) -> MutexGuard<'_, Arms<H>> {
@@ -643,6 +660,15 @@ impl<H: Hook> Tend for SlotCore<H> {
 
     fn log(&self) -> &Arc<LogGate> {
         &self.log
+    }
+
+    fn hand_over(&self, now: Micros) -> Result<Vec<Handed>, NotHandedOver> {
+        let generation = self.current.load_full();
+        let guest = generation.guest.as_ref().ok_or(NotHandedOver::Native)?;
+        if !guest.hands_over() {
+            return Err(NotHandedOver::NotExported);
+        }
+        Ok(guest.hand_over(now, self.shared.bypassed.load(Ordering::Relaxed)))
     }
 }
 

@@ -114,6 +114,14 @@ impl TelemetrySlot {
         alerts
     }
 
+    /// Answers whoever prepares the next generation. To be called often, by the thread that calls
+    /// [`on_events`](Self::on_events).
+    pub fn attend(&self, now: Micros) {
+        if let Some(guest) = &self.core.enter().guest {
+            guest.answer_working(now);
+        }
+    }
+
     fn show(
         &self,
         now: Micros,
@@ -144,7 +152,7 @@ impl TelemetrySlot {
         guest.took(took_ns, budget.soft);
         match answer {
             Ok(raised) => {
-                guest.keep_working(instance);
+                guest.keep_working(instance, now);
                 if admit == Admit::Trial {
                     guest.trial_passed(number);
                 }

@@ -107,12 +107,16 @@ pub enum UploadError {
         /// What it exports.
         exports: Vec<String>,
     },
-    /// It counts on an interface that the package names and this host does not serve yet.
+    /// It would hand over, and its world has no instance that could be asked.
     #[error(
-        "the component exports pointsman:policy/handover, and this host takes no snapshots yet: keep what must outlive a swap in \
-         host-state, and leave the export out"
+        "the component exports pointsman:policy/handover besides {}: several of its instances answer at once and none sees \
+         every request, so there is none to take a snapshot of; keep what must outlive a swap in host-state, and leave the \
+         export out", .world.interface()
     )]
-    Handover,
+    Handover {
+        /// Its world.
+        world: World,
+    },
     /// Its types are not those of the package, or it cannot be instantiated.
     #[error("the component does not fit this host: {detail}; rebuild it against this host's wit/policy.wit")]
     Link {
@@ -136,6 +140,8 @@ pub enum UploadError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) world: World,
+    /// Whether it exports `handover` besides.
+    pub(crate) hands_over: bool,
     /// As in `pointsman:policy@0.1.0`.
     pub(crate) package: Arc<str>,
     /// Where names have the digit of an older minor version, for [`crate::versions::lift`].
@@ -227,14 +233,14 @@ pub(crate) fn identify(component: &[u8]) -> Result<Identity, UploadError> {
     }
     let exported =
         |wanted: &str| exports.iter().filter_map(|name| Interface::parse(name)).find(|found| found.name == wanted);
-    if exported(HANDOVER).is_some() {
-        return Err(UploadError::Handover);
-    }
+    let hands_over = exported(HANDOVER).is_some();
     let implements = |world: &World| exported(world.interface()).is_some_and(|i| i.minor() >= Some(world.since()));
     let mut found = World::ALL.into_iter().filter(implements);
     match (found.next(), found.next(), exported(LIFECYCLE)) {
+        (Some(world), None, Some(_)) if hands_over && !world.may_hand_over() => Err(UploadError::Handover { world }),
         (Some(world), None, Some(lifecycle)) => Ok(Identity {
             world,
+            hands_over,
             package: format!("{PACKAGE}@{}", lifecycle.version).into(),
             outdated_digits: interfaces.iter().filter_map(|i| i.outdated_digit(component)).collect(),
             imports: imports.iter().map(|name| (*name).to_owned()).collect(),
@@ -365,6 +371,11 @@ impl World {
         }
     }
 
+    /// Whether one instance has all calls for a replica, or for the host, and so something to hand over.
+    fn may_hand_over(self) -> bool {
+        !matches!(self, Self::Admission | Self::Router)
+    }
+
     /// The first minor version of the package that has it.
     fn since(self) -> Minor {
         match self {
@@ -477,8 +488,17 @@ mod tests {
         check(&[], &[&life, &at("telemetry", "0.1.0")], "telemetry-hook");
         check(&[], &[&at("lifecycle", "0.2.0"), &at("admission", "0.2.0")], "admission-policy");
         check(&[], &[&life, &at("admission", "0.1.0")], "implements none of the worlds");
-        let of_0_2 = ["lifecycle", "router", "handover"].map(|name| at(name, "0.2.0"));
-        check(&[], &of_0_2.each_ref().map(String::as_str), "takes no snapshots yet");
+        for (world, expect) in [
+            ("router", "exports pointsman:policy/handover besides router: several"),
+            ("admission", "there is none to take a snapshot of"),
+            ("scheduler", "scheduler-policy pointsman:policy@0.2.0"),
+            ("telemetry", "telemetry-hook"),
+            ("kv-retention", "kv-retention-policy"),
+            ("sampler", "sampler-policy"),
+        ] {
+            let exports = ["lifecycle", world, "handover"].map(|name| at(name, "0.2.0"));
+            check(&[], &exports.each_ref().map(String::as_str), expect);
+        }
         check(&[], &[&router], "implements none of the worlds");
         check(&[], &[&life, &router, &at("scheduler", "0.1.0")], "implements none of the worlds");
         check(&[], &[], "it exports nothing");

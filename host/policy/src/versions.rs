@@ -23,7 +23,7 @@ pub(crate) const PACKAGE: &str = "pointsman:policy";
 pub(crate) const BOUND: &str = "0.1.x and 0.2.x";
 /// The interface that differs between versions.
 pub(crate) const LIFECYCLE: &str = "lifecycle";
-/// The optional interface of the package that this host does not serve yet.
+/// The optional interface of the package.
 pub(crate) const HANDOVER: &str = "handover";
 
 /// A minor version that this host binds, whatever the patch.

@@ -317,6 +317,7 @@ impl PolicyAdmin for FakeAdmin {
             config: RawValue::from_string("{}".into()).expect("JSON"),
             state_namespace: "router".into(),
             budget: wire::Budget::default(),
+            handover: wire::Handover::default(),
             limits: None,
         };
         Ok(wire::Slot {
@@ -334,11 +335,11 @@ impl PolicyAdmin for FakeAdmin {
             return Err(refused(AdminErrorKind::Conflict, "generation 3 is active"));
         }
         let revision = format!("{slot}:{}:{}:{actor}", request.component, request.config.get());
-        Ok(wire::Activated { revision, generation: 4, warm_ms: 1.0, publish_us: 2.0 })
+        Ok(wire::Activated { revision, generation: 4, warm_ms: 1.0, publish_us: 2.0, handover: None })
     }
 
     fn delete_slot(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {
-        Ok(wire::Activated { revision: "native".into(), generation: 5, warm_ms: 0.0, publish_us: 1.0 })
+        Ok(wire::Activated { revision: "native".into(), generation: 5, warm_ms: 0.0, publish_us: 1.0, handover: None })
     }
 
     fn rollback(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {

@@ -55,6 +55,7 @@ pub struct Metrics {
     policy_faults: IntCounterVec,
     policy_fallbacks: IntCounterVec,
     policy_late_plans: IntCounterVec,
+    policy_handovers: IntCounterVec,
     policy_generation: IntGaugeVec,
     swap: HistogramVec,
     step: HistogramVec,
@@ -132,6 +133,10 @@ pub struct SlotMetrics {
     pub fallbacks: IntCounter,
     /// `pointsman_policy_late_plans_total`: plans that were computed aside and used one step late.
     pub late_plans: IntCounter,
+    /// `pointsman_policy_handovers_total{outcome="restored"}`: instances that were handed what another one knew.
+    pub handed_over: IntCounter,
+    /// `pointsman_policy_handovers_total{outcome="cold"}`: instances that could have been, and were not.
+    pub started_cold: IntCounter,
     /// `pointsman_policy_faults_total`, by kind: timeout, trap, memory, bad-answer, link.
     pub faults: [IntCounter; 5],
 }
@@ -307,6 +312,11 @@ impl Metrics {
                 "Plans of a scheduler over its soft budget, computed aside and used a step late.",
                 &["slot"],
             ),
+            policy_handovers: counter(
+                "pointsman_policy_handovers_total",
+                "Instances that took the place of another one, with what it knew or cold.",
+                &["slot", "outcome"],
+            ),
             policy_generation: gauge("pointsman_policy_generation", "Generation active in the slot.", &["slot"]),
             swap: histogram(
                 "pointsman_swap_seconds",
@@ -394,6 +404,8 @@ impl Metrics {
             call: self.policy_call.with_label_values(&[slot, revision]),
             fallbacks: self.policy_fallbacks.with_label_values(&[slot]),
             late_plans: self.policy_late_plans.with_label_values(&[slot]),
+            handed_over: self.policy_handovers.with_label_values(&[slot, "restored"]),
+            started_cold: self.policy_handovers.with_label_values(&[slot, "cold"]),
             faults: ["timeout", "trap", "memory", "bad-answer", "link"].map(fault),
         }
     }
@@ -426,6 +438,9 @@ impl Metrics {
     pub fn forget_slot(&self, slot: &str) {
         let _ = self.policy_fallbacks.remove_label_values(&[slot]);
         let _ = self.policy_late_plans.remove_label_values(&[slot]);
+        for outcome in ["restored", "cold"] {
+            let _ = self.policy_handovers.remove_label_values(&[slot, outcome]);
+        }
         let _ = self.policy_generation.remove_label_values(&[slot]);
         let _ = self.swap.remove_label_values(&[slot]);
     }

@@ -17,7 +17,8 @@
 //!
 //! When memory is short the newest request of the tenant with the largest counter goes first. With `max_waiting`, a longer
 //! queue refuses the newest requests of the tenant that has most of them: a flood's overflow then costs the flood, not
-//! whoever comes next. A restart of the policy starts all counters at 0. A step costs O((changes + running) * log n).
+//! whoever comes next. A swap hands the counters over; after a fault or a restart they start at 0. A step costs
+//! O((changes + running) * log n).
 //!
 //! Configuration: `weights` ({}: shares by tenant name, 1000 where not named), `output_cost` (2), `spare_places` (2; at most
 //! an eighth of the places), `max_waiting` (0: the host's own limit). Keep `max_waiting` below the host's `sched.max_waiting`.
@@ -25,7 +26,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
-use pointsman_plugin::{Budgets, Changes, HostInfo, Manifest, Micros, Plan, Policy, RequestId, Rest};
+use pointsman_plugin::{Budgets, Changes, Handover, HostInfo, Manifest, Micros, Plan, Policy, RequestId, Rest};
 use pointsman_plugin::{Scheduler, Sequence, View};
 use serde::Deserialize;
 
@@ -88,6 +89,7 @@ struct Light {
 }
 
 pointsman_plugin::scheduler!(FairShare);
+pointsman_plugin::handover!(FairShare);
 
 /// Weight of a tenant that the configuration does not name.
 const NORMAL_WEIGHT: u32 = 1_000;
@@ -143,7 +145,8 @@ impl Scheduler for FairShare {
             tenant.under_way = 0;
         }
         self.meet(&view.tenants);
-        view.waiting.rows().for_each(|sequence| self.arrive(&sequence));
+        // They waited before, so nobody is lifted: the smallest counter of those who wait is one of theirs.
+        view.waiting.rows().for_each(|sequence| self.enter(sequence.id, known(&sequence)));
         for sequence in view.running.rows() {
             let known = Known { prompt: 0, generated: sequence.generated_tokens, ..known(&sequence) };
             self.enter(sequence.id, Known { runs: true, ..known });
@@ -162,6 +165,31 @@ impl Scheduler for FairShare {
         let prefill_id = self.pause(&mut admit, &light);
         let prefill_tokens = vec![0; prefill_id.len()];
         Some(Plan { admit, rest: Rest::Hold, preempt: self.victims(reached), drop, prefill_id, prefill_tokens })
+    }
+}
+
+/// The counters: `left_at`, then number and counter of each tenant, which has the same number as long as the host runs.
+impl Handover for FairShare {
+    fn snapshot(&mut self) -> Option<Vec<u8>> {
+        let tenants = self.tenants.iter().map(|(number, tenant)| (u64::from(*number), tenant.counter));
+        let words = [self.left_at].into_iter().chain(tenants.flat_map(|(number, counter)| [number, counter]));
+        Some(words.flat_map(u64::to_le_bytes).collect())
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let bad = || format!("{} bytes are no counters of tenants", bytes.len());
+        let (words, rest) = bytes.as_chunks::<8>();
+        let (left_at, tenants) = words.split_first().ok_or_else(bad)?;
+        let (tenants, odd) = tenants.as_chunks::<2>();
+        if !rest.is_empty() || !odd.is_empty() {
+            return Err(bad());
+        }
+        for [number, counter] in tenants {
+            let number = u32::try_from(u64::from_le_bytes(*number)).map_err(|_| bad())?;
+            self.tenants.entry(number).or_default().counter = u64::from_le_bytes(*counter);
+        }
+        self.left_at = u64::from_le_bytes(*left_at);
+        Ok(())
     }
 }
 
@@ -440,6 +468,24 @@ mod tests {
         let gone = Changes { gone: vec![14, 13], ..arrivals([]) };
         let plan = policy.step(3, &budgets(4), &gone).expect("a plan");
         assert_eq!((plan.admit, plan.preempt), (vec![20], vec![2, 1]), "never for one that has had more");
+    }
+
+    #[test]
+    fn counters_go_over_to_a_successor() {
+        let mut before: FairShare = start("").expect("a valid configuration");
+        before.resync(&view(1, 8, &[], &[of(1, 1), of(2, 2)]));
+        let progress = Changes { progress_id: vec![1, 2], progress_generated: vec![50, 7], ..arrivals([]) };
+        before.step(2, &budgets(8), &progress);
+        let bytes = before.snapshot().expect("counters");
+        let mut after: FairShare = start("").expect("a valid configuration");
+        after.restore(&bytes).expect("its own layout");
+        after.resync(&view(3, 1, &[of(3, 1), of(4, 2)], &[]));
+        let plan = after.step(3, &budgets(1), &arrivals([])).expect("a plan");
+        assert_eq!(plan.admit, [4], "the one that has had less");
+        assert_eq!(after.snapshot(), Some(bytes), "and nothing is lost on the way");
+        for bad in [&b""[..], b"1234", &[0; 16], &[0xff; 24]] {
+            assert!(after.restore(bad).is_err_and(|words| words.contains("no counters of tenants")), "{bad:?}");
+        }
     }
 
     #[test]

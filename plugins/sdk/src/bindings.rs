@@ -1,7 +1,7 @@
 //! What wit-bindgen makes of wit/policy.wit: one module for the host's imports and one per exported interface.
 //!
 //! The package's worlds all export `lifecycle`, and an interface can be bound only once per crate. So each interface has a
-//! one-interface world here, and a component is the union of two of them: `lifecycle` and its own. wit-component merges
+//! one-interface world here, and a component is the union of two of them, `lifecycle` and its own, or of three with `handover`. wit-component merges
 //! their types, and the result is exactly a world of the package. Guests do not name these modules: the crate root
 //! re-exports what they need.
 
@@ -34,6 +34,20 @@ pub mod lifecycle {
         generate_all,
         runtime_path: "pointsman_plugin::wit_bindgen::rt",
         default_bindings_module: "pointsman_plugin::bindings::lifecycle",
+        pub_export_macro: true,
+        additional_derives: [PartialEq],
+    });
+}
+
+/// `interface handover`.
+pub mod handover {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        inline: "package pointsman:sdk@0.1.0; world handover { export pointsman:policy/handover@0.2.0; }",
+        world: "pointsman:sdk/handover",
+        generate_all,
+        runtime_path: "pointsman_plugin::wit_bindgen::rt",
+        default_bindings_module: "pointsman_plugin::bindings::handover",
         pub_export_macro: true,
         additional_derives: [PartialEq],
     });

@@ -1,4 +1,4 @@
-//! From a policy type to a component: the exported functions, written once for all policies, and the three macros.
+//! From a policy type to a component: the exported functions, written once for all policies, and the macros.
 //!
 //! The one policy of an instance lives in a thread-local cell: the component model has no `self`, and a cell needs no
 //! `unsafe`. Exports exist on wasm32 only, so that a policy crate is an ordinary library everywhere else.
@@ -8,14 +8,17 @@ use std::marker::PhantomData;
 use std::thread::LocalKey;
 
 use crate::bindings::admission::exports::pointsman::policy::admission;
+use crate::bindings::handover::exports::pointsman::policy::handover;
 use crate::bindings::kv_retention::exports::pointsman::policy::kv_retention;
 use crate::bindings::lifecycle::exports::pointsman::policy::lifecycle;
 use crate::bindings::router::exports::pointsman::policy::router;
 use crate::bindings::sampler::exports::pointsman::policy::sampler;
 use crate::bindings::scheduler::exports::pointsman::policy::scheduler;
 use crate::bindings::telemetry::exports::pointsman::policy::telemetry;
-use crate::{Admission, AdmitRequest, Alert, Blocks, Budgets, Changes, Choice, Edit, Endings, Events, HostInfo, Load};
-use crate::{Manifest, Micros, Plan, Policy, Ranking, Replicas, Request, RequestId, Retention, Router, Sampler};
+use crate::{
+    Admission, AdmitRequest, Alert, Blocks, Budgets, Changes, Choice, Edit, Endings, Events, Handover, HostInfo,
+};
+use crate::{Load, Manifest, Micros, Plan, Policy, Ranking, Replicas, Request, RequestId, Retention, Router, Sampler};
 use crate::{Scheduler, Sequences, Started, Telemetry, Verdict, View, config};
 
 /// A policy with a place to live in; implemented by the macros.
@@ -105,6 +108,19 @@ impl<P: Instance + Sampler> sampler::Guest for Component<P> {
     }
 }
 
+impl<P: Instance + Handover> handover::Guest for Component<P> {
+    fn take_snapshot() -> Option<handover::Snapshot> {
+        with::<P, _>(|policy| policy.snapshot().map(|bytes| handover::Snapshot { schema: policy.schema(), bytes }))
+    }
+
+    fn restore(snapshot: handover::Snapshot) -> Result<(), String> {
+        with::<P, _>(|policy| match policy.schema() {
+            known if known == snapshot.schema => policy.restore(&snapshot.bytes),
+            known => Err(format!("it has the layout {}, and this policy knows {known}", snapshot.schema)),
+        })
+    }
+}
+
 /// Exports an [`Admission`] policy as a component of world `admission-policy`.
 #[macro_export]
 macro_rules! admission {
@@ -150,6 +166,18 @@ macro_rules! retention {
 macro_rules! sampler {
     ($policy:ty) => {
         $crate::__export!(sampler, $policy);
+    };
+}
+
+/// Exports the [`Handover`] of a policy besides its world; a router's or an admission policy's would be refused.
+#[macro_export]
+macro_rules! handover {
+    ($policy:ty) => {
+        #[cfg(target_arch = "wasm32")]
+        const _: () = {
+            type Exported = $crate::Component<$policy>;
+    $crate::bindings::handover::export!(Exported with_types_in $crate::bindings::handover);
+        };
     };
 }
 

@@ -72,6 +72,11 @@ pub fn label(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
+/// What a layout of a policy is called between all policies.
+pub(crate) fn schema(policy: &str, layout: u32) -> u32 {
+    mix(label(policy), layout.into()) as u32
+}
+
 #[inline]
 fn finish(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -1,7 +1,8 @@
 //! SDK for Pointsman policies in Rust.
 //!
 //! A policy is a plain type that implements [`Policy`] and one of [`Admission`], [`Router`], [`Scheduler`], [`Retention`],
-//! [`Sampler`], [`Telemetry`]; one macro of the same name in small letters ([`router!`], ...) makes the component out of it.
+//! [`Sampler`], [`Telemetry`]; one macro of the same name in small letters ([`router!`], ...) makes the component out of it, and
+//! [`handover!`] adds a [`Handover`].
 //! Nothing in a policy knows about WebAssembly: `cargo test` runs it natively, with [`testing`] in the place of the host.
 //!
 //! ```
@@ -144,6 +145,32 @@ pub trait Sampler: Policy {
 pub trait Telemetry: Policy {
     /// A batch of events, oldest first, and how many the host had to drop before them. Returns alerts to raise.
     fn on_events(&mut self, now: Micros, events: &Events, dropped: u64) -> Vec<Alert>;
+}
+
+/// Hands what was learned to the instance that takes this one's place, when the slot is swapped or the host replaces an
+/// instance that has served long; [`handover!`] exports it. For schedulers, retention policies, samplers and telemetry hooks.
+///
+/// An optimization: an instance that comes after a fault or a restart of the host starts without it. What follows on `restore`
+/// is what every new instance is told, such as a scheduler's `resync`: keep there what was restored.
+pub trait Handover: Policy {
+    /// Number of the layout of the bytes; another one for another layout.
+    const LAYOUT: u32 = 1;
+
+    /// What the layout is called between all policies, because any policy may follow on this one: a successor that does not say
+    /// the same is not shown the bytes. Made of the policy's name and [`LAYOUT`](Self::LAYOUT).
+    fn schema(&self) -> u32 {
+        hash::schema(&self.manifest().name, Self::LAYOUT)
+    }
+
+    /// What is worth to be carried over, at most 1 MiB; none for nothing. Called between two calls of the policy, which goes
+    /// on serving.
+    fn snapshot(&mut self) -> Option<Vec<u8>>;
+
+    /// What the instance before this one gave, after `init` and before any other call.
+    ///
+    /// # Errors
+    /// A sentence for the operator: another instance starts cold, or the swap is refused, as the operator has asked.
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), String>;
 }
 
 impl Manifest {

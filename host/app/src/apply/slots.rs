@@ -1,6 +1,6 @@
 //! What a file says of slots, and how one is changed.
 
-use pointsman_control::Budget;
+use pointsman_control::{Budget, Handover};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -19,6 +19,8 @@ pub(super) struct WantedSlot {
     state_namespace: Option<String>,
     #[serde(default)]
     budget: Budget,
+    #[serde(default)]
+    handover: Handover,
 }
 
 /// A slot that has to change, and what it is now.
@@ -31,6 +33,7 @@ struct Change {
     config: Value,
     state_namespace: String,
     budget: Budget,
+    handover: Handover,
     /// `null` for a slot that does not exist.
     now: Value,
 }
@@ -38,15 +41,17 @@ struct Change {
 impl WantedSlot {
     /// What has to change; `digest` is the component's.
     pub(super) fn compare(&self, slot: &str, digest: String, slots: &Value) -> Option<Box<dyn Act>> {
-        let Self { component, config, state_namespace, budget } = self.clone();
+        let Self { component, config, state_namespace, budget, handover } = self.clone();
         let state_namespace = state_namespace.unwrap_or_else(|| slot.to_owned());
         let now = active(slots, slot);
         let same = now["component"] == digest
             && same_json(&now["config"], &config)
             && now["state_namespace"] == state_namespace
-            && own_budget(&now) == budget;
+            && own_budget(&now) == budget
+            && own_handover(&now) == handover;
         let slot = slot.to_owned();
-        (!same).then(|| Box::new(Change { slot, component, digest, config, state_namespace, budget, now }) as _)
+        let change = Change { slot, component, digest, config, state_namespace, budget, handover, now };
+        (!same).then(|| Box::new(change) as _)
     }
 }
 
@@ -60,13 +65,18 @@ pub(super) fn own_budget(policy: &Value) -> Budget {
     Budget::deserialize(&policy["budget"]).unwrap_or_default()
 }
 
+/// Whether a policy might start cold.
+pub(super) fn own_handover(policy: &Value) -> Handover {
+    Handover::deserialize(&policy["handover"]).unwrap_or_default()
+}
+
 impl Act for Change {
     fn name(&self) -> String {
         format!("`{}`", self.slot)
     }
 
     fn lines(&self) -> Vec<String> {
-        let Self { slot, component, digest, config, state_namespace, budget, now } = self;
+        let Self { slot, component, digest, config, state_namespace, budget, handover, now } = self;
         if now.is_null() {
             return vec![format!("+ {slot}: {component} with {config}")];
         }
@@ -82,6 +92,9 @@ impl Act for Change {
         }
         if own_budget(now) != *budget {
             lines.push(format!("    budget  {} -> {}", json!(own_budget(now)), json!(budget)));
+        }
+        if own_handover(now) != *handover {
+            lines.push(format!("    handover  {} -> {}", json!(own_handover(now)), json!(handover)));
         }
         lines
     }
@@ -104,6 +117,7 @@ impl Act for Change {
             return admin.send("DELETE", &format!("/admin/v1/slots/{slot}"), Vec::new(), "").map(drop);
         }
         let (component, config, namespace) = (&now["component"], &now["config"], &now["state_namespace"]);
+        // It may start cold, whatever it had said: what is taken back has no say.
         let body =
             json!({ "component": component, "config": config, "state_namespace": namespace, "budget": now["budget"] });
         admin.put_slot(slot, &body).map(drop)
@@ -117,6 +131,7 @@ impl Change {
             "config": self.config,
             "state_namespace": self.state_namespace,
             "budget": self.budget,
+            "handover": self.handover,
             "if_generation": self.now["generation"].as_u64().unwrap_or(0),
             "dry_run": dry_run,
         });

@@ -1,12 +1,12 @@
 //! What a file says of rollouts, and how one is started.
 
 use anyhow::{Context, bail};
-use pointsman_control::Budget;
 use pointsman_control::rollout::{Plan, Spec};
+use pointsman_control::{Budget, Handover};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::slots::{active, own_budget};
+use super::slots::{active, own_budget, own_handover};
 use super::{Act, Needs, Now, Wanted, aliases, same_json};
 use crate::client::{Admin, segment, text};
 use crate::rollouts::Subject;
@@ -20,6 +20,8 @@ pub(super) struct WantedTrial {
     state_namespace: Option<String>,
     #[serde(default)]
     budget: Budget,
+    #[serde(default)]
+    handover: Handover,
     /// Of an alias: one of its variants.
     candidate: Option<String>,
     /// The members of the plan, as in docs/rollouts.md.
@@ -76,6 +78,7 @@ impl WantedTrial {
                     ("config", self.config.is_some()),
                     ("state_namespace", self.state_namespace.is_some()),
                     ("budget", self.budget != Budget::default()),
+                    ("handover", self.handover != Handover::default()),
                 ];
                 if let Some((member, _)) = own.iter().find(|(_, given)| *given) {
                     bail!("a rollout of an alias takes no `{member}`: a variant is a model, not a policy");
@@ -152,6 +155,9 @@ impl WantedTrial {
             if own_budget(target) != self.budget {
                 lines.push(format!("    budget  {} -> {}", json!(own_budget(target)), json!(self.budget)));
             }
+            if own_handover(target) != self.handover {
+                lines.push(format!("    handover  {} -> {}", json!(own_handover(target)), json!(self.handover)));
+            }
         } else if last["candidate"]["name"] != *id {
             lines.push(format!("    candidate  {} -> {id}", text(&last["candidate"], "name")));
         }
@@ -169,6 +175,7 @@ impl WantedTrial {
                 body.insert("component".into(), id.into());
                 body.insert("config".into(), self.config.clone().unwrap_or_else(|| json!({})));
                 body.insert("budget".into(), json!(self.budget));
+                body.insert("handover".into(), json!(self.handover));
                 if let Some(namespace) = &self.state_namespace {
                     body.insert("state_namespace".into(), namespace.as_str().into());
                 }
@@ -216,7 +223,7 @@ impl Act for Trial {
         }
         match &self.subject {
             Subject::Slot(slot) => {
-                let members = ["component", "config", "state_namespace", "budget"];
+                let members = ["component", "config", "state_namespace", "budget", "handover"];
                 let own = members.into_iter().filter_map(|m| Some((m.to_owned(), self.body.get(m)?.clone())));
                 let mut body: Map<String, Value> = own.collect();
                 body.insert("dry_run".into(), true.into());

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use pointsman_control::{ComponentRef, Desired, Happened, Planned, SlotName, Why};
-use pointsman_policy::{Activation, Component, Digest, Prepared, Published, Role, Slot, World};
+use pointsman_policy::{Activation, Component, Digest, Handover as Rule, Prepared, Published, Role, Slot, World};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::AdminError;
 
 use super::errors::{activate_error, conflict, internal, invalid, not_found, plan_error, trust_error, upload_error};
-use super::{Deploy, Failed, TelemetrySlots, lock};
+use super::{Deploy, Failed, TelemetrySlots, handover, lock};
 use crate::builtin::BUILTINS;
 
 /// Something that only has to be swapped in.
@@ -45,12 +45,15 @@ impl Deploy {
     pub(super) fn try_out(&self, slot: SlotName, desired: Desired) -> Result<wire::Activated, AdminError> {
         let planned = lock(&self.state).plan(slot, desired).map_err(plan_error)?;
         self.check_changeable(Some(&planned.slot))?;
-        let ready = self.prepare(&planned.slot, &planned.desired, planned.generation, Role::Candidate)?;
+        let rule = handover::rule(planned.desired.handover, Why::Put);
+        let ready = self.prepare(&planned, Role::Candidate, rule)?;
+        let handover = handover::answered(&ready);
         let warm_ms = match &ready {
             Ready::Native => 0.0,
             Ready::Guest(prepared) => prepared.warm_ms,
         };
-        Ok(wire::Activated { revision: ready.revision(), generation: planned.generation, warm_ms, publish_us: 0.0 })
+        let generation = planned.generation;
+        Ok(wire::Activated { revision: ready.revision(), generation, warm_ms, publish_us: 0.0, handover })
     }
 
     /// Prepares, stores, swaps. The caller holds `operations`. Until the document is stored nothing has changed; from then on
@@ -58,7 +61,9 @@ impl Deploy {
     pub(super) fn carry_out(&self, planned: Planned, actor: &str, why: Why) -> Result<wire::Activated, AdminError> {
         self.check_changeable(Some(&planned.slot))?;
         let (slot, generation) = (planned.slot.clone(), planned.generation);
-        let ready = self.prepare_noted(&planned, Role::Active, actor)?;
+        let rule = handover::rule(planned.desired.handover, why);
+        let ready = self.prepare_noted(&planned, (Role::Active, rule), actor)?;
+        let handover = handover::answered(&ready);
         let mut next = lock(&self.state).clone();
         let retired = next.slot(&slot).and_then(|s| s.previous.as_ref()).map(|p| p.revision.clone());
         let document = next.published(planned, ready.revision());
@@ -70,12 +75,14 @@ impl Deploy {
         let before = document.previous.map(|p| p.revision);
         let keep = [Some(document.active.revision.as_str()), before.as_deref()];
         self.forget_retired(&slot, keep, retired.as_slice());
-        self.note(actor, Happened::Published { slot, target: document.active, before, why });
+        self.note(actor, Happened::Published { slot: slot.clone(), target: document.active, before, why });
+        self.note_handover(actor, (&slot, generation), handover.as_ref());
         Ok(wire::Activated {
             revision: published.revision.to_string(),
             generation,
             warm_ms: published.warm_ms,
             publish_us: published.publish_us,
+            handover,
         })
     }
 
@@ -98,10 +105,14 @@ impl Deploy {
     }
 
     /// Prepares what was planned; a refusal is journalled.
-    pub(super) fn prepare_noted(&self, planned: &Planned, role: Role, actor: &str) -> Result<Ready, AdminError> {
-        let Planned { slot, desired, generation } = planned;
-        self.prepare(slot, desired, *generation, role)
-            .inspect_err(|error| self.note_refused(slot, desired, actor, error))
+    pub(super) fn prepare_noted(
+        &self,
+        planned: &Planned,
+        (role, rule): (Role, Rule),
+        actor: &str,
+    ) -> Result<Ready, AdminError> {
+        let Planned { slot, desired, .. } = planned;
+        self.prepare(planned, role, rule).inspect_err(|error| self.note_refused(slot, desired, actor, error))
     }
 
     fn note_refused(&self, slot: &SlotName, desired: &Desired, actor: &str, error: &AdminError) {
@@ -132,14 +143,10 @@ impl Deploy {
         }
     }
 
-    /// Everything before the pointer swap; changes nothing that serves. A candidate's `init` meets a copy or an overlay of the host-state.
-    pub(super) fn prepare(
-        &self,
-        slot: &SlotName,
-        desired: &Desired,
-        generation: u64,
-        role: Role,
-    ) -> Result<Ready, AdminError> {
+    /// Everything before the pointer swap; changes nothing that serves. A candidate's `init` meets a copy or an overlay of the
+    /// host-state.
+    pub(super) fn prepare(&self, planned: &Planned, role: Role, rule: Rule) -> Result<Ready, AdminError> {
+        let Planned { slot, desired, generation } = planned;
         let ComponentRef::Digest(digest) = &desired.component else {
             return match desired.budget.is_empty() {
                 true => Ok(Ready::Native),
@@ -152,12 +159,13 @@ impl Deploy {
         let component = self.compiled(digest, slot)?;
         let activation = Activation {
             slot: slot.to_string(),
-            generation,
+            generation: *generation,
             config: desired.config.clone(),
             // The slot's own namespace by its name is still the slot's own.
             namespace: desired.state_namespace.clone().filter(|name| *name != slot.to_string()),
             role,
             budget: self.budget_of(slot, desired.budget),
+            handover: rule,
         };
         let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;
         if let Some(known) = lock(&self.components).get_mut(digest) {

@@ -1,6 +1,6 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
-use pointsman_control::{Budget, ComponentRef, Desired, Happened, SlotName, SlotState, Target, Why};
+use pointsman_control::{Budget, ComponentRef, Desired, Handover, Happened, SlotName, SlotState, Target, Why};
 use pointsman_policy::{
     Activation, AdmissionQuestion, Component, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus,
 };
@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 
 use super::errors::{activate_error, conflict, internal, not_found, plan_error};
 use super::intake::Offered;
-use super::{Deploy, Failed, Known, budget, lock};
+use super::{Deploy, Failed, Known, budget, handover, lock};
 
 impl PolicyAdmin for Deploy {
     fn upload(&self, upload: Upload, actor: &str) -> Result<Uploaded, AdminError> {
@@ -94,10 +94,10 @@ impl PolicyAdmin for Deploy {
 
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::PutSlot { component, config, if_generation, state_namespace, budget, dry_run } = request;
+        let wire::PutSlot { component, config, if_generation, state_namespace, budget, handover, dry_run } = request;
         let component = self.component_of(&component, actor)?;
-        let (config, budget) = (config.get().to_owned(), budget::stored(budget));
-        let desired = Desired { component, config, state_namespace, budget, if_generation };
+        let (config, budget, handover) = (config.get().to_owned(), budget::stored(budget), handover::stored(handover));
+        let desired = Desired { component, config, state_namespace, budget, handover, if_generation };
         self.compile_first(&slot, &desired, (!dry_run).then_some(actor))?;
         let _one = lock(&self.operations);
         if dry_run { self.try_out(slot, desired) } else { self.activate(slot, desired, actor, Why::Put) }
@@ -128,6 +128,7 @@ impl PolicyAdmin for Deploy {
             generation: document.active.generation,
             warm_ms: 0.0,
             publish_us: 0.0,
+            handover: None,
         })
     }
 
@@ -208,7 +209,7 @@ impl Deploy {
     fn previous_policy(&self, slot: &SlotName) -> Result<(DecidedBy, Option<(Component, Activation)>), AdminError> {
         let previous = lock(&self.state).slot(slot).and_then(|state| state.previous.clone());
         let previous = previous.ok_or_else(|| conflict(format!("the slot `{slot}` has no previous policy")))?;
-        let Target { component, config, state_namespace: namespace, budget, revision, generation } = previous;
+        let Target { component, config, state_namespace: namespace, budget, revision, generation, .. } = previous;
         let decided_by = DecidedBy { revision: revision.into(), generation };
         let ComponentRef::Digest(digest) = component else { return Ok((decided_by, None)) };
         let component = self.compiled(&digest, slot)?;
@@ -224,6 +225,7 @@ impl Deploy {
             config: "{}".into(),
             state_namespace: None,
             budget: Budget::default(),
+            handover: Handover::default(),
             revision: "native".into(),
             generation: 0,
         };
@@ -249,6 +251,7 @@ impl Deploy {
             config: RawValue::from_string(target.config.clone()).unwrap_or_default(),
             state_namespace: target.state_namespace.clone().unwrap_or_else(|| slot.to_string()),
             budget: budget::shown(target.budget),
+            handover: handover::shown(target.handover),
             limits: (target.component != ComponentRef::Native).then(|| self.limits(slot, target.budget)).flatten(),
         }
     }

@@ -1,4 +1,4 @@
-//! Limits of slots: where they come from, and in which of three vocabularies they are said.
+//! Limits of slots, where they come from, and what an activation says besides, in the three vocabularies in which it is said.
 //!
 //! An activation's own limits come first, then those that the configuration file sets for the slot, then the host's. Only the
 //! activation's are stored, so that an operator who edits the file changes every slot that has nothing of its own.

@@ -87,6 +87,7 @@ pub(super) fn activate_error(error: ActivateError) -> AdminError {
         ActivateError::ConfigTooLarge { .. } => (AdminErrorKind::TooLarge, "config"),
         ActivateError::Refused { .. } => (AdminErrorKind::Refused, "config"),
         ActivateError::Budget(_) => (AdminErrorKind::Invalid, "budget"),
+        ActivateError::NotHandedOver { .. } => (AdminErrorKind::Refused, "handover"),
         ActivateError::NoNamespace => (AdminErrorKind::Conflict, "state_namespace"),
         _ => (AdminErrorKind::Refused, "component"),
     };

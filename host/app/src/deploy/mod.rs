@@ -10,6 +10,7 @@ mod activate;
 mod admin;
 pub(crate) mod budget;
 mod errors;
+mod handover;
 mod intake;
 pub(crate) mod rollout;
 mod safe_mode;
@@ -22,12 +23,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 use crossbeam_queue::ArrayQueue;
 use pointsman_control::{
-    AliasDocument, Budget, ComponentRef, Deployment, Desired, Happened, Journal, SafeModeDocument, SlotDocument,
-    SlotName, Target, Why,
+    AliasDocument, Budget, ComponentRef, Deployment, Desired, Happened, Journal, Planned, SafeModeDocument,
+    SlotDocument, SlotName, Target, Why,
 };
 use pointsman_policy::{
-    AdmissionSlot, Component, FaultReport, Health, RetentionSlot, Role, RouterSlot, Runtime, SamplerSlot,
-    SchedulerSlot, SlotStatus, TelemetrySlot, World,
+    AdmissionSlot, Component, FaultReport, Handover as Rule, Health, RetentionSlot, Role, RouterSlot, Runtime,
+    SamplerSlot, SchedulerSlot, SlotStatus, TelemetrySlot, World,
 };
 use pointsman_telemetry::Metrics;
 
@@ -268,8 +269,9 @@ impl Deploy {
 
     /// Publishes a stored policy again, under its own generation; native where that fails.
     fn bring_back(&self, slot: &SlotName, active: &Target) -> bool {
+        let again = Planned { slot: slot.clone(), desired: active.clone().into(), generation: active.generation };
         let published = self
-            .prepare(slot, &active.clone().into(), active.generation, Role::Active)
+            .prepare(&again, Role::Active, Rule::Cold)
             .and_then(|ready| self.publish(slot, ready, active.generation));
         let Err(error) = published else { return true };
         tracing::error!(%slot, "the stored policy {} cannot be brought back, native serves: {error}", active.revision);

@@ -14,8 +14,8 @@ use pointsman_control::rollout::{
     Answers, Arm, Cause, Command, Decision, Mode, OnRestart, Outcome, Phase, Plan, PolicyCost, Report, Rollout,
     RolloutDocument, Seen, Split,
 };
-use pointsman_control::{Desired, Happened, PlanError, SlotName, Target, Why};
-use pointsman_policy::{Arm as SlotArm, Compared, Health, Role, SlotStatus};
+use pointsman_control::{Desired, Happened, PlanError, Planned, SlotName, Target, Why};
+use pointsman_policy::{Arm as SlotArm, Compared, Handover as Rule, Health, Role, SlotStatus};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, Clock};
 use pointsman_telemetry::{ArmMetrics, Event, Metrics};
@@ -26,7 +26,7 @@ use crate::clock::seconds;
 use super::activate::Ready;
 use super::admin::parse_slot;
 use super::errors::{conflict, internal, invalid, not_found, plan_error};
-use super::{Deploy, Failed, budget, lock};
+use super::{Deploy, Failed, budget, handover, lock};
 
 /// The actor of what a rollout does by its own rules.
 pub(crate) const ACTOR: &str = "rollout";
@@ -285,14 +285,14 @@ impl Deploy {
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::StartRollout { component, config, state_namespace, budget, plan } = request;
+        let wire::StartRollout { component, config, state_namespace, budget, handover, plan } = request;
         let plan: Plan = serde_json::from_str(&plan).map_err(|error| invalid(format!("the plan: {error}")))?;
         let spec = plan.spec(self.clock.random());
         spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
         let component = self.component_of(&component, actor)?;
         let config = config.get().to_owned();
-        let budget = budget::stored(budget);
-        let desired = Desired { component, config, state_namespace, budget, if_generation: None };
+        let (budget, handover) = (budget::stored(budget), handover::stored(handover));
+        let desired = Desired { component, config, state_namespace, budget, handover, if_generation: None };
         self.check_measurable().and_then(|()| self.compile_first(&slot, &desired, Some(actor)))?;
         let _one = lock(&self.operations);
         self.check_changeable(Some(&slot)).and_then(|()| self.check_measurable())?;
@@ -305,7 +305,9 @@ impl Deploy {
         let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
         let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
         let generation = planned.generation;
-        let ready = self.prepare_noted(&planned, role(spec.mode), actor)?;
+        let rule = handover::rule(handover, Why::Rollout);
+        let ready = self.prepare_noted(&planned, (role(spec.mode), rule), actor)?;
+        let handed = handover::answered(&ready);
         let names = [control.revision, ready.revision()];
         let document = RolloutDocument::new(format!("{slot}-{generation}"), slot.to_string(), names, spec);
         let document = RolloutDocument { target: Some(planned.target(ready.revision())), ..document };
@@ -317,6 +319,7 @@ impl Deploy {
         self.stage(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
         *lock(&self.state) = next;
         self.note(actor, Happened::RolloutStarted { rollout: Box::new(document.clone()) });
+        self.note_handover(actor, (&slot, generation), handed.as_ref());
         let mut live = Live::new(&slot, document, control.generation, &self.metrics);
         self.follow(&slot, &mut live);
         let report = self.report(&slot, live.rollout.document());
@@ -474,7 +477,8 @@ impl Deploy {
     fn stage_again(&self, slot: &SlotName, document: &RolloutDocument) -> Result<(), AdminError> {
         let target = document.target.clone().ok_or_else(|| internal("its document names no policy".into()))?;
         let generation = target.generation;
-        self.prepare(slot, &target.into(), generation, role(document.spec.mode))
+        let planned = Planned { slot: slot.clone(), desired: target.into(), generation };
+        self.prepare(&planned, role(document.spec.mode), Rule::Cold)
             .and_then(|ready| self.stage(slot, ready, generation))
     }
 }

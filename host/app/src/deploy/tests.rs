@@ -41,6 +41,7 @@ fn put(component: &str) -> wire::PutSlot {
         if_generation: None,
         state_namespace: None,
         budget: wire::Budget::default(),
+        handover: wire::Handover::default(),
         dry_run: false,
     }
 }
@@ -70,6 +71,7 @@ fn an_abort_takes_the_candidate_off_at_once_and_answers_when_it_is_stored() {
                 config: empty(),
                 state_namespace: None,
                 budget: wire::Budget::default(),
+                handover: wire::Handover::default(),
                 plan,
             };
             deploy.start_rollout("router", rollout, "t").expect("a rollout");

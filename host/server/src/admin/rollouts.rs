@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 
 use super::aliases::{check_variant, variants_of};
 use super::guard::Actor;
-use super::slots::{MAX_PUT_BYTES, budget, config, member};
+use super::slots::{MAX_PUT_BYTES, budget, config, handover, member};
 use super::wire::{StartAliasRollout, StartRollout, Steer};
 use super::{blocking, list};
 use crate::error::ApiError;
@@ -182,10 +182,11 @@ fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     })?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
     let budget = budget(&members)?;
+    let handover = handover(&members)?;
     let config = config(&mut members)?;
-    members.retain(|name, _| !matches!(name.as_str(), "component" | "state_namespace" | "budget"));
+    members.retain(|name, _| !matches!(name.as_str(), "component" | "state_namespace" | "budget" | "handover"));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartRollout { component, config, state_namespace, budget, plan })
+    Ok(StartRollout { component, config, state_namespace, budget, handover, plan })
 }
 
 fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {

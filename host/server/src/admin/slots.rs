@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::guard::Actor;
-use super::wire::{Budget, PutSlot};
+use super::wire::{Budget, Handover, PutSlot};
 use super::{blocking, list, place};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
@@ -21,7 +21,8 @@ use crate::ports::Upload;
 use crate::state::ServerState;
 
 /// Members of the body of a `PUT`.
-const PUT_MEMBERS: [&str; 6] = ["component", "config", "if_generation", "state_namespace", "budget", "dry_run"];
+const PUT_MEMBERS: [&str; 7] =
+    ["component", "config", "if_generation", "state_namespace", "budget", "handover", "dry_run"];
 
 /// Longest body of a `PUT`: a config of 1 MiB.
 pub(super) const MAX_PUT_BYTES: usize = 1 << 20;
@@ -154,15 +155,21 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     let if_generation = member(&members, "if_generation", "a generation")?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
     let budget = budget(&members)?;
+    let handover = handover(&members)?;
     let dry_run = member(&members, "dry_run", "true or false")?.unwrap_or(false);
     let config = config(&mut members)?;
-    Ok(PutSlot { component, config, if_generation, state_namespace, budget, dry_run })
+    Ok(PutSlot { component, config, if_generation, state_namespace, budget, handover, dry_run })
 }
 
 /// The policy's own limits; none for `null`.
 pub(super) fn budget(members: &BTreeMap<String, Box<RawValue>>) -> Result<Budget, ApiError> {
     let budget: Option<Option<Budget>> = member(members, "budget", "an object of soft_us, hard_ms and memory_mib")?;
     Ok(budget.flatten().unwrap_or_default())
+}
+
+/// Whether the policy may start cold; it may for none.
+pub(super) fn handover(members: &BTreeMap<String, Box<RawValue>>) -> Result<Handover, ApiError> {
+    Ok(member(members, "handover", "`cold` or `require`")?.unwrap_or_default())
 }
 
 /// The config as the text that it is; `{}` for none.
@@ -226,6 +233,7 @@ mod tests {
                 br#"{"component": "x", "budget": {"soft": 1}}"#,
                 "`budget` must be an object of soft_us, hard_ms and memory_mib",
             ),
+            (br#"{"component": "x", "handover": "warm"}"#, "`handover` must be `cold` or `require`, found \"warm\""),
             (br#"{"component": "x", "budget": {"hard_ms": -1}}"#, "found {\"hard_ms\": -1}"),
         ] {
             let error = parse_put(body).expect_err(expect).to_string();

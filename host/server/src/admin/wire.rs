@@ -88,9 +88,23 @@ pub struct SlotRevision {
     /// Its own limits, as they were given.
     #[serde(skip_serializing_if = "Budget::is_empty")]
     pub budget: Budget,
+    /// Whether it might start without what the policy before it knew.
+    #[serde(skip_serializing_if = "Handover::is_cold")]
+    pub handover: Handover,
     /// The limits that hold; absent for native, which has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+}
+
+/// Whether a policy may start without what the one before it knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Handover {
+    /// It starts cold where nothing can be handed over.
+    #[default]
+    Cold,
+    /// It is refused then.
+    Require,
 }
 
 /// Limits that a slot's policy has of its own; what is absent stays as the host has it.
@@ -216,6 +230,8 @@ pub struct PutSlot {
     pub state_namespace: Option<String>,
     /// Its own limits.
     pub budget: Budget,
+    /// Whether it may start cold.
+    pub handover: Handover,
     /// Prepare it and publish nothing: says what would be wrong.
     pub dry_run: bool,
 }
@@ -231,6 +247,8 @@ pub struct StartRollout {
     pub state_namespace: Option<String>,
     /// Its own limits.
     pub budget: Budget,
+    /// Whether the candidate may start cold.
+    pub handover: Handover,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }
@@ -258,6 +276,12 @@ pub enum Steer {
     Pause,
     /// On from where it was.
     Resume,
+}
+
+impl Handover {
+    fn is_cold(&self) -> bool {
+        *self == Self::Cold
+    }
 }
 
 impl Budget {
@@ -356,6 +380,20 @@ pub struct Activated {
     pub warm_ms: f64,
     /// The swap itself.
     pub publish_us: f64,
+    /// What the policy before it has handed over; absent for one that takes nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handover: Option<HandedOver>,
+}
+
+/// What a policy was handed by the one before it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HandedOver {
+    /// Instances that were handed something.
+    pub restored: u32,
+    /// How much that was.
+    pub bytes: u64,
+    /// Whose instances start cold and why, a line each.
+    pub cold: Vec<String>,
 }
 
 /// Whether every slot is native by one switch.

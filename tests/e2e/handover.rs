@@ -1,0 +1,96 @@
+//! A scheduler is swapped under load and knows afterwards what it knew before; where it could not, `require` refuses.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use pointsman_tests::Host;
+use serde_json::{Value, json};
+
+use crate::host;
+
+/// Swaps, and requests between two of them.
+const SWAPS: usize = 10;
+const REQUESTS: u64 = 20;
+/// Requests until the metrics must show what was told.
+const PATIENCE: usize = 2_000;
+
+fn serve(host: &Host) {
+    let body = json!({ "model": "demo:f16", "prompt": "Rust is", "max_tokens": 3, "temperature": 0 });
+    let answer = host.post("/v1/completions", &body);
+    assert_eq!(answer.status, 200, "a swap costs no request: {answer:?}");
+}
+
+fn put(host: &Host, component: &str, handover: &str) -> pointsman_tests::Answer {
+    let body = json!({ "component": component, "handover": handover });
+    host.admin("PUT", "/admin/v1/slots/scheduler", &body)
+}
+
+/// Calls of their predecessors that all instances so far were told of.
+fn inherited(host: &Host) -> u64 {
+    let text = host.get("/metrics").body;
+    let lines = text.as_str().unwrap_or_default().lines();
+    let values = lines.filter(|line| line.starts_with("pointsman_plugin_inherited{"));
+    values.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn a_count_survives_swaps_under_load_and_nothing_is_swapped_that_must_not_start_cold() {
+    let host = host(&[]);
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/fixture-scheduler.wasm");
+    let counter = host.upload(&std::fs::read(wasm).expect("a committed fixture"));
+    assert_eq!(put(&host, &counter, "require").status, 422, "the built-in one hands nothing over");
+    assert_eq!(put(&host, &counter, "cold").status, 200);
+    let (done, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let calls: u64 = std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    serve(&host);
+                    served.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let calls = (0..SWAPS).map(|_| {
+            let until = served.load(Ordering::Relaxed) + REQUESTS;
+            while served.load(Ordering::Relaxed) < until {
+                std::thread::yield_now();
+            }
+            let state = host.admin("GET", "/admin/v1/slots/scheduler", &Value::Null).body;
+            let swapped = put(&host, &counter, "require");
+            assert_eq!((swapped.status, &swapped.body["handover"]["cold"]), (200, &json!([])), "{swapped:?}");
+            state["counters"]["calls"].as_u64().unwrap_or_default()
+        });
+        let calls = calls.sum();
+        done.store(true, Ordering::Relaxed);
+        calls
+    });
+    // Each was told of all calls before it: together about 5.5 times all calls. If what was handed over were lost at the next
+    // swap, each call would be told of once. The text of the metrics may be that of a moment ago.
+    let told = (0..PATIENCE).find_map(|_| {
+        serve(&host);
+        Some(inherited(&host)).filter(|told| *told > 3 * calls)
+    });
+    assert!(calls >= SWAPS as u64 * REQUESTS && told.is_some(), "{} told of {calls} calls", inherited(&host));
+    println!("{SWAPS} swaps under load, {calls} calls in all, told of {}", inherited(&host));
+    // The built-in that hands over does not take what another policy knows.
+    let fair = host.builtin("sched-fair-share");
+    let refused = put(&host, &fair, "require");
+    assert!(
+        refused.status == 422 && refused.body.to_string().contains("it has the layout 1, and this policy knows"),
+        "{refused:?}"
+    );
+    assert_eq!(put(&host, &fair, "cold").status, 200);
+    (0..5).for_each(|_| serve(&host));
+    let swapped = put(&host, &fair, "require");
+    let restored = swapped.body["handover"]["restored"].as_u64();
+    assert!(swapped.status == 200 && restored > Some(1), "{swapped:?}");
+    let journal = host.admin("GET", "/admin/v1/journal", &Value::Null).body.to_string();
+    assert!(journal.contains("handed-over"), "{journal}");
+    // A restart has nobody to hand over: it starts cold whatever the document says.
+    let host = host.restart(&[]);
+    let state = host.admin("GET", "/admin/v1/slots/scheduler", &Value::Null).body;
+    assert_eq!(
+        (&state["active"]["handover"], &state["health"]["state"]),
+        (&json!("require"), &json!("closed")),
+        "{state}"
+    );
+}
