@@ -16,9 +16,11 @@ fn put(host: &Host, name: &str, digest: &str, config: Value, handover: &str) -> 
 
 /// Serves until the guest of a slot has been called.
 fn work(host: &Host, name: &str) {
+    let calls = || slot(host, name)["counters"]["calls"].as_u64().unwrap_or(0);
+    let before = calls();
     let called = (0..PATIENCE).any(|_| {
         served(host, name);
-        slot(host, name)["counters"]["calls"].as_u64() > Some(3)
+        calls() > before + 3
     });
     assert!(called, "{name} was never called: {}", slot(host, name));
 }
@@ -76,6 +78,7 @@ fn drive(name: &str, world: &str) {
         // What a snapshot has cost its instance may be all that is known of the next one.
         assert!(message.contains(part), "{why}: {message}");
         assert_eq!(slot(&host, name)["active"], before, "{why}");
+        assert_eq!(slot(&host, name)["health"]["state"], "closed", "{why}: {}", slot(&host, name));
         work(&host, name);
         let told = cold(&host, name, &digest, new);
         assert!(told.contains(part) || told.contains("no instance of the active policy serves"), "{why}: {told}");

@@ -222,10 +222,11 @@ impl Pull {
 
     /// The body of a resource, of at most `limit` bytes; with credentials or a token where the registry asks for them.
     fn get(&mut self, url: &str, accept: &str, limit: u64, what: &'static str) -> Result<Vec<u8>, PullError> {
-        let mut response = self.follow(url, accept)?;
-        if response.status() == 401 && self.authorization.is_none() {
+        let (mut response, at) = self.follow(url, accept)?;
+        // A place that the registry redirects to may ask for credentials, and gets none.
+        if response.status() == 401 && self.authorization.is_none() && self.is_ours(&at) {
             self.authorization = Some(self.authorize(response.headers())?);
-            response = self.follow(url, accept)?;
+            (response, _) = self.follow(url, accept)?;
         }
         match response.status().as_u16() {
             200 => body(&mut response, url, limit, what),
@@ -236,24 +237,30 @@ impl Pull {
     }
 
     /// Follows redirects by hand: the token is for the registry alone, and not every place is one to go to.
-    fn follow(&self, url: &str, accept: &str) -> Result<Response<Body>, PullError> {
+    /// Returns where it ended, too.
+    fn follow(&self, url: &str, accept: &str) -> Result<(Response<Body>, String), PullError> {
         let mut at = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = Request::get(&at).header(ACCEPT, accept);
-            if let Some(said) = self.authorization.as_ref().filter(|_| at.starts_with(&format!("{}/", self.origin))) {
+            if let Some(said) = self.authorization.as_ref().filter(|_| self.is_ours(&at)) {
                 request = request.header(AUTHORIZATION, said);
             }
             let request = request.body(()).map_err(|_| PullError::Redirect(at.clone()))?;
             let unreachable = |source| PullError::Unreachable { url: at.clone(), source: Box::new(source) };
             let response = self.agent.run(request).map_err(unreachable)?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(response);
+                return Ok((response, at));
             }
             let to = response.headers().get(LOCATION).and_then(|to| to.to_str().ok()).unwrap_or_default();
             at = if to.starts_with('/') { format!("{}{to}", origin(&at)) } else { to.to_owned() };
             self.check_place(&at)?;
         }
         Err(PullError::Redirects(url.to_owned()))
+    }
+
+    /// Whether a URL is the registry's own.
+    fn is_ours(&self, url: &str) -> bool {
+        url.strip_prefix(&self.origin).is_some_and(|rest| rest.starts_with('/'))
     }
 
     fn check_place(&self, url: &str) -> Result<(), PullError> {

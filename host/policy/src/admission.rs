@@ -144,7 +144,7 @@ impl AdmissionSlot {
                 let columns = Columns::of(&endings);
                 let tell =
                     |instance: &mut Instance<AdmissionHook>, hard| settle(instance, hard, now, (&columns, names));
-                let told = guest.ask(now, (Call::Settle, guest.budgets().settle), tell);
+                let told = guest.consult(now, (Call::Settle, guest.budgets().settle), tell);
                 if matches!(told, Ok(()) | Err(Fallback::Fault(_))) {
                     // After the call: a copy that was made meanwhile may lack what it wrote.
                     ledger.tell(&due, guest.state().number(), (self.core.shared.clock)());

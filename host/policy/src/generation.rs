@@ -657,7 +657,8 @@ impl<H: Hook> Guest<H> {
                 kept.take().into_iter().for_each(|poisoned| self.discard(poisoned));
                 let took_us = (stopwatch_ns() - started) / 1_000;
                 let context = CallContext { call: Call::TakeSnapshot, number: self.last_number(), now, took_us };
-                self.fault(context, fault.clone());
+                // Told, but not counted against the circuit: a refused swap must not cost the policy that serves.
+                self.report(context, fault.clone());
                 Err(NotHandedOver::Snapshot(fault))
             }
         }
