@@ -2,6 +2,7 @@
 //! decision, checking the answer, metrics. Bar: 1.5 us at 8 replicas (goal 1 us). And the boundary alone: 1,024 rows of 11
 //! columns handed to a guest that reads none of them; bar 5 us. And what a shadow adds: a load while it is paused, a copy of
 //! the inputs where it is asked about everything.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::sync::Arc;
 use std::time::Duration;
