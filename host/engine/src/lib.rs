@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 pub mod backend;
+mod layers;
 mod load;
 mod sampling;
 mod spec;

@@ -165,6 +165,12 @@ impl ModelSpec {
                 expected,
             });
         }
+        if let Some(Experts { count, per_token, .. }) = self.experts
+            && per_token > count
+        {
+            let (field, expected) = ("num_experts_per_tok", "at most the number of experts");
+            return Err(SpecError::Invalid { field, found: per_token.to_string(), expected });
+        }
         let dense = self.experts.iter().flat_map(|experts| experts.dense.iter().flatten());
         let multiples = [
             ("hidden_size", self.hidden),

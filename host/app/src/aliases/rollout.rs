@@ -23,12 +23,7 @@ use crate::deploy::rollout::{ACTOR, Live};
 impl Aliases {
     /// Shows events to the rollouts under way.
     pub(crate) fn show_rollouts(&self, events: &[Event], dropped: u64) {
-        for live in lock(&self.rollouts).values_mut() {
-            if dropped > 0 {
-                live.rollout.lost_events();
-            }
-            events.iter().for_each(|event| live.take(event));
-        }
+        lock(&self.rollouts).values_mut().for_each(|live| live.show(events, dropped));
     }
 
     /// Lets every rollout look at the time, and does what it says.
@@ -45,7 +40,7 @@ impl Aliases {
                 self.settle(alias, live);
             }
         }
-        rollouts.retain(|_, live| !live.rollout.document().phase.is_over() || !live.pending.is_empty());
+        rollouts.retain(|_, live| !live.is_done());
     }
 
     /// Gives the candidate its share at once and keeps the rest for [`Aliases::settle`].

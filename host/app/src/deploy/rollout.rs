@@ -58,7 +58,20 @@ impl Live {
         Self { rollout, arms, told: Answers::default(), pending: VecDeque::new() }
     }
 
-    pub(crate) fn take(&mut self, event: &Event) {
+    /// Shows it what happened since it looked last.
+    pub(crate) fn show(&mut self, events: &[Event], dropped: u64) {
+        if dropped > 0 {
+            self.rollout.lost_events();
+        }
+        events.iter().for_each(|event| self.take(event));
+    }
+
+    /// Whether it is over and all its lines are written.
+    pub(crate) fn is_done(&self) -> bool {
+        self.rollout.document().phase.is_over() && self.pending.is_empty()
+    }
+
+    fn take(&mut self, event: &Event) {
         let Self { rollout, arms, .. } = self;
         rollout.note(event, &mut |Seen { arm, what }| count(&arms[arm as usize], what));
     }
@@ -91,12 +104,7 @@ impl Live {
 impl Deploy {
     /// Shows events to the rollouts under way.
     pub(crate) fn show_rollouts(&self, events: &[Event], dropped: u64) {
-        for live in lock(&self.rollouts).values_mut() {
-            if dropped > 0 {
-                live.rollout.lost_events();
-            }
-            events.iter().for_each(|event| live.take(event));
-        }
+        lock(&self.rollouts).values_mut().for_each(|live| live.show(events, dropped));
     }
 
     /// Lets every rollout look at the time and at its candidate's health, and does what it says.
@@ -118,7 +126,7 @@ impl Deploy {
                 self.settle(slot, live);
             }
         }
-        rollouts.retain(|_, live| !live.rollout.document().phase.is_over() || !live.pending.is_empty());
+        rollouts.retain(|_, live| !live.is_done());
     }
 
     /// What a candidate has done that no experiment outweighs: its circuit has opened, or it is gone.

@@ -186,8 +186,16 @@ pub(crate) fn blocks(ids: impl IntoIterator<Item = u32>) -> Vec<BlockId> {
     ids.into_iter().map(BlockId).collect()
 }
 
+/// Tokens and logit bits of a greedy generation.
+pub(crate) type Outcome = (Vec<u32>, Vec<Vec<u32>>);
+
+/// Logits of the `row`-th row that sampled.
+pub(crate) fn logit_bits(engine: &CpuEngine, row: usize) -> Vec<u32> {
+    engine.logits(row).iter().map(|x| x.to_bits()).collect()
+}
+
 /// Prefills in chunks of at most `chunk` and decodes `n` tokens greedily, alone. Gives tokens and logit bits.
-pub(crate) fn generate(engine: &mut CpuEngine, prompt: &[u32], chunk: usize, n: usize) -> (Vec<u32>, Vec<Vec<u32>>) {
+pub(crate) fn generate(engine: &mut CpuEngine, prompt: &[u32], chunk: usize, n: usize) -> Outcome {
     let greedy = Arc::new(Sampling::default());
     let mut sequence = Sequence { tokens: prompt.to_vec(), computed: 0, blocks: blocks(0..16) };
     let (mut tokens, mut logits) = (Vec::new(), Vec::new());
@@ -196,10 +204,30 @@ pub(crate) fn generate(engine: &mut CpuEngine, prompt: &[u32], chunk: usize, n: 
         let sampled = Step::default().push(&sequence, len, &greedy).run(engine);
         sequence.computed += len;
         if let [token] = sampled[..] {
-            logits.push(engine.logits(0).iter().map(|x| x.to_bits()).collect());
+            logits.push(logit_bits(engine, 0));
             tokens.push(token);
             sequence.tokens.push(token);
         }
+    }
+    (tokens, logits)
+}
+
+/// Continues behind blocks that another sequence with the same beginning computed.
+pub(crate) fn from_cache(engine: &mut CpuEngine, prompt: &[u32], n: usize) -> Outcome {
+    let greedy = Arc::new(Sampling::default());
+    let shared = (prompt.len() - 1) / 16;
+    let mut first = Sequence { tokens: prompt[..16 * shared].to_vec(), computed: 0, blocks: blocks(20..30) };
+    first.tokens.extend([1, 2, 3]);
+    Step::default().push(&first, first.tokens.len(), &greedy).run(engine);
+    let table = (20..20 + shared as u32).chain(40..50);
+    let mut second = Sequence { tokens: prompt.to_vec(), computed: 16 * shared, blocks: blocks(table) };
+    let (mut tokens, mut logits) = (Vec::new(), Vec::new());
+    while tokens.len() < n {
+        let sampled = Step::default().push(&second, second.tokens.len() - second.computed, &greedy).run(engine);
+        second.computed = second.tokens.len();
+        second.tokens.push(sampled[0]);
+        tokens.push(sampled[0]);
+        logits.push(logit_bits(engine, 0));
     }
     (tokens, logits)
 }

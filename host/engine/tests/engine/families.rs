@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::request::Sampling;
 
-use crate::common::{Sequence, Step, blocks, generate};
+use crate::common::{Outcome, Sequence, Step, blocks, from_cache, generate, logit_bits};
 
 #[derive(serde::Deserialize)]
 struct Golden {
@@ -81,15 +81,8 @@ fn each_family_gives_the_same_bits_in_chunks_in_batches_and_behind_a_cached_pref
             );
         }
         assert!(beside_others(&mut engine, &longest.prompt, n) == alone, "{}: in a batch", folder.display());
-        assert!(behind_a_prefix(&mut engine, &longest.prompt, n) == alone, "{}: behind a prefix", folder.display());
+        assert!(from_cache(&mut engine, &longest.prompt, n) == alone, "{}: behind a prefix", folder.display());
     }
-}
-
-/// Tokens and logit bits of a greedy generation.
-type Outcome = (Vec<u32>, Vec<Vec<u32>>);
-
-fn bits(engine: &CpuEngine, row: usize) -> Vec<u32> {
-    engine.logits(row).iter().map(|x| x.to_bits()).collect()
 }
 
 /// Between two others, one of which prefills while this one decodes.
@@ -107,30 +100,10 @@ fn beside_others(engine: &mut CpuEngine, prompt: &[u32], n: usize) -> Outcome {
             .push(&subject, left, &greedy)
             .push(&after, 30, &greedy)
             .run(engine);
-        logits.push(bits(engine, 1));
+        logits.push(logit_bits(engine, 1));
         subject.computed = subject.tokens.len();
         subject.tokens.push(sampled[1]);
         tokens.push(sampled[1]);
-    }
-    (tokens, logits)
-}
-
-/// Behind whole pages that another sequence computed.
-fn behind_a_prefix(engine: &mut CpuEngine, prompt: &[u32], n: usize) -> Outcome {
-    let greedy = Arc::new(Sampling::default());
-    let shared = (prompt.len() - 1) / 16;
-    let first = Sequence { tokens: prompt[..16 * shared].to_vec(), computed: 0, blocks: blocks(20..30) };
-    Step::default().push(&first, first.tokens.len(), &greedy).run(engine);
-    let table = (20..20 + shared as u32).chain(40..50);
-    let mut second = Sequence { tokens: prompt.to_vec(), computed: 16 * shared, blocks: blocks(table) };
-    let (mut tokens, mut logits) = (Vec::new(), Vec::new());
-    for _ in 0..n {
-        let left = second.tokens.len() - second.computed;
-        let sampled = Step::default().push(&second, left, &greedy).run(engine);
-        logits.push(bits(engine, 0));
-        second.computed = second.tokens.len();
-        second.tokens.push(sampled[0]);
-        tokens.push(sampled[0]);
     }
     (tokens, logits)
 }

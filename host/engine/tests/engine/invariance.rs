@@ -9,16 +9,9 @@ use pointsman_sched::request::Sampling;
 use pointsman_sched::sampler::{Edit, EditSource};
 use safetensors::Dtype;
 
-use crate::common::{Rng, Sequence, Step, blocks, engine, generate, model, spec};
+use crate::common::{Outcome, Rng, Sequence, Step, blocks, engine, from_cache, generate, logit_bits, model, spec};
 
 const N_NEW: usize = 6;
-
-/// Tokens and logit bits of a greedy generation.
-type Outcome = (Vec<u32>, Vec<Vec<u32>>);
-
-fn logit_bits(engine: &CpuEngine, row: usize) -> Vec<u32> {
-    engine.logits(row).iter().map(|x| x.to_bits()).collect()
-}
 
 /// Generates with random neighbours that come, go and prefill in random chunks.
 fn crowded(engine: &mut CpuEngine, prompt: &[u32], seed: u64) -> Outcome {
@@ -70,26 +63,6 @@ fn preempted(engine: &mut CpuEngine, prompt: &[u32]) -> Outcome {
     (tokens, logits)
 }
 
-/// Continues behind blocks that another sequence with the same beginning computed.
-fn from_cache(engine: &mut CpuEngine, prompt: &[u32]) -> Outcome {
-    let greedy = Arc::new(Sampling::default());
-    let shared = (prompt.len() - 1) / 16;
-    let mut first = Sequence { tokens: prompt[..16 * shared].to_vec(), computed: 0, blocks: blocks(20..30) };
-    first.tokens.extend([1, 2, 3]);
-    Step::default().push(&first, first.tokens.len(), &greedy).run(engine);
-    let table = (20..20 + shared as u32).chain(40..50);
-    let mut second = Sequence { tokens: prompt.to_vec(), computed: 16 * shared, blocks: blocks(table) };
-    let (mut tokens, mut logits) = (Vec::new(), Vec::new());
-    while tokens.len() < N_NEW {
-        let sampled = Step::default().push(&second, second.tokens.len() - second.computed, &greedy).run(engine);
-        second.computed = second.tokens.len();
-        second.tokens.push(sampled[0]);
-        tokens.push(sampled[0]);
-        logits.push(logit_bits(engine, 0));
-    }
-    (tokens, logits)
-}
-
 #[test]
 fn a_sequence_does_not_know_how_it_is_computed() {
     let cases = [
@@ -119,7 +92,7 @@ fn a_sequence_does_not_know_how_it_is_computed() {
                     assert!(crowded(&mut engine, &prompt, seed) == expect, "neighbours {seed}: {what}");
                 }
                 assert!(preempted(&mut engine, &prompt) == expect, "preempted: {what}");
-                assert!(from_cache(&mut engine, &prompt) == expect, "from cache: {what}");
+                assert!(from_cache(&mut engine, &prompt, N_NEW) == expect, "from cache: {what}");
             }
         }
     }

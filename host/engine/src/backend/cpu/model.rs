@@ -132,27 +132,19 @@ impl Layer {
 impl Loader<'_> {
     fn layer(&self, layer: usize) -> Result<Layer, LoadError> {
         let spec = self.spec;
-        let (hidden, q_dim, kv_dim) = (spec.hidden, spec.q_dim(), spec.kv_dim());
+        let (hidden, q_dim) = (spec.hidden, spec.q_dim());
         let attention = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
         let norm = |part: &str| self.norm(&format!("model.layers.{layer}.{part}.weight"), hidden);
         let head_norm = |part: &str| self.norm(&attention(&format!("{part}.weight")), spec.head_dim);
-        let qkv = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
         let (ffn_norm, after) = match spec.post_norms {
             true => ("pre_feedforward_layernorm", Some(("post_attention_layernorm", "post_feedforward_layernorm"))),
             false => ("post_attention_layernorm", None),
         };
         Ok(Layer {
             attention_norm: norm("input_layernorm")?,
-            qkv: match spec.naming {
-                Naming::Packed => self.matrix(&attention("qkv_proj.weight"), q_dim + 2 * kv_dim, hidden)?,
-                Naming::Split | Naming::Mixtral => {
-                    let get = |(part, n)| self.weights.get(&attention(&format!("{part}.weight")), &[n, hidden]);
-                    let [q, k, v] = qkv.map(get);
-                    self.packed(&[q?, k?, v?], hidden, Join::Concat)?
-                }
-            },
+            qkv: self.packed(&self.weights.qkv(spec, layer)?, hidden, Join::Concat)?,
             qkv_bias: match spec.qkv_bias {
-                true => Some(self.bias(&qkv.map(|(part, n)| (attention(&format!("{part}.bias")), n)))?),
+                true => Some(lanes(&self.weights.qkv_bias(spec, layer)?)),
                 false => None,
             },
             qk_norms: match spec.qk_norm {
@@ -161,7 +153,7 @@ impl Loader<'_> {
             },
             out: self.matrix(&attention("o_proj.weight"), hidden, q_dim)?,
             out_bias: match spec.out_bias {
-                true => Some(self.bias(&[(attention("o_proj.bias"), hidden)])?),
+                true => Some(lanes(&[self.weights.get(&attention("o_proj.bias"), &[hidden])?])),
                 false => None,
             },
             post_attention_norm: after.map(|(name, _)| norm(name)).transpose()?,
@@ -173,17 +165,13 @@ impl Loader<'_> {
 
     fn ffn(&self, layer: usize) -> Result<Ffn, LoadError> {
         let ModelSpec { hidden, ffn, naming, ref experts, .. } = *self.spec;
-        let name = |part: &str| format!("model.layers.{layer}.mlp.{part}");
         let dense = match experts {
             None => Some(ffn),
             Some(experts) => experts.dense[layer],
         };
         if let Some(ffn) = dense {
-            let gate_up = (name("gate_proj"), name("up_proj"));
-            return Ok(Ffn::Dense(match naming {
-                Naming::Packed => self.gated_packed(&name("gate_up_proj"), &name("down_proj"), ffn)?,
-                Naming::Split | Naming::Mixtral => self.gated([&gate_up.0, &gate_up.1, &name("down_proj")], ffn)?,
-            }));
+            let down = format!("model.layers.{layer}.mlp.down_proj");
+            return Ok(Ffn::Dense(self.gated(&self.weights.gate_up(self.spec, layer, ffn)?, &down, ffn)?));
         }
         let block = match naming {
             Naming::Mixtral => format!("model.layers.{layer}.block_sparse_moe"),
@@ -195,8 +183,9 @@ impl Loader<'_> {
         };
         let count = experts.as_ref().map_or(0, |Experts { count, .. }| *count);
         let expert = |i: usize| {
-            let names = parts.map(|part| format!("{block}.experts.{i}.{part}"));
-            self.gated(names.each_ref().map(String::as_str), ffn)
+            let [gate, up, down] = parts.map(|part| format!("{block}.experts.{i}.{part}"));
+            let get = |name: String| self.weights.get(&format!("{name}.weight"), &[ffn, hidden]);
+            self.gated(&[get(gate)?, get(up)?], &down, ffn)
         };
         // A choice between experts may hang on the last bit, so the router stays as the file has it.
         let router = self.weights.get(&format!("{block}.gate.weight"), &[count, hidden])?;
@@ -206,23 +195,10 @@ impl Loader<'_> {
         })
     }
 
-    /// Gate, up and down by their names.
-    fn gated(&self, [gate, up, down]: [&str; 3], ffn: usize) -> Result<Gated, LoadError> {
+    fn gated(&self, gate_up: &[Elements<'_>; 2], down: &str, ffn: usize) -> Result<Gated, LoadError> {
         let hidden = self.spec.hidden;
-        let get = |name: &str| self.weights.get(&format!("{name}.weight"), &[ffn, hidden]);
         Ok(Gated {
-            gate_up: self.packed(&[get(gate)?, get(up)?], hidden, Join::Interleave)?,
-            down: self.matrix(&format!("{down}.weight"), hidden, ffn)?,
-        })
-    }
-
-    /// The same from one tensor of gate rows, then up rows.
-    fn gated_packed(&self, gate_up: &str, down: &str, ffn: usize) -> Result<Gated, LoadError> {
-        let hidden = self.spec.hidden;
-        let both = self.weights.get(&format!("{gate_up}.weight"), &[2 * ffn, hidden])?;
-        let (gate, up) = both.split_at(ffn * hidden);
-        Ok(Gated {
-            gate_up: self.packed(&[gate, up], hidden, Join::Interleave)?,
+            gate_up: self.packed(gate_up, hidden, Join::Interleave)?,
             down: self.matrix(&format!("{down}.weight"), hidden, ffn)?,
         })
     }
@@ -238,15 +214,6 @@ impl Loader<'_> {
         }
     }
 
-    /// Vectors one after the other.
-    fn bias(&self, parts: &[(String, usize)]) -> Result<Vec<Lanes>, LoadError> {
-        let mut all = Vec::new();
-        for (name, n) in parts {
-            all.extend(self.weights.get(name, &[*n])?.to_f32());
-        }
-        Ok(all.as_chunks::<LANES>().0.to_vec())
-    }
-
     fn norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {
         let mut gain = self.weights.get(name, &[width])?.to_f32();
         if self.spec.norm_plus_one {
@@ -254,4 +221,10 @@ impl Loader<'_> {
         }
         Ok(Norm { gain: gain.as_chunks::<LANES>().0.to_vec(), eps: self.spec.norm_eps })
     }
+}
+
+/// Vectors one after the other.
+fn lanes(parts: &[Elements<'_>]) -> Vec<Lanes> {
+    let all: Vec<f32> = parts.iter().flat_map(|part| (0..part.len()).map(|i| part.f32(i))).collect();
+    all.as_chunks::<LANES>().0.to_vec()
 }

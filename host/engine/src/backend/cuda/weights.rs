@@ -8,7 +8,6 @@ use super::device::Device;
 use super::engine::CudaError;
 use super::layout::{Buffer, LayerPart, Owner, Sizes};
 use crate::load::{Elements, Weights};
-use crate::spec::Naming;
 
 /// Bytes that are converted at once.
 const PIECE: usize = 8 << 20;
@@ -56,25 +55,15 @@ impl Packer<'_> {
 
     fn attention(&mut self, weights: &Weights, layer: usize) -> Result<u64, CudaError> {
         let spec = &self.sizes.spec;
-        let (hidden, head_dim, q_dim, kv_dim) = (spec.hidden, spec.head_dim, spec.q_dim(), spec.kv_dim());
-        let (naming, qkv_bias, out_bias, qk_norm) = (spec.naming, spec.qkv_bias, spec.out_bias, spec.qk_norm);
+        let (hidden, head_dim, q_dim) = (spec.hidden, spec.head_dim, spec.q_dim());
+        let (qkv_bias, out_bias, qk_norm) = (spec.qkv_bias, spec.out_bias, spec.qk_norm);
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
-        let qkv = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
         let mut done = self.join(part(LayerPart::AttentionNorm), &[get("input_layernorm.weight", &[hidden])?])?;
-        done += match naming {
-            Naming::Packed => {
-                let all = get("self_attn.qkv_proj.weight", &[q_dim + 2 * kv_dim, hidden])?;
-                self.join(part(LayerPart::Qkv), &[all])?
-            }
-            Naming::Split | Naming::Mixtral => {
-                let [q, k, v] = qkv.map(|(name, n)| get(&format!("self_attn.{name}.weight"), &[n, hidden]));
-                self.join(part(LayerPart::Qkv), &[q?, k?, v?])?
-            }
-        };
+        let (qkv, biases) = (weights.qkv(spec, layer)?, if qkv_bias { weights.qkv_bias(spec, layer)? } else { vec![] });
+        done += self.join(part(LayerPart::Qkv), &qkv)?;
         if qkv_bias {
-            let [q, k, v] = qkv.map(|(name, n)| get(&format!("self_attn.{name}.bias"), &[n]));
-            done += self.join(part(LayerPart::QkvBias), &[q?, k?, v?])?;
+            done += self.join(part(LayerPart::QkvBias), &biases)?;
         }
         if qk_norm {
             done += self.join(part(LayerPart::QNorm), &[get("self_attn.q_norm.weight", &[head_dim])?])?;
@@ -88,16 +77,11 @@ impl Packer<'_> {
     }
 
     fn ffn(&mut self, weights: &Weights, layer: usize) -> Result<u64, CudaError> {
-        let (hidden, ffn, naming) = (self.sizes.spec.hidden, self.sizes.spec.ffn, self.sizes.spec.naming);
+        let (hidden, ffn) = (self.sizes.spec.hidden, self.sizes.spec.ffn);
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}.weight"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
         let mut done = self.join(part(LayerPart::FfnNorm), &[get("post_attention_layernorm", &[hidden])?])?;
-        let (gate, up) = match naming {
-            Naming::Packed => get("mlp.gate_up_proj", &[2 * ffn, hidden])?.split_at(ffn * hidden),
-            Naming::Split | Naming::Mixtral => {
-                (get("mlp.gate_proj", &[ffn, hidden])?, get("mlp.up_proj", &[ffn, hidden])?)
-            }
-        };
+        let [gate, up] = weights.gate_up(&self.sizes.spec, layer, ffn)?;
         done += self.alternate(part(LayerPart::GateUp), &gate, &up)?;
         Ok(done + self.join(part(LayerPart::Down), &[get("mlp.down_proj", &[hidden, ffn])?])?)
     }
