@@ -183,3 +183,24 @@ fn a_plan_that_says_nothing_is_refused_with_the_reason() {
         assert!(answer.status == 400 && answer.body.to_string().contains(expect), "{slot}, {expect}: {answer:?}");
     }
 }
+
+#[test]
+fn a_scheduler_is_shadowed_too() {
+    let host = host(&[]);
+    assert_eq!(host.activate("scheduler", &host.builtin("sched-fcfs"), json!({})).status, 200);
+    let id = start(&host, "scheduler", &plan(&host.builtin("sched-fcfs"), json!({})));
+    let found = until(&host, "scheduler", &id, |r| periods(r) >= 3);
+    let shadow = &found["evidence"]["shadow"];
+    assert_eq!((&shadow["share"], &shadow["answers"]["unanswered"]), (&json!(1.0), &json!(0)), "{found}");
+    assert_eq!(steer(&host, "scheduler", &id, "promote")["phase"]["is"], "promoted");
+    assert!(!serve(&host, "after").is_empty());
+
+    let id = start(&host, "scheduler", &plan(&fixture(&host, "scheduler"), json!({ "do": "trap", "after": 12 })));
+    let ended = until(&host, "scheduler", &id, |r| r["phase"]["is"] == "aborted");
+    assert_eq!(ended["phase"]["cause"]["kind"], "hard", "{ended}");
+    let slot = host.admin("GET", "/admin/v1/slots/scheduler", &Value::Null).body;
+    assert_eq!((&slot["counters"]["fallbacks"], &slot["health"]["state"]), (&json!(0), &json!("closed")), "{slot}");
+
+    let native = host.admin("POST", "/admin/v1/slots/scheduler/rollouts", &plan("native", json!({})));
+    assert!(native.status == 400 && native.body.to_string().contains("`sched-fcfs` orders"), "{native:?}");
+}

@@ -99,6 +99,14 @@ impl<P: BatchPolicy> BatchPolicy for Tapped<P> {
         self.inner.refused(now, why);
     }
 
+    fn wants_view(&mut self) -> bool {
+        self.inner.wants_view()
+    }
+
+    fn show(&mut self, view: &View<'_>) {
+        self.inner.show(view);
+    }
+
     fn stood_in(&mut self) {
         self.inner.stood_in();
     }

@@ -157,7 +157,7 @@ impl Seat {
     }
 
     /// Asks for a plan.
-    fn step(
+    pub(crate) fn step(
         &mut self,
         guest: &Guest<SchedulerHook>,
         now: Micros,
@@ -199,7 +199,7 @@ impl From<&View<'_>> for OwnedView {
 }
 
 impl OwnedView {
-    fn view(&self) -> View<'_> {
+    pub(crate) fn view(&self) -> View<'_> {
         let Self { now, seed, budgets, tenants, waiting, running } = self;
         View { now: *now, seed: *seed, budgets, tenants, waiting, running }
     }

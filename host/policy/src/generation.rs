@@ -203,6 +203,11 @@ impl<H: Hook> Guest<H> {
         if self.closed.load(Ordering::Acquire) { Admit::Yes } else { lock(&self.circuit).would_admit(now) }
     }
 
+    /// Whether its circuit is closed.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
     /// Whether the guest may be asked now, for a caller who then asks.
     #[inline]
     pub(crate) fn admit(&self, now: Micros) -> Admit {

@@ -38,6 +38,8 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     type Local: Default + Send;
     /// What a shadow is told: the inputs of a decision, with the answer that was used.
     type Sample: Send + 'static;
+    /// What the shadow's thread keeps between samples.
+    type Memory: Default + Send + 'static;
     /// The ways in which a shadow's answer may differ; none where the slot takes no shadow.
     const DIFFERENCES: &'static [&'static str] = &[];
 
@@ -54,7 +56,7 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
         Ok(())
     }
     /// Has a candidate answer what the active policy has decided, and compares.
-    fn shadow(_case: &Case<Self>, _sample: Self::Sample) {}
+    fn shadow(_case: &Case<Self>, _memory: &mut Self::Memory, _sample: Self::Sample) {}
     fn wrap(ready: Ready<Self>) -> AnyReady;
     fn unwrap(ready: AnyReady) -> Option<Ready<Self>>;
 }
@@ -310,10 +312,11 @@ impl StartError {
 /// Implements the parts of [`Hook`] that the generated bindings of every world have under their own names.
 macro_rules! hook_bindings {
     ($variant:ident, $interface:ident, $indices:ident, $bindings:ident) => {
-        crate::instance::hook_bindings!($variant, $interface, $indices, $bindings, std::convert::Infallible);
+        crate::instance::hook_bindings!($variant, $interface, $indices, $bindings, std::convert::Infallible, ());
     };
-    ($variant:ident, $interface:ident, $indices:ident, $bindings:ident, $sample:ty) => {
+    ($variant:ident, $interface:ident, $indices:ident, $bindings:ident, $sample:ty, $memory:ty) => {
         type Sample = $sample;
+        type Memory = $memory;
         type Indices = crate::bindings::$interface::$indices;
         type Bindings = crate::bindings::$interface::$bindings;
 

@@ -12,7 +12,7 @@
 //! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
 //! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
 //! 5. admission, router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault;
-//!    shadow: calls whose answers are only compared;
+//!    shadow, witness: calls whose answers are only compared;
 //! 6. handover: what an instance gives to the one that takes its place.
 #![deny(missing_docs)]
 
@@ -44,6 +44,7 @@ mod state;
 mod telemetry;
 mod upload;
 mod versions;
+mod witness;
 
 /// The atomics of [`drain`]; tests/loom.rs puts loom's in their place.
 mod sync {

@@ -99,7 +99,7 @@ pub(crate) fn answer(
 fn shadow(shadow: &Shadow<RouterHook>, question: RouterQuestion<'_>, said: &Choice) {
     if shadow.case.samples(question.request.id.0) {
         let wants = shadow.case.candidate.guest.as_ref().map(|guest| &guest.wants);
-        shadow.put(|| RouterSample::of(question, said, wants));
+        shadow.put(0, || RouterSample::of(question, said, wants));
     }
 }
 
@@ -313,9 +313,9 @@ impl Hook for RouterHook {
     const MAX_ANSWER_BYTES: usize = 1 << 20;
     type Local = ();
     const DIFFERENCES: &'static [&'static str] = &["other-replica", "would-refuse", "would-serve", "other-reason"];
-    hook_bindings!(Router, router, RouterIndices, Router, RouterSample);
+    hook_bindings!(Router, router, RouterIndices, Router, RouterSample, ());
 
-    fn shadow(case: &Case<Self>, sample: RouterSample) {
+    fn shadow(case: &Case<Self>, _memory: &mut (), sample: RouterSample) {
         let RouterSample { now, request, model, tenant, attributes, replicas, said } = sample;
         let attributes: Vec<(&str, &str)> = attributes.iter().map(|(name, value)| (&**name, &**value)).collect();
         let request = RouteRequest { model: &model, tenant: &tenant, attributes: &attributes, ..request };

@@ -5,6 +5,7 @@
 //! after a swap, a fault or a pause it gets the whole view again. A guest over its soft budget computes aside (`aside.rs`),
 //! and its plans come a step late.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,11 +20,13 @@ use crate::bindings::scheduler::exports::pointsman::policy::scheduler as wit;
 use crate::circuit::Admit;
 use crate::config::Budgets;
 use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::CallContext;
+use crate::generation::{CallContext, Generation};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{MAX_SEQUENCE_COLUMNS, SequenceColumn, Wants};
+use crate::shadow::Case;
 use crate::slot::{SlotCore, Stay, slot_by_core};
 use crate::upload::World;
+use crate::witness::{Beside, Heard, SchedulerSample, Witnesses, hear};
 
 /// Longest list in a plan; the scheduler compares with what exists, this only bounds the work of doing so.
 const MAX_PLAN_IDS: usize = 1 << 17;
@@ -58,6 +61,8 @@ pub struct SchedulerGuest {
     late: Answered,
     /// The last question of whoever prepares the next generation that was answered.
     answered: u64,
+    /// The shadow, where the slot has one.
+    beside: Beside,
 }
 
 /// Whether the guest decides if its circuit closes.
@@ -89,6 +94,7 @@ impl SchedulerSlot {
             view: None,
             late: Answered::Nothing,
             answered: 0,
+            beside: Beside::default(),
         }
     }
 }
@@ -120,6 +126,7 @@ impl SchedulerGuest {
     fn forget(&mut self) {
         self.synced = false;
         self.view = None;
+        self.beside.lose();
         self.drop_late();
     }
 
@@ -264,11 +271,14 @@ impl BatchPolicy for SchedulerGuest {
     }
 
     fn wants_progress(&self) -> bool {
-        self.stay.guest.as_ref().is_some_and(|guest| guest.wants.progress)
+        let wants =
+            |generation: &Generation<SchedulerHook>| generation.guest.as_ref().is_some_and(|g| g.wants.progress);
+        wants(&self.stay) || self.core.shadowed().is_some_and(|shadow| wants(&shadow.case.candidate))
     }
 
     fn resync(&mut self, view: &View<'_>) {
         self.drop_late();
+        self.beside.lose();
         let Some(guest) = &self.stay.guest else { return };
         if self.aside.is_none() && guest.would_admit(view.now) == Admit::Yes {
             self.synced = self.seat.resync(guest, view);
@@ -318,6 +328,10 @@ impl BatchPolicy for SchedulerGuest {
                 late
             }
         };
+        match self.core.shadowed().filter(|_| self.aside.is_none()) {
+            Some(shadow) => self.beside.step(&shadow, &self.replica, Heard { now, budgets, changes, answer: &answer }),
+            None => self.beside.lose(),
+        }
         if matches!(answer, Answered::Nothing) {
             guest.fell_back();
             if self.aside.is_none() {
@@ -350,6 +364,17 @@ impl BatchPolicy for SchedulerGuest {
         guest.fell_back();
     }
 
+    fn wants_view(&mut self) -> bool {
+        let shadow = self.core.shadowed().filter(|_| self.synced && self.aside.is_none());
+        shadow.is_some_and(|shadow| self.beside.wants_view(&shadow))
+    }
+
+    fn show(&mut self, view: &View<'_>) {
+        if let Some(shadow) = self.core.shadowed() {
+            self.beside.show(&shadow, &self.replica, view);
+        }
+    }
+
     fn stood_in(&mut self) {
         if let Some(guest) = &self.stay.guest {
             guest.fell_back();
@@ -359,6 +384,7 @@ impl BatchPolicy for SchedulerGuest {
 
 impl Drop for SchedulerGuest {
     fn drop(&mut self) {
+        self.beside.leave(&self.replica);
         if let (Some(guest), Some(instance)) = (&self.stay.guest, self.seat.instance.take()) {
             guest.discard(instance);
         }
@@ -414,16 +440,19 @@ pub(crate) fn step(
     let Asked { wants, budgets, changes } = asked;
     let tenants = lower_tenants(&changes.new_tenants);
     let of_arrived = wanted_columns(&changes.arrived, wants);
+    // Told also where only a shadow wants it.
+    let none = Changes::default();
+    let progress = if wants.progress { changes } else { &none };
     let changes = wit::Changes {
         new_tenants: &tenants,
         arrived: lower_sequences(&changes.arrived, &of_arrived[..wants.sequence.len()]),
         admitted: &changes.admitted,
         preempted: &changes.preempted,
         gone: &changes.gone,
-        progress_id: &changes.progress_id,
-        progress_computed: &changes.progress_computed,
-        progress_generated: &changes.progress_generated,
-        progress_blocks: &changes.progress_blocks,
+        progress_id: &progress.progress_id,
+        progress_computed: &progress.progress_computed,
+        progress_generated: &progress.progress_generated,
+        progress_blocks: &progress.progress_blocks,
     };
     let budgets = lower_budgets(budgets);
     let plan = instance
@@ -502,7 +531,13 @@ impl Hook for SchedulerHook {
     const WORLD: World = World::Scheduler;
     const MAX_ANSWER_BYTES: usize = 4 << 20;
     type Local = ();
-    hook_bindings!(Scheduler, scheduler, SchedulerIndices, Scheduler);
+    const DIFFERENCES: &'static [&'static str] =
+        &["other-refusal", "other-preemption", "other-admission", "other-prefill"];
+    hook_bindings!(Scheduler, scheduler, SchedulerIndices, Scheduler, SchedulerSample, Witnesses);
+
+    fn shadow(case: &Case<Self>, witnesses: &mut Witnesses, sample: SchedulerSample) {
+        hear(case, witnesses, sample);
+    }
 
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let step_budgets = probe_budgets();
@@ -557,20 +592,22 @@ fn probe_steps(
             _ => {}
         }
         if let Some(plan) = step(instance, hard, now, Asked { wants, budgets: &budgets, changes: &changes })? {
-            check_probe(&plan, &shown).map_err(|why| Fault::new(FaultKind::BadAnswer, why.to_string()))?;
+            check_plan(&plan, &shown.iter().copied().collect())
+                .map_err(|why| Fault::new(FaultKind::BadAnswer, why.to_string()))?;
         }
     }
     Ok(())
 }
 
-/// What the scheduler will check of every plan, for the few requests of a probe.
-fn check_probe(plan: &Plan, shown: &[u64]) -> Result<(), BadPlan> {
+/// What the scheduler checks of every plan, where that is not there to do it: in a probe, and of a shadow.
+pub(crate) fn check_plan(plan: &Plan, known: &HashSet<u64>) -> Result<(), BadPlan> {
     for list in [&plan.admit, &plan.preempt, &plan.drop, &plan.prefill_id] {
-        for (i, id) in list.iter().enumerate() {
-            if !shown.contains(id) {
+        let mut named = HashSet::with_capacity(list.len().min(known.len()));
+        for id in list {
+            if !known.contains(id) {
                 return Err(BadPlan::UnknownId(*id));
             }
-            if list[..i].contains(id) {
+            if !named.insert(*id) {
                 return Err(BadPlan::Duplicate(*id));
             }
         }

@@ -16,8 +16,10 @@ use crate::generation::Generation;
 use crate::instance::Hook;
 use crate::runtime::Shared;
 
-/// Decisions that the shadow may be behind.
+/// Places of decisions that the shadow may be behind.
 const QUEUE: usize = 256;
+/// Ids in a copy for which it takes one place more: the queue holds the ids of 256 such copies and of one other, however long.
+const IDS_A_PLACE: usize = 1_024;
 /// The last calls whose time, and the last answers whose words, are kept.
 const KEPT: usize = 1_024;
 /// Most kinds of difference that a hook tells apart.
@@ -45,7 +47,13 @@ pub struct Compared {
 /// A shadow as serving threads hold it. When the last of them lets go, its thread ends.
 pub(crate) struct Shadow<H: Hook> {
     pub(crate) case: Arc<Case<H>>,
-    queue: SyncSender<H::Sample>,
+    queue: SyncSender<Copied<H>>,
+}
+
+/// What is put to a shadow.
+struct Copied<H: Hook> {
+    sample: H::Sample,
+    places: usize,
 }
 
 /// What serving threads and the shadow's thread share.
@@ -53,6 +61,7 @@ pub(crate) struct Case<H: Hook> {
     pub(crate) candidate: Arc<Generation<H>>,
     /// Of a million decisions; 0 while nothing is to be asked.
     share_ppm: Arc<AtomicU32>,
+    /// Places that are taken.
     pending: AtomicUsize,
     dropped: AtomicU64,
     /// The shadow's thread writes, a report reads.
@@ -99,18 +108,20 @@ impl<H: Hook> Shadow<H> {
             dropped: AtomicU64::new(0),
             tally: Mutex::default(),
         });
-        let asked = Arc::clone(&case);
-        let queue = shared.hire("policy-shadow", QUEUE, move |sample| asked.take(sample))?;
+        let (asked, mut memory) = (Arc::clone(&case), H::Memory::default());
+        let queue = shared.hire("policy-shadow", QUEUE, move |copied| asked.take(&mut memory, copied))?;
         Ok(Self { case, queue })
     }
 
-    /// Puts a decision to the candidate. Where that is behind, nothing is copied: false, and the decision is counted.
-    pub(crate) fn put(&self, sample: impl FnOnce() -> H::Sample) -> bool {
+    /// Puts a decision to the candidate, whose copy has about so many ids. Where that is behind, nothing is copied: false, and
+    /// the decision is counted.
+    pub(crate) fn put(&self, n_ids: usize, sample: impl FnOnce() -> H::Sample) -> bool {
+        let places = 1 + n_ids / IDS_A_PLACE;
         // Counted before it is sent, so that there is room for whatever is copied.
-        let fits = self.case.pending.fetch_add(1, Ordering::Relaxed) < QUEUE;
-        let put = fits && self.queue.try_send(sample()).is_ok();
+        let fits = self.case.pending.fetch_add(places, Ordering::Relaxed) < QUEUE;
+        let put = fits && self.queue.try_send(Copied { sample: sample(), places }).is_ok();
         if !put {
-            self.case.pending.fetch_sub(1, Ordering::Relaxed);
+            self.case.pending.fetch_sub(places, Ordering::Relaxed);
             self.case.drop_one();
         }
         put
@@ -124,19 +135,31 @@ impl<H: Hook> Case<H> {
     pub(crate) fn samples(&self, number: u64) -> bool {
         let place = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let ppm = (u128::from(place) * u128::from(WHOLE_PPM)) >> 64;
-        ppm < u128::from(self.share_ppm.load(Ordering::Relaxed))
+        ppm < u128::from(self.share_ppm())
     }
 
-    fn take(&self, sample: H::Sample) {
-        self.pending.fetch_sub(1, Ordering::Relaxed);
-        // It has ended, or is paused, since this was sent.
-        if self.share_ppm.load(Ordering::Relaxed) == 0 {
+    fn take(&self, memory: &mut H::Memory, Copied { sample, places }: Copied<H>) {
+        self.pending.fetch_sub(places, Ordering::Relaxed);
+        // It has ended, or is paused, since this was sent; what came before says nothing any more of what comes after.
+        if self.share_ppm() == 0 {
+            *memory = H::Memory::default();
             return self.drop_one();
         }
-        H::shadow(self, sample);
+        H::shadow(self, memory, sample);
     }
 
-    fn drop_one(&self) {
+    /// Of a million decisions, so many are to be put to it.
+    pub(crate) fn share_ppm(&self) -> u32 {
+        self.share_ppm.load(Ordering::Relaxed)
+    }
+
+    /// Whether half of the queue is free: enough to begin again after a gap.
+    pub(crate) fn is_at_leisure(&self) -> bool {
+        self.pending.load(Ordering::Relaxed) <= QUEUE / 2
+    }
+
+    /// Counts a decision that was not put to it.
+    pub(crate) fn drop_one(&self) {
         self.dropped.fetch_add(1, Ordering::Relaxed);
     }
 

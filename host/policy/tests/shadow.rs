@@ -3,11 +3,15 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use pointsman_policy::{
-    Activation, Compared, Component, FaultKind, Health, Prepared, PublishError, Role, RouterSlot, Slot,
+    Activation, Compared, Component, FaultKind, Health, Prepared, PublishError, Role, RouterSlot, SchedulerGuest,
+    SchedulerSlot, Slot,
 };
+use pointsman_sched::batch::{Answer, Attention, BatchPolicy, Changes, Plan, SequenceColumns, View};
 use pointsman_sched::route::{Choice, RoutePolicy};
-use support::{Bench, SECOND, counter, replicas, request};
+use support::{Bench, SECOND, arrivals, budgets, counter, replicas, request, sequences};
 
 const ALL: u32 = 1_000_000;
 /// Decisions that a shadow may be behind.
@@ -21,7 +25,7 @@ fn prepare(bench: &Bench, component: &Component, config: &str) -> Prepared {
 }
 
 /// A slot with this policy and this shadow, which gets everything.
-fn shadowed(bench: &Bench, active: &str, candidate: (&str, &str)) -> std::sync::Arc<RouterSlot> {
+fn shadowed(bench: &Bench, active: &str, candidate: (&str, &str)) -> Arc<RouterSlot> {
     let slot = bench.runtime.router_slot("router");
     slot.publish(bench.prepare(&bench.admit(active), "router", "{}")).expect("a publish");
     slot.stage(prepare(bench, &bench.admit(candidate.0), candidate.1)).expect("staged");
@@ -206,4 +210,148 @@ fn a_slot_without_shadows_says_so() {
     retention.stage_native(1).expect("staged");
     assert_eq!(retention.shadow(ALL), Err(PublishError::NoShadow { slot: "kv-retention".into() }));
     assert_eq!(retention.compared(), None);
+}
+
+// === schedulers ===
+
+/// A scheduler slot with this shadow of `sched-fcfs`, and the policy of a replica that has its view.
+fn scheduled(bench: &Bench, share_ppm: u32, candidate: (&str, &str)) -> (Arc<SchedulerSlot>, SchedulerGuest) {
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let mut guest = slot.attach("demo");
+    slot.publish(bench.prepare(&bench.admit("sched-fcfs"), "scheduler", "{}")).expect("a publish");
+    let activation = Activation { role: Role::Shadow, ..bench.activation("scheduler", candidate.1) };
+    slot.stage(bench.runtime.prepare(&bench.admit(candidate.0), activation).expect("a generation")).expect("staged");
+    slot.shadow(share_ppm).expect("a shadow");
+    assert_eq!(guest.attend(1), Attention::NeedsView);
+    show(&[(1, 900), (2, 100)], |view| guest.resync(view));
+    (slot, guest)
+}
+
+fn show(waiting: &[(u64, u32)], show: impl FnOnce(&View<'_>)) {
+    let (budgets, waiting, running) = (budgets(), sequences(waiting), SequenceColumns::default());
+    show(&View { now: 1, seed: 7, budgets: &budgets, tenants: &[], waiting: &waiting, running: &running });
+}
+
+/// A step boundary at which a request arrives; as the scheduler does, it shows whoever begins everything so far.
+fn boundary(bench: &Bench, guest: &mut SchedulerGuest, queue: &mut Vec<(u64, u32)>) -> Vec<u64> {
+    assert_eq!(guest.attend(2), Attention::Following);
+    let arrived = (queue.len() as u64 + 1, 10 + 7 * queue.len() as u32 % 100);
+    queue.push(arrived);
+    let mut plan = Plan::default();
+    assert_eq!(guest.step(2, &budgets(), &arrivals(&[arrived]), &mut plan), Answer::Planned);
+    if guest.wants_view() {
+        show(queue, |view| guest.show(view));
+    }
+    bench.runtime.maintain();
+    plan.admit
+}
+
+fn tally(slot: &SchedulerSlot) -> (u64, u64, u64, u64) {
+    let Compared { agreed, differed, unanswered, dropped, .. } = slot.compared().expect("a shadow");
+    (agreed, differed.iter().map(|(_, n)| n).sum(), unanswered, dropped)
+}
+
+#[test]
+fn the_shadow_of_a_scheduler_follows_its_replica() {
+    for (candidate, agrees) in [("sched-fcfs", true), ("sched-shortest-first", false)] {
+        let bench = Bench::new();
+        let (slot, mut guest) = scheduled(&bench, ALL, (candidate, "{}"));
+        let mut queue = vec![(1, 900), (2, 100)];
+        let plans: Vec<_> = (0..40).map(|_| boundary(&bench, &mut guest, &mut queue)).collect();
+        let (agreed, differed, unanswered, dropped) = tally(&slot);
+        assert_eq!((agreed + differed, unanswered, dropped), (39, 0, 0), "{candidate}: it begins after the first step");
+        assert_eq!(agreed == 39, agrees, "{candidate}");
+        let arrivals: Vec<u64> = queue.iter().map(|(id, _)| *id).collect();
+        assert_eq!(plans.last(), Some(&arrivals), "{candidate}: the active policy decides");
+        assert_eq!((slot.status().calls, slot.status().fallbacks), (41, 0), "{candidate}: and hears nothing twice");
+        let promoted = slot.promote().expect("staged");
+        assert_eq!((guest.attend(3), guest.generation()), (Attention::NeedsView, promoted.generation));
+        bench.runtime.maintain();
+        assert_eq!((slot.status().draining, slot.status().instances), (0, 2), "{candidate}: no instance is lost");
+    }
+}
+
+#[test]
+fn a_shadow_that_fell_behind_begins_anew_and_counts_what_it_missed() {
+    let bench = Bench::new();
+    let (slot, mut guest) = scheduled(&bench, ALL, ("sched-fcfs", "{}"));
+    let mut queue = vec![(1, 900), (2, 100)];
+    boundary(&bench, &mut guest, &mut queue);
+    // Nobody works at the shadow's desk: the queue fills.
+    for _ in 0..QUEUE + 10 {
+        guest.attend(2);
+        let mut plan = Plan::default();
+        guest.step(2, &budgets(), &Changes::default(), &mut plan);
+        assert!(!guest.wants_view(), "it follows, or there is no room");
+    }
+    assert_eq!(tally(&slot), (0, 0, 0, 10));
+    bench.runtime.maintain();
+    (0..10).for_each(|_| drop(boundary(&bench, &mut guest, &mut queue)));
+    assert_eq!(tally(&slot), (QUEUE + 9, 0, 0, 10));
+}
+
+#[test]
+fn copies_of_a_long_queue_take_more_room() {
+    let bench = Bench::new();
+    let (slot, mut guest) = scheduled(&bench, ALL, ("sched-fcfs", "{}"));
+    boundary(&bench, &mut guest, &mut vec![(1, 900), (2, 100)]);
+    // News of 3,500 ids takes four places: what waits for the shadow is bounded in bytes too.
+    let news = Changes { gone: (10_000..13_500).collect(), ..Changes::default() };
+    for _ in 0..QUEUE {
+        assert_eq!(guest.step(2, &budgets(), &news, &mut Plan::default()), Answer::Planned);
+        assert!(!guest.wants_view(), "it follows, or there is no room");
+    }
+    bench.runtime.maintain();
+    assert_eq!(tally(&slot), (QUEUE / 4, 0, 0, QUEUE - QUEUE / 4));
+}
+
+#[test]
+fn a_pause_between_two_steps_makes_the_shadow_begin_anew() {
+    let bench = Bench::new();
+    let (slot, mut guest) = scheduled(&bench, ALL, ("sched-fcfs", "{}"));
+    let mut queue = vec![(1, 900), (2, 100)];
+    boundary(&bench, &mut guest, &mut queue);
+    let mut plan = Plan::default();
+    queue.push((3, 50));
+    guest.step(2, &budgets(), &arrivals(&[(3, 50)]), &mut plan);
+    // What waits is thrown away, and the driver knows of no pause.
+    slot.shadow(0).expect("a shadow");
+    bench.runtime.maintain();
+    slot.shadow(ALL).expect("a shadow");
+    (0..QUEUE).for_each(|_| drop(boundary(&bench, &mut guest, &mut queue)));
+    let (agreed, differed, unanswered, dropped) = tally(&slot);
+    assert_eq!((differed, unanswered, dropped), (0, 0, 1), "nothing is compared that was not heard");
+    assert!(agreed > QUEUE / 2, "{agreed}");
+    assert_eq!(slot.candidate().expect("staged").faults, [0; 5]);
+}
+
+#[test]
+fn a_stretch_is_followed_and_the_rest_is_left_alone() {
+    let bench = Bench::new();
+    let (slot, mut guest) = scheduled(&bench, 500_000, ("sched-fcfs", "{}"));
+    let mut queue = vec![(1, 900), (2, 100)];
+    (0..512).for_each(|_| drop(boundary(&bench, &mut guest, &mut queue)));
+    let (agreed, differed, unanswered, _) = tally(&slot);
+    assert!((240..=260).contains(&agreed) && (differed, unanswered) == (0, 0), "{agreed}");
+}
+
+#[test]
+fn a_scheduler_that_misbehaves_as_a_shadow_is_off_at_its_third_fault() {
+    for (deed, kind) in [("trap", FaultKind::Trap), ("unknown-id", FaultKind::BadAnswer)] {
+        let bench = Bench::new();
+        let config = format!(r#"{{"do": "{deed}", "after": 12}}"#);
+        let (slot, mut guest) = scheduled(&bench, ALL, ("fixture-scheduler", &config));
+        let mut queue = vec![(1, 900), (2, 100)];
+        for _ in 0..400 {
+            boundary(&bench, &mut guest, &mut queue);
+            bench.advance(SECOND / 10);
+        }
+        let (active, shadow) = (slot.status(), slot.candidate().expect("staged"));
+        assert_eq!(shadow.faults[kind as usize], 3, "{deed}");
+        assert!(matches!(shadow.health, Health::Open { .. }), "{deed}");
+        assert_eq!((active.health, active.faults, active.fallbacks), (Health::Closed, [0; 5], 0), "{deed}");
+        slot.unstage().expect("staged");
+        bench.advance(8 * SECOND);
+        assert_eq!((slot.status().draining, slot.compared()), (0, None), "{deed}");
+    }
 }

@@ -187,6 +187,15 @@ pub trait BatchPolicy: Send {
     /// The plan just returned was refused as a whole; counts as a fault of the policy.
     fn refused(&mut self, now: Micros, why: BadPlan);
 
+    /// Whether somebody who listens beside the policy begins here: the whole view is then [shown](Self::show). Asked after a
+    /// call of [`step`](Self::step), when the policy has been told everything.
+    fn wants_view(&mut self) -> bool {
+        false
+    }
+
+    /// The whole view, for whoever listens; to the policy it is no news.
+    fn show(&mut self, _view: &View<'_>) {}
+
     /// There was something to decide, and the native policy did, because [`attend`](Self::attend) had said
     /// [`Native`](Attention::Native) or [`Busy`](Attention::Busy).
     fn stood_in(&mut self) {}

@@ -112,19 +112,23 @@ impl Told {
         self.following = false;
     }
 
-    /// Starts from the whole view: fills the columns and takes everything as shown.
-    pub(crate) fn view(
-        &mut self,
-        sequences: &mut Slab,
-        queues: Queues<'_>,
-        waiting: &mut SequenceColumns,
-        running: &mut SequenceColumns,
-    ) {
+    /// The policy starts from the whole view.
+    pub(crate) fn restart(&mut self) {
         self.following = true;
         self.changes.clear();
         self.dirty.clear();
         self.remembered.clear();
         self.n_tenants_shown = self.tenants.len();
+    }
+
+    /// Fills the columns with everything as it stands, and takes it as shown: to a policy that starts, or to one that has just
+    /// been told the difference, for which that changes nothing.
+    pub(crate) fn view(
+        sequences: &mut Slab,
+        queues: Queues<'_>,
+        waiting: &mut SequenceColumns,
+        running: &mut SequenceColumns,
+    ) {
         for ticket in queues.waiting.tickets() {
             show(&mut sequences[ticket.slot], queues.kv, waiting);
         }

@@ -12,9 +12,9 @@ use std::collections::VecDeque;
 
 use pointsman_control::rollout::{
     Answers, Arm, Cause, Command, Decision, Mode, OnRestart, Outcome, Phase, Plan, PolicyCost, Report, Rollout,
-    RolloutDocument, Seen, Split,
+    RolloutDocument, Seen, Spec, Split,
 };
-use pointsman_control::{Desired, Happened, PlanError, Planned, SlotName, Target, Why};
+use pointsman_control::{ComponentRef, Desired, Happened, PlanError, Planned, SlotName, Target, Why};
 use pointsman_policy::{Arm as SlotArm, Compared, Handover as Rule, Health, Role, SlotStatus};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, Clock};
@@ -311,6 +311,7 @@ impl Deploy {
         }
         let control = lock(&self.state).slot(&slot).map(|state| state.active.clone());
         let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
+        check_comparable(&slot, &spec, [&control.component, &desired.component])?;
         let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
         let generation = planned.generation;
         let rule = handover::rule(handover, Why::Rollout);
@@ -489,6 +490,17 @@ impl Deploy {
         self.prepare(&planned, role(document.spec.mode), Rule::Cold)
             .and_then(|ready| self.stage(slot, ready, generation))
     }
+}
+
+/// Refuses a shadow whose plans have nothing to be compared with.
+fn check_comparable(slot: &SlotName, spec: &Spec, policies: [&ComponentRef; 2]) -> Result<(), AdminError> {
+    let makes_plans = *slot != SlotName::Scheduler || !policies.contains(&&ComponentRef::Native);
+    if spec.mode != Mode::Shadow || makes_plans {
+        return Ok(());
+    }
+    let message =
+        "the native scheduler writes no plans that could be compared; `sched-fcfs` orders requests as it does";
+    Err(invalid(message.into()))
 }
 
 /// Whose host-state the candidate of a mode has.

@@ -277,8 +277,7 @@ impl Spec {
     /// Whether answers that nobody uses say something there.
     fn check_shadow(&self, slot: &SlotName) -> Result<(), SpecError> {
         let why = match slot {
-            SlotName::Router => return Ok(()),
-            SlotName::Scheduler => "plans are not compared yet; use `switchback`",
+            SlotName::Router | SlotName::Scheduler => return Ok(()),
             SlotName::KvRetention => "an order of eviction shows in later cache hits only; use `switchback`",
             SlotName::Sampler => {
                 "the tokens that it would have changed are missing from the text that it follows; use `switchback`"
@@ -445,6 +444,7 @@ mod tests {
             (telemetry.clone(), Mode::Canary, Some("`telemetry.<another name>`")),
             (telemetry, Mode::Shadow, Some("`telemetry.<another name>`")),
             (SlotName::Router, Mode::Shadow, None),
+            (SlotName::Scheduler, Mode::Shadow, None),
             (SlotName::Sampler, Mode::Shadow, Some("use `switchback`")),
             (SlotName::KvRetention, Mode::Shadow, Some("use `switchback`")),
             (SlotName::Admission, Mode::Shadow, Some("it alone had let in")),

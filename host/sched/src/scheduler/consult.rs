@@ -8,7 +8,7 @@ use crate::hash::mix;
 use crate::ids::Micros;
 use crate::observe::Observer;
 use crate::request::Failure;
-use crate::told::Queues;
+use crate::told::{Queues, Told};
 
 use super::ending::Ending;
 use super::{Scheduler, count};
@@ -53,10 +53,16 @@ impl Scheduler {
     }
 
     fn resync(&mut self, now: Micros, policy: &mut dyn BatchPolicy) {
+        self.told.restart();
+        self.view(now, |view| policy.resync(view));
+    }
+
+    /// Shows everything as it stands.
+    fn view(&mut self, now: Micros, show: impl FnOnce(&View<'_>)) {
         let (mut waiting, mut running) = (SequenceColumns::default(), SequenceColumns::default());
         let queues = Queues { kv: &self.kv, waiting: &self.waiting, running: &self.running };
-        self.told.view(&mut self.sequences, queues, &mut waiting, &mut running);
-        policy.resync(&View {
+        Told::view(&mut self.sequences, queues, &mut waiting, &mut running);
+        show(&View {
             now,
             seed: mix(self.seed ^ self.n_steps),
             budgets: &self.budgets(),
@@ -73,6 +79,9 @@ impl Scheduler {
         self.told.difference(&mut self.sequences, queues, policy.wants_progress());
         let answer = policy.step(now, &budgets, &self.told.changes, &mut self.plan);
         self.told.changes.clear();
+        if policy.wants_view() {
+            self.view(now, |view| policy.show(view));
+        }
         if answer == Answer::Native {
             self.plan.clear();
             return false;
