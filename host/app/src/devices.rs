@@ -100,7 +100,14 @@ fn places(
     for device in wanted {
         match (device, &gpus) {
             (Wanted::Cpu, _) => places.push(cpu()),
-            (Wanted::Auto, Ok(found)) => places.extend(found.iter().cloned().map(Place::Cuda)),
+            (Wanted::Auto, Ok(found)) => {
+                let mut usable = usable(found).map(Place::Cuda).peekable();
+                if usable.peek().is_none() {
+                    tracing::info!("no GPU that the kernels run on; serving on the CPU");
+                    places.push(cpu());
+                }
+                places.extend(usable);
+            }
             (Wanted::Auto, Err(why)) => {
                 tracing::info!("no GPU: {why}; serving on the CPU");
                 places.push(cpu());
@@ -108,7 +115,7 @@ fn places(
             (Wanted::Cuda(ordinal), Ok(found)) => {
                 let count = u32::try_from(found.len()).unwrap_or(u32::MAX);
                 let gpu = found.iter().find(|gpu| gpu.ordinal == ordinal).cloned();
-                places.push(Place::Cuda(gpu.ok_or(NoGpu::NoSuch { asked: ordinal, count })?));
+                places.push(Place::Cuda(gpu.ok_or(NoGpu::NoSuch { asked: ordinal, count })?.supported()?));
             }
             (Wanted::Cuda(ordinal), Err(why)) => {
                 bail!(
@@ -129,6 +136,12 @@ fn places(
     Ok(kept)
 }
 
+/// Those of them that the kernels run on; the others are named in the log.
+fn usable(found: &[FoundGpu]) -> impl Iterator<Item = FoundGpu> + '_ {
+    let supported = |gpu: FoundGpu| gpu.supported().inspect_err(|why| tracing::warn!("not used: {why}")).ok();
+    found.iter().cloned().filter_map(supported)
+}
+
 /// Where code for a GPU comes from: NVIDIA's compiler, if one of the usual folders has it, and what it made before.
 pub(crate) fn code_options(engine: &EngineSection, data_dir: &Path) -> anyhow::Result<CodeOptions> {
     for folder in &engine.cuda_lib_dirs {
@@ -136,7 +149,7 @@ pub(crate) fn code_options(engine: &EngineSection, data_dir: &Path) -> anyhow::R
     }
     let mut folders = engine.cuda_lib_dirs.clone();
     folders.extend(usual_folders());
-    Ok(CodeOptions { folders, cache: Some(data_dir.join("cuda")) })
+    Ok(CodeOptions { folders, cache: Some(data_dir.join("cuda")), ptx_only: false })
 }
 
 /// The toolkit's folder, and those of NVIDIA's Python packages.
@@ -180,19 +193,28 @@ mod tests {
         }
     }
 
+    fn old(ordinal: u32) -> FoundGpu {
+        FoundGpu { info: cuda::DeviceInfo { capability: (7, 5), ..gpu(ordinal).info }, ..gpu(ordinal) }
+    }
+
     #[test]
     fn devices_are_taken_as_asked_or_refused_in_words() {
         let two = || Ok(vec![gpu(0), gpu(1)]);
         let none = || Err(NoGpu::NoDriver);
+        let an_old = || Ok(vec![old(0), gpu(1)]);
+        let only_old = || Ok(vec![old(0)]);
         type Found = fn() -> Result<Vec<FoundGpu>, NoGpu>;
         type Expect = Result<&'static [u32], &'static str>;
-        let cases: [(&[&str], Found, Expect); 10] = [
+        let cases: [(&[&str], Found, Expect); 13] = [
             (&["cpu"], none, Ok(&[0])),
             (&["auto"], none, Ok(&[0])),
             (&["auto"], two, Ok(&[1, 2])),
             (&["cuda:1", "cpu"], two, Ok(&[2, 0])),
             (&["auto", "cpu", "cuda:0"], two, Ok(&[1, 2, 0])),
             (&["auto", "cpu"], none, Ok(&[0])),
+            (&["auto"], an_old, Ok(&[2])),
+            (&["auto"], only_old, Ok(&[0])),
+            (&["cuda:0"], an_old, Err("cuda:0 (a GPU) has compute capability 7.5")),
             (&["cuda:0"], none, Err("libcuda is not in the loader's path. --device cpu serves without a GPU")),
             (&["cuda:2"], two, Err("there is no cuda:2; the driver sees 2 devices")),
             (&["gpu"], two, Err("`gpu` is no device: use auto, cpu or cuda:N")),

@@ -67,7 +67,7 @@ pub(crate) fn run(args: &GpuCheckArgs, out: &mut dyn Write) -> anyhow::Result<()
     let gpu = gpu.with_context(|| format!("there is no cuda:{}", args.gpu))?;
     let mut folders = args.cuda_lib_dir.clone();
     folders.extend(devices::usual_folders());
-    let code = CodeOptions { folders, cache: None };
+    let code = CodeOptions { folders, cache: None, ptx_only: false };
     let large = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
     let mut check = Check { out, clock: SystemClock::start(), gpu, code, large, faults: 0, lines: Vec::new() };
     let outcome = check.all(args);

@@ -23,7 +23,7 @@ mod weights;
 
 pub use bucket::{Buckets, StepShape};
 pub use check::{Parity, ParityCase, ParityError};
-pub use code::{COMPILE_OPTIONS, CodeOptions, Unit};
+pub use code::{COMPILE_OPTIONS, CodeOptions, Origin, Unit};
 pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value};
 pub use element::Element;
 pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};

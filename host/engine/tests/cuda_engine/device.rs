@@ -25,6 +25,10 @@ pub(crate) struct ShimDevice {
     seed: u64,
     /// Every launch fails from this one on, as those of a lost device do.
     pub(crate) fails_after: Option<u64>,
+    /// This launch alone is refused.
+    pub(crate) refuses: Option<u64>,
+    /// Lanes that a copy reads or writes until the next wait.
+    in_flight: [bool; 3],
 }
 
 impl ShimDevice {
@@ -41,6 +45,8 @@ impl ShimDevice {
             graphs: Vec::new(),
             seed: 1,
             fails_after: None,
+            refuses: None,
+            in_flight: [false; 3],
         })
     }
 
@@ -52,6 +58,9 @@ impl ShimDevice {
         self.seed += 1;
         if self.fails_after.is_some_and(|last| self.seed > last) {
             return Err(Self::lost("as asked"));
+        }
+        if self.refuses == Some(self.seed) {
+            return Err(DeviceError::Driver { call: "launch", code: "SHIM".into(), text: "as asked".into() });
         }
         let arg = |value: &Value| match *value {
             Value::Address(n) => Arg::Address(n),
@@ -114,6 +123,7 @@ impl Device for ShimDevice {
     }
 
     fn lane(&mut self, lane: Lane) -> &mut [u32] {
+        assert!(!self.in_flight[lane as usize], "{lane:?} is touched before a wait");
         &mut self.lanes[lane as usize]
     }
 
@@ -131,11 +141,13 @@ impl Device for ShimDevice {
     }
 
     fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError> {
+        self.in_flight[lane as usize] = true;
         let bytes = bytes(&self.lanes[lane as usize][..words]);
         self.upload(to, &bytes)
     }
 
     fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
+        self.in_flight[Lane::Outputs as usize] = true;
         let mut read = vec![0; words];
         self.download(from, &mut read)?;
         self.lanes[Lane::Outputs as usize][..words].copy_from_slice(&read);
@@ -176,6 +188,7 @@ impl Device for ShimDevice {
 
     fn wait(&mut self) -> Result<(), DeviceError> {
         assert!(self.capturing.is_none(), "waiting ends a capture");
+        self.in_flight = [false; 3];
         Ok(())
     }
 }

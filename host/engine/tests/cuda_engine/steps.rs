@@ -228,6 +228,25 @@ fn a_lost_device_fails_its_steps_and_says_so() {
 }
 
 #[test]
+fn a_refused_launch_fails_one_step_and_leaves_nothing_under_way() {
+    let spec = spec(64, true);
+    let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
+    let Some(mut device) = ShimDevice::start() else { return };
+    // After the launches of the start, in the middle of the first steps.
+    device.refuses = Some(400);
+    let options = CudaOptions { element: Element::F32, graphs: false };
+    let mut cuda =
+        CudaEngine::load(Box::new(device), (spec, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap();
+    let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
+    let mut step = Step::default();
+    step.push(&sequence, 20, &Arc::default());
+    let mut steps = || cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default());
+    let outcomes: Vec<bool> = (0..40).map(|_| steps().is_ok()).collect();
+    assert_eq!(outcomes.iter().filter(|is_ok| !**is_ok).count(), 1, "{outcomes:?}");
+    assert!(!cuda.is_lost() && outcomes[39]);
+}
+
+#[test]
 fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
     let Some(device) = ShimDevice::start() else { return };
     let odd = spec(96, true);

@@ -103,9 +103,6 @@ pub enum DeviceError {
         /// Its entry point.
         entry: String,
     },
-    /// The kernels cannot be made for this device.
-    #[error("no kernels for this device: {0}")]
-    NoCode(String),
 }
 
 /// Memory, copies, launches and graphs. Calls other than `upload`, `download`, `wait` and `allocate` may return before they are

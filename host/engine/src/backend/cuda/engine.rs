@@ -260,6 +260,18 @@ impl CudaEngine {
         self.device.wait()?;
         Ok(extent.sampled)
     }
+
+    /// After a fault in the middle of a step.
+    fn failed(&mut self, error: DeviceError) -> ExecuteError {
+        // What was launched before it may still read the lanes, which the next step writes; and a kernel's own fault, which is
+        // why a later call was refused, shows here.
+        let error = self.device.wait().err().filter(DeviceError::is_lost).unwrap_or(error);
+        let what: Arc<str> = error.to_string().into();
+        if error.is_lost() {
+            self.lost = Some(Arc::clone(&what));
+        }
+        ExecuteError::Device { what }
+    }
 }
 
 impl Executor for CudaEngine {
@@ -279,13 +291,7 @@ impl Executor for CudaEngine {
         if plan.rows.is_empty() {
             return Ok(());
         }
-        let rows = self.run(plan, edits).map_err(|error| {
-            let what: Arc<str> = error.to_string().into();
-            if error.is_lost() {
-                self.lost = Some(Arc::clone(&what));
-            }
-            ExecuteError::Device { what }
-        })?;
+        let rows = self.run(plan, edits).map_err(|error| self.failed(error))?;
         read_outputs((rows, vocab), plan, self.device.lane(Lane::Outputs), out)
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::code::{CodeOptions, Unit};
+use super::code::{CodeOptions, Origin, Target, Unit};
 use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane};
 use super::vram::VramFree;
 
@@ -19,6 +19,9 @@ const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 
 /// Most arguments of a kernel.
 const MAX_ARGS: usize = 24;
+
+/// The oldest compute capability that the kernels run on.
+const OLDEST: (u32, u32) = (8, 0);
 
 /// A GPU that answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +50,20 @@ pub enum NoGpu {
     /// The driver sees nothing.
     #[error("the NVIDIA driver sees no device; is one hidden by CUDA_VISIBLE_DEVICES?")]
     NoDevice,
+    /// Older than the kernels.
+    #[error(
+        "cuda:{ordinal} ({name}) has compute capability {}.{}, and the kernels need 8.0 (Ampere) or later",
+        capability.0,
+        capability.1
+    )]
+    TooOld {
+        /// Its number.
+        ordinal: u32,
+        /// As the driver names it.
+        name: String,
+        /// What it has.
+        capability: (u32, u32),
+    },
     /// Not the one that was asked for.
     #[error("there is no cuda:{asked}; the driver sees {count} devices, from cuda:0")]
     NoSuch {
@@ -65,13 +82,14 @@ pub struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
     code: CodeOptions,
-    modules: Vec<(Unit, sys::CUmodule)>,
+    modules: Vec<(Unit, sys::CUmodule, Origin)>,
     /// By number.
     functions: Vec<Option<sys::CUfunction>>,
     allocations: Vec<sys::CUdeviceptr>,
     lanes: [Pinned; 3],
     graphs: Vec<sys::CUgraphExec>,
-    /// Lets a kernel start while the one before it ends.
+    /// Lets a kernel start while the one before it ends. Never with code from PTX: that is for compute capability 8.0, which has
+    /// no instruction to wait for the kernel before.
     overlap: bool,
     notes: Vec<String>,
 }
@@ -86,6 +104,21 @@ struct Pinned {
 // SAFETY: every handle here (context, stream, module, function, graph, memory) belongs to the driver, which takes it from any
 // thread that has made the context its own; `enter` does that before a step. `Gpu` is not `Sync`: one thread at a time uses it.
 unsafe impl Send for Gpu {}
+
+// === impl FoundGpu ===
+
+impl FoundGpu {
+    /// Itself, if the kernels run on it.
+    ///
+    /// # Errors
+    /// It is too old, in words for the operator.
+    pub fn supported(self) -> Result<Self, NoGpu> {
+        match self.info.capability {
+            capability if capability >= OLDEST => Ok(self),
+            capability => Err(NoGpu::TooOld { ordinal: self.ordinal, name: self.info.name, capability }),
+        }
+    }
+}
 
 // === finding ===
 
@@ -151,30 +184,41 @@ fn check<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, Dev
 }
 
 fn fault(call: &'static str, error: DriverError) -> DeviceError {
-    use sys::CUresult as E;
     let words = |text: Result<&std::ffi::CStr, DriverError>| -> Arc<str> {
         text.map_or_else(|_| format!("error {}", error.0 as u32).into(), |text| text.to_string_lossy().into())
     };
     let (code, text) = (words(error.error_name()), words(error.error_string()));
-    match error.0 {
-        // After these the driver answers nothing but the same error for this context.
+    if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
+}
+
+/// Whether the driver answers nothing but the same error for this context from now on, or nothing at all.
+fn is_lost(code: sys::CUresult) -> bool {
+    use sys::CUresult as E;
+    matches!(
+        code,
         E::CUDA_ERROR_ILLEGAL_ADDRESS
-        | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
-        | E::CUDA_ERROR_MISALIGNED_ADDRESS
-        | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
-        | E::CUDA_ERROR_INVALID_PC
-        | E::CUDA_ERROR_HARDWARE_STACK_ERROR
-        | E::CUDA_ERROR_LAUNCH_FAILED
-        | E::CUDA_ERROR_LAUNCH_TIMEOUT
-        | E::CUDA_ERROR_ASSERT
-        | E::CUDA_ERROR_ECC_UNCORRECTABLE
-        | E::CUDA_ERROR_NVLINK_UNCORRECTABLE
-        | E::CUDA_ERROR_CONTEXT_IS_DESTROYED
-        | E::CUDA_ERROR_DEINITIALIZED
-        | E::CUDA_ERROR_DEVICE_UNAVAILABLE
-        | E::CUDA_ERROR_UNKNOWN => DeviceError::Lost { call, code, text },
-        _ => DeviceError::Driver { call, code, text },
-    }
+            | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | E::CUDA_ERROR_MISALIGNED_ADDRESS
+            | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | E::CUDA_ERROR_INVALID_PC
+            | E::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | E::CUDA_ERROR_LAUNCH_FAILED
+            | E::CUDA_ERROR_LAUNCH_TIMEOUT
+            | E::CUDA_ERROR_ASSERT
+            | E::CUDA_ERROR_ECC_UNCORRECTABLE
+            | E::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | E::CUDA_ERROR_INVALID_CONTEXT
+            | E::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | E::CUDA_ERROR_DEINITIALIZED
+            | E::CUDA_ERROR_DEVICE_UNAVAILABLE
+            | E::CUDA_ERROR_EXTERNAL_DEVICE
+            | E::CUDA_ERROR_SYSTEM_NOT_READY
+            | E::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+            | E::CUDA_ERROR_MPS_CONNECTION_FAILED
+            | E::CUDA_ERROR_MPS_RPC_FAILURE
+            | E::CUDA_ERROR_MPS_CLIENT_TERMINATED
+            | E::CUDA_ERROR_UNKNOWN
+    )
 }
 
 // === impl Gpu ===
@@ -215,20 +259,36 @@ impl Gpu {
         &self.found
     }
 
+    /// The code that was loaded, and where it came from.
+    pub fn origins(&self) -> impl Iterator<Item = (Unit, Origin)> + '_ {
+        self.modules.iter().map(|&(unit, _, origin)| (unit, origin))
+    }
+
+    /// Whether a kernel may start while the one before it ends.
+    #[must_use]
+    pub fn overlaps(&self) -> bool {
+        self.overlap
+    }
+
     fn module(&mut self, unit: Unit) -> Result<sys::CUmodule, DeviceError> {
-        if let Some((_, module)) = self.modules.iter().find(|(loaded, _)| *loaded == unit) {
+        if let Some((_, module, _)) = self.modules.iter().find(|(loaded, ..)| *loaded == unit) {
             return Ok(*module);
         }
-        let code = self.code.make(unit, self.found.info.capability);
+        let code = self.code.make(unit, Target { capability: self.found.info.capability, driver: self.found.driver });
         self.notes.extend(code.note);
+        let mut origin = code.origin;
         // SAFETY: the image is a CUBIN or a text that ends in a zero byte, and outlives the call, which copies it.
         let mut loaded = unsafe { result::module::load_data(code.image.as_ptr().cast()) };
-        if let (Err(_), Some(ptx)) = (&loaded, &code.fallback) {
+        if let (Err(error), Some(ptx)) = (&loaded, &code.fallback) {
+            let why = fault("cuModuleLoadData", *error);
+            self.notes.push(format!("the driver refuses the compiled kernels, so it compiles them from PTX: {why}"));
             // SAFETY: as above.
             loaded = unsafe { result::module::load_data(ptx.as_ptr().cast()) };
+            origin = Origin::Ptx;
         }
         let module = check("cuModuleLoadData", loaded)?;
-        self.modules.push((unit, module));
+        self.overlap &= origin != Origin::Ptx;
+        self.modules.push((unit, module, origin));
         Ok(module)
     }
 
@@ -319,7 +379,9 @@ impl Device for Gpu {
 
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
         // SAFETY: the caller's buffer at `to` holds that many bytes: both come from one table of sizes.
-        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(to, bytes) })
+        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(to, bytes) })?;
+        // From memory that is not pinned the call returns once the bytes are staged, and our stream waits for no other one.
+        check("cuCtxSynchronize", result::ctx::synchronize())
     }
 
     fn download(&mut self, from: u64, words: &mut [u32]) -> Result<(), DeviceError> {
@@ -432,7 +494,7 @@ impl Drop for Gpu {
             for graph in self.graphs.drain(..) {
                 let _ = result::graph::exec_destroy(graph);
             }
-            for (_, module) in self.modules.drain(..) {
+            for (_, module, _) in self.modules.drain(..) {
                 let _ = result::module::unload(module);
             }
             for at in self.allocations.drain(..) {
@@ -441,6 +503,46 @@ impl Drop for Gpu {
             self.lanes.iter_mut().for_each(Pinned::free);
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_lost_after_faults_that_stay() {
+        use sys::CUresult as E;
+        for (code, expect) in [
+            (E::CUDA_ERROR_OUT_OF_MEMORY, false),
+            (E::CUDA_ERROR_INVALID_VALUE, false),
+            (E::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, false),
+            (E::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, false),
+            (E::CUDA_ERROR_ILLEGAL_ADDRESS, true),
+            (E::CUDA_ERROR_INVALID_CONTEXT, true),
+            (E::CUDA_ERROR_MPS_CLIENT_TERMINATED, true),
+            (E::CUDA_ERROR_EXTERNAL_DEVICE, true),
+            (E::CUDA_ERROR_UNKNOWN, true),
+        ] {
+            assert_eq!(is_lost(code), expect, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn devices_older_than_the_kernels_are_refused_by_name() {
+        for (capability, is_supported) in [((7, 5), false), ((8, 0), true), ((8, 9), true), ((12, 0), true)] {
+            let info = DeviceInfo { name: "a GPU".to_owned(), n_sms: 40, capability };
+            let bus_id = "0000:01:00.0".to_owned();
+            let found = FoundGpu { ordinal: 3, info, total_bytes: 1, bus_id, driver: (12, 8) };
+            match found.supported() {
+                Ok(_) => assert!(is_supported, "{capability:?}"),
+                Err(error) => {
+                    let expect =
+                        "cuda:3 (a GPU) has compute capability 7.5, and the kernels need 8.0 (Ampere) or later";
+                    assert_eq!((is_supported, error.to_string().as_str()), (false, expect));
+                }
+            }
         }
     }
 }

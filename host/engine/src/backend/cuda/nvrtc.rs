@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "the compiler is a C library")]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 
 use libloading::{Library, Symbol};
@@ -15,7 +16,8 @@ const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 /// The compiler.
 #[derive(Debug)]
 pub struct Nvrtc {
-    library: Library,
+    /// Never closed: the compiler keeps state of the threads that called it, whose destructors would run after it had gone.
+    library: ManuallyDrop<Library>,
     found: String,
     version: (u32, u32),
 }
@@ -78,6 +80,7 @@ impl Nvrtc {
         // SAFETY: loading runs the library's initialisers. The file has the name of NVIDIA's compiler and lies where the
         // operator or the system put it; whoever can place a file there can replace this program as well.
         let library = unsafe { Library::new(path) }.ok()?;
+        let library = ManuallyDrop::new(library);
         let compiler = Self { library, found: path.display().to_string(), version: (0, 0) };
         let version = compiler.ask_version().ok()?;
         Some(Self { version, ..compiler })

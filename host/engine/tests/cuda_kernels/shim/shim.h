@@ -187,6 +187,8 @@ static inline uint4 load_once(const void *from) {
     return *(const uint4 *)from;
 }
 
+static inline uint4 load_once_written(const void *from) { return load_once(from); }
+
 static inline float bf16_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
 
 // To nearest, ties to even.

@@ -46,12 +46,24 @@ DEVICE void let_next_start() {
 #endif
 }
 
-// 16 bytes that are read once: they should not displace what is read again.
+// 16 bytes that are read once and that nothing writes while the model is loaded, such as weights: they should not displace what
+// is read again.
 DEVICE uint4 load_once(const void *from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(from));
+    return v;
+}
+
+// The same of what a kernel of this step may have written: not by the path for constants, which need not see what was written
+// after this kernel had begun, and it begins before the one before it ends.
+DEVICE uint4 load_once_written(const void *from) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
     return v;
 }
 

@@ -180,8 +180,8 @@ template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
             u32 position = base + u * AT_ONCE + lane / LANES;
             live[u] = position < span.end;
             const T *key = key_at(a.pages, row, kv_head, least(position, span.end - 1)) + column;
-            keys[u] = load_once(key);
-            values[u] = load_once(key + to_value);
+            keys[u] = load_once_written(key);
+            values[u] = load_once_written(key + to_value);
         }
         attend<G, LANES>(state, q, keys, values, live);
     }
