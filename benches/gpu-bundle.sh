@@ -1,24 +1,45 @@
 #!/usr/bin/env bash
-# Makes target/gpu-bundle: all that a bare machine with a GPU and a driver needs to check it. No network, no Rust there.
+# Makes gpu-bundle.tgz in cargo's target folder: all that a bare machine with a GPU and a driver needs to check it. No network, no
+# Rust, no compiler there. On that machine: tar xzf gpu-bundle.tgz && gpu-bundle/gpu-check
 set -euo pipefail
 cd "$(dirname "$0")/.."
+most_mib=40
 target="${CARGO_TARGET_DIR:-target}"
-cargo build --release -p pointsman
 bundle="$target/gpu-bundle"
-rm -rf "$bundle" && mkdir -p "$bundle"
-cp "$target/release/pointsman" "$bundle/pointsman"
-strip "$bundle/pointsman" 2>/dev/null || true
+for tool in strip objdump; do
+  command -v "$tool" >/dev/null || { echo "$tool is missing: install binutils" >&2; exit 1; }
+done
+"${CARGO:-cargo}" build --release -p pointsman
+rm -rf "$bundle" "$bundle.tgz" && mkdir -p "$bundle"
+strip -o "$bundle/pointsman" "$target/release/pointsman"
 git rev-parse HEAD >"$bundle/COMMIT"
-cat >"$bundle/gpu-check" <<'EOF'
+[ -z "$(git status --porcelain)" ] || echo "with changes that are not committed" >>"$bundle/COMMIT"
+cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 #!/usr/bin/env bash
-# Compares the GPU with the CPU and measures it; exit status 1 when a comparison fails. Results: ${OUT:-.}/gpu-check.json and .txt
+# Compares the GPU with the CPU and measures it. Results, as they come: gpu-check.json and gpu-check.txt in $OUT, or here.
+# Ends with 0 when all is well, 1 when a comparison failed, 2 after a wrong flag, 3 where there is no GPU to check.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
-{ echo "commit $(cat "$here/COMMIT")"; nvidia-smi 2>/dev/null; "$here/pointsman" gpu-check --json "$out/gpu-check.json" "$@"; } 2>&1 | tee "$out/gpu-check.txt"
+# Where drivers are mounted into containers, and the libraries that came with a Python.
+[ -d /usr/local/nvidia/lib64 ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
+flags=(--json "$out/gpu-check.json" --cache "$here/cubin")
+python="$(command -v "${PYTHON:-python3}" || true)"
+if [ -n "$python" ]; then
+  while IFS= read -r folder; do flags+=(--cuda-lib-dir "$folder"); done < <(
+    "$python" -c 'import glob, sys; [print(found) for path in sys.path for found in glob.glob(path + "/nvidia/*/lib")]' 2>/dev/null
+  )
+fi
+{
+  echo "commit $(cat "$here/COMMIT")"
+  nvidia-smi 2>/dev/null
+  "$here/pointsman" gpu-check "${flags[@]}" "$@"
+} 2>&1 | tee -a "$out/gpu-check.txt"
 exit "${PIPESTATUS[0]}"
-EOF
+EOF_SCRIPT
 chmod +x "$bundle/gpu-check"
-bytes=$(du -sb "$bundle" | cut -f1)
-echo "$bundle: $((bytes >> 20)) MiB"
-[ "$bytes" -lt $((60 << 20)) ] || { echo "larger than 60 MiB" >&2; exit 1; }
+tar -C "$target" -czf "$bundle.tgz" gpu-bundle
+newest="$(objdump -T "$bundle/pointsman" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1)"
+kib=$(($(stat -c %s "$bundle.tgz") >> 10))
+echo "$bundle.tgz: $((kib >> 10)).$(((kib & 1023) * 10 >> 10)) MiB; needs ${newest/_/ } or newer"
+[ "$kib" -lt $((most_mib << 10)) ] || { echo "larger than $most_mib MiB" >&2; exit 1; }

@@ -97,6 +97,12 @@ pub(crate) struct GpuCheckArgs {
     /// Folder with NVIDIA's libraries, looked at before the usual ones.
     #[arg(long, value_name = "DIR")]
     pub(crate) cuda_lib_dir: Vec<PathBuf>,
+    /// Take the kernels from the text in the binary, as a machine without NVRTC does.
+    #[arg(long)]
+    pub(crate) ptx: bool,
+    /// Where compiled kernels are kept from one run to the next [default: in the folder for temporary files].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use pointsman_engine::cuda::{
-    self, Bytes, CodeOptions, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, FoundGpu, Gpu, ParityCase,
+    self, Bytes, CodeOptions, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, FoundGpu, Gpu, NoGpu, ParityCase,
     Source, Value,
 };
 use pointsman_engine::{ComputePool, EngineConfig, ModelSpec};
@@ -62,12 +62,11 @@ struct Check<'a> {
 /// # Errors
 /// There is no such GPU, something could not be run, or a comparison failed.
 pub(crate) fn run(args: &GpuCheckArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let gpus = cuda::discover()?;
-    let gpu = gpus.into_iter().find(|gpu| gpu.ordinal == args.gpu);
-    let gpu = gpu.with_context(|| format!("there is no cuda:{}", args.gpu))?;
+    let gpu = find(args.gpu)?;
     let mut folders = args.cuda_lib_dir.clone();
     folders.extend(devices::usual_folders());
-    let code = CodeOptions { folders, cache: None, ptx_only: false };
+    let cache = args.cache.clone().unwrap_or_else(|| std::env::temp_dir().join("pointsman-cubin"));
+    let code = CodeOptions { folders, cache: Some(cache), ptx_only: args.ptx };
     let large = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
     let mut check = Check { out, clock: SystemClock::start(), gpu, code, large, faults: 0, lines: Vec::new() };
     let outcome = check.all(args);
@@ -77,6 +76,12 @@ pub(crate) fn run(args: &GpuCheckArgs, out: &mut dyn Write) -> anyhow::Result<()
         0 => Ok(()),
         faults => bail!("{faults} checks failed"),
     }
+}
+
+fn find(asked: u32) -> Result<FoundGpu, NoGpu> {
+    let gpus = cuda::discover()?;
+    let count = u32::try_from(gpus.len()).unwrap_or(u32::MAX);
+    gpus.into_iter().find(|gpu| gpu.ordinal == asked).ok_or(NoGpu::NoSuch { asked, count })?.supported()
 }
 
 /// Llama-3.1-8B.

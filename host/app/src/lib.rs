@@ -32,15 +32,17 @@ mod trust;
 use std::process::ExitCode;
 
 use clap::Parser;
+use pointsman_engine::cuda::NoGpu;
 
 use crate::cli::{Cli, Command};
 
 pub use plugin::inputs;
 
-/// Runs the command line: exit code 0 is good, 1 a fault that was named, 2 wrong usage.
+/// Runs the command line: exit code 0 is good, 1 a fault that was named, 2 wrong usage, 3 a check of a GPU where there is none.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    let is_check = matches!(cli.command, Some(Command::GpuCheck(_)));
     let outcome = match cli.command {
         None => serve::serve(&cli.serve),
         Some(Command::Serve(args)) => serve::serve(&args),
@@ -58,7 +60,8 @@ pub fn main() -> ExitCode {
             {
                 eprintln!("pointsman: {error:#}");
             }
-            ExitCode::from(1)
+            // A check that had nothing to check has not failed.
+            ExitCode::from(if is_check && error.is::<NoGpu>() { 3 } else { 1 })
         }
     }
 }
