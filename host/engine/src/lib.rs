@@ -13,5 +13,5 @@ mod spec;
 
 pub use backend::cpu::{ComputePool, CpuEngine, KvPlan, MemoryUse, Model, PoolError, Precision};
 pub use backend::{ConfigError, EngineConfig, cuda};
-pub use load::{LoadError, Weights};
+pub use load::{GgufError, List, LoadError, Value, Weights};
 pub use spec::{Activation, Experts, ModelSpec, Naming, Rope, RopeScaling, SpecError, Window};

@@ -1,7 +1,11 @@
-//! Weights as files give them: safetensors from memory, a mapped file, or a sharded folder.
+//! Weights as files give them: safetensors from memory, a mapped file or a sharded folder, or one GGUF file.
 //!
-//! Names, shapes and types are checked here, against what the model definition asks for, so that everything behind this
+//! A tensor is asked for by its name in Hugging Face checkpoints; [`names`] has what it is called in a GGUF file. Names, shapes and types are checked here, against what the model definition asks for, so that everything behind this
 //! module deals with numbers only. Files are mapped, not read: packing touches each byte once, and nothing stays resident.
+
+mod elements;
+mod gguf;
+mod names;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -10,9 +14,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+pub use self::gguf::{GgufError, List, Value};
+
+pub(crate) use self::elements::{Elements, Kind};
+use self::gguf::Contents;
 use crate::backend::cuda;
 
 /// Tensors by name, in one file or several.
@@ -20,6 +27,15 @@ use crate::backend::cuda;
 pub struct Weights {
     files: Vec<Bytes>,
     tensors: HashMap<String, Stored>,
+    /// What else the file says, where it is a GGUF file.
+    gguf: Option<Gguf>,
+}
+
+#[derive(Debug)]
+struct Gguf {
+    contents: Contents,
+    /// Whether its architecture norms the result of each half of a layer: some names depend on it.
+    post_norms: bool,
 }
 
 enum Bytes {
@@ -30,7 +46,8 @@ enum Bytes {
 #[derive(Debug)]
 struct Stored {
     file: usize,
-    dtype: Dtype,
+    /// The type, or what it is called where it is not supported.
+    kind: Result<Kind, String>,
     shape: Vec<usize>,
     range: Range<usize>,
 }
@@ -48,7 +65,7 @@ pub enum LoadError {
     },
     /// A folder without weights.
     #[error(
-        "{0} holds neither model.safetensors nor model.safetensors.index.json; pass a folder in Hugging Face format"
+        "{0} holds neither model.safetensors nor model.safetensors.index.json; pass a folder in Hugging Face format or a .gguf file"
     )]
     NoWeights(PathBuf),
     /// Not safetensors, or cut short.
@@ -58,6 +75,14 @@ pub enum LoadError {
         file: String,
         /// What does not hold.
         source: SafeTensorError,
+    },
+    /// Not GGUF, or cut short.
+    #[error("{file} is not a GGUF file that can be used: {source}")]
+    Gguf {
+        /// Which file.
+        file: PathBuf,
+        /// What does not hold.
+        source: GgufError,
     },
     /// The list of shards cannot be read.
     #[error("{path} is not a safetensors index: {source}")]
@@ -76,7 +101,7 @@ pub enum LoadError {
         shard: String,
     },
     /// The configuration asks for a tensor that is not there.
-    #[error("tensor {name} of shape {expected:?} is missing; the weights do not belong to this config.json")]
+    #[error("tensor {name} of shape {expected:?} is missing; the weights do not belong to this configuration")]
     Missing {
         /// Its name.
         name: String,
@@ -84,7 +109,7 @@ pub enum LoadError {
         expected: Vec<usize>,
     },
     /// A tensor of another shape.
-    #[error("tensor {name} has shape {found:?}, config.json asks for {expected:?}")]
+    #[error("tensor {name} has shape {found:?}, the configuration asks for {expected:?}")]
     Shape {
         /// Its name.
         name: String,
@@ -94,14 +119,16 @@ pub enum LoadError {
         found: Vec<usize>,
     },
     /// A tensor of a type that is not supported.
-    #[error("tensor {name} of shape {shape:?} is {found:?}; supported are F32, F16 and BF16")]
+    #[error(
+        "tensor {name} of shape {shape:?} is {found}; supported are F32, F16 and BF16, and in GGUF files Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K"
+    )]
     Type {
         /// Its name.
         name: String,
         /// Its shape.
         shape: Vec<usize>,
         /// Its type in the file.
-        found: Dtype,
+        found: String,
     },
     /// A tensor with an infinite or undefined value.
     #[error("tensor {name} holds a value that is not finite at element {element}")]
@@ -116,21 +143,6 @@ pub enum LoadError {
     Quantise(#[from] candle_core::Error),
 }
 
-/// The values of one tensor, in file order.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Elements<'a> {
-    F32(&'a [[u8; 4]]),
-    F16(&'a [[u8; 2]]),
-    Bf16(&'a [[u8; 2]]),
-}
-
-/// 32 values as GGML has them: `quant * scale`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Q8Values {
-    pub(crate) scale: f16,
-    pub(crate) quants: [i8; 32],
-}
-
 // === impl Weights ===
 
 impl Weights {
@@ -139,19 +151,23 @@ impl Weights {
     /// # Errors
     /// The bytes are not a complete safetensors file.
     pub fn from_bytes(bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self, LoadError> {
-        let mut weights = Self { files: Vec::new(), tensors: HashMap::new() };
+        let mut weights = Self { files: Vec::new(), tensors: HashMap::new(), gguf: None };
         weights.add(Bytes::Borrowed(bytes.into()), "the embedded model")?;
         Ok(weights)
     }
 
-    /// Weights on disk: a `.safetensors` file, or a folder with `model.safetensors` or its sharded index.
+    /// Weights on disk: a `.gguf` file, a `.safetensors` file, or a folder with `model.safetensors` or its sharded index.
     ///
     /// # Errors
     /// A file is missing, unreadable or incomplete.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        let mut weights = Self { files: Vec::new(), tensors: HashMap::new() };
+        let mut weights = Self { files: Vec::new(), tensors: HashMap::new(), gguf: None };
         for file in files_of(path)? {
             let mapped = map(&file).map_err(|source| LoadError::Io { path: file.clone(), source })?;
+            if is_gguf(&file) {
+                weights.add_gguf(mapped, file)?;
+                continue;
+            }
             weights.add(Bytes::Mapped(mapped), &file.display().to_string())?;
         }
         Ok(weights)
@@ -168,47 +184,83 @@ impl Weights {
         for (tensor, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
             let range = header + 8 + start..header + 8 + end;
-            let stored = Stored { file, dtype: info.dtype, shape: info.shape.clone(), range };
-            self.tensors.insert(tensor, stored);
+            let kind = match info.dtype {
+                Dtype::F32 => Ok(Kind::F32),
+                Dtype::F16 => Ok(Kind::F16),
+                Dtype::BF16 => Ok(Kind::Bf16),
+                other => Err(format!("{other:?}")),
+            };
+            self.tensors.insert(tensor, Stored { file, kind, shape: info.shape.clone(), range });
         }
         self.files.push(bytes);
         Ok(())
     }
 
+    fn add_gguf(&mut self, mapped: memmap2::Mmap, file: PathBuf) -> Result<(), LoadError> {
+        let mut contents = Contents::read(&mapped).map_err(|source| LoadError::Gguf { file, source })?;
+        for place in std::mem::take(&mut contents.tensors) {
+            let kind = place.kind.map_err(gguf::type_name);
+            let stored = Stored { file: self.files.len(), kind, shape: place.shape, range: place.range };
+            self.tensors.insert(place.name, stored);
+        }
+        let architecture = contents.get(&mapped, "general.architecture");
+        let post_norms = matches!(architecture, Some(Value::Text(name)) if name.starts_with("gemma"));
+        self.files.push(Bytes::Mapped(mapped));
+        self.gguf = Some(Gguf { contents, post_norms });
+        Ok(())
+    }
+
+    /// A value of a GGUF file's metadata.
+    #[must_use]
+    pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
+        self.gguf.as_ref()?.contents.get(self.files[0].as_slice(), key)
+    }
+
+    /// What a tensor is called in the files at hand.
+    fn name_of<'n>(&self, name: &'n str) -> Cow<'n, str> {
+        match &self.gguf {
+            Some(gguf) => names::in_gguf(name, gguf.post_norms).into(),
+            None => name.into(),
+        }
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(&*self.name_of(name))
+    }
+
     /// A tensor that must exist with this shape, in a supported type.
     pub(crate) fn get(&self, name: &str, expected: &[usize]) -> Result<Elements<'_>, LoadError> {
-        let Some(stored) = self.tensors.get(name) else {
-            return Err(LoadError::Missing { name: name.to_owned(), expected: expected.to_vec() });
+        let name = self.name_of(name).into_owned();
+        let Some(stored) = self.tensors.get(&name) else {
+            return Err(LoadError::Missing { name, expected: expected.to_vec() });
         };
         if stored.shape != expected {
-            let (expected, found) = (expected.to_vec(), stored.shape.clone());
-            return Err(LoadError::Shape { name: name.to_owned(), expected, found });
+            return Err(LoadError::Shape { name, expected: expected.to_vec(), found: stored.shape.clone() });
         }
         let bytes = &self.files[stored.file].as_slice()[stored.range.clone()];
-        let elements = match stored.dtype {
-            Dtype::F32 => Elements::F32(bytes.as_chunks().0),
-            Dtype::F16 => Elements::F16(bytes.as_chunks().0),
-            Dtype::BF16 => Elements::Bf16(bytes.as_chunks().0),
-            found => return Err(LoadError::Type { name: name.to_owned(), shape: stored.shape.clone(), found }),
-        };
-        match (0..elements.len()).find(|&i| !elements.f32(i).is_finite()) {
-            Some(element) => Err(LoadError::NotFinite { name: name.to_owned(), element }),
+        let kind = stored.kind.clone();
+        let kind = kind.map_err(|found| LoadError::Type { name: name.clone(), shape: stored.shape.clone(), found })?;
+        let elements = Elements::new(kind, bytes);
+        match elements.not_finite() {
+            Some(element) => Err(LoadError::NotFinite { name, element }),
             None => Ok(elements),
+        }
+    }
+
+    /// The type in which a model of this kind is stored: that of its embedding. `None` where a device has no such type.
+    #[must_use]
+    pub fn stored(&self) -> Option<cuda::Element> {
+        match self.tensors.get(&*self.name_of("model.embed_tokens.weight"))?.kind {
+            Ok(Kind::F32) => Some(cuda::Element::F32),
+            Ok(Kind::F16) => Some(cuda::Element::F16),
+            Ok(Kind::Bf16) => Some(cuda::Element::Bf16),
+            _ => None,
         }
     }
 }
 
-impl Weights {
-    /// The type in which a model of this kind is stored: that of its embedding. `None` where there is none that is supported.
-    #[must_use]
-    pub fn stored(&self) -> Option<cuda::Element> {
-        match self.tensors.get("model.embed_tokens.weight")?.dtype {
-            Dtype::F32 => Some(cuda::Element::F32),
-            Dtype::F16 => Some(cuda::Element::F16),
-            Dtype::BF16 => Some(cuda::Element::Bf16),
-            _ => None,
-        }
-    }
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 /// The files behind a path, each once.
@@ -264,63 +316,9 @@ impl std::fmt::Debug for Bytes {
     }
 }
 
-// === impl Elements ===
-
-impl Elements<'_> {
-    pub(crate) fn len(&self) -> usize {
-        match self {
-            Self::F32(x) => x.len(),
-            Self::F16(x) | Self::Bf16(x) => x.len(),
-        }
-    }
-
-    pub(crate) fn f32(&self, i: usize) -> f32 {
-        match self {
-            Self::F32(x) => f32::from_le_bytes(x[i]),
-            Self::F16(x) => f16::from_le_bytes(x[i]).to_f32(),
-            Self::Bf16(x) => bf16::from_le_bytes(x[i]).to_f32(),
-        }
-    }
-
-    /// The value as `f16`; exact for a tensor of that type.
-    pub(crate) fn f16(&self, i: usize) -> f16 {
-        match self {
-            Self::F16(x) => f16::from_le_bytes(x[i]),
-            Self::F32(_) | Self::Bf16(_) => f16::from_f32(self.f32(i)),
-        }
-    }
-
-    /// The value as `bf16`; exact for a tensor of that type.
-    pub(crate) fn bf16(&self, i: usize) -> bf16 {
-        match self {
-            Self::Bf16(x) => bf16::from_le_bytes(x[i]),
-            Self::F32(_) | Self::F16(_) => bf16::from_f32(self.f32(i)),
-        }
-    }
-
-    /// The first `n` values, and the rest.
-    pub(crate) fn split_at(self, n: usize) -> (Self, Self) {
-        match self {
-            Self::F32(x) => (Self::F32(&x[..n]), Self::F32(&x[n..])),
-            Self::F16(x) => (Self::F16(&x[..n]), Self::F16(&x[n..])),
-            Self::Bf16(x) => (Self::Bf16(&x[..n]), Self::Bf16(&x[n..])),
-        }
-    }
-
-    pub(crate) fn to_f32(self) -> Vec<f32> {
-        (0..self.len()).map(|i| self.f32(i)).collect()
-    }
-}
-
 /// Quantises rows of width `k` (a multiple of 32) with candle's GGML Q8_0.
-pub(crate) fn quantise_q8_0(elements: &Elements<'_>, k: usize) -> Result<Vec<Q8Values>, LoadError> {
+pub(crate) fn quantise_q8_0(elements: &Elements<'_>, k: usize) -> Result<Elements<'static>, LoadError> {
     let tensor = Tensor::from_vec(elements.to_f32(), (elements.len() / k, k), &Device::Cpu)?;
     let quantised = QTensor::quantize(&tensor, GgmlDType::Q8_0)?;
-    let bytes = quantised.data()?;
-    let (blocks, _) = bytes.as_chunks::<34>();
-    let read = |block: &[u8; 34]| Q8Values {
-        scale: f16::from_le_bytes([block[0], block[1]]),
-        quants: std::array::from_fn(|i| block[2 + i].cast_signed()),
-    };
-    Ok(blocks.iter().map(read).collect())
+    Ok(Elements::owned(Kind::Q8_0, quantised.data()?.into_owned()))
 }

@@ -140,6 +140,11 @@ pub enum Naming {
     Packed,
     /// As [`Split`](Self::Split), with experts as `block_sparse_moe.experts.N.w1`, `w3`, `w2`.
     Mixtral,
+    /// A GGUF file, which says itself what is packed; all experts of a layer in one tensor.
+    Gguf {
+        /// Whether rows of q and k alternate between the two halves of a head.
+        interleaved: bool,
+    },
 }
 
 impl ModelSpec {

@@ -16,7 +16,7 @@ fn bad_tensors_are_named() {
         (|t| drop(t.remove(1)), "tensor model.layers.0.input_layernorm.weight of shape [96] is missing"),
         (
             |t| t[2].shape = vec![96, 128],
-            "tensor model.layers.0.self_attn.q_proj.weight has shape [96, 128], config.json asks for [128, 96]",
+            "tensor model.layers.0.self_attn.q_proj.weight has shape [96, 128], the configuration asks for [128, 96]",
         ),
         (
             |t| t[0].values[3] = f32::NAN,

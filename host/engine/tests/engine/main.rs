@@ -2,7 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "tests, and the functions they share")]
 
 mod common;
+mod convert;
 mod families;
+mod gguf;
+mod gguf_file;
 mod golden;
 mod invariance;
 mod loading;

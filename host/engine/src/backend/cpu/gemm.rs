@@ -421,7 +421,7 @@ impl Q8Gemm<'_> {
 mod tests {
     use super::*;
     use crate::backend::cpu::matrix::Join;
-    use crate::load::Elements;
+    use crate::load::{Elements, Kind};
     use half::{bf16, f16};
 
     const ROWS: [usize; 7] = [1, 2, 7, 12, 13, 33, 64];
@@ -441,9 +441,10 @@ mod tests {
         let wide: Vec<[u8; 4]> = w.iter().map(|x| x.to_le_bytes()).collect();
         let half: Vec<[u8; 2]> = w.iter().map(|&x| f16::from_f32(x).to_le_bytes()).collect();
         let brain: Vec<[u8; 2]> = w.iter().map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
-        let pack = |e: Elements<'_>| Matrix::pack(&[e], k, Join::Concat);
-        let quantised = Matrix::quantise(&[Elements::F16(&half)], k, Join::Concat).unwrap();
-        vec![pack(Elements::F32(&wide)), pack(Elements::F16(&half)), pack(Elements::Bf16(&brain)), quantised]
+        let quantised = Matrix::quantise(&[Elements::new(Kind::F16, half.as_flattened())], k, Join::Concat).unwrap();
+        let pack = |kind, bytes: &[u8]| Matrix::pack(&[Elements::new(kind, bytes)], k, Join::Concat);
+        let (wide, half, brain) = (wide.as_flattened(), half.as_flattened(), brain.as_flattened());
+        vec![pack(Kind::F32, wide), pack(Kind::F16, half), pack(Kind::Bf16, brain), quantised]
     }
 
     /// Rows `[rows][k]` as panels.

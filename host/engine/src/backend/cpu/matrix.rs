@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::aligned::Aligned;
 use super::isa::{LANES, Weight};
-use crate::load::{Elements, LoadError, quantise_q8_0};
+use crate::load::{Elements, Kind, LoadError, quantise_q8_0};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 2 * LANES;
@@ -55,13 +55,12 @@ impl Matrix {
     /// Packs the rows of `parts`, all of width `k`, as they are stored.
     pub(super) fn pack(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
         let n = rows(parts, k).len();
-        let packed = match parts.first() {
-            Some(Elements::F16(_)) if parts.iter().all(|p| matches!(p, Elements::F16(_))) => {
-                Packed::F16(pack(parts, k, join, |part, i| part.f16(i)))
-            }
-            Some(Elements::Bf16(_)) if parts.iter().all(|p| matches!(p, Elements::Bf16(_))) => {
-                Packed::Bf16(pack(parts, k, join, |part, i| part.bf16(i)))
-            }
+        let kind = parts.first().map(|part| part.kind).filter(|&kind| parts.iter().all(|part| part.kind == kind));
+        let packed = match kind {
+            Some(Kind::F16) => Packed::F16(pack(parts, k, join, |part, i| part.f16(i))),
+            Some(Kind::Bf16) => Packed::Bf16(pack(parts, k, join, |part, i| part.bf16(i))),
+            Some(Kind::Q8_0) => Packed::Q8(pack_q8(parts, k, join)),
+            // Blocks of other types are widened, exactly.
             _ => Packed::F32(pack(parts, k, join, |part, i| part.f32(i))),
         };
         Self { n, k, packed }
@@ -69,21 +68,8 @@ impl Matrix {
 
     /// Packs the rows of `parts` as Q8_0.
     pub(super) fn quantise(parts: &[Elements<'_>], k: usize, join: Join) -> Result<Self, LoadError> {
-        let n = rows(parts, k).len();
-        let quantised = parts.iter().map(|part| quantise_q8_0(part, k)).collect::<Result<Vec<_>, _>>()?;
-        let n_blocks = k / BLOCK;
-        let empty = Q8Block { quants: [[128; 4 * PANEL]; BLOCK / 4], scales: [f16::ZERO; PANEL] };
-        let mut packed = vec![empty; n.div_ceil(PANEL) * n_blocks];
-        for (column, (part, row)) in columns(parts, k, join).enumerate() {
-            for (b, block) in quantised[part][row * n_blocks..][..n_blocks].iter().enumerate() {
-                let (target, c) = (&mut packed[column / PANEL * n_blocks + b], column % PANEL);
-                target.scales[c] = block.scale;
-                for (i, &q) in block.quants.iter().enumerate() {
-                    target.quants[i / 4][4 * c + i % 4] = q.cast_unsigned() ^ 0x80;
-                }
-            }
-        }
-        Ok(Self { n, k, packed: Packed::Q8(packed) })
+        let parts = parts.iter().map(|part| quantise_q8_0(part, k)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { n: rows(&parts, k).len(), k, packed: Packed::Q8(pack_q8(&parts, k, join)) })
     }
 
     pub(super) fn n_panels(&self) -> usize {
@@ -144,4 +130,21 @@ fn pack<W: Weight>(
         }
     }
     aligned
+}
+
+/// Blocks of Q8_0 as they are.
+fn pack_q8(parts: &[Elements<'_>], k: usize, join: Join) -> Vec<Q8Block> {
+    let n_blocks = k / BLOCK;
+    let empty = Q8Block { quants: [[128; 4 * PANEL]; BLOCK / 4], scales: [f16::ZERO; PANEL] };
+    let mut packed = vec![empty; rows(parts, k).len().div_ceil(PANEL) * n_blocks];
+    for (column, (part, row)) in columns(parts, k, join).enumerate() {
+        for (b, block) in parts[part].blocks::<34>()[row * n_blocks..][..n_blocks].iter().enumerate() {
+            let (target, c) = (&mut packed[column / PANEL * n_blocks + b], column % PANEL);
+            target.scales[c] = f16::from_le_bytes([block[0], block[1]]);
+            for (i, &q) in block[2..].iter().enumerate() {
+                target.quants[i / 4][4 * c + i % 4] = q ^ 0x80;
+            }
+        }
+    }
+    packed
 }

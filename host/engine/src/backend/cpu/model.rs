@@ -3,8 +3,9 @@
 use super::isa::{LANES, Lanes};
 use super::matrix::{Join, Matrix};
 use super::norm::Norm;
+use crate::layers::GatedParts;
 use crate::load::{Elements, LoadError, Weights};
-use crate::spec::{Experts, ModelSpec, Naming};
+use crate::spec::ModelSpec;
 
 /// How weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,42 +165,29 @@ impl Loader<'_> {
     }
 
     fn ffn(&self, layer: usize) -> Result<Ffn, LoadError> {
-        let ModelSpec { hidden, ffn, naming, ref experts, .. } = *self.spec;
-        let dense = match experts {
-            None => Some(ffn),
-            Some(experts) => experts.dense[layer],
+        let (spec, weights) = (self.spec, self.weights);
+        let (dense, experts) = match &spec.experts {
+            None => (Some(spec.ffn), None),
+            Some(experts) => (experts.dense[layer], Some(experts)),
         };
-        if let Some(ffn) = dense {
-            let down = format!("model.layers.{layer}.mlp.down_proj");
-            return Ok(Ffn::Dense(self.gated(&self.weights.gate_up(self.spec, layer, ffn)?, &down, ffn)?));
-        }
-        let block = match naming {
-            Naming::Mixtral => format!("model.layers.{layer}.block_sparse_moe"),
-            Naming::Split | Naming::Packed => format!("model.layers.{layer}.mlp"),
-        };
-        let parts = match naming {
-            Naming::Mixtral => ["w1", "w3", "w2"],
-            Naming::Split | Naming::Packed => ["gate_proj", "up_proj", "down_proj"],
-        };
-        let count = experts.as_ref().map_or(0, |Experts { count, .. }| *count);
-        let expert = |i: usize| {
-            let [gate, up, down] = parts.map(|part| format!("{block}.experts.{i}.{part}"));
-            let get = |name: String| self.weights.get(&format!("{name}.weight"), &[ffn, hidden]);
-            self.gated(&[get(gate)?, get(up)?], &down, ffn)
+        let (None, Some(experts)) = (dense, experts) else {
+            let ffn = dense.unwrap_or(spec.ffn);
+            return Ok(Ffn::Dense(self.gated(&weights.dense(spec, layer, ffn)?, ffn)?));
         };
         // A choice between experts may hang on the last bit, so the router stays as the file has it.
-        let router = self.weights.get(&format!("{block}.gate.weight"), &[count, hidden])?;
+        let router = weights.router(spec, layer, experts.count)?;
+        let all = weights.experts(spec, layer, experts)?;
         Ok(Ffn::Sparse {
-            router: Matrix::pack(&[router], hidden, Join::Concat),
-            experts: (0..count).map(expert).collect::<Result<_, _>>()?,
+            router: Matrix::pack(&[router], spec.hidden, Join::Concat),
+            experts: all.iter().map(|expert| self.gated(expert, spec.ffn)).collect::<Result<_, _>>()?,
         })
     }
 
-    fn gated(&self, gate_up: &[Elements<'_>; 2], down: &str, ffn: usize) -> Result<Gated, LoadError> {
-        let hidden = self.spec.hidden;
+    fn gated(&self, parts: &GatedParts<'_>, ffn: usize) -> Result<Gated, LoadError> {
+        let GatedParts { gate_up, down } = parts;
         Ok(Gated {
-            gate_up: self.packed(gate_up, hidden, Join::Interleave)?,
-            down: self.matrix(&format!("{down}.weight"), hidden, ffn)?,
+            gate_up: self.packed(gate_up, self.spec.hidden, Join::Interleave)?,
+            down: self.packed(std::slice::from_ref(down), ffn, Join::Concat)?,
         })
     }
 

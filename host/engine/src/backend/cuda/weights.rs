@@ -7,7 +7,8 @@
 use super::device::Device;
 use super::engine::CudaError;
 use super::layout::{Buffer, LayerPart, Owner, Sizes};
-use crate::load::{Elements, Weights};
+use crate::layers::GatedParts;
+use crate::load::{Elements, Kind, Weights};
 
 /// Bytes that are converted at once.
 const PIECE: usize = 8 << 20;
@@ -81,9 +82,9 @@ impl Packer<'_> {
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}.weight"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
         let mut done = self.join(part(LayerPart::FfnNorm), &[get("post_attention_layernorm", &[hidden])?])?;
-        let [gate, up] = weights.gate_up(&self.sizes.spec, layer, ffn)?;
+        let GatedParts { gate_up: [gate, up], down } = weights.dense(&self.sizes.spec, layer, ffn)?;
         done += self.alternate(part(LayerPart::GateUp), &gate, &up)?;
-        Ok(done + self.join(part(LayerPart::Down), &[get("mlp.down_proj", &[hidden, ffn])?])?)
+        Ok(done + self.join(part(LayerPart::Down), &[down])?)
     }
 
     /// Norms of ones and matrices of small numbers around zero: one piece of them, again and again.
@@ -98,7 +99,7 @@ impl Packer<'_> {
         let encoded = |numbers: &[f32]| -> Vec<u8> {
             let quads: Vec<[u8; 4]> = numbers.iter().map(|x| x.to_le_bytes()).collect();
             let mut bytes = Vec::with_capacity(quads.len() * element.bytes());
-            element.append(&Elements::F32(&quads), 0..quads.len(), &mut bytes);
+            element.append(&Elements::new(Kind::F32, quads.as_flattened()), 0..quads.len(), &mut bytes);
             bytes
         };
         let (matrix, ones) = (encoded(&numbers), encoded(&vec![1.0; self.sizes.spec.hidden]));
