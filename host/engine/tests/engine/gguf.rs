@@ -164,7 +164,7 @@ fn broken_files_are_told_what_is_wrong_with_them() {
         (|f| f.set("general.alignment", gguf_file::Value::U32(0)), "general.alignment is not a power of two from 8"),
         (|f| f.set("general.alignment", gguf_file::Value::F32(32.0)), "general.alignment is not a power of two from 8"),
         (|f| f.metadata.push(("flag".into(), gguf_file::Value::Flag(false))), "key flag is there twice"),
-        (|f| f.tensors.push(f.tensors[2].clone()), "tensor blk.0.attn_norm.weight is there twice"),
+        (|f| f.tensors.push(f.tensors[2].clone()), "tensor blk.0.ffn_down.weight is there twice"),
         (|f| f.tensors[0].sizes = vec![32; 5], "sizes of a tensor of 5; at most 4 are supported"),
         (|f| f.tensors[0].sizes = vec![1 << 40, 1 << 40], "their product must be from 1 to 2^48"),
         (|f| f.tensors[0].sizes[0] = 0, "their product must be from 1 to 2^48"),
@@ -172,7 +172,7 @@ fn broken_files_are_told_what_is_wrong_with_them() {
             |f| (f.tensors[0].kind, f.tensors[0].sizes[0]) = (12, 64),
             "the first must be a multiple of the values in a block",
         ),
-        (|f| f.tensors[3].sizes[1] <<= 30, "tensor blk.0.attn_output.weight lies at bytes"),
+        (|f| f.tensors[3].sizes[1] <<= 30, "tensor blk.0.ffn_gate.weight lies at bytes"),
     ];
     for (change, expect) in cases {
         let mut file = small();
