@@ -18,7 +18,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 pub use self::gguf::{GgufError, List, Value};
 
-pub(crate) use self::elements::{Elements, Kind};
+pub(crate) use self::elements::{Elements, Kind, scale_and_minimum};
 use self::gguf::Contents;
 use crate::backend::cuda;
 

@@ -5,6 +5,8 @@
 
 mod aligned;
 mod attention;
+mod blocks;
+mod dots;
 mod engine;
 mod experts;
 mod gemm;
@@ -18,6 +20,7 @@ mod pool;
 mod quant;
 mod rows;
 pub(crate) mod softmax;
+mod tiles;
 
 pub use engine::{CpuEngine, MemoryUse};
 pub use isa::Isa;

@@ -14,11 +14,11 @@ use super::experts::{ExpertWork, Sparse};
 use super::gemm::{Epilogue, Input, matmul};
 use super::isa::{LANES, Lanes, stride};
 use super::kv::{KvPlan, KvPool, Position, Strided};
-use super::matrix::{BLOCK, Matrix, PANEL};
+use super::matrix::{Matrix, PANEL};
 use super::model::{Ffn, Layer, Model};
 use super::norm::{Norm, RopeTables, norm_heads, rms_norm, rms_norm_add};
 use super::pool::{ComputePool, Units};
-use super::quant::QuantRow;
+use super::quant::Quantised;
 use super::rows;
 use crate::backend::config::{ConfigError, EngineConfig};
 use crate::sampling::Sampler;
@@ -59,7 +59,7 @@ struct Workspace {
     /// A half's result where it is normed before it joins `hidden`.
     branch: Aligned<f32, LANES>,
     experts: Option<ExpertWork>,
-    quantised: Vec<QuantRow>,
+    quantised: Quantised,
     scores: Aligned<f32, LANES>,
     /// The hidden state and logits of rows that sample.
     picked: Aligned<f32, LANES>,
@@ -356,7 +356,7 @@ impl Workspace {
             ffn: panels(ffn, tokens),
             branch: if spec.post_norms { panels(spec.hidden, tokens) } else { zeros(0) },
             experts: spec.experts.as_ref().map(|experts| ExpertWork::allocate(spec, experts, tokens)),
-            quantised: vec![QuantRow::default(); widest / BLOCK * most],
+            quantised: Quantised::allocate(widest, most),
             scores: zeros(spec.heads * context_tokens.div_ceil(LANES)),
             picked: panels(spec.hidden, max_rows),
             logits: panels(spec.vocab, max_rows),
@@ -372,7 +372,7 @@ impl Workspace {
         let lanes = [hidden, normed, qkv, mixed, ffn, branch, scores, picked, logits].map(|v| v.len());
         let samplers: usize = self.samplers.iter().map(Sampler::bytes).sum();
         let experts = experts.as_ref().map_or(0, ExpertWork::bytes);
-        lanes.iter().sum::<usize>() * size_of::<Lanes>() + size_of_val(quantised.as_slice()) + samplers + experts
+        lanes.iter().sum::<usize>() * size_of::<Lanes>() + quantised.bytes() + samplers + experts
     }
 
     /// Lists the tokens of a step.

@@ -9,7 +9,7 @@ use super::isa::{Isa, LANES, Lanes, stride};
 use super::matrix::{Matrix, PANEL};
 use super::model::Gated;
 use super::pool::ComputePool;
-use super::quant::QuantRow;
+use super::quant::Quantised;
 use super::{rows, softmax};
 use crate::spec::{Experts, ModelSpec};
 
@@ -33,7 +33,7 @@ pub(super) struct Sparse<'a> {
     pub(super) choice: &'a Experts,
     pub(super) gated: Epilogue,
     pub(super) ffn: &'a mut [Lanes],
-    pub(super) quantised: &'a mut [QuantRow],
+    pub(super) quantised: &'a mut Quantised,
     pub(super) rows: usize,
 }
 

@@ -9,11 +9,12 @@
 
 use std::ops::Range;
 
+use super::dots::Dots;
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight, stride};
 use super::math;
-use super::matrix::{BLOCK, Matrix, PANEL, Packed, Q8Block};
+use super::matrix::{Matrix, PANEL, Packed, Segment};
 use super::pool::ComputePool;
-use super::quant::QuantRow;
+use super::quant::Quantised;
 
 /// Most rows of a tile, with 32 registers.
 const MAX_ROWS: usize = 12;
@@ -36,49 +37,46 @@ pub(super) enum Epilogue {
 pub(super) struct Input<'a> {
     pub(super) x: &'a [Lanes],
     pub(super) rows: usize,
-    pub(super) quantised: &'a mut [QuantRow],
+    pub(super) quantised: &'a mut Quantised,
 }
 
 /// Computes `out` from `x` for all panels, in parallel where that pays.
 pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut [Lanes], epilogue: Epilogue) {
-    let Input { x, rows, quantised } = input;
+    let Input { x, rows, quantised: quantised_rows } = input;
     let isa = pool.isa();
-    if let Packed::Q8(_) = w.packed {
-        super::quant::quantise(isa, x, rows, &mut quantised[..w.k / BLOCK * rows]);
-    }
     let unit = epilogue.out_vectors() * stride(rows);
-    let out = &mut out[..w.n_panels() * unit];
-    pool.split(w.n_panels() * PANEL * w.k * rows, out, unit, |first, out| {
-        let part = Part { rows, k: w.k, first, epilogue };
-        match &w.packed {
-            Packed::F32(w) => part.run(isa, x, w, out),
-            Packed::F16(w) => part.run(isa, x, w, out),
-            Packed::Bf16(w) => part.run(isa, x, w, out),
-            Packed::Q8(w) => isa.run(Q8Gemm { part, x: quantised, w, out }),
-        }
-    });
+    let quantised = w.segments.iter().any(|segment| segment.packed.quantised());
+    let quantised = quantised.then(|| quantised_rows.fill(pool, x, rows, w.k));
+    for Segment { first_panel, n_panels, packed } in &w.segments {
+        let out = &mut out[first_panel * unit..][..n_panels * unit];
+        pool.split(n_panels * PANEL * w.k * rows, out, unit, |first, out| {
+            let part = Part { rows, k: w.k, first, epilogue };
+            match (packed, quantised) {
+                (Packed::F32(w), _) => part.run(isa, x, w, out),
+                (Packed::F16(w), _) => part.run(isa, x, w, out),
+                (Packed::Bf16(w), _) => part.run(isa, x, w, out),
+                (Packed::Q8(w), Some(x)) => Dots { part, x, w, out }.run(isa),
+                (Packed::Q4k(w), Some(x)) => Dots { part, x, w, out }.run(isa),
+                (Packed::Q6k(w), Some(x)) => Dots { part, x, w, out }.run(isa),
+                (_, None) => unreachable!("activations for quantised weights are quantised above"),
+            }
+        });
+    }
 }
 
 /// Panels `first ..` of a product, as many as the output slice holds.
 #[derive(Clone, Copy, Debug)]
-struct Part {
-    rows: usize,
-    k: usize,
-    first: usize,
-    epilogue: Epilogue,
+pub(super) struct Part {
+    pub(super) rows: usize,
+    pub(super) k: usize,
+    pub(super) first: usize,
+    pub(super) epilogue: Epilogue,
 }
 
 struct Gemm<'a, W> {
     part: Part,
     x: &'a [Lanes],
     w: &'a [[W; PANEL]],
-    out: &'a mut [Lanes],
-}
-
-struct Q8Gemm<'a> {
-    part: Part,
-    x: &'a [QuantRow],
-    w: &'a [Q8Block],
     out: &'a mut [Lanes],
 }
 
@@ -90,7 +88,7 @@ impl Epilogue {
 
     /// Finishes one row of one panel: the sums of its two halves.
     #[inline(always)]
-    fn apply<S: Simd>(self, s: S, sums: [S::V; 2], out: &mut [Lanes], at: [usize; 2]) {
+    pub(super) fn apply<S: Simd>(self, s: S, sums: [S::V; 2], out: &mut [Lanes], at: [usize; 2]) {
         match self {
             Self::Store => {
                 s.store(sums[0], &mut out[at[0]]);
@@ -121,21 +119,21 @@ impl Part {
 
     /// Where in the output the two halves of a row of a panel go.
     #[inline(always)]
-    fn at(&self, panel: usize, row: usize) -> [usize; 2] {
+    pub(super) fn at(&self, panel: usize, row: usize) -> [usize; 2] {
         let vectors = self.epilogue.out_vectors();
         let base = panel * vectors * stride(self.rows) + row;
         [base, base + (vectors - 1) * stride(self.rows)]
     }
 
     #[inline(always)]
-    fn n_panels(&self, out_len: usize) -> usize {
+    pub(super) fn n_panels(&self, out_len: usize) -> usize {
         out_len / (self.epilogue.out_vectors() * stride(self.rows))
     }
 }
 
 /// Splits `rows` into runs of at most `max`, as even as can be: `(first row, length)`.
 #[inline(always)]
-fn tiles(rows: usize, max: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn tiles(rows: usize, max: usize) -> impl Iterator<Item = (usize, usize)> {
     let n = rows.div_ceil(max);
     let (base, longer) = (rows / n, rows % n);
     (0..n).map(move |i| (i * base + i.min(longer), base + usize::from(i < longer)))
@@ -357,71 +355,13 @@ impl<W: Weight> Gemm<'_, W> {
     }
 }
 
-impl Kernel for Q8Gemm<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let n_panels = self.part.n_panels(self.out.len());
-        let max = if S::WIDE { 6 } else { 2 };
-        for panel in 0..n_panels {
-            for (row, len) in tiles(self.part.rows, max) {
-                match len {
-                    1 => self.tile::<S, 1>(s, row, panel),
-                    2 => self.tile::<S, 2>(s, row, panel),
-                    3 if S::WIDE => self.tile::<S, 3>(s, row, panel),
-                    4 if S::WIDE => self.tile::<S, 4>(s, row, panel),
-                    5 if S::WIDE => self.tile::<S, 5>(s, row, panel),
-                    _ if S::WIDE => self.tile::<S, 6>(s, row, panel),
-                    _ => {}
-                }
-            }
-        }
-    }
-}
-
-impl Q8Gemm<'_> {
-    /// `R` rows by one panel. Within a block of K the sums are exact integers; blocks are added in ascending order, each
-    /// scaled by the product of both scales.
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize>(&mut self, s: S, row: usize, panel: usize) {
-        let Part { rows, k, first, epilogue } = self.part;
-        let n_blocks = k / BLOCK;
-        let w = &self.w[(first + panel) * n_blocks..][..n_blocks];
-        let mut acc = [[s.zero(); 2]; R];
-        for (b, block) in w.iter().enumerate() {
-            let Some(x) = self.x[b * rows + row..].first_chunk::<R>() else { return };
-            let mut sums = [[s.splat_int(0); 2]; R];
-            for r in 0..R {
-                sums[r] = [s.splat_int(x[r].offset); 2];
-            }
-            for (i, quads) in block.quants.iter().enumerate() {
-                let (halves, _) = quads.as_chunks::<{ 4 * LANES }>();
-                for r in 0..R {
-                    sums[r][0] = s.dot4(sums[r][0], &halves[0], x[r].quads[i]);
-                    sums[r][1] = s.dot4(sums[r][1], &halves[1], x[r].quads[i]);
-                }
-            }
-            let (scales, _) = block.scales.as_chunks::<LANES>();
-            let scales = [s.load_f16(&scales[0]), s.load_f16(&scales[1])];
-            for r in 0..R {
-                let scale = s.splat(x[r].scale);
-                for half in 0..2 {
-                    acc[r][half] = s.fma(s.int_to_f32(sums[r][half]), s.mul(scales[half], scale), acc[r][half]);
-                }
-            }
-        }
-        for (r, &sums) in acc.iter().enumerate() {
-            epilogue.apply(s, sums, self.out, self.part.at(panel, row + r));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::matrix::Join;
+    use crate::backend::cpu::matrix::{BLOCK, Join};
     use crate::load::{Elements, Kind};
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
     use half::{bf16, f16};
 
     const ROWS: [usize; 7] = [1, 2, 7, 12, 13, 33, 64];
@@ -436,15 +376,38 @@ mod tests {
         (0..n).map(|_| next() + next()).collect()
     }
 
-    fn matrices(n: usize, k: usize) -> Vec<Matrix> {
+    fn floats(n: usize, k: usize) -> Vec<Matrix> {
         let w = values(n * k, 3);
         let wide: Vec<[u8; 4]> = w.iter().map(|x| x.to_le_bytes()).collect();
         let half: Vec<[u8; 2]> = w.iter().map(|&x| f16::from_f32(x).to_le_bytes()).collect();
         let brain: Vec<[u8; 2]> = w.iter().map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
-        let quantised = Matrix::quantise(&[Elements::new(Kind::F16, half.as_flattened())], k, Join::Concat).unwrap();
         let pack = |kind, bytes: &[u8]| Matrix::pack(&[Elements::new(kind, bytes)], k, Join::Concat);
         let (wide, half, brain) = (wide.as_flattened(), half.as_flattened(), brain.as_flattened());
-        vec![pack(Kind::F32, wide), pack(Kind::F16, half), pack(Kind::Bf16, brain), quantised]
+        vec![pack(Kind::F32, wide), pack(Kind::F16, half), pack(Kind::Bf16, brain)]
+    }
+
+    /// `[n][k]` values, quantised.
+    fn blocks(kind: Kind, n: usize, k: usize) -> Elements<'static> {
+        let dtype = match kind {
+            Kind::Q4K => GgmlDType::Q4K,
+            Kind::Q6K => GgmlDType::Q6K,
+            _ => GgmlDType::Q8_0,
+        };
+        let tensor = Tensor::from_vec(values(n * k, 3), (n, k), &Device::Cpu).unwrap();
+        Elements::owned(kind, QTensor::quantize(&tensor, dtype).unwrap().data().unwrap().into_owned())
+    }
+
+    /// One of each type, and one of several.
+    fn quantised(n: usize, k: usize) -> Vec<Matrix> {
+        let kinds = [Kind::Q8_0, Kind::Q4K, Kind::Q6K];
+        let of = |kind: Kind| blocks(kind, n, k);
+        let each = kinds.into_iter().filter(|kind| k.is_multiple_of(kind.values()));
+        let mut all: Vec<Matrix> = each.map(|kind| Matrix::pack(&[of(kind)], k, Join::Concat)).collect();
+        if n.is_multiple_of(PANEL) && all.len() == kinds.len() {
+            all.push(Matrix::pack(&[Kind::Q4K, Kind::Q4K, Kind::Q6K].map(of), k, Join::Concat));
+            assert_eq!(all[3].segments.len(), 2);
+        }
+        all
     }
 
     /// Rows `[rows][k]` as panels.
@@ -458,7 +421,7 @@ mod tests {
     /// Rows of the product.
     fn product(pool: &ComputePool, w: &Matrix, x: &[Vec<f32>], epilogue: Epilogue) -> Vec<Vec<u32>> {
         let (rows, x) = (x.len(), panels(x, w.k));
-        let mut quantised = vec![QuantRow::default(); w.k / BLOCK * rows];
+        let mut quantised = Quantised::allocate(w.k, rows);
         let mut out = vec![[0.25; LANES]; w.n_panels() * epilogue.out_vectors() * stride(rows)];
         let input = Input { x: &x, rows, quantised: &mut quantised };
         pool.run(usize::MAX, || matmul(pool, w, input, &mut out, epilogue));
@@ -466,26 +429,22 @@ mod tests {
         (0..rows).map(row).collect()
     }
 
-    #[test]
-    fn a_row_alone_is_the_row_of_many() {
-        let (n, k) = (200, 352);
-        let x: Vec<Vec<f32>> = (0..64).map(|row| values(k, 100 + row)).collect();
-        for w in &matrices(n, k) {
-            for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::SiluMul, Epilogue::GeluMul] {
-                let one = ComputePool::start(1).unwrap();
-                let alone: Vec<Vec<u32>> =
-                    x.iter().flat_map(|x| product(&one, w, std::slice::from_ref(x), epilogue)).collect();
-                for isa in Isa::available() {
-                    for n_threads in [1, 3] {
-                        let pool = ComputePool::with_isa(n_threads, isa).unwrap();
-                        for rows in ROWS {
-                            let found = product(&pool, w, &x[..rows], epilogue);
-                            assert!(
-                                found == alone[..rows],
-                                "{rows} rows, {epilogue:?}, {}, {n_threads} threads",
-                                isa.name()
-                            );
-                        }
+    fn check_rows(w: &Matrix) {
+        let x: Vec<Vec<f32>> = (0..64).map(|row| values(w.k, 100 + row)).collect();
+        for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::SiluMul, Epilogue::GeluMul] {
+            let one = ComputePool::start(1).unwrap();
+            let alone: Vec<Vec<u32>> =
+                x.iter().flat_map(|x| product(&one, w, std::slice::from_ref(x), epilogue)).collect();
+            for isa in Isa::available() {
+                for n_threads in [1, 3] {
+                    let pool = ComputePool::with_isa(n_threads, isa).unwrap();
+                    for rows in ROWS {
+                        let found = product(&pool, w, &x[..rows], epilogue);
+                        assert!(
+                            found == alone[..rows],
+                            "{rows} rows, {epilogue:?}, {}, {n_threads} threads",
+                            isa.name()
+                        );
                     }
                 }
             }
@@ -493,10 +452,15 @@ mod tests {
     }
 
     #[test]
+    fn a_row_alone_is_the_row_of_many() {
+        floats(200, 352).iter().chain(&quantised(200, 352)).chain(&quantised(96, 512)).for_each(check_rows);
+    }
+
+    #[test]
     fn an_element_is_one_chain_over_k() {
         let (n, k) = (70, 64);
         let x = values(k, 9);
-        for w in &matrices(n, k)[..3] {
+        for w in &floats(n, k) {
             let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
             for (column, &bits) in found[..n].iter().enumerate() {
                 let mut sum = 0f32;
@@ -509,10 +473,8 @@ mod tests {
 
     #[test]
     fn eight_bit_products_are_those_of_the_rounded_values() {
-        let (n, k) = (40, 96);
+        let (n, k) = (64, 512);
         let x = values(k, 9);
-        let w = &matrices(n, k)[3];
-        let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
         let rounded: Vec<f64> = x
             .chunks(BLOCK)
             .flat_map(|block| {
@@ -520,11 +482,28 @@ mod tests {
                 block.iter().map(move |x| f64::from((x / scale).round()) * f64::from(scale))
             })
             .collect();
-        for column in 0..n {
-            let mut sum = 0f64;
-            w.gather(column, |k, w| sum += rounded[k] * f64::from(w));
-            let found = f64::from(f32::from_bits(found[column]));
-            assert!((found - sum).abs() < 1e-4, "column {column}: {found}, not {sum}");
+        for w in &quantised(n, k) {
+            let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
+            for (column, &bits) in found[..w.n].iter().enumerate() {
+                let mut sum = 0f64;
+                w.gather(column, |k, w| sum += rounded[k] * f64::from(w));
+                let found = f64::from(f32::from_bits(bits));
+                assert!((found - sum).abs() < 3e-4, "column {column}: {found}, not {sum}");
+            }
+        }
+    }
+
+    #[test]
+    fn packed_blocks_keep_their_values() {
+        let (n, k) = (40, 512);
+        for kind in [Kind::Q8_0, Kind::Q4K, Kind::Q6K] {
+            let elements = blocks(kind, n, k);
+            let w = Matrix::pack(std::slice::from_ref(&elements), k, Join::Concat);
+            for row in 0..n {
+                w.gather(row, |i, value| {
+                    assert_eq!(value.to_bits(), elements.f32(row * k + i).to_bits(), "{kind:?} {row} {i}");
+                });
+            }
         }
     }
 }

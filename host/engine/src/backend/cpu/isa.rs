@@ -11,17 +11,30 @@
 
 use half::{bf16, f16};
 
+#[cfg_attr(not(target_arch = "x86_64"), path = "isa/no_amx.rs")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
 
+pub(crate) use amx::{TileSums, Tiles};
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
 /// Sixteen activations, weights or positions.
 pub(crate) type Lanes = [f32; LANES];
+
+/// Rows of activations that a tile register takes.
+pub(crate) const TILE_ROWS: usize = 16;
+
+/// 32 signed bytes of one row of activations, four to a word.
+pub(crate) type Quads = [i32; 8];
+
+/// 32 values of K for 32 columns: value `k` of column `c` is `[k / 4][4 * c + k % 4]`.
+pub(crate) type WeightQuads = [[i8; 128]; 8];
 
 /// Vectors from one panel of activations to the next: `[width / 16][stride(rows)][16]`. Odd, since with 64 rows every panel
 /// would start at the same 4 KiB offset and a tile would fight over a few cache sets (measured: half the speed).
@@ -36,6 +49,8 @@ pub struct Isa(Level);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Level {
+    #[cfg(target_arch = "x86_64")]
+    Amx(amx::Amx),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
     #[cfg(target_arch = "x86_64")]
@@ -77,16 +92,23 @@ pub(crate) trait Simd: Copy {
     /// Rounded as `round` does and narrowed, for magnitudes below 128.
     fn round_i8(self, v: Self::V) -> [i8; LANES];
 
-    fn splat_int(self, x: i32) -> Self::I;
-    /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` (unsigned, none below 1) with the four signed
-    /// bytes of `x`, none of which is -128.
-    fn dot4(self, acc: Self::I, w: &[u8; 64], x: i32) -> Self::I;
+    fn load_int(self, x: &[i32; LANES]) -> Self::I;
+    /// What a sum of dot products begins with. `offset` is -128 times the sum of all activations that it will see: where
+    /// the instruction wants unsigned weights they are made 128 too large, and this takes it back.
+    fn dot_start(self, offset: i32) -> Self::I;
+    /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` with the four bytes of `x`. No byte is -128.
+    fn dot4(self, acc: Self::I, w: &[i8; 64], x: i32) -> Self::I;
     /// Exact for magnitudes up to 2^24.
     fn int_to_f32(self, v: Self::I) -> Self::V;
 
-    /// Asks for the cache line where `x` begins, to be near when it is read. A hint: changes no result.
+    /// Asks for the cache line of `x`, to be in the second cache when it is read. A hint: reads nothing, so that any address
+    /// will do.
     #[inline(always)]
-    fn prefetch<T>(self, _x: &T) {}
+    fn prefetch<T>(self, _x: *const T) {}
+
+    /// The same for the nearest cache.
+    #[inline(always)]
+    fn prefetch_near<T>(self, _x: *const T) {}
 
     #[inline(always)]
     fn zero(self) -> Self::V {
@@ -136,13 +158,15 @@ impl Isa {
     }
 
     /// Every instruction set that this CPU has, fastest first. AVX-512 means F, BW, DQ, VL and VNNI together: a CPU
-    /// without VNNI takes the AVX2 path.
+    /// without VNNI takes the AVX2 path. AMX means its 8-bit products beside that AVX-512.
     #[must_use]
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            found.extend(avx512::Avx512::detect().map(|token| Self(Level::Avx512(token))));
+            let avx512 = avx512::Avx512::detect();
+            found.extend(avx512.and_then(amx::Amx::detect).map(|token| Self(Level::Amx(token))));
+            found.extend(avx512.map(|token| Self(Level::Avx512(token))));
             found.extend(avx2::Avx2::detect().map(|token| Self(Level::Avx2(token))));
         }
         found.push(Self(Level::Portable));
@@ -153,6 +177,8 @@ impl Isa {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(_) => "amx-int8",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512(_) => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
@@ -166,10 +192,21 @@ impl Isa {
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Out {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Level::Amx(token) => token.lanes.run(kernel),
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512(token) => token.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2(token) => token.run(kernel),
             Level::Portable => kernel.run(portable::Portable),
+        }
+    }
+
+    /// This thread's tiles for products of `height` rows over `depth` values of K, where the CPU has tiles.
+    pub(crate) fn tiles(self, height: usize, depth: usize) -> Option<Tiles> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(token) => Some(token.tiles(height, depth)),
+            _ => None,
         }
     }
 }
@@ -213,7 +250,7 @@ mod tests {
         b: &'a Lanes,
         halves: &'a [f16; LANES],
         brains: &'a [bf16; LANES],
-        bytes: &'a [u8; 64],
+        bytes: &'a [i8; 64],
     }
 
     impl Kernel for Everything<'_> {
@@ -223,7 +260,8 @@ mod tests {
         fn run<S: Simd>(self, s: S) -> Vec<u32> {
             let (a, b) = (s.load(self.a), s.load(self.b));
             let n = s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)));
-            let dots = s.dot4(s.splat_int(-7), self.bytes, i32::from_le_bytes([127, 129, 3, 250]));
+            // 127, -127, 3 and -6, which sum to -3.
+            let dots = s.dot4(s.dot_start(3 * 128), self.bytes, i32::from_le_bytes([127, 129, 3, 250]));
             let vectors = [
                 s.add(a, b),
                 s.sub(a, b),
@@ -266,7 +304,7 @@ mod tests {
                     |i| if i == 3 { f16::from_bits(1 + next() as u16 % 900) } else { f16::from_f32(a[i]) },
                 );
             let brains = a.map(bf16::from_f32);
-            let bytes = std::array::from_fn(|_| 1 + (next() % 255) as u8);
+            let bytes = std::array::from_fn(|_| (i32::try_from(next() % 255).unwrap() - 127) as i8);
             let run = |isa: Isa| isa.run(Everything { a: &a, b: &b, halves: &halves, brains: &brains, bytes: &bytes });
             let expect = run(Isa(Level::Portable));
             for isa in Isa::available() {

@@ -8,13 +8,14 @@
 use half::{bf16, f16};
 
 use super::aligned::Aligned;
+use super::blocks::{Q4kBlock, Q6kBlock, Q8Block, QuantBlock};
 use super::isa::{LANES, Weight};
 use crate::load::{Elements, Kind, LoadError, quantise_q8_0};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 2 * LANES;
 
-/// Length of a Q8_0 block along K.
+/// Length along K of what is multiplied at once in 8 bits: a block of Q8_0.
 pub(super) const BLOCK: usize = 32;
 
 /// A weight matrix `[n][k]` in kernel order.
@@ -22,6 +23,15 @@ pub(super) const BLOCK: usize = 32;
 pub(super) struct Matrix {
     pub(super) n: usize,
     pub(super) k: usize,
+    /// Panels by type, in order: a file may have queries in fewer bits than values.
+    pub(super) segments: Vec<Segment>,
+}
+
+/// Some panels of one type.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub(super) first_panel: usize,
+    pub(super) n_panels: usize,
     pub(super) packed: Packed,
 }
 
@@ -31,15 +41,8 @@ pub(super) enum Packed {
     F16(Aligned<f16, PANEL>),
     Bf16(Aligned<bf16, PANEL>),
     Q8(Vec<Q8Block>),
-}
-
-/// 32 columns by 32 values of K: for column `c`, value `k` is `(quants[k / 4][4 * c + k % 4] - 128) * scales[c]`.
-/// Unsigned, as the dot-product instructions want one side; the kernels take the 128 out again.
-#[derive(Clone, Debug)]
-#[repr(C, align(64))]
-pub(super) struct Q8Block {
-    pub(super) quants: [[u8; 4 * PANEL]; BLOCK / 4],
-    pub(super) scales: [f16; PANEL],
+    Q4k(Vec<Q4kBlock>),
+    Q6k(Vec<Q6kBlock>),
 }
 
 /// How rows of the parts become columns of one packed matrix.
@@ -54,22 +57,27 @@ pub(super) enum Join {
 impl Matrix {
     /// Packs the rows of `parts`, all of width `k`, as they are stored.
     pub(super) fn pack(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
-        let n = rows(parts, k).len();
-        let kind = parts.first().map(|part| part.kind).filter(|&kind| parts.iter().all(|part| part.kind == kind));
-        let packed = match kind {
-            Some(Kind::F16) => Packed::F16(pack(parts, k, join, |part, i| part.f16(i))),
-            Some(Kind::Bf16) => Packed::Bf16(pack(parts, k, join, |part, i| part.bf16(i))),
-            Some(Kind::Q8_0) => Packed::Q8(pack_q8(parts, k, join)),
-            // Blocks of other types are widened, exactly.
-            _ => Packed::F32(pack(parts, k, join, |part, i| part.f32(i))),
-        };
-        Self { n, k, packed }
+        let whole = |part: &Elements<'_>| (part.len() / k).is_multiple_of(PANEL);
+        let one = parts.iter().all(|part| part.kind == parts[0].kind);
+        let mut matrix = Self { n: rows(parts, k).len(), k, segments: Vec::new() };
+        if !one && join == Join::Concat && parts.iter().all(whole) {
+            parts.chunk_by(|a, b| a.kind == b.kind).for_each(|parts| matrix.push(parts, Packed::new(parts, k, join)));
+        } else {
+            matrix.push(parts, Packed::new(parts, k, join));
+        }
+        matrix
     }
 
     /// Packs the rows of `parts` as Q8_0.
     pub(super) fn quantise(parts: &[Elements<'_>], k: usize, join: Join) -> Result<Self, LoadError> {
         let parts = parts.iter().map(|part| quantise_q8_0(part, k)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { n: rows(&parts, k).len(), k, packed: Packed::Q8(pack_q8(&parts, k, join)) })
+        Ok(Self::pack(&parts, k, join))
+    }
+
+    fn push(&mut self, parts: &[Elements<'_>], packed: Packed) {
+        let n_panels = rows(parts, self.k).len().div_ceil(PANEL);
+        let first_panel = self.segments.last().map_or(0, |last| last.first_panel + last.n_panels);
+        self.segments.push(Segment { first_panel, n_panels, packed });
     }
 
     pub(super) fn n_panels(&self) -> usize {
@@ -77,27 +85,65 @@ impl Matrix {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        match &self.packed {
-            Packed::F32(w) => size_of_val(&**w),
-            Packed::F16(w) => size_of_val(&**w),
-            Packed::Bf16(w) => size_of_val(&**w),
-            Packed::Q8(w) => size_of_val(w.as_slice()),
-        }
+        self.segments.iter().map(|segment| segment.packed.bytes()).sum()
     }
 
     /// Row `n` of the matrix as it was before packing: how an embedding is read from a tied head.
     pub(super) fn gather(&self, n: usize, mut put: impl FnMut(usize, f32)) {
         let (panel, c) = (n / PANEL, n % PANEL);
-        match &self.packed {
-            Packed::F32(w) => (0..self.k).for_each(|k| put(k, w[panel * self.k + k][c])),
-            Packed::F16(w) => (0..self.k).for_each(|k| put(k, w[panel * self.k + k][c].to_f32())),
-            Packed::Bf16(w) => (0..self.k).for_each(|k| put(k, w[panel * self.k + k][c].to_f32())),
-            Packed::Q8(w) => (0..self.k).for_each(|k| {
-                let block = &w[panel * (self.k / BLOCK) + k / BLOCK];
-                let quant = block.quants[k % BLOCK / 4][4 * c + k % 4] ^ 0x80;
-                put(k, f32::from(quant.cast_signed()) * block.scales[c].to_f32());
-            }),
+        let at = self.segments.partition_point(|segment| segment.first_panel <= panel) - 1;
+        let (Segment { first_panel, packed, .. }, k) = (&self.segments[at], self.k);
+        let panel = panel - first_panel;
+        match packed {
+            Packed::F32(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c])),
+            Packed::F16(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c].to_f32())),
+            Packed::Bf16(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c].to_f32())),
+            Packed::Q8(w) => column(panel_of(w, k, panel), c, put),
+            Packed::Q4k(w) => column(panel_of(w, k, panel), c, put),
+            Packed::Q6k(w) => column(panel_of(w, k, panel), c, put),
         }
+    }
+}
+
+impl Packed {
+    fn new(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
+        let kind = parts.first().map(|part| part.kind).filter(|&kind| parts.iter().all(|part| part.kind == kind));
+        match kind {
+            Some(Kind::F16) => Self::F16(pack(parts, k, join, |part, i| part.f16(i))),
+            Some(Kind::Bf16) => Self::Bf16(pack(parts, k, join, |part, i| part.bf16(i))),
+            Some(Kind::Q8_0) => Self::Q8(pack_blocks(parts, k, join)),
+            Some(Kind::Q4K) => Self::Q4k(pack_blocks(parts, k, join)),
+            Some(Kind::Q6K) => Self::Q6k(pack_blocks(parts, k, join)),
+            // Blocks of other types are widened, exactly.
+            _ => Self::F32(pack(parts, k, join, |part, i| part.f32(i))),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(w) => size_of_val(&**w),
+            Self::F16(w) => size_of_val(&**w),
+            Self::Bf16(w) => size_of_val(&**w),
+            Self::Q8(w) => size_of_val(w.as_slice()),
+            Self::Q4k(w) => size_of_val(w.as_slice()),
+            Self::Q6k(w) => size_of_val(w.as_slice()),
+        }
+    }
+
+    /// Whether products take activations in 8 bits.
+    pub(super) fn quantised(&self) -> bool {
+        matches!(self, Self::Q8(_) | Self::Q4k(_) | Self::Q6k(_))
+    }
+}
+
+fn panel_of<B: QuantBlock>(w: &[B], k: usize, panel: usize) -> &[B] {
+    let n = k / (BLOCK * B::BLOCKS);
+    &w[panel * n..][..n]
+}
+
+fn column<B: QuantBlock>(w: &[B], column: usize, mut put: impl FnMut(usize, f32)) {
+    for (b, block) in w.iter().enumerate() {
+        (0..BLOCK * B::BLOCKS).for_each(|i| put(b * BLOCK * B::BLOCKS + i, block.value(column, i)));
     }
 }
 
@@ -132,18 +178,15 @@ fn pack<W: Weight>(
     aligned
 }
 
-/// Blocks of Q8_0 as they are.
-fn pack_q8(parts: &[Elements<'_>], k: usize, join: Join) -> Vec<Q8Block> {
-    let n_blocks = k / BLOCK;
-    let empty = Q8Block { quants: [[128; 4 * PANEL]; BLOCK / 4], scales: [f16::ZERO; PANEL] };
-    let mut packed = vec![empty; rows(parts, k).len().div_ceil(PANEL) * n_blocks];
+/// Quantised blocks as they are.
+fn pack_blocks<B: QuantBlock>(parts: &[Elements<'_>], k: usize, join: Join) -> Vec<B> {
+    let per_row = k / (BLOCK * B::BLOCKS);
+    let n = rows(parts, k).len().div_ceil(PANEL) * per_row;
+    let mut packed: Vec<B> = std::iter::repeat_with(|| B::EMPTY).take(n).collect();
     for (column, (part, row)) in columns(parts, k, join).enumerate() {
-        for (b, block) in parts[part].blocks::<34>()[row * n_blocks..][..n_blocks].iter().enumerate() {
-            let (target, c) = (&mut packed[column / PANEL * n_blocks + b], column % PANEL);
-            target.scales[c] = f16::from_le_bytes([block[0], block[1]]);
-            for (i, &q) in block[2..].iter().enumerate() {
-                target.quants[i / 4][4 * c + i % 4] = q ^ 0x80;
-            }
+        let panel = &mut packed[column / PANEL * per_row..][..per_row];
+        for (b, block) in panel.iter_mut().enumerate() {
+            block.put(column % PANEL, &parts[part], row * per_row + b);
         }
     }
     packed

@@ -150,30 +150,29 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn splat_int(self, x: i32) -> [__m256i; 2] {
-        // SAFETY: the token proves the instruction, which touches registers only.
-        unsafe { [_mm256_set1_epi32(x); 2] }
+    fn load_int(self, x: &[i32; LANES]) -> [__m256i; 2] {
+        // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `x` and ask for no alignment.
+        unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
     }
 
-    /// Multiplies magnitudes of the (re-signed) weights with activations that take over their signs: the pairwise 16-bit
-    /// sums stay below 2 * 127 * 127, so that `maddubs` does not saturate.
     #[inline(always)]
-    fn dot4(self, acc: [__m256i; 2], w: &[u8; 64], x: i32) -> [__m256i; 2] {
+    fn dot_start(self, _offset: i32) -> [__m256i; 2] {
+        // SAFETY: the token proves the instruction, which touches registers only.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    /// Multiplies magnitudes of the weights with activations that take over their signs: the pairwise 16-bit sums stay
+    /// below 2 * 127 * 127, so that `maddubs` does not saturate.
+    #[inline(always)]
+    fn dot4(self, acc: [__m256i; 2], w: &[i8; 64], x: i32) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
         unsafe {
-            let x = _mm256_set1_epi32(x);
-            // Unsigned weights are signed ones plus 128: 128 * sum(x) goes back in below.
-            let bias = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(128));
-            let (ones, flip) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
-            let low = _mm256_xor_si256(_mm256_loadu_si256(w.as_ptr().cast()), flip);
-            let high = _mm256_xor_si256(_mm256_loadu_si256(w.as_ptr().add(32).cast()), flip);
+            let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
+            let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast()));
             let low = _mm256_maddubs_epi16(_mm256_abs_epi8(low), _mm256_sign_epi8(x, low));
             let high = _mm256_maddubs_epi16(_mm256_abs_epi8(high), _mm256_sign_epi8(x, high));
             let (low, high) = (_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
-            [
-                _mm256_add_epi32(acc[0], _mm256_add_epi32(low, bias)),
-                _mm256_add_epi32(acc[1], _mm256_add_epi32(high, bias)),
-            ]
+            [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
         }
     }
 

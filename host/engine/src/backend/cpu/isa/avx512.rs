@@ -138,14 +138,24 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn splat_int(self, x: i32) -> __m512i {
-        registers!(_mm512_set1_epi32(x))
+    fn load_int(self, x: &[i32; LANES]) -> __m512i {
+        // SAFETY: the token proves the instruction; `x` is 64 readable bytes, and the load asks for no alignment.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
 
     #[inline(always)]
-    fn dot4(self, acc: __m512i, w: &[u8; 64], x: i32) -> __m512i {
+    fn dot_start(self, offset: i32) -> __m512i {
+        registers!(_mm512_set1_epi32(offset))
+    }
+
+    /// The instruction takes unsigned weights: with the sign bit flipped they are 128 too large.
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, w: &[i8; 64], x: i32) -> __m512i {
         // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
-        unsafe { _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(x)) }
+        unsafe {
+            let w = _mm512_xor_si512(_mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi8(-128));
+            _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x))
+        }
     }
 
     #[inline(always)]
@@ -154,9 +164,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn prefetch<T>(self, x: &T) {
+    fn prefetch<T>(self, x: *const T) {
         // SAFETY: every x86-64 CPU has the instruction; it reads no memory and faults on no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_near<T>(self, x: *const T) {
+        // SAFETY: every x86-64 CPU has the instruction; it reads no memory and faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast()) }
     }
 
     #[inline(always)]

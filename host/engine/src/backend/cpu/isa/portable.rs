@@ -96,12 +96,17 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn splat_int(self, x: i32) -> [i32; LANES] {
-        [x; LANES]
+    fn load_int(self, x: &[i32; LANES]) -> [i32; LANES] {
+        *x
     }
 
     #[inline(always)]
-    fn dot4(self, acc: [i32; LANES], w: &[u8; 64], x: i32) -> [i32; LANES] {
+    fn dot_start(self, _offset: i32) -> [i32; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: [i32; LANES], w: &[i8; 64], x: i32) -> [i32; LANES] {
         let x = x.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
         std::array::from_fn(|lane| acc[lane] + (0..4).map(|i| i32::from(w[4 * lane + i]) * x[i]).sum::<i32>())
     }

@@ -1,0 +1,190 @@
+//! Products of 8-bit tiles (Intel AMX), by inline assembly: the intrinsics are not stable.
+//!
+//! Everything else at this level is AVX-512's. Tile registers are state of a thread that only this module touches: the
+//! compiler uses none, so what one block of assembly leaves in them is nobody's input.
+#![expect(unsafe_code, reason = "tile instructions; the token proves that the CPU and the kernel allow them")]
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use super::avx512::Avx512;
+use super::{Quads, TILE_ROWS, WeightQuads};
+
+/// Proof that the CPU has AMX-INT8 and AVX-512, and that the kernel lets this process use tiles. Made by [`Amx::detect`]
+/// only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Amx {
+    pub(super) lanes: Avx512,
+}
+
+/// The tiles of this thread, set up for products of so many rows and so much of K.
+#[derive(Debug)]
+pub(crate) struct Tiles {
+    height: usize,
+    depth: usize,
+    /// Tiles belong to a thread.
+    not_send: PhantomData<*const ()>,
+}
+
+/// 16 rows by 16 columns of sums.
+pub(crate) type TileSums = [[i32; 16]; TILE_ROWS];
+
+thread_local! {
+    /// Whether a [`Tiles`] of this thread lives: a second would change the shapes under the first.
+    static IN_USE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+// === impl Amx ===
+
+impl Amx {
+    pub(super) fn detect(lanes: Avx512) -> Option<Self> {
+        const TILE_AND_INT8: u32 = 1 << 24 | 1 << 25;
+        if __cpuid(0).eax < 7 || __cpuid_count(7, 0).edx & TILE_AND_INT8 != TILE_AND_INT8 {
+            return None;
+        }
+        tiles_allowed().then_some(Self { lanes })
+    }
+
+    /// Sets up this thread's tiles for products of `height` rows (1 to 16) over `depth` values of K (16 or 32), until the
+    /// value is dropped.
+    pub(super) fn tiles(self, height: usize, depth: usize) -> Tiles {
+        assert!((1..=TILE_ROWS).contains(&height) && [16, 32].contains(&depth), "no shape of a tile");
+        assert!(!IN_USE.replace(true), "the tiles of this thread are in use");
+        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        // Four of sums, two of activations, two of weights.
+        let (sums, x, w) = ((64, height as u8), (depth as u16, height as u8), (64, (depth / 4) as u8));
+        for (tile, (row_bytes, rows)) in [sums, sums, sums, sums, x, x, w, w].into_iter().enumerate() {
+            (config.row_bytes[tile], config.rows[tile]) = (row_bytes, rows);
+        }
+        // SAFETY: the token proves the instruction; it reads the 64 bytes of `config`, a valid palette-1 layout.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags)) };
+        Tiles { height, depth, not_send: PhantomData }
+    }
+}
+
+/// Asks the kernel for the right to use tile data (`arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`); it is the
+/// process's from then on.
+#[cfg(target_os = "linux")]
+fn tiles_allowed() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    let status: i64;
+    // SAFETY: the call takes two numbers and touches no memory of ours; `rcx` and `r11` are what `syscall` overwrites.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => status,
+            in("rdi") 0x1023,
+            in("rsi") 18,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    status == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn tiles_allowed() -> bool {
+    false
+}
+
+// === impl Tiles ===
+
+impl Tiles {
+    #[inline(always)]
+    fn check(&self, x: &[Quads], run: usize) {
+        assert!(x.len() >= self.height && (run + 1) * self.depth <= size_of::<Quads>(), "not the shape of the tiles");
+    }
+
+    /// Products over the `run`-th values of K, of as many as the tiles are deep: the rows of one group by both halves of a
+    /// panel.
+    #[inline(always)]
+    pub(crate) fn one(&self, x: &[Quads], w: &WeightQuads, run: usize, out: &mut [TileSums; 2]) {
+        self.check(x, run);
+        let (x, w) = (x.as_ptr().wrapping_byte_add(run * self.depth), w.as_ptr().wrapping_add(run * self.depth / 4));
+        // SAFETY: tiles are set up on this thread (`self` cannot leave it) for `height` rows of `depth` bytes, which `x` has
+        // behind a start of `run * depth` in rows of 32; a tile of weights reads 64 bytes of `depth / 4` of the 8 rows of `w`,
+        // likewise; `out` has 16 rows of 64 bytes for each tile.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{x} + {x_step}]",
+                "tileloadd tmm6, [{w} + {w_step}]",
+                "tilezero tmm0",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{w} + {w_step} + 64]",
+                "tilezero tmm1",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tilestored [{out} + {out_step}], tmm0",
+                "tilestored [{out} + {out_step} + 1024], tmm1",
+                x = in(reg) x,
+                x_step = in(reg) size_of::<Quads>(),
+                w = in(reg) w,
+                w_step = in(reg) size_of::<WeightQuads>() / 8,
+                out = in(reg) out.as_mut_ptr(),
+                out_step = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// The same for two groups, so that weights are loaded once for both.
+    #[inline(always)]
+    pub(crate) fn two(&self, x: [&[Quads]; 2], w: &WeightQuads, run: usize, out: &mut [[TileSums; 2]; 2]) {
+        x.iter().for_each(|x| self.check(x, run));
+        let x = x.map(|x| x.as_ptr().wrapping_byte_add(run * self.depth));
+        let w = w.as_ptr().wrapping_add(run * self.depth / 4);
+        // SAFETY: as in `one`, for two groups of rows and four tiles of sums.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{x0} + {x_step}]",
+                "tileloadd tmm6, [{w} + {w_step}]",
+                "tilezero tmm0",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{x1} + {x_step}]",
+                "tilezero tmm2",
+                "tdpbssd tmm2, tmm5, tmm6",
+                "tileloadd tmm7, [{w} + {w_step} + 64]",
+                "tilezero tmm1",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tilezero tmm3",
+                "tdpbssd tmm3, tmm5, tmm7",
+                "tilestored [{out} + {out_step}], tmm0",
+                "tilestored [{out} + {out_step} + 2048], tmm2",
+                "tilestored [{out} + {out_step} + 1024], tmm1",
+                "tilestored [{out} + {out_step} + 3072], tmm3",
+                x0 = in(reg) x[0],
+                x1 = in(reg) x[1],
+                x_step = in(reg) size_of::<Quads>(),
+                w = in(reg) w,
+                w_step = in(reg) size_of::<WeightQuads>() / 8,
+                out = in(reg) out.as_mut_ptr(),
+                out_step = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: `self` proves the instruction; nothing reads the tiles afterwards. Released, they cost a thread switch
+        // nothing.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+        IN_USE.set(false);
+    }
+}
