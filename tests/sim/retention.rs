@@ -128,6 +128,8 @@ fn hit_rate(policy: &mut dyn RetentionPolicy) -> f64 {
             stop_tokens: Arc::default(),
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
+            fork_of: None,
+            mask: None,
             router_generation: 0,
             sink: Box::new(Cached(counts)),
         };

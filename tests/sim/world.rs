@@ -311,6 +311,8 @@ impl<'a> World<'a> {
             stop_tokens: wanted.stop.clone().into(),
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
+            fork_of: None,
+            mask: None,
             router_generation: 0,
             sink: Box::new(sink),
         };

@@ -290,6 +290,8 @@ impl<'a> Fleet<'a> {
             stop_tokens: Arc::default(),
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
+            fork_of: None,
+            mask: None,
             router_generation: routed.decided_by.generation,
             sink: Box::new(Deaf),
         };

@@ -202,7 +202,7 @@ impl Driver {
         }
     }
 
-    fn take_request(&mut self, id: ReplicaId, request: Request) {
+    fn take_request(&mut self, id: ReplicaId, mut request: Request) {
         let now = self.context.clock.micros();
         let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) else {
             tracing::error!(replica = id.0, "a request for a replica that this driver does not own was dropped");
@@ -212,10 +212,12 @@ impl Driver {
         // Not only at a step: a request that comes after a swap is the new policy's.
         replica.sampler.attend(now, &replica.scheduler);
         let started = replica.sampler.is_active().then(|| Started::of(&request));
+        let (own, mask) = (request.id, request.mask.take());
         match replica.scheduler.submit(request, now) {
             Ok(()) => {
                 replica.metrics.prompt_tokens.inc_by(tokens.into());
                 started.into_iter().for_each(|started| replica.sampler.start(started));
+                mask.into_iter().for_each(|mask| replica.sampler.constrain(own, mask));
             }
             Err((mut request, failure)) => {
                 request.sink.push(SinkEvent::Failed(failure));
@@ -246,6 +248,7 @@ impl Driver {
         if executed.is_ok() {
             replica.sampler.sampled(plan, output);
         }
+        let maskless = replica.sampler.take_failed();
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         match executed {
@@ -258,6 +261,9 @@ impl Driver {
                     stop.store(true, Ordering::Release);
                 }
             }
+        }
+        for (id, error) in maskless {
+            replica.scheduler.fail(id, error.into(), done, &mut observe);
         }
         // What was sampled is looked at while the next step runs.
         replica.sampler.hand_over(done);

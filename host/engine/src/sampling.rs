@@ -157,6 +157,14 @@ impl Sampler {
                 }
                 true
             }
+            Edit::Only(set) => {
+                if !(0..).zip(logits.iter()).any(|(token, logit)| set.contains(token) && logit.is_finite()) {
+                    return false;
+                }
+                let outside = (0..).zip(logits.iter_mut()).filter(|(token, _)| !set.contains(*token));
+                outside.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+                true
+            }
             Edit::Bias(biases) => {
                 for &(token, bias) in biases {
                     if let Some(logit) = logits.get_mut(token as usize).filter(|logit| logit.is_finite()) {
@@ -296,6 +304,8 @@ fn uniform(seed: u64, index: u32) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use pointsman_sched::mask::TokenSet;
+
     use super::*;
 
     #[derive(Clone)]
@@ -377,6 +387,7 @@ mod tests {
         let allow = |tokens: &[u32]| Some(Edit::allow(tokens.to_vec(), 100).unwrap());
         let forbid = |tokens: &[u32]| Some(Edit::forbid(tokens.to_vec(), 100).unwrap());
         let bias = |biases: &[(u32, f32)]| Some(Edit::bias(biases.to_vec(), 100).unwrap());
+        let only = |bits: u32| Some(Edit::Only(TokenSet::from_words(vec![bits])));
         let biased = Sampling { logit_bias: vec![(0, 50.0)], ..plain() };
         let up = [1.0, 3.0, 2.0, 2.5];
         let hole = [1.0, f32::NAN, f32::NEG_INFINITY, 2.5];
@@ -386,6 +397,9 @@ mod tests {
             (case(&up, plain()), allow(&[2, 0, 2]), 2),
             (case(&up, biased.clone()), allow(&[1, 2]), 1),
             (case(&up, biased.clone()), allow(&[0, 2]), 0),
+            (case(&up, plain()), only(0b0101), 2),
+            (case(&up, plain()), only(0b1_0000), 1),
+            (Case { banned: &[1], ..case(&up, plain()) }, only(0b0010), 1),
             (case(&up, plain()), forbid(&[1, 3]), 2),
             (case(&up, plain()), forbid(&[]), 1),
             (case(&up, plain()), bias(&[(2, 2.0)]), 2),

@@ -2,8 +2,8 @@
 //!
 //! No tensors, text, async, threads, clock or global randomness; time and seeds are arguments, so that a simulation can
 //! replay any history. This crate also owns the seams of the host: [`admit::AdmitPolicy`], [`route::RoutePolicy`],
-//! [`batch::BatchPolicy`], [`retention::RetentionPolicy`], [`sampler::SamplerWorker`], [`execute::Executor`],
-//! [`request::TokenSink`], [`observe::Observer`]. A policy proposes; the scheduler alone checks what is feasible and enforces the budgets.
+//! [`batch::BatchPolicy`], [`retention::RetentionPolicy`], [`sampler::SamplerWorker`], [`mask::TokenMask`],
+//! [`execute::Executor`], [`request::TokenSink`], [`observe::Observer`]. A policy proposes; the scheduler alone checks what is feasible and enforces the budgets.
 //!
 //! Where to start reading: [`scheduler`] holds the crank and its invariants; what it decides with is [`blocks`] (who owns
 //! which page of KV), [`prefix`] (which pages may be reused) and [`batch`] (what a policy may propose).
@@ -21,6 +21,7 @@ pub mod execute;
 mod hash;
 pub mod ids;
 mod kv;
+pub mod mask;
 pub mod observe;
 pub mod predict;
 pub mod prefix;

@@ -37,10 +37,17 @@ pub fn chain_hash(parent: u64, tokens: &[u32]) -> u64 {
 /// wants them. The rest after the last full block has none. Empty when `block_tokens` is 0.
 #[must_use]
 pub fn chain_hashes(tokens: &[u32], block_tokens: u32) -> Vec<u64> {
+    salted_hashes(0, tokens, block_tokens)
+}
+
+/// The same in the place of a salt: prompts of different salts never find each other's blocks, because for the same tokens a
+/// block's hash is a bijection of what precedes it. So nobody learns from the time of an answer what others have asked.
+#[must_use]
+pub fn salted_hashes(salt: u64, tokens: &[u32], block_tokens: u32) -> Vec<u64> {
     if block_tokens == 0 {
         return Vec::new();
     }
-    let mut parent = 0;
+    let mut parent = salt;
     let next = |block: &[u32]| {
         parent = chain_hash(parent, block);
         parent
@@ -288,6 +295,17 @@ mod tests {
         assert_ne!(whole[1], chain_hashes(&[9, 2, 3, 4], 2)[1], "the prefix counts");
         // Routers on other hosts and after restarts place by these numbers: they are part of the contract.
         assert_eq!(whole, [4_707_941_259_753_959_032, 14_141_110_628_430_226_041]);
+    }
+
+    #[test]
+    fn prompts_of_two_salts_never_meet() {
+        let (mut index, _) = index(4);
+        let prompt = [1, 2, 3, 4];
+        let [ours, theirs] = [5, 6].map(|salt| salted_hashes(salt, &prompt, 2));
+        assert!(ours.iter().zip(&theirs).all(|(a, b)| a != b));
+        let first = new_link(index.insert(Link::ROOT, ours[0], &prompt[..2], BlockId(0)));
+        assert_eq!(index.find(Link::ROOT, theirs[0], &prompt[..2]), None);
+        assert_eq!(index.find(Link::ROOT, salted_hashes(5, &prompt, 2)[0], &prompt[..2]), Some(first));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::ids::{Micros, Priority, RequestId};
+use crate::mask::{MaskError, TokenMask};
 
 /// How to choose the next token. Neutral values switch a rule off; `Default` is greedy.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,6 +63,10 @@ pub struct Request {
     pub sampling: Arc<Sampling>,
     /// Texts by name that a sampler may ask for, as for routers.
     pub attributes: Arc<[(String, String)]>,
+    /// Another choice of the same prompt, submitted before: its prefill is waited for, because its blocks can then be shared.
+    pub fork_of: Option<RequestId>,
+    /// What its text may be. The driver's desk takes it; a scheduler without one generates freely.
+    pub mask: Option<Box<dyn TokenMask>>,
     /// Generation of the router that chose this replica, 0 for native; stamped on events.
     pub router_generation: u64,
     /// Where tokens go.
@@ -151,6 +156,9 @@ pub enum Failure {
     /// The policy dropped it.
     #[error("the scheduling policy dropped the request")]
     DroppedByPolicy,
+    /// It must keep a form and cannot.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
     /// The executor failed; the host's fault.
     #[error("the engine failed while computing this request: {0}")]
     Engine(Arc<str>),

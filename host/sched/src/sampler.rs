@@ -12,13 +12,21 @@
 //! no wait without a bound: one slow policy would then stand in the way of every request of the device.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::execute::{StepOutput, StepPlan};
 use crate::hash::IntMap;
 use crate::ids::{Micros, RequestId};
+use crate::mask::{MaskError, TokenMask, TokenSet, combine};
 use crate::request::Request;
 use crate::route::DecidedBy;
 use crate::scheduler::Scheduler;
+
+/// How long a step waits for the mask of a request that is alone on its replica, where waiting costs nobody else anything...
+const PATIENCE_ALONE: Duration = Duration::from_millis(50);
+/// ... and of one that is not: a mask usually takes less than the forward pass. The first that does not come ends the waiting
+/// of its step.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// What is done to a request's logits before a token is chosen. Tokens are ascending, and below the vocabulary's size.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +37,8 @@ pub enum Edit {
     Forbid(Box<[u32]>),
     /// These are added to the logits of their tokens; each finite.
     Bias(Box<[(u32, f32)]>),
+    /// Only the tokens of this set, at least one: what a request's own mask says.
+    Only(TokenSet),
 }
 
 /// Why an edit was refused; the policy's fault.
@@ -204,6 +214,12 @@ pub struct Desk<W> {
     out_of_patience: bool,
     /// Requests that get no token in this step.
     withheld: Vec<RequestId>,
+    /// Masks of requests that must keep a form, by id.
+    masks: IntMap<u64, Box<dyn TokenMask>>,
+    /// How long this step still waits for a mask.
+    patience: Duration,
+    /// Requests that have no mask any more, until the driver has ended them.
+    failed: Vec<(RequestId, MaskError)>,
 }
 
 #[derive(Debug, Default)]
@@ -318,12 +334,17 @@ impl<W: SamplerWorker> Desk<W> {
             is_void: false,
             out_of_patience: false,
             withheld: Vec::new(),
+            masks: IntMap::default(),
+            patience: Duration::ZERO,
+            failed: Vec::new(),
         }
     }
 
     /// Opens a step: picks up swaps and hands over what has gathered. Without a policy every request is free at once; a policy
     /// that was not there before is told of all requests that it does not know.
     pub fn attend(&mut self, now: Micros, scheduler: &Scheduler) {
+        let is_alone = scheduler.n_running() + scheduler.n_waiting() <= 1;
+        self.patience = if is_alone { PATIENCE_ALONE } else { PATIENCE };
         let before = std::mem::replace(&mut self.active, self.worker.attend(now));
         match self.active {
             None => {
@@ -356,26 +377,43 @@ impl<W: SamplerWorker> Desk<W> {
         }
     }
 
+    /// A request has been accepted that may say only what its mask allows.
+    pub fn constrain(&mut self, id: RequestId, mut mask: Box<dyn TokenMask>) {
+        mask.advance(None);
+        self.masks.insert(id.0, mask);
+    }
+
+    /// Requests whose mask has failed in this step: the driver ends them.
+    #[must_use]
+    pub fn take_failed(&mut self) -> Vec<(RequestId, MaskError)> {
+        std::mem::take(&mut self.failed)
+    }
+
     /// What a step has computed: those that got a token are owed a word, and `output` is told whose tokens are withheld. To be
     /// called before the scheduler [completes](Scheduler::complete) the step.
     pub fn sampled(&mut self, plan: &StepPlan, output: &mut StepOutput) {
         output.withheld.append(&mut self.withheld);
-        if self.entries.is_empty() {
+        if self.entries.is_empty() && self.masks.is_empty() {
             return;
         }
         let rows = plan.rows.iter().filter(|row| row.sample.is_some());
         for (row, sampled) in rows.zip(&output.sampled) {
-            if let Some(entry) = self.entries.get_mut(&row.request.0)
-                && !output.withheld.contains(&row.request)
-            {
+            if output.withheld.contains(&row.request) {
+                continue;
+            }
+            if let Some(entry) = self.entries.get_mut(&row.request.0) {
                 entry.owed += 1;
                 self.pending.tokens.push((row.request, sampled.token));
+            }
+            if let Some(mask) = self.masks.get_mut(&row.request.0) {
+                mask.advance(Some(sampled.token));
             }
         }
     }
 
     /// A request has ended, in whatever way.
     pub fn ended(&mut self, id: RequestId) {
+        self.masks.remove(&id.0);
         if self.entries.remove(&id.0).is_none() {
             return;
         }
@@ -436,13 +474,8 @@ impl<W: SamplerWorker> Desk<W> {
         self.spare = spent;
     }
 
-    fn owes(&self, id: RequestId) -> bool {
-        self.entries.get(&id.0).is_some_and(|entry| entry.owed > 0)
-    }
-}
-
-impl<W: SamplerWorker> EditSource for Desk<W> {
-    fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
+    /// The policy's edit, waiting for a word that it owes.
+    fn policy_edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
         if self.entries.is_empty() {
             return None;
         }
@@ -461,5 +494,34 @@ impl<W: SamplerWorker> EditSource for Desk<W> {
             self.withheld.push(request);
         }
         entry.edit.clone()
+    }
+
+    /// What a request's own mask makes of the policy's edit.
+    fn masked(&mut self, request: RequestId, policy: Option<Arc<Edit>>) -> Option<Arc<Edit>> {
+        let Some(mask) = self.masks.get_mut(&request.0) else { return policy };
+        let Some(known) = mask.mask(self.patience) else {
+            self.patience = Duration::ZERO;
+            self.withheld.push(request);
+            return None;
+        };
+        match known.and_then(|mask| combine(mask, policy.as_deref())) {
+            Ok(edit) => Some(edit),
+            Err(error) => {
+                self.withheld.push(request);
+                self.failed.push((request, error));
+                None
+            }
+        }
+    }
+
+    fn owes(&self, id: RequestId) -> bool {
+        self.entries.get(&id.0).is_some_and(|entry| entry.owed > 0)
+    }
+}
+
+impl<W: SamplerWorker> EditSource for Desk<W> {
+    fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
+        let policy = self.policy_edit(request);
+        if self.masks.is_empty() { policy } else { self.masked(request, policy) }
     }
 }

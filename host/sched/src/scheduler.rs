@@ -252,6 +252,14 @@ impl Scheduler {
         Some(stage)
     }
 
+    /// Ends a request that cannot be served any further; one that has ended already is none.
+    pub fn fail(&mut self, id: RequestId, failure: Failure, now: Micros, observer: &mut dyn Observer) {
+        if let Some(slot) = self.sequences.find(id.0) {
+            self.end(slot, Ending::Failed(failure), now, observer);
+            self.publish_gauges();
+        }
+    }
+
     /// Decides what the next step computes; `None` when nothing can be computed now. The plan must come back through
     /// [`complete`](Self::complete) or [`fail_step`](Self::fail_step) before the next call.
     pub fn schedule(

@@ -155,6 +155,8 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
         stop_tokens: Arc::from([7]),
         sampling: Arc::clone(sampling),
         attributes: Arc::default(),
+        fork_of: None,
+        mask: None,
         router_generation: 0,
         sink: Box::new(Discard),
     }

@@ -6,6 +6,7 @@ use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, Parity
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::RequestId;
+use pointsman_sched::mask::TokenSet;
 use pointsman_sched::request::Sampling;
 use pointsman_sched::sampler::{Edit, EditSource, NoEdits};
 use safetensors::Dtype;
@@ -148,6 +149,7 @@ fn rules() -> Vec<(Sampling, Vec<u32>, Option<Edit>)> {
         (drawn.clone(), vec![3, 40], Some(allow.clone())),
         (Sampling { logprobs: Some(3), ..Sampling::default() }, vec![], Some(allow)),
         (drawn.clone(), vec![], Some(Edit::forbid((0..190).collect(), 203).unwrap())),
+        (drawn.clone(), vec![], Some(Edit::Only(TokenSet::from_words(vec![0x8000_0100, 0, 6])))),
         (drawn, vec![], Some(Edit::bias(vec![(5, 3.0), (6, -3.0)], 203).unwrap())),
     ]
 }

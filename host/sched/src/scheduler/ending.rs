@@ -67,6 +67,8 @@ impl Ending {
                 let rejected = event(sequence, now, EventKind::Rejected, (REJECTED_BY_POLICY, 0));
                 Event { generation: scheduler_generation, ..rejected }
             }
+            // The client's grammar or the operator's policy: no fault of the replica.
+            Self::Failed(Failure::Mask(_)) => event(sequence, now, EventKind::Cancelled, numbers),
             Self::Failed(_) => event(sequence, now, EventKind::Failed, numbers),
         }
     }

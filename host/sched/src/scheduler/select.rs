@@ -14,7 +14,7 @@ use crate::execute::{Row, Sample};
 use crate::ids::Micros;
 use crate::kv::Chain;
 use crate::observe::Observer;
-use crate::request::{SinkEvent, SinkState};
+use crate::request::{Request, SinkEvent, SinkState};
 use crate::sequence::Slot;
 
 use super::{InFlight, Scheduler, count};
@@ -112,10 +112,18 @@ impl Scheduler {
         self.slots = slots;
     }
 
-    /// Waits, was not put back in this very step, and the policy does not pause it.
+    /// Waits, was not put back in this very step, the policy does not pause it, and nobody computes its prompt right now.
     fn may_admit(&self, slot: Slot) -> bool {
         let sequence = &self.sequences[slot];
-        !sequence.running && sequence.preempted_in != self.n_steps && sequence.wish != Some(0)
+        let is_free = !sequence.running && sequence.preempted_in != self.n_steps && sequence.wish != Some(0);
+        is_free && !self.can_share_soon(&sequence.request)
+    }
+
+    /// Whether a choice submitted before is still to compute the prompt of this one, which then finds its blocks. Without a
+    /// full block there is nothing to share; one that is overdue does not come here.
+    fn can_share_soon(&self, request: &Request) -> bool {
+        let first = request.fork_of.and_then(|first| self.sequences.find(first.0));
+        first.is_some_and(|first| self.sequences[first].generated() == 0 && self.kv.is_cacheable(request))
     }
 
     /// Admits a waiting sequence with its first chunk, if room can be made.

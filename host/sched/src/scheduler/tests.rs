@@ -1,6 +1,7 @@
 //! Tests of the scheduler against a model engine that computes real "text": its KV cells hold the hash of everything up to
 //! their position, so a wrong block, a stale cache entry or a lost token changes the output of the request it hits.
 
+mod mask;
 mod model;
 mod random;
 mod retention;
@@ -558,4 +559,57 @@ fn gauges_and_counters_say_what_happened() {
     assert_eq!(host.scheduler.take_counters(), super::Counters::default());
     let expect: Micros = 0;
     assert_eq!(host.now, expect);
+}
+
+#[test]
+fn choices_of_a_prompt_wait_for_its_prefill_and_share_its_blocks() {
+    let choice = |id: u64, first: u64| Request {
+        id: RequestId(id),
+        fork_of: (id != first).then_some(RequestId(first)),
+        ..request(7, 10, 5)
+    };
+    // Without a full block there is nothing to wait for.
+    for (n_prompt, expect) in [(10, &[1][..]), (3, &[1, 2, 3])] {
+        let mut host = Host::new(CONFIG);
+        for id in [1, 2, 3] {
+            let short = request(7, n_prompt, 5);
+            host.submit(Request { prompt: short.prompt, block_hashes: short.block_hashes, ..choice(id, 1) });
+        }
+        let first = host.step_with(&mut NativeBatch, |plan| plan.rows.iter().map(|row| row.request.0).collect());
+        assert_eq!(first, Some(expect.to_vec()), "a prompt of {n_prompt}");
+        host.run_until_idle(&mut NativeBatch);
+        for id in [1, 2, 3] {
+            assert_eq!(host.tokens(id), reference(&request(7, n_prompt, 5)), "choice {id}");
+        }
+    }
+    let mut host = Host::new(CONFIG);
+    (1..=3).for_each(|id| host.submit(choice(id, 1)));
+    while host.tokens(3).len() < 2 {
+        host.step(&mut NativeBatch);
+    }
+    // Two blocks of 4 tokens shared by three; each its own with the rest of the prompt and what it said.
+    assert_eq!(host.scheduler.block_counts().held, 2 + 3);
+    for id in [2, 3] {
+        assert_eq!(host.sent(id).events[0], SinkEvent::Started { queued_us: 0, cached_tokens: 8 });
+    }
+}
+
+#[test]
+fn a_choice_whose_first_is_gone_or_held_goes_on() {
+    let fork = |id: u64| Request { fork_of: Some(RequestId(1)), ..request(id, 10, 2) };
+    let mut host = Host::new(CONFIG);
+    host.submit(request(1, 10, 2));
+    host.submit(fork(2));
+    host.cancel(1, CancelCause::Asked);
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.tokens(2).len(), 2, "the first was cancelled");
+    // A policy holds the first for ever: the bound on starvation frees the other.
+    let mut host = Host::new(CONFIG);
+    host.submit(request(1, 10, 2));
+    host.submit(fork(2));
+    let mut policy = Scripted::new(Plan { admit: vec![2], rest: Rest::Hold, ..Plan::default() });
+    assert!(!host.step(&mut policy), "nobody runs");
+    host.now = CONFIG.starvation_us + 1;
+    host.run_until_idle(&mut policy);
+    assert_eq!((host.tokens(1).len(), host.tokens(2).len()), (2, 2));
 }

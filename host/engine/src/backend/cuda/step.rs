@@ -94,8 +94,8 @@ pub(crate) fn write_rules(
     let mut n_masks = 0;
     for (rule, edit) in rules.chunks_exact_mut(rule_words).zip(edits) {
         rule[MASK] = NONE;
-        if let Some(allows) = edit.as_deref().and_then(mask_of) {
-            lists.mask(sizes.mask_words(), allows);
+        if let Some(mask) = edit.as_deref().and_then(Mask::of) {
+            lists.mask(sizes.mask_words(), mask);
             rule[MASK] = n_masks;
             n_masks += 1;
         }
@@ -152,12 +152,22 @@ fn write_rule(rule: &mut [u32], lists: &mut Lists<'_>, (sample, history): (&Samp
     rule[MASK + 1..].copy_from_slice(&[ban_at, bans, logprobs, 0, 0]);
 }
 
-/// The tokens of a mask, and whether it allows or forbids them.
-fn mask_of(edit: &Edit) -> Option<(bool, &[u32])> {
-    match edit {
-        Edit::Allow(tokens) => Some((true, tokens)),
-        Edit::Forbid(tokens) => Some((false, tokens)),
-        Edit::Bias(_) => None,
+/// A mask as its edit says it.
+enum Mask<'a> {
+    Allow(&'a [u32]),
+    Forbid(&'a [u32]),
+    /// A bit per token, as the device wants it.
+    Bits(&'a [u32]),
+}
+
+impl<'a> Mask<'a> {
+    fn of(edit: &'a Edit) -> Option<Self> {
+        match edit {
+            Edit::Allow(tokens) => Some(Self::Allow(tokens)),
+            Edit::Forbid(tokens) => Some(Self::Forbid(tokens)),
+            Edit::Only(set) => Some(Self::Bits(set.words())),
+            Edit::Bias(_) => None,
+        }
     }
 }
 
@@ -169,13 +179,23 @@ struct Lists<'a> {
 }
 
 impl Lists<'_> {
-    fn mask(&mut self, n_words: usize, (allows, tokens): (bool, &[u32])) {
+    fn mask(&mut self, n_words: usize, mask: Mask<'_>) {
         let words = &mut self.words[self.taken..][..n_words];
-        words.fill(if allows { 0 } else { u32::MAX });
-        for &token in tokens.iter().filter(|&&token| (token as usize) < self.vocab) {
-            let bit = 1 << (token % 32);
-            let word = &mut words[token as usize / 32];
-            *word = if allows { *word | bit } else { *word & !bit };
+        let exist = |token: &&u32| (**token as usize) < self.vocab;
+        match mask {
+            Mask::Allow(tokens) => {
+                words.fill(0);
+                tokens.iter().filter(exist).for_each(|token| words[*token as usize / 32] |= 1 << (token % 32));
+            }
+            Mask::Forbid(tokens) => {
+                words.fill(u32::MAX);
+                tokens.iter().filter(exist).for_each(|token| words[*token as usize / 32] &= !(1 << (token % 32)));
+            }
+            // Those of a tokenizer, which may know fewer tokens than the model.
+            Mask::Bits(bits) => {
+                words.fill(0);
+                words.iter_mut().zip(bits).for_each(|(word, bits)| *word = *bits);
+            }
         }
         self.taken += n_words;
     }
@@ -257,6 +277,7 @@ mod tests {
     use crate::backend::cuda::element::Element;
     use crate::spec::ModelSpec;
     use pointsman_sched::ids::{BlockId, RequestId};
+    use pointsman_sched::mask::TokenSet;
     use pointsman_sched::request::Sampling;
 
     fn sizes() -> Sizes {
@@ -350,6 +371,17 @@ mod tests {
         assert_eq!(penalised[..4], [2, 1, 3, 0.7f32.to_bits()]);
         assert_eq!(penalised[10..16], [3, 3, 2, NONE, 3, 1]);
         assert_eq!(penalised[17..24], [0, NONE, 8, 2, 2, 0, 0]);
+    }
+
+    #[test]
+    fn a_mask_of_bits_ends_with_the_tokenizer() {
+        let (sizes, plan) = (sizes(), plan());
+        let mut words = vec![0x5555_5555; 4_096];
+        let only = Some(Arc::new(Edit::Only(TokenSet::from_words(vec![6, 9]))));
+        write_rules(&sizes, 2, &plan, &[None, only], &mut words);
+        let (rules, lists) = words.split_at(sizes.lists_at(2) as usize / 4);
+        assert_eq!(lists[..3], [6, 9, 0]);
+        assert_eq!((rules[MASK], rules[24 + MASK]), (NONE, 0));
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
         stop_tokens: Arc::default(),
         sampling: Arc::new(Sampling::default()),
         attributes: Arc::default(),
+        fork_of: None,
+        mask: None,
         router_generation: 0,
         sink: Box::new(Sink::default()),
     }
@@ -169,8 +171,13 @@ impl Host {
     }
 
     pub(super) fn finish(&mut self, out: &mut StepOutput) {
+        let failed = self.desk.take_failed();
         let (ended, desk) = (&mut self.ended, &mut self.desk);
-        self.scheduler.complete(self.now, out, &mut |event| note((&mut *ended, &mut *desk), event));
+        let mut observe = |event| note((&mut *ended, &mut *desk), event);
+        self.scheduler.complete(self.now, out, &mut observe);
+        for (id, error) in failed {
+            self.scheduler.fail(id, error.into(), self.now, &mut observe);
+        }
         self.desk.hand_over(self.now);
         self.scheduler.assert_consistent();
     }
@@ -265,6 +272,7 @@ fn execute(
             let may = |token: &u32| match edit.as_deref() {
                 Some(Edit::Allow(tokens)) => tokens.contains(token),
                 Some(Edit::Forbid(tokens)) => !tokens.contains(token),
+                Some(Edit::Only(set)) => set.contains(*token),
                 Some(Edit::Bias(_)) | None => true,
             };
             let first = next_token(state);

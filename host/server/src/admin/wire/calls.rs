@@ -276,6 +276,7 @@ impl Serialize for WordSeen {
                 Edit::Allow(tokens) => WordText::Allow(Cow::Borrowed(tokens)),
                 Edit::Forbid(tokens) => WordText::Forbid(Cow::Borrowed(tokens)),
                 Edit::Bias(biases) => WordText::Bias(Cow::Borrowed(biases)),
+                Edit::Only(set) => WordText::Allow(Cow::Owned(set.tokens().collect())),
             },
         };
         text.serialize(to)
