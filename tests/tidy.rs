@@ -24,7 +24,7 @@ const WALLS: [(&str, &[&str]); 9] = [
 ];
 
 /// Third-party crates that only some of ours may name as a normal dependency.
-const EXTERNAL_WALLS: [(&str, &[&str]); 12] = [
+const EXTERNAL_WALLS: [(&str, &[&str]); 13] = [
     ("wasmtime", &["pointsman-policy"]),
     ("wit-component", &["pointsman-policy"]),
     ("wit-bindgen-c", &["pointsman"]),
@@ -34,6 +34,7 @@ const EXTERNAL_WALLS: [(&str, &[&str]); 12] = [
     ("axum", &["pointsman-server", "pointsman"]),
     ("tokenizers", &["pointsman-server"]),
     ("minijinja", &["pointsman-server"]),
+    ("llguidance", &["pointsman-server"]),
     ("tokio", &["pointsman-server", "pointsman", "pointsman-tests", "pointsman-benches"]),
     ("anyhow", &["pointsman", "pointsman-tests", "pointsman-benches"]),
     (

@@ -4,6 +4,7 @@
 
 mod aliases;
 mod client;
+mod control;
 mod explain;
 mod handover;
 mod kills;

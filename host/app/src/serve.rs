@@ -213,6 +213,8 @@ fn server_config(config: &Config) -> ServerConfig {
         max_queued_tokens: server.max_queued_tokens,
         max_body_bytes: usize::try_from(server.max_body_bytes).unwrap_or(usize::MAX),
         max_connections: server.max_connections as usize,
+        max_choices: server.max_choices,
+        max_rows: server.max_rows,
         grace_ms: server.shutdown_grace_ms,
         api_keys: server.api_keys.iter().map(key).collect(),
         admin_tokens: admin_tokens(config),
@@ -315,8 +317,7 @@ fn start_engine(
     };
     // One HTTP request may be several engine requests: prompts times choices.
     let in_flight = config.server.max_in_flight as usize;
-    let per_request = ServerConfig::default();
-    let engine_requests = in_flight * (per_request.max_prompts * per_request.max_choices) as usize;
+    let engine_requests = in_flight.saturating_mul(config.server.max_rows as usize);
     let bounds = (in_flight, engine_requests.min(MAX_CANCELS));
     let mut left = loaded.replicas;
     let mut device_of = HashMap::new();

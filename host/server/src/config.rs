@@ -36,6 +36,8 @@ pub struct ServerConfig {
     pub max_choices: u32,
     /// Prompts of one completions request.
     pub max_prompts: u32,
+    /// Prompts times choices of one request.
+    pub max_rows: u32,
     /// Events that a slow client may be behind, per choice; beyond, its request ends.
     pub sink_events: usize,
     /// Request headers that routers may ask for as `header.<name>`, lower case; a `*` at the end stands for any rest.
@@ -147,6 +149,7 @@ impl Default for ServerConfig {
             max_timeout_ms: 3_600_000,
             max_choices: 8,
             max_prompts: 16,
+            max_rows: 64,
             sink_events: 4_096,
             route_headers: Vec::new(),
             api_keys: Vec::new(),
@@ -165,7 +168,7 @@ impl ServerConfig {
     /// # Errors
     /// The first value that cannot work, by its key.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive: [(&'static str, u64); 12] = [
+        let positive: [(&'static str, u64); 13] = [
             ("max_requests", self.max_requests.into()),
             ("max_queued_tokens", self.max_queued_tokens.into()),
             ("max_body_bytes", self.max_body_bytes as u64),
@@ -176,6 +179,7 @@ impl ServerConfig {
             ("default_timeout_ms", self.default_timeout_ms),
             ("max_choices", self.max_choices.into()),
             ("max_prompts", self.max_prompts.into()),
+            ("max_rows", self.max_rows.into()),
             ("sink_events", self.sink_events as u64),
             ("max_component_bytes", self.max_component_bytes as u64),
         ];

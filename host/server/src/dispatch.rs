@@ -9,7 +9,8 @@ use std::sync::atomic::Ordering;
 
 use axum::http::header::{HeaderMap, HeaderName, HeaderValue};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
-use pointsman_sched::prefix::chain_hashes;
+use pointsman_sched::mask::TokenMask;
+use pointsman_sched::prefix::salted_hashes;
 use pointsman_sched::request::{Request, Sampling, TokenSink};
 use pointsman_sched::route::{
     Choice, DecidedBy, ReplicaColumns, RequestNumbers, Resolved, RouteRequest, Routed, resolve,
@@ -18,7 +19,7 @@ use pointsman_telemetry::{Event, EventKind};
 
 use crate::admin::wire::decision::Line;
 use crate::error::ApiError;
-use crate::identity::Caller;
+use crate::identity::{ANONYMOUS, Caller, session_hash};
 use crate::ports::{Catalog, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
@@ -68,6 +69,10 @@ pub(crate) struct Terms {
 pub(crate) struct Submission {
     pub(crate) id: RequestId,
     pub(crate) sampling: Arc<Sampling>,
+    /// The first choice of the prompt, for the others.
+    pub(crate) fork_of: Option<RequestId>,
+    /// What its text may be.
+    pub(crate) mask: Option<Box<dyn TokenMask>>,
     pub(crate) sink: Box<dyn TokenSink>,
 }
 
@@ -132,6 +137,9 @@ thread_local! {
 #[derive(Debug)]
 struct Hashes<'a> {
     tokens: &'a [u32],
+    salt: u64,
+    /// Whether its blocks may be found by those of the same salt.
+    shared: bool,
     by_block: Vec<(u32, Arc<[u64]>)>,
 }
 
@@ -207,7 +215,7 @@ impl Dispatch<'_> {
         mut submitted: impl FnMut(&Placement, RequestId),
     ) -> Result<Vec<Placement>, ApiError> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut hashes = Hashes { tokens: &self.prompt.tokens, by_block: Vec::new() };
+            let mut hashes = self.hashes(choices.len());
             let first = choices.first().map_or(RequestId(0), |c| c.id);
             self.offer(scratch, &mut hashes);
             if scratch.rows.is_empty() {
@@ -239,6 +247,14 @@ impl Dispatch<'_> {
             self.note(&Noted { now, request: &request, replicas, routed: &routed, call_us, chosen });
             outcome.map(|()| placements)
         })
+    }
+
+    /// A tenant finds its own prefixes only, so that nobody can time what others have asked. Choices of a prompt that is not
+    /// to be cached find each other's, by a salt that nobody else has.
+    fn hashes(&self, n_choices: usize) -> Hashes<'_> {
+        let cached = self.terms.cache_prompt;
+        let salt = if cached || n_choices == 1 { prefix_salt(&self.caller.tenant) } else { self.state.clock.random() };
+        Hashes { tokens: &self.prompt.tokens, salt, shared: cached || n_choices > 1, by_block: Vec::new() }
     }
 
     /// Keeps the decision for whoever asks why, and for whoever records.
@@ -370,7 +386,7 @@ impl Dispatch<'_> {
         choice: Submission,
     ) -> Result<Placement, ApiError> {
         let Decision { routed, seed, call_us } = *decision;
-        let Submission { id, sampling, mut sink } = choice;
+        let Submission { id, sampling, fork_of, mut mask, mut sink } = choice;
         let mut stopped = 0;
         loop {
             let Scratch { columns, rows, refused } = &mut *scratch;
@@ -388,8 +404,8 @@ impl Dispatch<'_> {
             };
             let placement = self.placement(routed, row, rows[row]);
             let native = !picked(&routed.choice, row);
-            let request =
-                self.request(hashes, &placement, native, Submission { id, sampling: Arc::clone(&sampling), sink });
+            let choice = Submission { id, sampling: Arc::clone(&sampling), fork_of, mask, sink };
+            let request = self.request(hashes, &placement, native, choice);
             let n = n_tokens(self.prompt);
             placement.replica.gauges.reserve(n);
             match self.state.engine.submit(placement.replica.id, request) {
@@ -401,10 +417,11 @@ impl Dispatch<'_> {
                     };
                     return Ok(Placement { expected, ..placement });
                 }
-                Err((request, error)) => {
+                Err((mut request, error)) => {
                     placement.replica.gauges.release(n);
                     refused[row] = true;
                     stopped += usize::from(error == SubmitError::Stopped);
+                    mask = request.mask.take();
                     sink = request.sink;
                 }
             }
@@ -431,7 +448,7 @@ impl Dispatch<'_> {
 
     fn request(&self, hashes: &mut Hashes<'_>, placement: &Placement, native: bool, choice: Submission) -> Request {
         let terms = self.terms;
-        let block_hashes = match terms.cache_prompt {
+        let block_hashes = match hashes.shared {
             true => Arc::clone(hashes.of(placement.variant.block_tokens)),
             false => Arc::default(),
         };
@@ -450,6 +467,8 @@ impl Dispatch<'_> {
             stop_tokens: Arc::clone(&terms.stop_tokens),
             sampling: choice.sampling,
             attributes: Arc::clone(&self.caller.attributes),
+            fork_of: choice.fork_of,
+            mask: choice.mask,
             router_generation: if native { 0 } else { placement.decided_by.generation },
             sink: choice.sink,
         }
@@ -486,11 +505,16 @@ impl Hashes<'_> {
     fn of(&mut self, block_tokens: u32) -> &Arc<[u64]> {
         let known = self.by_block.iter().position(|(block, _)| *block == block_tokens);
         let place = known.unwrap_or_else(|| {
-            self.by_block.push((block_tokens, chain_hashes(self.tokens, block_tokens).into()));
+            self.by_block.push((block_tokens, salted_hashes(self.salt, self.tokens, block_tokens).into()));
             self.by_block.len() - 1
         });
         &self.by_block[place].1
     }
+}
+
+/// Where a tenant's prefixes begin; those of nobody in particular begin where all hosts' do.
+fn prefix_salt(tenant: &str) -> u64 {
+    if tenant == ANONYMOUS { 0 } else { session_hash(tenant) }
 }
 
 /// Whether the policy itself named the row.

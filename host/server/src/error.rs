@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::http::header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use pointsman_sched::mask::MaskError;
 use pointsman_sched::request::{CancelCause, Failure, ResourceExhausted};
 use pointsman_sched::route::{Refusal, Rejection};
 use serde::Serialize;
@@ -259,6 +260,8 @@ fn failure_class(failure: &Failure) -> Class {
         }
         Failure::Exhausted(ResourceExhausted::Context { .. }) => class(400, INVALID, "context_length_exceeded", false),
         Failure::DroppedByPolicy => class(429, "rate_limit_error", "dropped_by_policy", true),
+        Failure::Mask(MaskError::Grammar { .. }) => class(400, INVALID, "format_too_complex", false),
+        Failure::Mask(MaskError::Disjoint) => class(403, "permission_error", "not_allowed", false),
         Failure::Engine(_) => class(500, "server_error", "engine_fault", true),
     }
 }

@@ -21,6 +21,9 @@ const TENANT_ID: &str = "x-tenant-id";
 const SESSION_ID: &str = "x-session-id";
 const PRIORITY: &str = "x-pointsman-priority";
 
+/// The tenant of requests that name none.
+pub(crate) const ANONYMOUS: &str = "default";
+
 /// Longest id, tenant or session that a header may name.
 const MAX_NAME: usize = 128;
 
@@ -69,7 +72,7 @@ fn identify(headers: &HeaderMap, state: &ServerState) -> Result<Caller, ApiError
     let configured = key.and_then(|i| state.config.api_keys.get(i));
     let tenant = match configured {
         Some(key) => key.tenant.as_str(),
-        None => name_header(headers, TENANT_ID)?.unwrap_or("default"),
+        None => name_header(headers, TENANT_ID)?.unwrap_or(ANONYMOUS),
     };
     let header_priority = match name_header(headers, PRIORITY)? {
         Some(text) => Some(priority_word(text).ok_or_else(|| bad_priority(PRIORITY, &format!("`{text}`")))?),

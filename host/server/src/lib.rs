@@ -13,6 +13,7 @@ mod config;
 mod data;
 mod dispatch;
 mod error;
+mod grammar;
 mod identity;
 mod openai;
 mod ops;

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use crate::admin::{MAX_CALLS, MAX_UPLOADS};
 use crate::admission::Admission;
 use crate::config::{ConfigError, ServerConfig};
+use crate::grammar::GrammarDesk;
 use crate::ports::{AliasPort, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use crate::record::Taps;
 use crate::registry::Registry;
@@ -71,6 +72,7 @@ pub struct ServerState {
     pub(crate) registry: Arc<Registry>,
     pub(crate) traces: Traces,
     pub(crate) taps: Taps,
+    pub(crate) grammars: GrammarDesk,
     /// API keys by their text, as places in `config.api_keys`.
     pub(crate) keys: HashMap<String, usize>,
     request_numbers: AtomicU64,
@@ -110,6 +112,7 @@ impl ServerState {
             registry: Arc::default(),
             traces: Traces::new(config.explain_requests),
             taps,
+            grammars: GrammarDesk::default(),
             keys,
             request_numbers: AtomicU64::new(1),
             request_metrics: RwLock::default(),

@@ -422,6 +422,7 @@ impl Drop for Generation {
 fn outcome(error: &ApiError) -> Outcome {
     match error {
         ApiError::DriverGone => Outcome::Failed,
+        ApiError::Failed(Failure::Mask(_)) => Outcome::Cancelled,
         ApiError::Failed(_) if error.reason().is_none() => Outcome::Failed,
         ApiError::Failed(_) => Outcome::Rejected,
         _ => Outcome::Cancelled,

@@ -48,13 +48,14 @@ pub(crate) async fn chat(
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
     let mut fields = read_fields(&state, request).await?;
-    let ChatRequest { params, conversation } = ChatRequest::parse(&mut fields, &state)?;
+    let ChatRequest { mut params, conversation } = ChatRequest::parse(&mut fields, &state)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
+    let grammar = params.grammar(&state, &target).await?;
     let prompt = conversation.prompt(target.text()).await?;
     let n_choices = params.n as usize;
     let (stream, include_usage) = (params.stream, params.include_usage);
     let default_tokens = target.text().defaults().max_new_tokens;
-    let job = Job { params, target, prompts: vec![prompt], default_tokens, prompt_param: "messages" };
+    let job = Job { params, target, prompts: vec![prompt], grammar, default_tokens, prompt_param: "messages" };
     let running = arrival.start(&job, permit)?;
     drop(job);
     if stream || running.wants_events() {

@@ -35,16 +35,19 @@ pub(crate) async fn completions(
     let mut fields = read_fields(&state, request).await?;
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
     let logprobs = logprobs(&mut fields, echo)?;
-    let params = Params::parse(&mut fields, &state.config, logprobs)?;
+    let mut params = Params::parse(&mut fields, &state.config, logprobs)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
+    let grammar = params.grammar(&state, &target).await?;
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
     let n_choices = prompts.len() * params.n as usize;
+    check_rows(n_choices, &state)?;
     let echoed: Vec<String> = match echo {
         true => prompts.iter().flat_map(|p| std::iter::repeat_n(p.text.clone(), params.n as usize)).collect(),
         false => vec![String::new(); n_choices],
     };
     let (stream, include_usage) = (params.stream, params.include_usage);
-    let job = Job { params, target, prompts, default_tokens: Some(DEFAULT_TOKENS), prompt_param: "prompt" };
+    let default_tokens = Some(DEFAULT_TOKENS);
+    let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt" };
     let running = arrival.start(&job, permit)?;
     drop(job);
     if stream || running.wants_events() {
@@ -54,6 +57,17 @@ pub(crate) async fn completions(
         write_whole(head, text, &choices, &echoed, usage)
     };
     running.whole(n_choices, write).await
+}
+
+/// Prompts times choices.
+fn check_rows(n_choices: usize, state: &ServerState) -> Result<(), ApiError> {
+    let limit = state.config.max_rows as usize;
+    if n_choices <= limit {
+        return Ok(());
+    }
+    let problem =
+        format!("the prompts times `n` are {n_choices} texts, and one request may ask for {limit}; send several");
+    Err(ApiError::invalid("n", problem))
 }
 
 fn logprobs(fields: &mut Fields, echo: bool) -> Result<Option<u8>, ApiError> {

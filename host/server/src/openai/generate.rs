@@ -20,6 +20,7 @@ use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
 use crate::dispatch::{Assignment, Dispatch, Placement, Prompt, Submission, Target, Terms, record_rejection};
 use crate::error::ApiError;
+use crate::grammar::Compiled;
 use crate::identity::{Caller, session_hash};
 use crate::ports::{Asker, Assigned};
 use crate::state::ServerState;
@@ -48,6 +49,8 @@ pub(super) struct Job {
     pub(super) params: Params,
     pub(super) target: Target,
     pub(super) prompts: Vec<Prompt>,
+    /// What its texts must be.
+    pub(super) grammar: Option<Compiled>,
     /// Tokens to generate when the request does not say; `None` for what the context leaves.
     pub(super) default_tokens: Option<u32>,
     /// The field that holds the prompt, for errors about its length.
@@ -153,7 +156,7 @@ impl Arrival {
             let Self { state, caller, .. } = self;
             let dispatch =
                 Dispatch { state, caller, target, prompt, terms, trace: &trace, assigned: assigned.as_ref() };
-            let submissions = self.submissions(&sampling, &sinks, choices.len(), &mut first_id);
+            let submissions = self.submissions((&sampling, job.grammar.as_ref()), &sinks, choices.len(), &mut first_id);
             let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id));
             let placements = placements.inspect_err(|error| trace.failed(error, state.clock.now()))?;
             for (i, placement) in placements.into_iter().enumerate() {
@@ -268,15 +271,18 @@ impl Arrival {
 
     fn submissions(
         &self,
-        sampling: &[Arc<Sampling>],
+        (sampling, grammar): (&[Arc<Sampling>], Option<&Compiled>),
         sinks: &SinkMaker,
         first: usize,
         first_id: &mut Option<RequestId>,
     ) -> Vec<Submission> {
-        let one = |(i, sampling): (usize, &Arc<Sampling>)| Submission {
-            id: first_id.take().unwrap_or_else(|| self.state.next_request()),
-            sampling: Arc::clone(sampling),
-            sink: sinks.sink(first + i),
+        let mut leader = None;
+        let one = |(i, sampling): (usize, &Arc<Sampling>)| {
+            let id = first_id.take().unwrap_or_else(|| self.state.next_request());
+            let fork_of = leader;
+            leader.get_or_insert(id);
+            let (sampling, sink) = (Arc::clone(sampling), sinks.sink(first + i));
+            Submission { id, sampling, fork_of, mask: grammar.map(Compiled::mask), sink }
         };
         sampling.iter().enumerate().map(one).collect()
     }

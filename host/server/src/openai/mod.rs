@@ -6,6 +6,7 @@
 mod chat;
 mod completions;
 mod fields;
+mod format;
 mod generate;
 mod logprobs;
 mod models;

@@ -8,9 +8,13 @@ use pointsman_sched::route::RequestNumbers;
 use serde_json::Value;
 
 use super::fields::{Fields, mismatch, token_id, whole};
+use super::format::Format;
 use crate::config::ServerConfig;
+use crate::dispatch::Target;
 use crate::error::ApiError;
+use crate::grammar::Compiled;
 use crate::identity::{bad_priority, priority_number, priority_word};
+use crate::state::ServerState;
 use crate::text::TextModel;
 
 /// Stop strings of one request (`OpenAI`'s bound).
@@ -24,15 +28,10 @@ const MAX_BIASES: usize = 1_024;
 
 /// Fields that would change the answer and that this host does not implement: refused, because an answer that silently
 /// ignores them would be wrong.
-const UNSUPPORTED: [&str; 12] = [
+const UNSUPPORTED: [&str; 7] = [
     "functions",
     "audio",
     "suffix",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
     "logits_processors",
     "use_beam_search",
     "continue_final_message",
@@ -58,6 +57,8 @@ pub(crate) struct Params {
     pub(crate) session: Option<String>,
     /// Log-probabilities with this many alternatives.
     pub(crate) logprobs: Option<u8>,
+    /// What the text must be.
+    pub(super) format: Option<Format>,
     seed: Option<u64>,
     temperature: Option<f32>,
     top_p: Option<f32>,
@@ -74,6 +75,13 @@ impl Params {
     /// Reads the shared fields. `logprobs` differs between the two shapes: its caller has read it.
     pub(crate) fn parse(fields: &mut Fields, config: &ServerConfig, logprobs: Option<u8>) -> Result<Self, ApiError> {
         refuse_unsupported(fields)?;
+        let format = Format::parse(fields)?;
+        let ignore_eos = fields.bool("ignore_eos")?.unwrap_or(false);
+        if format.is_some() && ignore_eos {
+            let problem =
+                "`ignore_eos` cannot be true where the text must have a form: what is complete must be able to end";
+            return Err(ApiError::invalid("ignore_eos", problem));
+        }
         let stream = fields.bool("stream")?.unwrap_or(false);
         let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
         let max_timeout = i64::try_from(config.max_timeout_ms).unwrap_or(i64::MAX);
@@ -86,13 +94,14 @@ impl Params {
             max_tokens: max_tokens(fields)?,
             min_tokens: fields.u32("min_tokens", 0..=u32::MAX)?.unwrap_or(0),
             stop: stop(fields)?,
-            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+            ignore_eos,
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
             priority: priority(fields)?,
             timeout_ms: timeout_ms.unwrap_or(config.default_timeout_ms),
             cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
             session: session(fields)?,
             logprobs,
+            format,
             #[expect(clippy::cast_sign_loss, reason = "a seed is 64 bits; its sign means nothing")]
             seed: seed.map(|seed| seed as u64),
             temperature: fields.number("temperature", 0.0..=2.0)?,
@@ -105,6 +114,14 @@ impl Params {
             logit_bias: fields.take("logit_bias"),
             stop_token_ids: fields.take("stop_token_ids"),
         })
+    }
+
+    /// Compiles the form that the text must have, if one is asked for.
+    pub(super) async fn grammar(&mut self, state: &ServerState, target: &Target) -> Result<Option<Compiled>, ApiError> {
+        match self.format.take() {
+            Some(format) => format.compile(state, target.text()).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// How tokens are chosen, with the model's defaults. Choice `i` gets the seed plus `i`.
@@ -202,13 +219,13 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     if tools.is_some() && choice != Some(Value::String("none".into())) {
         return Err(ApiError::unsupported("tools", "`tools` (tool calling)"));
     }
-    if let Some(format) = fields.take("response_format") {
-        let kind = Fields::of("response_format", format)?.string("type")?.unwrap_or_default();
-        if kind != "text" {
-            return Err(ApiError::unsupported("response_format.type", format!("`response_format` of type `{kind}`")));
+    match fields.integer("best_of", 1..=i64::MAX)? {
+        None | Some(1) => Ok(()),
+        Some(_) => {
+            let what = "`best_of` above 1: ask for `n` choices and choose among them by their `logprobs`; it";
+            Err(ApiError::unsupported("best_of", what))
         }
     }
-    fields.integer("best_of", 1..=1).map(|_| ())
 }
 
 fn model(fields: &mut Fields) -> Result<String, ApiError> {
@@ -309,12 +326,11 @@ mod tests {
             (r#"{"model": "m", "timeout_ms": 0}"#, "timeout_ms", "from 1 to"),
             (r#"{"model": "m", "tools": [{}]}"#, "tools", "not supported"),
             (
-                r#"{"model": "m", "response_format": {"type": "json_object"}}"#,
-                "response_format.type",
-                "`json_object` is not supported",
+                r#"{"model": "m", "response_format": {"type": "json_object"}, "ignore_eos": true}"#,
+                "ignore_eos",
+                "must be able to end",
             ),
-            (r#"{"model": "m", "guided_json": {}}"#, "guided_json", "not supported"),
-            (r#"{"model": "m", "best_of": 2}"#, "best_of", "from 1 to 1"),
+            (r#"{"model": "m", "best_of": 2}"#, "best_of", "ask for `n` choices"),
             (r#"{"model": "m", "seed": "x"}"#, "seed", "an integer"),
         ] {
             let error = parse(json).expect_err(json);

@@ -7,9 +7,11 @@
 mod detokenize;
 mod stop;
 mod template;
+mod trie;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use llguidance::ParserFactory;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -94,6 +96,8 @@ pub struct TextModel {
     template: Option<ChatTemplate>,
     stop_tokens: Arc<[u32]>,
     defaults: SamplingDefaults,
+    /// What grammars are compiled with; empty until one is asked for.
+    grammars: OnceLock<Option<ParserFactory>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -121,7 +125,7 @@ struct GenerationConfig {
 
 impl std::fmt::Debug for TextModel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { tokenizer: _, bytes, special, template, stop_tokens, defaults } = self;
+        let Self { tokenizer: _, bytes, special, template, stop_tokens, defaults, grammars: _ } = self;
         f.debug_struct("TextModel")
             .field("byte_level", &bytes.is_some())
             .field("vocabulary", &special.len())
@@ -157,6 +161,7 @@ impl TextModel {
             template: template.map_err(TextError::Template)?,
             stop_tokens: stop_tokens.into(),
             defaults: generation.defaults(),
+            grammars: OnceLock::new(),
             tokenizer,
         })
     }
@@ -215,6 +220,12 @@ impl TextModel {
             Some(table) => table.get(id).to_vec(),
             None => detokenize::single_token(&self.tokenizer, id),
         }
+    }
+
+    /// What compiles grammars for these tokens; `None` where no token ends a text. The first call builds it: not for a thread
+    /// that serves others.
+    pub(crate) fn grammar_factory(&self) -> Option<&ParserFactory> {
+        self.grammars.get_or_init(|| trie::factory(self)).as_ref()
     }
 
     fn is_special(&self, id: u32) -> bool {

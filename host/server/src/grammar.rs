@@ -1,0 +1,123 @@
+//! Text that must have a form: JSON, a schema, a regular expression, a grammar.
+//!
+//! llguidance turns a form and a tokenizer into the set of tokens that may come next; this module decides where that happens
+//! and how much of it a client may ask for. A form is compiled on a thread of its own, because it is the client's and may
+//! take long, and never on a worker that serves others. Masks are computed on a few more, while the device computes the step
+//! in which they are needed (`pointsman_sched::mask`). All these threads have deep stacks: the engine descends into what a
+//! client has nested. Not a process as for policies: sizes, depth and fuel bound the work, and nothing is executed.
+
+mod compile;
+mod mask;
+#[cfg(test)]
+mod tests;
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use self::compile::Order;
+use self::mask::Errand;
+use crate::text::TextModel;
+
+pub(crate) use self::compile::Compiled;
+
+/// Forms that wait to be compiled; the next ones get 429.
+const MAX_ORDERS: usize = 32;
+/// Time for a form to be compiled, the wait for its turn included. The first of a model waits for its trie of tokens as well.
+const COMPILE_LIMIT_MS: u64 = 10_000;
+/// Masks that wait to be computed: each request in flight has one at most.
+const MAX_ERRANDS: usize = 1 << 16;
+/// Threads that compute masks, at most.
+const MAX_MASK_THREADS: usize = 4;
+/// Address space, of which only what is used becomes memory.
+const STACK_BYTES: usize = 256 << 20;
+
+/// What a text must be.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Form {
+    /// An instance of this schema.
+    Json(Value),
+    /// A match of the whole text.
+    Regex(String),
+    /// A word of this grammar, in Lark's syntax.
+    Lark(String),
+}
+
+/// Why a form cannot be asked for. The client's to change, but for the last.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum GrammarError {
+    #[error("it has {found} bytes and may have {limit}: shorten it")]
+    TooLarge { found: usize, limit: usize },
+    #[error("it nests deeper than {limit} levels: flatten it, or name parts of it and refer to them")]
+    TooDeep { limit: usize },
+    #[error("{0}")]
+    Refused(String),
+    #[error("it took more than {COMPILE_LIMIT_MS} ms to compile: simplify it")]
+    Slow,
+    #[error("this model has no token that ends a text, so that no form can be asked of it")]
+    NoEnd,
+    #[error("too many formats are being compiled")]
+    Busy,
+}
+
+/// Compiles forms, on threads that start with the first one and end when this is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct GrammarDesk {
+    threads: OnceLock<Option<Threads>>,
+}
+
+#[derive(Debug)]
+struct Threads {
+    orders: SyncSender<Order>,
+    errands: SyncSender<Errand>,
+}
+
+impl GrammarDesk {
+    /// Compiles a form for a model's tokenizer.
+    ///
+    /// # Errors
+    /// Says what is wrong with the form, or that there is no time for it.
+    pub(crate) async fn compile(&self, text: &Arc<TextModel>, form: Form) -> Result<Compiled, GrammarError> {
+        form.check()?;
+        let threads = self.threads.get_or_init(|| {
+            Threads::start().inspect_err(|error| tracing::error!(%error, "grammars have no thread")).ok()
+        });
+        let threads = threads.as_ref().ok_or(GrammarError::Busy)?;
+        let (order, answer) = Order::of(Arc::clone(text), form, threads.errands.clone());
+        threads.orders.try_send(order).map_err(|_| GrammarError::Busy)?;
+        match tokio::time::timeout(Duration::from_millis(COMPILE_LIMIT_MS), answer).await {
+            Ok(Ok(compiled)) => compiled,
+            Ok(Err(_)) => Err(GrammarError::Refused("it could not be compiled".to_owned())),
+            Err(_) => Err(GrammarError::Slow),
+        }
+    }
+}
+
+impl Threads {
+    /// One that compiles, and for masks half as many as there are processors: the others compute what the masks are for.
+    fn start() -> std::io::Result<Self> {
+        let (orders, inbox) = sync_channel(MAX_ORDERS);
+        spawn("grammar-compile", Arc::new(Mutex::new(inbox)), Order::carry_out)?;
+        let (errands, inbox) = sync_channel(MAX_ERRANDS);
+        let inbox = Arc::new(Mutex::new(inbox));
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        for i in 0..(processors / 2).clamp(1, MAX_MASK_THREADS) {
+            spawn(&format!("grammar-mask-{i}"), Arc::clone(&inbox), Errand::run)?;
+        }
+        Ok(Self { orders, errands })
+    }
+}
+
+/// A thread that works off `inbox` until every sender is gone.
+fn spawn<T: Send + 'static>(name: &str, inbox: Arc<Mutex<Receiver<T>>>, work: fn(T)) -> std::io::Result<()> {
+    let next = move || inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
+    let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+    thread.spawn(move || {
+        while let Ok(job) = next() {
+            work(job)
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! From a form to the state machine of its grammar, within bounds.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::{JsonCompileOptions, Matcher};
+use pointsman_sched::mask::TokenMask;
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use super::mask::{Errand, GrammarMask};
+use super::{Form, GrammarError};
+use crate::text::TextModel;
+
+/// Size of a schema, written out, or of a grammar.
+const MAX_BYTES: usize = 64 << 10;
+/// Brackets of all kinds around one place of a grammar; JSON has the bound of its parser.
+const MAX_DEPTH: usize = 128;
+/// Of an error's text.
+const MAX_WHY: usize = 300;
+/// White space between two tokens of JSON: enough for an indented line, and no room for a model that has lost itself in it.
+const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
+
+/// What the work for one request may come to; a mask takes some 10 ms at the very most.
+const LIMITS: ParserLimits = ParserLimits {
+    max_items_in_row: 2_000,
+    initial_lexer_fuel: 1_000_000,
+    step_lexer_fuel: 200_000,
+    step_max_items: 50_000,
+    // One to two KB each.
+    max_lexer_states: 20_000,
+    max_grammar_size: 200_000,
+    precompute_large_lexemes: true,
+    verbose_errors: false,
+};
+
+/// A grammar that is ready to guide texts of one tokenizer.
+pub(crate) struct Compiled {
+    matcher: Matcher,
+    errands: SyncSender<Errand>,
+}
+
+/// A form on its way to the thread that compiles.
+#[derive(Debug)]
+pub(super) struct Order {
+    text: Arc<TextModel>,
+    form: Form,
+    errands: SyncSender<Errand>,
+    answer: oneshot::Sender<Result<Compiled, GrammarError>>,
+}
+
+impl fmt::Debug for Compiled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Compiled").finish_non_exhaustive()
+    }
+}
+
+impl Compiled {
+    /// What one more text is masked by.
+    pub(crate) fn mask(&self) -> Box<dyn TokenMask> {
+        Box::new(GrammarMask::new(self.matcher.deep_clone(), self.errands.clone()))
+    }
+}
+
+// === impl Form ===
+
+impl Form {
+    /// Any JSON object.
+    pub(crate) fn any_object() -> Self {
+        Self::Json(serde_json::json!({"type": "object"}))
+    }
+
+    /// One of these texts.
+    pub(crate) fn one_of(choices: &[String]) -> Self {
+        let quoted: Vec<String> = choices.iter().map(|choice| Value::from(choice.as_str()).to_string()).collect();
+        Self::Lark(format!("start: {}", quoted.join(" | ")))
+    }
+
+    /// Refuses what is too large to be looked at.
+    pub(super) fn check(&self) -> Result<(), GrammarError> {
+        let (found, depth) = match self {
+            Self::Json(schema) => (schema.to_string().len(), 0),
+            Self::Regex(text) | Self::Lark(text) => (text.len(), depth(text)),
+        };
+        match (found > MAX_BYTES, depth > MAX_DEPTH) {
+            (true, _) => Err(GrammarError::TooLarge { found, limit: MAX_BYTES }),
+            (_, true) => Err(GrammarError::TooDeep { limit: MAX_DEPTH }),
+            _ => Ok(()),
+        }
+    }
+
+    fn grammar(self) -> TopLevelGrammar {
+        match self {
+            Self::Json(Value::Object(schema)) => {
+                let options =
+                    JsonCompileOptions { whitespace_pattern: Some(WHITESPACE.to_owned()), ..Default::default() };
+                let mut schema = Value::Object(schema);
+                options.apply_to(&mut schema);
+                TopLevelGrammar::from_json_schema(schema)
+            }
+            // `true` and `false` are schemas too.
+            Self::Json(schema) => TopLevelGrammar::from_json_schema(schema),
+            Self::Regex(pattern) => TopLevelGrammar::from_regex(&pattern),
+            Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar),
+        }
+    }
+}
+
+/// Brackets that are open at once, whatever they mean: an upper bound of what the engine descends into.
+fn depth(text: &str) -> usize {
+    let mut depth = 0_usize;
+    let after = text.bytes().map(|byte| {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth
+    });
+    after.max().unwrap_or(0)
+}
+
+// === impl Order ===
+
+impl Order {
+    pub(super) fn of(
+        text: Arc<TextModel>,
+        form: Form,
+        errands: SyncSender<Errand>,
+    ) -> (Self, oneshot::Receiver<Result<Compiled, GrammarError>>) {
+        let (answer, answered) = oneshot::channel();
+        (Self { text, form, errands, answer }, answered)
+    }
+
+    /// Compiles; for nobody who has stopped waiting.
+    pub(super) fn carry_out(self) {
+        let Self { text, form, errands, answer } = self;
+        if answer.is_closed() {
+            return;
+        }
+        let compiled = matcher(&text, form).map(|matcher| Compiled { matcher, errands });
+        // Whoever asked may have gone in the meantime.
+        let _ = answer.send(compiled);
+    }
+}
+
+fn matcher(text: &TextModel, form: Form) -> Result<Matcher, GrammarError> {
+    let factory = text.grammar_factory().ok_or(GrammarError::NoEnd)?;
+    let (init, logger) = (form.grammar(), llguidance::Logger::new(0, 0));
+    let init = llguidance::api::GrammarInit::Serialized(init);
+    let parser = factory.create_parser_from_init_ext(
+        init,
+        logger,
+        llguidance::toktrie::InferenceCapabilities::default(),
+        LIMITS,
+    );
+    let matcher = Matcher::new(parser);
+    match matcher.get_error() {
+        Some(why) => Err(GrammarError::Refused(brief(&why))),
+        None => Ok(matcher),
+    }
+}
+
+/// The first line of an error's text, cut.
+pub(super) fn brief(why: &str) -> String {
+    let line = why.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason is known");
+    line[..line.floor_char_boundary(MAX_WHY)].to_owned()
+}

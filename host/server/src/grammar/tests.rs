@@ -1,0 +1,156 @@
+//! Forms over a tokenizer of bytes: what may be said, what is refused, and what a hostile form costs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pointsman_sched::mask::{MaskError, TokenMask};
+use pointsman_sched::sampler::Edit;
+use serde_json::{Value, json};
+
+use super::{Form, GrammarDesk, GrammarError};
+use crate::text::tests::model;
+
+const EOS: u32 = 1;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A generator of which the test is a function.
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(self.0 >> 33).expect("31 bits") % n
+    }
+}
+
+fn allowed(mask: &mut dyn TokenMask) -> Result<Vec<u32>, MaskError> {
+    let edit = mask.mask(PATIENCE).expect("it comes")?;
+    let Edit::Only(set) = &*edit else { panic!("{edit:?}") };
+    Ok(set.tokens().collect())
+}
+
+/// Chooses at random among what may come, up to `limit` tokens; the text, and whether it has ended.
+fn wander(mask: &mut dyn TokenMask, rng: &mut Rng, limit: usize) -> Result<(String, bool), MaskError> {
+    let text = model();
+    let mut said = Vec::new();
+    mask.advance(None);
+    for _ in 0..limit {
+        let choices = allowed(mask)?;
+        assert!(choices.iter().all(|&id| id == EOS || id > 2), "no special token but the last: {choices:?}");
+        let token = choices[rng.below(choices.len())];
+        if token == EOS {
+            return Ok((text.decode(&said, true), true));
+        }
+        said.push(token);
+        mask.advance(Some(token));
+    }
+    Ok((text.decode(&said, true), false))
+}
+
+#[tokio::test]
+async fn whatever_is_chosen_has_the_form() {
+    let desk = GrammarDesk::default();
+    let text = Arc::new(model());
+    let person = json!({"type": "object", "properties": {"name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150}, "tags": {"type": "array", "maxItems": 3,
+        "items": {"enum": ["a", "b\\u00e9"]}}}, "required": ["name", "age"], "additionalProperties": false});
+    let is_person = |said: &str| {
+        let value: Value = serde_json::from_str(said).unwrap_or_else(|error| panic!("{said}: {error}"));
+        value["name"].as_str().is_some_and(|name| name.chars().count() <= 8)
+            && value["age"].as_u64().is_some_and(|age| age <= 150)
+            && value.as_object().is_some_and(|o| o.keys().all(|k| ["name", "age", "tags"].contains(&&**k)))
+    };
+    let is_phone = |said: &str| {
+        said.len() == 8 && said.bytes().enumerate().all(|(i, b)| if i == 3 { b == b'-' } else { b.is_ascii_digit() })
+    };
+    let checks: [(Form, &dyn Fn(&str) -> bool); 5] = [
+        (Form::Json(person), &is_person),
+        (Form::any_object(), &|said| serde_json::from_str::<Value>(said).is_ok_and(|value| value.is_object())),
+        (Form::Regex("[0-9]{3}-[0-9]{4}".into()), &is_phone),
+        (Form::Lark("start: \"(\" start \")\" | \"hello\"".into()), &|said| said.trim_matches(['(', ')']) == "hello"),
+        (Form::one_of(&["yes".into(), "no \"way\"\n".into()]), &|said| ["yes", "no \"way\"\n"].contains(&said)),
+    ];
+    for (form, check) in checks {
+        let compiled = desk.compile(&text, form.clone()).await.expect("a good form");
+        let mut ended = 0;
+        for seed in 0..20 {
+            let (said, has_ended) = wander(&mut *compiled.mask(), &mut Rng(seed), 300).expect("it goes on");
+            assert!(!has_ended || check(&said), "{form:?}: {said}");
+            ended += u32::from(has_ended);
+        }
+        assert!(ended > 3, "{form:?}: {ended} of 20 have ended");
+    }
+}
+
+#[tokio::test]
+async fn forms_that_are_none_or_too_much_are_refused_with_what_to_change() {
+    let desk = GrammarDesk::default();
+    let text = Arc::new(model());
+    let nested = |open: &str, n: usize, close: &str| format!("{}a{}", open.repeat(n), close.repeat(n));
+    let rules = |n: usize| {
+        let rule = |i: usize| format!("r{i}: \"a\" r{} | \"b\"\n", i + 1);
+        format!("start: r0\n{}r{n}: \"c\"", (0..n).map(rule).collect::<String>())
+    };
+    for (form, expect) in [
+        (Form::Regex("(".into()), "unclosed"),
+        (Form::Regex("a".repeat(70_000)), "may have 65536"),
+        (Form::Regex(nested("(", 200, ")")), "nests deeper than 128"),
+        (Form::Lark("start:".repeat(3)), ""),
+        (Form::Lark("start: other".into()), "other"),
+        (Form::Json(json!({"type": "strin"})), "strin"),
+        (Form::Json(json!({"type": "string", "pattern": "["})), ""),
+        (Form::Json(json!({"$ref": "https://example.com/schema.json"})), ""),
+        (Form::Json(json!(false)), ""),
+        (Form::Json(json!({"enum": [(0..9_000).collect::<Vec<_>>(), "x".repeat(60_000)]})), "may have 65536"),
+    ] {
+        match desk.compile(&text, form.clone()).await.map(|_| ()) {
+            Err(error @ (GrammarError::Refused(_) | GrammarError::TooLarge { .. } | GrammarError::TooDeep { .. })) => {
+                assert!(error.to_string().contains(expect), "{form:?}: {error}");
+                assert!(error.to_string().len() < 400 && !error.to_string().contains('\n'), "{error}");
+            }
+            other => panic!("{form:?}: {other:?}"),
+        }
+    }
+    // Whatever these come to, they come to it soon, and the next form is served.
+    for form in [
+        Form::Regex("(a{1,1000}){1,1000}".into()),
+        Form::Regex("(a|aa|aaa)*".repeat(300)),
+        Form::Lark(rules(2_000)),
+        Form::Lark(format!("start: {}", "\"a\"? ".repeat(9_000))),
+        Form::Json(
+            json!({"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000, "maxItems": 9_000_000}),
+        ),
+        Form::Json(json!({"type": "string", "minLength": 1_000_000, "maxLength": 100_000_000})),
+        Form::Json(
+            json!({"allOf": (0..12).map(|i| json!({"anyOf": (0..6).map(|j| json!({"required": [format!("{i}{j}")],
+            "properties": {format!("{i}{j}"): {"type": "integer"}}})).collect::<Vec<_>>()})).collect::<Vec<_>>()}),
+        ),
+        Form::Json(
+            json!({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}),
+        ),
+    ] {
+        let outcome = match desk.compile(&text, form.clone()).await {
+            Ok(compiled) => {
+                wander(&mut *compiled.mask(), &mut Rng(3), 20).map(|_| ()).map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        assert!(!matches!(&outcome, Err(why) if why.contains('\n') || why.len() > 500), "{outcome:?}");
+        desk.compile(&text, Form::Regex("a".into())).await.expect("the next one is served");
+    }
+}
+
+#[tokio::test]
+async fn a_mask_that_has_failed_stays_failed() {
+    let desk = GrammarDesk::default();
+    let compiled = desk.compile(&Arc::new(model()), Form::Regex("ab".into())).await.expect("good");
+    let mut mask = compiled.mask();
+    mask.advance(None);
+    assert_eq!(allowed(&mut *mask).expect("`a`"), [u32::from(b'a') + 3]);
+    assert_eq!(allowed(&mut *mask).expect("the same again").len(), 1);
+    mask.advance(Some(u32::from(b'x') + 3));
+    let error = allowed(&mut *mask).expect_err("it was not allowed");
+    assert!(error.to_string().contains("too complex here ("), "{error}");
+    mask.advance(Some(u32::from(b'b') + 3));
+    assert_eq!(allowed(&mut *mask), Err(error));
+}
