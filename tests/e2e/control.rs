@@ -10,7 +10,7 @@ use crate::host;
 const MODEL: &str = "demo:f16";
 
 fn complete(host: &Host, body: Value) -> Value {
-    let mut whole = json!({ "model": MODEL, "prompt": "Ownership is", "max_tokens": 200 });
+    let mut whole = json!({ "model": MODEL, "prompt": "Ownership is", "max_tokens": 400 });
     let (to, from) = (whole.as_object_mut().expect("an object"), body.as_object().expect("an object"));
     to.extend(from.clone());
     let answer = host.post("/v1/completions", &whole);
@@ -122,7 +122,7 @@ fn thirty_two_mixed_streams_do_not_touch_each_other() {
             "seed": i, "temperature": if i.is_multiple_of(4) { 0.0 } else { 0.9 } })
     };
     let formed = |i: usize| {
-        json!({ "model": MODEL, "prompt": format!("Record {i}: "), "max_tokens": 200, "seed": i, "temperature": 1.0,
+        json!({ "model": MODEL, "prompt": format!("Record {i}: "), "max_tokens": 400, "seed": i, "temperature": 1.0,
             "guided_json": record() })
     };
     let alone: Vec<_> =
@@ -177,11 +177,9 @@ fn choices_share_their_prompt_and_are_each_reproducible() {
     };
     let (hits, queries) = (value("vllm:prefix_cache_hits_total"), value("vllm:prefix_cache_queries_total"));
     assert!(hits > 0.6 * queries, "{hits} of {queries}");
-    let streamed = std::thread::scope(|scope| {
-        let body = json!({ "model": MODEL, "prompt": long, "n": 4, "seed": 40, "temperature": 1, "max_tokens": 12,
-            "ignore_eos": true, "stream": true });
-        scope.spawn(|| host.post("/v1/completions", &body)).join().expect("no panic")
-    });
+    let body = json!({ "model": MODEL, "prompt": long, "n": 4, "seed": 40, "temperature": 1, "max_tokens": 12,
+        "ignore_eos": true, "stream": true });
+    let streamed = host.post("/v1/completions", &body);
     let mut by_index = vec![String::new(); 4];
     for line in streamed.body.as_str().expect("events").lines().filter_map(|line| line.strip_prefix("data: {")) {
         let event: Value = serde_json::from_str(&format!("{{{line}")).expect("JSON");

@@ -1,7 +1,7 @@
 //! Text that must have a form: JSON, a schema, a regular expression, a grammar.
 //!
 //! llguidance turns a form and a tokenizer into the set of tokens that may come next; this module decides where that happens
-//! and how much of it a client may ask for. A form is compiled on a thread of its own, because it is the client's and may
+//! and how much of it a client may ask for. A form is compiled on threads of their own, because it is the client's and may
 //! take long, and never on a worker that serves others. Masks are computed on a few more, while the device computes the step
 //! in which they are needed (`pointsman_sched::mask`). All these threads have deep stacks: the engine descends into what a
 //! client has nested. Not a process as for policies: sizes, depth and fuel bound the work, and nothing is executed.
@@ -29,6 +29,8 @@ const MAX_ORDERS: usize = 32;
 const COMPILE_LIMIT_MS: u64 = 10_000;
 /// Masks that wait to be computed: each request in flight has one at most.
 const MAX_ERRANDS: usize = 1 << 16;
+/// Threads that compile.
+const COMPILE_THREADS: usize = 2;
 /// Threads that compute masks, at most.
 const MAX_MASK_THREADS: usize = 4;
 /// Address space, of which only what is used becomes memory.
@@ -96,10 +98,13 @@ impl GrammarDesk {
 }
 
 impl Threads {
-    /// One that compiles, and for masks half as many as there are processors: the others compute what the masks are for.
+    /// Two that compile, so that one slow form does not hold up all; and for masks half as many as there are processors: the others compute what the masks are for.
     fn start() -> std::io::Result<Self> {
         let (orders, inbox) = sync_channel(MAX_ORDERS);
-        spawn("grammar-compile", Arc::new(Mutex::new(inbox)), Order::carry_out)?;
+        let inbox = Arc::new(Mutex::new(inbox));
+        for i in 0..COMPILE_THREADS {
+            spawn(&format!("grammar-compile-{i}"), Arc::clone(&inbox), Order::carry_out)?;
+        }
         let (errands, inbox) = sync_channel(MAX_ERRANDS);
         let inbox = Arc::new(Mutex::new(inbox));
         let processors = std::thread::available_parallelism().map_or(1, usize::from);

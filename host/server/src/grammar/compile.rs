@@ -14,14 +14,17 @@ use super::mask::{Errand, GrammarMask};
 use super::{Form, GrammarError};
 use crate::text::TextModel;
 
-/// Size of a schema, written out, or of a grammar.
-const MAX_BYTES: usize = 64 << 10;
+/// Size of a schema, written out.
+const MAX_SCHEMA: usize = 64 << 10;
+/// Size of a regular expression or grammar, of which the work may be the square.
+const MAX_GRAMMAR: usize = 16 << 10;
 /// Brackets of all kinds around one place of a grammar; JSON has the bound of its parser.
 const MAX_DEPTH: usize = 128;
 /// Of an error's text.
 const MAX_WHY: usize = 300;
-/// White space between two tokens of JSON: enough for an indented line, and no room for a model that has lost itself in it.
-const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
+/// White space between two parts of JSON: a space, or a line break with its indentation, and no room for a model that has lost
+/// itself in it.
+const WHITESPACE: &str = r"\x20|\x0D?\x0A[\x20\x09]{0,24}";
 
 /// What the work for one request may come to; a mask takes some 10 ms at the very most.
 const LIMITS: ParserLimits = ParserLimits {
@@ -80,12 +83,12 @@ impl Form {
 
     /// Refuses what is too large to be looked at.
     pub(super) fn check(&self) -> Result<(), GrammarError> {
-        let (found, depth) = match self {
-            Self::Json(schema) => (schema.to_string().len(), 0),
-            Self::Regex(text) | Self::Lark(text) => (text.len(), depth(text)),
+        let (found, limit, depth) = match self {
+            Self::Json(schema) => (schema.to_string().len(), MAX_SCHEMA, 0),
+            Self::Regex(text) | Self::Lark(text) => (text.len(), MAX_GRAMMAR, depth(text)),
         };
-        match (found > MAX_BYTES, depth > MAX_DEPTH) {
-            (true, _) => Err(GrammarError::TooLarge { found, limit: MAX_BYTES }),
+        match (found > limit, depth > MAX_DEPTH) {
+            (true, _) => Err(GrammarError::TooLarge { found, limit }),
             (_, true) => Err(GrammarError::TooDeep { limit: MAX_DEPTH }),
             _ => Ok(()),
         }
@@ -163,8 +166,12 @@ fn matcher(text: &TextModel, form: Form) -> Result<Matcher, GrammarError> {
     }
 }
 
-/// The first line of an error's text, cut.
+/// An error's text in one line; of a long one, which repeats what the client sent, the beginning and the end.
 pub(super) fn brief(why: &str) -> String {
-    let line = why.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason is known");
-    line[..line.floor_char_boundary(MAX_WHY)].to_owned()
+    let line = why.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.len() <= MAX_WHY {
+        return line;
+    }
+    let (head, tail) = (line.floor_char_boundary(MAX_WHY / 2), line.ceil_char_boundary(line.len() - MAX_WHY / 2));
+    format!("{} ... {}", &line[..head], &line[tail..])
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use pointsman_sched::predict::Outlook;
-use pointsman_sched::prefix::chain_hashes;
+use pointsman_sched::prefix::{chain_hashes, salted_hashes};
 use pointsman_sched::route::{Choice, Refusal, Rejection};
 use serde_json::{Value, json};
 
@@ -27,7 +27,8 @@ async fn a_router_sees_load_cache_and_caller() {
     let rig = Rig::with(ServerConfig { route_headers: vec!["x-plan".into()], ..ServerConfig::default() });
     let catalog = rig.state.engine.catalog();
     let replica = &catalog.variants[0].replicas[1];
-    for hash in chain_hashes(&bytes("abcdefgh"), 4) {
+    // Those of the tenant, and of nobody else.
+    for hash in salted_hashes(session_hash("t"), &bytes("abcdefgh"), 4) {
         replica.sketch.insert(hash);
     }
     replica.gauges.waiting.store(2, Ordering::Relaxed);
