@@ -125,11 +125,12 @@ fn thirty_two_mixed_streams_do_not_touch_each_other() {
         json!({ "model": MODEL, "prompt": format!("Record {i}: "), "max_tokens": 400, "seed": i, "temperature": 1.0,
             "guided_json": record() })
     };
-    let alone: Vec<_> =
-        (0..32).map(|i| if i % 2 == 0 { host.stream(&free(i)) } else { host.stream(&formed(i)) }).collect();
+    let alone: Vec<_> = (0..32_usize)
+        .map(|i| if i.is_multiple_of(2) { host.stream(&free(i)) } else { host.stream(&formed(i)) })
+        .collect();
     let together: Vec<_> = std::thread::scope(|scope| {
         let (host, free, formed) = (&host, &free, &formed);
-        let start = |i: usize| scope.spawn(move || host.stream(&if i % 2 == 0 { free(i) } else { formed(i) }));
+        let start = |i: usize| scope.spawn(move || host.stream(&if i.is_multiple_of(2) { free(i) } else { formed(i) }));
         let threads: Vec<_> = (0..32).map(start).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
