@@ -23,6 +23,9 @@ impl Rng {
     }
 }
 
+/// Whether a text has a form.
+type Check<'a> = &'a dyn Fn(&str) -> bool;
+
 fn allowed(mask: &mut dyn TokenMask) -> Result<Vec<u32>, MaskError> {
     let edit = mask.mask(PATIENCE).expect("it comes")?;
     let Edit::Only(set) = &*edit else { panic!("{edit:?}") };
@@ -63,7 +66,7 @@ async fn whatever_is_chosen_has_the_form() {
     let is_phone = |said: &str| {
         said.len() == 8 && said.bytes().enumerate().all(|(i, b)| if i == 3 { b == b'-' } else { b.is_ascii_digit() })
     };
-    let checks: [(Form, &dyn Fn(&str) -> bool); 5] = [
+    let checks: [(Form, Check<'_>); 5] = [
         (Form::Json(person), &is_person),
         (Form::any_object(), &|said| serde_json::from_str::<Value>(said).is_ok_and(|value| value.is_object())),
         (Form::Regex("[0-9]{3}-[0-9]{4}".into()), &is_phone),
