@@ -16,26 +16,41 @@ git rev-parse HEAD >"$bundle/COMMIT"
 [ -z "$(git status --porcelain)" ] || echo "with changes that are not committed" >>"$bundle/COMMIT"
 cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 #!/usr/bin/env bash
-# Compares the GPU with the CPU and measures it. Results, as they come: gpu-check.json and gpu-check.txt in $OUT, or here.
+# Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then flags of
+# `pointsman gpu-check`. Each part is a process of its own, because a fault of a kernel takes the process's device with it, and is
+# killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and gpu-check-PART.json for each part.
 # Ends with 0 when all is well, 1 when a comparison failed, 2 after a wrong flag, 3 where there is no GPU to check.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
+budget="${BUDGET:-150}"
+parts=()
+while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do parts+=("$1"); shift; done
+[ ${#parts[@]} -gt 0 ] || parts=(kernels parity ladder memory)
 # Where drivers are mounted into containers, and the libraries that came with a Python.
 [ -d /usr/local/nvidia/lib64 ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
-flags=(--json "$out/gpu-check.json" --cache "$here/cubin")
 python="$(command -v "${PYTHON:-python3}" || true)"
+flags=(--budget "$budget" --cache "$here/cubin")
 if [ -n "$python" ]; then
+  flags+=(--peers "$python")
   while IFS= read -r folder; do flags+=(--cuda-lib-dir "$folder"); done < <(
     "$python" -c 'import glob, sys; [print(found) for path in sys.path for found in glob.glob(path + "/nvidia/*/lib")]' 2>/dev/null
   )
 fi
-{
-  echo "commit $(cat "$here/COMMIT")"
-  nvidia-smi 2>/dev/null
-  "$here/pointsman" gpu-check "${flags[@]}" "$@"
-} 2>&1 | tee -a "$out/gpu-check.txt"
-exit "${PIPESTATUS[0]}"
+say() { tee -a "$out/gpu-check.txt"; }
+{ echo "commit $(cat "$here/COMMIT")"; date -u; nvidia-smi 2>/dev/null; } | say
+worst=0
+for part in "${parts[@]}"; do
+  only="$part"
+  # Side by side in one table.
+  [ "$part" != ladder ] || [ -z "$python" ] || only=ladder,peers
+  echo "== $part" | say
+  timeout -k 10 $((2 * budget + 60)) ${WRAP:-} "$here/pointsman" gpu-check --only "$only" --json "$out/gpu-check-$part.json" "${flags[@]}" "$@" 2>&1 | say
+  status="${PIPESTATUS[0]}"
+  [ "$status" = 0 ] || echo "== $part ends with status $status" | say
+  [ "$status" -le "$worst" ] || worst="$status"
+done
+exit "$worst"
 EOF_SCRIPT
 chmod +x "$bundle/gpu-check"
 tar -C "$target" -czf "$bundle.tgz" gpu-bundle

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use pointsman_control::{Budget, SlotName};
 
+use crate::gpu_check::Section;
 use crate::plugin::{Kind, Lang};
 use crate::rollouts::Subject;
 
@@ -44,7 +45,7 @@ pub(crate) enum Command {
     Apply(ApplyArgs),
     /// Check a GPU: compare it with the CPU on small random models, measure decoding, and see that memory comes back.
     #[command(
-        after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --parity-only"
+        after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --only kernels,parity\n  compute-sanitizer pointsman gpu-check --only kernels --small"
     )]
     GpuCheck(GpuCheckArgs),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
@@ -91,9 +92,18 @@ pub(crate) struct GpuCheckArgs {
     /// Write the results here too.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
-    /// Compare and measure nothing.
+    /// These parts alone, in the order in which they stand here [default: all].
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "PART")]
+    pub(crate) only: Vec<Section>,
+    /// Few cases of each kernel, with an allocation for each of their buffers: for NVIDIA's memory checker.
     #[arg(long)]
-    pub(crate) parity_only: bool,
+    pub(crate) small: bool,
+    /// Time for each part; what there is no time for is skipped, and said to be.
+    #[arg(long, value_name = "SECONDS", default_value_t = 150)]
+    pub(crate) budget: u64,
+    /// Python with PyTorch, whose decode loop is measured beside ours [default: python3].
+    #[arg(long, value_name = "PYTHON")]
+    pub(crate) peers: Option<PathBuf>,
     /// Folder with NVIDIA's libraries, looked at before the usual ones.
     #[arg(long, value_name = "DIR")]
     pub(crate) cuda_lib_dir: Vec<PathBuf>,

@@ -7,6 +7,7 @@
 //! In three layers, as CUDA bindings usually are: cudarc's raw calls, its checked results, and the safe `Gpu` here.
 
 mod bucket;
+pub mod cases;
 mod check;
 mod code;
 mod device;
@@ -22,7 +23,7 @@ mod vram;
 mod weights;
 
 pub use bucket::{Buckets, StepShape};
-pub use check::{Parity, ParityCase, ParityError};
+pub use check::{Flip, Parity, ParityCase, ParityError};
 pub use code::{COMPILE_OPTIONS, CodeOptions, Origin, Unit};
 pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value};
 pub use element::Element;

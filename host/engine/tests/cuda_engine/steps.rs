@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, ParityCase, Source};
+use pointsman_engine::cuda::cases::{self, Call, Case, CaseRunner, Given, Placement};
+use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, Parity, ParityCase, Source};
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::RequestId;
@@ -269,14 +270,51 @@ fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
 
 #[test]
 fn the_check_for_a_gpu_passes_on_the_shim() {
-    // Each model once, in one type or another: all of them take minutes without a GPU.
-    let cases = ParityCase::all().into_iter().enumerate().filter(|(i, _)| [0, 4, 8, 9, 12].contains(i));
-    for (_, mut case) in cases {
+    // Each model once, in one type or another: all of them take minutes without a GPU, where each step takes seconds.
+    let all =
+        ParityCase::all().into_iter().enumerate().filter(|(i, _)| [0, 4, 8, 9, 12].contains(i)).map(|(_, case)| case);
+    let long = ParityCase::long().into_iter().take(1).map(|case| ParityCase { prompts: vec![90, 3], ..case });
+    for mut case in all.chain(long) {
         let Some(device) = ShimDevice::start() else { return };
-        // A GPU is given steps of up to 96 rows; here each takes seconds.
         case.rows.retain(|rows| *rows < 4);
         let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
-        assert!(parity.is_good(), "{case:?}: {parity:?}");
+        assert!(parity.is_good(), "{case:?}: {parity}");
+    }
+}
+
+#[test]
+fn every_rule_of_the_check_is_met_on_the_shim() {
+    let Some(device) = ShimDevice::start() else { return };
+    let mut case = ParityCase::eager().remove(0);
+    case.prompts.truncate(12);
+    case.prompts.iter_mut().for_each(|tokens| *tokens = (*tokens).min(6));
+    case.rows = vec![12];
+    let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
+    assert!(parity.is_good() && parity.tokens == 24 && parity.worst_logprob > 0.0, "{parity}");
+    let broken = Parity { other_tokens: 2, ..parity.clone() };
+    let wrong = Parity { worst: f64::INFINITY, ..parity };
+    assert!(!broken.is_good() && !wrong.is_good(), "{broken} {wrong}");
+}
+
+#[test]
+fn single_kernels_are_checked_on_a_device() {
+    let Some(mut device) = ShimDevice::start() else { return };
+    for placement in [Placement::Fenced, Placement::Apart] {
+        let mut runner = CaseRunner::new(&mut device, placement).unwrap();
+        for case in cases::memory::cases() {
+            runner.run(&case).unwrap();
+        }
+        // One whose output is too short for what it writes, and one that expects something else.
+        let fill = || Call::new("fill_words", [1, 1, 1], 256).poisoned(8).u64(2).u32(7);
+        let mut long = fill();
+        long.args[1] = Given::U64(3);
+        let case = |call| Case { what: "fill".to_owned(), call, check: Box::new(|_| Err("as asked".to_owned())) };
+        let error = runner.run(&case(fill())).unwrap_err();
+        assert_eq!(error.to_string(), "as asked");
+        if placement == Placement::Fenced {
+            let error = runner.run(&case(long)).unwrap_err();
+            assert!(error.to_string().contains("which is of no output"), "{error}");
+        }
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::case::{Call, Case, Element, Rng};
+use pointsman_engine::cuda::cases;
+
+use crate::case::{Call, Case, Element, Rng, run};
 use crate::shim::Shim;
-use crate::{attention, memory, model, products, sampling};
 
 fn rotate(kernel: &str) -> Call {
     Call::new(kernel, [1, 1, 1], 64)
@@ -26,11 +27,11 @@ fn planted_faults_are_found() {
         ("no_such_kernel", 64, 64, "no such kernel"),
     ] {
         let call = Call::new(kernel, [1, 1, 1], block).input(Element::F32, &values[..n_from]).poisoned(64 * 4);
-        let Err(said) = call.run(&mut shim, 1, "") else { panic!("{kernel}: not found") };
+        let Err(said) = run(&call, &mut shim, 1, "") else { panic!("{kernel}: not found") };
         assert!(said.contains(says), "{kernel}: {said}");
         shim = Shim::start().expect("it started before");
     }
-    let wrong = rotate("rotate").input(Element::F32, &values[..64]).u32(1).run(&mut shim, 1, "");
+    let wrong = run(&rotate("rotate").input(Element::F32, &values[..64]).u32(1), &mut shim, 1, "");
     assert!(wrong.is_err_and(|said| said.contains("another type")));
 }
 
@@ -42,18 +43,18 @@ fn a_race_shows_under_some_order() {
         [("rotate", 64, true), ("rotate_without_barrier", 64, false), ("copy_without_wait", 32, false)]
     {
         let call = Call::new(kernel, [1, 1, 1], block).input(Element::F32, &values).poisoned(64 * 4);
-        let runs = (0..4).map(|seed| call.run(&mut shim, seed, "").expect("no fault").outs);
+        let runs = (0..4).map(|seed| run(&call, &mut shim, seed, "").expect("no fault").outs);
         let differ = runs.collect::<BTreeSet<_>>().len() > 1;
         let expect: Vec<f64> = (0..64).map(|i| if i == 63 { values[0] } else { values[i + 1] }).collect();
         let right = Element::F32.encode(&expect);
-        let is_right = call.run(&mut shim, 0, "").expect("no fault").outs[0] == right;
+        let is_right = run(&call, &mut shim, 0, "").expect("no fault").outs[0] == right;
         assert_eq!(is_right && !differ, is_sound, "{kernel}");
     }
 }
 
 /// Whether a case fails under some order of threads without one barrier.
 fn is_missed(shim: &mut Shim, case: &Case, site: &str) -> bool {
-    (0..6).any(|seed| match case.call.run(shim, seed, site) {
+    (0..6).any(|seed| match run(&case.call, shim, seed, site) {
         Ok(done) => (case.check)(&done.outs).is_err(),
         Err(_) => {
             *shim = Shim::start().expect("it started before");
@@ -65,13 +66,12 @@ fn is_missed(shim: &mut Shim, case: &Case, site: &str) -> bool {
 #[test]
 fn every_barrier_is_missed_when_left_out() {
     let Some(mut shim) = Shim::start() else { return };
-    let typed = [products::cases(Element::Bf16), model::cases(Element::Bf16), attention::cases(Element::Bf16)];
     // The plain product is the one kernel whose barriers are of its type alone.
-    let plain = products::cases(Element::F32).into_iter().filter(|case| case.what.starts_with("gemm "));
-    let cases = typed.into_iter().flatten().chain(plain);
+    let plain = cases::products::cases(Element::F32).into_iter().filter(|case| case.what.starts_with("gemm "));
+    let cases = cases::typed(Element::Bf16).into_iter().chain(plain).chain(cases::untyped());
     let mut missed: BTreeMap<String, bool> = BTreeMap::new();
-    for case in cases.chain(sampling::cases()).chain(memory::cases()) {
-        let done = case.call.run(&mut shim, 0, "").expect("no fault");
+    for case in cases {
+        let done = run(&case.call, &mut shim, 0, "").expect("no fault");
         for site in done.sites {
             let is_settled = missed.get(&site).copied().unwrap_or_default();
             if !is_settled {

@@ -6,12 +6,8 @@
 //! (`c++`) or no NVRTC (`nvrtc`); `POINTSMAN_REQUIRE` makes either a failure.
 #![expect(clippy::expect_used, reason = "a broken test should stop where it is")]
 
-mod attention;
 mod barriers;
 mod case;
-mod memory;
-mod model;
+mod kernels;
 mod nvrtc;
-mod products;
-mod sampling;
 mod shim;

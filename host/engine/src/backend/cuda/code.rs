@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::element::Element;
+use super::gpu::FoundGpu;
 use super::nvrtc::{Nvrtc, NvrtcError, Output};
 
 /// A translation unit of the kernels.
@@ -163,6 +164,12 @@ impl Unit {
 }
 
 impl CodeOptions {
+    /// Makes a unit's code for this device ahead of time, so that it is in the cache when it is asked for. Several may be made at
+    /// once.
+    pub fn prepare(&self, unit: Unit, found: &FoundGpu) {
+        drop(self.make(unit, Target { capability: found.info.capability, driver: found.driver }));
+    }
+
     pub(crate) fn make(&self, unit: Unit, target: Target) -> Code {
         let ptx = || [unit.ptx(), vec![0]].concat();
         let text = |note: String| Code { image: ptx(), origin: Origin::Ptx, fallback: None, note: Some(note) };

@@ -70,13 +70,22 @@ pub struct CudaEngine {
     buckets: Buckets,
     /// Of each buffer, by its index; 0 where there is none.
     addresses: Vec<u64>,
-    /// Per bucket: its rows, the forward pass and the choice of tokens.
-    graphs: Vec<(usize, GraphId, GraphId)>,
+    /// Per bucket, by its rows.
+    graphs: Vec<(usize, Captured)>,
     launches: LaunchPlan,
     edits: Vec<Option<Arc<Edit>>>,
+    /// What the last step launched.
+    last: Option<(Extent, Option<Captured>)>,
     used: VramUse,
     /// The first fault after which nothing works.
     lost: Option<Arc<str>>,
+}
+
+/// A bucket's graphs: the forward pass and the choice of tokens.
+#[derive(Clone, Copy, Debug)]
+struct Captured {
+    forward: GraphId,
+    choose: GraphId,
 }
 
 // === impl CudaEngine ===
@@ -111,6 +120,7 @@ impl CudaEngine {
             graphs: Vec::new(),
             launches: LaunchPlan::default(),
             edits: Vec::with_capacity(rows),
+            last: None,
             used,
             lost: None,
             sizes,
@@ -184,7 +194,7 @@ impl CudaEngine {
             self.device.begin_capture()?;
             self.launch_choose(rows)?;
             let choose = self.device.end_capture()?;
-            self.graphs.push((rows, forward, choose));
+            self.graphs.push((rows, Captured { forward, choose }));
         }
         self.used.graphs = before.saturating_sub(self.device.memory()?.free);
         Ok(())
@@ -226,22 +236,50 @@ impl CudaEngine {
         Ok(())
     }
 
+    fn compute(&mut self, extent: Extent, graph: Option<Captured>) -> Result<(), DeviceError> {
+        match graph {
+            Some(Captured { forward, .. }) => self.device.replay(forward),
+            None => self.launch_forward(extent),
+        }
+    }
+
+    fn choose(&mut self, extent: Extent, graph: Option<Captured>) -> Result<(), DeviceError> {
+        match graph {
+            Some(Captured { choose, .. }) => self.device.replay(choose),
+            None => self.launch_choose(extent.sampled),
+        }
+    }
+
+    /// Computes the last step again, so many times, and waits once: what the device takes for a step, without what the host does
+    /// for it. For measurements; every result is written where it was. Does nothing before the first step.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn repeat_last(&mut self, times: usize) -> Result<(), DeviceError> {
+        self.device.enter()?;
+        for (extent, graph) in std::iter::repeat_n(self.last, times).flatten() {
+            self.compute(extent, graph)?;
+            if extent.sampled > 0 {
+                self.choose(extent, graph)?;
+            }
+        }
+        self.device.wait()
+    }
+
     /// The step in the device's terms; the rows of the launch that chose its tokens.
     fn run(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<usize, DeviceError> {
         self.device.enter()?;
         let (extent, graph) = match self.buckets.shape(plan) {
             StepShape::Decode { bucket } => {
-                let graph = self.graphs.iter().find(|(rows, ..)| *rows == bucket).copied();
+                let graph = self.graphs.iter().find(|(rows, _)| *rows == bucket).map(|(_, captured)| *captured);
                 (Extent::decode(bucket), graph)
             }
             StepShape::Mixed { .. } => (extent_of(&self.sizes, plan), None),
         };
         let words = write_inputs(&self.sizes, extent, plan, self.device.lane(Lane::Inputs));
         self.device.send(Lane::Inputs, self.addresses[Buffer::StepInputs.index()], words)?;
-        match graph {
-            Some((_, forward, _)) => self.device.replay(forward)?,
-            None => self.launch_forward(extent)?,
-        }
+        self.last = Some((extent, graph));
+        self.compute(extent, graph)?;
         // The device computes; meanwhile a policy may still say what it wants.
         self.edits.clear();
         let sampling = plan.rows.iter().filter(|row| row.sample.is_some());
@@ -250,10 +288,7 @@ impl CudaEngine {
         if n_sampled > 0 {
             let words = write_rules(&self.sizes, extent.sampled, plan, &self.edits, self.device.lane(Lane::Rules));
             self.device.send(Lane::Rules, self.addresses[Buffer::Rules.index()], words)?;
-            match graph {
-                Some((.., choose)) => self.device.replay(choose)?,
-                None => self.launch_choose(extent.sampled)?,
-            }
+            self.choose(extent, graph)?;
             let words = output_words(extent.sampled, n_sampled, plan);
             self.device.receive(self.addresses[Buffer::Outputs.index()], words)?;
         }

@@ -264,6 +264,14 @@ impl Gpu {
         self.modules.iter().map(|&(unit, _, origin)| (unit, origin))
     }
 
+    /// Loads a unit's code, which is done when a kernel of it is asked for: so that it is known where it came from.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn load_unit(&mut self, unit: Unit) -> Result<(), DeviceError> {
+        self.module(unit).map(drop)
+    }
+
     /// Whether a kernel may start while the one before it ends.
     #[must_use]
     pub fn overlaps(&self) -> bool {

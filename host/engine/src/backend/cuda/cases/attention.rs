@@ -1,6 +1,7 @@
 //! Attention over pages: decode in splits and their combination, and chunks of many tokens.
 
-use crate::case::{Call, Case, Check, Element, POISON, Rng, check_all, close, is_close};
+use super::{Call, Case, Check, POISON, Rng, close, is_close};
+use crate::backend::cuda::element::Element;
 
 /// A batch of rows with their keys and values in shuffled pages. Whatever is not a row's is NaN.
 struct Batch {
@@ -112,7 +113,7 @@ impl Batch {
 
     fn what(&self, kernel: &str) -> String {
         let Self { element, heads, kv_heads, d, block_tokens, window, rows, .. } = self;
-        format!("{kernel} {} {heads}/{kv_heads} d {d} pages of {block_tokens} window {window} {rows:?}", element.name())
+        format!("{kernel} {} {heads}/{kv_heads} d {d} pages of {block_tokens} window {window} {rows:?}", element)
     }
 
     fn decode(&self, splits: usize) -> Case {
@@ -217,7 +218,7 @@ fn combine(element: Element, d: usize, splits: usize, rng: &mut Rng) -> Case {
         .poisoned(rows * heads * d * element.bytes())
         .u32(heads)
         .u32(splits);
-    let what = format!("combine {} d {d} of {splits}", element.name());
+    let what = format!("combine {} d {d} of {splits}", element);
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
 
@@ -225,7 +226,9 @@ fn shape(heads: usize, kv_heads: usize, d: usize, block_tokens: usize, window: u
     Shape { heads, kv_heads, d, block_tokens, window }
 }
 
-pub(crate) fn cases(element: Element) -> Vec<Case> {
+/// Every kernel here, at sizes that fit no tile.
+#[must_use]
+pub fn cases(element: Element) -> Vec<Case> {
     let mut rng = Rng(7);
     let lens = [[1, 1], [16, 1], [17, 1], [100, 1]];
     let mut cases = Vec::new();
@@ -257,17 +260,14 @@ pub(crate) fn cases(element: Element) -> Vec<Case> {
     cases
 }
 
-#[test]
-fn over_pages_in_f32() {
-    check_all(cases(Element::F32));
-}
-
-#[test]
-fn over_pages_in_f16() {
-    check_all(cases(Element::F16));
-}
-
-#[test]
-fn over_pages_in_bf16() {
-    check_all(cases(Element::Bf16));
+/// Long contexts, in many splits and over many pages.
+#[must_use]
+pub fn large(element: Element) -> Vec<Case> {
+    let mut rng = Rng(8);
+    let decodes = [[9_000, 1], [1, 1], [4_097, 1]];
+    vec![
+        Batch::random(element, shape(8, 2, 128, 16, 0), &decodes, &mut rng).decode(33),
+        Batch::random(element, shape(8, 1, 64, 16, 4_000), &decodes, &mut rng).decode(16),
+        Batch::random(element, shape(8, 2, 128, 16, 0), &[[3_000, 70], [513, 512]], &mut rng).prefill(),
+    ]
 }

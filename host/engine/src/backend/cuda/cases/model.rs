@@ -1,6 +1,7 @@
 //! Embedding, norms, and rotation with the store into pages.
 
-use crate::case::{Call, Case, Check, Element, POISON, Rng, check_all, close, is_close};
+use super::{Call, Case, Check, POISON, Rng, close, is_close};
+use crate::backend::cuda::element::Element;
 
 const EPS: f64 = 1e-5;
 
@@ -20,7 +21,7 @@ fn embed(element: Element, rng: &mut Rng) -> Case {
         .input(element, &table)
         .poisoned(rows * hidden * 4)
         .u32(hidden);
-    Case { what: format!("embed {}", element.name()), call, check: close(Element::F32, 1e-7, expect) }
+    Case { what: format!("embed {}", element), call, check: close(Element::F32, 1e-7, expect) }
 }
 
 fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2]>) -> Case {
@@ -35,7 +36,7 @@ fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2
         None => call.null(),
     };
     let call = call.input(element, &gain).poisoned(rows * hidden * element.bytes()).u32(hidden).f32(EPS);
-    let what = format!("rms_norm {} {hidden} {pick:?}", element.name());
+    let what = format!("rms_norm {} {hidden} {pick:?}", element);
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
 
@@ -60,7 +61,7 @@ fn add_rms_norm(element: Element, rng: &mut Rng) -> Case {
         is_close(Element::F32, 1e-6, &sum, &outs[0])?;
         is_close(element, element.tolerance(), &expect, &outs[1])
     });
-    Case { what: format!("add_rms_norm {}", element.name()), call, check }
+    Case { what: format!("add_rms_norm {}", element), call, check }
 }
 
 /// Rows of lengths that end within, at and past a page; their last tokens are in the step.
@@ -146,7 +147,7 @@ impl Rope {
             .u32(kv_heads)
             .u32(d)
             .u32(block_tokens);
-        let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d} pages of {block_tokens}", element.name());
+        let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d} pages of {block_tokens}", element);
         let check: Check = Box::new(move |outs| {
             is_close(element, element.tolerance(), &expect, &outs[0])?;
             let found = element.decode(&outs[1]);
@@ -161,7 +162,9 @@ impl Rope {
     }
 }
 
-pub(crate) fn cases(element: Element) -> Vec<Case> {
+/// Every kernel here, at sizes that fit no tile.
+#[must_use]
+pub fn cases(element: Element) -> Vec<Case> {
     let mut rng = Rng(5);
     let rope = |heads, kv_heads, d, block_tokens, with_gains| Rope { heads, kv_heads, d, block_tokens, with_gains };
     vec![
@@ -174,9 +177,4 @@ pub(crate) fn cases(element: Element) -> Vec<Case> {
         rope(3, 1, 128, 48, true).case(element, &mut rng),
         rope(7, 1, 64, 16, true).case(element, &mut rng),
     ]
-}
-
-#[test]
-fn the_small_kernels() {
-    check_all(Element::ALL.into_iter().flat_map(cases).collect());
 }

@@ -1,6 +1,7 @@
 //! GEMV and GEMM: every entry, epilogue and element type, at sizes that fit no tile.
 
-use crate::case::{Call, Case, Check, Element, Rng, check_all, close, is_close};
+use super::{Call, Case, Check, Rng, is_close};
+use crate::backend::cuda::element::Element;
 
 #[derive(Clone, Copy, Debug)]
 enum Epilogue {
@@ -34,6 +35,17 @@ const GEMM: Entry = gemv("gemm", 64, 64);
 const GEMM_16: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m16", 32, 16) };
 const GEMM_32: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m32", 32, 32) };
 const GEMM_128: Entry = Entry { block: 256, shared: 98_304, only_16_bit: true, ..gemv("gemm_m128", 128, 128) };
+
+/// The same for [`large`].
+const LARGE: [(Entry, [usize; 4]); 7] = [
+    (GEMV_1, [1, 1, 14_336, 512]),
+    (GEMV_2, [2, 2, 4_096, 1_024]),
+    (GEMV_4, [4, 4, 4_096, 1_024]),
+    (GEMV_8, [8, 8, 14_336, 256]),
+    (GEMM_16, [16, 16, 14_336, 96]),
+    (GEMM_32, [32, 32, 4_096, 128]),
+    (GEMM_128, [300, 384, 4_096, 256]),
+];
 
 /// Entry, live rows, rows of the bucket, k, `n_out`.
 const SHAPES: [(Entry, [usize; 4]); 22] = [
@@ -90,7 +102,7 @@ impl Product<'_> {
         let expect: Vec<f64> = (0..live * width).map(|i| at(i / width, i % width)).collect();
         let to = if matches!(epilogue, Store | SiluMul) { element } else { Element::F32 };
         let mut initial = if matches!(epilogue, AddFloat) { to.encode(&residual) } else { Vec::new() };
-        initial.resize(rows * width * to.bytes(), crate::case::POISON);
+        initial.resize(rows * width * to.bytes(), super::POISON);
         let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
         let call = Call::typed(entry.name, element, grid, entry.block)
             .shared(entry.shared)
@@ -104,12 +116,14 @@ impl Product<'_> {
             .u32(epilogue as usize);
         // Sums are in float whatever the type, so a float result of exact inputs is as exact as that.
         let check: Check = Box::new(move |outs| is_close(to, to.tolerance(), &expect, &outs[0]));
-        let what = format!("{} {} {epilogue:?} {:?}", entry.name, element.name(), self.shape);
+        let what = format!("{} {} {epilogue:?} {:?}", entry.name, element, self.shape);
         Case { what, call, check }
     }
 }
 
-pub(crate) fn cases(element: Element) -> Vec<Case> {
+/// Every kernel here, at sizes that fit no tile.
+#[must_use]
+pub fn cases(element: Element) -> Vec<Case> {
     let mut rng = Rng(3);
     let mut cases = Vec::new();
     for (entry, shape) in SHAPES.iter().filter(|(entry, _)| !entry.only_16_bit || element != Element::F32) {
@@ -125,31 +139,13 @@ pub(crate) fn cases(element: Element) -> Vec<Case> {
     cases
 }
 
-#[test]
-fn in_f32() {
-    check_all(cases(Element::F32));
-}
-
-#[test]
-fn in_f16() {
-    check_all(cases(Element::F16));
-}
-
-#[test]
-fn in_bf16() {
-    check_all(cases(Element::Bf16));
-}
-
-#[test]
-fn a_wrong_product_is_seen() {
-    let expect = vec![1.0, 2.0, 3.0];
-    for (found, is_right) in [
-        (vec![1.0, 2.0, 3.0], true),
-        (vec![1.0, 2.0, 3.1], false),
-        (vec![1.0, f64::NAN, 3.0], false),
-        (vec![1.0, 2.0, 3.0, 0.0], false),
-    ] {
-        let outs = [Element::F32.encode(&found)];
-        assert_eq!(close(Element::F32, 1e-5, expect.clone())(&outs).is_ok(), is_right, "{found:?}");
-    }
+/// Lengths of real models.
+#[must_use]
+pub fn large(element: Element) -> Vec<Case> {
+    let mut rng = Rng(4);
+    let exists = |(entry, _): &&(Entry, [usize; 4])| !entry.only_16_bit || element != Element::F32;
+    let product = |(entry, shape): &'static (Entry, [usize; 4])| {
+        Product { element, entry, epilogue: StoreFloat, shape: *shape, biased: false }.case(&mut rng)
+    };
+    LARGE.iter().filter(exists).map(product).collect()
 }

@@ -1,0 +1,102 @@
+//! Whether the GPU computes what it should: each kernel against a reference, and whole steps against the CPU.
+
+use std::collections::BTreeMap;
+
+use pointsman_engine::ComputePool;
+use pointsman_engine::cuda::cases::{self, Case, CaseError, CaseRunner, Placement};
+use pointsman_engine::cuda::{Device, Element, ParityCase};
+use serde_json::json;
+
+use super::Check;
+
+/// Cases of each kernel in a small check, which NVIDIA's memory checker shall finish in a minute.
+const FEW: usize = 2;
+
+/// Threads of the CPU that is compared with.
+const MOST_THREADS: usize = 16;
+
+impl Check<'_> {
+    pub(super) fn kernels(&mut self) -> anyhow::Result<()> {
+        if self.small {
+            let cases = few(cases::typed(Element::Bf16).into_iter().chain(cases::untyped()));
+            return self.run_cases("kernels in bf16 and without a type, few of each", &cases, Placement::Apart);
+        }
+        for element in Element::ALL {
+            self.run_cases(&format!("kernels in {element}"), &cases::typed(element), Placement::Fenced)?;
+            self.run_cases(&format!("large kernels in {element}"), &cases::large(element), Placement::Fenced)?;
+        }
+        self.run_cases("kernels without a type", &cases::untyped(), Placement::Fenced)
+    }
+
+    fn run_cases(&mut self, what: &str, cases: &[Case], placement: Placement) -> anyhow::Result<()> {
+        let mut gpu = self.open(false)?;
+        gpu.enter()?;
+        let mut runner = CaseRunner::new(&mut gpu, placement)?;
+        let (mut n_good, mut n_run) = (BTreeMap::<&str, u32>::new(), 0);
+        for case in cases {
+            if self.is_late() {
+                self.report.skip(what, cases.len() - n_run)?;
+                break;
+            }
+            n_run += 1;
+            match runner.run(case) {
+                Ok(()) => *n_good.entry(&case.call.kernel).or_default() += 1,
+                Err(error) => {
+                    let words = format!("{}: {error}", case.what);
+                    self.report.judge(false, &words, json!({"case": case.what, "error": error.to_string()}))?;
+                    if let CaseError::Device(fault) = error {
+                        // After most faults of a device nothing works any more.
+                        return Err(fault.into());
+                    }
+                }
+            }
+        }
+        let n: u32 = n_good.values().sum();
+        let words = format!("{what}: {n} of {n_run} cases are right, of {} kernels", n_good.len());
+        self.report.judge(n as usize == n_run, &words, json!({"kernels": what, "right": n_good, "run": n_run}))
+    }
+
+    pub(super) fn parity(&mut self) -> anyhow::Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let pool = ComputePool::start(cores.min(MOST_THREADS))?;
+        let of = |name: &'static str, overlap, cases: Vec<ParityCase>| {
+            cases.into_iter().map(move |case| (name, overlap, case))
+        };
+        let cases: Vec<_> = of("graphs", true, ParityCase::all())
+            .chain(of("launched one by one", false, ParityCase::eager()))
+            .chain(of("a long context", true, ParityCase::long()))
+            .collect();
+        let n_cases = cases.len();
+        for (i, (name, overlap, case)) in cases.into_iter().enumerate() {
+            if self.is_late() {
+                return self.report.skip("comparisons with the CPU", n_cases - i);
+            }
+            let device = Box::new(self.open(overlap)?);
+            let spec = case.spec()?;
+            let what = format!(
+                "{} as on the CPU, {name}: {} heads of {} on {}",
+                case.element, spec.heads, spec.head_dim, spec.kv_heads
+            );
+            match case.run(device, &pool) {
+                Ok(parity) => {
+                    let json = json!({"parity": what, "worst": parity.worst, "worst_logprob": parity.worst_logprob,
+                        "tokens": parity.tokens, "other_tokens": parity.other_tokens});
+                    self.report.judge(parity.is_good(), &format!("{what}: {parity}"), json)?;
+                }
+                Err(error) => self.report.judge(false, &format!("{what}: {error}"), json!({"parity": what}))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first cases of each kernel.
+fn few(cases: impl Iterator<Item = Case>) -> Vec<Case> {
+    let mut taken = BTreeMap::<String, usize>::new();
+    let is_early = |case: &Case| {
+        let n = taken.entry(case.call.kernel.clone()).or_default();
+        *n += 1;
+        *n <= FEW
+    };
+    cases.filter(is_early).collect()
+}

@@ -1,0 +1,184 @@
+//! What a check of a GPU found, said as it comes and kept as JSON.
+//!
+//! The file is written anew after every line, aside and renamed: a machine that is lent for minutes may be gone before the
+//! end, and what was measured until then must be whole.
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use serde_json::{Value as Json, json};
+
+/// A decode step, measured.
+#[derive(Clone, Debug)]
+pub(crate) struct Figure {
+    pub(crate) what: String,
+    pub(crate) rows: usize,
+    pub(crate) context: usize,
+    /// A whole step.
+    pub(crate) seconds: f64,
+    /// The device's part of it.
+    pub(crate) device: f64,
+    /// What reading the same bytes takes.
+    pub(crate) floor: f64,
+}
+
+/// The same step by somebody else.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerFigure {
+    pub(crate) name: String,
+    pub(crate) rows: usize,
+    pub(crate) context: usize,
+    pub(crate) seconds: f64,
+}
+
+/// Everything that was found.
+pub(crate) struct Report<'a> {
+    out: &'a mut dyn Write,
+    path: Option<PathBuf>,
+    lines: Vec<Json>,
+    figures: Vec<Figure>,
+    peers: Vec<PeerFigure>,
+    faults: u32,
+    skipped: u32,
+}
+
+// === impl Report ===
+
+impl<'a> Report<'a> {
+    pub(crate) fn new(out: &'a mut dyn Write, path: Option<PathBuf>) -> Self {
+        Self { out, path, lines: Vec::new(), figures: Vec::new(), peers: Vec::new(), faults: 0, skipped: 0 }
+    }
+
+    pub(crate) fn faults(&self) -> u32 {
+        self.faults
+    }
+
+    pub(crate) fn say(&mut self, words: &str, json: Json) -> anyhow::Result<()> {
+        writeln!(self.out, "{words}")?;
+        self.out.flush()?;
+        self.lines.push(json);
+        self.write()
+    }
+
+    /// A line that is a fault where it is not good.
+    pub(crate) fn judge(&mut self, good: bool, words: &str, mut json: Json) -> anyhow::Result<()> {
+        self.faults += u32::from(!good);
+        json["good"] = good.into();
+        json["words"] = words.into();
+        self.say(&format!("{} {words}", if good { "good  " } else { "FAILED" }), json)
+    }
+
+    /// What there was no time for.
+    pub(crate) fn skip(&mut self, what: &str, n: usize) -> anyhow::Result<()> {
+        self.skipped += u32::try_from(n).unwrap_or(u32::MAX);
+        self.say(&format!("skipped {n} of {what}: its time is used up"), json!({"skipped": what, "count": n}))
+    }
+
+    pub(crate) fn figure(&mut self, figure: Figure) -> anyhow::Result<()> {
+        let Figure { what, rows, context, seconds, device, floor } = &figure;
+        let words = format!(
+            "{what}, {rows} x {context}: {:.3} ms ({:.3} on the device), {:.0} tokens/s, {:.1} % of the floor ({:.3} ms)",
+            seconds * 1e3,
+            device * 1e3,
+            *rows as f64 / seconds,
+            floor / seconds * 100.0,
+            floor * 1e3
+        );
+        let json = json!({"figure": what, "rows": rows, "context": context, "seconds": seconds, "device_seconds": device,
+            "floor_seconds": floor});
+        self.figures.push(figure);
+        self.say(&words, json)
+    }
+
+    pub(crate) fn peer(&mut self, figure: PeerFigure) {
+        self.peers.push(figure);
+    }
+
+    /// All figures side by side.
+    pub(crate) fn table(&mut self) -> anyhow::Result<()> {
+        if self.figures.is_empty() {
+            return Ok(());
+        }
+        let table = table(&self.figures, &self.peers);
+        write!(self.out, "{table}")?;
+        Ok(self.out.flush()?)
+    }
+
+    fn write(&self) -> anyhow::Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let all = json!({"version": env!("CARGO_PKG_VERSION"), "faults": self.faults, "skipped": self.skipped,
+            "lines": self.lines});
+        let aside = path.with_extension("part");
+        std::fs::write(&aside, format!("{all:#}\n"))
+            .and_then(|()| std::fs::rename(&aside, path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+fn table(figures: &[Figure], peers: &[PeerFigure]) -> String {
+    let mut text = String::from(
+        "\n| decode step, 8B bf16 | rows x context | ms | on the device | host us | tokens/s | of the floor | beside |\n\
+         |---|---|---|---|---|---|---|---|\n",
+    );
+    for Figure { what, rows, context, seconds, device, floor } in figures {
+        let same = peers.iter().filter(|peer| (peer.rows, peer.context) == (*rows, *context));
+        let beside: Vec<String> = same
+            .map(|peer| format!("{}: {:.3} ms, {:.2} of it", peer.name, peer.seconds * 1e3, seconds / peer.seconds))
+            .collect();
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "| {what} | {rows} x {context} | {:.3} | {:.3} | {:.0} | {:.0} | {:.1} % | {} |",
+            seconds * 1e3,
+            device * 1e3,
+            (seconds - device) * 1e6,
+            *rows as f64 / seconds,
+            floor / seconds * 100.0,
+            beside.join("; ")
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figure() -> Figure {
+        let what = "graph".to_owned();
+        Figure { what, rows: 8, context: 1_024, seconds: 0.005, device: 0.004_98, floor: 0.004 }
+    }
+
+    #[test]
+    fn figures_stand_beside_those_of_others_with_the_same_shape() {
+        let peer = |rows| PeerFigure { name: "torch".to_owned(), rows, context: 1_024, seconds: 0.01 };
+        let text = table(&[figure()], &[peer(8), peer(9)]);
+        let last = text.lines().last().unwrap_or_default();
+        let expect = "| graph | 8 x 1024 | 5.000 | 4.980 | 20 | 1600 | 80.0 % | torch: 10.000 ms, 0.50 of it |";
+        assert_eq!(last, expect);
+    }
+
+    #[test]
+    fn what_was_found_is_in_the_file_after_every_line() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("result.json");
+        let mut said = Vec::new();
+        let mut report = Report::new(&mut said, Some(path.clone()));
+        let read = || -> Json { serde_json::from_slice(&std::fs::read(&path).expect("a file")).expect("JSON") };
+        report.judge(true, "one", json!({"a": 1})).expect("written");
+        assert_eq!((&read()["faults"], &read()["lines"][0]["good"]), (&json!(0), &json!(true)));
+        report.judge(false, "two", json!({})).expect("written");
+        report.figure(figure()).expect("written");
+        report.skip("cases", 3).expect("written");
+        let all = read();
+        assert_eq!((&all["faults"], &all["skipped"], &all["lines"][2]["rows"]), (&json!(1), &json!(3), &json!(8)));
+        assert_eq!(report.faults(), 1);
+        report.table().expect("written");
+        let said = String::from_utf8(said).expect("text");
+        assert!(said.starts_with(
+            "good   one\nFAILED two\ngraph, 8 x 1024: 5.000 ms (4.980 on the device), 1600 tokens/s, 80.0 %"
+        ));
+    }
+}

@@ -1,0 +1,269 @@
+//! How long decode steps of an 8B model take, beside what reading the same bytes takes; and whether its memory comes back.
+
+use std::sync::Arc;
+
+use pointsman_engine::cuda::{
+    self, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, Gpu, KvWish, Source, Value,
+};
+use pointsman_engine::{EngineConfig, ModelSpec};
+use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
+use pointsman_sched::ids::{BlockId, RequestId};
+use pointsman_sched::request::Sampling;
+use pointsman_sched::sampler::NoEdits;
+use serde_json::json;
+
+use super::Check;
+use super::report::Figure;
+
+/// A figure is the median of so many steps, after as many as fill this time: clocks rise slowly.
+const STEPS: usize = 30;
+const WARM_NANOS: u64 = 300_000_000;
+
+/// What the streaming read reads, how often before it is waited for, and blocks for each multiprocessor that it is tried with.
+const STREAM_BYTES: u64 = 4 << 30;
+const STREAM_LAUNCHES: u64 = 8;
+const STREAM_BLOCKS: [u32; 4] = [4, 8, 16, 32];
+
+/// What a model must give back when it is unloaded.
+const RETURNED: f64 = 0.99;
+
+/// Rows and context of steps that every stage of the ladder is measured with, and of the last stage's other ones, the most
+/// important first.
+const STAGE: [(usize, usize); 2] = [(1, 128), (32, 1_024)];
+const CURVE: [(usize, usize); 9] =
+    [(1, 1_024), (8, 1_024), (64, 1_024), (2, 1_024), (4, 1_024), (16, 1_024), (128, 1_024), (8, 4_096), (64, 4_096)];
+
+/// Llama-3.1-8B.
+const LLAMA_8B: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}"#;
+
+/// The largest step of the figures and pages for them, as many as fit.
+fn config(n_blocks: usize) -> EngineConfig {
+    EngineConfig { n_blocks, block_tokens: 16, max_step_tokens: 2_048, max_rows: 128, context_tokens: 4_224 }
+}
+
+/// `rows` decodes of sequences with `context` positions; pages are shared where there are too few.
+fn decode_plan(rows: usize, context: usize, n_blocks: usize) -> StepPlan {
+    let mut plan = StepPlan::default();
+    let pages = (context + 1).div_ceil(16);
+    for row in 0..rows {
+        let (token, first) = (plan.tokens.len() as u32, plan.blocks.len() as u32);
+        plan.tokens.push((row * 97 + 11) as u32);
+        plan.blocks.extend((0..pages).map(|page| BlockId(((row * pages + page) % n_blocks) as u32)));
+        plan.rows.push(Row {
+            request: RequestId(1 + row as u64),
+            tokens: token..token + 1,
+            position: context as u32,
+            blocks: first..plan.blocks.len() as u32,
+            sample: Some(Sample {
+                sampling: Arc::new(Sampling::default()),
+                index: 0,
+                history: 0..0,
+                history_prompt: 0,
+                banned: None,
+            }),
+        });
+    }
+    plan
+}
+
+/// One prompt of `tokens`.
+fn prefill_plan(tokens: usize, n_blocks: usize) -> StepPlan {
+    let mut plan = decode_plan(1, tokens - 1, n_blocks);
+    plan.tokens = (0..tokens as u32).map(|i| i * 37 % 1_000).collect();
+    plan.rows[0].tokens = 0..tokens as u32;
+    plan.rows[0].position = 0;
+    plan
+}
+
+/// Bytes that a decode step must read: weights in two bytes (of the embedding a row each, which is nothing), keys and values.
+fn bytes_of(spec: &ModelSpec, rows: usize, context: usize) -> u64 {
+    let layer = spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn);
+    let kv = rows * context * spec.layers * spec.kv_dim() * 2;
+    2 * (spec.layers * layer + spec.vocab * spec.hidden + kv) as u64
+}
+
+impl Check<'_> {
+    pub(super) fn ladder(&mut self) -> anyhow::Result<()> {
+        let bandwidth = self.stream()?;
+        let stages = [("eager", false, false), ("graph", true, false), ("graph, overlapping launches", true, true)];
+        let n_stages = if self.overlaps { 3 } else { 2 };
+        for (i, (stage, graphs, overlap)) in stages.into_iter().take(n_stages).enumerate() {
+            if self.is_late() {
+                return self.report.skip("stages of the ladder", n_stages - i);
+            }
+            let mut engine = self.large(graphs, overlap)?;
+            for shape in STAGE {
+                self.decode(stage, &mut engine, shape, bandwidth)?;
+            }
+            if i + 1 == n_stages {
+                self.curves(stage, &mut engine, bandwidth)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn curves(&mut self, stage: &str, engine: &mut CudaEngine, bandwidth: f64) -> anyhow::Result<()> {
+        self.prefill(engine)?;
+        for (i, shape) in CURVE.into_iter().enumerate() {
+            if self.is_late() {
+                return self.report.skip("decode figures", CURVE.len() - i);
+            }
+            self.decode(stage, engine, shape, bandwidth)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes a second of a kernel that does nothing but read.
+    fn stream(&mut self) -> anyhow::Result<f64> {
+        let mut gpu = self.open(false)?;
+        let most = self.gpu.info.n_sms * STREAM_BLOCKS.into_iter().max().unwrap_or(1);
+        let (from, out) = (gpu.allocate(STREAM_BYTES)?, gpu.allocate(u64::from(most) * 4)?);
+        gpu.load(&[(0, "read_stream".to_owned())])?;
+        let args = [Value::Address(from), Value::U64(STREAM_BYTES), Value::Address(out)];
+        let mut best = 0.0f64;
+        for blocks in STREAM_BLOCKS {
+            let grid = [self.gpu.info.n_sms * blocks, 1, 1];
+            let launch = DeviceLaunch { kernel: 0, grid, block: 256, shared: 0, args: &args };
+            let seconds = self.time(|| {
+                (0..STREAM_LAUNCHES).try_for_each(|_| gpu.launch(&launch))?;
+                Ok(gpu.wait()?)
+            })?;
+            best = best.max((STREAM_BYTES * STREAM_LAUNCHES) as f64 / seconds);
+        }
+        self.report.say(&format!("streaming read: {:.0} GB/s", best / 1e9), json!({"stream_bytes_per_s": best}))?;
+        Ok(best)
+    }
+
+    /// Loads the 8B model with random weights and all the pages that fit.
+    fn large(&mut self, graphs: bool, overlap: bool) -> anyhow::Result<CudaEngine> {
+        let start = self.clock.nanos();
+        let spec = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
+        let mut gpu = self.open(overlap)?;
+        let place = (gpu.memory()?, self.gpu.info.n_sms);
+        let plan = cuda::plan_memory(&spec, &[Element::Bf16], config(1), place, KvWish::Share(1))?;
+        let options = CudaOptions { element: Element::Bf16, graphs };
+        let config = config(plan.n_blocks as usize);
+        let engine = CudaEngine::load(Box::new(gpu), (spec, Source::Random(1)), config, options, &mut |_| {})?;
+        let seconds = (self.clock.nanos() - start) as f64 * 1e-9;
+        let words = format!("8B in bf16 is loaded in {seconds:.1} s: {plan}");
+        self.report.say(&words, json!({"loaded": {"seconds": seconds, "bytes": engine.memory().sum()}}))?;
+        Ok(engine)
+    }
+
+    /// The median of a few runs, in seconds.
+    fn time(&self, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+        let warm = self.clock.nanos() + WARM_NANOS;
+        while self.clock.nanos() < warm {
+            run()?;
+        }
+        let mut times = Vec::with_capacity(STEPS);
+        for _ in 0..STEPS {
+            let start = self.clock.nanos();
+            run()?;
+            times.push(self.clock.nanos() - start);
+        }
+        Ok(median(&mut times))
+    }
+
+    /// A decode step, and the device's part of it.
+    fn decode(
+        &mut self,
+        stage: &str,
+        engine: &mut CudaEngine,
+        (rows, context): (usize, usize),
+        bandwidth: f64,
+    ) -> anyhow::Result<()> {
+        let plan = decode_plan(rows, context, engine.config().n_blocks);
+        let mut out = StepOutput::default();
+        let seconds = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
+        let start = self.clock.nanos();
+        engine.repeat_last(STEPS)?;
+        let device = (self.clock.nanos() - start) as f64 * 1e-9 / STEPS as f64;
+        let floor = bytes_of(engine.spec(), rows, context) as f64 / bandwidth;
+        self.report.figure(Figure { what: stage.to_owned(), rows, context, seconds, device, floor })
+    }
+
+    fn prefill(&mut self, engine: &mut CudaEngine) -> anyhow::Result<()> {
+        let EngineConfig { max_step_tokens: tokens, n_blocks, .. } = *engine.config();
+        let plan = prefill_plan(tokens, n_blocks);
+        let mut out = StepOutput::default();
+        let seconds = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
+        // Two operations for each weight of a layer; attention and the head are left out.
+        let flops = bytes_of(&ModelSpec { vocab: 0, ..engine.spec().clone() }, 0, 0) as f64 * tokens as f64 / seconds;
+        let words = format!(
+            "prefill of {tokens}: {:.1} ms, {:.0} tokens/s, {:.0} TFLOP/s in products",
+            seconds * 1e3,
+            tokens as f64 / seconds,
+            flops / 1e12
+        );
+        self.report.say(&words, json!({"prefill_tokens": tokens, "seconds": seconds}))
+    }
+
+    /// What is free before a model is loaded, with it and after, twice: what is lost the first time may be the driver's own.
+    pub(super) fn memory(&mut self, keeper: &mut Gpu) -> anyhow::Result<()> {
+        for time in ["first", "second"] {
+            let before = keeper.memory()?.free;
+            let engine = self.large(true, true)?;
+            let during = keeper.memory()?.free;
+            let counted = engine.memory();
+            drop(engine);
+            let after = keeper.memory()?.free;
+            let taken = before.saturating_sub(during).max(1);
+            let returned = after.saturating_sub(during) as f64 / taken as f64;
+            let words = format!(
+                "memory after the {time} unload: {:.2} % of {} came back; weights, pages, workspace and graphs were counted as {}",
+                returned * 100.0,
+                cuda::Bytes(taken),
+                cuda::Bytes(counted.sum())
+            );
+            let json =
+                json!({"returned": returned, "taken": taken, "counted": counted.sum(), "graphs": counted.graphs});
+            self.report.judge(returned >= RETURNED, &words, json)?;
+        }
+        Ok(())
+    }
+}
+
+/// In seconds, of nanoseconds.
+fn median(nanos: &mut [u64]) -> f64 {
+    nanos.sort_unstable();
+    nanos.get(nanos.len() / 2).copied().unwrap_or(0) as f64 * 1e-9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_of_the_figures_are_within_the_engines_bounds() {
+        for n_blocks in [300, 40_000] {
+            let config = config(n_blocks);
+            let shapes = STAGE.into_iter().chain(CURVE);
+            let decodes = shapes.map(|(rows, context)| decode_plan(rows, context, n_blocks));
+            for plan in decodes.chain([prefill_plan(config.max_step_tokens, n_blocks)]) {
+                assert!(plan.rows.len() <= config.max_rows && plan.tokens.len() <= config.max_step_tokens);
+                for row in &plan.rows {
+                    let end = row.position as usize + row.tokens.len();
+                    assert!(end <= config.context_tokens && end <= row.blocks.len() * config.block_tokens);
+                    assert!(plan.blocks_of(row).iter().all(|block| (block.0 as usize) < n_blocks));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_floor_counts_what_a_step_reads() {
+        let spec = ModelSpec::from_config(LLAMA_8B.as_bytes()).expect("a Llama");
+        // 7.50e9 weights without the embedding; 128 KiB of keys and values a token.
+        for (rows, context, expect) in [(1, 0, 15_009_316_864), (32, 1_024, 15_009_316_864 + 32 * 1_024 * 131_072)] {
+            assert_eq!(bytes_of(&spec, rows, context), expect, "{rows} x {context}");
+        }
+    }
+
+    #[test]
+    fn the_median_is_in_seconds() {
+        assert!((median(&mut [3_000, 1_000, 2_000]) - 2e-6).abs() < 1e-12);
+    }
+}
