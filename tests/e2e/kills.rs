@@ -255,6 +255,9 @@ impl Told {
             .filter_map(|c| c["digest"].as_str().map(str::to_owned))
             .collect();
         let lines = journal(host);
+        let told = |digest: &String| lines.iter().any(|e| e["event"] == "uploaded" && e["digest"] == *digest);
+        let untold: Vec<&String> = self.uploaded.iter().filter(|digest| !told(digest)).collect();
+        assert!(untold.is_empty(), "no line tells of {untold:?}");
         for slot in SLOTS {
             self.check_slot(host, slot, open.as_ref(), &lines);
         }

@@ -234,6 +234,39 @@ fn a_private_registry_gets_the_credentials_and_nobody_else_does() {
 }
 
 #[test]
+fn a_storage_that_asks_for_credentials_gets_none_and_its_url_is_nobodys_business() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let wasm = component();
+    let user = Some("ci:let me in");
+    // How the registry asks, and how the storage behind it does.
+    let kinds =
+        || [Registry { user, ..Registry::default() }, Registry { user, token: Some("t"), ..Registry::default() }];
+    let (mut registries, mut storages) = (Vec::new(), Vec::new());
+    for registry in kinds() {
+        for storage in kinds() {
+            let registry = Registry { answers: Arc::default(), asked: Arc::default(), ..registry.clone() };
+            let location = format!("location: http://{}/v2/blob?sig=s3cret\r\n", storage.serve());
+            registry.put("/v2/a/b/manifests/v1", 200, "", &manifest(&wasm, "application/wasm"));
+            registry.put(&format!("/v2/a/b/blobs/{}", sha256(&wasm)), 307, &location, b"");
+            registry.put("/token?service=s&scope=repository%3Aa%2Fb%3Apull", 200, "", br#"{"token": "t"}"#);
+            storage.put("/v2/blob?sig=s3cret", 200, "", &wasm);
+            registries.push(registry.serve());
+            storages.push(storage);
+        }
+    }
+    let known: Vec<(&str, &str)> = registries.iter().map(|at| (at.as_str(), "USER")).collect();
+    let host = host_with(folder.path(), "let me in", &known);
+    for (at, storage) in registries.iter().zip(&storages) {
+        let answer = pull(&host, &format!("oci://{at}/a/b:v1"));
+        let message = answer.body["error"]["message"].as_str().unwrap_or_default();
+        assert!(answer.status == 502 && message.contains("/v2/blob, which refuses us"), "{answer:?}");
+        assert!(!message.contains("s3cret"), "{message}");
+        let asked = storage.asked.lock().expect("no panic").clone();
+        assert_eq!(asked, [("/v2/blob?sig=s3cret".to_owned(), String::new())], "once, and no token service of its own");
+    }
+}
+
+#[test]
 fn a_signature_travels_with_the_manifest() {
     let folder = tempfile::tempdir().expect("a folder");
     let (key, file) = (folder.path().join("release.key"), folder.path().join("router.wasm"));

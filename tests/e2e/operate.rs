@@ -127,6 +127,81 @@ fn a_file_that_cannot_be_applied_changes_nothing() {
     }
 }
 
+#[test]
+fn the_command_line_removes_deletes_and_tells() {
+    let host = host(&[]);
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/fixture-telemetry.wasm");
+    let digest = host.upload(&std::fs::read(wasm).expect("a committed fixture"));
+    for (arguments, code, expect) in [
+        (&["activate", "telemetry.mine", &digest][..], 0, "telemetry.mine: fixture-telemetry@"),
+        (&["delete", &digest], 1, "is active, previous or candidate in telemetry.mine"),
+        (
+            &["rollback", "telemetry.mine", "--if-generation", "7"],
+            1,
+            "the active generation of `telemetry.mine` is 1, not 7",
+        ),
+        (&["remove", "telemetry.mine", "--if-generation", "7"], 1, "is 1, not 7; read the slot again"),
+        (&["remove", "telemetry.mine", "--if-generation", "1"], 0, "telemetry.mine: native;g=1"),
+        (&["remove", "telemetry.mine"], 1, "nothing was ever activated in `telemetry.mine`"),
+        (&["remove", "router"], 0, "router: native;g=2"),
+        (&["delete", "route-weighted"], 1, "is built in and cannot be deleted"),
+        (&["delete", &digest[..24]], 0, "deleted sha256:"),
+        (&["delete", &digest], 1, "no component"),
+    ] {
+        let output = pointsman(&host, &[&["policy"], arguments].concat());
+        let found = (output.status.code(), said(&output).contains(expect));
+        assert_eq!(found, (Some(code), true), "{arguments:?}: {}", said(&output));
+    }
+    let told = said(&pointsman(&host, &["policy", "journal"]));
+    let events: Vec<String> = told.lines().map(|line| event(&serde_json::from_str(line).expect("JSON"))).collect();
+    let expect = ["uploaded", "published", "handed-over", "removed", "published", "deleted"];
+    assert!(events.ends_with(&expect.map(str::to_owned)), "{told}");
+    let last = told.lines().count().to_string();
+    let before = (told.lines().count() - 1).to_string();
+    assert_eq!(said(&pointsman(&host, &["policy", "journal", "--after", &last])), "");
+    assert_eq!(said(&pointsman(&host, &["policy", "journal", "--after", &before])).lines().count(), 1);
+}
+
+fn event(line: &Value) -> String {
+    line["event"].as_str().expect("an event").to_owned()
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_fault() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(at("slots.toml"), "[slots.router]\ncomponent = \"route-weighted\"\n").expect("it can be written");
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/route-weighted.wasm").display().to_string();
+    let url = ["--url", &host.admin];
+    for arguments in [
+        [&["policy", "list"], &url[..]].concat(),
+        [&["policy", "status"], &url[..]].concat(),
+        [&["policy", "status", "--json"], &url[..]].concat(),
+        [&["policy", "explain"], &url[..]].concat(),
+        [&["policy", "rollout", "status"], &url[..]].concat(),
+        [&["policy", "safe-mode"], &url[..]].concat(),
+        [&["policy", "journal", "--follow"], &url[..]].concat(),
+        [&["policy", "record", "router", "-o", &at("record.jsonl")], &url[..]].concat(),
+        [&["policy", "activate", "router", "native"], &url[..]].concat(),
+        [&["alias", "list"], &url[..]].concat(),
+        [&["apply", "-f", &at("slots.toml")], &url[..]].concat(),
+        vec!["policy", "keygen", &at("release.key")],
+        vec!["plugin", "new", &at("mine"), "--kind", "router", "--lang", "c"],
+        vec!["plugin", "check", &wasm],
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
+        let output = command.args(&arguments).stdout(writer).output().expect("it starts");
+        assert_eq!((output.status.code(), said(&output)), (Some(141), String::new()), "{arguments:?}");
+    }
+    // What was asked for was done, or not begun: the plan comes before the first change.
+    assert_eq!(slot(&host, "router")["active"]["revision"], "native");
+    let broken = pointsman(&host, &["policy", "status"]);
+    assert!(broken.status.success(), "{broken:?}");
+}
+
 /// What holds in a slot, and who says so.
 fn limits(of: &Value) -> Value {
     let limit = |name: &str| json!([of["limits"][name]["value"], of["limits"][name]["from"]]);
@@ -185,6 +260,51 @@ fn a_budget_belongs_to_its_activation_and_the_file_sets_what_it_leaves_out() {
     assert_eq!(started.status, 201, "{started:?}");
     let candidate = slot(&host, "scheduler")["candidate"].clone();
     assert_eq!(limits(&candidate), json!([[50, "default"], [5, "slot"], [64, "default"]]));
+}
+
+#[test]
+fn what_is_taken_back_is_what_it_was() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("slots.toml");
+    let apply = |text: &str| {
+        std::fs::write(&file, text).expect("it can be written");
+        pointsman(&host, &["apply", "-f", &file.display().to_string()])
+    };
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/fixture-scheduler.wasm");
+    let counter = host.upload(&std::fs::read(wasm).expect("a committed fixture"));
+    for handover in ["cold", "require"] {
+        let body = json!({ "component": counter, "handover": handover, "budget": { "soft_us": 77 }, "config": { "after": 3 } });
+        let put = host.admin("PUT", "/admin/v1/slots/scheduler", &body);
+        assert_eq!(put.status, 200, "{put:?}");
+    }
+    let without_generation = |name: &str| {
+        let mut active = slot(&host, name)["active"].clone();
+        active["generation"].take();
+        active
+    };
+    let before = ["scheduler", "sampler"].map(without_generation);
+    assert_eq!(before[0]["handover"], "require", "{before:?}");
+    // A rollout where nothing was ever activated cannot be started: everything is taken back, whatever has to start cold.
+    let text = "[slots.scheduler]\ncomponent = \"sched-fcfs\"\n[slots.sampler]\ncomponent = \"sampler-allowlist\"\nconfig = { allow = [] }\n\
+                [slots.\"telemetry.new\"]\ncomponent = \"hook-outcomes\"\n[rollouts.kv-retention]\ncomponent = \"native\"\nmode = \"canary\"\n";
+    let failed = apply(text);
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    for name in ["scheduler", "sampler", "telemetry.new"] {
+        assert!(said(&failed).contains(&format!("`{name}` was taken back")), "{}", said(&failed));
+    }
+    assert_eq!(["scheduler", "sampler"].map(without_generation), before);
+    assert_eq!(host.admin("GET", "/admin/v1/slots/telemetry.new", &Value::Null).status, 404);
+    let journal = crate::journal(&host);
+    let last = journal.iter().rev().find(|e| e["event"] == "published" && e["slot"] == "scheduler").expect("a line");
+    assert_eq!((&last["why"], &last["target"]["handover"]), (&json!("rollback"), &json!("require")), "{last}");
+    // A rollout of a slot that the same file changes is started from there.
+    let both = "[slots.scheduler]\ncomponent = \"sched-fcfs\"\n[rollouts.scheduler]\ncomponent = \"sched-priority\"\nmode = \"canary\"\n";
+    let applied = apply(both);
+    assert!(applied.status.success(), "{applied:?}");
+    assert!(
+        slot(&host, "scheduler")["candidate"]["revision"].as_str().is_some_and(|r| r.starts_with("sched-priority@"))
+    );
 }
 
 #[test]

@@ -222,4 +222,5 @@ fn a_plan_that_is_no_experiment_is_refused_with_the_reason() {
     refuse("router", ("step", json!([50])), (400, "unknown field `step`"));
     refuse("router", ("component", json!("sha256:00")), (404, "upload it first"));
     refuse("nowhere", ("mode", json!("canary")), (404, "there is no slot `nowhere`"));
+    refuse("router", ("if_generation", json!(9)), (409, "the active generation of `router` is 1, not 9"));
 }

@@ -1,8 +1,9 @@
 //! `pointsman apply`: makes slots, aliases and rollouts of a running host what a file says.
 //!
 //! A client like `pointsman policy`, so that a file can be applied from anywhere. Everything is uploaded and tried out before
-//! the first thing changes; each change then names the generation that the plan was made from, so that two people who apply at
-//! once do not mix; and a change that fails takes back those before it. What the file does not name stays as it is.
+//! the first thing changes; each change then names the generation that the plan was made from, or that an earlier change has
+//! made, so that two people who apply at once do not mix; and a change that fails takes back those before it, where nobody has
+//! been there since. What the file does not name stays as it is.
 //!
 //! A rollout is started once: while it is under way, and after its end, it is as the file says. So a file that is applied every
 //! minute neither starts an aborted candidate again nor undoes a promotion.
@@ -40,17 +41,27 @@ struct Wanted {
 
 /// One thing to do: tried out first, carried out in order, taken back when a later one fails.
 trait Act {
+    /// What it changes: a slot or `alias.<name>`.
+    fn subject(&self) -> &str;
     /// What it is about, in words.
     fn name(&self) -> String;
     /// What changes, for a person.
     fn lines(&self) -> Vec<String>;
     /// The component that it needs.
     fn component(&self) -> Option<Needs<'_>>;
-    /// Whether it would work; changes nothing.
-    fn check(&self, admin: &Admin) -> anyhow::Result<()>;
-    fn carry_out(&self, admin: &Admin) -> anyhow::Result<Value>;
+    /// What is asked to see whether it would work, and changes nothing. `generation` is its subject's.
+    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>>;
+    fn carry_out(&self, generation: u64) -> Ask;
     /// Puts back what was there before; `done` is what carrying it out answered.
-    fn take_back(&self, admin: &Admin, done: &Value) -> anyhow::Result<()>;
+    fn take_back(&self, done: &Value) -> Ask;
+}
+
+/// A request to the admin API.
+#[derive(Clone, Debug, PartialEq)]
+struct Ask {
+    method: &'static str,
+    path: String,
+    body: Value,
 }
 
 /// A component that the host may lack: after the uploads it has it, and trying out only it need not.
@@ -91,26 +102,44 @@ pub(crate) fn run(args: &ApplyArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         return Ok(());
     }
     let known = admin.get("/admin/v1/components")?;
+    let generations = now.generations();
     for act in &plan.acts {
         match act.component().filter(|needs| !needs.is_met(&known)) {
             Some(Needs { name, .. }) => {
                 let about = act.name();
                 writeln!(out, "{about}: the host does not have {name} yet; whether it fits shows when it is applied")?;
             }
-            None => act.check(&admin).with_context(|| format!("nothing was changed: {}", act.name()))?,
+            None => act
+                .check(generation(&generations, &**act))
+                .and_then(|ask| ask.map_or(Ok(()), |ask| ask.send(&admin).map(drop)))
+                .with_context(|| format!("nothing was changed: {}", act.name()))?,
         }
     }
     if args.dry_run {
         return Ok(());
     }
+    carry_out(&plan, &admin, generations)?;
+    writeln!(out, "applied").context("cannot print")
+}
+
+/// The generation that a change is made from; 0 where nothing is.
+fn generation(generations: &BTreeMap<String, u64>, act: &dyn Act) -> u64 {
+    generations.get(act.subject()).copied().unwrap_or(0)
+}
+
+fn carry_out(plan: &Plan, admin: &Admin, mut generations: BTreeMap<String, u64>) -> anyhow::Result<()> {
     let mut done: Vec<(&dyn Act, Value)> = Vec::new();
     for act in &plan.acts {
-        match act.carry_out(&admin) {
-            Ok(answer) => done.push((&**act, answer)),
-            Err(error) => bail!("{} was not changed: {error:#}{}", act.name(), take_back(&admin, &done)),
+        match act.carry_out(generation(&generations, &**act)).send(admin) {
+            Ok(answer) => {
+                // A rollout of the same slot comes after this and finds its generation there.
+                generations.extend(answer["generation"].as_u64().map(|new| (act.subject().to_owned(), new)));
+                done.push((&**act, answer));
+            }
+            Err(error) => bail!("{} was not changed: {error:#}{}", act.name(), take_back(admin, &done)),
         }
     }
-    writeln!(out, "applied").context("cannot print")
+    Ok(())
 }
 
 /// Takes back what was done, the last first, and says what became of it.
@@ -118,8 +147,8 @@ fn take_back(admin: &Admin, done: &[(&dyn Act, Value)]) -> String {
     let mut text = String::new();
     for (act, answer) in done.iter().rev() {
         let name = act.name();
-        let _ = match act.take_back(admin, answer) {
-            Ok(()) => write!(text, "; {name} was taken back"),
+        let _ = match act.take_back(answer).send(admin) {
+            Ok(_) => write!(text, "; {name} was taken back"),
             Err(error) => write!(text, "; {name} could not be taken back: {error:#}"),
         };
     }
@@ -203,6 +232,21 @@ impl Now {
             rollouts.insert(subject.clone(), rows(&listed).first().cloned().unwrap_or_default());
         }
         Ok(Self { slots: admin.get("/admin/v1/slots")?, aliases: admin.get("/admin/v1/aliases")?, rollouts })
+    }
+
+    /// Of every slot, and of every alias as `alias.<name>`.
+    fn generations(&self) -> BTreeMap<String, u64> {
+        let slots = rows(&self.slots).iter().map(|slot| (text(slot, "slot"), &slot["active"]["generation"]));
+        let aliases =
+            rows(&self.aliases).iter().map(|alias| (format!("alias.{}", text(alias, "alias")), &alias["generation"]));
+        slots.chain(aliases).filter_map(|(subject, generation)| Some((subject, generation.as_u64()?))).collect()
+    }
+}
+
+impl Ask {
+    fn send(&self, admin: &Admin) -> anyhow::Result<Value> {
+        let body = if self.body.is_null() { Vec::new() } else { self.body.to_string().into_bytes() };
+        admin.send(self.method, &self.path, body, "application/json")
     }
 }
 
@@ -331,6 +375,60 @@ mod tests {
         let unknown =
             plan(&wanted, &now(json!({"data": []})), |_| bail!("no such component")).map(|_| ()).expect_err("unknown");
         assert_eq!(format!("{unknown:#}"), "slots.router: no such component");
+    }
+
+    #[test]
+    fn every_change_names_the_generation_that_it_is_made_from() {
+        let wanted: Wanted = toml::from_str(
+            r#"
+            [slots.admission]
+            component = "a"
+            [slots.router]
+            component = "a"
+            handover = "require"
+            [slots."telemetry.new"]
+            component = "c"
+            [aliases.demo]
+            weights = { x = 1 }
+            [rollouts."alias.demo"]
+            candidate = "y"
+            mode = "ab"
+            [rollouts.router]
+            component = "b"
+            mode = "canary"
+            "#,
+        )
+        .expect("a good file");
+        let active = |component: &str, generation: u64| json!({"component": component, "config": {}, "state_namespace": "-", "generation": generation});
+        let slots = json!([{"slot": "admission", "active": active("native", 0)}, {"slot": "router", "active": active("sha256:z", 4)}]);
+        let variants = json!([{"id": "x", "weight": 1}, {"id": "y", "weight": 2}]);
+        let aliases = json!([{"alias": "demo", "generation": 3, "sticky": "tenant", "variants": variants}]);
+        let now = Now { slots, aliases, rollouts: BTreeMap::new() };
+        let plan = plan(&wanted, &now, |name| Ok(format!("sha256:{name}"))).expect("all are known");
+        let generations = now.generations();
+        let found: Vec<(u64, Ask, Ask)> = plan
+            .acts
+            .iter()
+            .map(|act| {
+                let from = generation(&generations, &**act);
+                (from, act.carry_out(from), act.take_back(&json!({"generation": 9, "id": "r-9"})))
+            })
+            .collect();
+        let ask = |method, path: &str, body: Value| Ask { method, path: format!("/admin/v1/{path}"), body };
+        let weights = json!({"weights": {"x": 1, "y": 2}, "sticky": "tenant", "if_generation": 9});
+        // Native had no activation to go back to; a slot that was not there goes; the others return to what they were, whole.
+        for ((from, done, undone), (path, expect, undo)) in found.iter().zip([
+            ("slots/admission", 0, ask("DELETE", "slots/admission?if_generation=9", Value::Null)),
+            ("slots/router", 4, ask("POST", "slots/router/rollback", json!({"if_generation": 9}))),
+            ("slots/telemetry.new", 0, ask("DELETE", "slots/telemetry.new?if_generation=9", Value::Null)),
+            ("aliases/demo", 3, ask("PUT", "aliases/demo", weights)),
+            ("aliases/demo/rollouts", 3, ask("POST", "aliases/demo/rollouts/r-9/abort", Value::Null)),
+            ("slots/router/rollouts", 4, ask("POST", "slots/router/rollouts/r-9/abort", Value::Null)),
+        ]) {
+            assert_eq!((from, &done.body["if_generation"]), (&expect, &json!(expect)), "{done:?}");
+            assert_eq!((done.path.as_str(), undone), (format!("/admin/v1/{path}").as_str(), &undo));
+        }
+        assert_eq!(found.len(), 6);
     }
 
     #[test]

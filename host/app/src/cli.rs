@@ -165,6 +165,42 @@ pub(crate) enum PolicyCommand {
     Rollback {
         /// admission, router, scheduler, kv-retention, sampler or telemetry.NAME.
         slot: SlotName,
+        /// Only if this generation is active.
+        #[arg(long, value_name = "GENERATION")]
+        if_generation: Option<u64>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Return a slot to the native policy; removes a telemetry slot.
+    #[command(after_help = "Example:\n  pointsman policy remove telemetry.mine")]
+    Remove {
+        /// admission, router, scheduler, kv-retention, sampler or telemetry.NAME.
+        slot: SlotName,
+        /// Only if this generation is active.
+        #[arg(long, value_name = "GENERATION")]
+        if_generation: Option<u64>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Delete an uploaded component that no slot uses.
+    #[command(after_help = "Example:\n  pointsman policy delete sha256:2c26...")]
+    Delete {
+        /// A digest, or a unique beginning of one.
+        component: String,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Print who changed what, when and why: a JSON object per line.
+    #[command(
+        after_help = "Examples:\n  pointsman policy journal | tail -n 5\n  pointsman policy journal --after 120 --follow"
+    )]
+    Journal {
+        /// Lines with a higher sequence number.
+        #[arg(long, value_name = "SEQUENCE", default_value_t = 0)]
+        after: u64,
+        /// Go on with what happens from now on.
+        #[arg(long)]
+        follow: bool,
         #[command(flatten)]
         at: AdminArgs,
     },

@@ -26,16 +26,7 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
                 true => admin.pull(&file, signature.as_deref())?,
                 false => admin.upload(Path::new(&file), signature.as_deref())?,
             };
-            print(out, &at, &answer, |a| {
-                format!(
-                    "{}  {}  {} bytes  compiled in {} ms  signed by {}",
-                    text(a, "digest"),
-                    text(a, "world"),
-                    a["size"],
-                    a["compile_ms"],
-                    a["signed_by"].as_str().unwrap_or("nobody")
-                )
-            })
+            print(out, &at, &answer, uploaded)
         }
         PolicyCommand::List { at } => {
             let answer = Admin::new(at.clone()).get("/admin/v1/components")?;
@@ -52,10 +43,28 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = admin.put_slot(&slot.to_string(), &body)?;
             print(out, &at, &answer, |a| activated(&slot.to_string(), a))
         }
-        PolicyCommand::Rollback { slot, at } => {
+        PolicyCommand::Rollback { slot, if_generation, at } => {
             let path = format!("/admin/v1/slots/{slot}/rollback");
-            let answer = Admin::new(at.clone()).send("POST", &path, Vec::new(), "application/json")?;
+            let body = json!({ "if_generation": if_generation }).to_string().into_bytes();
+            let answer = Admin::new(at.clone()).send("POST", &path, body, "application/json")?;
             print(out, &at, &answer, |a| activated(&slot.to_string(), a))
+        }
+        PolicyCommand::Remove { slot, if_generation, at } => {
+            let condition = if_generation.map(|generation| format!("?if_generation={generation}")).unwrap_or_default();
+            let path = format!("/admin/v1/slots/{slot}{condition}");
+            let answer = Admin::new(at.clone()).send("DELETE", &path, Vec::new(), "")?;
+            print(out, &at, &answer, |a| activated(&slot.to_string(), a))
+        }
+        PolicyCommand::Delete { component, at } => {
+            let admin = Admin::new(at);
+            let digest = admin.find(&component)?;
+            admin.send("DELETE", &format!("/admin/v1/components/{digest}"), Vec::new(), "")?;
+            writeln!(out, "deleted {digest}").context("cannot print")
+        }
+        PolicyCommand::Journal { after, follow, at } => {
+            let longest = (!follow).then_some(PATIENCE);
+            let path = format!("/admin/v1/journal?after={after}{}", if follow { "&follow" } else { "" });
+            Admin::patient(at, longest).copy(&path, out)
         }
         PolicyCommand::Rollout(command) => rollouts::run(command, out),
         PolicyCommand::SafeMode { switch, reason, at } => {
@@ -73,19 +82,21 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let path = format!("/admin/v1/slots/{slot}/record?limit={limit}&seconds={seconds}");
             writeln!(out, "recording {slot}: {limit} decisions or {seconds} s, whichever comes first")?;
             out.flush()?;
-            Admin::patient(at, Duration::from_secs(seconds) + PATIENCE).save(&path, &output, out)
+            Admin::patient(at, Some(Duration::from_secs(seconds) + PATIENCE)).save(&path, &output, out)
         }
         PolicyCommand::Keygen { file } => keygen(&file, out),
         PolicyCommand::Sign { file, key } => sign(&file, &key, out),
-        PolicyCommand::Status { at } => {
-            let admin = Admin::new(at.clone());
-            let (answer, switch) = (admin.get("/admin/v1/slots")?, admin.get(SAFE_MODE)?);
-            print(out, &at, &answer, |slots| match switch["on"] == true {
-                true => format!("{}\n{}", slot_table(slots), safe_mode(&switch)),
-                false => slot_table(slots),
-            })
-        }
+        PolicyCommand::Status { at } => status(at, out),
     }
+}
+
+fn status(at: AdminArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let admin = Admin::new(at.clone());
+    let (answer, switch) = (admin.get("/admin/v1/slots")?, admin.get(SAFE_MODE)?);
+    print(out, &at, &answer, |slots| match switch["on"] == true {
+        true => format!("{}\n{}", slot_table(slots), safe_mode(&switch)),
+        false => slot_table(slots),
+    })
 }
 
 /// `pointsman alias ...`.
@@ -130,18 +141,27 @@ const CONNECT: Duration = Duration::from_secs(5);
 
 impl Admin {
     pub(crate) fn new(at: AdminArgs) -> Self {
-        Self::patient(at, PATIENCE)
+        Self::patient(at, Some(PATIENCE))
     }
 
-    /// One that waits this long for the end of an answer.
-    fn patient(at: AdminArgs, longest: Duration) -> Self {
+    /// One that waits this long for the end of an answer, or for ever.
+    fn patient(at: AdminArgs, longest: Option<Duration>) -> Self {
         // The admin plane is not reached through the environment's proxy, which would see the token.
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .proxy(None)
             .timeout_connect(Some(CONNECT))
-            .timeout_global(Some(longest));
+            .timeout_global(longest);
         Self { at, agent: config.build().into() }
+    }
+
+    /// Prints a stream of lines as they come.
+    fn copy(&self, path: &str, out: &mut dyn Write) -> anyhow::Result<()> {
+        let mut answer = self.ask("GET", path, Vec::new(), &[])?;
+        for line in BufReader::new(answer.body_mut().as_reader()).lines() {
+            writeln!(out, "{}", line.context("the stream broke off")?).context("cannot print")?;
+        }
+        Ok(())
     }
 
     /// Copies a stream of lines into a file, and says how many they were; the last one counts those that were lost.
@@ -350,6 +370,17 @@ pub(crate) fn text(value: &Value, key: &str) -> String {
         Value::Null => "-".into(),
         other => other.to_string(),
     }
+}
+
+fn uploaded(a: &Value) -> String {
+    format!(
+        "{}  {}  {} bytes  compiled in {} ms  signed by {}",
+        text(a, "digest"),
+        text(a, "world"),
+        a["size"],
+        a["compile_ms"],
+        a["signed_by"].as_str().unwrap_or("nobody")
+    )
 }
 
 fn activated(slot: &str, answer: &Value) -> String {

@@ -19,6 +19,7 @@ mod gpu_check;
 mod models;
 mod observer;
 mod oci;
+mod output;
 mod pace;
 mod plugin;
 mod recorded;
@@ -35,26 +36,30 @@ use clap::Parser;
 use pointsman_engine::cuda::NoGpu;
 
 use crate::cli::{Cli, Command};
+use crate::output::Output;
 
 pub use plugin::inputs;
 
-/// Runs the command line: exit code 0 is good, 1 a fault that was named, 2 wrong usage, 3 a check of a GPU where there is none.
+/// Runs the command line: exit code 0 is good, 1 a fault that was named, 2 wrong usage, 3 a check of a GPU where there is none,
+/// 141 output that nobody reads.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let is_check = matches!(cli.command, Some(Command::GpuCheck(_)));
+    let mut out = Output::default();
     let outcome = match cli.command {
         None => serve::serve(&cli.serve),
         Some(Command::Serve(args)) => serve::serve(&args),
-        Some(Command::Policy(command)) => client::run(command, &mut std::io::stdout()),
-        Some(Command::Alias(command)) => client::alias(command, &mut std::io::stdout()),
-        Some(Command::Plugin(command)) => plugin::run(command, &mut std::io::stdout()),
-        Some(Command::Apply(args)) => apply::run(&args, &mut std::io::stdout()),
-        Some(Command::GpuCheck(args)) => gpu_check::run(&args, &mut std::io::stdout()),
+        Some(Command::Policy(command)) => client::run(command, &mut out),
+        Some(Command::Alias(command)) => client::alias(command, &mut out),
+        Some(Command::Plugin(command)) => plugin::run(command, &mut out),
+        Some(Command::Apply(args)) => apply::run(&args, &mut out),
+        Some(Command::GpuCheck(args)) => gpu_check::run(&args, &mut out),
         Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        Err(_) if out.is_closed() => ExitCode::from(output::CLOSED),
         Err(error) => {
             #[expect(clippy::print_stderr, reason = "the fault that ends the program")]
             {

@@ -61,6 +61,7 @@ pub(crate) struct Pulled {
 /// Why nothing was pulled.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PullError {
+    // No URL here has a query or a user: in what a registry redirects to, those are credentials.
     #[error("cannot reach {url}: {source}")]
     Unreachable { url: String, source: Box<ureq::Error> },
     #[error("{url} answered {status}; the registry must be OCI-compatible")]
@@ -77,6 +78,10 @@ pub(crate) enum PullError {
         "the registry sends us to `{0}`; redirects and token services must be HTTPS, or on loopback where the registry is"
     )]
     Redirect(String),
+    #[error(
+        "the registry sends us to {0}, which refuses us and gets no credentials; its redirects must bring what they need"
+    )]
+    Elsewhere(String),
     #[error("more than {MAX_REDIRECTS} redirects from {0}")]
     Redirects(String),
     #[error("{what} from {url} cannot be read: {detail}")]
@@ -222,14 +227,15 @@ impl Pull {
 
     /// The body of a resource, of at most `limit` bytes; with credentials or a token where the registry asks for them.
     fn get(&mut self, url: &str, accept: &str, limit: u64, what: &'static str) -> Result<Vec<u8>, PullError> {
-        let (mut response, at) = self.follow(url, accept)?;
+        let (mut response, mut at) = self.follow(url, accept)?;
         // A place that the registry redirects to may ask for credentials, and gets none.
         if response.status() == 401 && self.authorization.is_none() && self.is_ours(&at) {
             self.authorization = Some(self.authorize(response.headers())?);
-            (response, _) = self.follow(url, accept)?;
+            (response, at) = self.follow(url, accept)?;
         }
         match response.status().as_u16() {
             200 => body(&mut response, url, limit, what),
+            401 | 403 if !self.is_ours(&at) => Err(PullError::Elsewhere(shown(&at))),
             401 | 403 => Err(self.refused()),
             404 => Err(PullError::Missing(url.trim_start_matches(&self.origin).to_owned())),
             status => Err(PullError::Status { url: url.to_owned(), status }),
@@ -245,8 +251,8 @@ impl Pull {
             if let Some(said) = self.authorization.as_ref().filter(|_| self.is_ours(&at)) {
                 request = request.header(AUTHORIZATION, said);
             }
-            let request = request.body(()).map_err(|_| PullError::Redirect(at.clone()))?;
-            let unreachable = |source| PullError::Unreachable { url: at.clone(), source: Box::new(source) };
+            let request = request.body(()).map_err(|_| PullError::Redirect(shown(&at)))?;
+            let unreachable = |source| PullError::Unreachable { url: shown(&at), source: Box::new(source) };
             let response = self.agent.run(request).map_err(unreachable)?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, at));
@@ -265,12 +271,12 @@ impl Pull {
 
     fn check_place(&self, url: &str) -> Result<(), PullError> {
         let uri = url.parse::<Uri>().ok();
-        let allowed = uri.is_some_and(|uri| match uri.scheme_str() {
+        let allowed = uri.filter(|uri| uri.host().is_some()).is_some_and(|uri| match uri.scheme_str() {
             Some("https") => true,
             Some("http") => self.plain && is_loopback(&uri),
             _ => false,
         });
-        if allowed { Ok(()) } else { Err(PullError::Redirect(url.to_owned())) }
+        if allowed { Ok(()) } else { Err(PullError::Redirect(shown(url))) }
     }
 
     /// The registry, or its token service, does not let us read.
@@ -307,17 +313,17 @@ impl Pull {
                 request = request.query(key, value);
             }
         }
-        let unreachable = |source| PullError::Unreachable { url: realm.clone(), source: Box::new(source) };
+        let unreachable = |source| PullError::Unreachable { url: shown(realm), source: Box::new(source) };
         let mut response = request.call().map_err(unreachable)?;
         match response.status().as_u16() {
             200 => {}
-            status @ 500.. => return Err(PullError::Status { url: realm.clone(), status }),
+            status @ 500.. => return Err(PullError::Status { url: shown(realm), status }),
             _ => return Err(self.refused()),
         }
         let bytes = body(&mut response, realm, MAX_TOKEN_BYTES, "token")?;
         let token: Token = serde_json::from_slice(&bytes).map_err(|e| PullError::Malformed {
             what: "the token",
-            url: realm.clone(),
+            url: shown(realm),
             detail: e.to_string(),
         })?;
         token.token.or(token.access_token).ok_or_else(|| self.refused())
@@ -327,7 +333,7 @@ impl Pull {
 fn body(response: &mut Response<Body>, url: &str, limit: u64, what: &'static str) -> Result<Vec<u8>, PullError> {
     // The limit of `ureq` is the first number of bytes that is too many.
     let read = response.body_mut().with_config().limit(limit + 1).read_to_vec();
-    read.map_err(|e| PullError::Malformed { what, url: url.to_owned(), detail: e.to_string() })
+    read.map_err(|e| PullError::Malformed { what, url: shown(url), detail: e.to_string() })
 }
 
 /// A file that is not endless.
@@ -353,6 +359,15 @@ fn origin(url: &str) -> &str {
     let after = url.find("://").map_or(0, |at| at + 3);
     let end = url[after..].find('/').map_or(url.len(), |at| after + at);
     &url[..end]
+}
+
+/// A URL as far as it is nobody's secret: without user, query and fragment.
+fn shown(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}{path}")
 }
 
 fn is_loopback(uri: &Uri) -> bool {
@@ -422,12 +437,30 @@ mod tests {
             ("ghcr.io", "http://127.0.0.1:8081/admin", false),
             ("ghcr.io", "file:///etc/passwd", false),
             ("ghcr.io", "", false),
+            ("ghcr.io", "https:///x?sig=secret", false),
             ("localhost:5000", "http://127.0.0.1:5001/x", true),
             ("localhost:5000", "http://storage.example/x", false),
         ] {
             assert_eq!(anonymous(registry).check_place(place).is_ok(), allowed, "{registry} -> {place}");
         }
         assert_eq!(origin("https://a.example:5/b/c"), "https://a.example:5");
+    }
+
+    #[test]
+    fn an_error_shows_no_credentials_of_a_url() {
+        for (url, expect) in [
+            ("https://ghcr.io/v2/a/manifests/1", "https://ghcr.io/v2/a/manifests/1"),
+            ("https://s.example/blob?sig=secret&se=1", "https://s.example/blob"),
+            ("https://s.example?sig=a/b@c", "https://s.example"),
+            ("https://user:secret@s.example:5/blob#x", "https://s.example:5/blob"),
+            ("https://a@b:secret@s.example/x@y", "https://s.example/x@y"),
+            ("blob?sig=secret", "blob"),
+            ("", ""),
+        ] {
+            assert_eq!(shown(url), expect, "{url}");
+            let refused = anonymous("ghcr.io").check_place(&url.replace("https", "ftp")).expect_err("neither");
+            assert!(!refused.to_string().contains("secret"), "{refused}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The data directory: one process at a time, slot documents, component bytes, the compile cache and the journal file.
 //!
 //! Every document is written aside, synced and renamed, so that a crash leaves the old one or the new one, never half of
-//! one. A database would do the same and bring a C library; these are a handful of small files that people can read.
+//! one; what could not be made to last is put back as it was, so that an error means that nothing has changed. A database would do the same and bring a C library; these are a handful of small files that people can read.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use pointsman_control::{AliasDocument, Entry, SafeModeDocument, SlotDocument, SlotName};
+use pointsman_control::{AliasDocument, Entry, Intent, SafeModeDocument, SlotDocument, SlotName};
 
 use crate::trust::Signature;
 
@@ -20,6 +20,8 @@ const JOURNAL_TAIL_BYTES: u64 = 1 << 20;
 
 /// Document of the switch that makes every slot native; there while it is on.
 const SAFE_MODE: &str = "safe-mode.json";
+/// What is being done that has no document; there until its line is written.
+const INTENT: &str = "intent.json";
 
 /// A locked data directory.
 #[derive(Debug)]
@@ -47,7 +49,7 @@ impl Store {
                 root.display()
             );
         }
-        ["slots", "aliases", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
+        ["", "slots", "aliases", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
         let path = root.join("journal.jsonl");
         let mut journal = OpenOptions::new().create(true).append(true).open(&path).with_context(what)?;
         end_last_line(&path, &mut journal).with_context(what)?;
@@ -81,6 +83,15 @@ impl Store {
         write_aside(&path, document.to_json().as_bytes())
     }
 
+    /// Deletes the documents of slots that were removed long ago. One that stays is forgotten again after the next start.
+    pub(crate) fn forget_slots(&self, slots: &[SlotName]) {
+        for slot in slots {
+            if let Err(error) = fs::remove_file(self.root.join("slots").join(format!("{slot}.json"))) {
+                tracing::warn!(%slot, "the document of a removed slot cannot be deleted: {error}");
+            }
+        }
+    }
+
     /// Every alias's document, or what is wrong with its file.
     pub(crate) fn alias_documents(&self) -> Vec<Result<AliasDocument, String>> {
         let Ok(entries) = fs::read_dir(self.root.join("aliases")) else { return Vec::new() };
@@ -110,8 +121,7 @@ impl Store {
     /// # Errors
     /// The disk does not take them.
     pub(crate) fn write_component(&self, digest: &str, bytes: &[u8]) -> io::Result<()> {
-        let path = self.component_path(digest);
-        if path.exists() { Ok(()) } else { write_aside(&path, bytes) }
+        if self.has_component(digest) { Ok(()) } else { write_aside(&self.component_path(digest), bytes) }
     }
 
     /// The bytes of a kept component.
@@ -149,6 +159,11 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Whether a component is kept.
+    pub(crate) fn has_component(&self, digest: &str) -> bool {
+        self.component_path(digest).exists()
     }
 
     /// Digests of kept components.
@@ -218,14 +233,28 @@ impl Store {
         let path = self.root.join(SAFE_MODE);
         match document {
             Some(document) => write_aside(&path, document.to_json().as_bytes()),
-            None => {
-                match fs::remove_file(path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => {}
-                }
-                File::open(&self.root)?.sync_all()
-            }
+            None => place(&path, None, sync_folder),
         }
+    }
+
+    /// Stores what is about to be done, so that its line can be written after a crash.
+    ///
+    /// # Errors
+    /// The disk does not take it; the old one stays.
+    pub(crate) fn write_intent(&self, intent: &Intent) -> io::Result<()> {
+        write_aside(&self.root.join(INTENT), intent.to_json().as_bytes())
+    }
+
+    /// What was being done when the host ended; one that cannot be read is none.
+    pub(crate) fn read_intent(&self) -> Option<Intent> {
+        let bytes = fs::read(self.root.join(INTENT)).ok()?;
+        Intent::parse(&bytes).inspect_err(|error| tracing::error!("{INTENT} is skipped: {error}")).ok()
+    }
+
+    /// Its line is written. Not synced: one that comes back is found in the journal.
+    pub(crate) fn forget_intent(&self) {
+        // Gone already is fine.
+        let _ = fs::remove_file(self.root.join(INTENT));
     }
 
     /// Whether the store has any document of this slot.
@@ -270,12 +299,45 @@ fn sweep(folder: &Path) {
 }
 
 fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    place(path, Some(bytes), sync_folder)
+}
+
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Gives a file this content, or removes it, for good. Where the folder cannot be synced, a power failure may still undo that:
+/// what was there before is put back, and the error means what the others mean.
+fn place(path: &Path, bytes: Option<&[u8]>, sync: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    let before = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        found => Some(found?),
+    };
+    put(path, bytes)?;
+    sync(folder_of(path)).inspect_err(|_| {
+        if let Err(error) = put(path, before.as_deref()) {
+            tracing::error!("{} is not what the host works with: {error}", path.display());
+        }
+    })
+}
+
+/// What [`place`] does, as far as everybody sees it who reads the file.
+fn put(path: &Path, bytes: Option<&[u8]>) -> io::Result<()> {
+    let Some(bytes) = bytes else {
+        return match fs::remove_file(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        };
+    };
+    let mut file = tempfile::NamedTempFile::new_in(folder_of(path))?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path)?;
-    File::open(folder)?.sync_all()
+    Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -319,6 +381,23 @@ mod tests {
         assert_eq!(store.component_digests(), ["sha256:ab"]);
         assert!(store.delete_component("sha256:ab").and_then(|()| store.delete_component("sha256:ab")).is_ok());
         assert_eq!(store.read_signature("sha256:ab"), None);
+    }
+
+    #[test]
+    fn what_could_not_be_made_to_last_is_as_it_was() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("document.json");
+        let fails = |_: &Path| Err(io::Error::from(io::ErrorKind::StorageFull));
+        for before in [None, Some(&b"old"[..])] {
+            for new in [None, Some(&b"new"[..])] {
+                place(&path, before, sync_folder).expect("a writable folder");
+                assert!(place(&path, new, fails).is_err_and(|error| error.kind() == io::ErrorKind::StorageFull));
+                assert_eq!(fs::read(&path).ok().as_deref(), before, "{new:?}");
+                place(&path, new, sync_folder).expect("a writable folder");
+                assert_eq!(fs::read(&path).ok().as_deref(), new, "{before:?}");
+            }
+        }
+        assert!(fs::read_dir(folder.path()).expect("a folder").count() <= 1, "nothing is left aside");
     }
 
     #[test]

@@ -31,6 +31,17 @@ pub struct DesiredAlias {
     pub if_generation: Option<u64>,
 }
 
+/// What an operator wants to try in an alias.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DesiredTrial {
+    /// The variant.
+    pub candidate: String,
+    /// How.
+    pub spec: Spec,
+    /// Only if the alias's generation is this one.
+    pub if_generation: Option<u64>,
+}
+
 /// An alias as it works, and its stored form.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -213,6 +224,14 @@ impl AliasDocument {
         None
     }
 
+    /// Only the generation that the caller has seen.
+    fn not_stale(&self, if_generation: Option<u64>) -> Result<(), AliasError> {
+        match if_generation.filter(|expected| *expected != self.generation) {
+            Some(expected) => Err(AliasError::Stale { alias: self.alias.clone(), active: self.generation, expected }),
+            None => Ok(()),
+        }
+    }
+
     /// Only while no rollout is under way.
     fn not_rolling_out(&self) -> Result<(), AliasError> {
         match self.rolling_out() {
@@ -267,10 +286,7 @@ impl Aliases {
     pub fn plan(&self, alias: &str, desired: DesiredAlias) -> Result<AliasDocument, AliasError> {
         let document = self.get(alias);
         document.not_rolling_out()?;
-        let active = document.generation;
-        if let Some(expected) = desired.if_generation.filter(|expected| *expected != active) {
-            return Err(AliasError::Stale { alias: alias.to_owned(), active, expected });
-        }
+        document.not_stale(desired.if_generation)?;
         let weights = desired.weights;
         if weights.len() > MAX_VARIANTS {
             return Err(AliasError::TooMany { found: weights.len() });
@@ -281,22 +297,23 @@ impl Aliases {
         if !weights.is_empty() && weights.values().all(|weight| *weight == 0) {
             return Err(AliasError::NoWeight);
         }
-        Ok(AliasDocument { generation: active + 1, weights, sticky: desired.sticky, ..document })
+        Ok(AliasDocument { generation: document.generation + 1, weights, sticky: desired.sticky, ..document })
     }
 
     /// Checks the wish to try a variant beside the one that serves; returns the rollout, and the document with it to store and
     /// then to [`put`](Self::put). It has no share yet.
     ///
     /// # Errors
-    /// A rollout under way, or no other variant that serves alone.
+    /// A stale `if_generation`, a rollout under way, or no other variant that serves alone.
     pub fn plan_rollout(
         &self,
         alias: &str,
-        candidate: &str,
-        spec: Spec,
+        desired: DesiredTrial,
     ) -> Result<(RolloutDocument, AliasDocument), AliasError> {
+        let DesiredTrial { candidate, spec, if_generation } = desired;
         let mut document = self.get(alias);
         document.not_rolling_out()?;
+        document.not_stale(if_generation)?;
         let serving: Vec<&String> = document.weights.iter().filter(|(_, w)| **w > 0).map(|(v, _)| v).collect();
         let control = match serving.as_slice() {
             [control] => (*control).clone(),
@@ -308,7 +325,7 @@ impl Aliases {
         document.rollouts += 1;
         let subject = format!("alias.{alias}");
         let id = format!("{subject}-{}", document.rollouts);
-        let rollout = RolloutDocument::new(id, subject, [control, candidate.to_owned()], spec);
+        let rollout = RolloutDocument::new(id, subject, [control, candidate], spec);
         document.rollout = Some(rollout.clone());
         Ok((rollout, document))
     }
@@ -435,18 +452,22 @@ mod tests {
     #[test]
     fn a_rollout_takes_its_share_and_leaves_one_variant() {
         use crate::rollout::{Cause, Decision, Mode};
-        let spec = || Spec { sticky: Sticky::Tenant, ..Spec::of(Mode::Canary, 1) };
+        let trial = |candidate: &str, if_generation| {
+            let spec = Spec { sticky: Sticky::Tenant, ..Spec::of(Mode::Canary, 1) };
+            DesiredTrial { candidate: candidate.into(), spec, if_generation }
+        };
         let start = |weights: &[(&str, u32)]| {
             let mut aliases = Aliases::default();
             aliases.put(aliases.plan("m", desired(weights, Sticky::Session)).expect("good weights"));
             aliases
         };
-        for (weights, candidate, error) in [
-            (&[][..], "b", AliasError::NoControl { alias: "m".into(), found: 0 }),
-            (&[("a", 1), ("b", 1)], "b", AliasError::NoControl { alias: "m".into(), found: 2 }),
-            (&[("a", 7), ("b", 0)], "a", AliasError::Itself { variant: "a".into() }),
+        for (weights, trial, error) in [
+            (&[][..], trial("b", None), AliasError::NoControl { alias: "m".into(), found: 0 }),
+            (&[("a", 1), ("b", 1)], trial("b", None), AliasError::NoControl { alias: "m".into(), found: 2 }),
+            (&[("a", 7), ("b", 0)], trial("a", Some(1)), AliasError::Itself { variant: "a".into() }),
+            (&[("a", 7)], trial("b", Some(2)), AliasError::Stale { alias: "m".into(), active: 1, expected: 2 }),
         ] {
-            assert_eq!(start(weights).plan_rollout("m", candidate, spec()).err(), Some(error), "{weights:?}");
+            assert_eq!(start(weights).plan_rollout("m", trial).err(), Some(error), "{weights:?}");
         }
         let served = |aliases: &Aliases, tenant: usize| {
             let tenant = format!("tenant-{tenant}");
@@ -456,7 +477,7 @@ mod tests {
         let share = |aliases: &Aliases| (0..2_000).filter(|t| served(aliases, *t) == "b").count();
         for (promoted, after) in [(true, ("b", 2, 2_000)), (false, ("a", 1, 0))] {
             let mut aliases = start(&[("a", 7), ("b", 0)]);
-            let (mut rollout, document) = aliases.plan_rollout("m", "b", spec()).expect("a good wish");
+            let (mut rollout, document) = aliases.plan_rollout("m", trial("b", Some(1))).expect("a good wish");
             assert_eq!(AliasDocument::parse(document.to_json().as_bytes()).expect("just written"), document);
             aliases.put(document);
             let busy = aliases.plan("m", desired(&[("b", 1)], Sticky::Session));
@@ -475,7 +496,8 @@ mod tests {
             let document = aliases.get("m");
             let weight = document.weights.iter().find(|(_, w)| **w > 0).map(|(v, w)| (v.as_str(), *w));
             assert_eq!((weight, document.generation, share(&aliases)), (Some((after.0, 7)), after.1, after.2));
-            let (next, _) = aliases.plan_rollout("m", if promoted { "a" } else { "b" }, spec()).expect("another");
+            let another = trial(if promoted { "a" } else { "b" }, None);
+            let (next, _) = aliases.plan_rollout("m", another).expect("another");
             assert_eq!(next.id, "alias.m-2", "an id is not given twice");
         }
     }

@@ -113,6 +113,22 @@ pub struct SlotDocument {
     /// The journal's last line when this was stored: the line that tells of it comes after. 0 from older hosts.
     #[serde(default)]
     pub journal_before: u64,
+    /// The highest generation of removed slots whose documents are gone: a new telemetry slot goes on from it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub forgotten: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+/// A telemetry slot that was removed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Removal {
+    /// What to store.
+    pub document: SlotDocument,
+    /// Slots removed earlier, whose documents are to be deleted once this one is stored.
+    pub forgotten: Vec<SlotName>,
 }
 
 /// A document that cannot be read.
@@ -193,6 +209,8 @@ pub enum PlanError {
 
 /// Most telemetry slots at once.
 const MAX_TELEMETRY_SLOTS: usize = 16;
+/// Most removed ones that are remembered by name; of the others one number is.
+const MAX_REMOVED_SLOTS: usize = 64;
 
 /// Every slot of a host.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -200,6 +218,8 @@ pub struct Deployment {
     slots: BTreeMap<SlotName, SlotState>,
     /// Highest generation ever given, removed slots included.
     generations: BTreeMap<SlotName, u64>,
+    /// Nobody who is not in there was given a higher one.
+    forgotten: u64,
 }
 
 // === impl Deployment ===
@@ -232,15 +252,10 @@ impl Deployment {
     /// A stale `if_generation`, a rollout under way, another slot's namespace, or one telemetry slot too many.
     pub fn plan(&self, slot: SlotName, desired: Desired) -> Result<Planned, PlanError> {
         self.not_rolling_out(&slot)?;
+        self.not_stale(&slot, desired.if_generation)?;
         let of_slot = desired.state_namespace.as_deref().and_then(|name| name.parse::<SlotName>().ok());
         if let Some(namespace) = of_slot.filter(|of| *of != slot) {
             return Err(PlanError::NamespaceOfSlot { slot, namespace });
-        }
-        let active = self.slots.get(&slot).map_or(0, |state| state.active.generation);
-        if let Some(expected) = desired.if_generation
-            && expected != active
-        {
-            return Err(PlanError::Stale { slot, active, expected });
         }
         let telemetry = self.slots.keys().filter(|s| matches!(s, SlotName::Telemetry(_))).count();
         let is_new = matches!(slot, SlotName::Telemetry(_)) && !self.slots.contains_key(&slot);
@@ -254,9 +269,10 @@ impl Deployment {
     /// Decides what to prepare for a return to the policy before the active one.
     ///
     /// # Errors
-    /// Nothing was active before, or a rollout is under way.
-    pub fn plan_rollback(&self, slot: &SlotName) -> Result<Planned, PlanError> {
+    /// A stale `if_generation`, nothing was active before, or a rollout is under way.
+    pub fn plan_rollback(&self, slot: &SlotName, if_generation: Option<u64>) -> Result<Planned, PlanError> {
         self.not_rolling_out(slot)?;
+        self.not_stale(slot, if_generation)?;
         let state = self.slots.get(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
         let before = state.previous.clone().ok_or_else(|| PlanError::NothingBefore(slot.clone()))?;
         Ok(Planned { slot: slot.clone(), desired: before.into(), generation: self.next_generation(slot) })
@@ -299,22 +315,48 @@ impl Deployment {
         }
     }
 
-    /// Removes a telemetry slot; returns the document to store.
+    /// Only the generation that the caller has seen.
+    fn not_stale(&self, slot: &SlotName, if_generation: Option<u64>) -> Result<(), PlanError> {
+        let active = self.slots.get(slot).map_or(0, |state| state.active.generation);
+        match if_generation.filter(|expected| *expected != active) {
+            Some(expected) => Err(PlanError::Stale { slot: slot.clone(), active, expected }),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes a telemetry slot. Its document stays, so that its generations are not given again; names are an operator's, who
+    /// may use many, so that only some are remembered.
     ///
     /// # Errors
-    /// There is no such slot, or a rollout is under way there.
-    pub fn removed(&mut self, slot: &SlotName) -> Result<SlotDocument, PlanError> {
+    /// A stale `if_generation`, no such slot, or a rollout under way there.
+    pub fn removed(&mut self, slot: &SlotName, if_generation: Option<u64>) -> Result<Removal, PlanError> {
         self.not_rolling_out(slot)?;
+        self.not_stale(slot, if_generation)?;
         let state = self.slots.remove(slot).ok_or_else(|| PlanError::NoSlot(slot.clone()))?;
-        let newest = self.generations.get(slot).copied();
-        let (active, slot) = (state.active, slot.clone());
-        let (previous, rollout, journal_before) = (None, None, 0);
-        Ok(SlotDocument { format: 1, slot, active, previous, rollout, newest, removed: true, journal_before })
+        let forgotten = self.forget_removed(slot);
+        let last = SlotState { active: state.active, previous: None, rollout: None };
+        let document = SlotDocument { removed: true, ..self.document_of(slot.clone(), last) };
+        Ok(Removal { document, forgotten })
+    }
+
+    /// Forgets the removed slots beyond the bound, those with the lowest generations first, but never this one.
+    fn forget_removed(&mut self, last: &SlotName) -> Vec<SlotName> {
+        let is_removed = |slot: &SlotName| matches!(slot, SlotName::Telemetry(_)) && !self.slots.contains_key(slot);
+        let removed = self.generations.iter().filter(|(slot, _)| is_removed(slot) && *slot != last);
+        let mut removed: Vec<(u64, SlotName)> = removed.map(|(slot, newest)| (*newest, slot.clone())).collect();
+        removed.sort();
+        removed.truncate((removed.len() + 1).saturating_sub(MAX_REMOVED_SLOTS));
+        for (newest, slot) in &removed {
+            self.generations.remove(slot);
+            self.forgotten = self.forgotten.max(*newest);
+        }
+        removed.into_iter().map(|(_, slot)| slot).collect()
     }
 
     /// Takes a stored document as the truth: at start, before anything is published.
     pub fn restore(&mut self, document: SlotDocument) {
-        let SlotDocument { slot, active, previous, rollout, newest, removed, .. } = document;
+        let SlotDocument { slot, active, previous, rollout, newest, removed, forgotten, .. } = document;
+        self.forgotten = self.forgotten.max(forgotten);
         self.generations.insert(slot.clone(), newest.unwrap_or(0).max(active.generation));
         if !removed {
             self.slots.insert(slot, SlotState { active, previous, rollout });
@@ -330,11 +372,13 @@ impl Deployment {
     fn document_of(&self, slot: SlotName, state: SlotState) -> SlotDocument {
         let SlotState { active, previous, rollout } = state;
         let newest = self.generations.get(&slot).copied().filter(|newest| *newest != active.generation);
-        SlotDocument { format: 1, slot, active, previous, rollout, newest, removed: false, journal_before: 0 }
+        let (removed, journal_before, forgotten) = (false, 0, self.forgotten);
+        SlotDocument { format: 1, slot, active, previous, rollout, newest, removed, journal_before, forgotten }
     }
 
     fn next_generation(&self, slot: &SlotName) -> u64 {
-        self.generations.get(slot).copied().unwrap_or(0) + 1
+        let unknown = if matches!(slot, SlotName::Telemetry(_)) { self.forgotten } else { 0 };
+        self.generations.get(slot).copied().unwrap_or(unknown) + 1
     }
 }
 
@@ -444,11 +488,42 @@ mod tests {
         let slot = SlotName::Telemetry("x".into());
         assert_eq!(activate(&mut deployment, &slot, "sha256:a").active.generation, 1);
         assert_eq!(activate(&mut deployment, &slot, "sha256:a").active.generation, 2);
-        let document = deployment.removed(&slot).expect("it exists");
+        let Removal { document, forgotten } = deployment.removed(&slot, None).expect("it exists");
+        assert_eq!(forgotten, []);
         let mut restored = Deployment::default();
         restored.restore(SlotDocument::parse(document.to_json().as_bytes()).expect("it was just written"));
         assert_eq!(restored, deployment);
         assert_eq!(activate(&mut restored, &slot, "sha256:b").active.generation, 3);
+    }
+
+    #[test]
+    fn removed_slots_are_remembered_up_to_a_bound_and_their_generations_for_ever() {
+        let mut deployment = Deployment::default();
+        let mut stored: BTreeMap<SlotName, SlotDocument> = BTreeMap::new();
+        let mut given = Vec::new();
+        let slot = |n: usize| SlotName::Telemetry(format!("t{n}"));
+        stored.insert(SlotName::Router, activate(&mut deployment, &SlotName::Router, "native"));
+        for n in 0..3 * MAX_REMOVED_SLOTS {
+            // Some are put several times before they go.
+            for _ in 0..=n % 5 {
+                stored.insert(slot(n), activate(&mut deployment, &slot(n), "native"));
+            }
+            given.push(stored[&slot(n)].active.generation);
+            let Removal { document, forgotten } = deployment.removed(&slot(n), None).expect("it exists");
+            stored.insert(slot(n), document);
+            forgotten.iter().for_each(|slot| drop(stored.remove(slot)));
+            assert_eq!(stored.len(), 1 + (n + 1).min(MAX_REMOVED_SLOTS));
+            let mut restored = Deployment::default();
+            stored.values().for_each(|document| {
+                restored.restore(SlotDocument::parse(document.to_json().as_bytes()).expect("it was just written"));
+            });
+            assert_eq!(restored, deployment);
+        }
+        for (n, given) in given.iter().enumerate() {
+            let again = activate(&mut deployment.clone(), &slot(n), "native").active.generation;
+            assert!(again > *given, "{n}: {given}, {again}");
+        }
+        assert_eq!(activate(&mut deployment, &SlotName::Router, "native").active.generation, 2);
     }
 
     #[test]
@@ -468,12 +543,12 @@ mod tests {
     fn rollback_swaps_active_and_previous() {
         let mut deployment = Deployment::default();
         let slot = SlotName::Router;
-        assert_eq!(deployment.plan_rollback(&slot), Err(PlanError::NoSlot(slot.clone())));
+        assert_eq!(deployment.plan_rollback(&slot, None), Err(PlanError::NoSlot(slot.clone())));
         activate(&mut deployment, &slot, "sha256:a");
-        assert_eq!(deployment.plan_rollback(&slot), Err(PlanError::NothingBefore(slot.clone())));
+        assert_eq!(deployment.plan_rollback(&slot, None), Err(PlanError::NothingBefore(slot.clone())));
         activate(&mut deployment, &slot, "sha256:b");
         for (expect, generation) in [("sha256:a", 3), ("sha256:b", 4)] {
-            let planned = deployment.plan_rollback(&slot).expect("there is a previous one");
+            let planned = deployment.plan_rollback(&slot, None).expect("there is a previous one");
             assert_eq!((planned.desired.component.to_string().as_str(), planned.generation), (expect, generation));
             deployment.published(planned, "r".into());
         }
@@ -486,6 +561,9 @@ mod tests {
         for (if_generation, good) in [(None, true), (Some(1), true), (Some(0), false), (Some(2), false)] {
             let planned = deployment.plan(SlotName::Router, desired("native", if_generation));
             assert_eq!(planned.is_ok(), good, "{if_generation:?}");
+            let back = deployment.plan_rollback(&SlotName::Router, if_generation).expect_err("nothing before");
+            assert_eq!(matches!(back, PlanError::Stale { .. }), !good, "{if_generation:?}");
+            assert_eq!(deployment.clone().removed(&SlotName::Router, if_generation).is_ok(), good);
         }
     }
 
@@ -520,8 +598,8 @@ mod tests {
             let mut rollout = roll_out(&mut deployment, "sha256:b");
             let refused = PlanError::RollingOut { slot: slot.clone(), id: "router-2".into() };
             assert_eq!(deployment.plan(slot.clone(), desired("native", None)), Err(refused.clone()));
-            assert_eq!(deployment.plan_rollback(&slot), Err(refused.clone()));
-            assert_eq!(deployment.removed(&slot), Err(refused));
+            assert_eq!(deployment.plan_rollback(&slot, None), Err(refused.clone()));
+            assert_eq!(deployment.removed(&slot, None), Err(refused));
             assert_eq!(deployment.users_of(&ComponentRef::from("sha256:b".to_owned())), [&slot]);
             rollout.apply(&decision);
             let document = deployment.rolled(&slot, rollout).expect("the slot is there");

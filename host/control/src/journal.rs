@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::alias::AliasDocument;
-use crate::deployment::{SlotDocument, Target};
+use crate::deployment::{DocumentError, SlotDocument, Target};
 use crate::rollout::{Decision, Evidence, Period, RolloutDocument, Sticky};
 use crate::slot::SlotName;
 
@@ -27,6 +27,21 @@ pub struct Entry {
     pub actor: Actor,
     /// What happened.
     #[serde(flatten)]
+    pub what: Happened,
+}
+
+/// Something that has no document of its own, written down before it is done: a host that dies before its line is written can
+/// write it at the next start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Intent {
+    /// Version of this layout: 1.
+    pub format: u32,
+    /// The journal's last line before it.
+    pub journal_before: u64,
+    /// Who asked.
+    pub actor: Actor,
+    /// The line to come.
     pub what: Happened,
 }
 
@@ -338,6 +353,14 @@ impl Journal {
             .collect()
     }
 
+    /// Whether the line of something that was to be done is missing; it is where it was not done, too.
+    #[must_use]
+    pub fn lacks(&self, intent: &Intent) -> bool {
+        let Intent { journal_before, actor, what, .. } = intent;
+        let is_it = |entry: &Entry| entry.actor == *actor && entry.what == *what;
+        self.keeps_all_after(*journal_before) && !self.after(*journal_before, usize::MAX).any(is_it)
+    }
+
     /// Whether every entry after this one is kept: only then was one that is not found never written.
     fn keeps_all_after(&self, sequence: u64) -> bool {
         self.recent.front().map_or(self.next, |oldest| oldest.sequence) <= sequence + 1
@@ -381,6 +404,23 @@ impl Journal {
     /// Kept entries after a sequence number, oldest first, at most `limit`.
     pub fn after(&self, sequence: u64, limit: usize) -> impl Iterator<Item = &Entry> {
         self.recent.iter().filter(move |entry| entry.sequence > sequence).take(limit)
+    }
+}
+
+impl Intent {
+    /// Its stored form.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("an intent is plain data: {error}"))
+    }
+
+    /// Reads a stored one.
+    ///
+    /// # Errors
+    /// It is none, or a newer host wrote it.
+    pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
+        let intent: Self = serde_json::from_slice(json)?;
+        if intent.format == 1 { Ok(intent) } else { Err(DocumentError::Format { found: intent.format }) }
     }
 }
 
@@ -444,7 +484,8 @@ mod tests {
             RolloutDocument { target: Some(target(generation)), phase, ..started }
         });
         let (active, slot) = (target(active), SlotName::Telemetry("t".into()));
-        SlotDocument { format: 1, slot, active, previous: None, rollout, newest: None, removed, journal_before }
+        let (previous, newest, forgotten) = (None, None, 0);
+        SlotDocument { format: 1, slot, active, previous, rollout, newest, removed, journal_before, forgotten }
     }
 
     #[test]
@@ -514,6 +555,29 @@ mod tests {
             let events = lacks.iter().map(|what| serde_json::to_value(what).expect("plain data")["event"].clone());
             let case = (kept, generation, journal_before, ended_before);
             assert_eq!(events.collect::<Vec<_>>(), expect, "{case:?}");
+        }
+    }
+
+    #[test]
+    fn an_intent_lacks_its_line_until_that_is_written() {
+        let what = |digest: &str| Happened::Deleted { digest: digest.into() };
+        // What was written before and after it, how many of it are kept, and whether its line is missing.
+        for (before, after, kept, lacks) in [
+            (vec![], vec![], 9, true),
+            (vec![("ci", "a")], vec![], 9, true),
+            (vec![("ci", "a")], vec![("ci", "a")], 9, false),
+            (vec![("ci", "b")], vec![("ci", "b"), ("ci", "a")], 2, false),
+            (vec![], vec![("ci", "b"), ("startup", "a")], 9, true),
+            (vec![], vec![("ci", "a"), ("ci", "b"), ("ci", "b")], 2, false),
+        ] {
+            let mut journal = Journal::new(kept, 0);
+            before.iter().for_each(|(actor, digest)| drop(journal.append(0, actor, what(digest))));
+            let intent = Intent { format: 1, journal_before: journal.last(), actor: "ci".into(), what: what("a") };
+            after.iter().for_each(|(actor, digest)| drop(journal.append(0, actor, what(digest))));
+            assert_eq!(Intent::parse(intent.to_json().as_bytes()).expect("just written"), intent);
+            assert_eq!(journal.lacks(&intent), lacks, "{before:?} {after:?}");
+            let newer = intent.to_json().replace("\"format\": 1", "\"format\": 2");
+            assert!(matches!(Intent::parse(newer.as_bytes()), Err(DocumentError::Format { found: 2 })));
         }
     }
 

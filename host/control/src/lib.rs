@@ -14,11 +14,11 @@ pub mod rollout;
 mod safe_mode;
 mod slot;
 
-pub use alias::{AliasDocument, AliasError, Aliases, Assigned, DesiredAlias, Unit};
+pub use alias::{AliasDocument, AliasError, Aliases, Assigned, DesiredAlias, DesiredTrial, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{
-    Budget, Deployment, Desired, DocumentError, Handover, PlanError, Planned, SlotDocument, SlotState, Target,
+    Budget, Deployment, Desired, DocumentError, Handover, PlanError, Planned, Removal, SlotDocument, SlotState, Target,
 };
-pub use journal::{Actor, Entry, Happened, Journal, Why};
+pub use journal::{Actor, Entry, Happened, Intent, Journal, Why};
 pub use safe_mode::SafeModeDocument;
 pub use slot::{ComponentRef, SlotName, SlotNameError};

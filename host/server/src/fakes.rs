@@ -1,8 +1,8 @@
 //! Fakes of every port, and a small HTTP client, for the crate's tests: no socket, no thread, no engine.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 
 use axum::Router;
 use axum::body::Body;
@@ -94,6 +94,17 @@ pub(crate) struct FakeClock {
 pub(crate) struct FakeAdmin {
     pub(crate) journal: Mutex<Vec<JournalLine>>,
     pub(crate) weights: Mutex<wire::Weights>,
+    /// Uploads and activations wait here.
+    pub(crate) gate: Gate,
+}
+
+/// Open until a test closes it.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+    /// Calls that have come to it.
+    pub(crate) arrived: AtomicUsize,
 }
 
 /// Everything a test holds.
@@ -113,6 +124,23 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: axum::http::HeaderMap,
     pub(crate) body: String,
+}
+
+impl Gate {
+    pub(crate) fn close(&self) {
+        *self.closed.lock().expect("unpoisoned") = true;
+    }
+
+    pub(crate) fn open(&self) {
+        *self.closed.lock().expect("unpoisoned") = false;
+        self.opened.notify_all();
+    }
+
+    fn pass(&self) {
+        self.arrived.fetch_add(1, Ordering::AcqRel);
+        let closed = self.closed.lock().expect("unpoisoned");
+        drop(self.opened.wait_while(closed, |closed| *closed).expect("unpoisoned"));
+    }
 }
 
 impl AdmitPolicy for FakeDoor {
@@ -259,6 +287,7 @@ fn refused(kind: AdminErrorKind, message: &str) -> AdminError {
 
 impl PolicyAdmin for FakeAdmin {
     fn upload(&self, upload: Upload, _actor: &str) -> Result<Uploaded, AdminError> {
+        self.gate.pass();
         let Upload { bytes, signature } = upload;
         if !bytes.starts_with(b"\0asm") {
             return Err(refused(AdminErrorKind::Invalid, "not a component"));
@@ -331,6 +360,7 @@ impl PolicyAdmin for FakeAdmin {
     }
 
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
+        self.gate.pass();
         if request.if_generation.is_some_and(|g| g != 3) {
             return Err(refused(AdminErrorKind::Conflict, "generation 3 is active"));
         }
@@ -338,12 +368,23 @@ impl PolicyAdmin for FakeAdmin {
         Ok(wire::Activated { revision, generation: 4, warm_ms: 1.0, publish_us: 2.0, handover: None })
     }
 
-    fn delete_slot(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {
+    fn delete_slot(
+        &self,
+        _slot: &str,
+        if_generation: Option<u64>,
+        _actor: &str,
+    ) -> Result<wire::Activated, AdminError> {
+        if if_generation.is_some_and(|g| g != 3) {
+            return Err(refused(AdminErrorKind::Conflict, "generation 3 is active"));
+        }
         Ok(wire::Activated { revision: "native".into(), generation: 5, warm_ms: 0.0, publish_us: 1.0, handover: None })
     }
 
-    fn rollback(&self, _slot: &str, _actor: &str) -> Result<wire::Activated, AdminError> {
-        Err(refused(AdminErrorKind::Conflict, "nothing to roll back to"))
+    fn rollback(&self, slot: &str, if_generation: Option<u64>, actor: &str) -> Result<wire::Activated, AdminError> {
+        match if_generation {
+            Some(3) => self.delete_slot(slot, None, actor),
+            _ => Err(refused(AdminErrorKind::Conflict, "nothing to roll back to")),
+        }
     }
 
     fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError> {

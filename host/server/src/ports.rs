@@ -136,9 +136,9 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     /// Activates a component (or `native`) with a config; a registry reference is pulled first.
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError>;
     /// Back to native; removes a telemetry slot.
-    fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
+    fn delete_slot(&self, slot: &str, if_generation: Option<u64>, actor: &str) -> Result<wire::Activated, AdminError>;
     /// Back to what was active before.
-    fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError>;
+    fn rollback(&self, slot: &str, if_generation: Option<u64>, actor: &str) -> Result<wire::Activated, AdminError>;
     /// Starts a rollout; its report, as JSON.
     fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError>;
     /// The report of the rollout under way in a slot, or of the last one; those before it are in the journal.

@@ -10,10 +10,9 @@ use pointsman_sched::admit::AdmitPolicy;
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::route::RoutePolicy;
 use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::admin::{MAX_CALLS, MAX_UPLOADS};
+use crate::admin::places::Places;
 use crate::admission::Admission;
 use crate::config::{ConfigError, ServerConfig};
 use crate::grammar::GrammarDesk;
@@ -79,10 +78,8 @@ pub struct ServerState {
     request_metrics: RwLock<HashMap<Arc<str>, Arc<RequestMetrics>>>,
     scrape: Mutex<Option<(Micros, Bytes)>>,
     tasks: Mutex<JoinSet<()>>,
-    /// Places for components on their way in.
-    pub(crate) uploads: Semaphore,
-    /// Places for port calls of the admin plane.
-    pub(crate) admin_calls: Semaphore,
+    /// Of calls of the admin plane.
+    pub(crate) places: Places,
 }
 
 impl ServerState {
@@ -118,8 +115,7 @@ impl ServerState {
             request_metrics: RwLock::default(),
             scrape: Mutex::default(),
             tasks: Mutex::default(),
-            uploads: Semaphore::new(MAX_UPLOADS),
-            admin_calls: Semaphore::new(MAX_CALLS),
+            places: Places::default(),
             config,
             engine,
             router,

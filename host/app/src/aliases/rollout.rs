@@ -5,10 +5,10 @@
 //! document is stored before anybody is told, the observer waits for nobody's change, and a candidate that harms loses its
 //! share at once. Safe mode does not pause them: it makes policies native, in both arms alike.
 
-use pointsman_control::Happened;
 use pointsman_control::rollout::{
     Arm, Cause, Command, Decision, OnRestart, Phase, Plan, Report, Rollout, RolloutDocument, Spec, Split,
 };
+use pointsman_control::{DesiredTrial, Happened};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, AdminErrorKind, Clock, Variant};
 use pointsman_telemetry::Event;
@@ -99,11 +99,11 @@ impl Aliases {
         request: wire::StartAliasRollout,
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
-        let wire::StartAliasRollout { candidate, plan } = request;
+        let wire::StartAliasRollout { candidate, if_generation, plan } = request;
         let _one = lock(&self.operations);
         self.parts.deploy.check_changeable(None)?;
-        let spec = self.spec(alias, &plan)?;
-        let (rollout, document) = self.live.load().plan_rollout(alias, &candidate, spec).map_err(alias_error)?;
+        let desired = DesiredTrial { candidate, spec: self.spec(alias, &plan)?, if_generation };
+        let (rollout, document) = self.live.load().plan_rollout(alias, desired).map_err(alias_error)?;
         let split = self.split(&rollout).map_err(|what| refused(AdminErrorKind::Conflict, what))?;
         self.parts.store.write_alias(&document).map_err(|error| {
             let what = format!("nothing was started: the document of `{alias}` cannot be stored ({error})");

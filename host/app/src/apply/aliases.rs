@@ -7,8 +7,8 @@ use pointsman_control::rollout::Sticky;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Act, Needs};
-use crate::client::{Admin, rows, segment, text};
+use super::{Act, Ask, Needs};
+use crate::client::{rows, segment, text};
 
 /// What a file says of an alias.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -23,6 +23,8 @@ pub(super) struct WantedAlias {
 
 /// An alias that has to change, and what it is now.
 struct Change {
+    /// `alias.<name>`.
+    subject: String,
     alias: String,
     weights: BTreeMap<String, u32>,
     sticky: Sticky,
@@ -35,8 +37,9 @@ impl WantedAlias {
         let now = view(aliases, alias)?;
         let weights = self.serving();
         let same = weights == serving(now) && (weights.is_empty() || now["sticky"] == json!(self.sticky));
-        let change = || Change { alias: alias.to_owned(), weights, sticky: self.sticky, now: now.clone() };
-        Ok((!same).then(|| Box::new(change()) as _))
+        let (subject, alias, sticky) = (format!("alias.{alias}"), alias.to_owned(), self.sticky);
+        let change = Change { subject, alias, weights, sticky, now: now.clone() };
+        Ok((!same).then(|| Box::new(change) as _))
     }
 
     /// The weights that count.
@@ -62,6 +65,10 @@ pub(super) fn serving(view: &Value) -> BTreeMap<String, u32> {
 }
 
 impl Act for Change {
+    fn subject(&self) -> &str {
+        &self.subject
+    }
+
     fn name(&self) -> String {
         format!("the alias `{}`", self.alias)
     }
@@ -83,38 +90,30 @@ impl Act for Change {
         None
     }
 
-    fn check(&self, admin: &Admin) -> anyhow::Result<()> {
-        self.put(admin, true).map(drop)
+    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>> {
+        Ok(Some(self.put(generation, true)))
     }
 
-    fn carry_out(&self, admin: &Admin) -> anyhow::Result<Value> {
-        self.put(admin, false)
+    fn carry_out(&self, generation: u64) -> Ask {
+        self.put(generation, false)
     }
 
-    fn take_back(&self, admin: &Admin, _done: &Value) -> anyhow::Result<()> {
-        let mut body = json!({ "weights": serving(&self.now) });
+    fn take_back(&self, done: &Value) -> Ask {
+        let mut body = json!({ "weights": serving(&self.now), "if_generation": done["generation"] });
         if let Some(sticky) = self.now["sticky"].as_str() {
             body["sticky"] = sticky.into();
         }
-        admin.put_alias(&self.alias, &body).map(drop)
+        self.ask(body)
     }
 }
 
 impl Change {
-    fn put(&self, admin: &Admin, dry_run: bool) -> anyhow::Result<Value> {
-        let body = json!({
-            "weights": self.weights,
-            "sticky": self.sticky,
-            "if_generation": self.now["generation"],
-            "dry_run": dry_run,
-        });
-        admin.put_alias(&self.alias, &body)
+    fn put(&self, generation: u64, dry_run: bool) -> Ask {
+        let Self { weights, sticky, .. } = self;
+        self.ask(json!({ "weights": weights, "sticky": sticky, "if_generation": generation, "dry_run": dry_run }))
     }
-}
 
-impl Admin {
-    fn put_alias(&self, alias: &str, body: &Value) -> anyhow::Result<Value> {
-        let path = format!("/admin/v1/aliases/{}", segment(alias));
-        self.send("PUT", &path, body.to_string().into_bytes(), "application/json")
+    fn ask(&self, body: Value) -> Ask {
+        Ask { method: "PUT", path: format!("/admin/v1/aliases/{}", segment(&self.alias)), body }
     }
 }

@@ -4,7 +4,7 @@ use pointsman_control::{Budget, Handover};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Act, Needs, nothing, same_json};
+use super::{Act, Ask, Needs, nothing, same_json};
 use crate::client::{Admin, rows, text};
 
 /// What a file says of a slot.
@@ -71,6 +71,10 @@ pub(super) fn own_handover(policy: &Value) -> Handover {
 }
 
 impl Act for Change {
+    fn subject(&self) -> &str {
+        &self.slot
+    }
+
     fn name(&self) -> String {
         format!("`{}`", self.slot)
     }
@@ -103,44 +107,47 @@ impl Act for Change {
         Some(Needs { name: &self.component, digest: &self.digest })
     }
 
-    fn check(&self, admin: &Admin) -> anyhow::Result<()> {
-        self.put(admin, true).map(drop)
+    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>> {
+        Ok(Some(self.put(generation, true)))
     }
 
-    fn carry_out(&self, admin: &Admin) -> anyhow::Result<Value> {
-        self.put(admin, false)
+    fn carry_out(&self, generation: u64) -> Ask {
+        self.put(generation, false)
     }
 
-    fn take_back(&self, admin: &Admin, _done: &Value) -> anyhow::Result<()> {
-        let Self { slot, now, .. } = self;
-        if now.is_null() {
-            return admin.send("DELETE", &format!("/admin/v1/slots/{slot}"), Vec::new(), "").map(drop);
+    /// A rollback and not an activation of what was there: it brings all of that back, and is not refused for a handover.
+    fn take_back(&self, done: &Value) -> Ask {
+        let (path, generation) = (path(&self.slot), &done["generation"]);
+        // Nothing was ever activated there.
+        if self.now["generation"].as_u64().is_none_or(|before| before == 0) {
+            return Ask { method: "DELETE", path: format!("{path}?if_generation={generation}"), body: Value::Null };
         }
-        let (component, config, namespace) = (&now["component"], &now["config"], &now["state_namespace"]);
-        // It may start cold, whatever it had said: what is taken back has no say.
-        let body =
-            json!({ "component": component, "config": config, "state_namespace": namespace, "budget": now["budget"] });
-        admin.put_slot(slot, &body).map(drop)
+        Ask { method: "POST", path: format!("{path}/rollback"), body: json!({ "if_generation": generation }) }
     }
 }
 
 impl Change {
-    fn put(&self, admin: &Admin, dry_run: bool) -> anyhow::Result<Value> {
+    fn put(&self, generation: u64, dry_run: bool) -> Ask {
         let body = json!({
             "component": self.digest,
             "config": self.config,
             "state_namespace": self.state_namespace,
             "budget": self.budget,
             "handover": self.handover,
-            "if_generation": self.now["generation"].as_u64().unwrap_or(0),
+            "if_generation": generation,
             "dry_run": dry_run,
         });
-        admin.put_slot(&self.slot, &body)
+        Ask { method: "PUT", path: path(&self.slot), body }
     }
+}
+
+/// Where a slot is.
+pub(super) fn path(slot: &str) -> String {
+    format!("/admin/v1/slots/{slot}")
 }
 
 impl Admin {
     pub(crate) fn put_slot(&self, slot: &str, body: &Value) -> anyhow::Result<Value> {
-        self.send("PUT", &format!("/admin/v1/slots/{slot}"), body.to_string().into_bytes(), "application/json")
+        self.send("PUT", &path(slot), body.to_string().into_bytes(), "application/json")
     }
 }

@@ -7,8 +7,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::slots::{active, own_budget, own_handover};
-use super::{Act, Needs, Now, Wanted, aliases, same_json};
-use crate::client::{Admin, segment, text};
+use super::{Act, Ask, Needs, Now, Wanted, aliases, same_json, slots};
+use crate::client::{segment, text};
 use crate::rollouts::Subject;
 
 /// What a file says of a rollout.
@@ -198,6 +198,10 @@ fn is_there(subject: &Subject, now: &Now, last: &Value) -> bool {
 }
 
 impl Act for Trial {
+    fn subject(&self) -> &str {
+        &self.name
+    }
+
     fn name(&self) -> String {
         format!("the rollout of `{}`", self.name)
     }
@@ -217,7 +221,7 @@ impl Act for Trial {
         matches!(self.subject, Subject::Slot(_)).then_some(Needs { name: &self.tried, digest: &self.id })
     }
 
-    fn check(&self, admin: &Admin) -> anyhow::Result<()> {
+    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>> {
         if let Some((id, _)) = &self.in_the_way {
             bail!("{id} is under way with another candidate or plan; `pointsman policy rollout abort {id}` ends it");
         }
@@ -226,14 +230,15 @@ impl Act for Trial {
                 let members = ["component", "config", "state_namespace", "budget", "handover"];
                 let own = members.into_iter().filter_map(|m| Some((m.to_owned(), self.body.get(m)?.clone())));
                 let mut body: Map<String, Value> = own.collect();
+                body.insert("if_generation".into(), generation.into());
                 body.insert("dry_run".into(), true.into());
-                admin.put_slot(&slot.to_string(), &Value::Object(body)).map(drop)
+                Ok(Some(Ask { method: "PUT", path: slots::path(&slot.to_string()), body: Value::Object(body) }))
             }
             Subject::Alias(_) if !self.variants.contains(&self.id) => {
                 bail!("`{}` is not one of its variants: {}", self.id, self.variants.join(", "))
             }
             Subject::Alias(alias) => match self.serving.as_slice() {
-                [control] if *control != self.id => Ok(()),
+                [control] if *control != self.id => Ok(None),
                 [_] => bail!("`{}` serves the alias already", self.id),
                 found => bail!(
                     "a rollout needs one variant as control, and {} serve by weight; give one all of it in [aliases.{alias}]",
@@ -243,12 +248,15 @@ impl Act for Trial {
         }
     }
 
-    fn carry_out(&self, admin: &Admin) -> anyhow::Result<Value> {
-        admin.send("POST", &self.subject.path(), self.body.to_string().into_bytes(), "application/json")
+    fn carry_out(&self, generation: u64) -> Ask {
+        let mut body = self.body.clone();
+        body["if_generation"] = generation.into();
+        Ask { method: "POST", path: self.subject.path(), body }
     }
 
-    fn take_back(&self, admin: &Admin, done: &Value) -> anyhow::Result<()> {
+    /// Its id is never given again: nobody else's rollout can be met.
+    fn take_back(&self, done: &Value) -> Ask {
         let path = format!("{}/{}/abort", self.subject.path(), segment(&text(done, "id")));
-        admin.send("POST", &path, Vec::new(), "application/json").map(drop)
+        Ask { method: "POST", path, body: Value::Null }
     }
 }

@@ -1,6 +1,6 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
-use pointsman_control::{Budget, ComponentRef, Desired, Handover, Happened, SlotName, SlotState, Target, Why};
+use pointsman_control::{Budget, ComponentRef, Desired, Handover, Happened, Removal, SlotName, SlotState, Target, Why};
 use pointsman_policy::{
     Activation, AdmissionQuestion, Component, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus,
 };
@@ -68,11 +68,13 @@ impl PolicyAdmin for Deploy {
                 "{digest} is active, previous or candidate in {slots}; activate something else there first"
             )));
         }
-        // The file first: a map entry without a file would come back as an error, a file without an entry as a component.
-        self.store.delete_component(digest).map_err(|e| internal(format!("the file cannot be removed: {e}")))?;
-        lock(&self.components).remove(digest);
-        self.note(actor, Happened::Deleted { digest: digest.to_owned() });
-        Ok(())
+        self.deed(actor, Happened::Deleted { digest: digest.to_owned() }, || {
+            // The file first: a map entry without a file would come back as an error, a file without an entry as a component.
+            self.store.delete_component(digest)?;
+            lock(&self.components).remove(digest);
+            Ok(())
+        })
+        .map_err(|e| internal(format!("the file cannot be removed: {e}")))
     }
 
     fn slots(&self) -> Vec<wire::Slot> {
@@ -103,19 +105,20 @@ impl PolicyAdmin for Deploy {
         if dry_run { self.try_out(slot, desired) } else { self.activate(slot, desired, actor, Why::Put) }
     }
 
-    fn delete_slot(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError> {
+    fn delete_slot(&self, slot: &str, if_generation: Option<u64>, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
         let _one = lock(&self.operations);
         if !matches!(slot, SlotName::Telemetry(_)) {
-            return self.activate(slot, native(), actor, Why::Delete);
+            return self.activate(slot, Desired { if_generation, ..native() }, actor, Why::Delete);
         }
         self.check_changeable(Some(&slot))?;
         let mut next = lock(&self.state).clone();
         let before = next.slot(&slot).cloned();
-        let document = next.removed(&slot).map_err(plan_error)?;
+        let Removal { document, forgotten } = next.removed(&slot, if_generation).map_err(plan_error)?;
         self.store_slot(&document)
             .map_err(|e| internal(format!("nothing was removed: the document cannot be stored ({e})")))?;
         *lock(&self.state) = next;
+        self.store.forget_slots(&forgotten);
         self.drop_telemetry(&slot);
         lock(&self.failed).remove(&slot);
         lock(&self.last_health).remove(&slot);
@@ -132,9 +135,9 @@ impl PolicyAdmin for Deploy {
         })
     }
 
-    fn rollback(&self, slot: &str, actor: &str) -> Result<wire::Activated, AdminError> {
+    fn rollback(&self, slot: &str, if_generation: Option<u64>, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
-        let plan = || lock(&self.state).plan_rollback(&slot).map_err(plan_error);
+        let plan = || lock(&self.state).plan_rollback(&slot, if_generation).map_err(plan_error);
         self.compile_first(&slot, &plan()?.desired, Some(actor))?;
         let _one = lock(&self.operations);
         let planned = plan()?;

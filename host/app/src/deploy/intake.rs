@@ -93,12 +93,34 @@ impl Deploy {
         if known.is_none() && uploaded >= MAX_COMPONENTS {
             return Err(conflict(format!("{MAX_COMPONENTS} components are stored already; delete one first")));
         }
-        // Known or not: the file may have been lost.
-        let stored = self.store.write_component(&digest, &offered.bytes);
-        let signed = offered.signature.map_or(Ok(()), |signature| self.store.write_signature(&digest, signature));
-        stored.and(signed).map_err(|e| internal(format!("the component cannot be stored: {e}")))?;
         let before = known.as_ref().and_then(|k| k.signed_by.clone());
         let created = known.is_none();
+        let (said, source) = (digest.clone(), offered.source);
+        let happened = match signed_by.clone() {
+            signed_by if created => {
+                Some(Happened::Uploaded { digest: said, world: world.to_string(), size, signed_by, source })
+            }
+            Some(signed_by) if before.as_ref() != Some(&signed_by) => {
+                Some(Happened::Signed { digest: said, signed_by })
+            }
+            _ => None,
+        };
+        let store = || {
+            // Known or not: the file may have been lost.
+            self.store.write_component(&digest, &offered.bytes)?;
+            offered.signature.map_or(Ok(()), |signature| self.store.write_signature(&digest, signature))
+        };
+        let stored = match happened {
+            Some(happened) => self.deed(actor, happened, store),
+            None => store(),
+        };
+        stored.map_err(|e| {
+            if created {
+                // One without its signature must not be there after a restart either; a file that stays is nobody's.
+                drop(self.store.delete_component(&digest));
+            }
+            internal(format!("the component cannot be stored: {e}"))
+        })?;
         let fresh = Known {
             builtin: None,
             component: None,
@@ -111,13 +133,7 @@ impl Deploy {
         };
         let known = Known { component: Some(component), signed_by: signed_by.clone(), ..known.unwrap_or(fresh) };
         lock(&self.components).insert(digest.clone(), known);
-        let (world, source) = (world.to_string(), offered.source);
-        if created {
-            let (digest, world, signed_by) = (digest.clone(), world.clone(), signed_by.clone());
-            self.note(actor, Happened::Uploaded { digest, world, size, signed_by, source });
-        } else if let Some(signed_by) = signed_by.clone().filter(|_| before != signed_by) {
-            self.note(actor, Happened::Signed { digest: digest.clone(), signed_by });
-        }
+        let world = world.to_string();
         let component = wire::UploadedComponent { digest, world, package, size, compile_ms, signed_by };
         Ok(Uploaded { component, created })
     }
@@ -131,14 +147,14 @@ impl Deploy {
         }
         let signature = Signature::parse(signature).map_err(trust_error)?;
         let signer = self.trust.accept(digest, Some(&signature)).map_err(trust_error)?;
-        self.store
-            .write_signature(digest, signature)
-            .map_err(|e| internal(format!("the signature cannot be stored: {e}")))?;
+        let store = || self.store.write_signature(digest, signature);
+        let stored = match signer.clone() {
+            Some(signed_by) => self.deed(actor, Happened::Signed { digest: digest.to_owned(), signed_by }, store),
+            None => store(),
+        };
+        stored.map_err(|e| internal(format!("the signature cannot be stored: {e}")))?;
         if let Some(known) = lock(&self.components).get_mut(digest) {
-            known.signed_by.clone_from(&signer);
-        }
-        if let Some(signed_by) = signer {
-            self.note(actor, Happened::Signed { digest: digest.to_owned(), signed_by });
+            known.signed_by = signer;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 mod activate;
 mod admin;
 pub(crate) mod budget;
+mod deed;
 mod errors;
 mod handover;
 mod intake;
@@ -188,6 +189,7 @@ impl Deploy {
         let _one = lock(&self.operations);
         self.metrics.safe_mode(self.safe_mode);
         self.recall_safe_mode();
+        self.recall_deed();
         for (slot, document) in self.store.slot_documents() {
             match document {
                 Ok(document) => {

@@ -77,17 +77,17 @@ impl Deploy {
             let document = SafeModeDocument { format: 1, reason: reason.clone(), actor, since_unix_ms };
             self.bypass(Some(document.clone()));
             self.pause_rollouts(&document.actor);
-            let stored = self.store.write_safe_mode(Some(&document));
-            self.note(&document.actor, Happened::SafeMode { on, reason });
+            let happened = Happened::SafeMode { on, reason };
+            let stored = self.deed(&document.actor, happened.clone(), || self.store.write_safe_mode(Some(&document)));
             stored.map_err(|e| {
+                // It is on all the same.
+                self.note(&document.actor, happened);
                 internal(format!("safe mode is on, and a restart would end it: it cannot be stored ({e})"))
             })?;
         } else {
-            self.store
-                .write_safe_mode(None)
+            self.deed(actor, Happened::SafeMode { on, reason }, || self.store.write_safe_mode(None))
                 .map_err(|e| internal(format!("safe mode stays on: its document cannot be removed ({e})")))?;
             self.bypass(None);
-            self.note(actor, Happened::SafeMode { on, reason });
         }
         Ok(self.safe_mode_view())
     }

@@ -9,7 +9,6 @@ use super::assign::{Arm, blocks};
 use super::document::{Cause, Decision, Phase, RolloutDocument};
 use super::ledger::{Ledger, Period, Seen, Split};
 use super::shadow::Answers;
-use super::spec::Mode;
 
 /// What the host has to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,9 +31,8 @@ pub struct Rollout {
     serving: Arm,
     current: Option<Current>,
     ticked: Micros,
-    /// How a shadow has answered since it was staged, and how much of that the closed periods have.
+    /// How a shadow has answered since it was staged.
     answers: Answers,
-    taken: Answers,
 }
 
 /// The period whose blocks are being served.
@@ -53,16 +51,7 @@ impl Rollout {
     #[must_use]
     pub fn new(document: RolloutDocument, split: Split) -> Self {
         let ledger = Ledger::new(&document.spec, split);
-        Self {
-            document,
-            ledger,
-            split,
-            serving: Arm::Control,
-            current: None,
-            ticked: 0,
-            answers: Answers::default(),
-            taken: Answers::default(),
-        }
+        Self { document, ledger, split, serving: Arm::Control, current: None, ticked: 0, answers: Answers::default() }
     }
 
     /// What is known of it.
@@ -99,8 +88,10 @@ impl Rollout {
         self.ledger.spoil();
     }
 
-    /// How a shadow has answered since it was staged, all in all.
+    /// How a shadow has answered since it was staged, all in all. To be called before each [`tick`](Self::tick): what is new
+    /// came in the period that is open until then.
     pub fn answered(&mut self, answers: Answers) {
+        self.ledger.answered(&answers.since(&self.answers));
         self.answers = answers;
     }
 
@@ -112,11 +103,7 @@ impl Rollout {
             self.ledger.spoil();
         }
         self.ticked = now;
-        while let Some(mut period) = self.ledger.settled(now) {
-            if self.document.spec.mode == Mode::Shadow {
-                period.shadow = Some(self.answers.since(&self.taken));
-                self.taken.clone_from(&self.answers);
-            }
+        while let Some(period) = self.ledger.settled(now) {
             let decisions = self.document.observe(&period);
             commands.push(Command::Observed(Box::new(period)));
             commands.extend(decisions.into_iter().map(Command::Decided));

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::assign::Arm;
 use super::shadow::Answers;
-use super::spec::{Metric, Spec};
+use super::spec::{Metric, Mode, Spec};
 use super::stats::Moments;
 
 /// Requests that are followed at once; more make a period incomplete.
@@ -175,6 +175,8 @@ pub enum Outcome {
 #[derive(Debug)]
 pub(super) struct Ledger {
     split: Split,
+    /// Whether periods tell how a shadow has answered.
+    shadows: bool,
     ttft_slo_us: u64,
     itl_slo_us: u64,
     burn_in_us: u64,
@@ -198,6 +200,7 @@ struct Window {
     n_open: usize,
     incomplete: bool,
     units: Moments,
+    answers: Answers,
 }
 
 #[derive(Debug)]
@@ -297,6 +300,7 @@ impl Ledger {
     pub(super) fn new(spec: &Spec, split: Split) -> Self {
         Self {
             split,
+            shadows: spec.mode == Mode::Shadow,
             ttft_slo_us: spec.ttft_slo_ms.saturating_mul(1_000),
             itl_slo_us: spec.itl_slo_ms.saturating_mul(1_000),
             burn_in_us: spec.burn_in_ms.saturating_mul(1_000),
@@ -328,8 +332,8 @@ impl Ledger {
             self.windows.front_mut().into_iter().for_each(|oldest| oldest.end = 0);
         }
         let took_us = end - start;
-        let units = Moments::default();
-        let window = Window { number, percent, start, end, took_us, blocks, n_open: 0, incomplete: false, units };
+        let (n_open, incomplete, units, answers) = (0, false, Moments::default(), Answers::default());
+        let window = Window { number, percent, start, end, took_us, blocks, n_open, incomplete, units, answers };
         self.windows.push_back(window);
         end
     }
@@ -340,6 +344,12 @@ impl Ledger {
         let window = self.windows.iter_mut().find(|w| w.start <= at && at < w.end);
         let block = window.and_then(|w| w.blocks.iter_mut().find(|b| at < b.until));
         block.into_iter().filter(|b| b.from == NOT_YET).for_each(|b| b.from = from);
+    }
+
+    /// A shadow has given these answers: they are of the period that was begun last, however long those before it take to
+    /// settle. Before the first one they are of none.
+    pub(super) fn answered(&mut self, came: &Answers) {
+        self.windows.back_mut().into_iter().for_each(|window| window.answers.add(came));
     }
 
     /// Events were lost, or nobody was there to switch: the periods under way prove nothing.
@@ -381,7 +391,7 @@ impl Ledger {
             control: of(Arm::Control),
             candidate: of(Arm::Candidate),
             units: matches!(self.split, Split::Variant(_)).then_some(window.units),
-            shadow: None,
+            shadow: self.shadows.then_some(window.answers),
         })
     }
 
@@ -600,7 +610,6 @@ impl Sums {
 
 #[cfg(test)]
 mod tests {
-    use super::super::spec::Mode;
     use super::*;
 
     const MS: u64 = 1_000;

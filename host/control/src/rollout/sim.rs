@@ -487,6 +487,34 @@ fn a_shadow_counts_answers_per_period_serves_never_and_completes() {
 }
 
 #[test]
+fn a_shadows_answers_are_of_the_period_in_which_they_came() {
+    let spec = Spec { block_ms: 1_000, burn_in_ms: 0, settle_ms: 60_000, ..Spec::of(Mode::Shadow, 3) };
+    let mut rollout = Rollout::new(document(spec), Split::Time { generations: None });
+    let event = |at_ms: Micros, kind| Event { request: 1, ..Event::new(at_ms * 1_000, kind) };
+    let mut periods = Vec::new();
+    // A request of the first period runs until the third, and meanwhile the answers change.
+    for (at_ms, agreed, differed, happened) in [
+        (0, 0, 0, None),
+        (400, 5, 0, Some(EventKind::Admitted)),
+        (1_010, 7, 0, None),
+        (1_400, 7, 3, None),
+        (2_010, 7, 4, None),
+        (2_400, 9, 4, Some(EventKind::Finished)),
+        (3_010, 9, 4, None),
+        (3_300, 9, 9, None),
+    ] {
+        happened.into_iter().for_each(|kind| rollout.note(&event(at_ms, kind), &mut |_| {}));
+        let differed = [("other-replica".to_owned(), differed)].into();
+        rollout.answered(Answers { agreed, differed, ..Answers::default() });
+        periods.extend(rollout.tick(at_ms * 1_000).into_iter().filter_map(|command| match command {
+            Command::Observed(period) => period.shadow.map(|shadow| (period.number, shadow.agreed, shadow.compared())),
+            _ => None,
+        }));
+    }
+    assert_eq!(periods, [(0, 7, 7), (1, 0, 4), (2, 2, 2)]);
+}
+
+#[test]
 fn a_shadow_without_traffic_waits_and_one_that_misbehaves_is_off() {
     let mut driven = Driven::new(Spec { block_ms: 1_000, burn_in_ms: 0, ..Spec::of(Mode::Shadow, 3) }, 6);
     (0..2_000).for_each(|_| driven.step(1.0));

@@ -7,6 +7,7 @@ use axum::extract::{Path, State};
 use axum::response::Response;
 
 use super::guard::Actor;
+use super::places::Kind;
 use super::slots::from_json;
 use super::wire::{Alias, AliasVariant, PutAlias};
 use super::{blocking, list};
@@ -49,7 +50,7 @@ pub(super) async fn put_alias(
     put.weights.keys().try_for_each(|id| check_variant(&catalog, &name, ("weights", id)))?;
     let variants = variants_of(&catalog, &name).map_err(ApiError::Admin)?;
     let alias = name.clone();
-    blocking(&state, move |state| state.aliases.put_alias(&alias, put, &actor)).await?;
+    blocking(&state, Kind::Change, move |state| state.aliases.put_alias(&alias, put, &actor)).await?;
     Ok(json(&view(&state, &variants, &name)))
 }
 

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use super::blocking;
+use super::places::Kind;
 use crate::error::ApiError;
 use crate::ports::JournalLine;
 use crate::state::ServerState;
@@ -46,9 +47,11 @@ pub(super) async fn journal(
     ask: Result<Query<Ask>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Query(ask) = ask.map_err(|error| ApiError::invalid("after", error.body_text()))?;
+    // Before the answer has a status: what cannot be read must not look like an empty journal.
+    let first = lines_after(&state, ask.after).await?;
     let (sender, receiver) = mpsc::channel(BATCHES);
     let reader = Arc::clone(&state);
-    state.spawn(async move { read(&reader, ask, &sender).await });
+    state.spawn(async move { send(&reader, first, ask.follows(), &sender).await });
     Ok(ndjson(receiver))
 }
 
@@ -58,25 +61,30 @@ pub(super) fn ndjson(receiver: mpsc::Receiver<Bytes>) -> Response {
     ([(CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
+async fn lines_after(state: &Arc<ServerState>, after: u64) -> Result<Vec<JournalLine>, ApiError> {
+    blocking(state, Kind::Read, move |state| Ok(state.policies.journal(after, LINES))).await
+}
+
 /// Sends the journal in batches until its end or, following, until the reader is gone.
-async fn read(state: &Arc<ServerState>, ask: Ask, sender: &mpsc::Sender<Bytes>) {
-    let mut after = ask.after;
+async fn send(state: &Arc<ServerState>, mut lines: Vec<JournalLine>, follows: bool, sender: &mpsc::Sender<Bytes>) {
     let mut interval = tokio::time::interval(POLL);
+    let mut after = 0;
     loop {
-        let Ok(lines) = blocking(state, move |state| Ok(state.policies.journal(after, LINES))).await else { return };
-        let Some(last) = lines.last() else {
-            if !ask.follows() {
+        if let Some(last) = lines.last() {
+            after = last.sequence;
+            if sender.send(batch(&lines)).await.is_err() {
                 return;
             }
+        } else if follows {
             tokio::select! {
                 () = sender.closed() => return,
-                _ = interval.tick() => continue,
+                _ = interval.tick() => {}
             }
-        };
-        after = last.sequence;
-        if sender.send(batch(&lines)).await.is_err() {
+        } else {
             return;
         }
+        let Ok(next) = lines_after(state, after).await else { return };
+        lines = next;
     }
 }
 

@@ -7,6 +7,7 @@
 mod aliases;
 pub(crate) mod guard;
 mod journal;
+pub(crate) mod places;
 mod record;
 mod requests;
 mod rollouts;
@@ -22,21 +23,16 @@ use axum::response::Response;
 use axum::routing::{delete, get, post, put};
 use axum::{Router, middleware};
 use serde::Serialize;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::OwnedSemaphorePermit;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use self::places::Kind;
 use self::rollouts::{OfAlias, OfSlot};
 use crate::data::{Routes, unknown_route, wrong_method};
 use crate::error::{ApiError, panicked};
 use crate::openai::json;
-use crate::ports::{AdminError, AdminErrorKind};
+use crate::ports::AdminError;
 use crate::state::ServerState;
-
-/// Port calls at once. They wait for each other's changes on threads that the data plane needs too; aborts and reads do not
-/// wait, and need room beside those that do.
-pub(crate) const MAX_CALLS: usize = 64;
-/// Components on their way in at once: each may be held in memory for as long as a slow client is given.
-pub(crate) const MAX_UPLOADS: usize = 8;
 
 /// A list on the wire.
 #[derive(Serialize)]
@@ -104,11 +100,24 @@ pub fn admin_router(state: &Arc<ServerState>) -> Router {
 /// Runs a port call where it may block.
 async fn blocking<T: Send + 'static>(
     state: &Arc<ServerState>,
+    kind: Kind,
     call: impl FnOnce(&ServerState) -> Result<T, AdminError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let _place = place(&state.admin_calls, "calls of the admin API are under way")?;
+    blocking_in(state, state.places.take(kind)?, call).await
+}
+
+/// As [`blocking`], in a place that was taken before. It goes with the work, which goes on when the client hangs up.
+async fn blocking_in<T: Send + 'static>(
+    state: &Arc<ServerState>,
+    place: OwnedSemaphorePermit,
+    call: impl FnOnce(&ServerState) -> Result<T, AdminError> + Send + 'static,
+) -> Result<T, ApiError> {
     let state = Arc::clone(state);
-    match tokio::task::spawn_blocking(move || call(&state)).await {
+    let work = move || {
+        let _place = place;
+        call(&state)
+    };
+    match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(ApiError::Admin),
         Err(error) => {
             tracing::error!(%error, "an admin call panicked; this is a bug of the host");
@@ -117,16 +126,8 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// One of a few places; they are not queued for, because whoever waits holds a connection and its memory.
-fn place<'a>(places: &'a Semaphore, taken: &str) -> Result<SemaphorePermit<'a>, ApiError> {
-    places.try_acquire().map_err(|_| {
-        let message = format!("as many {taken} as are allowed at once; try again");
-        ApiError::Admin(AdminError { kind: AdminErrorKind::Busy, message, param: None })
-    })
-}
-
 async fn devices(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
-    Ok(list(blocking(&state, |state| Ok(state.models.devices())).await?))
+    Ok(list(blocking(&state, Kind::Read, |state| Ok(state.models.devices())).await?))
 }
 
 #[derive(Serialize)]

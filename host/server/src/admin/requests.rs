@@ -12,6 +12,7 @@ use pointsman_sched::ids::RequestId;
 use pointsman_sched::route::Routed;
 use serde::Deserialize;
 
+use super::places::Kind;
 use super::wire::calls::VerdictSeen;
 use super::wire::decision::{Admission, Answer, Explained, Previous, PreviousVerdict, RequestSummary};
 use super::{blocking, list};
@@ -42,7 +43,7 @@ pub(super) async fn request(
     State(state): State<Arc<ServerState>>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| explain(state, &id)).await?))
+    Ok(json(&blocking(&state, Kind::Read, move |state| explain(state, &id)).await?))
 }
 
 fn explain(state: &ServerState, id: &str) -> Result<Explained, AdminError> {

@@ -15,6 +15,7 @@ use serde_json::value::RawValue;
 
 use super::aliases::{check_variant, variants_of};
 use super::guard::Actor;
+use super::places::Kind;
 use super::slots::{MAX_PUT_BYTES, budget, config, handover, member};
 use super::wire::{StartAliasRollout, StartRollout, Steer};
 use super::{blocking, list};
@@ -86,7 +87,8 @@ pub(super) async fn start(
 ) -> Result<Response, ApiError> {
     check_content_type(request.headers())?;
     let start = parse_start(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
-    let report = blocking(&state, move |state| state.policies.start_rollout(&slot, start, &actor)).await?;
+    let report =
+        blocking(&state, Kind::Change, move |state| state.policies.start_rollout(&slot, start, &actor)).await?;
     Ok((StatusCode::CREATED, json(&report)).into_response())
 }
 
@@ -99,7 +101,8 @@ pub(super) async fn start_variant(
     check_content_type(request.headers())?;
     let start = parse_variant(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
     check_variant(&state.engine.catalog(), &alias, ("candidate", &start.candidate))?;
-    let report = blocking(&state, move |state| state.aliases.start_rollout(&alias, start, &actor)).await?;
+    let report =
+        blocking(&state, Kind::Change, move |state| state.aliases.start_rollout(&alias, start, &actor)).await?;
     Ok((StatusCode::CREATED, json(&report)).into_response())
 }
 
@@ -107,14 +110,14 @@ pub(super) async fn rollouts<S: Subject>(
     State(state): State<Arc<ServerState>>,
     Path(name): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(list(blocking(&state, move |state| S::rollouts(state, &name)).await?))
+    Ok(list(blocking(&state, Kind::Read, move |state| S::rollouts(state, &name)).await?))
 }
 
 pub(super) async fn rollout<S: Subject>(
     State(state): State<Arc<ServerState>>,
     Path((name, id)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| S::rollout(state, &name, &id)).await?))
+    Ok(json(&blocking(&state, Kind::Read, move |state| S::rollout(state, &name, &id)).await?))
 }
 
 /// Body of `promote`.
@@ -170,7 +173,11 @@ async fn steer<S: Subject>(
     Path((name, id)): Path<(String, String)>,
     steer: Steer,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| S::steer(state, (&name, &id), steer, &actor)).await?))
+    let kind = match steer {
+        Steer::Abort | Steer::Pause => Kind::Rescue,
+        Steer::Promote { .. } | Steer::Resume => Kind::Change,
+    };
+    Ok(json(&blocking(&state, kind, move |state| S::steer(state, (&name, &id), steer, &actor)).await?))
 }
 
 fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
@@ -183,10 +190,12 @@ fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     let state_namespace = member(&members, "state_namespace", "a string")?;
     let budget = budget(&members)?;
     let handover = handover(&members)?;
+    let if_generation = member(&members, "if_generation", "a generation")?;
     let config = config(&mut members)?;
-    members.retain(|name, _| !matches!(name.as_str(), "component" | "state_namespace" | "budget" | "handover"));
+    let own = ["component", "state_namespace", "budget", "handover", "if_generation"];
+    members.retain(|name, _| !own.contains(&name.as_str()));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartRollout { component, config, state_namespace, budget, handover, plan })
+    Ok(StartRollout { component, config, state_namespace, budget, handover, if_generation, plan })
 }
 
 fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {
@@ -194,9 +203,10 @@ fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {
     let candidate: Option<String> = member(&members, "candidate", "a string")?;
     let what = "`candidate` is required: the variant that is tried, as in `demo:q8_0`";
     let candidate = candidate.ok_or_else(|| ApiError::invalid("candidate", what))?;
-    members.remove("candidate");
+    let if_generation = member(&members, "if_generation", "a generation")?;
+    members.retain(|name, _| !matches!(name.as_str(), "candidate" | "if_generation"));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartAliasRollout { candidate, plan })
+    Ok(StartAliasRollout { candidate, if_generation, plan })
 }
 
 #[cfg(test)]
@@ -205,18 +215,19 @@ mod tests {
 
     #[test]
     fn a_body_is_a_component_a_config_and_a_plan() {
-        let body = br#"{"component": "native", "config": {"b": 1.0, "a": 2}, "mode": "canary", "steps": [1, 5]}"#;
+        let body = br#"{"component": "native", "config": {"b": 1.0, "a": 2}, "if_generation": 7, "mode": "canary", "steps": [1, 5]}"#;
         let start = parse_start(body).expect("good");
         assert_eq!((start.component.as_str(), start.config.get()), ("native", r#"{"b": 1.0, "a": 2}"#));
-        assert_eq!(start.plan, r#"{"mode":"canary","steps":[1, 5]}"#);
+        assert_eq!((start.if_generation, start.plan.as_str()), (Some(7), r#"{"mode":"canary","steps":[1, 5]}"#));
         for (body, expect) in
             [(&b"{"[..], "not valid JSON"), (b"{}", "`component` is required"), (br#"{"component": 1}"#, "a string")]
         {
             let error = parse_start(body).expect_err(expect).to_string();
             assert!(error.contains(expect), "{error}");
         }
-        let start = parse_variant(br#"{"mode": "ab", "candidate": "m:b"}"#).expect("good");
+        let start = parse_variant(br#"{"mode": "ab", "candidate": "m:b", "if_generation": 2}"#).expect("good");
         assert_eq!((start.candidate.as_str(), start.plan.as_str()), ("m:b", r#"{"mode":"ab"}"#));
+        assert_eq!(start.if_generation, Some(2));
         let error = parse_variant(br#"{"component": "native"}"#).expect_err("no variant").to_string();
         assert!(error.contains("`candidate` is required"), "{error}");
     }

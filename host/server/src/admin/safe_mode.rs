@@ -8,6 +8,7 @@ use axum::response::Response;
 
 use super::blocking;
 use super::guard::Actor;
+use super::places::Kind;
 use super::wire::PutSafeMode;
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
@@ -18,7 +19,7 @@ const MAX_BODY_BYTES: usize = 4 << 10;
 const MAX_REASON: usize = 1_000;
 
 pub(super) async fn safe_mode(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, |state| Ok(state.policies.safe_mode())).await?))
+    Ok(json(&blocking(&state, Kind::Read, |state| Ok(state.policies.safe_mode())).await?))
 }
 
 pub(super) async fn switch(
@@ -32,5 +33,5 @@ pub(super) async fn switch(
     if put.reason.as_ref().is_some_and(|reason| reason.len() > MAX_REASON) {
         return Err(ApiError::invalid("reason", format!("`reason` must have at most {MAX_REASON} bytes")));
     }
-    Ok(json(&blocking(&state, move |state| state.policies.set_safe_mode(put, &actor)).await?))
+    Ok(json(&blocking(&state, Kind::Rescue, move |state| state.policies.set_safe_mode(put, &actor)).await?))
 }

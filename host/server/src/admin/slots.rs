@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::{Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, HeaderMap, HeaderName};
 use axum::response::{IntoResponse, Response};
@@ -13,8 +14,9 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::guard::Actor;
+use super::places::Kind;
 use super::wire::{Budget, Handover, PutSlot};
-use super::{blocking, list, place};
+use super::{blocking, blocking_in, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
 use crate::ports::Upload;
@@ -26,11 +28,20 @@ const PUT_MEMBERS: [&str; 7] =
 
 /// Longest body of a `PUT`: a config of 1 MiB.
 pub(super) const MAX_PUT_BYTES: usize = 1 << 20;
+/// Longest body of a rollback: a condition.
+const MAX_ROLLBACK_BYTES: usize = 4 << 10;
 /// 64 bytes in base64, and room for line breaks.
 const MAX_SIGNATURE_BYTES: usize = 128;
 
 /// Detached signature of an uploaded component, in base64.
 const SIGNATURE: HeaderName = HeaderName::from_static("x-pointsman-signature");
+
+/// The condition of a rollback or a removal.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct IfGeneration {
+    if_generation: Option<u64>,
+}
 
 /// Body of a `POST` that asks the host to fetch a component.
 #[derive(Debug, Deserialize)]
@@ -41,7 +52,7 @@ struct Pull {
 }
 
 pub(super) async fn components(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
-    Ok(list(blocking(&state, |state| Ok(state.policies.components())).await?))
+    Ok(list(blocking(&state, Kind::Read, |state| Ok(state.policies.components())).await?))
 }
 
 /// The body is the component, whatever its content type says; except that JSON names a place to pull it from.
@@ -52,9 +63,9 @@ pub(super) async fn upload(
 ) -> Result<Response, ApiError> {
     let uploaded = if is_json(request.headers()) {
         let pull: Pull = from_json(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
-        blocking(&state, move |state| state.policies.pull(&pull.component, &actor)).await?
+        blocking(&state, Kind::Change, move |state| state.policies.pull(&pull.component, &actor)).await?
     } else {
-        let _place = place(&state.uploads, "components are being uploaded")?;
+        let place = state.places.take(Kind::Upload)?;
         let signature =
             request.headers().get(SIGNATURE).map(|text| String::from_utf8_lossy(text.as_bytes()).into_owned());
         let bytes = read_body(&state, request, state.config.max_component_bytes).await?;
@@ -62,7 +73,7 @@ pub(super) async fn upload(
             return Err(ApiError::invalid("", "the body must hold a WebAssembly component; it is empty"));
         }
         let upload = Upload { bytes: bytes.into(), signature };
-        blocking(&state, move |state| state.policies.upload(upload, &actor)).await?
+        blocking_in(&state, place, move |state| state.policies.upload(upload, &actor)).await?
     };
     let status = if uploaded.created { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, json(&uploaded.component)).into_response())
@@ -76,7 +87,7 @@ pub(super) async fn sign_component(
     request: axum::extract::Request,
 ) -> Result<StatusCode, ApiError> {
     let signature = read_body(&state, request, MAX_SIGNATURE_BYTES).await?;
-    blocking(&state, move |state| state.policies.sign_component(&digest, &signature, &actor)).await?;
+    blocking(&state, Kind::Change, move |state| state.policies.sign_component(&digest, &signature, &actor)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -85,19 +96,19 @@ pub(super) async fn delete_component(
     Extension(Actor(actor)): Extension<Actor>,
     Path(digest): Path<String>,
 ) -> Result<StatusCode, ApiError> {
-    blocking(&state, move |state| state.policies.delete_component(&digest, &actor)).await?;
+    blocking(&state, Kind::Change, move |state| state.policies.delete_component(&digest, &actor)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 pub(super) async fn slots(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
-    Ok(list(blocking(&state, |state| Ok(state.policies.slots())).await?))
+    Ok(list(blocking(&state, Kind::Read, |state| Ok(state.policies.slots())).await?))
 }
 
 pub(super) async fn slot(
     State(state): State<Arc<ServerState>>,
     Path(slot): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.slot(&slot)).await?))
+    Ok(json(&blocking(&state, Kind::Read, move |state| state.policies.slot(&slot)).await?))
 }
 
 pub(super) async fn put_slot(
@@ -108,23 +119,34 @@ pub(super) async fn put_slot(
 ) -> Result<Response, ApiError> {
     check_content_type(request.headers())?;
     let put = parse_put(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
-    Ok(json(&blocking(&state, move |state| state.policies.put_slot(&slot, put, &actor)).await?))
+    Ok(json(&blocking(&state, Kind::Change, move |state| state.policies.put_slot(&slot, put, &actor)).await?))
 }
 
 pub(super) async fn delete_slot(
     State(state): State<Arc<ServerState>>,
     Extension(Actor(actor)): Extension<Actor>,
     Path(slot): Path<String>,
+    ask: Result<Query<IfGeneration>, QueryRejection>,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.delete_slot(&slot, &actor)).await?))
+    let Query(IfGeneration { if_generation }) =
+        ask.map_err(|error| ApiError::invalid("if_generation", error.body_text()))?;
+    let delete = move |state: &ServerState| state.policies.delete_slot(&slot, if_generation, &actor);
+    Ok(json(&blocking(&state, Kind::Rescue, delete).await?))
 }
 
 pub(super) async fn rollback(
     State(state): State<Arc<ServerState>>,
     Extension(Actor(actor)): Extension<Actor>,
     Path(slot): Path<String>,
+    request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    Ok(json(&blocking(&state, move |state| state.policies.rollback(&slot, &actor)).await?))
+    let body = read_body(&state, request, MAX_ROLLBACK_BYTES).await?;
+    let IfGeneration { if_generation } = match body.is_empty() {
+        true => IfGeneration::default(),
+        false => from_json(&body)?,
+    };
+    let back = move |state: &ServerState| state.policies.rollback(&slot, if_generation, &actor);
+    Ok(json(&blocking(&state, Kind::Rescue, back).await?))
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

@@ -249,6 +249,8 @@ pub struct StartRollout {
     pub budget: Budget,
     /// Whether the candidate may start cold.
     pub handover: Handover,
+    /// Refuse unless this generation is active.
+    pub if_generation: Option<u64>,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }
@@ -258,6 +260,8 @@ pub struct StartRollout {
 pub struct StartAliasRollout {
     /// The variant that is tried, as in `demo:q8_0`.
     pub candidate: String,
+    /// Refuse unless the alias has this generation.
+    pub if_generation: Option<u64>,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }

@@ -7,7 +7,7 @@ use pointsman_sched::request::SinkEvent;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::admin::MAX_UPLOADS;
+use crate::admin::places::Kind;
 use crate::fakes::{Play, Rig, bytes, request, token};
 use crate::ports::JournalLine;
 use crate::{AdminRole, AdminToken, Listeners, Secret, ServeError, ServerConfig, ops, serve};
@@ -104,7 +104,7 @@ async fn slow_uploads_have_a_few_places_and_take_none_from_others() {
         let (rig, request) = (std::rc::Rc::clone(&rig), upload().map(|_| axum::body::Body::new(Stalled)));
         tasks.spawn_local(async move { rig.ask_admin(request).await.status })
     };
-    let slow: Vec<_> = (0..MAX_UPLOADS).map(|_| slow()).collect();
+    let slow: Vec<_> = (0..Kind::Upload.places()).map(|_| slow()).collect();
     let asked = async {
         tokio::task::yield_now().await;
         let refused = rig.ask_admin(upload()).await;
@@ -115,6 +115,57 @@ async fn slow_uploads_have_a_few_places_and_take_none_from_others() {
         assert_eq!(rig.ask_admin(upload()).await.status, 201, "their places are free again");
     };
     tasks.run_until(asked).await;
+}
+
+/// Opens the gate when a test ends, however it ends: whoever waits there would keep the runtime.
+struct Opens(Arc<crate::fakes::FakeAdmin>);
+
+impl Drop for Opens {
+    fn drop(&mut self) {
+        self.0.gate.open();
+    }
+}
+
+#[tokio::test]
+async fn work_keeps_its_place_when_the_client_hangs_up_and_a_rescue_has_one_of_its_own() {
+    let json = ("content-type", "application/json");
+    let put = || request("PUT", "/admin/v1/slots/router", &[HOST, json], r#"{"component": "native"}"#);
+    let upload = || request("POST", "/admin/v1/components", &[HOST], "\0asm12345");
+    for (kind, ask) in [(Kind::Change, &put as &dyn Fn() -> _), (Kind::Upload, &upload)] {
+        let rig = Rig::new();
+        let _opens = Opens(Arc::clone(&rig.admin));
+        rig.admin.gate.close();
+        for n in 1..=kind.places() {
+            let begun = async {
+                while rig.admin.gate.arrived.load(std::sync::atomic::Ordering::Acquire) < n {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::select! {
+                answer = rig.ask_admin(ask()) => panic!("the gate is closed: {answer:?}"),
+                () = begun => {}
+            }
+        }
+        let refused = rig.ask_admin(ask()).await;
+        assert_eq!((refused.status, refused.header("retry-after")), (429, "1"), "{kind:?}: {}", refused.body);
+        for (method, path, body, status) in [
+            ("GET", "/admin/v1/slots", "", 200),
+            ("GET", "/admin/v1/journal", "", 200),
+            ("POST", "/admin/v1/slots/router/rollouts/router-4/abort", "", 200),
+            ("POST", "/admin/v1/slots/router/rollouts/router-4/pause", "", 200),
+            ("POST", "/admin/v1/aliases/m/rollouts/alias.m-4/abort", "", 200),
+            ("POST", "/admin/v1/slots/router/rollback", r#"{"if_generation": 3}"#, 200),
+            ("DELETE", "/admin/v1/slots/router", "", 200),
+            ("POST", "/admin/v1/safe-mode", r#"{"on": true}"#, 200),
+        ] {
+            let answer = rig.ask_admin(request(method, path, &[HOST, json], body)).await;
+            assert_eq!(answer.status, status, "{kind:?}: {method} {path}: {}", answer.body);
+        }
+        rig.admin.gate.open();
+        while rig.ask_admin(ask()).await.status != 200 {
+            tokio::task::yield_now().await;
+        }
+    }
 }
 
 #[tokio::test]
@@ -257,7 +308,12 @@ async fn faults_have_their_status() {
         ("GET", "/admin/v1/slots/other", "", 404, "not_found"),
         ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "if_generation": 2}"#, 409, "conflict"),
         ("PUT", "/admin/v1/slots/router", r#"{"component": "native", "cofnig": 2}"#, 400, "invalid_value"),
+        ("DELETE", "/admin/v1/slots/router?if_generation=2", "", 409, "conflict"),
+        ("DELETE", "/admin/v1/slots/router?if_generation=x", "", 400, "invalid_value"),
+        ("DELETE", "/admin/v1/slots/router?generation=3", "", 400, "invalid_value"),
         ("POST", "/admin/v1/slots/router/rollback", "", 409, "conflict"),
+        ("POST", "/admin/v1/slots/router/rollback", r#"{"if_generation": 2}"#, 409, "conflict"),
+        ("POST", "/admin/v1/slots/router/rollback", r#"{"generation": 3}"#, 400, "invalid_json"),
         ("POST", "/admin/v1/slots/router/rollouts", r#"{"component": "native", "mode": "ab"}"#, 400, "invalid_value"),
         ("POST", "/admin/v1/slots/router/rollouts", r#"{"mode": "canary"}"#, 400, "invalid_value"),
         ("POST", "/admin/v1/slots/router/rollouts/router-5/abort", "", 404, "not_found"),
