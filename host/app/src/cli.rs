@@ -75,6 +75,10 @@ pub(crate) struct ServeArgs {
     /// Folder with NVIDIA's libraries, looked at before the usual ones.
     #[arg(long, value_name = "DIR")]
     pub(crate) cuda_lib_dir: Vec<PathBuf>,
+    /// How the weights of models other than the demo are kept: f16 (as they are stored), q8_0, or, on GPUs alone, fp8;
+    /// several make a variant each, MODEL:PRECISION [default: f16].
+    #[arg(long, value_name = "PRECISION")]
+    pub(crate) precision: Vec<String>,
     /// Where deployments, components and the journal live [default: $XDG_DATA_HOME/pointsman].
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,

@@ -149,6 +149,8 @@ pub(crate) struct EngineSection {
     pub gpu_kv_mib: u32,
     /// Folders to look for NVIDIA's libraries in before the usual ones.
     pub cuda_lib_dirs: Vec<PathBuf>,
+    /// How the weights of configured models are kept: `f16`, `q8_0`, `fp8`; each is a variant.
+    pub precisions: Vec<String>,
 }
 
 /// The WebAssembly half.
@@ -327,6 +329,7 @@ impl Default for EngineSection {
             devices: vec!["cpu".to_owned()],
             gpu_kv_mib: 0,
             cuda_lib_dirs: Vec::new(),
+            precisions: vec!["f16".to_owned()],
         }
     }
 }

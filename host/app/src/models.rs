@@ -1,15 +1,16 @@
 //! Models on disk or in the binary become variants with a replica on every device that serves.
 //!
 //! A model folder is a Hugging Face folder. The embedded demo is served as the variants `demo:f16` and `demo:q8_0` under the
-//! alias `demo`, the second quantised at load from the first, and on the CPU alone; every other model is served as it is
-//! stored, as one variant.
+//! alias `demo`, the second quantised at load from the first; every other model in the configured precisions, a variant each.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use anyhow::{Context, bail};
-use pointsman_engine::cuda::{self, CodeOptions, CudaEngine, CudaOptions, Device, Element, FoundGpu, Gpu, KvWish};
+use pointsman_engine::cuda::{
+    self, CodeOptions, CudaEngine, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish,
+};
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::config::Config as SchedConfig;
 use pointsman_sched::execute::Executor;
@@ -123,8 +124,8 @@ impl<'a> Loader<'a> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
         let pool = ComputePool::start(threads)?;
-        // The demo is two models that a GPU can serve.
-        let models = config.models.len() + if config.engine.demo { 2 } else { 0 };
+        // The demo is two variants and a second model.
+        let models = config.models.len() * config.engine.precisions.len() + if config.engine.demo { 3 } else { 0 };
         let to_come = u32::try_from(models).unwrap_or(u32::MAX);
         Ok(Self { config, names, terms, pool, to_come, loaded: Loaded::default() })
     }
@@ -137,8 +138,10 @@ impl<'a> Loader<'a> {
         if self.config.engine.demo {
             self.load_demo().context("the embedded demo model")?;
         }
+        let precisions = precisions(&self.config.engine.precisions)?;
         for (name, path) in &self.config.models {
-            self.load_folder(name, path).with_context(|| format!("model `{name}` in {}", path.display()))?;
+            self.load_folder(name, path, &precisions)
+                .with_context(|| format!("model `{name}` in {}", path.display()))?;
         }
         if self.loaded.variants.is_empty() {
             bail!("no model to serve: set engine.demo = true or add one with --model NAME=FOLDER");
@@ -173,7 +176,7 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn load_folder(&mut self, name: &str, folder: &Path) -> anyhow::Result<()> {
+    fn load_folder(&mut self, name: &str, folder: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
         let good = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
         if name.is_empty() || name.len() > 100 || !name.bytes().all(good) {
             bail!("a model's name has 1 to 100 letters, digits, `-`, `_`, `.` or `/`");
@@ -191,7 +194,7 @@ impl<'a> Loader<'a> {
             eos_token_ids: &[],
         };
         let weights = Weights::open(folder)?;
-        self.load(ModelFiles { name, config: &config, text, weights, precisions: &[Precision::F16] })
+        self.load(ModelFiles { name, config: &config, text, weights, precisions })
     }
 
     fn load(&mut self, files: ModelFiles<'_>) -> anyhow::Result<()> {
@@ -209,15 +212,11 @@ impl<'a> Loader<'a> {
             );
         }
         for &precision in files.precisions {
-            let suffix = match precision {
-                Precision::F16 => "f16",
-                Precision::Q8_0 => "q8_0",
-            };
-            let id: Arc<str> = format!("{}:{suffix}", files.name).into();
+            let id: Arc<str> = format!("{}:{}", files.name, precision.name()).into();
             let source = Source { id: &id, spec: &spec, weights: &files.weights, precision };
             self.add_variant(files.name, source, &text)?;
+            self.to_come = self.to_come.saturating_sub(1);
         }
-        self.to_come = self.to_come.saturating_sub(1);
         Ok(())
     }
 
@@ -235,11 +234,12 @@ impl<'a> Loader<'a> {
         let mut replicas = Vec::new();
         for place in self.terms.places {
             let made = match place {
-                Place::Cpu(_) => self.on_cpu(source, config)?,
-                Place::Cuda(_) if source.precision == Precision::Q8_0 => {
-                    tracing::info!("{} is not served on {}: its weights have 8 bits", source.id, place.name());
+                // Beside a GPU it is one replica less; without one, the engine says what to do.
+                Place::Cpu(_) if source.precision == Precision::Fp8 && self.terms.places.len() > 1 => {
+                    tracing::info!("{} is not served on the CPU, which does not compute with fp8 weights", source.id);
                     continue;
                 }
+                Place::Cpu(_) => self.on_cpu(source, config)?,
                 Place::Cuda(found) => self.on_gpu(source, config, found)?,
             };
             let sched = SchedConfig {
@@ -303,8 +303,11 @@ impl<'a> Loader<'a> {
         let elements = match source.weights.stored() {
             Some(Element::F16) => &[Element::F16][..],
             Some(Element::Bf16) => &[Element::Bf16],
+            Some(Element::F32) | None if source.precision != Precision::F16 => &[Element::Bf16],
             Some(Element::F32) | None => &[Element::F32, Element::Bf16],
         };
+        let precision = source.precision;
+        let forms: Vec<Form> = elements.iter().map(|&element| Form { element, precision }).collect();
         let wish = match self.config.engine.gpu_kv_mib {
             0 => KvWish::Share(self.to_come),
             mib => KvWish::Bytes(u64::from(mib) << 20),
@@ -312,10 +315,10 @@ impl<'a> Loader<'a> {
         let name = format!("{}@cuda:{}", source.id, found.ordinal);
         let mut gpu = Gpu::open(found.clone(), self.terms.code.clone(), false).with_context(|| name.clone())?;
         let room = (gpu.memory()?, found.info.n_sms);
-        let plan = cuda::plan_memory(source.spec, elements, config, room, wish).with_context(|| name.clone())?;
+        let plan = cuda::plan_memory(source.spec, &forms, config, room, wish).with_context(|| name.clone())?;
         tracing::info!("{name}: {plan}");
         let config = EngineConfig { n_blocks: plan.n_blocks as usize, ..config };
-        let options = CudaOptions { element: plan.footprint.element, graphs: true };
+        let options = CudaOptions { form: plan.footprint.form, graphs: true };
         let (all, mut told) = (plan.bytes.weights.max(1), 0);
         let mut progress = |done: u64| {
             if done * 4 / all > told {
@@ -363,6 +366,22 @@ impl<'a> Loader<'a> {
     }
 }
 
+/// Each once.
+fn precisions(names: &[String]) -> anyhow::Result<Vec<Precision>> {
+    let mut found: Vec<Precision> = Vec::new();
+    for name in names {
+        let precision = name.parse().context("engine.precisions")?;
+        if found.contains(&precision) {
+            bail!("engine.precisions names {name} twice");
+        }
+        found.push(precision);
+    }
+    if found.is_empty() {
+        bail!("engine.precisions is empty; name at least one of f16, q8_0 and fp8");
+    }
+    Ok(found)
+}
+
 /// A hash that is the same on every host and in every version (FNV-1a), for rendezvous hashing by routers.
 pub(crate) fn stable_key(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
@@ -388,6 +407,24 @@ mod tests {
             [("{}", vec![]), (r#"{"eos_token_id": 2}"#, vec![2]), (r#"{"eos_token_id": [2, 3]}"#, vec![2, 3])]
         {
             assert_eq!(eos_token_ids(config.as_bytes()), expect, "{config}");
+        }
+    }
+
+    #[test]
+    fn precisions_are_named_once_each() {
+        for (names, expect) in [
+            (&["f16"][..], Ok(&[Precision::F16][..])),
+            (&["fp8", "q8_0"], Ok(&[Precision::Fp8, Precision::Q8_0])),
+            (&["q8_0", "q8_0"], Err("names q8_0 twice")),
+            (&["q4"], Err("`q4` is no precision: use f16, q8_0 or fp8")),
+            (&[], Err("is empty")),
+        ] {
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            match (precisions(&names), expect) {
+                (Ok(found), Ok(expect)) => assert_eq!(found, expect),
+                (Err(error), Err(expect)) => assert!(format!("{error:#}").contains(expect), "{error:#}"),
+                (found, _) => panic!("{names:?}: {found:?}"),
+            }
         }
     }
 

@@ -159,6 +159,9 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
         config.engine.devices.clone_from(&args.device);
     }
     config.engine.cuda_lib_dirs.extend(args.cuda_lib_dir.iter().cloned());
+    if !args.precision.is_empty() {
+        config.engine.precisions.clone_from(&args.precision);
+    }
     for model in &args.model {
         let (name, path) = match model.split_once('=') {
             Some((name, path)) => (name.to_owned(), PathBuf::from(path)),

@@ -138,6 +138,11 @@ pub enum LoadError {
         /// Index of the first such value.
         element: usize,
     },
+    /// A precision that the CPU has no kernels for.
+    #[error(
+        "the CPU does not compute with fp8 weights; take f16 or q8_0 there, or serve the model on a GPU (--device cuda:N)"
+    )]
+    NotOnCpu,
     /// candle could not quantise.
     #[error("quantising to Q8_0 failed: {0}")]
     Quantise(#[from] candle_core::Error),
@@ -321,4 +326,73 @@ pub(crate) fn quantise_q8_0(elements: &Elements<'_>, k: usize) -> Result<Element
     let tensor = Tensor::from_vec(elements.to_f32(), (elements.len() / k, k), &Device::Cpu)?;
     let quantised = QTensor::quantize(&tensor, GgmlDType::Q8_0)?;
     Ok(Elements::owned(Kind::Q8_0, quantised.data()?.into_owned()))
+}
+
+/// Numbers of a row as e4m3 floats, to be multiplied by `scale`; the largest of them becomes 448, the largest there is.
+#[derive(Clone, Debug)]
+pub(crate) struct Fp8Row {
+    pub(crate) scale: f32,
+    pub(crate) codes: Vec<u8>,
+}
+
+/// Quantises rows of width `k` to e4m3, to nearest, ties to even.
+pub(crate) fn quantise_fp8(elements: &Elements<'_>, k: usize) -> Vec<Fp8Row> {
+    let row = |first: usize| {
+        let values = || (first..first + k).map(|i| elements.f32(i));
+        let largest = values().fold(0.0f32, |max, x| max.max(x.abs()));
+        // A row of zeros, or one so small that its scale would be zero.
+        let scale = if largest / 448.0 > 0.0 { largest / 448.0 } else { 1.0 };
+        Fp8Row { scale, codes: values().map(|x| e4m3(x / scale)).collect() }
+    };
+    (0..elements.len()).step_by(k).map(row).collect()
+}
+
+/// Sign, four bits of exponent, three of fraction; numbers beyond the largest become it.
+fn e4m3(x: f32) -> u8 {
+    let size = x.abs().min(448.0);
+    // The exponent of the number, or of the smallest with an implicit one; a step is an eighth of its power of two.
+    let exponent = (i32::from((size.to_bits() >> 23) as u8) - 127).max(-6);
+    let steps = (size * 2f32.powi(3 - exponent)).round_ties_even() as u8;
+    // A carry out of the fraction moves on into the exponent.
+    let code = ((exponent + 6) as u8) * 8 + steps;
+    code | if x.is_sign_negative() { 0x80 } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The number of a code, by the definition of the format.
+    fn number(code: u8) -> f32 {
+        let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+        let size = if exponent == 0 { fraction / 64.0 } else { (1.0 + fraction) * 2f32.powi(exponent - 7) };
+        if code & 0x80 == 0 { size } else { -size }
+    }
+
+    #[test]
+    fn numbers_become_the_nearest_e4m3() {
+        for code in (0..=255u8).filter(|code| code & 0x7f != 0x7f) {
+            assert_eq!(e4m3(number(code)), code);
+        }
+        // Half-way between two, the even one; beyond the end, the last.
+        for (x, expect) in [
+            (1.0625, 0x38),
+            (1.1875, 0x3a),
+            (-1.0626, 0xb9),
+            (465.0, 0x7e),
+            (0.00097, 0),
+            (0.00098, 1),
+            (0.96876, 0x38),
+        ] {
+            assert_eq!(e4m3(x), expect, "{x}");
+        }
+    }
+
+    #[test]
+    fn a_row_takes_the_whole_range() {
+        let values = [0.5f32, -7.0, 0.0, 3.5, 0.0, 0.0, 0.0, 0.0].map(f32::to_le_bytes);
+        let rows = quantise_fp8(&Elements::new(Kind::F32, values.as_flattened()), 4);
+        assert_eq!((rows[0].scale, &rows[0].codes[..]), (7.0 / 448.0, &[0x60, 0xfe, 0, 0x76][..]));
+        assert_eq!((rows[1].scale, &rows[1].codes[..]), (1.0, &[0; 4][..]));
+    }
 }

@@ -142,8 +142,8 @@ impl Check<'_> {
         let spec = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
         let mut gpu = self.open(overlap)?;
         let place = (gpu.memory()?, self.gpu.info.n_sms);
-        let plan = cuda::plan_memory(&spec, &[Element::Bf16], config(1), place, KvWish::Share(1))?;
-        let options = CudaOptions { element: Element::Bf16, graphs };
+        let plan = cuda::plan_memory(&spec, &[Element::Bf16.into()], config(1), place, KvWish::Share(1))?;
+        let options = CudaOptions { form: Element::Bf16.into(), graphs };
         let config = config(plan.n_blocks as usize);
         let engine = CudaEngine::load(Box::new(gpu), (spec, Source::Random(1)), config, options, &mut |_| {})?;
         let seconds = (self.clock.nanos() - start) as f64 * 1e-9;

@@ -26,5 +26,5 @@ pub use engine::{CpuEngine, MemoryUse};
 pub use isa::Isa;
 pub(crate) use isa::{LANES, Lanes};
 pub use kv::KvPlan;
-pub use model::{Model, Precision};
+pub use model::{Model, Precision, UnknownPrecision};
 pub use pool::{ComputePool, PoolError};

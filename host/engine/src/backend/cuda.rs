@@ -26,7 +26,7 @@ pub use bucket::{Buckets, StepShape};
 pub use check::{Flip, Parity, ParityCase, ParityError};
 pub use code::{COMPILE_OPTIONS, CodeOptions, Origin, Unit};
 pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value};
-pub use element::Element;
+pub use element::{Element, Form};
 pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};
 pub use gpu::{FoundGpu, Gpu, NoGpu, discover};
 pub use monitor::{GpuMonitor, Seen};

@@ -4,6 +4,7 @@
 //! way for whoever has no kernel for a type. Why not candle's blocks: their fields are private, and a packer needs them.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -128,6 +129,12 @@ impl<'a> Elements<'a> {
             }
         };
         (Self { kind, bytes: first }, Self { kind, bytes: rest })
+    }
+
+    /// Some of the values; the range begins and ends with a block.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Elements<'_> {
+        let at = |i: usize| i / self.kind.values() * self.kind.bytes();
+        Elements::new(self.kind, &self.bytes[at(range.start)..at(range.end)])
     }
 
     /// In pieces of `n` values.

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use half::f16;
 use pointsman_engine::cuda::cases::{self, Call, Case, CaseRunner, Given, Placement};
-use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, Parity, ParityCase, Source};
+use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, Form, Parity, ParityCase, Source};
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::RequestId;
@@ -32,15 +33,25 @@ fn engines(spec: &ModelSpec, element: Element, graphs: bool) -> Option<(CpuEngin
     };
     let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, 7), dtype)).unwrap();
     assert_eq!(weights.stored(), Some(element));
+    engines_of(spec, &weights, (element.into(), Precision::F16), graphs)
+}
+
+/// The same weights on both, on each in a form of its own.
+fn engines_of(
+    spec: &ModelSpec,
+    weights: &Weights,
+    (form, on_cpu): (Form, Precision),
+    graphs: bool,
+) -> Option<(CpuEngine, CudaEngine)> {
     let device = Box::new(ShimDevice::start()?);
-    let options = CudaOptions { element, graphs };
+    let options = CudaOptions { form, graphs };
     let mut seen = 0;
     let cuda =
-        CudaEngine::load(device, (spec.clone(), Source::Files(&weights)), CONFIG, options, &mut |done| seen = done)
+        CudaEngine::load(device, (spec.clone(), Source::Files(weights)), CONFIG, options, &mut |done| seen = done)
             .unwrap();
     let used = cuda.memory();
     assert!(seen > 0 && seen <= used.weights, "progress ends at {seen} of {}", used.weights);
-    let model = Arc::new(Model::load(spec.clone(), &weights, Precision::F16).unwrap());
+    let model = Arc::new(Model::load(spec.clone(), weights, on_cpu).unwrap());
     let cpu = CpuEngine::new(model, ComputePool::start(1).unwrap(), CONFIG).unwrap();
     Some((cpu, cuda))
 }
@@ -124,6 +135,65 @@ fn sixteen_bits_stay_close_to_the_cpu() {
         let worst = serve(&mut cpu, &mut cuda, false);
         assert!(worst < 2e-2, "{element}, heads of {head_dim}: logits differ by {worst}");
     }
+}
+
+/// A model whose matrices hold nothing but numbers of a precision, so that quantising it loses nothing and the CPU can be asked
+/// for the same product.
+fn on_grid(spec: &ModelSpec, precision: Precision) -> Weights {
+    let mut tensors = tensors(spec, Dtype::F32, 7);
+    for tensor in tensors.iter_mut().filter(|tensor| tensor.shape.len() == 2) {
+        let (width, largest) = match precision {
+            Precision::Q8_0 => (32, 127.0),
+            _ => (tensor.shape[1], 448.0),
+        };
+        for run in tensor.values.chunks_mut(width) {
+            let scale = run.iter().fold(0.0f32, |max, x| max.max(x.abs())) / largest;
+            let scale = if precision == Precision::Q8_0 { f16::from_f32(scale).to_f32() } else { scale };
+            // Of an e4m3 number, the step is an eighth of its power of two, and of 2^-6 below that.
+            let step = |x: f32| match precision {
+                Precision::Q8_0 => 1.0,
+                _ => x.abs().log2().floor().max(-6.0).exp2() / 8.0,
+            };
+            let rounded = |x: f32| ((x / step(x)).round_ties_even() * step(x)).clamp(-largest, largest);
+            run.iter_mut().for_each(|x| *x = rounded(*x / scale) * scale);
+        }
+    }
+    Weights::from_bytes(serialize(&tensors, Dtype::F32)).unwrap()
+}
+
+#[test]
+fn weights_in_8_bits_choose_the_tokens_of_the_same_numbers() {
+    for (precision, tied) in [(Precision::Q8_0, true), (Precision::Fp8, false)] {
+        let (spec, form) = (spec(64, tied), Form { element: Element::F32, precision });
+        let weights = on_grid(&spec, precision);
+        let Some((mut cpu, mut cuda)) = engines_of(&spec, &weights, (form, Precision::F16), tied) else { return };
+        let worst = serve(&mut cpu, &mut cuda, true);
+        assert!(worst < 1e-4, "{form}: logits differ by {worst}");
+    }
+}
+
+#[test]
+fn weights_in_8_bits_stay_close_in_sixteen() {
+    let form = |element, precision| Form { element, precision };
+    for form in [form(Element::Bf16, Precision::Q8_0), form(Element::F16, Precision::Fp8)] {
+        let spec = spec(64, true);
+        let weights = on_grid(&spec, form.precision);
+        let Some((mut cpu, mut cuda)) = engines_of(&spec, &weights, (form, Precision::F16), true) else { return };
+        let worst = serve(&mut cpu, &mut cuda, false);
+        assert!(worst < 2e-2, "{form}: logits differ by {worst}");
+    }
+}
+
+#[test]
+fn q8_0_is_close_to_the_cpu_in_q8_0() {
+    let spec = spec(64, true);
+    let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
+    let form = Form { element: Element::F32, precision: Precision::Q8_0 };
+    let Some((mut cpu, mut cuda)) = engines_of(&spec, &weights, (form, Precision::Q8_0), false) else { return };
+    let worst = serve(&mut cpu, &mut cuda, false);
+    // The weights are the same. The CPU rounds the activations to 8 bits before each product, too (a step of 1/127 of the largest
+    // of 32), and the GPU does not.
+    assert!(worst < 3e-2, "logits differ by {worst}");
 }
 
 /// An edit for each request by its number.
@@ -217,7 +287,7 @@ fn a_lost_device_fails_its_steps_and_says_so() {
     let Some(mut device) = ShimDevice::start() else { return };
     // Enough launches for the start without graphs, and a few more.
     device.fails_after = Some(400);
-    let options = CudaOptions { element: Element::F32, graphs: false };
+    let options = CudaOptions { form: Element::F32.into(), graphs: false };
     let mut cuda =
         CudaEngine::load(Box::new(device), (spec, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap();
     let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
@@ -237,7 +307,7 @@ fn a_refused_launch_fails_one_step_and_leaves_nothing_under_way() {
     let Some(mut device) = ShimDevice::start() else { return };
     // After the launches of the start, in the middle of the first steps.
     device.refuses = Some(400);
-    let options = CudaOptions { element: Element::F32, graphs: false };
+    let options = CudaOptions { form: Element::F32.into(), graphs: false };
     let mut cuda =
         CudaEngine::load(Box::new(device), (spec, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap();
     let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
@@ -254,7 +324,7 @@ fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
     let Some(device) = ShimDevice::start() else { return };
     let odd = spec(96, true);
     let weights = Weights::from_bytes(serialize(&tensors(&odd, Dtype::F32, 7), Dtype::F32)).unwrap();
-    let options = CudaOptions { element: Element::F32, graphs: true };
+    let options = CudaOptions { form: Element::F32.into(), graphs: true };
     let error =
         CudaEngine::load(Box::new(device), (odd, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap_err();
     assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
@@ -320,15 +390,17 @@ fn single_kernels_are_checked_on_a_device() {
 
 #[test]
 fn random_numbers_fill_every_matrix() {
-    let Some(device) = ShimDevice::start() else { return };
-    let options = CudaOptions { element: Element::Bf16, graphs: true };
-    let model = (spec(64, false), Source::Random(3));
-    let mut cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
-    let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
-    let mut step = Step::default();
-    step.push(&sequence, 20, &Arc::default());
-    assert_eq!(execute(&mut cuda, &step.plan, &mut NoEdits).len(), 1);
-    let logits = cuda.logits(0).unwrap();
-    let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    assert!(logits.iter().all(|x| x.is_finite()) && largest > 1e-3, "{largest}");
+    for (tied, precision) in [(false, Precision::F16), (true, Precision::Q8_0), (false, Precision::Fp8)] {
+        let Some(device) = ShimDevice::start() else { return };
+        let options = CudaOptions { form: Form { element: Element::Bf16, precision }, graphs: true };
+        let model = (spec(64, tied), Source::Random(3));
+        let mut cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
+        let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
+        let mut step = Step::default();
+        step.push(&sequence, 20, &Arc::default());
+        assert_eq!(execute(&mut cuda, &step.plan, &mut NoEdits).len(), 1);
+        let logits = cuda.logits(0).unwrap();
+        let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        assert!(logits.iter().all(|x| x.is_finite()) && largest > 1e-3, "{precision:?}: {largest}");
+    }
 }

@@ -66,8 +66,9 @@ fn is_missed(shim: &mut Shim, case: &Case, site: &str) -> bool {
 #[test]
 fn every_barrier_is_missed_when_left_out() {
     let Some(mut shim) = Shim::start() else { return };
-    // The plain product is the one kernel whose barriers are of its type alone.
-    let plain = cases::products::cases(Element::F32).into_iter().filter(|case| case.what.starts_with("gemm "));
+    // The plain products are the kernels whose barriers are of their type alone.
+    let plain = cases::products::cases(Element::F32).into_iter().chain(cases::quantised::cases(Element::F32));
+    let plain = plain.filter(|case| ["gemm ", "gemm_q8 "].iter().any(|name| case.what.starts_with(name)));
     let cases = cases::typed(Element::Bf16).into_iter().chain(plain).chain(cases::untyped());
     let mut missed: BTreeMap<String, bool> = BTreeMap::new();
     for case in cases {

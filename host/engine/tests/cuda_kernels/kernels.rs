@@ -1,6 +1,6 @@
 //! Every case of the library, on the shim.
 
-use pointsman_engine::cuda::cases::{attention, memory, model, products, sampling};
+use pointsman_engine::cuda::cases::{attention, memory, model, products, quantised, sampling};
 
 use crate::case::{Element, check_all, close};
 
@@ -17,6 +17,21 @@ fn products_in_f16() {
 #[test]
 fn products_in_bf16() {
     check_all(products::cases(Element::Bf16));
+}
+
+#[test]
+fn products_of_8_bits_in_f32() {
+    check_all(quantised::cases(Element::F32));
+}
+
+#[test]
+fn products_of_8_bits_in_f16() {
+    check_all(quantised::cases(Element::F16));
+}
+
+#[test]
+fn products_of_8_bits_in_bf16() {
+    check_all(quantised::cases(Element::Bf16));
 }
 
 #[test]

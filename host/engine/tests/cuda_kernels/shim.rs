@@ -20,14 +20,16 @@ macro_rules! kernel {
 type Source = (&'static str, &'static str);
 
 const COMMON: Source = kernel!("common.cuh");
-const TYPED: [Source; 6] = [
+const TYPED: [Source; 7] = [
     kernel!("typed.cuh"),
     kernel!("model.cu"),
     kernel!("gemv.cu"),
+    kernel!("tiles.cuh"),
     kernel!("gemm.cu"),
     kernel!("decode.cu"),
     kernel!("prefill.cu"),
 ];
+const QUANTISED: [Source; 3] = [kernel!("typed.cuh"), kernel!("tiles.cuh"), kernel!("quantised.cu")];
 const STEP: [Source; 2] = [kernel!("sample.cu"), kernel!("memory.cu")];
 const SELFTEST: Source = ("selftest.cu", include_str!("shim/selftest.cu"));
 const SHIM: Source = ("shim.h", include_str!("shim/shim.h"));
@@ -194,19 +196,21 @@ fn lined((name, text): &Source) -> String {
     format!("#line 1 \"{name}\"\n{text}")
 }
 
-/// The translation units as a device's compiler gets them: f32, f16, bf16, and the one without a type.
-pub(crate) fn units() -> [String; 4] {
+/// The translation units as a device's compiler gets them, each with a name for a namespace and what its entry points end in.
+pub(crate) fn units() -> Vec<(String, &'static str, String)> {
     let text = |files: &[Source]| lined(&COMMON) + &files.iter().map(lined).collect::<String>();
-    let typed = |number: usize| format!("#define PM_T {number}\n{}", text(&TYPED));
-    [typed(0), typed(1), typed(2), text(&STEP)]
+    let typed = [("f32", "_f32"), ("f16", "_f16"), ("bf16", "_bf16")].into_iter().enumerate();
+    let typed = typed.flat_map(|(number, (name, suffix))| {
+        [(name.to_owned(), text(&TYPED)), (format!("{name}_quantised"), text(&QUANTISED))]
+            .map(|(name, text)| (name, suffix, format!("#define PM_T {number}\n{text}")))
+    });
+    typed.chain([("step".to_owned(), "", text(&STEP))]).collect()
 }
 
 /// All of the program's text.
 fn program() -> String {
     let mut program = lined(&SHIM);
-    for (unit, (name, suffix)) in
-        units().iter().zip([("f32", "_f32"), ("f16", "_f16"), ("bf16", "_bf16"), ("step", "")])
-    {
+    for (name, suffix, unit) in units() {
         program +=
             &format!("\n#define SUFFIX \"{suffix}\"\nnamespace {name} {{\n{unit}}}\n#undef SUFFIX\n#undef PM_T\n");
     }

@@ -12,9 +12,17 @@ use crate::spec::ModelSpec;
 pub enum Precision {
     /// As the file has them, exactly: 16 bits (`f16` or `bf16`; `f32` stays `f32`), widened in register.
     F16,
-    /// 8 bits in blocks of 32 along K with an `f16` scale (GGML's Q8_0), made at load; products with 8-bit activations.
+    /// 8 bits in blocks of 32 along K with an `f16` scale (GGML's Q8_0), made at load. The CPU multiplies them with 8-bit
+    /// activations, a GPU with those of its type.
     Q8_0,
+    /// 8-bit floats (e4m3) with an `f32` scale for each row, made at load; on a GPU alone.
+    Fp8,
 }
+
+/// A name that is no precision's. The configuration is at fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no precision: use f16, q8_0 or fp8")]
+pub struct UnknownPrecision(String);
 
 /// A loaded model.
 #[derive(Debug)]
@@ -62,6 +70,32 @@ struct Loader<'a> {
     spec: &'a ModelSpec,
     weights: &'a Weights,
     precision: Precision,
+}
+
+// === impl Precision ===
+
+impl Precision {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F16, Self::Q8_0, Self::Fp8];
+
+    /// As in names of variants.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = UnknownPrecision;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPrecision> {
+        let found = Self::ALL.into_iter().find(|precision| precision.name() == name);
+        found.ok_or_else(|| UnknownPrecision(name.to_owned()))
+    }
 }
 
 // === impl Model ===
@@ -199,6 +233,7 @@ impl Loader<'_> {
         match self.precision {
             Precision::F16 => Ok(Matrix::pack(parts, k, join)),
             Precision::Q8_0 => Matrix::quantise(parts, k, join),
+            Precision::Fp8 => Err(LoadError::NotOnCpu),
         }
     }
 

@@ -14,6 +14,7 @@ pub mod attention;
 pub mod memory;
 pub mod model;
 pub mod products;
+pub mod quantised;
 mod run;
 pub mod sampling;
 
@@ -74,7 +75,11 @@ pub struct Rng(pub u64);
 /// Every case of the kernels that have a type, in this one.
 #[must_use]
 pub fn typed(element: Element) -> Vec<Case> {
-    [products::cases(element), model::cases(element), attention::cases(element)].into_iter().flatten().collect()
+    let quantised = quantised::cases(element);
+    [products::cases(element), quantised, model::cases(element), attention::cases(element)]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// Every case of the kernels that have none.

@@ -193,7 +193,7 @@ impl ParityCase {
         };
         let weights = Weights::from_bytes(random_weights(&spec, self.element, self.seed)?)?;
         let model = Arc::new(Model::load(spec.clone(), &weights, Precision::F16)?);
-        let options = CudaOptions { element: self.element, graphs: self.graphs };
+        let options = CudaOptions { form: self.element.into(), graphs: self.graphs };
         let source = (spec.clone(), Source::Files(&weights));
         let mut pair = Pair {
             cpu: CpuEngine::new(model, pool.clone(), config)?,

@@ -18,6 +18,8 @@ use super::nvrtc::{Nvrtc, NvrtcError, Output};
 pub enum Unit {
     /// Everything that computes in one type.
     Model(Element),
+    /// Products of 8-bit weights with one type. On its own, because the driver compiles what is loaded and few models need both.
+    Quantised(Element),
     /// Sampling and memory, which have no type.
     Step,
 }
@@ -85,25 +87,38 @@ macro_rules! text {
 }
 
 const COMMON: &str = text!("common.cuh");
-const MODEL: [&str; 6] = [
+const MODEL: [&str; 7] = [
     text!("typed.cuh"),
     text!("model.cu"),
     text!("gemv.cu"),
+    text!("tiles.cuh"),
     text!("gemm.cu"),
     text!("decode.cu"),
     text!("prefill.cu"),
 ];
+const QUANTISED: [&str; 3] = [text!("typed.cuh"), text!("tiles.cuh"), text!("quantised.cu")];
 const STEP: [&str; 2] = [text!("sample.cu"), text!("memory.cu")];
 
 impl Unit {
     /// All of them.
-    pub const ALL: [Self; 4] =
-        [Self::Model(Element::F32), Self::Model(Element::F16), Self::Model(Element::Bf16), Self::Step];
+    pub const ALL: [Self; 7] = [
+        Self::Model(Element::F32),
+        Self::Model(Element::F16),
+        Self::Model(Element::Bf16),
+        Self::Quantised(Element::F32),
+        Self::Quantised(Element::F16),
+        Self::Quantised(Element::Bf16),
+        Self::Step,
+    ];
 
     /// The unit of an entry point.
     pub(crate) fn of(entry: &str) -> Self {
-        let typed = |element: &Element| entry.strip_suffix(element.name()).is_some_and(|rest| rest.ends_with('_'));
-        Element::ALL.into_iter().find(typed).map_or(Self::Step, Self::Model)
+        let rest = |element: Element| Some((element, entry.strip_suffix(element.name())?.strip_suffix('_')?));
+        match Element::ALL.into_iter().find_map(rest) {
+            Some((element, rest)) if rest.ends_with("_q8") || rest.ends_with("_fp8") => Self::Quantised(element),
+            Some((element, _)) => Self::Model(element),
+            None => Self::Step,
+        }
     }
 
     /// As in file names.
@@ -111,6 +126,9 @@ impl Unit {
     pub fn name(self) -> &'static str {
         match self {
             Self::Model(element) => element.name(),
+            Self::Quantised(Element::F32) => "quantised-f32",
+            Self::Quantised(Element::F16) => "quantised-f16",
+            Self::Quantised(Element::Bf16) => "quantised-bf16",
             Self::Step => "step",
         }
     }
@@ -118,15 +136,17 @@ impl Unit {
     /// Its CUDA C++ text, whole.
     #[must_use]
     pub fn source(self) -> String {
+        let typed = |element: Element, files: &[&str]| {
+            let number = match element {
+                Element::F32 => 0,
+                Element::F16 => 1,
+                Element::Bf16 => 2,
+            };
+            format!("#define PM_T {number}\n{COMMON}{}", files.concat())
+        };
         match self {
-            Self::Model(element) => {
-                let number = match element {
-                    Element::F32 => 0,
-                    Element::F16 => 1,
-                    Element::Bf16 => 2,
-                };
-                format!("#define PM_T {number}\n{COMMON}{}", MODEL.concat())
-            }
+            Self::Model(element) => typed(element, &MODEL),
+            Self::Quantised(element) => typed(element, &QUANTISED),
             Self::Step => format!("{COMMON}{}", STEP.concat()),
         }
     }
@@ -144,6 +164,9 @@ impl Unit {
             Self::Model(Element::F32) => include_bytes!("kernels/ptx/f32.z").as_slice(),
             Self::Model(Element::F16) => include_bytes!("kernels/ptx/f16.z"),
             Self::Model(Element::Bf16) => include_bytes!("kernels/ptx/bf16.z"),
+            Self::Quantised(Element::F32) => include_bytes!("kernels/ptx/quantised-f32.z"),
+            Self::Quantised(Element::F16) => include_bytes!("kernels/ptx/quantised-f16.z"),
+            Self::Quantised(Element::Bf16) => include_bytes!("kernels/ptx/quantised-bf16.z"),
             Self::Step => include_bytes!("kernels/ptx/step.z"),
         };
         // What is in the binary was inflated by a test; nothing is what the driver refuses by name.
@@ -349,6 +372,8 @@ mod tests {
             ("gemv_b1_f32", Unit::Model(Element::F32)),
             ("decode_attention_d64_bf16", Unit::Model(Element::Bf16)),
             ("gemm_m16_f16", Unit::Model(Element::F16)),
+            ("gemm_m16_q8_f16", Unit::Quantised(Element::F16)),
+            ("embed_fp8_bf16", Unit::Quantised(Element::Bf16)),
             ("argmax_parts", Unit::Step),
         ] {
             assert_eq!(Unit::of(entry), expect, "{entry}");

@@ -11,12 +11,13 @@ use pointsman_sched::sampler::{Edit, EditSource};
 
 use super::bucket::{Buckets, StepShape};
 use super::device::{Device, DeviceError, DeviceLaunch, GraphId, Lane, Value};
-use super::element::Element;
+use super::element::Form;
 use super::launch::{Arg, Extent, LaunchPlan};
 use super::layout::{ALIGN, Buffer, Owner, Sizes};
 use super::step::{check_lists, extent_of, output_words, read_outputs, write_inputs, write_rules};
 use super::vram::{Footprint, KvWish, VramError, VramFree, VramPlan, VramUse, recommend};
 use super::weights::{Packer, Source};
+use crate::backend::cpu::Precision;
 use crate::backend::{ConfigError, EngineConfig};
 use crate::load::LoadError;
 use crate::spec::{Activation, ModelSpec};
@@ -56,8 +57,8 @@ pub enum CudaError {
 /// How an engine is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
-    /// Type of weights, activations and pages.
-    pub element: Element,
+    /// Type of activations and pages, and how weights are kept.
+    pub form: Form,
     /// Capture the decode step of each bucket as a graph, where the device can.
     pub graphs: bool,
 }
@@ -104,14 +105,13 @@ impl CudaEngine {
     ) -> Result<Self, CudaError> {
         config.check(&spec)?;
         check_spec(&spec)?;
-        let sizes = Sizes { spec, element: options.element, config, n_sms: device.info().n_sms };
+        let sizes = Sizes { spec, form: options.form, config, n_sms: device.info().n_sms };
         device.enter()?;
         let entries: Vec<(usize, String)> = sizes.entries().map(|(kernel, entry)| (kernel as usize, entry)).collect();
         device.load(&entries)?;
         let mut used = VramUse::default();
         let addresses = allocate(&mut *device, &sizes, &mut used)?;
-        Packer { sizes: &sizes, device: &mut *device, addresses: &addresses, piece: Vec::new() }
-            .pack(source, progress)?;
+        Packer::new(&sizes, &mut *device, &addresses).pack(source, progress)?;
         let rows = sizes.config.max_rows;
         let mut engine = Self {
             device,
@@ -150,10 +150,10 @@ impl CudaEngine {
         &self.sizes.spec
     }
 
-    /// The type it computes in.
+    /// The type it computes in, and how its weights are kept.
     #[must_use]
-    pub fn element(&self) -> Element {
-        self.sizes.element
+    pub fn form(&self) -> Form {
+        self.sizes.form
     }
 
     /// The device.
@@ -335,14 +335,15 @@ impl Executor for CudaEngine {
     }
 }
 
-/// How a device's memory would be divided, and in which precision: that of `elements` (best first) which leaves room for a
-/// full context. Nothing is allocated; `config.n_blocks` is what this decides and is not read.
+/// How a device's memory would be divided, and in which form: that of `forms` (best first) which leaves room for a full
+/// context. Nothing is allocated; `config.n_blocks` is what this decides and is not read. Where none fits, 8-bit weights are
+/// advised if they would.
 ///
 /// # Errors
 /// The kernels do not cover the model, or none fits, with what would.
 pub fn plan_memory(
     spec: &ModelSpec,
-    elements: &[Element],
+    forms: &[Form],
     config: EngineConfig,
     (memory, n_sms): (VramFree, u32),
     wish: KvWish,
@@ -350,9 +351,11 @@ pub fn plan_memory(
     let config = EngineConfig { n_blocks: 1, ..config };
     config.check(spec)?;
     check_spec(spec)?;
-    let footprint = |&element: &Element| Sizes { spec: spec.clone(), element, config, n_sms }.footprint();
-    let footprints: Vec<Footprint> = elements.iter().map(footprint).collect();
-    Ok(recommend(&footprints, memory, wish)?)
+    let footprint = |form: Form| Sizes { spec: spec.clone(), form, config, n_sms }.footprint();
+    let footprints: Vec<Footprint> = forms.iter().copied().map(footprint).collect();
+    let last = forms.last().filter(|form| form.precision == Precision::F16);
+    let smaller = last.map(|form| footprint(Form { precision: Precision::Q8_0, ..*form }));
+    Ok(recommend(&footprints, smaller.as_slice(), memory, wish)?)
 }
 
 /// What the kernels cover: plain decoders with windows, biases and norms of q and k.

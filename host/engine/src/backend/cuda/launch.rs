@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
-use super::element::Element;
+use super::element::{Element, Form};
 use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes};
+use crate::spec::ModelSpec;
 
 /// What a product does with its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,7 @@ pub(crate) enum Kernel {
     Gemv4,
     Gemv8,
     Gemm,
+    Gemm8,
     Gemm16,
     Gemm32,
     Gemm128,
@@ -98,7 +100,7 @@ struct Product {
 // === impl Kernel ===
 
 impl Kernel {
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Embed,
         Self::RmsNorm,
         Self::RopeStore,
@@ -107,6 +109,7 @@ impl Kernel {
         Self::Gemv4,
         Self::Gemv8,
         Self::Gemm,
+        Self::Gemm8,
         Self::Gemm16,
         Self::Gemm32,
         Self::Gemm128,
@@ -118,14 +121,46 @@ impl Kernel {
         Self::SampleChoose,
     ];
 
-    /// Whether there is one for this type: tensor cores have no plain `f32`.
-    pub(crate) fn exists(self, element: Element) -> bool {
-        element != Element::F32 || !matches!(self, Self::Gemm16 | Self::Gemm32 | Self::Gemm128)
+    /// Whether there is one for this form: tensor cores have no plain `f32`, and give 8-bit weights a product of few rows.
+    pub(crate) fn exists(self, form: Form) -> bool {
+        let is_quantised = form.suffix().is_some();
+        match self {
+            Self::Gemv4 | Self::Gemv8 => !is_quantised,
+            Self::Gemm8 => is_quantised && form.element != Element::F32,
+            Self::Gemm16 | Self::Gemm32 | Self::Gemm128 => form.element != Element::F32,
+            _ => true,
+        }
+    }
+
+    /// Whether it reads a matrix.
+    fn reads_matrix(self, sizes: &Sizes) -> bool {
+        use Kernel::{Embed, Gemm, Gemm8, Gemm16, Gemm32, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+        match self {
+            Gemv1 | Gemv2 | Gemv4 | Gemv8 | Gemm | Gemm8 | Gemm16 | Gemm32 | Gemm128 => true,
+            Embed => sizes.spec.tied,
+            _ => false,
+        }
+    }
+
+    /// The one for a product of so many rows.
+    fn of_product(rows: usize, form: Form) -> Self {
+        let has = |kernel: Self| kernel.exists(form);
+        match rows {
+            1 => Self::Gemv1,
+            2 => Self::Gemv2,
+            3..=4 if has(Self::Gemv4) => Self::Gemv4,
+            5..=8 if has(Self::Gemv8) => Self::Gemv8,
+            3..=8 if has(Self::Gemm8) => Self::Gemm8,
+            9..=16 if has(Self::Gemm16) => Self::Gemm16,
+            17..=32 if has(Self::Gemm32) => Self::Gemm32,
+            65.. if has(Self::Gemm128) => Self::Gemm128,
+            _ => Self::Gemm,
+        }
     }
 
     /// Its entry point.
     pub(crate) fn entry(self, sizes: &Sizes) -> String {
-        let (element, head_dim) = (sizes.element, sizes.spec.head_dim);
+        let (element, head_dim) = (sizes.form.element, sizes.spec.head_dim);
         let name = match self {
             Self::Embed => "embed",
             Self::RmsNorm => "rms_norm",
@@ -135,6 +170,7 @@ impl Kernel {
             Self::Gemv4 => "gemv_b4",
             Self::Gemv8 => "gemv_b8",
             Self::Gemm => "gemm",
+            Self::Gemm8 => "gemm_m8",
             Self::Gemm16 => "gemm_m16",
             Self::Gemm32 => "gemm_m32",
             Self::Gemm128 => "gemm_m128",
@@ -147,7 +183,10 @@ impl Kernel {
             Self::ArgmaxParts => return "argmax_parts".to_owned(),
             Self::SampleChoose => return "sample_choose".to_owned(),
         };
-        format!("{name}_{element}")
+        match sizes.form.suffix().filter(|_| self.reads_matrix(sizes)) {
+            Some(suffix) => format!("{name}_{suffix}_{element}"),
+            None => format!("{name}_{element}"),
+        }
     }
 }
 
@@ -174,34 +213,26 @@ impl LaunchPlan {
         let start = self.args.len();
         self.args.extend(args);
         let grid = grid.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        let shared = if kernel == Kernel::Gemm128 { 98_304 } else { 0 };
-        self.launches.push(Launch { kernel, grid, block, shared, args: start..self.args.len() });
+        self.launches.push(Launch { kernel, grid, block, shared: 0, args: start..self.args.len() });
     }
 
     /// From token ids to the logits of the rows that sample.
     pub(crate) fn forward(&mut self, sizes: &Sizes, extent: Extent) {
         let inputs = sizes.inputs(extent);
         let input = |at: u64| Arg::At(Buffer::StepInputs, at);
-        let hidden = sizes.spec.hidden;
-        self.push(
-            Kernel::Embed,
-            [extent.tokens, 1, 1],
-            256,
-            [
-                input(N_TOKENS),
-                input(inputs.tokens),
-                Arg::At(Buffer::Embedding, 0),
-                Arg::At(Buffer::Residual, 0),
-                u32_arg(hidden),
-            ],
-        );
+        let ModelSpec { hidden, vocab, tied, .. } = sizes.spec;
+        let table = Buffer::Embedding;
+        let from = [input(N_TOKENS), input(inputs.tokens), Arg::At(table, 0)].into_iter();
+        let scales = scales(sizes, table, vocab, hidden).filter(|_| tied);
+        let to = [Arg::At(Buffer::Residual, 0), u32_arg(hidden)];
+        self.push(Kernel::Embed, [extent.tokens, 1, 1], 256, from.chain(scales).chain(to));
         for layer in 0..sizes.spec.layers {
             self.attention_half(sizes, extent, layer);
             self.ffn_half(sizes, extent, layer);
         }
         if extent.sampled > 0 {
             self.norm(sizes, (extent.sampled, N_SAMPLED), Some(inputs.pick), Buffer::FinalNorm);
-            let head = if sizes.spec.tied { Buffer::Embedding } else { Buffer::Head };
+            let head = if tied { Buffer::Embedding } else { Buffer::Head };
             self.product(
                 sizes,
                 &Product {
@@ -212,7 +243,7 @@ impl LaunchPlan {
                     x: Buffer::Normed,
                     y: Buffer::Logits,
                     k: hidden,
-                    n: sizes.spec.vocab,
+                    n: vocab,
                     epilogue: Epilogue::StoreF32,
                 },
             );
@@ -312,31 +343,21 @@ impl LaunchPlan {
 
     fn product(&mut self, sizes: &Sizes, product: &Product) {
         let Product { count, rows, weight, bias, x, y, k, n, epilogue } = *product;
-        let (kernel, grid, block) = match (rows, sizes.element) {
-            (1, _) => (Kernel::Gemv1, [n.div_ceil(8), 1, 1], 128),
-            (2, _) => (Kernel::Gemv2, [n.div_ceil(8), 1, 1], 128),
-            (3..=4, _) => (Kernel::Gemv4, [n.div_ceil(16), 1, 1], 128),
-            (5..=8, _) => (Kernel::Gemv8, [n.div_ceil(16), 1, 1], 128),
-            (65.., Element::F16 | Element::Bf16) => (Kernel::Gemm128, [n.div_ceil(128), rows.div_ceil(128), 1], 256),
-            (9..=16, Element::F16 | Element::Bf16) => (Kernel::Gemm16, [n.div_ceil(32), 1, 1], 256),
-            (17..=32, Element::F16 | Element::Bf16) => (Kernel::Gemm32, [n.div_ceil(32), 1, 1], 256),
-            _ => (Kernel::Gemm, [n.div_ceil(64), rows.div_ceil(64), 1], 128),
+        let kernel = Kernel::of_product(rows, sizes.form);
+        let (columns, at_once, block) = match kernel {
+            Kernel::Gemv1 | Kernel::Gemv2 => (8, rows, 128),
+            Kernel::Gemv4 | Kernel::Gemv8 => (16, rows, 128),
+            Kernel::Gemm8 | Kernel::Gemm16 | Kernel::Gemm32 => (32, rows, 256),
+            Kernel::Gemm128 => (128, 128, 256),
+            _ => (64, 64, 128),
         };
-        self.push(
-            kernel,
-            grid,
-            block,
-            [
-                Arg::At(Buffer::StepInputs, count),
-                Arg::At(weight, 0),
-                Arg::At(x, 0),
-                bias,
-                Arg::At(y, 0),
-                u32_arg(k),
-                u32_arg(n),
-                Arg::U32(epilogue as u32),
-            ],
-        );
+        let from = [Arg::At(Buffer::StepInputs, count), Arg::At(weight, 0)].into_iter();
+        let to = [Arg::At(x, 0), bias, Arg::At(y, 0), u32_arg(k), u32_arg(n), Arg::U32(epilogue as u32)];
+        let grid = [n.div_ceil(columns), rows.div_ceil(at_once), 1];
+        self.push(kernel, grid, block, from.chain(scales(sizes, weight, n, k)).chain(to));
+        if let (Kernel::Gemm128, Some(launch)) = (kernel, self.launches.last_mut()) {
+            launch.shared = if sizes.form.suffix().is_some() { 76_800 } else { 98_304 };
+        }
     }
 
     fn rope_store(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
@@ -468,9 +489,14 @@ fn u32_arg(n: usize) -> Arg {
     Arg::U32(u32::try_from(n).unwrap_or(u32::MAX))
 }
 
+/// Where the scales of a matrix of `n` rows stand, if it has any: behind its numbers.
+fn scales(sizes: &Sizes, matrix: Buffer, n: usize, k: usize) -> Option<Arg> {
+    sizes.form.suffix().map(|_| Arg::At(matrix, sizes.form.numbers_bytes(n, k)))
+}
+
 /// A layer's part of page 0.
 fn pages(sizes: &Sizes, layer: usize) -> Arg {
-    Arg::At(Buffer::Kv, layer as u64 * sizes.layer_elements() * sizes.element.bytes() as u64)
+    Arg::At(Buffer::Kv, layer as u64 * sizes.layer_elements() * sizes.form.element.bytes() as u64)
 }
 
 /// A part of a layer that the model may not have.
@@ -482,18 +508,21 @@ fn optional(sizes: &Sizes, layer: usize, part: LayerPart) -> Arg {
 mod tests {
     use super::*;
     use crate::backend::EngineConfig;
+    use crate::backend::cpu::Precision;
     use crate::backend::cuda::layout::Piece;
-    use crate::spec::ModelSpec;
+
+    const Q8_0: Form = Form { element: Element::Bf16, precision: Precision::Q8_0 };
+    const FP8: Form = Form { element: Element::F16, precision: Precision::Fp8 };
 
     const LLAMA_8B: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}"#;
 
     /// Llama-3.1-8B on 132 multiprocessors.
-    fn sizes(element: Element) -> Sizes {
+    fn sizes(form: impl Into<Form>) -> Sizes {
         Sizes {
             spec: ModelSpec::from_config(LLAMA_8B.as_bytes()).expect("a Llama"),
-            element,
+            form: form.into(),
             config: EngineConfig {
                 n_blocks: 2_048,
                 block_tokens: 16,
@@ -531,21 +560,28 @@ mod tests {
 
     #[test]
     fn products_take_the_kernel_for_their_rows() {
-        use Kernel::{Gemm, Gemm16, Gemm32, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
-        for (rows, expect, expect_f32, grid) in [
-            (1, Gemv1, Gemv1, [768, 1, 1]),
-            (2, Gemv2, Gemv2, [768, 1, 1]),
-            (4, Gemv4, Gemv4, [384, 1, 1]),
-            (8, Gemv8, Gemv8, [384, 1, 1]),
-            (16, Gemm16, Gemm, [192, 1, 1]),
-            (32, Gemm32, Gemm, [192, 1, 1]),
-            (64, Gemm, Gemm, [96, 1, 1]),
-            (96, Gemm128, Gemm, [48, 1, 1]),
+        use Kernel::{Gemm, Gemm8, Gemm16, Gemm32, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+        for (rows, expect, expect_q8, expect_f32, grid) in [
+            (1, Gemv1, Gemv1, Gemv1, [768, 1, 1]),
+            (2, Gemv2, Gemv2, Gemv2, [768, 1, 1]),
+            (4, Gemv4, Gemm8, Gemv4, [384, 1, 1]),
+            (8, Gemv8, Gemm8, Gemv8, [384, 1, 1]),
+            (16, Gemm16, Gemm16, Gemm, [192, 1, 1]),
+            (32, Gemm32, Gemm32, Gemm, [192, 1, 1]),
+            (64, Gemm, Gemm, Gemm, [96, 1, 1]),
+            (96, Gemm128, Gemm128, Gemm, [48, 1, 1]),
         ] {
-            let of = |element| launched(&sizes(element), Extent::decode(rows)).launches[2].clone();
-            assert_eq!((of(Element::Bf16).kernel, of(Element::Bf16).grid), (expect, grid), "{rows} rows");
-            assert_eq!(of(Element::F32).kernel, expect_f32, "{rows} rows");
+            let of = |form: Form| launched(&sizes(form), Extent::decode(rows)).launches[2].clone();
+            let plain = of(Element::Bf16.into());
+            assert_eq!((plain.kernel, plain.grid), (expect, grid), "{rows} rows");
+            assert_eq!(of(Q8_0).kernel, expect_q8, "{rows} rows");
+            assert_eq!(of(Element::F32.into()).kernel, expect_f32, "{rows} rows");
         }
+        let names = |form: Form| Gemm16.entry(&sizes(form)) + " " + &Kernel::Embed.entry(&sizes(form));
+        assert_eq!(names(Q8_0), "gemm_m16_q8_bf16 embed_bf16");
+        assert_eq!(names(Element::Bf16.into()), "gemm_m16_bf16 embed_bf16");
+        let tied = |form: Form| Sizes { spec: ModelSpec { tied: true, ..sizes(form).spec }, ..sizes(form) };
+        assert_eq!(Kernel::Embed.entry(&tied(FP8)), "embed_fp8_f16");
     }
 
     #[test]
@@ -556,9 +592,18 @@ mod tests {
         assert_eq!([1, 8, 128].map(|rows| sizes.best_parts(rows)), [64, 33, 3]);
     }
 
+    /// Bytes of a matrix's numbers and of its scales, where it has some.
+    fn matrix_spans(form: Form, n: u64, k: u64) -> Vec<u64> {
+        match form.precision {
+            Precision::F16 => vec![n * k * form.element.bytes() as u64],
+            Precision::Q8_0 => vec![n * k, n * k / 16],
+            Precision::Fp8 => vec![n * k, n * 4],
+        }
+    }
+
     /// What a kernel reads or writes at most through its arguments, so that no launch can reach beyond a buffer.
     fn spans(sizes: &Sizes, extent: Extent, launch: &Launch, args: &[Arg]) -> Vec<(Arg, u64)> {
-        let size = sizes.element.bytes() as u64;
+        let size = sizes.form.element.bytes() as u64;
         let u32_at = |i: usize| match args[i] {
             Arg::U32(n) => u64::from(n),
             ref other => panic!("argument {i} of {:?} is {other:?}", launch.kernel),
@@ -572,8 +617,12 @@ mod tests {
         let splits = u64::from(launch.grid[2]);
         let lengths: Vec<u64> = match launch.kernel {
             Kernel::Embed => {
-                let hidden = u32_at(4);
-                vec![4, 4 * tokens, spec.vocab as u64 * hidden * size, 4 * tokens * hidden]
+                let hidden = u32_at(args.len() - 1);
+                let table = match spec.tied {
+                    true => matrix_spans(sizes.form, spec.vocab as u64, hidden),
+                    false => vec![spec.vocab as u64 * hidden * size],
+                };
+                [vec![4, 4 * tokens], table, vec![4 * tokens * hidden]].concat()
             }
             Kernel::RmsNorm => {
                 let (hidden, out) = (u32_at(5), u64::from(launch.grid[0]));
@@ -608,17 +657,15 @@ mod tests {
                 vec![4, 96 * sampled, 4 * sampled * spec.vocab as u64, parts, 0, 4 * sampled, 168 * sampled]
             }
             _ => {
-                let (k, n, rows) = (
-                    u32_at(5),
-                    u32_at(6),
-                    if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens },
-                );
-                let y = match u32_at(7) {
+                let last = args.len() - 1;
+                let (k, n) = (u32_at(last - 2), u32_at(last - 1));
+                let rows = if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens };
+                let y = match u32_at(last) {
                     0 => rows * n * size,
                     3 => rows * n / 2 * size,
                     _ => rows * n * 4,
                 };
-                vec![4, n * k * size, rows * k * size, 0, y]
+                [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y]].concat()
             }
         };
         args.iter().copied().zip(lengths).collect()
@@ -626,14 +673,18 @@ mod tests {
 
     #[test]
     fn no_launch_reaches_beyond_a_buffer() {
-        for element in Element::ALL {
-            let sizes = sizes(element);
+        let tied = |mut sizes: Sizes| {
+            sizes.spec.tied = true;
+            sizes
+        };
+        let plain = Element::ALL.map(sizes);
+        for sizes in plain.into_iter().chain([sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8))]) {
             let pieces = sizes.pieces();
             let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain([mixed(3, 700), sizes.largest()]);
             for extent in extents {
                 let plan = launched(&sizes, extent);
                 for launch in &plan.launches {
-                    assert!(launch.kernel.exists(element), "{launch:?}");
+                    assert!(launch.kernel.exists(sizes.form), "{launch:?}");
                     for (arg, length) in spans(&sizes, extent, launch, plan.args_of(launch)) {
                         let Arg::At(buffer, offset) = arg else { continue };
                         let piece: &Piece = pieces.iter().find(|p| p.buffer == buffer).expect("it is allocated");
@@ -658,6 +709,11 @@ mod tests {
         assert_eq!(of(Owner::Kv), 2_048 * footprint.block_bytes);
         assert!(footprint.workspace >= of(Owner::Workspace) && footprint.workspace < of(Owner::Workspace) + 16 * 256);
         assert_eq!(footprint.graphs % GRAPH_NODE_BYTES, 0);
+        // All but the embedding and 65 norms: 34 bytes for 32 numbers, or one for each and four for each row.
+        let (matrices, rest) = (7_504_658_432, 2 * (525_336_576 + 65 * 4_096) + (8_192 * 128 * 4));
+        assert_eq!(super::tests::sizes(Q8_0).footprint().weights, matrices / 32 * 34 + rest);
+        let rows = 128_256 + 32 * (6_144 + 4_096 + 28_672 + 4_096);
+        assert_eq!(super::tests::sizes(FP8).footprint().weights, matrices + 4 * rows + rest);
     }
 
     use crate::backend::cuda::vram::GRAPH_NODE_BYTES;

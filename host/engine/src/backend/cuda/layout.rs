@@ -4,7 +4,7 @@
 //! written down twice come apart. Nothing here depends on a step; nothing is allocated after the start.
 
 use super::bucket::Buckets;
-use super::element::Element;
+use super::element::Form;
 use super::launch::{Extent, Kernel, LaunchPlan};
 use super::vram::{Footprint, GRAPH_NODE_BYTES};
 use crate::backend::EngineConfig;
@@ -88,13 +88,15 @@ pub(crate) struct Piece {
     pub(crate) buffer: Buffer,
     pub(crate) owner: Owner,
     pub(crate) bytes: u64,
+    /// Of these, numbers; the scales of a matrix in 8 bits follow.
+    pub(crate) numbers: u64,
 }
 
 /// Everything that sizes depend on.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Sizes {
     pub(crate) spec: ModelSpec,
-    pub(crate) element: Element,
+    pub(crate) form: Form,
     pub(crate) config: EngineConfig,
     /// Multiprocessors of the device.
     pub(crate) n_sms: u32,
@@ -154,15 +156,17 @@ impl Buffer {
     }
 }
 
+impl Piece {
+    fn plain(buffer: Buffer, owner: Owner, bytes: u64) -> Self {
+        Self { buffer, owner, bytes, numbers: bytes }
+    }
+}
+
 impl Sizes {
     /// Every buffer, in the order in which it is allocated.
     pub(crate) fn pieces(&self) -> Vec<Piece> {
         let mut pieces = self.weights();
-        pieces.push(Piece {
-            buffer: Buffer::Kv,
-            owner: Owner::Kv,
-            bytes: self.config.n_blocks as u64 * self.page_bytes(),
-        });
+        pieces.push(Piece::plain(Buffer::Kv, Owner::Kv, self.config.n_blocks as u64 * self.page_bytes()));
         pieces.extend(self.workspace());
         pieces
     }
@@ -170,41 +174,46 @@ impl Sizes {
     fn weights(&self) -> Vec<Piece> {
         let ModelSpec { vocab, hidden, layers, ffn, tied, head_dim, .. } = self.spec;
         let (q_dim, kv_dim) = (self.spec.q_dim(), self.spec.kv_dim());
-        let size = self.element.bytes();
-        let piece = |buffer, n: usize| Piece { buffer, owner: Owner::Weights, bytes: (n * size) as u64 };
+        let vector = |n: usize| ((n * self.form.element.bytes()) as u64, 0);
+        let matrix = |rows, k| (self.form.numbers_bytes(rows, k), self.form.scales_bytes(rows, k));
+        let piece = |buffer, (numbers, scales)| {
+            let owner = Owner::Weights;
+            Piece { buffer, owner, bytes: numbers + scales, numbers }
+        };
         let rope = (self.config.context_tokens * head_dim * size_of::<f32>()) as u64;
         let mut pieces = vec![
-            piece(Buffer::Embedding, vocab * hidden),
-            piece(Buffer::FinalNorm, hidden),
-            Piece { buffer: Buffer::Rope, owner: Owner::Weights, bytes: rope },
+            // One that is not the head, too, is read a row at a time: it stays as it is.
+            piece(Buffer::Embedding, if tied { matrix(vocab, hidden) } else { vector(vocab * hidden) }),
+            piece(Buffer::FinalNorm, vector(hidden)),
+            piece(Buffer::Rope, (rope, 0)),
         ];
         if !tied {
-            pieces.push(piece(Buffer::Head, vocab * hidden));
+            pieces.push(piece(Buffer::Head, matrix(vocab, hidden)));
         }
         for layer in 0..layers {
-            let part = |part, n| piece(Buffer::Layer(layer as u16, part), n);
             let parts = [
-                (LayerPart::AttentionNorm, hidden),
-                (LayerPart::Qkv, (q_dim + 2 * kv_dim) * hidden),
-                (LayerPart::QkvBias, q_dim + 2 * kv_dim),
-                (LayerPart::QNorm, head_dim),
-                (LayerPart::KNorm, head_dim),
-                (LayerPart::Out, hidden * q_dim),
-                (LayerPart::OutBias, hidden),
-                (LayerPart::FfnNorm, hidden),
-                (LayerPart::GateUp, 2 * ffn * hidden),
-                (LayerPart::Down, hidden * ffn),
+                (LayerPart::AttentionNorm, vector(hidden)),
+                (LayerPart::Qkv, matrix(q_dim + 2 * kv_dim, hidden)),
+                (LayerPart::QkvBias, vector(q_dim + 2 * kv_dim)),
+                (LayerPart::QNorm, vector(head_dim)),
+                (LayerPart::KNorm, vector(head_dim)),
+                (LayerPart::Out, matrix(hidden, q_dim)),
+                (LayerPart::OutBias, vector(hidden)),
+                (LayerPart::FfnNorm, vector(hidden)),
+                (LayerPart::GateUp, matrix(2 * ffn, hidden)),
+                (LayerPart::Down, matrix(hidden, ffn)),
             ];
-            pieces.extend(parts.into_iter().filter(|(of, _)| self.has(*of)).map(|(of, n)| part(of, n)));
+            let here = parts.into_iter().filter(|(part, _)| self.has(*part));
+            pieces.extend(here.map(|(part, bytes)| piece(Buffer::Layer(layer as u16, part), bytes)));
         }
         pieces
     }
 
     fn workspace(&self) -> Vec<Piece> {
         let (spec, config) = (&self.spec, &self.config);
-        let (tokens, rows, size) = (config.max_step_tokens, config.max_rows, self.element.bytes());
+        let (tokens, rows, size) = (config.max_step_tokens, config.max_rows, self.form.element.bytes());
         let most = tokens.max(rows);
-        let piece = |buffer, bytes: u64| Piece { buffer, owner: Owner::Workspace, bytes };
+        let piece = |buffer, bytes: u64| Piece::plain(buffer, Owner::Workspace, bytes);
         let typed = |buffer, n: usize| piece(buffer, (n * size) as u64);
         let split_rows = self.most_split_rows();
         vec![
@@ -276,7 +285,7 @@ impl Sizes {
     }
 
     pub(crate) fn page_bytes(&self) -> u64 {
-        self.page_elements() * self.element.bytes() as u64
+        self.page_elements() * self.form.element.bytes() as u64
     }
 
     /// Words of a token mask.
@@ -367,7 +376,7 @@ impl Sizes {
         let sum = |pieces: Vec<Piece>| pieces.iter().map(|piece| piece.bytes.next_multiple_of(ALIGN)).sum();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Footprint {
-            element: self.element,
+            form: self.form,
             weights: sum(self.weights()),
             workspace: sum(self.workspace()),
             graphs: self.graph_nodes() * GRAPH_NODE_BYTES,
@@ -380,7 +389,7 @@ impl Sizes {
 
     /// The kernels that this model needs, by their entry points.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (Kernel, String)> + '_ {
-        let here = Kernel::ALL.into_iter().filter(|kernel| kernel.exists(self.element));
+        let here = Kernel::ALL.into_iter().filter(|kernel| kernel.exists(self.form));
         here.map(|kernel| (kernel, kernel.entry(self)))
     }
 }

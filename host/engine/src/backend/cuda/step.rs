@@ -286,7 +286,7 @@ mod tests {
             "max_position_embeddings": 64}"#;
         Sizes {
             spec: ModelSpec::from_config(config.as_bytes()).expect("a Llama"),
-            element: Element::F32,
+            form: Element::F32.into(),
             config: EngineConfig {
                 n_blocks: 9,
                 block_tokens: 16,

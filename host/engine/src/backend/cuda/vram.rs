@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use super::element::Element;
+use super::element::{Element, Form};
 
 /// Least that is left to the driver, and the share of the device that is left where that is more: graphs, local memory of
 /// kernels and a second process that looks at the device need some.
@@ -43,8 +43,8 @@ pub struct VramUse {
 /// What a model needs in one precision, whatever the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// Type of weights, activations and pages.
-    pub element: Element,
+    /// Type of activations and pages, and how weights are kept.
+    pub form: Form,
     /// Weights and tables.
     pub weights: u64,
     /// For the largest step.
@@ -86,15 +86,15 @@ pub struct VramPlan {
 /// else gives memory back.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the model does not fit on this device: weights {weights} ({element}), workspace {workspace}, graphs {graphs}, \
+    "the model does not fit on this device: weights {weights} ({form}), workspace {workspace}, graphs {graphs}, \
      reserve {reserve} and a KV pool of at least {kv} (one full context) are {needed}, and {free} of {total} are free; {advice}",
-    weights = Bytes(needs.weights), element = element.name(), workspace = Bytes(needs.workspace),
+    weights = Bytes(needs.weights), workspace = Bytes(needs.workspace),
     graphs = Bytes(needs.graphs), reserve = Bytes(needs.reserve), kv = Bytes(needs.kv), needed = Bytes(needs.sum()),
     free = Bytes(memory.free), total = Bytes(memory.total)
 )]
 pub struct VramError {
-    /// In which precision it was tried.
-    pub element: Element,
+    /// In which form it was tried.
+    pub form: Form,
     /// The least that it needs.
     pub needs: VramUse,
     /// What there is.
@@ -106,8 +106,8 @@ pub struct VramError {
 /// What would fit instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Advice {
-    /// Another type of weights and pages.
-    Element(Element),
+    /// Another type of pages, or weights that are kept in less.
+    Form(Form),
     /// Sequences of at most so many positions.
     Context(u32),
     /// Nothing on this device: so many bytes are missing even for the shortest context.
@@ -170,7 +170,7 @@ impl Footprint {
         };
         if n_blocks < least || least * self.block_bytes > left {
             let needs = VramUse { kv: least * self.block_bytes, ..fixed };
-            return Err(VramError { element: self.element, needs, memory, advice: self.advise(memory, others) });
+            return Err(VramError { form: self.form, needs, memory, advice: self.advise(memory, others) });
         }
         let bytes = VramUse { kv: n_blocks * self.block_bytes, ..fixed };
         Ok(VramPlan { footprint: *self, bytes, n_blocks: n_blocks as u32 })
@@ -179,7 +179,7 @@ impl Footprint {
     fn advise(&self, memory: VramFree, others: &[Self]) -> Advice {
         let fits = |other: &&Self| other.weights < self.weights && other.plan(memory, KvWish::Share(1), &[]).is_ok();
         if let Some(other) = others.iter().filter(fits).max_by_key(|other| other.weights) {
-            return Advice::Element(other.element);
+            return Advice::Form(other.form);
         }
         let fixed = self.fixed(memory).sum();
         let blocks = memory.free.saturating_sub(fixed) / self.block_bytes;
@@ -198,12 +198,19 @@ impl VramPlan {
     }
 }
 
-/// The footprint to take: the first of `footprints` (best first) that leaves room for one full context, with its plan.
+/// The footprint to take: the first of `footprints` (best first) that leaves room for one full context, with its plan. `smaller`
+/// are others that may be advised and are not taken unasked.
 ///
 /// # Errors
 /// None fits; the error is that of the smallest.
-pub(super) fn recommend(footprints: &[Footprint], memory: VramFree, wish: KvWish) -> Result<VramPlan, VramError> {
-    let tried = footprints.iter().map(|footprint| footprint.plan(memory, wish, footprints));
+pub(super) fn recommend(
+    footprints: &[Footprint],
+    smaller: &[Footprint],
+    memory: VramFree,
+    wish: KvWish,
+) -> Result<VramPlan, VramError> {
+    let all = [footprints, smaller].concat();
+    let tried = footprints.iter().map(|footprint| footprint.plan(memory, wish, &all));
     let mut last = None;
     for plan in tried {
         match plan {
@@ -211,20 +218,20 @@ pub(super) fn recommend(footprints: &[Footprint], memory: VramFree, wish: KvWish
             Err(error) => last = Some(error),
         }
     }
-    let nothing = || VramError { element: Element::F32, needs: VramUse::default(), memory, advice: Advice::Larger(0) };
+    let nothing =
+        || VramError { form: Element::F32.into(), needs: VramUse::default(), memory, advice: Advice::Larger(0) };
     Err(last.unwrap_or_else(nothing))
 }
 
 impl fmt::Display for VramPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let VramUse { weights, kv, workspace, graphs, reserve } = self.bytes;
-        let Footprint { element, context_tokens, max_rows, .. } = self.footprint;
+        let Footprint { form, context_tokens, max_rows, .. } = self.footprint;
         write!(
             f,
-            "weights {} ({}), KV pool {} ({} blocks), workspace {}, graphs {}, reserve {}: up to {max_rows} sequences at \
+            "weights {} ({form}), KV pool {} ({} blocks), workspace {}, graphs {}, reserve {}: up to {max_rows} sequences at \
              once, {} of {context_tokens} tokens each or {} of 1024",
             Bytes(weights),
-            element.name(),
             Bytes(kv),
             self.n_blocks,
             Bytes(workspace),
@@ -239,7 +246,7 @@ impl fmt::Display for VramPlan {
 impl fmt::Display for Advice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Element(element) => write!(f, "as {} it fits", element.name()),
+            Self::Form(form) => write!(f, "as {form} it fits"),
             Self::Context(tokens) => write!(f, "with sequences of at most {tokens} tokens it fits"),
             Self::Larger(missing) => {
                 write!(f, "{} are missing even for the shortest context: choose another device", Bytes(*missing))
@@ -260,15 +267,17 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::Precision;
 
     const GIB: u64 = 1 << 30;
 
     /// Llama-3.1-8B: 8.03e9 weights, 32 layers of 1,024 key and as many value numbers.
-    fn llama_8b(element: Element) -> Footprint {
-        let size = element.bytes() as u64;
+    fn llama_8b(form: impl Into<Form>) -> Footprint {
+        let form = form.into();
+        let size = form.element.bytes() as u64;
         Footprint {
-            element,
-            weights: 8_030_000_000 * size,
+            form,
+            weights: form.numbers_bytes(8_030_000, 1_000) + form.scales_bytes(8_030_000, 1_000),
             workspace: GIB / 2,
             graphs: 16 << 20,
             block_bytes: 2 * 32 * 1_024 * 16 * size,
@@ -306,11 +315,13 @@ mod tests {
     #[test]
     fn a_model_that_does_not_fit_is_told_what_would() {
         let (f32, bf16) = (llama_8b(Element::F32), llama_8b(Element::Bf16));
-        let others = [f32, bf16];
+        let q8_0 = llama_8b(Form { element: Element::Bf16, precision: Precision::Q8_0 });
+        let others = [f32, bf16, q8_0];
         for (footprint, memory, wish, expect) in [
             (f32, device(24, 24), KvWish::Share(1), "as bf16 it fits"),
-            (bf16, device(16, 16), KvWish::Share(1), "with sequences of at most 1"),
-            (bf16, device(12, 12), KvWish::Share(1), "choose another device"),
+            (bf16, device(16, 16), KvWish::Share(1), "as q8_0 with bf16 it fits"),
+            (q8_0, device(9, 9), KvWish::Share(1), "with sequences of at most 2"),
+            (bf16, device(8, 8), KvWish::Share(1), "choose another device"),
             (bf16, device(80, 10), KvWish::Share(1), "10.00 GiB of 80.00 GiB are free"),
             (bf16, device(24, 24), KvWish::Bytes(20 * GIB), "a KV pool of at least 20.00 GiB"),
             // Three engines are to share what is left: too little for each.
@@ -327,14 +338,14 @@ mod tests {
         for (memory, expect) in
             [(device(80, 79), Some(Element::F32)), (device(24, 23), Some(Element::Bf16)), (device(8, 8), None)]
         {
-            let found = recommend(&footprints, memory, KvWish::Share(1));
-            assert_eq!(found.as_ref().ok().map(|plan| plan.footprint.element), expect, "{found:?}");
+            let found = recommend(&footprints, &[], memory, KvWish::Share(1));
+            assert_eq!(found.as_ref().ok().map(|plan| plan.footprint.form.element), expect, "{found:?}");
         }
         // docs/devices.md shows these words.
-        let words = recommend(&footprints, device(24, 24), KvWish::Share(1)).expect("bf16 fits").to_string();
+        let words = recommend(&footprints, &[], device(24, 24), KvWish::Share(1)).expect("bf16 fits").to_string();
         let expect = "weights 14.96 GiB (bf16), KV pool 8.05 GiB (4120 blocks), workspace 512.0 MiB, graphs 16.0 MiB, reserve \
                       491.5 MiB: up to 64 sequences at once, 8 of 8192 tokens each or 64 of 1024";
         assert_eq!(words, expect);
-        assert!(recommend(&[], device(8, 8), KvWish::Share(1)).is_err());
+        assert!(recommend(&[], &[], device(8, 8), KvWish::Share(1)).is_err());
     }
 }

@@ -2,16 +2,26 @@
 //!
 //! A tensor is converted in pieces of a few MiB, so that a model of any size passes through little host memory. Rows of q, k
 //! and v are put one below the other, and gate and up alternate row by row: the kernel that multiplies them writes one
-//! number for each pair.
+//! number for each pair. Matrices may be quantised on the way, to numbers of 8 bits and scales behind them.
+
+use std::ops::Range;
 
 use super::device::Device;
+use super::element::Form;
 use super::engine::CudaError;
 use super::layout::{Buffer, LayerPart, Owner, Sizes};
+use crate::backend::cpu::Precision;
 use crate::layers::GatedParts;
-use crate::load::{Elements, Kind, Weights};
+use crate::load::{Elements, Kind, LoadError, Weights, quantise_fp8, quantise_q8_0};
 
 /// Bytes that are converted at once.
 const PIECE: usize = 8 << 20;
+
+/// Where each of sixteen numbers of a row of 8-bit numbers is kept: so that a word is one thread's part of a matrix unit's sixteen.
+const PLACES: [usize; 16] = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15];
+
+/// The kernels widen an e4m3 number to this part of it; its scale is stored so much larger.
+const FP8_WIDENED: f32 = 256.0;
 
 /// Where a model's numbers come from.
 #[derive(Clone, Copy, Debug)]
@@ -24,13 +34,34 @@ pub enum Source<'a> {
 
 /// Where the parts of a model go.
 pub(crate) struct Packer<'a> {
-    pub(crate) sizes: &'a Sizes,
-    pub(crate) device: &'a mut dyn Device,
-    pub(crate) addresses: &'a [u64],
-    pub(crate) piece: Vec<u8>,
+    sizes: &'a Sizes,
+    device: &'a mut dyn Device,
+    addresses: &'a [u64],
+    piece: Piece,
 }
 
-impl Packer<'_> {
+/// What is converted and not copied yet.
+#[derive(Debug, Default)]
+struct Piece {
+    numbers: Vec<u8>,
+    /// Of 8-bit matrices.
+    scales: Vec<u8>,
+}
+
+/// How rows of the parts become rows of one matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Join {
+    /// One part below the other.
+    Below,
+    /// Two parts of one height, row by row in turn.
+    Alternate,
+}
+
+impl<'a> Packer<'a> {
+    pub(crate) fn new(sizes: &'a Sizes, device: &'a mut dyn Device, addresses: &'a [u64]) -> Self {
+        Self { sizes, device, addresses, piece: Piece::default() }
+    }
+
     /// Everything; `progress` is told the bytes done after each buffer.
     pub(crate) fn pack(&mut self, source: Source<'_>, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
         match source {
@@ -41,11 +72,16 @@ impl Packer<'_> {
     }
 
     fn files(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
-        let (vocab, hidden) = (self.sizes.spec.vocab, self.sizes.spec.hidden);
-        let mut done = self.join(Buffer::Embedding, &[weights.get("model.embed_tokens.weight", &[vocab, hidden])?])?;
-        done += self.join(Buffer::FinalNorm, &[weights.get("model.norm.weight", &[hidden])?])?;
-        if !self.sizes.spec.tied {
-            done += self.join(Buffer::Head, &[weights.get("lm_head.weight", &[vocab, hidden])?])?;
+        let (vocab, hidden, tied) = (self.sizes.spec.vocab, self.sizes.spec.hidden, self.sizes.spec.tied);
+        let embedding = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
+        let mut done = match tied {
+            true => self.matrix(Buffer::Embedding, &[embedding], hidden, Join::Below)?,
+            false => self.vector(Buffer::Embedding, &[embedding])?,
+        };
+        done += self.vector(Buffer::FinalNorm, &[weights.get("model.norm.weight", &[hidden])?])?;
+        if !tied {
+            let head = weights.get("lm_head.weight", &[vocab, hidden])?;
+            done += self.matrix(Buffer::Head, &[head], hidden, Join::Below)?;
         }
         for layer in 0..self.sizes.spec.layers {
             done += self.attention(weights, layer)? + self.ffn(weights, layer)?;
@@ -60,19 +96,20 @@ impl Packer<'_> {
         let (qkv_bias, out_bias, qk_norm) = (spec.qkv_bias, spec.out_bias, spec.qk_norm);
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
-        let mut done = self.join(part(LayerPart::AttentionNorm), &[get("input_layernorm.weight", &[hidden])?])?;
+        let mut done = self.vector(part(LayerPart::AttentionNorm), &[get("input_layernorm.weight", &[hidden])?])?;
         let (qkv, biases) = (weights.qkv(spec, layer)?, if qkv_bias { weights.qkv_bias(spec, layer)? } else { vec![] });
-        done += self.join(part(LayerPart::Qkv), &qkv)?;
+        done += self.matrix(part(LayerPart::Qkv), &qkv, hidden, Join::Below)?;
         if qkv_bias {
-            done += self.join(part(LayerPart::QkvBias), &biases)?;
+            done += self.vector(part(LayerPart::QkvBias), &biases)?;
         }
         if qk_norm {
-            done += self.join(part(LayerPart::QNorm), &[get("self_attn.q_norm.weight", &[head_dim])?])?;
-            done += self.join(part(LayerPart::KNorm), &[get("self_attn.k_norm.weight", &[head_dim])?])?;
+            done += self.vector(part(LayerPart::QNorm), &[get("self_attn.q_norm.weight", &[head_dim])?])?;
+            done += self.vector(part(LayerPart::KNorm), &[get("self_attn.k_norm.weight", &[head_dim])?])?;
         }
-        done += self.join(part(LayerPart::Out), &[get("self_attn.o_proj.weight", &[hidden, q_dim])?])?;
+        let out = get("self_attn.o_proj.weight", &[hidden, q_dim])?;
+        done += self.matrix(part(LayerPart::Out), &[out], q_dim, Join::Below)?;
         if out_bias {
-            done += self.join(part(LayerPart::OutBias), &[get("self_attn.o_proj.bias", &[hidden])?])?;
+            done += self.vector(part(LayerPart::OutBias), &[get("self_attn.o_proj.bias", &[hidden])?])?;
         }
         Ok(done)
     }
@@ -81,83 +118,102 @@ impl Packer<'_> {
         let (hidden, ffn) = (self.sizes.spec.hidden, self.sizes.spec.ffn);
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}.weight"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
-        let mut done = self.join(part(LayerPart::FfnNorm), &[get("post_attention_layernorm", &[hidden])?])?;
-        let GatedParts { gate_up: [gate, up], down } = weights.dense(&self.sizes.spec, layer, ffn)?;
-        done += self.alternate(part(LayerPart::GateUp), &gate, &up)?;
-        Ok(done + self.join(part(LayerPart::Down), &[down])?)
+        let mut done = self.vector(part(LayerPart::FfnNorm), &[get("post_attention_layernorm", &[hidden])?])?;
+        let GatedParts { gate_up, down } = weights.dense(&self.sizes.spec, layer, ffn)?;
+        done += self.matrix(part(LayerPart::GateUp), &gate_up, hidden, Join::Alternate)?;
+        Ok(done + self.matrix(part(LayerPart::Down), &[down], ffn, Join::Below)?)
     }
 
     /// Norms of ones and matrices of small numbers around zero: one piece of them, again and again.
     fn random(&mut self, seed: u64, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
-        let element = self.sizes.element;
         let mut random = seed;
         let number = || {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((random >> 40) as f32 / (1u32 << 24) as f32 - 0.5) * 0.04
+            (((random >> 40) as f32 / (1u32 << 24) as f32 - 0.5) * 0.04).to_le_bytes()
         };
-        let numbers: Vec<f32> = std::iter::repeat_with(number).take(PIECE / element.bytes()).collect();
-        let encoded = |numbers: &[f32]| -> Vec<u8> {
-            let quads: Vec<[u8; 4]> = numbers.iter().map(|x| x.to_le_bytes()).collect();
-            let mut bytes = Vec::with_capacity(quads.len() * element.bytes());
-            element.append(&Elements::new(Kind::F32, quads.as_flattened()), 0..quads.len(), &mut bytes);
-            bytes
+        let numbers: Vec<[u8; 4]> = std::iter::repeat_with(number).take(PIECE / 4).collect();
+        let ones = vec![1.0f32.to_le_bytes(); self.sizes.spec.hidden];
+        let (numbers, ones) = [&numbers, &ones].map(|of| Elements::new(Kind::F32, of.as_flattened())).into();
+        let element = self.sizes.form.element;
+        let plain = |numbers: &Elements<'_>| {
+            let mut piece = Piece::default();
+            element.append(numbers, 0..numbers.len(), &mut piece.numbers);
+            piece
         };
-        let (matrix, ones) = (encoded(&numbers), encoded(&vec![1.0; self.sizes.spec.hidden]));
+        // Rows of 32 numbers: the scales of rows of any length are as many and more.
+        let mut quantised = Piece::default();
+        quantised.rows(self.sizes.form, std::slice::from_ref(&numbers), 32)?;
+        let (matrix, ones) = (plain(&numbers), plain(&ones));
         let mut done = 0;
-        for piece in self.sizes.pieces() {
-            let norm = matches!(
-                piece.buffer,
-                Buffer::FinalNorm
-                    | Buffer::Layer(
-                        _,
-                        LayerPart::AttentionNorm | LayerPart::FfnNorm | LayerPart::QNorm | LayerPart::KNorm
-                    )
-            );
-            if piece.owner != Owner::Weights || piece.buffer == Buffer::Rope {
+        for laid in self.sizes.pieces() {
+            if laid.owner != Owner::Weights || laid.buffer == Buffer::Rope {
                 continue;
             }
-            let from = if norm { &ones } else { &matrix };
-            let (to, mut at) = (self.addresses[piece.buffer.index()], 0);
-            while at < piece.bytes {
-                let n = (piece.bytes - at).min(from.len() as u64);
-                self.device.upload(to + at, &from[..n as usize])?;
-                at += n;
-            }
-            done += piece.bytes;
+            let from = match laid.buffer {
+                Buffer::FinalNorm => &ones,
+                Buffer::Layer(
+                    _,
+                    LayerPart::AttentionNorm | LayerPart::FfnNorm | LayerPart::QNorm | LayerPart::KNorm,
+                ) => &ones,
+                Buffer::Layer(_, LayerPart::QkvBias | LayerPart::OutBias) => &matrix,
+                Buffer::Embedding if !self.sizes.spec.tied => &matrix,
+                _ => &quantised,
+            };
+            self.repeat(laid.buffer, 0..laid.numbers, &from.numbers)?;
+            self.repeat(laid.buffer, laid.numbers..laid.bytes, &from.scales)?;
+            done += laid.bytes;
             progress(done);
         }
         Ok(())
     }
 
-    /// Tensors one after the other.
-    fn join(&mut self, buffer: Buffer, parts: &[Elements<'_>]) -> Result<u64, CudaError> {
-        let element = self.sizes.element;
+    /// Fills a range of a buffer with a pattern.
+    fn repeat(&mut self, buffer: Buffer, range: Range<u64>, pattern: &[u8]) -> Result<(), CudaError> {
+        let mut at = range.start;
+        while at < range.end {
+            let n = (range.end - at).min(pattern.len() as u64);
+            self.device.upload(self.addresses[buffer.index()] + at, &pattern[..n as usize])?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Tensors one after the other, in the element type; the bytes of them.
+    fn vector(&mut self, buffer: Buffer, parts: &[Elements<'_>]) -> Result<u64, CudaError> {
+        let element = self.sizes.form.element;
         let step = PIECE / element.bytes();
         let mut at = 0;
         for part in parts {
             for start in (0..part.len()).step_by(step) {
-                self.piece.clear();
-                element.append(part, start..part.len().min(start + step), &mut self.piece);
+                element.append(part, start..part.len().min(start + step), &mut self.piece.numbers);
                 at = self.put(buffer, at)?;
             }
         }
         Ok(at)
     }
 
-    /// Two tensors of one shape, row by row in turn.
-    fn alternate(&mut self, buffer: Buffer, even: &Elements<'_>, odd: &Elements<'_>) -> Result<u64, CudaError> {
-        let (element, width) = (self.sizes.element, self.sizes.spec.hidden);
-        let rows_at_once = (PIECE / (2 * width * element.bytes())).max(1);
-        let (rows, mut at) = (even.len() / width, 0);
-        for first in (0..rows).step_by(rows_at_once) {
-            self.piece.clear();
-            for row in first..rows.min(first + rows_at_once) {
-                element.append(even, row * width..(row + 1) * width, &mut self.piece);
-                element.append(odd, row * width..(row + 1) * width, &mut self.piece);
+    /// Rows of width `k` as the form keeps matrices; the bytes of them and of their scales.
+    fn matrix(&mut self, buffer: Buffer, parts: &[Elements<'_>], k: usize, join: Join) -> Result<u64, CudaError> {
+        let form = self.sizes.form;
+        let n: usize = parts.iter().map(|part| part.len() / k).sum();
+        // Scales follow the numbers of all rows.
+        let (mut at, mut scales_at) = (0, form.numbers_bytes(n, k));
+        let groups: Vec<&[Elements<'_>]> = match join {
+            Join::Below => parts.chunks(1).collect(),
+            Join::Alternate => vec![parts],
+        };
+        for group in groups {
+            let rows = group[0].len() / k;
+            let at_once = (PIECE / (group.len() * k * form.element.bytes())).max(1);
+            for first in (0..rows).step_by(at_once) {
+                let range = first * k..rows.min(first + at_once) * k;
+                let slices: Vec<Elements<'_>> = group.iter().map(|part| part.slice(range.clone())).collect();
+                self.piece.rows(form, &slices, k)?;
+                scales_at = self.put_scales(buffer, scales_at)?;
+                at = self.put(buffer, at)?;
             }
-            at = self.put(buffer, at)?;
         }
-        Ok(at)
+        Ok(scales_at.max(at))
     }
 
     /// Cosine and sine by position, made in `f64` as the CPU backend makes them.
@@ -165,20 +221,86 @@ impl Packer<'_> {
         let frequencies = self.sizes.spec.rope.frequencies();
         let mut at = 0;
         for position in 0..self.sizes.config.context_tokens {
-            self.piece.clear();
             for frequency in &frequencies {
                 let angle = position as f64 * frequency;
-                self.piece.extend((angle.cos() as f32).to_le_bytes());
-                self.piece.extend((angle.sin() as f32).to_le_bytes());
+                self.piece.numbers.extend((angle.cos() as f32).to_le_bytes());
+                self.piece.numbers.extend((angle.sin() as f32).to_le_bytes());
             }
             at = self.put(Buffer::Rope, at)?;
         }
         Ok(())
     }
 
-    /// Copies the piece to `at` bytes into a buffer; where the next one goes.
+    /// Copies the numbers to `at` bytes into a buffer; where the next ones go.
     fn put(&mut self, buffer: Buffer, at: u64) -> Result<u64, CudaError> {
-        self.device.upload(self.addresses[buffer.index()] + at, &self.piece)?;
-        Ok(at + self.piece.len() as u64)
+        self.device.upload(self.addresses[buffer.index()] + at, &self.piece.numbers)?;
+        let end = at + self.piece.numbers.len() as u64;
+        self.piece.numbers.clear();
+        Ok(end)
     }
+
+    /// The same for scales.
+    fn put_scales(&mut self, buffer: Buffer, at: u64) -> Result<u64, CudaError> {
+        if self.piece.scales.is_empty() {
+            return Ok(at);
+        }
+        self.device.upload(self.addresses[buffer.index()] + at, &self.piece.scales)?;
+        let end = at + self.piece.scales.len() as u64;
+        self.piece.scales.clear();
+        Ok(end)
+    }
+}
+
+// === impl Piece ===
+
+impl Piece {
+    /// Adds the rows of width `k` of parts of one height, in turn.
+    fn rows(&mut self, form: Form, parts: &[Elements<'_>], k: usize) -> Result<(), LoadError> {
+        let n = parts[0].len() / k;
+        match form.precision {
+            Precision::F16 => {
+                for (row, part) in turns(n, parts) {
+                    form.element.append(part, row * k..(row + 1) * k, &mut self.numbers);
+                }
+            }
+            Precision::Q8_0 => {
+                // A file that has such blocks keeps them.
+                let quantised = parts.iter().map(|part| match part.kind {
+                    Kind::Q8_0 => Ok(part.slice(0..part.len())),
+                    _ => quantise_q8_0(part, k),
+                });
+                let quantised: Vec<Elements<'_>> = quantised.collect::<Result<_, _>>()?;
+                for (row, part) in turns(n, &quantised) {
+                    for block in &part.blocks::<34>()[row * (k / 32)..][..k / 32] {
+                        let (scale, quants) = block.split_at(2);
+                        self.scales.extend(scale);
+                        // Kernels subtract the 128 again: a byte without sign is a float's last bits.
+                        self.sixteens(quants, 0x80);
+                    }
+                }
+            }
+            Precision::Fp8 => {
+                let quantised: Vec<_> = parts.iter().map(|part| quantise_fp8(part, k)).collect();
+                for (row, rows) in turns(n, &quantised) {
+                    self.scales.extend((rows[row].scale * FP8_WIDENED).to_le_bytes());
+                    self.sixteens(&rows[row].codes, 0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds 8-bit numbers with these bits turned over, each sixteen in the kernels' order.
+    fn sixteens(&mut self, numbers: &[u8], turned: u8) {
+        for sixteen in numbers.as_chunks::<16>().0 {
+            let mut placed = [0; 16];
+            PLACES.iter().zip(sixteen).for_each(|(&place, &number)| placed[place] = number ^ turned);
+            self.numbers.extend(placed);
+        }
+    }
+}
+
+/// Row by row, each part's.
+fn turns<P>(n: usize, parts: &[P]) -> impl Iterator<Item = (usize, &P)> {
+    (0..n).flat_map(move |row| parts.iter().map(move |part| (row, part)))
 }

@@ -225,6 +225,13 @@ static inline unsigned float_to_f16(float v) {
 
 static inline unsigned floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
 
+static inline unsigned pick_bytes(unsigned low, unsigned high, unsigned which) {
+    uint64_t all = (uint64_t)high << 32 | low;
+    unsigned picked = 0;
+    for (unsigned i = 0; i < 4; i++) picked |= (unsigned)(all >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return picked;
+}
+
 static inline void copy_async(void *to, const void *from, bool live) {
     shim::check_aligned(to);
     shim::check_aligned(from);

@@ -87,6 +87,9 @@ DEVICE u32 floats_to_f16x2(float low, float high) {
     return pair;
 }
 
+// Four of the eight bytes of `low` and then `high`, by their numbers in the digits of `which`, the last byte's first.
+DEVICE u32 pick_bytes(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
+
 // Starts to copy 16 bytes to shared memory, or zeros where `live` is false (`from` must be a valid address all the same).
 DEVICE void copy_async(void *to, const void *from, bool live) {
     u32 shared = (u32)__cvta_generic_to_shared(to);
