@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use pointsman_control::{Budget, SlotName};
 
+use crate::bench::Shape;
 use crate::gpu_check::Section;
 use crate::plugin::{Kind, Lang};
 use crate::rollouts::Subject;
@@ -43,6 +44,11 @@ pub(crate) enum Command {
     /// changes nothing.
     #[command(after_help = "Examples:\n  pointsman apply -f host.toml --dry-run\n  pointsman apply -f host.json")]
     Apply(ApplyArgs),
+    /// Put load on a server that speaks OpenAI's HTTP: latencies, throughput, goodput and rejections as its clients see them.
+    #[command(
+        after_help = "Examples:\n  pointsman bench --concurrency 32 --requests 1000 --shape 128:64\n  pointsman bench --url http://10.0.0.7:8080 --model llama --rate 20 --seconds 60 --shape chat --json"
+    )]
+    Bench(Box<BenchArgs>),
     /// Check a GPU: compare it with the CPU on small random models, measure decoding, and see that memory comes back.
     #[command(
         after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --only kernels,parity\n  compute-sanitizer pointsman gpu-check --only kernels --small"
@@ -68,8 +74,8 @@ pub(crate) struct ServeArgs {
     /// A model to serve besides the demo: a folder with config.json, safetensors and tokenizer.json.
     #[arg(long, value_name = "[NAME=]PATH")]
     pub(crate) model: Vec<String>,
-    /// Device to serve on: cpu, cuda:N, or auto for the GPUs that there are; several give each variant a replica on
-    /// each [default: cpu]. Serving on a GPU is new and has not been run on one yet.
+    /// Device to serve on: cpu, cuda:N, auto for the GPUs that there are, or null[:US] to compute nothing and measure the
+    /// host; several give each variant a replica on each [default: cpu]. Serving on a GPU is new and has not been run on one yet.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
     /// Folder with NVIDIA's libraries, looked at before the usual ones.
@@ -85,6 +91,65 @@ pub(crate) struct ServeArgs {
     /// Native policies only; stored deployments are left as they are.
     #[arg(long)]
     pub safe_mode: bool,
+}
+
+/// Flags of `bench`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Base URL of the server.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080", env = "POINTSMAN_URL")]
+    pub(crate) url: String,
+    /// API key of the server.
+    #[arg(long, value_name = "KEY", env = "POINTSMAN_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
+    /// Model to ask [default: the first that the server lists].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// Closed loop: clients that ask again as soon as they are answered.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) concurrency: u32,
+    /// Open loop instead: requests a second on average, exponential times in between, whatever the server does.
+    #[arg(long, value_name = "PER_S", conflicts_with = "concurrency", value_parser = rate)]
+    pub(crate) rate: Option<f64>,
+    /// Open loop: most requests under way; those beyond are counted as failed.
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) max_in_flight: u32,
+    /// Requests to send.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub(crate) requests: u64,
+    /// End after this time even if there are requests left.
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: Option<u64>,
+    /// Requests before the first that counts.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub(crate) warm_up: u32,
+    /// Tokens of prompts and answers: IN:OUT, ranges as in 100-200:16-64, or `chat` (long-tailed, as conversations are).
+    #[arg(long, value_name = "SHAPE", default_value = "128:64")]
+    pub(crate) shape: Shape,
+    /// Tokens with which every prompt begins, the same for all.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub(crate) prefix_tokens: u32,
+    /// Ask /v1/chat/completions instead of /v1/completions.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Ask for whole answers instead of streams.
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+    /// Lengths, prompts and arrivals are a function of it.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Goodput counts requests whose first token came within this time ...
+    #[arg(long, value_name = "MS", default_value_t = 1_000)]
+    pub(crate) slo_ttft_ms: u64,
+    /// ... and whose tokens after it came this fast on average.
+    #[arg(long, value_name = "MS", default_value_t = 50)]
+    pub(crate) slo_tpot_ms: u64,
+    /// A request that takes longer has failed.
+    #[arg(long, value_name = "S", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) timeout_s: u64,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Flags of `gpu-check`.
@@ -559,6 +624,11 @@ fn weight(text: &str) -> Result<(String, u32), String> {
     let (variant, weight) = text.rsplit_once('=').ok_or("expected VARIANT=WEIGHT, as in demo:f16=90")?;
     let weight = weight.parse().map_err(|_| format!("`{weight}` is not a weight: an integer of 0 to 10000"))?;
     Ok((variant.to_owned(), weight))
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| (1e-3..=1e6).contains(rate));
+    rate.ok_or_else(|| "expected requests a second, 0.001 to 1000000".to_owned())
 }
 
 fn json(text: &str) -> Result<serde_json::Value, String> {

@@ -143,7 +143,7 @@ pub(crate) struct EngineSection {
     pub kv_mib: u32,
     /// Serve the embedded demo model.
     pub demo: bool,
-    /// Where to serve: `auto`, `cpu`, `cuda:N`; each has a replica of every variant that it can serve.
+    /// Where to serve: `auto`, `cpu`, `cuda:N`, `null[:MICROSECONDS]`; each has a replica of every variant that it can serve.
     pub devices: Vec<String>,
     /// KV pool of each replica on a GPU; 0 for a fair share of what is free.
     pub gpu_kv_mib: u32,

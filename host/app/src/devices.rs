@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use pointsman_engine::cuda::{self, CodeOptions, FoundGpu, NoGpu};
+use pointsman_sched::ids::Micros;
 
 use crate::config::EngineSection;
 
@@ -20,6 +21,8 @@ pub(crate) enum Wanted {
     Cpu,
     /// A GPU by its number.
     Cuda(u32),
+    /// None: nothing is computed, and a step takes this long.
+    Null(Micros),
 }
 
 /// A device that serves.
@@ -29,23 +32,32 @@ pub(crate) enum Place {
     Cpu(usize),
     /// A GPU.
     Cuda(FoundGpu),
+    /// Nothing computes; a step takes this long.
+    Null(Micros),
 }
+
+/// Longest step that can be pretended: a second.
+const MAX_NULL_STEP: Micros = 1_000_000;
 
 /// No such device.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is no device: use auto, cpu or cuda:N")]
+#[error("`{0}` is no device: use auto, cpu, cuda:N or null[:MICROSECONDS]")]
 pub(crate) struct BadDevice(String);
 
 impl FromStr for Wanted {
     type Err = BadDevice;
 
     fn from_str(text: &str) -> Result<Self, BadDevice> {
-        match (text, text.strip_prefix("cuda:").map(str::parse)) {
-            ("auto", _) => Ok(Self::Auto),
-            ("cpu", _) => Ok(Self::Cpu),
-            (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
-            _ => Err(BadDevice(text.to_owned())),
-        }
+        let (kind, number) = text.split_once(':').map_or((text, None), |(kind, number)| (kind, Some(number)));
+        let wanted = match (kind, number) {
+            ("auto", None) => Some(Self::Auto),
+            ("cpu", None) => Some(Self::Cpu),
+            ("cuda", Some(ordinal)) => ordinal.parse().ok().map(Self::Cuda),
+            ("null", None) => Some(Self::Null(0)),
+            ("null", Some(step)) => step.parse().ok().filter(|step| *step <= MAX_NULL_STEP).map(Self::Null),
+            _ => None,
+        };
+        wanted.ok_or_else(|| BadDevice(text.to_owned()))
     }
 }
 
@@ -55,14 +67,16 @@ impl Place {
         match self {
             Self::Cpu(_) => "cpu".to_owned(),
             Self::Cuda(found) => format!("cuda:{}", found.ordinal),
+            Self::Null(_) => "null".to_owned(),
         }
     }
 
-    /// Number in columns and in the admin API: 0 for the CPU, N + 1 for `cuda:N`.
+    /// Number in columns and in the admin API: 0 for the CPU, N + 1 for `cuda:N`, the highest for `null`.
     pub(crate) fn index(&self) -> u32 {
         match self {
             Self::Cpu(_) => 0,
             Self::Cuda(found) => found.ordinal + 1,
+            Self::Null(_) => u32::MAX,
         }
     }
 
@@ -75,6 +89,7 @@ impl Place {
                 let memory = cuda::Bytes(found.total_bytes);
                 format!("{}, {memory}, compute capability {major}.{minor}", found.info.name)
             }
+            Self::Null(step) => format!("computes nothing, {step} us a step"),
         }
     }
 }
@@ -94,12 +109,17 @@ fn places(
     let wanted: Vec<Wanted> = engine.devices.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let cpu = || Place::Cpu(std::thread::available_parallelism().map_or(1, usize::from));
     // A driver is loaded only where somebody asks for a GPU.
-    let gpus = if wanted.iter().any(|device| *device != Wanted::Cpu) { Some(discover()) } else { None };
+    let gpus = if wanted.iter().any(|device| matches!(device, Wanted::Auto | Wanted::Cuda(_))) {
+        Some(discover())
+    } else {
+        None
+    };
     let gpus = gpus.unwrap_or(Err(NoGpu::NoDevice));
     let mut places = Vec::new();
     for device in wanted {
         match (device, &gpus) {
             (Wanted::Cpu, _) => places.push(cpu()),
+            (Wanted::Null(step), _) => places.push(Place::Null(step)),
             (Wanted::Auto, Ok(found)) => {
                 let mut usable = usable(found).map(Place::Cuda).peekable();
                 if usable.peek().is_none() {
@@ -205,7 +225,7 @@ mod tests {
         let only_old = || Ok(vec![old(0)]);
         type Found = fn() -> Result<Vec<FoundGpu>, NoGpu>;
         type Expect = Result<&'static [u32], &'static str>;
-        let cases: [(&[&str], Found, Expect); 13] = [
+        let cases: [(&[&str], Found, Expect); 15] = [
             (&["cpu"], none, Ok(&[0])),
             (&["auto"], none, Ok(&[0])),
             (&["auto"], two, Ok(&[1, 2])),
@@ -217,7 +237,9 @@ mod tests {
             (&["cuda:0"], an_old, Err("cuda:0 (a GPU) has compute capability 7.5")),
             (&["cuda:0"], none, Err("libcuda is not in the loader's path. --device cpu serves without a GPU")),
             (&["cuda:2"], two, Err("there is no cuda:2; the driver sees 2 devices")),
-            (&["gpu"], two, Err("`gpu` is no device: use auto, cpu or cuda:N")),
+            (&["cpu", "null:250", "null"], none, Ok(&[0, u32::MAX])),
+            (&["gpu"], two, Err("`gpu` is no device: use auto, cpu, cuda:N or null[:MICROSECONDS]")),
+            (&["null:1000001"], two, Err("`null:1000001` is no device")),
             (&[], two, Err("engine.devices is empty")),
         ];
         for (devices, found, expect) in cases {

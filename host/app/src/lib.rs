@@ -6,6 +6,7 @@
 mod aliases;
 mod anomaly;
 mod apply;
+mod bench;
 mod builtin;
 mod cli;
 mod client;
@@ -17,6 +18,7 @@ mod driver;
 mod explain;
 mod gpu_check;
 mod models;
+mod null;
 mod observer;
 mod oci;
 mod output;
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Some(Command::Alias(command)) => client::alias(command, &mut out),
         Some(Command::Plugin(command)) => plugin::run(command, &mut out),
         Some(Command::Apply(args)) => apply::run(&args, &mut out),
+        Some(Command::Bench(args)) => bench::run(&args, &mut out),
         Some(Command::GpuCheck(args)) => gpu_check::run(&args, &mut out),
         Some(Command::Compile) => return ExitCode::from(pointsman_policy::compile_child_main()),
     };

@@ -23,8 +23,10 @@ use pointsman_server::text::{TextFiles, TextModel};
 use pointsman_telemetry::{NameKind, Names};
 use serde_json::Value;
 
+use crate::clock::SystemClock;
 use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
+use crate::null::NullExecutor;
 
 /// One replica with its engine, before its driver takes it.
 pub(crate) struct LoadedReplica {
@@ -77,6 +79,7 @@ pub(crate) struct LoadTerms<'a> {
     pub created: u64,
     /// The same moment on the host's clock.
     pub started: Micros,
+    pub clock: &'a Arc<SystemClock>,
 }
 
 /// Loads models one after the other.
@@ -241,6 +244,11 @@ impl<'a> Loader<'a> {
                 }
                 Place::Cpu(_) => self.on_cpu(source, config)?,
                 Place::Cuda(found) => self.on_gpu(source, config, found)?,
+                Place::Null(step) => Made {
+                    executor: Box::new(NullExecutor::new(text, *step, Arc::clone(self.terms.clock))),
+                    memory: wire::DeviceMemory::default(),
+                    n_blocks: self.kv_plan(source.spec, config.block_tokens)?.n_blocks,
+                },
             };
             let sched = SchedConfig {
                 block_tokens: section.block_tokens,
@@ -276,15 +284,7 @@ impl<'a> Loader<'a> {
     }
 
     fn on_cpu(&self, source: Source<'_>, config: EngineConfig) -> anyhow::Result<Made> {
-        let kv_bytes = (self.config.engine.kv_mib as usize) << 20;
-        let kv = KvPlan::for_memory(source.spec, config.block_tokens, kv_bytes);
-        if kv.n_blocks == 0 {
-            bail!(
-                "engine.kv_mib = {} does not hold one block of this model ({} bytes)",
-                self.config.engine.kv_mib,
-                kv.block_bytes
-            );
-        }
+        let kv = self.kv_plan(source.spec, config.block_tokens)?;
         let model = Arc::new(Model::load(source.spec.clone(), source.weights, source.precision)?);
         let engine = CpuEngine::new(model, self.pool.clone(), EngineConfig { n_blocks: kv.n_blocks, ..config })?;
         let used = engine.memory();
@@ -295,6 +295,19 @@ impl<'a> Loader<'a> {
             ..wire::DeviceMemory::default()
         };
         Ok(Made { executor: Box::new(engine), memory, n_blocks: kv.n_blocks })
+    }
+
+    fn kv_plan(&self, spec: &ModelSpec, block_tokens: usize) -> anyhow::Result<KvPlan> {
+        let kv_bytes = (self.config.engine.kv_mib as usize) << 20;
+        let kv = KvPlan::for_memory(spec, block_tokens, kv_bytes);
+        if kv.n_blocks == 0 {
+            bail!(
+                "engine.kv_mib = {} does not hold one block of this model ({} bytes)",
+                self.config.engine.kv_mib,
+                kv.block_bytes
+            );
+        }
+        Ok(kv)
     }
 
     /// Says how the memory will be divided, or what would fit, before anything is allocated.

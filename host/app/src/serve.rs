@@ -298,7 +298,7 @@ fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>, places: &
     let created = shared.clock.unix_millis() / 1_000;
     std::thread::scope(|scope| {
         let policies = scope.spawn(|| deploy.start(config));
-        let terms = LoadTerms { places, code, created, started: shared.clock.micros() };
+        let terms = LoadTerms { places, code, created, started: shared.clock.micros(), clock: &shared.clock };
         let loaded = Loader::start(config, &shared.names, terms).and_then(Loader::load_all);
         if policies.join().is_err() {
             bail!("bringing the policies back ended in a panic; --safe-mode serves without them");
@@ -338,7 +338,7 @@ fn start_engine(
         }
         let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
         let monitor = match &place {
-            Place::Cpu(_) => None,
+            Place::Cpu(_) | Place::Null(_) => None,
             Place::Cuda(found) => GpuMonitor::open(&found.bus_id),
         };
         devices.push(ServingDevice { place, driver, memory, monitor });
@@ -426,7 +426,7 @@ impl ServingDevice {
         };
         let seen = self.monitor.as_ref().map(GpuMonitor::look).unwrap_or_default();
         let total = match &self.place {
-            Place::Cpu(_) => None,
+            Place::Cpu(_) | Place::Null(_) => None,
             Place::Cuda(found) => Some(found.total_bytes),
         };
         wire::Device {

@@ -1,0 +1,88 @@
+//! An executor that computes nothing: every other part of the host under load, without a model's time.
+//!
+//! It answers each row with a plain word of the vocabulary, at once or after a fixed time per step, so that the host's own cost, its
+//! queues and its behaviour under overload can be measured on any machine. Here and not in the engine: it needs a clock and
+//! knows no tensors.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pointsman_sched::execute::{ExecuteError, Executor, Row, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::ids::Micros;
+use pointsman_sched::request::TokenLogprobs;
+use pointsman_sched::sampler::{Edit, EditSource};
+use pointsman_server::text::TextModel;
+
+use crate::clock::SystemClock;
+
+/// Answers without computing.
+#[derive(Debug)]
+pub(crate) struct NullExecutor {
+    /// Tokens that it says: text of their own, and the end of nothing.
+    words: Vec<u32>,
+    vocabulary: u32,
+    /// Time of a step.
+    step: Micros,
+    clock: Arc<SystemClock>,
+}
+
+impl NullExecutor {
+    /// Says words of `text`, each step after `step`.
+    pub(crate) fn new(text: &TextModel, step: Micros, clock: Arc<SystemClock>) -> Self {
+        let vocabulary = text.vocabulary();
+        let is_word = |id: &u32| {
+            let bytes = text.token_bytes(*id);
+            let letters = bytes.strip_prefix(b" ").unwrap_or(&bytes);
+            !letters.is_empty() && letters.iter().all(u8::is_ascii_alphabetic) && !text.stop_tokens().contains(id)
+        };
+        let mut words: Vec<u32> = (0..vocabulary).filter(is_word).collect();
+        if words.is_empty() {
+            words.push(0);
+        }
+        Self { words, vocabulary, step, clock }
+    }
+
+    /// A word that follows from the row alone, unless an edit or a ban says otherwise.
+    fn choose(&self, plan: &StepPlan, row: &Row, sample: &Sample, edits: &mut dyn EditSource) -> Option<Sampled> {
+        let last = plan.tokens_of(row).last().copied().unwrap_or_default();
+        let start = (row.position as usize).wrapping_mul(31).wrapping_add(last as usize) % self.words.len();
+        let mut words = self.words[start..].iter().chain(&self.words[..start]).copied();
+        let banned = |token: u32| sample.banned.as_ref().is_some_and(|banned| banned.contains(&token));
+        let token = match edits.edit(row.request).as_deref() {
+            Some(Edit::Allow(allowed)) => allowed.iter().copied().find(|&token| !banned(token)),
+            Some(Edit::Only(set)) => set.tokens().find(|&token| !banned(token)),
+            Some(Edit::Forbid(forbidden)) => {
+                let free = |token: &u32| !banned(*token) && forbidden.binary_search(token).is_err();
+                words.find(free).or_else(|| (0..self.vocabulary).find(free))
+            }
+            Some(Edit::Bias(_)) | None => words.find(|&token| !banned(token)),
+        }?;
+        let even = -(self.vocabulary.max(1) as f32).ln();
+        let top = |n: u8| self.words.iter().take(n.into()).map(|&word| (word, even)).collect();
+        let logprobs = sample.sampling.logprobs.map(|n| Box::new(TokenLogprobs { chosen: even, top: top(n) }));
+        Some(Sampled { token, logprobs })
+    }
+}
+
+impl Executor for NullExecutor {
+    #[expect(clippy::disallowed_methods, reason = "waiting is what a paced step consists of")]
+    fn execute(
+        &mut self,
+        plan: &StepPlan,
+        edits: &mut dyn EditSource,
+        out: &mut StepOutput,
+    ) -> Result<(), ExecuteError> {
+        let due = self.clock.micros() + self.step;
+        out.sampled.clear();
+        for row in &plan.rows {
+            if let Some(sample) = &row.sample {
+                let chosen = self.choose(plan, row, sample, edits);
+                out.sampled.push(chosen.ok_or(ExecuteError::Device { what: "every token is forbidden".into() })?);
+            }
+        }
+        if self.step > 0 {
+            std::thread::sleep(Duration::from_micros(due.saturating_sub(self.clock.micros())));
+        }
+        Ok(())
+    }
+}
