@@ -12,6 +12,7 @@ mod experts;
 mod gemm;
 mod isa;
 mod kv;
+mod limits;
 mod math;
 mod matrix;
 mod model;
