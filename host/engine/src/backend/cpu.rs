@@ -7,6 +7,7 @@ mod aligned;
 mod attention;
 mod blocks;
 mod dots;
+mod encoder;
 mod engine;
 mod experts;
 mod gemm;
@@ -23,6 +24,7 @@ mod rows;
 pub(crate) mod softmax;
 mod tiles;
 
+pub use encoder::Encoder;
 pub use engine::{CpuEngine, MemoryUse};
 pub use isa::Isa;
 pub(crate) use isa::{LANES, Lanes};
