@@ -150,7 +150,8 @@ impl Check<'_> {
     /// Makes the code, all units at once, and says where it came from.
     fn units(&mut self, gpu: &mut Gpu) -> anyhow::Result<()> {
         let start = self.clock.nanos();
-        let is_needed = |unit: &Unit| !self.small || [Unit::Model(Element::Bf16), Unit::Step].contains(unit);
+        let few = [Unit::Model(Element::Bf16), Unit::Quantised(Element::Bf16), Unit::Step];
+        let is_needed = |unit: &Unit| !self.small || few.contains(unit);
         let units: Vec<Unit> = Unit::ALL.into_iter().filter(is_needed).collect();
         std::thread::scope(|threads| {
             for unit in &units {

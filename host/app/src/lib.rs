@@ -15,7 +15,6 @@ mod config;
 mod deploy;
 mod devices;
 mod driver;
-mod encoders;
 mod explain;
 mod gpu_check;
 mod models;

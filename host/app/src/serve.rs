@@ -19,9 +19,7 @@ use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
-use pointsman_server::ports::{
-    Catalog, Clock, EmbedJob, Encoder, EnginePort, ModelAdmin, PolicyAdmin, Replica, SubmitError, Variant,
-};
+use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, Replica, SubmitError, Variant};
 use pointsman_server::record::Taps;
 use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
@@ -34,8 +32,7 @@ use crate::config::{Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
 use crate::driver::{DriverContext, DriverHandle, DriverReplica};
-use crate::encoders::{EncoderTerms, EncodersHandle};
-use crate::models::{LoadTerms, Loaded, LoadedEncoder, LoadedReplica, Loader};
+use crate::models::{LoadTerms, Loaded, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
@@ -67,8 +64,6 @@ struct Engine {
     devices: Vec<ServingDevice>,
     /// Place in `devices` of each replica.
     device_of: HashMap<ReplicaId, usize>,
-    /// Where there are any.
-    encoders: Option<EncodersHandle>,
 }
 
 /// A device and its driver.
@@ -139,7 +134,6 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
     engine.devices.iter().for_each(|device| device.driver.stop());
-    engine.encoders.iter().for_each(EncodersHandle::stop);
     observer.stop();
     tracing::info!("stopped");
     served
@@ -328,7 +322,6 @@ fn start_engine(
     let in_flight = config.server.max_in_flight as usize;
     let engine_requests = in_flight.saturating_mul(config.server.max_rows as usize);
     let bounds = (in_flight, engine_requests.min(MAX_CANCELS));
-    let (encoders, encoder_models, encoder_memory) = start_encoders(config, shared, loaded.encoders)?;
     let mut left = loaded.replicas;
     let mut device_of = HashMap::new();
     let mut devices = Vec::new();
@@ -336,10 +329,7 @@ fn start_engine(
         let here = |loaded: &LoadedReplica| loaded.replica.device == u64::from(place.index());
         let (own, others): (Vec<_>, Vec<_>) = left.into_iter().partition(here);
         left = others;
-        let mut memory = match &place {
-            Place::Cpu(_) => encoder_memory,
-            Place::Cuda(_) | Place::Null(_) => wire::DeviceMemory::default(),
-        };
+        let mut memory = wire::DeviceMemory::default();
         let mut replicas = Vec::new();
         for loaded in own {
             add_memory(&mut memory, &loaded.memory);
@@ -353,30 +343,7 @@ fn start_engine(
         };
         devices.push(ServingDevice { place, driver, memory, monitor });
     }
-    let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models });
-    Ok(Engine { catalog, devices, device_of, encoders })
-}
-
-/// Starts the driver of the models for embeddings, if there are any; what the server sees of them, and their memory.
-fn start_encoders(
-    config: &Config,
-    shared: &Shared,
-    loaded: Vec<LoadedEncoder>,
-) -> anyhow::Result<(Option<EncodersHandle>, Vec<Arc<Encoder>>, wire::DeviceMemory)> {
-    let (mut models, mut named, mut memory) = (Vec::new(), Vec::new(), wire::DeviceMemory::default());
-    for encoder in loaded {
-        add_memory(&mut memory, &encoder.memory);
-        models.push(encoder.model);
-        named.push(encoder.named);
-    }
-    let terms = EncoderTerms {
-        clock: Arc::clone(&shared.clock),
-        metrics: Arc::clone(&shared.metrics),
-        window: Duration::from_millis(config.engine.embed_window_ms.into()),
-        mailbox: config.server.max_in_flight as usize,
-    };
-    let handle = if named.is_empty() { None } else { Some(EncodersHandle::start(named, terms)?) };
-    Ok((handle, models, memory))
+    Ok(Engine { catalog: Arc::new(Catalog { variants: loaded.variants }), devices, device_of })
 }
 
 fn driver_replica(
@@ -416,10 +383,9 @@ impl EnginePort for Engine {
         Arc::clone(&self.catalog)
     }
 
-    /// While one device serves: requests for the others are offered to it. Nobody stands in for the encoders.
+    /// While one device serves: requests for the others are offered to it.
     fn is_alive(&self) -> bool {
-        let encoders = self.encoders.as_ref().is_none_or(EncodersHandle::is_alive);
-        encoders && self.devices.iter().any(|device| device.driver.is_alive())
+        self.devices.iter().any(|device| device.driver.is_alive())
     }
 
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
@@ -427,10 +393,6 @@ impl EnginePort for Engine {
             Some(&device) => self.devices[device].driver.submit(replica, request),
             None => Err((Box::new(request), SubmitError::Stopped)),
         }
-    }
-
-    fn embed(&self, job: EmbedJob) -> Result<(), SubmitError> {
-        self.encoders.as_ref().map_or(Err(SubmitError::Stopped), |encoders| encoders.submit(job))
     }
 
     fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
@@ -486,8 +448,7 @@ impl ServingDevice {
 /// Says the URLs, the models, the active policies and a line to try. The labels are read by scripts: keep them.
 fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::Result<()> {
     let (data, admin) = (listeners.data.local_addr()?, listeners.admin.local_addr()?);
-    let encoders = catalog.encoders.iter().map(|encoder| &*encoder.name);
-    let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).chain(encoders).collect();
+    let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).collect();
     let mut lines = vec![
         format!("Pointsman {} is ready", env!("CARGO_PKG_VERSION")),
         format!("  {:<18} http://{data}", "api"),
@@ -500,16 +461,13 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         let failed = failed.map_or(String::new(), |reason| format!("  (native serves: {reason})"));
         lines.push(format!("  {:<18} {revision};g={generation}{failed}", slot.slot));
     }
-    let (path, model, input) = match catalog.variants.first() {
-        Some(variant) => {
-            let messages = r#""messages": [{"role": "user", "content": "What is ownership?"}]"#;
-            ("chat/completions", &*variant.alias, messages)
-        }
-        None => ("embeddings", models[0], r#""input": "What is ownership?""#),
-    };
+    let model = catalog.variants.first().map_or("demo", |v| &*v.alias);
     lines.push("Try:".into());
-    lines.push(format!("  curl http://{data}/v1/{path} -H 'content-type: application/json' \\"));
-    lines.push(format!("    -d '{{\"model\": \"{model}\", {input}}}'\n"));
+    lines.push(format!("  curl http://{data}/v1/chat/completions -H 'content-type: application/json' \\"));
+    let body = format!(
+        "{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is ownership?\"}}]}}"
+    );
+    lines.push(format!("    -d '{body}'\n"));
     // A reader that went away (`| head`) is no reason not to serve.
     let _ = std::io::stdout().lock().write_all(lines.join("\n").as_bytes());
     Ok(())

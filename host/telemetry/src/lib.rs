@@ -15,8 +15,7 @@ mod recorder;
 pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
 pub use metrics::{
-    EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics,
-    SlotMetrics,
+    Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics, SlotMetrics,
 };
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};

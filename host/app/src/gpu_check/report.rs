@@ -119,7 +119,7 @@ impl<'a> Report<'a> {
 
 fn table(figures: &[Figure], peers: &[PeerFigure]) -> String {
     let mut text = String::from(
-        "\n| decode step, 8B bf16 | rows x context | ms | on the device | host us | tokens/s | of the floor | beside |\n\
+        "\n| decode step, 8B | rows x context | ms | on the device | host us | tokens/s | of the floor | beside |\n\
          |---|---|---|---|---|---|---|---|\n",
     );
     for Figure { what, rows, context, seconds, device, floor } in figures {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use pointsman_engine::cuda::{
-    self, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, Gpu, KvWish, Source, Value,
+    self, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, Form, Gpu, KvWish, Source, Value,
 };
-use pointsman_engine::{EngineConfig, ModelSpec};
+use pointsman_engine::{EngineConfig, ModelSpec, Precision};
 use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
@@ -32,6 +32,12 @@ const RETURNED: f64 = 0.99;
 const STAGE: [(usize, usize); 2] = [(1, 128), (32, 1_024)];
 const CURVE: [(usize, usize); 9] =
     [(1, 1_024), (8, 1_024), (64, 1_024), (2, 1_024), (4, 1_024), (16, 1_024), (128, 1_024), (8, 4_096), (64, 4_096)];
+
+/// What the same is measured with where weights have 8 bits.
+const IN_8_BITS: [(usize, usize); 3] = [(1, 128), (8, 1_024), (32, 1_024)];
+
+/// Activations and pages in two bytes, and weights too.
+const BF16: Form = Form { element: Element::Bf16, precision: Precision::F16 };
 
 /// Llama-3.1-8B.
 const LLAMA_8B: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
@@ -77,11 +83,22 @@ fn prefill_plan(tokens: usize, n_blocks: usize) -> StepPlan {
     plan
 }
 
-/// Bytes that a decode step must read: weights in two bytes (of the embedding a row each, which is nothing), keys and values.
-fn bytes_of(spec: &ModelSpec, rows: usize, context: usize) -> u64 {
-    let layer = spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn);
-    let kv = rows * context * spec.layers * spec.kv_dim() * 2;
-    2 * (spec.layers * layer + spec.vocab * spec.hidden + kv) as u64
+/// Weights of all layers.
+fn layer_weights(spec: &ModelSpec) -> usize {
+    spec.layers * spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn)
+}
+
+/// Bytes that a decode step must read: weights (of the embedding a row each, which is nothing), keys and values.
+fn bytes_of(spec: &ModelSpec, precision: Precision, rows: usize, context: usize) -> u64 {
+    let weights = layer_weights(spec) + spec.vocab * spec.hidden;
+    let scaled = match precision {
+        Precision::F16 => 2 * weights,
+        // A scale of two bytes for 32 of them.
+        Precision::Q8_0 => weights + weights / 16,
+        // One for each row.
+        Precision::Fp8 => weights,
+    };
+    (scaled + 2 * rows * context * spec.layers * spec.kv_dim() * 2) as u64
 }
 
 impl Check<'_> {
@@ -93,12 +110,25 @@ impl Check<'_> {
             if self.is_late() {
                 return self.report.skip("stages of the ladder", n_stages - i);
             }
-            let mut engine = self.large(graphs, overlap)?;
+            let mut engine = self.large(BF16, graphs, overlap)?;
             for shape in STAGE {
                 self.decode(stage, &mut engine, shape, bandwidth)?;
             }
             if i + 1 == n_stages {
                 self.curves(stage, &mut engine, bandwidth)?;
+            }
+        }
+        self.in_8_bits(bandwidth)
+    }
+
+    fn in_8_bits(&mut self, bandwidth: f64) -> anyhow::Result<()> {
+        for precision in [Precision::Fp8, Precision::Q8_0] {
+            if self.is_late() {
+                return self.report.skip("precisions", 1);
+            }
+            let mut engine = self.large(Form { precision, ..BF16 }, true, true)?;
+            for shape in IN_8_BITS {
+                self.decode(&format!("{} weights, graph", precision.name()), &mut engine, shape, bandwidth)?;
             }
         }
         Ok(())
@@ -137,17 +167,17 @@ impl Check<'_> {
     }
 
     /// Loads the 8B model with random weights and all the pages that fit.
-    fn large(&mut self, graphs: bool, overlap: bool) -> anyhow::Result<CudaEngine> {
+    fn large(&mut self, form: Form, graphs: bool, overlap: bool) -> anyhow::Result<CudaEngine> {
         let start = self.clock.nanos();
         let spec = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
         let mut gpu = self.open(overlap)?;
         let place = (gpu.memory()?, self.gpu.info.n_sms);
-        let plan = cuda::plan_memory(&spec, &[Element::Bf16.into()], config(1), place, KvWish::Share(1))?;
-        let options = CudaOptions { form: Element::Bf16.into(), graphs };
+        let plan = cuda::plan_memory(&spec, &[form], config(1), place, KvWish::Share(1))?;
+        let options = CudaOptions { form, graphs };
         let config = config(plan.n_blocks as usize);
         let engine = CudaEngine::load(Box::new(gpu), (spec, Source::Random(1)), config, options, &mut |_| {})?;
         let seconds = (self.clock.nanos() - start) as f64 * 1e-9;
-        let words = format!("8B in bf16 is loaded in {seconds:.1} s: {plan}");
+        let words = format!("8B in {form} is loaded in {seconds:.1} s: {plan}");
         self.report.say(&words, json!({"loaded": {"seconds": seconds, "bytes": engine.memory().sum()}}))?;
         Ok(engine)
     }
@@ -181,7 +211,7 @@ impl Check<'_> {
         let start = self.clock.nanos();
         engine.repeat_last(STEPS)?;
         let device = (self.clock.nanos() - start) as f64 * 1e-9 / STEPS as f64;
-        let floor = bytes_of(engine.spec(), rows, context) as f64 / bandwidth;
+        let floor = bytes_of(engine.spec(), engine.form().precision, rows, context) as f64 / bandwidth;
         self.report.figure(Figure { what: stage.to_owned(), rows, context, seconds, device, floor })
     }
 
@@ -191,7 +221,7 @@ impl Check<'_> {
         let mut out = StepOutput::default();
         let seconds = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
         // Two operations for each weight of a layer; attention and the head are left out.
-        let flops = bytes_of(&ModelSpec { vocab: 0, ..engine.spec().clone() }, 0, 0) as f64 * tokens as f64 / seconds;
+        let flops = (2 * layer_weights(engine.spec()) * tokens) as f64 / seconds;
         let words = format!(
             "prefill of {tokens}: {:.1} ms, {:.0} tokens/s, {:.0} TFLOP/s in products",
             seconds * 1e3,
@@ -205,7 +235,7 @@ impl Check<'_> {
     pub(super) fn memory(&mut self, keeper: &mut Gpu) -> anyhow::Result<()> {
         for time in ["first", "second"] {
             let before = keeper.memory()?.free;
-            let engine = self.large(true, true)?;
+            let engine = self.large(BF16, true, true)?;
             let during = keeper.memory()?.free;
             let counted = engine.memory();
             drop(engine);
@@ -240,7 +270,7 @@ mod tests {
     fn plans_of_the_figures_are_within_the_engines_bounds() {
         for n_blocks in [300, 40_000] {
             let config = config(n_blocks);
-            let shapes = STAGE.into_iter().chain(CURVE);
+            let shapes = STAGE.into_iter().chain(CURVE).chain(IN_8_BITS);
             let decodes = shapes.map(|(rows, context)| decode_plan(rows, context, n_blocks));
             for plan in decodes.chain([prefill_plan(config.max_step_tokens, n_blocks)]) {
                 assert!(plan.rows.len() <= config.max_rows && plan.tokens.len() <= config.max_step_tokens);
@@ -257,8 +287,14 @@ mod tests {
     fn the_floor_counts_what_a_step_reads() {
         let spec = ModelSpec::from_config(LLAMA_8B.as_bytes()).expect("a Llama");
         // 7.50e9 weights without the embedding; 128 KiB of keys and values a token.
-        for (rows, context, expect) in [(1, 0, 15_009_316_864), (32, 1_024, 15_009_316_864 + 32 * 1_024 * 131_072)] {
-            assert_eq!(bytes_of(&spec, rows, context), expect, "{rows} x {context}");
+        let kv = 32 * 1_024 * 131_072;
+        for (precision, rows, context, expect) in [
+            (Precision::F16, 1, 0, 15_009_316_864),
+            (Precision::F16, 32, 1_024, 15_009_316_864 + kv),
+            (Precision::Fp8, 32, 1_024, 7_504_658_432 + kv),
+            (Precision::Q8_0, 1, 0, 7_504_658_432 + 469_041_152),
+        ] {
+            assert_eq!(bytes_of(&spec, precision, rows, context), expect, "{precision:?} {rows} x {context}");
         }
     }
 

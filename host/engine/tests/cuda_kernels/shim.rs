@@ -192,7 +192,7 @@ pub(crate) fn skip(tool: &str, why: &str) {
 }
 
 /// A file's text, which knows its name and lines.
-fn lined((name, text): &Source) -> String {
+pub(crate) fn lined((name, text): &Source) -> String {
     format!("#line 1 \"{name}\"\n{text}")
 }
 
@@ -208,8 +208,8 @@ pub(crate) fn units() -> Vec<(String, &'static str, String)> {
 }
 
 /// All of the program's text.
-fn program() -> String {
-    let mut program = lined(&SHIM);
+pub(crate) fn program() -> String {
+    let mut program = lined(&SHIM).replacen("#pragma once\n", "", 1);
     for (name, suffix, unit) in units() {
         program +=
             &format!("\n#define SUFFIX \"{suffix}\"\nnamespace {name} {{\n{unit}}}\n#undef SUFFIX\n#undef PM_T\n");
@@ -219,19 +219,23 @@ fn program() -> String {
 
 /// The compiled program.
 fn compiled() -> Option<PathBuf> {
-    let text = program().replacen("#pragma once\n", "", 1);
+    built("cuda-shim", &program(), &OPTIONS)
+}
+
+/// What the C++ compiler makes of a text; `None`, and a line that says so, where there is none.
+pub(crate) fn built(stem: &str, text: &str, options: &[&str]) -> Option<PathBuf> {
     let mut hash = DefaultHasher::new();
-    (&text, OPTIONS).hash(&mut hash);
+    (text, options).hash(&mut hash);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let path = folder.join(format!("cuda-shim-{:016x}", hash.finish()));
+    let path = folder.join(format!("{stem}-{:016x}", hash.finish()));
     if path.exists() {
         return Some(path);
     }
     // Under a name of its own until it is whole: another test target may compile the same.
-    let own = folder.join(format!("cuda-shim-{}", std::process::id()));
+    let own = folder.join(format!("{stem}-{}", std::process::id()));
     let source = own.with_extension("cpp");
     fs::write(&source, text).expect("cargo's folder for test files is writable");
-    let output = match Command::new("c++").args(OPTIONS).arg("-o").arg(&own).arg(&source).output() {
+    let output = match Command::new("c++").args(options).arg("-o").arg(&own).arg(&source).output() {
         Ok(output) => output,
         Err(error) => {
             skip("c++", &format!("no C++ compiler, so the CUDA kernels are not run on the CPU: {error}"));

@@ -3,7 +3,6 @@
 
 mod common;
 mod convert;
-mod encoders;
 mod families;
 mod gguf;
 mod gguf_file;

@@ -2,7 +2,6 @@
 
 mod admin;
 mod door;
-mod embeddings;
 mod errors;
 mod explain;
 mod generation;

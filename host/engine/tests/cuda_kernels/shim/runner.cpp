@@ -1,8 +1,14 @@
 // A device behind a pipe: takes requests on standard input (allocate, write, read, launch), answers on standard output.
 //
 // A process of its own, because a fault of a kernel ends it and no more than it, and because AddressSanitizer wants to be there
-// from the start, which it cannot be in a library that a test loads.
+// from the start, which it cannot be in a library that a test loads. With PM_DRIVER it is a library all the same, without
+// AddressSanitizer and without requests: see driver.cpp.
+#ifdef PM_DRIVER
+static void __sanitizer_start_switch_fiber(void **, const void *, size_t) {}
+static void __sanitizer_finish_switch_fiber(void *, const void **, size_t *) {}
+#else
 #include <sanitizer/common_interface_defs.h>
+#endif
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -355,7 +361,9 @@ static void serve() {
 
 }  // namespace shim
 
+#ifndef PM_DRIVER
 int main() {
     shim::serve();
     _exit(0);
 }
+#endif

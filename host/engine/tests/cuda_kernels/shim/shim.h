@@ -105,6 +105,7 @@ template <class A> A take(const Argument &a) {
 
 struct Body {
     virtual void run(const std::vector<Argument> &arguments) = 0;
+    virtual std::vector<Kind> kinds() const = 0;
 };
 
 template <class... A> struct BodyOf : Body {
@@ -115,6 +116,7 @@ template <class... A> struct BodyOf : Body {
         if (a.size() != sizeof...(A)) fail("the number of arguments is not the kernel's", "", 0);
         call(a, std::index_sequence_for<A...>{});
     }
+    std::vector<Kind> kinds() const override { return {kind_of(A{})...}; }
 };
 
 struct Entry {

@@ -1,0 +1,103 @@
+//! The code that talks to NVIDIA's driver, without one: a library with the driver's name and functions, whose device is the shim.
+//!
+//! What `cuda_engine` leaves open: contexts, streams, copies that are late, graphs, modules, attributes, and that everything is given
+//! back. The library (`driver.cpp`) does nothing before it must and refuses what a driver refuses. The
+//! loader's path is read when a process starts, so the test starts itself again.
+#![expect(clippy::unwrap_used, reason = "tests, and the functions they share")]
+
+mod library;
+#[expect(dead_code, reason = "the tests of kernels need more of it")]
+#[path = "../cuda_kernels/shim.rs"]
+mod shim;
+
+use std::process::Command;
+
+use pointsman_engine::ComputePool;
+use pointsman_engine::cuda::cases::{self, CaseRunner, Placement};
+use pointsman_engine::cuda::{self, CodeOptions, Device, DeviceError, FoundGpu, Gpu, Origin, ParityCase, Unit};
+
+/// The device's name in the library.
+const NAME: &str = "the shim";
+
+/// What the other process says at its end.
+const DONE: &str = "everything came back";
+
+#[test]
+fn the_backend_works_on_a_driver_that_is_late() {
+    let Some(folder) = library::folder() else { return };
+    let own = std::env::current_exe().unwrap();
+    let output = Command::new(own)
+        .args(["--exact", "in_the_other_process", "--nocapture"])
+        .env("LD_LIBRARY_PATH", folder)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains(DONE) && !said.contains("something is left"), "{said}");
+}
+
+/// Does nothing unless the driver is the library, which it is in the process that the test above starts.
+#[test]
+fn in_the_other_process() {
+    let found = cuda::discover().unwrap_or_default();
+    let Some(found) = found.into_iter().find(|gpu| gpu.info.name == NAME) else { return };
+    let free = |gpu: &mut Gpu| gpu.memory().unwrap().free;
+    let mut keeper = open(&found);
+    let before = free(&mut keeper);
+    kernels(&found);
+    steps(&found);
+    refusals(&found);
+    assert_eq!(free(&mut keeper), before);
+    say_done();
+}
+
+#[expect(clippy::print_stderr, reason = "read by the process that started this one")]
+fn say_done() {
+    eprintln!("{DONE}");
+}
+
+fn open(found: &FoundGpu) -> Gpu {
+    let code = CodeOptions { ptx_only: true, ..CodeOptions::default() };
+    Gpu::open(found.clone().supported().unwrap(), code, true).unwrap()
+}
+
+/// Single kernels, with and without shared memory that must be asked for.
+fn kernels(found: &FoundGpu) {
+    let mut gpu = open(found);
+    assert!(gpu.overlaps(), "compute capability 9.0");
+    gpu.load_unit(Unit::Step).unwrap();
+    assert_eq!(gpu.origins().collect::<Vec<_>>(), [(Unit::Step, Origin::Ptx)]);
+    assert!(!gpu.overlaps(), "code from PTX does not wait for the kernel before");
+    let largest = cases::products::cases(cuda::Element::Bf16).into_iter().filter(|case| case.call.shared > 0).take(1);
+    let mut runner = CaseRunner::new(&mut gpu, Placement::Fenced).unwrap();
+    for case in cases::memory::cases().into_iter().chain(largest) {
+        runner.run(&case).unwrap();
+    }
+}
+
+/// Steps of a model, through graphs and one by one.
+fn steps(found: &FoundGpu) {
+    let pool = ComputePool::start(1).unwrap();
+    let [with_graphs, without] = [ParityCase::all().remove(2), ParityCase::eager().remove(0)];
+    for mut case in [with_graphs, without] {
+        case.prompts.truncate(3);
+        case.rows = vec![1, 2, 3, 3];
+        let parity = case.run(Box::new(open(found)), &pool).unwrap();
+        assert!(parity.is_good(), "{parity}");
+    }
+}
+
+/// Faults that leave the device usable, and one that says it is lost.
+fn refusals(found: &FoundGpu) {
+    let mut gpu = open(found);
+    let refused = gpu.allocate(1 << 40);
+    assert!(matches!(refused, Err(DeviceError::OutOfMemory { asked, .. }) if asked == 1 << 40), "{refused:?}");
+    let refused = gpu.load(&[(0, "no_such_kernel".to_owned())]);
+    assert!(matches!(refused, Err(DeviceError::NoKernel { .. })), "{refused:?}");
+    let at = gpu.allocate(64).unwrap();
+    gpu.upload(at, &[7; 64]).unwrap();
+    let mut words = [0; 16];
+    gpu.download(at, &mut words).unwrap();
+    assert_eq!(words, [0x0707_0707; 16]);
+    let lost = gpu.upload(at, &[7; 65]).unwrap_err();
+    assert!(lost.is_lost() && lost.to_string().contains("restart the host"), "{lost}");
+}
