@@ -5,6 +5,8 @@
 //! one by one; the cost of the clock itself is measured and printed, not subtracted.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
+pub mod synthetic;
+
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,12 +41,13 @@ pub fn header(title: &str) {
     let commit = commit.ok().and_then(|o| String::from_utf8(o.stdout).ok()).unwrap_or_default();
     println!("# {title}");
     println!(
-        "machine: {} (model {}), {cores} cores,{}{}{}; commit {}",
+        "machine: {} (model {}), {cores} cores,{}{}{}{}; commit {}",
         field("model name"),
         field("model\t"),
         flag("avx2"),
         flag("avx512f"),
         flag("avx512_vnni"),
+        flag("amx_int8"),
         commit.trim()
     );
 }

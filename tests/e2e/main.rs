@@ -6,6 +6,7 @@ mod aliases;
 mod bench;
 mod client;
 mod control;
+mod embeddings;
 mod explain;
 mod handover;
 mod kills;

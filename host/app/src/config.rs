@@ -27,6 +27,9 @@ pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
 const MAX_LABELS: usize = 16;
 const MAX_LABEL: usize = 40;
 
+/// Longest wait of an idle encoder: beyond, a lone request waits for nobody longer than for its own computing.
+const MAX_EMBED_WINDOW_MS: u32 = 50;
+
 /// Everything that can be configured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -151,6 +154,8 @@ pub(crate) struct EngineSection {
     pub cuda_lib_dirs: Vec<PathBuf>,
     /// How the weights of configured models are kept: `f16`, `q8_0`, `fp8`; each is a variant.
     pub precisions: Vec<String>,
+    /// How long an idle encoder waits for more inputs to share a batch.
+    pub embed_window_ms: u32,
 }
 
 /// The WebAssembly half.
@@ -330,6 +335,7 @@ impl Default for EngineSection {
             gpu_kv_mib: 0,
             cuda_lib_dirs: Vec::new(),
             precisions: vec!["f16".to_owned()],
+            embed_window_ms: 0,
         }
     }
 }
@@ -441,6 +447,8 @@ impl Config {
         let chunk = u64::from(sched.prefill_chunk_tokens);
         rule(chunk <= batch, "sched.prefill_chunk_tokens", &chunk, "at most sched.max_batch_tokens")?;
         let ring = policy.event_ring;
+        let window = self.engine.embed_window_ms;
+        rule(window <= MAX_EMBED_WINDOW_MS, "engine.embed_window_ms", &window, "0 to 50 milliseconds")?;
         rule((64..=1 << 22).contains(&ring), "policy.event_ring", &ring, "64 to 4194304 events")?;
         let open = !self.admin.listen.ip().is_loopback() && self.admin.token.is_empty() && self.admin.tokens.is_empty();
         rule(!open, "admin.listen", &self.admin.listen, "not a loopback address, so admin.token must be set")?;
@@ -696,6 +704,7 @@ mod tests {
             (&[("POINTSMAN_SCHED__MAX_BATCH_TOKENS", "8")], "at least sched.max_running"),
             (&[("POINTSMAN_ADMIN__LISTEN", "0.0.0.0:8081")], "admin.token must be set"),
             (&[("POINTSMAN_ENGINE__DEVICES", "[\"gpu\"]")], "`engine.devices` = gpu: auto, cpu or cuda:N"),
+            (&[("POINTSMAN_ENGINE__EMBED_WINDOW_MS", "51")], "`engine.embed_window_ms` = 51: 0 to 50 milliseconds"),
             (&[("POINTSMAN_ENGINE__DEVICES", "[]")], "at least one of auto, cpu and cuda:N"),
         ] {
             let config = Config::read(None, env(pairs)).expect("well-formed");

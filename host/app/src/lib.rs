@@ -15,6 +15,7 @@ mod config;
 mod deploy;
 mod devices;
 mod driver;
+mod encoders;
 mod explain;
 mod gpu_check;
 mod models;

@@ -11,14 +11,16 @@ use anyhow::{Context, bail};
 use pointsman_engine::cuda::{
     self, CodeOptions, CudaEngine, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish,
 };
-use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::{
+    ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
+};
 use pointsman_sched::config::Config as SchedConfig;
-use pointsman_sched::execute::Executor;
+use pointsman_sched::execute::{ExecuteError, Executor};
 use pointsman_sched::ids::{Micros, ReplicaId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::route::NO_LABEL;
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{Replica, Variant};
+use pointsman_server::ports::{self, Replica, Variant};
 use pointsman_server::text::{TextFiles, TextModel};
 use pointsman_telemetry::{NameKind, Names};
 use serde_json::Value;
@@ -26,6 +28,7 @@ use serde_json::Value;
 use crate::clock::SystemClock;
 use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
+use crate::encoders::{Encode, NamedEncoder};
 use crate::null::NullExecutor;
 
 /// One replica with its engine, before its driver takes it.
@@ -44,6 +47,16 @@ pub(crate) struct LoadedReplica {
     pub sched: SchedConfig,
 }
 
+/// A model for embeddings, before its driver takes it.
+pub(crate) struct LoadedEncoder {
+    /// What the server sees.
+    pub model: Arc<ports::Encoder>,
+    /// Computes for it.
+    pub named: NamedEncoder,
+    /// What it took.
+    pub memory: wire::DeviceMemory,
+}
+
 /// Everything that was loaded.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
@@ -51,6 +64,14 @@ pub(crate) struct Loaded {
     pub variants: Vec<Arc<Variant>>,
     /// For the drivers.
     pub replicas: Vec<LoadedReplica>,
+    /// For the encoders' driver.
+    pub encoders: Vec<LoadedEncoder>,
+}
+
+impl std::fmt::Debug for LoadedEncoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadedEncoder").field("name", &self.model.name).finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for LoadedReplica {
@@ -146,7 +167,7 @@ impl<'a> Loader<'a> {
             self.load_folder(name, path, &precisions)
                 .with_context(|| format!("model `{name}` in {}", path.display()))?;
         }
-        if self.loaded.variants.is_empty() {
+        if self.loaded.variants.is_empty() && self.loaded.encoders.is_empty() {
             bail!("no model to serve: set engine.demo = true or add one with --model NAME=FOLDER");
         }
         let replicas: Vec<&str> = self.loaded.replicas.iter().map(|r| &*r.replica.name).collect();
@@ -196,24 +217,61 @@ impl<'a> Loader<'a> {
             chat_template: chat_template.as_deref(),
             eos_token_ids: &[],
         };
+        if EncoderSpec::describes(&config) {
+            return self.load_encoder(name, folder, &text);
+        }
         let weights = Weights::open(folder)?;
         self.load(ModelFiles { name, config: &config, text, weights, precisions })
     }
 
-    fn load(&mut self, files: ModelFiles<'_>) -> anyhow::Result<()> {
-        if self.loaded.variants.iter().any(|v| &*v.alias == files.name) {
+    /// A model for embeddings: on the CPU, whatever devices serve the others, with threads of its own.
+    fn load_encoder(&mut self, name: &str, folder: &Path, text: &TextFiles<'_>) -> anyhow::Result<()> {
+        self.check_name(name)?;
+        let spec = EncoderSpec::open(folder)?;
+        let text = Arc::new(TextModel::from_files(text)?);
+        check_vocabulary(&text, spec.vocab)?;
+        let (max_tokens, dimensions) = (u32::try_from(spec.max_tokens)?, u32::try_from(spec.hidden)?);
+        let pool = ComputePool::start(self.pool.n_threads())?;
+        let batch_tokens = self.config.sched.max_batch_tokens as usize;
+        let encoder = Encoder::load(spec, &Weights::open(folder)?, pool, batch_tokens)?;
+        let used = encoder.memory();
+        let memory = wire::DeviceMemory {
+            weights: used.weights as u64,
+            workspace: used.workspace as u64,
+            ..wire::DeviceMemory::default()
+        };
+        let name: Arc<str> = name.into();
+        let model = Arc::new(ports::Encoder {
+            replica: format!("{name}@cpu").into(),
+            name: Arc::clone(&name),
+            text,
+            max_tokens,
+            dimensions,
+            created: self.terms.created,
+        });
+        let named = NamedEncoder { name, encoder: Box::new(encoder) };
+        self.loaded.encoders.push(LoadedEncoder { model, named, memory });
+        // No GPU has to hold it, in any precision.
+        let precisions = u32::try_from(self.config.engine.precisions.len()).unwrap_or(u32::MAX);
+        self.to_come = self.to_come.saturating_sub(precisions);
+        Ok(())
+    }
+
+    /// No two models answer to one name.
+    fn check_name(&self, name: &str) -> anyhow::Result<()> {
+        let Loaded { variants, encoders, .. } = &self.loaded;
+        if variants.iter().any(|v| &*v.alias == name) || encoders.iter().any(|e| &*e.model.name == name) {
             bail!("there is a model of this name already; choose another, or leave the demo out (engine.demo = false)");
         }
+        Ok(())
+    }
+
+    fn load(&mut self, files: ModelFiles<'_>) -> anyhow::Result<()> {
+        self.check_name(files.name)?;
         let spec = ModelSpec::from_config(files.config)?;
         let eos = eos_token_ids(files.config);
         let text = Arc::new(TextModel::from_files(&TextFiles { eos_token_ids: &eos, ..files.text })?);
-        if text.vocabulary() as usize > spec.vocab {
-            bail!(
-                "the tokenizer knows {} tokens and the model {}: they do not belong together",
-                text.vocabulary(),
-                spec.vocab
-            );
-        }
+        check_vocabulary(&text, spec.vocab)?;
         for &precision in files.precisions {
             let id: Arc<str> = format!("{}:{}", files.name, precision.name()).into();
             let source = Source { id: &id, spec: &spec, weights: &files.weights, precision };
@@ -393,6 +451,24 @@ fn precisions(names: &[String]) -> anyhow::Result<Vec<Precision>> {
         bail!("engine.precisions is empty; name at least one of f16, q8_0 and fp8");
     }
     Ok(found)
+}
+
+fn check_vocabulary(text: &TextModel, known: usize) -> anyhow::Result<()> {
+    let tokens = text.vocabulary();
+    if tokens as usize > known {
+        bail!("the tokenizer knows {tokens} tokens and the model {known}: they do not belong together");
+    }
+    Ok(())
+}
+
+impl Encode for Encoder {
+    fn batch_tokens(&self) -> usize {
+        Self::batch_tokens(self)
+    }
+
+    fn encode(&mut self, batch: &[&[u32]]) -> Result<Vec<Vec<f32>>, ExecuteError> {
+        Self::encode(self, batch)
+    }
 }
 
 /// A hash that is the same on every host and in every version (FNV-1a), for rendezvous hashing by routers.

@@ -19,7 +19,9 @@ use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
-use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin, Replica, SubmitError, Variant};
+use pointsman_server::ports::{
+    Catalog, Clock, EmbedJob, Encoder, EnginePort, ModelAdmin, PolicyAdmin, Replica, SubmitError, Variant,
+};
 use pointsman_server::record::Taps;
 use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
@@ -32,7 +34,8 @@ use crate::config::{Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
 use crate::driver::{DriverContext, DriverHandle, DriverReplica};
-use crate::models::{LoadTerms, Loaded, LoadedReplica, Loader};
+use crate::encoders::{EncoderTerms, EncodersHandle};
+use crate::models::{LoadTerms, Loaded, LoadedEncoder, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
@@ -64,6 +67,8 @@ struct Engine {
     devices: Vec<ServingDevice>,
     /// Place in `devices` of each replica.
     device_of: HashMap<ReplicaId, usize>,
+    /// Where there are any.
+    encoders: Option<EncodersHandle>,
 }
 
 /// A device and its driver.
@@ -134,6 +139,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
     engine.devices.iter().for_each(|device| device.driver.stop());
+    engine.encoders.iter().for_each(EncodersHandle::stop);
     observer.stop();
     tracing::info!("stopped");
     served
@@ -322,6 +328,7 @@ fn start_engine(
     let in_flight = config.server.max_in_flight as usize;
     let engine_requests = in_flight.saturating_mul(config.server.max_rows as usize);
     let bounds = (in_flight, engine_requests.min(MAX_CANCELS));
+    let (encoders, encoder_models, encoder_memory) = start_encoders(config, shared, loaded.encoders)?;
     let mut left = loaded.replicas;
     let mut device_of = HashMap::new();
     let mut devices = Vec::new();
@@ -329,7 +336,10 @@ fn start_engine(
         let here = |loaded: &LoadedReplica| loaded.replica.device == u64::from(place.index());
         let (own, others): (Vec<_>, Vec<_>) = left.into_iter().partition(here);
         left = others;
-        let mut memory = wire::DeviceMemory::default();
+        let mut memory = match &place {
+            Place::Cpu(_) => encoder_memory,
+            Place::Cuda(_) | Place::Null(_) => wire::DeviceMemory::default(),
+        };
         let mut replicas = Vec::new();
         for loaded in own {
             add_memory(&mut memory, &loaded.memory);
@@ -343,7 +353,30 @@ fn start_engine(
         };
         devices.push(ServingDevice { place, driver, memory, monitor });
     }
-    Ok(Engine { catalog: Arc::new(Catalog { variants: loaded.variants }), devices, device_of })
+    let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models });
+    Ok(Engine { catalog, devices, device_of, encoders })
+}
+
+/// Starts the driver of the models for embeddings, if there are any; what the server sees of them, and their memory.
+fn start_encoders(
+    config: &Config,
+    shared: &Shared,
+    loaded: Vec<LoadedEncoder>,
+) -> anyhow::Result<(Option<EncodersHandle>, Vec<Arc<Encoder>>, wire::DeviceMemory)> {
+    let (mut models, mut named, mut memory) = (Vec::new(), Vec::new(), wire::DeviceMemory::default());
+    for encoder in loaded {
+        add_memory(&mut memory, &encoder.memory);
+        models.push(encoder.model);
+        named.push(encoder.named);
+    }
+    let terms = EncoderTerms {
+        clock: Arc::clone(&shared.clock),
+        metrics: Arc::clone(&shared.metrics),
+        window: Duration::from_millis(config.engine.embed_window_ms.into()),
+        mailbox: config.server.max_in_flight as usize,
+    };
+    let handle = if named.is_empty() { None } else { Some(EncodersHandle::start(named, terms)?) };
+    Ok((handle, models, memory))
 }
 
 fn driver_replica(
@@ -383,9 +416,10 @@ impl EnginePort for Engine {
         Arc::clone(&self.catalog)
     }
 
-    /// While one device serves: requests for the others are offered to it.
+    /// While one device serves: requests for the others are offered to it. Nobody stands in for the encoders.
     fn is_alive(&self) -> bool {
-        self.devices.iter().any(|device| device.driver.is_alive())
+        let encoders = self.encoders.as_ref().is_none_or(EncodersHandle::is_alive);
+        encoders && self.devices.iter().any(|device| device.driver.is_alive())
     }
 
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
@@ -393,6 +427,10 @@ impl EnginePort for Engine {
             Some(&device) => self.devices[device].driver.submit(replica, request),
             None => Err((Box::new(request), SubmitError::Stopped)),
         }
+    }
+
+    fn embed(&self, job: EmbedJob) -> Result<(), SubmitError> {
+        self.encoders.as_ref().map_or(Err(SubmitError::Stopped), |encoders| encoders.submit(job))
     }
 
     fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
@@ -448,7 +486,8 @@ impl ServingDevice {
 /// Says the URLs, the models, the active policies and a line to try. The labels are read by scripts: keep them.
 fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::Result<()> {
     let (data, admin) = (listeners.data.local_addr()?, listeners.admin.local_addr()?);
-    let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).collect();
+    let encoders = catalog.encoders.iter().map(|encoder| &*encoder.name);
+    let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).chain(encoders).collect();
     let mut lines = vec![
         format!("Pointsman {} is ready", env!("CARGO_PKG_VERSION")),
         format!("  {:<18} http://{data}", "api"),
@@ -461,13 +500,16 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         let failed = failed.map_or(String::new(), |reason| format!("  (native serves: {reason})"));
         lines.push(format!("  {:<18} {revision};g={generation}{failed}", slot.slot));
     }
-    let model = catalog.variants.first().map_or("demo", |v| &*v.alias);
+    let (path, model, input) = match catalog.variants.first() {
+        Some(variant) => {
+            let messages = r#""messages": [{"role": "user", "content": "What is ownership?"}]"#;
+            ("chat/completions", &*variant.alias, messages)
+        }
+        None => ("embeddings", models[0], r#""input": "What is ownership?""#),
+    };
     lines.push("Try:".into());
-    lines.push(format!("  curl http://{data}/v1/chat/completions -H 'content-type: application/json' \\"));
-    let body = format!(
-        "{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is ownership?\"}}]}}"
-    );
-    lines.push(format!("    -d '{body}'\n"));
+    lines.push(format!("  curl http://{data}/v1/{path} -H 'content-type: application/json' \\"));
+    lines.push(format!("    -d '{{\"model\": \"{model}\", {input}}}'\n"));
     // A reader that went away (`| head`) is no reason not to serve.
     let _ = std::io::stdout().lock().write_all(lines.join("\n").as_bytes());
     Ok(())

@@ -11,7 +11,9 @@ mod load;
 mod sampling;
 mod spec;
 
-pub use backend::cpu::{ComputePool, CpuEngine, KvPlan, MemoryUse, Model, PoolError, Precision, UnknownPrecision};
+pub use backend::cpu::{
+    ComputePool, CpuEngine, Encoder, KvPlan, MemoryUse, Model, PoolError, Precision, UnknownPrecision,
+};
 pub use backend::{ConfigError, EngineConfig, cuda};
 pub use load::{GgufError, List, LoadError, Value, Weights};
-pub use spec::{Activation, Experts, ModelSpec, Naming, Rope, RopeScaling, SpecError, Window};
+pub use spec::{Activation, EncoderSpec, Experts, ModelSpec, Naming, Pooling, Rope, RopeScaling, SpecError, Window};

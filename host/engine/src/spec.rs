@@ -4,11 +4,13 @@
 //! architecture adds to the fields that all share). The reader accepts what the forward pass computes and refuses the rest
 //! by name: a field that would silently change the mathematics is an error here, never a wrong token later.
 
+mod encoder;
 mod families;
 mod read;
 #[cfg(test)]
 mod tests;
 
+pub use encoder::{EncoderSpec, Pooling};
 pub use read::SpecError;
 
 /// A decoder transformer: RMSNorm before each half, rotate-half RoPE, grouped-query attention, a gated feed-forward half.

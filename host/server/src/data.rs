@@ -19,6 +19,7 @@ pub(crate) fn routes() -> Routes {
     vec![
         ("/v1/chat/completions", &["post"], post(openai::chat)),
         ("/v1/completions", &["post"], post(openai::completions)),
+        ("/v1/embeddings", &["post"], post(openai::embeddings)),
         ("/v1/models", &["get"], get(openai::models)),
         // Names may hold slashes, as in `org/model`.
         ("/v1/models/{*id}", &["get"], get(openai::model)),

@@ -20,7 +20,7 @@ use pointsman_telemetry::{Event, EventKind};
 use crate::admin::wire::decision::Line;
 use crate::error::ApiError;
 use crate::identity::{ANONYMOUS, Caller, session_hash};
-use crate::ports::{Catalog, Replica, SubmitError, Variant};
+use crate::ports::{Catalog, Encoder, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
 use crate::trace::{Noted, Trace};
@@ -148,7 +148,7 @@ struct Hashes<'a> {
 impl Target {
     /// Finds what a client named.
     pub(crate) fn find(catalog: &Catalog, name: &str) -> Result<Self, ApiError> {
-        if catalog.variants.is_empty() {
+        if catalog.is_empty() {
             return Err(ApiError::Loading);
         }
         let of_alias: Vec<Arc<Variant>> = catalog.variants.iter().filter(|v| *v.alias == *name).cloned().collect();
@@ -156,6 +156,10 @@ impl Target {
             false => of_alias,
             true => catalog.variants.iter().filter(|v| *v.id == *name).cloned().collect(),
         };
+        if variants.is_empty() && catalog.encoder(name).is_some() {
+            let problem = format!("`{name}` makes embeddings and generates no text: use it with /v1/embeddings");
+            return Err(ApiError::invalid("model", problem));
+        }
         if variants.is_empty() {
             let known: Vec<String> = catalog.names().into_iter().map(|(name, _)| format!("`{name}`")).collect();
             return Err(ApiError::UnknownModel { name: name.to_owned(), known: known.join(", ") });
@@ -175,6 +179,16 @@ impl Target {
 }
 
 impl Catalog {
+    /// Whether nothing is served yet.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.variants.is_empty() && self.encoders.is_empty()
+    }
+
+    /// The encoder of this name.
+    pub(crate) fn encoder(&self, name: &str) -> Option<&Arc<Encoder>> {
+        self.encoders.iter().find(|encoder| *encoder.name == *name)
+    }
+
     /// Aliases in order of first appearance, then variants, each with the variant that stands for it.
     pub(crate) fn names(&self) -> Vec<(&str, &Variant)> {
         let mut names: Vec<(&str, &Variant)> = Vec::new();

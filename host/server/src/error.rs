@@ -44,6 +44,11 @@ pub(crate) enum ApiError {
          shorten the prompt or lower the number of tokens to generate"
     )]
     Context { param: &'static str, prompt: usize, requested: u32, limit: u32 },
+    #[error(
+        "`{param}` has {found} tokens and this model takes {limit}: send less at a time, or set `truncate_prompt_tokens` to \
+         -1 to embed only its beginning"
+    )]
+    InputTooLong { param: String, found: usize, limit: u32 },
     #[error("{problem}: send `Authorization: Bearer <key>`")]
     Unauthorized { problem: &'static str },
     #[error("{what}")]
@@ -169,7 +174,7 @@ impl ApiError {
             Self::Unsupported { .. } => class(400, INVALID, "unsupported", false),
             Self::Json(_) | Self::Utf8 { .. } => class(400, INVALID, "invalid_json", false),
             Self::BodyBroken => class(400, INVALID, "incomplete_body", false),
-            Self::Context { .. } => class(400, INVALID, "context_length_exceeded", false),
+            Self::Context { .. } | Self::InputTooLong { .. } => class(400, INVALID, "context_length_exceeded", false),
             Self::ContentType { .. } => class(415, INVALID, "unsupported_media_type", false),
             Self::Unauthorized { .. } => class(401, "authentication_error", "invalid_api_key", false),
             Self::Forbidden { .. } | Self::Role { .. } => class(403, "permission_error", "forbidden", false),
@@ -214,6 +219,7 @@ impl ApiError {
             Self::Invalid { param, .. } | Self::Unsupported { param, .. } if param.is_empty() => None,
             Self::Invalid { param, .. } | Self::Unsupported { param, .. } => Some(param),
             Self::Context { param, .. } => Some(param),
+            Self::InputTooLong { param, .. } => Some(param),
             Self::UnknownModel { .. } => Some("model"),
             Self::IdInUse { .. } => Some("x-request-id"),
             Self::Admin(error) => error.param.as_deref(),

@@ -11,7 +11,7 @@ use http_body_util::BodyExt;
 use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Judged, Load, Verdict};
 use pointsman_sched::ids::{Micros, Priority, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
-use pointsman_sched::request::{CancelCause, FinishReason, Request, SinkEvent, SinkState};
+use pointsman_sched::request::{CancelCause, Failure, FinishReason, Request, SinkEvent, SinkState};
 use pointsman_sched::route::{Choice, DecidedBy, Fallback, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use serde_json::Value;
@@ -20,8 +20,8 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Catalog, Clock, DoorQuestion, EnginePort, JournalLine,
-    ModelAdmin, PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded, Variant,
+    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Catalog, Clock, DoorQuestion, EmbedJob, Embedded, Encoder,
+    EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded, Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -45,6 +45,19 @@ pub(crate) struct FakeEngine {
     /// Every request that was taken, without its sink.
     pub(crate) taken: Mutex<Vec<Taken>>,
     pub(crate) cancels: Mutex<Vec<(ReplicaId, RequestId, CancelCause)>>,
+    /// Jobs that were taken and have no answer yet; the others were answered at once.
+    pub(crate) jobs: Mutex<Vec<EmbedJob>>,
+    /// What becomes of the next job.
+    pub(crate) embeds: Mutex<VecDeque<EmbedPlay>>,
+}
+
+/// What the fake engine does with the next embedding; without a word it answers.
+#[derive(Debug)]
+pub(crate) enum EmbedPlay {
+    /// Keeps the job.
+    Hold,
+    Refuse(SubmitError),
+    Fail(Failure),
 }
 
 /// What a test wants to know of a submitted request.
@@ -227,6 +240,21 @@ impl EnginePort for FakeEngine {
             }
         }
         self.taken.lock().expect("unpoisoned").push(taken);
+        Ok(())
+    }
+
+    /// A vector is its first token, its length and two numbers.
+    fn embed(&self, job: EmbedJob) -> Result<(), SubmitError> {
+        let vector = |tokens: &Vec<u32>| vec![tokens[0] as f32, tokens.len() as f32, 0.1, -2.0];
+        match self.embeds.lock().expect("unpoisoned").pop_front() {
+            Some(EmbedPlay::Refuse(error)) => return Err(error),
+            Some(EmbedPlay::Hold) => self.jobs.lock().expect("unpoisoned").push(job),
+            Some(EmbedPlay::Fail(failure)) => drop(job.reply.send(Err(failure))),
+            None => {
+                let vectors = job.inputs.iter().map(vector).collect();
+                drop(job.reply.send(Ok(Embedded { vectors, queued_us: 7 })));
+            }
+        }
         Ok(())
     }
 
@@ -555,13 +583,22 @@ impl Rig {
         Self::with(ServerConfig::default())
     }
 
-    /// Two variants of `m`: `m:a` on replicas 0 and 1, `m:b` on replica 2.
+    /// Two variants of `m`: `m:a` on replicas 0 and 1, `m:b` on replica 2; and an encoder `e`.
     pub(crate) fn with(config: ServerConfig) -> Self {
         let text = Arc::new(crate::text::tests::model());
         let a = variant("m:a", &text, vec![replica(0, "m:a@x"), replica(1, "m:a@y")]);
         let b = variant("m:b", &text, vec![replica(2, "m:b@x")]);
+        let encoder = Arc::new(Encoder {
+            name: "e".into(),
+            replica: "e@x".into(),
+            text: Arc::clone(&text),
+            max_tokens: 8,
+            dimensions: 4,
+            created: 1_699_999_998,
+        });
         let engine = Arc::new(FakeEngine::default());
-        *engine.catalog.lock().expect("unpoisoned") = Arc::new(Catalog { variants: vec![a, b] });
+        *engine.catalog.lock().expect("unpoisoned") =
+            Arc::new(Catalog { variants: vec![a, b], encoders: vec![encoder] });
         let router = Arc::new(FakeRouter { choice: Mutex::new(Choice::Pick(0)), calls: Mutex::default() });
         let door = Arc::new(FakeDoor { native: AtomicBool::new(true), ..FakeDoor::default() });
         let clock = Arc::new(FakeClock::default());

@@ -34,7 +34,7 @@ pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Respo
     if state.admission.is_draining() {
         return Err(ApiError::Draining);
     }
-    if state.engine.catalog().variants.is_empty() {
+    if state.engine.catalog().is_empty() {
         return Err(ApiError::Loading);
     }
     if !state.engine.is_alive() {

@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use pointsman_sched::admit::{AdmitRequest, Judged, Load};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
-use pointsman_sched::request::{CancelCause, Request};
+use pointsman_sched::request::{CancelCause, Failure, Request};
 use pointsman_sched::route::{ReplicaColumns, RouteRequest, Routed};
 
 use serde_json::value::RawValue;
+use tokio::sync::oneshot;
 
 use crate::admin::wire;
 use crate::text::TextModel;
@@ -67,11 +68,54 @@ pub struct Variant {
     pub replicas: Vec<Arc<Replica>>,
 }
 
+/// A model that turns texts into vectors.
+#[derive(Debug)]
+pub struct Encoder {
+    /// What requests and metrics call it.
+    pub name: Arc<str>,
+    /// For headers and logs, as in `minilm@cpu`.
+    pub replica: Arc<str>,
+    /// Its tokenizer.
+    pub text: Arc<TextModel>,
+    /// Longest input, in tokens.
+    pub max_tokens: u32,
+    /// Numbers of a vector.
+    pub dimensions: u32,
+    /// Unix seconds, for `GET /v1/models`.
+    pub created: u64,
+}
+
 /// Every model that is being served. Aliases are the distinct [`Variant::alias`]es, in order of first appearance.
 #[derive(Debug, Default)]
 pub struct Catalog {
     /// In the order in which they are listed.
     pub variants: Vec<Arc<Variant>>,
+    /// Models for embeddings, listed behind the others; no name is also a variant's or an alias.
+    pub encoders: Vec<Arc<Encoder>>,
+}
+
+/// Inputs on their way to an encoder.
+#[derive(Debug)]
+pub struct EmbedJob {
+    /// Its name.
+    pub encoder: Arc<str>,
+    /// Tokens of each input: one at least, and no more than the encoder takes.
+    pub inputs: Vec<Vec<u32>>,
+    /// When the request came.
+    pub arrived: Micros,
+    /// When nobody waits for it any more.
+    pub deadline: Micros,
+    /// Takes the answer; closed once nobody waits for it.
+    pub reply: oneshot::Sender<Result<Embedded, Failure>>,
+}
+
+/// What an encoder answers.
+#[derive(Debug)]
+pub struct Embedded {
+    /// One for each input.
+    pub vectors: Vec<Vec<f32>>,
+    /// From the request's arrival to its first batch.
+    pub queued_us: Micros,
 }
 
 /// The engine side: bounded mailboxes of the device drivers.
@@ -88,6 +132,12 @@ pub trait EnginePort: Send + Sync + Debug {
     /// # Errors
     /// The mailbox is full or the driver is gone; the request comes back.
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)>;
+
+    /// Puts a job into the mailbox of the encoders' driver. Never blocks. Closing its reply ends it.
+    ///
+    /// # Errors
+    /// The mailbox is full or the driver is gone.
+    fn embed(&self, job: EmbedJob) -> Result<(), SubmitError>;
 
     /// Asks the driver to end a request. Never blocks, never fails: a request that already ended is none.
     fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pointsman_sched::ids::{ReplicaId, RequestId};
 use pointsman_sched::request::CancelCause;
+use tokio::sync::Notify;
 
 use crate::admission::Permit;
 use crate::error::ApiError;
@@ -24,6 +25,8 @@ struct Live {
     /// API key's place, `None` without keys.
     owner: Option<usize>,
     engine: Mutex<Running>,
+    /// Wakes whoever waits for something else than engine requests.
+    cancel_asked: Notify,
 }
 
 /// The engine requests of one HTTP request, in the order of its choices.
@@ -63,7 +66,7 @@ impl Registry {
         engine: &Arc<dyn EnginePort>,
         permit: Permit,
     ) -> Result<InFlight, ApiError> {
-        let live = Arc::new(Live { owner, engine: Mutex::default() });
+        let live = Arc::new(Live { owner, engine: Mutex::default(), cancel_asked: Notify::new() });
         let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         if by_id.contains_key(id) {
             return Err(ApiError::IdInUse { id: id.to_string() });
@@ -79,6 +82,7 @@ impl Registry {
         let Some(live) = by_id.get(id).filter(|live| live.owner == owner).cloned() else { return false };
         drop(by_id);
         live.cancel_rest(engine, CancelCause::Asked);
+        live.cancel_asked.notify_one();
         true
     }
 }
@@ -121,6 +125,11 @@ impl InFlight {
         if cancelled {
             self.engine.cancel(replica, id, CancelCause::Asked);
         }
+    }
+
+    /// Waits until the client asks for the end of its request.
+    pub(crate) async fn cancel_asked(&self) {
+        self.live.cancel_asked.notified().await;
     }
 
     /// Notes that the n-th engine request has ended.

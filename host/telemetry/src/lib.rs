@@ -15,7 +15,8 @@ mod recorder;
 pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
 pub use metrics::{
-    Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics, SlotMetrics,
+    EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics,
+    SlotMetrics,
 };
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};

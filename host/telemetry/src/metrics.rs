@@ -124,6 +124,21 @@ pub struct ReplicaMetrics {
     pub tokens_decode: IntCounter,
 }
 
+/// Handles for one model that makes embeddings.
+#[derive(Clone, Debug)]
+pub struct EncoderMetrics {
+    /// `vllm:num_requests_running`.
+    pub running: IntGauge,
+    /// `vllm:num_requests_waiting`.
+    pub waiting: IntGauge,
+    /// `vllm:prompt_tokens_total`.
+    pub prompt_tokens: IntCounter,
+    /// `pointsman_step_seconds{phase="embed"}`: one batch.
+    pub step: Histogram,
+    /// `pointsman_tokens_total{phase="embed"}`.
+    pub tokens: IntCounter,
+}
+
 /// Handles for one revision in one slot.
 #[derive(Clone, Debug)]
 pub struct SlotMetrics {
@@ -393,6 +408,19 @@ impl Metrics {
             step_fill: self.step_fill.with_label_values(&[device]),
             tokens_prefill: self.tokens.with_label_values(&[device, model_name, "prefill"]),
             tokens_decode: self.tokens.with_label_values(&[device, model_name, "decode"]),
+        }
+    }
+
+    /// Handles for a model that makes embeddings, on a device.
+    #[must_use]
+    pub fn encoder(&self, model_name: &str, device: &str) -> EncoderMetrics {
+        let m = &[model_name];
+        EncoderMetrics {
+            running: self.running.with_label_values(m),
+            waiting: self.waiting.with_label_values(m),
+            prompt_tokens: self.prompt_tokens.with_label_values(m),
+            step: self.step.with_label_values(&[device, "embed"]),
+            tokens: self.tokens.with_label_values(&[device, model_name, "embed"]),
         }
     }
 

@@ -36,6 +36,32 @@ pub enum SpecError {
         /// What works.
         supported: &'static str,
     },
+    /// A file beside `config.json` cannot be read.
+    #[error("cannot read {file}: {source}")]
+    Read {
+        /// Its name.
+        file: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file of the sentence-transformers library is not what it should be.
+    #[error("{file} cannot be understood: {source}")]
+    SentenceJson {
+        /// Its name.
+        file: &'static str,
+        /// Where it breaks.
+        source: serde_json::Error,
+    },
+    /// A file of the sentence-transformers library asks for something that is not implemented.
+    #[error("{file} has {found}, which is not supported; supported: {supported}")]
+    Sentence {
+        /// Its name.
+        file: &'static str,
+        /// What it has.
+        found: String,
+        /// What works.
+        supported: &'static str,
+    },
 }
 
 /// Upper bound of every size, so that products of sizes cannot overflow.

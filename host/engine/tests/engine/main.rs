@@ -3,6 +3,7 @@
 
 mod common;
 mod convert;
+mod encoders;
 mod families;
 mod gguf;
 mod gguf_file;

@@ -51,7 +51,7 @@ pub(crate) async fn chat(
     let ChatRequest { mut params, conversation } = ChatRequest::parse(&mut fields, &state)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
     let grammar = params.grammar(&state, &target).await?;
-    let prompt = conversation.prompt(target.text()).await?;
+    let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
     let n_choices = params.n as usize;
     let (stream, include_usage) = (params.stream, params.include_usage);
     let default_tokens = target.text().defaults().max_new_tokens;
@@ -105,13 +105,13 @@ impl Conversation {
         Ok(Self { messages, add_generation_prompt, template_kwargs })
     }
 
-    /// Renders and tokenizes.
-    pub(super) async fn prompt(self, text: &Arc<TextModel>) -> Result<Prompt, ApiError> {
+    /// Renders and tokenizes. `now` is in Unix seconds, for templates that tell the date.
+    pub(super) async fn prompt(self, text: &Arc<TextModel>, now: u64) -> Result<Prompt, ApiError> {
         let bytes = self.messages.iter().map(|m| m.content.len() + m.role.len()).sum();
         let text = Arc::clone(text);
         tokenizing(bytes, move || {
             let invalid = |error: crate::text::EncodeError| ApiError::invalid("messages", error.to_string());
-            let rendered = text.render(&self.messages, self.add_generation_prompt, self.template_kwargs.as_ref());
+            let rendered = text.render(&self.messages, self.add_generation_prompt, self.template_kwargs.as_ref(), now);
             let rendered = rendered.map_err(invalid)?;
             let tokens = text.encode(&rendered, false).map_err(invalid)?;
             Ok(Prompt { tokens: tokens.into(), text: rendered })

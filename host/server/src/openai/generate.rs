@@ -244,21 +244,24 @@ impl Arrival {
             numbers: first.numbers,
             attributes: &attributes,
         };
-        let now = self.state.clock.now();
-        let (load, judged) = permit.ask(now, &request);
-        let call_us = self.state.clock.now().saturating_sub(now);
-        let doored = Doored { now, request: DoorSeen::of(&request), load, judged, call_us };
-        self.note_door(&doored);
-        match &doored.judged.verdict {
-            Some(Verdict::Reject(rejection)) => {
-                let error = ApiError::Rejected(rejection.clone());
-                self.state.traces.enter(&self.tag, self.arrived, Some(doored)).failed(&error, self.state.clock.now());
-                return Err(error);
-            }
-            Some(Verdict::AcceptAs(priority)) => terms.iter_mut().for_each(|terms| terms.priority = *priority),
-            Some(Verdict::Accept) | None => {}
+        let doored = self.judge(permit, &request)?;
+        if let Some(Verdict::AcceptAs(priority)) = doored.judged.verdict {
+            terms.iter_mut().for_each(|terms| terms.priority = priority);
         }
         Ok(doored)
+    }
+
+    /// Puts a request to the admission policy and notes what it said.
+    pub(super) fn judge(&self, permit: &mut Permit, request: &AdmitRequest<'_>) -> Result<Doored, ApiError> {
+        let now = self.state.clock.now();
+        let (load, judged) = permit.ask(now, request);
+        let call_us = self.state.clock.now().saturating_sub(now);
+        let doored = Doored { now, request: DoorSeen::of(request), load, judged, call_us };
+        self.note_door(&doored);
+        let Some(Verdict::Reject(rejection)) = &doored.judged.verdict else { return Ok(doored) };
+        let error = ApiError::Rejected(rejection.clone());
+        self.state.traces.enter(&self.tag, self.arrived, Some(doored)).failed(&error, self.state.clock.now());
+        Err(error)
     }
 
     /// Records what a policy was asked; a slot that went native meanwhile asked nobody.
@@ -357,8 +360,7 @@ impl Running {
         }
         let usage = self.generation.totals().into();
         let body = write(&self.head, &self.text, choices, usage);
-        let held = Held { body: Full::new(Bytes::from(body)), _generation: self.generation };
-        let mut response = Response::new(Body::new(held));
+        let mut response = Response::new(Body::new(Held::new(body, self.generation)));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         self.placement.headers(response.headers_mut());
         Ok(response)
@@ -370,14 +372,20 @@ impl Running {
     }
 }
 
-/// A body that keeps its generation, and with it the permit, until it has been sent.
+/// A body that keeps what it is the end of, and with it the permit, until it has been sent.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held<T> {
     body: Full<Bytes>,
-    _generation: Generation,
+    _kept: T,
 }
 
-impl http_body::Body for Held {
+impl<T> Held<T> {
+    pub(super) fn new(body: Vec<u8>, kept: T) -> Self {
+        Self { body: Full::new(Bytes::from(body)), _kept: kept }
+    }
+}
+
+impl<T: Unpin> http_body::Body for Held<T> {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 

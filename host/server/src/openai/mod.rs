@@ -1,10 +1,11 @@
-//! The OpenAI shapes: chat completions, completions, models, and vLLM's tokenize and detokenize.
+//! The OpenAI shapes: chat completions, completions, embeddings, models, and vLLM's tokenize and detokenize.
 //!
 //! Each route parses its own body; everything after that is the same for both kinds of generation and lives in
 //! `generate`. Errors of any kind are `ApiError`; nothing here knows a status code.
 
 mod chat;
 mod completions;
+mod embeddings;
 mod fields;
 mod format;
 mod generate;
@@ -26,6 +27,7 @@ use serde::Serialize;
 
 pub(crate) use self::chat::chat;
 pub(crate) use self::completions::completions;
+pub(crate) use self::embeddings::embeddings;
 pub(crate) use self::models::{model, models};
 pub(crate) use self::tokenize::{detokenize, tokenize};
 

@@ -1,4 +1,4 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: aliases first, then each variant by its own id.
+//! `GET /v1/models` and `GET /v1/models/{id}`: aliases first, then each variant by its own id, then the models for embeddings.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::json;
 use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::identity::Caller;
-use crate::ports::Variant;
+use crate::ports::{Encoder, Variant};
 use crate::state::ServerState;
 
 #[derive(Serialize)]
@@ -29,6 +29,9 @@ struct Model<'a> {
     root: &'a str,
     /// vLLM's name for the context length.
     max_model_len: u32,
+    /// Numbers of a vector; only models for embeddings have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    embedding_dimensions: Option<u32>,
 }
 
 fn entry<'a>(id: &'a str, variant: &'a Variant) -> Model<'a> {
@@ -39,13 +42,27 @@ fn entry<'a>(id: &'a str, variant: &'a Variant) -> Model<'a> {
         owned_by: "pointsman",
         root: &variant.alias,
         max_model_len: variant.context_tokens,
+        embedding_dimensions: None,
+    }
+}
+
+fn encoder_entry(encoder: &Encoder) -> Model<'_> {
+    Model {
+        id: &encoder.name,
+        object: "model",
+        created: encoder.created,
+        owned_by: "pointsman",
+        root: &encoder.name,
+        max_model_len: encoder.max_tokens,
+        embedding_dimensions: Some(encoder.dimensions),
     }
 }
 
 /// Lists every name that a request may use.
 pub(crate) async fn models(State(state): State<Arc<ServerState>>, _caller: Caller) -> Response {
     let catalog = state.engine.catalog();
-    let data = catalog.names().into_iter().map(|(name, variant)| entry(name, variant)).collect();
+    let generators = catalog.names().into_iter().map(|(name, variant)| entry(name, variant));
+    let data = generators.chain(catalog.encoders.iter().map(|encoder| encoder_entry(encoder))).collect();
     json(&List { object: "list", data })
 }
 
@@ -56,6 +73,9 @@ pub(crate) async fn model(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let catalog = state.engine.catalog();
+    if let Some(encoder) = catalog.encoder(&id) {
+        return Ok(json(&encoder_entry(encoder)));
+    }
     let target = Target::find(&catalog, &id)?;
     Ok(json(&entry(&target.name, &target.variants[0])))
 }

@@ -228,7 +228,7 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     }
 }
 
-fn model(fields: &mut Fields) -> Result<String, ApiError> {
+pub(super) fn model(fields: &mut Fields) -> Result<String, ApiError> {
     match fields.require("model")? {
         Value::String(name) => Ok(name),
         other => Err(mismatch("model", "a string", &other)),

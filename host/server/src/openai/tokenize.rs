@@ -15,6 +15,7 @@ use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::identity::Caller;
 use crate::state::ServerState;
+use crate::text::TextModel;
 
 #[derive(Serialize)]
 struct Tokenized<'a> {
@@ -30,12 +31,20 @@ struct Detokenized {
     prompt: String,
 }
 
-/// Without a model, the first one.
-fn target(fields: &mut Fields, state: &ServerState) -> Result<Target, ApiError> {
+/// Tokenizer and context of a model of either kind; without a model, of the first one.
+fn target(fields: &mut Fields, state: &ServerState) -> Result<(Arc<TextModel>, u32), ApiError> {
     let catalog = state.engine.catalog();
     let named = fields.string("model")?;
+    let encoder = match &named {
+        Some(name) => catalog.encoder(name),
+        None => catalog.encoders.first().filter(|_| catalog.variants.is_empty()),
+    };
+    if let Some(encoder) = encoder {
+        return Ok((Arc::clone(&encoder.text), encoder.max_tokens));
+    }
     let first = catalog.variants.first().map(|variant| variant.alias.to_string());
-    Target::find(&catalog, &named.or(first).unwrap_or_default())
+    let target = Target::find(&catalog, &named.or(first).unwrap_or_default())?;
+    Ok((Arc::clone(target.text()), target.context_tokens()))
 }
 
 /// Tokenizes a `prompt` or `messages`.
@@ -47,14 +56,13 @@ pub(crate) async fn tokenize(
     // Tokenizing is work like any other: it takes a place among the requests in flight.
     let _permit = state.admission.enter()?;
     let mut fields = read_fields(&state, request).await?;
-    let target = target(&mut fields, &state)?;
-    let text = target.text();
+    let (text, max_model_len) = target(&mut fields, &state)?;
     let wants_strings = fields.bool("return_token_strs")?.unwrap_or(false);
     let tokens: Arc<[u32]> = match fields.string("prompt")? {
-        None => Conversation::parse(&mut fields)?.prompt(text).await?.tokens,
+        None => Conversation::parse(&mut fields)?.prompt(&text, state.clock.unix_seconds()).await?.tokens,
         Some(prompt) => {
             let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
-            let text = Arc::clone(text);
+            let text = Arc::clone(&text);
             let work = move || text.encode(&prompt, add_special);
             let invalid = |error: crate::text::EncodeError| ApiError::invalid("prompt", error.to_string());
             tokenizing(usize::MAX, move || Ok(work().map_err(invalid)?.into())).await?
@@ -63,7 +71,7 @@ pub(crate) async fn tokenize(
     let string = |id: &u32| String::from_utf8_lossy(&text.token_bytes(*id)).into_owned();
     Ok(json(&Tokenized {
         count: tokens.len(),
-        max_model_len: target.context_tokens(),
+        max_model_len,
         token_strs: wants_strings.then(|| tokens.iter().map(string).collect()),
         tokens: &tokens,
     }))
@@ -77,13 +85,13 @@ pub(crate) async fn detokenize(
 ) -> Result<Response, ApiError> {
     let _permit = state.admission.enter()?;
     let mut fields = read_fields(&state, request).await?;
-    let target = target(&mut fields, &state)?;
+    let (text, _) = target(&mut fields, &state)?;
     let ids = match fields.require("tokens")? {
         Value::Array(ids) => ids,
         other => return Err(mismatch("tokens", "an array of token ids", &other)),
     };
-    let vocabulary = target.text().vocabulary();
+    let vocabulary = text.vocabulary();
     let id = |(i, value): (usize, &Value)| token_id(&format!("tokens[{i}]"), value, vocabulary);
     let tokens: Vec<u32> = ids.iter().enumerate().map(id).collect::<Result<_, _>>()?;
-    Ok(json(&Detokenized { prompt: target.text().decode(&tokens, false) }))
+    Ok(json(&Detokenized { prompt: text.decode(&tokens, false) }))
 }

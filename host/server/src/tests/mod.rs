@@ -2,6 +2,7 @@
 
 mod admin;
 mod door;
+mod embeddings;
 mod errors;
 mod explain;
 mod generation;

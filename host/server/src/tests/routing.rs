@@ -224,7 +224,7 @@ async fn models_are_listed_aliases_first() {
     let rig = Rig::new();
     let list = rig.send(request("GET", "/v1/models", &[], "")).await.json();
     let ids: Vec<&str> = list["data"].as_array().expect("a list").iter().filter_map(|m| m["id"].as_str()).collect();
-    assert_eq!(ids, ["m", "m:a", "m:b"]);
+    assert_eq!(ids, ["m", "m:a", "m:b", "e"]);
     let one = rig.send(request("GET", "/v1/models/m:b", &[], "")).await.json();
     assert_eq!(
         one,

@@ -1,9 +1,12 @@
 //! Tokens to text, one at a time: a character is shown when its last byte has come, never in halves.
 //!
-//! Two ways, because tokenizers come in two kinds. Byte-level ones (GPT-2, Llama 3, Qwen, our demo) map every token to
-//! bytes: a table and a UTF-8 cursor, exact also for invalid bytes, some 10 ns a token. The others (SentencePiece with
-//! byte fallback) decode in context: a short window is decoded twice and the difference shown. Decoding the whole output
-//! again at every token would be simpler and quadratic.
+//! Two ways, because tokenizers come in two kinds. Where a token is the same bytes wherever it stands (byte-level ones such as
+//! GPT-2, Llama 3, Qwen and our demo; SentencePiece with byte fallback such as Llama 2, Mistral and Gemma): a table and a UTF-8
+//! cursor, some 10 ns a token. The others decode in context: a short window is decoded twice and the difference shown.
+//! Decoding the whole output again at every token would be simpler and quadratic.
+//!
+//! Of bytes that are no UTF-8 only those that cannot belong to a character become U+FFFD. Hugging Face's byte fallback gives up
+//! a whole run of byte tokens for one wrong byte at its end, which no text that has been shown could follow.
 
 use std::sync::Arc;
 
@@ -19,7 +22,9 @@ const MAX_WINDOW: usize = 32;
 pub struct Detokenizer {
     model: Arc<TextModel>,
     skip_special: bool,
-    /// Byte-level: bytes of an unfinished character.
+    /// With a table: spaces that the text still loses at its start.
+    leading: usize,
+    /// With a table: bytes of an unfinished character.
     pending: Vec<u8>,
     /// Otherwise: recent tokens, of which the first `shown` are visible already.
     window: Vec<u32>,
@@ -31,6 +36,16 @@ pub struct Detokenizer {
 pub(super) struct ByteTable {
     ends: Vec<u32>,
     bytes: Vec<u8>,
+    /// Spaces that a text loses at its start: the tokenizer put one before the first word.
+    leading: usize,
+}
+
+/// How a vocabulary writes bytes.
+enum Writing {
+    /// Every byte as a character.
+    ByteLevel,
+    /// Text with something in place of a space; `<0x0A>` is a byte.
+    Pieces { space: String, leading: usize },
 }
 
 // === impl Detokenizer ===
@@ -39,7 +54,8 @@ impl Detokenizer {
     /// A detokenizer at the start of a text. `skip_special` leaves special tokens out.
     #[must_use]
     pub fn new(model: Arc<TextModel>, skip_special: bool) -> Self {
-        Self { model, skip_special, pending: Vec::new(), window: Vec::new(), shown: 0 }
+        let leading = model.bytes.as_ref().map_or(0, |table| table.leading);
+        Self { model, skip_special, leading, pending: Vec::new(), window: Vec::new(), shown: 0 }
     }
 
     /// Takes the next token; answers the text that is complete with it.
@@ -49,7 +65,7 @@ impl Detokenizer {
         }
         match &self.model.bytes {
             Some(table) => {
-                self.pending.extend_from_slice(table.get(token));
+                self.pending.extend_from_slice(without_leading(table.get(token), &mut self.leading));
                 complete_characters(&mut self.pending)
             }
             None => self.push_window(token),
@@ -81,9 +97,19 @@ impl Detokenizer {
         let visible = self.model.decode(&self.window[..self.shown], self.skip_special);
         let all = self.model.decode(&self.window, self.skip_special);
         let unfinished = all.ends_with(char::REPLACEMENT_CHARACTER) && !even_unfinished;
-        let fresh = all.strip_prefix(&visible)?;
+        // What is shown stays, also where a decoder would now write it differently.
+        let changed = even_unfinished.then(|| &all[all.floor_char_boundary(visible.len())..]);
+        let fresh = all.strip_prefix(&visible).or(changed)?;
         (!fresh.is_empty() && !unfinished).then(|| fresh.to_owned())
     }
+}
+
+/// What is left of the bytes of a token where the text loses up to `leading` spaces at its start.
+fn without_leading<'a>(bytes: &'a [u8], leading: &mut usize) -> &'a [u8] {
+    let spaces = bytes.iter().take(*leading).take_while(|byte| **byte == b' ').count();
+    let rest = &bytes[spaces..];
+    *leading = if rest.is_empty() { *leading - spaces } else { 0 };
+    rest
 }
 
 /// Takes the complete characters out of `pending`; sequences that can never become one turn into U+FFFD.
@@ -115,19 +141,27 @@ fn complete_characters(pending: &mut Vec<u8>) -> String {
 // === impl ByteTable ===
 
 impl ByteTable {
-    /// The table of a byte-level tokenizer; `None` for the others.
+    /// The table of a tokenizer; `None` where what a token says depends on its neighbours.
     pub(super) fn of(tokenizer: &Tokenizer, n_tokens: usize) -> Option<Self> {
-        if !matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-            return None;
-        }
-        let mut table = Self { ends: Vec::with_capacity(n_tokens), bytes: Vec::new() };
+        let writing = Writing::of(tokenizer.get_decoder()?)?;
+        let leading = match writing {
+            Writing::ByteLevel => 0,
+            Writing::Pieces { leading, .. } => leading,
+        };
+        let mut table = Self { ends: Vec::with_capacity(n_tokens), bytes: Vec::new(), leading };
         for id in 0..n_tokens {
             let token = u32::try_from(id).ok().and_then(|id| written_token(tokenizer, id)).unwrap_or_default();
-            let mapped: Option<Vec<u8>> = token.chars().map(char_byte).collect();
-            table.bytes.extend_from_slice(mapped.as_deref().unwrap_or(token.as_bytes()));
+            table.bytes.extend(writing.bytes(&token));
             table.ends.push(u32::try_from(table.bytes.len()).ok()?);
         }
         Some(table)
+    }
+
+    /// The text of some tokens.
+    pub(super) fn decode(&self, ids: impl Iterator<Item = u32>) -> String {
+        let mut leading = self.leading;
+        let bytes: Vec<u8> = ids.flat_map(|id| without_leading(self.get(id), &mut leading)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// The bytes of a token, none for an unknown one.
@@ -138,6 +172,45 @@ impl ByteTable {
     }
 }
 
+impl Writing {
+    fn of(decoder: &DecoderWrapper) -> Option<Self> {
+        if let DecoderWrapper::ByteLevel(_) = decoder {
+            return Some(Self::ByteLevel);
+        }
+        // The decoders keep their fields to themselves; their JSON does not.
+        let json = serde_json::to_value(decoder).ok()?;
+        let steps = json["decoders"].as_array()?;
+        let (steps, leading) = match steps.split_last() {
+            Some((strip, rest)) if strip["type"] == "Strip" => {
+                let spaces = strip["content"] == " " && strip["stop"] == 0;
+                (rest, spaces.then(|| strip["start"].as_u64())??)
+            }
+            _ => (&steps[..], 0),
+        };
+        let [replace, fallback, fuse] = steps else { return None };
+        let plain = replace["type"] == "Replace" && replace["content"] == " ";
+        let (fallback, fuse) = (fallback["type"] == "ByteFallback", fuse["type"] == "Fuse");
+        let space = replace["pattern"]["String"].as_str().filter(|_| plain && fallback && fuse)?.to_owned();
+        Some(Self::Pieces { space, leading: usize::try_from(leading).ok()? })
+    }
+
+    fn bytes(&self, token: &str) -> Vec<u8> {
+        match self {
+            Self::ByteLevel => {
+                token.chars().map(char_byte).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
+            }
+            Self::Pieces { space, .. } => piece_bytes(token, space),
+        }
+    }
+}
+
+/// The bytes of a token that is text with something in place of a space, or `<0x0A>`.
+fn piece_bytes(token: &str, space: &str) -> Vec<u8> {
+    let hex = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).filter(|hex| hex.len() == 2);
+    let byte = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok());
+    byte.map_or_else(|| token.replace(space, " ").into_bytes(), |byte| vec![byte])
+}
+
 /// A token as the vocabulary writes it; added tokens rule.
 fn written_token(tokenizer: &Tokenizer, id: u32) -> Option<String> {
     tokenizer.get_added_vocabulary().simple_id_to_token(id).or_else(|| tokenizer.id_to_token(id))
@@ -145,9 +218,7 @@ fn written_token(tokenizer: &Tokenizer, id: u32) -> Option<String> {
 
 /// The bytes of one token of a tokenizer that is not byte-level: `<0x0A>` is a byte, U+2581 a space.
 pub(super) fn single_token(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
-    let token = written_token(tokenizer, id).unwrap_or_default();
-    let byte = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).and_then(|t| u8::from_str_radix(t, 16).ok());
-    byte.map_or_else(|| token.replace('\u{2581}', " ").into_bytes(), |byte| vec![byte])
+    piece_bytes(&written_token(tokenizer, id).unwrap_or_default(), "\u{2581}")
 }
 
 /// Bytes that byte-level vocabularies write as the character of the same number: the visible ones of Latin-1.
@@ -222,11 +293,15 @@ mod tests {
     }
 
     #[test]
-    fn a_window_shows_spaces_and_bytes_in_context() {
+    fn pieces_lose_the_space_before_the_first_word() {
         let model = Arc::new(sentencepiece());
         assert_eq!(stream(&model, &[256, 257, 258], true), ["hello", " world", "!", ""]);
         let crab: Vec<u32> = "\u{1f980}".bytes().map(u32::from).collect();
         assert_eq!(stream(&model, &crab, true), ["", "", "", "\u{1f980}", ""]);
+        // A wrong byte costs no character before it.
+        let broken = [&crab[..], &[0xff, 259, 0xe9]].concat();
+        assert_eq!(stream(&model, &broken, true), ["", "", "", "\u{1f980}", "\u{fffd}", " ", "", "\u{fffd}"]);
+        assert_eq!(stream(&model, &[259, 259, 261], true), ["", " ", "a", ""]);
         assert_eq!(model.token_bytes(256), b" hello");
         assert_eq!(model.token_bytes(0x0a), b"\n");
     }
@@ -239,7 +314,7 @@ mod tests {
         }
 
         #[test]
-        fn window_pieces_are_the_whole(text in "[a\u{e9}\u{1f980}!]{1,12}") {
+        fn sentencepiece_pieces_are_the_whole(text in "[a\u{e9}\u{1f980}!]{1,12}") {
             let model = Arc::new(sentencepiece());
             let ids: Vec<u32> = text.chars().flat_map(|c| match c {
                 '!' => vec![258],

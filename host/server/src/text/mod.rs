@@ -5,16 +5,20 @@
 //! before the router has chosen among them.
 
 mod detokenize;
+#[cfg(test)]
+mod parity;
 mod stop;
+mod strftime;
 mod template;
 mod trie;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use llguidance::ParserFactory;
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{PostProcessor as _, Tokenizer, TruncationDirection};
 
 pub use self::detokenize::Detokenizer;
 pub use self::stop::StopMatcher;
@@ -104,8 +108,10 @@ pub struct TextModel {
 #[serde(default)]
 struct TokenizerConfig {
     chat_template: Option<Value>,
-    bos_token: Option<Value>,
     eos_token: Option<Value>,
+    /// Whatever else there is; templates know the special tokens by these names.
+    #[serde(flatten)]
+    others: serde_json::Map<String, Value>,
 }
 
 #[derive(Default, Deserialize)]
@@ -142,14 +148,20 @@ impl TextModel {
     /// # Errors
     /// Names the file that cannot be used.
     pub fn from_files(parts: &TextFiles<'_>) -> Result<Self, TextError> {
-        let tokenizer = Tokenizer::from_bytes(parts.tokenizer).map_err(TextError::Tokenizer)?;
+        let mut tokenizer = Tokenizer::from_bytes(parts.tokenizer).map_err(TextError::Tokenizer)?;
+        // Some files keep what their training did: every text cut and padded to one length.
+        tokenizer.with_padding(None).with_truncation(None).map_err(TextError::Tokenizer)?;
         let config: TokenizerConfig = json("tokenizer_config.json", parts.tokenizer_config)?;
         let generation: GenerationConfig = json("generation_config.json", parts.generation_config)?;
         let special = special_tokens(&tokenizer);
-        let bos = config.bos_token.as_ref().and_then(token_text).unwrap_or_default();
         let eos = config.eos_token.as_ref().and_then(token_text).unwrap_or_default();
+        let named = config.others.iter().filter(|(name, _)| name.ends_with("_token"));
+        let mut tokens: BTreeMap<String, String> =
+            named.filter_map(|(name, token)| Some((name.clone(), token_text(token)?))).collect();
+        tokens.insert("eos_token".to_owned(), eos.clone());
+        tokens.entry("bos_token".to_owned()).or_default();
         let source = parts.chat_template.map(str::to_owned).or_else(|| config.chat_template.and_then(template_source));
-        let template = source.map(|source| ChatTemplate::new(source, bos, eos.clone())).transpose();
+        let template = source.map(|source| ChatTemplate::new(&source, tokens)).transpose();
         let mut stop_tokens = parts.eos_token_ids.to_vec();
         stop_tokens.extend(generation.eos_token_id.as_ref().map(token_ids).unwrap_or_default());
         stop_tokens.extend(tokenizer.token_to_id(&eos));
@@ -193,7 +205,21 @@ impl TextModel {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Renders a conversation as the prompt that the model was trained on; tokenize it without special tokens.
+    /// As [`encode`](Self::encode) with what the tokenizer puts around a text, and no longer than `limit` tokens with it: the
+    /// end of a longer text is left out.
+    ///
+    /// # Errors
+    /// The tokenizer has no token for a part of the text.
+    pub fn encode_cut(&self, text: &str, limit: usize) -> Result<Vec<u32>, EncodeError> {
+        let around = self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+        let mut encoding = self.tokenizer.encode_fast(text, false).map_err(EncodeError::Tokenizer)?;
+        encoding.truncate(limit.saturating_sub(around), 0, TruncationDirection::Right);
+        let encoding = self.tokenizer.post_process(encoding, None, true).map_err(EncodeError::Tokenizer)?;
+        Ok(encoding.get_ids()[..encoding.len().min(limit)].to_vec())
+    }
+
+    /// Renders a conversation as the prompt that the model was trained on; tokenize it without special tokens. `now`, in Unix
+    /// seconds, is what a template that asks for the date gets.
     ///
     /// # Errors
     /// The model has no template, or its template refuses the messages.
@@ -202,15 +228,19 @@ impl TextModel {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
         extra: Option<&serde_json::Map<String, Value>>,
+        now: u64,
     ) -> Result<String, EncodeError> {
         let template = self.template.as_ref().ok_or(EncodeError::NoTemplate)?;
-        Ok(template.render(messages, add_generation_prompt, extra)?)
+        Ok(template.render(messages, add_generation_prompt, extra, now)?)
     }
 
     /// The whole text of some tokens; invalid UTF-8 becomes U+FFFD. Unknown ids are left out.
     #[must_use]
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        self.tokenizer.decode(ids, skip_special).unwrap_or_default()
+        match &self.bytes {
+            Some(table) => table.decode(ids.iter().copied().filter(|id| !skip_special || !self.is_special(*id))),
+            None => self.tokenizer.decode(ids, skip_special).unwrap_or_default(),
+        }
     }
 
     /// The bytes of one token, for `logprobs`; a part of a character is a valid answer.
@@ -353,6 +383,9 @@ pub(crate) mod tests {
             assert_eq!(model.decode(&ids, false), text);
         }
         assert_eq!(model.encode("hello", true).expect("encodes"), [0, 262]);
+        for (limit, expect) in [(4, &[0, 262, 262][..]), (3, &[0, 262, 262]), (2, &[0, 262]), (1, &[0]), (0, &[])] {
+            assert_eq!(model.encode_cut("hellohello", limit).expect("encodes"), expect, "{limit}");
+        }
         assert_eq!(model.token_bytes(262), b"hello");
         assert_eq!(model.token_bytes(3 + 0xe9), [0xe9]);
         assert_eq!(**model.stop_tokens(), [1]);
@@ -368,7 +401,7 @@ pub(crate) mod tests {
         })
         .expect("the embedded files are good");
         let message = ChatMessage { role: "user".into(), content: " What is a trait? ".into(), name: None };
-        let prompt = model.render(&[message], true, None).expect("the template renders");
+        let prompt = model.render(&[message], true, None, 0).expect("the template renders");
         assert_eq!(prompt, "<|bos|><|user|>What is a trait?<|end|><|assistant|>");
         let ids = model.encode(&prompt, false).expect("every byte has a token");
         assert_eq!((ids[0], ids[1], ids.last()), (0, 2, Some(&3)), "special tokens are one token each");

@@ -1,14 +1,18 @@
 //! Chat templates: the Jinja text that ships with a model, rendered as Hugging Face renders it.
 //!
-//! A template is the operator's, its input the client's: rendering is bounded by fuel and sees no clock (`strftime_now`
-//! stays undefined, for which templates have a fallback), so that a prompt is a function of the request alone.
+//! A template is the operator's, its input the client's: rendering is bounded by fuel and sees no clock. Time is an argument,
+//! for the templates that tell the model the date.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Serialize;
+
+use super::strftime::strftime;
 
 /// Instructions that one rendering may take: some 10,000 messages of a usual template.
 const FUEL: u64 = 2_000_000;
@@ -42,12 +46,12 @@ pub enum TemplateError {
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
-    bos: String,
-    eos: String,
+    /// By the names under which templates know them, as in `bos_token`.
+    tokens: BTreeMap<String, String>,
 }
 
 impl ChatTemplate {
-    pub(super) fn new(source: String, bos: String, eos: String) -> Result<Self, Error> {
+    pub(super) fn new(source: &str, tokens: BTreeMap<String, String>) -> Result<Self, Error> {
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -56,30 +60,56 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", python_json);
-        environment.add_template_owned(NAME, source)?;
-        Ok(Self { environment, bos, eos })
+        environment.add_template_owned(NAME, without_generation(source).into_owned())?;
+        Ok(Self { environment, tokens })
     }
 
-    pub(super) fn render(
+    pub(super) fn render<M: Serialize>(
         &self,
-        messages: &[ChatMessage],
+        messages: &[M],
         add_generation_prompt: bool,
         extra: Option<&serde_json::Map<String, serde_json::Value>>,
+        now: u64,
     ) -> Result<String, TemplateError> {
-        let mut context: Vec<(&str, Value)> = Vec::new();
+        let clock = Value::from_function(move |format: &str| strftime(format, now));
+        // Templates ask whether these are none, not whether they are there.
+        let mut context = vec![("tools", Value::from(())), ("documents", Value::from(())), ("strftime_now", clock)];
         for (name, value) in extra.into_iter().flatten() {
             context.push((name, Value::from(Serde(value))));
         }
         context.push(("messages", Value::from(Serde(messages))));
         context.push(("add_generation_prompt", add_generation_prompt.into()));
-        context.push(("bos_token", self.bos.as_str().into()));
-        context.push(("eos_token", self.eos.as_str().into()));
+        context.extend(self.tokens.iter().map(|(name, token)| (name.as_str(), token.as_str().into())));
         let template = self.environment.get_template(NAME);
         template.and_then(|t| t.render(Value::from_pairs(context))).map_err(|error| match error.kind() {
             ErrorKind::OutOfFuel => TemplateError::TooLong,
             _ => TemplateError::Refused(error.detail().map_or_else(|| error.to_string(), str::to_owned)),
         })
     }
+}
+
+/// Marks of what the model is trained on, which Hugging Face's Jinja knows, become blocks that are always written: the white
+/// space around them is as before.
+fn without_generation(source: &str) -> Cow<'_, str> {
+    if !source.contains("endgeneration") {
+        return source.into();
+    }
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some((before, after)) = rest.split_once("{%") {
+        let (tag, next) = after.split_once("%}").unwrap_or((after, ""));
+        let word = tag.trim_matches(|c: char| c.is_whitespace() || matches!(c, '-' | '+'));
+        let replaced = match word {
+            "generation" => tag.replace(word, "if true"),
+            "endgeneration" => tag.replace(word, "endif"),
+            _ => tag.to_owned(),
+        };
+        let end = if after.len() > tag.len() { "%}" } else { "" };
+        out.extend([before, "{%", &replaced, end]);
+        rest = next;
+    }
+    out.push_str(rest);
+    out.into()
 }
 
 /// `tojson` as templates expect it: Python's separators, no HTML escapes, an optional `indent`.
@@ -124,8 +154,9 @@ mod tests {
     }
 
     fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
-        let template = ChatTemplate::new(source.into(), "<s>".into(), "</s>".into()).expect("compiles");
-        template.render(messages, true, None)
+        let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, text)| (name.into(), text.into()));
+        let template = ChatTemplate::new(source, tokens.into()).expect("compiles");
+        template.render(messages, true, None, 86_400)
     }
 
     #[test]
@@ -144,7 +175,8 @@ mod tests {
             ),
             ("{{ messages[1] | tojson }}", r#"{"role": "user", "content": "hi \"<b>\""}"#),
             ("{{ [1, 2] | tojson(indent=1) }}", "[\n 1,\n 2\n]"),
-            ("{% if strftime_now is defined %}clock{% else %}{{ tools is defined }}{% endif %}", "False"),
+            ("{{ strftime_now('%d %b %Y') }} {{ tools is none }} {{ tools is defined }}", "02 Jan 1970 True True"),
+            ("a\n{%- generation %}\nb{%+ endgeneration -%}\n c", "abc"),
             ("{% if add_generation_prompt %}go{% endif %}", "go"),
         ] {
             assert_eq!(render(source, &messages).expect(source), expect, "{source}");
@@ -161,9 +193,9 @@ mod tests {
 
     #[test]
     fn extra_values_reach_the_template_and_cannot_replace_the_messages() {
-        let template = ChatTemplate::new("{{ thinking }} {{ messages | length }}".into(), String::new(), String::new());
+        let template = ChatTemplate::new("{{ thinking }} {{ messages | length }}", BTreeMap::new());
         let extra = serde_json::json!({"thinking": true, "messages": [1, 2, 3]});
-        let text = template.expect("compiles").render(&[message("user", "x")], true, extra.as_object());
+        let text = template.expect("compiles").render(&[message("user", "x")], true, extra.as_object(), 0);
         assert_eq!(text.expect("renders"), "True 1");
     }
 }

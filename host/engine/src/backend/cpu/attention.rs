@@ -173,25 +173,32 @@ impl<const G: usize> Group<'_, G> {
         let blocks = tokens[row].blocks_in(self.shared.blocks);
         let next = if row + 1 < tokens.len() { slabs(&self.shared.seen(row + 1)) } else { 0..0 };
         for panel in 0..panels {
-            let mut acc = [[s.zero(); 4]; G];
+            let mut acc = [[s.zero(); G]; 4];
             for slab in slabs(&seen) {
                 if panel == 0 && next.contains(&slab) {
                     let blocks = tokens[row + 1].blocks_in(self.shared.blocks);
                     kv.slab(blocks, layer, self.first / group, slab).keys.iter().for_each(|line| s.prefetch(line));
                 }
                 let values = kv.slab(blocks, layer, self.first / group, slab).values;
+                let weights: [_; G] = std::array::from_fn(|g| &self.scores[g][slab]);
                 // Beyond the last position a page may hold anything, so a zero weight is not enough.
-                for i in 0..LANES.min(seen.end - slab * LANES) {
-                    let value = s.load(&values[i * panels + panel]);
-                    for (acc, weights) in acc.iter_mut().zip(&self.scores) {
-                        acc[i % 4] = s.fma(s.splat(weights[slab][i]), value, acc[i % 4]);
+                let n = LANES.min(seen.end - slab * LANES);
+                for begin in (0..n).step_by(4) {
+                    // Four of them, always, so that the sums stay in registers.
+                    for (i, acc) in (begin..).zip(&mut acc) {
+                        if i < n {
+                            let value = s.load(&values[i * panels + panel]);
+                            for (acc, weights) in acc.iter_mut().zip(weights) {
+                                *acc = s.fma(s.splat(weights[i]), value, *acc);
+                            }
+                        }
                     }
                 }
             }
-            for (g, acc) in acc.iter().enumerate() {
-                let sum = s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3]));
+            for (g, &scale) in scales.iter().enumerate() {
+                let sum = s.add(s.add(acc[0][g], acc[1][g]), s.add(acc[2][g], acc[3][g]));
                 let at = (g * panels + panel) * stride(tokens.len()) + row;
-                s.store(s.mul(sum, s.splat(scales[g])), &mut self.out[at]);
+                s.store(s.mul(sum, s.splat(scale)), &mut self.out[at]);
             }
         }
     }

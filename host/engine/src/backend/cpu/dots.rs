@@ -4,6 +4,8 @@
 //! ascending order, each scaled by the product of both scales, a block's minima after them. That order is the contract
 //! (batch invariance); here it is kept by vectors, in `tiles` by tile registers, and the two agree to the bit.
 
+use std::ops::Range;
+
 use super::blocks::{ColumnFactors, QuantBlock};
 use super::gemm::{Part, tiles};
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, WeightQuads};
@@ -12,7 +14,7 @@ use super::quant::QuantRows;
 use super::tiles::TileDots;
 
 /// Rows from which on tile registers are faster than vectors.
-const TILE_FROM: usize = 4;
+const TILE_FROM: usize = 8;
 
 /// Blocks of K ahead for which weights are asked.
 const AHEAD: usize = 8;
@@ -64,12 +66,15 @@ impl<'a, B: QuantBlock> Panel<'a, B> {
         self.w[block / B::BLOCKS].factors(s, block % B::BLOCKS, out);
     }
 
-    /// Asks for weights some blocks ahead, in ascending order, for the CPU's own prefetching to take up.
+    /// Asks for some eighths of the weights some blocks ahead, in ascending order, for the CPU's own prefetching to take up.
     #[inline(always)]
-    pub(super) fn prefetch<S: Simd>(&self, s: S, block: usize) {
+    pub(super) fn prefetch<S: Simd>(&self, s: S, block: usize, eighths: Range<usize>) {
         let (block, lines) = (block + AHEAD, size_of::<B>() / 64);
-        let (begin, part) = (self.w.as_ptr().wrapping_add(block / B::BLOCKS), block % B::BLOCKS);
-        let lines = lines * part / B::BLOCKS..lines * (part + 1) / B::BLOCKS;
+        let begin = self.w.as_ptr().wrapping_add(block / B::BLOCKS);
+        let begin = begin.wrapping_byte_add(64 * (lines * (block % B::BLOCKS) / B::BLOCKS));
+        // As many for each block, so that the loop needs no branch.
+        let lines = lines.div_ceil(B::BLOCKS);
+        let lines = lines * eighths.start / 8..lines * eighths.end / 8;
         lines.for_each(|line| s.prefetch(begin.wrapping_byte_add(64 * line)));
     }
 }
@@ -108,7 +113,7 @@ impl<B: QuantBlock> Dots<'_, B> {
         let (mut room, mut columns) = ([[0; 4 * PANEL]; BLOCK / 4], ColumnFactors::ZERO);
         let mut acc = [[s.zero(); 2]; R];
         for b in 0..w.n_blocks {
-            w.prefetch(s, b);
+            w.prefetch(s, b, 0..8);
             let (quads, factors) = self.x.block(group, b);
             let (Some(quads), Some(factors)) = (quads[row..].first_chunk::<R>(), factors[row..].first_chunk::<R>())
             else {

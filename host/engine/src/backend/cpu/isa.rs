@@ -30,8 +30,8 @@ pub(crate) type Lanes = [f32; LANES];
 /// Rows of activations that a tile register takes.
 pub(crate) const TILE_ROWS: usize = 16;
 
-/// 32 signed bytes of one row of activations, four to a word.
-pub(crate) type Quads = [i32; 8];
+/// 32 values of one row of activations.
+pub(crate) type Quads = [[i8; 4]; 8];
 
 /// 32 values of K for 32 columns: value `k` of column `c` is `[k / 4][4 * c + k % 4]`.
 pub(crate) type WeightQuads = [[i8; 128]; 8];
@@ -41,6 +41,13 @@ pub(crate) type WeightQuads = [[i8; 128]; 8];
 #[inline(always)]
 pub(crate) fn stride(rows: usize) -> usize {
     if rows < 8 { rows } else { rows | 1 }
+}
+
+/// Four bytes as the instructions take them.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn word(bytes: [i8; 4]) -> i32 {
+    i32::from_le_bytes(bytes.map(i8::cast_unsigned))
 }
 
 /// An instruction set that this CPU has.
@@ -96,8 +103,8 @@ pub(crate) trait Simd: Copy {
     /// What a sum of dot products begins with. `offset` is -128 times the sum of all activations that it will see: where
     /// the instruction wants unsigned weights they are made 128 too large, and this takes it back.
     fn dot_start(self, offset: i32) -> Self::I;
-    /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` with the four bytes of `x`. No byte is -128.
-    fn dot4(self, acc: Self::I, w: &[i8; 64], x: i32) -> Self::I;
+    /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` with `x`, of which none is -128.
+    fn dot4(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
     /// Exact for magnitudes up to 2^24.
     fn int_to_f32(self, v: Self::I) -> Self::V;
 
@@ -201,6 +208,15 @@ impl Isa {
         }
     }
 
+    /// Multiplies tiles for a while, where the CPU has them, and returns the multiply-adds.
+    pub(crate) fn spin_tiles(self, rounds: usize) -> Option<u64> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(token) => Some(token.spin(rounds)),
+            _ => None,
+        }
+    }
+
     /// This thread's tiles for products of `height` rows over `depth` values of K, where the CPU has tiles.
     pub(crate) fn tiles(self, height: usize, depth: usize) -> Option<Tiles> {
         match self.0 {
@@ -260,8 +276,8 @@ mod tests {
         fn run<S: Simd>(self, s: S) -> Vec<u32> {
             let (a, b) = (s.load(self.a), s.load(self.b));
             let n = s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)));
-            // 127, -127, 3 and -6, which sum to -3.
-            let dots = s.dot4(s.dot_start(3 * 128), self.bytes, i32::from_le_bytes([127, 129, 3, 250]));
+            // The sum is -3.
+            let dots = s.dot4(s.dot_start(3 * 128), self.bytes, [127, -127, 3, -6]);
             let vectors = [
                 s.add(a, b),
                 s.sub(a, b),

@@ -140,6 +140,12 @@ impl Model {
             + self.untied_embedding.as_ref().map_or(0, Matrix::bytes)
     }
 
+    /// Bytes that a step reads whatever its tokens: all but an embedding of its own.
+    #[must_use]
+    pub fn read_bytes(&self) -> usize {
+        self.bytes() - self.untied_embedding.as_ref().map_or(0, Matrix::bytes)
+    }
+
     /// Rows of the embedding, by token.
     pub(super) fn embedding(&self) -> &Matrix {
         self.untied_embedding.as_ref().unwrap_or(&self.head)

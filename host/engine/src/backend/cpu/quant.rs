@@ -11,7 +11,7 @@ use super::pool::{ComputePool, Units};
 /// Room for quantised activations.
 #[derive(Debug)]
 pub(super) struct Quantised {
-    quads: Aligned<i32, { BLOCK / 4 }>,
+    quads: Aligned<[i8; 4], { BLOCK / 4 }>,
     factors: Vec<Factor>,
 }
 
@@ -51,7 +51,7 @@ impl Quantised {
     /// Room for `rows` rows of `width` values, or fewer of both.
     pub(super) fn allocate(width: usize, rows: usize) -> Self {
         let n = width / BLOCK * rows.next_multiple_of(TILE_ROWS);
-        Self { quads: Aligned::filled(0, n), factors: vec![Factor::default(); n] }
+        Self { quads: Aligned::filled([0; 4], n), factors: vec![Factor::default(); n] }
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -141,10 +141,9 @@ fn quantised<S: Simd>(s: S, low: S::V, high: S::V) -> (Quads, Factor) {
     // At most 16 * 127 each: exact, in any order.
     let sums = [s.sum(s.round(low)), s.sum(s.round(high))];
     let mut quads = Quads::default();
-    let halves = [s.round_i8(low), s.round_i8(high)];
-    for (quad, bytes) in quads.iter_mut().zip(halves.as_flattened().as_chunks::<4>().0) {
-        *quad = i32::from_le_bytes(bytes.map(i8::cast_unsigned));
-    }
+    let (first, last) = quads.split_at_mut(BLOCK / 8);
+    first.copy_from_slice(s.round_i8(low).as_chunks().0);
+    last.copy_from_slice(s.round_i8(high).as_chunks().0);
     let scale = largest / 127.0;
     (quads, Factor { scale, mass: -scale * (sums[0] + sums[1]), offsets: sums.map(|sum| -128 * sum as i32) })
 }

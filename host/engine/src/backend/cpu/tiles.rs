@@ -5,7 +5,7 @@
 //! a few blocks stay in the nearest cache, and a row's accumulators in registers while these blocks are added.
 
 use super::blocks::{ColumnFactors, QuantBlock};
-use super::dots::Dots;
+use super::dots::{Dots, Panel};
 use super::gemm::Part;
 use super::isa::{Kernel, LANES, Lanes, Simd, TILE_ROWS, TileSums, Tiles};
 use super::matrix::{BLOCK, PANEL};
@@ -75,7 +75,7 @@ impl<B: QuantBlock> TileDots<'_, B> {
             for (b, columns) in columns[..n].iter_mut().enumerate() {
                 let block = begin + b;
                 if !at.near {
-                    w.prefetch(s, block);
+                    w.prefetch(s, block, 0..4);
                 }
                 w.factors(s, block, columns);
                 let weights = w.quads(block, &mut room);
@@ -89,8 +89,9 @@ impl<B: QuantBlock> TileDots<'_, B> {
                 }
             }
             for (g, gathered) in gathered.iter_mut().enumerate() {
-                let (group, columns) = (at.group + g, &columns[..n]);
-                Blocks { x: &self.dots.x, group, begin, sums: &sums.0, g, columns }.gather::<S, B>(s, gathered);
+                let (group, columns, share) = (at.group + g, &columns[..n], 2 / G);
+                let ahead = if at.near { None } else { Some(&w) };
+                Blocks { x: &self.dots.x, group, begin, sums: &sums.0, g, columns, ahead, share }.gather(s, gathered);
             }
         }
         for (g, gathered) in gathered.iter().enumerate() {
@@ -111,7 +112,7 @@ impl<B: QuantBlock> TileDots<'_, B> {
 }
 
 /// Sums of some blocks, for one group.
-struct Blocks<'a> {
+struct Blocks<'a, B> {
     x: &'a QuantRows<'a>,
     group: usize,
     begin: usize,
@@ -119,21 +120,24 @@ struct Blocks<'a> {
     /// Which of the two groups of the sums.
     g: usize,
     columns: &'a [ColumnFactors],
+    /// Weights to ask for, and how many eighths in each half.
+    ahead: Option<&'a Panel<'a, B>>,
+    share: usize,
 }
 
-impl Blocks<'_> {
+impl<B: QuantBlock> Blocks<'_, B> {
     /// Scales them and adds them.
     #[inline(always)]
-    fn gather<S: Simd, B: QuantBlock>(&self, s: S, gathered: &mut Gathered) {
+    fn gather<S: Simd>(&self, s: S, gathered: &mut Gathered) {
         for (half, gathered) in gathered.iter_mut().enumerate() {
             let mut row = 0;
             while row < self.x.height {
                 row += match self.x.height - row {
-                    16.. => self.add::<S, B, 16>(s, (half, row), gathered),
-                    8.. => self.add::<S, B, 8>(s, (half, row), gathered),
-                    4.. => self.add::<S, B, 4>(s, (half, row), gathered),
-                    2.. => self.add::<S, B, 2>(s, (half, row), gathered),
-                    _ => self.add::<S, B, 1>(s, (half, row), gathered),
+                    16.. => self.add::<S, 16>(s, (half, row), gathered),
+                    8.. => self.add::<S, 8>(s, (half, row), gathered),
+                    4.. => self.add::<S, 4>(s, (half, row), gathered),
+                    2.. => self.add::<S, 2>(s, (half, row), gathered),
+                    _ => self.add::<S, 1>(s, (half, row), gathered),
                 };
             }
         }
@@ -141,12 +145,7 @@ impl Blocks<'_> {
 
     /// Adds them to `R` rows, and returns `R`.
     #[inline(always)]
-    fn add<S: Simd, B: QuantBlock, const R: usize>(
-        &self,
-        s: S,
-        (half, row): (usize, usize),
-        rows: &mut [Lanes; TILE_ROWS],
-    ) -> usize {
+    fn add<S: Simd, const R: usize>(&self, s: S, (half, row): (usize, usize), rows: &mut [Lanes; TILE_ROWS]) -> usize {
         let Some(rows) = rows[row..].first_chunk_mut::<R>() else { return R };
         let mut acc = [s.zero(); R];
         for r in 0..R {
@@ -155,6 +154,10 @@ impl Blocks<'_> {
         for (b, columns) in self.columns.iter().enumerate() {
             let block = self.begin + b;
             self.x.prefetch(s, self.group, block + STEP / B::RUNS, half);
+            if let Some(w) = self.ahead {
+                let first = 4 + (2 * self.g + half) * self.share;
+                w.prefetch(s, block, first..first + self.share);
+            }
             let Some(factors) = self.x.block(self.group, block).1[row..].first_chunk::<R>() else { return R };
             for run in 0..B::RUNS {
                 let sums = &self.sums[b * B::RUNS + run][self.g][half];

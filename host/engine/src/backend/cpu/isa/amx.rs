@@ -62,15 +62,43 @@ impl Amx {
     pub(super) fn tiles(self, height: usize, depth: usize) -> Tiles {
         assert!((1..=TILE_ROWS).contains(&height) && [16, 32].contains(&depth), "no shape of a tile");
         assert!(!IN_USE.replace(true), "the tiles of this thread are in use");
-        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         // Four of sums, two of activations, two of weights.
         let (sums, x, w) = ((64, height as u8), (depth as u16, height as u8), (64, (depth / 4) as u8));
-        for (tile, (row_bytes, rows)) in [sums, sums, sums, sums, x, x, w, w].into_iter().enumerate() {
+        self.configure([sums, sums, sums, sums, x, x, w, w]);
+        Tiles { height, depth, not_send: PhantomData }
+    }
+}
+
+impl Amx {
+    /// Gives each tile its bytes of a row and its rows.
+    fn configure(self, shapes: [(u16, u8); 8]) {
+        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        for (tile, (row_bytes, rows)) in shapes.into_iter().enumerate() {
             (config.row_bytes[tile], config.rows[tile]) = (row_bytes, rows);
         }
         // SAFETY: the token proves the instruction; it reads the 64 bytes of `config`, a valid palette-1 layout.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags)) };
-        Tiles { height, depth, not_send: PhantomData }
+    }
+
+    /// Multiplies whole tiles of zeros, and returns the multiply-adds.
+    pub(super) fn spin(self, rounds: usize) -> u64 {
+        let tiles = self.tiles(TILE_ROWS, 32);
+        self.configure([(64, 16); 8]);
+        for _ in 0..rounds {
+            // SAFETY: tiles are set up on this thread, whole; registers only.
+            unsafe {
+                asm!(
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tdpbssd tmm1, tmm5, tmm6",
+                    "tdpbssd tmm2, tmm4, tmm7",
+                    "tdpbssd tmm3, tmm5, tmm7",
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    options(nostack, nomem, preserves_flags),
+                );
+            }
+        }
+        drop(tiles);
+        (rounds * 4 * TILE_ROWS * 16 * 64) as u64
     }
 }
 

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, Simd};
+use super::{Kernel, LANES, Lanes, Simd, word};
 
 /// Proof that the CPU has AVX2, FMA and F16C. Made by [`Avx2::detect`] only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,10 +164,10 @@ impl Simd for Avx2 {
     /// Multiplies magnitudes of the weights with activations that take over their signs: the pairwise 16-bit sums stay
     /// below 2 * 127 * 127, so that `maddubs` does not saturate.
     #[inline(always)]
-    fn dot4(self, acc: [__m256i; 2], w: &[i8; 64], x: i32) -> [__m256i; 2] {
+    fn dot4(self, acc: [__m256i; 2], w: &[i8; 64], x: [i8; 4]) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
         unsafe {
-            let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
+            let (x, ones) = (_mm256_set1_epi32(word(x)), _mm256_set1_epi16(1));
             let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast()));
             let low = _mm256_maddubs_epi16(_mm256_abs_epi8(low), _mm256_sign_epi8(x, low));
             let high = _mm256_maddubs_epi16(_mm256_abs_epi8(high), _mm256_sign_epi8(x, high));

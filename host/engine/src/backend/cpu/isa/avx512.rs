@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, Simd};
+use super::{Kernel, LANES, Lanes, Simd, word};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C. Made by [`Avx512::detect`] only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,11 +150,11 @@ impl Simd for Avx512 {
 
     /// The instruction takes unsigned weights: with the sign bit flipped they are 128 too large.
     #[inline(always)]
-    fn dot4(self, acc: __m512i, w: &[i8; 64], x: i32) -> __m512i {
+    fn dot4(self, acc: __m512i, w: &[i8; 64], x: [i8; 4]) -> __m512i {
         // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
         unsafe {
             let w = _mm512_xor_si512(_mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi8(-128));
-            _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x))
+            _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(word(x)))
         }
     }
 

@@ -106,8 +106,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn dot4(self, acc: [i32; LANES], w: &[i8; 64], x: i32) -> [i32; LANES] {
-        let x = x.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+    fn dot4(self, acc: [i32; LANES], w: &[i8; 64], x: [i8; 4]) -> [i32; LANES] {
+        let x = x.map(i32::from);
         std::array::from_fn(|lane| acc[lane] + (0..4).map(|i| i32::from(w[4 * lane + i]) * x[i]).sum::<i32>())
     }
 

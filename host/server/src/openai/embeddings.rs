@@ -1,0 +1,337 @@
+//! `POST /v1/embeddings`: texts or token ids in, one vector each out.
+//!
+//! Shares admission, cancelling and errors with the generations and nothing else: there is no replica to choose, no token to
+//! stream and no cache, so a request is one job in an encoder's mailbox and one answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use axum::response::Response;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use pointsman_sched::admit::{AdmitRequest, Outcome};
+use pointsman_sched::ids::Micros;
+use pointsman_sched::request::CancelCause;
+use pointsman_sched::route::RequestNumbers;
+use pointsman_telemetry::RequestMetrics;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use super::fields::{Fields, mismatch, token_id};
+use super::generate::{Arrival, Held, tokenizing};
+use super::read_fields;
+use crate::admission::Permit;
+use crate::dispatch::record_rejection;
+use crate::error::ApiError;
+use crate::identity::{Caller, RequestTag};
+use crate::ports::{EmbedJob, Embedded, Encoder, SubmitError};
+use crate::state::ServerState;
+use crate::text::TextModel;
+
+/// Inputs of one request, as OpenAI bounds them.
+const MAX_INPUTS: usize = 2_048;
+
+/// A body but for its input.
+#[derive(Debug)]
+struct Asked {
+    encoder: Arc<Encoder>,
+    base64: bool,
+    /// Numbers of each vector, where the client wants fewer.
+    dimensions: Option<u32>,
+    /// Tokens beyond which an input is cut; none refuses what is too long.
+    cut: Option<u32>,
+    timeout_ms: u64,
+}
+
+/// Counts how a request ended. One that is dropped on its way, as when its client goes away, has been aborted.
+struct Ending {
+    metrics: Arc<RequestMetrics>,
+    done: bool,
+}
+
+/// Handles the route.
+pub(crate) async fn embeddings(
+    State(state): State<Arc<ServerState>>,
+    caller: Caller,
+    Extension(RequestTag(tag)): Extension<RequestTag>,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
+    let arrival = Arrival::new(&state, caller, tag, request.headers());
+    let permit = arrival.admit()?;
+    let mut fields = read_fields(&state, request).await?;
+    let asked = Asked::parse(&mut fields, &state)?;
+    let inputs = asked.inputs(fields.require("input")?).await?;
+    let tokens = u32::try_from(inputs.iter().map(Vec::len).sum::<usize>()).unwrap_or(u32::MAX);
+    let answered = answer(&arrival, permit, &asked, inputs, tokens).await;
+    answered.inspect_err(|error| record_rejection(&state, &arrival.caller, error, (tokens, None)))
+}
+
+/// Takes room, asks the admission policy, and waits for the vectors.
+async fn answer(
+    arrival: &Arrival,
+    mut permit: Permit,
+    asked: &Asked,
+    inputs: Vec<Vec<u32>>,
+    tokens: u32,
+) -> Result<Response, ApiError> {
+    let Arrival { state, caller, tag, arrived, .. } = arrival;
+    permit.queue_tokens(tokens)?;
+    let deadline = arrived.saturating_add(asked.timeout_ms.saturating_mul(1_000));
+    ask_door(arrival, &mut permit, asked, (tokens, deadline))?;
+    let mut in_flight = state.registry.enter(tag, caller.key, &state.engine, permit)?;
+    let mut ending = Ending { metrics: state.request_metrics(&asked.encoder.name), done: false };
+    let (reply, replied) = oneshot::channel();
+    let encoder = Arc::clone(&asked.encoder.name);
+    let job = EmbedJob { encoder, inputs, arrived: *arrived, deadline, reply };
+    state.engine.embed(job).map_err(|error| refused(error, &asked.encoder))?;
+    let left = Duration::from_micros(deadline.saturating_sub(state.clock.now()));
+    let ended = tokio::time::timeout(left, async {
+        tokio::select! {
+            answer = replied => answer.map_err(|_| ApiError::DriverGone)?.map_err(ApiError::Failed),
+            () = in_flight.cancel_asked() => Err(ApiError::cancelled(CancelCause::Asked, asked.timeout_ms)),
+        }
+    });
+    let embedded = ended.await.unwrap_or(Err(ApiError::Deadline { limit_ms: asked.timeout_ms }));
+    let outcome = match &embedded {
+        Ok(_) => Outcome::Finished,
+        Err(ApiError::Failed(_) | ApiError::DriverGone) => Outcome::Failed,
+        Err(_) => Outcome::Cancelled,
+    };
+    in_flight.permit.ended(outcome, 0, 0);
+    let Embedded { vectors, queued_us } = embedded?;
+    in_flight.permit.computed(tokens);
+    ending.finished(queued_us, state.clock.now().saturating_sub(*arrived));
+    let body = write(asked, vectors, tokens)?;
+    let mut response = Response::new(Body::new(Held::new(body, in_flight)));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let names = [("x-pointsman-replica", &asked.encoder.replica), ("x-pointsman-variant", &asked.encoder.name)];
+    for (header, name) in names {
+        headers.extend(HeaderValue::from_str(name).ok().map(|name| (HeaderName::from_static(header), name)));
+    }
+    Ok(response)
+}
+
+/// Asks the admission policy, where there is one. Priorities order generations only.
+fn ask_door(
+    arrival: &Arrival,
+    permit: &mut Permit,
+    asked: &Asked,
+    (prompt_tokens, deadline): (u32, Micros),
+) -> Result<(), ApiError> {
+    let Arrival { state, caller, arrived, .. } = arrival;
+    if state.admission.is_native() {
+        return Ok(());
+    }
+    let attributes: Vec<(&str, &str)> =
+        caller.attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let request = AdmitRequest {
+        id: state.next_request(),
+        model: &asked.encoder.name,
+        tenant: &caller.tenant,
+        tenant_id: caller.tenant_id,
+        session: caller.session,
+        priority: caller.priority(None),
+        highest: caller.max_priority,
+        prompt_tokens,
+        max_new_tokens: 0,
+        arrived: *arrived,
+        deadline,
+        seed: state.clock.random(),
+        numbers: RequestNumbers::default(),
+        attributes: &attributes,
+    };
+    arrival.judge(permit, &request).map(|_| ())
+}
+
+fn refused(error: SubmitError, encoder: &Encoder) -> ApiError {
+    match error {
+        SubmitError::Full => ApiError::Saturated { what: format!("the mailbox of `{}` is full", encoder.name) },
+        SubmitError::Stopped => ApiError::DriverGone,
+    }
+}
+
+// === impl Asked ===
+
+impl Asked {
+    fn parse(fields: &mut Fields, state: &ServerState) -> Result<Self, ApiError> {
+        let encoder = find(fields, state)?;
+        let base64 = match fields.take("encoding_format") {
+            None => false,
+            Some(Value::String(format)) if format == "float" => false,
+            Some(Value::String(format)) if format == "base64" => true,
+            Some(other) => return Err(mismatch("encoding_format", "float or base64", &other)),
+        };
+        let most = i64::try_from(state.config.max_timeout_ms).unwrap_or(i64::MAX);
+        let timeout_ms = fields.integer("timeout_ms", 1..=most)?.and_then(|ms| u64::try_from(ms).ok());
+        // vLLM's name; -1 stands for all that the model takes.
+        let cut = fields.integer("truncate_prompt_tokens", -1..=encoder.max_tokens.into())?;
+        if cut == Some(0) {
+            return Err(ApiError::invalid(
+                "truncate_prompt_tokens",
+                "`truncate_prompt_tokens` must be -1 or at least 1",
+            ));
+        }
+        Ok(Self {
+            base64,
+            dimensions: fields.u32("dimensions", 1..=encoder.dimensions)?,
+            cut: cut.map(|cut| u32::try_from(cut).unwrap_or(encoder.max_tokens)),
+            timeout_ms: timeout_ms.unwrap_or(state.config.default_timeout_ms),
+            encoder,
+        })
+    }
+
+    /// Reads and tokenizes: a string, strings, token ids, or lists of token ids. Ids are taken as they are, texts get the
+    /// model's special tokens.
+    async fn inputs(&self, value: Value) -> Result<Vec<Vec<u32>>, ApiError> {
+        let expect = "a string, an array of strings, an array of token ids, or an array of those";
+        let items = match value {
+            text @ Value::String(_) => vec![text],
+            Value::Array(items) if items.first().is_some_and(Value::is_number) => vec![Value::Array(items)],
+            Value::Array(items) if (1..=MAX_INPUTS).contains(&items.len()) => items,
+            Value::Array(items) => {
+                let problem = format!("`input` must hold 1 to {MAX_INPUTS} inputs, found {}", items.len());
+                return Err(ApiError::invalid("input", problem));
+            }
+            other => return Err(mismatch("input", expect, &other)),
+        };
+        let bytes = items.iter().map(|item| item.as_str().map_or(0, str::len)).sum();
+        let single = items.len() == 1;
+        let (text, limit, cut) = (Arc::clone(&self.encoder.text), self.encoder.max_tokens, self.cut);
+        tokenizing(bytes, move || {
+            let param = |i: usize| if single { "input".to_owned() } else { format!("input[{i}]") };
+            let one = |(i, item): (usize, Value)| match item {
+                Value::String(input) => within(text_input(&text, &param(i), &input, cut)?, limit, param(i)),
+                Value::Array(ids) => within(id_input(&text, &param(i), &ids, cut)?, limit, param(i)),
+                other => Err(mismatch(&param(i), expect, &other)),
+            };
+            items.into_iter().enumerate().map(one).collect()
+        })
+        .await
+    }
+}
+
+fn find(fields: &mut Fields, state: &ServerState) -> Result<Arc<Encoder>, ApiError> {
+    let catalog = state.engine.catalog();
+    let name = super::params::model(fields)?;
+    if let Some(encoder) = catalog.encoder(&name) {
+        return Ok(Arc::clone(encoder));
+    }
+    let known: Vec<String> = catalog.encoders.iter().map(|encoder| format!("`{}`", encoder.name)).collect();
+    let known = match known[..] {
+        [] => "there is none here: serve one with --model NAME=FOLDER".to_owned(),
+        _ => format!("there is {}", known.join(", ")),
+    };
+    match catalog.names().iter().any(|(generator, _)| *generator == name) {
+        true => Err(ApiError::invalid(
+            "model",
+            format!("`{name}` generates text and makes no embeddings; of models that do {known}"),
+        )),
+        false => Err(ApiError::UnknownModel { name, known: format!("of models that make embeddings {known}") }),
+    }
+}
+
+fn text_input(text: &TextModel, param: &str, input: &str, cut: Option<u32>) -> Result<Vec<u32>, ApiError> {
+    let tokens = match cut {
+        Some(limit) => text.encode_cut(input, limit as usize),
+        None => text.encode(input, true),
+    };
+    tokens.map_err(|error| ApiError::invalid(param, error.to_string()))
+}
+
+fn id_input(text: &TextModel, param: &str, ids: &[Value], cut: Option<u32>) -> Result<Vec<u32>, ApiError> {
+    let ids = &ids[..cut.map_or(ids.len(), |limit| ids.len().min(limit as usize))];
+    let id = |(i, value): (usize, &Value)| token_id(&format!("{param}[{i}]"), value, text.vocabulary());
+    ids.iter().enumerate().map(id).collect()
+}
+
+fn within(tokens: Vec<u32>, limit: u32, param: String) -> Result<Vec<u32>, ApiError> {
+    match tokens.len() {
+        0 => Err(ApiError::invalid(&*param, format!("`{param}` has no tokens"))),
+        found if found > limit as usize => Err(ApiError::InputTooLong { param, found, limit }),
+        _ => Ok(tokens),
+    }
+}
+
+// === impl Ending ===
+
+impl Ending {
+    fn finished(&mut self, queued_us: Micros, took_us: Micros) {
+        self.done = true;
+        self.metrics.queue_time.observe(queued_us as f64 * 1e-6);
+        self.metrics.e2e.observe(took_us as f64 * 1e-6);
+        self.metrics.finished_stop.inc();
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if !self.done {
+            self.metrics.finished_abort.inc();
+        }
+    }
+}
+
+// === On the wire ===
+
+#[derive(Serialize)]
+struct List<'a> {
+    object: &'static str,
+    data: Vec<Item>,
+    model: &'a str,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Item {
+    object: &'static str,
+    index: usize,
+    embedding: Vector,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector {
+    Floats(Vec<f32>),
+    /// Little-endian `f32`s.
+    Base64(String),
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: u32,
+    total_tokens: u32,
+}
+
+fn write(asked: &Asked, vectors: Vec<Vec<f32>>, tokens: u32) -> Result<Vec<u8>, ApiError> {
+    let item = |(index, mut vector): (usize, Vec<f32>)| {
+        if let Some(n) = asked.dimensions {
+            shorten(&mut vector, n as usize);
+        }
+        let bytes = || vector.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let embedding =
+            if asked.base64 { Vector::Base64(BASE64_STANDARD.encode(bytes())) } else { Vector::Floats(vector) };
+        Item { object: "embedding", index, embedding }
+    };
+    let list = List {
+        object: "list",
+        data: vectors.into_iter().enumerate().map(item).collect(),
+        model: &asked.encoder.name,
+        usage: Usage { prompt_tokens: tokens, total_tokens: tokens },
+    };
+    serde_json::to_vec(&list).map_err(|_| ApiError::Internal)
+}
+
+/// Keeps the first `n` numbers and makes them a vector of length 1 again.
+fn shorten(vector: &mut Vec<f32>, n: usize) {
+    if n < vector.len() {
+        vector.truncate(n);
+        let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+        vector.iter_mut().for_each(|x| *x /= length);
+    }
+}
