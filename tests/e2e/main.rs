@@ -18,6 +18,7 @@ mod routers;
 mod sampler;
 mod shadow;
 mod swaps;
+mod tools;
 mod trust;
 mod variants;
 

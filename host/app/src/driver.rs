@@ -329,6 +329,10 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     m.kv_usage.set(1.0 - f64::from(free) / f64::from(total));
     m.prefix_queries.inc_by(counted.prefix_query_tokens);
     m.prefix_hits.inc_by(counted.prefix_hit_tokens);
+    m.kv_evicted.inc_by(counted.evicted_blocks);
+    m.kv_cached.set(gauges.cached_blocks.load(Ordering::Relaxed).into());
+    let held = u64::from(total.saturating_sub(free)) * u64::from(replica.scheduler.config().block_tokens);
+    m.kv_slack.set(f64::from(gauges.slack_tokens.load(Ordering::Relaxed)) / held.max(1) as f64);
     m.generation_tokens.inc_by(counted.generated_tokens);
     m.preemptions.inc_by(counted.preemptions);
     m.tokens_prefill.inc_by(counted.prefill_tokens);

@@ -9,6 +9,7 @@ use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -451,12 +452,18 @@ impl ServingDevice {
         let here = u64::from(self.place.index());
         let replicas = catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
         let replicas = replicas.filter(|(_, replica)| replica.device == here);
-        let load = |gauge: &std::sync::atomic::AtomicU32| gauge.load(std::sync::atomic::Ordering::Relaxed);
+        let load = |gauge: &AtomicU32| gauge.load(Ordering::Relaxed);
+        let sum = |gauge: &AtomicU64| gauge.load(Ordering::Relaxed);
         let replica = |(variant, replica): (&Arc<Variant>, &Arc<Replica>)| wire::DeviceReplica {
             name: replica.name.to_string(),
             variant: variant.id.to_string(),
             kv_blocks: load(&replica.gauges.total_blocks),
             kv_free_blocks: load(&replica.gauges.free_blocks),
+            kv_cached_blocks: load(&replica.gauges.cached_blocks),
+            kv_evicted_blocks: sum(&replica.gauges.evicted_blocks),
+            kv_slack_tokens: load(&replica.gauges.slack_tokens),
+            prefix_query_tokens: sum(&replica.gauges.prefix_query_tokens),
+            prefix_hit_tokens: sum(&replica.gauges.prefix_hit_tokens),
             block_tokens: variant.block_tokens,
             running: load(&replica.gauges.running),
             running_limit: load(&replica.gauges.running_limit),

@@ -18,6 +18,14 @@ pub struct ReplicaGauges {
     pub queued_tokens: AtomicU32,
     pub free_blocks: AtomicU32,
     pub total_blocks: AtomicU32,
+    /// Of the free blocks, those that hold a prefix; and all that had to give theirs up for room, in sum.
+    pub cached_blocks: AtomicU32,
+    pub evicted_blocks: AtomicU64,
+    /// Places of held blocks in which no token is.
+    pub slack_tokens: AtomicU32,
+    /// Known tokens at admission of sequences that may use the prefix cache, and those found there, in sum.
+    pub prefix_query_tokens: AtomicU64,
+    pub prefix_hit_tokens: AtomicU64,
     /// Requests sent to the replica's mailbox that its driver has not taken yet, and their prompt tokens: the router's own
     /// reservations, so that a burst between two steps does not pile onto one replica.
     pub reserved_requests: AtomicU32,

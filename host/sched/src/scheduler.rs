@@ -64,6 +64,8 @@ pub struct Counters {
     pub prefix_query_tokens: u64,
     /// Of those, found there.
     pub prefix_hit_tokens: u64,
+    /// Cached blocks that had to go because memory was needed.
+    pub evicted_blocks: u64,
     /// Tokens computed in prefill chunks, recomputation included.
     pub prefill_tokens: u64,
     /// Tokens computed in decode rows.
@@ -142,6 +144,8 @@ pub struct Scheduler {
     /// Running sequences whose sink has closed outside of a completion.
     n_closed: u32,
     counters: Counters,
+    /// Evictions that the counters have told of.
+    n_evictions_told: u64,
     // Buffers that live here so that a step allocates nothing.
     found: Vec<BlockId>,
     slots: Vec<Slot>,
@@ -196,6 +200,7 @@ impl Scheduler {
             queued_tokens: 0,
             n_closed: 0,
             counters: Counters::default(),
+            n_evictions_told: 0,
             found: Vec::with_capacity(config.n_blocks as usize),
             slots: Vec::with_capacity(capacity),
             marks: vec![0; config.n_blocks as usize],
@@ -277,6 +282,7 @@ impl Scheduler {
         self.select(now, observer);
         self.build(now);
         self.publish_gauges();
+        self.gauges.slack_tokens.store(self.slack_tokens(), Ordering::Relaxed);
         if self.rows.is_empty() {
             return None;
         }
@@ -319,7 +325,8 @@ impl Scheduler {
 
     /// The counters since they were last taken.
     pub fn take_counters(&mut self) -> Counters {
-        std::mem::take(&mut self.counters)
+        let evicted_blocks = self.kv.n_evicted - std::mem::replace(&mut self.n_evictions_told, self.kv.n_evicted);
+        Counters { evicted_blocks, ..std::mem::take(&mut self.counters) }
     }
 
     /// Who holds the pool's blocks.
@@ -472,6 +479,15 @@ impl Scheduler {
         self.sequences[slot].is_overdue(now, self.config.starvation_us)
     }
 
+    /// Places in the blocks of running sequences in which no token is; shared blocks are full.
+    fn slack_tokens(&self) -> u32 {
+        let slack = |slot: &Slot| {
+            let sequence = &self.sequences[*slot];
+            (count(sequence.table.len()) * self.config.block_tokens).saturating_sub(sequence.n_tokens())
+        };
+        self.running.iter().map(slack).sum()
+    }
+
     fn publish_gauges(&self) {
         let gauges = &self.gauges;
         gauges.waiting.store(self.n_waiting(), Ordering::Relaxed);
@@ -480,6 +496,8 @@ impl Scheduler {
         gauges.queued_tokens.store(u32::try_from(self.queued_tokens).unwrap_or(u32::MAX), Ordering::Relaxed);
         gauges.free_blocks.store(self.kv.pool.available(), Ordering::Relaxed);
         gauges.total_blocks.store(self.config.n_blocks, Ordering::Relaxed);
+        gauges.cached_blocks.store(self.kv.pool.counts().cached, Ordering::Relaxed);
+        gauges.evicted_blocks.store(self.kv.n_evicted, Ordering::Relaxed);
     }
 }
 

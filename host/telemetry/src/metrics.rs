@@ -40,6 +40,9 @@ pub struct Metrics {
     kv_usage: GaugeVec,
     prefix_queries: IntCounterVec,
     prefix_hits: IntCounterVec,
+    kv_evicted: IntCounterVec,
+    kv_cached: IntGaugeVec,
+    kv_slack: GaugeVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
     preemptions: IntCounterVec,
@@ -106,6 +109,12 @@ pub struct ReplicaMetrics {
     pub prefix_queries: IntCounter,
     /// `vllm:prefix_cache_hits_total`, in tokens.
     pub prefix_hits: IntCounter,
+    /// `pointsman_kv_evicted_blocks_total`.
+    pub kv_evicted: IntCounter,
+    /// `pointsman_kv_cached_blocks`.
+    pub kv_cached: IntGauge,
+    /// `pointsman_kv_slack_ratio`: places of held blocks without a token.
+    pub kv_slack: Gauge,
     /// `vllm:prompt_tokens_total`.
     pub prompt_tokens: IntCounter,
     /// `vllm:generation_tokens_total`.
@@ -268,6 +277,13 @@ impl Metrics {
                 model,
             ),
             prefix_hits: counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", model),
+            kv_evicted: counter(
+                "pointsman_kv_evicted_blocks_total",
+                "Cached KV blocks that were given up for room.",
+                model,
+            ),
+            kv_cached: gauge("pointsman_kv_cached_blocks", "KV blocks that are free and hold a prefix.", model),
+            kv_slack: ratio("pointsman_kv_slack_ratio", "Places of held KV blocks without a token, 0 to 1.", model),
             prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens computed.", model),
             generation_tokens: counter("vllm:generation_tokens_total", "Tokens generated.", model),
             preemptions: counter(
@@ -400,6 +416,9 @@ impl Metrics {
             kv_usage: self.kv_usage.with_label_values(m),
             prefix_queries: self.prefix_queries.with_label_values(m),
             prefix_hits: self.prefix_hits.with_label_values(m),
+            kv_evicted: self.kv_evicted.with_label_values(m),
+            kv_cached: self.kv_cached.with_label_values(m),
+            kv_slack: self.kv_slack.with_label_values(m),
             prompt_tokens: self.prompt_tokens.with_label_values(m),
             generation_tokens: self.generation_tokens.with_label_values(m),
             preemptions: self.preemptions.with_label_values(m),

@@ -9,6 +9,8 @@
 //!
 //! Only afterwards are rows built, because a preemption in 2 or 4 may hit a sequence that 1 or 3 had already counted in.
 
+use std::sync::atomic::Ordering;
+
 use crate::batch::Rest;
 use crate::execute::{Row, Sample};
 use crate::ids::Micros;
@@ -223,6 +225,8 @@ impl Scheduler {
         if self.kv.is_cacheable(&sequence.request) {
             self.counters.prefix_query_tokens += sequence.tokens.len() as u64;
             self.counters.prefix_hit_tokens += u64::from(cached);
+            self.gauges.prefix_query_tokens.fetch_add(sequence.tokens.len() as u64, Ordering::Relaxed);
+            self.gauges.prefix_hit_tokens.fetch_add(cached.into(), Ordering::Relaxed);
         }
         self.waiting.remove(&self.sequences[slot]);
         self.running.push(slot);

@@ -613,3 +613,26 @@ fn a_choice_whose_first_is_gone_or_held_goes_on() {
     host.run_until_idle(&mut policy);
     assert_eq!((host.tokens(1).len(), host.tokens(2).len()), (2, 2));
 }
+
+#[test]
+fn what_the_pool_does_is_published() {
+    use std::sync::atomic::Ordering::Relaxed;
+    let mut host = Host::new(CONFIG);
+    // 16 blocks of 4: a prompt of 10 and 2 tokens leave two cached blocks and give the third back.
+    host.submit(request(1, 10, 2));
+    host.step(&mut NativeBatch);
+    assert_eq!(host.gauges.slack_tokens.load(Relaxed), 2, "10 tokens in three blocks");
+    host.run_until_idle(&mut NativeBatch);
+    host.step(&mut NativeBatch);
+    let (cached, evicted) = (&host.gauges.cached_blocks, &host.gauges.evicted_blocks);
+    assert_eq!((cached.load(Relaxed), evicted.load(Relaxed), host.gauges.slack_tokens.load(Relaxed)), (2, 0, 0));
+    host.submit(Request { id: RequestId(2), ..request(1, 10, 2) });
+    host.run_until_idle(&mut NativeBatch);
+    let (queries, hits) = (&host.gauges.prefix_query_tokens, &host.gauges.prefix_hit_tokens);
+    assert_eq!((queries.load(Relaxed), hits.load(Relaxed)), (20, 8));
+    host.submit(request(3, 60, 2));
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.gauges.evicted_blocks.load(Relaxed), 2);
+    assert_eq!(host.scheduler.take_counters().evicted_blocks, 2);
+    assert_eq!(host.scheduler.take_counters().evicted_blocks, 0);
+}

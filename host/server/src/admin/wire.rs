@@ -486,6 +486,16 @@ pub struct DeviceReplica {
     pub kv_blocks: u32,
     /// Of those, free.
     pub kv_free_blocks: u32,
+    /// Of the free ones, those that hold a prefix.
+    pub kv_cached_blocks: u32,
+    /// Blocks whose prefix was given up for room, in sum.
+    pub kv_evicted_blocks: u64,
+    /// Places of held blocks in which no token is.
+    pub kv_slack_tokens: u32,
+    /// Tokens looked up in the prefix cache, in sum.
+    pub prefix_query_tokens: u64,
+    /// Of those, found there.
+    pub prefix_hit_tokens: u64,
     /// Tokens in a block.
     pub block_tokens: u32,
     /// Sequences in the batch.

@@ -1,4 +1,6 @@
 //! `POST /v1/chat/completions`.
+//!
+//! Where tools may be called, what the model writes goes through a reader of calls on its way out, whole or in parts alike.
 
 use std::sync::Arc;
 
@@ -12,12 +14,13 @@ use super::fields::{Fields, describe, mismatch};
 use super::generate::{Arrival, Collected, Head, Job, Running, tokenizing};
 use super::logprobs::{ChatLogprobs, ChatToken};
 use super::params::Params;
+use super::tools::{CallDelta, CallRules, CallStream, Part, Tools, whole};
 use super::{Usage, read_fields};
 use crate::dispatch::{Prompt, Target};
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
 use crate::state::ServerState;
-use crate::stream::{Encode, Totals, Update};
+use crate::stream::{Delta, Encode, Finish, Totals, Update};
 use crate::text::{ChatMessage, TextModel};
 
 /// Messages of one request; far beyond any context of today, and a bound all the same.
@@ -27,7 +30,8 @@ const MAX_MESSAGES: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct ChatRequest {
     params: Params,
-    pub(super) conversation: Conversation,
+    tools: Option<Tools>,
+    conversation: Conversation,
 }
 
 /// What the chat template renders.
@@ -48,8 +52,10 @@ pub(crate) async fn chat(
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
     let mut fields = read_fields(&state, request).await?;
-    let ChatRequest { mut params, conversation } = ChatRequest::parse(&mut fields, &state)?;
+    let ChatRequest { mut params, tools, conversation } = ChatRequest::parse(&mut fields, &state)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
+    let rules = tools.map(|tools| tools.rules(target.text())).transpose()?;
+    params.skip_special &= !rules.as_ref().is_some_and(CallRules::wants_special_tokens);
     let grammar = params.grammar(&state, &target).await?;
     let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
     let n_choices = params.n as usize;
@@ -59,9 +65,13 @@ pub(crate) async fn chat(
     let running = arrival.start(&job, permit)?;
     drop(job);
     if stream || running.wants_events() {
-        return running.stream(|running| Box::new(ChatSse::new(running, n_choices, include_usage))).await;
+        return running
+            .stream(|running| Box::new(ChatSse::new(running, n_choices, include_usage, rules.as_ref())))
+            .await;
     }
-    running.whole(n_choices, write_whole).await
+    running
+        .whole(n_choices, |head, text, choices, usage| write_whole((head, text), &choices, rules.as_ref(), usage))
+        .await
 }
 
 // === impl ChatRequest ===
@@ -69,8 +79,14 @@ pub(crate) async fn chat(
 impl ChatRequest {
     fn parse(fields: &mut Fields, state: &ServerState) -> Result<Self, ApiError> {
         let logprobs = logprobs(fields)?;
-        let conversation = Conversation::parse(fields)?;
-        Ok(Self { params: Params::parse(fields, &state.config, logprobs)?, conversation })
+        let mut conversation = Conversation::parse(fields)?;
+        let tools = Tools::parse(fields)?;
+        let mut params = Params::parse(fields, &state.config, logprobs)?;
+        if let Some(tools) = &tools {
+            tools.show(&mut conversation.template_kwargs);
+            params.force(tools.format()?)?;
+        }
+        Ok(Self { params, tools, conversation })
     }
 }
 
@@ -107,7 +123,10 @@ impl Conversation {
 
     /// Renders and tokenizes. `now` is in Unix seconds, for templates that tell the date.
     pub(super) async fn prompt(self, text: &Arc<TextModel>, now: u64) -> Result<Prompt, ApiError> {
-        let bytes = self.messages.iter().map(|m| m.content.len() + m.role.len()).sum();
+        // Tools and calls may be long, and are not worth the counting.
+        let is_long = self.template_kwargs.is_some() || self.messages.iter().any(|m| !m.tool_calls.is_empty());
+        let texts = self.messages.iter().map(|m| m.content.len() + m.role.len()).sum();
+        let bytes = if is_long { usize::MAX } else { texts };
         let text = Arc::clone(text);
         tokenizing(bytes, move || {
             let invalid = |error: crate::text::EncodeError| ApiError::invalid("messages", error.to_string());
@@ -125,18 +144,57 @@ fn message(path: &str, value: Value) -> Result<ChatMessage, ApiError> {
     let role = match fields.require("role")? {
         // Templates know the older name of what OpenAI now calls `developer`.
         Value::String(role) if role == "developer" => "system".to_owned(),
-        Value::String(role) if matches!(&*role, "system" | "user" | "assistant") => role,
-        Value::String(role) if matches!(&*role, "tool" | "function") => {
-            return Err(ApiError::unsupported(fields.param("role"), format!("the role `{role}` (tool calling)")));
+        Value::String(role) if matches!(&*role, "system" | "user" | "assistant" | "tool") => role,
+        Value::String(role) if role == "function" => {
+            return Err(ApiError::unsupported(fields.param("role"), "the role `function`, which `tool` replaces,"));
         }
-        other => return Err(mismatch(&fields.param("role"), "system, developer, user or assistant", &other)),
+        other => return Err(mismatch(&fields.param("role"), "system, developer, user, assistant or tool", &other)),
     };
-    if fields.take("tool_calls").is_some_and(|calls| calls != Value::Array(Vec::new())) {
-        return Err(ApiError::unsupported(fields.param("tool_calls"), "`tool_calls` (tool calling)"));
-    }
+    let tool_calls = match fields.take("tool_calls") {
+        Some(calls) if role == "assistant" => past_calls(&fields.param("tool_calls"), calls)?,
+        Some(calls) if calls != Value::Array(Vec::new()) => {
+            let problem = format!("`{}` belongs to messages of the assistant", fields.param("tool_calls"));
+            return Err(ApiError::invalid(fields.param("tool_calls"), problem));
+        }
+        _ => Vec::new(),
+    };
+    let tool_call_id = match &*role {
+        "tool" => match fields.require("tool_call_id")? {
+            Value::String(id) => Some(id),
+            other => return Err(mismatch(&fields.param("tool_call_id"), "a string", &other)),
+        },
+        _ => None,
+    };
     let name = fields.string("name")?;
-    let content = content(&fields.param("content"), fields.require("content")?)?;
-    Ok(ChatMessage { role, content, name })
+    let param = fields.param("content");
+    let content = match fields.take("content") {
+        None if !tool_calls.is_empty() => String::new(),
+        None => return Err(ApiError::invalid(&*param, format!("`{param}` is required"))),
+        Some(value) => content(&param, value)?,
+    };
+    Ok(ChatMessage { role, content, name, tool_calls, tool_call_id })
+}
+
+/// Calls of an earlier turn, with their arguments as JSON where they are JSON: what a model once wrote may be anything.
+fn past_calls(param: &str, value: Value) -> Result<Vec<Value>, ApiError> {
+    let calls = match value {
+        Value::Array(calls) => calls,
+        other => return Err(mismatch(param, "an array of calls", &other)),
+    };
+    let read = |(i, mut call): (usize, Value)| {
+        let mut fields = Fields::of(&format!("{param}[{i}]"), call.clone())?;
+        let path = fields.param("function");
+        let mut function = Fields::of(&path, fields.require("function")?)?;
+        if function.string("name")?.is_none() {
+            let name = function.param("name");
+            return Err(ApiError::invalid(&*name, format!("`{name}` is required")));
+        }
+        let written = function.string("arguments")?.unwrap_or_default();
+        let arguments = serde_json::from_str(&written).unwrap_or(Value::String(written));
+        call["function"]["arguments"] = arguments;
+        Ok(call)
+    };
+    calls.into_iter().enumerate().map(read).collect()
 }
 
 /// Text, or parts of text; parts are joined by line breaks, as vLLM joins them.
@@ -190,8 +248,11 @@ struct WholeChoice<'a> {
 #[derive(Serialize)]
 struct Message<'a> {
     role: &'static str,
-    content: &'a str,
+    /// None where all that was said are calls.
+    content: Option<&'a str>,
     refusal: Option<()>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tool_calls: &'a [CallDelta],
 }
 
 #[derive(Serialize)]
@@ -213,25 +274,54 @@ struct ChunkChoice<'a> {
     finish_reason: Option<&'static str>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct DeltaMessage<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tool_calls: &'a [CallDelta],
 }
 
-fn write_whole(head: &Head, text: &TextModel, choices: Vec<Collected>, usage: Usage) -> Vec<u8> {
-    let choice = |(index, choice): (usize, &'_ Collected)| {
+/// What a choice has said: content, calls, and how it ended.
+struct Spoken {
+    content: String,
+    calls: Vec<CallDelta>,
+    finish_reason: Option<&'static str>,
+}
+
+impl Spoken {
+    fn of(choice: &Collected, calls: Option<(CallStream, &CallRules)>) -> Self {
+        let ended = choice.finish.map(Finish::as_str);
+        let Some((mut stream, rules)) = calls else {
+            return Self { content: choice.text.clone(), calls: Vec::new(), finish_reason: ended };
+        };
+        let (content, calls) = whole(stream.push(&choice.text, true));
+        let finish_reason = match choice.finish {
+            Some(Finish::Stop) if !calls.is_empty() => Some(rules.finish_reason()),
+            _ => ended,
+        };
+        Self { content, calls, finish_reason }
+    }
+}
+
+fn write_whole(
+    (head, text): (&Head, &TextModel),
+    choices: &[Collected],
+    rules: Option<&CallRules>,
+    usage: Usage,
+) -> Vec<u8> {
+    let stream = |index| rules.map(|rules| (rules.stream(&head.id, index), rules));
+    let spoken: Vec<Spoken> = choices.iter().enumerate().map(|(i, choice)| Spoken::of(choice, stream(i))).collect();
+    let logprobs = |choice: &Collected| {
         let content: Vec<ChatToken> = choice.tokens.iter().filter_map(|token| ChatToken::of(text, token)).collect();
-        (index, (!content.is_empty()).then(|| ChatLogprobs::of(content)))
+        (!content.is_empty()).then(|| ChatLogprobs::of(content))
     };
-    let logprobs: Vec<_> = choices.iter().enumerate().map(choice).collect();
-    let choices = choices.iter().zip(logprobs).map(|(choice, (index, logprobs))| WholeChoice {
-        index,
-        message: Message { role: "assistant", content: &choice.text, refusal: None },
-        logprobs,
-        finish_reason: choice.finish.map(|f| f.as_str()),
+    let choices = choices.iter().zip(&spoken).enumerate().map(|(index, (choice, said))| {
+        let content = (said.calls.is_empty() || !said.content.is_empty()).then_some(&*said.content);
+        let message = Message { role: "assistant", content, refusal: None, tool_calls: &said.calls };
+        WholeChoice { index, message, logprobs: logprobs(choice), finish_reason: said.finish_reason }
     });
     let Head { id, created, model } = head;
     let created = *created;
@@ -245,14 +335,24 @@ struct ChatSse {
     head: Head,
     text: Arc<TextModel>,
     include_usage: bool,
-    /// Choices whose role has been sent.
-    opened: Vec<bool>,
+    choices: Vec<Progress>,
+    rules: Option<CallRules>,
+}
+
+/// How far a choice has come.
+#[derive(Debug)]
+struct Progress {
+    /// Whether its role has been sent.
+    is_open: bool,
+    calls: Option<CallStream>,
 }
 
 impl ChatSse {
-    fn new(running: &Running, n_choices: usize, include_usage: bool) -> Self {
+    fn new(running: &Running, n_choices: usize, include_usage: bool, rules: Option<&CallRules>) -> Self {
         let (head, text) = (running.head.clone(), Arc::clone(&running.text));
-        Self { head, text, include_usage, opened: vec![false; n_choices] }
+        let calls = |choice| rules.map(|rules| rules.stream(&head.id, choice));
+        let choices = (0..n_choices).map(|choice| Progress { is_open: false, calls: calls(choice) }).collect();
+        Self { head, text, include_usage, choices, rules: rules.cloned() }
     }
 
     fn chunk(&self, out: &mut Vec<u8>, choices: &[ChunkChoice<'_>], usage: Option<Usage>) {
@@ -261,27 +361,51 @@ impl ChatSse {
         let chunk = Chunk { id, object: "chat.completion.chunk", created: *created, model, choices, usage };
         super::sse(out, &chunk);
     }
+
+    fn say(&self, out: &mut Vec<u8>, index: usize, delta: DeltaMessage<'_>) {
+        self.chunk(out, &[ChunkChoice { index, delta, logprobs: None, finish_reason: None }], None);
+    }
+
+    /// What a delta says; its log-probabilities go with the first part, or alone.
+    fn parts(&self, out: &mut Vec<u8>, delta: &Delta, parts: &[Part]) {
+        let index = delta.choice;
+        let token = delta.token.as_ref().and_then(|t| ChatToken::of(&self.text, t));
+        let mut logprobs = token.map(|token| ChatLogprobs::of(vec![token]));
+        let empty = [Part::Content(String::new())];
+        for part in if parts.is_empty() && logprobs.is_some() { &empty[..] } else { parts } {
+            let delta = match part {
+                Part::Content(text) => DeltaMessage { content: Some(text), ..DeltaMessage::default() },
+                Part::Call(call) => DeltaMessage { tool_calls: std::slice::from_ref(call), ..DeltaMessage::default() },
+            };
+            let logprobs = logprobs.take();
+            self.chunk(out, &[ChunkChoice { index, delta, logprobs, finish_reason: None }], None);
+        }
+    }
 }
 
 impl Encode for ChatSse {
     fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
         let Update::Delta(delta) = update else { return };
         let index = delta.choice;
-        if let Some(opened) = self.opened.get_mut(index).filter(|opened| !**opened) {
-            *opened = true;
-            let delta = DeltaMessage { role: Some("assistant"), content: Some("") };
-            self.chunk(out, &[ChunkChoice { index, delta, logprobs: None, finish_reason: None }], None);
+        let Some(progress) = self.choices.get_mut(index) else { return };
+        let opens = !std::mem::replace(&mut progress.is_open, true);
+        let parts = match &mut progress.calls {
+            Some(calls) => calls.push(&delta.text, delta.finish.is_some()),
+            None if delta.text.is_empty() => Vec::new(),
+            None => vec![Part::Content(delta.text.clone())],
+        };
+        let n_calls = progress.calls.as_ref().map_or(0, CallStream::n_calls);
+        if opens {
+            self.say(out, index, DeltaMessage { role: Some("assistant"), content: Some(""), tool_calls: &[] });
         }
-        let logprobs =
-            delta.token.as_ref().and_then(|t| ChatToken::of(&self.text, t)).map(|token| ChatLogprobs::of(vec![token]));
-        if !delta.text.is_empty() || logprobs.is_some() {
-            let message = DeltaMessage { role: None, content: Some(&delta.text) };
-            self.chunk(out, &[ChunkChoice { index, delta: message, logprobs, finish_reason: None }], None);
-        }
+        self.parts(out, delta, &parts);
         if let Some(finish) = delta.finish {
-            let message = DeltaMessage { role: None, content: None };
-            let finish_reason = Some(finish.as_str());
-            self.chunk(out, &[ChunkChoice { index, delta: message, logprobs: None, finish_reason }], None);
+            let finish_reason = match (&self.rules, finish) {
+                (Some(rules), Finish::Stop) if n_calls > 0 => rules.finish_reason(),
+                _ => finish.as_str(),
+            };
+            let delta = DeltaMessage::default();
+            self.chunk(out, &[ChunkChoice { index, delta, logprobs: None, finish_reason: Some(finish_reason) }], None);
         }
     }
 

@@ -3,6 +3,7 @@
 //! Each route parses its own body; everything after that is the same for both kinds of generation and lives in
 //! `generate`. Errors of any kind are `ApiError`; nothing here knows a status code.
 
+mod calls;
 mod chat;
 mod completions;
 mod embeddings;
@@ -14,6 +15,7 @@ mod models;
 mod ndjson;
 mod params;
 mod tokenize;
+mod tools;
 
 use std::sync::Arc;
 

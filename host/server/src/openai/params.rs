@@ -78,9 +78,7 @@ impl Params {
         let format = Format::parse(fields)?;
         let ignore_eos = fields.bool("ignore_eos")?.unwrap_or(false);
         if format.is_some() && ignore_eos {
-            let problem =
-                "`ignore_eos` cannot be true where the text must have a form: what is complete must be able to end";
-            return Err(ApiError::invalid("ignore_eos", problem));
+            return Err(endless());
         }
         let stream = fields.bool("stream")?.unwrap_or(false);
         let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
@@ -114,6 +112,19 @@ impl Params {
             logit_bias: fields.take("logit_bias"),
             stop_token_ids: fields.take("stop_token_ids"),
         })
+    }
+
+    /// The form that forced calls of tools have, which leaves no room for another.
+    pub(super) fn force(&mut self, calls: Option<Format>) -> Result<(), ApiError> {
+        let Some(calls) = calls else { return Ok(()) };
+        if let Some(asked) = &self.format {
+            return Err(asked.clashes("tool_choice"));
+        }
+        if self.ignore_eos {
+            return Err(endless());
+        }
+        self.format = Some(calls);
+        Ok(())
     }
 
     /// Compiles the form that the text must have, if one is asked for.
@@ -214,10 +225,8 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
             Some(_) => return Err(ApiError::unsupported(name, format!("`{name}`"))),
         }
     }
-    let tools = fields.take("tools").filter(|tools| *tools != Value::Array(Vec::new()));
-    let choice = fields.take("tool_choice");
-    if tools.is_some() && choice != Some(Value::String("none".into())) {
-        return Err(ApiError::unsupported("tools", "`tools` (tool calling)"));
+    if fields.take("tools").is_some_and(|tools| tools != Value::Array(Vec::new())) {
+        return Err(ApiError::unsupported("tools", "`tools` outside of chat completions"));
     }
     match fields.integer("best_of", 1..=i64::MAX)? {
         None | Some(1) => Ok(()),
@@ -226,6 +235,11 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
             Err(ApiError::unsupported("best_of", what))
         }
     }
+}
+
+fn endless() -> ApiError {
+    let problem = "`ignore_eos` cannot be true where the text must have a form: what is complete must be able to end";
+    ApiError::invalid("ignore_eos", problem)
 }
 
 pub(super) fn model(fields: &mut Fields) -> Result<String, ApiError> {

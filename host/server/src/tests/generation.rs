@@ -418,3 +418,50 @@ async fn latencies_are_observed() {
 async fn futures_pending<F: Future<Output = axum::http::Response<Body>> + Unpin>(future: &mut F) -> bool {
     std::future::poll_fn(|cx| std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(cx).is_pending())).await
 }
+
+#[tokio::test]
+async fn forced_calls_are_answered_whole_and_in_parts() {
+    let tools = json!([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object",
+        "properties": {"city": {"type": "string"}}}}}]);
+    let arguments = r#"{"city": "Ulm"}"#;
+    let list = format!(r#"[{{"name": "weather", "arguments": {arguments}}}]"#);
+    let named = json!({"type": "function", "function": {"name": "weather"}});
+    for (choice, said, reason) in [(json!("required"), &*list, "tool_calls"), (named, arguments, "stop")] {
+        let rig = Rig::new();
+        rig.engine.play([Play::Now(says(&[said])), Play::Now(says(&[said]))]);
+        let body = json!({"tools": tools, "tool_choice": choice});
+        let answer = rig.post(CHAT, &chat(&body)).await;
+        let whole = &answer.json()["choices"][0];
+        let call = &whole["message"]["tool_calls"][0];
+        let function = json!({"name": "weather", "arguments": arguments});
+        assert_eq!(
+            (&whole["finish_reason"], &whole["message"]["content"]),
+            (&json!(reason), &Value::Null),
+            "{answer:?}"
+        );
+        assert_eq!((&call["type"], &call["function"]), (&json!("function"), &function));
+        let id = call["id"].as_str().expect("an identity");
+        assert!(id.starts_with("call_") && call.get("index").is_none(), "{call}");
+
+        let answer = rig
+            .post(
+                CHAT,
+                &merged(
+                    body,
+                    &json!({"model": "m", "stream": true,
+            "messages": [{"role": "user", "content": "hi"}]}),
+                ),
+            )
+            .await;
+        let deltas: Vec<Value> = answer.events().iter().map(|event| event["choices"][0].clone()).collect();
+        assert_eq!(deltas[0]["delta"], json!({"role": "assistant", "content": ""}));
+        let calls: Vec<&Value> = deltas.iter().filter_map(|delta| delta["delta"]["tool_calls"].get(0)).collect();
+        assert_eq!((&calls[0]["index"], &calls[0]["type"]), (&json!(0), &json!("function")));
+        assert_eq!(calls[0]["function"], json!({"name": "weather", "arguments": ""}));
+        assert!(calls[1..].iter().all(|call| call.get("id").is_none() && call["index"] == 0), "{calls:?}");
+        let streamed: String = calls.iter().filter_map(|call| call["function"]["arguments"].as_str()).collect();
+        assert_eq!((&*streamed, streamed_text(&answer, 0).as_str()), (arguments, ""));
+        let reasons: Vec<&str> = deltas.iter().filter_map(|delta| delta["finish_reason"].as_str()).collect();
+        assert_eq!(reasons, [reason]);
+    }
+}

@@ -22,7 +22,7 @@ use tokenizers::{PostProcessor as _, Tokenizer, TruncationDirection};
 
 pub use self::detokenize::Detokenizer;
 pub use self::stop::StopMatcher;
-pub use self::template::{ChatMessage, TemplateError};
+pub use self::template::{ChatMessage, TemplateError, ToolStyle};
 
 use self::detokenize::ByteTable;
 use self::template::ChatTemplate;
@@ -252,6 +252,12 @@ impl TextModel {
         }
     }
 
+    /// How its model writes calls of tools, as far as the template shows it.
+    #[must_use]
+    pub fn tool_style(&self) -> Option<ToolStyle> {
+        self.template.as_ref().and_then(|template| template.tool_style)
+    }
+
     /// What compiles grammars for these tokens; `None` where no token ends a text. The first call builds it: not for a thread
     /// that serves others.
     pub(crate) fn grammar_factory(&self) -> Option<&ParserFactory> {
@@ -400,7 +406,8 @@ pub(crate) mod tests {
             ..TextFiles::default()
         })
         .expect("the embedded files are good");
-        let message = ChatMessage { role: "user".into(), content: " What is a trait? ".into(), name: None };
+        let content = " What is a trait? ".into();
+        let message = ChatMessage { role: "user".into(), content, ..ChatMessage::default() };
         let prompt = model.render(&[message], true, None, 0).expect("the template renders");
         assert_eq!(prompt, "<|bos|><|user|>What is a trait?<|end|><|assistant|>");
         let ids = model.encode(&prompt, false).expect("every byte has a token");

@@ -20,15 +20,46 @@ const FUEL: u64 = 2_000_000;
 const NAME: &str = "chat";
 
 /// One message of a conversation, text only.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ChatMessage {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     /// Its text.
     pub content: String,
     /// Who speaks, where several share a role.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Calls that the assistant has made, with their arguments as JSON and not as its text: templates write them out.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<serde_json::Value>,
+    /// Which call a tool's message answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+}
+
+/// How a family of models writes that it calls a tool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ToolStyle {
+    /// Objects between `<tool_call>` and `</tool_call>` (Hermes, Qwen).
+    Tagged,
+    /// A list after `[TOOL_CALLS]` (Mistral).
+    Listed,
+    /// The object alone (Llama 3).
+    Bare,
+}
+
+impl ToolStyle {
+    /// The style that a template shows to its model; `None` for one without tools, or of a family that is not known.
+    fn of(template: &str) -> Option<Self> {
+        let has = |sign: &str| template.contains(sign);
+        // The same tag is used around something else than JSON.
+        if !has("tools") || has("<function=") || has("<arg_key>") {
+            return None;
+        }
+        [("<tool_call>", Self::Tagged), ("[TOOL_CALLS]", Self::Listed), ("\"parameters\":", Self::Bare)]
+            .into_iter()
+            .find_map(|(sign, style)| has(sign).then_some(style))
+    }
 }
 
 /// Why a conversation could not be rendered.
@@ -48,6 +79,7 @@ pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     /// By the names under which templates know them, as in `bos_token`.
     tokens: BTreeMap<String, String>,
+    pub(super) tool_style: Option<ToolStyle>,
 }
 
 impl ChatTemplate {
@@ -60,8 +92,9 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", python_json);
+        let tool_style = ToolStyle::of(source);
         environment.add_template_owned(NAME, without_generation(source).into_owned())?;
-        Ok(Self { environment, tokens })
+        Ok(Self { environment, tokens, tool_style })
     }
 
     pub(super) fn render<M: Serialize>(
@@ -150,7 +183,7 @@ mod tests {
     use super::*;
 
     fn message(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.into(), content: content.into(), name: None }
+        ChatMessage { role: role.into(), content: content.into(), ..ChatMessage::default() }
     }
 
     fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
@@ -181,6 +214,34 @@ mod tests {
         ] {
             assert_eq!(render(source, &messages).expect(source), expect, "{source}");
         }
+    }
+
+    #[test]
+    fn a_template_shows_how_its_model_calls_tools() {
+        for (source, expect) in [
+            ("{{ messages }}", None),
+            ("{% if tools %}use <tool_call>{...}</tool_call>{% endif %}", Some(ToolStyle::Tagged)),
+            ("{% if tools %}<tool_call><function=f>{% endif %}", None),
+            (
+                "{% if tools is defined %}{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}{% endif %}",
+                Some(ToolStyle::Listed),
+            ),
+            ("{{ tools }}{\"name\": function name, \"parameters\": dictionary}", Some(ToolStyle::Bare)),
+            ("{{ tools }}", None),
+        ] {
+            assert_eq!(ToolStyle::of(source), expect, "{source}");
+        }
+    }
+
+    #[test]
+    fn calls_reach_the_template_as_json() {
+        let call = serde_json::json!({"id": "1", "type": "function",
+            "function": {"name": "f", "arguments": {"a": [1, "b"]}}});
+        let called = ChatMessage { tool_calls: vec![call], ..message("assistant", "") };
+        let answered = ChatMessage { tool_call_id: Some("1".into()), ..message("tool", "7") };
+        let source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name }}\
+            {{ c.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{{ m.content }}{% endfor %}";
+        assert_eq!(render(source, &[called, answered]).expect("renders"), "f{\"a\": [1, \"b\"]}17");
     }
 
     #[test]

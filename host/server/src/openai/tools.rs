@@ -1,0 +1,424 @@
+//! Tools of a chat request: what the client offers, what it wants done with them, and the calls on their way back.
+//!
+//! A call that the client forces is a matter of grammar: the text is the arguments of the tool it names, or a list of calls.
+//! A call that the model may make is found in what it writes, in the style of its family, which its chat template shows.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::calls::{CallReader, Said, Style};
+use super::fields::{Fields, mismatch};
+use super::format::Format;
+use crate::error::ApiError;
+use crate::grammar::Form;
+use crate::identity::session_hash;
+use crate::text::{TextModel, ToolStyle};
+
+/// Tools of one request (`OpenAI`'s bound).
+const MAX_TOOLS: usize = 128;
+/// Letters of a tool's name.
+const MAX_NAME: usize = 64;
+/// Calls that one answer may be forced to have.
+const MAX_CALLS: usize = 16;
+
+/// The tools that a request offers.
+#[derive(Debug)]
+pub(super) struct Tools {
+    /// As the client sent them; what the template shows.
+    offered: Vec<Value>,
+    tools: Vec<Tool>,
+    choice: Choice,
+    parallel: bool,
+}
+
+#[derive(Debug)]
+struct Tool {
+    /// Where its schema stands in the request.
+    param: String,
+    name: String,
+    /// Schema of its arguments.
+    parameters: Option<Value>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Choice {
+    None,
+    Auto,
+    Required,
+    /// Place of the one tool that is to be called.
+    Named(usize),
+}
+
+/// How calls are looked for in the texts of a request.
+#[derive(Clone, Debug)]
+pub(super) struct CallRules {
+    style: Style,
+    parallel: bool,
+    /// Mistral's templates want identities of nine letters.
+    short_ids: bool,
+}
+
+/// The calls of one choice as they come.
+#[derive(Debug)]
+pub(super) struct CallStream {
+    reader: CallReader,
+    rules: CallRules,
+    /// Request and choice, of which identities are made.
+    origin: String,
+    n_calls: usize,
+}
+
+/// A part of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Content(String),
+    Call(CallDelta),
+}
+
+/// A call on the wire, whole or in parts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct CallDelta {
+    /// Only where an answer comes in parts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(super) kind: Option<&'static str>,
+    pub(super) function: FunctionDelta,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct FunctionDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) name: Option<String>,
+    pub(super) arguments: String,
+}
+
+// === impl Tools ===
+
+impl Tools {
+    /// Reads `tools`, `tool_choice` and `parallel_tool_calls`; `None` where no tool may be called.
+    pub(super) fn parse(fields: &mut Fields) -> Result<Option<Self>, ApiError> {
+        let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
+        let offered = match fields.take("tools") {
+            None => Vec::new(),
+            Some(Value::Array(tools)) if tools.len() <= MAX_TOOLS => tools,
+            Some(other) => return Err(mismatch("tools", &format!("an array of at most {MAX_TOOLS} tools"), &other)),
+        };
+        let tools = offered.iter().enumerate().map(|(i, tool)| Tool::parse(&format!("tools[{i}]"), tool));
+        let tools: Vec<Tool> = tools.collect::<Result<_, _>>()?;
+        let choice = choice(fields.take("tool_choice"), &tools)?;
+        Ok((choice != Choice::None).then_some(Self { offered, tools, choice, parallel }))
+    }
+
+    /// Shows the tools to the chat template.
+    pub(super) fn show(&self, template_kwargs: &mut Option<Map<String, Value>>) {
+        let kwargs = template_kwargs.get_or_insert_default();
+        kwargs.insert("tools".to_owned(), Value::Array(self.offered.clone()));
+    }
+
+    /// What the text must be, if a call is forced.
+    pub(super) fn format(&self) -> Result<Option<Format>, ApiError> {
+        match self.choice {
+            Choice::None | Choice::Auto => Ok(None),
+            Choice::Named(i) => {
+                let Tool { param, parameters, .. } = &self.tools[i];
+                let form = parameters.clone().map_or_else(Form::any_object, Form::Json);
+                Ok(Some(Format::of(&**param, form)))
+            }
+            Choice::Required => Ok(Some(Format::of("tools", Form::Json(self.any_calls()?)))),
+        }
+    }
+
+    /// The schema of a list of calls. References in a tool's schema begin at its root, so definitions move to the new one.
+    fn any_calls(&self) -> Result<Value, ApiError> {
+        let mut definitions = Map::new();
+        let mut calls = Vec::new();
+        for Tool { param, name, parameters } in &self.tools {
+            let mut arguments = parameters.clone().unwrap_or_else(|| json!({"type": "object"}));
+            let own = arguments.as_object_mut().and_then(|schema| schema.remove("$defs"));
+            for (key, definition) in own.and_then(|own| own.as_object().cloned()).into_iter().flatten() {
+                if definitions.get(&key).is_some_and(|other| *other != definition) {
+                    let problem =
+                        format!("`{param}` defines `$defs.{key}` in another way than an earlier tool; rename it");
+                    return Err(ApiError::invalid(&**param, problem));
+                }
+                definitions.insert(key, definition);
+            }
+            calls.push(json!({
+                "type": "object", "additionalProperties": false, "required": ["name", "arguments"],
+                "properties": {"name": {"const": name}, "arguments": arguments},
+            }));
+        }
+        let most = if self.parallel { MAX_CALLS } else { 1 };
+        let list = json!({"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}});
+        let mut schema = list.as_object().cloned().unwrap_or_default();
+        if !definitions.is_empty() {
+            schema.insert("$defs".to_owned(), definitions.into());
+        }
+        Ok(schema.into())
+    }
+
+    /// How this model's calls are found.
+    pub(super) fn rules(&self, text: &TextModel) -> Result<CallRules, ApiError> {
+        let own = text.tool_style();
+        let style = match (self.choice, own) {
+            (Choice::Named(i), _) => Style::Arguments(self.tools[i].name.clone()),
+            (Choice::Required, _) => Style::Array,
+            (_, Some(ToolStyle::Tagged)) => Style::Tagged,
+            (_, Some(ToolStyle::Listed)) => Style::Listed,
+            (_, Some(ToolStyle::Bare)) => Style::Bare,
+            (_, None) => {
+                let problem = "this model was not taught to call tools (its chat template shows no style of calls that this \
+                    server knows): send `tool_choice` \"required\" or name a function";
+                return Err(ApiError::invalid("tools", problem));
+            }
+        };
+        Ok(CallRules { style, parallel: self.parallel, short_ids: own == Some(ToolStyle::Listed) })
+    }
+}
+
+impl Tool {
+    fn parse(path: &str, value: &Value) -> Result<Self, ApiError> {
+        let mut tool = Fields::of(path, value.clone())?;
+        match tool.require("type")? {
+            Value::String(kind) if kind == "function" => {}
+            Value::String(kind) => {
+                return Err(ApiError::unsupported(tool.param("type"), format!("a tool of type `{kind}`")));
+            }
+            other => return Err(mismatch(&tool.param("type"), "\"function\"", &other)),
+        }
+        let path = tool.param("function");
+        let mut function = Fields::of(&path, tool.require("function")?)?;
+        let param = function.param("name");
+        let name = match function.require("name")? {
+            Value::String(name) if is_name(&name) => name,
+            other => {
+                let expect = format!("1 to {MAX_NAME} letters, digits, `_`, `-` or `.`");
+                return Err(mismatch(&param, &expect, &other));
+            }
+        };
+        let param = function.param("parameters");
+        let parameters = match function.take("parameters") {
+            None => None,
+            Some(schema @ Value::Object(_)) => Some(schema),
+            Some(other) => return Err(mismatch(&param, "a JSON schema", &other)),
+        };
+        Ok(Self { param, name, parameters })
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let good = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(good)
+}
+
+fn choice(value: Option<Value>, tools: &[Tool]) -> Result<Choice, ApiError> {
+    let named = match value {
+        None if tools.is_empty() => return Ok(Choice::None),
+        None => return Ok(Choice::Auto),
+        Some(Value::String(word)) => match (&*word, tools.is_empty()) {
+            ("none", _) | ("auto", true) => return Ok(Choice::None),
+            ("auto", false) => return Ok(Choice::Auto),
+            ("required", false) => return Ok(Choice::Required),
+            ("required", true) => {
+                return Err(ApiError::invalid("tool_choice", "`tool_choice` is \"required\" and there are no `tools`"));
+            }
+            _ => {
+                return Err(mismatch(
+                    "tool_choice",
+                    "none, auto, required or a function",
+                    &Value::String(word.clone()),
+                ));
+            }
+        },
+        Some(object @ Value::Object(_)) => object,
+        Some(other) => return Err(mismatch("tool_choice", "none, auto, required or a function", &other)),
+    };
+    let function = Fields::of("tool_choice", named)?.require("function")?;
+    let name = Fields::of("tool_choice.function", function)?.string("name")?.unwrap_or_default();
+    let known = tools.iter().position(|tool| tool.name == name);
+    known.map(Choice::Named).ok_or_else(|| {
+        let problem = format!("`tool_choice` names the function `{name}`, which is not among the `tools`");
+        ApiError::invalid("tool_choice.function.name", problem)
+    })
+}
+
+// === impl CallRules ===
+
+impl CallRules {
+    /// Whether the signs of this style are special tokens, which must then be shown.
+    pub(super) fn wants_special_tokens(&self) -> bool {
+        self.style == Style::Listed
+    }
+
+    /// What a choice that has stopped and has calls says of its end. A function that the client named is no surprise.
+    pub(super) fn finish_reason(&self) -> &'static str {
+        if matches!(self.style, Style::Arguments(_)) { "stop" } else { "tool_calls" }
+    }
+
+    /// The calls of one choice of a request.
+    pub(super) fn stream(&self, request: &Arc<str>, choice: usize) -> CallStream {
+        let origin = format!("{request}/{choice}");
+        CallStream { reader: CallReader::new(self.style.clone()), rules: self.clone(), origin, n_calls: 0 }
+    }
+}
+
+// === impl CallStream ===
+
+impl CallStream {
+    /// Takes the next piece of text; the last one with `is_last`.
+    pub(super) fn push(&mut self, piece: &str, is_last: bool) -> Vec<Part> {
+        let mut said = self.reader.push(piece);
+        if is_last {
+            said.extend(self.reader.finish());
+        }
+        said.into_iter().filter_map(|said| self.part(said)).collect()
+    }
+
+    /// Calls so far.
+    pub(super) fn n_calls(&self) -> usize {
+        if self.rules.parallel { self.n_calls } else { self.n_calls.min(1) }
+    }
+
+    /// `None` for what belongs to a second call where there may be one.
+    fn part(&mut self, said: Said) -> Option<Part> {
+        let (name, arguments) = match said {
+            Said::Text(text) => return Some(Part::Content(text)),
+            Said::Call { name } => {
+                self.n_calls += 1;
+                (Some(name), String::new())
+            }
+            Said::Arguments(text) => (None, text),
+        };
+        let index = self.n_calls.saturating_sub(1);
+        let (id, kind) = match name {
+            Some(_) => (Some(self.identity(index)), Some("function")),
+            None => (None, None),
+        };
+        let delta = CallDelta { index: Some(index), id, kind, function: FunctionDelta { name, arguments } };
+        (self.rules.parallel || index == 0).then_some(Part::Call(delta))
+    }
+
+    /// The same for the same request, choice and place, and for no other.
+    fn identity(&self, index: usize) -> String {
+        let hash = session_hash(&format!("{}/{index}", self.origin));
+        if self.rules.short_ids { format!("{:09x}", hash >> 28) } else { format!("call_{hash:016x}") }
+    }
+}
+
+/// An answer in parts as content and whole calls.
+pub(super) fn whole(parts: Vec<Part>) -> (String, Vec<CallDelta>) {
+    let (mut content, mut calls) = (String::new(), Vec::<CallDelta>::new());
+    for part in parts {
+        match part {
+            Part::Content(text) => content.push_str(&text),
+            Part::Call(call) if call.id.is_some() => calls.push(CallDelta { index: None, ..call }),
+            Part::Call(call) => {
+                if let Some(last) = calls.last_mut() {
+                    last.function.arguments.push_str(&call.function.arguments);
+                }
+            }
+        }
+    }
+    (content, calls)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::tests::model;
+
+    fn parse(json: &str) -> Result<Option<Tools>, ApiError> {
+        Tools::parse(&mut Fields::parse(json.as_bytes())?)
+    }
+
+    const TOOLS: &str = r#""tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object",
+        "$defs": {"d": {"type": "integer"}}}}}, {"type": "function", "function": {"name": "g"}}]"#;
+
+    #[test]
+    fn the_choice_says_what_the_text_must_be() {
+        for (choice, expect) in [
+            (r#""tool_choice": "none""#, None),
+            ("\"x\": 1", Some((Choice::Auto, None))),
+            (r#""tool_choice": "auto""#, Some((Choice::Auto, None))),
+            (
+                r#""tool_choice": {"type": "function", "function": {"name": "g"}}"#,
+                Some((Choice::Named(1), Some("tools[1]"))),
+            ),
+            (r#""tool_choice": "required""#, Some((Choice::Required, Some("tools")))),
+        ] {
+            let tools = parse(&format!("{{{TOOLS}, {choice}}}")).expect(choice);
+            let found = tools.map(|tools| (tools.choice, tools.format().expect("a good schema")));
+            assert_eq!(found.as_ref().map(|(choice, _)| *choice), expect.map(|(choice, _)| choice), "{choice}");
+            let format = found.and_then(|(_, format)| format).map(|format| format!("{format:?}"));
+            let param = expect.and_then(|(_, param)| param);
+            assert_eq!(format.is_some(), param.is_some(), "{choice}");
+            assert!(format.zip(param).is_none_or(|(format, param)| format.contains(param)), "{choice}");
+        }
+        for json in ["{}", r#"{"tools": []}"#, r#"{"tools": [], "tool_choice": "auto"}"#] {
+            assert!(parse(json).expect(json).is_none(), "{json}");
+        }
+        let tools = parse(&format!("{{{TOOLS}, \"tool_choice\": \"required\", \"parallel_tool_calls\": false}}"));
+        let schema = tools.expect("good").expect("tools").any_calls().expect("one definition");
+        assert_eq!((&schema["$defs"]["d"]["type"], &schema["maxItems"]), (&json!("integer"), &json!(1)));
+    }
+
+    #[test]
+    fn tools_that_are_none_are_named() {
+        let defs = |kind: &str| {
+            format!(
+                r#"{{"type": "function", "function": {{"name": "{kind}", "parameters": {{"$defs": {{"d": {{"type": "{kind}"}}}}}}}}}}"#
+            )
+        };
+        let clash = format!(r#"{{"tools": [{}, {}], "tool_choice": "required"}}"#, defs("string"), defs("integer"));
+        for (json, param, expect) in [
+            (r#"{"tools": 1}"#, "tools", "an array of at most 128"),
+            (r#"{"tools": [{}]}"#, "tools[0].type", "is required"),
+            (r#"{"tools": [{"type": "web_search"}]}"#, "tools[0].type", "`web_search` is not supported"),
+            (r#"{"tools": [{"type": "function"}]}"#, "tools[0].function", "is required"),
+            (r#"{"tools": [{"type": "function", "function": {"name": "a b"}}]}"#, "tools[0].function.name", "letters"),
+            (
+                r#"{"tools": [{"type": "function", "function": {"name": "a", "parameters": 1}}]}"#,
+                "tools[0].function.parameters",
+                "a JSON schema",
+            ),
+            (r#"{"tool_choice": "required"}"#, "tool_choice", "no `tools`"),
+            (r#"{"tool_choice": "maybe"}"#, "tool_choice", "found the string"),
+            (
+                r#"{"tool_choice": {"type": "function", "function": {"name": "h"}}}"#,
+                "tool_choice.function.name",
+                "`h`, which is not among",
+            ),
+            (&*clash, "tools[1].function.parameters", "rename it"),
+        ] {
+            let error = parse(json).and_then(|tools| tools.expect("tools").format()).expect_err(json);
+            assert!(error.to_string().contains(expect), "{json}: {error}");
+            assert!(error.json().contains(&format!(r#""param":"{param}""#)), "{json}: {}", error.json());
+        }
+        let tools = parse(&format!("{{{TOOLS}}}")).expect("good").expect("tools");
+        let error = tools.rules(&model()).expect_err("no template");
+        assert!(error.to_string().contains("send `tool_choice`"), "{error}");
+    }
+
+    #[test]
+    fn calls_are_counted_and_have_identities_of_their_own() {
+        let rules = |parallel| CallRules { style: Style::Array, parallel, short_ids: true };
+        let text = r#"[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]"#;
+        let read = |parallel| {
+            let mut stream = rules(parallel).stream(&"r1".into(), 0);
+            let parts = stream.push(text, true);
+            (whole(parts).1, stream.n_calls())
+        };
+        let (calls, n) = read(true);
+        assert_eq!((calls.len(), n), (2, 2));
+        assert_eq!((calls[0].function.name.as_deref(), &*calls[0].function.arguments), (Some("f"), r#"{"a": 1}"#));
+        let ids: Vec<&String> = calls.iter().flat_map(|call| &call.id).collect();
+        assert!(ids[0] != ids[1] && ids.iter().all(|id| id.len() == 9), "{ids:?}");
+        let (calls, n) = read(false);
+        assert_eq!((calls.len(), n), (1, 1), "one at a time");
+    }
+}
