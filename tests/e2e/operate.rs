@@ -91,8 +91,12 @@ fn a_file_is_planned_applied_and_then_nothing_is_left_to_do() {
     let before = (slot(&host, "router")["active"].clone(), slot(&host, "scheduler")["active"].clone());
     let dry = apply(&["--dry-run"]);
     assert!(dry.status.success(), "{dry:?}");
-    for part in ["~ router: route-least-loaded@", "config  {} -> {\"aging_ms\":500}", "2 to change, 1 as the file says"]
-    {
+    for part in [
+        "~ router: route-least-loaded@",
+        "config  {} -> {\"aging_ms\":500}",
+        "  router;g=1 is by startup (start)",
+        "2 to change, 1 as the file says",
+    ] {
         assert!(said(&dry).contains(part), "{part}: {}", said(&dry));
     }
     assert_eq!((slot(&host, "router")["active"].clone(), slot(&host, "scheduler")["active"].clone()), before);

@@ -96,13 +96,16 @@ pub(crate) fn run(args: &ApplyArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let wanted = read(args)?;
     let admin = Admin::new(args.at.clone());
     let now = Now::of(&admin, &wanted)?;
-    let plan = plan(&wanted, &now, |component| admin.resolve_for(component, args.dry_run))?;
+    let mut plan = plan(&wanted, &now, |component| admin.resolve_for(component, args.dry_run))?;
+    let generations = now.generations();
+    if !plan.acts.is_empty() {
+        plan.tell_authors(&generations, &admin.journal()?);
+    }
     writeln!(out, "{}", plan.describe()).context("cannot print")?;
     if plan.acts.is_empty() {
         return Ok(());
     }
     let known = admin.get("/admin/v1/components")?;
-    let generations = now.generations();
     for act in &plan.acts {
         match act.component().filter(|needs| !needs.is_met(&known)) {
             Some(Needs { name, .. }) => {
@@ -216,6 +219,18 @@ impl Plan {
         }
     }
 
+    /// Says who made what differs, as far as the journal goes back: a hand, or an earlier version of the file.
+    fn tell_authors(&mut self, generations: &BTreeMap<String, u64>, journal: &[Value]) {
+        // What is new (`+`) nobody has made.
+        for act in self.acts.iter().filter(|act| act.lines().iter().any(|line| line.starts_with('~'))) {
+            let (subject, generation) = (act.subject(), generation(generations, &**act));
+            let made = journal.iter().rev().find(|line| made_by(line) == Some((subject.to_owned(), generation)));
+            let Some(made) = made else { continue };
+            let why = made["why"].as_str().map(|why| format!(" ({why})")).unwrap_or_default();
+            self.notes.push(format!("  {subject};g={generation} is by {}{why}", text(made, "actor")));
+        }
+    }
+
     fn describe(&self) -> String {
         let count = format!("{} to change, {} as the file says", self.acts.len(), self.kept);
         let acts = self.acts.iter().flat_map(|act| act.lines());
@@ -247,6 +262,15 @@ impl Ask {
     fn send(&self, admin: &Admin) -> anyhow::Result<Value> {
         let body = if self.body.is_null() { Vec::new() } else { self.body.to_string().into_bytes() };
         admin.send(self.method, &self.path, body, "application/json")
+    }
+}
+
+/// The subject and generation that a line of the journal tells of.
+fn made_by(line: &Value) -> Option<(String, u64)> {
+    match line["event"].as_str()? {
+        "published" => Some((text(line, "slot"), line["target"]["generation"].as_u64()?)),
+        "alias-changed" => Some((format!("alias.{}", text(line, "alias")), line["generation"].as_u64()?)),
+        _ => None,
     }
 }
 
@@ -415,6 +439,11 @@ mod tests {
             })
             .collect();
         let ask = |method, path: &str, body: Value| Ask { method, path: format!("/admin/v1/{path}"), body };
+        let published = |actor: &str, generation: u64, why: &str| json!({"event": "published", "slot": "router", "actor": actor, "target": {"generation": generation}, "why": why});
+        let mut told = Plan { acts: plan.acts, kept: 0, notes: Vec::new() };
+        let weighted = json!({"event": "alias-changed", "alias": "demo", "generation": 3, "actor": "ana@::1"});
+        told.tell_authors(&generations, &[weighted, published("ci", 3, "put"), published("rollout", 4, "rollout")]);
+        assert_eq!(told.notes, ["  router;g=4 is by rollout (rollout)", "  alias.demo;g=3 is by ana@::1"]);
         let weights = json!({"weights": {"x": 1, "y": 2}, "sticky": "tenant", "if_generation": 9});
         // Native had no activation to go back to; a slot that was not there goes; the others return to what they were, whole.
         for ((from, done, undone), (path, expect, undo)) in found.iter().zip([

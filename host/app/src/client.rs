@@ -155,6 +155,13 @@ impl Admin {
         Self { at, agent: config.build().into() }
     }
 
+    /// Every line of the journal that the host keeps at hand.
+    pub(crate) fn journal(&self) -> anyhow::Result<Vec<Value>> {
+        let mut answer = self.ask("GET", "/admin/v1/journal", Vec::new(), &[])?;
+        let lines = BufReader::new(answer.body_mut().as_reader()).lines();
+        lines.map(|line| serde_json::from_str(&line?).context("a line of the journal")).collect()
+    }
+
     /// Prints a stream of lines as they come.
     fn copy(&self, path: &str, out: &mut dyn Write) -> anyhow::Result<()> {
         let mut answer = self.ask("GET", path, Vec::new(), &[])?;
