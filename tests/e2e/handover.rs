@@ -37,7 +37,12 @@ fn a_count_survives_swaps_under_load_and_nothing_is_swapped_that_must_not_start_
     let host = host(&[]);
     let wasm = pointsman_tests::root().join("plugins/prebuilt/fixture-scheduler.wasm");
     let counter = host.upload(&std::fs::read(wasm).expect("a committed fixture"));
-    assert_eq!(put(&host, &counter, "require").status, 422, "the built-in one hands nothing over");
+    assert_eq!(put(&host, &counter, "require").status, 422, "the built-in one does not hand over");
+    assert_eq!(host.activate("scheduler", "native", json!({})).status, 200);
+    assert_eq!(put(&host, &counter, "require").status, 200, "over native nothing is lost");
+    let dry = json!({ "component": &counter, "handover": "require", "dry_run": true });
+    let dry = host.admin("PUT", "/admin/v1/slots/scheduler", &dry);
+    assert!(dry.status == 200 && dry.body.get("handover").is_none(), "a dry run asks nobody: {dry:?}");
     assert_eq!(put(&host, &counter, "cold").status, 200);
     let (done, served) = (AtomicBool::new(false), AtomicU64::new(0));
     let calls: u64 = std::thread::scope(|scope| {

@@ -119,3 +119,32 @@ fn lists_are_swapped_under_load_and_no_request_pays() {
     let faults = state["counters"]["faults"].as_object().map_or(0, |f| f.values().filter_map(Value::as_u64).sum());
     assert_eq!(faults, 0, "{state}");
 }
+
+#[test]
+fn a_request_without_its_sampler_goes_on_or_ends_as_the_slot_says() {
+    let host = host(&[]);
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/fixture-sampler.wasm");
+    let fixture = host.upload(&std::fs::read(wasm).expect("a committed fixture"));
+    let put = |slot: &str, component: &str, on_fault: &str| {
+        let config = json!({ "do": "trap", "after": 12 });
+        let body = json!({ "component": component, "config": config, "on_fault": on_fault });
+        host.admin("PUT", &format!("/admin/v1/slots/{slot}"), &body)
+    };
+    let refused = put("sampler", "native", "closed");
+    assert!(refused.status == 400 && refused.body.to_string().contains("leave `on_fault` out"), "{refused:?}");
+    // More tokens than an instance lives: the first one traps, and the spare that is told of all of them.
+    let body =
+        json!({ "model": "demo:f16", "prompt": "Rust is", "max_tokens": 40, "temperature": 0, "ignore_eos": true });
+    for (on_fault, status, code) in [("open", 200, Value::Null), ("closed", 503, json!("sampler_failed"))] {
+        assert_eq!(put("sampler", &fixture, on_fault).status, 200);
+        let answer = host.post("/v1/completions", &body);
+        assert_eq!((answer.status, &answer.body["error"]["code"]), (status, &code), "{on_fault}: {answer:?}");
+    }
+    let state = host.admin("GET", "/admin/v1/slots/sampler", &Value::Null).body;
+    assert_eq!((&state["active"]["on_fault"], state["previous"].get("on_fault")), (&json!("closed"), None), "{state}");
+    // It is stored: a restart fails closed too.
+    let host = host.restart(&[]);
+    assert_eq!(host.post("/v1/completions", &body).status, 503);
+    assert_eq!(host.admin("DELETE", "/admin/v1/slots/sampler", &Value::Null).status, 200);
+    assert_eq!(host.post("/v1/completions", &body).status, 200, "native: nobody is missing");
+}

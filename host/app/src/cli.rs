@@ -226,6 +226,9 @@ pub(crate) enum PolicyCommand {
         /// Whether it may start without what the active policy knows.
         #[arg(long, value_enum, default_value_t)]
         handover: HandoverArg,
+        /// Of a sampler: what becomes of requests of which it says nothing, because it has faulted.
+        #[arg(long, value_enum, default_value_t)]
+        on_fault: OnFaultArg,
         #[command(flatten)]
         at: AdminArgs,
     },
@@ -548,8 +551,8 @@ pub(crate) enum Switch {
 /// Flags of `apply`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ApplyArgs {
-    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace, budget and
-    /// handover, `[aliases.NAME]` with weights and sticky, `[rollouts.SLOT]` and `[rollouts."alias.NAME"]` (docs/operate.md).
+    /// TOML, or JSON where the name ends in .json: `[slots.NAME]` with component, config, state_namespace, budget,
+    /// handover and on_fault, `[aliases.NAME]` with weights and sticky, `[rollouts.SLOT]` and `[rollouts."alias.NAME"]` (docs/operate.md).
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
     /// Show what would change, and change nothing.
@@ -595,6 +598,25 @@ impl HandoverArg {
         match self {
             Self::Cold => "cold",
             Self::Require => "require",
+        }
+    }
+}
+
+/// Whether requests go on without a sampler that faults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum OnFaultArg {
+    /// They go on.
+    #[default]
+    Open,
+    /// They are ended with an error.
+    Closed,
+}
+
+impl OnFaultArg {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
         }
     }
 }

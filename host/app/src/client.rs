@@ -32,11 +32,12 @@ pub(crate) fn run(command: PolicyCommand, out: &mut dyn Write) -> anyhow::Result
             let answer = Admin::new(at.clone()).get("/admin/v1/components")?;
             print(out, &at, &answer, component_table)
         }
-        PolicyCommand::Activate { slot, component, config, if_generation, budget, handover, at } => {
+        PolicyCommand::Activate { slot, component, config, if_generation, budget, handover, on_fault, at } => {
             let admin = Admin::new(at.clone());
             let (component, budget) = (admin.resolve(&component)?, budget.into_budget());
-            let mut body =
-                json!({ "component": component, "config": config, "budget": budget, "handover": handover.as_str() });
+            let (handover, on_fault) = (handover.as_str(), on_fault.as_str());
+            let mut body = json!({ "component": component, "config": config, "budget": budget });
+            (body["handover"], body["on_fault"]) = (handover.into(), on_fault.into());
             if let Some(generation) = if_generation {
                 body["if_generation"] = generation.into();
             }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use pointsman_control::{Budget, SlotName};
+use pointsman_control::{Budget, OnFault, SlotName};
 use pointsman_policy::{BudgetError, RuntimeConfig, World};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -181,6 +181,9 @@ pub(crate) struct SlotSection {
     /// Limits of whatever policy the slot has, unless its activation brings its own.
     #[serde(skip_serializing_if = "Budget::is_empty")]
     pub budget: Budget,
+    /// Of a sampler: whether requests go on without it where it faults.
+    #[serde(skip_serializing_if = "OnFault::is_open")]
+    pub on_fault: OnFault,
 }
 
 /// What the operator says of a replica.
@@ -556,6 +559,10 @@ impl AdminSection {
 fn check_slot(name: &str, section: &SlotSection) -> Result<(), ConfigError> {
     let slot = name.parse::<SlotName>().map_err(|error| ConfigError::Shape(format!("slots: {error}")))?;
     let component = section.component.as_str();
+    if !section.on_fault.is_open() && slot != SlotName::Sampler {
+        let why = "only a sampler can fail closed; elsewhere the native policy decides, so leave it out";
+        return Err(ConfigError::Shape(format!("slots.{name}.on_fault: {why}")));
+    }
     if !section.budget.is_empty() {
         if let Some(world) = World::of_slot(&slot.to_string()) {
             let fault = |source| ConfigError::Budget { slot: name.to_owned(), source };
@@ -761,6 +768,7 @@ mod tests {
             ("[slots.router]\ncomponent = \"route-weigted\"", "did you mean `route-weighted`?"),
             ("[slots.admission]\nconfig = {}", "slots.admission.component = \"\" is no built-in"),
             ("[slots.router.budget]\nsoft = 1", "unknown field `soft`"),
+            ("[slots.router]\non_fault = \"closed\"", "slots.router.on_fault: only a sampler can fail closed"),
             ("[slots.router.budget]\nhard_ms = 0", "slots.router.budget: a budget of 0 us soft and 0 us hard"),
             (
                 "[slots.router.budget]\nsoft_us = 20000",

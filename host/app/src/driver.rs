@@ -233,6 +233,7 @@ impl Driver {
         let clock = &context.clock;
         let start = clock.micros();
         replica.sampler.attend(start, &replica.scheduler);
+        end_failed(replica, context, start);
         replica.scheduler.review_cache(start, &mut *replica.retention);
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
@@ -248,7 +249,7 @@ impl Driver {
         if executed.is_ok() {
             replica.sampler.sampled(plan, output);
         }
-        let maskless = replica.sampler.take_failed();
+        let failed = replica.sampler.take_failed();
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         match executed {
@@ -262,8 +263,8 @@ impl Driver {
                 }
             }
         }
-        for (id, error) in maskless {
-            replica.scheduler.fail(id, error.into(), done, &mut observe);
+        for (id, failure) in failed {
+            replica.scheduler.fail(id, failure, done, &mut observe);
         }
         // What was sampled is looked at while the next step runs.
         replica.sampler.hand_over(done);
@@ -313,6 +314,15 @@ impl Observer for Watch<'_> {
             self.pace.ended(event.kind == EventKind::Failed);
         }
         self.recorder.record(Event { replica: self.replica.0, variant: self.variant, ..event });
+    }
+}
+
+/// Ends requests of which the sampler policy could not be asked since the last step, and that must not go on without it.
+fn end_failed(replica: &mut DriverReplica, context: &DriverContext, now: Micros) {
+    for (id, failure) in replica.sampler.take_failed() {
+        let (sampler, pace) = (&mut replica.sampler, &mut replica.pace);
+        let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), (sampler, pace));
+        replica.scheduler.fail(id, failure, now, &mut observe);
     }
 }
 

@@ -38,6 +38,17 @@ pub enum Handover {
     Require,
 }
 
+/// What becomes of requests of which a sampler says nothing, because it has faulted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFault {
+    /// They go on.
+    #[default]
+    Open,
+    /// They are ended with an error.
+    Closed,
+}
+
 /// What an operator wants in a slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
@@ -51,6 +62,8 @@ pub struct Desired {
     pub budget: Budget,
     /// Whether it may start cold.
     pub handover: Handover,
+    /// Whether requests go on without it; of a sampler.
+    pub on_fault: OnFault,
     /// Only if the slot's active generation is this one.
     pub if_generation: Option<u64>,
 }
@@ -71,6 +84,9 @@ pub struct Target {
     /// Whether it might start cold.
     #[serde(default, skip_serializing_if = "Handover::is_cold")]
     pub handover: Handover,
+    /// Whether requests go on without it.
+    #[serde(default, skip_serializing_if = "OnFault::is_open")]
+    pub on_fault: OnFault,
     /// `name@version+<8 hex>`, or `native`.
     pub revision: String,
     /// The generation under which it was published.
@@ -388,8 +404,9 @@ impl Planned {
     /// What is published once it is prepared and has said what it is.
     #[must_use]
     pub fn target(self, revision: String) -> Target {
-        let Desired { component, config, state_namespace, budget, handover, if_generation: _ } = self.desired;
-        Target { component, config, state_namespace, budget, handover, revision, generation: self.generation }
+        let Desired { component, config, state_namespace, budget, handover, on_fault, if_generation: _ } = self.desired;
+        let generation = self.generation;
+        Target { component, config, state_namespace, budget, handover, on_fault, revision, generation }
     }
 }
 
@@ -421,13 +438,23 @@ impl Handover {
     }
 }
 
+// === impl OnFault ===
+
+impl OnFault {
+    /// Whether they go on.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        *self == Self::Open
+    }
+}
+
 // === impl Desired ===
 
 impl From<Target> for Desired {
     /// The same again.
     fn from(target: Target) -> Self {
-        let Target { component, config, state_namespace, budget, handover, revision: _, generation: _ } = target;
-        Self { component, config, state_namespace, budget, handover, if_generation: None }
+        let Target { component, config, state_namespace, budget, handover, on_fault, .. } = target;
+        Self { component, config, state_namespace, budget, handover, on_fault, if_generation: None }
     }
 }
 

@@ -444,7 +444,7 @@ impl Entry {
 mod tests {
     use super::*;
     use crate::alias::Aliases;
-    use crate::deployment::{Budget, Deployment, Desired, Handover};
+    use crate::deployment::{Budget, Deployment, Desired, Handover, OnFault};
     use crate::rollout::{Mode, Phase, Spec};
     use crate::slot::ComponentRef;
 
@@ -470,6 +470,7 @@ mod tests {
             state_namespace: None,
             budget: Budget::default(),
             handover: Handover::default(),
+            on_fault: OnFault::default(),
             revision: "native".into(),
             generation,
         }

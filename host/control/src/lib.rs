@@ -17,7 +17,8 @@ mod slot;
 pub use alias::{AliasDocument, AliasError, Aliases, Assigned, DesiredAlias, DesiredTrial, Unit};
 pub use anomaly::{AnomalyConfig, AnomalyWatch, Finding, Interval, Metric, SeriesKey, Unusual};
 pub use deployment::{
-    Budget, Deployment, Desired, DocumentError, Handover, PlanError, Planned, Removal, SlotDocument, SlotState, Target,
+    Budget, Deployment, Desired, DocumentError, Handover, OnFault, PlanError, Planned, Removal, SlotDocument,
+    SlotState, Target,
 };
 pub use journal::{Actor, Entry, Happened, Intent, Journal, Why};
 pub use safe_mode::SafeModeDocument;

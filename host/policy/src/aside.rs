@@ -15,9 +15,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use pointsman_sched::batch::{Budgets as StepBudgets, Changes, Plan, SequenceColumns, View};
 use pointsman_telemetry::Micros;
 
-use crate::engine::{cpu_ns, stopwatch_ns};
+use crate::engine::cpu_ns;
 use crate::fault::{Call, Fault};
-use crate::generation::{CallContext, Guest};
+use crate::generation::Guest;
 use crate::instance::Instance;
 use crate::scheduler::{Asked, SchedulerHook, resync, step};
 use crate::slot::Stay;
@@ -32,11 +32,11 @@ pub(crate) struct Pace {
     over: u8,
 }
 
-/// An instance and what is known of its pace: what goes from thread to thread.
-#[derive(Default)]
-pub(crate) struct Seat {
-    pub(crate) instance: Option<Box<Instance<SchedulerHook>>>,
-    pub(crate) pace: Pace,
+/// Where an instance is asked, by whoever has it now.
+pub(crate) struct Seat<'a> {
+    pub(crate) guest: &'a Guest<SchedulerHook>,
+    pub(crate) instance: &'a mut Option<Box<Instance<SchedulerHook>>>,
+    pub(crate) pace: &'a mut Pace,
 }
 
 /// A [`View`] that outlives the boundary.
@@ -54,7 +54,8 @@ pub(crate) struct Task {
     /// The replica, which may find its instance again where nobody waits for the task.
     pub(crate) owner: Arc<str>,
     pub(crate) stay: Arc<Stay<SchedulerHook>>,
-    pub(crate) seat: Seat,
+    pub(crate) instance: Option<Box<Instance<SchedulerHook>>>,
+    pub(crate) pace: Pace,
     /// Told first, where the guest starts anew.
     pub(crate) view: Option<OwnedView>,
     pub(crate) now: Micros,
@@ -110,61 +111,38 @@ impl Pace {
 
 // === impl Seat ===
 
-impl Seat {
-    /// Makes one call. A fault is counted, and costs the instance.
-    pub(crate) fn call<R>(
+impl Seat<'_> {
+    /// Makes one call, and notes whether it was over the soft budget by the guest's own time.
+    fn call<R>(
         &mut self,
-        guest: &Guest<SchedulerHook>,
-        (call, now): (Call, Micros),
+        call: Call,
+        now: Micros,
         work: impl FnOnce(&mut Instance<SchedulerHook>, Micros) -> Result<R, Fault>,
     ) -> Option<R> {
-        let instance = self.instance.as_mut()?;
-        let budget = if call == Call::Resync { guest.budgets().resync } else { guest.budgets().step };
-        let number = guest.begin();
-        let (started, started_cpu) = (stopwatch_ns(), cpu_ns());
-        let answer = work(instance, budget.hard);
-        let (took_ns, took_cpu_ns) = (stopwatch_ns() - started, cpu_ns() - started_cpu);
-        guest.took(took_ns, budget.soft);
-        self.pace.note(took_cpu_ns > budget.soft * 1_000);
-        match answer {
-            Ok(answer) => Some(answer),
-            Err(fault) => {
-                if let Some(poisoned) = self.instance.take() {
-                    guest.discard(poisoned);
-                }
-                guest.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
-                None
-            }
-        }
+        let budgets = self.guest.budgets();
+        let budget = if call == Call::Resync { budgets.resync } else { budgets.step };
+        let started = cpu_ns();
+        let answer = self.guest.call(self.instance, now, (call, budget), work);
+        self.pace.note(cpu_ns() - started > budget.soft * 1_000);
+        answer
     }
 
     /// Shows the view, where the guest starts anew, and asks for a plan.
-    pub(crate) fn answer(
-        &mut self,
-        guest: &Guest<SchedulerHook>,
-        view: Option<OwnedView>,
-        now: Micros,
-        news: (&StepBudgets, &Changes),
-    ) -> Answered {
-        let told = view.is_none_or(|view| self.resync(guest, &view.view()));
-        if told { self.step(guest, now, news) } else { Answered::Nothing }
+    pub(crate) fn answer(&mut self, view: Option<OwnedView>, now: Micros, news: (&StepBudgets, &Changes)) -> Answered {
+        let told = view.is_none_or(|view| self.resync(&view.view()));
+        if told { self.step(now, news) } else { Answered::Nothing }
     }
 
     /// Shows the whole view; whether the guest took it.
-    pub(crate) fn resync(&mut self, guest: &Guest<SchedulerHook>, view: &View<'_>) -> bool {
-        let shown = self.call(guest, (Call::Resync, view.now), |i, hard| resync(i, hard, &guest.wants, view));
-        shown.is_some()
+    pub(crate) fn resync(&mut self, view: &View<'_>) -> bool {
+        let wants = &self.guest.wants;
+        self.call(Call::Resync, view.now, |instance, hard| resync(instance, hard, wants, view)).is_some()
     }
 
     /// Asks for a plan.
-    pub(crate) fn step(
-        &mut self,
-        guest: &Guest<SchedulerHook>,
-        now: Micros,
-        (budgets, changes): (&StepBudgets, &Changes),
-    ) -> Answered {
-        let asked = Asked { wants: &guest.wants, budgets, changes };
-        match self.call(guest, (Call::Step, now), |instance, hard| step(instance, hard, now, asked)) {
+    pub(crate) fn step(&mut self, now: Micros, (budgets, changes): (&StepBudgets, &Changes)) -> Answered {
+        let asked = Asked { wants: &self.guest.wants, budgets, changes };
+        match self.call(Call::Step, now, |instance, hard| step(instance, hard, now, asked)) {
             Some(Some(plan)) => Answered::Plan(plan),
             Some(None) => Answered::NoPlan,
             None => Answered::Nothing,
@@ -209,8 +187,10 @@ impl OwnedView {
 
 impl Task {
     fn work(&mut self) {
-        let Some(guest) = &self.stay.guest else { return };
-        self.answer = self.seat.answer(guest, self.view.take(), self.now, (&self.budgets, &self.changes));
+        let Self { stay, instance, pace, .. } = self;
+        let Some(guest) = &stay.guest else { return };
+        let mut seat = Seat { guest, instance, pace };
+        self.answer = seat.answer(self.view.take(), self.now, (&self.budgets, &self.changes));
     }
 }
 
@@ -218,7 +198,7 @@ impl Drop for Task {
     fn drop(&mut self) {
         let Some(guest) = &self.stay.guest else { return };
         self.answer.forget(guest);
-        let Some(instance) = self.seat.instance.take() else { return };
+        let Some(instance) = self.instance.take() else { return };
         let is_wrong = std::thread::panicking() || self.doomed.load(Ordering::Relaxed);
         if is_wrong { guest.discard(instance) } else { guest.park(&self.owner, instance) }
     }

@@ -83,6 +83,16 @@ pub struct BudgetChange {
     pub memory_bytes: Option<usize>,
 }
 
+/// What becomes of a request of which a sampler says nothing, because it faults or its circuit is open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFault {
+    /// It goes on with the edit that it has, a new one with none.
+    #[default]
+    Open,
+    /// It is ended with an error.
+    Closed,
+}
+
 /// What a guest may take, after what its activation changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {

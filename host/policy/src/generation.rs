@@ -13,11 +13,11 @@ use pointsman_sched::route::{DecidedBy, Fallback};
 use pointsman_telemetry::{Event, EventKind, Metrics, Micros, SlotMetrics};
 
 use crate::circuit::{Admit, Circuit, Health};
-use crate::config::{Budget, Budgets, Maintenance};
+use crate::config::{Budget, Budgets, Maintenance, OnFault};
 use crate::drain::Gate;
 use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, FaultReport};
-use crate::handover::{Handed, NotHandedOver, PATIENCE_NS, Questions, Snapshot};
+use crate::handover::{Handed, NotHandedOver, Questions, Snapshot, take_in};
 use crate::instance::{Hook, Instance, Maker, Ready};
 use crate::manifest::{Manifest, Wants};
 use crate::state::StateView;
@@ -76,6 +76,17 @@ struct Parked<H: Hook> {
     owner: Arc<str>,
     /// None while it is asked for a snapshot.
     instance: Option<Box<Instance<H>>>,
+}
+
+/// What became of an instance that its owner keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Renewed {
+    /// It is the same one, or there is none still.
+    Not,
+    /// A fresh one.
+    Fresh,
+    /// A fresh one, which knows what the worn one did, or none: by two calls that together took no longer than a decision may.
+    ByCalls,
 }
 
 /// What a caller needs to know to report a fault.
@@ -203,6 +214,11 @@ impl<H: Hook> Guest<H> {
         if self.closed.load(Ordering::Acquire) { Admit::Yes } else { lock(&self.circuit).would_admit(now) }
     }
 
+    /// What becomes of requests of which it says nothing.
+    pub(crate) fn on_fault(&self) -> OnFault {
+        self.maker.on_fault
+    }
+
     /// Whether its circuit is closed.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
@@ -290,23 +306,62 @@ impl<H: Hook> Guest<H> {
         }
     }
 
-    /// Puts an instance where there is none, or a fresh one in the place of a worn one, if there is one; says whether anything
-    /// changed. What the worn one knows goes over.
-    pub(crate) fn renew(&self, kept: &mut Option<Box<Instance<H>>>, owner: &str, now: Micros) -> bool {
-        let worn = kept.as_deref().is_some_and(|instance| self.is_worn(instance));
-        if !worn && kept.is_some() {
-            return false;
-        }
-        let Some(fresh) = self.take_for(owner) else { return false };
-        match kept.take() {
-            Some(worn) if self.hands_over() => *kept = self.succeed(worn, fresh, now),
-            Some(worn) => {
-                self.discard(worn);
-                *kept = Some(fresh);
+    /// Has an instance that its owner keeps make one call. A fault is counted, and costs the instance.
+    #[inline]
+    pub(crate) fn call<R>(
+        &self,
+        kept: &mut Option<Box<Instance<H>>>,
+        now: Micros,
+        (call, budget): (Call, Budget),
+        work: impl FnOnce(&mut Instance<H>, Micros) -> Result<R, Fault>,
+    ) -> Option<R> {
+        let instance = kept.as_mut()?;
+        let number = self.begin();
+        let started = stopwatch_ns();
+        let answer = work(instance, budget.hard);
+        let took_ns = stopwatch_ns() - started;
+        self.took(took_ns, budget.soft);
+        match answer {
+            Ok(answer) => Some(answer),
+            Err(fault) => {
+                kept.take().into_iter().for_each(|poisoned| self.discard(poisoned));
+                self.fault(CallContext { call, number, now, took_us: took_ns / 1_000 }, fault);
+                None
             }
-            None => *kept = Some(fresh),
         }
-        true
+    }
+
+    /// What the last call answered was refused by whoever asked: a fault, in these words, which costs the instance.
+    #[cold]
+    pub(crate) fn refused(&self, kept: &mut Option<Box<Instance<H>>>, (call, now): (Call, Micros), words: String) {
+        kept.take().into_iter().for_each(|wrong| self.discard(wrong));
+        let context = CallContext { call, number: self.last_number(), now, took_us: 0 };
+        self.fault(context, Fault::new(FaultKind::BadAnswer, words));
+    }
+
+    /// Puts an instance where there is none, or a fresh one in the place of a worn one, if there is one. What the worn one
+    /// knows goes over.
+    #[inline]
+    pub(crate) fn renew(&self, kept: &mut Option<Box<Instance<H>>>, owner: &str, now: Micros) -> Renewed {
+        match kept {
+            Some(instance) if !self.is_worn(instance) => Renewed::Not,
+            _ => self.replace(kept, owner, now),
+        }
+    }
+
+    #[cold]
+    fn replace(&self, kept: &mut Option<Box<Instance<H>>>, owner: &str, now: Micros) -> Renewed {
+        let Some(fresh) = self.take_for(owner) else { return Renewed::Not };
+        match kept.take() {
+            Some(worn) if self.hands_over() => {
+                *kept = self.succeed(worn, fresh, now);
+                return Renewed::ByCalls;
+            }
+            Some(worn) => self.discard(worn),
+            None => {}
+        }
+        *kept = Some(fresh);
+        Renewed::Fresh
     }
 
     /// The instance that served the last call, else another: for the worlds whose calls come from one thread.
@@ -436,12 +491,6 @@ impl<H: Hook> Guest<H> {
         }
     }
 
-    fn unpark(&self) -> Option<Box<Instance<H>>> {
-        let mut parked = lock(&self.parked);
-        let at = parked.iter().position(|parked| parked.instance.is_some())?;
-        parked.swap_remove(at).instance
-    }
-
     /// Starts missing instances up to `wanted`, and lets go of idle ones beyond: of a replica that left while the other arm
     /// served.
     pub(crate) fn fill(&self, now: Micros, wanted: u32) {
@@ -450,7 +499,7 @@ impl<H: Hook> Guest<H> {
             && self.respawn(now)
         {}
         while self.live.load(Ordering::Relaxed) > wanted
-            && let Some(instance) = self.idle.pop().or_else(|| self.unpark())
+            && let Some(instance) = self.idle.pop()
         {
             self.live.fetch_sub(1, Ordering::Relaxed);
             drop(instance);
@@ -517,13 +566,11 @@ impl<H: Hook> Guest<H> {
         self.give_back(instance);
     }
 
-    /// Lets go of what is kept for an owner who is gone for good.
-    pub(crate) fn forget(&self, owner: &str) {
-        let mut parked = lock(&self.parked);
-        let at = parked.iter().position(|parked| *parked.owner == *owner);
-        let kept = at.and_then(|at| parked.swap_remove(at).instance);
-        drop(parked);
-        kept.into_iter().for_each(|instance| self.discard(instance));
+    /// Lets go of what is kept for owners who are gone for good.
+    pub(crate) fn forget_all_but(&self, owners: &[Arc<str>]) {
+        let gone: Vec<Parked<H>> =
+            lock(&self.parked).extract_if(.., |parked| !owners.contains(&parked.owner)).collect();
+        gone.into_iter().filter_map(|parked| parked.instance).for_each(|instance| self.discard(instance));
     }
 
     /// The instance that is kept for an owner, else any; none while the one that is kept is being asked for a snapshot.
@@ -572,10 +619,11 @@ impl<H: Hook> Guest<H> {
         }
     }
 
-    /// Everything that its instances hand over, for the next generation. `bypassed`: no owner comes, the native policy decides.
-    pub(crate) fn hand_over(&self, now: Micros, bypassed: bool) -> Vec<Handed> {
-        let owners: Vec<Arc<str>> = lock(&self.parked).iter().map(|parked| Arc::clone(&parked.owner)).collect();
-        let mut handed: Vec<Handed> = owners.into_iter().filter_map(|owner| self.ask_parked(owner, now)).collect();
+    /// Everything that its instances hand over, for the next generation; owners may take so long to come to a boundary.
+    /// `bypassed`: no owner comes, the native policy decides.
+    pub(crate) fn hand_over(&self, now: Micros, patience_ns: u64, bypassed: bool) -> Vec<Handed> {
+        let mut handed = Vec::new();
+        self.ask_parked(now, &mut handed);
         if bypassed {
             let mut kept = lock(&self.working).take();
             if kept.is_some() {
@@ -587,15 +635,27 @@ impl<H: Hook> Guest<H> {
         }
         // Where maintenance is by hand there is one thread, and nobody answers while it waits.
         let by_hand = self.maker.shared.config.maintenance == Maintenance::Manual;
-        let (answers, late) = self.questions.ask(if by_hand { 0 } else { PATIENCE_NS });
-        handed.extend(answers);
+        let (answers, late) = self.questions.ask(if by_hand { 0 } else { patience_ns });
+        // Whoever came for its instance meanwhile has spoken for it, and whoever left one behind has not.
+        answers.into_iter().for_each(|answer| take_in(&mut handed, answer));
+        self.ask_parked(now, &mut handed);
         if late > 0 {
             handed.push(Handed { owner: Arc::clone(&self.maker.slot), what: Err(NotHandedOver::Late(late)) });
         }
         handed
     }
 
-    fn ask_parked(&self, owner: Arc<str>, now: Micros) -> Option<Handed> {
+    /// Asks those instances that wait for owners who have not spoken yet.
+    fn ask_parked(&self, now: Micros, handed: &mut Vec<Handed>) {
+        let owners: Vec<Arc<str>> = lock(&self.parked).iter().map(|parked| Arc::clone(&parked.owner)).collect();
+        for owner in owners {
+            if handed.iter().all(|handed| handed.owner != owner) {
+                handed.extend(self.ask_one_parked(owner, now));
+            }
+        }
+    }
+
+    fn ask_one_parked(&self, owner: Arc<str>, now: Micros) -> Option<Handed> {
         let place = |parked: &[Parked<H>]| parked.iter().position(|parked| parked.owner == owner);
         let mut kept = {
             let mut parked = lock(&self.parked);
@@ -605,13 +665,17 @@ impl<H: Hook> Guest<H> {
         kept.as_ref()?;
         let what = self.snapshot(&mut kept, self.hard(), now);
         let mut parked = lock(&self.parked);
-        if let Some(at) = place(&parked) {
-            match kept {
-                Some(instance) => parked[at].instance = Some(instance),
-                None => drop(parked.swap_remove(at)),
+        let orphan = match (place(&parked), kept) {
+            (Some(at), Some(instance)) => {
+                parked[at].instance = Some(instance);
+                None
             }
-        }
+            (Some(at), None) => parked.swap_remove(at).instance,
+            // Its owner went for good meanwhile.
+            (None, kept) => kept,
+        };
         drop(parked);
+        orphan.into_iter().for_each(|orphan| self.discard(orphan));
         Some(Handed { owner, what })
     }
 

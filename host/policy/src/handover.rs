@@ -21,7 +21,9 @@ use crate::generation::MAX_INSTANCES;
 /// Largest snapshot.
 pub(crate) const MAX_SNAPSHOT_BYTES: usize = 1 << 20;
 /// How long the owners may take to come to a boundary, after a long step or a batch of events.
-pub(crate) const PATIENCE_NS: u64 = 2_000_000_000;
+const PATIENCE_NS: u64 = 2_000_000_000;
+/// The same for a rollback: whoever goes back waits for the policy that is to go, and not for long.
+const SHORT_PATIENCE_NS: u64 = 250_000_000;
 /// How often it is looked meanwhile whether the owners are still there.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -38,6 +40,8 @@ pub enum Handover {
     /// It starts cold where nothing can be handed over.
     #[default]
     Cold,
+    /// The same, and soon: it takes along what those hand over who come to a boundary within 250 ms.
+    Soon,
     /// It is not activated then.
     Require,
 }
@@ -71,7 +75,7 @@ pub(crate) enum NotHandedOver {
     Nothing,
     #[error("no instance of the active policy serves there: it has faulted or is being started")]
     NoInstance,
-    #[error("{0} of those that the active policy serves came to no boundary within 2 s; try again")]
+    #[error("{0} of those that the active policy serves came to no boundary in time; try again")]
     Late(u32),
     #[error("take-snapshot failed: {0}")]
     Snapshot(Fault),
@@ -127,7 +131,7 @@ impl Questions {
         let missing =
             |n: usize| self.owners.load(Ordering::Relaxed).saturating_sub(u32::try_from(n).unwrap_or(u32::MAX));
         while missing(handed.len()) > 0 && stopwatch_ns() - started < patience_ns {
-            handed.extend(receive.recv_timeout(LOOK));
+            receive.recv_timeout(LOOK).into_iter().for_each(|answer| take_in(&mut handed, answer));
         }
         *self.to() = None;
         let late = missing(handed.len());
@@ -139,12 +143,32 @@ impl Questions {
     }
 }
 
+/// One answer for each owner: the latest, unless that had no instance to ask.
+pub(crate) fn take_in(handed: &mut Vec<Handed>, answer: Handed) {
+    match handed.iter_mut().find(|handed| handed.owner == answer.owner) {
+        None => handed.push(answer),
+        Some(_) if matches!(answer.what, Err(NotHandedOver::NoInstance)) => {}
+        Some(earlier) => *earlier = answer,
+    }
+}
+
+// === impl Handover ===
+
+impl Handover {
+    pub(crate) fn patience_ns(self) -> u64 {
+        match self {
+            Self::Cold | Self::Require => PATIENCE_NS,
+            Self::Soon => SHORT_PATIENCE_NS,
+        }
+    }
+}
+
 // === impl NotHandedOver ===
 
 impl NotHandedOver {
     /// Whether a policy that must not start cold may start all the same: nothing is lost.
     pub(crate) fn is_harmless(&self) -> bool {
-        matches!(self, Self::Nothing)
+        matches!(self, Self::Nothing | Self::Native)
     }
 }
 
@@ -154,6 +178,22 @@ mod tests {
 
     fn handed(owner: &str) -> Handed {
         Handed { owner: owner.into(), what: Err(NotHandedOver::Nothing) }
+    }
+
+    #[test]
+    fn an_owner_has_one_answer() {
+        let snapshot = |schema| Ok(Snapshot { schema, bytes: Vec::new() });
+        let answers = [
+            ("a", snapshot(1)),
+            ("b", Err(NotHandedOver::NoInstance)),
+            ("a", snapshot(2)),
+            ("b", snapshot(3)),
+            ("b", Err(NotHandedOver::NoInstance)),
+        ];
+        let mut found = Vec::new();
+        answers.into_iter().for_each(|(owner, what)| take_in(&mut found, Handed { owner: owner.into(), what }));
+        let found: Vec<_> = found.into_iter().map(|Handed { owner, what }| (owner.to_string(), what)).collect();
+        assert_eq!(found, [("a".to_owned(), snapshot(2)), ("b".to_owned(), snapshot(3))]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use wasmtime::Store;
 
 use crate::bindings::handover::exports::pointsman::policy::handover as wit;
 use crate::component::{Code, Exports, Linked};
-use crate::config::Budgets;
+use crate::config::{Budgets, OnFault};
 use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::handover::{Inheritance, MAX_SNAPSHOT_BYTES, Snapshot};
 use crate::host::{Host, LogGate, MetricSink};
@@ -107,6 +107,7 @@ pub(crate) struct Maker<H: Hook> {
     pub(crate) budgets: Budgets,
     /// Of one instance, the same.
     pub(crate) memory_bytes: usize,
+    pub(crate) on_fault: OnFault,
     pub(crate) next: AtomicU32,
 }
 

@@ -62,7 +62,7 @@ pub use circuit::Health;
 pub use compile::{CacheError, CompileError, compile_child_main};
 pub use component::Component;
 pub use config::{
-    Budget, BudgetChange, BudgetError, Budgets, Compile, CompileCommand, CompileLimits, Limits, Maintenance,
+    Budget, BudgetChange, BudgetError, Budgets, Compile, CompileCommand, CompileLimits, Limits, Maintenance, OnFault,
     RuntimeConfig,
 };
 pub use engine::Allocation;

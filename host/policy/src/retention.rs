@@ -47,7 +47,8 @@ impl RetentionSlot {
 
 impl RetentionPolicy for RetentionGuest {
     fn attend(&mut self, now: Micros) -> Attention {
-        self.resident.attend(now)
+        let attention = self.resident.attend(now);
+        if self.resident.is_spent { Attention::Busy } else { attention }
     }
 
     fn rank(&mut self, now: Micros, wanted: u32, blocks: &BlockColumns, ranking: &mut Ranking) -> bool {

@@ -21,7 +21,7 @@ use wasmtime::component::Linker;
 use crate::admission::{self, AdmissionHook, AdmissionQuestion, AdmissionSlot};
 use crate::compile::{CacheError, Compiler};
 use crate::component::{Code, Component};
-use crate::config::{BudgetChange, BudgetError, Limits, Maintenance, RuntimeConfig};
+use crate::config::{BudgetChange, BudgetError, Limits, Maintenance, OnFault, RuntimeConfig};
 use crate::endings::MAX_ENDINGS;
 use crate::engine::{self, Allocation, stopwatch_ns};
 use crate::fault::{Call, Fault};
@@ -101,6 +101,8 @@ pub struct Activation {
     pub budget: BudgetChange,
     /// Whether it may start without what the active policy knows.
     pub handover: Handover,
+    /// Whether requests go on of which it says nothing.
+    pub on_fault: OnFault,
 }
 
 /// What a generation is prepared for.
@@ -113,6 +115,8 @@ pub enum Role {
     Candidate,
     /// To be staged and asked on the side: it reads through, and what it writes is thrown away, promoted or not.
     Shadow,
+    /// To be thrown away: as a candidate, and nobody who serves is asked to hand over.
+    Trial,
 }
 
 /// What a component says it is ([`Runtime::inspect`]).
@@ -222,6 +226,14 @@ pub enum ActivateError {
     NotHandedOver {
         /// Why.
         why: String,
+    },
+    /// Another hook has the native policy to fall back to: the caller's fault.
+    #[error(
+        "`on_fault`: `closed` is for the slot sampler; in the slot {slot} the native policy decides where this one fails"
+    )]
+    NotClosable {
+        /// The slot.
+        slot: String,
     },
     /// All host-state namespaces are in use: the host's limit.
     #[error("all host-state namespaces are in use; share one (`state_namespace`) or free a slot")]
@@ -395,6 +407,9 @@ impl Runtime {
         let needs = World::of_slot(slot).ok_or_else(|| ActivateError::UnknownSlot { slot: slot.clone() })?;
         if needs != component.world {
             return Err(ActivateError::WrongWorld { slot: slot.clone(), needs, found: component.world });
+        }
+        if activation.on_fault == OnFault::Closed && needs != World::Sampler {
+            return Err(ActivateError::NotClosable { slot: slot.clone() });
         }
         if config.len() > MAX_CONFIG {
             return Err(ActivateError::ConfigTooLarge { size: config.len(), limit: MAX_CONFIG });
@@ -647,7 +662,7 @@ impl Inner {
         maker.state = Arc::new(StateView::new(live, sharing));
         match activation.role {
             Role::Active => {}
-            Role::Candidate => self.shared.fork(&maker.state),
+            Role::Candidate | Role::Trial => self.shared.fork(&maker.state),
             Role::Shadow => maker.state.overlay(),
         }
         maker.sink = Some(MetricSink {
@@ -667,7 +682,7 @@ impl Inner {
             inherited: None,
         };
         // As late as can be: what the active policy learns from here on is lost.
-        ready.inherit(slot.as_deref(), activation.handover)?;
+        ready.inherit(slot.as_deref(), (activation.role, activation.handover))?;
         ready.warm()?;
         let generation = activation.generation;
         let summary = ready.manifest.summary.as_str().into();
@@ -697,6 +712,7 @@ impl Inner {
             state: Arc::default(),
             budgets: self.shared.config.budgets.changed(H::WORLD, activation.budget)?,
             memory_bytes: self.shared.config.memory(activation.budget)?,
+            on_fault: activation.on_fault,
             next: AtomicU32::new(0),
         })
     }
@@ -714,17 +730,21 @@ impl Inner {
 
 impl<H: Hook> Ready<H> {
     /// Has its instances restore what those of the active generation hand over. One that refuses or faults is replaced.
-    fn inherit(&mut self, slot: Option<&dyn Tend>, handover: Handover) -> Result<(), ActivateError> {
+    fn inherit(&mut self, slot: Option<&dyn Tend>, (role, handover): (Role, Handover)) -> Result<(), ActivateError> {
         let refused = |why: String| match handover {
-            Handover::Cold => Ok(why),
+            Handover::Cold | Handover::Soon => Ok(why),
             Handover::Require => Err(ActivateError::NotHandedOver { why }),
         };
         if !self.maker.linked.hands_over() {
             return refused("it does not export pointsman:policy/handover".to_owned()).map(drop);
         }
+        if role == Role::Trial {
+            return Ok(());
+        }
         let now = (self.maker.shared.clock)();
         let mut inherited = Inheritance::default();
-        match slot.map_or(Err(NotHandedOver::Native), |slot| slot.hand_over(now)) {
+        match slot.map_or(Err(NotHandedOver::Native), |slot| slot.hand_over(now, handover.patience_ns())) {
+            Err(why) if why.is_harmless() => inherited.cold.push(why.to_string()),
             Err(why) => inherited.cold.push(refused(why.to_string())?),
             Ok(handed) => {
                 for Handed { owner, what } in handed {

@@ -16,8 +16,9 @@ use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word}
 use pointsman_telemetry::Micros;
 
 use crate::bindings::sampler::exports::pointsman::policy::sampler as wit;
-use crate::config::Budgets;
+use crate::config::{Budgets, OnFault};
 use crate::fault::{Call, Fault, FaultKind};
+use crate::generation::Guest;
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::Wants;
 use crate::resident::Resident;
@@ -58,6 +59,9 @@ pub struct SamplerPort {
     patience: Duration,
     /// The thread has ended in a panic; the host goes on without a sampler here.
     is_gone: bool,
+    /// ... unless no request may: what the thread would have answered.
+    instead: Option<Reply>,
+    on_fault: OnFault,
 }
 
 #[derive(Debug)]
@@ -98,7 +102,7 @@ impl SamplerSlot {
         std::thread::Builder::new().name(name).spawn(move || {
             while let Ok(errand) = inbox.recv() {
                 match errand {
-                    Errand::Look(now) => drop(thread.resident.attend(now)),
+                    Errand::Look(now) => drop(thread.attend(now)),
                     Errand::Batch(batch) => {
                         if outbox.send(thread.work(batch)).is_err() {
                             break;
@@ -107,10 +111,11 @@ impl SamplerSlot {
                 }
             }
         })?;
-        // A batch is up to three calls, whose limits count the guest's own time and not that of others on its processor.
+        // A batch is up to four calls, whose limits count the guest's own time and not that of others on its processor.
         let patience = Duration::from_micros(self.core.shared.config.budgets.edit.hard.saturating_mul(4));
         let core = Arc::clone(&self.core);
-        Ok(SamplerPort { core, errands, replies, seen: (0, 0), patience, is_gone: false })
+        let (instead, on_fault) = (None, OnFault::Open);
+        Ok(SamplerPort { core, errands, replies, seen: (0, 0), patience, is_gone: false, instead, on_fault })
     }
 }
 
@@ -125,10 +130,16 @@ impl SamplerWorker for SamplerPort {
             // When the inbox is full, what is in it makes the thread look.
             let _ = self.errands.try_send(Errand::Look(now));
         }
-        (generation.guest.is_some() && !self.is_gone).then_some(self.seen.0)
+        self.on_fault = generation.guest.as_ref().map_or(OnFault::Open, Guest::on_fault);
+        let is_served = !self.is_gone || self.on_fault == OnFault::Closed;
+        (generation.guest.is_some() && is_served).then_some(self.seen.0)
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
+        if self.is_gone && self.on_fault == OnFault::Closed {
+            self.instead = Some(Reply::refusing(batch));
+            return Ok(());
+        }
         self.errands.try_send(Errand::Batch(batch)).map_err(|error| {
             self.is_gone |= matches!(error, TrySendError::Disconnected(_));
             match error {
@@ -139,12 +150,18 @@ impl SamplerWorker for SamplerPort {
     }
 
     fn poll(&mut self) -> Option<Reply> {
+        if self.instead.is_some() {
+            return self.instead.take();
+        }
         let reply = self.replies.try_recv();
         self.is_gone |= reply.as_ref().is_err_and(|error| *error == TryRecvError::Disconnected);
         reply.ok()
     }
 
     fn wait(&mut self) -> Option<Reply> {
+        if self.instead.is_some() {
+            return self.instead.take();
+        }
         let reply = self.replies.recv_timeout(self.patience);
         self.is_gone |= reply.as_ref().is_err_and(|error| *error == RecvTimeoutError::Disconnected);
         reply.ok()
@@ -158,46 +175,47 @@ impl Thread {
     fn work(&mut self, batch: Batch) -> Reply {
         let now = batch.now;
         let mut reply = Reply::default();
-        let attention = self.resident.attend(now);
+        let attention = self.attend(now);
         self.may_ask = attention != Attention::Native;
         if batch.fresh {
             let gone: Vec<RequestId> = self.live.keys().map(|&id| RequestId(id)).collect();
             if attention == Attention::Following { self.end(now, &gone) } else { self.live.clear() }
         }
         match attention {
-            Attention::Native if !self.resident.has_guest() => self.live.clear(),
-            Attention::NeedsView => reply.renewed = self.tell_again(now),
+            Attention::Native if self.resident.guest().is_none() => self.live.clear(),
+            Attention::NeedsView => self.tell_again(now, &mut reply),
             Attention::Native | Attention::Following | Attention::Busy => {}
         }
-        self.take_in(now, &batch.started, &mut reply);
+        self.take_in(now, &batch.started, &mut reply.words);
         self.round(now, &batch.tokens, &mut reply.words);
+        // An instance that fails is replaced at once, if there is a spare: nobody suffers because the first one was unlucky.
+        if self.may_ask && !self.resident.synced && self.attend(now) == Attention::NeedsView {
+            self.tell_again(now, &mut reply);
+        }
         self.end(now, &batch.ended);
         reply.spent = batch;
-        reply.decided_by = self.resident.has_guest().then(|| self.resident.decided_by().clone());
+        reply.decided_by = self.resident.guest().is_some().then(|| self.resident.decided_by().clone());
         reply
     }
 
-    /// Requests that start, or that ran before there was this guest. An instance that fails them is replaced at once, if there
-    /// is a spare: nobody should get a token because the first one was unlucky.
-    fn take_in(&mut self, now: Micros, started: &[Started], reply: &mut Reply) {
-        if started.is_empty() {
-            return;
+    /// Attends. A guest that is left is told first that all requests have ended for it: what it has learned is kept for when it
+    /// comes back, as another arm or after safe mode, and what it knew of requests is not true any more by then.
+    fn attend(&mut self, now: Micros) -> Attention {
+        if self.resident.is_outdated() && self.resident.synced && !self.live.is_empty() {
+            let ids: Vec<u64> = self.live.keys().copied().collect();
+            self.call_ended(now, &ids);
         }
+        self.resident.attend(now)
+    }
+
+    /// Requests that start, or that ran before there was this guest.
+    fn take_in(&mut self, now: Micros, started: &[Started], words: &mut Vec<(RequestId, Word)>) {
         for one in started {
             let mut tokens = Vec::with_capacity(one.max_new_tokens as usize);
             tokens.extend_from_slice(&one.said);
             self.live.insert(one.id.0, Live { started: one.clone(), tokens });
         }
-        let mut words = self.tell(now, &started.iter().map(|one| one.id.0).collect::<Vec<_>>());
-        if self.may_ask && !self.resident.synced && self.resident.attend(now) == Attention::NeedsView {
-            reply.renewed = self.tell_again(now);
-            if self.resident.synced {
-                // The spare's words stand before these.
-                let stale = words.iter_mut().map(|(_, word)| word).filter(|word| **word != Word::Leave);
-                stale.for_each(|word| *word = Word::Keep);
-            }
-        }
-        reply.words.extend(words);
+        words.extend(self.tell(now, &started.iter().map(|one| one.id.0).collect::<Vec<_>>()));
     }
 
     /// One token each of several requests.
@@ -221,22 +239,31 @@ impl Thread {
         }
     }
 
-    /// Tells a fresh instance of all requests that live.
-    fn tell_again(&mut self, now: Micros) -> Vec<(RequestId, Word)> {
+    /// Tells a fresh instance of all requests that live. Its words stand before those of the one before it.
+    fn tell_again(&mut self, now: Micros, reply: &mut Reply) {
         let ids: Vec<u64> = self.live.keys().copied().collect();
-        self.tell(now, &ids)
+        let renewed = self.tell(now, &ids);
+        if self.resident.synced {
+            reply.renewed = renewed;
+            let stale = reply.words.iter_mut().map(|(_, word)| word).filter(|word| **word != Word::Leave);
+            stale.for_each(|word| *word = Word::Keep);
+        }
     }
 
     /// Tells the guest how requests started and, token by token, what they got since; its last word on each, in their order.
+    /// One that fails on the way has said nothing of any.
     fn tell(&mut self, now: Micros, ids: &[u64]) -> Vec<(RequestId, Word)> {
         let started: Vec<Started> = ids.iter().filter_map(|id| Some(self.live.get(id)?.started.clone())).collect();
         let mut last: BTreeMap<u64, Word> = BTreeMap::new();
         let words = self.start(now, &started);
-        // To keep what nobody has said is to be free; without an answer it is what the guest before had said.
-        let word = |word| if word == Word::Keep && self.resident.synced { Word::Free } else { word };
+        // To keep what nobody has said is to be free.
+        let word = |word| if word == Word::Keep { Word::Free } else { word };
         last.extend(started.iter().map(|started| started.id.0).zip(words.into_iter().map(word)));
         let longest = ids.iter().filter_map(|id| Some(self.live.get(id)?.tokens.len())).max().unwrap_or(0);
         for i in 0..longest {
+            if !self.resident.synced {
+                break;
+            }
             let stays = ids.iter().filter(|id| last.get(id).is_some_and(|word| *word != Word::Leave));
             let token = |id: &u64| Some((RequestId(*id), *self.live.get(id)?.tokens.get(i)?));
             let round: Vec<(RequestId, u32)> = stays.filter_map(token).collect();
@@ -246,11 +273,14 @@ impl Thread {
                 }
             }
         }
+        if !self.resident.synced {
+            return ids.iter().map(|&id| (RequestId(id), self.unanswered())).collect();
+        }
         self.live.retain(|id, _| last.get(id) != Some(&Word::Leave));
         ids.iter().filter_map(|id| Some((RequestId(*id), last.remove(id)?))).collect()
     }
 
-    /// The guest's words on requests that start; without an answer they keep what they have, which is nothing yet.
+    /// The guest's words on requests that start.
     fn start(&mut self, now: Micros, started: &[Started]) -> Vec<Word> {
         if started.is_empty() {
             return Vec::new();
@@ -269,7 +299,7 @@ impl Thread {
         self.ask(Call::Next, now, round.len(), |instance, hard| next(instance, (hard, now), vocabulary, round))
     }
 
-    /// `n` words: the guest's, or that everybody keeps what they have.
+    /// `n` words: the guest's, or what holds without an answer.
     fn ask(
         &mut self,
         call: Call,
@@ -281,16 +311,32 @@ impl Thread {
         let answer = if self.may_ask { self.resident.call(call, now, budget, work) } else { None };
         self.resident.synced = answer.is_some();
         answer.unwrap_or_else(|| {
+            // It has missed something: what it knows of requests is not true any more.
+            self.resident.let_go();
             self.resident.fell_back();
-            vec![Word::Keep; n]
+            vec![self.unanswered(); n]
         })
+    }
+
+    /// What holds for a request of which the guest has said nothing: it keeps what it has (nothing, where it starts), or ends.
+    fn unanswered(&self) -> Word {
+        let on_fault = self.resident.guest().map_or(OnFault::Open, Guest::on_fault);
+        if on_fault == OnFault::Closed { Word::End } else { Word::Keep }
     }
 
     fn end(&mut self, now: Micros, ended: &[RequestId]) {
         let ids: Vec<u64> = ended.iter().map(|id| id.0).filter(|id| self.live.remove(id).is_some()).collect();
         if !ids.is_empty() && self.may_ask {
-            let budget = self.resident.budgets().edit;
-            self.resident.call(Call::Ended, now, budget, |instance, hard| ended_call(instance, (hard, now), &ids));
+            self.call_ended(now, &ids);
+        }
+    }
+
+    fn call_ended(&mut self, now: Micros, ids: &[u64]) {
+        let budget = self.resident.budgets().edit;
+        let told =
+            self.resident.call(Call::Ended, now, budget, |instance, hard| ended_call(instance, (hard, now), ids));
+        if told.is_none() {
+            self.resident.let_go();
         }
     }
 }

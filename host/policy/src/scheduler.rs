@@ -1,9 +1,8 @@
 //! `BatchPolicy` with a scheduler guest behind it: one instance per replica, kept by the replica's driver.
 //!
-//! The driver never compiles, initializes or waits: at a step boundary it finds out by two atomic reads whether its
-//! generation is still the current one, and takes a warm instance from the new one if not. The guest holds no truth, so
-//! after a swap, a fault or a pause it gets the whole view again. A guest over its soft budget computes aside (`aside.rs`),
-//! and its plans come a step late.
+//! What keeping an instance takes is in `resident.rs`; here is what a scheduler has of its own. A guest over its soft budget
+//! computes aside (`aside.rs`): its instance travels, its plans come a step late, and whether its circuit closes is known only
+//! once a plan of it was checked, at a later boundary.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,11 +19,12 @@ use crate::bindings::scheduler::exports::pointsman::policy::scheduler as wit;
 use crate::circuit::Admit;
 use crate::config::Budgets;
 use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::{CallContext, Generation};
+use crate::generation::{Generation, Guest};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{MAX_SEQUENCE_COLUMNS, SequenceColumn, Wants};
+use crate::resident::Resident;
 use crate::shadow::Case;
-use crate::slot::{SlotCore, Stay, slot_by_core};
+use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 use crate::witness::{Beside, Heard, SchedulerSample, Witnesses, hear};
 
@@ -44,14 +44,9 @@ slot_by_core!(SchedulerSlot);
 
 /// The scheduler guest of one replica, owned by its driver thread.
 pub struct SchedulerGuest {
-    core: Arc<SlotCore<SchedulerHook>>,
-    replica: Arc<str>,
-    /// The generation that it is inside of.
-    stay: Arc<Stay<SchedulerHook>>,
-    /// Its instance, unless that computes aside.
-    seat: Seat,
-    /// Whether the instance has the view and every change since.
-    synced: bool,
+    /// Without an instance while that computes aside; synced where it has the view and every change since.
+    resident: Resident<SchedulerHook>,
+    pace: Pace,
     trial: Trial,
     /// Where it computes while it is over its soft budget.
     aside: Option<Aside>,
@@ -59,8 +54,6 @@ pub struct SchedulerGuest {
     view: Option<OwnedView>,
     /// What came back from there, for this boundary alone.
     late: Answered,
-    /// The last question of whoever prepares the next generation that was answered.
-    answered: u64,
     /// The shadow, where the slot has one.
     beside: Beside,
 }
@@ -82,18 +75,13 @@ impl SchedulerSlot {
     /// native policy decides.
     #[must_use]
     pub fn attach(&self, replica: &str) -> SchedulerGuest {
-        self.core.want(1);
         SchedulerGuest {
-            stay: Arc::new(self.core.stay()),
-            core: Arc::clone(&self.core),
-            replica: replica.into(),
-            seat: Seat::default(),
-            synced: false,
+            resident: Resident::new(&self.core, &replica.into()),
+            pace: Pace::default(),
             trial: Trial::No,
             aside: None,
             view: None,
             late: Answered::Nothing,
-            answered: 0,
             beside: Beside::default(),
         }
     }
@@ -102,15 +90,18 @@ impl SchedulerSlot {
 // === impl SchedulerGuest ===
 
 impl SchedulerGuest {
-    /// Gives back everything that belongs to the generation. It may be asked again: it starts from a view. A task that is out
-    /// gives its instance back by itself.
-    fn leave(&mut self) {
+    /// Leaves the generation for the current one. A task that is out gives its instance back by itself.
+    fn move_on(&mut self) {
         self.aside = None;
-        let seat = std::mem::take(&mut self.seat);
-        if let Some(guest) = &self.stay.guest {
-            if let Some(instance) = seat.instance {
-                guest.park(&self.replica, instance);
-            }
+        self.pace = Pace::default();
+        self.end_trial();
+        self.forget();
+        self.resident.move_on();
+    }
+
+    /// Nobody will hear of the answer that its circuit waits for.
+    fn end_trial(&mut self) {
+        if let Some(guest) = self.resident.guest() {
             match self.trial {
                 Trial::No => {}
                 Trial::Asked => guest.trial_withdrawn(),
@@ -118,13 +109,11 @@ impl SchedulerGuest {
             }
         }
         self.trial = Trial::No;
-        self.answered = 0;
-        self.forget();
     }
 
     /// The guest starts from a view, the next time that it is asked.
     fn forget(&mut self) {
-        self.synced = false;
+        self.resident.synced = false;
         self.view = None;
         self.beside.lose();
         self.drop_late();
@@ -132,7 +121,7 @@ impl SchedulerGuest {
 
     /// What came back from aside is of no use any more.
     fn drop_late(&mut self) {
-        if let Some(guest) = &self.stay.guest {
+        if let Some(guest) = self.resident.guest() {
             self.late.forget(guest);
         }
     }
@@ -149,7 +138,12 @@ impl SchedulerGuest {
 
     /// Whether a guest answers for this replica.
     fn answers(&self) -> bool {
-        self.seat.instance.is_some() || self.is_out()
+        self.resident.instance.is_some() || self.is_out()
+    }
+
+    fn seat(&mut self) -> Option<Seat<'_>> {
+        let (guest, instance) = self.resident.parts()?;
+        Some(Seat { guest, instance, pace: &mut self.pace })
     }
 
     /// Takes back the instance that was out, with its answer.
@@ -164,74 +158,94 @@ impl SchedulerGuest {
                 return self.forget();
             }
         };
-        self.seat = std::mem::take(&mut task.seat);
-        self.late = std::mem::take(&mut task.answer);
+        let mut instance = task.instance.take();
+        (self.pace, self.late) = (task.pace, std::mem::take(&mut task.answer));
         if task.doomed.swap(false, Ordering::Relaxed)
-            && let (Some(guest), Some(wrong)) = (&self.stay.guest, self.seat.instance.take())
+            && let (Some(guest), Some(wrong)) = (self.resident.guest(), instance.take())
         {
             guest.discard(wrong);
         }
-        if self.seat.instance.is_none() {
+        self.resident.instance = instance;
+        self.lose_where_alone();
+    }
+
+    /// Without an instance there is no trial, and nothing that it knows.
+    fn lose_where_alone(&mut self) {
+        if self.resident.instance.is_none() {
             self.trial = Trial::No;
             self.forget();
         }
-    }
-
-    /// Has a fresh instance where there is none, or a worn one; false when it has none now.
-    fn be_seated(&mut self, now: Micros) -> bool {
-        let Some(guest) = &self.stay.guest else { return false };
-        if guest.renew(&mut self.seat.instance, &self.replica, now) {
-            self.synced = false;
-        }
-        self.seat.instance.is_some()
     }
 
     /// Answers whoever prepares the next generation, and says whether that took a call.
     fn hand_over(&mut self, now: Micros) -> bool {
-        // One that is out answers at the boundary that finds it back.
-        if !self.stay.guest.as_ref().is_some_and(|guest| guest.is_asked(self.answered)) || self.is_out() {
-            return false;
+        let had_one = self.resident.instance.is_some();
+        self.resident.hand_over(now);
+        if had_one {
+            self.lose_where_alone();
         }
-        // The first boundary since the last swap may be this one.
-        self.be_seated(now);
-        let Some(guest) = &self.stay.guest else { return false };
-        let called = guest.answer(&mut self.seat.instance, &self.replica, &mut self.answered, now);
-        if self.seat.instance.is_none() {
-            self.trial = Trial::No;
-            self.forget();
-        }
-        called
+        self.resident.is_spent
     }
 
     /// Moves a slow guest aside and a quick one back.
     fn choose_side(&mut self) {
-        let pace = self.seat.pace;
-        if self.aside.is_some() && pace.is_quick() {
+        if self.aside.is_some() && self.pace.is_quick() {
             self.aside = None;
-        } else if self.aside.is_none() && pace.is_slow() {
-            match Aside::hire(&self.stay) {
+        } else if self.aside.is_none() && self.pace.is_slow() {
+            match Aside::hire(&self.resident.generation) {
                 Ok(aside) => self.aside = Some(aside),
                 Err(error) => {
-                    tracing::warn!(replica = &*self.replica, "no thread for a slow scheduler: {error}");
-                    self.seat.pace = Pace::default();
+                    tracing::warn!(replica = &*self.resident.owner, "no thread for a slow scheduler: {error}");
+                    self.pace = Pace::default();
                 }
             }
+        }
+    }
+
+    /// Sends the instance aside with what is new, and takes what came back from there.
+    fn ask_aside(&mut self, now: Micros, budgets: &StepBudgets, changes: &Changes) -> Answered {
+        let Self { resident, aside, view, .. } = self;
+        let Some(aside) = aside else { return Answered::Nothing };
+        aside.send(Task {
+            owner: Arc::clone(&resident.owner),
+            stay: Arc::clone(&resident.generation),
+            instance: resident.instance.take(),
+            pace: self.pace,
+            view: view.take(),
+            now,
+            budgets: *budgets,
+            changes: changes.clone(),
+            answer: Answered::Nothing,
+            doomed: aside.doomed(),
+        });
+        let late = std::mem::take(&mut self.late);
+        if let (Answered::Plan(_), Some(guest)) = (&late, resident.guest()) {
+            guest.came_late();
+        }
+        late
+    }
+
+    /// Tells the shadow of a step and of what the guest said to it.
+    fn tell_shadow(&mut self, heard: Heard<'_>) {
+        match self.resident.core.shadowed().filter(|_| self.aside.is_none()) {
+            Some(shadow) => self.beside.step(&shadow, &self.resident.owner, heard),
+            None => self.beside.lose(),
         }
     }
 }
 
 impl BatchPolicy for SchedulerGuest {
     fn attend(&mut self, now: Micros) -> Attention {
-        if !self.core.is_current(&self.stay) {
-            self.leave();
-            self.stay = Arc::new(self.core.stay());
+        if self.resident.is_outdated() {
+            self.move_on();
         }
         self.take_back();
-        if self.hand_over(now) {
+        // One that is out answers at the boundary that finds it back.
+        if !self.is_out() && self.hand_over(now) {
             // Nothing else is asked at this boundary: it takes no longer than a decision may.
             return Attention::Busy;
         }
-        let Some(guest) = &self.stay.guest else { return Attention::Native };
+        let Some(guest) = self.resident.guest() else { return Attention::Native };
         match self.trial {
             Trial::Answered(number) => {
                 guest.trial_passed(number);
@@ -255,45 +269,47 @@ impl BatchPolicy for SchedulerGuest {
         if self.is_out() {
             return Attention::Busy;
         }
-        if !self.be_seated(now) {
+        self.resident.be_seated(now);
+        if self.resident.is_spent {
+            return Attention::Busy;
+        }
+        if self.resident.instance.is_none() {
             return self.pause();
         }
         self.choose_side();
-        if self.synced { Attention::Following } else { Attention::NeedsView }
+        if self.resident.synced { Attention::Following } else { Attention::NeedsView }
     }
 
     fn generation(&self) -> u64 {
-        if self.answers() { self.stay.number() } else { 0 }
+        if self.answers() { self.resident.generation.number() } else { 0 }
     }
 
     fn revision(&self) -> Arc<str> {
-        if self.answers() { Arc::clone(&self.stay.decided_by.revision) } else { DecidedBy::native(0).revision }
+        if self.answers() { Arc::clone(&self.resident.decided_by().revision) } else { DecidedBy::native(0).revision }
     }
 
     fn wants_progress(&self) -> bool {
         let wants =
             |generation: &Generation<SchedulerHook>| generation.guest.as_ref().is_some_and(|g| g.wants.progress);
-        wants(&self.stay) || self.core.shadowed().is_some_and(|shadow| wants(&shadow.case.candidate))
+        let shadow = || self.resident.core.shadowed();
+        wants(&self.resident.generation) || shadow().is_some_and(|shadow| wants(&shadow.case.candidate))
     }
 
     fn resync(&mut self, view: &View<'_>) {
         self.drop_late();
         self.beside.lose();
-        let Some(guest) = &self.stay.guest else { return };
+        let Some(guest) = self.resident.guest() else { return };
         if self.aside.is_none() && guest.would_admit(view.now) == Admit::Yes {
-            self.synced = self.seat.resync(guest, view);
+            self.resident.synced = self.seat().is_some_and(|mut seat| seat.resync(view));
         } else {
             // Told with the next question, which is the trial where one is needed.
             self.view = Some(view.into());
-            self.synced = true;
+            self.resident.synced = true;
         }
     }
 
     fn step(&mut self, now: Micros, budgets: &StepBudgets, changes: &Changes, plan: &mut Plan) -> Answer {
-        let Some(guest) = &self.stay.guest else { return Answer::Native };
-        if !self.synced {
-            return Answer::Native;
-        }
+        let Some(guest) = self.resident.guest().filter(|_| self.resident.synced) else { return Answer::Native };
         if self.trial == Trial::No {
             match guest.admit(now) {
                 Admit::Yes => {}
@@ -306,41 +322,23 @@ impl BatchPolicy for SchedulerGuest {
                 }
             }
         }
-        let view = self.view.take();
-        let answer = match &mut self.aside {
-            None => self.seat.answer(guest, view, now, (budgets, changes)),
-            Some(aside) => {
-                aside.send(Task {
-                    owner: Arc::clone(&self.replica),
-                    stay: Arc::clone(&self.stay),
-                    seat: std::mem::take(&mut self.seat),
-                    view,
-                    now,
-                    budgets: *budgets,
-                    changes: changes.clone(),
-                    answer: Answered::Nothing,
-                    doomed: aside.doomed(),
-                });
-                let late = std::mem::take(&mut self.late);
-                if matches!(late, Answered::Plan(_)) {
-                    guest.came_late();
-                }
-                late
+        let answer = match self.aside {
+            Some(_) => self.ask_aside(now, budgets, changes),
+            None => {
+                let view = self.view.take();
+                self.seat().map_or(Answered::Nothing, |mut seat| seat.answer(view, now, (budgets, changes)))
             }
         };
-        match self.core.shadowed().filter(|_| self.aside.is_none()) {
-            Some(shadow) => self.beside.step(&shadow, &self.replica, Heard { now, budgets, changes, answer: &answer }),
-            None => self.beside.lose(),
-        }
+        self.tell_shadow(Heard { now, budgets, changes, answer: &answer });
         if matches!(answer, Answered::Nothing) {
-            guest.fell_back();
+            self.resident.fell_back();
             if self.aside.is_none() {
-                (self.synced, self.trial) = (false, Trial::No);
+                (self.resident.synced, self.trial) = (false, Trial::No);
             }
             return Answer::Native;
         }
         if self.trial == Trial::Asked {
-            self.trial = Trial::Answered(guest.last_number());
+            self.trial = Trial::Answered(self.resident.guest().map_or(0, Guest::last_number));
         }
         match answer {
             Answered::Plan(answer) => {
@@ -355,50 +353,37 @@ impl BatchPolicy for SchedulerGuest {
         self.aside.iter().for_each(Aside::doom);
         self.trial = Trial::No;
         self.forget();
-        let Some(guest) = &self.stay.guest else { return };
-        if let Some(wrong) = self.seat.instance.take() {
-            guest.discard(wrong);
-        }
-        let fault = Fault::new(FaultKind::BadAnswer, format!("{}: {why}", self.replica));
-        guest.fault(CallContext { call: Call::Step, number: guest.last_number(), now, took_us: 0 }, fault);
-        guest.fell_back();
+        self.resident.refused(Call::Step, now, &why);
     }
 
     fn wants_view(&mut self) -> bool {
-        let shadow = self.core.shadowed().filter(|_| self.synced && self.aside.is_none());
+        let shadow = self.resident.core.shadowed().filter(|_| self.resident.synced && self.aside.is_none());
         shadow.is_some_and(|shadow| self.beside.wants_view(&shadow))
     }
 
     fn show(&mut self, view: &View<'_>) {
-        if let Some(shadow) = self.core.shadowed() {
-            self.beside.show(&shadow, &self.replica, view);
+        if let Some(shadow) = self.resident.core.shadowed() {
+            self.beside.show(&shadow, &self.resident.owner, view);
         }
     }
 
     fn stood_in(&mut self) {
-        if let Some(guest) = &self.stay.guest {
-            guest.fell_back();
-        }
+        self.resident.fell_back();
     }
 }
 
 impl Drop for SchedulerGuest {
     fn drop(&mut self) {
-        self.beside.leave(&self.replica);
-        if let (Some(guest), Some(instance)) = (&self.stay.guest, self.seat.instance.take()) {
-            guest.discard(instance);
-        }
-        self.leave();
-        self.core.dismiss(&self.replica);
+        self.beside.leave(&self.resident.owner);
+        self.end_trial();
+        self.drop_late();
     }
 }
 
 impl std::fmt::Debug for SchedulerGuest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SchedulerGuest")
-            .field("replica", &self.replica)
-            .field("generation", &**self.stay)
-            .field("synced", &self.synced)
+            .field("resident", &self.resident)
             .field("is_out", &self.is_out())
             .finish_non_exhaustive()
     }

@@ -226,8 +226,8 @@ pub(crate) trait Tend: Send + Sync {
     /// Instances that a generation should have.
     fn wanted(&self) -> u32;
     fn log(&self) -> &Arc<LogGate>;
-    /// What the instances that serve hand over to the next generation; may wait for their owners.
-    fn hand_over(&self, now: Micros) -> Result<Vec<Handed>, NotHandedOver>;
+    /// What the instances that serve hand over to the next generation; may wait so long for their owners.
+    fn hand_over(&self, now: Micros, patience_ns: u64) -> Result<Vec<Handed>, NotHandedOver>;
 }
 
 /// The part of a slot that does not care which world it is.
@@ -238,7 +238,10 @@ pub(crate) struct SlotCore<H: Hook> {
     /// The native policy, which decides while the runtime is bypassed; nothing is ever published here.
     native: ArcSwap<Generation<H>>,
     retired: Mutex<Vec<Arc<Generation<H>>>>,
-    wanted: AtomicU32,
+    /// Instances of a generation beside those of the owners.
+    spares: u32,
+    /// Those who each keep an instance, by name.
+    owners: Mutex<Vec<Arc<str>>>,
     swaps: AtomicU64,
     alive: Arc<()>,
     log: Arc<LogGate>,
@@ -322,7 +325,7 @@ impl<H: Hook> Drop for Stay<H> {
 // === impl SlotCore ===
 
 impl<H: Hook> SlotCore<H> {
-    pub(crate) fn new(name: Arc<str>, shared: Arc<Shared>, wanted: u32) -> Self {
+    pub(crate) fn new(name: Arc<str>, shared: Arc<Shared>, spares: u32) -> Self {
         let alive = Arc::new(());
         Self {
             log: Arc::new(LogGate::new(Arc::clone(&name))),
@@ -331,7 +334,8 @@ impl<H: Hook> SlotCore<H> {
             name,
             shared,
             retired: Mutex::default(),
-            wanted: AtomicU32::new(wanted),
+            spares,
+            owners: Mutex::default(),
             swaps: AtomicU64::new(0),
             alive,
             share_ppm: Arc::default(),
@@ -394,19 +398,24 @@ impl<H: Hook> SlotCore<H> {
         std::ptr::eq(&**self.deciding().load(), generation)
     }
 
-    /// One more or one fewer instance is needed: a replica came or went.
-    pub(crate) fn want(&self, change: i32) {
-        let _ =
-            self.wanted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n.saturating_add_signed(change)));
+    /// Somebody has come who will keep an instance: one more is needed.
+    pub(crate) fn welcome(&self, owner: &Arc<str>) {
+        self.owners().push(Arc::clone(owner));
         self.shared.wake();
     }
 
-    /// An owner of an instance is gone for good: one fewer is needed, in whichever arm.
+    /// An owner is gone for good: one fewer is needed, in whichever arm, and maintenance lets go of what is kept for it.
     pub(crate) fn dismiss(&self, owner: &str) {
-        for generation in self.warm() {
-            generation.guest.iter().for_each(|guest| guest.forget(owner));
+        let mut owners = self.owners();
+        if let Some(at) = owners.iter().position(|known| **known == *owner) {
+            owners.swap_remove(at);
         }
-        self.want(-1);
+        drop(owners);
+        self.shared.wake();
+    }
+
+    fn owners(&self) -> MutexGuard<'_, Vec<Arc<str>>> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn arms(&self) -> MutexGuard<'_, Arms<H>> {
@@ -640,9 +649,11 @@ impl<H: Hook> Tend for SlotCore<H> {
 
     fn respawn(&self, now: Micros) {
         let Ok(_one) = self.respawning.try_lock() else { return };
+        let owners = self.owners().clone();
         let wanted = self.wanted();
-        for generation in self.warm() {
-            generation.guest.iter().for_each(|guest| guest.fill(now, wanted));
+        for guest in self.warm().iter().filter_map(|generation| generation.guest.as_ref()) {
+            guest.forget_all_but(&owners);
+            guest.fill(now, wanted);
         }
     }
 
@@ -655,20 +666,21 @@ impl<H: Hook> Tend for SlotCore<H> {
     }
 
     fn wanted(&self) -> u32 {
-        self.wanted.load(Ordering::Relaxed).min(MAX_INSTANCES as u32)
+        let owners = u32::try_from(self.owners().len()).unwrap_or(u32::MAX);
+        self.spares.saturating_add(owners).min(MAX_INSTANCES as u32)
     }
 
     fn log(&self) -> &Arc<LogGate> {
         &self.log
     }
 
-    fn hand_over(&self, now: Micros) -> Result<Vec<Handed>, NotHandedOver> {
+    fn hand_over(&self, now: Micros, patience_ns: u64) -> Result<Vec<Handed>, NotHandedOver> {
         let generation = self.current.load_full();
         let guest = generation.guest.as_ref().ok_or(NotHandedOver::Native)?;
         if !guest.hands_over() {
             return Err(NotHandedOver::NotExported);
         }
-        Ok(guest.hand_over(now, self.shared.bypassed.load(Ordering::Relaxed)))
+        Ok(guest.hand_over(now, patience_ns, self.shared.bypassed.load(Ordering::Relaxed)))
     }
 }
 

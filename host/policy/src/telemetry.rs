@@ -10,9 +10,7 @@ use pointsman_telemetry::{Event, EventKind, Micros, NameKind, Names};
 use crate::bindings::telemetry::exports::pointsman::policy::telemetry as wit;
 use crate::circuit::Admit;
 use crate::config::Budgets;
-use crate::engine::stopwatch_ns;
 use crate::fault::{Call, Fault, FaultKind, truncate};
-use crate::generation::CallContext;
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{EventColumn, Wants};
 use crate::slot::{SlotCore, slot_by_core};
@@ -136,34 +134,19 @@ impl TelemetrySlot {
             return;
         }
         let admit = guest.admit(now);
-        let instance = if admit == Admit::No { None } else { guest.take_working() };
-        let Some(mut instance) = instance else {
-            if admit == Admit::Trial {
-                guest.trial_withdrawn();
-            }
-            guest.fell_back();
-            return;
-        };
-        let budget = guest.budgets().on_events;
-        let number = guest.begin();
-        let started = stopwatch_ns();
-        let answer = call(&mut instance, budget.hard, now, Batch { columns, names, dropped });
-        let took_ns = stopwatch_ns() - started;
-        guest.took(took_ns, budget.soft);
-        match answer {
-            Ok(raised) => {
-                guest.keep_working(instance, now);
-                if admit == Admit::Trial {
-                    guest.trial_passed(number);
-                }
-                alerts.extend(raised.into_iter().map(|alert| lift_alert(alert, &self.core.name, &guest.revision)));
-            }
-            Err(fault) => {
-                guest.discard(instance);
-                guest.fault(CallContext { call: Call::OnEvents, number, now, took_us: took_ns / 1_000 }, fault);
-                guest.fell_back();
-            }
+        let mut kept = if admit == Admit::No { None } else { guest.take_working() };
+        if kept.is_none() && admit == Admit::Trial {
+            guest.trial_withdrawn();
         }
+        let what = (Call::OnEvents, guest.budgets().on_events);
+        let batch = Batch { columns, names, dropped };
+        let answer = guest.call(&mut kept, now, what, |instance, hard| call(instance, hard, now, batch));
+        kept.into_iter().for_each(|instance| guest.keep_working(instance, now));
+        let Some(raised) = answer else { return guest.fell_back() };
+        if admit == Admit::Trial {
+            guest.trial_passed(guest.last_number());
+        }
+        alerts.extend(raised.into_iter().map(|alert| lift_alert(alert, &self.core.name, &guest.revision)));
     }
 }
 

@@ -12,10 +12,11 @@ use std::sync::{Arc, Weak};
 use pointsman_sched::batch::{BadPlan, Budgets as StepBudgets, Changes, Plan, View};
 use pointsman_telemetry::Micros;
 
-use crate::aside::{Answered, OwnedView, Seat};
+use crate::aside::{Answered, OwnedView, Pace, Seat};
 use crate::engine::stopwatch_ns;
-use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::{CallContext, Generation};
+use crate::fault::Call;
+use crate::generation::Generation;
+use crate::instance::Instance;
 use crate::scheduler::{SchedulerHook, check_plan};
 use crate::shadow::{Case, Shadow, Verdict};
 
@@ -89,7 +90,9 @@ pub(crate) type Witnesses = HashMap<Arc<str>, Witness>;
 pub(crate) struct Witness {
     generation: Arc<Generation<SchedulerHook>>,
     replica: Arc<str>,
-    seat: Seat,
+    instance: Option<Box<Instance<SchedulerHook>>>,
+    /// Of no consequence here: its thread is its own.
+    pace: Pace,
     /// Where the replica's driver looks whether this still follows.
     lost: Arc<AtomicBool>,
     /// Ids that a plan may name: of live requests, and of some that have gone.
@@ -219,7 +222,8 @@ impl Witness {
         Self {
             generation: Arc::clone(candidate),
             replica,
-            seat: Seat::default(),
+            instance: None,
+            pace: Pace::default(),
             lost: Arc::default(),
             known: HashSet::new(),
             gone: VecDeque::new(),
@@ -231,14 +235,22 @@ impl Witness {
     }
 
     fn begin(&mut self, view: &OwnedView) {
-        let Some(guest) = self.generation.guest.as_ref().filter(|guest| guest.is_closed()) else { return self.lose() };
         let view = view.view();
-        guest.renew(&mut self.seat.instance, &self.replica, view.now);
         self.known = view.waiting.id.iter().chain(&view.running.id).copied().collect();
         self.gone.clear();
-        if !self.seat.resync(guest, &view) {
+        if let Some(guest) = &self.generation.guest {
+            guest.renew(&mut self.instance, &self.replica, view.now);
+        }
+        if !self.seat().is_some_and(|mut seat| seat.resync(&view)) {
             self.lose();
         }
+    }
+
+    /// Where it is asked, unless it has faulted too often.
+    fn seat(&mut self) -> Option<Seat<'_>> {
+        let Self { generation, instance, pace, .. } = self;
+        let guest = generation.guest.as_ref().filter(|guest| guest.is_closed())?;
+        Some(Seat { guest, instance, pace })
     }
 
     fn answer(&mut self, step: &Step) -> Verdict {
@@ -247,11 +259,7 @@ impl Witness {
             return Verdict::NoAnswer;
         }
         self.learn(changes);
-        let Some(guest) = self.generation.guest.as_ref().filter(|guest| guest.is_closed()) else {
-            self.lose();
-            return Verdict::NoAnswer;
-        };
-        let plan = match self.seat.step(guest, *now, (budgets, changes)) {
+        let plan = match self.seat().map_or(Answered::Nothing, |mut seat| seat.step(*now, (budgets, changes))) {
             Answered::Nothing => {
                 self.lose();
                 return Verdict::NoAnswer;
@@ -282,12 +290,9 @@ impl Witness {
 
     fn refuse(&mut self, now: Micros, why: BadPlan) {
         self.lose();
-        let Some(guest) = &self.generation.guest else { return };
-        if let Some(wrong) = self.seat.instance.take() {
-            guest.discard(wrong);
+        if let Some(guest) = &self.generation.guest {
+            guest.refused(&mut self.instance, (Call::Step, now), format!("{}, as a shadow: {why}", self.replica));
         }
-        let fault = Fault::new(FaultKind::BadAnswer, format!("as a shadow: {why}"));
-        guest.fault(CallContext { call: Call::Step, number: guest.last_number(), now, took_us: 0 }, fault);
     }
 }
 
@@ -295,7 +300,7 @@ impl Drop for Witness {
     fn drop(&mut self) {
         self.lose();
         // A promoted candidate goes on with its instances.
-        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.seat.instance.take()) {
+        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
             guest.park(&self.replica, instance);
         }
     }

@@ -4,7 +4,7 @@
 mod support;
 
 use pointsman_policy::{
-    ActivateError, Activation, Arm, Component, Handover, Inheritance, Maintenance, Prepared, SchedulerGuest,
+    ActivateError, Activation, Arm, Component, Handover, Inheritance, Maintenance, Prepared, Role, SchedulerGuest,
     SchedulerSlot, Slot,
 };
 use pointsman_sched::batch::{Attention, BatchPolicy, Changes, Plan, SequenceColumns, View};
@@ -161,10 +161,17 @@ fn an_instance_that_is_worn_hands_over_to_a_fresh_one() {
     let component = bench.admit("fixture-scheduler");
     let mut guest = slot.attach("one");
     slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    let mut busy = 0;
     for _ in 0..100 {
+        // The boundary at which one succeeds the other is asked nothing else.
+        if guest.attend(1) == Attention::Busy {
+            busy += 1;
+            assert_eq!(guest.attend(1), Attention::NeedsView, "the fresh one is told everything at the next");
+        }
         step(&mut guest);
         bench.runtime.maintain();
     }
+    assert!(busy > 4, "{busy}");
     // About 10 + 20 + ... + 90; with nothing handed over it would be 10 each time at most.
     assert!(inherited(&bench) > 200, "{}", inherited(&bench));
 }
@@ -219,24 +226,78 @@ fn who_has_nothing_to_hand_over_and_who_does_not_take_it() {
     let slot = bench.runtime.scheduler_slot("scheduler");
     let (fixture, plain) = (bench.admit("fixture-scheduler"), bench.admit("sched-fcfs"));
     let mut guest = slot.attach("one");
-    let refusal = |component: &Component, guest: &mut SchedulerGuest| {
+    let outcome = |component: &Component, guest: &mut SchedulerGuest| {
         let required = activation(&bench, "{}", Handover::Require);
         prepare(&bench, component, required, &mut [guest]).map(|p| p.inherited).map_err(|error| error.to_string())
     };
     let contains = |outcome: Result<Option<Inheritance>, String>, part: &str| {
         assert!(outcome.as_ref().is_err_and(|words| words.contains(part)), "{part}: {outcome:?}");
     };
-    contains(refusal(&fixture, &mut guest), "the native policy is active");
-    contains(refusal(&plain, &mut guest), "it does not export pointsman:policy/handover");
+    // A fresh host has nothing to lose.
+    let inherited = outcome(&fixture, &mut guest).expect("nothing is lost").expect("it exports handover");
+    assert_eq!(inherited.cold, ["the native policy is active, which has nothing to hand over"]);
+    contains(outcome(&plain, &mut guest), "it does not export pointsman:policy/handover");
     let first = bench.prepare(&plain, "scheduler", "{}");
     assert_eq!(first.inherited, None);
     slot.publish(first).expect("a publish");
-    contains(refusal(&fixture, &mut guest), "the active policy does not export pointsman:policy/handover");
+    contains(outcome(&fixture, &mut guest), "the active policy does not export pointsman:policy/handover");
     let nothing = bench.prepare(&fixture, "scheduler", r#"{"hand-over": "nothing"}"#);
     slot.publish(nothing).expect("a publish");
     step(&mut guest);
-    let inherited = refusal(&fixture, &mut guest).expect("nothing is lost").expect("it exports handover");
+    let inherited = outcome(&fixture, &mut guest).expect("nothing is lost").expect("it exports handover");
     assert_eq!(inherited.cold, ["one: the active policy has nothing to hand over"]);
+}
+
+#[test]
+fn a_trial_asks_nobody_who_serves() {
+    let bench = bench();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let component = bench.admit("fixture-scheduler");
+    let mut guest = slot.attach("one");
+    slot.publish(bench.prepare(&component, "scheduler", r#"{"hand-over": "trap"}"#)).expect("a publish");
+    step(&mut guest);
+    let trial = |component: &Component| {
+        let trial = Activation { role: Role::Trial, ..activation(&bench, "{}", Handover::Require) };
+        prepare(&bench, component, trial, &mut []).map(|prepared| prepared.inherited)
+    };
+    assert_eq!(trial(&component).expect("nobody refuses"), None);
+    assert_eq!((slot.status().faults, guest.attend(1)), ([0; 5], Attention::Following));
+    let plain = trial(&bench.admit("sched-fcfs")).expect_err("it could not take anything").to_string();
+    assert!(plain.contains("it does not export"), "{plain}");
+}
+
+#[test]
+fn a_rollback_takes_along_what_comes_soon() {
+    let bench = bench();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let component = bench.admit("fixture-scheduler");
+    let mut guest = slot.attach("one");
+    slot.publish(bench.prepare(&component, "scheduler", "{}")).expect("a publish");
+    step(&mut guest);
+    let back = prepare(&bench, &component, activation(&bench, "{}", Handover::Soon), &mut [&mut guest]);
+    assert_eq!(back.expect("a generation").inherited, Some(handed(1)));
+    let late = activation(&bench, "{}", Handover::Soon);
+    let cold = bench.runtime.prepare(&component, late).expect("never refused").inherited.expect("it exports handover");
+    assert!(cold.restored == 0 && cold.cold[0].contains("came to no boundary in time"), "{cold:?}");
+}
+
+#[test]
+fn what_was_handed_over_for_an_owner_that_has_gone_is_let_go() {
+    let bench = bench();
+    let slot = bench.runtime.scheduler_slot("scheduler");
+    let component = bench.admit("fixture-scheduler");
+    let (mut one, mut two) = (slot.attach("one"), slot.attach("two"));
+    swap(&bench, &slot, &component, &mut []);
+    step(&mut one);
+    step(&mut two);
+    let cold = activation(&bench, "{}", Handover::Cold);
+    let prepared = prepare(&bench, &component, cold, &mut [&mut one, &mut two]).expect("a generation");
+    assert_eq!(prepared.inherited, Some(handed(2)));
+    drop(two);
+    slot.publish(prepared).expect("a publish");
+    bench.runtime.maintain();
+    // What waited for `two` would be asked too.
+    assert_eq!(swap(&bench, &slot, &component, &mut [&mut one]), handed(1));
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod support;
 
 use std::sync::Arc;
 
-use pointsman_policy::{FaultKind, SampledReplica, SamplerPort, Slot};
+use pointsman_policy::{Activation, FaultKind, Maintenance, OnFault, SampledReplica, SamplerPort, Slot};
 use pointsman_sched::ids::RequestId;
 use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word};
 use support::{Bench, MISDEEDS, SECOND};
@@ -143,15 +143,92 @@ fn misdeeds_become_faults_and_edits_stay() {
             good += 1;
             assert!(good <= PROBED, "{deed} never misbehaves");
         }
+        // The spare was told of the request and of all its tokens at once, and behaved no better.
         let status = slot.status();
-        assert_eq!((status.faults[kind as usize], status.fallbacks), (1, 1), "{deed}: {status:?}");
-        // The spare is told of the request and of all its tokens, and then behaves no better.
+        assert_eq!((status.faults[kind as usize], status.fallbacks), (2, 2), "{deed}: {status:?}");
         let reply = ask(&mut port, batch(Vec::new(), &[(1, 6)], &[]));
-        assert_eq!(words(&reply.renewed).len(), 1, "{deed}");
-        assert_eq!(words(&reply.words), [(1, Word::Keep)], "{deed}");
+        assert_eq!((words(&reply.words), words(&reply.renewed)), (vec![(1, Word::Keep)], vec![]), "{deed}");
         bench.advance(60 * SECOND);
         assert_eq!(slot.status().instances, 2, "{deed}: replaced after a while");
     }
+}
+
+/// Calls of their predecessors that the instances so far were told of, together.
+fn inherited(bench: &Bench) -> u64 {
+    let text = bench.metrics.render();
+    let line = text.lines().find(|line| line.starts_with("pointsman_plugin_inherited{"));
+    line.and_then(|line| line.rsplit(' ').next()).and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn what_it_has_learned_outlives_safe_mode() {
+    let bench = Bench::with(|config| config.maintenance = Maintenance::Thread);
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    let component = bench.admit("fixture-sampler");
+    slot.publish(bench.prepare(&component, "sampler", "{}")).expect("a publish");
+    port.attend(1);
+    for id in 1..=3 {
+        assert_eq!(words(&ask(&mut port, batch(vec![started(id, "acme")], &[], &[])).words), [(id, Word::Free)]);
+    }
+    bench.runtime.bypass(true);
+    assert_eq!(port.attend(1), None);
+    ask(&mut port, batch(Vec::new(), &[(1, 5)], &[]));
+    bench.runtime.bypass(false);
+    assert_eq!(port.attend(1), Some(1));
+    let reply = ask(&mut port, Batch { fresh: true, ..batch(vec![started(4, "acme")], &[], &[]) });
+    assert_eq!(
+        (words(&reply.words), words(&reply.renewed)),
+        (vec![(4, Word::Free)], vec![]),
+        "of the others it is told no more"
+    );
+    std::thread::scope(|scope| {
+        let preparing = scope.spawn(|| bench.prepare(&component, "sampler", "{}"));
+        while !preparing.is_finished() {
+            port.attend(1);
+            std::thread::yield_now();
+        }
+        let handed = preparing.join().expect("no panic").inherited.expect("it exports handover");
+        assert_eq!((handed.restored, handed.cold.len()), (1, 0), "{handed:?}");
+    });
+    // The warm-up, three starts before and one after.
+    assert_eq!(inherited(&bench), 1 + 3 + 1);
+    assert_eq!(slot.status().faults, [0; 5]);
+}
+
+#[test]
+fn without_a_word_a_request_goes_on_or_ends_as_the_slot_says() {
+    for (on_fault, expect) in [(OnFault::Open, Word::Keep), (OnFault::Closed, Word::End)] {
+        let bench = Bench::with(|config| config.budgets.edit.hard = 2_000_000);
+        let slot = bench.runtime.sampler_slot("sampler");
+        let mut port = slot.attach(replica()).expect("a thread");
+        let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
+        let activation = Activation { on_fault, ..bench.activation("sampler", &config) };
+        let prepared = bench.runtime.prepare(&bench.admit("fixture-sampler"), activation).expect("a generation");
+        slot.publish(prepared).expect("a publish");
+        port.attend(bench.now());
+        let reply = ask(&mut port, batch(vec![started(1, "acme")], &[], &[]));
+        assert_eq!(words(&reply.words), [(1, Word::Free)]);
+        let last = (0..2 * PROBED).find_map(|_| {
+            let said = words(&ask(&mut port, batch(Vec::new(), &[(1, 5)], &[])).words);
+            (said != [(1, Word::Free)]).then_some(said)
+        });
+        assert_eq!(last, Some(vec![(1, expect.clone())]), "the first one and the spare have failed it");
+        let reply = ask(&mut port, batch(vec![started(2, "acme")], &[(1, 6)], &[]));
+        assert_eq!(words(&reply.words), [(2, expect.clone()), (1, expect)], "there is nobody to ask");
+        assert!(reply.renewed.is_empty(), "{on_fault:?}");
+        // Back to native everybody is free, whatever was said before.
+        slot.publish_native(9).expect("a publish");
+        assert_eq!(port.attend(2), None, "{on_fault:?}");
+    }
+}
+
+#[test]
+fn only_a_sampler_can_be_told_to_fail_closed() {
+    let bench = Bench::new();
+    let activation = Activation { on_fault: OnFault::Closed, ..bench.activation("router", "{}") };
+    let refused = bench.runtime.prepare(&bench.admit("route-least-loaded"), activation).expect_err("refused");
+    assert!(refused.to_string().contains("`on_fault`: `closed` is for the slot sampler"), "{refused}");
 }
 
 #[test]

@@ -159,6 +159,9 @@ pub enum Failure {
     /// It must keep a form and cannot.
     #[error(transparent)]
     Mask(#[from] MaskError),
+    /// The sampler policy failed, and its slot says that no request goes on without it; the policy's fault.
+    #[error("the policy that says which tokens a request may get has failed, and no request goes on without it")]
+    Unanswered,
     /// The executor failed; the host's fault.
     #[error("the engine failed while computing this request: {0}")]
     Engine(Arc<str>),

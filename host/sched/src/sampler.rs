@@ -8,8 +8,9 @@
 //!
 //! A request whose word is late beyond the worker's bound gets no token in this step: what was chosen for it is thrown away and
 //! its last position is computed again in the next one. So no token is ever chosen before the policy has spoken, or failed to:
-//! a word that is lost with its guest leaves the request with the edit that it had. Not a call in the middle of the step, and
-//! no wait without a bound: one slow policy would then stand in the way of every request of the device.
+//! a word that is lost with its guest leaves the request with the edit that it had, or ends it, as the slot says. Not a call in
+//! the middle of the step, and no wait without a bound: one slow policy would then stand in the way of every request of the
+//! device.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +18,8 @@ use std::time::Duration;
 use crate::execute::{StepOutput, StepPlan};
 use crate::hash::IntMap;
 use crate::ids::{Micros, RequestId};
-use crate::mask::{MaskError, TokenMask, TokenSet, combine};
-use crate::request::Request;
+use crate::mask::{TokenMask, TokenSet, combine};
+use crate::request::{Failure, Request};
 use crate::route::DecidedBy;
 use crate::scheduler::Scheduler;
 
@@ -76,6 +77,8 @@ pub enum Word {
     Free,
     /// This holds now.
     Edit(Arc<Edit>),
+    /// Nobody could say, and it may not go on without: it gets no more token, and [is ended](Desk::take_failed).
+    End,
 }
 
 /// A request that starts, as a sampler sees it; see `record request` of the interface.
@@ -218,8 +221,8 @@ pub struct Desk<W> {
     masks: IntMap<u64, Box<dyn TokenMask>>,
     /// How long this step still waits for a mask.
     patience: Duration,
-    /// Requests that have no mask any more, until the driver has ended them.
-    failed: Vec<(RequestId, MaskError)>,
+    /// Requests that cannot go on, until the driver has ended them.
+    failed: Vec<(RequestId, Failure)>,
 }
 
 #[derive(Debug, Default)]
@@ -300,6 +303,17 @@ impl Started {
     }
 }
 
+// === impl Reply ===
+
+impl Reply {
+    /// Nobody can be asked, and nobody may go on without.
+    #[must_use]
+    pub fn refusing(batch: Batch) -> Self {
+        let owed = batch.started.iter().map(|started| started.id).chain(batch.tokens.iter().map(|(id, _)| *id));
+        Self { words: owed.map(|id| (id, Word::End)).collect(), spent: batch, ..Self::default() }
+    }
+}
+
 // === impl Batch ===
 
 impl Batch {
@@ -350,6 +364,7 @@ impl<W: SamplerWorker> Desk<W> {
             None => {
                 self.entries.clear();
                 self.pending.clear();
+                self.failed.retain(|(_, failure)| *failure != Failure::Unanswered);
                 self.pending.fresh = true;
                 self.is_void = self.in_flight;
             }
@@ -383,9 +398,10 @@ impl<W: SamplerWorker> Desk<W> {
         self.masks.insert(id.0, mask);
     }
 
-    /// Requests whose mask has failed in this step: the driver ends them.
+    /// Requests that cannot go on, because their mask has failed or the policy could not be asked about them: the driver
+    /// [fails](Scheduler::fail) them.
     #[must_use]
-    pub fn take_failed(&mut self) -> Vec<(RequestId, MaskError)> {
+    pub fn take_failed(&mut self) -> Vec<(RequestId, Failure)> {
         std::mem::take(&mut self.failed)
     }
 
@@ -468,6 +484,11 @@ impl<W: SamplerWorker> Desk<W> {
                 Word::Keep => {}
                 Word::Free => entry.edit = None,
                 Word::Edit(edit) => entry.edit = Some(edit),
+                Word::End => {
+                    // Owed for ever: whatever is chosen before it has ended is withheld.
+                    entry.owed += 1;
+                    self.failed.push((id, Failure::Unanswered));
+                }
             }
         }
         spent.clear();
@@ -508,7 +529,7 @@ impl<W: SamplerWorker> Desk<W> {
             Ok(edit) => Some(edit),
             Err(error) => {
                 self.withheld.push(request);
-                self.failed.push((request, error));
+                self.failed.push((request, error.into()));
                 None
             }
         }

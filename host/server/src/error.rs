@@ -237,7 +237,7 @@ impl ApiError {
                 Refusal::CannotMeetDeadline => "deadline",
                 Refusal::Overloaded | Refusal::NotAllowed => "policy",
             }),
-            Self::Failed(Failure::DroppedByPolicy) => Some("policy"),
+            Self::Failed(Failure::DroppedByPolicy | Failure::Unanswered) => Some("policy"),
             _ => None,
         }
     }
@@ -268,6 +268,7 @@ fn failure_class(failure: &Failure) -> Class {
         Failure::DroppedByPolicy => class(429, "rate_limit_error", "dropped_by_policy", true),
         Failure::Mask(MaskError::Grammar { .. }) => class(400, INVALID, "format_too_complex", false),
         Failure::Mask(MaskError::Disjoint) => class(403, "permission_error", "not_allowed", false),
+        Failure::Unanswered => class(503, "server_error", "sampler_failed", true),
         Failure::Engine(_) => class(500, "server_error", "engine_fault", true),
     }
 }

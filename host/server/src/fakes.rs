@@ -375,6 +375,7 @@ impl PolicyAdmin for FakeAdmin {
             state_namespace: "router".into(),
             budget: wire::Budget::default(),
             handover: wire::Handover::default(),
+            on_fault: wire::OnFault::default(),
             limits: None,
         };
         Ok(wire::Slot {

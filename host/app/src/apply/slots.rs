@@ -1,6 +1,6 @@
 //! What a file says of slots, and how one is changed.
 
-use pointsman_control::{Budget, Handover};
+use pointsman_control::{Budget, Handover, OnFault};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -21,6 +21,8 @@ pub(super) struct WantedSlot {
     budget: Budget,
     #[serde(default)]
     handover: Handover,
+    #[serde(default)]
+    on_fault: OnFault,
 }
 
 /// A slot that has to change, and what it is now.
@@ -34,6 +36,7 @@ struct Change {
     state_namespace: String,
     budget: Budget,
     handover: Handover,
+    on_fault: OnFault,
     /// `null` for a slot that does not exist.
     now: Value,
 }
@@ -41,16 +44,17 @@ struct Change {
 impl WantedSlot {
     /// What has to change; `digest` is the component's.
     pub(super) fn compare(&self, slot: &str, digest: String, slots: &Value) -> Option<Box<dyn Act>> {
-        let Self { component, config, state_namespace, budget, handover } = self.clone();
+        let Self { component, config, state_namespace, budget, handover, on_fault } = self.clone();
         let state_namespace = state_namespace.unwrap_or_else(|| slot.to_owned());
         let now = active(slots, slot);
         let same = now["component"] == digest
             && same_json(&now["config"], &config)
             && now["state_namespace"] == state_namespace
             && own_budget(&now) == budget
-            && own_handover(&now) == handover;
+            && own_handover(&now) == handover
+            && own_on_fault(&now) == on_fault;
         let slot = slot.to_owned();
-        let change = Change { slot, component, digest, config, state_namespace, budget, handover, now };
+        let change = Change { slot, component, digest, config, state_namespace, budget, handover, on_fault, now };
         (!same).then(|| Box::new(change) as _)
     }
 }
@@ -70,6 +74,11 @@ pub(super) fn own_handover(policy: &Value) -> Handover {
     Handover::deserialize(&policy["handover"]).unwrap_or_default()
 }
 
+/// Whether requests go on without a policy.
+pub(super) fn own_on_fault(policy: &Value) -> OnFault {
+    OnFault::deserialize(&policy["on_fault"]).unwrap_or_default()
+}
+
 impl Act for Change {
     fn subject(&self) -> &str {
         &self.slot
@@ -80,7 +89,7 @@ impl Act for Change {
     }
 
     fn lines(&self) -> Vec<String> {
-        let Self { slot, component, digest, config, state_namespace, budget, handover, now } = self;
+        let Self { slot, component, digest, config, state_namespace, budget, handover, on_fault, now } = self;
         if now.is_null() {
             return vec![format!("+ {slot}: {component} with {config}")];
         }
@@ -99,6 +108,9 @@ impl Act for Change {
         }
         if own_handover(now) != *handover {
             lines.push(format!("    handover  {} -> {}", json!(own_handover(now)), json!(handover)));
+        }
+        if own_on_fault(now) != *on_fault {
+            lines.push(format!("    on_fault  {} -> {}", json!(own_on_fault(now)), json!(on_fault)));
         }
         lines
     }
@@ -135,6 +147,7 @@ impl Change {
             "budget": self.budget,
             "handover": self.handover,
             "if_generation": generation,
+            "on_fault": self.on_fault,
             "dry_run": dry_run,
         });
         Ask { method: "PUT", path: path(&self.slot), body }

@@ -2,11 +2,11 @@
 
 use anyhow::{Context, bail};
 use pointsman_control::rollout::{Plan, Spec};
-use pointsman_control::{Budget, Handover};
+use pointsman_control::{Budget, Handover, OnFault};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::slots::{active, own_budget, own_handover};
+use super::slots::{active, own_budget, own_handover, own_on_fault};
 use super::{Act, Ask, Needs, Now, Wanted, aliases, same_json, slots};
 use crate::client::{segment, text};
 use crate::rollouts::Subject;
@@ -22,6 +22,8 @@ pub(super) struct WantedTrial {
     budget: Budget,
     #[serde(default)]
     handover: Handover,
+    #[serde(default)]
+    on_fault: OnFault,
     /// Of an alias: one of its variants.
     candidate: Option<String>,
     /// The members of the plan, as in docs/rollouts.md.
@@ -79,6 +81,7 @@ impl WantedTrial {
                     ("state_namespace", self.state_namespace.is_some()),
                     ("budget", self.budget != Budget::default()),
                     ("handover", self.handover != Handover::default()),
+                    ("on_fault", self.on_fault != OnFault::default()),
                 ];
                 if let Some((member, _)) = own.iter().find(|(_, given)| *given) {
                     bail!("a rollout of an alias takes no `{member}`: a variant is a model, not a policy");
@@ -158,6 +161,9 @@ impl WantedTrial {
             if own_handover(target) != self.handover {
                 lines.push(format!("    handover  {} -> {}", json!(own_handover(target)), json!(self.handover)));
             }
+            if own_on_fault(target) != self.on_fault {
+                lines.push(format!("    on_fault  {} -> {}", json!(own_on_fault(target)), json!(self.on_fault)));
+            }
         } else if last["candidate"]["name"] != *id {
             lines.push(format!("    candidate  {} -> {id}", text(&last["candidate"], "name")));
         }
@@ -176,6 +182,7 @@ impl WantedTrial {
                 body.insert("config".into(), self.config.clone().unwrap_or_else(|| json!({})));
                 body.insert("budget".into(), json!(self.budget));
                 body.insert("handover".into(), json!(self.handover));
+                body.insert("on_fault".into(), json!(self.on_fault));
                 if let Some(namespace) = &self.state_namespace {
                     body.insert("state_namespace".into(), namespace.as_str().into());
                 }
@@ -227,7 +234,7 @@ impl Act for Trial {
         }
         match &self.subject {
             Subject::Slot(slot) => {
-                let members = ["component", "config", "state_namespace", "budget", "handover"];
+                let members = ["component", "config", "state_namespace", "budget", "handover", "on_fault"];
                 let own = members.into_iter().filter_map(|m| Some((m.to_owned(), self.body.get(m)?.clone())));
                 let mut body: Map<String, Value> = own.collect();
                 body.insert("if_generation".into(), generation.into());

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use pointsman_control::{ComponentRef, Desired, Happened, Planned, SlotName, Why};
+use pointsman_control::{ComponentRef, Desired, Happened, OnFault, Planned, SlotName, Why};
 use pointsman_policy::{Activation, Component, Digest, Handover as Rule, Prepared, Published, Role, Slot, World};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::AdminError;
 
 use super::errors::{activate_error, conflict, internal, invalid, not_found, plan_error, trust_error, upload_error};
-use super::{Deploy, Failed, TelemetrySlots, handover, lock};
+use super::{Deploy, Failed, TelemetrySlots, handover, lock, on_fault};
 use crate::builtin::BUILTINS;
 
 /// Something that only has to be swapped in.
@@ -46,7 +46,7 @@ impl Deploy {
         let planned = lock(&self.state).plan(slot, desired).map_err(plan_error)?;
         self.check_changeable(Some(&planned.slot))?;
         let rule = handover::rule(planned.desired.handover, Why::Put);
-        let ready = self.prepare(&planned, Role::Candidate, rule)?;
+        let ready = self.prepare(&planned, Role::Trial, rule)?;
         let handover = handover::answered(&ready);
         let warm_ms = match &ready {
             Ready::Native => 0.0,
@@ -148,12 +148,15 @@ impl Deploy {
     pub(super) fn prepare(&self, planned: &Planned, role: Role, rule: Rule) -> Result<Ready, AdminError> {
         let Planned { slot, desired, generation } = planned;
         let ComponentRef::Digest(digest) = &desired.component else {
-            return match desired.budget.is_empty() {
-                true => Ok(Ready::Native),
-                false => Err(AdminError {
-                    param: Some("budget".into()),
-                    ..invalid("the native policy has no budget; leave it out".into())
-                }),
+            let wrong = |param: &str, why: &str| AdminError { param: Some(param.into()), ..invalid(why.into()) };
+            return match desired {
+                Desired { budget, .. } if !budget.is_empty() => {
+                    Err(wrong("budget", "the native policy has no budget; leave it out"))
+                }
+                Desired { on_fault: OnFault::Closed, .. } => {
+                    Err(wrong("on_fault", "the native policy does not fault; leave `on_fault` out"))
+                }
+                _ => Ok(Ready::Native),
             };
         };
         let component = self.compiled(digest, slot)?;
@@ -166,6 +169,7 @@ impl Deploy {
             role,
             budget: self.budget_of(slot, desired.budget),
             handover: rule,
+            on_fault: on_fault::rule(desired.on_fault),
         };
         let prepared = self.runtime.prepare(&component, activation).map_err(activate_error)?;
         if let Some(known) = lock(&self.components).get_mut(digest) {

@@ -1,6 +1,8 @@
 //! The admin port of the server: what operators ask of deployments, and how slots and components look to them.
 
-use pointsman_control::{Budget, ComponentRef, Desired, Handover, Happened, Removal, SlotName, SlotState, Target, Why};
+use pointsman_control::{
+    Budget, ComponentRef, Desired, Handover, Happened, OnFault, Removal, SlotName, SlotState, Target, Why,
+};
 use pointsman_policy::{
     Activation, AdmissionQuestion, Component, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus,
 };
@@ -14,7 +16,7 @@ use serde_json::value::RawValue;
 
 use super::errors::{activate_error, conflict, internal, not_found, plan_error};
 use super::intake::Offered;
-use super::{Deploy, Failed, Known, budget, handover, lock};
+use super::{Deploy, Failed, Known, budget, handover, lock, on_fault};
 
 impl PolicyAdmin for Deploy {
     fn upload(&self, upload: Upload, actor: &str) -> Result<Uploaded, AdminError> {
@@ -96,10 +98,12 @@ impl PolicyAdmin for Deploy {
 
     fn put_slot(&self, slot: &str, request: wire::PutSlot, actor: &str) -> Result<wire::Activated, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::PutSlot { component, config, if_generation, state_namespace, budget, handover, dry_run } = request;
+        let wire::PutSlot { component, config, if_generation, state_namespace, budget, handover, on_fault, dry_run } =
+            request;
         let component = self.component_of(&component, actor)?;
         let (config, budget, handover) = (config.get().to_owned(), budget::stored(budget), handover::stored(handover));
-        let desired = Desired { component, config, state_namespace, budget, handover, if_generation };
+        let on_fault = on_fault::stored(on_fault);
+        let desired = Desired { component, config, state_namespace, budget, handover, on_fault, if_generation };
         self.compile_first(&slot, &desired, (!dry_run).then_some(actor))?;
         let _one = lock(&self.operations);
         if dry_run { self.try_out(slot, desired) } else { self.activate(slot, desired, actor, Why::Put) }
@@ -229,6 +233,7 @@ impl Deploy {
             state_namespace: None,
             budget: Budget::default(),
             handover: Handover::default(),
+            on_fault: OnFault::default(),
             revision: "native".into(),
             generation: 0,
         };
@@ -255,6 +260,7 @@ impl Deploy {
             state_namespace: target.state_namespace.clone().unwrap_or_else(|| slot.to_string()),
             budget: budget::shown(target.budget),
             handover: handover::shown(target.handover),
+            on_fault: on_fault::shown(target.on_fault),
             limits: (target.component != ComponentRef::Native).then(|| self.limits(slot, target.budget)).flatten(),
         }
     }

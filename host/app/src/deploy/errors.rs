@@ -88,6 +88,7 @@ pub(super) fn activate_error(error: ActivateError) -> AdminError {
         ActivateError::Refused { .. } => (AdminErrorKind::Refused, "config"),
         ActivateError::Budget(_) => (AdminErrorKind::Invalid, "budget"),
         ActivateError::NotHandedOver { .. } => (AdminErrorKind::Refused, "handover"),
+        ActivateError::NotClosable { .. } => (AdminErrorKind::Invalid, "on_fault"),
         ActivateError::NoNamespace => (AdminErrorKind::Conflict, "state_namespace"),
         _ => (AdminErrorKind::Refused, "component"),
     };

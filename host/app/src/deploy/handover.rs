@@ -1,8 +1,8 @@
 //! What a policy was handed by the one before it, in the vocabularies of the admin plane, the documents and the runtime, and as a
 //! line of the journal.
 //!
-//! `require` is for whoever activates: a rollback must not be refused by the policy that it takes back, and at a start there is
-//! nobody to hand over, so both start cold where they have to.
+//! `require` is for whoever activates: a rollback must not be refused by the policy that it takes back, nor wait long for it, and
+//! at a start there is nobody to hand over, so both start cold where they have to.
 
 use pointsman_control::{Handover, Happened, SlotName, Why};
 use pointsman_policy::{Handover as Rule, Inheritance};
@@ -30,7 +30,8 @@ pub(super) fn shown(handover: Handover) -> wire::Handover {
 /// What holds for an activation.
 pub(super) fn rule(handover: Handover, why: Why) -> Rule {
     match (handover, why) {
-        (Handover::Cold, _) | (_, Why::Rollback | Why::Start) => Rule::Cold,
+        (_, Why::Rollback) => Rule::Soon,
+        (Handover::Cold, _) | (_, Why::Start) => Rule::Cold,
         (Handover::Require, _) => Rule::Require,
     }
 }

@@ -13,6 +13,7 @@ mod deed;
 mod errors;
 mod handover;
 mod intake;
+mod on_fault;
 pub(crate) mod rollout;
 mod safe_mode;
 #[cfg(test)]
@@ -305,7 +306,7 @@ impl Deploy {
     fn start_fresh(&self, slot: SlotName, section: &SlotSection) {
         let config = serde_json::to_string(&section.config).unwrap_or_else(|_| "{}".into());
         let started = self.resolve(&section.component).and_then(|component| {
-            let desired = Desired { component, config, ..Desired::default() };
+            let desired = Desired { component, config, on_fault: section.on_fault, ..Desired::default() };
             self.activate(slot.clone(), desired, "startup", Why::Start)
         });
         if let Err(error) = started {

@@ -26,7 +26,7 @@ use crate::clock::seconds;
 use super::activate::Ready;
 use super::admin::parse_slot;
 use super::errors::{conflict, internal, invalid, not_found, plan_error};
-use super::{Deploy, Failed, budget, handover, lock};
+use super::{Deploy, Failed, budget, handover, lock, on_fault};
 
 /// The actor of what a rollout does by its own rules.
 pub(crate) const ACTOR: &str = "rollout";
@@ -293,14 +293,16 @@ impl Deploy {
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::StartRollout { component, config, state_namespace, budget, handover, if_generation, plan } = request;
+        let wire::StartRollout { component, config, state_namespace, budget, handover, on_fault, if_generation, plan } =
+            request;
         let plan: Plan = serde_json::from_str(&plan).map_err(|error| invalid(format!("the plan: {error}")))?;
         let spec = plan.spec(self.clock.random());
         spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
         let component = self.component_of(&component, actor)?;
         let config = config.get().to_owned();
         let (budget, handover) = (budget::stored(budget), handover::stored(handover));
-        let desired = Desired { component, config, state_namespace, budget, handover, if_generation };
+        let on_fault = on_fault::stored(on_fault);
+        let desired = Desired { component, config, state_namespace, budget, handover, on_fault, if_generation };
         self.check_measurable().and_then(|()| self.compile_first(&slot, &desired, Some(actor)))?;
         let _one = lock(&self.operations);
         self.check_changeable(Some(&slot)).and_then(|()| self.check_measurable())?;

@@ -50,6 +50,7 @@ fn put(component: &str) -> wire::PutSlot {
         state_namespace: None,
         budget: wire::Budget::default(),
         handover: wire::Handover::default(),
+        on_fault: wire::OnFault::default(),
         dry_run: false,
     }
 }
@@ -81,6 +82,7 @@ fn an_abort_takes_the_candidate_off_at_once_and_answers_when_it_is_stored() {
                 budget: wire::Budget::default(),
                 handover: wire::Handover::default(),
                 if_generation: None,
+                on_fault: wire::OnFault::default(),
                 plan,
             };
             deploy.start_rollout("router", rollout, "t").expect("a rollout");

@@ -49,6 +49,9 @@ impl Scheduler {
     pub fn review_cache(&mut self, now: Micros, policy: &mut dyn RetentionPolicy) {
         // Also where nothing is cached: a policy that was swapped out is left here.
         let attention = policy.attend(now);
+        if attention == Attention::Busy {
+            return;
+        }
         if attention != Attention::Following {
             self.kv.forget_ranking();
             self.review.named.clear();

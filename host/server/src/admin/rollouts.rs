@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use super::aliases::{check_variant, variants_of};
 use super::guard::Actor;
 use super::places::Kind;
-use super::slots::{MAX_PUT_BYTES, budget, config, handover, member};
+use super::slots::{MAX_PUT_BYTES, budget, config, handover, member, on_fault};
 use super::wire::{StartAliasRollout, StartRollout, Steer};
 use super::{blocking, list};
 use crate::error::ApiError;
@@ -180,6 +180,9 @@ async fn steer<S: Subject>(
     Ok(json(&blocking(&state, kind, move |state| S::steer(state, (&name, &id), steer, &actor)).await?))
 }
 
+/// What is not the plan's.
+const OWN_MEMBERS: [&str; 6] = ["component", "state_namespace", "budget", "handover", "on_fault", "if_generation"];
+
 fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     let mut members: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(body).map_err(ApiError::Json)?;
     let component: Option<String> = member(&members, "component", "a string")?;
@@ -189,13 +192,12 @@ fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     })?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
     let budget = budget(&members)?;
-    let handover = handover(&members)?;
+    let (handover, on_fault) = (handover(&members)?, on_fault(&members)?);
     let if_generation = member(&members, "if_generation", "a generation")?;
     let config = config(&mut members)?;
-    let own = ["component", "state_namespace", "budget", "handover", "if_generation"];
-    members.retain(|name, _| !own.contains(&name.as_str()));
+    members.retain(|name, _| !OWN_MEMBERS.contains(&name.as_str()));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartRollout { component, config, state_namespace, budget, handover, if_generation, plan })
+    Ok(StartRollout { component, config, state_namespace, budget, handover, on_fault, if_generation, plan })
 }
 
 fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {

@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 
 use super::guard::Actor;
 use super::places::Kind;
-use super::wire::{Budget, Handover, PutSlot};
+use super::wire::{Budget, Handover, OnFault, PutSlot};
 use super::{blocking, blocking_in, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
@@ -23,8 +23,8 @@ use crate::ports::Upload;
 use crate::state::ServerState;
 
 /// Members of the body of a `PUT`.
-const PUT_MEMBERS: [&str; 7] =
-    ["component", "config", "if_generation", "state_namespace", "budget", "handover", "dry_run"];
+const PUT_MEMBERS: [&str; 8] =
+    ["component", "config", "if_generation", "state_namespace", "budget", "handover", "on_fault", "dry_run"];
 
 /// Longest body of a `PUT`: a config of 1 MiB.
 pub(super) const MAX_PUT_BYTES: usize = 1 << 20;
@@ -177,10 +177,10 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     let if_generation = member(&members, "if_generation", "a generation")?;
     let state_namespace = member(&members, "state_namespace", "a string")?;
     let budget = budget(&members)?;
-    let handover = handover(&members)?;
+    let (handover, on_fault) = (handover(&members)?, on_fault(&members)?);
     let dry_run = member(&members, "dry_run", "true or false")?.unwrap_or(false);
     let config = config(&mut members)?;
-    Ok(PutSlot { component, config, if_generation, state_namespace, budget, handover, dry_run })
+    Ok(PutSlot { component, config, if_generation, state_namespace, budget, handover, on_fault, dry_run })
 }
 
 /// The policy's own limits; none for `null`.
@@ -192,6 +192,11 @@ pub(super) fn budget(members: &BTreeMap<String, Box<RawValue>>) -> Result<Budget
 /// Whether the policy may start cold; it may for none.
 pub(super) fn handover(members: &BTreeMap<String, Box<RawValue>>) -> Result<Handover, ApiError> {
     Ok(member(members, "handover", "`cold` or `require`")?.unwrap_or_default())
+}
+
+/// Whether requests go on without a sampler that faults; they do for none.
+pub(super) fn on_fault(members: &BTreeMap<String, Box<RawValue>>) -> Result<OnFault, ApiError> {
+    Ok(member(members, "on_fault", "`open` or `closed`")?.unwrap_or_default())
 }
 
 /// The config as the text that it is; `{}` for none.
@@ -256,6 +261,7 @@ mod tests {
                 "`budget` must be an object of soft_us, hard_ms and memory_mib",
             ),
             (br#"{"component": "x", "handover": "warm"}"#, "`handover` must be `cold` or `require`, found \"warm\""),
+            (br#"{"component": "x", "on_fault": true}"#, "`on_fault` must be `open` or `closed`, found true"),
             (br#"{"component": "x", "budget": {"hard_ms": -1}}"#, "found {\"hard_ms\": -1}"),
         ] {
             let error = parse_put(body).expect_err(expect).to_string();

@@ -91,6 +91,9 @@ pub struct SlotRevision {
     /// Whether it might start without what the policy before it knew.
     #[serde(skip_serializing_if = "Handover::is_cold")]
     pub handover: Handover,
+    /// Whether requests go on without it where it faults; of a sampler.
+    #[serde(skip_serializing_if = "OnFault::is_open")]
+    pub on_fault: OnFault,
     /// The limits that hold; absent for native, which has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
@@ -105,6 +108,17 @@ pub enum Handover {
     Cold,
     /// It is refused then.
     Require,
+}
+
+/// What becomes of requests of which a sampler says nothing, because it has faulted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFault {
+    /// They go on.
+    #[default]
+    Open,
+    /// They are ended with an error.
+    Closed,
 }
 
 /// Limits that a slot's policy has of its own; what is absent stays as the host has it.
@@ -232,6 +246,8 @@ pub struct PutSlot {
     pub budget: Budget,
     /// Whether it may start cold.
     pub handover: Handover,
+    /// Whether requests go on without it.
+    pub on_fault: OnFault,
     /// Prepare it and publish nothing: says what would be wrong.
     pub dry_run: bool,
 }
@@ -251,6 +267,8 @@ pub struct StartRollout {
     pub handover: Handover,
     /// Refuse unless this generation is active.
     pub if_generation: Option<u64>,
+    /// Whether requests go on without it.
+    pub on_fault: OnFault,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }
@@ -285,6 +303,12 @@ pub enum Steer {
 impl Handover {
     fn is_cold(&self) -> bool {
         *self == Self::Cold
+    }
+}
+
+impl OnFault {
+    fn is_open(&self) -> bool {
+        *self == Self::Open
     }
 }
 

@@ -232,6 +232,7 @@ impl Held {
             match word {
                 Word::Leave | Word::Free => drop(held.remove(&id)),
                 Word::Keep => {}
+                Word::End => drop(held.insert(id, json!({ "end": [] }))),
                 Word::Edit(_) => drop(held.insert(id, json!(WordSeen(word.clone())))),
             }
             about.insert(id, held.get(&id).cloned().unwrap_or_default());

@@ -156,7 +156,7 @@ impl Host {
         out: &mut StepOutput,
         look: impl Fn(&StepPlan),
     ) -> Vec<u64> {
-        self.desk.attend(self.now, &self.scheduler);
+        self.attend();
         self.scheduler.review_cache(self.now, &mut *self.retention);
         let (ended, desk) = (&mut self.ended, &mut self.desk);
         let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))
@@ -176,10 +176,20 @@ impl Host {
         let mut observe = |event| note((&mut *ended, &mut *desk), event);
         self.scheduler.complete(self.now, out, &mut observe);
         for (id, error) in failed {
-            self.scheduler.fail(id, error.into(), self.now, &mut observe);
+            self.scheduler.fail(id, error, self.now, &mut observe);
         }
         self.desk.hand_over(self.now);
         self.scheduler.assert_consistent();
+    }
+
+    /// What the driver does first: what the sampler has said holds from here on.
+    fn attend(&mut self) {
+        self.desk.attend(self.now, &self.scheduler);
+        for (id, failure) in self.desk.take_failed() {
+            let (ended, desk) = (&mut self.ended, &mut self.desk);
+            let observe = &mut |event| note((&mut *ended, &mut *desk), event);
+            self.scheduler.fail(id, failure, self.now, observe);
+        }
     }
 
     /// The step in flight fails, and leaves garbage in every block that it could touch.
@@ -200,7 +210,7 @@ impl Host {
 
     /// A whole step, with a look at its plan.
     pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
-        self.desk.attend(self.now, &self.scheduler);
+        self.attend();
         self.scheduler.review_cache(self.now, &mut *self.retention);
         let (ended, desk) = (&mut self.ended, &mut self.desk);
         let plan = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))?;

@@ -7,7 +7,7 @@ use crate::batch::NativeBatch;
 use crate::config::Config;
 use crate::execute::{ExecuteError, StepOutput};
 use crate::ids::{Micros, RequestId};
-use crate::request::{CancelCause, FinishReason, Request, SinkEvent};
+use crate::request::{CancelCause, Failure, FinishReason, Request, SinkEvent};
 use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Started, Word};
 
 use super::model::{Host, VOCABULARY, reference};
@@ -28,6 +28,8 @@ struct Guest {
     batch: Option<Batch>,
     waits: u32,
     ended: Vec<u64>,
+    /// Nobody can say anything of even requests any more.
+    refuses: bool,
     /// Another guest takes over with the next reply: it forbids what the one before dictated.
     renews: bool,
 }
@@ -70,7 +72,10 @@ impl Guest {
             self.history.entry(id.0).or_default().push(token);
             words.push((id, wanted(id.0, seen.len())));
         }
-        for (id, word) in &words {
+        for (id, word) in &mut words {
+            if self.refuses && id.0.is_multiple_of(2) {
+                *word = Word::End;
+            }
             if *word == Word::Leave {
                 self.seen.remove(&id.0);
             }
@@ -125,6 +130,7 @@ fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
         batch: None,
         waits: 0,
         ended: Vec::new(),
+        refuses: false,
         renews: false,
     };
     let guest = Arc::new(Mutex::new(guest));
@@ -251,6 +257,26 @@ fn a_withheld_row_can_be_cancelled_and_freed() {
     host.run_until_idle(&mut NativeBatch);
     assert_eq!(host.tokens(4)[1..], dictated(4, 24)[1..]);
     assert!(host.tokens(2).is_empty(), "it never got one");
+}
+
+#[test]
+fn a_request_of_which_nobody_can_say_anything_gets_no_more_token_and_ends() {
+    for early in [true, false] {
+        let (mut host, guest) = host(CONFIG, early);
+        host.submit(request(2, 5, 6));
+        host.submit(request(1, 5, 6));
+        steps(&mut host, 2);
+        guest.lock().expect("one thread").refuses = true;
+        // Known from the start, and new.
+        host.submit(request(4, 5, 6));
+        host.run_until_idle(&mut NativeBatch);
+        let (known, fresh) = (host.sent(2).events, host.sent(4).events);
+        let tokens = host.tokens(2);
+        assert_eq!(tokens, dictated(2, tokens.len()), "early: {early}: none without the policy");
+        assert!(tokens.len() < 6 && known.last() == Some(&SinkEvent::Failed(Failure::Unanswered)), "{known:?}");
+        assert_eq!((host.tokens(4), fresh.last()), (vec![], Some(&SinkEvent::Failed(Failure::Unanswered))));
+        assert_eq!(host.tokens(1).len(), 6, "another one goes on");
+    }
 }
 
 #[test]
