@@ -10,6 +10,7 @@ mod embeddings;
 mod explain;
 mod handover;
 mod kills;
+mod models;
 mod oci;
 mod operate;
 mod restart;

@@ -71,7 +71,7 @@ pub(crate) struct ServeArgs {
     /// Address of the admin plane [default: 127.0.0.1:8081].
     #[arg(long, value_name = "ADDR")]
     pub admin: Option<SocketAddr>,
-    /// A model to serve besides the demo: a folder with config.json, safetensors and tokenizer.json.
+    /// A model to serve besides the demo: a folder with config.json, safetensors and tokenizer.json, or a .gguf file.
     #[arg(long, value_name = "[NAME=]PATH")]
     pub(crate) model: Vec<String>,
     /// Device to serve on: cpu, cuda:N, auto for the GPUs that there are, or null[:US] to compute nothing and measure the

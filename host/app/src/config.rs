@@ -50,7 +50,7 @@ pub(crate) struct Config {
     pub slots: BTreeMap<String, SlotSection>,
     /// What the operator says of replicas, by name, as in `demo:f16@cpu`.
     pub replicas: BTreeMap<String, ReplicaSection>,
-    /// Extra models: name to folder (config.json, safetensors, tokenizer.json).
+    /// Extra models: name to folder (config.json, safetensors, tokenizer.json) or .gguf file.
     pub(crate) models: BTreeMap<String, PathBuf>,
     pub log: LogSection,
 }

@@ -1,7 +1,10 @@
 //! Models on disk or in the binary become variants with a replica on every device that serves.
 //!
-//! A model folder is a Hugging Face folder. The embedded demo is served as the variants `demo:f16` and `demo:q8_0` under the
-//! alias `demo`, the second quantised at load from the first; every other model in the configured precisions, a variant each.
+//! A model is a Hugging Face folder or one GGUF file. The embedded demo is served as the variants `demo:f16` and `demo:q8_0`
+//! under the alias `demo`, the second quantised at load from the first; every other model in the configured precisions, a
+//! variant each.
+
+mod gguf;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -83,10 +86,12 @@ impl std::fmt::Debug for LoadedReplica {
 /// The files of a model, wherever they come from.
 struct ModelFiles<'a> {
     name: &'a str,
-    config: &'a [u8],
+    spec: ModelSpec,
     text: TextFiles<'a>,
-    weights: Weights,
+    weights: &'a Weights,
     precisions: &'a [Precision],
+    /// What the variant is called that keeps the weights as they are stored.
+    stored: &'a str,
 }
 
 /// Where and when models are loaded.
@@ -164,11 +169,10 @@ impl<'a> Loader<'a> {
         }
         let precisions = precisions(&self.config.engine.precisions)?;
         for (name, path) in &self.config.models {
-            self.load_folder(name, path, &precisions)
-                .with_context(|| format!("model `{name}` in {}", path.display()))?;
+            self.load_path(name, path, &precisions).with_context(|| format!("model `{name}` in {}", path.display()))?;
         }
         if self.loaded.variants.is_empty() && self.loaded.encoders.is_empty() {
-            bail!("no model to serve: set engine.demo = true or add one with --model NAME=FOLDER");
+            bail!("no model to serve: set engine.demo = true or add one with --model NAME=PATH");
         }
         let replicas: Vec<&str> = self.loaded.replicas.iter().map(|r| &*r.replica.name).collect();
         if let Some(unknown) = self.config.replicas.keys().find(|name| !replicas.contains(&name.as_str())) {
@@ -178,50 +182,83 @@ impl<'a> Loader<'a> {
     }
 
     fn load_demo(&mut self) -> anyhow::Result<()> {
+        let eos = eos_token_ids(demo_file!("demo/config.json"));
         let text = TextFiles {
             tokenizer: demo_file!("tokenizer.json"),
             tokenizer_config: Some(demo_file!("tokenizer_config.json")),
             generation_config: Some(demo_file!("demo/generation_config.json")),
+            eos_token_ids: &eos,
             ..TextFiles::default()
         };
         self.load(ModelFiles {
             name: "demo",
-            config: demo_file!("demo/config.json"),
+            spec: ModelSpec::from_config(demo_file!("demo/config.json"))?,
             text,
-            weights: Weights::from_bytes(demo_file!("demo/model.safetensors"))?,
+            weights: &Weights::from_bytes(demo_file!("demo/model.safetensors"))?,
             precisions: &[Precision::F16, Precision::Q8_0],
+            stored: Precision::F16.name(),
         })?;
         self.load(ModelFiles {
             name: "demo-mini",
-            config: demo_file!("demo-mini/config.json"),
+            spec: ModelSpec::from_config(demo_file!("demo-mini/config.json"))?,
             text: TextFiles { generation_config: Some(demo_file!("demo-mini/generation_config.json")), ..text },
-            weights: Weights::from_bytes(demo_file!("demo-mini/model.safetensors"))?,
+            weights: &Weights::from_bytes(demo_file!("demo-mini/model.safetensors"))?,
             precisions: &[Precision::F16],
+            stored: Precision::F16.name(),
         })
     }
 
-    fn load_folder(&mut self, name: &str, folder: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
+    fn load_path(&mut self, name: &str, path: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
         let good = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
         if name.is_empty() || name.len() > 100 || !name.bytes().all(good) {
             bail!("a model's name has 1 to 100 letters, digits, `-`, `_`, `.` or `/`");
         }
+        match path.is_dir() {
+            true => self.load_folder(name, path, precisions),
+            false => self.load_gguf(name, path, precisions),
+        }
+    }
+
+    fn load_gguf(&mut self, name: &str, path: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
+        if path.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("gguf")) {
+            bail!("a model is a folder with config.json, safetensors and tokenizer.json, or a .gguf file");
+        }
+        let weights = Weights::open(path)?;
+        let spec = ModelSpec::from_gguf(&weights)?;
+        let vocabulary = gguf::vocabulary(&weights)?;
+        let (generation, template) = (gguf::generation_config(&weights), gguf::chat_template(&weights));
+        let text = TextFiles {
+            vocabulary: Some(&vocabulary),
+            generation_config: Some(generation.as_bytes()),
+            chat_template: template.as_deref(),
+            ..TextFiles::default()
+        };
+        let stored = weights.predominant();
+        self.load(ModelFiles { name, spec, text, weights: &weights, precisions, stored })
+    }
+
+    fn load_folder(&mut self, name: &str, folder: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
         let read = |file: &str| std::fs::read(folder.join(file)).with_context(|| format!("cannot read {file}"));
         let (config, tokenizer) = (read("config.json")?, read("tokenizer.json")?);
-        let tokenizer_config = read("tokenizer_config.json").ok();
-        let generation_config = read("generation_config.json").ok();
-        let chat_template = std::fs::read_to_string(folder.join("chat_template.jinja")).ok();
+        let may_lack = |file: &str| if folder.join(file).exists() { read(file).map(Some) } else { Ok(None) };
+        let tokenizer_config = may_lack("tokenizer_config.json")?;
+        let generation_config = may_lack("generation_config.json")?;
+        let chat_template = may_lack("chat_template.jinja")?.map(String::from_utf8).transpose();
+        let chat_template = chat_template.context("chat_template.jinja is not UTF-8")?;
+        let eos = eos_token_ids(&config);
         let text = TextFiles {
             tokenizer: &tokenizer,
             tokenizer_config: tokenizer_config.as_deref(),
             generation_config: generation_config.as_deref(),
             chat_template: chat_template.as_deref(),
-            eos_token_ids: &[],
+            eos_token_ids: &eos,
+            ..TextFiles::default()
         };
         if EncoderSpec::describes(&config) {
             return self.load_encoder(name, folder, &text);
         }
-        let weights = Weights::open(folder)?;
-        self.load(ModelFiles { name, config: &config, text, weights, precisions })
+        let (spec, weights) = (ModelSpec::from_config(&config)?, Weights::open(folder)?);
+        self.load(ModelFiles { name, spec, text, weights: &weights, precisions, stored: Precision::F16.name() })
     }
 
     /// A model for embeddings: on the CPU, whatever devices serve the others, with threads of its own.
@@ -268,13 +305,16 @@ impl<'a> Loader<'a> {
 
     fn load(&mut self, files: ModelFiles<'_>) -> anyhow::Result<()> {
         self.check_name(files.name)?;
-        let spec = ModelSpec::from_config(files.config)?;
-        let eos = eos_token_ids(files.config);
-        let text = Arc::new(TextModel::from_files(&TextFiles { eos_token_ids: &eos, ..files.text })?);
+        let ModelFiles { spec, weights, stored, .. } = files;
+        let text = Arc::new(TextModel::from_files(&files.text)?);
         check_vocabulary(&text, spec.vocab)?;
         for &precision in files.precisions {
-            let id: Arc<str> = format!("{}:{}", files.name, precision.name()).into();
-            let source = Source { id: &id, spec: &spec, weights: &files.weights, precision };
+            let suffix = if precision == Precision::F16 { stored } else { precision.name() };
+            let id: Arc<str> = format!("{}:{suffix}", files.name).into();
+            if self.loaded.variants.iter().any(|variant| variant.id == id) {
+                bail!("engine.precisions asks for {suffix}, which is how the file has it; leave one out");
+            }
+            let source = Source { id: &id, spec: &spec, weights, precision };
             self.add_variant(files.name, source, &text)?;
             self.to_come = self.to_come.saturating_sub(1);
         }

@@ -174,7 +174,8 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
             Some((name, path)) => (name.to_owned(), PathBuf::from(path)),
             None => {
                 let path = PathBuf::from(model);
-                let name = path.file_name().and_then(|n| n.to_str()).context("--model needs a NAME=FOLDER")?;
+                let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+                let name = name.and_then(|n| n.to_str()).context("--model needs a NAME=PATH")?;
                 (name.to_owned(), path)
             }
         };

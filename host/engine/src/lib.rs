@@ -15,5 +15,7 @@ pub use backend::cpu::{
     ComputePool, CpuEngine, Encoder, KvPlan, MemoryUse, Model, PoolError, Precision, UnknownPrecision,
 };
 pub use backend::{ConfigError, EngineConfig, cuda};
-pub use load::{GgufError, List, LoadError, Value, Weights};
-pub use spec::{Activation, EncoderSpec, Experts, ModelSpec, Naming, Pooling, Rope, RopeScaling, SpecError, Window};
+pub use load::{LoadError, Weights, gguf};
+pub use spec::{
+    Activation, EncoderSpec, Experts, FieldError, ModelSpec, Naming, Pooling, Rope, RopeScaling, SpecError, Window,
+};

@@ -1,10 +1,11 @@
 //! Weights as files give them: safetensors from memory, a mapped file or a sharded folder, or one GGUF file.
 //!
-//! A tensor is asked for by its name in Hugging Face checkpoints; [`names`] has what it is called in a GGUF file. Names, shapes and types are checked here, against what the model definition asks for, so that everything behind this
-//! module deals with numbers only. Files are mapped, not read: packing touches each byte once, and nothing stays resident.
+//! A tensor is asked for by its name in Hugging Face checkpoints; `names` has what it is called in a GGUF file. Names, shapes
+//! and types are checked here, against what the model definition asks for, so that everything behind this module deals with
+//! numbers only. Files are mapped, not read: packing touches each byte once, and nothing stays resident.
 
 mod elements;
-mod gguf;
+pub mod gguf;
 mod names;
 
 use std::borrow::Cow;
@@ -16,10 +17,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
-pub use self::gguf::{GgufError, List, Value};
-
 pub(crate) use self::elements::{Elements, Kind, scale_and_minimum};
-use self::gguf::Contents;
+use self::gguf::{Contents, GgufError, Value};
 use crate::backend::cuda;
 
 /// Tensors by name, in one file or several.
@@ -230,7 +229,11 @@ impl Weights {
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(&*self.name_of(name))
+        self.shape(name).is_some()
+    }
+
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(&*self.name_of(name)).map(|stored| &*stored.shape)
     }
 
     /// A tensor that must exist with this shape, in a supported type.
@@ -250,6 +253,18 @@ impl Weights {
             Some(element) => Err(LoadError::NotFinite { name, element }),
             None => Ok(elements),
         }
+    }
+
+    /// The type of most values, as in `q4_k`.
+    #[must_use]
+    pub fn predominant(&self) -> &'static str {
+        let mut bytes = BTreeMap::<Kind, usize>::new();
+        for stored in self.tensors.values() {
+            if let Ok(kind) = stored.kind {
+                *bytes.entry(kind).or_default() += stored.range.len() / kind.bytes() * kind.values();
+            }
+        }
+        bytes.into_iter().max_by_key(|(_, values)| *values).map_or("unknown", |(kind, _)| kind.name())
     }
 
     /// The type in which a model of this kind is stored: that of its embedding. `None` where a device has no such type.

@@ -1,17 +1,22 @@
 //! What distinguishes one decoder transformer from another, as data.
 //!
 //! Read in the order below: the description, then [`read`] (fields of a Hugging Face `config.json`), then `families` (what each
-//! architecture adds to the fields that all share). The reader accepts what the forward pass computes and refuses the rest
-//! by name: a field that would silently change the mathematics is an error here, never a wrong token later.
+//! architecture adds to the fields that all share), then `gguf` (the same fields from a GGUF file). The reader accepts what the
+//! forward pass computes and refuses the rest by name: a field that would silently change the mathematics is an error here,
+//! never a wrong token later.
 
 mod encoder;
 mod families;
+mod gguf;
 mod read;
 #[cfg(test)]
 mod tests;
 
 pub use encoder::{EncoderSpec, Pooling};
-pub use read::SpecError;
+pub use read::{FieldError, SpecError};
+
+use crate::load::Weights;
+use read::Fields;
 
 /// A decoder transformer: RMSNorm before each half, rotate-half RoPE, grouped-query attention, a gated feed-forward half.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +74,7 @@ pub struct ModelSpec {
 }
 
 /// Rotate-half positions.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
@@ -80,7 +85,7 @@ pub struct Rope {
 }
 
 /// How rotation frequencies are stretched.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -100,6 +105,8 @@ pub enum RopeScaling {
         /// Positions of the old context.
         old_context: f64,
     },
+    /// Each divided by a number of its own.
+    Divided(Vec<f32>),
 }
 
 /// Layers with a sliding window.
@@ -155,28 +162,29 @@ impl ModelSpec {
     /// # Errors
     /// The first field that is missing, impossible or not supported.
     pub fn from_config(json: &[u8]) -> Result<Self, SpecError> {
-        families::from_config(json)
+        families::from_fields(&Fields::parse(json)?).map_err(SpecError::Config)
+    }
+
+    /// Reads the metadata of a GGUF file.
+    ///
+    /// # Errors
+    /// The first value that is missing, impossible or not supported; weights that are not of a GGUF file have none.
+    pub fn from_gguf(weights: &Weights) -> Result<Self, SpecError> {
+        gguf::from_gguf(weights)
     }
 
     /// Checks that the kernels can serve these sizes.
-    ///
-    /// # Errors
-    /// The first size that does not fit.
-    pub fn checked(self) -> Result<Self, SpecError> {
+    fn checked(self) -> Result<Self, FieldError> {
         let q_dim = self.heads.saturating_mul(self.head_dim);
         if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             let expected = "a divisor of num_attention_heads";
-            return Err(SpecError::Invalid {
-                field: "num_key_value_heads",
-                found: self.kv_heads.to_string(),
-                expected,
-            });
+            return Err(read::invalid("num_key_value_heads", self.kv_heads, expected));
         }
         if let Some(Experts { count, per_token, .. }) = self.experts
             && per_token > count
         {
             let (field, expected) = ("num_experts_per_tok", "at most the number of experts");
-            return Err(SpecError::Invalid { field, found: per_token.to_string(), expected });
+            return Err(read::invalid(field, per_token, expected));
         }
         let dense = self.experts.iter().flat_map(|experts| experts.dense.iter().flatten());
         let multiples = [
@@ -188,7 +196,7 @@ impl ModelSpec {
         ];
         let multiples = multiples.into_iter().chain(dense.map(|&ffn| ("intermediate_size", ffn)));
         match multiples.into_iter().find(|&(_, found)| found == 0 || found % 32 != 0) {
-            Some((field, found)) => Err(read::unsupported(field, found.to_string(), "multiples of 32")),
+            Some((field, found)) => Err(read::unsupported(field, found, "multiples of 32")),
             None => Ok(self),
         }
     }
@@ -223,15 +231,16 @@ impl Rope {
     #[must_use]
     pub fn frequencies(&self) -> Vec<f64> {
         let plain = |i: usize| self.theta.powf(-2.0 * i as f64 / self.width as f64);
-        (0..self.width / 2).map(|i| self.scaling.apply(plain(i))).collect()
+        (0..self.width / 2).map(|i| self.scaling.apply(i, plain(i))).collect()
     }
 }
 
 impl RopeScaling {
-    fn apply(self, frequency: f64) -> f64 {
-        match self {
+    fn apply(&self, i: usize, frequency: f64) -> f64 {
+        match *self {
             Self::None => frequency,
             Self::Linear { factor } => frequency / factor,
+            Self::Divided(ref divisors) => frequency / f64::from(divisors[i]),
             Self::Llama3 { factor, low, high, old_context } => {
                 let turns = old_context * frequency / std::f64::consts::TAU;
                 let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);

@@ -10,7 +10,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::read::{Fields, SpecError, unsupported};
+use super::read::{FieldError, Fields, SpecError, invalid, unsupported};
 
 /// A BERT: learned positions, LayerNorm after each half, attention both ways, biases everywhere; and how its last hidden
 /// states become one vector.
@@ -96,11 +96,11 @@ impl EncoderSpec {
             }
             spec.max_tokens = sentence.max_seq_length.unwrap_or(spec.max_tokens).clamp(1, spec.max_tokens);
         }
-        spec.checked()
+        Ok(spec.checked()?)
     }
 
     /// Checks that the kernels can serve these sizes.
-    fn checked(self) -> Result<Self, SpecError> {
+    fn checked(self) -> Result<Self, FieldError> {
         let sizes = [("hidden_size", self.hidden), ("intermediate_size", self.ffn)];
         if let Some((field, found)) = sizes.into_iter().find(|(_, size)| !size.is_multiple_of(32)) {
             return Err(unsupported(field, found.to_string(), "multiples of 32"));
@@ -125,7 +125,7 @@ fn family(fields: &Fields) -> Option<&'static str> {
     FAMILIES.into_iter().find(|family| named.iter().any(|name| name == family))
 }
 
-fn from_config(fields: &Fields) -> Result<EncoderSpec, SpecError> {
+fn from_config(fields: &Fields) -> Result<EncoderSpec, FieldError> {
     const ACTIVATIONS: &str = "gelu, gelu_new, gelu_pytorch_tanh";
     fields.only("position_embedding_type", "absolute", |kind| kind == "absolute")?;
     fields.only("is_decoder", "false", |is| is == &Value::Bool(false))?;
@@ -143,7 +143,7 @@ fn from_config(fields: &Fields) -> Result<EncoderSpec, SpecError> {
     };
     if first_position >= positions {
         let expected = "more than pad_token_id + 1";
-        return Err(SpecError::Invalid { field: "max_position_embeddings", found: positions.to_string(), expected });
+        return Err(invalid("max_position_embeddings", positions, expected));
     }
     Ok(EncoderSpec {
         vocab: fields.size("vocab_size")?,

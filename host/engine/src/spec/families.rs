@@ -7,14 +7,14 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 
-use super::read::{Fields, SpecError, positive, unsupported};
+use super::read::{FieldError, Fields, invalid, missing, positive, unsupported};
 use super::{Activation, Experts, ModelSpec, Naming, Rope, RopeScaling, Window};
 
 /// An architecture by the name that `config.json` gives it.
 struct Family {
     architecture: &'static str,
     /// Sets what differs from a plain Llama.
-    differ: fn(&Fields, &mut ModelSpec) -> Result<(), SpecError>,
+    differ: fn(&Fields, &mut ModelSpec) -> Result<(), FieldError>,
 }
 
 const FAMILIES: &[Family] = &[
@@ -29,21 +29,23 @@ const FAMILIES: &[Family] = &[
     Family { architecture: "Gemma3ForCausalLM", differ: gemma3 },
 ];
 
+/// So that what is looked up for each pair of layers stays cheap whatever a file claims.
+const MAX_LAYERS: usize = 4096;
+
 /// Their names, for whoever brings another.
 static ARCHITECTURES: LazyLock<String> =
     LazyLock::new(|| FAMILIES.iter().map(|family| family.architecture).collect::<Vec<_>>().join(", "));
 
-pub(super) fn from_config(json: &[u8]) -> Result<ModelSpec, SpecError> {
-    let fields = Fields::parse(json)?;
-    let family = family(&fields)?;
+pub(super) fn from_fields(fields: &Fields) -> Result<ModelSpec, FieldError> {
+    let family = family(fields)?;
     fields.only("quantization_config", "null: F32, F16 or BF16 weights", |_| false)?;
-    let mut spec = shared(&fields)?;
-    (family.differ)(&fields, &mut spec)?;
+    let mut spec = shared(fields)?;
+    (family.differ)(fields, &mut spec)?;
     spec.checked()
 }
 
-fn family(fields: &Fields) -> Result<&'static Family, SpecError> {
-    let missing = SpecError::Missing { field: "architectures", expected: "a list of one name" };
+fn family(fields: &Fields) -> Result<&'static Family, FieldError> {
+    let missing = missing("architectures", "a list of one name");
     let found = fields.get("architectures").ok_or(missing)?;
     let known = match found {
         Value::Array(names) if names.len() == 1 => FAMILIES.iter().find(|family| names[0] == family.architecture),
@@ -53,8 +55,12 @@ fn family(fields: &Fields) -> Result<&'static Family, SpecError> {
 }
 
 /// What all families say in the same fields.
-fn shared(fields: &Fields) -> Result<ModelSpec, SpecError> {
+fn shared(fields: &Fields) -> Result<ModelSpec, FieldError> {
     let (hidden, heads) = (fields.size("hidden_size")?, fields.size("num_attention_heads")?);
+    let layers = fields.size("num_hidden_layers")?;
+    if layers > MAX_LAYERS {
+        return Err(invalid("num_hidden_layers", layers, "at most 4096"));
+    }
     let head_dim = fields.size_or("head_dim", hidden / heads)?;
     let activation = fields.get("hidden_activation").or_else(|| fields.get("hidden_act"));
     let activation = match activation.map(|name| (name, name.as_str())) {
@@ -70,7 +76,7 @@ fn shared(fields: &Fields) -> Result<ModelSpec, SpecError> {
     Ok(ModelSpec {
         vocab: fields.size("vocab_size")?,
         hidden,
-        layers: fields.size("num_hidden_layers")?,
+        layers,
         heads,
         kv_heads: fields.size_or("num_key_value_heads", heads)?,
         head_dim,
@@ -101,13 +107,13 @@ fn plain_rope(head_dim: usize) -> Rope {
 }
 
 /// Reads an object with `rope_type` and its parameters. The base may stand in it or beside it.
-fn rope(fields: &Fields, parameters: Option<&Value>, head_dim: usize) -> Result<Rope, SpecError> {
+fn rope(fields: &Fields, parameters: Option<&Value>, head_dim: usize) -> Result<Rope, FieldError> {
     const FIELD: &str = "rope_scaling";
     const SUPPORTED: &str = "null, or rope_type = default, linear or llama3";
     let get = |name: &str| parameters.and_then(|all| all.get(name)).filter(|value| !value.is_null());
     let number = |name: &'static str| match get(name) {
         Some(found) => positive(name, found),
-        None => Err(SpecError::Missing { field: name, expected: "a positive number in rope_scaling" }),
+        None => Err(missing(name, "a positive number in rope_scaling")),
     };
     let theta = match get("rope_theta") {
         Some(found) => positive("rope_theta", found)?,
@@ -129,7 +135,7 @@ fn rope(fields: &Fields, parameters: Option<&Value>, head_dim: usize) -> Result<
         && low >= high
     {
         let expected = "less than high_freq_factor";
-        return Err(SpecError::Invalid { field: "low_freq_factor", found: low.to_string(), expected });
+        return Err(invalid("low_freq_factor", low, expected));
     }
     let part = match get("partial_rotary_factor") {
         Some(found) => positive("partial_rotary_factor", found)?,
@@ -137,13 +143,13 @@ fn rope(fields: &Fields, parameters: Option<&Value>, head_dim: usize) -> Result<
     };
     if part > 1.0 {
         let expected = "a number above 0 and up to 1";
-        return Err(SpecError::Invalid { field: "partial_rotary_factor", found: part.to_string(), expected });
+        return Err(invalid("partial_rotary_factor", part, expected));
     }
     Ok(Rope { theta, width: (head_dim as f64 * part) as usize, scaling })
 }
 
 /// A window in the layers that `layer_types` names, or else in those for which `default` holds.
-fn window(fields: &Fields, spec: &mut ModelSpec, default: impl Fn(usize) -> bool) -> Result<(), SpecError> {
+fn window(fields: &Fields, spec: &mut ModelSpec, default: impl Fn(usize) -> bool) -> Result<(), FieldError> {
     let kinds = fields.names("layer_types", spec.layers)?;
     let layers: Vec<bool> = match &kinds {
         None => (0..spec.layers).map(default).collect(),
@@ -162,7 +168,7 @@ fn window(fields: &Fields, spec: &mut ModelSpec, default: impl Fn(usize) -> bool
 
 // === the families ===
 
-fn llama(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn llama(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     fields.only("mlp_bias", "false", |value| value == false)?;
     fields.only("sliding_window", "null", |_| false)?;
     let bias = fields.flag_or("attention_bias", false)?;
@@ -170,11 +176,11 @@ fn llama(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn mistral(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn mistral(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     window(fields, spec, |_| true)
 }
 
-fn mixtral(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn mixtral(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     mistral(fields, spec)?;
     spec.naming = Naming::Mixtral;
     spec.experts = Some(Experts {
@@ -186,13 +192,13 @@ fn mixtral(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn qwen2(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn qwen2(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     qwen_window(fields, spec)?;
     spec.qkv_bias = true;
     Ok(())
 }
 
-fn qwen3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn qwen3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     qwen_window(fields, spec)?;
     let bias = fields.flag_or("attention_bias", false)?;
     (spec.qkv_bias, spec.out_bias, spec.qk_norm) = (bias, bias, true);
@@ -200,7 +206,7 @@ fn qwen3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
 }
 
 /// Windows are off unless asked for, and then in the upper layers.
-fn qwen_window(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn qwen_window(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     if !fields.flag_or("use_sliding_window", false)? {
         return Ok(());
     }
@@ -208,7 +214,7 @@ fn qwen_window(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
     window(fields, spec, |layer| layer >= first)
 }
 
-fn qwen3_moe(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn qwen3_moe(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     qwen3(fields, spec)?;
     let only_dense = match fields.get("mlp_only_layers") {
         None => Vec::new(),
@@ -233,17 +239,17 @@ fn qwen3_moe(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn phi3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn phi3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     spec.naming = Naming::Packed;
     window(fields, spec, |_| true)
 }
 
-fn gemma2(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn gemma2(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     gemma(fields, spec)?;
     window(fields, spec, |layer| layer % 2 == 0)
 }
 
-fn gemma3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn gemma3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     gemma(fields, spec)?;
     spec.qk_norm = true;
     let every = fields.size_or("sliding_window_pattern", 6)?;
@@ -261,7 +267,7 @@ fn gemma3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn gemma(fields: &Fields, spec: &mut ModelSpec) -> Result<(), SpecError> {
+fn gemma(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     fields.only("attention_bias", "false", |value| value == false)?;
     fields.only("use_bidirectional_attention", "false", |value| value == false)?;
     if fields.get("hidden_activation").is_none() {

@@ -120,7 +120,7 @@ fn families_differ_where_they_do() {
     let mistral = serde_json::json!({"sliding_window": 16, "layer_types": kinds});
     assert_eq!(read("MistralForCausalLM", mistral).unwrap().window, Some(Window { positions: 16, layers }));
     let gemma = read("Gemma3ForCausalLM", serde_json::json!({"sliding_window": 16, "rope_theta": null})).unwrap();
-    assert_eq!((gemma.rope.theta, gemma.window_rope.unwrap().theta), (1_000_000.0, 10_000.0));
+    assert_eq!((gemma.rope.theta, gemma.window_rope.as_ref().unwrap().theta), (1_000_000.0, 10_000.0));
     assert!(gemma.has_window_rope(0) && gemma.qk_norm && gemma.post_norms);
 
     for (architecture, more, expect) in [
@@ -141,6 +141,17 @@ fn families_differ_where_they_do() {
         let error = read(architecture, more).unwrap_err().to_string();
         assert!(error.contains(expect), "{architecture}: {error}");
     }
+}
+
+#[test]
+fn smollm_is_a_llama() {
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": true,
+        "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9,
+        "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05, "rope_interleaved": false,
+        "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true, "vocab_size": 49152}"#;
+    let spec = ModelSpec::from_config(config.as_bytes()).unwrap();
+    assert_eq!((spec.head_dim, spec.q_dim(), spec.kv_dim(), spec.rope.theta), (64, 576, 192, 100_000.0));
 }
 
 #[test]

@@ -45,6 +45,12 @@ pub(crate) fn tensors(folder: &Path) -> Tensors {
 pub(crate) fn file(config: &Json, tensors: &Tensors, dtype: impl Fn(&str) -> GgmlDType) -> File {
     let arch = architecture(config);
     let mut file = File { metadata: metadata(arch, config), tensors: Vec::new() };
+    if config["rope_parameters"]["rope_type"] == "llama3" {
+        let divisors = divisors(config);
+        let bytes = divisors.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (name, sizes) = ("rope_freqs.weight".to_owned(), vec![divisors.len() as u64]);
+        file.tensors.push(Stored { name, sizes, kind: 0, bytes });
+    }
     for (name, (mut shape, values)) in joined(tensors) {
         let values = prepared(arch, config, &name, values);
         let name = renamed(arch, &name);
@@ -122,6 +128,26 @@ fn metadata(arch: &str, config: &Json) -> Vec<(String, Value)> {
         all.push((format!("{arch}.attention.sliding_window"), Value::U32(window)));
     }
     all
+}
+
+/// What rotation frequencies of Llama 3 are divided by, in 32 bits as the converter has them.
+fn divisors(config: &Json) -> Vec<f32> {
+    let rope = |field: &str| config["rope_parameters"][field].as_f64().unwrap() as f32;
+    let (factor, old) = (rope("factor"), rope("original_max_position_embeddings"));
+    let (low, high) = (rope("low_freq_factor"), rope("high_freq_factor"));
+    let width = config["head_dim"].as_u64().unwrap() as usize;
+    let divisor = |i: usize| {
+        let wave = std::f32::consts::TAU * rope("rope_theta").powf(2.0 * i as f32 / width as f32);
+        match wave {
+            _ if wave < old / high => 1.0,
+            _ if wave > old / low => factor,
+            _ => {
+                let smooth = (old / wave - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        }
+    };
+    (0..width / 2).map(divisor).collect()
 }
 
 /// All experts of a layer in one tensor.

@@ -11,6 +11,7 @@ mod stop;
 mod strftime;
 mod template;
 mod trie;
+mod vocabulary;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -23,6 +24,7 @@ use tokenizers::{PostProcessor as _, Tokenizer, TruncationDirection};
 pub use self::detokenize::Detokenizer;
 pub use self::stop::StopMatcher;
 pub use self::template::{ChatMessage, TemplateError, ToolStyle};
+pub use self::vocabulary::{Vocabulary, VocabularyError};
 
 use self::detokenize::ByteTable;
 use self::template::ChatTemplate;
@@ -32,6 +34,8 @@ use self::template::ChatTemplate;
 pub struct TextFiles<'a> {
     /// `tokenizer.json`.
     pub tokenizer: &'a [u8],
+    /// What takes its place in a GGUF file.
+    pub vocabulary: Option<&'a Vocabulary<'a>>,
     /// `tokenizer_config.json`: chat template, names of the special tokens.
     pub tokenizer_config: Option<&'a [u8]>,
     /// `generation_config.json`: sampling defaults, more stop tokens.
@@ -48,6 +52,9 @@ pub enum TextError {
     /// `tokenizer.json` is not one.
     #[error("tokenizer.json cannot be read: {0}")]
     Tokenizer(#[source] tokenizers::Error),
+    /// The vocabulary of a GGUF file is not one.
+    #[error(transparent)]
+    Vocabulary(#[from] VocabularyError),
     /// A JSON file is malformed.
     #[error("{file} cannot be read: {source}")]
     Json {
@@ -148,23 +155,29 @@ impl TextModel {
     /// # Errors
     /// Names the file that cannot be used.
     pub fn from_files(parts: &TextFiles<'_>) -> Result<Self, TextError> {
-        let mut tokenizer = Tokenizer::from_bytes(parts.tokenizer).map_err(TextError::Tokenizer)?;
+        let mut tokenizer = match parts.vocabulary {
+            Some(vocabulary) => vocabulary.tokenizer()?,
+            None => Tokenizer::from_bytes(parts.tokenizer).map_err(TextError::Tokenizer)?,
+        };
         // Some files keep what their training did: every text cut and padded to one length.
         tokenizer.with_padding(None).with_truncation(None).map_err(TextError::Tokenizer)?;
         let config: TokenizerConfig = json("tokenizer_config.json", parts.tokenizer_config)?;
         let generation: GenerationConfig = json("generation_config.json", parts.generation_config)?;
         let special = special_tokens(&tokenizer);
-        let eos = config.eos_token.as_ref().and_then(token_text).unwrap_or_default();
+        let ends = parts.vocabulary.map(|v| (v.text(v.bos), v.text(v.eos), v.stop_tokens()));
+        let (bos, eos, ends) = ends.unwrap_or_default();
+        let eos = config.eos_token.as_ref().and_then(token_text).or_else(|| eos.map(str::to_owned)).unwrap_or_default();
         let named = config.others.iter().filter(|(name, _)| name.ends_with("_token"));
         let mut tokens: BTreeMap<String, String> =
             named.filter_map(|(name, token)| Some((name.clone(), token_text(token)?))).collect();
         tokens.insert("eos_token".to_owned(), eos.clone());
-        tokens.entry("bos_token".to_owned()).or_default();
+        tokens.entry("bos_token".to_owned()).or_insert_with(|| bos.unwrap_or_default().to_owned());
         let source = parts.chat_template.map(str::to_owned).or_else(|| config.chat_template.and_then(template_source));
         let template = source.map(|source| ChatTemplate::new(&source, tokens)).transpose();
         let mut stop_tokens = parts.eos_token_ids.to_vec();
         stop_tokens.extend(generation.eos_token_id.as_ref().map(token_ids).unwrap_or_default());
         stop_tokens.extend(tokenizer.token_to_id(&eos));
+        stop_tokens.extend(ends);
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
         Ok(Self {
