@@ -205,7 +205,8 @@ impl SchedulerGuest {
     /// Sends the instance aside with what is new, and takes what came back from there.
     fn ask_aside(&mut self, now: Micros, budgets: &StepBudgets, changes: &Changes) -> Answered {
         let Self { resident, aside, view, .. } = self;
-        let Some(aside) = aside else { return Answered::Nothing };
+        // One question at a time, also of a caller who does not look whether it is busy: a second one would lose an instance.
+        let Some(aside) = aside.as_mut().filter(|aside| !aside.is_out()) else { return Answered::Nothing };
         aside.send(Task {
             owner: Arc::clone(&resident.owner),
             stay: Arc::clone(&resident.generation),
