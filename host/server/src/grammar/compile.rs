@@ -26,7 +26,7 @@ const MAX_WHY: usize = 300;
 /// itself in it.
 const WHITESPACE: &str = r"\x20|\x0D?\x0A[\x20\x09]{0,24}";
 
-/// What the work for one request may come to; a mask takes some 10 ms at the very most.
+/// What the work for one form, and for each of its masks, may come to.
 const LIMITS: ParserLimits = ParserLimits {
     max_items_in_row: 2_000,
     initial_lexer_fuel: 1_000_000,

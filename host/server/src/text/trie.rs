@@ -7,7 +7,7 @@ use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokR
 use super::TextModel;
 
 /// A factory of parsers over the tokens of a model; `None` for one without a token that ends a text. Special tokens are
-/// marked: no text matches them. Takes a second with a large vocabulary.
+/// marked: no text matches them. The work grows with the vocabulary: not for a thread that serves others.
 pub(super) fn factory(model: &TextModel) -> Option<ParserFactory> {
     let ends: Vec<u32> = model.stop_tokens().iter().copied().filter(|&id| id < model.vocabulary()).collect();
     let first = *ends.first()?;
