@@ -461,7 +461,7 @@ mod tests {
                 retention(Some(Ranking { evict: vec![], keep: vec![0] })),
                 r#""prefix":[18446744073709551615],"depth":[0],"children":[]"#,
             ),
-            (sampler(), r#""words":[[7,{"allow":[1,2]}],[6,{"bias":[[9,-0.1]]}],[5,"keep"],[4,"leave"]]"#),
+            (sampler(), r#""words":[[7,{"allow":[1,2]}],[6,{"bias":[[9,-0.1]]}],[5,"keep"],[4,"leave"],[3,"end"]]"#),
         ] {
             let text = serde_json::to_string(&line).expect("plain data");
             assert!(text.contains(holds), "{text}");
