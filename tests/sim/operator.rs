@@ -60,6 +60,8 @@ struct Operated {
     decides: u64,
     /// Whether that generation has the view and every change since.
     follows: bool,
+    /// Boundaries at which it was asked nothing.
+    busy: u64,
     /// Whether the view waits for the next question: no call is made but the one that is a half-open circuit's trial.
     waits: bool,
     /// Generation and health when last seen.
@@ -78,7 +80,8 @@ pub(crate) fn run_guests(seed: u64, cast: Cast, options: &Options) -> (Report, T
     let swap_ppm = rng.pick(&SWAP_PPM);
     let operator =
         Operator { host, slot: Arc::clone(&slot), cast, rng, swap_ppm, generation: 0, tally: Arc::clone(&tally) };
-    let operated = Operated { guest, operator, decides: 0, follows: false, waits: false, health: (0, Health::Closed) };
+    let operated =
+        Operated { guest, operator, decides: 0, follows: false, busy: 0, waits: false, health: (0, Health::Closed) };
     let report = run(seed, Box::new(operated), options);
     slot.publish_native(u64::MAX).expect("the newest generation");
     host.runtime.maintain();
@@ -170,12 +173,18 @@ impl Operated {
         let has_guest = &*before.revision != "native";
         let fell_back = self.operator.slot.status().fallbacks - before.fallbacks;
         self.decides = before.generation;
-        self.follows &= attention == Attention::Following;
+        // At a boundary at which it hands over or takes over it is asked nothing else; what it follows, it follows on.
+        self.follows &= attention == Attention::Following || (attention == Attention::Busy && !is_new);
         match attention {
             Attention::Native => {
                 assert!(!is_new || !has_guest, "a new generation does not serve its first step: {before:?}");
             }
-            Attention::Busy => panic!("no call is over such a budget: {before:?}"),
+            Attention::Busy => {
+                // An activation asks the one before for a snapshot and gives it to the next; no call is over such a budget.
+                self.busy += 1;
+                let refused = self.operator.tally.lock().expect("one thread").refused;
+                assert!(self.busy <= 2 * (before.swaps + refused + 1), "{} times busy: {before:?}", self.busy);
+            }
             Attention::Following => assert!(self.follows && !is_new, "it follows without a view: {before:?}"),
             Attention::NeedsView => assert!(has_guest, "native asks for nothing"),
         }

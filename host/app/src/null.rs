@@ -49,8 +49,11 @@ impl NullExecutor {
         let mut words = self.words[start..].iter().chain(&self.words[..start]).copied();
         let banned = |token: u32| sample.banned.as_ref().is_some_and(|banned| banned.contains(&token));
         let token = match edits.edit(row.request).as_deref() {
-            Some(Edit::Allow(allowed)) => allowed.iter().copied().find(|&token| !banned(token)),
-            Some(Edit::Only(set)) => set.tokens().find(|&token| !banned(token)),
+            // As in the engine, a ban that leaves nothing of what is allowed does not count.
+            Some(Edit::Allow(allowed)) => {
+                allowed.iter().copied().find(|&token| !banned(token)).or_else(|| allowed.first().copied())
+            }
+            Some(Edit::Only(set)) => set.tokens().find(|&token| !banned(token)).or_else(|| set.tokens().next()),
             Some(Edit::Forbid(forbidden)) => {
                 let free = |token: &u32| !banned(*token) && forbidden.binary_search(token).is_err();
                 words.find(free).or_else(|| (0..self.vocabulary).find(free))

@@ -11,6 +11,7 @@ mod mask;
 #[cfg(test)]
 mod tests;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -121,7 +122,10 @@ fn spawn<T: Send + 'static>(name: &str, inbox: Arc<Mutex<Receiver<T>>>, work: fn
     let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
     thread.spawn(move || {
         while let Ok(job) = next() {
-            work(job)
+            // A job that panics loses its own answer, and whoever waits for it is told so; the thread goes on.
+            if catch_unwind(AssertUnwindSafe(|| work(job))).is_err() {
+                tracing::error!("a job of the grammar engine ended in a panic");
+            }
         }
     })?;
     Ok(())

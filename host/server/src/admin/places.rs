@@ -18,21 +18,23 @@ pub(crate) enum Kind {
     Read,
     /// Waits for compilers, registries and other changes.
     Change,
-    /// Takes a policy off: abort, pause, rollback, removal, safe mode.
+    /// Takes a policy off at once: abort, pause, safe mode.
     Rescue,
+    /// Goes back once other changes are through: rollback, removal.
+    Return,
     /// Brings a component: it may be held in memory for as long as a slow client is given.
     Upload,
 }
 
 impl Kind {
     /// In the order of the variants.
-    const ALL: [Self; 4] = [Self::Read, Self::Change, Self::Rescue, Self::Upload];
+    const ALL: [Self; 5] = [Self::Read, Self::Change, Self::Rescue, Self::Return, Self::Upload];
 
     /// Calls at once; each may hold a thread that the data plane needs too.
     pub(crate) const fn places(self) -> usize {
         match self {
             Self::Read | Self::Change => 32,
-            Self::Rescue | Self::Upload => 8,
+            Self::Rescue | Self::Return | Self::Upload => 8,
         }
     }
 
@@ -40,7 +42,8 @@ impl Kind {
         match self {
             Self::Read => "reads",
             Self::Change => "changes",
-            Self::Rescue => "aborts, rollbacks and switches",
+            Self::Rescue => "aborts, pauses and switches",
+            Self::Return => "rollbacks and removals",
             Self::Upload => "uploads",
         }
     }

@@ -131,7 +131,7 @@ pub(super) async fn delete_slot(
     let Query(IfGeneration { if_generation }) =
         ask.map_err(|error| ApiError::invalid("if_generation", error.body_text()))?;
     let delete = move |state: &ServerState| state.policies.delete_slot(&slot, if_generation, &actor);
-    Ok(json(&blocking(&state, Kind::Rescue, delete).await?))
+    Ok(json(&blocking(&state, Kind::Return, delete).await?))
 }
 
 pub(super) async fn rollback(
@@ -146,7 +146,7 @@ pub(super) async fn rollback(
         false => from_json(&body)?,
     };
     let back = move |state: &ServerState| state.policies.rollback(&slot, if_generation, &actor);
-    Ok(json(&blocking(&state, Kind::Rescue, back).await?))
+    Ok(json(&blocking(&state, Kind::Return, back).await?))
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

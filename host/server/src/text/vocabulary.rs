@@ -271,6 +271,10 @@ impl Vocabulary<'_> {
             let splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
             let known = splits.filter(|(a, b)| vocab.contains_key(a) && vocab.contains_key(b));
             merges.extend(known.map(|(a, b)| (self.scores[id], a, b)));
+            if merges.len() > MAX_MERGES {
+                let (key, expected) = ("tokenizer.ggml.tokens", format!("tokens that make at most {MAX_MERGES} pairs"));
+                return Err(VocabularyError::Length { key, found: n, expected });
+            }
         }
         // Of equal scores the longer parts first, as Hugging Face's converter has them.
         let widths = |(_, a, b): &(f64, &str, &str)| (a.chars().count(), b.chars().count());
