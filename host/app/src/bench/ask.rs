@@ -138,8 +138,7 @@ impl Target {
         let request = self.request(Method::GET, url.parse()?, Bytes::new())?;
         let answer = tokio::time::timeout(self.timeout, self.client.request(request)).await??;
         let status = answer.status();
-        let body = Limited::new(answer, MAX_ANSWER).collect().await;
-        let body = body.map_err(|error| anyhow::anyhow!("{error}"))?.to_bytes();
+        let body = whole(answer).await?;
         if status != StatusCode::OK {
             bail!("GET {url}: {}", refused(status, &body));
         }
@@ -173,8 +172,7 @@ impl Target {
             return self.stream(answer, due).await;
         }
         let reason = answer.headers().get("x-pointsman-reason").and_then(|v| v.to_str().ok()).map(str::to_owned);
-        let body = Limited::new(answer, MAX_ANSWER).collect().await;
-        let body = body.map_err(|error| anyhow::anyhow!("{error}"))?.to_bytes();
+        let body = whole(answer).await?;
         Ok(match status {
             StatusCode::OK => {
                 let said: Said = serde_json::from_slice(&body).context("an answer that is not JSON")?;
@@ -255,6 +253,12 @@ impl Events {
             }
         }
     }
+}
+
+/// The whole body, up to a bound.
+async fn whole(answer: Response<hyper::body::Incoming>) -> anyhow::Result<Bytes> {
+    let body = Limited::new(answer, MAX_ANSWER).collect().await;
+    Ok(body.map_err(|error| anyhow::anyhow!("{error}"))?.to_bytes())
 }
 
 /// The innermost error: that of the connection, without the client's own frames around it.

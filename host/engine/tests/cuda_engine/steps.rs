@@ -280,19 +280,25 @@ fn rules_edits_and_log_probabilities_are_those_of_the_cpu() {
     }
 }
 
-#[test]
-fn a_lost_device_fails_its_steps_and_says_so() {
+/// An engine that launches every kernel by itself, and a step for it.
+fn without_graphs(device: ShimDevice) -> (CudaEngine, Step) {
     let spec = spec(64, true);
     let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
-    let Some(mut device) = ShimDevice::start() else { return };
-    // Enough launches for the start without graphs, and a few more.
-    device.fails_after = Some(400);
     let options = CudaOptions { form: Element::F32.into(), graphs: false };
-    let mut cuda =
-        CudaEngine::load(Box::new(device), (spec, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap();
+    let model = (spec, Source::Files(&weights));
+    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
     let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
     let mut step = Step::default();
     step.push(&sequence, 20, &Arc::default());
+    (cuda, step)
+}
+
+#[test]
+fn a_lost_device_fails_its_steps_and_says_so() {
+    let Some(mut device) = ShimDevice::start() else { return };
+    // Enough launches for the start without graphs, and a few more.
+    device.fails_after = Some(400);
+    let (mut cuda, step) = without_graphs(device);
     let fault = (0..40).find_map(|_| cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default()).err());
     let Some(ExecuteError::Device { what }) = fault else { panic!("{fault:?}") };
     assert!(what.contains("the device is lost") && what.contains("restart"), "{what}");
@@ -302,17 +308,10 @@ fn a_lost_device_fails_its_steps_and_says_so() {
 
 #[test]
 fn a_refused_launch_fails_one_step_and_leaves_nothing_under_way() {
-    let spec = spec(64, true);
-    let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
     let Some(mut device) = ShimDevice::start() else { return };
     // After the launches of the start, in the middle of the first steps.
     device.refuses = Some(400);
-    let options = CudaOptions { form: Element::F32.into(), graphs: false };
-    let mut cuda =
-        CudaEngine::load(Box::new(device), (spec, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap();
-    let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
-    let mut step = Step::default();
-    step.push(&sequence, 20, &Arc::default());
+    let (mut cuda, step) = without_graphs(device);
     let mut steps = || cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default());
     let outcomes: Vec<bool> = (0..40).map(|_| steps().is_ok()).collect();
     assert_eq!(outcomes.iter().filter(|is_ok| !**is_ok).count(), 1, "{outcomes:?}");

@@ -8,8 +8,9 @@ use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::fields::{Fields, mismatch, token_id};
-use super::generate::{Arrival, Collected, Head, Job, Running, tokenizing};
+use super::fields::Fields;
+use super::generate::{Arrival, Collected, Head, Job, Running};
+use super::inputs::{Holder, Input, read_each, token_ids};
 use super::logprobs::CompletionLogprobs;
 use super::params::Params;
 use super::{Usage, read_fields};
@@ -78,32 +79,14 @@ fn logprobs(fields: &mut Fields, echo: bool) -> Result<Option<u8>, ApiError> {
     Ok(wanted)
 }
 
-/// Reads and tokenizes the prompts: a string, strings, token ids, or lists of token ids.
+/// Reads and tokenizes the prompts.
 async fn prompts(value: Value, text: &Arc<TextModel>, limit: usize, echo: bool) -> Result<Vec<Prompt>, ApiError> {
-    let expect = "a string, an array of strings, an array of token ids, or an array of those";
-    let items = match value {
-        text @ Value::String(_) => vec![text],
-        Value::Array(items) if items.first().is_some_and(Value::is_number) => vec![Value::Array(items)],
-        Value::Array(items) if (1..=limit).contains(&items.len()) => items,
-        Value::Array(items) => {
-            let problem = format!("`prompt` must hold 1 to {limit} prompts, found {}", items.len());
-            return Err(ApiError::invalid("prompt", problem));
-        }
-        other => return Err(mismatch("prompt", expect, &other)),
-    };
-    let bytes = items.iter().map(|item| item.as_str().map_or(0, str::len)).sum();
-    let single = items.len() == 1;
     let text = Arc::clone(text);
-    tokenizing(bytes, move || {
-        let param = |i: usize| if single { "prompt".to_owned() } else { format!("prompt[{i}]") };
-        let one = |(i, item): (usize, Value)| match item {
-            Value::String(prompt) => text_prompt(&text, &param(i), prompt),
-            Value::Array(ids) => id_prompt(&text, &param(i), &ids, echo),
-            other => Err(mismatch(&param(i), expect, &other)),
-        };
-        items.into_iter().enumerate().map(one).collect()
-    })
-    .await
+    let read = move |param: String, input: Input| match input {
+        Input::Text(prompt) => text_prompt(&text, &param, prompt),
+        Input::Ids(ids) => id_prompt(&text, &param, &ids, echo),
+    };
+    read_each(value, Holder { param: "prompt", noun: "prompts", limit }, read).await
 }
 
 fn text_prompt(text: &TextModel, param: &str, prompt: String) -> Result<Prompt, ApiError> {
@@ -112,8 +95,7 @@ fn text_prompt(text: &TextModel, param: &str, prompt: String) -> Result<Prompt, 
 }
 
 fn id_prompt(text: &TextModel, param: &str, ids: &[Value], echo: bool) -> Result<Prompt, ApiError> {
-    let id = |(i, value): (usize, &Value)| token_id(&format!("{param}[{i}]"), value, text.vocabulary());
-    let tokens: Arc<[u32]> = ids.iter().enumerate().map(id).collect::<Result<_, _>>()?;
+    let tokens: Arc<[u32]> = token_ids(param, ids, text.vocabulary())?;
     let text = if echo { text.decode(&tokens, true) } else { String::new() };
     Ok(Prompt { tokens, text })
 }

@@ -22,8 +22,9 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
-use super::fields::{Fields, mismatch, token_id};
-use super::generate::{Arrival, Held, tokenizing};
+use super::fields::{Fields, mismatch};
+use super::generate::{Arrival, Held};
+use super::inputs::{Holder, Input, read_each, token_ids};
 use super::read_fields;
 use crate::admission::Permit;
 use crate::dispatch::record_rejection;
@@ -186,33 +187,14 @@ impl Asked {
         })
     }
 
-    /// Reads and tokenizes: a string, strings, token ids, or lists of token ids. Ids are taken as they are, texts get the
-    /// model's special tokens.
+    /// Reads and tokenizes. Ids are taken as they are, texts get the model's special tokens.
     async fn inputs(&self, value: Value) -> Result<Vec<Vec<u32>>, ApiError> {
-        let expect = "a string, an array of strings, an array of token ids, or an array of those";
-        let items = match value {
-            text @ Value::String(_) => vec![text],
-            Value::Array(items) if items.first().is_some_and(Value::is_number) => vec![Value::Array(items)],
-            Value::Array(items) if (1..=MAX_INPUTS).contains(&items.len()) => items,
-            Value::Array(items) => {
-                let problem = format!("`input` must hold 1 to {MAX_INPUTS} inputs, found {}", items.len());
-                return Err(ApiError::invalid("input", problem));
-            }
-            other => return Err(mismatch("input", expect, &other)),
-        };
-        let bytes = items.iter().map(|item| item.as_str().map_or(0, str::len)).sum();
-        let single = items.len() == 1;
         let (text, limit, cut) = (Arc::clone(&self.encoder.text), self.encoder.max_tokens, self.cut);
-        tokenizing(bytes, move || {
-            let param = |i: usize| if single { "input".to_owned() } else { format!("input[{i}]") };
-            let one = |(i, item): (usize, Value)| match item {
-                Value::String(input) => within(text_input(&text, &param(i), &input, cut)?, limit, param(i)),
-                Value::Array(ids) => within(id_input(&text, &param(i), &ids, cut)?, limit, param(i)),
-                other => Err(mismatch(&param(i), expect, &other)),
-            };
-            items.into_iter().enumerate().map(one).collect()
-        })
-        .await
+        let read = move |param: String, input: Input| match input {
+            Input::Text(input) => within(text_input(&text, &param, &input, cut)?, limit, param),
+            Input::Ids(ids) => within(id_input(&text, &param, &ids, cut)?, limit, param),
+        };
+        read_each(value, Holder { param: "input", noun: "inputs", limit: MAX_INPUTS }, read).await
     }
 }
 
@@ -246,8 +228,7 @@ fn text_input(text: &TextModel, param: &str, input: &str, cut: Option<u32>) -> R
 
 fn id_input(text: &TextModel, param: &str, ids: &[Value], cut: Option<u32>) -> Result<Vec<u32>, ApiError> {
     let ids = &ids[..cut.map_or(ids.len(), |limit| ids.len().min(limit as usize))];
-    let id = |(i, value): (usize, &Value)| token_id(&format!("{param}[{i}]"), value, text.vocabulary());
-    ids.iter().enumerate().map(id).collect()
+    token_ids(param, ids, text.vocabulary())
 }
 
 fn within(tokens: Vec<u32>, limit: u32, param: String) -> Result<Vec<u32>, ApiError> {

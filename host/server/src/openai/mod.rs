@@ -10,6 +10,7 @@ mod embeddings;
 mod fields;
 mod format;
 mod generate;
+mod inputs;
 mod logprobs;
 mod models;
 mod ndjson;

@@ -3,8 +3,9 @@
 use super::{Call, Case, Check, Rng, is_close};
 use crate::backend::cuda::element::Element;
 
-#[derive(Clone, Copy, Debug)]
-enum Epilogue {
+/// What becomes of a product, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Epilogue {
     Store,
     StoreFloat,
     AddFloat,
@@ -73,18 +74,23 @@ const SHAPES: [(Entry, [usize; 4]); 22] = [
     (GEMM_128, [128, 128, 64, 66]),
 ];
 
-struct Product<'a> {
-    element: Element,
-    entry: &'a Entry,
-    epilogue: Epilogue,
-    shape: [usize; 4],
-    biased: bool,
+/// What a product is made of beside its entry and its weights.
+pub(super) struct Product {
+    pub(super) element: Element,
+    pub(super) epilogue: Epilogue,
+    /// Live rows, rows of the bucket, k, `n_out`.
+    pub(super) shape: [usize; 4],
+    pub(super) biased: bool,
 }
 
-impl Product<'_> {
-    fn case(&self, rng: &mut Rng) -> Case {
-        let &Self { element, entry, epilogue, shape: [live, rows, k, n_out], biased } = self;
-        let w = element.random(rng, n_out * k);
+impl Epilogue {
+    pub(super) const ALL: [Self; 4] = [Store, StoreFloat, AddFloat, SiluMul];
+}
+
+impl Product {
+    /// Completes a call that has its weights, and says what must come of it; `w` are the numbers that the weights stand for.
+    pub(super) fn case(&self, call: Call, w: &[f64], what: String, rng: &mut Rng) -> Case {
+        let &Self { element, epilogue, shape: [live, rows, k, n_out], biased } = self;
         let x = element.random(rng, live * k);
         let bias = biased.then(|| element.random(rng, n_out));
         let residual = Element::F32.random(rng, live * n_out);
@@ -98,16 +104,12 @@ impl Product<'_> {
             AddFloat => dot(row, column) + residual[row * n_out + column],
             SiluMul => silu(dot(row, 2 * column)) * dot(row, 2 * column + 1),
         };
-        let width = if matches!(epilogue, SiluMul) { n_out / 2 } else { n_out };
+        let width = if epilogue == SiluMul { n_out / 2 } else { n_out };
         let expect: Vec<f64> = (0..live * width).map(|i| at(i / width, i % width)).collect();
         let to = if matches!(epilogue, Store | SiluMul) { element } else { Element::F32 };
-        let mut initial = if matches!(epilogue, AddFloat) { to.encode(&residual) } else { Vec::new() };
+        let mut initial = if epilogue == AddFloat { to.encode(&residual) } else { Vec::new() };
         initial.resize(rows * width * to.bytes(), super::POISON);
-        let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
-        let call = Call::typed(entry.name, element, grid, entry.block)
-            .shared(entry.shared)
-            .count(live)
-            .input(element, &w)
+        let call = call
             .input(element, &x)
             .maybe(element, bias.as_deref())
             .output(initial)
@@ -116,8 +118,17 @@ impl Product<'_> {
             .u32(epilogue as usize);
         // Sums are in float whatever the type, so a float result of exact inputs is as exact as that.
         let check: Check = Box::new(move |outs| is_close(to, to.tolerance(), &expect, &outs[0]));
-        let what = format!("{} {} {epilogue:?} {:?}", entry.name, element, self.shape);
         Case { what, call, check }
+    }
+
+    /// With whole weights.
+    fn whole(&self, entry: &Entry, rng: &mut Rng) -> Case {
+        let &Self { element, epilogue, shape: [live, rows, k, n_out], .. } = self;
+        let w = element.random(rng, n_out * k);
+        let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
+        let call = Call::typed(entry.name, element, grid, entry.block).shared(entry.shared).count(live);
+        let what = format!("{} {} {epilogue:?} {:?}", entry.name, element, self.shape);
+        self.case(call.input(element, &w), &w, what, rng)
     }
 }
 
@@ -127,13 +138,13 @@ pub fn cases(element: Element) -> Vec<Case> {
     let mut rng = Rng(3);
     let mut cases = Vec::new();
     for (entry, shape) in SHAPES.iter().filter(|(entry, _)| !entry.only_16_bit || element != Element::F32) {
-        for (i, epilogue) in [Store, StoreFloat, AddFloat, SiluMul].into_iter().enumerate() {
+        for (i, epilogue) in Epilogue::ALL.into_iter().enumerate() {
             let mut shape = *shape;
-            if matches!(epilogue, SiluMul) {
+            if epilogue == SiluMul {
                 shape[3] = shape[3].next_multiple_of(2);
             }
-            let product = Product { element, entry, epilogue, shape, biased: i % 2 == 1 };
-            cases.push(product.case(&mut rng));
+            let product = Product { element, epilogue, shape, biased: i % 2 == 1 };
+            cases.push(product.whole(entry, &mut rng));
         }
     }
     cases
@@ -145,7 +156,7 @@ pub fn large(element: Element) -> Vec<Case> {
     let mut rng = Rng(4);
     let exists = |(entry, _): &&(Entry, [usize; 4])| !entry.only_16_bit || element != Element::F32;
     let product = |(entry, shape): &'static (Entry, [usize; 4])| {
-        Product { element, entry, epilogue: StoreFloat, shape: *shape, biased: false }.case(&mut rng)
+        Product { element, epilogue: StoreFloat, shape: *shape, biased: false }.whole(entry, &mut rng)
     };
     LARGE.iter().filter(exists).map(product).collect()
 }

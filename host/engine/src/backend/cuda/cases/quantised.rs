@@ -6,7 +6,8 @@
 
 use half::f16;
 
-use super::{Call, Case, Check, POISON, Rng, is_close};
+use super::products::{Epilogue, Product};
+use super::{Call, Case, Check, Rng, is_close};
 use crate::backend::cuda::element::Element;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,52 +118,18 @@ fn e4m3(byte: u8) -> f64 {
     if byte & 128 == 0 { size } else { -size }
 }
 
-/// What becomes of a product, by its number.
-const STORE: usize = 0;
-const ADD_FLOAT: usize = 2;
-const SILU_MUL: usize = 3;
-
-fn product(element: Element, form: Form, (entry, shape): (Entry, [usize; 4]), epilogue: usize, rng: &mut Rng) -> Case {
-    let [live, rows, k, n_out] = shape;
+fn product(form: Form, entry: Entry, product: &Product, rng: &mut Rng) -> Case {
+    let &Product { element, epilogue, shape: [live, rows, k, n_out], .. } = product;
     let w = form.random(rng, n_out, k);
-    let rounded = |values: &[f64]| match (form, entry.rounds && element != Element::F32) {
-        (Q8, true) => element.decode(&element.encode(values)),
-        _ => values.to_vec(),
+    let values = match (form, entry.rounds && element != Element::F32) {
+        (Q8, true) => element.decode(&element.encode(&w.values)),
+        _ => w.values,
     };
-    let values = rounded(&w.values);
-    let x = element.random(rng, live * k);
-    let bias = (epilogue % 2 == 1).then(|| element.random(rng, n_out));
-    let residual = Element::F32.random(rng, live * n_out);
-    let dot = |row: usize, column: usize| {
-        let sum: f64 = (0..k).map(|i| x[row * k + i] * values[column * k + i]).sum();
-        sum + bias.as_ref().map_or(0.0, |bias| bias[column])
-    };
-    let silu = |v: f64| v / (1.0 + (-v).exp());
-    let at = |row: usize, column: usize| match epilogue {
-        ADD_FLOAT => dot(row, column) + residual[row * n_out + column],
-        SILU_MUL => silu(dot(row, 2 * column)) * dot(row, 2 * column + 1),
-        _ => dot(row, column),
-    };
-    let width = if epilogue == SILU_MUL { n_out / 2 } else { n_out };
-    let expect: Vec<f64> = (0..live * width).map(|i| at(i / width, i % width)).collect();
-    let to = if [STORE, SILU_MUL].contains(&epilogue) { element } else { Element::F32 };
-    let mut initial = if epilogue == ADD_FLOAT { to.encode(&residual) } else { Vec::new() };
-    initial.resize(rows * width * to.bytes(), POISON);
     let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
     let name = format!("{}_{}", entry.name, form.name());
-    let call = Call::typed(&name, element, grid, entry.block)
-        .shared(entry.shared)
-        .count(live)
-        .bytes(w.bytes)
-        .bytes(w.scales)
-        .input(element, &x)
-        .maybe(element, bias.as_deref())
-        .output(initial)
-        .u32(k)
-        .u32(n_out)
-        .u32(epilogue);
-    let check: Check = Box::new(move |outs| is_close(to, to.tolerance(), &expect, &outs[0]));
-    Case { what: format!("{name} {} epilogue {epilogue} {shape:?}", element.name()), call, check }
+    let call = Call::typed(&name, element, grid, entry.block).shared(entry.shared).count(live);
+    let what = format!("{name} {} {epilogue:?} {:?}", element.name(), product.shape);
+    product.case(call.bytes(w.bytes).bytes(w.scales), &values, what, rng)
 }
 
 fn embed(element: Element, form: Form, rng: &mut Rng) -> Case {
@@ -194,10 +161,12 @@ pub fn cases(element: Element) -> Vec<Case> {
         for (i, &(entry, mut shape)) in SHAPES.iter().enumerate().filter(|(_, (entry, _))| here(entry)) {
             // Each shape under two of the four epilogues, each entry under all.
             for epilogue in [i % 4, (i + 1 + i / 4 % 3) % 4] {
-                if epilogue == SILU_MUL {
+                let (epilogue, biased) = (Epilogue::ALL[epilogue], epilogue % 2 == 1);
+                if epilogue == Epilogue::SiluMul {
                     shape[3] = shape[3].next_multiple_of(2);
                 }
-                cases.push(product(element, form, (entry, shape), epilogue, &mut rng));
+                let with = Product { element, epilogue, shape, biased };
+                cases.push(product(form, entry, &with, &mut rng));
             }
         }
     }
