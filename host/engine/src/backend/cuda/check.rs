@@ -23,7 +23,7 @@ use super::weights::Source;
 use crate::backend::cpu::{ComputePool, CpuEngine, Model, Precision};
 use crate::backend::{ConfigError, EngineConfig};
 use crate::load::{LoadError, Weights};
-use crate::spec::{ModelSpec, SpecError};
+use crate::spec::{ModelSpec, Naming, SpecError};
 
 /// A model and the steps to compare on.
 #[derive(Clone, Debug)]
@@ -122,12 +122,27 @@ const VOCAB: usize = 1_003;
 /// Architecture, size of a head, query heads, key heads, and what else its `config.json` has.
 type Shape = (&'static str, usize, usize, usize, &'static str);
 
-const SHAPES: [Shape; 5] = [
+const SHAPES: [Shape; 8] = [
     ("LlamaForCausalLM", 32, 6, 2, ""),
     ("LlamaForCausalLM", 64, 8, 1, r#", "tie_word_embeddings": false"#),
     ("Qwen2ForCausalLM", 128, 4, 4, r#", "use_sliding_window": false"#),
     ("Qwen3ForCausalLM", 64, 12, 1, r#", "attention_bias": false"#),
     ("MistralForCausalLM", 64, 4, 2, r#", "sliding_window": 20"#),
+    ("Phi3ForCausalLM", 96, 2, 2, r#", "sliding_window": 30, "partial_rotary_factor": 0.67"#),
+    (
+        "Gemma2ForCausalLM",
+        256,
+        4,
+        2,
+        r#", "sliding_window": 20, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0"#,
+    ),
+    (
+        "Gemma3ForCausalLM",
+        128,
+        6,
+        1,
+        r#", "sliding_window": 20, "sliding_window_pattern": 2, "query_pre_attn_scalar": 2048"#,
+    ),
 ];
 
 fn config((architecture, head_dim, heads, kv_heads, more): Shape, context: usize) -> String {
@@ -444,11 +459,13 @@ fn random_weights(spec: &ModelSpec, element: Element, seed: u64) -> Result<Vec<u
     let of = |name: &str, shape: &[usize]| (format!("model.{name}"), shape.to_vec());
     let mut named = vec![of("embed_tokens.weight", &[spec.vocab, hidden]), of("norm.weight", &[hidden])];
     for layer in 0..spec.layers {
-        let parts: [(&str, &[usize], bool); 14] = [
+        let is_packed = spec.naming == Naming::Packed;
+        let parts: [(&str, &[usize], bool); 18] = [
             ("input_layernorm.weight", &[hidden], true),
-            ("self_attn.q_proj.weight", &[q_dim, hidden], true),
-            ("self_attn.k_proj.weight", &[kv_dim, hidden], true),
-            ("self_attn.v_proj.weight", &[kv_dim, hidden], true),
+            ("self_attn.qkv_proj.weight", &[q_dim + 2 * kv_dim, hidden], is_packed),
+            ("self_attn.q_proj.weight", &[q_dim, hidden], !is_packed),
+            ("self_attn.k_proj.weight", &[kv_dim, hidden], !is_packed),
+            ("self_attn.v_proj.weight", &[kv_dim, hidden], !is_packed),
             ("self_attn.q_proj.bias", &[q_dim], spec.qkv_bias),
             ("self_attn.k_proj.bias", &[kv_dim], spec.qkv_bias),
             ("self_attn.v_proj.bias", &[kv_dim], spec.qkv_bias),
@@ -456,8 +473,11 @@ fn random_weights(spec: &ModelSpec, element: Element, seed: u64) -> Result<Vec<u
             ("self_attn.k_norm.weight", &[spec.head_dim], spec.qk_norm),
             ("self_attn.o_proj.weight", &[hidden, q_dim], true),
             ("post_attention_layernorm.weight", &[hidden], true),
-            ("mlp.gate_proj.weight", &[ffn, hidden], true),
-            ("mlp.up_proj.weight", &[ffn, hidden], true),
+            ("pre_feedforward_layernorm.weight", &[hidden], spec.post_norms),
+            ("post_feedforward_layernorm.weight", &[hidden], spec.post_norms),
+            ("mlp.gate_up_proj.weight", &[2 * ffn, hidden], is_packed),
+            ("mlp.gate_proj.weight", &[ffn, hidden], !is_packed),
+            ("mlp.up_proj.weight", &[ffn, hidden], !is_packed),
             ("mlp.down_proj.weight", &[hidden, ffn], true),
         ];
         let here = parts.iter().filter(|(.., present)| *present);

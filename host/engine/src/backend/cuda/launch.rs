@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::element::{Element, Form};
 use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes};
-use crate::spec::ModelSpec;
+use crate::spec::{Activation, ModelSpec};
 
 /// What a product does with its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,7 @@ enum Epilogue {
     StoreF32 = 1,
     AddToF32 = 2,
     SiluMul = 3,
+    GeluMul = 4,
 }
 
 /// The kernels, in the order of their numbers on a device.
@@ -24,6 +25,7 @@ enum Epilogue {
 pub(crate) enum Kernel {
     Embed,
     RmsNorm,
+    NormAdd,
     RopeStore,
     Gemv1,
     Gemv2,
@@ -37,6 +39,7 @@ pub(crate) enum Kernel {
     DecodeAttention,
     Combine,
     PrefillAttention,
+    CapLogits,
     SampleRules,
     ArgmaxParts,
     SampleChoose,
@@ -100,9 +103,10 @@ struct Product {
 // === impl Kernel ===
 
 impl Kernel {
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Embed,
         Self::RmsNorm,
+        Self::NormAdd,
         Self::RopeStore,
         Self::Gemv1,
         Self::Gemv2,
@@ -116,6 +120,7 @@ impl Kernel {
         Self::DecodeAttention,
         Self::Combine,
         Self::PrefillAttention,
+        Self::CapLogits,
         Self::SampleRules,
         Self::ArgmaxParts,
         Self::SampleChoose,
@@ -164,6 +169,7 @@ impl Kernel {
         let name = match self {
             Self::Embed => "embed",
             Self::RmsNorm => "rms_norm",
+            Self::NormAdd => "norm_add",
             Self::RopeStore => "qk_rope_store",
             Self::Gemv1 => "gemv_b1",
             Self::Gemv2 => "gemv_b2",
@@ -179,6 +185,7 @@ impl Kernel {
             }
             Self::Combine => return format!("combine_d{head_dim}_{element}"),
             Self::PrefillAttention => return format!("prefill_attention_d{head_dim}_{element}"),
+            Self::CapLogits => return "cap_logits".to_owned(),
             Self::SampleRules => return "sample_rules".to_owned(),
             Self::ArgmaxParts => return "argmax_parts".to_owned(),
             Self::SampleChoose => return "sample_choose".to_owned(),
@@ -224,29 +231,37 @@ impl LaunchPlan {
         let table = Buffer::Embedding;
         let from = [input(N_TOKENS), input(inputs.tokens), Arg::At(table, 0)].into_iter();
         let scales = scales(sizes, table, vocab, hidden).filter(|_| tied);
-        let to = [Arg::At(Buffer::Residual, 0), u32_arg(hidden)];
+        let to = [Arg::At(Buffer::Residual, 0), u32_arg(hidden), Arg::F32(sizes.spec.embedding_scale)];
         self.push(Kernel::Embed, [extent.tokens, 1, 1], 256, from.chain(scales).chain(to));
         for layer in 0..sizes.spec.layers {
             self.attention_half(sizes, extent, layer);
             self.ffn_half(sizes, extent, layer);
         }
         if extent.sampled > 0 {
-            self.norm(sizes, (extent.sampled, N_SAMPLED), Some(inputs.pick), Buffer::FinalNorm);
-            let head = if tied { Buffer::Embedding } else { Buffer::Head };
-            self.product(
-                sizes,
-                &Product {
-                    count: N_SAMPLED,
-                    rows: extent.sampled,
-                    weight: head,
-                    bias: Arg::Null,
-                    x: Buffer::Normed,
-                    y: Buffer::Logits,
-                    k: hidden,
-                    n: vocab,
-                    epilogue: Epilogue::StoreF32,
-                },
-            );
+            self.head(sizes, extent.sampled, inputs.pick);
+        }
+    }
+
+    /// Logits of the picked rows.
+    fn head(&mut self, sizes: &Sizes, rows: usize, pick: u64) {
+        let ModelSpec { hidden, vocab, tied, .. } = sizes.spec;
+        self.norm(sizes, (rows, N_SAMPLED), Some(pick), Buffer::FinalNorm);
+        let product = Product {
+            count: N_SAMPLED,
+            rows,
+            weight: if tied { Buffer::Embedding } else { Buffer::Head },
+            bias: Arg::Null,
+            x: Buffer::Normed,
+            y: Buffer::Logits,
+            k: hidden,
+            n: vocab,
+            epilogue: Epilogue::StoreF32,
+        };
+        self.product(sizes, &product);
+        if let Some(cap) = sizes.spec.logit_cap {
+            let (n, logits) = (Arg::At(Buffer::StepInputs, N_SAMPLED), Arg::At(Buffer::Logits, 0));
+            let grid = [vocab.div_ceil(256), rows, 1];
+            self.push(Kernel::CapLogits, grid, 256, [n, logits, u32_arg(vocab), Arg::F32(cap)]);
         }
     }
 
@@ -282,16 +297,29 @@ impl LaunchPlan {
         } else {
             self.prefill_attention(sizes, extent, layer);
         }
-        self.product(
-            sizes,
-            &product(
-                (LayerPart::Out, LayerPart::OutBias),
-                Buffer::Mixed,
-                Buffer::Residual,
-                (spec.q_dim(), spec.hidden),
-                Epilogue::AddToF32,
-            ),
-        );
+        let (to, epilogue) = Self::half_ends(sizes);
+        let out = (LayerPart::Out, LayerPart::OutBias);
+        self.product(sizes, &product(out, Buffer::Mixed, to, (spec.q_dim(), spec.hidden), epilogue));
+        self.post_norm(sizes, extent.tokens, part(LayerPart::PostAttentionNorm));
+    }
+
+    /// Where the result of a half goes: to the residual stream, or to a norm on its way there.
+    fn half_ends(sizes: &Sizes) -> (Buffer, Epilogue) {
+        match sizes.spec.post_norms {
+            true => (Buffer::Normed, Epilogue::Store),
+            false => (Buffer::Residual, Epilogue::AddToF32),
+        }
+    }
+
+    /// Adds the norm of a half's result to the residual stream, in models that have one.
+    fn post_norm(&mut self, sizes: &Sizes, rows: usize, gain: Buffer) {
+        if !sizes.spec.post_norms {
+            return;
+        }
+        let (n, x, delta) = (Arg::At(Buffer::StepInputs, N_TOKENS), Buffer::Residual, Buffer::Normed);
+        let [eps, plus] = norm_scalars(&sizes.spec);
+        let [x, delta, gain] = [x, delta, gain].map(|buffer| Arg::At(buffer, 0));
+        self.push(Kernel::NormAdd, [rows, 1, 1], 256, [n, x, delta, gain, u32_arg(sizes.spec.hidden), eps, plus]);
     }
 
     fn ffn_half(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
@@ -308,23 +336,22 @@ impl LaunchPlan {
             y: Buffer::Ffn,
             k: spec.hidden,
             n: 2 * spec.ffn,
-            epilogue: Epilogue::SiluMul,
+            epilogue: match spec.activation {
+                Activation::Silu => Epilogue::SiluMul,
+                Activation::GeluTanh => Epilogue::GeluMul,
+            },
         };
         self.product(sizes, &up);
-        let down = Product {
-            weight: part(LayerPart::Down),
-            x: Buffer::Ffn,
-            y: Buffer::Residual,
-            k: spec.ffn,
-            n: spec.hidden,
-            epilogue: Epilogue::AddToF32,
-            ..up
-        };
+        let (y, epilogue) = Self::half_ends(sizes);
+        let down =
+            Product { weight: part(LayerPart::Down), x: Buffer::Ffn, y, k: spec.ffn, n: spec.hidden, epilogue, ..up };
         self.product(sizes, &down);
+        self.post_norm(sizes, rows, part(LayerPart::PostFfnNorm));
     }
 
     /// Norm of the residual stream, of all rows or of picked ones.
     fn norm(&mut self, sizes: &Sizes, (rows, count): (usize, u64), pick: Option<u64>, gain: Buffer) {
+        let [eps, plus] = norm_scalars(&sizes.spec);
         self.push(
             Kernel::RmsNorm,
             [rows, 1, 1],
@@ -336,7 +363,8 @@ impl LaunchPlan {
                 Arg::At(gain, 0),
                 Arg::At(Buffer::Normed, 0),
                 u32_arg(sizes.spec.hidden),
-                Arg::F32(sizes.spec.norm_eps),
+                eps,
+                plus,
             ],
         );
     }
@@ -362,6 +390,11 @@ impl LaunchPlan {
 
     fn rope_store(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
         let (spec, inputs) = (&sizes.spec, sizes.inputs(extent));
+        let [eps, plus] = norm_scalars(spec);
+        let (turns, rope) = match spec.window_rope.as_ref().filter(|_| spec.has_window_rope(layer)) {
+            Some(rope) => (Buffer::WindowRope, rope),
+            None => (Buffer::Rope, &spec.rope),
+        };
         let input = |at: u64| Arg::At(Buffer::StepInputs, at);
         self.push(
             Kernel::RopeStore,
@@ -374,10 +407,12 @@ impl LaunchPlan {
                 input(inputs.row_of),
                 input(inputs.tables),
                 u32_arg(sizes.max_blocks()),
-                Arg::At(Buffer::Rope, 0),
+                Arg::At(turns, 0),
+                u32_arg(rope.width),
                 optional(sizes, layer, LayerPart::QNorm),
                 optional(sizes, layer, LayerPart::KNorm),
-                Arg::F32(spec.norm_eps),
+                eps,
+                plus,
                 pages(sizes, layer),
                 Arg::U64(sizes.page_elements()),
                 u32_arg(spec.heads),
@@ -413,6 +448,7 @@ impl LaunchPlan {
                 u32_arg(sizes.config.block_tokens),
                 u32_arg(spec.window_of(layer).unwrap_or(0)),
                 Arg::F32(spec.score_scale),
+                Arg::F32(spec.score_cap.unwrap_or(0.0)),
             ],
         );
         if splits > 1 {
@@ -455,8 +491,17 @@ impl LaunchPlan {
                 u32_arg(sizes.config.block_tokens),
                 u32_arg(spec.window_of(layer).unwrap_or(0)),
                 Arg::F32(spec.score_scale),
+                Arg::F32(spec.score_cap.unwrap_or(0.0)),
             ],
         );
+        if let Some(launch) = self.launches.last_mut() {
+            launch.shared = Self::prefill_shared(sizes);
+        }
+    }
+
+    /// Attention with the widest heads has its keys and values in dynamic shared memory.
+    fn prefill_shared(sizes: &Sizes) -> u32 {
+        if sizes.spec.head_dim == 256 && sizes.form.element != Element::F32 { 65_536 } else { 0 }
     }
 
     /// From logits to tokens, for up to `rows` rows.
@@ -499,6 +544,11 @@ fn pages(sizes: &Sizes, layer: usize) -> Arg {
     Arg::At(Buffer::Kv, layer as u64 * sizes.layer_elements() * sizes.form.element.bytes() as u64)
 }
 
+/// What every norm adds to the mean square, and to its gains.
+fn norm_scalars(spec: &ModelSpec) -> [Arg; 2] {
+    [Arg::F32(spec.norm_eps), Arg::F32(if spec.norm_plus_one { 1.0 } else { 0.0 })]
+}
+
 /// A part of a layer that the model may not have.
 fn optional(sizes: &Sizes, layer: usize, part: LayerPart) -> Arg {
     if sizes.has(part) { Arg::At(Buffer::Layer(layer as u16, part), 0) } else { Arg::Null }
@@ -532,6 +582,31 @@ mod tests {
             },
             n_sms: 132,
         }
+    }
+
+    /// Of the size of Gemma-3-1B: wide heads, norms behind each half, two rotations, one key head.
+    fn gemma() -> Sizes {
+        let config = r#"{"architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "hidden_size": 1152,
+            "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+            "intermediate_size": 6912, "max_position_embeddings": 32768, "sliding_window": 512,
+            "final_logit_softcapping": 30.0}"#;
+        Sizes { spec: ModelSpec::from_config(config.as_bytes()).expect("a Gemma"), ..sizes(Element::Bf16) }
+    }
+
+    #[test]
+    fn a_gemma_has_its_norms_caps_and_rotations() {
+        let sizes = gemma();
+        let plan = launched(&sizes, Extent::decode(1));
+        let count = |kernel: Kernel| plan.launches.iter().filter(|launch| launch.kernel == kernel).count();
+        assert_eq!([Kernel::NormAdd, Kernel::RmsNorm, Kernel::CapLogits].map(count), [14, 15, 1]);
+        let turned = plan.launches.iter().filter(|launch| launch.kernel == Kernel::RopeStore);
+        let tables: Vec<Arg> = turned.map(|launch| plan.args_of(launch)[6]).collect();
+        let expect = (1..=7).map(|i| if i % 6 == 0 { Buffer::Rope } else { Buffer::WindowRope });
+        assert_eq!(tables, expect.map(|buffer| Arg::At(buffer, 0)).collect::<Vec<_>>());
+        assert_eq!(Kernel::DecodeAttention.entry(&sizes), "decode_attention_d256_g4_bf16");
+        let prefill = launched(&sizes, mixed(3, 700));
+        let shared = prefill.launches.iter().find(|launch| launch.kernel == Kernel::PrefillAttention);
+        assert_eq!(shared.map(|launch| launch.shared), Some(65_536));
     }
 
     fn mixed(rows: usize, tokens: usize) -> Extent {
@@ -614,10 +689,10 @@ mod tests {
         let qkv = tokens * (spec.q_dim() + 2 * spec.kv_dim()) as u64 * size;
         let tables = rows * sizes.max_blocks() as u64 * 4;
         let pages = (sizes.config.n_blocks as u64 - 1) * sizes.page_bytes() + sizes.layer_elements() * size;
-        let splits = u64::from(launch.grid[2]);
+        let (splits, logits) = (u64::from(launch.grid[2]), 4 * sampled * spec.vocab as u64);
         let lengths: Vec<u64> = match launch.kernel {
             Kernel::Embed => {
-                let hidden = u32_at(args.len() - 1);
+                let hidden = u32_at(args.len() - 2);
                 let table = match spec.tied {
                     true => matrix_spans(sizes.form, spec.vocab as u64, hidden),
                     false => vec![spec.vocab as u64 * hidden * size],
@@ -628,10 +703,15 @@ mod tests {
                 let (hidden, out) = (u32_at(5), u64::from(launch.grid[0]));
                 vec![4, 4 * tokens * hidden, 4 * out, hidden * size, out * hidden * size]
             }
-            Kernel::RopeStore => {
-                let rope = (sizes.config.context_tokens * spec.head_dim * 4) as u64;
-                vec![4, qkv, 4 * tokens, 4 * tokens, tables, 0, rope, 0, 0, 0, pages]
+            Kernel::NormAdd => {
+                let hidden = u32_at(4);
+                vec![4, 4 * tokens * hidden, tokens * hidden * size, hidden * size]
             }
+            Kernel::RopeStore => {
+                let rope = sizes.config.context_tokens as u64 * u32_at(7) * 4;
+                vec![4, qkv, 4 * tokens, 4 * tokens, tables, 0, rope, 0, 0, 0, 0, 0, pages]
+            }
+            Kernel::CapLogits => vec![4, 4 * sampled * u32_at(2)],
             Kernel::DecodeAttention => {
                 let part = rows * heads * splits;
                 let (out, part) = (rows * q_dim * size, [part * spec.head_dim as u64 * 4, part * 8]);
@@ -645,16 +725,11 @@ mod tests {
                 let tiles = 8 * extent.tiles as u64;
                 vec![4, tiles, qkv, pages, 0, tables, 0, 4 * (rows + 1), 4 * rows, tokens * q_dim * size]
             }
-            Kernel::SampleRules => {
-                let logits = 4 * sampled * spec.vocab as u64;
-                vec![4, 96 * sampled, logits, 0, 0, logits]
-            }
-            Kernel::ArgmaxParts => {
-                vec![4, 4 * sampled * spec.vocab as u64, 8 * sampled * u64::from(launch.grid[0])]
-            }
+            Kernel::SampleRules => vec![4, 96 * sampled, logits, 0, 0, logits],
+            Kernel::ArgmaxParts => vec![4, logits, 8 * sampled * u64::from(launch.grid[0])],
             Kernel::SampleChoose => {
                 let parts = 8 * sampled * u32_at(4);
-                vec![4, 96 * sampled, 4 * sampled * spec.vocab as u64, parts, 0, 4 * sampled, 168 * sampled]
+                vec![4, 96 * sampled, logits, parts, 0, 4 * sampled, 168 * sampled]
             }
             _ => {
                 let last = args.len() - 1;
@@ -662,7 +737,7 @@ mod tests {
                 let rows = if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens };
                 let y = match u32_at(last) {
                     0 => rows * n * size,
-                    3 => rows * n / 2 * size,
+                    3 | 4 => rows * n / 2 * size,
                     _ => rows * n * 4,
                 };
                 [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y]].concat()
@@ -678,7 +753,8 @@ mod tests {
             sizes
         };
         let plain = Element::ALL.map(sizes);
-        for sizes in plain.into_iter().chain([sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8))]) {
+        let more = [sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8)), gemma()];
+        for sizes in plain.into_iter().chain(more) {
             let pieces = sizes.pieces();
             let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain([mixed(3, 700), sizes.largest()]);
             for extent in extents {

@@ -8,7 +8,7 @@ use super::element::Form;
 use super::launch::{Extent, Kernel, LaunchPlan};
 use super::vram::{Footprint, GRAPH_NODE_BYTES};
 use crate::backend::EngineConfig;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, Rope};
 
 /// Buffers begin at multiples of this: more than any load of a kernel asks for.
 pub(crate) const ALIGN: u64 = 256;
@@ -37,6 +37,8 @@ pub(crate) enum Buffer {
     Head,
     FinalNorm,
     Rope,
+    /// Of layers with a window, where they turn by another.
+    WindowRope,
     Layer(u16, LayerPart),
     Kv,
     /// The residual stream, in `f32`.
@@ -69,9 +71,12 @@ pub(crate) enum LayerPart {
     Out,
     /// Where the model has one.
     OutBias,
+    /// Of the result of attention, and of the feed-forward half, where the model has them.
+    PostAttentionNorm,
     FfnNorm,
     GateUp,
     Down,
+    PostFfnNorm,
 }
 
 /// Whose memory it is.
@@ -123,8 +128,8 @@ pub(crate) const N_SAMPLED: u64 = 8;
 pub(crate) const N_TILES: u64 = 12;
 
 impl Buffer {
-    const LAYER_PARTS: usize = 10;
-    const OTHERS: usize = 18;
+    const LAYER_PARTS: usize = 12;
+    const OTHERS: usize = 19;
 
     /// A number below [`Buffer::count`].
     pub(crate) fn index(self) -> usize {
@@ -147,6 +152,7 @@ impl Buffer {
             Self::StepInputs => 15,
             Self::Rules => 16,
             Self::Outputs => 17,
+            Self::WindowRope => 18,
             Self::Layer(layer, part) => Self::OTHERS + usize::from(layer) * Self::LAYER_PARTS + part as usize,
         }
     }
@@ -172,7 +178,7 @@ impl Sizes {
     }
 
     fn weights(&self) -> Vec<Piece> {
-        let ModelSpec { vocab, hidden, layers, ffn, tied, head_dim, .. } = self.spec;
+        let ModelSpec { vocab, hidden, layers, ffn, tied, head_dim, ref rope, ref window_rope, .. } = self.spec;
         let (q_dim, kv_dim) = (self.spec.q_dim(), self.spec.kv_dim());
         let vector = |n: usize| ((n * self.form.element.bytes()) as u64, 0);
         let matrix = |rows, k| (self.form.numbers_bytes(rows, k), self.form.scales_bytes(rows, k));
@@ -180,13 +186,14 @@ impl Sizes {
             let owner = Owner::Weights;
             Piece { buffer, owner, bytes: numbers + scales, numbers }
         };
-        let rope = (self.config.context_tokens * head_dim * size_of::<f32>()) as u64;
+        let turns = |rope: &Rope| ((self.config.context_tokens * rope.width * size_of::<f32>()) as u64, 0);
         let mut pieces = vec![
             // One that is not the head, too, is read a row at a time: it stays as it is.
             piece(Buffer::Embedding, if tied { matrix(vocab, hidden) } else { vector(vocab * hidden) }),
             piece(Buffer::FinalNorm, vector(hidden)),
-            piece(Buffer::Rope, (rope, 0)),
+            piece(Buffer::Rope, turns(rope)),
         ];
+        pieces.extend(window_rope.as_ref().map(|rope| piece(Buffer::WindowRope, turns(rope))));
         if !tied {
             pieces.push(piece(Buffer::Head, matrix(vocab, hidden)));
         }
@@ -199,9 +206,11 @@ impl Sizes {
                 (LayerPart::KNorm, vector(head_dim)),
                 (LayerPart::Out, matrix(hidden, q_dim)),
                 (LayerPart::OutBias, vector(hidden)),
+                (LayerPart::PostAttentionNorm, vector(hidden)),
                 (LayerPart::FfnNorm, vector(hidden)),
                 (LayerPart::GateUp, matrix(2 * ffn, hidden)),
                 (LayerPart::Down, matrix(hidden, ffn)),
+                (LayerPart::PostFfnNorm, vector(hidden)),
             ];
             let here = parts.into_iter().filter(|(part, _)| self.has(*part));
             pieces.extend(here.map(|(part, bytes)| piece(Buffer::Layer(layer as u16, part), bytes)));
@@ -239,6 +248,7 @@ impl Sizes {
             LayerPart::QkvBias => self.spec.qkv_bias,
             LayerPart::OutBias => self.spec.out_bias,
             LayerPart::QNorm | LayerPart::KNorm => self.spec.qk_norm,
+            LayerPart::PostAttentionNorm | LayerPart::PostFfnNorm => self.spec.post_norms,
             _ => true,
         }
     }
@@ -256,7 +266,8 @@ impl Sizes {
 
     /// Query heads that a block of decode attention takes at most, so that keys are read once for all of them.
     pub(crate) fn cluster_heads(&self) -> usize {
-        if self.group() <= 4 { 4 } else { 8 }
+        // Eight wide heads would not fit a thread's registers.
+        if self.group() <= 4 || self.spec.head_dim > 128 { 4 } else { 8 }
     }
 
     /// Blocks of decode attention for a row that is not cut.

@@ -13,6 +13,7 @@ use super::layout::{Buffer, LayerPart, Owner, Sizes};
 use crate::backend::cpu::Precision;
 use crate::layers::GatedParts;
 use crate::load::{Elements, Kind, LoadError, Weights, quantise_fp8, quantise_q8_0};
+use crate::spec::Rope;
 
 /// Bytes that are converted at once.
 const PIECE: usize = 8 << 20;
@@ -68,7 +69,9 @@ impl<'a> Packer<'a> {
             Source::Files(weights) => self.files(weights, progress)?,
             Source::Random(seed) => self.random(seed, progress)?,
         }
-        self.rope()
+        let spec = &self.sizes.spec;
+        self.rope(Buffer::Rope, &spec.rope)?;
+        spec.window_rope.as_ref().map_or(Ok(()), |rope| self.rope(Buffer::WindowRope, rope))
     }
 
     fn files(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
@@ -118,7 +121,17 @@ impl<'a> Packer<'a> {
         let (hidden, ffn) = (self.sizes.spec.hidden, self.sizes.spec.ffn);
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}.weight"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
-        let mut done = self.vector(part(LayerPart::FfnNorm), &[get("post_attention_layernorm", &[hidden])?])?;
+        // The same name is of another norm in models that have two more.
+        let (norm, after) = match self.sizes.spec.post_norms {
+            true => ("pre_feedforward_layernorm", true),
+            false => ("post_attention_layernorm", false),
+        };
+        let mut done = self.vector(part(LayerPart::FfnNorm), &[get(norm, &[hidden])?])?;
+        if after {
+            let [attention, ffn] = ["post_attention_layernorm", "post_feedforward_layernorm"];
+            done += self.vector(part(LayerPart::PostAttentionNorm), &[get(attention, &[hidden])?])?;
+            done += self.vector(part(LayerPart::PostFfnNorm), &[get(ffn, &[hidden])?])?;
+        }
         let GatedParts { gate_up, down } = weights.dense(&self.sizes.spec, layer, ffn)?;
         done += self.matrix(part(LayerPart::GateUp), &gate_up, hidden, Join::Alternate)?;
         Ok(done + self.matrix(part(LayerPart::Down), &[down], ffn, Join::Below)?)
@@ -146,7 +159,7 @@ impl<'a> Packer<'a> {
         let (matrix, ones) = (plain(&numbers), plain(&ones));
         let mut done = 0;
         for laid in self.sizes.pieces() {
-            if laid.owner != Owner::Weights || laid.buffer == Buffer::Rope {
+            if laid.owner != Owner::Weights || matches!(laid.buffer, Buffer::Rope | Buffer::WindowRope) {
                 continue;
             }
             let from = match laid.buffer {
@@ -154,7 +167,8 @@ impl<'a> Packer<'a> {
                 Buffer::Layer(
                     _,
                     LayerPart::AttentionNorm | LayerPart::FfnNorm | LayerPart::QNorm | LayerPart::KNorm,
-                ) => &ones,
+                )
+                | Buffer::Layer(_, LayerPart::PostAttentionNorm | LayerPart::PostFfnNorm) => &ones,
                 Buffer::Layer(_, LayerPart::QkvBias | LayerPart::OutBias) => &matrix,
                 Buffer::Embedding if !self.sizes.spec.tied => &matrix,
                 _ => &quantised,
@@ -217,8 +231,8 @@ impl<'a> Packer<'a> {
     }
 
     /// Cosine and sine by position, made in `f64` as the CPU backend makes them.
-    fn rope(&mut self) -> Result<(), CudaError> {
-        let frequencies = self.sizes.spec.rope.frequencies();
+    fn rope(&mut self, buffer: Buffer, rope: &Rope) -> Result<(), CudaError> {
+        let frequencies = rope.frequencies();
         let mut at = 0;
         for position in 0..self.sizes.config.context_tokens {
             for frequency in &frequencies {
@@ -226,7 +240,7 @@ impl<'a> Packer<'a> {
                 self.piece.numbers.extend((angle.cos() as f32).to_le_bytes());
                 self.piece.numbers.extend((angle.sin() as f32).to_le_bytes());
             }
-            at = self.put(Buffer::Rope, at)?;
+            at = self.put(buffer, at)?;
         }
         Ok(())
     }

@@ -227,6 +227,8 @@ static inline unsigned float_to_f16(float v) {
 
 static inline unsigned floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
 
+static inline float reciprocal(float v) { return 1.0f / v; }
+
 static inline unsigned pick_bytes(unsigned low, unsigned high, unsigned which) {
     uint64_t all = (uint64_t)high << 32 | low;
     unsigned picked = 0;

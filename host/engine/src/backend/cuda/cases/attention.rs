@@ -11,6 +11,8 @@ struct Batch {
     d: usize,
     block_tokens: usize,
     window: usize,
+    /// Of scores; 0 is none.
+    cap: f64,
     /// Per row: all of its positions, and how many of them are computed in this step.
     rows: Vec<[usize; 2]>,
     max_blocks: usize,
@@ -27,11 +29,12 @@ struct Shape {
     d: usize,
     block_tokens: usize,
     window: usize,
+    cap: f64,
 }
 
 impl Batch {
     fn random(element: Element, shape: Shape, rows: &[[usize; 2]], rng: &mut Rng) -> Self {
-        let Shape { heads, kv_heads, d, block_tokens, window } = shape;
+        let Shape { heads, kv_heads, d, block_tokens, window, cap } = shape;
         let max_blocks = rows.iter().map(|row| row[0].div_ceil(block_tokens)).max().unwrap_or(1) + 1;
         let n_pages = rows.len() * max_blocks;
         let tables = rng.shuffled(n_pages).into_iter().map(|page| page as u32).collect();
@@ -44,6 +47,7 @@ impl Batch {
             d,
             block_tokens,
             window,
+            cap,
             rows: rows.to_vec(),
             max_blocks,
             tables,
@@ -78,7 +82,8 @@ impl Batch {
         let from = if self.window == 0 { 0 } else { (position + 1).saturating_sub(self.window) };
         let score = |other: usize| {
             let key = &self.pages[self.at(row, other, 0, kv_head)..][..d];
-            q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt()
+            let score = q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
+            if self.cap == 0.0 { score } else { self.cap * (score / self.cap).tanh() }
         };
         let scores: Vec<f64> = (from..=position).map(score).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -112,13 +117,16 @@ impl Batch {
     }
 
     fn what(&self, kernel: &str) -> String {
-        let Self { element, heads, kv_heads, d, block_tokens, window, rows, .. } = self;
-        format!("{kernel} {} {heads}/{kv_heads} d {d} pages of {block_tokens} window {window} {rows:?}", element)
+        let Self { element, heads, kv_heads, d, block_tokens, window, cap, rows, .. } = self;
+        format!(
+            "{kernel} {} {heads}/{kv_heads} d {d} pages of {block_tokens} window {window} cap {cap} {rows:?}",
+            element
+        )
     }
 
     fn decode(&self, splits: usize) -> Case {
         let (element, live, group) = (self.element, self.rows.len(), self.heads / self.kv_heads);
-        let together = if group <= 4 { 4 } else { 8 };
+        let together = if group <= 4 || self.d > 128 { 4 } else { 8 };
         let padded = live + 1;
         let (n_out, n_part) = (padded * self.heads * self.d, padded * self.heads * splits);
         let grid = [self.kv_heads * group.div_ceil(together), padded, splits];
@@ -134,7 +142,7 @@ impl Batch {
         let call =
             if splits == 1 { call.null().null() } else { call.poisoned(n_part * self.d * 4).poisoned(n_part * 8) };
         let call = call.u32(self.heads).u32(self.kv_heads).u32(self.block_tokens).u32(self.window);
-        let call = call.f32(1.0 / (self.d as f64).sqrt());
+        let call = call.f32(1.0 / (self.d as f64).sqrt()).f32(self.cap);
         let what = format!("{} in {splits}", self.what("decode_attention"));
         let expect = self.expect();
         if splits == 1 {
@@ -188,7 +196,9 @@ impl Batch {
                 .u32(self.kv_heads)
                 .u32(self.block_tokens)
                 .u32(self.window)
-                .f32(1.0 / (self.d as f64).sqrt());
+                .f32(1.0 / (self.d as f64).sqrt())
+                .f32(self.cap)
+                .shared(if self.d == 256 { 65_536 } else { 0 });
         Case { what: self.what("prefill_attention"), call, check: close(element, element.tolerance(), self.expect()) }
     }
 }
@@ -223,7 +233,7 @@ fn combine(element: Element, d: usize, splits: usize, rng: &mut Rng) -> Case {
 }
 
 fn shape(heads: usize, kv_heads: usize, d: usize, block_tokens: usize, window: usize) -> Shape {
-    Shape { heads, kv_heads, d, block_tokens, window }
+    Shape { heads, kv_heads, d, block_tokens, window, cap: 0.0 }
 }
 
 /// Every kernel here, at sizes that fit no tile.
@@ -241,12 +251,19 @@ pub fn cases(element: Element) -> Vec<Case> {
         (shape(3, 3, 128, 16, 20), 1),
         (shape(5, 1, 128, 16, 33), 3),
         (shape(2, 2, 64, 48, 1), 8),
+        (shape(4, 2, 96, 16, 0), 1),
+        (shape(6, 1, 96, 32, 20), 3),
+        (shape(4, 2, 256, 16, 0), 2),
+        (Shape { cap: 1.5, ..shape(5, 1, 256, 16, 30) }, 1),
+        (Shape { cap: 3.0, ..shape(4, 1, 128, 16, 0) }, 2),
     ] {
         cases.push(Batch::random(element, shape, &lens, &mut rng).decode(splits));
     }
     cases.push(combine(element, 64, 2, &mut rng));
     cases.push(combine(element, 64, 4, &mut rng));
     cases.push(combine(element, 128, 7, &mut rng));
+    cases.push(combine(element, 96, 3, &mut rng));
+    cases.push(combine(element, 256, 2, &mut rng));
     for (shape, rows) in [
         (shape(4, 2, 64, 16, 0), &[[1, 1], [70, 70], [33, 1], [50, 17]][..]),
         (shape(4, 1, 128, 16, 0), &[[40, 23]]),
@@ -254,6 +271,10 @@ pub fn cases(element: Element) -> Vec<Case> {
         (shape(16, 1, 64, 16, 0), &[[19, 6]]),
         (shape(2, 2, 128, 32, 20), &[[100, 40], [1, 1]]),
         (shape(3, 1, 64, 16, 1), &[[45, 25]]),
+        (shape(2, 1, 96, 16, 0), &[[50, 40], [33, 1]]),
+        (shape(2, 1, 256, 16, 0), &[[70, 45], [1, 1]]),
+        (Shape { cap: 1.5, ..shape(2, 2, 256, 16, 20) }, &[[40, 30]]),
+        (Shape { cap: 3.0, ..shape(4, 2, 64, 32, 0) }, &[[40, 20]]),
     ] {
         cases.push(Batch::random(element, shape, rows, &mut rng).prefill());
     }

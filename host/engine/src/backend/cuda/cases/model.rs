@@ -5,22 +5,27 @@ use crate::backend::cuda::element::Element;
 
 const EPS: f64 = 1e-5;
 
-fn normed(x: &[f64], gain: &[f64]) -> Vec<f64> {
+/// Half of the cases are of models that keep their gains less 1; any number does.
+const PLUS: f64 = 0.75;
+
+fn normed(x: &[f64], gain: &[f64], plus: f64) -> Vec<f64> {
     let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
-    x.iter().zip(gain).map(|(v, g)| v / (mean + EPS).sqrt() * g).collect()
+    x.iter().zip(gain).map(|(v, g)| v / (mean + EPS).sqrt() * (g + plus)).collect()
 }
 
 fn embed(element: Element, rng: &mut Rng) -> Case {
     let (live, rows, hidden, vocab) = (3, 5, 264, 7);
     let table = element.random(rng, vocab * hidden);
     let tokens = [6, 0, 4];
-    let expect = tokens.iter().flat_map(|&t| table[t as usize * hidden..][..hidden].to_vec()).collect();
+    let row = |&t: &u32| table[t as usize * hidden..][..hidden].iter().map(|v| v * 1.5).collect::<Vec<_>>();
+    let expect = tokens.iter().flat_map(row).collect();
     let call = Call::typed("embed", element, [rows, 1, 1], 256)
         .count(live)
         .words(&tokens)
         .input(element, &table)
         .poisoned(rows * hidden * 4)
-        .u32(hidden);
+        .u32(hidden)
+        .f32(1.5);
     Case { what: format!("embed {}", element), call, check: close(Element::F32, 1e-7, expect) }
 }
 
@@ -29,13 +34,14 @@ fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2
     let x = Element::F32.random(rng, 4 * hidden);
     let gain = element.random(rng, hidden);
     let from = pick.unwrap_or([0, 1]).map(|i| &x[i as usize * hidden..][..hidden]);
-    let expect = from.iter().flat_map(|x| normed(x, &gain)).collect();
+    let plus = if hidden > 1_000 { PLUS } else { 0.0 };
+    let expect = from.iter().flat_map(|x| normed(x, &gain, plus)).collect();
     let call = Call::typed("rms_norm", element, [rows, 1, 1], 256).count(live).input(Element::F32, &x);
     let call = match pick {
         Some(pick) => call.words(&pick),
         None => call.null(),
     };
-    let call = call.input(element, &gain).poisoned(rows * hidden * element.bytes()).u32(hidden).f32(EPS);
+    let call = call.input(element, &gain).poisoned(rows * hidden * element.bytes()).u32(hidden).f32(EPS).f32(plus);
     let what = format!("rms_norm {} {hidden} {pick:?}", element);
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
@@ -46,7 +52,7 @@ fn add_rms_norm(element: Element, rng: &mut Rng) -> Case {
     let delta = element.random(rng, live * hidden);
     let gain = element.random(rng, hidden);
     let sum: Vec<f64> = x.iter().zip(&delta).map(|(x, d)| x + d).collect();
-    let expect: Vec<f64> = sum.chunks(hidden).flat_map(|row| normed(row, &gain)).collect();
+    let expect: Vec<f64> = sum.chunks(hidden).flat_map(|row| normed(row, &gain, 0.0)).collect();
     let mut initial = Element::F32.encode(&x);
     initial.resize(rows * hidden * 4, POISON);
     let call = Call::typed("add_rms_norm", element, [rows, 1, 1], 256)
@@ -64,12 +70,33 @@ fn add_rms_norm(element: Element, rng: &mut Rng) -> Case {
     Case { what: format!("add_rms_norm {}", element), call, check }
 }
 
+fn norm_add(element: Element, rng: &mut Rng) -> Case {
+    let (live, rows, hidden) = (2, 4, 520);
+    let x = Element::F32.random(rng, live * hidden);
+    let (delta, gain) = (element.random(rng, live * hidden), element.random(rng, hidden));
+    let added: Vec<f64> = delta.chunks(hidden).flat_map(|row| normed(row, &gain, PLUS)).collect();
+    let expect = x.iter().zip(&added).map(|(x, d)| x + d).collect();
+    let mut initial = Element::F32.encode(&x);
+    initial.resize(rows * hidden * 4, POISON);
+    let call = Call::typed("norm_add", element, [rows, 1, 1], 256)
+        .count(live)
+        .output(initial)
+        .input(element, &delta)
+        .input(element, &gain)
+        .u32(hidden)
+        .f32(EPS)
+        .f32(PLUS);
+    Case { what: format!("norm_add {}", element), call, check: close(Element::F32, 1e-6, expect) }
+}
+
 /// Rows of lengths that end within, at and past a page; their last tokens are in the step.
 struct Rope {
     heads: usize,
     kv_heads: usize,
     d: usize,
     block_tokens: usize,
+    /// Elements of a head that are turned.
+    turned: usize,
     with_gains: bool,
 }
 
@@ -79,9 +106,12 @@ const MAX_BLOCKS: usize = 4;
 
 impl Rope {
     fn rotate(&self, x: &[f64], gain: Option<&[f64]>, position: u32) -> Vec<f64> {
-        let x = gain.map_or_else(|| x.to_vec(), |gain| normed(x, gain));
-        let half = self.d / 2;
+        let x = gain.map_or_else(|| x.to_vec(), |gain| normed(x, gain, PLUS));
+        let half = self.turned / 2;
         let turn = |i: usize| {
+            if i >= self.turned {
+                return x[i];
+            }
             let (low, high) = (x[i % half], x[i % half + half]);
             let (sin, cos) = self.angle(position as usize, i % half).sin_cos();
             if i < half { low * cos - high * sin } else { high * cos + low * sin }
@@ -90,19 +120,19 @@ impl Rope {
     }
 
     fn angle(&self, position: usize, i: usize) -> f64 {
-        position as f64 * 10_000f64.powf(-2.0 * i as f64 / self.d as f64)
+        position as f64 * 10_000f64.powf(-2.0 * i as f64 / self.turned as f64)
     }
 
     fn table(&self) -> Vec<f64> {
         let pair = |at: usize| {
-            let (sin, cos) = self.angle(at / (self.d / 2), at % (self.d / 2)).sin_cos();
+            let (sin, cos) = self.angle(at / (self.turned / 2), at % (self.turned / 2)).sin_cos();
             [cos, sin]
         };
-        (0..48 * self.d / 2).flat_map(pair).collect()
+        (0..48 * self.turned / 2).flat_map(pair).collect()
     }
 
     fn case(&self, element: Element, rng: &mut Rng) -> Case {
-        let &Self { heads, kv_heads, d, block_tokens, with_gains } = self;
+        let &Self { heads, kv_heads, d, block_tokens, turned, with_gains } = self;
         let (rows, width, stride) = (POSITIONS.len() + 2, (heads + 2 * kv_heads) * d, kv_heads * block_tokens * d);
         let tables: Vec<u32> = rng.shuffled(3 * MAX_BLOCKS).into_iter().map(|page| page as u32).collect();
         let qkv = element.random(rng, POSITIONS.len() * width);
@@ -138,16 +168,18 @@ impl Rope {
             .words(&tables)
             .u32(MAX_BLOCKS)
             .input(Element::F32, &self.table())
+            .u32(turned)
             .maybe(element, gains.as_ref().map(|[q, _]| q.as_slice()))
             .maybe(element, gains.as_ref().map(|[_, k]| k.as_slice()))
             .f32(EPS)
+            .f32(PLUS)
             .poisoned(pages.len() * element.bytes())
             .u64(2 * stride)
             .u32(heads)
             .u32(kv_heads)
             .u32(d)
             .u32(block_tokens);
-        let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d} pages of {block_tokens}", element);
+        let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d}/{turned} pages of {block_tokens}", element);
         let check: Check = Box::new(move |outs| {
             is_close(element, element.tolerance(), &expect, &outs[0])?;
             let found = element.decode(&outs[1]);
@@ -166,15 +198,23 @@ impl Rope {
 #[must_use]
 pub fn cases(element: Element) -> Vec<Case> {
     let mut rng = Rng(5);
-    let rope = |heads, kv_heads, d, block_tokens, with_gains| Rope { heads, kv_heads, d, block_tokens, with_gains };
+    let rope = |heads, kv_heads, d: [usize; 2], block_tokens, with_gains| {
+        let [d, turned] = d;
+        Rope { heads, kv_heads, d, block_tokens, turned, with_gains }
+    };
     vec![
         embed(element, &mut rng),
         rms_norm(element, &mut rng, 8, None),
         rms_norm(element, &mut rng, 1_032, None),
         rms_norm(element, &mut rng, 256, Some([3, 1])),
         add_rms_norm(element, &mut rng),
-        rope(4, 2, 64, 16, false).case(element, &mut rng),
-        rope(3, 1, 128, 48, true).case(element, &mut rng),
-        rope(7, 1, 64, 16, true).case(element, &mut rng),
+        norm_add(element, &mut rng),
+        rope(4, 2, [64, 64], 16, false).case(element, &mut rng),
+        rope(3, 1, [128, 128], 48, true).case(element, &mut rng),
+        rope(7, 1, [64, 64], 16, true).case(element, &mut rng),
+        rope(2, 1, [96, 96], 16, true).case(element, &mut rng),
+        rope(2, 2, [256, 256], 16, true).case(element, &mut rng),
+        rope(3, 1, [96, 64], 32, false).case(element, &mut rng),
+        rope(1, 1, [256, 64], 16, true).case(element, &mut rng),
     ]
 }

@@ -10,9 +10,10 @@ pub(super) enum Epilogue {
     StoreFloat,
     AddFloat,
     SiluMul,
+    GeluMul,
 }
 
-use Epilogue::{AddFloat, SiluMul, Store, StoreFloat};
+use Epilogue::{AddFloat, GeluMul, SiluMul, Store, StoreFloat};
 
 /// An entry: columns and rows of a block, its threads, its dynamic shared memory.
 struct Entry {
@@ -84,7 +85,12 @@ pub(super) struct Product {
 }
 
 impl Epilogue {
-    pub(super) const ALL: [Self; 4] = [Store, StoreFloat, AddFloat, SiluMul];
+    pub(super) const ALL: [Self; 5] = [Store, StoreFloat, AddFloat, SiluMul, GeluMul];
+
+    /// Whether two columns make one of the result.
+    pub(super) fn is_pair(self) -> bool {
+        matches!(self, SiluMul | GeluMul)
+    }
 }
 
 impl Product {
@@ -99,14 +105,17 @@ impl Product {
             sum + bias.as_ref().map_or(0.0, |bias| bias[column])
         };
         let silu = |v: f64| v / (1.0 + (-v).exp());
+        let gelu =
+            |v: f64| 0.5 * v * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (v + 0.044_715 * v.powi(3))).tanh());
         let at = |row: usize, column: usize| match epilogue {
             Store | StoreFloat => dot(row, column),
             AddFloat => dot(row, column) + residual[row * n_out + column],
             SiluMul => silu(dot(row, 2 * column)) * dot(row, 2 * column + 1),
+            GeluMul => gelu(dot(row, 2 * column)) * dot(row, 2 * column + 1),
         };
-        let width = if epilogue == SiluMul { n_out / 2 } else { n_out };
+        let width = if epilogue.is_pair() { n_out / 2 } else { n_out };
         let expect: Vec<f64> = (0..live * width).map(|i| at(i / width, i % width)).collect();
-        let to = if matches!(epilogue, Store | SiluMul) { element } else { Element::F32 };
+        let to = if epilogue == Store || epilogue.is_pair() { element } else { Element::F32 };
         let mut initial = if epilogue == AddFloat { to.encode(&residual) } else { Vec::new() };
         initial.resize(rows * width * to.bytes(), super::POISON);
         let call = call
@@ -140,7 +149,7 @@ pub fn cases(element: Element) -> Vec<Case> {
     for (entry, shape) in SHAPES.iter().filter(|(entry, _)| !entry.only_16_bit || element != Element::F32) {
         for (i, epilogue) in Epilogue::ALL.into_iter().enumerate() {
             let mut shape = *shape;
-            if epilogue == SiluMul {
+            if epilogue.is_pair() {
                 shape[3] = shape[3].next_multiple_of(2);
             }
             let product = Product { element, epilogue, shape, biased: i % 2 == 1 };

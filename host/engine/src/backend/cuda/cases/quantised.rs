@@ -136,8 +136,8 @@ fn embed(element: Element, form: Form, rng: &mut Rng) -> Case {
     let (live, rows, hidden, vocab) = (3, 5, 288, 7);
     let table = form.random(rng, vocab, hidden);
     let tokens = [6, 0, 4];
-    let expect: Vec<f64> =
-        tokens.iter().flat_map(|&t| table.values[t as usize * hidden..][..hidden].to_vec()).collect();
+    let row = |&t: &u32| table.values[t as usize * hidden..][..hidden].iter().map(|v| v * 2.0).collect::<Vec<_>>();
+    let expect: Vec<f64> = tokens.iter().flat_map(row).collect();
     let name = format!("embed_{}", form.name());
     let call = Call::typed(&name, element, [rows, 1, 1], 256)
         .count(live)
@@ -145,7 +145,8 @@ fn embed(element: Element, form: Form, rng: &mut Rng) -> Case {
         .bytes(table.bytes)
         .bytes(table.scales)
         .poisoned(rows * hidden * 4)
-        .u32(hidden);
+        .u32(hidden)
+        .f32(2.0);
     let check: Check = Box::new(move |outs| is_close(Element::F32, 1e-6, &expect, &outs[0]));
     Case { what: format!("{name} {}", element.name()), call, check }
 }
@@ -159,10 +160,10 @@ pub fn cases(element: Element) -> Vec<Case> {
         cases.push(embed(element, form, &mut rng));
         let here = |entry: &Entry| element != Element::F32 || ["gemv_b1", "gemv_b2", "gemm"].contains(&entry.name);
         for (i, &(entry, mut shape)) in SHAPES.iter().enumerate().filter(|(_, (entry, _))| here(entry)) {
-            // Each shape under two of the four epilogues, each entry under all.
-            for epilogue in [i % 4, (i + 1 + i / 4 % 3) % 4] {
+            // Each shape under three of the five epilogues, each entry under all.
+            for epilogue in [3 * i % 5, (3 * i + 1) % 5, (3 * i + 2) % 5] {
                 let (epilogue, biased) = (Epilogue::ALL[epilogue], epilogue % 2 == 1);
-                if epilogue == Epilogue::SiluMul {
+                if epilogue.is_pair() {
                     shape[3] = shape[3].next_multiple_of(2);
                 }
                 let with = Product { element, epilogue, shape, biased };

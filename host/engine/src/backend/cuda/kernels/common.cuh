@@ -87,6 +87,13 @@ DEVICE u32 floats_to_f16x2(float low, float high) {
     return pair;
 }
 
+// 1 / v, to about its last bit.
+DEVICE float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
 // Four of the eight bytes of `low` and then `high`, by their numbers in the digits of `which`, the last byte's first.
 DEVICE u32 pick_bytes(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
 
@@ -141,6 +148,9 @@ template <class V> DEVICE V from_lane(V value, int lane) { return __shfl_sync(0x
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 DEVICE u32 least(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE u32 most(u32 a, u32 b) { return a > b ? a : b; }
+
+// cap * tanh(v / cap)
+DEVICE float soft_cap(float v, float cap) { return cap - 2.0f * cap * reciprocal(1.0f + exp2f(2.88539008f * v * reciprocal(cap))); }
 
 DEVICE float warp_sum(float v) {
 #pragma unroll

@@ -14,6 +14,7 @@ struct Prefill {
     u32 heads;
     u32 window;
     float scale;
+    float cap;
 };
 
 // A tile, as its block sees it.
@@ -67,6 +68,7 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
             float score = 0.0f;
             for (u32 i = 0; i < D; i++) score += q[i] * key[i];
             score *= a.scale * 1.44269504f;
+            if (a.cap != 0.0f) score = soft_cap(score, a.cap);
             if (base + lane > position || !sees(a, position, other)) score = -INFINITY;
             float highest = score;
 #pragma unroll
@@ -91,12 +93,17 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
 
 #else
 
+// Elements of a position in shared memory: whole lines of banks.
+template <u32 D> struct Pitch {
+    static const u32 OF = D == 96 ? 128 : D;
+};
+
 // A run of 32 positions in shared memory; the order of a row's 16-byte chunks, up to eight at a time, is turned by the number of
 // the row (of the pair of rows, where a row is half a line of banks), against bank conflicts.
 template <u32 D> DEVICE T *kv_chunk(T *run, u32 position, u32 column) {
     const u32 TURNED = D < 64 ? D / 8 : 8;
     u32 turn = position / (8 / TURNED);
-    return run + position * D + ((column & ~(TURNED - 1)) | ((column ^ turn) & (TURNED - 1))) * 8;
+    return run + position * Pitch<D>::OF + ((column & ~(TURNED - 1)) | ((column ^ turn) & (TURNED - 1))) * 8;
 }
 
 // Starts to copy the keys and values of positions `base .. base + 32`; those at `end` or later become zeros.
@@ -108,13 +115,16 @@ template <u32 D> DEVICE void fetch_run(const Prefill &a, const Tile &t, T *keys,
         bool live = base + position < end;
         const T *key = key_at(a.pages, t.row, blockIdx.y, least(base + position, end - 1)) + column * 8;
         copy_async(kv_chunk<D>(keys, position, column), key, live);
-        copy_async(kv_chunk<D>(keys + 32 * D, position, column), key + to_value, live);
+        copy_async(kv_chunk<D>(keys + 32 * Pitch<D>::OF, position, column), key + to_value, live);
     }
 }
 
 // One warp's sixteen pairs. A thread has two rows of the matrices, `lane / 4` and eight further.
 template <u32 D> struct Pairs {
-    u32 q[D / 16][4];
+    // Kept in registers where they suffice; wide heads are read again for each run.
+    static const bool KEPT = D < 256;
+    const T *from[2];
+    u32 q[KEPT ? D / 16 : 1][4];
     u32 position[2];
     bool live[2];
     float top[2], sum[2], out[D / 8][4];
@@ -129,35 +139,48 @@ template <u32 D> struct Pairs {
             top[h] = NO_SCORE;
             sum[h] = 0.0f;
             u32 head = blockIdx.y * t.group + pair % t.group;
-            const T *from = a.qkv + ((u64)(t.token0 + (live[h] ? token : 0)) * (a.heads + 2 * a.pages.kv_heads) + head) * D;
+            u64 at = (u64)(t.token0 + (live[h] ? token : 0)) * (a.heads + 2 * a.pages.kv_heads) + head;
+            from[h] = a.qkv + at * D + lane % 4 * 2;
+        }
+        if (KEPT) {
 #pragma unroll
-            for (u32 i = 0; i < D / 16; i++) {
-                q[i][h] = *(const u32 *)(from + i * 16 + lane % 4 * 2);
-                q[i][h + 2] = *(const u32 *)(from + i * 16 + lane % 4 * 2 + 8);
-            }
+            for (u32 i = 0; i < D / 16; i++) read_query(q[KEPT ? i : 0], i);
         }
 #pragma unroll
         for (u32 i = 0; i < D / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+    }
+
+    // Elements 16i .. 16i + 16 of the queries.
+    METHOD void read_query(u32 (&to)[4], u32 i) const {
+#pragma unroll
+        for (u32 h = 0; h < 2; h++) {
+            to[h] = *(const u32 *)(from[h] + i * 16);
+            to[h + 2] = *(const u32 *)(from[h] + i * 16 + 8);
+        }
     }
 
     // scores = q * keys, scaled and masked.
     METHOD void score(const Prefill &a, T *keys, u32 base, float (&scores)[4][4]) {
         u32 lane = threadIdx.x % 32;
 #pragma unroll
-        for (u32 i = 0; i < D / 16; i++)
+        for (u32 i = 0; i < D / 16; i++) {
+            if (!KEPT) read_query(q[0], i);
 #pragma unroll
             for (u32 j = 0; j < 2; j++) {
                 u32 b[4];
                 load_matrices(b, kv_chunk<D>(keys, j * 16 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
-                mma(scores[2 * j], q[i], b[0], b[1]);
-                mma(scores[2 * j + 1], q[i], b[2], b[3]);
+                mma(scores[2 * j], q[KEPT ? i : 0], b[0], b[1]);
+                mma(scores[2 * j + 1], q[KEPT ? i : 0], b[2], b[3]);
             }
+        }
 #pragma unroll
         for (u32 j = 0; j < 4; j++)
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 bool seen = live[i / 2] && sees(a, position[i / 2], base + j * 8 + lane % 4 * 2 + i % 2);
-                scores[j][i] = seen ? scores[j][i] * a.scale * 1.44269504f : -INFINITY;
+                float score = scores[j][i] * a.scale * 1.44269504f;
+                if (a.cap != 0.0f) score = soft_cap(score, a.cap);
+                scores[j][i] = seen ? score : -INFINITY;
             }
     }
 
@@ -224,9 +247,9 @@ template <u32 D> struct Pairs {
     }
 };
 
-template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
-    // Two runs, each of keys and values.
-    SHARED(T, shared, 2 * 64 * D);
+// `shared` holds two runs, each of keys and values.
+template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
+    const u32 RUN = 64 * Pitch<D>::OF;
     let_next_start();
     wait_for_previous();
     if (blockIdx.x >= *a.n) return;
@@ -241,28 +264,45 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
         await_copies<0>();
         // Also: nobody reads the other slot any more.
         __syncthreads();
-        if (base + 32 < end) fetch_run<D>(a, t, shared + (slot ^ 1) * 64 * D, base + 32, end);
+        if (base + 32 < end) fetch_run<D>(a, t, shared + (slot ^ 1) * RUN, base + 32, end);
         commit_copies();
-        T *keys = shared + slot * 64 * D;
+        T *keys = shared + slot * RUN;
         float scores[4][4] = {};
         pairs.score(a, keys, base, scores);
         pairs.soften(scores);
-        pairs.mix(keys + 32 * D, scores);
+        pairs.mix(keys + RUN / 2, scores);
     }
     pairs.end(a, t);
 }
 
 #endif
 
-#define PREFILL(name, width)                                                                                                      \
+#if PM_T == 0
+#define ATTEND(width) prefill_attention<width>(a)
+#define ATTEND_LARGE(width) prefill_attention<width>(a)
+#else
+#define ATTEND(width)                                     \
+    SHARED(T, shared, 2 * 64 * Pitch<width>::OF);         \
+    prefill_attention<width>(a, shared)
+#define ATTEND_LARGE(width)                               \
+    DYNAMIC_SHARED(shared);                               \
+    prefill_attention<width>(a, (T *)shared)
+#endif
+
+#define PREFILL(name, width, attend)                                                                                              \
     ENTRY(name, 128, 2, (const u32 *n, const u32 *tiles, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables,           \
             u32 max_blocks, const u32 *row_starts, const u32 *lens, T *out, u32 heads, u32 kv_heads, u32 block_tokens,            \
-            u32 window, float scale)) {                                                                                           \
+            u32 window, float scale, float cap)) {                                                                                \
         Prefill a = {n, tiles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, row_starts, lens, \
-                     out, heads, window, scale};                                                                                  \
-        prefill_attention<width>(a);                                                                                              \
+                     out, heads, window, scale, cap * 1.44269504f};                                                               \
+        attend(width);                                                                                                            \
     }
 
-PREFILL(prefill_attention_d32, 32)
-PREFILL(prefill_attention_d64, 64)
-PREFILL(prefill_attention_d128, 128)
+PREFILL(prefill_attention_d32, 32, ATTEND)
+PREFILL(prefill_attention_d64, 64, ATTEND)
+PREFILL(prefill_attention_d96, 96, ATTEND)
+PREFILL(prefill_attention_d128, 128, ATTEND)
+PREFILL(prefill_attention_d256, 256, ATTEND_LARGE)
+
+#undef ATTEND
+#undef ATTEND_LARGE

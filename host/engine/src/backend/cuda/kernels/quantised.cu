@@ -76,12 +76,12 @@ template <class W> DEVICE float element_of(const Quantised &q, u32 row, u32 at) 
     return (at % 16 < 8 ? (at % 2 ? v[1] : v[0]) : (at % 2 ? v[3] : v[2])) * scale;
 }
 
-template <class W> DEVICE void embed_quantised(const u32 *n, const u32 *tokens, const Quantised &table, float *x) {
+template <class W> DEVICE void embed_quantised(const u32 *n, const u32 *tokens, const Quantised &table, float *x, float scale) {
     let_next_start();
     wait_for_previous();
     u32 row = blockIdx.x;
     if (row >= *n) return;
-    for (u32 i = threadIdx.x; i < table.k; i += 256) x[(u64)row * table.k + i] = element_of<W>(table, tokens[row], i);
+    for (u32 i = threadIdx.x; i < table.k; i += 256) x[(u64)row * table.k + i] = element_of<W>(table, tokens[row], i) * scale;
 }
 
 // As in gemv.cu: a warp computes R rows and keeps eight 16-byte loads per thread in flight.
@@ -374,9 +374,10 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
     }
 
 #define EMBED(name, W)                                                                                                            \
-    ENTRY(name, 256, 4, (const u32 *n, const u32 *tokens, const u8 *table, const void *scales, float *x, u32 hidden)) {           \
+    ENTRY(name, 256, 4, (const u32 *n, const u32 *tokens, const u8 *table, const void *scales, float *x, u32 hidden,             \
+            float scale)) {                                                                                                       \
         Quantised q = {table, scales, hidden, 0xffffffff};                                                                                 \
-        embed_quantised<W>(n, tokens, q, x);                                                                                      \
+        embed_quantised<W>(n, tokens, q, x, scale);                                                                               \
     }
 
 EMBED(embed_q8, Q8)

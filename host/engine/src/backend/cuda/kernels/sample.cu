@@ -377,6 +377,16 @@ DEVICE void report(const float *logits, u32 vocab, float max, u32 chosen, u32 wa
     top->logprob[place] = (float)((double)own.value - (double)max - log_sum);
 }
 
+// logits = cap * tanh(logits / cap)
+ENTRY(cap_logits, 256, 4, (const u32 *n, float *logits, u32 vocab, float cap)) {
+    let_next_start();
+    wait_for_previous();
+    u32 i = blockIdx.x * 256 + threadIdx.x;
+    if (blockIdx.y >= *n || i >= vocab) return;
+    float *logit = logits + (u64)blockIdx.y * vocab + i;
+    *logit = cap * tanhf(*logit / cap);
+}
+
 ENTRY(sample_choose, 1024, 1, (const u32 *n, const Rules *rules, const float *logits, const Best *parts, u32 n_parts, u32 *sampled,
         Top *tops, u32 vocab)) {
     let_next_start();

@@ -49,7 +49,7 @@ DEVICE void widen(float (&to)[VEC], uint4 from) {
 }
 
 // What becomes of a product: see README.md.
-static const u32 STORE = 0, STORE_FLOAT = 1, ADD_FLOAT = 2, SILU_MUL = 3;
+static const u32 STORE = 0, STORE_FLOAT = 1, ADD_FLOAT = 2, SILU_MUL = 3, GELU_MUL = 4;
 
 // One token's row of a product's result.
 struct Epilogue {
@@ -78,8 +78,10 @@ DEVICE void finish(const Epilogue &e, u32 row, u32 column, float a, float b) {
         a += to_float(e.bias[column]);
         if (both) b += to_float(e.bias[column + 1]);
     }
-    if (e.kind == SILU_MUL) {
-        ((T *)e.y)[(u64)row * (e.n_out / 2) + column / 2] = to_element(a / (1.0f + expf(-a)) * b);
+    if (e.kind >= SILU_MUL) {
+        // The tanh form of GELU is a sigmoid, too.
+        float z = e.kind == SILU_MUL ? a : 1.59576912f * (a + 0.044715f * a * a * a);
+        ((T *)e.y)[(u64)row * (e.n_out / 2) + column / 2] = to_element(a / (1.0f + expf(-z)) * b);
         return;
     }
     put(e, row, column, a);
