@@ -43,6 +43,7 @@ fn request(id: u64, prompt_tokens: u32) -> Request {
         stop_tokens: Arc::from([]),
         sampling: Arc::new(Sampling::default()),
         attributes: Arc::default(),
+        transient: false,
         fork_of: None,
         mask: None,
         router_generation: 0,

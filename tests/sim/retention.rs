@@ -128,6 +128,7 @@ fn hit_rate(policy: &mut dyn RetentionPolicy) -> f64 {
             stop_tokens: Arc::default(),
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
+            transient: false,
             fork_of: None,
             mask: None,
             router_generation: 0,

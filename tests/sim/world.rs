@@ -311,6 +311,7 @@ impl<'a> World<'a> {
             stop_tokens: wanted.stop.clone().into(),
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
+            transient: false,
             fork_of: None,
             mask: None,
             router_generation: 0,

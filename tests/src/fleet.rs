@@ -290,6 +290,7 @@ impl<'a> Fleet<'a> {
             stop_tokens: Arc::default(),
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
+            transient: false,
             fork_of: None,
             mask: None,
             router_generation: routed.decided_by.generation,

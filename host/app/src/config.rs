@@ -66,6 +66,7 @@ pub(crate) struct ServerSection {
     pub max_connections: u32,
     pub max_choices: u32,
     pub max_rows: u32,
+    pub max_grammar_mib: u32,
     pub shutdown_grace_ms: u64,
     /// Request headers that routers may ask for as `header.<name>`; a `*` at the end stands for any rest.
     pub route_headers: Vec<String>,
@@ -302,6 +303,7 @@ impl Default for ServerSection {
             max_connections: 1_024,
             max_choices: 8,
             max_rows: 64,
+            max_grammar_mib: 1_024,
             shutdown_grace_ms: 20_000,
             route_headers: vec!["x-*".to_owned()],
             api_keys: BTreeMap::new(),
@@ -410,7 +412,7 @@ impl Config {
         let (sched, server, policy) = (&self.sched, &self.server, &self.policy);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 19] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 20] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -425,6 +427,7 @@ impl Config {
             ("server.max_connections", server.max_connections.into(), 1, 65_536, "connections"),
             ("server.max_choices", server.max_choices.into(), 1, 1_024, "choices"),
             ("server.max_rows", server.max_rows.into(), 1, 4_096, "texts"),
+            ("server.max_grammar_mib", server.max_grammar_mib.into(), 1, 1 << 20, "MiB"),
             ("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 3_600_000, "milliseconds"),
             ("policy.compile_timeout_ms", policy.compile_timeout_ms, 100, 600_000, "milliseconds"),
             ("policy.compile_memory_mib", policy.compile_memory_mib, 256, 65_536, "MiB"),

@@ -31,7 +31,11 @@ impl Weights {
         width: &[usize],
     ) -> Result<Vec<Elements<'_>>, LoadError> {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.{suffix}");
-        let get = |part: &str, n: usize| self.get(&name(part), &[&[n], width].concat());
+        let get = |part: &str, n: usize| {
+            let found = self.get(&name(part), &[&[n], width].concat())?;
+            // Rows of a vector are single values, and a block of quantised ones cannot be cut.
+            Ok::<_, LoadError>(if width.is_empty() { found.widened() } else { found })
+        };
         let k = width.first().copied().unwrap_or(1);
         let (q_dim, kv_dim) = (spec.q_dim(), spec.kv_dim());
         let whole = match spec.naming {

@@ -41,6 +41,8 @@ pub(crate) struct Text<'a> {
 pub(crate) struct Origin {
     pub(crate) tenant: u32,
     pub(crate) now: Micros,
+    /// They leave the cache with the last sequence that holds them.
+    pub(crate) transient: bool,
 }
 
 #[derive(Debug)]
@@ -64,6 +66,7 @@ struct Uses {
     last: Micros,
     hits: u32,
     tenant: u32,
+    transient: bool,
 }
 
 /// Blocks in the order of a ranking, each looked at once.
@@ -223,6 +226,9 @@ impl Kv {
     /// Gives a whole table back, the last block first: the end of a prefix is evicted before its beginning.
     pub(crate) fn release_all(&mut self, table: &mut Vec<BlockId>, now: Micros) {
         while let Some(block) = table.pop() {
+            if self.uses[block.0 as usize].transient && self.pool.references(block) == 1 {
+                self.forget(block);
+            }
             self.pool.release(block);
             self.uses[block.0 as usize].last = now;
         }
@@ -247,8 +253,8 @@ impl Kv {
                         self.pool.uncache(orphan);
                     }
                     if !self.pool.is_cached(block) {
-                        let Origin { tenant, now } = origin;
-                        self.uses[block.0 as usize] = Uses { created: now, last: now, hits: 0, tenant };
+                        let Origin { tenant, now, transient } = origin;
+                        self.uses[block.0 as usize] = Uses { created: now, last: now, hits: 0, tenant, transient };
                     }
                     self.pool.set_cached(block);
                     chain.advance(link, hash);
@@ -264,8 +270,8 @@ impl Kv {
         }
     }
 
-    /// Forgets what a block holds, because its contents can no longer be trusted.
-    pub(crate) fn distrust(&mut self, block: BlockId) {
+    /// Forgets what a block holds.
+    pub(crate) fn forget(&mut self, block: BlockId) {
         if self.index.remove(block) {
             self.pool.uncache(block);
         }
@@ -313,7 +319,7 @@ mod tests {
         context_tokens: 8,
     };
 
-    const ORIGIN: Origin = Origin { tenant: 1, now: 1 };
+    const ORIGIN: Origin = Origin { tenant: 1, now: 1, transient: false };
 
     #[test]
     fn a_copy_takes_the_place_of_an_evicted_beginning() {
@@ -343,7 +349,7 @@ mod tests {
             let tokens = [prompt; 4];
             let mut table: Vec<_> = (0..2).map(|_| kv.take().expect("a free block")).collect();
             let now = Micros::from(10 * (prompt + 1));
-            let origin = Origin { tenant: prompt, now };
+            let origin = Origin { tenant: prompt, now, transient: false };
             kv.publish(Text { tokens: &tokens, hashes: &[] }, (&table, 4), &mut Chain::start(true), origin);
             kv.release_all(&mut table, now + 5);
         }
@@ -413,7 +419,7 @@ mod tests {
             kv.reuse(rows[row], true);
             kv.release_all(&mut vec![rows[row]], 50);
         }
-        kv.distrust(rows[2]);
+        kv.forget(rows[2]);
         let taken: Vec<_> = std::iter::from_fn(|| kv.take()).collect();
         assert_eq!(taken, [2, 3, 5, 4, 0, 1].map(|row| rows[row]), "2 is free; 5 has a child and goes in its turn");
         // Forgotten rankings leave nothing behind.

@@ -32,6 +32,9 @@ pub enum MaskError {
         /// In the words of the grammar engine.
         why: Arc<str>,
     },
+    /// All masks together would use more memory than they may; passes with time.
+    #[error("the formats of all requests in flight use the memory that this host gives them: retry later")]
+    NoMemory,
     /// What the grammar allows and what the sampler policy allows have nothing in common.
     #[error("the sampler policy of this host allows no token with which the requested format can go on")]
     Disjoint,

@@ -53,6 +53,8 @@ pub struct Request {
     pub prompt: Arc<[u32]>,
     /// Chained hash of every full block of the prompt ([`crate::prefix::chain_hashes`]); empty switches caching off.
     pub block_hashes: Arc<[u64]>,
+    /// Its blocks leave the cache with the last request that uses them: only other choices of the same prompt find them.
+    pub transient: bool,
     /// Tokens to generate at most, at least one.
     pub max_new_tokens: u32,
     /// Stop tokens are impossible before this many tokens.

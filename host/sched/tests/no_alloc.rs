@@ -155,6 +155,7 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
         stop_tokens: Arc::from([7]),
         sampling: Arc::clone(sampling),
         attributes: Arc::default(),
+        transient: false,
         fork_of: None,
         mask: None,
         router_generation: 0,

@@ -38,6 +38,8 @@ pub struct ServerConfig {
     pub max_prompts: u32,
     /// Prompts times choices of one request.
     pub max_rows: u32,
+    /// Memory of all compiled forms of texts and the masks made of them, together; beyond, requests get 429.
+    pub max_grammar_bytes: usize,
     /// Events that a slow client may be behind, per choice; beyond, its request ends.
     pub sink_events: usize,
     /// Request headers that routers may ask for as `header.<name>`, lower case; a `*` at the end stands for any rest.
@@ -150,6 +152,7 @@ impl Default for ServerConfig {
             max_choices: 8,
             max_prompts: 16,
             max_rows: 64,
+            max_grammar_bytes: 1 << 30,
             sink_events: 4_096,
             route_headers: Vec::new(),
             api_keys: Vec::new(),
@@ -168,7 +171,7 @@ impl ServerConfig {
     /// # Errors
     /// The first value that cannot work, by its key.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive: [(&'static str, u64); 13] = [
+        let positive: [(&'static str, u64); 14] = [
             ("max_requests", self.max_requests.into()),
             ("max_queued_tokens", self.max_queued_tokens.into()),
             ("max_body_bytes", self.max_body_bytes as u64),
@@ -180,6 +183,7 @@ impl ServerConfig {
             ("max_choices", self.max_choices.into()),
             ("max_prompts", self.max_prompts.into()),
             ("max_rows", self.max_rows.into()),
+            ("max_grammar_bytes", self.max_grammar_bytes as u64),
             ("sink_events", self.sink_events as u64),
             ("max_component_bytes", self.max_component_bytes as u64),
         ];

@@ -264,7 +264,7 @@ impl Dispatch<'_> {
     }
 
     /// A tenant finds its own prefixes only, so that nobody can time what others have asked. Choices of a prompt that is not
-    /// to be cached find each other's, by a salt that nobody else has.
+    /// to be cached find each other's, by a salt that nobody else has, for as long as one of them runs.
     fn hashes(&self, n_choices: usize) -> Hashes<'_> {
         let cached = self.terms.cache_prompt;
         let salt = if cached || n_choices == 1 { prefix_salt(&self.caller.tenant) } else { self.state.clock.random() };
@@ -476,6 +476,7 @@ impl Dispatch<'_> {
             deadline: terms.deadline,
             prompt: Arc::clone(&self.prompt.tokens),
             block_hashes,
+            transient: !terms.cache_prompt,
             max_new_tokens: terms.max_new_tokens,
             min_new_tokens: terms.min_new_tokens,
             stop_tokens: Arc::clone(&terms.stop_tokens),

@@ -230,7 +230,10 @@ impl ApiError {
     /// `queue|kv|quota|deadline|policy`, for the reason header, the metric and the event.
     pub(crate) fn reason(&self) -> Option<&'static str> {
         match self {
-            Self::Saturated { .. } | Self::Failed(Failure::Exhausted(ResourceExhausted::Queue { .. })) => Some("queue"),
+            Self::Saturated { .. }
+            | Self::Failed(Failure::Exhausted(ResourceExhausted::Queue { .. }) | Failure::Mask(MaskError::NoMemory)) => {
+                Some("queue")
+            }
             Self::Failed(Failure::Exhausted(ResourceExhausted::KvPool { .. })) => Some("kv"),
             Self::Rejected(rejection) => Some(match rejection.reason {
                 Refusal::Quota => "quota",
@@ -267,6 +270,7 @@ fn failure_class(failure: &Failure) -> Class {
         Failure::Exhausted(ResourceExhausted::Context { .. }) => class(400, INVALID, "context_length_exceeded", false),
         Failure::DroppedByPolicy => class(429, "rate_limit_error", "dropped_by_policy", true),
         Failure::Mask(MaskError::Grammar { .. }) => class(400, INVALID, "format_too_complex", false),
+        Failure::Mask(MaskError::NoMemory) => class(429, "rate_limit_error", "saturated", true),
         Failure::Mask(MaskError::Disjoint) => class(403, "permission_error", "not_allowed", false),
         Failure::Unanswered => class(503, "server_error", "sampler_failed", true),
         Failure::Engine(_) => class(500, "server_error", "engine_fault", true),

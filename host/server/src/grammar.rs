@@ -7,6 +7,7 @@
 //! client has nested. Not a process as for policies: sizes, depth and fuel bound the work, and nothing is executed.
 
 mod compile;
+mod ledger;
 mod mask;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use self::compile::Order;
+use self::ledger::Ledger;
 use self::mask::Errand;
 use crate::text::TextModel;
 
@@ -48,7 +50,7 @@ pub(crate) enum Form {
     Lark(String),
 }
 
-/// Why a form cannot be asked for. The client's to change, but for the last.
+/// Why a form cannot be asked for. The client's to change, but for the last two, which pass with time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum GrammarError {
     #[error("it has {found} bytes and may have {limit}: shorten it")]
@@ -63,12 +65,15 @@ pub(crate) enum GrammarError {
     NoEnd,
     #[error("too many formats are being compiled")]
     Busy,
+    #[error("the formats of all requests in flight use the memory that this host gives them")]
+    NoMemory,
 }
 
 /// Compiles forms, on threads that start with the first one and end when this is dropped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct GrammarDesk {
     threads: OnceLock<Option<Threads>>,
+    ledger: Arc<Ledger>,
 }
 
 #[derive(Debug)]
@@ -78,6 +83,11 @@ struct Threads {
 }
 
 impl GrammarDesk {
+    /// A desk whose forms, with the masks made of them, use at most `most_bytes` at once.
+    pub(crate) fn new(most_bytes: usize) -> Self {
+        Self { threads: OnceLock::new(), ledger: Ledger::new(most_bytes) }
+    }
+
     /// Compiles a form for a model's tokenizer.
     ///
     /// # Errors
@@ -88,7 +98,7 @@ impl GrammarDesk {
             Threads::start().inspect_err(|error| tracing::error!(%error, "grammars have no thread")).ok()
         });
         let threads = threads.as_ref().ok_or(GrammarError::Busy)?;
-        let (order, answer) = Order::of(Arc::clone(text), form, threads.errands.clone());
+        let (order, answer) = Order::of(Arc::clone(text), form, (threads.errands.clone(), Ledger::share(&self.ledger)));
         threads.orders.try_send(order).map_err(|_| GrammarError::Busy)?;
         match tokio::time::timeout(Duration::from_millis(COMPILE_LIMIT_MS), answer).await {
             Ok(Ok(compiled)) => compiled,

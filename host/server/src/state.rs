@@ -109,7 +109,7 @@ impl ServerState {
             registry: Arc::default(),
             traces: Traces::new(config.explain_requests),
             taps,
-            grammars: GrammarDesk::default(),
+            grammars: GrammarDesk::new(config.max_grammar_bytes),
             keys,
             request_numbers: AtomicU64::new(1),
             request_metrics: RwLock::default(),

@@ -135,6 +135,14 @@ impl<'a> Elements<'a> {
         (0..self.len()).map(|i| self.f32(i)).collect()
     }
 
+    /// The same values as plain numbers, which can be cut and moved one by one; those that are plain already stay.
+    pub(crate) fn widened(self) -> Self {
+        match self.kind.values() {
+            1 => self,
+            _ => Self::owned(Kind::F32, self.to_f32().into_iter().flat_map(f32::to_le_bytes).collect()),
+        }
+    }
+
     /// The first `n` values, and the rest; a block stays whole.
     pub(crate) fn split_at(self, n: usize) -> (Self, Self) {
         let (kind, at) = (self.kind, n / self.kind.values() * self.kind.bytes());
@@ -291,6 +299,9 @@ mod tests {
             let (first, rest) = found.split_at(512);
             assert_eq!((first.len(), rest.len()), (512, 3 * 512));
             assert_eq!(bits(&rest.to_f32()), bits(&expect[512..]), "{kind:?}");
+            // Single values move once they are plain.
+            let moved = rest.widened().reordered(1, |i| (i + 1) % (3 * 512)).to_f32();
+            assert_eq!((moved.len(), bits(&moved)[..7].to_vec()), (3 * 512, bits(&expect[513..520])), "{kind:?}");
         }
     }
 

@@ -83,6 +83,30 @@ fn floats_give_the_bits_of_safetensors() {
 }
 
 #[test]
+fn quantised_biases_are_those_of_their_blocks() {
+    let (config, tensors) = golden("llama");
+    let plain = convert::file(&config, &tensors, |_| GgmlDType::F32);
+    let bare = logits(&from_file(&plain));
+    let with_biases = |dtype: GgmlDType, values: fn(&[f32]) -> Vec<f32>| {
+        let mut file = convert::file(&config, &tensors, |_| GgmlDType::F32);
+        let layers = config["num_hidden_layers"].as_u64().unwrap();
+        for name in (0..layers).flat_map(|i| ["q", "k", "v"].map(|part| format!("blk.{i}.attn_{part}.bias"))) {
+            let matrix = name.replace("bias", "weight");
+            let n = file.tensors.iter().find(|tensor| tensor.name == matrix).unwrap().sizes[1];
+            let random: Vec<f32> = (0..n).map(|i| ((i * 37 + n) % 64) as f32 / 64.0 - 0.5).collect();
+            let bytes = convert::quantised(&values(&random), n as usize, dtype);
+            let kind = convert::TYPES.iter().find(|(known, _)| *known == dtype).unwrap().1;
+            file.tensors.push(gguf_file::Tensor { name, sizes: vec![n], kind, bytes });
+        }
+        logits(&from_file(&file))
+    };
+    let found = with_biases(GgmlDType::Q8_0, <[f32]>::to_vec);
+    let expect = with_biases(GgmlDType::F32, |values| rounded(values, values.len(), GgmlDType::Q8_0));
+    assert!(found.iter().zip(&expect).all(|(a, b)| a.to_bits() == b.to_bits()), "the same numbers in blocks");
+    assert!(distance(&found, &bare) > 1e-3, "they count");
+}
+
+#[test]
 fn a_description_that_cannot_be_served_is_told_by_its_key() {
     type Break = fn(&mut File);
     let cases: [(Break, &str); 11] = [

@@ -11,7 +11,7 @@ use crate::execute::{ExecuteError, Sampled, StepOutput};
 use crate::ids::Micros;
 use crate::kv::Origin;
 use crate::observe::Observer;
-use crate::request::{CancelCause, Failure, FinishReason, SinkEvent, SinkState};
+use crate::request::{CancelCause, Failure, FinishReason, Request, SinkEvent, SinkState};
 use crate::sequence::Slot;
 
 use super::ending::Ending;
@@ -74,7 +74,7 @@ impl Scheduler {
         spoiled.extend_from_slice(&self.step.blocks);
         spoiled.sort_unstable();
         for &block in &spoiled {
-            self.kv.distrust(block);
+            self.kv.forget(block);
         }
         for row in rows.drain(..) {
             if self.sequences.holds(row.slot, row.id) {
@@ -107,7 +107,8 @@ impl Scheduler {
         sequence.computed += row.n_tokens - u32::from(matches!(chosen, Chosen::Withheld));
         self.queued_tokens += u64::from(sequence.prompt_remaining());
         let mut chain = sequence.chain;
-        let origin = Origin { tenant: sequence.request.tenant, now };
+        let Request { tenant, transient, .. } = sequence.request;
+        let origin = Origin { tenant, now, transient };
         self.kv.publish(sequence.text(), (&sequence.table, sequence.computed), &mut chain, origin);
         sequence.chain = chain;
         if sequence.closed {

@@ -595,6 +595,31 @@ fn choices_of_a_prompt_wait_for_its_prefill_and_share_its_blocks() {
 }
 
 #[test]
+fn a_prompt_that_is_not_to_be_cached_leaves_nothing() {
+    for (transient, kept) in [(false, 5), (true, 0)] {
+        let mut host = Host::new(CONFIG);
+        for id in [1, 2, 3] {
+            // Choices end one after the other; the last one goes on to a block of its own.
+            let last = request(7, 10, 2 + id as u32 * 2);
+            let fork_of = (id > 1).then_some(RequestId(1));
+            host.submit(Request { id: RequestId(id), fork_of, transient, ..last });
+        }
+        while host.tokens(3).is_empty() {
+            host.step(&mut NativeBatch);
+        }
+        assert_eq!(host.sent(3).events[0], SinkEvent::Started { queued_us: 0, cached_tokens: 8 }, "they share");
+        host.run_until_idle(&mut NativeBatch);
+        for id in [1, 2, 3] {
+            let long = reference(&request(7, 10, 8));
+            assert_eq!(host.tokens(id), long[..2 + 2 * id as usize], "choice {id}");
+        }
+        let counts = host.scheduler.block_counts();
+        assert_eq!((counts.held, counts.cached > 0), (0, kept > 0), "{counts:?}");
+        host.scheduler.assert_consistent();
+    }
+}
+
+#[test]
 fn a_choice_whose_first_is_gone_or_held_goes_on() {
     let fork = |id: u64| Request { fork_of: Some(RequestId(1)), ..request(id, 10, 2) };
     let mut host = Host::new(CONFIG);

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::{JsonCompileOptions, Matcher};
+use llguidance::{JsonCompileOptions, TokenParser};
 use pointsman_sched::mask::TokenMask;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
-use super::mask::{Errand, GrammarMask};
+use super::ledger::Share;
+use super::mask::{Errand, GrammarMask, bytes_of};
 use super::{Form, GrammarError};
 use crate::text::TextModel;
 
@@ -41,8 +42,9 @@ const LIMITS: ParserLimits = ParserLimits {
 
 /// A grammar that is ready to guide texts of one tokenizer.
 pub(crate) struct Compiled {
-    matcher: Matcher,
+    parser: TokenParser,
     errands: SyncSender<Errand>,
+    share: Share,
 }
 
 /// A form on its way to the thread that compiles.
@@ -51,6 +53,7 @@ pub(super) struct Order {
     text: Arc<TextModel>,
     form: Form,
     errands: SyncSender<Errand>,
+    share: Share,
     answer: oneshot::Sender<Result<Compiled, GrammarError>>,
 }
 
@@ -63,7 +66,7 @@ impl fmt::Debug for Compiled {
 impl Compiled {
     /// What one more text is masked by.
     pub(crate) fn mask(&self) -> Box<dyn TokenMask> {
-        Box::new(GrammarMask::new(self.matcher.deep_clone(), self.errands.clone()))
+        Box::new(GrammarMask::new(self.parser.deep_clone(), self.errands.clone(), self.share.another()))
     }
 }
 
@@ -131,25 +134,28 @@ impl Order {
     pub(super) fn of(
         text: Arc<TextModel>,
         form: Form,
-        errands: SyncSender<Errand>,
+        (errands, share): (SyncSender<Errand>, Share),
     ) -> (Self, oneshot::Receiver<Result<Compiled, GrammarError>>) {
         let (answer, answered) = oneshot::channel();
-        (Self { text, form, errands, answer }, answered)
+        (Self { text, form, errands, share, answer }, answered)
     }
 
     /// Compiles; for nobody who has stopped waiting.
     pub(super) fn carry_out(self) {
-        let Self { text, form, errands, answer } = self;
+        let Self { text, form, errands, mut share, answer } = self;
         if answer.is_closed() {
             return;
         }
-        let compiled = matcher(&text, form).map(|matcher| Compiled { matcher, errands });
+        let compiled = parser(&text, form).and_then(|parser| match share.set(bytes_of(&parser)) {
+            true => Ok(Compiled { parser, errands, share }),
+            false => Err(GrammarError::NoMemory),
+        });
         // Whoever asked may have gone in the meantime.
         let _ = answer.send(compiled);
     }
 }
 
-fn matcher(text: &TextModel, form: Form) -> Result<Matcher, GrammarError> {
+fn parser(text: &TextModel, form: Form) -> Result<TokenParser, GrammarError> {
     let factory = text.grammar_factory().ok_or(GrammarError::NoEnd)?;
     let (init, logger) = (form.grammar(), llguidance::Logger::new(0, 0));
     let init = llguidance::api::GrammarInit::Serialized(init);
@@ -159,11 +165,9 @@ fn matcher(text: &TextModel, form: Form) -> Result<Matcher, GrammarError> {
         llguidance::toktrie::InferenceCapabilities::default(),
         LIMITS,
     );
-    let matcher = Matcher::new(parser);
-    match matcher.get_error() {
-        Some(why) => Err(GrammarError::Refused(brief(&why))),
-        None => Ok(matcher),
-    }
+    let mut parser = parser.map_err(|why| GrammarError::Refused(brief(&why.to_string())))?;
+    parser.start_without_prompt();
+    Ok(parser)
 }
 
 /// An error's text in one line; of a long one, which repeats what the client sent, the beginning and the end.

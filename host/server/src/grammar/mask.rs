@@ -9,20 +9,28 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use llguidance::Matcher;
+use llguidance::TokenParser;
+use llguidance::api::StopReason;
 use pointsman_sched::mask::{MaskError, TokenMask, TokenSet};
 use pointsman_sched::sampler::Edit;
 
 use super::compile::brief;
+use super::ledger::Share;
 
 type Answer = Result<Arc<Edit>, MaskError>;
 
 /// A mask to compute.
 pub(super) struct Errand {
-    matcher: Box<Matcher>,
+    state: Box<State>,
     /// None before the first.
     token: Option<u32>,
     returns: Return,
+}
+
+/// The state machine of one text, and the memory that it uses.
+struct State {
+    parser: TokenParser,
+    share: Share,
 }
 
 /// Where the answer goes. One that is lost is an error there.
@@ -31,7 +39,7 @@ struct Return(Option<Arc<Place>>);
 /// What a request and the thread that works for it share.
 #[derive(Default)]
 struct Place {
-    back: Mutex<Option<(Option<Box<Matcher>>, Answer)>>,
+    back: Mutex<Option<(Option<Box<State>>, Answer)>>,
     is_back: Condvar,
 }
 
@@ -40,7 +48,7 @@ pub(super) struct GrammarMask {
     errands: SyncSender<Errand>,
     place: Arc<Place>,
     /// At home while nothing is under way.
-    matcher: Option<Box<Matcher>>,
+    state: Option<Box<State>>,
     known: Option<Answer>,
 }
 
@@ -58,22 +66,39 @@ impl fmt::Debug for Errand {
 
 impl Errand {
     pub(super) fn run(self) {
-        let Self { mut matcher, token, mut returns } = self;
-        let answer = next(&mut matcher, token);
-        returns.give(Some(matcher), answer);
+        let Self { mut state, token, mut returns } = self;
+        let answer = state.next(token);
+        // What has failed stays failed, and uses nothing.
+        returns.give(answer.is_ok().then_some(state), answer);
     }
 }
 
-fn next(matcher: &mut Matcher, token: Option<u32>) -> Answer {
-    let told = token.map_or(Ok(()), |token| matcher.consume_token(token));
-    let set = told.and_then(|()| matcher.compute_mask_or_eos()).map_err(|error| failed(&error.to_string()))?;
-    Ok(Arc::new(Edit::Only(TokenSet::from_words(set.as_slice().to_vec()))))
+impl State {
+    fn next(&mut self, token: Option<u32>) -> Answer {
+        let parser = &mut self.parser;
+        let told =
+            token.map_or(Ok(()), |token| parser.consume_token(token).and_then(|_| parser.check_stop()).map(drop));
+        let set = told.and_then(|()| match parser.stop_reason() {
+            StopReason::NotStopped => parser.compute_mask(),
+            _ => Ok(parser.token_env.tok_trie().eos_token_set()),
+        });
+        let set = set.map_err(|error| failed(&parser.augment_err(error)))?;
+        match self.share.set(bytes_of(parser)) {
+            true => Ok(Arc::new(Edit::Only(TokenSet::from_words(set.as_slice().to_vec())))),
+            false => Err(MaskError::NoMemory),
+        }
+    }
+}
+
+/// What the tables of a lexer use, roughly.
+pub(super) fn bytes_of(parser: &TokenParser) -> usize {
+    parser.parser.lexer_stats().num_bytes
 }
 
 impl Return {
-    fn give(&mut self, matcher: Option<Box<Matcher>>, answer: Answer) {
+    fn give(&mut self, state: Option<Box<State>>, answer: Answer) {
         if let Some(place) = self.0.take() {
-            *place.lock() = Some((matcher, answer));
+            *place.lock() = Some((state, answer));
             place.is_back.notify_one();
         }
     }
@@ -86,7 +111,7 @@ impl Drop for Return {
 }
 
 impl Place {
-    fn lock(&self) -> MutexGuard<'_, Option<(Option<Box<Matcher>>, Answer)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<(Option<Box<State>>, Answer)>> {
         self.back.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -100,18 +125,18 @@ impl fmt::Debug for GrammarMask {
 }
 
 impl GrammarMask {
-    pub(super) fn new(matcher: Matcher, errands: SyncSender<Errand>) -> Self {
-        Self { errands, place: Arc::default(), matcher: Some(Box::new(matcher)), known: None }
+    pub(super) fn new(parser: TokenParser, errands: SyncSender<Errand>, share: Share) -> Self {
+        Self { errands, place: Arc::default(), state: Some(Box::new(State { parser, share })), known: None }
     }
 }
 
 impl TokenMask for GrammarMask {
     fn advance(&mut self, token: Option<u32>) {
         // Without it there was an error, which stays.
-        let Some(matcher) = self.matcher.take() else { return };
+        let Some(state) = self.state.take() else { return };
         self.known = None;
         let returns = Return(Some(Arc::clone(&self.place)));
-        let why = match self.errands.try_send(Errand { matcher, token, returns }) {
+        let why = match self.errands.try_send(Errand { state, token, returns }) {
             Ok(()) => return,
             Err(TrySendError::Full(_)) => "too many requests with a format are in flight",
             Err(TrySendError::Disconnected(_)) => "the host is stopping",
@@ -129,8 +154,8 @@ impl TokenMask for GrammarMask {
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
-            let (matcher, answer) = back.take()?;
-            self.matcher = matcher;
+            let (state, answer) = back.take()?;
+            self.state = state;
             self.known = Some(answer);
         }
         self.known.clone()

@@ -8,7 +8,8 @@ use pointsman_sched::sampler::Edit;
 use serde_json::{Value, json};
 
 use super::{Form, GrammarDesk, GrammarError};
-use crate::text::tests::model;
+use crate::text::tests::{TOKENIZER_CONFIG, model, tokenizer_json};
+use crate::text::{TextFiles, TextModel};
 
 const EOS: u32 = 1;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -52,7 +53,7 @@ fn wander(mask: &mut dyn TokenMask, rng: &mut Rng, limit: usize) -> Result<(Stri
 
 #[tokio::test]
 async fn whatever_is_chosen_has_the_form() {
-    let desk = GrammarDesk::default();
+    let desk = GrammarDesk::new(1 << 30);
     let text = Arc::new(model());
     let person = json!({"type": "object", "properties": {"name": {"type": "string", "maxLength": 8},
         "age": {"type": "integer", "minimum": 0, "maximum": 150}, "tags": {"type": "array", "maxItems": 3,
@@ -87,7 +88,7 @@ async fn whatever_is_chosen_has_the_form() {
 
 #[tokio::test]
 async fn forms_that_are_none_or_too_much_are_refused_with_what_to_change() {
-    let desk = GrammarDesk::default();
+    let desk = GrammarDesk::new(1 << 30);
     let text = Arc::new(model());
     let nested = |open: &str, n: usize, close: &str| format!("{}a{}", open.repeat(n), close.repeat(n));
     let rules = |n: usize| {
@@ -145,7 +146,7 @@ async fn forms_that_are_none_or_too_much_are_refused_with_what_to_change() {
 
 #[tokio::test]
 async fn a_mask_that_has_failed_stays_failed() {
-    let desk = GrammarDesk::default();
+    let desk = GrammarDesk::new(1 << 30);
     let compiled = desk.compile(&Arc::new(model()), Form::Regex("ab".into())).await.expect("good");
     let mut mask = compiled.mask();
     mask.advance(None);
@@ -156,4 +157,52 @@ async fn a_mask_that_has_failed_stays_failed() {
     assert!(error.to_string().contains("too complex here ("), "{error}");
     mask.advance(Some(u32::from(b'b') + 3));
     assert_eq!(allowed(&mut *mask), Err(error));
+}
+
+#[tokio::test]
+async fn a_token_that_the_trie_cannot_hold_is_never_used() {
+    let desk = GrammarDesk::new(1 << 30);
+    let mut tokenizer: Value = serde_json::from_slice(&tokenizer_json()).expect("good");
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().expect("a map");
+    let lengths = [1_022, 1_023, 1_024, 5_000];
+    let first = u32::try_from(vocabulary.len()).expect("few");
+    for (id, n) in (first..).zip(lengths) {
+        vocabulary.insert("x".repeat(n), id.into());
+    }
+    let tokenizer = tokenizer.to_string();
+    let files = TextFiles {
+        tokenizer: tokenizer.as_bytes(),
+        tokenizer_config: Some(TOKENIZER_CONFIG.as_bytes()),
+        ..TextFiles::default()
+    };
+    let text = Arc::new(TextModel::from_files(&files).expect("good"));
+    let compiled = desk.compile(&text, Form::Regex("x*".into())).await.expect("long tokens are no fault of the form");
+    let mut mask = compiled.mask();
+    mask.advance(None);
+    let found: Vec<u32> = allowed(&mut *mask).expect("some").into_iter().filter(|id| *id >= first).collect();
+    assert_eq!(found, [first, first + 1], "those of up to 1023 bytes");
+}
+
+#[tokio::test]
+async fn forms_and_masks_have_one_bound_of_memory() {
+    let text = Arc::new(model());
+    let form =
+        || Form::Json(json!({"type": "object", "properties": {"a": {"type": "string", "pattern": "^[a-f]{3,9}$"}}}));
+    // What one form uses, found by halving.
+    let mut most = 1_usize << 24;
+    while GrammarDesk::new(most / 2).compile(&text, form()).await.is_ok() {
+        most /= 2;
+    }
+    assert!(most > 256, "a form is not for nothing");
+    let desk = GrammarDesk::new(most);
+    let compiled = desk.compile(&text, form()).await.expect("the first has room");
+    assert!(matches!(desk.compile(&text, form()).await, Err(GrammarError::NoMemory)), "the second has none");
+    // Its mask is a copy, which has none either.
+    let mut mask = compiled.mask();
+    mask.advance(None);
+    assert_eq!(allowed(&mut *mask), Err(MaskError::NoMemory));
+    mask.advance(Some(EOS));
+    assert_eq!(allowed(&mut *mask), Err(MaskError::NoMemory), "it stays so");
+    drop((compiled, mask));
+    desk.compile(&text, form()).await.expect("what has ended makes room");
 }

@@ -58,7 +58,7 @@ impl Format {
     pub(super) async fn compile(self, state: &ServerState, text: &Arc<TextModel>) -> Result<Compiled, ApiError> {
         let Self { param, form } = self;
         state.grammars.compile(text, form).await.map_err(|error| match error {
-            GrammarError::Busy => ApiError::Saturated { what: error.to_string() },
+            GrammarError::Busy | GrammarError::NoMemory => ApiError::Saturated { what: error.to_string() },
             error => {
                 let problem = format!("`{param}` cannot be used: {error}");
                 ApiError::invalid(param, problem)

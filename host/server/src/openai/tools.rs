@@ -129,37 +129,24 @@ impl Tools {
                 let form = parameters.clone().map_or_else(Form::any_object, Form::Json);
                 Ok(Some(Format::of(&**param, form)))
             }
-            Choice::Required => Ok(Some(Format::of("tools", Form::Json(self.any_calls()?)))),
+            Choice::Required => Ok(Some(Format::of("tools", Form::Json(self.any_calls())))),
         }
     }
 
-    /// The schema of a list of calls. References in a tool's schema begin at its root, so definitions move to the new one.
-    fn any_calls(&self) -> Result<Value, ApiError> {
-        let mut definitions = Map::new();
-        let mut calls = Vec::new();
-        for Tool { param, name, parameters } in &self.tools {
+    /// The schema of a list of calls. A tool's schema moves whole, definitions and all, so that two tools may use one name for
+    /// different things; its references, which begin at its root, are made to begin where it stands now.
+    fn any_calls(&self) -> Value {
+        let call = |(i, Tool { name, parameters, .. }): (usize, &Tool)| {
             let mut arguments = parameters.clone().unwrap_or_else(|| json!({"type": "object"}));
-            let own = arguments.as_object_mut().and_then(|schema| schema.remove("$defs"));
-            for (key, definition) in own.and_then(|own| own.as_object().cloned()).into_iter().flatten() {
-                if definitions.get(&key).is_some_and(|other| *other != definition) {
-                    let problem =
-                        format!("`{param}` defines `$defs.{key}` in another way than an earlier tool; rename it");
-                    return Err(ApiError::invalid(&**param, problem));
-                }
-                definitions.insert(key, definition);
-            }
-            calls.push(json!({
+            rebase(&mut arguments, &format!("#/items/anyOf/{i}/properties/arguments"));
+            json!({
                 "type": "object", "additionalProperties": false, "required": ["name", "arguments"],
                 "properties": {"name": {"const": name}, "arguments": arguments},
-            }));
-        }
+            })
+        };
+        let calls: Vec<Value> = self.tools.iter().enumerate().map(call).collect();
         let most = if self.parallel { MAX_CALLS } else { 1 };
-        let list = json!({"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}});
-        let mut schema = list.as_object().cloned().unwrap_or_default();
-        if !definitions.is_empty() {
-            schema.insert("$defs".to_owned(), definitions.into());
-        }
-        Ok(schema.into())
+        json!({"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}})
     }
 
     /// How this model's calls are found.
@@ -208,6 +195,31 @@ impl Tool {
             Some(other) => return Err(mismatch(&param, "a JSON schema", &other)),
         };
         Ok(Self { param, name, parameters })
+    }
+}
+
+/// Makes the references of a schema, which begin at its root, begin at `root`. What is data and no schema stays as it is.
+fn rebase(schema: &mut Value, root: &str) {
+    let members = match schema {
+        Value::Object(members) => members,
+        Value::Array(all) => return all.iter_mut().for_each(|schema| rebase(schema, root)),
+        _ => return,
+    };
+    for (key, value) in members {
+        match (&**key, value) {
+            ("const" | "enum" | "default" | "examples", _) => {}
+            ("$ref", Value::String(to)) => {
+                if let Some(inner) = to.strip_prefix('#') {
+                    *to = format!("{root}{}", inner.trim_end_matches('/'));
+                }
+            }
+            // Keys are names here, whatever they say.
+            (
+                "properties" | "patternProperties" | "dependentSchemas" | "$defs" | "definitions",
+                Value::Object(named),
+            ) => named.values_mut().for_each(|schema| rebase(schema, root)),
+            (_, value) => rebase(value, root),
+        }
     }
 }
 
@@ -329,7 +341,13 @@ pub(super) fn whole(parts: Vec<Part>) -> (String, Vec<CallDelta>) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use pointsman_sched::mask::TokenMask;
+    use pointsman_sched::sampler::Edit;
+
     use super::*;
+    use crate::grammar::GrammarDesk;
     use crate::text::tests::model;
 
     fn parse(json: &str) -> Result<Option<Tools>, ApiError> {
@@ -363,18 +381,70 @@ mod tests {
             assert!(parse(json).expect(json).is_none(), "{json}");
         }
         let tools = parse(&format!("{{{TOOLS}, \"tool_choice\": \"required\", \"parallel_tool_calls\": false}}"));
-        let schema = tools.expect("good").expect("tools").any_calls().expect("one definition");
-        assert_eq!((&schema["$defs"]["d"]["type"], &schema["maxItems"]), (&json!("integer"), &json!(1)));
+        let schema = tools.expect("good").expect("tools").any_calls();
+        assert_eq!(schema["maxItems"], json!(1));
+    }
+
+    #[test]
+    fn references_move_with_their_schema() {
+        for (schema, expect) in [
+            (json!({"$ref": "#/$defs/a"}), json!({"$ref": "#/x/$defs/a"})),
+            (json!({"items": {"$ref": "#"}}), json!({"items": {"$ref": "#/x"}})),
+            (json!({"anyOf": [true, {"$ref": "#/"}]}), json!({"anyOf": [true, {"$ref": "#/x"}]})),
+            (json!({"$ref": "https://a.b/c#/d"}), json!({"$ref": "https://a.b/c#/d"})),
+            // A property may be called anything; data is no schema.
+            (
+                json!({"properties": {"$ref": {"$ref": "#/a"}, "enum": {"$ref": "#/b"}}}),
+                json!({"properties": {"$ref": {"$ref": "#/x/a"}, "enum": {"$ref": "#/x/b"}}}),
+            ),
+            (json!({"definitions": {"const": {"$ref": "#/c"}}}), json!({"definitions": {"const": {"$ref": "#/x/c"}}})),
+            (json!({"const": {"$ref": "#/a"}}), json!({"const": {"$ref": "#/a"}})),
+        ] {
+            let mut found = schema.clone();
+            rebase(&mut found, "#/x");
+            assert_eq!(found, expect, "{schema}");
+        }
+    }
+
+    /// The length of the beginning of `said` that the mask lets through.
+    fn allowed(mask: &mut dyn TokenMask, text: &TextModel, said: &str) -> usize {
+        mask.advance(None);
+        for (i, byte) in said.bytes().enumerate() {
+            let token = u32::from(byte) + 3;
+            assert_eq!(text.token_bytes(token), [byte]);
+            let edit = mask.mask(Duration::from_secs(20)).expect("it comes").expect("a good grammar");
+            let Edit::Only(set) = &*edit else { panic!("{edit:?}") };
+            if !set.contains(token) {
+                return i;
+            }
+            mask.advance(Some(token));
+        }
+        said.len()
+    }
+
+    #[tokio::test]
+    async fn two_tools_may_define_one_name_each_in_its_own_way() {
+        let tool = |name: &str, key: &str, kind: &str| {
+            json!({"type": "function", "function": {"name": name, "parameters": {
+                "type": "object", "required": ["a"], "additionalProperties": false,
+                "properties": {"a": {"$ref": format!("#/{key}/Item")}},
+                key: {"Item": {"type": kind}, "Other": {"$ref": format!("#/{key}/Item")}}}}})
+        };
+        let (desk, text) = (GrammarDesk::new(1 << 30), Arc::new(model()));
+        for keys in [["definitions", "definitions"], ["$defs", "$defs"], ["definitions", "$defs"]] {
+            let offered = [tool("f", keys[0], "integer"), tool("g", keys[1], "boolean")];
+            let tools = parse(&json!({"tools": offered, "tool_choice": "required"}).to_string());
+            let form = Form::Json(tools.expect("good").expect("tools").any_calls());
+            let compiled = desk.compile(&text, form).await.expect("both are known");
+            let good = r#"[{"name":"f","arguments":{"a":17}},{"name":"g","arguments":{"a":true}}]"#;
+            assert_eq!(allowed(&mut *compiled.mask(), &text, good), good.len(), "{keys:?}");
+            let bad = r#"[{"name":"f","arguments":{"a":true"#;
+            assert_eq!(allowed(&mut *compiled.mask(), &text, bad), bad.len() - "true".len(), "{keys:?}");
+        }
     }
 
     #[test]
     fn tools_that_are_none_are_named() {
-        let defs = |kind: &str| {
-            format!(
-                r#"{{"type": "function", "function": {{"name": "{kind}", "parameters": {{"$defs": {{"d": {{"type": "{kind}"}}}}}}}}}}"#
-            )
-        };
-        let clash = format!(r#"{{"tools": [{}, {}], "tool_choice": "required"}}"#, defs("string"), defs("integer"));
         for (json, param, expect) in [
             (r#"{"tools": 1}"#, "tools", "an array of at most 128"),
             (r#"{"tools": [{}]}"#, "tools[0].type", "is required"),
@@ -393,7 +463,6 @@ mod tests {
                 "tool_choice.function.name",
                 "`h`, which is not among",
             ),
-            (&*clash, "tools[1].function.parameters", "rename it"),
         ] {
             let error = parse(json).and_then(|tools| tools.expect("tools").format()).expect_err(json);
             assert!(error.to_string().contains(expect), "{json}: {error}");

@@ -53,6 +53,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
         stop_tokens: Arc::default(),
         sampling: Arc::new(Sampling::default()),
         attributes: Arc::default(),
+        transient: false,
         fork_of: None,
         mask: None,
         router_generation: 0,
