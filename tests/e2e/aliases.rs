@@ -1,4 +1,5 @@
-//! Variants of a model by weight: tenants stay where they are, also over a restart.
+//! Variants of a model by weight: tenants stay where they are, also over a restart; and what becomes of their rollouts on a disk
+//! that refuses to store them.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +7,7 @@ use pointsman_tests::Host;
 use serde_json::{Value, json};
 
 use crate::trust::pointsman;
-use crate::{host, journal};
+use crate::{host, journal, refuse};
 
 /// The variant that served a tenant.
 fn variant(host: &Host, model: &str, tenant: &str) -> String {
@@ -64,4 +65,54 @@ fn tenants_are_split_by_weight_and_stay() {
     let changes: Vec<Value> = journal(&host).into_iter().filter(|e| e["event"] == "alias-changed").collect();
     assert_eq!(changes.iter().map(|e| e["generation"].as_u64()).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6].map(Some));
     assert_eq!(changes[1]["weights"], json!({ "demo:f16": 3, "demo:q8_0": 1 }));
+}
+
+#[test]
+fn a_rollout_of_variants_on_a_disk_that_refuses_it_says_what_holds() {
+    let host = host(&[]);
+    let ask =
+        |method: &str, path: &str, body: &Value| host.admin(method, &format!("/admin/v1/aliases/demo{path}"), body);
+    assert_eq!(ask("PUT", "", &json!({ "weights": { "demo:f16": 1 } })).status, 200);
+    let plan = json!({ "candidate": "demo:q8_0", "mode": "canary", "block_ms": 60_000 });
+    let (document, id) = (host.folder().join("aliases/demo.json"), "alias.demo-1");
+    let stored = || -> Value { serde_json::from_slice(&std::fs::read(&document).expect("a document")).expect("JSON") };
+    let (nothing, at_once) =
+        (["nothing was", "cannot be stored"], ["control serves, but a restart would", "make room"]);
+    let dry = json!({ "candidate": "demo:q8_0", "mode": "canary", "dry_run": true });
+    let would = ask("POST", "/rollouts", &dry);
+    assert_eq!((would.status, &would.body["id"]), (200, &json!(id)), "{would:?}");
+    assert_eq!(ask("GET", "", &Value::Null).body["rollout"], Value::Null, "a dry run starts nothing");
+    // What is asked for, what is said where it cannot be stored, and where it leads once it can.
+    for (verb, said, phase) in [
+        ("", nothing, "running"),
+        ("/promote", nothing, "running"),
+        ("/pause", at_once, "paused"),
+        ("/resume", nothing, "running"),
+        ("/abort", at_once, "aborted"),
+    ] {
+        let body = match verb {
+            "" => plan.clone(),
+            "/promote" => json!({ "step": true }),
+            _ => Value::Null,
+        };
+        let path = if verb.is_empty() { "/rollouts".to_owned() } else { format!("/rollouts/{id}{verb}") };
+        let before = stored();
+        let refused = refuse(&document);
+        for _ in 0..2 {
+            let answer = ask("POST", &path, &body);
+            let message = answer.body["error"]["message"].as_str().unwrap_or_default();
+            assert!(answer.status == 500 && said.iter().all(|part| message.contains(part)), "{verb}: {answer:?}");
+        }
+        let holds = ask("GET", &format!("/rollouts/{id}"), &Value::Null).body["phase"]["is"].clone();
+        assert!(said == nothing || holds == phase, "{verb}: {holds}");
+        refused.end();
+        assert!(said == at_once || stored() == before, "{verb}: nothing was changed");
+        let answer = ask("POST", &path, &body);
+        assert!(matches!(answer.status, 200 | 201), "{verb}: {answer:?}");
+        assert_eq!((&answer.body["phase"]["is"], &stored()["rollout"]["phase"]["is"]), (&json!(phase), &json!(phase)));
+    }
+    assert_eq!(ask("GET", "", &Value::Null).body["rollout"], Value::Null);
+    let decided = journal(&host).into_iter().filter(|line| line["event"] == "rollout-decided");
+    let decided: Vec<Value> = decided.map(|line| line["decision"].clone()).collect();
+    assert_eq!(decided, ["step", "pause", "resume", "abort"], "each is told once");
 }

@@ -30,6 +30,22 @@ fn host(settings: &[(&str, &str)]) -> Host {
     Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), settings)
 }
 
+/// A document that cannot be written: a folder stands in its place, and not even root can write over that.
+struct Refused(std::path::PathBuf);
+
+fn refuse(document: &std::path::Path) -> Refused {
+    std::fs::rename(document, document.with_extension("aside")).expect("a document");
+    std::fs::create_dir(document).expect("a folder");
+    Refused(document.to_owned())
+}
+
+impl Refused {
+    fn end(self) {
+        std::fs::remove_dir(&self.0).expect("the folder");
+        std::fs::rename(self.0.with_extension("aside"), &self.0).expect("the document");
+    }
+}
+
 /// Every line of a host's journal.
 fn journal(host: &Host) -> Vec<serde_json::Value> {
     let text = host.admin("GET", "/admin/v1/journal", &serde_json::Value::Null).body;

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use pointsman_tests::Host;
 use serde_json::{Value, json};
 
-use crate::host;
+use crate::{host, refuse};
 
 fn pointsman(host: &Host, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"))
@@ -289,10 +289,13 @@ fn what_is_taken_back_is_what_it_was() {
     };
     let before = ["scheduler", "sampler"].map(without_generation);
     assert_eq!(before[0]["handover"], "require", "{before:?}");
-    // A rollout where nothing was ever activated cannot be started: everything is taken back, whatever has to start cold.
+    // A rollout that cannot be stored is not started: everything is taken back, whatever has to start cold.
+    assert_eq!(host.activate("kv-retention", "native", json!({})).status, 200);
+    let refused = refuse(&host.folder().join("slots/kv-retention.json"));
     let text = "[slots.scheduler]\ncomponent = \"sched-fcfs\"\n[slots.sampler]\ncomponent = \"sampler-allowlist\"\nconfig = { allow = [] }\n\
                 [slots.\"telemetry.new\"]\ncomponent = \"hook-outcomes\"\n[rollouts.kv-retention]\ncomponent = \"native\"\nmode = \"canary\"\n";
     let failed = apply(text);
+    refused.end();
     assert_eq!(failed.status.code(), Some(1), "{failed:?}");
     for name in ["scheduler", "sampler", "telemetry.new"] {
         assert!(said(&failed).contains(&format!("`{name}` was taken back")), "{}", said(&failed));
@@ -327,6 +330,35 @@ fn a_dry_run_honours_a_pin() {
 }
 
 #[test]
+fn what_a_rollout_needs_is_asked_before_anything_changes() {
+    let host = host(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("all.toml");
+    let trial = |of: &str, tried: &str, mode: &str| format!("[rollouts.\"{of}\"]\n{tried}\nmode = \"{mode}\"\n");
+    let fcfs = trial("scheduler", "component = \"sched-fcfs\"", "shadow");
+    let slot_with = |component: &str| format!("[slots.scheduler]\ncomponent = \"{component}\"\n{fcfs}");
+    let before = slot(&host, "scheduler")["active"].clone();
+    for (text, fault) in [
+        (trial("kv-retention", "component = \"native\"", "canary"), "nothing was ever activated in `kv-retention`"),
+        (trial("scheduler", "component = \"native\"", "shadow"), "the native scheduler writes no plans"),
+        (slot_with("native"), "the native scheduler writes no plans"),
+        (trial("alias.demo", "candidate = \"demo:q8_0\"", "ab"), "a rollout needs one variant as control"),
+        (slot_with("sched-priority"), ""),
+        (fcfs.clone(), ""),
+    ] {
+        std::fs::write(&file, &text).expect("it can be written");
+        for more in [&["--dry-run"][..], &[]].into_iter().take(if fault.is_empty() { 1 } else { 2 }) {
+            let output = pointsman(&host, &[&["apply", "-f", &file.display().to_string()], more].concat());
+            assert_eq!(output.status.success(), fault.is_empty(), "{text}: {}", said(&output));
+            assert!(fault.is_empty() || said(&output).contains("nothing was changed: "), "{}", said(&output));
+            assert!(said(&output).contains(fault), "{text}: {}", said(&output));
+        }
+    }
+    assert_eq!(slot(&host, "scheduler")["active"], before);
+    assert_eq!(slot(&host, "scheduler")["candidate"], Value::Null);
+}
+
+#[test]
 fn a_file_sets_aliases_and_starts_rollouts_once() {
     let host = host(&[]);
     let folder = tempfile::tempdir().expect("a folder");
@@ -355,10 +387,16 @@ fn a_file_sets_aliases_and_starts_rollouts_once() {
     ];
     apply(&text, &["--dry-run"], 0, &plan);
     assert_eq!((&alias()["generation"], &alias()["rollout"]), (&json!(0), &Value::Null), "nothing was changed");
-    // The last one cannot be started: what was done by then is taken back.
-    let never = format!("{text}[rollouts.kv-retention]\ncomponent = \"native\"\nmode = \"canary\"\n");
+    // The last one cannot be stored: what was done by then is taken back.
     let taken_back = ["the rollout of `alias.demo` was taken back", "the alias `demo` was taken back"];
-    apply(&never, &[], 1, &[&["the rollout of `kv-retention` was not changed"], &taken_back[..]].concat());
+    let refused = refuse(&host.folder().join("slots/scheduler.json"));
+    apply(
+        &text,
+        &[],
+        1,
+        &[&["the rollout of `scheduler` was not changed", "cannot be stored"], &taken_back[..]].concat(),
+    );
+    refused.end();
     assert_eq!((&alias()["generation"], &alias()["sticky"]), (&json!(2), &Value::Null), "{}", alias());
     assert_eq!(alias()["rollout"], Value::Null);
     let text = text.replace("block_ms = 400", "block_ms = 410");

@@ -5,6 +5,7 @@
 mod rollout;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
@@ -109,11 +110,7 @@ impl AliasPort for Aliases {
             return Ok(self.weights(alias));
         }
         let document = AliasDocument { journal_before: self.parts.deploy.last_line(), ..planned };
-        self.parts.store.write_alias(&document).map_err(|error| AdminError {
-            kind: AdminErrorKind::Internal,
-            message: format!("nothing was changed: the document of `{alias}` cannot be stored ({error})"),
-            param: None,
-        })?;
+        self.parts.store.write_alias(&document).map_err(|error| unchanged(alias, &error))?;
         self.change(|live| live.put(document.clone()));
         self.note_change(actor, document);
         Ok(self.weights(alias))
@@ -152,6 +149,12 @@ impl Aliases {
         let AliasDocument { alias, generation, weights, sticky, .. } = document;
         self.parts.deploy.note(actor, Happened::AliasChanged { alias, generation, weights, sticky });
     }
+}
+
+/// The disk has refused what must be stored first.
+fn unchanged(alias: &str, error: &io::Error) -> AdminError {
+    let message = format!("nothing was changed: the document of `{alias}` cannot be stored ({error})");
+    AdminError { kind: AdminErrorKind::Internal, message, param: None }
 }
 
 fn alias_error(error: AliasError) -> AdminError {

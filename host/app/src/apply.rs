@@ -49,8 +49,9 @@ trait Act {
     fn lines(&self) -> Vec<String>;
     /// The component that it needs.
     fn component(&self) -> Option<Needs<'_>>;
-    /// What is asked to see whether it would work, and changes nothing. `generation` is its subject's.
-    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>>;
+    /// What is asked to see whether it would work, and changes nothing. `generation` is its subject's, `before` what the file
+    /// changes there first.
+    fn check(&self, generation: u64, before: Option<&dyn Act>) -> anyhow::Result<Option<Ask>>;
     fn carry_out(&self, generation: u64) -> Ask;
     /// Puts back what was there before; `done` is what carrying it out answered.
     fn take_back(&self, done: &Value) -> Ask;
@@ -106,14 +107,15 @@ pub(crate) fn run(args: &ApplyArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         return Ok(());
     }
     let known = admin.get("/admin/v1/components")?;
-    for act in &plan.acts {
+    for (place, act) in plan.acts.iter().enumerate() {
+        let before = plan.acts[..place].iter().find(|before| before.subject() == act.subject());
         match act.component().filter(|needs| !needs.is_met(&known)) {
             Some(Needs { name, .. }) => {
                 let about = act.name();
                 writeln!(out, "{about}: the host does not have {name} yet; whether it fits shows when it is applied")?;
             }
             None => act
-                .check(generation(&generations, &**act))
+                .check(generation(&generations, &**act), before.map(|before| &**before))
                 .and_then(|ask| ask.map_or(Ok(()), |ask| ask.send(&admin).map(drop)))
                 .with_context(|| format!("nothing was changed: {}", act.name()))?,
         }

@@ -3,6 +3,7 @@
 //! Every document is written aside, synced and renamed, so that a crash leaves the old one or the new one, never half of
 //! one; what could not be made to last is put back as it was, so that an error means that nothing has changed. A database would do the same and bring a C library; these are a handful of small files that people can read.
 
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,9 @@ const JOURNAL_BYTES: u64 = 16 << 20;
 /// Journal entries that are read back at start come from this many bytes at the end of the file.
 const JOURNAL_TAIL_BYTES: u64 = 1 << 20;
 
+/// Lines that wait for a journal file that takes none; the oldest give way.
+const MAX_WAITING_LINES: usize = 1_024;
+
 /// Document of the switch that makes every slot native; there while it is on.
 const SAFE_MODE: &str = "safe-mode.json";
 /// What is being done that has no document; there until its line is written.
@@ -27,9 +31,17 @@ const INTENT: &str = "intent.json";
 #[derive(Debug)]
 pub(crate) struct Store {
     root: PathBuf,
-    journal: Mutex<File>,
+    journal: Mutex<JournalFile>,
     /// Held for the life of the process.
     _lock: File,
+}
+
+/// Where lines go.
+#[derive(Debug)]
+struct JournalFile {
+    file: File,
+    /// What the file has not taken yet, the oldest first.
+    waiting: VecDeque<String>,
 }
 
 impl Store {
@@ -50,9 +62,11 @@ impl Store {
             );
         }
         ["", "slots", "aliases", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
+        sweep_signatures(&root.join("components"));
         let path = root.join("journal.jsonl");
         let mut journal = OpenOptions::new().create(true).append(true).open(&path).with_context(what)?;
         end_last_line(&path, &mut journal).with_context(what)?;
+        let journal = JournalFile { file: journal, waiting: VecDeque::new() };
         Ok(Self { root: root.to_owned(), journal: Mutex::new(journal), _lock: lock })
     }
 
@@ -132,8 +146,8 @@ impl Store {
         fs::read(self.component_path(digest))
     }
 
-    /// Keeps a component's signature beside it, so that a restart can check it again. The component comes first and goes
-    /// last: a crash leaves one that is not signed, never a signature of nothing.
+    /// Keeps a component's signature beside it, so that a restart can check it again. The signature comes first and goes last: a
+    /// crash leaves a signature of nothing, which the next start sweeps away, never a component that has lost its own.
     ///
     /// # Errors
     /// The disk does not take it; the old one stays.
@@ -146,17 +160,19 @@ impl Store {
         Signature::parse(&fs::read(self.component_path(digest).with_extension("sig")).ok()?).ok()
     }
 
-    /// Forgets a component and its signature; none to forget is fine.
+    /// Forgets a component, for good, and then its signature; none to forget is fine.
     ///
     /// # Errors
-    /// A file cannot be removed.
+    /// The component cannot be removed; both stay.
     pub(crate) fn delete_component(&self, digest: &str) -> io::Result<()> {
         let path = self.component_path(digest);
-        for path in [path.with_extension("sig"), path] {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+        place(&path, None, sync_folder)?;
+        // Of nothing it says nothing; where it stays, the next start sweeps it away.
+        match fs::remove_file(path.with_extension("sig")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("the signature of the deleted {digest} cannot be removed: {error}");
             }
+            _ => {}
         }
         Ok(())
     }
@@ -179,11 +195,20 @@ impl Store {
         self.root.join("components").join(format!("{hex}.wasm"))
     }
 
-    /// Appends a line to the journal file and syncs it.
-    pub(crate) fn append_journal(&self, line: &str) {
-        let mut file = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = self.append_to(&mut file, line) {
-            tracing::error!("the journal file does not take a line: {error}");
+    /// Appends a line to the journal file and syncs it. What a full disk refuses is written before the line that comes next.
+    pub(crate) fn append_journal(&self, line: String) {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        let JournalFile { file, waiting } = &mut *journal;
+        if waiting.len() == MAX_WAITING_LINES {
+            waiting.pop_front();
+        }
+        waiting.push_back(line);
+        while let Some(line) = waiting.front() {
+            if let Err(error) = self.append_to(file, line) {
+                tracing::error!("the journal file takes no line, and {} wait: {error}", waiting.len());
+                return;
+            }
+            waiting.pop_front();
         }
     }
 
@@ -298,6 +323,17 @@ fn sweep(folder: &Path) {
     }
 }
 
+/// Removes the signatures whose components are gone, or never came.
+fn sweep_signatures(components: &Path) {
+    let Ok(entries) = fs::read_dir(components) else { return };
+    let signatures =
+        entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "sig"));
+    for signature in signatures.filter(|path| !path.with_extension("wasm").exists()) {
+        // What stays is swept at the next start.
+        let _ = fs::remove_file(signature);
+    }
+}
+
 fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
     place(path, Some(bytes), sync_folder)
 }
@@ -384,6 +420,26 @@ mod tests {
     }
 
     #[test]
+    fn a_start_sweeps_signatures_of_nothing_and_no_others() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let signature = Signature::parse(&[7; 64]).expect("64 bytes");
+        // What a crash has left, with a component or without.
+        for (with_component, is_kept) in [(true, true), (false, false)] {
+            let store = Store::open(folder.path()).expect("a folder");
+            store.write_signature("sha256:ab", signature).expect("a writable folder");
+            if with_component {
+                store.write_component("sha256:ab", b"wasm").expect("a writable folder");
+            } else {
+                fs::remove_file(store.component_path("sha256:ab")).expect("written before");
+            }
+            drop(store);
+            let store = Store::open(folder.path()).expect("a folder");
+            assert_eq!(store.read_signature("sha256:ab").is_some(), is_kept);
+            assert_eq!(store.has_component("sha256:ab"), with_component);
+        }
+    }
+
+    #[test]
     fn what_could_not_be_made_to_last_is_as_it_was() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("document.json");
@@ -411,9 +467,31 @@ mod tests {
         fs::rename(&path, folder.path().join("journal.1.jsonl")).expect("moved aside");
         for sequence in [1, 2] {
             let what = Happened::Deleted { digest: "x".into() };
-            store.append_journal(&Entry { sequence, at_unix_ms: 5, actor: "t".into(), what }.to_json());
+            store.append_journal(Entry { sequence, at_unix_ms: 5, actor: "t".into(), what }.to_json());
         }
         assert_eq!(store.journal_tail().iter().map(|e| e.sequence).collect::<Vec<_>>(), [1, 2]);
+    }
+
+    #[test]
+    fn lines_wait_for_a_disk_that_takes_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("an empty folder");
+        let append = |sequence: u64| {
+            let what = Happened::Deleted { digest: "x".into() };
+            store.append_journal(Entry { sequence, at_unix_ms: 5, actor: "t".into(), what }.to_json());
+        };
+        let swap = |file: File| std::mem::replace(&mut store.journal.lock().expect("unpoisoned").file, file);
+        let numbers = || store.journal_tail().iter().map(|entry| entry.sequence).collect::<Vec<_>>();
+        append(1);
+        let file = swap(OpenOptions::new().append(true).open("/dev/full").expect("Linux has one"));
+        (2..4).for_each(append);
+        assert_eq!(numbers(), [1]);
+        let full = swap(file);
+        append(4);
+        assert_eq!(numbers(), [1, 2, 3, 4]);
+        drop(swap(full));
+        (5..2_000).for_each(append);
+        assert_eq!(store.journal.lock().expect("unpoisoned").waiting.len(), MAX_WAITING_LINES);
     }
 
     #[test]
@@ -429,7 +507,7 @@ mod tests {
         fs::write(&path, format!("{}\n{}\n{}\n{{\"sequence\":9", line(1, &long), line(2, &long), line(3, "c")))
             .expect("written");
         let store = Store::open(folder.path()).expect("a folder with a journal");
-        store.append_journal(&line(4, "d"));
+        store.append_journal(line(4, "d"));
         let numbers: Vec<u64> = store.journal_tail().iter().map(|e| e.sequence).collect();
         assert_eq!(numbers, [2, 3, 4]);
         fs::rename(&path, folder.path().join("journal.1.jsonl")).expect("moved aside");

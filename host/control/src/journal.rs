@@ -301,6 +301,12 @@ impl Journal {
         }
     }
 
+    /// Numbers on from a line that a stored document knows, also where the file has lost it: a line that comes now must not pass for
+    /// an older one.
+    pub fn go_on_after(&mut self, sequence: u64) {
+        self.next = self.next.max(sequence.saturating_add(1));
+    }
+
     /// The number of the last entry; 0 before the first one.
     #[must_use]
     pub fn last(&self) -> u64 {
@@ -353,12 +359,17 @@ impl Journal {
             .collect()
     }
 
-    /// Whether the line of something that was to be done is missing; it is where it was not done, too.
+    /// Whether the line of something that was to be done is missing; it is where it was not done, too. A component that is there
+    /// is told of once, whoever brought it.
     #[must_use]
     pub fn lacks(&self, intent: &Intent) -> bool {
         let Intent { journal_before, actor, what, .. } = intent;
         let is_it = |entry: &Entry| entry.actor == *actor && entry.what == *what;
-        self.keeps_all_after(*journal_before) && !self.after(*journal_before, usize::MAX).any(is_it)
+        let is_told = match what {
+            Happened::Uploaded { digest, .. } => self.tells_upload_of(digest),
+            _ => self.after(*journal_before, usize::MAX).any(is_it),
+        };
+        self.keeps_all_after(*journal_before) && !is_told
     }
 
     /// Whether every entry after this one is kept: only then was one that is not found never written.
@@ -383,13 +394,24 @@ impl Journal {
         last
     }
 
-    /// Whether a kept entry says that this rollout is over.
+    /// Whether the kept entries' last word on a rollout is that it is over: an end that could not be stored does not last.
     fn tells_end_of(&self, rollout: &str) -> bool {
-        self.recent.iter().any(|entry| match &entry.what {
-            Happened::RolloutDecided { id, decision, .. } => id == rollout && decision.is_end(),
-            Happened::RolloutRestored { rollout: found } => found.id == rollout && found.phase.is_over(),
-            _ => false,
-        })
+        let is_end = |entry: &Entry| match &entry.what {
+            Happened::RolloutDecided { id, decision, .. } if id == rollout => Some(decision.is_end()),
+            Happened::RolloutRestored { rollout: found } if found.id == rollout => Some(found.phase.is_over()),
+            _ => None,
+        };
+        self.recent.iter().rev().find_map(is_end).unwrap_or(false)
+    }
+
+    /// Whether the kept entries' last word on a component is that it came.
+    fn tells_upload_of(&self, component: &str) -> bool {
+        let has_come = |entry: &Entry| match &entry.what {
+            Happened::Uploaded { digest, .. } if digest == component => Some(true),
+            Happened::Deleted { digest } if digest == component => Some(false),
+            _ => None,
+        };
+        self.recent.iter().rev().find_map(has_come).unwrap_or(false)
     }
 
     /// The generation of an alias by the kept entries; 0 for none.
@@ -499,10 +521,12 @@ mod tests {
             why: Why::Put,
         };
         let removed = || Happened::Removed { slot: slot.clone() };
-        let ended = |generation| {
-            let rollout = document(1, 0, Some((generation, Phase::Completed)), false).rollout.expect("just made");
+        let found = |generation, phase| {
+            let rollout = document(1, 0, Some((generation, phase)), false).rollout.expect("just made");
             Happened::RolloutRestored { rollout: Box::new(rollout) }
         };
+        let ended = |generation| found(generation, Phase::Completed);
+        let went_on = || found(2, Phase::Running);
         let noise = || Happened::Deleted { digest: "x".into() };
         let over = |generation| Some((generation, Phase::Completed));
         let (recovered, restored) = ("recovered", "rollout-restored");
@@ -521,6 +545,8 @@ mod tests {
             ("tried", vec![published(1), noise()], 1, document(1, 2, Some((2, Phase::Running)), false), &[]),
             ("tried in vain", vec![noise()], 1, document(1, 1, over(2), false), &[restored]),
             ("that is told", vec![noise(), ended(2)], 2, document(1, 1, over(2), false), &[]),
+            ("again", vec![ended(2), went_on()], 9, document(1, 2, over(2), false), &[restored]),
+            ("again, and that is told", vec![went_on(), ended(2)], 9, document(1, 1, over(2), false), &[]),
             ("promoted", vec![noise()], 1, document(2, 1, over(2), false), &[recovered, restored]),
             ("a rollout long ago", vec![noise(), published(3)], 1, document(3, 1, over(2), false), &[]),
             ("died after one long ago", vec![noise()], 1, document(3, 1, over(2), false), &[recovered]),
@@ -579,6 +605,44 @@ mod tests {
             assert_eq!(journal.lacks(&intent), lacks, "{before:?} {after:?}");
             let newer = intent.to_json().replace("\"format\": 1", "\"format\": 2");
             assert!(matches!(Intent::parse(newer.as_bytes()), Err(DocumentError::Format { found: 2 })));
+        }
+    }
+
+    #[test]
+    fn what_is_told_again_after_lines_were_lost_is_told_once() {
+        let (slot, lost) = (SlotName::Telemetry("t".into()), document(2, 7, None, false));
+        let mut journal = Journal::new(9, 0);
+        for expect in [1, 0] {
+            journal.go_on_after(lost.journal_before);
+            let untold = journal.untold(&lost);
+            assert_eq!(untold.len(), expect, "{untold:?}");
+            untold.into_iter().for_each(|what| drop(journal.append(0, "startup", what)));
+        }
+        assert_eq!(journal.last_of(&slot, 7).generation, 2);
+        assert_eq!(journal.last(), 8);
+    }
+
+    #[test]
+    fn a_component_that_is_there_is_told_of_once() {
+        let uploaded = |digest: &str, signed_by: Option<&str>| {
+            let (digest, world, signed_by) = (digest.to_owned(), "router".to_owned(), signed_by.map(str::to_owned));
+            Happened::Uploaded { digest, world, size: 4, signed_by, source: None }
+        };
+        let deleted = |digest: &str| Happened::Deleted { digest: digest.into() };
+        // What the journal says of components, and whether the line of an upload of `a` is missing.
+        for (written, lacks) in [
+            (vec![], true),
+            (vec![uploaded("b", None)], true),
+            (vec![uploaded("a", None)], false),
+            (vec![uploaded("a", Some("release"))], false),
+            (vec![uploaded("a", None), deleted("b")], false),
+            (vec![uploaded("a", None), deleted("a")], true),
+            (vec![uploaded("a", None), deleted("a"), uploaded("a", Some("release"))], false),
+        ] {
+            let mut journal = Journal::new(9, 0);
+            written.iter().for_each(|what| drop(journal.append(0, "ana", what.clone())));
+            let intent = Intent { format: 1, journal_before: 0, actor: "ci".into(), what: uploaded("a", None) };
+            assert_eq!(journal.lacks(&intent), lacks, "{written:?}");
         }
     }
 

@@ -3,20 +3,20 @@
 //!
 //! Nothing is staged, both variants serve already: a share is a number that requests read with the weights. As with slots the
 //! document is stored before anybody is told, the observer waits for nobody's change, and a candidate that harms loses its
-//! share at once. Safe mode does not pause them: it makes policies native, in both arms alike.
+//! share at once, whatever the disk says. Safe mode does not pause them: it makes policies native, in both arms alike.
 
 use pointsman_control::rollout::{
     Arm, Cause, Command, Decision, OnRestart, Phase, Plan, Report, Rollout, RolloutDocument, Spec, Split,
 };
-use pointsman_control::{DesiredTrial, Happened};
+use pointsman_control::{AliasDocument, DesiredTrial, Happened};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, AdminErrorKind, Clock, Variant};
 use pointsman_telemetry::Event;
 use serde_json::value::RawValue;
 
-use super::{Aliases, alias_error};
+use super::{Aliases, alias_error, unchanged};
 use crate::deploy::lock;
-use crate::deploy::rollout::{ACTOR, Live};
+use crate::deploy::rollout::{ACTOR, Live, asked, under_way};
 
 // === what the observer thread does ===
 
@@ -34,7 +34,7 @@ impl Aliases {
                 let commands = live.rollout.tick(self.parts.clock.micros());
                 self.obey(alias, live, ACTOR, commands);
             }
-            if !live.pending.is_empty()
+            if live.is_due(self.parts.clock.micros())
                 && let Ok(_one) = self.operations.try_lock()
             {
                 self.settle(alias, live);
@@ -53,38 +53,52 @@ impl Aliases {
         }
     }
 
-    /// Stores the document, ends what is over, and journals what was kept. The caller holds `operations`.
+    /// Stores the document, ends what is over, and journals what was kept; where all but the first was done, tries that again.
+    /// The caller holds `operations`.
     fn settle(&self, alias: &str, live: &mut Live) {
-        let rollout = live.rollout.document().clone();
-        let document = self.live.load().rolled(alias, rollout.clone(), self.parts.deploy.last_line());
-        let stored = self.parts.store.write_alias(&document);
-        let promoted = rollout.phase == Phase::Promoted;
-        if let Err(error) = &stored {
-            tracing::error!(alias, rollout = rollout.id, "the alias's document cannot be stored: {error}");
+        if live.pending.is_empty() {
+            let stored = self.parts.store.write_alias(&self.live.load().get(alias));
+            return live.saved(stored, self.parts.clock.micros());
         }
-        match stored {
-            Err(error) if promoted => {
+        let mut document = self.rolled(alias, live.rollout.document().clone());
+        let stored = self.parts.store.write_alias(&document);
+        if let Err(error) = &stored {
+            let rollout = live.rollout.document();
+            tracing::error!(alias, rollout = rollout.id, "the alias's document cannot be stored: {error}");
+            // An end that the disk did not take holds in this life all the same.
+            if rollout.phase == Phase::Promoted {
                 // What is not stored would be undone by a restart: control serves until somebody has looked.
                 let why = format!("the candidate was not promoted: the alias's document cannot be stored ({error})");
                 let commands = live.rollout.decide(Decision::Pause { why }, self.parts.clock.micros());
                 self.obey(alias, live, "host", commands);
+                document = self.rolled(alias, live.rollout.document().clone());
             }
-            // An end that the disk did not take holds in this life all the same.
-            _ => self.change(|aliases| aliases.put(document.clone())),
         }
+        live.saved(stored, self.parts.clock.micros());
+        self.finish(alias, live, document);
+    }
+
+    /// The document of an alias with this state of its rollout.
+    fn rolled(&self, alias: &str, rollout: RolloutDocument) -> AliasDocument {
+        self.live.load().rolled(alias, rollout, self.parts.deploy.last_line())
+    }
+
+    /// Makes a document what requests see, journals what was kept, and ends what is over.
+    fn finish(&self, alias: &str, live: &mut Live, document: AliasDocument) {
+        self.change(|aliases| aliases.put(document.clone()));
         for (actor, happened) in live.pending.drain(..) {
             if let Happened::RolloutDecided { decision, id, .. } = &happened {
                 tracing::info!(alias, rollout = id, actor, "rollout: {decision:?}");
             }
             self.parts.deploy.note(&actor, happened);
         }
-        let phase = &live.rollout.document().phase;
+        let RolloutDocument { subject, phase, .. } = live.rollout.document();
         if *phase == Phase::Promoted {
             self.note_change(ACTOR, document);
         }
         if phase.is_over() {
             for arm in [Arm::Control, Arm::Candidate] {
-                self.parts.metrics.forget_arm(&rollout.subject, arm.as_str());
+                self.parts.metrics.forget_arm(subject, arm.as_str());
             }
         }
     }
@@ -99,12 +113,15 @@ impl Aliases {
         request: wire::StartAliasRollout,
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
-        let wire::StartAliasRollout { candidate, if_generation, plan } = request;
+        let wire::StartAliasRollout { candidate, if_generation, dry_run, plan } = request;
         let _one = lock(&self.operations);
         self.parts.deploy.check_changeable(None)?;
         let desired = DesiredTrial { candidate, spec: self.spec(alias, &plan)?, if_generation };
         let (rollout, document) = self.live.load().plan_rollout(alias, desired).map_err(alias_error)?;
         let split = self.split(&rollout).map_err(|what| refused(AdminErrorKind::Conflict, what))?;
+        if dry_run {
+            return self.report(&rollout);
+        }
         self.parts.store.write_alias(&document).map_err(|error| {
             let what = format!("nothing was started: the document of `{alias}` cannot be stored ({error})");
             refused(AdminErrorKind::Internal, what)
@@ -151,28 +168,43 @@ impl Aliases {
         self.one_rollout(alias, id)?;
         let _one = lock(&self.operations);
         self.parts.deploy.check_changeable(None)?;
-        let conflict = |what: String| refused(AdminErrorKind::Conflict, what);
         let mut rollouts = lock(&self.rollouts);
-        let Some(live) = rollouts.get_mut(alias).filter(|live| live.rollout.document().id == id) else {
-            return Err(conflict(format!("rollout {id} is over; start another")));
+        let live = under_way(rollouts.get_mut(alias), id)?;
+        let steered = match steer {
+            wire::Steer::Abort | wire::Steer::Pause => self.take_off(alias, live, steer, actor),
+            wire::Steer::Promote { .. } | wire::Steer::Resume => self.let_on(alias, live, steer, actor),
         };
-        let document = live.rollout.document();
-        let decision = match steer {
-            wire::Steer::Promote { step } => document.ask_promote(step),
-            wire::Steer::Abort => document.ask_abort(),
-            wire::Steer::Pause => document.ask_pause(),
-            wire::Steer::Resume => document.ask_resume(),
-        };
-        let decision = decision.map_err(|error| conflict(error.to_string()))?;
-        let commands = live.rollout.decide(decision, self.parts.clock.micros());
-        self.obey(alias, live, actor, commands);
-        self.settle(alias, live);
         let document = live.rollout.document().clone();
-        if document.phase.is_over() {
+        if live.is_done() {
             rollouts.remove(alias);
         }
         drop(rollouts);
-        self.report(&document)
+        steered.and_then(|()| self.report(&document))
+    }
+
+    /// Takes the candidate's share away, whatever the disk says.
+    fn take_off(&self, alias: &str, live: &mut Live, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+        if !live.is_asked_again(steer) {
+            let decision = asked(live.rollout.document(), steer)?;
+            let commands = live.rollout.decide(decision, self.parts.clock.micros());
+            self.obey(alias, live, actor, commands);
+        }
+        self.settle(alias, live);
+        live.check_saved()
+    }
+
+    /// Gives the candidate more, once that is stored: until then nothing has changed.
+    fn let_on(&self, alias: &str, live: &mut Live, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+        let decision = asked(live.rollout.document(), steer)?;
+        let mut rollout = live.rollout.document().clone();
+        rollout.apply(&decision);
+        let document = self.rolled(alias, rollout);
+        self.parts.store.write_alias(&document).map_err(|error| unchanged(alias, &error))?;
+        let commands = live.rollout.decide(decision, self.parts.clock.micros());
+        self.obey(alias, live, actor, commands);
+        live.saved(Ok(()), self.parts.clock.micros());
+        self.finish(alias, live, document);
+        Ok(())
     }
 
     fn report(&self, document: &RolloutDocument) -> Result<Box<RawValue>, AdminError> {
@@ -228,7 +260,7 @@ impl Aliases {
             self.obey(alias, &mut live, "startup", commands);
             self.settle(alias, &mut live);
         }
-        if !live.rollout.document().phase.is_over() {
+        if !live.is_done() {
             lock(&self.rollouts).insert(alias.to_owned(), live);
         }
     }

@@ -90,7 +90,7 @@ impl Act for Change {
         None
     }
 
-    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>> {
+    fn check(&self, generation: u64, _: Option<&dyn Act>) -> anyhow::Result<Option<Ask>> {
         Ok(Some(self.put(generation, true)))
     }
 

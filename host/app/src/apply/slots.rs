@@ -119,7 +119,7 @@ impl Act for Change {
         Some(Needs { name: &self.component, digest: &self.digest })
     }
 
-    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>> {
+    fn check(&self, generation: u64, _: Option<&dyn Act>) -> anyhow::Result<Option<Ask>> {
         Ok(Some(self.put(generation, true)))
     }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail};
 use pointsman_control::rollout::{Plan, Spec};
-use pointsman_control::{Budget, Handover, OnFault};
+use pointsman_control::{Budget, ComponentRef, Handover, OnFault};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -53,6 +53,7 @@ struct Trial {
     /// The component's digest or the variant.
     id: String,
     body: Value,
+    spec: Spec,
     /// Of an alias: the variants that serve by weight once the file's weights are applied.
     serving: Vec<String>,
     /// Of an alias: its variants.
@@ -131,8 +132,8 @@ impl WantedTrial {
             serving = weights.into_keys().collect();
             variants = view["variants"].as_array().into_iter().flatten().map(|v| text(v, "id")).collect();
         }
-        let (name, body) = (name.to_owned(), self.body(&subject, &id));
-        Ok(Found::Start(Box::new(Trial { name, subject, tried, id, body, serving, variants, in_the_way })))
+        let (name, body, spec) = (name.to_owned(), self.body(&subject, &id), self.spec(&Value::Null)?);
+        Ok(Found::Start(Box::new(Trial { name, subject, tried, id, body, spec, serving, variants, in_the_way })))
     }
 
     fn differences(&self, subject: &Subject, id: &str, last: &Value) -> anyhow::Result<Vec<String>> {
@@ -193,6 +194,13 @@ impl WantedTrial {
     }
 }
 
+/// A body with its condition.
+fn with(body: &Value, generation: u64, dry_run: bool) -> Value {
+    let mut body = body.clone();
+    (body["if_generation"], body["dry_run"]) = (generation.into(), dry_run.into());
+    body
+}
+
 /// Whether what a promoted rollout tried is what its subject has now.
 fn is_there(subject: &Subject, now: &Now, last: &Value) -> bool {
     match subject {
@@ -228,24 +236,29 @@ impl Act for Trial {
         matches!(self.subject, Subject::Slot(_)).then_some(Needs { name: &self.tried, digest: &self.id })
     }
 
-    fn check(&self, generation: u64) -> anyhow::Result<Option<Ask>> {
+    /// The host is asked to start it and not to: that finds whatever a start would. Where the file changes its subject first, it
+    /// would be tried against what is there now; then the policy alone is tried, and the file is held against itself.
+    fn check(&self, generation: u64, before: Option<&dyn Act>) -> anyhow::Result<Option<Ask>> {
         if let Some((id, _)) = &self.in_the_way {
             bail!("{id} is under way with another candidate or plan; `pointsman policy rollout abort {id}` ends it");
         }
-        match &self.subject {
-            Subject::Slot(slot) => {
+        let start = Ask { body: with(&self.body, generation, true), ..self.carry_out(generation) };
+        match (&self.subject, before) {
+            (Subject::Slot(slot), Some(change)) => {
+                let control = change.component().map(|needs| needs.digest).unwrap_or_default();
+                let policies = [control, self.id.as_str()].map(|name| ComponentRef::from(name.to_owned()));
+                self.spec.check_answers(slot, policies.each_ref())?;
                 let members = ["component", "config", "state_namespace", "budget", "handover", "on_fault"];
                 let own = members.into_iter().filter_map(|m| Some((m.to_owned(), self.body.get(m)?.clone())));
-                let mut body: Map<String, Value> = own.collect();
-                body.insert("if_generation".into(), generation.into());
-                body.insert("dry_run".into(), true.into());
-                Ok(Some(Ask { method: "PUT", path: slots::path(&slot.to_string()), body: Value::Object(body) }))
+                let body = with(&Value::Object(own.collect()), generation, true);
+                Ok(Some(Ask { method: "PUT", path: slots::path(&slot.to_string()), body }))
             }
-            Subject::Alias(_) if !self.variants.contains(&self.id) => {
+            (Subject::Slot(_), None) => Ok(Some(start)),
+            (Subject::Alias(_), _) if !self.variants.contains(&self.id) => {
                 bail!("`{}` is not one of its variants: {}", self.id, self.variants.join(", "))
             }
-            Subject::Alias(alias) => match self.serving.as_slice() {
-                [control] if *control != self.id => Ok(None),
+            (Subject::Alias(alias), before) => match self.serving.as_slice() {
+                [control] if *control != self.id => Ok(before.is_none().then_some(start)),
                 [_] => bail!("`{}` serves the alias already", self.id),
                 found => bail!(
                     "a rollout needs one variant as control, and {} serve by weight; give one all of it in [aliases.{alias}]",
@@ -256,9 +269,7 @@ impl Act for Trial {
     }
 
     fn carry_out(&self, generation: u64) -> Ask {
-        let mut body = self.body.clone();
-        body["if_generation"] = generation.into();
-        Ask { method: "POST", path: self.subject.path(), body }
+        Ask { method: "POST", path: self.subject.path(), body: with(&self.body, generation, false) }
     }
 
     /// Its id is never given again: nobody else's rollout can be met.

@@ -71,6 +71,8 @@ impl Deploy {
             .map_err(|e| internal(format!("nothing was activated: the document of `{slot}` cannot be stored ({e})")))?;
         let published = self.publish(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
         *lock(&self.state) = next;
+        // The end of one that the disk had refused is in this document too.
+        lock(&self.rollouts).remove(&slot);
         lock(&self.failed).remove(&slot);
         let before = document.previous.map(|p| p.revision);
         let keep = [Some(document.active.revision.as_str()), before.as_deref()];
@@ -133,14 +135,17 @@ impl Deploy {
         }
     }
 
-    /// Puts the document back that belongs to the policy that still serves. Its lines were written long ago: it says nothing
-    /// of where the journal is.
+    /// Puts the document back that belongs to the policy that still serves.
     pub(super) fn store_again(&self, slot: &SlotName) {
-        let document = lock(&self.state).document(slot);
-        let stored = document.map_or(Ok(()), |document| self.store.write_slot(&document));
-        if let Err(error) = stored {
+        if let Err(error) = self.write_again(slot) {
             tracing::error!(%slot, "the stored document names a policy that was not published: {error}");
         }
+    }
+
+    /// Stores a slot as it is. Its lines were written before: the document says nothing of where the journal is.
+    pub(super) fn write_again(&self, slot: &SlotName) -> std::io::Result<()> {
+        let document = lock(&self.state).document(slot);
+        document.map_or(Ok(()), |document| self.store.write_slot(&document))
     }
 
     /// Everything before the pointer swap; changes nothing that serves. A candidate's `init` meets a copy or an overlay of the
@@ -219,7 +224,9 @@ impl Deploy {
         if builtin.is_some() {
             // It may be gone from the next version of the host: keep what a document names. An uploaded one is on the disk, or
             // was deleted while it was compiled.
-            self.store.write_component(digest, &bytes).map_err(|e| internal(format!("cannot keep {digest}: {e}")))?;
+            self.store
+                .write_component(digest, &bytes)
+                .map_err(|e| internal(format!("nothing was activated: {digest} cannot be kept ({e})")))?;
         }
         if let Some(known) = lock(&self.components).get_mut(digest) {
             known.component = Some(component.clone());

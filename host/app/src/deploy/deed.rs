@@ -4,6 +4,10 @@
 //! component or the removal of a file cannot say that: what is about to be done is stored first, and a start that finds it looks
 //! whether it was done. Writing the line first would be simpler, and a journal that tells of what never happened is worse than
 //! none.
+//!
+//! A full disk must not stand in the way of what frees it, nor of the switch that takes policies out: a deletion and safe mode are
+//! done all the same where they cannot be written down first. A host that dies between such a deed and its line comes back
+//! with the deed done and without its line; nothing else is lost.
 
 use std::io;
 
@@ -15,10 +19,19 @@ impl Deploy {
     /// Does something and journals it. The caller holds `operations`.
     ///
     /// # Errors
-    /// The disk does not take what is about to be done, or it fails; there is no line then.
+    /// It fails, or the disk does not take what is about to be done, and that is no rescue; there is no line then.
     pub(super) fn deed(&self, actor: &str, what: Happened, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let intent = Intent { format: 1, journal_before: self.last_line(), actor: actor.to_owned(), what };
-        let done = self.store.write_intent(&intent).and_then(|()| act());
+        let intended = match self.store.write_intent(&intent) {
+            Err(error) if is_rescue(&intent.what) => {
+                tracing::warn!(
+                    "done without being written down first, and without a line if the host dies now: {error}"
+                );
+                Ok(())
+            }
+            intended => intended,
+        };
+        let done = intended.and_then(|()| act());
         if done.is_ok() {
             self.note(actor, intent.what);
         }
@@ -29,7 +42,11 @@ impl Deploy {
     /// Writes the line of what was being done when the host died, if it was done. At the start, under `operations`.
     pub(super) fn recall_deed(&self) {
         let Some(intent) = self.store.read_intent() else { return };
-        let lacks = lock(&self.journal).lacks(&intent);
+        let lacks = {
+            let mut journal = lock(&self.journal);
+            journal.go_on_after(intent.journal_before);
+            journal.lacks(&intent)
+        };
         if let Some(what) = lacks.then(|| self.done(intent.what)).flatten() {
             self.note(&intent.actor, what);
         }
@@ -50,7 +67,7 @@ impl Deploy {
             _ => false,
         };
         let as_it_is = match what {
-            // The signature is stored after its component.
+            // An older host stored the signature after its component.
             Happened::Uploaded { digest, world, size, source, .. } => {
                 let signed_by = signer(&digest);
                 Happened::Uploaded { digest, world, size, signed_by, source }
@@ -59,4 +76,9 @@ impl Deploy {
         };
         is_done.then_some(as_it_is)
     }
+}
+
+/// Whether it must work on a full disk.
+fn is_rescue(what: &Happened) -> bool {
+    matches!(what, Happened::Deleted { .. } | Happened::SafeMode { .. })
 }

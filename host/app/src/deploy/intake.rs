@@ -106,9 +106,9 @@ impl Deploy {
             _ => None,
         };
         let store = || {
+            offered.signature.map_or(Ok(()), |signature| self.store.write_signature(&digest, signature))?;
             // Known or not: the file may have been lost.
-            self.store.write_component(&digest, &offered.bytes)?;
-            offered.signature.map_or(Ok(()), |signature| self.store.write_signature(&digest, signature))
+            self.store.write_component(&digest, &offered.bytes)
         };
         let stored = match happened {
             Some(happened) => self.deed(actor, happened, store),
@@ -116,10 +116,11 @@ impl Deploy {
         };
         stored.map_err(|e| {
             if created {
-                // One without its signature must not be there after a restart either; a file that stays is nobody's.
+                // A file that stays is nobody's.
                 drop(self.store.delete_component(&digest));
             }
-            internal(format!("the component cannot be stored: {e}"))
+            let remedy = "delete a component that nobody uses, or make room in the data directory";
+            internal(format!("the component cannot be stored ({e}); {remedy}"))
         })?;
         let fresh = Known {
             builtin: None,
@@ -147,12 +148,15 @@ impl Deploy {
         }
         let signature = Signature::parse(signature).map_err(trust_error)?;
         let signer = self.trust.accept(digest, Some(&signature)).map_err(trust_error)?;
+        if known.signed_by == signer && self.store.read_signature(digest) == Some(signature) {
+            return Ok(());
+        }
         let store = || self.store.write_signature(digest, signature);
         let stored = match signer.clone() {
             Some(signed_by) => self.deed(actor, Happened::Signed { digest: digest.to_owned(), signed_by }, store),
             None => store(),
         };
-        stored.map_err(|e| internal(format!("the signature cannot be stored: {e}")))?;
+        stored.map_err(|e| internal(format!("nothing was signed: the signature cannot be stored ({e})")))?;
         if let Some(known) = lock(&self.components).get_mut(digest) {
             known.signed_by = signer;
         }

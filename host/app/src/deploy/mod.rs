@@ -229,13 +229,21 @@ impl Deploy {
 
     /// A document is stored before its journal line: a host that died in between left the line to be written now.
     fn catch_up(&self, document: &SlotDocument) {
-        let untold = lock(&self.journal).untold(document);
+        let untold = {
+            let mut journal = lock(&self.journal);
+            journal.go_on_after(document.journal_before);
+            journal.untold(document)
+        };
         untold.into_iter().for_each(|what| self.note("startup", what));
     }
 
     /// As [`catch_up`](Self::catch_up), for an alias.
     pub(crate) fn catch_up_alias(&self, document: &AliasDocument) {
-        let untold = lock(&self.journal).untold_of_alias(document);
+        let untold = {
+            let mut journal = lock(&self.journal);
+            journal.go_on_after(document.journal_before.max(document.ended_before));
+            journal.untold_of_alias(document)
+        };
         untold.into_iter().for_each(|what| self.note("startup", what));
     }
 
@@ -334,7 +342,7 @@ impl Deploy {
         // Held while the line is written, so that the file has the order of the numbers.
         let mut journal = lock(&self.journal);
         let (_, line) = journal.append(self.clock.unix_millis(), actor, what);
-        self.store.append_journal(&line);
+        self.store.append_journal(line);
     }
 }
 

@@ -3,22 +3,24 @@
 //!
 //! The observer must not wait for somebody's activation, which may compile for seconds: what needs `operations` is kept until
 //! it is free, while a candidate that harms is taken off at once, by the slot's own pointer. `rollouts` nests inside
-//! `operations` and outside `state`. As with every change here the document is stored before the pointer moves.
+//! `operations` and outside `state`. As with every change here the document is stored before the pointer moves; except that what
+//! takes the candidate off holds in this life whatever the disk says, and is stored as soon as the disk takes it.
 //!
 //! A shadow never moves the pointer: the slot puts decisions to it while its rollout runs, and every look collects how it has
 //! answered.
 
 use std::collections::VecDeque;
+use std::io;
 
 use pointsman_control::rollout::{
     Answers, Arm, Cause, Command, Decision, Mode, OnRestart, Outcome, Phase, Plan, PolicyCost, Report, Rollout,
     RolloutDocument, Seen, Spec, Split,
 };
-use pointsman_control::{ComponentRef, Desired, Happened, PlanError, Planned, SlotName, Target, Why};
+use pointsman_control::{Deployment, Desired, Happened, PlanError, Planned, SlotName, Target, Why};
 use pointsman_policy::{Arm as SlotArm, Compared, Handover as Rule, Health, Role, SlotStatus};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, Clock};
-use pointsman_telemetry::{ArmMetrics, Event, Metrics};
+use pointsman_telemetry::{ArmMetrics, Event, Metrics, Micros};
 use serde_json::value::RawValue;
 
 use crate::clock::seconds;
@@ -30,6 +32,8 @@ use super::{Deploy, Failed, budget, handover, lock, on_fault};
 
 /// The actor of what a rollout does by its own rules.
 pub(crate) const ACTOR: &str = "rollout";
+/// Time until a document that the disk has refused is tried again.
+const SAVE_AGAIN_US: Micros = 5_000_000;
 
 /// A rollout under way.
 #[derive(Debug)]
@@ -41,6 +45,16 @@ pub(crate) struct Live {
     told: Answers,
     /// Lines that wait for `operations`, with who did it.
     pub(crate) pending: VecDeque<(String, Happened)>,
+    /// What stands in the way of its document.
+    pub(super) unsaved: Option<Unsaved>,
+}
+
+/// A document that the disk has refused.
+#[derive(Debug)]
+pub(super) struct Unsaved {
+    error: String,
+    /// When it is tried again.
+    pub(super) again: Micros,
 }
 
 // === impl Live ===
@@ -55,7 +69,7 @@ impl Live {
     pub(crate) fn of(rollout: Rollout, metrics: &Metrics) -> Self {
         let subject = &rollout.document().subject;
         let arms = [Arm::Control, Arm::Candidate].map(|arm| metrics.arm(subject, arm.as_str()));
-        Self { rollout, arms, told: Answers::default(), pending: VecDeque::new() }
+        Self { rollout, arms, told: Answers::default(), pending: VecDeque::new(), unsaved: None }
     }
 
     /// Shows it what happened since it looked last.
@@ -66,9 +80,49 @@ impl Live {
         events.iter().for_each(|event| self.take(event));
     }
 
-    /// Whether it is over and all its lines are written.
+    /// Whether it is over, stored, and all its lines are written.
     pub(crate) fn is_done(&self) -> bool {
-        self.rollout.document().phase.is_over() && self.pending.is_empty()
+        self.rollout.document().phase.is_over() && self.is_settled()
+    }
+
+    /// Whether nothing waits to be stored or written.
+    fn is_settled(&self) -> bool {
+        self.pending.is_empty() && self.unsaved.is_none()
+    }
+
+    /// Whether something waits whose time has come.
+    pub(crate) fn is_due(&self, now: Micros) -> bool {
+        !self.pending.is_empty() || self.unsaved.as_ref().is_some_and(|unsaved| unsaved.again <= now)
+    }
+
+    /// Takes in whether its document was stored.
+    pub(crate) fn saved(&mut self, stored: io::Result<()>, now: Micros) {
+        self.unsaved = stored.err().map(|error| Unsaved { error: error.to_string(), again: now + SAVE_AGAIN_US });
+    }
+
+    /// Whether this holds already and only has to be stored.
+    pub(crate) fn is_asked_again(&self, steer: wire::Steer) -> bool {
+        let phase = &self.rollout.document().phase;
+        let holds = matches!(
+            (steer, phase),
+            (wire::Steer::Abort, Phase::Aborted { .. }) | (wire::Steer::Pause, Phase::Paused { .. })
+        );
+        holds && self.unsaved.is_some()
+    }
+
+    /// What somebody is told who has taken the candidate off.
+    ///
+    /// # Errors
+    /// It is off, and the disk has not taken that.
+    pub(crate) fn check_saved(&self) -> Result<(), AdminError> {
+        let Some(Unsaved { error, .. }) = &self.unsaved else { return Ok(()) };
+        let RolloutDocument { id, phase, .. } = self.rollout.document();
+        let (phase, every) = (phase.as_str(), SAVE_AGAIN_US / 1_000_000);
+        Err(internal(format!(
+            "rollout {id} is {phase} and control serves, but a restart would take it up again: its document cannot be stored \
+             ({error}); make room in the data directory, or mend its permissions; it is tried again every {every} s, and at \
+             once when you ask again"
+        )))
     }
 
     fn take(&mut self, event: &Event) {
@@ -120,7 +174,7 @@ impl Deploy {
                 };
                 self.obey(slot, live, ACTOR, commands);
             }
-            if !live.pending.is_empty()
+            if live.is_due(self.clock.micros())
                 && let Ok(_one) = self.operations.try_lock()
             {
                 self.settle(slot, live);
@@ -201,28 +255,45 @@ impl Deploy {
 // === what is stored ===
 
 impl Deploy {
-    /// Stores the document, ends what is over, and journals what was kept. The caller holds `operations`.
-    fn settle(&self, slot: &SlotName, live: &mut Live) {
+    /// Stores the document, ends what is over, and journals what was kept; where all but the first was done, tries that again.
+    /// The caller holds `operations`.
+    pub(super) fn settle(&self, slot: &SlotName, live: &mut Live) {
+        if live.pending.is_empty() {
+            let stored = self.write_again(slot);
+            return live.saved(stored, self.clock.micros());
+        }
         let document = live.rollout.document().clone();
-        let promoted = document.phase == Phase::Promoted;
-        let retired = promoted.then(|| self.previous_of(slot)).flatten();
-        if let Err(error) = self.store_rollout(slot, document.clone()) {
-            tracing::error!(%slot, rollout = document.id, "the slot's document cannot be stored: {error}");
-            if promoted {
+        let (id, promoted) = (document.id.clone(), document.phase == Phase::Promoted);
+        let retired = self.previous_of(slot);
+        let (next, stored) = self.store_rollout(slot, document);
+        if let Err(error) = &stored {
+            tracing::error!(%slot, rollout = id, "the slot's document cannot be stored: {error}");
+        }
+        match &stored {
+            Err(error) if promoted => {
                 // What is not stored would be undone by a restart: control serves until somebody has looked.
                 let why = format!("the candidate was not promoted: the slot's document cannot be stored ({error})");
                 let commands = live.rollout.decide(Decision::Pause { why }, self.clock.micros());
                 self.obey(slot, live, "host", commands);
+                drop(lock(&self.state).rolled(slot, live.rollout.document().clone()));
             }
+            // An end that the disk did not take holds in this life all the same, or the slot could never be changed again; only
+            // a promotion must be stored first.
+            _ => *lock(&self.state) = next,
         }
-        let phase = live.rollout.document().phase.clone();
+        live.saved(stored, self.clock.micros());
+        self.finish(slot, retired, live);
+    }
+
+    /// Journals what was kept, and ends what is over.
+    fn finish(&self, slot: &SlotName, retired: Option<Target>, live: &mut Live) {
         for (actor, happened) in live.pending.drain(..) {
             if let Happened::RolloutDecided { decision, id, .. } = &happened {
                 tracing::info!(%slot, rollout = id, actor, "rollout: {decision:?}");
             }
             self.note(&actor, happened);
         }
-        match phase {
+        match live.rollout.document().phase {
             Phase::Running | Phase::Paused { .. } => {}
             Phase::Promoted => self.promoted(slot, retired, live),
             Phase::Aborted { .. } | Phase::Completed => self.taken_back(slot, live),
@@ -233,17 +304,12 @@ impl Deploy {
         lock(&self.state).slot(slot).and_then(|state| state.previous.clone())
     }
 
-    fn store_rollout(&self, slot: &SlotName, rollout: RolloutDocument) -> std::io::Result<()> {
-        let promoted = rollout.phase == Phase::Promoted;
+    /// Stores a slot's document with this state of its rollout. Returns the deployment that it belongs to.
+    fn store_rollout(&self, slot: &SlotName, rollout: RolloutDocument) -> (Deployment, io::Result<()>) {
         let mut next = lock(&self.state).clone();
-        let Some(document) = next.rolled(slot, rollout) else { return Ok(()) };
-        let stored = self.store_slot(&document);
-        // An end that the disk did not take holds in this life all the same, or the slot could never be changed again; only a
-        // promotion must be stored first.
-        if stored.is_ok() || !promoted {
-            *lock(&self.state) = next;
-        }
-        stored
+        // A slot that is gone has no document.
+        let stored = next.rolled(slot, rollout).map_or(Ok(()), |document| self.store_slot(&document));
+        (next, stored)
     }
 
     fn promoted(&self, slot: &SlotName, retired: Option<Target>, live: &Live) {
@@ -293,39 +359,25 @@ impl Deploy {
         actor: &str,
     ) -> Result<Box<RawValue>, AdminError> {
         let slot = parse_slot(slot)?;
-        let wire::StartRollout { component, config, state_namespace, budget, handover, on_fault, if_generation, plan } =
-            request;
-        let plan: Plan = serde_json::from_str(&plan).map_err(|error| invalid(format!("the plan: {error}")))?;
-        let spec = plan.spec(self.clock.random());
-        spec.check_slot(&slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
-        let component = self.component_of(&component, actor)?;
-        let config = config.get().to_owned();
-        let (budget, handover) = (budget::stored(budget), handover::stored(handover));
-        let on_fault = on_fault::stored(on_fault);
-        let desired = Desired { component, config, state_namespace, budget, handover, on_fault, if_generation };
-        self.check_measurable().and_then(|()| self.compile_first(&slot, &desired, Some(actor)))?;
+        let dry_run = request.dry_run;
+        let (spec, desired) = self.wanted_rollout(&slot, request, actor)?;
+        self.check_measurable().and_then(|()| self.compile_first(&slot, &desired, (!dry_run).then_some(actor)))?;
         let _one = lock(&self.operations);
-        self.check_changeable(Some(&slot)).and_then(|()| self.check_measurable())?;
-        if matches!(lock(&self.failed).get(&slot), Some(Failed::Policy(_))) {
-            return Err(conflict(format!(
-                "`{slot}` does not run what is stored for it; activate something there first"
-            )));
-        }
-        let control = lock(&self.state).slot(&slot).map(|state| state.active.clone());
-        let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
-        check_comparable(&slot, &spec, [&control.component, &desired.component])?;
-        let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
-        let generation = planned.generation;
-        let rule = handover::rule(handover, Why::Rollout);
-        let ready = self.prepare_noted(&planned, (role(spec.mode), rule), actor)?;
-        let handed = handover::answered(&ready);
+        let (control, planned) = self.plan_rollout(&slot, &spec, desired)?;
+        let (generation, rule) = (planned.generation, handover::rule(planned.desired.handover, Why::Rollout));
+        let ready = match dry_run {
+            true => self.prepare(&planned, Role::Trial, rule)?,
+            false => self.prepare_noted(&planned, (role(spec.mode), rule), actor)?,
+        };
         let names = [control.revision, ready.revision()];
         let document = RolloutDocument::new(format!("{slot}-{generation}"), slot.to_string(), names, spec);
         let document = RolloutDocument { target: Some(planned.target(ready.revision())), ..document };
-        let mut next = lock(&self.state).clone();
-        let stored = next.rolled(&slot, document.clone());
-        let stored = stored.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
-        self.store_slot(&stored)
+        if dry_run {
+            return self.report(&slot, &document);
+        }
+        let handed = handover::answered(&ready);
+        let (next, stored) = self.store_rollout(&slot, document.clone());
+        stored
             .map_err(|e| internal(format!("nothing was started: the document of `{slot}` cannot be stored ({e})")))?;
         self.stage(&slot, ready, generation).inspect_err(|_| self.store_again(&slot))?;
         *lock(&self.state) = next;
@@ -336,6 +388,39 @@ impl Deploy {
         let report = self.report(&slot, live.rollout.document());
         lock(&self.rollouts).insert(slot, live);
         report
+    }
+
+    /// What somebody wants to try, as far as it can be judged by itself.
+    fn wanted_rollout(
+        &self,
+        slot: &SlotName,
+        request: wire::StartRollout,
+        actor: &str,
+    ) -> Result<(Spec, Desired), AdminError> {
+        let wire::StartRollout { component, config, state_namespace, budget, handover, on_fault, .. } = request;
+        let plan: Plan = serde_json::from_str(&request.plan).map_err(|error| invalid(format!("the plan: {error}")))?;
+        let spec = plan.spec(self.clock.random());
+        spec.check_slot(slot).and_then(|()| spec.check()).map_err(|error| invalid(error.to_string()))?;
+        let (component, config) = (self.component_of(&component, actor)?, config.get().to_owned());
+        let (budget, handover) = (budget::stored(budget), handover::stored(handover));
+        let (on_fault, if_generation) = (on_fault::stored(on_fault), request.if_generation);
+        Ok((spec, Desired { component, config, state_namespace, budget, handover, on_fault, if_generation }))
+    }
+
+    /// What it would be tried against, and what to prepare. The caller holds `operations`.
+    fn plan_rollout(&self, slot: &SlotName, spec: &Spec, desired: Desired) -> Result<(Target, Planned), AdminError> {
+        self.check_changeable(Some(slot)).and_then(|()| self.check_measurable())?;
+        if matches!(lock(&self.failed).get(slot), Some(Failed::Policy(_))) {
+            return Err(conflict(format!(
+                "`{slot}` does not run what is stored for it; activate something there first"
+            )));
+        }
+        let control = lock(&self.state).slot(slot).map(|state| state.active.clone());
+        let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
+        let policies = [&control.component, &desired.component];
+        spec.check_answers(slot, policies).map_err(|error| invalid(error.to_string()))?;
+        let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
+        Ok((control, planned))
     }
 
     fn stage(&self, slot: &SlotName, ready: Ready, generation: u64) -> Result<(), AdminError> {
@@ -375,47 +460,72 @@ impl Deploy {
         self.one_rollout(slot, id)?;
         let name = parse_slot(slot)?;
         self.check_changeable(Some(&name))?;
-        let takes_off = matches!(steer, wire::Steer::Abort | wire::Steer::Pause);
-        if takes_off {
-            // At once, whoever holds the lock; what is stored, and the answer, come after.
-            self.decide(&name, id, steer, actor)?;
+        match steer {
+            wire::Steer::Abort | wire::Steer::Pause => self.take_off(&name, id, steer, actor)?,
+            wire::Steer::Promote { .. } | wire::Steer::Resume => self.let_on(&name, id, steer, actor)?,
         }
-        let _one = lock(&self.operations);
-        if !takes_off {
-            self.check_changeable(Some(&name))?;
-            if matches!(steer, wire::Steer::Resume) {
-                self.check_measurable()?;
-            }
-            self.decide(&name, id, steer, actor)?;
-        }
-        let mut rollouts = lock(&self.rollouts);
-        // Settled by now where the observer thread was faster.
-        if let Some(live) = rollouts.get_mut(&name).filter(|live| !live.pending.is_empty()) {
-            self.settle(&name, live);
-            if live.rollout.document().phase.is_over() {
-                rollouts.remove(&name);
-            }
-        }
-        drop(rollouts);
         self.one_rollout(slot, id)
+    }
+
+    /// Takes the candidate off at once, whoever holds `operations`; what is stored, and the answer, come after.
+    fn take_off(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+        self.decide(slot, id, steer, actor)?;
+        let _one = lock(&self.operations);
+        let mut rollouts = lock(&self.rollouts);
+        // Gone by now, and stored, where the observer thread was faster.
+        let Some(live) = rollouts.get_mut(slot).filter(|live| live.rollout.document().id == id) else { return Ok(()) };
+        if !live.is_settled() {
+            self.settle(slot, live);
+        }
+        let saved = live.check_saved();
+        if live.is_done() {
+            rollouts.remove(slot);
+        }
+        saved
     }
 
     /// Decides what was asked for and moves the pointer; the rest is kept for [`Deploy::settle`].
     fn decide(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
         let mut rollouts = lock(&self.rollouts);
-        let Some(live) = rollouts.get_mut(slot).filter(|live| live.rollout.document().id == id) else {
-            return Err(conflict(format!("rollout {id} is over; start another")));
-        };
-        let document = live.rollout.document();
-        let decision = match steer {
-            wire::Steer::Promote { step } => document.ask_promote(step),
-            wire::Steer::Abort => document.ask_abort(),
-            wire::Steer::Pause => document.ask_pause(),
-            wire::Steer::Resume => document.ask_resume(),
-        };
-        let decision = decision.map_err(|error| conflict(error.to_string()))?;
+        let live = under_way(rollouts.get_mut(slot), id)?;
+        if live.is_asked_again(steer) {
+            return Ok(());
+        }
+        let decision = asked(live.rollout.document(), steer)?;
         let commands = live.rollout.decide(decision, self.clock.micros());
         self.obey(slot, live, actor, commands);
+        Ok(())
+    }
+
+    /// Gives the candidate more, once that is stored: until then nothing has changed.
+    fn let_on(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+        let _one = lock(&self.operations);
+        self.check_changeable(Some(slot))?;
+        if matches!(steer, wire::Steer::Resume) {
+            self.check_measurable()?;
+        }
+        let mut rollouts = lock(&self.rollouts);
+        let live = under_way(rollouts.get_mut(slot), id)?;
+        let decision = asked(live.rollout.document(), steer)?;
+        let mut document = live.rollout.document().clone();
+        document.apply(&decision);
+        let (phase, retired) = (document.phase.clone(), self.previous_of(slot));
+        let (next, stored) = self.store_rollout(slot, document);
+        stored
+            .map_err(|e| internal(format!("nothing was changed: the document of `{slot}` cannot be stored ({e})")))?;
+        *lock(&self.state) = next;
+        let commands = live.rollout.decide(decision, self.clock.micros());
+        self.obey(slot, live, actor, commands);
+        if live.rollout.document().phase == phase {
+            live.saved(Ok(()), self.clock.micros());
+            self.finish(slot, retired, live);
+        } else {
+            // The slot did not take the candidate.
+            self.settle(slot, live);
+        }
+        if live.is_done() {
+            rollouts.remove(slot);
+        }
         Ok(())
     }
 
@@ -480,7 +590,7 @@ impl Deploy {
             self.settle(slot, &mut live);
         }
         self.follow(slot, &mut live);
-        if !live.rollout.document().phase.is_over() {
+        if !live.is_done() {
             lock(&self.rollouts).insert(slot.clone(), live);
         }
     }
@@ -494,15 +604,21 @@ impl Deploy {
     }
 }
 
-/// Refuses a shadow whose plans have nothing to be compared with.
-fn check_comparable(slot: &SlotName, spec: &Spec, policies: [&ComponentRef; 2]) -> Result<(), AdminError> {
-    let makes_plans = *slot != SlotName::Scheduler || !policies.contains(&&ComponentRef::Native);
-    if spec.mode != Mode::Shadow || makes_plans {
-        return Ok(());
-    }
-    let message =
-        "the native scheduler writes no plans that could be compared; `sched-fcfs` orders requests as it does";
-    Err(invalid(message.into()))
+/// The rollout that somebody asks about, where it is under way.
+pub(crate) fn under_way<'a>(live: Option<&'a mut Live>, id: &str) -> Result<&'a mut Live, AdminError> {
+    let live = live.filter(|live| live.rollout.document().id == id);
+    live.ok_or_else(|| conflict(format!("rollout {id} is over; start another")))
+}
+
+/// What an operator's wish comes to.
+pub(crate) fn asked(document: &RolloutDocument, steer: wire::Steer) -> Result<Decision, AdminError> {
+    let decision = match steer {
+        wire::Steer::Promote { step } => document.ask_promote(step),
+        wire::Steer::Abort => document.ask_abort(),
+        wire::Steer::Pause => document.ask_pause(),
+        wire::Steer::Resume => document.ask_resume(),
+    };
+    decision.map_err(|error| conflict(error.to_string()))
 }
 
 /// Whose host-state the candidate of a mode has.

@@ -5,6 +5,8 @@
 //! an operator in trouble switches off first and repairs then. `--safe-mode` at the start is the stronger form: nothing of a
 //! guest is even instantiated.
 
+use std::io;
+
 use pointsman_control::{Happened, SafeModeDocument};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::AdminError;
@@ -57,7 +59,7 @@ impl Deploy {
     }
 
     /// Switches. On: guests are off first, whatever the disk says. Off: the document goes first, so that a crash in between
-    /// leaves the switch off as asked. Asking for what is the case already changes nothing.
+    /// leaves the switch off as asked. Asking for what is the case already changes nothing, but stores what the disk has refused.
     pub(super) fn switch_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
         let wire::PutSafeMode { on, reason } = put;
         if on && !self.safe_mode {
@@ -69,26 +71,49 @@ impl Deploy {
             let message = "the host was started in safe mode and runs no policies; restart it without --safe-mode";
             return Err(conflict(message.to_owned()));
         }
-        if on == lock(&self.switched).is_some() {
-            return Ok(self.safe_mode_view());
-        }
-        if on {
-            let (actor, since_unix_ms) = (actor.to_owned(), self.clock.unix_millis());
-            let document = SafeModeDocument { format: 1, reason: reason.clone(), actor, since_unix_ms };
-            self.bypass(Some(document.clone()));
-            self.pause_rollouts(&document.actor);
-            let happened = Happened::SafeMode { on, reason };
-            let stored = self.deed(&document.actor, happened.clone(), || self.store.write_safe_mode(Some(&document)));
-            stored.map_err(|e| {
-                // It is on all the same.
-                self.note(&document.actor, happened);
-                internal(format!("safe mode is on, and a restart would end it: it cannot be stored ({e})"))
-            })?;
-        } else {
-            self.deed(actor, Happened::SafeMode { on, reason }, || self.store.write_safe_mode(None))
-                .map_err(|e| internal(format!("safe mode stays on: its document cannot be removed ({e})")))?;
-            self.bypass(None);
+        let switched = lock(&self.switched).clone();
+        match (on, switched) {
+            (true, Some(document)) => self.keep_safe_mode(&document)?,
+            (true, None) => self.enter_safe_mode(reason, actor)?,
+            (false, Some(_)) => {
+                let remove = || self.store.write_safe_mode(None);
+                self.deed(actor, Happened::SafeMode { on, reason }, remove).map_err(|e| {
+                    let remedy = "mend the permissions or the disk of the data directory, and switch it off again";
+                    internal(format!("safe mode stays on: its document cannot be removed ({e}); {remedy}"))
+                })?;
+                self.bypass(None);
+            }
+            (false, None) => {}
         }
         Ok(self.safe_mode_view())
     }
+
+    fn enter_safe_mode(&self, reason: Option<String>, actor: &str) -> Result<(), AdminError> {
+        let (actor, since_unix_ms) = (actor.to_owned(), self.clock.unix_millis());
+        let document = SafeModeDocument { format: 1, reason: reason.clone(), actor, since_unix_ms };
+        self.bypass(Some(document.clone()));
+        self.pause_rollouts(&document.actor);
+        let happened = Happened::SafeMode { on: true, reason };
+        let stored = self.deed(&document.actor, happened.clone(), || self.store.write_safe_mode(Some(&document)));
+        stored.map_err(|error| {
+            // It is on all the same.
+            self.note(&document.actor, happened);
+            unsaved(&error)
+        })
+    }
+
+    /// Stores a switch that is on, where the disk has refused it.
+    fn keep_safe_mode(&self, document: &SafeModeDocument) -> Result<(), AdminError> {
+        match self.store.read_safe_mode() {
+            Some(Ok(_)) => Ok(()),
+            _ => self.store.write_safe_mode(Some(document)).map_err(|error| unsaved(&error)),
+        }
+    }
+}
+
+fn unsaved(error: &io::Error) -> AdminError {
+    internal(format!(
+        "safe mode is on, and a restart would end it: it cannot be stored ({error}); make room in the data directory, or mend its \
+         permissions, and switch it on again"
+    ))
 }

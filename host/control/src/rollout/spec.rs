@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::slot::SlotName;
+use crate::slot::{ComponentRef, SlotName};
 
 /// How candidate and control are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +168,9 @@ pub enum SpecError {
         /// Why, and what to do instead.
         why: &'static str,
     },
+    /// A shadow whose answers have nothing to be compared with.
+    #[error("the native scheduler writes no plans that could be compared; `sched-fcfs` orders requests as it does")]
+    NoPlans,
     /// Steps that do not ascend within 1 to 100.
     #[error("`steps` must ascend within 1 to 100 percent, found {found:?}; for example [1, 5, 10, 25, 50, 100]")]
     Steps {
@@ -261,6 +264,15 @@ impl Spec {
             (_, Mode::Shadow) => self.check_shadow(slot),
             (_, Mode::Canary | Mode::Switchback) => Ok(()),
         }
+    }
+
+    /// Whether the answers of two policies of a slot can be compared, where the mode compares them.
+    ///
+    /// # Errors
+    /// One of them gives none.
+    pub fn check_answers(&self, slot: &SlotName, policies: [&ComponentRef; 2]) -> Result<(), SpecError> {
+        let makes_plans = *slot != SlotName::Scheduler || !policies.contains(&&ComponentRef::Native);
+        if self.mode != Mode::Shadow || makes_plans { Ok(()) } else { Err(SpecError::NoPlans) }
     }
 
     /// Whether the mode is an experiment between two variants of an alias.

@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use super::aliases::{check_variant, variants_of};
 use super::guard::Actor;
 use super::places::Kind;
-use super::slots::{MAX_PUT_BYTES, budget, config, handover, member, on_fault};
+use super::slots::{MAX_PUT_BYTES, budget, config, dry_run, handover, member, on_fault};
 use super::wire::{StartAliasRollout, StartRollout, Steer};
 use super::{blocking, list};
 use crate::error::ApiError;
@@ -87,9 +87,10 @@ pub(super) async fn start(
 ) -> Result<Response, ApiError> {
     check_content_type(request.headers())?;
     let start = parse_start(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
+    let status = status(start.dry_run);
     let report =
         blocking(&state, Kind::Change, move |state| state.policies.start_rollout(&slot, start, &actor)).await?;
-    Ok((StatusCode::CREATED, json(&report)).into_response())
+    Ok((status, json(&report)).into_response())
 }
 
 pub(super) async fn start_variant(
@@ -101,9 +102,15 @@ pub(super) async fn start_variant(
     check_content_type(request.headers())?;
     let start = parse_variant(&read_body(&state, request, MAX_PUT_BYTES).await?)?;
     check_variant(&state.engine.catalog(), &alias, ("candidate", &start.candidate))?;
+    let status = status(start.dry_run);
     let report =
         blocking(&state, Kind::Change, move |state| state.aliases.start_rollout(&alias, start, &actor)).await?;
-    Ok((StatusCode::CREATED, json(&report)).into_response())
+    Ok((status, json(&report)).into_response())
+}
+
+/// Of a start that was not refused.
+fn status(dry_run: bool) -> StatusCode {
+    if dry_run { StatusCode::OK } else { StatusCode::CREATED }
 }
 
 pub(super) async fn rollouts<S: Subject>(
@@ -181,7 +188,8 @@ async fn steer<S: Subject>(
 }
 
 /// What is not the plan's.
-const OWN_MEMBERS: [&str; 6] = ["component", "state_namespace", "budget", "handover", "on_fault", "if_generation"];
+const OWN_MEMBERS: [&str; 7] =
+    ["component", "state_namespace", "budget", "handover", "on_fault", "if_generation", "dry_run"];
 
 fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     let mut members: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(body).map_err(ApiError::Json)?;
@@ -194,10 +202,11 @@ fn parse_start(body: &[u8]) -> Result<StartRollout, ApiError> {
     let budget = budget(&members)?;
     let (handover, on_fault) = (handover(&members)?, on_fault(&members)?);
     let if_generation = member(&members, "if_generation", "a generation")?;
+    let dry_run = dry_run(&members)?;
     let config = config(&mut members)?;
     members.retain(|name, _| !OWN_MEMBERS.contains(&name.as_str()));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartRollout { component, config, state_namespace, budget, handover, on_fault, if_generation, plan })
+    Ok(StartRollout { component, config, state_namespace, budget, handover, on_fault, if_generation, dry_run, plan })
 }
 
 fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {
@@ -206,9 +215,10 @@ fn parse_variant(body: &[u8]) -> Result<StartAliasRollout, ApiError> {
     let what = "`candidate` is required: the variant that is tried, as in `demo:q8_0`";
     let candidate = candidate.ok_or_else(|| ApiError::invalid("candidate", what))?;
     let if_generation = member(&members, "if_generation", "a generation")?;
-    members.retain(|name, _| !matches!(name.as_str(), "candidate" | "if_generation"));
+    let dry_run = dry_run(&members)?;
+    members.retain(|name, _| !matches!(name.as_str(), "candidate" | "if_generation" | "dry_run"));
     let plan = serde_json::to_string(&members).map_err(ApiError::Json)?;
-    Ok(StartAliasRollout { candidate, if_generation, plan })
+    Ok(StartAliasRollout { candidate, if_generation, dry_run, plan })
 }
 
 #[cfg(test)]
@@ -219,17 +229,22 @@ mod tests {
     fn a_body_is_a_component_a_config_and_a_plan() {
         let body = br#"{"component": "native", "config": {"b": 1.0, "a": 2}, "if_generation": 7, "mode": "canary", "steps": [1, 5]}"#;
         let start = parse_start(body).expect("good");
+        assert!(!start.dry_run);
         assert_eq!((start.component.as_str(), start.config.get()), ("native", r#"{"b": 1.0, "a": 2}"#));
         assert_eq!((start.if_generation, start.plan.as_str()), (Some(7), r#"{"mode":"canary","steps":[1, 5]}"#));
-        for (body, expect) in
-            [(&b"{"[..], "not valid JSON"), (b"{}", "`component` is required"), (br#"{"component": 1}"#, "a string")]
-        {
+        for (body, expect) in [
+            (&b"{"[..], "not valid JSON"),
+            (b"{}", "`component` is required"),
+            (br#"{"component": 1}"#, "a string"),
+            (br#"{"component": "native", "dry_run": 1}"#, "`dry_run` must be true or false"),
+        ] {
             let error = parse_start(body).expect_err(expect).to_string();
             assert!(error.contains(expect), "{error}");
         }
-        let start = parse_variant(br#"{"mode": "ab", "candidate": "m:b", "if_generation": 2}"#).expect("good");
+        let body = br#"{"mode": "ab", "candidate": "m:b", "if_generation": 2, "dry_run": true}"#;
+        let start = parse_variant(body).expect("good");
         assert_eq!((start.candidate.as_str(), start.plan.as_str()), ("m:b", r#"{"mode":"ab"}"#));
-        assert_eq!(start.if_generation, Some(2));
+        assert_eq!((start.if_generation, start.dry_run), (Some(2), true));
         let error = parse_variant(br#"{"component": "native"}"#).expect_err("no variant").to_string();
         assert!(error.contains("`candidate` is required"), "{error}");
     }

@@ -178,7 +178,7 @@ fn parse_put(body: &[u8]) -> Result<PutSlot, ApiError> {
     let state_namespace = member(&members, "state_namespace", "a string")?;
     let budget = budget(&members)?;
     let (handover, on_fault) = (handover(&members)?, on_fault(&members)?);
-    let dry_run = member(&members, "dry_run", "true or false")?.unwrap_or(false);
+    let dry_run = dry_run(&members)?;
     let config = config(&mut members)?;
     Ok(PutSlot { component, config, if_generation, state_namespace, budget, handover, on_fault, dry_run })
 }
@@ -197,6 +197,11 @@ pub(super) fn handover(members: &BTreeMap<String, Box<RawValue>>) -> Result<Hand
 /// Whether requests go on without a sampler that faults; they do for none.
 pub(super) fn on_fault(members: &BTreeMap<String, Box<RawValue>>) -> Result<OnFault, ApiError> {
     Ok(member(members, "on_fault", "`open` or `closed`")?.unwrap_or_default())
+}
+
+/// Whether nothing is to change; all of it is for none.
+pub(super) fn dry_run(members: &BTreeMap<String, Box<RawValue>>) -> Result<bool, ApiError> {
+    Ok(member(members, "dry_run", "true or false")?.unwrap_or(false))
 }
 
 /// The config as the text that it is; `{}` for none.

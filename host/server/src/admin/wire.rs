@@ -269,6 +269,8 @@ pub struct StartRollout {
     pub if_generation: Option<u64>,
     /// Whether requests go on without it.
     pub on_fault: OnFault,
+    /// Prepare it and start nothing: says what would be wrong.
+    pub dry_run: bool,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }
@@ -280,6 +282,8 @@ pub struct StartAliasRollout {
     pub candidate: String,
     /// Refuse unless the alias has this generation.
     pub if_generation: Option<u64>,
+    /// Start nothing: says what would be wrong.
+    pub dry_run: bool,
     /// The other members: mode, steps, guards and limits, as a JSON object (docs/rollouts.md).
     pub plan: String,
 }
