@@ -1,6 +1,6 @@
 //! A host that is killed at any moment comes back with what it had promised: fifty `kill -9` at seeded moments in the middle
-//! of uploads, swaps, rollbacks, removals, changes of an alias, and rollouts of policies and of variants, all on one data
-//! directory.
+//! of uploads, signatures, deletions, swaps, rollbacks, removals, changes of an alias, the beginning, the pauses and the end of
+//! rollouts of policies, of shadows and of variants, and of safe mode, all on one data directory.
 //!
 //! The operator below knows what it was told (a 200 that arrived) and what was on its way when the host died. After each
 //! start nothing that was promised may be missing, and nothing may be there that nobody asked for.
@@ -9,16 +9,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use ed25519_compact::{KeyPair, Seed};
 use pointsman_tests::rng::Rng;
 use pointsman_tests::{Host, root};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
-use crate::{host, journal};
+use crate::journal;
+use crate::trust::PROGRAM;
 
 const KILLS: u64 = 50;
 const SEED: u64 = 0x5eed_0f6b_1115;
 const SLOTS: [&str; 3] = ["router", "scheduler", "telemetry.watch"];
 const VARIANTS: [&str; 2] = ["demo:f16", "demo:q8_0"];
+/// Components that may be uploaded: few, so that they come again after they went, and while they are there.
+const COMPONENTS: u64 = 40;
+/// The name of the key that signs.
+const SIGNER: &str = "release";
 
 /// Where a slot stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,12 +56,15 @@ type Weights = BTreeMap<String, u32>;
 /// What an operator asks for.
 #[derive(Clone, Debug)]
 enum Wish {
-    Upload(Vec<u8>),
+    Upload { number: u64, signed: bool },
+    Sign { digest: String },
+    Delete { digest: String },
+    SafeMode { on: bool },
     Put { slot: &'static str, component: String },
     Rollback { slot: &'static str },
     Remove { slot: &'static str },
-    Rollout { slot: &'static str, component: String, on_restart: &'static str },
-    Steer { slot: &'static str, promote: bool, generation: u64 },
+    Rollout { slot: &'static str, component: String, mode: &'static str, on_restart: &'static str },
+    Steer { slot: &'static str, verb: &'static str, generation: u64 },
     Weights(Weights),
     Variant { candidate: String, on_restart: &'static str },
     SteerVariant { promote: bool, number: u64 },
@@ -63,13 +73,33 @@ enum Wish {
 /// What the operator was told, and what it had asked for when the host died.
 #[derive(Debug, Default)]
 struct Told {
-    uploaded: BTreeSet<String>,
+    /// Uploaded and not deleted, and whether it is signed.
+    components: BTreeMap<String, bool>,
+    safe_mode: bool,
     slots: BTreeMap<&'static str, Stand>,
+    /// Slots whose rollout was paused.
+    paused: BTreeSet<&'static str>,
     alias: AliasStand,
     open: Option<Wish>,
 }
 
-/// A component that no one has uploaded yet: the same policy with a custom section of its own.
+fn key() -> KeyPair {
+    KeyPair::from_seed(Seed::new([7; 32]))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn digest(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex(&Sha256::digest(bytes)))
+}
+
+fn signature(digest: &str) -> String {
+    hex(&*key().sk.sign(format!("pointsman-component-v1 {digest}"), None))
+}
+
+/// The same policy with a custom section of its own is another component.
 fn component(number: u64) -> Vec<u8> {
     let mut bytes = std::fs::read(root().join("plugins/prebuilt/route-weighted.wasm")).expect("a component");
     let content = number.to_le_bytes();
@@ -79,19 +109,22 @@ fn component(number: u64) -> Vec<u8> {
 }
 
 /// Sends a request the way a client does that may lose the host: an answer, or none.
-fn send(host: &Host, method: &str, path: &str, body: (&str, Vec<u8>)) -> Option<(u16, Value)> {
+fn send(host: &Host, method: &str, path: &str, header: (&str, &str), body: Vec<u8>) -> Option<(u16, Value)> {
     let request = ureq::http::Request::builder().method(method).uri(format!("{}{path}", host.admin));
-    let request = request.header("content-type", body.0).body(body.1).expect("a request");
+    let request = request.header(header.0, header.1).body(body).expect("a request");
     let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
     let mut answer = agent.run(request).ok()?;
     let text = answer.body_mut().read_to_string().ok()?;
     Some((answer.status().as_u16(), serde_json::from_str(&text).unwrap_or_default()))
 }
 
+const JSON: (&str, &str) = ("content-type", "application/json");
+const BYTES: (&str, &str) = ("content-type", "application/octet-stream");
+
 /// What may be put into a slot: digests by world, and native.
 fn candidates(host: &Host, slot: &str) -> Option<Vec<String>> {
     let world = slot.split('.').next().unwrap_or_default();
-    let (_, listed) = send(host, "GET", "/admin/v1/components", ("", Vec::new()))?;
+    let (_, listed) = send(host, "GET", "/admin/v1/components", JSON, Vec::new())?;
     let rows = listed["data"].as_array()?.iter();
     let fits = rows.filter(|c| c["world"].as_str().is_some_and(|w| w.starts_with(world)));
     Some(fits.map(|c| c["digest"].as_str().expect("a digest").to_owned()).chain(["native".to_owned()]).collect())
@@ -101,73 +134,106 @@ impl Wish {
     /// The slot that it changes.
     fn slot(&self) -> Option<&'static str> {
         match self {
-            Self::Upload(_) | Self::Weights(_) | Self::Variant { .. } | Self::SteerVariant { .. } => None,
             Self::Put { slot, .. } | Self::Rollback { slot } | Self::Remove { slot } => Some(slot),
             Self::Rollout { slot, .. } | Self::Steer { slot, .. } => Some(slot),
+            _ => None,
         }
     }
 
     fn ask(&self, host: &Host) -> Option<(u16, Value)> {
-        let json = |value: Value| ("application/json", value.to_string().into_bytes());
         let (method, path, body) = match self {
-            Self::Upload(bytes) => ("POST", "components".to_owned(), ("application/wasm", bytes.clone())),
-            Self::Put { slot, component } => ("PUT", format!("slots/{slot}"), json(json!({ "component": component }))),
-            Self::Rollback { slot } => ("POST", format!("slots/{slot}/rollback"), ("", Vec::new())),
-            Self::Remove { slot } => ("DELETE", format!("slots/{slot}"), ("", Vec::new())),
-            Self::Rollout { slot, component, on_restart } => {
+            Self::Upload { number, signed } => {
+                let bytes = component(*number);
+                let signature = signature(&digest(&bytes));
+                let header = if *signed { ("x-pointsman-signature", &*signature) } else { BYTES };
+                return send(host, "POST", "/admin/v1/components", header, bytes);
+            }
+            Self::Sign { digest } => {
+                let signature = signature(digest).into_bytes();
+                let path = format!("/admin/v1/components/{digest}/signature");
+                return send(host, "PUT", &path, BYTES, signature);
+            }
+            Self::Delete { digest } => ("DELETE", format!("components/{digest}"), Value::Null),
+            Self::SafeMode { on } => ("POST", "safe-mode".to_owned(), json!({ "on": on })),
+            Self::Put { slot, component } => ("PUT", format!("slots/{slot}"), json!({ "component": component })),
+            Self::Rollback { slot } => ("POST", format!("slots/{slot}/rollback"), Value::Null),
+            Self::Remove { slot } => ("DELETE", format!("slots/{slot}"), Value::Null),
+            Self::Rollout { slot, component, mode, on_restart } => {
                 // Arms take turns every 100 ms, each turn a stored document.
                 let plan = json!({
-                    "component": component, "mode": "switchback", "on_restart": on_restart,
+                    "component": component, "mode": mode, "on_restart": on_restart,
                     "block_ms": 100, "burn_in_ms": 0, "settle_ms": 0,
                 });
-                ("POST", format!("slots/{slot}/rollouts"), json(plan))
+                ("POST", format!("slots/{slot}/rollouts"), plan)
             }
-            Self::Steer { slot, promote, generation } => {
-                let verb = if *promote { "promote" } else { "abort" };
-                let path = format!("slots/{slot}/rollouts/{slot}-{generation}/{verb}");
-                ("POST", path, json(json!({})))
+            Self::Steer { slot, verb, generation } => {
+                ("POST", format!("slots/{slot}/rollouts/{slot}-{generation}/{verb}"), json!({}))
             }
-            Self::Weights(weights) => ("PUT", "aliases/demo".to_owned(), json(json!({ "weights": weights }))),
+            Self::Weights(weights) => ("PUT", "aliases/demo".to_owned(), json!({ "weights": weights })),
             Self::Variant { candidate, on_restart } => {
                 let plan = json!({
                     "candidate": candidate, "mode": "ab", "on_restart": on_restart,
                     "block_ms": 100, "burn_in_ms": 0, "settle_ms": 0,
                 });
-                ("POST", "aliases/demo/rollouts".to_owned(), json(plan))
+                ("POST", "aliases/demo/rollouts".to_owned(), plan)
             }
             Self::SteerVariant { promote, number } => {
                 let verb = if *promote { "promote" } else { "abort" };
-                ("POST", format!("aliases/demo/rollouts/alias.demo-{number}/{verb}"), json(json!({})))
+                ("POST", format!("aliases/demo/rollouts/alias.demo-{number}/{verb}"), json!({}))
             }
         };
-        send(host, method, &format!("/admin/v1/{path}"), body)
+        let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+        send(host, method, &format!("/admin/v1/{path}"), JSON, body)
     }
 }
 
 impl Told {
-    /// The next wish; none once the host is dead. A rollout under way is steered sooner or later.
+    /// The next wish; none once the host is dead.
     fn wish(&self, host: &Host, random: &mut Rng) -> Option<Wish> {
-        if random.below(4) == 0 {
-            return Some(self.wish_of_alias(random));
+        // Little can be tried while every slot is native.
+        if self.safe_mode && random.below(3) == 0 {
+            return Some(Wish::SafeMode { on: false });
         }
+        match random.below(16) {
+            0..4 => Some(self.wish_of_alias(random)),
+            4..8 => Some(self.wish_of_component(random)),
+            8 => Some(Wish::SafeMode { on: !self.safe_mode }),
+            _ => self.wish_of_slot(host, random),
+        }
+    }
+
+    fn wish_of_component(&self, random: &mut Rng) -> Wish {
+        let kind = random.below(8);
+        let unsigned = self.components.iter().filter(|(_, signed)| !**signed).map(|(digest, _)| digest);
+        let of: Vec<&String> = if kind < 6 { self.components.keys().collect() } else { unsigned.collect() };
+        if kind < 3 || of.is_empty() {
+            return Wish::Upload { number: random.below(COMPONENTS), signed: kind < 2 };
+        }
+        let digest = of[random.below(of.len() as u64) as usize].clone();
+        if kind < 6 { Wish::Delete { digest } } else { Wish::Sign { digest } }
+    }
+
+    /// A rollout under way is steered sooner or later.
+    fn wish_of_slot(&self, host: &Host, random: &mut Rng) -> Option<Wish> {
         let slot = SLOTS[random.below(3) as usize];
         let stand = self.slots.get(slot).cloned().unwrap_or_default();
-        let kind = random.below(11);
-        if stand.trying.is_some() && (3..9).contains(&kind) {
-            return Some(Wish::Steer { slot, promote: kind < 6, generation: stand.newest });
+        let kind = random.below(8) as usize;
+        if stand.trying.is_some() && kind < 6 {
+            let verb = ["promote", "promote", "abort", "abort", "pause", "resume"][kind];
+            return Some(Wish::Steer { slot, verb, generation: stand.newest });
         }
         let mut any = || {
             let mut known = candidates(host, slot)?;
             Some(known.swap_remove(random.below(known.len() as u64) as usize))
         };
         Some(match kind {
-            0..3 => Wish::Upload(component(random.below(u64::MAX))),
-            3..6 => Wish::Put { slot, component: any()? },
-            6..8 if slot != SLOTS[2] => {
-                let on_restart = if kind == 6 { "pause" } else { "resume" };
-                Wish::Rollout { slot, component: any()?, on_restart }
+            0..3 => Wish::Put { slot, component: any()? },
+            3..6 if slot != SLOTS[2] => {
+                let (mode, on_restart) =
+                    [("switchback", "pause"), ("switchback", "resume"), ("shadow", "resume")][kind - 3];
+                Wish::Rollout { slot, component: any()?, mode, on_restart }
             }
-            6..10 => Wish::Rollback { slot },
+            3..7 => Wish::Rollback { slot },
             _ => Wish::Remove { slot: SLOTS[2] },
         })
     }
@@ -198,6 +264,8 @@ impl Told {
             self.open = None;
             match status {
                 200..300 => self.heard(&wish, &body),
+                // The native scheduler's plans cannot be compared.
+                400 if matches!(wish, Wish::Rollout { mode: "shadow", .. }) => {}
                 404 | 409 | 422 => {}
                 _ => panic!("{wish:?}: {status} {body}"),
             }
@@ -207,8 +275,13 @@ impl Told {
     fn heard(&mut self, wish: &Wish, body: &Value) {
         let generation = body["generation"].as_u64().unwrap_or_default();
         match wish {
-            Wish::Upload(_) => {
-                self.uploaded.insert(body["digest"].as_str().expect("a digest").to_owned());
+            Wish::Upload { .. } | Wish::Sign { .. } | Wish::Delete { .. } => {
+                self.components = self.components_after(wish)
+            }
+            Wish::SafeMode { on } => {
+                self.safe_mode = *on;
+                let tries = |slot: &&str| self.slots.get(slot).is_some_and(|stand| stand.trying.is_some());
+                self.paused.extend(SLOTS.into_iter().filter(|slot| *on && tries(slot)));
             }
             Wish::Put { slot, component } => {
                 let component = component.clone();
@@ -222,13 +295,19 @@ impl Told {
                 let stand = self.slots.entry(slot).or_default();
                 stand.newest = id.expect("an id");
                 stand.trying = Some(component.clone());
+                self.paused.remove(slot);
             }
-            Wish::Steer { slot, promote, .. } => {
+            Wish::Steer { slot, verb: "pause", .. } => drop(self.paused.insert(slot)),
+            Wish::Steer { slot, verb, .. } => {
+                self.paused.remove(slot);
                 let stand = self.slots.entry(slot).or_default();
-                let tried = stand.trying.take();
-                if *promote {
-                    stand.generation = stand.newest;
-                    stand.component = tried.expect("a rollout under way");
+                match *verb {
+                    "promote" => {
+                        stand.generation = stand.newest;
+                        stand.component = stand.trying.take().expect("a rollout under way");
+                    }
+                    "abort" => stand.trying = None,
+                    _ => {}
                 }
             }
             Wish::Remove { slot } => {
@@ -238,31 +317,91 @@ impl Told {
         }
     }
 
+    /// The components once a wish was granted.
+    fn components_after(&self, wish: &Wish) -> BTreeMap<String, bool> {
+        let mut next = self.components.clone();
+        match wish {
+            Wish::Upload { number, signed } => {
+                let is_signed = next.entry(digest(&component(*number))).or_default();
+                *is_signed |= signed;
+            }
+            Wish::Sign { digest } => drop(next.insert(digest.clone(), true)),
+            Wish::Delete { digest } => drop(next.remove(digest)),
+            _ => {}
+        }
+        next
+    }
+
     /// Compares a host that has come back with what was told, and takes over what it says.
     fn check(&mut self, host: &Host) {
         let open = self.open.take();
-        let listed = host.admin("GET", "/admin/v1/components", &Value::Null).body;
-        let rows = listed["data"].as_array().expect("components");
-        let digests: BTreeSet<String> = rows.iter().filter_map(|c| c["digest"].as_str().map(str::to_owned)).collect();
-        assert!(self.uploaded.is_subset(&digests), "a component was lost: {:?}", &self.uploaded - &digests);
-        let uploads = rows.iter().filter(|c| c["builtin"] == false).filter_map(|c| c["digest"].as_str());
-        let unasked = uploads.filter(|digest| !self.uploaded.contains(*digest)).count();
-        let may = usize::from(matches!(open, Some(Wish::Upload(_))));
-        assert!(unasked <= may, "{unasked} components that nobody uploaded; open: {may}");
-        self.uploaded = rows
-            .iter()
-            .filter(|c| c["builtin"] == false)
-            .filter_map(|c| c["digest"].as_str().map(str::to_owned))
-            .collect();
         let lines = journal(host);
-        let told = |digest: &String| lines.iter().any(|e| e["event"] == "uploaded" && e["digest"] == *digest);
-        let untold: Vec<&String> = self.uploaded.iter().filter(|digest| !told(digest)).collect();
-        assert!(untold.is_empty(), "no line tells of {untold:?}");
+        self.check_components(host, open.as_ref(), &lines);
+        self.check_safe_mode(host, open.as_ref(), &lines);
         for slot in SLOTS {
             self.check_slot(host, slot, open.as_ref(), &lines);
         }
         self.check_alias(host, open.as_ref(), &lines);
-        no_leftovers(host);
+        self.no_leftovers(host);
+        told_once(&lines);
+    }
+
+    /// What was uploaded is there, whole, with its signature; what was deleted is not; and there is one line of each.
+    fn check_components(&mut self, host: &Host, open: Option<&Wish>, lines: &[Value]) {
+        let listed = host.admin("GET", "/admin/v1/components", &Value::Null).body;
+        let rows = listed["data"].as_array().expect("components").iter().filter(|c| c["builtin"] == false);
+        let found: BTreeMap<String, bool> =
+            rows.map(|c| (c["digest"].as_str().expect("a digest").to_owned(), c["signed_by"] == SIGNER)).collect();
+        let may = [Some(self.components.clone()), open.map(|open| self.components_after(open))];
+        assert!(may.contains(&Some(found.clone())), "found {found:?}, but told {:?}; open: {open:?}", self.components);
+        let mut told = BTreeMap::new();
+        for line in lines {
+            let digest = line["digest"].as_str().unwrap_or_default().to_owned();
+            let before = told.get(&digest).copied();
+            match line["event"].as_str() {
+                Some("uploaded") => {
+                    assert_eq!(before, None, "it came twice: {line}");
+                    told.insert(digest, line["signed_by"] == SIGNER);
+                }
+                Some("signed") => {
+                    assert_eq!(before, Some(false), "signed twice, or not there: {line}");
+                    told.insert(digest, true);
+                }
+                Some("deleted") => assert!(told.remove(&digest).is_some(), "it went twice: {line}"),
+                _ => {}
+            }
+        }
+        assert_eq!(told, found, "the journal and the components; open: {open:?}");
+        self.components = found;
+    }
+
+    fn check_safe_mode(&mut self, host: &Host, open: Option<&Wish>, lines: &[Value]) {
+        let found = host.admin("GET", "/admin/v1/safe-mode", &Value::Null).body["on"] == true;
+        let asked = matches!(open, Some(Wish::SafeMode { on }) if *on == found);
+        assert!(found == self.safe_mode || asked, "safe mode is {found}; open: {open:?}");
+        let mut told = false;
+        for line in lines.iter().filter(|line| line["event"] == "safe-mode") {
+            assert_eq!(line["on"], !told, "switched twice: {line}");
+            told = !told;
+        }
+        assert_eq!(told, found, "the journal and the switch; open: {open:?}");
+        self.safe_mode = found;
+    }
+
+    /// Nothing half-written stays; a signature is beside each component that has one, and nowhere else.
+    fn no_leftovers(&self, host: &Host) {
+        for folder in ["slots", "aliases", "components"] {
+            for entry in std::fs::read_dir(host.folder().join(folder)).expect("a folder").flatten() {
+                let path = entry.path();
+                let kind = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+                assert!(matches!(kind, "json" | "wasm" | "sig"), "{} was left behind", path.display());
+            }
+        }
+        let signed = |digest: &str| host.folder().join(format!("components/{}.sig", &digest[7..])).exists();
+        assert!(self.components.iter().all(|(digest, is_signed)| signed(digest) == *is_signed));
+        let components = std::fs::read_dir(host.folder().join("components")).expect("a folder").flatten();
+        let n_signatures = components.filter(|entry| entry.path().extension().is_some_and(|e| e == "sig")).count();
+        assert_eq!(n_signatures, self.components.values().filter(|signed| **signed).count(), "a signature of nothing");
     }
 
     fn check_alias(&mut self, host: &Host, open: Option<&Wish>, lines: &[Value]) {
@@ -325,6 +464,12 @@ impl Told {
             newest: newest.iter().filter_map(|n| n.as_u64()).max().unwrap_or(0),
             trying: live.then(|| rollout["target"]["component"].as_str().expect("a component").to_owned()),
         };
+        let is_paused = rollout["phase"]["is"] == "paused";
+        let resumed = matches!(open, Some(Wish::Steer { slot: of, verb: "resume", .. }) if *of == slot);
+        let may_run = resumed || !self.paused.contains(slot);
+        assert!(may_run || is_paused || !live, "{slot}: {rollout} was paused");
+        self.paused.remove(slot);
+        self.paused.extend(is_paused.then_some(slot));
         if is_there {
             // What is stored is what serves, and it works.
             assert_eq!(state["active"]["generation"], generation, "{slot}: {document} {state}");
@@ -383,25 +528,34 @@ fn expected(told: &Stand, open: Option<&Wish>) -> Vec<Stand> {
         Wish::Rollout { component, .. } => {
             Stand { newest: told.newest + 1, trying: Some(component.clone()), ..told.clone() }
         }
-        Wish::Steer { promote: false, .. } => Stand { trying: None, ..told.clone() },
-        Wish::Steer { promote: true, .. } => {
+        Wish::Steer { verb: "abort", .. } => Stand { trying: None, ..told.clone() },
+        Wish::Steer { verb: "promote", .. } => {
             let component = told.trying.clone().unwrap_or_default();
             Stand { generation: told.newest, component, trying: None, ..told.clone() }
         }
+        Wish::Steer { .. } => told.clone(),
         Wish::Remove { .. } => Stand { removed: true, ..told.clone() },
         _ => next,
     });
     [Some(told.clone()), granted].into_iter().flatten().collect()
 }
 
-/// Nothing half-written stays, and no signature without its component.
-fn no_leftovers(host: &Host) {
-    for folder in ["slots", "aliases", "components"] {
-        for entry in std::fs::read_dir(host.folder().join(folder)).expect("a folder").flatten() {
-            let path = entry.path();
-            let kind = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            assert!(matches!(kind, "json" | "wasm"), "{} was left behind", path.display());
-        }
+/// No policy, no change of the alias and no end of a rollout is told of twice.
+fn told_once(lines: &[Value]) {
+    let mut told = BTreeSet::new();
+    for line in lines {
+        let event = line["event"].as_str().expect("an event");
+        let is_end = match event {
+            "rollout-decided" => matches!(line["decision"].as_str(), Some("abort" | "promote" | "complete")),
+            _ => matches!(line["rollout"]["phase"]["is"].as_str(), Some("aborted" | "promoted" | "completed")),
+        };
+        let what = match event {
+            "published" | "recovered" => format!("{} {}", line["slot"], line["target"]["generation"]),
+            "alias-changed" => format!("{} {}", line["alias"], line["generation"]),
+            _ if is_end => format!("the end of {}{}", line["id"], line["rollout"]["id"]).replace("null", ""),
+            _ => continue,
+        };
+        assert!(told.insert(what), "told twice: {line}");
     }
 }
 
@@ -409,7 +563,8 @@ fn no_leftovers(host: &Host) {
 fn fifty_kills_lose_nothing_and_leave_nothing() {
     let mut random = Rng::new(SEED);
     let mut told = Told::default();
-    let mut host = host(&[]);
+    let ring = format!("[trust.keys]\n{SIGNER} = \"{}\"\n", hex(&*key().pk));
+    let mut host = Host::configured(PROGRAM, &ring);
     for (slot, name) in [("router", "route-least-loaded"), ("scheduler", "sched-fcfs")] {
         told.slots.insert(slot, Stand { generation: 1, component: host.builtin(name), newest: 1, ..Stand::default() });
     }
@@ -435,16 +590,22 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
         let router = served.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let stand = &told.slots["router"];
         let arms = [Some(stand.generation), stand.trying.as_ref().map(|_| stand.newest)];
-        let known = arms.into_iter().flatten().any(|generation| router.ends_with(&format!(";g={generation}")));
+        let known = match told.safe_mode {
+            true => router.starts_with("native;"),
+            false => arms.into_iter().flatten().any(|generation| router.ends_with(&format!(";g={generation}"))),
+        };
         assert!(served.status == 200 && known, "after kill {kill}: {router}, {stand:?}");
     }
     let lines = journal(&host);
     let count = |event: &str| lines.iter().filter(|e| e["event"] == event).count();
     let generations: Vec<u64> = told.slots.values().map(|s| s.generation).collect();
     println!(
-        "{KILLS} kills, seed {SEED:#x}: {} components, generations {generations:?}, {} rollouts started ({} of variants), {} \
-         restored, {} lines recovered",
-        told.uploaded.len(),
+        "{KILLS} kills, seed {SEED:#x}: {} uploads, {} signatures, {} deletions, {} switches of safe mode, generations \
+         {generations:?}, {} rollouts started ({} of variants), {} restored, {} lines recovered",
+        count("uploaded"),
+        count("signed"),
+        count("deleted"),
+        count("safe-mode"),
         count("rollout-started"),
         told.alias.rollouts,
         count("rollout-restored"),
