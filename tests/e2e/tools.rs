@@ -110,14 +110,31 @@ fn calls_are_made_forced_and_answered() {
     assert!(prompt.contains("tool: rain"), "{prompt}");
 }
 
-#[test]
-fn the_stock_openai_client_calls_tools_and_parses_forms() {
-    let present = Command::new("python3").args(["-c", "import openai"]).output();
-    if !present.is_ok_and(|output| output.status.success()) && skip("openai", "python3 has no package `openai`") {
+/// Runs a script with a client that is a Python package; a skip where that is absent.
+fn stock_client(package: &str, script: &str) {
+    let present = Command::new("python3").args(["-c", &format!("import {package}")]).output();
+    if !present.is_ok_and(|output| output.status.success())
+        && skip(package, &format!("python3 has no package `{package}`"))
+    {
         return;
     }
     let host = host();
-    let script = root().join("tests/e2e/tools.py");
+    let script = root().join("tests/e2e").join(script);
     let output = Command::new("python3").arg(script).arg(&host.data).output().expect("python3 runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn the_stock_openai_client_calls_tools_and_parses_forms() {
+    stock_client("openai", "tools.py");
+}
+
+#[test]
+fn the_stock_openai_client_gets_responses() {
+    stock_client("openai", "responses.py");
+}
+
+#[test]
+fn the_stock_anthropic_client_asks_streams_and_calls_tools() {
+    stock_client("anthropic", "messages.py");
 }

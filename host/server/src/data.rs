@@ -9,7 +9,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::{ApiError, panicked};
 use crate::state::ServerState;
-use crate::{identity, openai, ops};
+use crate::{anthropic, identity, openai, ops};
 
 /// Paths with the methods that they answer, for the description, and with their handlers.
 pub(crate) type Routes = Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)>;
@@ -19,6 +19,9 @@ pub(crate) fn routes() -> Routes {
     vec![
         ("/v1/chat/completions", &["post"], post(openai::chat)),
         ("/v1/completions", &["post"], post(openai::completions)),
+        ("/v1/responses", &["post"], post(openai::responses)),
+        ("/v1/messages", &["post"], post(anthropic::messages)),
+        ("/v1/messages/count_tokens", &["post"], post(anthropic::count_tokens)),
         ("/v1/embeddings", &["post"], post(openai::embeddings)),
         ("/v1/models", &["get"], get(openai::models)),
         // Names may hold slashes, as in `org/model`.
@@ -43,6 +46,7 @@ pub fn data_router(state: &Arc<ServerState>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(state), identity::tag))
+        .layer(middleware::from_fn(anthropic::dress))
         .with_state(Arc::clone(state))
 }
 

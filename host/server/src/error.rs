@@ -108,6 +108,19 @@ struct Class {
     retry: bool,
 }
 
+/// `{"type": "error", "error": {...}}`, as Anthropic writes it.
+#[derive(Debug, Serialize)]
+struct AnthropicEnvelope {
+    r#type: &'static str,
+    error: AnthropicBody,
+}
+
+#[derive(Debug, Serialize)]
+struct AnthropicBody {
+    r#type: &'static str,
+    message: String,
+}
+
 /// `{"error": {...}}`, on the wire.
 #[derive(Debug, Serialize)]
 struct Envelope<'a> {
@@ -259,6 +272,35 @@ impl ApiError {
         let body = Body { message: self.to_string(), r#type: class.kind, param: self.param(), code: class.code };
         serde_json::to_string(&Envelope { error: body }).unwrap_or_default()
     }
+
+    /// The same as Anthropic's clients know it.
+    pub(crate) fn anthropic_json(&self) -> String {
+        let (_, kind) = anthropic_class(self.class().status);
+        let error = AnthropicBody { r#type: kind, message: self.to_string() };
+        serde_json::to_string(&AnthropicEnvelope { r#type: "error", error }).unwrap_or_default()
+    }
+
+    /// The status that Anthropic's clients know.
+    pub(crate) fn anthropic_status(&self) -> StatusCode {
+        let (status, _) = anthropic_class(self.class().status);
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+}
+
+/// Anthropic's status and type for a status of ours: it has words for fewer things, and a status of its own for a host that is
+/// there and cannot serve now.
+fn anthropic_class(status: u16) -> (u16, &'static str) {
+    match status {
+        401 => (401, "authentication_error"),
+        403 => (403, "permission_error"),
+        404 => (404, "not_found_error"),
+        408 | 504 => (status, "timeout_error"),
+        413 => (413, "request_too_large"),
+        429 => (429, "rate_limit_error"),
+        503 => (529, "overloaded_error"),
+        500.. => (status, "api_error"),
+        _ => (status, INVALID),
+    }
 }
 
 fn failure_class(failure: &Failure) -> Class {
@@ -327,6 +369,7 @@ pub(crate) fn panicked(payload: Box<dyn std::any::Any + Send>) -> Response<http_
     *response.status_mut() = error.status();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+    response.extensions_mut().insert(Arc::new(error));
     response
 }
 

@@ -20,6 +20,8 @@ pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const TENANT_ID: &str = "x-tenant-id";
 const SESSION_ID: &str = "x-session-id";
 const PRIORITY: &str = "x-pointsman-priority";
+/// Where Anthropic's clients put their key.
+const API_KEY: &str = "x-api-key";
 
 /// The tenant of requests that name none.
 pub(crate) const ANONYMOUS: &str = "default";
@@ -94,13 +96,14 @@ fn api_key(headers: &HeaderMap, state: &ServerState) -> Result<Option<usize>, Ap
     if state.keys.is_empty() {
         return Ok(None);
     }
-    let Some(header) = headers.get(AUTHORIZATION) else {
-        return Err(ApiError::Unauthorized { problem: "an API key is required" });
+    let key = match (headers.get(AUTHORIZATION), headers.get(API_KEY)) {
+        (Some(header), _) => bearer(header),
+        (None, Some(header)) => header.to_str().ok(),
+        (None, None) => return Err(ApiError::Unauthorized { problem: "an API key is required" }),
     };
-    let unknown = ApiError::Unauthorized { problem: "the API key is not known" };
-    match bearer(header).and_then(|key| state.keys.get(key)) {
+    match key.and_then(|key| state.keys.get(key)) {
         Some(place) => Ok(Some(*place)),
-        None => Err(unknown),
+        None => Err(ApiError::Unauthorized { problem: "the API key is not known" }),
     }
 }
 
@@ -201,12 +204,14 @@ pub(crate) async fn tag(
 /// A fresh id with the prefix that clients know, and 96 random bits.
 fn new_id(state: &ServerState, path: &str) -> Arc<str> {
     let prefix = match path {
-        "/v1/chat/completions" => "chatcmpl",
-        "/v1/completions" => "cmpl",
-        _ => "req",
+        "/v1/chat/completions" => "chatcmpl-",
+        "/v1/completions" => "cmpl-",
+        "/v1/responses" => "resp_",
+        "/v1/messages" => "msg_",
+        _ => "req-",
     };
     let low = state.clock.random() & 0xffff_ffff;
-    format!("{prefix}-{:016x}{low:08x}", state.clock.random()).into()
+    format!("{prefix}{:016x}{low:08x}", state.clock.random()).into()
 }
 
 #[cfg(test)]

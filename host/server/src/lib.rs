@@ -2,13 +2,14 @@
 //!
 //! The only crate with JSON wire types, tokenizers and templates. It reaches the engine, the policy slots and the models
 //! through the traits in [`ports`], which the app implements: no handler knows wasmtime, a device or a file. A request's
-//! way through the modules: [`serve`] accepts the connection, `data` routes it, `identity` says who asks, `openai` parses
-//! it, `admission` lets it in, [`text`] tokenizes it, `dispatch` finds its replica, `stream` follows its tokens back out,
+//! way through the modules: [`serve`] accepts the connection, `data` routes it, `identity` says who asks, `openai` or
+//! `anthropic` parses it, `admission` lets it in, [`text`] tokenizes it, `dispatch` finds its replica, `stream` follows its tokens back out,
 //! and `error` is the one place where anything that went wrong becomes a response.
 #![forbid(unsafe_code)]
 
 pub mod admin;
 mod admission;
+mod anthropic;
 mod config;
 mod data;
 mod dispatch;

@@ -139,7 +139,10 @@ pub(crate) struct Token {
 /// Why a choice ended normally.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {
+    /// The model ended it.
     Stop,
+    /// The stop string at this place of the request's.
+    StopString(usize),
     Length,
 }
 
@@ -210,9 +213,14 @@ impl TokenSink for ChannelSink {
 impl Finish {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
-            Self::Stop => "stop",
+            Self::Stop | Self::StopString(_) => "stop",
             Self::Length => "length",
         }
+    }
+
+    /// Whether the text is complete.
+    pub(crate) fn is_stop(self) -> bool {
+        self != Self::Length
     }
 }
 
@@ -347,13 +355,13 @@ impl Generation {
             let matched = choice.parts.stops.push(piece);
             (matched.text, matched.stopped)
         } else {
-            (piece, false)
+            (piece, None)
         };
-        let finish = stopped.then_some(Finish::Stop);
+        let finish = stopped.map(Finish::StopString);
         self.updates.push_back(Update::Delta(Delta { choice: index, text, token: Some(token), finish }));
-        if stopped {
+        if let Some(finish) = finish {
             self.in_flight.cancel(index, CancelCause::StopString);
-            self.close(index, Finish::Stop);
+            self.close(index, finish);
         }
     }
 
@@ -362,17 +370,17 @@ impl Generation {
         let rest = choice.parts.detokenizer.finish();
         let matched = choice.parts.stops.push(rest);
         let mut text = matched.text;
-        let finish = match reason {
+        let ended = match reason {
             // The stop token was computed as well: usage counts it.
             FinishReason::Stop(_) => {
                 choice.generated += 1;
                 self.parts.trace.generated();
                 Finish::Stop
             }
-            FinishReason::Length if matched.stopped => Finish::Stop,
             FinishReason::Length => Finish::Length,
         };
-        if !matched.stopped {
+        let finish = matched.stopped.map_or(ended, Finish::StopString);
+        if matched.stopped.is_none() {
             text.push_str(&choice.parts.stops.finish());
         }
         self.updates.push_back(Update::Delta(Delta { choice: index, text, token: None, finish: Some(finish) }));
@@ -386,7 +394,7 @@ impl Generation {
         self.open -= 1;
         choice.parts.metrics.e2e.observe(seconds(now.saturating_sub(self.parts.arrived)));
         match finish {
-            Finish::Stop => choice.parts.metrics.finished_stop.inc(),
+            Finish::Stop | Finish::StopString(_) => choice.parts.metrics.finished_stop.inc(),
             Finish::Length => choice.parts.metrics.finished_length.inc(),
         }
         if self.open == 0 {

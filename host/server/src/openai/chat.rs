@@ -10,37 +10,20 @@ use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::fields::{Fields, describe, mismatch};
-use super::generate::{Arrival, Collected, Head, Job, Running, tokenizing};
+use super::blocks::parts;
+use super::conversation::{Answering, Conversation, Talk, content, elements};
+use super::fields::{Fields, mismatch};
+use super::generate::{Arrival, Collected, Head, Running};
 use super::logprobs::{ChatLogprobs, ChatToken};
-use super::params::Params;
+use super::params::{Own, Params};
 use super::tools::{CallDelta, CallRules, CallStream, Part, Tools, whole};
 use super::{Usage, read_fields};
-use crate::dispatch::{Prompt, Target};
+use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
 use crate::state::ServerState;
 use crate::stream::{Delta, Encode, Finish, Totals, Update};
 use crate::text::{ChatMessage, TextModel};
-
-/// Messages of one request; far beyond any context of today, and a bound all the same.
-const MAX_MESSAGES: usize = 16_384;
-
-/// A parsed body.
-#[derive(Debug)]
-pub(super) struct ChatRequest {
-    params: Params,
-    tools: Option<Tools>,
-    conversation: Conversation,
-}
-
-/// What the chat template renders.
-#[derive(Debug)]
-pub(super) struct Conversation {
-    messages: Vec<ChatMessage>,
-    add_generation_prompt: bool,
-    template_kwargs: Option<serde_json::Map<String, Value>>,
-}
 
 /// Handles the route.
 pub(crate) async fn chat(
@@ -52,42 +35,26 @@ pub(crate) async fn chat(
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
     let mut fields = read_fields(&state, request).await?;
-    let ChatRequest { mut params, tools, conversation } = ChatRequest::parse(&mut fields, &state)?;
-    let target = Target::find(&state.engine.catalog(), &params.model)?;
-    let rules = tools.map(|tools| tools.rules(target.text())).transpose()?;
-    params.skip_special &= !rules.as_ref().is_some_and(CallRules::wants_special_tokens);
-    let grammar = params.grammar(&state, &target).await?;
-    let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
-    let n_choices = params.n as usize;
-    let (stream, include_usage) = (params.stream, params.include_usage);
-    let default_tokens = target.text().defaults().max_new_tokens;
-    let job = Job { params, target, prompts: vec![prompt], grammar, default_tokens, prompt_param: "messages" };
-    let running = arrival.start(&job, permit)?;
-    drop(job);
-    if stream || running.wants_events() {
+    let answering = talk(&mut fields, &state.config)?.start(&arrival, permit).await?;
+    let Answering { running, rules, n_choices, streams, include_usage, .. } = answering;
+    if streams {
         return running
             .stream(|running| Box::new(ChatSse::new(running, n_choices, include_usage, rules.as_ref())))
             .await;
     }
     running
-        .whole(n_choices, |head, text, choices, usage| write_whole((head, text), &choices, rules.as_ref(), usage))
+        .whole(n_choices, |head, text, choices, totals| {
+            write_whole((head, text), &choices, rules.as_ref(), totals.into())
+        })
         .await
 }
 
-// === impl ChatRequest ===
-
-impl ChatRequest {
-    fn parse(fields: &mut Fields, state: &ServerState) -> Result<Self, ApiError> {
-        let logprobs = logprobs(fields)?;
-        let mut conversation = Conversation::parse(fields)?;
-        let tools = Tools::parse(fields)?;
-        let mut params = Params::parse(fields, &state.config, logprobs)?;
-        if let Some(tools) = &tools {
-            tools.show(&mut conversation.template_kwargs);
-            params.force(tools.format()?)?;
-        }
-        Ok(Self { params, tools, conversation })
-    }
+fn talk(fields: &mut Fields, config: &ServerConfig) -> Result<Talk, ApiError> {
+    let logprobs = logprobs(fields)?;
+    let conversation = conversation(fields)?;
+    let tools = Tools::parse(fields)?;
+    let own = Own::openai(fields, config, logprobs)?;
+    Talk::new(Params::parse(fields, config, own)?, tools, conversation)
 }
 
 fn logprobs(fields: &mut Fields) -> Result<Option<u8>, ApiError> {
@@ -99,44 +66,18 @@ fn logprobs(fields: &mut Fields) -> Result<Option<u8>, ApiError> {
     Ok(wanted.then(|| u8::try_from(top.unwrap_or(0)).unwrap_or(20)))
 }
 
-// === impl Conversation ===
-
-impl Conversation {
-    pub(super) fn parse(fields: &mut Fields) -> Result<Self, ApiError> {
-        let messages = match fields.require("messages")? {
-            Value::Array(messages) if messages.is_empty() => {
-                return Err(ApiError::invalid("messages", "`messages` must hold at least one message"));
-            }
-            Value::Array(messages) if messages.len() <= MAX_MESSAGES => messages,
-            other => return Err(mismatch("messages", &format!("an array of at most {MAX_MESSAGES} messages"), &other)),
-        };
-        let messages = messages.into_iter().enumerate().map(|(i, m)| message(&format!("messages[{i}]"), m));
-        let messages = messages.collect::<Result<_, _>>()?;
-        let template_kwargs = match fields.take("chat_template_kwargs") {
-            None => None,
-            Some(Value::Object(map)) => Some(map),
-            Some(other) => return Err(mismatch("chat_template_kwargs", "an object", &other)),
-        };
-        let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(true);
-        Ok(Self { messages, add_generation_prompt, template_kwargs })
-    }
-
-    /// Renders and tokenizes. `now` is in Unix seconds, for templates that tell the date.
-    pub(super) async fn prompt(self, text: &Arc<TextModel>, now: u64) -> Result<Prompt, ApiError> {
-        // Tools and calls may be long, and are not worth the counting.
-        let is_long = self.template_kwargs.is_some() || self.messages.iter().any(|m| !m.tool_calls.is_empty());
-        let texts = self.messages.iter().map(|m| m.content.len() + m.role.len()).sum();
-        let bytes = if is_long { usize::MAX } else { texts };
-        let text = Arc::clone(text);
-        tokenizing(bytes, move || {
-            let invalid = |error: crate::text::EncodeError| ApiError::invalid("messages", error.to_string());
-            let rendered = text.render(&self.messages, self.add_generation_prompt, self.template_kwargs.as_ref(), now);
-            let rendered = rendered.map_err(invalid)?;
-            let tokens = text.encode(&rendered, false).map_err(invalid)?;
-            Ok(Prompt { tokens: tokens.into(), text: rendered })
-        })
-        .await
-    }
+/// Reads the messages and what goes to the template beside them.
+pub(super) fn conversation(fields: &mut Fields) -> Result<Conversation, ApiError> {
+    let messages = elements("messages", "messages", fields.require("messages")?)?;
+    let messages = messages.into_iter().enumerate().map(|(i, m)| message(&format!("messages[{i}]"), m));
+    let mut conversation = Conversation::new("messages", messages.collect::<Result<_, _>>()?);
+    conversation.template_kwargs = match fields.take("chat_template_kwargs") {
+        None => None,
+        Some(Value::Object(map)) => Some(map),
+        Some(other) => return Err(mismatch("chat_template_kwargs", "an object", &other)),
+    };
+    conversation.add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(true);
+    Ok(conversation)
 }
 
 fn message(path: &str, value: Value) -> Result<ChatMessage, ApiError> {
@@ -159,10 +100,7 @@ fn message(path: &str, value: Value) -> Result<ChatMessage, ApiError> {
         _ => Vec::new(),
     };
     let tool_call_id = match &*role {
-        "tool" => match fields.require("tool_call_id")? {
-            Value::String(id) => Some(id),
-            other => return Err(mismatch(&fields.param("tool_call_id"), "a string", &other)),
-        },
+        "tool" => Some(fields.text("tool_call_id")?),
         _ => None,
     };
     let name = fields.string("name")?;
@@ -170,7 +108,7 @@ fn message(path: &str, value: Value) -> Result<ChatMessage, ApiError> {
     let content = match fields.take("content") {
         None if !tool_calls.is_empty() => String::new(),
         None => return Err(ApiError::invalid(&*param, format!("`{param}` is required"))),
-        Some(value) => content(&param, value)?,
+        Some(value) => content(&param, value, &["text"])?,
     };
     Ok(ChatMessage { role, content, name, tool_calls, tool_call_id })
 }
@@ -185,44 +123,13 @@ fn past_calls(param: &str, value: Value) -> Result<Vec<Value>, ApiError> {
         let mut fields = Fields::of(&format!("{param}[{i}]"), call.clone())?;
         let path = fields.param("function");
         let mut function = Fields::of(&path, fields.require("function")?)?;
-        if function.string("name")?.is_none() {
-            let name = function.param("name");
-            return Err(ApiError::invalid(&*name, format!("`{name}` is required")));
-        }
+        function.text("name")?;
         let written = function.string("arguments")?.unwrap_or_default();
         let arguments = serde_json::from_str(&written).unwrap_or(Value::String(written));
         call["function"]["arguments"] = arguments;
         Ok(call)
     };
     calls.into_iter().enumerate().map(read).collect()
-}
-
-/// Text, or parts of text; parts are joined by line breaks, as vLLM joins them.
-fn content(param: &str, value: Value) -> Result<String, ApiError> {
-    let parts = match value {
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) => parts,
-        other => return Err(mismatch(param, "a string or an array of text parts", &other)),
-    };
-    let part = |(i, value): (usize, Value)| {
-        let mut fields = Fields::of(&format!("{param}[{i}]"), value)?;
-        match fields.require("type")? {
-            Value::String(kind) if kind == "text" => {}
-            Value::String(kind) => {
-                return Err(ApiError::unsupported(fields.param("type"), format!("content of type `{kind}`")));
-            }
-            other => return Err(mismatch(&fields.param("type"), "a string", &other)),
-        }
-        match fields.require("text")? {
-            Value::String(text) => Ok(text),
-            other => Err(ApiError::invalid(
-                fields.param("text"),
-                format!("`{}` must be a string, found {}", fields.param("text"), describe(&other)),
-            )),
-        }
-    };
-    let texts: Vec<String> = parts.into_iter().enumerate().map(part).collect::<Result<_, _>>()?;
-    Ok(texts.join("\n"))
 }
 
 // === On the wire ===
@@ -299,7 +206,7 @@ impl Spoken {
         };
         let (content, calls) = whole(stream.push(&choice.text, true));
         let finish_reason = match choice.finish {
-            Some(Finish::Stop) if !calls.is_empty() => Some(rules.finish_reason()),
+            Some(finish) if finish.is_stop() && !calls.is_empty() => Some(rules.finish_reason()),
             _ => ended,
         };
         Self { content, calls, finish_reason }
@@ -389,11 +296,7 @@ impl Encode for ChatSse {
         let index = delta.choice;
         let Some(progress) = self.choices.get_mut(index) else { return };
         let opens = !std::mem::replace(&mut progress.is_open, true);
-        let parts = match &mut progress.calls {
-            Some(calls) => calls.push(&delta.text, delta.finish.is_some()),
-            None if delta.text.is_empty() => Vec::new(),
-            None => vec![Part::Content(delta.text.clone())],
-        };
+        let parts = parts(&mut progress.calls, &delta.text, delta.finish.is_some());
         let n_calls = progress.calls.as_ref().map_or(0, CallStream::n_calls);
         if opens {
             self.say(out, index, DeltaMessage { role: Some("assistant"), content: Some(""), tool_calls: &[] });
@@ -401,7 +304,7 @@ impl Encode for ChatSse {
         self.parts(out, delta, &parts);
         if let Some(finish) = delta.finish {
             let finish_reason = match (&self.rules, finish) {
-                (Some(rules), Finish::Stop) if n_calls > 0 => rules.finish_reason(),
+                (Some(rules), finish) if finish.is_stop() && n_calls > 0 => rules.finish_reason(),
                 _ => finish.as_str(),
             };
             let delta = DeltaMessage::default();

@@ -12,7 +12,7 @@ use super::fields::Fields;
 use super::generate::{Arrival, Collected, Head, Job, Running};
 use super::inputs::{Holder, Input, read_each, token_ids};
 use super::logprobs::CompletionLogprobs;
-use super::params::Params;
+use super::params::{Own, Params};
 use super::{Usage, read_fields};
 use crate::dispatch::{Prompt, Target};
 use crate::error::ApiError;
@@ -36,7 +36,8 @@ pub(crate) async fn completions(
     let mut fields = read_fields(&state, request).await?;
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
     let logprobs = logprobs(&mut fields, echo)?;
-    let mut params = Params::parse(&mut fields, &state.config, logprobs)?;
+    let own = Own::openai(&mut fields, &state.config, logprobs)?;
+    let mut params = Params::parse(&mut fields, &state.config, own)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
     let grammar = params.grammar(&state, &target).await?;
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
@@ -54,8 +55,8 @@ pub(crate) async fn completions(
     if stream || running.wants_events() {
         return running.stream(|running| Box::new(CompletionSse::new(running, echoed, include_usage))).await;
     }
-    let write = |head: &Head, text: &TextModel, choices: Vec<Collected>, usage| {
-        write_whole(head, text, &choices, &echoed, usage)
+    let write = |head: &Head, text: &TextModel, choices: Vec<Collected>, totals: Totals| {
+        write_whole(head, text, &choices, &echoed, totals.into())
     };
     running.whole(n_choices, write).await
 }

@@ -55,6 +55,11 @@ impl Fields {
         format!("{}{name}", self.path)
     }
 
+    /// Looks at a field.
+    pub(crate) fn get(&self, name: &str) -> Option<&Value> {
+        self.map.get(name).filter(|value| !value.is_null())
+    }
+
     /// Takes a field out.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
         self.map.remove(name).filter(|value| !value.is_null())
@@ -62,11 +67,19 @@ impl Fields {
 
     /// Takes a field that must be there.
     pub(crate) fn require(&mut self, name: &str) -> Result<Value, ApiError> {
+        self.take(name).ok_or_else(|| self.missing(name))
+    }
+
+    /// The error of a field that must be there and is not.
+    pub(crate) fn missing(&self, name: &str) -> ApiError {
         let param = self.param(name);
-        self.take(name).ok_or_else(|| {
-            let problem = format!("`{param}` is required");
-            ApiError::invalid(param, problem)
-        })
+        let problem = format!("`{param}` is required");
+        ApiError::invalid(param, problem)
+    }
+
+    /// A string that must be there.
+    pub(crate) fn text(&mut self, name: &str) -> Result<String, ApiError> {
+        self.string(name)?.ok_or_else(|| self.missing(name))
     }
 
     pub(crate) fn bool(&mut self, name: &str) -> Result<Option<bool>, ApiError> {

@@ -16,7 +16,7 @@ const MAX_CHOICES: usize = 1_024;
 
 /// A form, and the field that asks for it.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Format {
+pub(crate) struct Format {
     param: String,
     form: Form,
 }
@@ -26,14 +26,19 @@ const GUIDED: [&str; 4] = ["guided_json", "guided_regex", "guided_choice", "guid
 const STRUCTURED: [&str; 4] = ["json", "regex", "choice", "grammar"];
 
 impl Format {
+    /// An instance of the schema in a field.
+    pub(crate) fn schema(param: String, value: Value) -> Result<Self, ApiError> {
+        schema(&param, value).map(|form| Self { param, form })
+    }
+
     /// The form that a field asks for.
-    pub(super) fn of(param: impl Into<String>, form: Form) -> Self {
+    pub(crate) fn of(param: impl Into<String>, form: Form) -> Self {
         Self { param: param.into(), form }
     }
 
-    /// Reads every field that may ask for a form.
-    pub(super) fn parse(fields: &mut Fields) -> Result<Option<Self>, ApiError> {
-        let mut asked: Vec<Self> = response_format(fields)?.into_iter().collect();
+    /// Reads every field that may ask for a form, beside the one that is `asked` for already.
+    pub(super) fn parse(fields: &mut Fields, asked: Option<Self>) -> Result<Option<Self>, ApiError> {
+        let mut asked: Vec<Self> = asked.into_iter().chain(response_format(fields)?).collect();
         guided(fields, GUIDED, &mut asked)?;
         if let Some(outputs) = fields.take("structured_outputs") {
             let mut inner = Fields::of("structured_outputs", outputs)?;
@@ -132,7 +137,7 @@ mod tests {
     use super::*;
 
     fn parse(json: &str) -> Result<Option<Format>, ApiError> {
-        Format::parse(&mut Fields::parse(json.as_bytes())?)
+        Format::parse(&mut Fields::parse(json.as_bytes())?, None)
     }
 
     #[test]

@@ -12,7 +12,6 @@ use pointsman_sched::admit::{AdmitRequest, Verdict};
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::request::Sampling;
 
-use super::Usage;
 use super::ndjson::NdjsonEncoder;
 use super::params::Params;
 use crate::admin::wire::calls::DoorSeen;
@@ -25,7 +24,7 @@ use crate::identity::{Caller, session_hash};
 use crate::ports::{Asker, Assigned};
 use crate::state::ServerState;
 use crate::stream::{
-    ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Update, channel,
+    ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Totals, Update, channel,
 };
 use crate::text::{Detokenizer, StopMatcher, TextModel};
 use crate::trace::{Doored, Stage};
@@ -35,55 +34,55 @@ const INLINE_TEXT: usize = 8 << 10;
 
 /// What a handler knows of a request before it reads the body.
 #[derive(Debug)]
-pub(super) struct Arrival {
-    pub(super) state: Arc<ServerState>,
-    pub(super) caller: Caller,
-    pub(super) tag: Arc<str>,
-    pub(super) arrived: Micros,
-    pub(super) ndjson: bool,
+pub(crate) struct Arrival {
+    pub(crate) state: Arc<ServerState>,
+    pub(crate) caller: Caller,
+    pub(crate) tag: Arc<str>,
+    pub(crate) arrived: Micros,
+    pub(crate) ndjson: bool,
 }
 
 /// A request whose body has been read and whose prompts are tokens.
 #[derive(Debug)]
-pub(super) struct Job {
-    pub(super) params: Params,
-    pub(super) target: Target,
-    pub(super) prompts: Vec<Prompt>,
+pub(crate) struct Job {
+    pub(crate) params: Params,
+    pub(crate) target: Target,
+    pub(crate) prompts: Vec<Prompt>,
     /// What its texts must be.
-    pub(super) grammar: Option<Compiled>,
+    pub(crate) grammar: Option<Compiled>,
     /// Tokens to generate when the request does not say; `None` for what the context leaves.
-    pub(super) default_tokens: Option<u32>,
+    pub(crate) default_tokens: Option<u32>,
     /// The field that holds the prompt, for errors about its length.
-    pub(super) prompt_param: &'static str,
+    pub(crate) prompt_param: &'static str,
 }
 
 /// A generation under way.
 #[derive(Debug)]
-pub(super) struct Running {
-    pub(super) generation: Generation,
+pub(crate) struct Running {
+    pub(crate) generation: Generation,
     /// Of the first choice.
-    pub(super) placement: Placement,
-    pub(super) head: Head,
+    pub(crate) placement: Placement,
+    pub(crate) head: Head,
     /// The tokenizer that writes its tokens.
-    pub(super) text: Arc<TextModel>,
+    pub(crate) text: Arc<TextModel>,
     ndjson: bool,
 }
 
 /// The members that every object of a response repeats.
 #[derive(Clone, Debug)]
-pub(super) struct Head {
-    pub(super) id: Arc<str>,
-    pub(super) created: u64,
+pub(crate) struct Head {
+    pub(crate) id: Arc<str>,
+    pub(crate) created: u64,
     /// The variant that answers.
-    pub(super) model: Arc<str>,
+    pub(crate) model: Arc<str>,
 }
 
 /// A choice of a response that is sent whole.
 #[derive(Debug, Default)]
-pub(super) struct Collected {
-    pub(super) text: String,
-    pub(super) tokens: Vec<Token>,
-    pub(super) finish: Option<Finish>,
+pub(crate) struct Collected {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<Token>,
+    pub(crate) finish: Option<Finish>,
 }
 
 /// Whether the client asks for newline-delimited JSON.
@@ -93,7 +92,7 @@ fn accepts_ndjson(headers: &HeaderMap) -> bool {
 }
 
 /// Runs CPU work that may take long off the workers; short work runs here.
-pub(super) async fn tokenizing<T: Send + 'static>(
+pub(crate) async fn tokenizing<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -107,18 +106,18 @@ pub(super) async fn tokenizing<T: Send + 'static>(
 
 impl Arrival {
     /// What a request brings beside its body.
-    pub(super) fn new(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>, headers: &HeaderMap) -> Self {
+    pub(crate) fn new(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>, headers: &HeaderMap) -> Self {
         let arrived = state.clock.now();
         Self { state: Arc::clone(state), caller, tag, arrived, ndjson: accepts_ndjson(headers) }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
-    pub(super) fn admit(&self) -> Result<Permit, ApiError> {
+    pub(crate) fn admit(&self) -> Result<Permit, ApiError> {
         self.state.admission.enter().inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
     }
 
     /// Dispatches a job.
-    pub(super) fn start(&self, job: &Job, permit: Permit) -> Result<Running, ApiError> {
+    pub(crate) fn start(&self, job: &Job, permit: Permit) -> Result<Running, ApiError> {
         let prompt_tokens = total_tokens(&job.prompts);
         let mut assigned = None;
         let started = self.try_start(job, permit, prompt_tokens, &mut assigned);
@@ -252,7 +251,7 @@ impl Arrival {
     }
 
     /// Puts a request to the admission policy and notes what it said.
-    pub(super) fn judge(&self, permit: &mut Permit, request: &AdmitRequest<'_>) -> Result<Doored, ApiError> {
+    pub(crate) fn judge(&self, permit: &mut Permit, request: &AdmitRequest<'_>) -> Result<Doored, ApiError> {
         let now = self.state.clock.now();
         let (load, judged) = permit.ask(now, request);
         let call_us = self.state.clock.now().saturating_sub(now);
@@ -326,7 +325,7 @@ fn total_tokens(prompts: &[Prompt]) -> u32 {
 impl Running {
     /// A response that is written as tokens come: NDJSON at once, SSE when there is a first token, so that what goes
     /// wrong before it has a status of its own.
-    pub(super) async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
+    pub(crate) async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
         let (encoder, kind): (Box<dyn Encode>, _) = if self.ndjson {
             let totals = self.generation.totals();
             (Box::new(NdjsonEncoder::new(&self.head, &self.placement, totals)), "application/x-ndjson")
@@ -345,10 +344,10 @@ impl Running {
     }
 
     /// A response that is sent whole; its place in admission is held until it has been written.
-    pub(super) async fn whole(
+    pub(crate) async fn whole(
         mut self,
         n_choices: usize,
-        write: impl FnOnce(&Head, &TextModel, Vec<Collected>, Usage) -> Vec<u8>,
+        write: impl FnOnce(&Head, &TextModel, Vec<Collected>, Totals) -> Vec<u8>,
     ) -> Result<Response, ApiError> {
         let mut choices: Vec<Collected> = std::iter::repeat_with(Collected::default).take(n_choices).collect();
         while let Some(update) = self.generation.next().await {
@@ -358,8 +357,8 @@ impl Running {
             choice.tokens.extend(delta.token);
             choice.finish = delta.finish.or(choice.finish);
         }
-        let usage = self.generation.totals().into();
-        let body = write(&self.head, &self.text, choices, usage);
+        let totals = self.generation.totals();
+        let body = write(&self.head, &self.text, choices, totals);
         let mut response = Response::new(Body::new(Held::new(body, self.generation)));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         self.placement.headers(response.headers_mut());
@@ -367,20 +366,20 @@ impl Running {
     }
 
     /// Whether the client asked for events instead of one object.
-    pub(super) fn wants_events(&self) -> bool {
+    pub(crate) fn wants_events(&self) -> bool {
         self.ndjson
     }
 }
 
 /// A body that keeps what it is the end of, and with it the permit, until it has been sent.
 #[derive(Debug)]
-pub(super) struct Held<T> {
+pub(crate) struct Held<T> {
     body: Full<Bytes>,
     _kept: T,
 }
 
 impl<T> Held<T> {
-    pub(super) fn new(body: Vec<u8>, kept: T) -> Self {
+    pub(crate) fn new(body: Vec<u8>, kept: T) -> Self {
         Self { body: Full::new(Bytes::from(body)), _kept: kept }
     }
 }

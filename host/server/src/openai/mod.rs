@@ -1,22 +1,25 @@
-//! The OpenAI shapes: chat completions, completions, embeddings, models, and vLLM's tokenize and detokenize.
+//! The OpenAI shapes: chat completions, completions, responses, embeddings, models, and vLLM's tokenize and detokenize.
 //!
-//! Each route parses its own body; everything after that is the same for both kinds of generation and lives in
-//! `generate`. Errors of any kind are `ApiError`; nothing here knows a status code.
+//! Each route parses its own body; everything after that is the same for every kind of generation, Anthropic's too: a
+//! `conversation` is rendered, `generate` dispatches. Errors of any kind are `ApiError`; nothing here knows a status code.
 
+pub(crate) mod blocks;
 mod calls;
 mod chat;
 mod completions;
+pub(crate) mod conversation;
 mod embeddings;
-mod fields;
-mod format;
-mod generate;
+pub(crate) mod fields;
+pub(crate) mod format;
+pub(crate) mod generate;
 mod inputs;
 mod logprobs;
 mod models;
 mod ndjson;
-mod params;
+pub(crate) mod params;
+mod responses;
 mod tokenize;
-mod tools;
+pub(crate) mod tools;
 
 use std::sync::Arc;
 
@@ -32,6 +35,7 @@ pub(crate) use self::chat::chat;
 pub(crate) use self::completions::completions;
 pub(crate) use self::embeddings::embeddings;
 pub(crate) use self::models::{model, models};
+pub(crate) use self::responses::responses;
 pub(crate) use self::tokenize::{detokenize, tokenize};
 
 use crate::error::ApiError;
@@ -66,7 +70,7 @@ impl From<Totals> for Usage {
 }
 
 /// Reads a JSON body within the bounds on size and time.
-async fn read_fields(state: &ServerState, request: axum::extract::Request) -> Result<Fields, ApiError> {
+pub(crate) async fn read_fields(state: &ServerState, request: axum::extract::Request) -> Result<Fields, ApiError> {
     check_content_type(request.headers())?;
     let body = read_body(state, request, state.config.max_body_bytes).await?;
     Fields::parse(&body)
@@ -126,6 +130,14 @@ fn sse<T: Serialize>(out: &mut Vec<u8>, value: &T) {
         tracing::error!(%error, "a chunk could not be written as JSON; this is a bug of the host");
     }
     out.extend_from_slice(b"\n\n");
+}
+
+/// Appends a server-sent event that has a name.
+pub(crate) fn sse_named<T: Serialize>(out: &mut Vec<u8>, name: &str, value: &T) {
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(name.as_bytes());
+    out.push(b'\n');
+    sse(out, value);
 }
 
 /// An error after the first byte: one frame with the error object, then the end.

@@ -1,4 +1,7 @@
-//! The fields that chat completions and completions share, with their ranges and defaults.
+//! The fields that every generation shares, with their ranges and defaults.
+//!
+//! What a shape calls by a name of its own, or does not have, its parser reads first and hands over as [`Own`]: an error then
+//! names the field that the client sent.
 
 use std::sync::Arc;
 
@@ -18,7 +21,7 @@ use crate::state::ServerState;
 use crate::text::TextModel;
 
 /// Stop strings of one request (`OpenAI`'s bound).
-const MAX_STOPS: usize = 4;
+pub(super) const MAX_STOPS: usize = 4;
 /// Length of a stop string; it is searched for at every token.
 const MAX_STOP_BYTES: usize = 256;
 /// Extra stop tokens.
@@ -26,17 +29,10 @@ const MAX_STOP_TOKENS: usize = 64;
 /// Entries of `logit_bias`.
 const MAX_BIASES: usize = 1_024;
 
-/// Fields that would change the answer and that this host does not implement: refused, because an answer that silently
-/// ignores them would be wrong.
-const UNSUPPORTED: [&str; 7] = [
-    "functions",
-    "audio",
-    "suffix",
-    "logits_processors",
-    "use_beam_search",
-    "continue_final_message",
-    "prompt_logprobs",
-];
+/// Fields of chat completions and completions that would change the answer and that this host does not implement.
+const UNSUPPORTED: [&str; 5] = ["functions", "audio", "suffix", "continue_final_message", "prompt_logprobs"];
+/// The same, of every shape.
+const UNSUPPORTED_ANYWHERE: [&str; 2] = ["logits_processors", "use_beam_search"];
 
 /// Everything but the prompt.
 #[derive(Debug)]
@@ -58,7 +54,7 @@ pub(crate) struct Params {
     /// Log-probabilities with this many alternatives.
     pub(crate) logprobs: Option<u8>,
     /// What the text must be.
-    pub(super) format: Option<Format>,
+    format: Option<Format>,
     seed: Option<u64>,
     temperature: Option<f32>,
     top_p: Option<f32>,
@@ -71,11 +67,46 @@ pub(crate) struct Params {
     stop_token_ids: Option<Value>,
 }
 
+/// What a shape has under names of its own.
+#[derive(Debug)]
+pub(crate) struct Own {
+    pub(crate) n: u32,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) stop: Arc<[String]>,
+    pub(crate) session: Option<String>,
+    pub(crate) logprobs: Option<u8>,
+    /// A form that is asked for elsewhere than in the fields that every shape has for it.
+    pub(crate) format: Option<Format>,
+}
+
+impl Own {
+    /// Of chat completions and completions. `logprobs` differs between these two: the caller has read it.
+    pub(super) fn openai(fields: &mut Fields, config: &ServerConfig, logprobs: Option<u8>) -> Result<Self, ApiError> {
+        refuse(fields, &UNSUPPORTED)?;
+        if fields.take("tools").is_some_and(|tools| tools != Value::Array(Vec::new())) {
+            return Err(ApiError::unsupported("tools", "`tools` outside of chat completions"));
+        }
+        if !matches!(fields.integer("best_of", 1..=i64::MAX)?, None | Some(1)) {
+            let what = "`best_of` above 1: ask for `n` choices and choose among them by their `logprobs`; it";
+            return Err(ApiError::unsupported("best_of", what));
+        }
+        Ok(Self {
+            n: fields.u32("n", 1..=config.max_choices)?.unwrap_or(1),
+            max_tokens: max_tokens(fields)?,
+            stop: stop(fields, "stop", MAX_STOPS)?,
+            session: session(fields)?,
+            logprobs,
+            format: None,
+        })
+    }
+}
+
 impl Params {
-    /// Reads the shared fields. `logprobs` differs between the two shapes: its caller has read it.
-    pub(crate) fn parse(fields: &mut Fields, config: &ServerConfig, logprobs: Option<u8>) -> Result<Self, ApiError> {
-        refuse_unsupported(fields)?;
-        let format = Format::parse(fields)?;
+    /// Reads the fields that all shapes have.
+    pub(crate) fn parse(fields: &mut Fields, config: &ServerConfig, own: Own) -> Result<Self, ApiError> {
+        refuse(fields, &UNSUPPORTED_ANYWHERE)?;
+        let Own { n, max_tokens, stop, session, logprobs, format } = own;
+        let format = Format::parse(fields, format)?;
         let ignore_eos = fields.bool("ignore_eos")?.unwrap_or(false);
         if format.is_some() && ignore_eos {
             return Err(endless());
@@ -86,18 +117,18 @@ impl Params {
         let timeout_ms = fields.integer("timeout_ms", 1..=max_timeout)?.and_then(|ms| u64::try_from(ms).ok());
         Ok(Self {
             model: model(fields)?,
-            n: fields.u32("n", 1..=config.max_choices)?.unwrap_or(1),
+            n,
             include_usage: include_usage(fields, stream)?,
             stream,
-            max_tokens: max_tokens(fields)?,
+            max_tokens,
             min_tokens: fields.u32("min_tokens", 0..=u32::MAX)?.unwrap_or(0),
-            stop: stop(fields)?,
+            stop,
             ignore_eos,
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
             priority: priority(fields)?,
             timeout_ms: timeout_ms.unwrap_or(config.default_timeout_ms),
             cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
-            session: session(fields)?,
+            session,
             logprobs,
             format,
             #[expect(clippy::cast_sign_loss, reason = "a seed is 64 bits; its sign means nothing")]
@@ -217,24 +248,17 @@ impl Params {
     }
 }
 
-fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
-    for name in UNSUPPORTED {
+/// Refuses fields that would change the answer and that this host does not implement: an answer that silently ignores them
+/// would be wrong.
+pub(crate) fn refuse(fields: &mut Fields, names: &[&str]) -> Result<(), ApiError> {
+    for name in names {
         match fields.take(name) {
             None | Some(Value::Bool(false)) => {}
             Some(Value::Array(list)) if list.is_empty() => {}
-            Some(_) => return Err(ApiError::unsupported(name, format!("`{name}`"))),
+            Some(_) => return Err(ApiError::unsupported(*name, format!("`{name}`"))),
         }
     }
-    if fields.take("tools").is_some_and(|tools| tools != Value::Array(Vec::new())) {
-        return Err(ApiError::unsupported("tools", "`tools` outside of chat completions"));
-    }
-    match fields.integer("best_of", 1..=i64::MAX)? {
-        None | Some(1) => Ok(()),
-        Some(_) => {
-            let what = "`best_of` above 1: ask for `n` choices and choose among them by their `logprobs`; it";
-            Err(ApiError::unsupported("best_of", what))
-        }
-    }
+    Ok(())
 }
 
 fn endless() -> ApiError {
@@ -242,7 +266,7 @@ fn endless() -> ApiError {
     ApiError::invalid("ignore_eos", problem)
 }
 
-pub(super) fn model(fields: &mut Fields) -> Result<String, ApiError> {
+pub(crate) fn model(fields: &mut Fields) -> Result<String, ApiError> {
     match fields.require("model")? {
         Value::String(name) => Ok(name),
         other => Err(mismatch("model", "a string", &other)),
@@ -263,18 +287,19 @@ fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
     Ok(fields.u32("max_completion_tokens", 1..=u32::MAX)?.or(old))
 }
 
-fn stop(fields: &mut Fields) -> Result<Arc<[String]>, ApiError> {
-    let expect = format!("a string or an array of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_BYTES} bytes");
+/// Stop strings, as the field `name` has them.
+pub(crate) fn stop(fields: &mut Fields, name: &str, most: usize) -> Result<Arc<[String]>, ApiError> {
+    let expect = format!("a string or an array of at most {most} strings, each of 1 to {MAX_STOP_BYTES} bytes");
     let good = |text: &str| (1..=MAX_STOP_BYTES).contains(&text.len());
-    let texts = match fields.take("stop") {
+    let texts = match fields.take(name) {
         None => return Ok(Arc::default()),
-        Some(Value::Array(texts)) if texts.len() <= MAX_STOPS => texts,
+        Some(Value::Array(texts)) if texts.len() <= most => texts,
         Some(text @ Value::String(_)) => vec![text],
-        Some(other) => return Err(mismatch("stop", &expect, &other)),
+        Some(other) => return Err(mismatch(name, &expect, &other)),
     };
     let read = |(i, text): (usize, Value)| match text {
         Value::String(text) if good(&text) => Ok(text),
-        other => Err(mismatch(&format!("stop[{i}]"), &expect, &other)),
+        other => Err(mismatch(&format!("{name}[{i}]"), &expect, &other)),
     };
     texts.into_iter().enumerate().map(read).collect()
 }
@@ -288,7 +313,7 @@ fn priority(fields: &mut Fields) -> Result<Option<Priority>, ApiError> {
     found.map(Some).ok_or_else(|| bad_priority("priority", &super::fields::describe(&value)))
 }
 
-fn session(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+pub(crate) fn session(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let user = fields.string("user")?;
     Ok(fields.string("prompt_cache_key")?.or(user).filter(|s| !s.is_empty()))
 }
@@ -314,7 +339,9 @@ mod tests {
 
     fn parse(json: &str) -> Result<Params, ApiError> {
         let mut fields = Fields::parse(json.as_bytes())?;
-        Params::parse(&mut fields, &ServerConfig::default(), None)
+        let config = ServerConfig::default();
+        let own = Own::openai(&mut fields, &config, None)?;
+        Params::parse(&mut fields, &config, own)
     }
 
     #[test]

@@ -7,7 +7,7 @@ use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::chat::Conversation;
+use super::chat::conversation;
 use super::fields::{Fields, mismatch, token_id};
 use super::generate::tokenizing;
 use super::{json, read_fields};
@@ -59,7 +59,7 @@ pub(crate) async fn tokenize(
     let (text, max_model_len) = target(&mut fields, &state)?;
     let wants_strings = fields.bool("return_token_strs")?.unwrap_or(false);
     let tokens: Arc<[u32]> = match fields.string("prompt")? {
-        None => Conversation::parse(&mut fields)?.prompt(&text, state.clock.unix_seconds()).await?.tokens,
+        None => conversation(&mut fields)?.prompt(&text, state.clock.unix_seconds()).await?.tokens,
         Some(prompt) => {
             let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
             let text = Arc::clone(&text);

@@ -1,5 +1,7 @@
 //! Tools of a chat request: what the client offers, what it wants done with them, and the calls on their way back.
 //!
+//! Shapes differ in how they write a tool and a choice; all of them become the same [`Tools`].
+//!
 //! A call that the client forces is a matter of grammar: the text is the arguments of the tool it names, or a list of calls.
 //! A call that the model may make is found in what it writes, in the style of its family, which its chat template shows.
 
@@ -25,16 +27,16 @@ const MAX_CALLS: usize = 16;
 
 /// The tools that a request offers.
 #[derive(Debug)]
-pub(super) struct Tools {
-    /// As the client sent them; what the template shows.
-    offered: Vec<Value>,
+pub(crate) struct Tools {
     tools: Vec<Tool>,
     choice: Choice,
     parallel: bool,
 }
 
 #[derive(Debug)]
-struct Tool {
+pub(crate) struct Tool {
+    /// What the template shows.
+    shown: Value,
     /// Where its schema stands in the request.
     param: String,
     name: String,
@@ -43,7 +45,7 @@ struct Tool {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Choice {
+pub(crate) enum Choice {
     None,
     Auto,
     Required,
@@ -53,7 +55,7 @@ enum Choice {
 
 /// How calls are looked for in the texts of a request.
 #[derive(Clone, Debug)]
-pub(super) struct CallRules {
+pub(crate) struct CallRules {
     style: Style,
     parallel: bool,
     /// Mistral's templates want identities of nine letters.
@@ -62,7 +64,7 @@ pub(super) struct CallRules {
 
 /// The calls of one choice as they come.
 #[derive(Debug)]
-pub(super) struct CallStream {
+pub(crate) struct CallStream {
     reader: CallReader,
     rules: CallRules,
     /// Request and choice, of which identities are made.
@@ -72,14 +74,14 @@ pub(super) struct CallStream {
 
 /// A part of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Part {
+pub(crate) enum Part {
     Content(String),
     Call(CallDelta),
 }
 
 /// A call on the wire, whole or in parts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct CallDelta {
+pub(crate) struct CallDelta {
     /// Only where an answer comes in parts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) index: Option<usize>,
@@ -91,7 +93,7 @@ pub(super) struct CallDelta {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub(super) struct FunctionDelta {
+pub(crate) struct FunctionDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) name: Option<String>,
     pub(super) arguments: String,
@@ -102,22 +104,46 @@ pub(super) struct FunctionDelta {
 impl Tools {
     /// Reads `tools`, `tool_choice` and `parallel_tool_calls`; `None` where no tool may be called.
     pub(super) fn parse(fields: &mut Fields) -> Result<Option<Self>, ApiError> {
-        let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
-        let offered = match fields.take("tools") {
-            None => Vec::new(),
-            Some(Value::Array(tools)) if tools.len() <= MAX_TOOLS => tools,
-            Some(other) => return Err(mismatch("tools", &format!("an array of at most {MAX_TOOLS} tools"), &other)),
+        Self::parse_as(fields, Tool::parse, |choice| {
+            Fields::of("tool_choice.function", Fields::of("tool_choice", choice)?.require("function")?)
+        })
+    }
+
+    /// The same where the members of a function stand beside its type.
+    pub(super) fn parse_flat(fields: &mut Fields) -> Result<Option<Self>, ApiError> {
+        let tool = |path: &str, value| {
+            let mut tool = Fields::of(path, value)?;
+            is_function(&mut tool, "a tool")?;
+            Tool::flat(tool, "parameters")
         };
-        let tools = offered.iter().enumerate().map(|(i, tool)| Tool::parse(&format!("tools[{i}]"), tool));
-        let tools: Vec<Tool> = tools.collect::<Result<_, _>>()?;
-        let choice = choice(fields.take("tool_choice"), &tools)?;
-        Ok((choice != Choice::None).then_some(Self { offered, tools, choice, parallel }))
+        Self::parse_as(fields, tool, |choice| {
+            let mut choice = Fields::of("tool_choice", choice)?;
+            is_function(&mut choice, "a choice")?;
+            Ok(choice)
+        })
+    }
+
+    fn parse_as(
+        fields: &mut Fields,
+        tool: impl Fn(&str, Value) -> Result<Tool, ApiError>,
+        named: impl FnOnce(Value) -> Result<Fields, ApiError>,
+    ) -> Result<Option<Self>, ApiError> {
+        let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
+        let tools = Tool::each(fields, tool)?;
+        let choice = choice(fields.take("tool_choice"), &tools, named)?;
+        Ok(Self::new(tools, choice, parallel))
+    }
+
+    /// Tools of any shape; `None` where none may be called.
+    pub(crate) fn new(tools: Vec<Tool>, choice: Choice, parallel: bool) -> Option<Self> {
+        (choice != Choice::None).then_some(Self { tools, choice, parallel })
     }
 
     /// Shows the tools to the chat template.
-    pub(super) fn show(&self, template_kwargs: &mut Option<Map<String, Value>>) {
+    pub(crate) fn show(&self, template_kwargs: &mut Option<Map<String, Value>>) {
         let kwargs = template_kwargs.get_or_insert_default();
-        kwargs.insert("tools".to_owned(), Value::Array(self.offered.clone()));
+        let shown = self.tools.iter().map(|tool| tool.shown.clone()).collect();
+        kwargs.insert("tools".to_owned(), Value::Array(shown));
     }
 
     /// What the text must be, if a call is forced.
@@ -169,17 +195,42 @@ impl Tools {
 }
 
 impl Tool {
-    fn parse(path: &str, value: &Value) -> Result<Self, ApiError> {
+    /// Reads each element of `tools`.
+    pub(crate) fn each(
+        fields: &mut Fields,
+        read: impl Fn(&str, Value) -> Result<Self, ApiError>,
+    ) -> Result<Vec<Self>, ApiError> {
+        let tools = match fields.take("tools") {
+            None => Vec::new(),
+            Some(Value::Array(tools)) if tools.len() <= MAX_TOOLS => tools,
+            Some(other) => return Err(mismatch("tools", &format!("an array of at most {MAX_TOOLS} tools"), &other)),
+        };
+        tools.into_iter().enumerate().map(|(i, tool)| read(&format!("tools[{i}]"), tool)).collect()
+    }
+
+    fn parse(path: &str, value: Value) -> Result<Self, ApiError> {
         let mut tool = Fields::of(path, value.clone())?;
-        match tool.require("type")? {
-            Value::String(kind) if kind == "function" => {}
-            Value::String(kind) => {
-                return Err(ApiError::unsupported(tool.param("type"), format!("a tool of type `{kind}`")));
-            }
-            other => return Err(mismatch(&tool.param("type"), "\"function\"", &other)),
-        }
+        is_function(&mut tool, "a tool")?;
         let path = tool.param("function");
-        let mut function = Fields::of(&path, tool.require("function")?)?;
+        Self::read(Fields::of(&path, tool.require("function")?)?, "parameters", value)
+    }
+
+    /// A tool whose members stand beside its type, with the schema of its arguments in the field `schema`.
+    pub(crate) fn flat(mut tool: Fields, schema: &str) -> Result<Self, ApiError> {
+        let description = tool.string("description")?;
+        let mut read = Self::read(tool, schema, Value::Null)?;
+        let mut function = json!({"name": read.name});
+        for (name, value) in [("description", description.map(Value::String)), ("parameters", read.parameters.clone())]
+        {
+            if let Some(value) = value {
+                function[name] = value;
+            }
+        }
+        read.shown = json!({"type": "function", "function": function});
+        Ok(read)
+    }
+
+    fn read(mut function: Fields, schema: &str, shown: Value) -> Result<Self, ApiError> {
         let param = function.param("name");
         let name = match function.require("name")? {
             Value::String(name) if is_name(&name) => name,
@@ -188,13 +239,22 @@ impl Tool {
                 return Err(mismatch(&param, &expect, &other));
             }
         };
-        let param = function.param("parameters");
-        let parameters = match function.take("parameters") {
+        let param = function.param(schema);
+        let parameters = match function.take(schema) {
             None => None,
             Some(schema @ Value::Object(_)) => Some(schema),
             Some(other) => return Err(mismatch(&param, "a JSON schema", &other)),
         };
-        Ok(Self { param, name, parameters })
+        Ok(Self { shown, param, name, parameters })
+    }
+
+    /// The choice of the tool that `param` names.
+    pub(crate) fn named(tools: &[Self], param: &str, name: &str) -> Result<Choice, ApiError> {
+        let known = tools.iter().position(|tool| tool.name == name);
+        known.map(Choice::Named).ok_or_else(|| {
+            let problem = format!("`tool_choice` names the function `{name}`, which is not among the `tools`");
+            ApiError::invalid(param, problem)
+        })
     }
 }
 
@@ -228,8 +288,22 @@ fn is_name(name: &str) -> bool {
     (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(good)
 }
 
-fn choice(value: Option<Value>, tools: &[Tool]) -> Result<Choice, ApiError> {
-    let named = match value {
+/// Functions are all that a client may offer or name.
+fn is_function(fields: &mut Fields, noun: &str) -> Result<(), ApiError> {
+    let kind = fields.text("type")?;
+    if kind == "function" {
+        return Ok(());
+    }
+    Err(ApiError::unsupported(fields.param("type"), format!("{noun} of type `{kind}`")))
+}
+
+/// Reads a choice; `named` finds the function in one that is an object.
+fn choice(
+    value: Option<Value>,
+    tools: &[Tool],
+    named: impl FnOnce(Value) -> Result<Fields, ApiError>,
+) -> Result<Choice, ApiError> {
+    let object = match value {
         None if tools.is_empty() => return Ok(Choice::None),
         None => return Ok(Choice::Auto),
         Some(Value::String(word)) => match (&*word, tools.is_empty()) {
@@ -250,13 +324,9 @@ fn choice(value: Option<Value>, tools: &[Tool]) -> Result<Choice, ApiError> {
         Some(object @ Value::Object(_)) => object,
         Some(other) => return Err(mismatch("tool_choice", "none, auto, required or a function", &other)),
     };
-    let function = Fields::of("tool_choice", named)?.require("function")?;
-    let name = Fields::of("tool_choice.function", function)?.string("name")?.unwrap_or_default();
-    let known = tools.iter().position(|tool| tool.name == name);
-    known.map(Choice::Named).ok_or_else(|| {
-        let problem = format!("`tool_choice` names the function `{name}`, which is not among the `tools`");
-        ApiError::invalid("tool_choice.function.name", problem)
-    })
+    let mut function = named(object)?;
+    let name = function.string("name")?.unwrap_or_default();
+    Tool::named(tools, &function.param("name"), &name)
 }
 
 // === impl CallRules ===
@@ -273,7 +343,7 @@ impl CallRules {
     }
 
     /// The calls of one choice of a request.
-    pub(super) fn stream(&self, request: &Arc<str>, choice: usize) -> CallStream {
+    pub(crate) fn stream(&self, request: &Arc<str>, choice: usize) -> CallStream {
         let origin = format!("{request}/{choice}");
         CallStream { reader: CallReader::new(self.style.clone()), rules: self.clone(), origin, n_calls: 0 }
     }

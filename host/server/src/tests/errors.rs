@@ -21,7 +21,7 @@ const BAD_BODIES: &[(&str, &str, u16, &str, &str)] = &[
     (CHAT, "", 400, "", "not valid JSON: EOF"),
     (CHAT, "[]", 400, "", "the body must be a JSON object, found an array of 0"),
     (CHAT, r#"{"model": "m"}"#, 400, "messages", "`messages` is required"),
-    (CHAT, r#"{"model": "m", "messages": []}"#, 400, "messages", "at least one message"),
+    (CHAT, r#"{"model": "m", "messages": []}"#, 400, "messages", "an array of 1 to 16384 messages"),
     (CHAT, r#"{"model": "m", "messages": "hi"}"#, 400, "messages", "found the string \"hi\""),
     (CHAT, r#"{"model": "m", "messages": [7]}"#, 400, "messages[0]", "must be an object, found the number 7"),
     (CHAT, r#"{"model": "m", "messages": [{"role": "user"}]}"#, 400, "messages[0].content", "is required"),

@@ -6,4 +6,6 @@ mod embeddings;
 mod errors;
 mod explain;
 mod generation;
+mod messages;
+mod responses;
 mod routing;

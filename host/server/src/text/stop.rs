@@ -18,8 +18,8 @@ pub struct StopMatcher {
 pub struct Matched {
     /// Text that may be shown now.
     pub text: String,
-    /// Whether a stop string is complete: the text ends before it and nothing follows.
-    pub stopped: bool,
+    /// The place of the stop string that is complete: the text ends before it and nothing follows.
+    pub stopped: Option<usize>,
 }
 
 impl StopMatcher {
@@ -32,16 +32,16 @@ impl StopMatcher {
     /// Takes the next piece of text.
     pub fn push(&mut self, piece: String) -> Matched {
         if self.stops.is_empty() {
-            return Matched { text: piece, stopped: false };
+            return Matched { text: piece, stopped: None };
         }
         self.held.push_str(&piece);
-        if let Some(start) = first_match(&self.held, &self.stops) {
+        if let Some((start, place)) = first_match(&self.held, &self.stops) {
             self.held.truncate(start);
-            return Matched { text: std::mem::take(&mut self.held), stopped: true };
+            return Matched { text: std::mem::take(&mut self.held), stopped: Some(place) };
         }
         let keep_from = self.held.len() - self.partial();
         let kept = self.held.split_off(keep_from);
-        Matched { text: std::mem::replace(&mut self.held, kept), stopped: false }
+        Matched { text: std::mem::replace(&mut self.held, kept), stopped: None }
     }
 
     /// What was held back, at the end of the generation.
@@ -61,10 +61,11 @@ impl StopMatcher {
     }
 }
 
-/// Start of the match that is complete first; the longest of those that end together.
-fn first_match(text: &str, stops: &[String]) -> Option<usize> {
-    let matches = stops.iter().filter_map(|stop| text.find(stop.as_str()).map(|start| (start + stop.len(), start)));
-    matches.min().map(|(_, start)| start)
+/// Start of the match that is complete first, and whose it is; the longest of those that end together.
+fn first_match(text: &str, stops: &[String]) -> Option<(usize, usize)> {
+    let find =
+        |(place, stop): (usize, &String)| text.find(stop.as_str()).map(|start| (start + stop.len(), start, place));
+    stops.iter().enumerate().filter_map(find).min().map(|(_, start, place)| (start, place))
 }
 
 #[cfg(test)]
@@ -72,32 +73,32 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn run(pieces: &[&str], stops: &[&str]) -> (Vec<String>, bool) {
+    fn run(pieces: &[&str], stops: &[&str]) -> (Vec<String>, Option<usize>) {
         let mut matcher = StopMatcher::new(stops.iter().map(|s| (*s).to_owned()).collect());
         let mut out = Vec::new();
         for piece in pieces {
             let matched = matcher.push((*piece).to_owned());
             out.push(matched.text);
-            if matched.stopped {
-                return (out, true);
+            if matched.stopped.is_some() {
+                return (out, matched.stopped);
             }
         }
         out.push(matcher.finish());
-        (out, false)
+        (out, None)
     }
 
     #[test]
     fn stop_strings_match_over_pieces() {
         for (pieces, stops, expect, stopped) in [
-            (&["one", "two"][..], &[][..], &["one", "two", ""][..], false),
-            (&["one\n", "\ntwo"], &["\n\n"], &["one", ""], true),
-            (&["one\n", "two"], &["\n\n"], &["one", "\ntwo", ""], false),
-            (&["a<", "|en", "d|>b"], &["<|end|>"], &["a", "", ""], true),
-            (&["abab", "abc"], &["ababc"], &["", "ab"], true),
-            (&["a<"], &["<|end|>"], &["a", "<"], false),
-            (&["xabcd"], &["abcd", "c"], &["xab"], true),
-            (&["xabc"], &["c", "bc"], &["xa"], true),
-            (&["\u{e9}", "\u{e8}x"], &["\u{e9}\u{e8}"], &["", ""], true),
+            (&["one", "two"][..], &[][..], &["one", "two", ""][..], None),
+            (&["one\n", "\ntwo"], &["\n\n"], &["one", ""], Some(0)),
+            (&["one\n", "two"], &["\n\n"], &["one", "\ntwo", ""], None),
+            (&["a<", "|en", "d|>b"], &["<|end|>"], &["a", "", ""], Some(0)),
+            (&["abab", "abc"], &["ababc"], &["", "ab"], Some(0)),
+            (&["a<"], &["<|end|>"], &["a", "<"], None),
+            (&["xabcd"], &["abcd", "c"], &["xab"], Some(1)),
+            (&["xabc"], &["c", "bc"], &["xa"], Some(1)),
+            (&["\u{e9}", "\u{e8}x"], &["\u{e9}\u{e8}"], &["", ""], Some(0)),
         ] {
             let (texts, did_stop) = run(pieces, stops);
             assert_eq!(
@@ -116,7 +117,7 @@ mod tests {
         ) {
             let stops: Arc<[String]> = stops.into();
             let whole: String = pieces.concat();
-            let expect = first_match(&whole, &stops).map_or(&*whole, |start| &whole[..start]);
+            let expect = first_match(&whole, &stops).map_or(&*whole, |(start, _)| &whole[..start]);
             let mut matcher = StopMatcher::new(Arc::clone(&stops));
             let mut shown = String::new();
             let mut stopped = false;
@@ -124,7 +125,7 @@ mod tests {
                 let matched = matcher.push(piece);
                 shown.push_str(&matched.text);
                 prop_assert!(expect.starts_with(&shown));
-                if matched.stopped {
+                if matched.stopped.is_some() {
                     stopped = true;
                     break;
                 }
