@@ -18,13 +18,13 @@ fn minilm() -> Option<PathBuf> {
 }
 
 /// A host that serves this folder as `encoder`, beside the demo or alone.
-fn serving(folder: &std::path::Path, demo: bool) -> Host {
+pub(super) fn serving(folder: &std::path::Path, demo: bool) -> Host {
     let config = format!("[engine]\ndemo = {demo}\n[models]\nencoder = {:?}\n", folder.display().to_string());
     Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config)
 }
 
 /// A folder with the engine's golden encoder and a tokenizer of 64 words, `w0` to `w63`.
-fn tiny() -> tempfile::TempDir {
+pub(super) fn tiny() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
     for file in ["config.json", "model.safetensors"] {
         let from = root().join("host/engine/tests/encoders/bert").join(file);

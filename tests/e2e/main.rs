@@ -9,6 +9,7 @@ mod control;
 mod embeddings;
 mod explain;
 mod handover;
+mod javascript;
 mod kills;
 mod models;
 mod oci;
