@@ -1,8 +1,9 @@
 //! The device driver: one OS thread per device that owns its replicas, each a Scheduler, an Executor and a scheduler guest.
 //!
 //! No locks: requests come through a bounded mailbox, cancels through a second one (so that a full mailbox never holds up
-//! a cancel), results leave through each request's sink. The thread parks when every replica is idle; senders unpark it.
-//! Not a tokio task: a step computes for milliseconds and would stall the HTTP workers.
+//! a cancel), results leave through each request's sink. The thread parks when every replica is idle or waits for the masks
+//! of its requests; senders and masks unpark it. Not a tokio task: a step computes for milliseconds and would stall the HTTP
+//! workers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -226,7 +227,7 @@ impl Driver {
         replica.gauges.release(tokens);
     }
 
-    /// One step of one replica; false when it had nothing to do.
+    /// One step of one replica; false when it had nothing to do, or only masks to wait for.
     fn step(&mut self, index: usize) -> bool {
         let Self { replicas, context, output, stop, .. } = self;
         let replica = &mut replicas[index];
@@ -234,6 +235,11 @@ impl Driver {
         let start = clock.micros();
         replica.sampler.attend(start, &replica.scheduler);
         end_failed(replica, context, start);
+        if replica.sampler.is_stalled(start, &replica.scheduler) {
+            replica.pace.idled(start);
+            publish(replica, &context.metrics);
+            return false;
+        }
         replica.scheduler.review_cache(start, &mut *replica.retention);
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));

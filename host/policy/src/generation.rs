@@ -33,6 +33,8 @@ pub(crate) struct Generation<H: Hook> {
     pub(crate) decided_by: DecidedBy,
     pub(crate) gate: Gate,
     pub(crate) guest: Option<Guest<H>>,
+    /// What becomes of requests of which the guest says nothing, or of which there is none to say something.
+    pub(crate) on_fault: OnFault,
     /// Counts the generations of a slot that exist.
     pub(crate) _alive: Arc<()>,
 }
@@ -124,12 +126,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<H: Hook> Generation<H> {
     pub(crate) fn native(number: u64, alive: Arc<()>) -> Self {
-        Self { decided_by: DecidedBy::native(number), gate: Gate::new(), guest: None, _alive: alive }
+        let (decided_by, gate) = (DecidedBy::native(number), Gate::new());
+        Self { decided_by, gate, guest: None, on_fault: OnFault::Open, _alive: alive }
+    }
+
+    /// Nobody decides, and nobody goes on without.
+    pub(crate) fn refusing(number: u64, alive: Arc<()>) -> Self {
+        Self { on_fault: OnFault::Closed, ..Self::native(number, alive) }
     }
 
     pub(crate) fn new(ready: Ready<H>, metrics: &Metrics, alive: Arc<()>) -> Self {
         let decided_by = DecidedBy { revision: Arc::clone(&ready.revision), generation: ready.maker.generation };
-        Self { decided_by, gate: Gate::new(), guest: Some(Guest::new(ready, metrics)), _alive: alive }
+        let on_fault = ready.maker.on_fault;
+        Self { decided_by, gate: Gate::new(), guest: Some(Guest::new(ready, metrics)), on_fault, _alive: alive }
     }
 
     pub(crate) fn number(&self) -> u64 {
@@ -212,11 +221,6 @@ impl<H: Hook> Guest<H> {
     #[inline]
     pub(crate) fn would_admit(&self, now: Micros) -> Admit {
         if self.closed.load(Ordering::Acquire) { Admit::Yes } else { lock(&self.circuit).would_admit(now) }
-    }
-
-    /// What becomes of requests of which it says nothing.
-    pub(crate) fn on_fault(&self) -> OnFault {
-        self.maker.on_fault
     }
 
     /// Whether its circuit is closed.

@@ -4,8 +4,13 @@
 //! A guest may keep a state per request, and its instance may go at any moment. So the thread remembers, for every request
 //! that the guest has not left, how it started and which tokens it got, and tells a fresh instance all of it again: the new
 //! guest, or the next generation, is where the old one was.
+//!
+//! A panic here is the host's own fault, and nobody may wait for its words for ever: the thread catches it, says of the batch
+//! at hand what the slot's `on_fault` says, and goes on with a fresh instance. Should the thread be lost all the same, the port
+//! says it in its place.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::Duration;
@@ -18,7 +23,6 @@ use pointsman_telemetry::Micros;
 use crate::bindings::sampler::exports::pointsman::policy::sampler as wit;
 use crate::config::{Budgets, OnFault};
 use crate::fault::{Call, Fault, FaultKind};
-use crate::generation::Guest;
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::Wants;
 use crate::resident::Resident;
@@ -57,10 +61,8 @@ pub struct SamplerPort {
     seen: (u64, u64),
     /// How long a step waits for a reply.
     patience: Duration,
-    /// The thread has ended in a panic; the host goes on without a sampler here.
-    is_gone: bool,
-    /// ... unless no request may: what the thread would have answered.
-    instead: Option<Reply>,
+    /// Whose words the thread owes.
+    owed: Vec<RequestId>,
     on_fault: OnFault,
 }
 
@@ -98,28 +100,48 @@ impl SamplerSlot {
         let (outbox, replies) = sync_channel(1);
         let name = format!("sampler-{}", replica.name);
         let resident = Resident::new(&self.core, &replica.name);
-        let mut thread = Thread { resident, replica, live: BTreeMap::new(), may_ask: false };
-        std::thread::Builder::new().name(name).spawn(move || {
-            while let Ok(errand) = inbox.recv() {
-                match errand {
-                    Errand::Look(now) => drop(thread.attend(now)),
-                    Errand::Batch(batch) => {
-                        if outbox.send(thread.work(batch)).is_err() {
-                            break;
-                        }
-                    }
-                }
-            }
-        })?;
-        // A batch is up to four calls, whose limits count the guest's own time and not that of others on its processor.
-        let patience = Duration::from_micros(self.core.shared.config.budgets.edit.hard.saturating_mul(4));
-        let core = Arc::clone(&self.core);
-        let (instead, on_fault) = (None, OnFault::Open);
-        Ok(SamplerPort { core, errands, replies, seen: (0, 0), patience, is_gone: false, instead, on_fault })
+        let thread = Thread { resident, replica, live: BTreeMap::new(), may_ask: false };
+        std::thread::Builder::new().name(name).spawn(move || thread.serve(&inbox, &outbox))?;
+        Ok(SamplerPort::new(&self.core, errands, replies))
+    }
+
+    /// Lets no request go on here, as where a policy that fails closed cannot be brought back, until something is published.
+    pub fn refuse(&self) {
+        self.core.refuse();
+    }
+
+    /// Whether no request goes on here, because there is no policy that could say so.
+    #[must_use]
+    pub fn refuses(&self) -> bool {
+        let generation = self.core.enter();
+        generation.guest.is_none() && generation.on_fault == OnFault::Closed
     }
 }
 
 // === impl SamplerPort ===
+
+impl SamplerPort {
+    fn new(core: &Arc<SlotCore<SamplerHook>>, errands: SyncSender<Errand>, replies: Receiver<Reply>) -> Self {
+        // A batch is up to four calls, whose limits count the guest's own time and not that of others on its processor.
+        let patience = Duration::from_micros(core.shared.config.budgets.edit.hard.saturating_mul(4));
+        let (core, owed, on_fault) = (Arc::clone(core), Vec::new(), OnFault::Open);
+        Self { core, errands, replies, seen: (0, 0), patience, owed, on_fault }
+    }
+
+    /// What is said in the place of a thread that is lost.
+    fn instead(&mut self) -> Reply {
+        let word = forsaken(self.on_fault);
+        Reply { words: self.owed.drain(..).map(|id| (id, word.clone())).collect(), ..Reply::default() }
+    }
+}
+
+/// What holds for a request whose words are lost, by a fault of the host: nobody knows what it was to get.
+fn forsaken(on_fault: OnFault) -> Word {
+    match on_fault {
+        OnFault::Open => Word::Leave,
+        OnFault::Closed => Word::End,
+    }
+}
 
 impl SamplerWorker for SamplerPort {
     fn attend(&mut self, now: Micros) -> Option<u64> {
@@ -130,49 +152,83 @@ impl SamplerWorker for SamplerPort {
             // When the inbox is full, what is in it makes the thread look.
             let _ = self.errands.try_send(Errand::Look(now));
         }
-        self.on_fault = generation.guest.as_ref().map_or(OnFault::Open, Guest::on_fault);
-        let is_served = !self.is_gone || self.on_fault == OnFault::Closed;
-        (generation.guest.is_some() && is_served).then_some(self.seen.0)
+        self.on_fault = generation.on_fault;
+        let has_say = generation.guest.is_some() || generation.on_fault == OnFault::Closed;
+        has_say.then_some(self.seen.0)
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
-        if self.is_gone && self.on_fault == OnFault::Closed {
-            self.instead = Some(Reply::refusing(batch));
-            return Ok(());
+        self.owed.clear();
+        self.owed.extend(batch.owed());
+        match self.errands.try_send(Errand::Batch(batch)) {
+            Err(TrySendError::Full(Errand::Batch(batch))) => Err(batch),
+            // Where the thread is lost, what it owes is said when it is asked for.
+            Ok(()) | Err(TrySendError::Disconnected(_) | TrySendError::Full(Errand::Look(_))) => Ok(()),
         }
-        self.errands.try_send(Errand::Batch(batch)).map_err(|error| {
-            self.is_gone |= matches!(error, TrySendError::Disconnected(_));
-            match error {
-                TrySendError::Full(Errand::Batch(batch)) | TrySendError::Disconnected(Errand::Batch(batch)) => batch,
-                TrySendError::Full(Errand::Look(_)) | TrySendError::Disconnected(Errand::Look(_)) => Batch::default(),
-            }
-        })
     }
 
     fn poll(&mut self) -> Option<Reply> {
-        if self.instead.is_some() {
-            return self.instead.take();
+        match self.replies.try_recv() {
+            Ok(reply) => Some(reply),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(self.instead()),
         }
-        let reply = self.replies.try_recv();
-        self.is_gone |= reply.as_ref().is_err_and(|error| *error == TryRecvError::Disconnected);
-        reply.ok()
     }
 
     fn wait(&mut self) -> Option<Reply> {
-        if self.instead.is_some() {
-            return self.instead.take();
+        match self.replies.recv_timeout(self.patience) {
+            Ok(reply) => Some(reply),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(self.instead()),
         }
-        let reply = self.replies.recv_timeout(self.patience);
-        self.is_gone |= reply.as_ref().is_err_and(|error| *error == RecvTimeoutError::Disconnected);
-        reply.ok()
     }
 }
 
 // === impl Thread ===
 
+/// `None` for a panic, which the panic hook has told of.
+fn caught<R>(work: impl FnOnce() -> R) -> Option<R> {
+    // What a panic leaves half done is thrown away: the instance, and what is known of the requests at hand.
+    catch_unwind(AssertUnwindSafe(work)).ok()
+}
+
 impl Thread {
+    /// Works until the port is dropped.
+    fn serve(mut self, inbox: &Receiver<Errand>, outbox: &SyncSender<Reply>) {
+        for errand in inbox {
+            let is_well = match errand {
+                Errand::Look(now) => caught(|| self.attend(now)).is_some(),
+                Errand::Batch(batch) => {
+                    let reply = caught(|| self.work(&batch));
+                    let is_well = reply.is_some();
+                    let reply = reply.unwrap_or_else(|| self.forsake(&batch));
+                    if outbox.send(Reply { spent: batch, ..reply }).is_err() {
+                        break;
+                    }
+                    is_well
+                }
+            };
+            if !is_well {
+                tracing::error!(target: "policy", slot = &*self.resident.core.name, replica = &*self.replica.name,
+                    "the host failed while it asked the policy; a fresh instance goes on");
+                self.resident.fell_back();
+                self.resident.let_go();
+            }
+        }
+    }
+
+    /// The words of a batch at which the host failed. Nobody knows how far it came, so its requests are forgotten.
+    fn forsake(&mut self, batch: &Batch) -> Reply {
+        if batch.fresh {
+            self.live.clear();
+        }
+        batch.owed().chain(batch.ended.iter().copied()).for_each(|id| drop(self.live.remove(&id.0)));
+        let word = forsaken(self.resident.core.enter().on_fault);
+        Reply { words: batch.owed().map(|id| (id, word.clone())).collect(), ..Reply::default() }
+    }
+
     /// Everything that a batch is owed.
-    fn work(&mut self, batch: Batch) -> Reply {
+    fn work(&mut self, batch: &Batch) -> Reply {
         let now = batch.now;
         let mut reply = Reply::default();
         let attention = self.attend(now);
@@ -193,7 +249,6 @@ impl Thread {
             self.tell_again(now, &mut reply);
         }
         self.end(now, &batch.ended);
-        reply.spent = batch;
         reply.decided_by = self.resident.guest().is_some().then(|| self.resident.decided_by().clone());
         reply
     }
@@ -320,8 +375,7 @@ impl Thread {
 
     /// What holds for a request of which the guest has said nothing: it keeps what it has (nothing, where it starts), or ends.
     fn unanswered(&self) -> Word {
-        let on_fault = self.resident.guest().map_or(OnFault::Open, Guest::on_fault);
-        if on_fault == OnFault::Closed { Word::End } else { Word::Keep }
+        if self.resident.generation.on_fault == OnFault::Closed { Word::End } else { Word::Keep }
     }
 
     fn end(&mut self, now: Micros, ended: &[RequestId]) {
@@ -468,6 +522,37 @@ fn probe_requests(wants: &Wants) -> [Started; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_is_lost_leaves_nobody_waiting() {
+        let (metrics, recorder) = (pointsman_telemetry::Metrics::new(), pointsman_telemetry::Recorder::new(8));
+        let config = crate::config::RuntimeConfig::default();
+        let runtime = crate::runtime::Runtime::new(config, Arc::new(metrics), recorder, Arc::new(|| 1_u64));
+        let slot = runtime.unwrap().sampler_slot("sampler");
+        let batch = |tokens: &[u64]| Batch {
+            tokens: tokens.iter().map(|&id| (RequestId(id), 5)).collect(),
+            ended: vec![RequestId(9)],
+            ..Batch::default()
+        };
+        for (on_fault, expect) in [(OnFault::Open, Word::Leave), (OnFault::Closed, Word::End)] {
+            let (errands, inbox) = sync_channel(2);
+            let (outbox, replies) = sync_channel(1);
+            let mut port = SamplerPort::new(&slot.core, errands, replies);
+            port.on_fault = on_fault;
+            // The first with a batch in its hands, the others by then.
+            port.send(batch(&[1, 2])).unwrap();
+            assert_eq!(port.poll().map(|reply| reply.words), None, "{on_fault:?}: it works");
+            drop((inbox.recv(), inbox, outbox));
+            for ids in [vec![1, 2], vec![3], vec![]] {
+                if ids != [1, 2] {
+                    port.send(batch(&ids)).unwrap();
+                }
+                let said = if ids == [3] { port.poll() } else { port.wait() };
+                let expect: Vec<_> = ids.into_iter().map(|id| (RequestId(id), expect.clone())).collect();
+                assert_eq!(said.map(|reply| reply.words), Some(expect), "{on_fault:?}");
+            }
+        }
+    }
 
     #[test]
     fn an_answer_is_good_as_a_whole() {

@@ -445,6 +445,14 @@ impl<H: Hook> SlotCore<H> {
         self.swap(self.native(generation))
     }
 
+    /// Puts nobody in the place of whoever decides here, the native policy included, under its number.
+    pub(crate) fn refuse(&self) {
+        let _arms = self.arms();
+        let refusing = Generation::refusing(self.current.load().number(), Arc::clone(&self.alive));
+        let (old, _) = self.point_to(&Arc::new(refusing));
+        self.retire(old);
+    }
+
     fn swap(&self, next: Generation<H>) -> Result<Published, PublishError> {
         let mut arms = self.arms();
         arms.admit(next.number())?;

@@ -224,6 +224,71 @@ fn without_a_word_a_request_goes_on_or_ends_as_the_slot_says() {
 }
 
 #[test]
+fn a_panic_of_the_host_costs_the_words_of_its_batch() {
+    for (on_fault, expect) in [(OnFault::Open, Word::Leave), (OnFault::Closed, Word::End)] {
+        let bench = Bench::with(|config| {
+            config.budgets.edit.hard = 2_000_000;
+            // It listens on the sampler's thread, in the middle of a batch.
+            config.on_fault = Some(Arc::new(|report| panic!("a fault of the host, not of {}", report.revision)));
+        });
+        let slot = bench.runtime.sampler_slot("sampler");
+        let mut port = slot.attach(replica()).expect("a thread");
+        let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
+        let activation = Activation { on_fault, ..bench.activation("sampler", &config) };
+        let prepared = bench.runtime.prepare(&bench.admit("fixture-sampler"), activation).expect("a generation");
+        slot.publish(prepared).expect("a publish");
+        port.attend(bench.now());
+        let reply = ask(&mut port, batch(vec![started(1, "acme"), started(2, "acme")], &[], &[]));
+        assert_eq!(words(&reply.words), [(1, Word::Free), (2, Word::Free)]);
+        let last = (0..2 * PROBED).find_map(|_| {
+            let reply = ask(&mut port, batch(vec![], &[(1, 5)], &[]));
+            (words(&reply.words) != [(1, Word::Free)]).then_some(reply)
+        });
+        let last = last.expect("it traps");
+        assert_eq!((words(&last.words), last.spent.tokens.len()), (vec![(1, expect.clone())], 1), "{on_fault:?}");
+        // The thread goes on with the spare, which is told of whoever was not at hand.
+        assert!(port.attend(bench.now()).is_some());
+        let reply = ask(&mut port, batch(vec![started(3, "acme")], &[(1, 6)], &[]));
+        assert_eq!(words(&reply.renewed), [(2, Word::Free)], "{on_fault:?}");
+        assert_eq!(words(&reply.words), [(3, Word::Free), (1, Word::Leave)], "{on_fault:?}");
+        bench.runtime.maintain();
+        assert_eq!(slot.status().fallbacks, 1, "{on_fault:?}");
+    }
+}
+
+#[test]
+fn a_slot_that_refuses_lets_nobody_go_on_until_something_is_published() {
+    let bench = Bench::new();
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut early = slot.attach(replica()).expect("a thread");
+    let refused = |port: &mut SamplerPort, id| {
+        assert_eq!(port.attend(1), Some(0), "there is something to ask");
+        let reply = ask(port, batch(vec![started(id, "acme")], &[], &[id]));
+        assert_eq!((words(&reply.words), reply.decided_by), (vec![(id, Word::End)], None));
+    };
+    assert_eq!((early.attend(1), slot.refuses()), (None, false));
+    slot.refuse();
+    let mut late = slot.attach(replica()).expect("a thread");
+    refused(&mut early, 1);
+    refused(&mut late, 1);
+    bench.runtime.bypass(true);
+    assert_eq!((early.attend(1), slot.refuses()), (None, false), "safe mode");
+    bench.runtime.bypass(false);
+    assert!(slot.refuses());
+    refused(&mut late, 2);
+    slot.publish(bench.prepare(&bench.admit("sampler-allowlist"), "sampler", r#"{"allow": [7]}"#)).expect("a publish");
+    assert_eq!((early.attend(2), slot.refuses()), (Some(1), false));
+    let reply = ask(&mut early, batch(vec![started(3, "acme")], &[], &[]));
+    assert_eq!(words(&reply.words), [(3, allow(&[2, 7]))]);
+    slot.refuse();
+    slot.publish_native(2).expect("a publish");
+    assert_eq!((early.attend(3), slot.refuses()), (None, false));
+    late.attend(3);
+    bench.runtime.maintain();
+    drop((early, late));
+}
+
+#[test]
 fn only_a_sampler_can_be_told_to_fail_closed() {
     let bench = Bench::new();
     let activation = Activation { on_fault: OnFault::Closed, ..bench.activation("router", "{}") };

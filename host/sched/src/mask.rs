@@ -3,7 +3,8 @@
 //! A sampler policy speaks for a whole replica and may be silent; a mask belongs to one request, and no token of that request
 //! is chosen without it. So it is an object that the request brings along and that the desk
 //! ([`crate::sampler::Desk`]) keeps beside the policy's words: told of every token, asked before the next one. The work is
-//! done elsewhere while the device computes; a mask that is late costs its own request a step, and nobody else anything.
+//! done elsewhere while the device computes; a mask that is late costs its own request a step, and the others a millisecond of
+//! it at most.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -13,7 +14,8 @@ use crate::sampler::Edit;
 
 /// Limits what one request may say.
 pub trait TokenMask: Send + Debug {
-    /// Begins to work out what may come first (`None`), or after `token`. Never blocks. The mask before has been given by then.
+    /// Begins to work out what may come first (`None`), or after `token`, and wakes the thread that calls (`unpark`) when it is
+    /// there. Never blocks. The mask before has been given by then.
     fn advance(&mut self, token: Option<u32>);
 
     /// What may come next, an [`Edit::Only`] that is not empty; waits for it up to `patience`, and is `None` until it is there.

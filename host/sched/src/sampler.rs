@@ -23,11 +23,13 @@ use crate::request::{Failure, Request};
 use crate::route::DecidedBy;
 use crate::scheduler::Scheduler;
 
-/// How long a step waits for the mask of a request that is alone on its replica, where waiting costs nobody else anything...
-const PATIENCE_ALONE: Duration = Duration::from_millis(50);
-/// ... and of one that is not: a mask usually takes less than the forward pass. The first that does not come ends the waiting
-/// of its step.
-const PATIENCE: Duration = Duration::from_millis(1);
+/// A mask usually takes less than the forward pass. A step waits for those that do not, whatever their number, so many times...
+const WAITS: u32 = 8;
+/// ... so long: a millisecond in all.
+const WAIT: Duration = Duration::from_micros(125);
+/// How long a replica computes nothing because every mask is late. Then it tries, which looks at deadlines and at clients that
+/// have gone as well.
+const STALL: Micros = 100_000;
 
 /// What is done to a request's logits before a token is chosen. Tokens are ascending, and below the vocabulary's size.
 #[derive(Clone, Debug, PartialEq)]
@@ -145,10 +147,10 @@ pub trait SamplerWorker: Send {
     /// Generation of the active policy, if there is one. Asked at every step boundary: picks up a swap.
     fn attend(&mut self, now: Micros) -> Option<u64>;
 
-    /// Takes a batch, to be answered by one reply. Never blocks.
+    /// Takes a batch, to be answered by one reply sooner or later, whatever happens to the worker. Never blocks.
     ///
     /// # Errors
-    /// It has another one, or has ended; the batch comes back.
+    /// It has another one, or there is no policy; the batch comes back.
     fn send(&mut self, batch: Batch) -> Result<(), Batch>;
 
     /// The reply, if it is there.
@@ -213,14 +215,22 @@ pub struct Desk<W> {
     in_flight: bool,
     /// The words of what is in flight are of a time before there was no policy.
     is_void: bool,
+    /// ... or may be of the policy before this one.
+    is_outdated: bool,
+    /// Requests that were left by a policy before this one, until it is told of them.
+    untold: Vec<RequestId>,
     /// The worker was waited for in this step, and in vain.
     out_of_patience: bool,
     /// Requests that get no token in this step.
     withheld: Vec<RequestId>,
     /// Masks of requests that must keep a form, by id.
     masks: IntMap<u64, Box<dyn TokenMask>>,
-    /// How long this step still waits for a mask.
-    patience: Duration,
+    /// How often this step may still wait for a mask.
+    waits: u32,
+    /// Those that the last step computed, if it withheld the tokens of all.
+    stalled: Vec<RequestId>,
+    /// Since when nothing was computed for their sake.
+    stalled_since: Option<Micros>,
     /// Requests that cannot go on, until the driver has ended them.
     failed: Vec<(RequestId, Failure)>,
 }
@@ -303,20 +313,14 @@ impl Started {
     }
 }
 
-// === impl Reply ===
-
-impl Reply {
-    /// Nobody can be asked, and nobody may go on without.
-    #[must_use]
-    pub fn refusing(batch: Batch) -> Self {
-        let owed = batch.started.iter().map(|started| started.id).chain(batch.tokens.iter().map(|(id, _)| *id));
-        Self { words: owed.map(|id| (id, Word::End)).collect(), spent: batch, ..Self::default() }
-    }
-}
-
 // === impl Batch ===
 
 impl Batch {
+    /// Requests that it owes a word, one by one.
+    pub fn owed(&self) -> impl Iterator<Item = RequestId> {
+        self.started.iter().map(|started| started.id).chain(self.tokens.iter().map(|(id, _)| *id))
+    }
+
     /// Whether there is nothing to hand over.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -346,10 +350,14 @@ impl<W: SamplerWorker> Desk<W> {
             spare: Batch::default(),
             in_flight: false,
             is_void: false,
+            is_outdated: false,
+            untold: Vec::new(),
             out_of_patience: false,
             withheld: Vec::new(),
             masks: IntMap::default(),
-            patience: Duration::ZERO,
+            waits: 0,
+            stalled: Vec::new(),
+            stalled_since: None,
             failed: Vec::new(),
         }
     }
@@ -357,19 +365,23 @@ impl<W: SamplerWorker> Desk<W> {
     /// Opens a step: picks up swaps and hands over what has gathered. Without a policy every request is free at once; a policy
     /// that was not there before is told of all requests that it does not know.
     pub fn attend(&mut self, now: Micros, scheduler: &Scheduler) {
-        let is_alone = scheduler.n_running() + scheduler.n_waiting() <= 1;
-        self.patience = if is_alone { PATIENCE_ALONE } else { PATIENCE };
         let before = std::mem::replace(&mut self.active, self.worker.attend(now));
+        self.is_outdated |= self.in_flight && self.active != before;
+        self.receive();
         match self.active {
             None => {
                 self.entries.clear();
+                self.untold.clear();
                 self.pending.clear();
                 self.failed.retain(|(_, failure)| *failure != Failure::Unanswered);
                 self.pending.fresh = true;
                 self.is_void = self.in_flight;
             }
-            Some(_) if self.active == before => {}
+            Some(_) if self.active == before && self.untold.is_empty() => {}
             Some(_) => {
+                for id in self.untold.drain(..) {
+                    self.entries.remove(&id.0);
+                }
                 for (request, said) in scheduler.live() {
                     self.start(Started { said: said.to_vec(), ..Started::of(request) });
                 }
@@ -405,10 +417,24 @@ impl<W: SamplerWorker> Desk<W> {
         std::mem::take(&mut self.failed)
     }
 
+    /// Whether a step would come to nothing: the last one withheld everybody's token because of masks that were late, nobody has
+    /// come since, and they are late still. Who has nothing else to do may sleep: a mask [wakes](TokenMask::advance) its thread.
+    pub fn is_stalled(&mut self, now: Micros, scheduler: &Scheduler) -> bool {
+        let Self { stalled, masks, .. } = self;
+        let is_late = |id: &RequestId| masks.get_mut(&id.0).is_some_and(|mask| mask.mask(Duration::ZERO).is_none());
+        let is_alone = scheduler.n_waiting() == 0 && scheduler.n_running() as usize == stalled.len();
+        if stalled.is_empty() || !is_alone || !stalled.iter().all(is_late) {
+            return false;
+        }
+        now.saturating_sub(*self.stalled_since.get_or_insert(now)) < STALL
+    }
+
     /// What a step has computed: those that got a token are owed a word, and `output` is told whose tokens are withheld. To be
     /// called before the scheduler [completes](Scheduler::complete) the step.
     pub fn sampled(&mut self, plan: &StepPlan, output: &mut StepOutput) {
         output.withheld.append(&mut self.withheld);
+        self.stalled.clear();
+        self.stalled_since = None;
         if self.entries.is_empty() && self.masks.is_empty() {
             return;
         }
@@ -425,12 +451,20 @@ impl<W: SamplerWorker> Desk<W> {
                 mask.advance(Some(sampled.token));
             }
         }
+        if plan.rows.iter().all(|row| output.withheld.contains(&row.request)) {
+            self.stalled.extend(plan.rows.iter().map(|row| row.request));
+        }
     }
 
     /// A request has ended, in whatever way.
     pub fn ended(&mut self, id: RequestId) {
         self.masks.remove(&id.0);
         if self.entries.remove(&id.0).is_none() {
+            return;
+        }
+        if self.untold.contains(&id) {
+            // It was left, so it ends for nobody.
+            self.untold.retain(|untold| *untold != id);
             return;
         }
         self.pending.tokens.retain(|(of, _)| *of != id);
@@ -444,14 +478,18 @@ impl<W: SamplerWorker> Desk<W> {
 
     /// Gives the worker what has gathered, if its hands are free. Closes a step: the worker goes on while the next one runs.
     pub fn hand_over(&mut self, now: Micros) {
-        self.out_of_patience = false;
+        (self.out_of_patience, self.waits) = (false, WAITS);
         self.withheld.clear();
+        self.receive();
+        self.send(now);
+    }
+
+    fn receive(&mut self) {
         while self.in_flight
             && let Some(reply) = self.worker.poll()
         {
             self.take(reply);
         }
-        self.send(now);
     }
 
     fn send(&mut self, now: Micros) {
@@ -470,6 +508,7 @@ impl<W: SamplerWorker> Desk<W> {
 
     fn take(&mut self, reply: Reply) {
         self.in_flight = false;
+        let is_outdated = std::mem::take(&mut self.is_outdated);
         let Reply { mut renewed, mut words, mut spent, .. } = reply;
         if std::mem::take(&mut self.is_void) {
             renewed.clear();
@@ -480,6 +519,11 @@ impl<W: SamplerWorker> Desk<W> {
             let Some(entry) = self.entries.get_mut(&id.0) else { continue };
             entry.owed = entry.owed.saturating_sub(paid);
             match word {
+                Word::Leave if is_outdated => {
+                    // Owed until the next step, when the policy that took over is told of it.
+                    entry.owed += 1;
+                    self.untold.push(id);
+                }
                 Word::Leave => drop(self.entries.remove(&id.0)),
                 Word::Keep => {}
                 Word::Free => entry.edit = None,
@@ -520,8 +564,12 @@ impl<W: SamplerWorker> Desk<W> {
     /// What a request's own mask makes of the policy's edit.
     fn masked(&mut self, request: RequestId, policy: Option<Arc<Edit>>) -> Option<Arc<Edit>> {
         let Some(mask) = self.masks.get_mut(&request.0) else { return policy };
-        let Some(known) = mask.mask(self.patience) else {
-            self.patience = Duration::ZERO;
+        let mut known = mask.mask(Duration::ZERO);
+        while known.is_none() && self.waits > 0 {
+            self.waits -= 1;
+            known = mask.mask(WAIT);
+        }
+        let Some(known) = known else {
             self.withheld.push(request);
             return None;
         };
@@ -537,6 +585,18 @@ impl<W: SamplerWorker> Desk<W> {
 
     fn owes(&self, id: RequestId) -> bool {
         self.entries.get(&id.0).is_some_and(|entry| entry.owed > 0)
+    }
+
+    /// Whether it keeps nothing of anybody, and everything has been told.
+    #[cfg(test)]
+    pub(crate) fn is_settled(&self) -> bool {
+        let Self { entries, masks, untold, failed, pending, in_flight, .. } = self;
+        entries.is_empty()
+            && masks.is_empty()
+            && untold.is_empty()
+            && failed.is_empty()
+            && pending.is_empty()
+            && !in_flight
     }
 }
 

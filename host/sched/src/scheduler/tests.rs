@@ -1,6 +1,7 @@
 //! Tests of the scheduler against a model engine that computes real "text": its KV cells hold the hash of everything up to
 //! their position, so a wrong block, a stale cache entry or a lost token changes the output of the request it hits.
 
+mod desk;
 mod mask;
 mod model;
 mod random;

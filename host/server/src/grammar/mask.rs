@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
 use std::time::Duration;
 
 use llguidance::TokenParser;
@@ -33,8 +34,8 @@ struct State {
     share: Share,
 }
 
-/// Where the answer goes. One that is lost is an error there.
-struct Return(Option<Arc<Place>>);
+/// Where the answer goes, and who waits for it. One that is lost is an error there.
+struct Return(Option<(Arc<Place>, Thread)>);
 
 /// What a request and the thread that works for it share.
 #[derive(Default)]
@@ -97,9 +98,10 @@ pub(super) fn bytes_of(parser: &TokenParser) -> usize {
 
 impl Return {
     fn give(&mut self, state: Option<Box<State>>, answer: Answer) {
-        if let Some(place) = self.0.take() {
+        if let Some((place, asker)) = self.0.take() {
             *place.lock() = Some((state, answer));
             place.is_back.notify_one();
+            asker.unpark();
         }
     }
 }
@@ -135,7 +137,7 @@ impl TokenMask for GrammarMask {
         // Without it there was an error, which stays.
         let Some(state) = self.state.take() else { return };
         self.known = None;
-        let returns = Return(Some(Arc::clone(&self.place)));
+        let returns = Return(Some((Arc::clone(&self.place), std::thread::current())));
         let why = match self.errands.try_send(Errand { state, token, returns }) {
             Ok(()) => return,
             Err(TrySendError::Full(_)) => "too many requests with a format are in flight",
