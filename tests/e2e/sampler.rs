@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pointsman_tests::Host;
 use serde_json::{Value, json};
 
-use crate::host;
+use crate::{host, journal};
 
 /// Concurrent streams.
 const STREAMS: usize = 8;
@@ -147,4 +147,80 @@ fn a_request_without_its_sampler_goes_on_or_ends_as_the_slot_says() {
     assert_eq!(host.post("/v1/completions", &body).status, 503);
     assert_eq!(host.admin("DELETE", "/admin/v1/slots/sampler", &Value::Null).status, 200);
     assert_eq!(host.post("/v1/completions", &body).status, 200, "native: nobody is missing");
+}
+
+#[test]
+fn a_closed_sampler_that_cannot_be_brought_back_lets_nobody_go_on() {
+    let host = host(&[]);
+    let wasm = pointsman_tests::root().join("plugins/prebuilt/fixture-sampler.wasm");
+    let wasm = std::fs::read(wasm).expect("a committed fixture");
+    let completion = json!({ "model": "demo:f16", "prompt": "Rust is", "max_tokens": 2 });
+    let served = |host: &Host| [host.post("/v1/completions", &completion).status, host.get("/ready").status];
+    let missing = |host: &Host, instead: &str| {
+        let line = format!("pointsman_policy_missing{{instead=\"{instead}\",slot=\"sampler\"}} 1");
+        host.get("/metrics").body.as_str().is_some_and(|text| text.lines().any(|l| l == line))
+    };
+    let activate = |host: &Host, on_fault: &str| {
+        let digest = host.upload(&wasm);
+        let body = json!({ "component": digest, "config": {}, "on_fault": on_fault });
+        assert_eq!(host.admin("PUT", "/admin/v1/slots/sampler", &body).status, 200, "{on_fault}");
+        assert_eq!((served(host), missing(host, "native"), missing(host, "nobody")), ([200, 200], false, false));
+        host.folder().join(format!("components/{}.wasm", digest.trim_start_matches("sha256:")))
+    };
+    let file = activate(&host, "open");
+    std::fs::remove_file(file).expect("a stored component");
+    let host = host.restart(&[]);
+    assert_eq!((served(&host), missing(&host, "native")), ([200, 200], true), "open: it serves without");
+    let file = activate(&host, "closed");
+    std::fs::write(file, b"damaged").expect("a stored component");
+    let host = host.restart(&[]);
+    assert_eq!((served(&host), missing(&host, "nobody")), ([503, 503], true));
+    let answer = host.post("/v1/completions", &completion);
+    let reason = answer.headers.get("x-pointsman-reason").and_then(|v| v.to_str().ok());
+    assert_eq!((&answer.body["error"]["code"], reason), (&json!("sampler_failed"), Some("policy")), "{answer:?}");
+    assert_eq!(host.get("/health").status, 200);
+    let health = host.admin("GET", "/admin/v1/slots/sampler", &Value::Null).body["health"].clone();
+    let says = |text: &Value| text.as_str().is_some_and(|text| text.contains("every request is refused"));
+    assert!(health["state"] == "open" && says(&health["reason"]), "{health}");
+    let is_told = |entry: &Value| entry["event"] == "refused" && entry["slot"] == "sampler" && says(&entry["error"]);
+    assert!(journal(&host).iter().any(is_told));
+    // The operator may say that it goes on without, for a while or for this life.
+    let switch = |on: bool| host.admin("POST", "/admin/v1/safe-mode", &json!({ "on": on })).status;
+    assert_eq!((switch(true), served(&host)), (200, [200, 200]));
+    assert_eq!((switch(false), served(&host)), (200, [503, 503]));
+    let host = host.restart(&[("SAFE_MODE", "true")]);
+    assert_eq!(served(&host), [200, 200]);
+    let host = host.restart(&[]);
+    assert_eq!(served(&host), [503, 503]);
+    activate(&host, "closed");
+    // A document that cannot be read and that says `closed` is of such a policy.
+    let text = std::fs::read_to_string(document_of(&host)).expect("a document");
+    std::fs::write(document_of(&host), text.replacen("\"format\"", "\"fromat\"", 1)).expect("a document");
+    let host = host.restart(&[]);
+    assert_eq!((served(&host), missing(&host, "nobody")), ([503, 503], true));
+    std::fs::write(document_of(&host), text).expect("a document");
+    let host = host.restart(&[]);
+    assert_eq!(served(&host), [200, 200]);
+    assert_eq!(host.admin("DELETE", "/admin/v1/slots/sampler", &Value::Null).status, 200);
+}
+
+fn document_of(host: &Host) -> std::path::PathBuf {
+    host.folder().join("slots/sampler.json")
+}
+
+#[test]
+fn a_closed_sampler_of_the_configuration_that_cannot_start_lets_nobody_go_on() {
+    let config = |allow: &str| {
+        format!(
+            "[slots.sampler]\ncomponent = \"sampler-allowlist\"\non_fault = \"closed\"\nconfig = {{ allow = {allow} }}\n"
+        )
+    };
+    let completion = json!({ "model": "demo:f16", "prompt": "Rust is", "max_tokens": 2 });
+    for (allow, status) in [("\"all\"", 503), ("[40]", 200)] {
+        let host = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config(allow));
+        assert_eq!(host.post("/v1/completions", &completion).status, status, "{allow}");
+        let put = json!({ "component": host.builtin("sampler-allowlist"), "config": { "allow": [41] } });
+        assert_eq!(host.admin("PUT", "/admin/v1/slots/sampler", &put).status, 200, "{allow}");
+        assert_eq!(host.post("/v1/completions", &completion).status, 200, "{allow}");
+    }
 }

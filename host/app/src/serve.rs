@@ -506,7 +506,8 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
     for slot in deploy.slots() {
         let SlotRevision { revision, generation, .. } = &slot.active;
         let failed = slot.health.reason.filter(|_| slot.health.state != HealthState::Closed);
-        let failed = failed.map_or(String::new(), |reason| format!("  (native serves: {reason})"));
+        let who = if slot.slot == "sampler" && deploy.refuses_all() { "nobody" } else { "native" };
+        let failed = failed.map_or(String::new(), |reason| format!("  ({who} serves: {reason})"));
         lines.push(format!("  {:<18} {revision};g={generation}{failed}", slot.slot));
     }
     let (path, model, input) = match catalog.variants.first() {

@@ -44,6 +44,15 @@ struct JournalFile {
     waiting: VecDeque<String>,
 }
 
+/// A slot's document that cannot be read.
+#[derive(Debug)]
+pub(crate) struct Unreadable {
+    /// Which, and why.
+    pub why: String,
+    /// Whether it may be of a policy that fails closed.
+    pub may_be_closed: bool,
+}
+
 impl Store {
     /// Opens (and creates) the directory and takes its lock.
     ///
@@ -76,12 +85,16 @@ impl Store {
     }
 
     /// Every slot that has a document: the document, or what is wrong with its file.
-    pub(crate) fn slot_documents(&self) -> Vec<(SlotName, Result<SlotDocument, String>)> {
+    pub(crate) fn slot_documents(&self) -> Vec<(SlotName, Result<SlotDocument, Unreadable>)> {
         let Ok(entries) = fs::read_dir(self.root.join("slots")) else { return Vec::new() };
         let read = |path: PathBuf| {
             let slot: SlotName = path.file_name()?.to_str()?.strip_suffix(".json")?.parse().ok()?;
-            let parsed = fs::read(&path).map_err(anyhow::Error::from).and_then(|b| Ok(SlotDocument::parse(&b)?));
-            Some((slot, parsed.map_err(|error| format!("{}: {error:#}", path.display()))))
+            let read = fs::read(&path);
+            // Whoever wrote `closed` meant what it says, whatever has become of the rest.
+            let may_be_closed = read.as_ref().map_or(true, |bytes| bytes.windows(8).any(|text| text == b"\"closed\""));
+            let parsed = read.map_err(anyhow::Error::from).and_then(|bytes| Ok(SlotDocument::parse(&bytes)?));
+            let unreadable = |error| Unreadable { why: format!("{}: {error:#}", path.display()), may_be_closed };
+            Some((slot, parsed.map_err(unreadable)))
         };
         let mut documents: Vec<_> = entries.flatten().filter_map(|entry| read(entry.path())).collect();
         documents.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -408,7 +421,7 @@ mod tests {
         let documents = store.slot_documents();
         assert_eq!(documents[0].1.as_ref().ok(), Some(&document));
         assert_eq!(documents[1].0, SlotName::Scheduler);
-        assert!(documents[1].1.as_ref().is_err_and(|e| e.contains("scheduler.json")), "{documents:?}");
+        assert!(documents[1].1.as_ref().is_err_and(|e| e.why.contains("scheduler.json")), "{documents:?}");
         store.write_component("sha256:ab", b"wasm").expect("a writable folder");
         assert_eq!(store.read_component("sha256:ab").expect("just written"), b"wasm");
         let signature = Signature::parse(&[7; 64]).expect("64 bytes");

@@ -107,6 +107,7 @@ pub(crate) struct FakeClock {
 pub(crate) struct FakeAdmin {
     pub(crate) journal: Mutex<Vec<JournalLine>>,
     pub(crate) weights: Mutex<wire::Weights>,
+    pub(crate) refuses_all: AtomicBool,
     /// Uploads and activations wait here.
     pub(crate) gate: Gate,
 }
@@ -451,6 +452,10 @@ impl PolicyAdmin for FakeAdmin {
 
     fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
         Ok(wire::SafeMode { on: put.on, reason: put.reason, by: Some(actor.to_owned()), ..self.safe_mode() })
+    }
+
+    fn refuses_all(&self) -> bool {
+        self.refuses_all.load(Ordering::Relaxed)
     }
 
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {

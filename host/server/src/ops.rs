@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use pointsman_sched::request::Failure;
 use serde::Serialize;
 
 use crate::error::ApiError;
@@ -29,7 +30,8 @@ pub(crate) async fn health() -> Response {
     json(&Status { status: "ok" })
 }
 
-/// May get traffic: something is loaded, its drivers run, and nothing drains.
+/// May get traffic: something is loaded, its drivers run, nothing drains, and no policy is missing without which nothing goes
+/// on.
 pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
     if state.admission.is_draining() {
         return Err(ApiError::Draining);
@@ -39,6 +41,9 @@ pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Respo
     }
     if !state.engine.is_alive() {
         return Err(ApiError::DriverGone);
+    }
+    if state.policies.refuses_all() {
+        return Err(ApiError::Failed(Failure::Unanswered));
     }
     Ok(json(&Status { status: "ready" }))
 }

@@ -202,6 +202,8 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn safe_mode(&self) -> wire::SafeMode;
     /// Makes every slot native, or lets the policies answer again.
     fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError>;
+    /// Whether every request that generates is refused, because a policy that fails closed is missing. Answers at once.
+    fn refuses_all(&self) -> bool;
     /// Asks the router that was active before the present one, off the path; nothing that serves is touched.
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
     /// The same of admission.

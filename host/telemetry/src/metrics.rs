@@ -60,6 +60,7 @@ pub struct Metrics {
     policy_late_plans: IntCounterVec,
     policy_handovers: IntCounterVec,
     policy_generation: IntGaugeVec,
+    policy_missing: IntGaugeVec,
     swap: HistogramVec,
     step: HistogramVec,
     step_fill: GaugeVec,
@@ -349,6 +350,11 @@ impl Metrics {
                 &["slot", "outcome"],
             ),
             policy_generation: gauge("pointsman_policy_generation", "Generation active in the slot.", &["slot"]),
+            policy_missing: gauge(
+                "pointsman_policy_missing",
+                "1 for a slot whose policy could not be brought back at the start, with who decides instead.",
+                &["slot", "instead"],
+            ),
             swap: histogram(
                 "pointsman_swap_seconds",
                 "Publishing a generation: the pointer swap alone.",
@@ -461,6 +467,17 @@ impl Metrics {
     pub fn published(&self, slot: &str, generation: u64, seconds: f64) {
         self.policy_generation.with_label_values(&[slot]).set(i64::try_from(generation).unwrap_or(i64::MAX));
         self.swap.with_label_values(&[slot]).observe(seconds);
+    }
+
+    /// Who decides in the place of a policy that could not be brought back: `native`, `nobody`; `None` once something is
+    /// published.
+    pub fn missing(&self, slot: &str, instead: Option<&str>) {
+        for word in ["native", "nobody"] {
+            let _ = self.policy_missing.remove_label_values(&[slot, word]);
+        }
+        if let Some(instead) = instead {
+            self.policy_missing.with_label_values(&[slot, instead]).set(1);
+        }
     }
 
     /// Removes every series of a revision that is neither active, previous nor candidate in the slot.

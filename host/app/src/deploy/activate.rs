@@ -74,6 +74,7 @@ impl Deploy {
         // The end of one that the disk had refused is in this document too.
         lock(&self.rollouts).remove(&slot);
         lock(&self.failed).remove(&slot);
+        self.metrics.missing(&slot.to_string(), None);
         let before = document.previous.map(|p| p.revision);
         let keep = [Some(document.active.revision.as_str()), before.as_deref()];
         self.forget_retired(&slot, keep, retired.as_slice());

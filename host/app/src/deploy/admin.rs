@@ -126,6 +126,7 @@ impl PolicyAdmin for Deploy {
         self.drop_telemetry(&slot);
         lock(&self.failed).remove(&slot);
         lock(&self.last_health).remove(&slot);
+        self.metrics.missing(&slot.to_string(), None);
         self.note(actor, Happened::Removed { slot: slot.clone() });
         let revisions = before.into_iter().flat_map(|s| [Some(s.active), s.previous]).flatten().map(|t| t.revision);
         self.forget_retired(&slot, [None, None], &revisions.collect::<Vec<_>>());
@@ -154,6 +155,10 @@ impl PolicyAdmin for Deploy {
 
     fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError> {
         self.switch_safe_mode(put, actor)
+    }
+
+    fn refuses_all(&self) -> bool {
+        self.sampler.refuses()
     }
 
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {

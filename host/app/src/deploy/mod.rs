@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 use crossbeam_queue::ArrayQueue;
 use pointsman_control::{
-    AliasDocument, Budget, ComponentRef, Deployment, Desired, Happened, Journal, Planned, SafeModeDocument,
+    AliasDocument, Budget, ComponentRef, Deployment, Desired, Happened, Journal, OnFault, Planned, SafeModeDocument,
     SlotDocument, SlotName, Target, Why,
 };
 use pointsman_policy::{
@@ -38,9 +38,11 @@ use crate::builtin::BUILTINS;
 use crate::clock::SystemClock;
 use crate::config::{Config, RegistrySection, SlotSection};
 use crate::reference::OCI_SCHEME;
-use crate::store::Store;
+use crate::store::{Store, Unreadable};
 use crate::trust::KeyRing;
 
+/// What follows for requests where the policy of a slot that fails closed is missing, for whoever reads why.
+const REFUSED: &str = "; `on_fault` is `closed`, so every request is refused until something is activated in the slot";
 /// Entries of the journal that the admin API can read back.
 const JOURNAL_ENTRIES: usize = 4_096;
 /// Faults that wait for the observer thread to journal them; the oldest give way (metrics count them all).
@@ -94,7 +96,7 @@ pub(crate) struct Deploy {
 /// Why a slot does not run what is stored for it.
 #[derive(Clone, Debug)]
 enum Failed {
-    /// The policy could not be brought back; native serves until the next activation.
+    /// The policy could not be brought back; native serves until the next activation, or nobody.
     Policy(String),
     /// The document cannot be read; the slot takes no activation until somebody has looked at the file.
     Document(String),
@@ -184,7 +186,8 @@ impl Deploy {
     }
 
     /// Publishes what the stored documents say, and what the configuration names for slots without one. A policy that
-    /// cannot be brought back leaves its slot native and is reported: the host serves either way.
+    /// cannot be brought back leaves its slot native and is reported: the host serves either way. Only where requests were not
+    /// to go on without it, they are refused.
     pub(crate) fn start(&self, config: &Config) {
         self.find_components();
         let _one = lock(&self.operations);
@@ -205,10 +208,7 @@ impl Deploy {
                         }
                     }
                 }
-                Err(error) => {
-                    tracing::error!(%slot, "native serves, and nothing can be activated there: {error}");
-                    lock(&self.failed).insert(slot, Failed::Document(error));
-                }
+                Err(unreadable) => self.go_without_document(slot, unreadable),
             }
         }
         if self.safe_mode {
@@ -278,22 +278,45 @@ impl Deploy {
         }
     }
 
-    /// Publishes a stored policy again, under its own generation; native where that fails.
+    /// Publishes a stored policy again, under its own generation; native, or nobody, where that fails.
     fn bring_back(&self, slot: &SlotName, active: &Target) -> bool {
         let again = Planned { slot: slot.clone(), desired: active.clone().into(), generation: active.generation };
         let published = self
             .prepare(&again, Role::Active, Rule::Cold)
             .and_then(|ready| self.publish(slot, ready, active.generation));
         let Err(error) = published else { return true };
-        tracing::error!(%slot, "the stored policy {} cannot be brought back, native serves: {error}", active.revision);
+        tracing::error!(%slot, "the stored policy {} cannot be brought back: {error}", active.revision);
         // Generations only grow, so the number of the lost policy is now native's.
         if let Err(error) = self.publish(slot, activate::Ready::Native, active.generation) {
             tracing::error!(%slot, "native cannot be published: {error}");
         }
-        lock(&self.failed).insert(slot.clone(), Failed::Policy(error.message.clone()));
+        let is_closed = active.on_fault == OnFault::Closed;
+        let error = error.message + if is_closed { REFUSED } else { "" };
+        self.go_without(slot, is_closed, Failed::Policy(error.clone()));
         let component = active.component.to_string();
-        self.note("startup", Happened::Refused { slot: slot.clone(), component, error: error.message });
+        self.note("startup", Happened::Refused { slot: slot.clone(), component, error });
         false
+    }
+
+    /// A slot cannot have its policy at this start: native decides in its place, or nobody, and says so.
+    fn go_without(&self, slot: &SlotName, is_closed: bool, failed: Failed) {
+        if is_closed {
+            self.sampler.refuse();
+        }
+        let instead = if is_closed { "nobody" } else { "native" };
+        self.metrics.missing(&slot.to_string(), Some(instead));
+        tracing::error!(%slot, "{instead} decides in the place of its policy");
+        lock(&self.failed).insert(slot.clone(), failed);
+    }
+
+    fn go_without_document(&self, slot: SlotName, Unreadable { why, may_be_closed }: Unreadable) {
+        let is_closed = slot == SlotName::Sampler && may_be_closed && !self.safe_mode;
+        let why = why + if is_closed { "; it may say `closed`, so every request is refused" } else { "" };
+        tracing::error!(%slot, "nothing can be activated there: {why}");
+        self.go_without(&slot, is_closed, Failed::Document(why.clone()));
+        if is_closed {
+            self.note("startup", Happened::Refused { slot, component: "unknown".into(), error: why });
+        }
     }
 
     fn compare_with_config(&self, slot: &SlotName, active: &Target, config: &Config) {
@@ -318,7 +341,10 @@ impl Deploy {
             self.activate(slot.clone(), desired, "startup", Why::Start)
         });
         if let Err(error) = started {
-            tracing::error!(%slot, "{} from the configuration cannot start, native serves: {error}", section.component);
+            tracing::error!(%slot, "{} from the configuration cannot start: {error}", section.component);
+            let is_closed = section.on_fault == OnFault::Closed && slot == SlotName::Sampler;
+            let why = error.message + if is_closed { REFUSED } else { "" };
+            self.go_without(&slot, is_closed, Failed::Policy(why));
         }
     }
 }

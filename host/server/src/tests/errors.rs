@@ -256,4 +256,9 @@ async fn a_host_that_loads_or_drains_says_so() {
         assert_eq!((answer.status, code(&answer).as_str()), (503, "loading"));
     }
     assert_eq!(rig.send(request("GET", "/health", &[], "")).await.status, 200);
+    let rig = Rig::new();
+    rig.admin.refuses_all.store(true, std::sync::atomic::Ordering::Relaxed);
+    let answer = rig.send(request("GET", "/ready", &[], "")).await;
+    assert_eq!((answer.status, code(&answer).as_str(), answer.header("retry-after")), (503, "sampler_failed", "1"));
+    assert_eq!(rig.send(request("GET", "/health", &[], "")).await.status, 200);
 }
