@@ -143,12 +143,13 @@ impl Store {
         write_aside(&self.root.join("aliases").join(format!("{name}.json")), document.to_json().as_bytes())
     }
 
-    /// Keeps the bytes of a component.
+    /// Keeps the bytes of a component, also in the place of a file that was damaged.
     ///
     /// # Errors
     /// The disk does not take them.
     pub(crate) fn write_component(&self, digest: &str, bytes: &[u8]) -> io::Result<()> {
-        if self.has_component(digest) { Ok(()) } else { write_aside(&self.component_path(digest), bytes) }
+        let is_kept = self.read_component(digest).is_ok_and(|kept| kept == bytes);
+        if is_kept { Ok(()) } else { write_aside(&self.component_path(digest), bytes) }
     }
 
     /// The bytes of a kept component.
@@ -422,6 +423,8 @@ mod tests {
         assert_eq!(documents[0].1.as_ref().ok(), Some(&document));
         assert_eq!(documents[1].0, SlotName::Scheduler);
         assert!(documents[1].1.as_ref().is_err_and(|e| e.why.contains("scheduler.json")), "{documents:?}");
+        store.write_component("sha256:ab", b"wasm").expect("a writable folder");
+        fs::write(store.component_path("sha256:ab"), b"wa").expect("a damaged file");
         store.write_component("sha256:ab", b"wasm").expect("a writable folder");
         assert_eq!(store.read_component("sha256:ab").expect("just written"), b"wasm");
         let signature = Signature::parse(&[7; 64]).expect("64 bytes");
