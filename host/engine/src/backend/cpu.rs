@@ -22,6 +22,9 @@ mod pool;
 mod quant;
 mod rows;
 pub(crate) mod softmax;
+mod super_dots;
+mod super_tiles;
+mod supers;
 mod tiles;
 
 pub use encoder::Encoder;

@@ -1,85 +1,61 @@
-//! `out = x * W^T` in 8-bit integers: quantised activations by quantised weights.
+//! `out = x * W^T` for weights in Q8_0: 8-bit integers, by quantised activations.
 //!
-//! Within 32 values along K, or a run of sixteen with its own scale, the sums are exact integers; they are added in
-//! ascending order, each scaled by the product of both scales, a block's minima after them. That order is the contract
-//! (batch invariance); here it is kept by vectors, in `tiles` by tile registers, and the two agree to the bit.
+//! Within 32 values along K the sums are exact integers; they are added in ascending order, each scaled by the product of
+//! both scales. That order is the contract (batch invariance); here it is kept by vectors, in `tiles` by tile registers, and
+//! the two agree to the bit.
 
 use std::ops::Range;
 
-use super::blocks::{ColumnFactors, QuantBlock};
+use super::blocks::Q8Block;
 use super::gemm::{Part, tiles};
-use super::isa::{Isa, Kernel, LANES, Lanes, Simd, WeightQuads};
-use super::matrix::{BLOCK, PANEL};
-use super::quant::QuantRows;
+use super::isa::{Isa, Kernel, LANES, Lanes, Simd};
+use super::matrix::BLOCK;
+use super::quant::BlockRows;
 use super::tiles::TileDots;
 
 /// Rows from which on tile registers are faster than vectors.
-const TILE_FROM: usize = 8;
+pub(super) const TILE_FROM: usize = 8;
 
 /// Blocks of K ahead for which weights are asked.
 const AHEAD: usize = 8;
 
-/// Panels of a product with quantised weights.
-pub(super) struct Dots<'a, B> {
+/// Lines of a block.
+const LINES: usize = size_of::<Q8Block>() / 64;
+
+/// Panels of a product.
+pub(super) struct Dots<'a> {
     pub(super) part: Part,
-    pub(super) x: QuantRows<'a>,
-    pub(super) w: &'a [B],
+    pub(super) x: BlockRows<'a>,
+    pub(super) w: &'a [Q8Block],
     pub(super) out: &'a mut [Lanes],
 }
 
-impl<'a, B: QuantBlock> Dots<'a, B> {
+impl<'a> Dots<'a> {
     pub(super) fn run(self, isa: Isa) {
-        let depth = BLOCK / B::RUNS;
-        let tiles = if self.part.rows < TILE_FROM { None } else { isa.tiles(self.x.height, depth) };
+        let tiles = if self.part.rows < TILE_FROM { None } else { isa.tiles(self.x.height, BLOCK) };
         match tiles {
             Some(tiles) => isa.run(TileDots { tiles, dots: self }),
             None => isa.run(self),
         }
     }
 
-    /// The weights of a panel, and all that follow.
+    /// The weights of a panel.
     #[inline(always)]
-    pub(super) fn panel(&self, panel: usize) -> Panel<'a, B> {
+    pub(super) fn panel(&self, panel: usize) -> &'a [Q8Block] {
         let n_blocks = self.part.k / BLOCK;
-        Panel { n_blocks, w: &self.w[(self.part.first + panel) * (n_blocks / B::BLOCKS)..] }
+        &self.w[(self.part.first + panel) * n_blocks..][..n_blocks]
     }
 }
 
-/// Weights of 32 columns.
-pub(super) struct Panel<'a, B> {
-    /// Along K, of 32 values.
-    pub(super) n_blocks: usize,
-    w: &'a [B],
+/// Asks for some eighths of the weights some blocks ahead, in ascending order, for the CPU's own prefetching to take up.
+#[inline(always)]
+pub(super) fn prefetch<S: Simd>(s: S, w: &[Q8Block], block: usize, eighths: Range<usize>) {
+    let begin = w.as_ptr().wrapping_add(block + AHEAD);
+    (LINES * eighths.start / 8..LINES * eighths.end / 8)
+        .for_each(|line| s.prefetch(begin.wrapping_byte_add(64 * line)));
 }
 
-impl<'a, B: QuantBlock> Panel<'a, B> {
-    #[inline(always)]
-    pub(super) fn quads<'r>(&self, block: usize, room: &'r mut WeightQuads) -> &'r WeightQuads
-    where
-        'a: 'r,
-    {
-        self.w[block / B::BLOCKS].quads(block % B::BLOCKS, room)
-    }
-
-    #[inline(always)]
-    pub(super) fn factors<S: Simd>(&self, s: S, block: usize, out: &mut ColumnFactors) {
-        self.w[block / B::BLOCKS].factors(s, block % B::BLOCKS, out);
-    }
-
-    /// Asks for some eighths of the weights some blocks ahead, in ascending order, for the CPU's own prefetching to take up.
-    #[inline(always)]
-    pub(super) fn prefetch<S: Simd>(&self, s: S, block: usize, eighths: Range<usize>) {
-        let (block, lines) = (block + AHEAD, size_of::<B>() / 64);
-        let begin = self.w.as_ptr().wrapping_add(block / B::BLOCKS);
-        let begin = begin.wrapping_byte_add(64 * (lines * (block % B::BLOCKS) / B::BLOCKS));
-        // As many for each block, so that the loop needs no branch.
-        let lines = lines.div_ceil(B::BLOCKS);
-        let lines = lines * eighths.start / 8..lines * eighths.end / 8;
-        lines.for_each(|line| s.prefetch(begin.wrapping_byte_add(64 * line)));
-    }
-}
-
-impl<B: QuantBlock> Kernel for Dots<'_, B> {
+impl Kernel for Dots<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -104,49 +80,37 @@ impl<B: QuantBlock> Kernel for Dots<'_, B> {
     }
 }
 
-impl<B: QuantBlock> Dots<'_, B> {
+impl Dots<'_> {
     /// `R` rows of a group, by one panel.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(&mut self, s: S, (group, row): (usize, usize), panel: usize) {
         let Part { rows, epilogue, .. } = self.part;
         let w = self.panel(panel);
-        let (mut room, mut columns) = ([[0; 4 * PANEL]; BLOCK / 4], ColumnFactors::ZERO);
         let mut acc = [[s.zero(); 2]; R];
-        for b in 0..w.n_blocks {
-            w.prefetch(s, b, 0..8);
+        for (b, block) in w.iter().enumerate() {
+            prefetch(s, w, b, 0..8);
             let (quads, factors) = self.x.block(group, b);
             let (Some(quads), Some(factors)) = (quads[row..].first_chunk::<R>(), factors[row..].first_chunk::<R>())
             else {
                 return;
             };
-            w.factors(s, b, &mut columns);
-            let weights = w.quads(b, &mut room);
-            for run in 0..B::RUNS {
-                let depth = BLOCK / 4 / B::RUNS;
-                let mut sums = [[s.dot_start(0); 2]; R];
+            let mut sums = [[s.dot_start(0); 2]; R];
+            for r in 0..R {
+                sums[r] = [s.dot_start(factors[r].offset); 2];
+            }
+            for (i, weights) in block.quants.iter().enumerate() {
+                let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
                 for r in 0..R {
-                    sums[r] = [s.dot_start(factors[r].offset(B::RUNS, run)); 2];
-                }
-                for i in run * depth..(run + 1) * depth {
-                    let (halves, _) = weights[i].as_chunks::<{ 4 * LANES }>();
-                    for r in 0..R {
-                        sums[r][0] = s.dot4(sums[r][0], &halves[0], quads[r][i]);
-                        sums[r][1] = s.dot4(sums[r][1], &halves[1], quads[r][i]);
-                    }
-                }
-                let scales = [s.load(&columns.scales[run][0]), s.load(&columns.scales[run][1])];
-                for r in 0..R {
-                    let scale = s.splat(factors[r].scale);
-                    for half in 0..2 {
-                        acc[r][half] = s.fma(s.int_to_f32(sums[r][half]), s.mul(scales[half], scale), acc[r][half]);
-                    }
+                    sums[r][0] = s.dot4(sums[r][0], &halves[0], quads[r][i]);
+                    sums[r][1] = s.dot4(sums[r][1], &halves[1], quads[r][i]);
                 }
             }
-            if B::MINIMA {
-                let minima = [s.load(&columns.minima[0]), s.load(&columns.minima[1])];
-                for r in 0..R {
-                    let mass = s.splat(factors[r].mass);
-                    acc[r] = [s.fma(minima[0], mass, acc[r][0]), s.fma(minima[1], mass, acc[r][1])];
+            let (scales, _) = block.scales.as_chunks::<LANES>();
+            let scales = [s.load_f16(&scales[0]), s.load_f16(&scales[1])];
+            for r in 0..R {
+                let scale = s.splat(factors[r].scale);
+                for half in 0..2 {
+                    acc[r][half] = s.fma(s.int_to_f32(sums[r][half]), s.mul(scales[half], scale), acc[r][half]);
                 }
             }
         }

@@ -15,6 +15,7 @@ use super::math;
 use super::matrix::{Matrix, PANEL, Packed, Segment};
 use super::pool::ComputePool;
 use super::quant::Quantised;
+use super::super_dots::SuperDots;
 
 /// Most rows of a tile, with 32 registers.
 const MAX_ROWS: usize = 12;
@@ -42,23 +43,24 @@ pub(super) struct Input<'a> {
 
 /// Computes `out` from `x` for all panels, in parallel where that pays.
 pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut [Lanes], epilogue: Epilogue) {
-    let Input { x, rows, quantised: quantised_rows } = input;
+    let Input { x, rows, quantised: Quantised { blocks, supers } } = input;
     let isa = pool.isa();
     let unit = epilogue.out_vectors() * stride(rows);
-    let quantised = w.segments.iter().any(|segment| segment.packed.quantised());
-    let quantised = quantised.then(|| quantised_rows.fill(pool, x, rows, w.k));
+    let is_any = |has: fn(&Packed) -> bool| w.segments.iter().any(|segment| has(&segment.packed));
+    let blocks = is_any(|packed| matches!(packed, Packed::Q8(_))).then(|| blocks.fill(pool, x, rows, w.k));
+    let supers = is_any(Packed::has_supers).then(|| supers.fill(pool, x, rows, w.k));
     for Segment { first_panel, n_panels, packed } in &w.segments {
         let out = &mut out[first_panel * unit..][..n_panels * unit];
         pool.split(n_panels * PANEL * w.k * rows, out, unit, |first, out| {
             let part = Part { rows, k: w.k, first, epilogue };
-            match (packed, quantised) {
-                (Packed::F32(w), _) => part.run(isa, x, w, out),
-                (Packed::F16(w), _) => part.run(isa, x, w, out),
-                (Packed::Bf16(w), _) => part.run(isa, x, w, out),
-                (Packed::Q8(w), Some(x)) => Dots { part, x, w, out }.run(isa),
-                (Packed::Q4k(w), Some(x)) => Dots { part, x, w, out }.run(isa),
-                (Packed::Q6k(w), Some(x)) => Dots { part, x, w, out }.run(isa),
-                (_, None) => unreachable!("activations for quantised weights are quantised above"),
+            match (packed, blocks, supers) {
+                (Packed::F32(w), ..) => part.run(isa, x, w, out),
+                (Packed::F16(w), ..) => part.run(isa, x, w, out),
+                (Packed::Bf16(w), ..) => part.run(isa, x, w, out),
+                (Packed::Q8(w), Some(x), _) => Dots { part, x, w, out }.run(isa),
+                (Packed::Q4k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
+                (Packed::Q6k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
+                _ => unreachable!("activations for quantised weights are quantised above"),
             }
         });
     }
@@ -359,6 +361,7 @@ impl<W: Weight> Gemm<'_, W> {
 mod tests {
     use super::*;
     use crate::backend::cpu::matrix::{BLOCK, Join};
+    use crate::backend::cpu::supers::SUPER;
     use crate::load::{Elements, Kind};
     use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{Device, Tensor};
@@ -475,14 +478,15 @@ mod tests {
     fn eight_bit_products_are_those_of_the_rounded_values() {
         let (n, k) = (64, 512);
         let x = values(k, 9);
-        let rounded: Vec<f64> = x
-            .chunks(BLOCK)
-            .flat_map(|block| {
+        let rounded = |length: usize| -> Vec<f64> {
+            let round = |block: &[f32]| {
                 let scale = block.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
-                block.iter().map(move |x| f64::from((x / scale).round()) * f64::from(scale))
-            })
-            .collect();
+                block.iter().map(|x| f64::from((x / scale).round()) * f64::from(scale)).collect::<Vec<_>>()
+            };
+            x.chunks(length).flat_map(round).collect()
+        };
         for w in &quantised(n, k) {
+            let rounded = rounded(if w.segments[0].packed.has_supers() { SUPER } else { BLOCK });
             let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
             for (column, &bits) in found[..w.n].iter().enumerate() {
                 let mut sum = 0f64;

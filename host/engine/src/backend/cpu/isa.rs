@@ -33,8 +33,14 @@ pub(crate) const TILE_ROWS: usize = 16;
 /// 32 values of one row of activations.
 pub(crate) type Quads = [[i8; 4]; 8];
 
+/// 64 values of one row of activations.
+pub(crate) type Stretch = [[i8; 4]; 16];
+
 /// 32 values of K for 32 columns: value `k` of column `c` is `[k / 4][4 * c + k % 4]`.
 pub(crate) type WeightQuads = [[i8; 128]; 8];
+
+/// Two bytes for each of 256 values of K for 32 columns, in the same order.
+pub(crate) type Planes = [[[i8; 128]; 64]; 2];
 
 /// Vectors from one panel of activations to the next: `[width / 16][stride(rows)][16]`. Odd, since with 64 rows every panel
 /// would start at the same 4 KiB offset and a tile would fight over a few cache sets (measured: half the speed).
@@ -48,6 +54,13 @@ pub(crate) fn stride(rows: usize) -> usize {
 #[inline(always)]
 fn word(bytes: [i8; 4]) -> i32 {
     i32::from_le_bytes(bytes.map(i8::cast_unsigned))
+}
+
+/// The same for two numbers of 16 bits.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn pair([low, high]: [i16; 2]) -> i32 {
+    i32::from(high) << 16 | i32::from(low.cast_unsigned())
 }
 
 /// An instruction set that this CPU has.
@@ -105,7 +118,13 @@ pub(crate) trait Simd: Copy {
     fn dot_start(self, offset: i32) -> Self::I;
     /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` with `x`, of which none is -128.
     fn dot4(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
-    /// Exact for magnitudes up to 2^24.
+    /// Lane `j` gains the dot product of `w[2j]` and `w[2j + 1]` with `x`.
+    fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I;
+    /// `acc + a * b`, in 32 bits.
+    fn int_mul_add(self, acc: Self::I, a: Self::I, b: &[i32; LANES]) -> Self::I;
+    /// `high * 2^shift + low`, in 32 bits.
+    fn shift_add(self, high: Self::I, low: Self::I, shift: u32) -> Self::I;
+    /// To the nearest float, ties to even.
     fn int_to_f32(self, v: Self::I) -> Self::V;
 
     /// Asks for the cache line of `x`, to be in the second cache when it is read. A hint: reads nothing, so that any address
@@ -267,6 +286,8 @@ mod tests {
         halves: &'a [f16; LANES],
         brains: &'a [bf16; LANES],
         bytes: &'a [i8; 64],
+        words: &'a [i16; 32],
+        ints: &'a [i32; LANES],
     }
 
     impl Kernel for Everything<'_> {
@@ -278,7 +299,12 @@ mod tests {
             let n = s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)));
             // The sum is -3.
             let dots = s.dot4(s.dot_start(3 * 128), self.bytes, [127, -127, 3, -6]);
+            let words = s.dot2(dots, self.words, [-4_064, 31]);
+            let products = s.int_mul_add(words, dots, self.ints);
             let vectors = [
+                s.int_to_f32(words),
+                s.int_to_f32(products),
+                s.int_to_f32(s.shift_add(dots, words, 7)),
                 s.add(a, b),
                 s.sub(a, b),
                 s.mul(a, b),
@@ -321,7 +347,12 @@ mod tests {
                 );
             let brains = a.map(bf16::from_f32);
             let bytes = std::array::from_fn(|_| (i32::try_from(next() % 255).unwrap() - 127) as i8);
-            let run = |isa: Isa| isa.run(Everything { a: &a, b: &b, halves: &halves, brains: &brains, bytes: &bytes });
+            let words = std::array::from_fn(|_| (next() % 256) as i16 - 128);
+            let ints = std::array::from_fn(|_| i32::try_from(next() % 256).unwrap() - 128);
+            let run = |isa: Isa| {
+                let (halves, brains, bytes) = (&halves, &brains, &bytes);
+                isa.run(Everything { a: &a, b: &b, halves, brains, bytes, words: &words, ints: &ints })
+            };
             let expect = run(Isa(Level::Portable));
             for isa in Isa::available() {
                 assert_eq!(run(isa), expect, "{}", isa.name());

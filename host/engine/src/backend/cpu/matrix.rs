@@ -8,8 +8,9 @@
 use half::{bf16, f16};
 
 use super::aligned::Aligned;
-use super::blocks::{Q4kBlock, Q6kBlock, Q8Block, QuantBlock};
+use super::blocks::{Q8Block, QuantBlock};
 use super::isa::{LANES, Weight};
+use super::supers::{Q4kBlock, Q6kBlock};
 use crate::load::{Elements, Kind, LoadError, quantise_q8_0};
 
 /// Columns of a panel.
@@ -130,9 +131,9 @@ impl Packed {
         }
     }
 
-    /// Whether products take activations in 8 bits.
-    pub(super) fn quantised(&self) -> bool {
-        matches!(self, Self::Q8(_) | Self::Q4k(_) | Self::Q6k(_))
+    /// Whether the weights come in super-blocks.
+    pub(super) fn has_supers(&self) -> bool {
+        matches!(self, Self::Q4k(_) | Self::Q6k(_))
     }
 }
 

@@ -1,18 +1,35 @@
-//! Activations in 8 bits, for products with quantised weights: blocks of 32 along K, as the weights have them.
+//! Activations in 8 bits, for products with quantised weights: by blocks of 32 along K for Q8_0, by super-blocks of 256 for
+//! the K-quants, as the weights' own integers go.
 //!
-//! `[group of rows][k / 32][row of the group]`, a group being what one tile takes: rows as even as can be among the fewest
-//! groups of at most sixteen. The scale stays `f32`: it is never stored, and a second rounding would buy nothing.
+//! Rows come in groups, a group being what one tile takes: rows as even as can be among the fewest groups of at most sixteen.
+//! Blocks are `[group][k / 32][row of the group]`, super-blocks `[k / 256][group][k / 64 % 4][row of the group]`: each in the
+//! order in which tiles read it. The scale stays `f32`: it is never stored, and a second rounding would buy nothing.
 
 use super::aligned::Aligned;
-use super::isa::{Kernel, Lanes, Quads, Simd, TILE_ROWS, stride};
+use super::isa::{Kernel, Lanes, Quads, Simd, Stretch, TILE_ROWS, stride};
 use super::matrix::BLOCK;
 use super::pool::{ComputePool, Units};
+use super::supers::SUPER;
 
 /// Room for quantised activations.
 #[derive(Debug)]
 pub(super) struct Quantised {
+    pub(super) blocks: Blocks,
+    pub(super) supers: Supers,
+}
+
+/// Room for blocks.
+#[derive(Debug)]
+pub(super) struct Blocks {
     quads: Aligned<[i8; 4], { BLOCK / 4 }>,
     factors: Vec<Factor>,
+}
+
+/// Room for super-blocks.
+#[derive(Debug)]
+pub(super) struct Supers {
+    stretches: Aligned<[i8; 4], 16>,
+    factors: Vec<SuperFactor>,
 }
 
 /// What belongs to one block of one row beside its values.
@@ -21,23 +38,25 @@ pub(super) struct Quantised {
 pub(super) struct Factor {
     /// What the values are multiplied by.
     pub(super) scale: f32,
-    /// Minus the sum of the values, scaled: what a column's minimum is multiplied by.
-    pub(super) mass: f32,
-    /// -128 times the sum of the values, by half: see [`Simd::dot_start`].
-    offsets: [i32; 2],
+    /// -128 times the sum of the values: see [`Simd::dot_start`].
+    pub(super) offset: i32,
 }
 
-impl Factor {
-    /// The offset of one of `runs` runs of the values.
-    #[inline(always)]
-    pub(super) fn offset(&self, runs: usize, run: usize) -> i32 {
-        if runs == 1 { self.offsets[0] + self.offsets[1] } else { self.offsets[run] }
-    }
+/// What belongs to one super-block of one row beside its values.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct SuperFactor {
+    /// What the values are multiplied by.
+    pub(super) scale: f32,
+    /// Sums of the values of 32, two by two: what the minima of columns are multiplied by.
+    pub(super) sums: [[i16; 2]; 4],
+    /// -128 times the sums of sixteen values.
+    offsets: [i32; 16],
 }
 
-/// Quantised rows. Those that fill up the last group are zeros.
+/// Rows by blocks. Those that fill up the last group are zeros.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct QuantRows<'a> {
+pub(super) struct BlockRows<'a> {
     quads: &'a [Quads],
     factors: &'a [Factor],
     /// Rows of a group.
@@ -45,37 +64,86 @@ pub(super) struct QuantRows<'a> {
     n_blocks: usize,
 }
 
+/// Rows by super-blocks. Those that fill up the last group are zeros.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SuperRows<'a> {
+    stretches: &'a [Stretch],
+    factors: &'a [SuperFactor],
+    /// Rows of a group.
+    pub(super) height: usize,
+    pub(super) n_groups: usize,
+}
+
+/// Number of groups, and rows of a group.
+fn groups(rows: usize) -> (usize, usize) {
+    let n_groups = rows.div_ceil(TILE_ROWS);
+    (n_groups, rows.div_ceil(n_groups))
+}
+
+// === impl SuperFactor ===
+
+impl SuperFactor {
+    /// The offset of run `run` of so many.
+    #[inline(always)]
+    pub(super) fn offset(&self, run: usize, runs: usize) -> i32 {
+        if runs == 16 { self.offsets[run] } else { self.offsets[2 * run] + self.offsets[2 * run + 1] }
+    }
+}
+
 // === impl Quantised ===
 
 impl Quantised {
     /// Room for `rows` rows of `width` values, or fewer of both.
     pub(super) fn allocate(width: usize, rows: usize) -> Self {
-        let n = width / BLOCK * rows.next_multiple_of(TILE_ROWS);
-        Self { quads: Aligned::filled([0; 4], n), factors: vec![Factor::default(); n] }
+        let rows = rows.next_multiple_of(TILE_ROWS);
+        let (n_blocks, n_supers) = (width / BLOCK * rows, width / SUPER * rows);
+        let blocks = Blocks { quads: Aligned::filled([0; 4], n_blocks), factors: vec![Factor::default(); n_blocks] };
+        let stretches = Aligned::filled([0; 4], 4 * n_supers);
+        Self { blocks, supers: Supers { stretches, factors: vec![SuperFactor::default(); n_supers] } }
     }
 
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(&*self.quads) + size_of_val(self.factors.as_slice())
+        let Self { blocks, supers } = self;
+        size_of_val(&*blocks.quads)
+            + size_of_val(blocks.factors.as_slice())
+            + size_of_val(&*supers.stretches)
+            + size_of_val(supers.factors.as_slice())
     }
+}
 
+impl Blocks {
     /// Quantises the first `k` columns of panel-major activations `[k / 16][stride(rows)][16]`.
-    pub(super) fn fill(&mut self, pool: &ComputePool, x: &[Lanes], rows: usize, k: usize) -> QuantRows<'_> {
-        let n_groups = rows.div_ceil(TILE_ROWS);
-        let (height, n_blocks) = (rows.div_ceil(n_groups), k / BLOCK);
+    pub(super) fn fill(&mut self, pool: &ComputePool, x: &[Lanes], rows: usize, k: usize) -> BlockRows<'_> {
+        let ((n_groups, height), n_blocks) = (groups(rows), k / BLOCK);
         let unit = n_blocks * height;
         let (quads, factors) = (&mut self.quads[..n_groups * unit], &mut self.factors[..n_groups * unit]);
         let units = Units { items: quads, unit, scratch: factors, scratch_unit: unit };
         // A value costs about as much as eight multiply-adds.
         pool.split_with(8 * rows * k, units, |first, quads, factors| {
-            pool.isa().run(Quantise { x, rows, first, n_blocks, height, quads, factors });
+            pool.isa().run(QuantiseBlocks { x, rows, first, n_blocks, height, quads, factors });
         });
-        QuantRows { quads: &self.quads[..n_groups * unit], factors: &self.factors[..n_groups * unit], height, n_blocks }
+        BlockRows { quads: &self.quads[..n_groups * unit], factors: &self.factors[..n_groups * unit], height, n_blocks }
     }
 }
 
-// === impl QuantRows ===
+impl Supers {
+    /// Quantises the first `k` columns of panel-major activations `[k / 16][stride(rows)][16]`.
+    pub(super) fn fill(&mut self, pool: &ComputePool, x: &[Lanes], rows: usize, k: usize) -> SuperRows<'_> {
+        let ((n_groups, height), n_supers) = (groups(rows), k / SUPER);
+        let unit = n_groups * height;
+        let (stretches, factors) = (&mut self.stretches[..4 * n_supers * unit], &mut self.factors[..n_supers * unit]);
+        let units = Units { items: stretches, unit: 4 * unit, scratch: factors, scratch_unit: unit };
+        pool.split_with(8 * rows * k, units, |first, stretches, factors| {
+            pool.isa().run(QuantiseSupers { x, rows, first, n_groups, height, stretches, factors });
+        });
+        let (stretches, factors) = (&self.stretches[..4 * n_supers * unit], &self.factors[..n_supers * unit]);
+        SuperRows { stretches, factors, height, n_groups }
+    }
+}
 
-impl<'a> QuantRows<'a> {
+// === impl BlockRows ===
+
+impl<'a> BlockRows<'a> {
     pub(super) fn n_groups(&self) -> usize {
         self.quads.len() / (self.n_blocks * self.height)
     }
@@ -93,12 +161,23 @@ impl<'a> QuantRows<'a> {
         let at = (group * self.n_blocks + block) * self.height;
         let (quads, factors) = (self.quads.as_ptr().wrapping_add(at), self.factors.as_ptr().wrapping_add(at));
         (0..4).for_each(|line| s.prefetch_near(quads.wrapping_byte_add(64 * (4 * half + line))));
-        (0..2).for_each(|line| s.prefetch_near(factors.wrapping_byte_add(64 * (2 * half + line))));
+        s.prefetch_near(factors.wrapping_byte_add(64 * half));
+    }
+}
+
+// === impl SuperRows ===
+
+impl<'a> SuperRows<'a> {
+    /// One super-block of the rows of a group: 64 values of each row, four times, and their factors.
+    #[inline(always)]
+    pub(super) fn block(&self, group: usize, block: usize) -> (&'a [Stretch], &'a [SuperFactor]) {
+        let at = (block * self.n_groups + group) * self.height;
+        (&self.stretches[4 * at..4 * (at + self.height)], &self.factors[at..at + self.height])
     }
 }
 
 /// Groups `first ..`, as many as the slices hold.
-struct Quantise<'a> {
+struct QuantiseBlocks<'a> {
     x: &'a [Lanes],
     rows: usize,
     first: usize,
@@ -108,7 +187,7 @@ struct Quantise<'a> {
     factors: &'a mut [Factor],
 }
 
-impl Kernel for Quantise<'_> {
+impl Kernel for QuantiseBlocks<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -119,31 +198,75 @@ impl Kernel for Quantise<'_> {
         for (i, (quads, factors)) in blocks.enumerate() {
             let (begin, at) = ((first + i / n_blocks) * height, 2 * (i % n_blocks) * step);
             for (row, (quads, factor)) in (begin..).zip(quads.iter_mut().zip(factors)) {
-                (*quads, *factor) = match row < rows {
-                    true => quantised(s, s.load(&x[at + row]), s.load(&x[at + step + row])),
-                    false => Default::default(),
-                };
+                (*quads, *factor) = Default::default();
+                if row < rows {
+                    let (scale, sums) = quantise(s, [&x[at + row], &x[at + step + row]], quads.as_chunks_mut().0);
+                    *factor = Factor { scale, offset: -128 * (sums[0] + sums[1]) };
+                }
             }
         }
     }
 }
 
-/// One block of one row, given as its two halves.
+/// Super-blocks `first ..`, as many as the slices hold.
+struct QuantiseSupers<'a> {
+    x: &'a [Lanes],
+    rows: usize,
+    first: usize,
+    n_groups: usize,
+    height: usize,
+    stretches: &'a mut [Stretch],
+    factors: &'a mut [SuperFactor],
+}
+
+impl Kernel for QuantiseSupers<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, rows, first, n_groups, height, stretches, factors } = self;
+        let step = stride(rows);
+        for (i, (stretches, factors)) in
+            stretches.chunks_exact_mut(4 * height).zip(factors.chunks_exact_mut(height)).enumerate()
+        {
+            let (begin, x) = (i % n_groups * height, &x[16 * (first + i / n_groups) * step..]);
+            for (in_group, factor) in factors.iter_mut().enumerate() {
+                let row = begin + in_group;
+                let mut quads = [[[0; 4]; 4]; 16];
+                *factor = SuperFactor::default();
+                if row < rows {
+                    let x: [&Lanes; 16] = std::array::from_fn(|i| &x[i * step + row]);
+                    let (scale, sums) = quantise(s, x, &mut quads);
+                    let of = |block: usize| (sums[2 * block] + sums[2 * block + 1]) as i16;
+                    let pairs = std::array::from_fn(|pair| [of(2 * pair), of(2 * pair + 1)]);
+                    *factor = SuperFactor { scale, sums: pairs, offsets: sums.map(|sum| -128 * sum) };
+                }
+                for (t, quads) in quads.as_chunks::<4>().0.iter().enumerate() {
+                    stretches[t * height + in_group].copy_from_slice(quads.as_flattened());
+                }
+            }
+        }
+    }
+}
+
+/// Quantises vectors by one scale: returns it, and the sum of each.
 #[inline(always)]
-fn quantised<S: Simd>(s: S, low: S::V, high: S::V) -> (Quads, Factor) {
-    let zero = s.zero();
-    let magnitude = s.max(s.max(low, s.sub(zero, low)), s.max(high, s.sub(zero, high)));
+fn quantise<S: Simd, const N: usize>(s: S, x: [&Lanes; N], out: &mut [[[i8; 4]; 4]]) -> (f32, [i32; N]) {
+    let (zero, mut magnitude) = (s.zero(), s.zero());
+    for x in x {
+        let x = s.load(x);
+        magnitude = s.max(magnitude, s.max(x, s.sub(zero, x)));
+    }
     let largest = s.max_lane(magnitude);
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
     // A denormal maximum would make the inverse infinite.
     let inverse = s.splat(if inverse.is_finite() { inverse } else { 0.0 });
-    let (low, high) = (s.mul(low, inverse), s.mul(high, inverse));
-    // At most 16 * 127 each: exact, in any order.
-    let sums = [s.sum(s.round(low)), s.sum(s.round(high))];
-    let mut quads = Quads::default();
-    let (first, last) = quads.split_at_mut(BLOCK / 8);
-    first.copy_from_slice(s.round_i8(low).as_chunks().0);
-    last.copy_from_slice(s.round_i8(high).as_chunks().0);
-    let scale = largest / 127.0;
-    (quads, Factor { scale, mass: -scale * (sums[0] + sums[1]), offsets: sums.map(|sum| -128 * sum as i32) })
+    let mut sums = [0; N];
+    for (x, (sum, out)) in x.into_iter().zip(sums.iter_mut().zip(out)) {
+        let x = s.mul(s.load(x), inverse);
+        // At most 16 * 127: exact, in any order.
+        *sum = s.sum(s.round(x)) as i32;
+        out.copy_from_slice(s.round_i8(x).as_chunks().0);
+    }
+    (largest / 127.0, sums)
 }

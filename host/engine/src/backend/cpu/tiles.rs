@@ -1,20 +1,19 @@
-//! `out = x * W^T` in 8-bit integers, by tile registers.
+//! `out = x * W^T` for weights in Q8_0, by tile registers.
 //!
-//! A tile product covers sixteen rows, sixteen columns and as much of K as has one scale. Its sums leave the tile through
+//! A tile product covers sixteen rows, sixteen columns and as much of K as has one scale, 32. Its sums leave the tile through
 //! memory and are scaled and added as vectors; that costs more than the product itself, so the loops serve it: the sums of
 //! a few blocks stay in the nearest cache, and a row's accumulators in registers while these blocks are added.
 
-use super::blocks::{ColumnFactors, QuantBlock};
-use super::dots::{Dots, Panel};
+use super::blocks::Q8Block;
+use super::dots::{Dots, prefetch};
 use super::gemm::Part;
 use super::isa::{Kernel, LANES, Lanes, Simd, TILE_ROWS, TileSums, Tiles};
-use super::matrix::{BLOCK, PANEL};
-use super::quant::QuantRows;
+use super::quant::BlockRows;
 
 /// A product by tiles.
-pub(super) struct TileDots<'a, B> {
+pub(super) struct TileDots<'a> {
     pub(super) tiles: Tiles,
-    pub(super) dots: Dots<'a, B>,
+    pub(super) dots: Dots<'a>,
 }
 
 /// Products along K between two visits of an accumulator: their sums, 16 KiB for two groups, fit the nearest cache.
@@ -30,7 +29,7 @@ struct Sums([[[TileSums; 2]; 2]; STEP]);
 /// What the rows of a group have gathered, by half of the panel.
 type Gathered = [[Lanes; TILE_ROWS]; 2];
 
-impl<B: QuantBlock> Kernel for TileDots<'_, B> {
+impl Kernel for TileDots<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -62,36 +61,33 @@ struct At {
     near: bool,
 }
 
-impl<B: QuantBlock> TileDots<'_, B> {
+impl TileDots<'_> {
     /// `G` groups, one or two, by one panel.
     #[inline(always)]
     fn groups<S: Simd, const G: usize>(&mut self, s: S, at: At, sums: &mut Sums) {
         let mut gathered = [[[[0.0; LANES]; TILE_ROWS]; 2]; G];
-        let (mut room, mut columns) = ([[0; 4 * PANEL]; BLOCK / 4], [ColumnFactors::ZERO; STEP]);
+        let mut scales = [[[0.0; LANES]; 2]; STEP];
         let w = self.dots.panel(at.panel);
-        let step = STEP / B::RUNS;
-        for begin in (0..w.n_blocks).step_by(step) {
-            let n = step.min(w.n_blocks - begin);
-            for (b, columns) in columns[..n].iter_mut().enumerate() {
+        for begin in (0..w.len()).step_by(STEP) {
+            let n = STEP.min(w.len() - begin);
+            for (b, scales) in scales[..n].iter_mut().enumerate() {
                 let block = begin + b;
                 if !at.near {
-                    w.prefetch(s, block, 0..4);
+                    prefetch(s, w, block, 0..4);
                 }
-                w.factors(s, block, columns);
-                let weights = w.quads(block, &mut room);
+                let (halves, _) = w[block].scales.as_chunks::<LANES>();
+                s.store(s.load_f16(&halves[0]), &mut scales[0]);
+                s.store(s.load_f16(&halves[1]), &mut scales[1]);
                 let x: [_; G] = std::array::from_fn(|g| self.dots.x.block(at.group + g, block).0);
-                for run in 0..B::RUNS {
-                    let sums = &mut sums.0[b * B::RUNS + run];
-                    match x.as_slice() {
-                        [x0, x1] => self.tiles.two([x0, x1], weights, run, sums),
-                        _ => self.tiles.one(x[0], weights, run, &mut sums[0]),
-                    }
+                match x.as_slice() {
+                    [x0, x1] => self.tiles.two([x0, x1], &w[block].quants, &mut sums.0[b]),
+                    _ => self.tiles.one(x[0], &w[block].quants, &mut sums.0[b][0]),
                 }
             }
             for (g, gathered) in gathered.iter_mut().enumerate() {
-                let (group, columns, share) = (at.group + g, &columns[..n], 2 / G);
-                let ahead = if at.near { None } else { Some(&w) };
-                Blocks { x: &self.dots.x, group, begin, sums: &sums.0, g, columns, ahead, share }.gather(s, gathered);
+                let (group, scales, share) = (at.group + g, &scales[..n], 2 / G);
+                let ahead = if at.near { None } else { Some(w) };
+                Blocks { x: &self.dots.x, group, begin, sums: &sums.0, g, scales, ahead, share }.gather(s, gathered);
             }
         }
         for (g, gathered) in gathered.iter().enumerate() {
@@ -112,20 +108,21 @@ impl<B: QuantBlock> TileDots<'_, B> {
 }
 
 /// Sums of some blocks, for one group.
-struct Blocks<'a, B> {
-    x: &'a QuantRows<'a>,
+struct Blocks<'a> {
+    x: &'a BlockRows<'a>,
     group: usize,
     begin: usize,
     sums: &'a [[[TileSums; 2]; 2]; STEP],
     /// Which of the two groups of the sums.
     g: usize,
-    columns: &'a [ColumnFactors],
+    /// Of the columns, by half of the panel.
+    scales: &'a [[Lanes; 2]],
     /// Weights to ask for, and how many eighths in each half.
-    ahead: Option<&'a Panel<'a, B>>,
+    ahead: Option<&'a [Q8Block]>,
     share: usize,
 }
 
-impl<B: QuantBlock> Blocks<'_, B> {
+impl Blocks<'_> {
     /// Scales them and adds them.
     #[inline(always)]
     fn gather<S: Simd>(&self, s: S, gathered: &mut Gathered) {
@@ -151,28 +148,19 @@ impl<B: QuantBlock> Blocks<'_, B> {
         for r in 0..R {
             acc[r] = s.load(&rows[r]);
         }
-        for (b, columns) in self.columns.iter().enumerate() {
+        for (b, scales) in self.scales.iter().enumerate() {
             let block = self.begin + b;
-            self.x.prefetch(s, self.group, block + STEP / B::RUNS, half);
+            self.x.prefetch(s, self.group, block + STEP, half);
             if let Some(w) = self.ahead {
                 let first = 4 + (2 * self.g + half) * self.share;
-                w.prefetch(s, block, first..first + self.share);
+                prefetch(s, w, block, first..first + self.share);
             }
             let Some(factors) = self.x.block(self.group, block).1[row..].first_chunk::<R>() else { return R };
-            for run in 0..B::RUNS {
-                let sums = &self.sums[b * B::RUNS + run][self.g][half];
-                let Some(sums) = sums[row..].first_chunk::<R>() else { return R };
-                let scales = s.load(&columns.scales[run][half]);
-                for r in 0..R {
-                    let sum = s.int_to_f32(s.load_int(&sums[r]));
-                    acc[r] = s.fma(sum, s.mul(scales, s.splat(factors[r].scale)), acc[r]);
-                }
-            }
-            if B::MINIMA {
-                let minima = s.load(&columns.minima[half]);
-                for r in 0..R {
-                    acc[r] = s.fma(minima, s.splat(factors[r].mass), acc[r]);
-                }
+            let Some(sums) = self.sums[b][self.g][half][row..].first_chunk::<R>() else { return R };
+            let scales = s.load(&scales[half]);
+            for r in 0..R {
+                let sum = s.int_to_f32(s.load_int(&sums[r]));
+                acc[r] = s.fma(sum, s.mul(scales, s.splat(factors[r].scale)), acc[r]);
             }
         }
         for r in 0..R {

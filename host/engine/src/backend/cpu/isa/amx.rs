@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 
 use super::avx512::Avx512;
-use super::{Quads, TILE_ROWS, WeightQuads};
+use super::{Planes, Quads, Stretch, TILE_ROWS, WeightQuads};
 
 /// Proof that the CPU has AMX-INT8 and AVX-512, and that the kernel lets this process use tiles. Made by [`Amx::detect`]
 /// only.
@@ -57,14 +57,15 @@ impl Amx {
         tiles_allowed().then_some(Self { lanes })
     }
 
-    /// Sets up this thread's tiles for products of `height` rows (1 to 16) over `depth` values of K (16 or 32), until the
+    /// Sets up this thread's tiles for products of `height` rows (1 to 16) over `depth` values of K (32 or 64), until the
     /// value is dropped.
     pub(super) fn tiles(self, height: usize, depth: usize) -> Tiles {
-        assert!((1..=TILE_ROWS).contains(&height) && [16, 32].contains(&depth), "no shape of a tile");
+        assert!((1..=TILE_ROWS).contains(&height) && [32, 64].contains(&depth), "no shape of a tile");
         assert!(!IN_USE.replace(true), "the tiles of this thread are in use");
-        // Four of sums, two of activations, two of weights.
+        // Four of sums; of the others, one or two of activations.
         let (sums, x, w) = ((64, height as u8), (depth as u16, height as u8), (64, (depth / 4) as u8));
-        self.configure([sums, sums, sums, sums, x, x, w, w]);
+        let second = if depth == 32 { x } else { w };
+        self.configure([sums, sums, sums, sums, x, second, w, w]);
         Tiles { height, depth, not_send: PhantomData }
     }
 }
@@ -132,19 +133,16 @@ fn tiles_allowed() -> bool {
 
 impl Tiles {
     #[inline(always)]
-    fn check(&self, x: &[Quads], run: usize) {
-        assert!(x.len() >= self.height && (run + 1) * self.depth <= size_of::<Quads>(), "not the shape of the tiles");
+    fn check(&self, rows: usize, depth: usize) {
+        assert!(rows >= self.height && depth == self.depth, "not the shape of the tiles");
     }
 
-    /// Products over the `run`-th values of K, of as many as the tiles are deep: the rows of one group by both halves of a
-    /// panel.
+    /// Products over 32 values of K: the rows of one group by both halves of a panel.
     #[inline(always)]
-    pub(crate) fn one(&self, x: &[Quads], w: &WeightQuads, run: usize, out: &mut [TileSums; 2]) {
-        self.check(x, run);
-        let (x, w) = (x.as_ptr().wrapping_byte_add(run * self.depth), w.as_ptr().wrapping_add(run * self.depth / 4));
-        // SAFETY: tiles are set up on this thread (`self` cannot leave it) for `height` rows of `depth` bytes, which `x` has
-        // behind a start of `run * depth` in rows of 32; a tile of weights reads 64 bytes of `depth / 4` of the 8 rows of `w`,
-        // likewise; `out` has 16 rows of 64 bytes for each tile.
+    pub(crate) fn one(&self, x: &[Quads], w: &WeightQuads, out: &mut [TileSums; 2]) {
+        self.check(x.len(), 32);
+        // SAFETY: tiles are set up on this thread (`self` cannot leave it) for `height` rows of 32 bytes, which `x` has; a
+        // tile of weights reads 64 bytes of each of the 8 rows of `w`; `out` has 16 rows of 64 bytes for each tile.
         unsafe {
             asm!(
                 "tileloadd tmm4, [{x} + {x_step}]",
@@ -156,9 +154,9 @@ impl Tiles {
                 "tdpbssd tmm1, tmm4, tmm7",
                 "tilestored [{out} + {out_step}], tmm0",
                 "tilestored [{out} + {out_step} + 1024], tmm1",
-                x = in(reg) x,
+                x = in(reg) x.as_ptr(),
                 x_step = in(reg) size_of::<Quads>(),
-                w = in(reg) w,
+                w = in(reg) w.as_ptr(),
                 w_step = in(reg) size_of::<WeightQuads>() / 8,
                 out = in(reg) out.as_mut_ptr(),
                 out_step = in(reg) 64usize,
@@ -170,10 +168,8 @@ impl Tiles {
 
     /// The same for two groups, so that weights are loaded once for both.
     #[inline(always)]
-    pub(crate) fn two(&self, x: [&[Quads]; 2], w: &WeightQuads, run: usize, out: &mut [[TileSums; 2]; 2]) {
-        x.iter().for_each(|x| self.check(x, run));
-        let x = x.map(|x| x.as_ptr().wrapping_byte_add(run * self.depth));
-        let w = w.as_ptr().wrapping_add(run * self.depth / 4);
+    pub(crate) fn two(&self, x: [&[Quads]; 2], w: &WeightQuads, out: &mut [[TileSums; 2]; 2]) {
+        x.iter().for_each(|x| self.check(x.len(), 32));
         // SAFETY: as in `one`, for two groups of rows and four tiles of sums.
         unsafe {
             asm!(
@@ -193,16 +189,63 @@ impl Tiles {
                 "tilestored [{out} + {out_step} + 2048], tmm2",
                 "tilestored [{out} + {out_step} + 1024], tmm1",
                 "tilestored [{out} + {out_step} + 3072], tmm3",
-                x0 = in(reg) x[0],
-                x1 = in(reg) x[1],
+                x0 = in(reg) x[0].as_ptr(),
+                x1 = in(reg) x[1].as_ptr(),
                 x_step = in(reg) size_of::<Quads>(),
-                w = in(reg) w,
+                w = in(reg) w.as_ptr(),
                 w_step = in(reg) size_of::<WeightQuads>() / 8,
                 out = in(reg) out.as_mut_ptr(),
                 out_step = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// Products over 256 values of K with both bytes of the weights: the rows of one group, given 64 values of all of them
+    /// after the other, by both halves of a panel. `out` is by byte and half.
+    #[inline(always)]
+    pub(crate) fn planes(&self, x: &[Stretch], w: &Planes, out: &mut [[TileSums; 2]; 2]) {
+        self.check(x.len() / 4, 64);
+        // SAFETY: tiles are set up on this thread for `height` rows of 64 bytes, which `x` has four times; a tile of weights
+        // reads 64 bytes of 16 rows of a plane, four times behind each other in its 64 rows; the second plane begins 8,192
+        // bytes behind the first; `out` has 16 rows of 64 bytes for each tile. The pointers move four times and are read
+        // before each.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "2:",
+                "tileloadd tmm4, [{x} + {x_step}]",
+                "tileloadd tmm5, [{w} + {w_step}]",
+                "tdpbssd tmm0, tmm4, tmm5",
+                "tileloadd tmm6, [{w} + {w_step} + 64]",
+                "tdpbssd tmm1, tmm4, tmm6",
+                "tileloadd tmm7, [{w} + {w_step} + 8192]",
+                "tdpbssd tmm2, tmm4, tmm7",
+                "tileloadd tmm5, [{w} + {w_step} + 8256]",
+                "tdpbssd tmm3, tmm4, tmm5",
+                "add {x}, {x_all}",
+                "add {w}, 2048",
+                "dec {n}",
+                "jnz 2b",
+                "tilestored [{out} + {x_step}], tmm0",
+                "tilestored [{out} + {x_step} + 1024], tmm1",
+                "tilestored [{out} + {x_step} + 2048], tmm2",
+                "tilestored [{out} + {x_step} + 3072], tmm3",
+                x = inout(reg) x.as_ptr() => _,
+                x_step = in(reg) size_of::<Stretch>(),
+                x_all = in(reg) self.height * size_of::<Stretch>(),
+                w = inout(reg) w.as_ptr() => _,
+                w_step = in(reg) size_of::<Planes>() / 128,
+                n = inout(reg) 4usize => _,
+                out = in(reg) out.as_mut_ptr(),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
             );
         }
     }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, Simd, word};
+use super::{Kernel, LANES, Lanes, Simd, pair, word};
 
 /// Proof that the CPU has AVX2, FMA and F16C. Made by [`Avx2::detect`] only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +174,32 @@ impl Simd for Avx2 {
             let (low, high) = (_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
             [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
         }
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: [__m256i; 2], w: &[i16; 32], x: [i16; 2]) -> [__m256i; 2] {
+        // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
+        unsafe {
+            let x = _mm256_set1_epi32(pair(x));
+            let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(16).cast()));
+            let (low, high) = (_mm256_madd_epi16(low, x), _mm256_madd_epi16(high, x));
+            [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
+        }
+    }
+
+    #[inline(always)]
+    fn int_mul_add(self, acc: [__m256i; 2], a: [__m256i; 2], b: &[i32; LANES]) -> [__m256i; 2] {
+        let b = self.load_int(b);
+        let products = both!(_mm256_mullo_epi32; a, b);
+        both!(_mm256_add_epi32; acc, products)
+    }
+
+    #[inline(always)]
+    fn shift_add(self, high: [__m256i; 2], low: [__m256i; 2], shift: u32) -> [__m256i; 2] {
+        // SAFETY: the token proves the instruction, which touches registers only.
+        let counts = unsafe { [_mm_cvtsi32_si128(shift.cast_signed()); 2] };
+        let high = both!(_mm256_sll_epi32; high, counts);
+        both!(_mm256_add_epi32; high, low)
     }
 
     #[inline(always)]

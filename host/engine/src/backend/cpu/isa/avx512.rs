@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, Simd, word};
+use super::{Kernel, LANES, Lanes, Simd, pair, word};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C. Made by [`Avx512::detect`] only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +156,22 @@ impl Simd for Avx512 {
             let w = _mm512_xor_si512(_mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi8(-128));
             _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(word(x)))
         }
+    }
+
+    #[inline(always)]
+    fn dot2(self, acc: __m512i, w: &[i16; 32], x: [i16; 2]) -> __m512i {
+        // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
+        unsafe { _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(pair(x))) }
+    }
+
+    #[inline(always)]
+    fn int_mul_add(self, acc: __m512i, a: __m512i, b: &[i32; LANES]) -> __m512i {
+        registers!(_mm512_add_epi32(acc, _mm512_mullo_epi32(a, self.load_int(b))))
+    }
+
+    #[inline(always)]
+    fn shift_add(self, high: __m512i, low: __m512i, shift: u32) -> __m512i {
+        registers!(_mm512_add_epi32(_mm512_sll_epi32(high, _mm_cvtsi32_si128(shift.cast_signed())), low))
     }
 
     #[inline(always)]

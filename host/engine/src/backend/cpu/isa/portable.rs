@@ -112,6 +112,22 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn dot2(self, acc: [i32; LANES], w: &[i16; 32], x: [i16; 2]) -> [i32; LANES] {
+        let [x0, x1] = x.map(i32::from);
+        std::array::from_fn(|lane| acc[lane] + i32::from(w[2 * lane]) * x0 + i32::from(w[2 * lane + 1]) * x1)
+    }
+
+    #[inline(always)]
+    fn int_mul_add(self, acc: [i32; LANES], a: [i32; LANES], b: &[i32; LANES]) -> [i32; LANES] {
+        std::array::from_fn(|lane| acc[lane].wrapping_add(a[lane].wrapping_mul(b[lane])))
+    }
+
+    #[inline(always)]
+    fn shift_add(self, high: [i32; LANES], low: [i32; LANES], shift: u32) -> [i32; LANES] {
+        std::array::from_fn(|lane| (high[lane] << shift).wrapping_add(low[lane]))
+    }
+
+    #[inline(always)]
     fn int_to_f32(self, v: [i32; LANES]) -> Lanes {
         v.map(|x| x as f32)
     }
