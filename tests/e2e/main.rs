@@ -6,6 +6,7 @@ mod aliases;
 mod bench;
 mod client;
 mod control;
+mod described;
 mod embeddings;
 mod explain;
 mod handover;
