@@ -12,8 +12,14 @@ const PATIENCE: usize = 6_000;
 
 /// Serves a request; who decided it.
 fn serve(host: &Host, id: &str) -> String {
-    let headers = [("content-type", "application/json"), ("x-request-id", id)];
-    let body = json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 3, "temperature": 0 }).to_string();
+    let body = json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 3, "temperature": 0 });
+    serve_for(host, (id, "default"), &body)
+}
+
+/// The same of a tenant.
+fn serve_for(host: &Host, (id, tenant): (&str, &str), body: &Value) -> String {
+    let headers = [("content-type", "application/json"), ("x-request-id", id), ("x-tenant-id", tenant)];
+    let body = body.to_string();
     let answer = host.send("POST", &format!("{}/v1/completions", host.data), &headers, body.as_bytes());
     assert_eq!(answer.status, 200, "a shadow costs no request: {answer:?}");
     answer.headers.get("x-pointsman-router").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
@@ -50,6 +56,20 @@ fn until(host: &Host, slot: &str, id: &str, holds: impl Fn(&Value) -> bool) -> V
     let router = serve(host, "first");
     let found = (0..PATIENCE).find_map(|n| {
         assert_eq!(serve(host, &format!("{id}-{n}")), router, "the shadow decides nothing");
+        Some(report(host, slot, id)).filter(&holds)
+    });
+    found.unwrap_or_else(|| panic!("{}", report(host, slot, id)))
+}
+
+/// The same, where nobody looks who decided.
+fn until_by(
+    host: &Host,
+    (slot, id): (&str, &str),
+    mut serve: impl FnMut(usize),
+    holds: impl Fn(&Value) -> bool,
+) -> Value {
+    let found = (0..PATIENCE).find_map(|n| {
+        serve(n);
         Some(report(host, slot, id)).filter(&holds)
     });
     found.unwrap_or_else(|| panic!("{}", report(host, slot, id)))
@@ -167,15 +187,17 @@ fn a_restart_pauses_or_resumes_a_shadow() {
 #[test]
 fn a_plan_that_says_nothing_is_refused_with_the_reason() {
     let host = host(&[]);
+    let nothing = host.admin("POST", "/admin/v1/slots/admission/rollouts", &plan("native", json!({})));
+    assert!(nothing.status == 404 && nothing.body.to_string().contains("activate `native`"), "{nothing:?}");
     for (slot, member, value, expect) in [
         ("router", "sample", json!(0), "`sample` must be above 0 and at most 1"),
         ("router", "steps", json!([50]), "takes no `steps`"),
         ("router", "guards", json!([{ "metric": "error-rate", "margin": 0.1 }]), "takes no `guards`"),
         ("router", "auto_promote", json!(true), "promote it by hand"),
-        ("sampler", "sample", json!(1), "the tokens that it would have changed"),
-        ("admission", "sample", json!(1), "it alone had let in"),
-        ("kv-retention", "sample", json!(1), "use `switchback`"),
-        ("telemetry.slo-log", "sample", json!(1), "`telemetry.<another name>`"),
+        ("admission", "steps", json!([50]), "takes no `steps`"),
+        ("sampler", "auto_promote", json!(true), "promote it by hand"),
+        ("telemetry.slo-log", "sample", json!(1), "a hook is heard beside the others in any case"),
+        ("telemetry.slo-log", "sample", json!(1), "PUT as `telemetry.<another name>`"),
     ] {
         let mut body = plan("native", json!({}));
         body[member] = value;
@@ -203,4 +225,83 @@ fn a_scheduler_is_shadowed_too() {
 
     let native = host.admin("POST", "/admin/v1/slots/scheduler/rollouts", &plan("native", json!({})));
     assert!(native.status == 400 && native.body.to_string().contains("`sched-fcfs` orders"), "{native:?}");
+}
+
+#[test]
+fn a_quota_is_tried_beside_an_open_door() {
+    let host = host(&[]);
+    assert_eq!(host.activate("admission", "native", json!({})).status, 200);
+    let bucket = host.builtin("admit-token-bucket");
+    let id = start(&host, "admission", &plan(&bucket, json!({ "tokens_per_second": 1_000_000 })));
+    let found = until(&host, "admission", &id, |r| periods(r) >= 2);
+    let shadow = &found["evidence"]["shadow"];
+    assert_eq!((&shadow["share"], &shadow["answers"]["unanswered"]), (&json!(1.0), &json!(0)), "{found}");
+    let why = host.admin("GET", &format!("/admin/v1/requests/{id}-0"), &Value::Null).body;
+    assert_eq!((&why["admission"]["revision"], &why["admission"]["answer"]), (&json!("native"), &Value::Null), "{why}");
+    assert_eq!(why["admission"]["shadow"]["answer"], json!({ "accept": true }), "{why}");
+    assert_eq!(steer(&host, "admission", &id, "abort")["phase"]["cause"]["kind"], "asked");
+
+    // One that lets nobody in: everybody is served all the same, until it is promoted.
+    let id = start(&host, "admission", &plan(&bucket, json!({ "burst_tokens": 0 })));
+    let found = until(&host, "admission", &id, |r| periods(r) >= 2);
+    let answers = &found["evidence"]["shadow"]["answers"];
+    assert_eq!((&found["evidence"]["shadow"]["share"], &answers["agreed"]), (&json!(0.0), &json!(0)), "{found}");
+    assert!(answers["differed"]["would-refuse"].as_u64() >= Some(2), "{found}");
+    let mut explain = Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
+    let output = explain.args(["policy", "explain", &format!("{id}-0"), "--url", &host.admin]).output();
+    let said = output.expect("it starts").stdout;
+    let line = "would have said: reject (not-allowed)";
+    assert!(String::from_utf8_lossy(&said).contains(line), "{}", String::from_utf8_lossy(&said));
+    assert_eq!(steer(&host, "admission", &id, "promote")["phase"]["is"], "promoted");
+    let refused = host.post("/v1/completions", &json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 3 }));
+    assert_eq!(refused.status, 403, "{refused:?}");
+}
+
+#[test]
+fn an_order_of_eviction_is_tried_beside_the_hosts() {
+    // A cache so small that it is full after a few requests, of two tenants in turn.
+    let host = host(&[("ENGINE__KV_MIB", "1")]);
+    let serve = |n: usize| {
+        let prompt = format!("{:03} is the number of a request to a small cache. ", n % 1_000).repeat(8);
+        let body = json!({ "model": "demo:f16", "prompt": prompt, "max_tokens": 3, "ignore_eos": true });
+        serve_for(&host, (&format!("kv-{n}"), ["pinned", "other"][n % 2]), &body);
+    };
+    assert_eq!(host.activate("kv-retention", "native", json!({})).status, 200);
+    let config = json!({ "tenants": ["pinned"] });
+    let pins = host.builtin("kv-lru-with-pins");
+    let id = start(&host, "kv-retention", &plan(&pins, config.clone()));
+    let found = until_by(&host, ("kv-retention", &id), serve, |r| periods(r) >= 2);
+    let answers = &found["evidence"]["shadow"]["answers"];
+    assert!(answers["agreed"].as_u64() > Some(0) && answers["differed"]["other-block"].as_u64() > Some(0), "{found}");
+    assert_eq!((&answers["unanswered"], &found["candidate"]["policy"]["faults"]), (&json!(0), &json!(0)), "{found}");
+    assert_eq!(steer(&host, "kv-retention", &id, "promote")["phase"]["is"], "promoted");
+
+    let id = start(&host, "kv-retention", &plan(&pins, config));
+    let found = until_by(&host, ("kv-retention", &id), serve, |r| periods(r) >= 2);
+    assert_eq!(found["evidence"]["shadow"]["share"], json!(1.0), "the same policy gives up the same blocks: {found}");
+}
+
+#[test]
+fn a_list_of_words_is_tried_and_changes_none() {
+    let host = host(&[]);
+    assert_eq!(host.activate("sampler", "native", json!({})).status, 200);
+    let list = host.builtin("sampler-allowlist");
+    let body =
+        json!({ "model": "demo:f16", "prompt": "Rust is", "max_tokens": 8, "temperature": 0, "ignore_eos": true });
+    let said = || host.post("/v1/completions", &body).body["choices"][0]["text"].clone();
+    let free = said();
+    let serve = |n: usize| drop(serve_for(&host, (&format!("sampler-{n}"), "default"), &body));
+    let id = start(&host, "sampler", &plan(&list, json!({ "allow": [40, 41] })));
+    let found = until_by(&host, ("sampler", &id), serve, |r| periods(r) >= 2);
+    let answers = &found["evidence"]["shadow"]["answers"];
+    assert_eq!((&found["evidence"]["shadow"]["share"], &answers["agreed"]), (&json!(0.0), &json!(0)), "{found}");
+    assert!(answers["differed"]["would-edit"].as_u64() >= Some(8), "{found}");
+    assert_eq!((said(), &answers["unanswered"]), (free.clone(), &json!(0)), "{found}");
+    assert_eq!(steer(&host, "sampler", &id, "promote")["phase"]["is"], "promoted");
+    assert_ne!(said(), free, "now it has a say");
+
+    let id = start(&host, "sampler", &plan(&list, json!({ "allow": [41, 40] })));
+    let serve = |n: usize| drop(serve_for(&host, (&format!("listed-{n}"), "default"), &body));
+    let found = until_by(&host, ("sampler", &id), serve, |r| periods(r) >= 2);
+    assert_eq!(found["evidence"]["shadow"]["share"], json!(1.0), "the same list: {found}");
 }

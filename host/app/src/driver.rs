@@ -212,7 +212,7 @@ impl Driver {
         let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
         // Not only at a step: a request that comes after a swap is the new policy's.
         replica.sampler.attend(now, &replica.scheduler);
-        let started = replica.sampler.is_active().then(|| Started::of(&request));
+        let started = replica.sampler.hears_of(request.id).then(|| Started::of(&request));
         let (own, mask) = (request.id, request.mask.take());
         match replica.scheduler.submit(request, now) {
             Ok(()) => {

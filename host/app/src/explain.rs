@@ -81,15 +81,17 @@ fn admitted(lines: &mut Vec<String>, admission: &Value, is_routed: bool) {
     ));
     let clamps = admission["clamps"].as_array().map_or(&[][..], Vec::as_slice);
     lines.extend(clamps.iter().map(|clamp| format!("host    {}", text(clamp))));
-    match &admission["previous"] {
-        Value::Object(said) if said.contains_key("unavailable") => {}
-        Value::Object(said) => lines.push(format!(
-            "before  {};g={} would have said: {}",
-            text(&said["revision"]),
-            said["generation"],
-            verdict(&said["answer"])
-        )),
-        _ => {}
+    for (who, other) in [("before", &admission["previous"]), ("shadow", &admission["shadow"])] {
+        match other {
+            Value::Object(said) if said.contains_key("unavailable") => {}
+            Value::Object(said) => lines.push(format!(
+                "{who}  {};g={} would have said: {}",
+                text(&said["revision"]),
+                said["generation"],
+                verdict(&said["answer"])
+            )),
+            _ => {}
+        }
     }
 }
 
@@ -256,7 +258,8 @@ mod tests {
                 "load": {"in_flight": 3, "in_flight_limit": 256, "tenant_in_flight": 2},
                 "revision": "b@1.0.0+00000000", "generation": 2, "call_us": 4, "clamps": [],
                 "answer": {"reject": {"reason": "quota", "message": "no"}},
-                "previous": {"revision": "native", "generation": 1, "answer": null}
+                "previous": {"revision": "native", "generation": 1, "answer": null},
+                "shadow": {"revision": "c@1.0.0+00000000", "generation": 3, "answer": {"accept-as": "low"}}
             }
         }));
         for expect in [
@@ -264,6 +267,7 @@ mod tests {
             "model   demo  tenant t  priority normal  prompt 20 tokens, at most 4 new",
             "door    b@1.0.0+00000000;g=2  said: reject (quota) no  (in 4 us; 3 of 256 requests inside, 2 of the tenant)",
             "before  native;g=1 would have said: nothing",
+            "shadow  c@1.0.0+00000000;g=3 would have said: accept as low",
         ] {
             assert!(refused.contains(expect), "{expect:?} is missing in\n{refused}");
         }

@@ -12,7 +12,7 @@ use pointsman_sched::batch::Attention;
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
 use pointsman_sched::route::DecidedBy;
-use pointsman_sched::sampler::{Batch, Reply, SamplerWorker, Word};
+use pointsman_sched::sampler::{Batch, Overheard, Reply, SamplerWorker, Word};
 use pointsman_server::admin::wire::calls::{RankingSeen, RetentionLine, SamplerLine, StartedSeen, WordSeen};
 use pointsman_server::admin::wire::decision::Line;
 use pointsman_server::record::Tap;
@@ -55,8 +55,11 @@ impl<P: RetentionPolicy> RetentionPolicy for TappedRetention<P> {
         if self.tap.recording() == 0 {
             return self.inner.rank(now, wanted, blocks, ranking);
         }
-        // Who was asked: a guest that faults is gone afterwards.
+        // Who was asked: a guest that faults is gone afterwards. The native policy is only where it has a shadow.
         let by = self.inner.decided_by();
+        if by.is_native() {
+            return self.inner.rank(now, wanted, blocks, ranking);
+        }
         let has_ranked = self.inner.rank(now, wanted, blocks, ranking);
         let tenants: BTreeSet<u32> = blocks.tenant.iter().copied().collect();
         let name = |number| (number, self.names.name(NameKind::Tenant, number).to_string());
@@ -149,6 +152,14 @@ impl<W: SamplerWorker> SamplerWorker for TappedSampler<W> {
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
         self.inner.send(batch)
+    }
+
+    fn follows(&self, request: RequestId) -> bool {
+        self.inner.follows(request)
+    }
+
+    fn overhear(&mut self, heard: Overheard) -> bool {
+        self.inner.overhear(heard)
     }
 
     fn poll(&mut self) -> Option<Reply> {
@@ -273,6 +284,10 @@ mod tests {
             }
 
             fn refused(&mut self, _now: Micros, _why: BadRanking) {}
+
+            fn decided_by(&self) -> DecidedBy {
+                DecidedBy { revision: "k@1.0.0+00000000".into(), generation: 1 }
+            }
         }
         let (tap, names) = (Arc::new(Tap::default()), Arc::new(Names::default()));
         let numbers = ["a", "b"].map(|name| names.intern(NameKind::Tenant, name));

@@ -5,6 +5,7 @@
 //! bounded queue for the observer thread, because a quota that learns of it 50 ms later is as good; whose business it then is
 //! stands in `endings`.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,17 +17,19 @@ use pointsman_telemetry::{Micros, NameKind, Names};
 
 use crate::bindings::admission::exports::pointsman::policy::admission as wit;
 use crate::bindings::router::pointsman::policy::types;
+use crate::bystander::{self, Bystander, DoorSample, Ended};
 use crate::config::Budgets;
 use crate::endings::{Ledger, MAX_ENDINGS};
 use crate::fault::{Call, Fault, FaultKind};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::Wants;
 use crate::router::{lift_rejection, lower_priority, wanted, wanted_numbers};
+use crate::shadow::Case;
 use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 
 /// Most endings of one call.
-const MAX_BATCH: usize = 1_024;
+pub(crate) const MAX_BATCH: usize = 1_024;
 /// Calls that a probe makes with each input, which also fault the shared code in.
 const WARM_CALLS: u64 = 16;
 
@@ -52,7 +55,7 @@ pub(crate) struct Told {
 
 /// Endings as columns.
 #[derive(Debug, Default)]
-struct Columns {
+pub(crate) struct Columns {
     id: Vec<u64>,
     tenant: Vec<u32>,
     outcome: Vec<u8>,
@@ -65,25 +68,46 @@ struct Columns {
 impl AdmitPolicy for AdmissionSlot {
     #[inline]
     fn is_native(&self) -> bool {
-        self.core.is_native()
+        self.core.is_native() && !self.core.is_shadowed()
     }
 
     fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Judged {
-        let generation = self.core.enter();
-        let decided_by = generation.decided_by.clone();
-        let Some(guest) = &generation.guest else { return Judged::native(decided_by) };
-        let asked = (request, load, &guest.wants);
-        match guest.ask(now, (Call::Admit, guest.budgets().admit), |i, hard| admit(i, hard, now, asked)) {
-            // After the call: a copy that was promoted meanwhile has what the call wrote.
-            Ok(verdict) => Judged { verdict: Some(verdict), decided_by, state: guest.state().number(), fallback: None },
-            Err(why) => Judged { fallback: Some(why), ..Judged::native(decided_by) },
+        let mut judged = self.judge(now, request, load);
+        if let Some(shadow) = self.core.shadowed() {
+            judged.shadow = bystander::put(&shadow, AdmissionQuestion { now, request, load }, judged.verdict.as_ref());
         }
+        judged
     }
 
     fn ended(&self, ending: Ending) {
         if self.endings.force_push(ending).is_some() {
             self.forgotten.fetch_add(1, Ordering::Relaxed);
         }
+    }
+}
+
+impl AdmissionSlot {
+    fn judge(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Judged {
+        let generation = self.core.enter();
+        let decided_by = generation.decided_by.clone();
+        let Some(guest) = &generation.guest else { return Judged::native(decided_by) };
+        let asked = (request, load, &guest.wants);
+        match guest.ask(now, (Call::Admit, guest.budgets().admit), |i, hard| admit(i, hard, now, asked)) {
+            // After the call: a copy that was promoted meanwhile has what the call wrote.
+            Ok(verdict) => {
+                let state = guest.state().number();
+                Judged { verdict: Some(verdict), state, ..Judged::native(decided_by) }
+            }
+            Err(why) => Judged { fallback: Some(why), ..Judged::native(decided_by) },
+        }
+    }
+
+    /// What the shadow said of a request, if it was asked about it and that is not long ago.
+    #[must_use]
+    pub fn shadow_said(&self, request: RequestId) -> Option<Judged> {
+        let case = self.core.case()?;
+        let verdict = Some(case.answer_to(request.0)?);
+        Some(Judged { verdict, ..Judged::native(case.candidate.decided_by.clone()) })
     }
 }
 
@@ -117,7 +141,7 @@ impl AdmissionSlot {
     /// Tells guests what became of the requests that are counted in their state; for a thread off every hot path. `heard` is
     /// shown each batch that a guest has taken in. Nobody is called while the slots are bypassed, or while a circuit is open:
     /// what ends waits. A batch whose call fails is lost: how far it came cannot be known.
-    pub fn settle(&self, now: Micros, names: &Names, heard: &mut dyn FnMut(&DecidedBy, &[Ending])) {
+    pub fn settle(&self, now: Micros, names: &Arc<Names>, heard: &mut dyn FnMut(&DecidedBy, &[Ending])) {
         let forgotten = self.forgotten.swap(0, Ordering::Relaxed);
         if forgotten > 0 {
             tracing::warn!(
@@ -133,6 +157,7 @@ impl AdmissionSlot {
         let mut ledger = std::mem::take(&mut *self.ledger());
         let warm = self.core.warm();
         ledger.collect(&self.endings, &warm);
+        self.tell_shadow(now, names, &mut ledger.unheard);
         for (place, generation) in warm.iter().enumerate() {
             let Some(guest) = &generation.guest else { continue };
             for _ in 0..=MAX_ENDINGS / MAX_BATCH {
@@ -150,6 +175,8 @@ impl AdmissionSlot {
                     ledger.tell(&due, guest.state().number(), (self.core.shared.clock)());
                 }
                 match told {
+                    // What a shadow takes in is no call of a policy that decides.
+                    Ok(()) if guest.state().is_draft() => {}
                     Ok(()) => heard(&generation.decided_by, &endings),
                     Err(_) => break,
                 }
@@ -159,11 +186,30 @@ impl AdmissionSlot {
         self.forgotten.fetch_add(forgotten, Ordering::Relaxed);
         *self.ledger() = ledger;
     }
+
+    /// Hands the shadow the ends of requests that were put to it, once where there are none: it may owe itself some. What does
+    /// not fit waits.
+    fn tell_shadow(&self, now: Micros, names: &Arc<Names>, unheard: &mut VecDeque<Ending>) {
+        let Some(shadow) = self.core.any_shadow() else { return unheard.clear() };
+        let number = shadow.case.candidate.number();
+        unheard.retain(|ending| ending.shadow == number);
+        loop {
+            let n = unheard.len().min(MAX_BATCH);
+            let endings = || unheard.range(..n).copied().collect();
+            if !shadow.offer(n, || DoorSample::Ended(Ended { now, names: Arc::clone(names), endings: endings() })) {
+                return;
+            }
+            unheard.drain(..n);
+            if unheard.is_empty() {
+                return;
+            }
+        }
+    }
 }
 
 /// One question and the check of its answer.
 #[inline]
-fn admit(
+pub(crate) fn admit(
     instance: &mut Instance<AdmissionHook>,
     hard: Micros,
     now: Micros,
@@ -210,7 +256,7 @@ fn admit(
     }
 }
 
-fn settle(
+pub(crate) fn settle(
     instance: &mut Instance<AdmissionHook>,
     hard: Micros,
     now: Micros,
@@ -243,9 +289,9 @@ fn lift_priority(priority: types::Priority) -> Priority {
 }
 
 impl Columns {
-    fn of(endings: &[Ending]) -> Self {
+    pub(crate) fn of<'a>(endings: impl IntoIterator<Item = &'a Ending>) -> Self {
         let mut columns = Self::default();
-        endings.iter().for_each(|ending| columns.push(ending));
+        endings.into_iter().for_each(|ending| columns.push(ending));
         columns
     }
 
@@ -266,7 +312,16 @@ impl Hook for AdmissionHook {
     const WORLD: World = World::Admission;
     const MAX_ANSWER_BYTES: usize = 64 << 10;
     type Local = Told;
-    hook_bindings!(Admission, admission, AdmissionIndices, Admission);
+    const DIFFERENCES: &'static [&'static str] = &["would-refuse", "would-serve", "other-reason", "other-priority"];
+    hook_bindings!(Admission, admission, AdmissionIndices, Admission, DoorSample, Bystander, Verdict);
+
+    fn shadow(case: &Case<Self>, memory: &mut Bystander, sample: DoorSample) {
+        bystander::hear(case, memory, sample);
+    }
+
+    fn shadow_paused(case: &Case<Self>, memory: &mut Bystander, sample: DoorSample) {
+        bystander::hear_paused(case, memory, sample);
+    }
 
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let attributes: Vec<(&str, &str)> = wants.attributes.iter().map(|name| (name.as_str(), "probe")).collect();
@@ -296,6 +351,7 @@ impl Hook for AdmissionHook {
                 generated_tokens,
                 max_new_tokens,
                 accepted: Accepted::default(),
+                shadow: 0,
             });
         }
         settle(instance, budgets.settle.hard, now, (&columns, &names)).map_err(|fault| ProbeFault {

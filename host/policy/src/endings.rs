@@ -30,6 +30,8 @@ pub(crate) struct Ledger {
     told: VecDeque<Owed>,
     /// Numbers of the states of the last round.
     states: Vec<u64>,
+    /// Ends of requests that a shadow was asked about, until they are handed to it.
+    pub(crate) unheard: VecDeque<Ending>,
 }
 
 #[derive(Debug)]
@@ -66,8 +68,12 @@ impl Ledger {
             self.owed.extend(told);
         }
         self.states = states;
-        let fresh = std::iter::from_fn(|| endings.pop()).take(MAX_ENDINGS);
-        self.owed.extend(fresh.map(|ending| Owed { ending, told: Vec::new() }));
+        for ending in std::iter::from_fn(|| endings.pop()).take(MAX_ENDINGS) {
+            if ending.shadow != 0 {
+                self.unheard.push_back(ending);
+            }
+            self.owed.push_back(Owed { ending, told: Vec::new() });
+        }
     }
 
     /// Places of the oldest endings that the generation at `place` is to hear, at most `most`. Of two that share a state the one
@@ -110,6 +116,8 @@ impl Ledger {
         let (forgotten, old) = (beyond(&self.owed), beyond(&self.told));
         self.owed.drain(..forgotten);
         self.told.drain(..old);
-        forgotten as u64
+        let unheard = self.unheard.len().saturating_sub(MAX_ENDINGS);
+        self.unheard.drain(..unheard);
+        (forgotten + unheard) as u64
     }
 }

@@ -40,6 +40,8 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     type Sample: Send + 'static;
     /// What the shadow's thread keeps between samples.
     type Memory: Default + Send + 'static;
+    /// An answer of a shadow that is kept for whoever asks about the request.
+    type Answer: Clone + Send + 'static;
     /// The ways in which a shadow's answer may differ; none where the slot takes no shadow.
     const DIFFERENCES: &'static [&'static str] = &[];
 
@@ -57,6 +59,11 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     }
     /// Has a candidate answer what the active policy has decided, and compares.
     fn shadow(_case: &Case<Self>, _memory: &mut Self::Memory, _sample: Self::Sample) {}
+    /// The same while nothing is to be asked: what came before says nothing any more of what comes after.
+    fn shadow_paused(case: &Case<Self>, memory: &mut Self::Memory, _sample: Self::Sample) {
+        *memory = Self::Memory::default();
+        case.drop_some(1);
+    }
     fn wrap(ready: Ready<Self>) -> AnyReady;
     fn unwrap(ready: AnyReady) -> Option<Ready<Self>>;
 }
@@ -313,11 +320,12 @@ impl StartError {
 /// Implements the parts of [`Hook`] that the generated bindings of every world have under their own names.
 macro_rules! hook_bindings {
     ($variant:ident, $interface:ident, $indices:ident, $bindings:ident) => {
-        crate::instance::hook_bindings!($variant, $interface, $indices, $bindings, std::convert::Infallible, ());
+        crate::instance::hook_bindings!($variant, $interface, $indices, $bindings, std::convert::Infallible, (), ());
     };
-    ($variant:ident, $interface:ident, $indices:ident, $bindings:ident, $sample:ty, $memory:ty) => {
+    ($variant:ident, $interface:ident, $indices:ident, $bindings:ident, $sample:ty, $memory:ty, $answer:ty) => {
         type Sample = $sample;
         type Memory = $memory;
+        type Answer = $answer;
         type Indices = crate::bindings::$interface::$indices;
         type Bindings = crate::bindings::$interface::$bindings;
 

@@ -12,13 +12,14 @@
 //! 3. runtime: started with its configuration, probed, warmed ([`Runtime::prepare`]);
 //! 4. slot: published by one pointer swap; the old generation drains (drain) and is freed;
 //! 5. admission, router, scheduler, retention, sampler, telemetry: the calls; generation, circuit: what follows from a fault;
-//!    shadow, witness: calls whose answers are only compared;
+//!    shadow, with bystander, witness and listener for what a policy is told: calls whose answers are only compared;
 //! 6. handover: what an instance gives to the one that takes its place.
 #![deny(missing_docs)]
 
 mod admission;
 mod aside;
 mod bindings;
+mod bystander;
 mod circuit;
 mod compile;
 mod component;
@@ -31,6 +32,7 @@ mod generation;
 mod handover;
 mod host;
 mod instance;
+mod listener;
 mod manifest;
 mod resident;
 mod retention;

@@ -313,7 +313,7 @@ impl Hook for RouterHook {
     const MAX_ANSWER_BYTES: usize = 1 << 20;
     type Local = ();
     const DIFFERENCES: &'static [&'static str] = &["other-replica", "would-refuse", "would-serve", "other-reason"];
-    hook_bindings!(Router, router, RouterIndices, Router, RouterSample, ());
+    hook_bindings!(Router, router, RouterIndices, Router, RouterSample, (), Choice);
 
     fn shadow(case: &Case<Self>, _memory: &mut (), sample: RouterSample) {
         let RouterSample { now, request, model, tenant, attributes, replicas, said } = sample;

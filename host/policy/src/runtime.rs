@@ -113,7 +113,8 @@ pub enum Role {
     Active,
     /// To be staged: it has a copy of the namespace, unless that is one that the operator named.
     Candidate,
-    /// To be staged and asked on the side: it reads through, and what it writes is thrown away, promoted or not.
+    /// To be staged and asked on the side: it reads through (an admission policy has a copy), and what it writes is thrown away,
+    /// promoted or not.
     Shadow,
     /// To be thrown away: as a candidate, and nobody who serves is asked to hand over.
     Trial,
@@ -663,6 +664,10 @@ impl Inner {
         match activation.role {
             Role::Active => {}
             Role::Candidate | Role::Trial => self.shared.fork(&maker.state),
+            // By the time that it is asked, the active policy has counted the request in what an overlay would read.
+            Role::Shadow if H::WORLD == World::Admission => {
+                maker.state.draft(self.shared.states.number(), (self.shared.clock)());
+            }
             Role::Shadow => maker.state.overlay(),
         }
         maker.sink = Some(MetricSink {

@@ -9,23 +9,25 @@
 //! at hand what the slot's `on_fault` says, and goes on with a fresh instance. Should the thread be lost all the same, the port
 //! says it in its place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use pointsman_sched::batch::Attention;
 use pointsman_sched::ids::RequestId;
-use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word};
+use pointsman_sched::sampler::{Batch, Edit, Overheard, Reply, SamplerWorker, Started, Word};
 use pointsman_telemetry::Micros;
 
 use crate::bindings::sampler::exports::pointsman::policy::sampler as wit;
 use crate::config::{Budgets, OnFault};
 use crate::fault::{Call, Fault, FaultKind};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
+use crate::listener::{self, Listener, SamplerSample};
 use crate::manifest::Wants;
 use crate::resident::Resident;
+use crate::shadow::{Case, Shadow};
 use crate::slot::{SlotCore, slot_by_core};
 use crate::upload::World;
 
@@ -64,6 +66,19 @@ pub struct SamplerPort {
     /// Whose words the thread owes.
     owed: Vec<RequestId>,
     on_fault: OnFault,
+    beside: Beside,
+}
+
+/// What a driver knows of the shadow of its replica.
+#[derive(Debug)]
+struct Beside {
+    replica: SampledReplica,
+    /// Whom it tells.
+    shadow: Weak<Shadow<SamplerHook>>,
+    /// Something was not told: the shadow is to forget the requests of this replica.
+    is_lost: bool,
+    /// Where the last edit of each request is, to tell whether the next one takes room of its own.
+    edits: HashMap<u64, Option<usize>>,
 }
 
 #[derive(Debug)]
@@ -99,10 +114,11 @@ impl SamplerSlot {
         let (errands, inbox) = sync_channel(2);
         let (outbox, replies) = sync_channel(1);
         let name = format!("sampler-{}", replica.name);
+        let beside = Beside::of(replica.clone());
         let resident = Resident::new(&self.core, &replica.name);
         let thread = Thread { resident, replica, live: BTreeMap::new(), may_ask: false };
         std::thread::Builder::new().name(name).spawn(move || thread.serve(&inbox, &outbox))?;
-        Ok(SamplerPort::new(&self.core, errands, replies))
+        Ok(SamplerPort::new(&self.core, (errands, replies), beside))
     }
 
     /// Lets no request go on here, as where a policy that fails closed cannot be brought back, until something is published.
@@ -118,14 +134,71 @@ impl SamplerSlot {
     }
 }
 
+// === impl Beside ===
+
+impl Beside {
+    fn of(replica: SampledReplica) -> Self {
+        Self { replica, shadow: Weak::new(), is_lost: false, edits: HashMap::new() }
+    }
+
+    fn follows(&self, shadow: &Shadow<SamplerHook>, request: RequestId) -> bool {
+        shadow.case.samples(request.0) && (!self.is_lost || shadow.case.is_at_leisure())
+    }
+
+    /// Whether it was told.
+    fn tell(&mut self, shadow: &Arc<Shadow<SamplerHook>>, heard: Overheard) -> bool {
+        if !std::ptr::eq(self.shadow.as_ptr(), Arc::as_ptr(shadow)) {
+            // It knows nothing of what was followed for another one, and leaves that alone.
+            (self.shadow, self.is_lost) = (Arc::downgrade(shadow), false);
+            self.edits.clear();
+        }
+        let (n_chosen, n_ids) = (heard.chosen.len() as u64, self.n_ids(&heard));
+        let (replica, fresh) = (self.replica.clone(), self.is_lost);
+        let told = shadow.offer(n_ids, || SamplerSample { replica, fresh, heard });
+        self.is_lost = !told;
+        if !told {
+            self.edits.clear();
+            shadow.case.drop_some(n_chosen);
+        }
+        told
+    }
+
+    /// Numbers in a copy, those of an edit once.
+    fn n_ids(&mut self, heard: &Overheard) -> usize {
+        let mut n_ids = heard.started.len() + heard.chosen.len() + heard.ended.len();
+        for chosen in &heard.chosen {
+            let place = chosen.edit.as_ref().map(|edit| Arc::as_ptr(edit).addr());
+            if self.edits.insert(chosen.request.0, place) != Some(place) {
+                n_ids += chosen.edit.as_deref().map_or(0, n_tokens);
+            }
+        }
+        for id in &heard.ended {
+            self.edits.remove(&id.0);
+        }
+        n_ids
+    }
+}
+
+fn n_tokens(edit: &Edit) -> usize {
+    match edit {
+        Edit::Allow(tokens) | Edit::Forbid(tokens) => tokens.len(),
+        Edit::Bias(biases) => biases.len(),
+        Edit::Only(_) => 0,
+    }
+}
+
 // === impl SamplerPort ===
 
 impl SamplerPort {
-    fn new(core: &Arc<SlotCore<SamplerHook>>, errands: SyncSender<Errand>, replies: Receiver<Reply>) -> Self {
+    fn new(
+        core: &Arc<SlotCore<SamplerHook>>,
+        (errands, replies): (SyncSender<Errand>, Receiver<Reply>),
+        beside: Beside,
+    ) -> Self {
         // A batch is up to four calls, whose limits count the guest's own time and not that of others on its processor.
         let patience = Duration::from_micros(core.shared.config.budgets.edit.hard.saturating_mul(4));
         let (core, owed, on_fault) = (Arc::clone(core), Vec::new(), OnFault::Open);
-        Self { core, errands, replies, seen: (0, 0), patience, owed, on_fault }
+        Self { core, errands, replies, seen: (0, 0), patience, owed, on_fault, beside }
     }
 
     /// What is said in the place of a thread that is lost.
@@ -181,6 +254,18 @@ impl SamplerWorker for SamplerPort {
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => Some(self.instead()),
         }
+    }
+
+    fn follows(&self, request: RequestId) -> bool {
+        self.core.shadowed().is_some_and(|shadow| self.beside.follows(&shadow, request))
+    }
+
+    fn overhear(&mut self, heard: Overheard) -> bool {
+        let Some(shadow) = self.core.shadowed() else {
+            self.beside.is_lost = true;
+            return false;
+        };
+        self.beside.tell(&shadow, heard)
     }
 }
 
@@ -397,7 +482,7 @@ impl Thread {
 
 // === calls ===
 
-fn start(
+pub(crate) fn start(
     instance: &mut Instance<SamplerHook>,
     (hard, now): (Micros, Micros),
     (replica, wanted): (&SampledReplica, &[String]),
@@ -423,7 +508,7 @@ fn start(
     lift(edits, started.len(), replica.vocabulary)
 }
 
-fn next(
+pub(crate) fn next(
     instance: &mut Instance<SamplerHook>,
     (hard, now): (Micros, Micros),
     vocabulary: u32,
@@ -436,7 +521,11 @@ fn next(
     lift(edits, round.len(), vocabulary)
 }
 
-fn ended_call(instance: &mut Instance<SamplerHook>, (hard, now): (Micros, Micros), ids: &[u64]) -> Result<(), Fault> {
+pub(crate) fn ended_call(
+    instance: &mut Instance<SamplerHook>,
+    (hard, now): (Micros, Micros),
+    ids: &[u64],
+) -> Result<(), Fault> {
     instance.call(hard, now, |guest, store| guest.pointsman_policy_sampler().call_ended(store, ids))
 }
 
@@ -466,7 +555,12 @@ impl Hook for SamplerHook {
     const WORLD: World = World::Sampler;
     const MAX_ANSWER_BYTES: usize = 8 << 20;
     type Local = ();
-    hook_bindings!(Sampler, sampler, SamplerIndices, Sampler);
+    const DIFFERENCES: &'static [&'static str] = &["would-edit", "would-free", "other-edit"];
+    hook_bindings!(Sampler, sampler, SamplerIndices, Sampler, SamplerSample, Option<Listener>, ());
+
+    fn shadow(case: &Case<Self>, listener: &mut Option<Listener>, sample: SamplerSample) {
+        listener::hear(case, listener, &sample);
+    }
 
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let clock = (budgets.edit.hard, now);
@@ -537,7 +631,8 @@ mod tests {
         for (on_fault, expect) in [(OnFault::Open, Word::Leave), (OnFault::Closed, Word::End)] {
             let (errands, inbox) = sync_channel(2);
             let (outbox, replies) = sync_channel(1);
-            let mut port = SamplerPort::new(&slot.core, errands, replies);
+            let replica = SampledReplica { name: "r".into(), variant: "v".into(), vocabulary: 8 };
+            let mut port = SamplerPort::new(&slot.core, (errands, replies), Beside::of(replica));
             port.on_fault = on_fault;
             // The first with a batch in its hands, the others by then.
             port.send(batch(&[1, 2])).unwrap();

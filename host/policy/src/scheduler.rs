@@ -519,7 +519,7 @@ impl Hook for SchedulerHook {
     type Local = ();
     const DIFFERENCES: &'static [&'static str] =
         &["other-refusal", "other-preemption", "other-admission", "other-prefill"];
-    hook_bindings!(Scheduler, scheduler, SchedulerIndices, Scheduler, SchedulerSample, Witnesses);
+    hook_bindings!(Scheduler, scheduler, SchedulerIndices, Scheduler, SchedulerSample, Witnesses, ());
 
     fn shadow(case: &Case<Self>, witnesses: &mut Witnesses, sample: SchedulerSample) {
         hear(case, witnesses, sample);

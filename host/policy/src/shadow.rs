@@ -6,14 +6,16 @@
 //! active policy has answered, because then every request would wait for a policy that nobody has trusted yet.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::fmt::Display;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pointsman_sched::route::Choice;
+use pointsman_telemetry::Micros;
 
-use crate::generation::Generation;
-use crate::instance::Hook;
+use crate::fault::Call;
+use crate::generation::{Generation, Guest, Renewed};
+use crate::instance::{Hook, Instance};
 use crate::runtime::Shared;
 
 /// Places of decisions that the shadow may be behind.
@@ -27,7 +29,8 @@ const MAX_KINDS: usize = 8;
 /// A share of everything.
 const WHOLE_PPM: u32 = 1_000_000;
 
-/// What a shadow's answers have come to since it was staged.
+/// What a shadow's answers have come to since it was staged. Of `kv-retention` blocks are compared and of `sampler` tokens, of
+/// the other slots decisions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compared {
     /// Answers that come to the same as the active policy's.
@@ -64,9 +67,21 @@ pub(crate) struct Case<H: Hook> {
     /// Places that are taken.
     pending: AtomicUsize,
     dropped: AtomicU64,
+    /// It is taken back or promoted: what still waits is nobody's.
+    is_over: AtomicBool,
     /// The shadow's thread writes, a report reads.
-    tally: Mutex<Tally>,
+    tally: Mutex<Tally<H::Answer>>,
 }
+
+/// A shadow's instance that follows one replica.
+pub(crate) struct Post<H: Hook> {
+    generation: Arc<Generation<H>>,
+    replica: Arc<str>,
+    instance: Kept<H>,
+}
+
+/// The place of an instance.
+type Kept<H> = Option<Box<Instance<H>>>;
 
 /// How an answer compares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,14 +94,21 @@ pub(crate) enum Verdict {
     NoAnswer,
 }
 
-#[derive(Debug, Default)]
-struct Tally {
+#[derive(Debug)]
+struct Tally<A> {
     agreed: u64,
     differed: [u64; MAX_KINDS],
     unanswered: u64,
     call_ns: VecDeque<u64>,
-    /// By request; of routers only.
-    answers: VecDeque<(u64, Choice)>,
+    /// By request; of slots that are asked once about each.
+    answers: VecDeque<(u64, A)>,
+}
+
+impl<A> Default for Tally<A> {
+    fn default() -> Self {
+        let (call_ns, answers) = (VecDeque::new(), VecDeque::new());
+        Self { agreed: 0, differed: [0; MAX_KINDS], unanswered: 0, call_ns, answers }
+    }
 }
 
 // === impl Shadow ===
@@ -106,6 +128,7 @@ impl<H: Hook> Shadow<H> {
             share_ppm: Arc::clone(share_ppm),
             pending: AtomicUsize::new(0),
             dropped: AtomicU64::new(0),
+            is_over: AtomicBool::new(false),
             tally: Mutex::default(),
         });
         let (asked, mut memory) = (Arc::clone(&case), H::Memory::default());
@@ -116,13 +139,21 @@ impl<H: Hook> Shadow<H> {
     /// Puts a decision to the candidate, whose copy has about so many ids. Where that is behind, nothing is copied: false, and
     /// the decision is counted.
     pub(crate) fn put(&self, n_ids: usize, sample: impl FnOnce() -> H::Sample) -> bool {
+        let put = self.offer(n_ids, sample);
+        if !put {
+            self.case.drop_some(1);
+        }
+        put
+    }
+
+    /// As [`put`](Self::put), where nothing is lost by what does not fit, or the caller counts it.
+    pub(crate) fn offer(&self, n_ids: usize, sample: impl FnOnce() -> H::Sample) -> bool {
         let places = 1 + n_ids / IDS_A_PLACE;
         // Counted before it is sent, so that there is room for whatever is copied.
         let fits = self.case.pending.fetch_add(places, Ordering::Relaxed) < QUEUE;
         let put = fits && self.queue.try_send(Copied { sample: sample(), places }).is_ok();
         if !put {
             self.case.pending.fetch_sub(places, Ordering::Relaxed);
-            self.case.drop_one();
         }
         put
     }
@@ -140,12 +171,18 @@ impl<H: Hook> Case<H> {
 
     fn take(&self, memory: &mut H::Memory, Copied { sample, places }: Copied<H>) {
         self.pending.fetch_sub(places, Ordering::Relaxed);
-        // It has ended, or is paused, since this was sent; what came before says nothing any more of what comes after.
-        if self.share_ppm() == 0 {
+        if self.is_over.load(Ordering::Acquire) {
             *memory = H::Memory::default();
-            return self.drop_one();
+        } else if self.share_ppm() == 0 {
+            H::shadow_paused(self, memory, sample);
+        } else {
+            H::shadow(self, memory, sample);
         }
-        H::shadow(self, memory, sample);
+    }
+
+    /// Nothing is put to it any more.
+    pub(crate) fn end(&self) {
+        self.is_over.store(true, Ordering::Release);
     }
 
     /// Of a million decisions, so many are to be put to it.
@@ -158,39 +195,46 @@ impl<H: Hook> Case<H> {
         self.pending.load(Ordering::Relaxed) <= QUEUE / 2
     }
 
-    /// Counts a decision that was not put to it.
-    pub(crate) fn drop_one(&self) {
-        self.dropped.fetch_add(1, Ordering::Relaxed);
+    /// Counts what was not put to it.
+    pub(crate) fn drop_some(&self, n: u64) {
+        self.dropped.fetch_add(n, Ordering::Relaxed);
     }
 
-    fn tally(&self) -> MutexGuard<'_, Tally> {
+    fn tally(&self) -> MutexGuard<'_, Tally<H::Answer>> {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts an answer, which took so long.
     pub(crate) fn judged(&self, verdict: Verdict, took_ns: u64) {
+        let is_answered = verdict != Verdict::NoAnswer;
+        self.judged_each([(verdict, 1)], is_answered.then_some(took_ns));
+    }
+
+    /// Counts what answers come to, so many of each kind, and how long they took together.
+    pub(crate) fn judged_each(&self, verdicts: impl IntoIterator<Item = (Verdict, u64)>, took_ns: Option<u64>) {
         let mut tally = self.tally();
-        match verdict {
-            Verdict::Agrees => tally.agreed += 1,
-            Verdict::Differs(kind) => tally.differed[kind.min(MAX_KINDS - 1)] += 1,
-            Verdict::NoAnswer => {
-                tally.unanswered += 1;
-                return;
+        for (verdict, n) in verdicts {
+            match verdict {
+                Verdict::Agrees => tally.agreed += n,
+                Verdict::Differs(kind) => tally.differed[kind.min(MAX_KINDS - 1)] += n,
+                Verdict::NoAnswer => tally.unanswered += n,
             }
         }
-        keep(&mut tally.call_ns, took_ns);
+        if let Some(took_ns) = took_ns {
+            keep(&mut tally.call_ns, took_ns);
+        }
     }
 
     /// Keeps an answer for whoever asks about the request.
-    pub(crate) fn keep(&self, request: u64, choice: Choice) {
-        keep(&mut self.tally().answers, (request, choice));
+    pub(crate) fn keep(&self, request: u64, answer: H::Answer) {
+        keep(&mut self.tally().answers, (request, answer));
     }
 
     /// What it said of a request, if that is one of the last.
-    pub(crate) fn answer_to(&self, request: u64) -> Option<Choice> {
+    pub(crate) fn answer_to(&self, request: u64) -> Option<H::Answer> {
         let tally = self.tally();
         let mut newest = tally.answers.iter().rev();
-        newest.find(|(asked, _)| *asked == request).map(|(_, choice)| choice.clone())
+        newest.find(|(asked, _)| *asked == request).map(|(_, answer)| answer.clone())
     }
 
     pub(crate) fn compared(&self) -> Compared {
@@ -215,4 +259,48 @@ fn keep<T>(last: &mut VecDeque<T>, one: T) {
         last.pop_front();
     }
     last.push_back(one);
+}
+
+// === impl Post ===
+
+impl<H: Hook> Post<H> {
+    /// Its instance is taken when it [is renewed](Self::renew).
+    pub(crate) fn new(candidate: &Arc<Generation<H>>, replica: Arc<str>) -> Self {
+        Self { generation: Arc::clone(candidate), replica, instance: None }
+    }
+
+    /// Whether the candidate is the native policy, which needs no instance.
+    pub(crate) fn is_native(&self) -> bool {
+        self.generation.guest.is_none()
+    }
+
+    /// Has an instance where there is none, or a fresh one in the place of a worn one.
+    pub(crate) fn renew(&mut self, now: Micros) -> Renewed {
+        let Self { generation, replica, instance } = self;
+        generation.guest.as_ref().map_or(Renewed::Not, |guest| guest.renew(instance, replica, now))
+    }
+
+    /// Who is asked, unless it has faulted too often.
+    pub(crate) fn parts(&mut self) -> Option<(&Guest<H>, &mut Kept<H>)> {
+        let Self { generation, instance, .. } = self;
+        let guest = generation.guest.as_ref().filter(|guest| guest.is_closed())?;
+        Some((guest, instance))
+    }
+
+    /// Its last answer is refused: a fault.
+    pub(crate) fn refuse(&mut self, call: (Call, Micros), why: &dyn Display) {
+        let Self { generation, replica, instance } = self;
+        if let Some(guest) = &generation.guest {
+            guest.refused(instance, call, format!("{replica}, as a shadow: {why}"));
+        }
+    }
+}
+
+impl<H: Hook> Drop for Post<H> {
+    fn drop(&mut self) {
+        // A promoted candidate goes on with its instances.
+        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
+            guest.park(&self.replica, instance);
+        }
+    }
 }

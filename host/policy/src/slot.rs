@@ -81,8 +81,8 @@ pub enum PublishError {
         /// The candidate.
         candidate: u64,
     },
-    /// Answers of this slot cannot be compared.
-    #[error("the slot {slot} takes no shadow")]
+    /// There is nothing to compare: a hook that decides nothing.
+    #[error("the slot {slot} takes no shadow: activate the component beside it, as `telemetry.<another name>`")]
     NoShadow {
         /// This slot.
         slot: Arc<str>,
@@ -508,14 +508,24 @@ impl<H: Hook> SlotCore<H> {
         Ok(())
     }
 
-    /// The shadow, while it is to be asked; where there is none, the cost is the load of a number.
+    /// Whether a shadow is to be asked; where there is none, the cost is the load of a number.
+    #[inline]
+    pub(crate) fn is_shadowed(&self) -> bool {
+        self.share_ppm.load(Ordering::Relaxed) != 0 && !self.is_bypassed()
+    }
+
+    /// The shadow, while it is to be asked.
     #[inline]
     pub(crate) fn shadowed(&self) -> Option<Arc<Shadow<H>>> {
-        let is_asked = self.share_ppm.load(Ordering::Relaxed) != 0 && !self.shared.bypassed.load(Ordering::Relaxed);
-        if is_asked { self.shadow.load_full() } else { None }
+        if self.is_shadowed() { self.shadow.load_full() } else { None }
     }
 
     /// The shadow, asked or not.
+    pub(crate) fn any_shadow(&self) -> Option<Arc<Shadow<H>>> {
+        self.shadow.load_full()
+    }
+
+    /// What it has in common with its thread.
     pub(crate) fn case(&self) -> Option<Arc<Case<H>>> {
         self.shadow.load().as_ref().map(|shadow| Arc::clone(&shadow.case))
     }
@@ -525,7 +535,7 @@ impl<H: Hook> SlotCore<H> {
         let mut arms = self.arms();
         let staged = arms.staged.take().ok_or_else(|| self.nothing_staged())?;
         self.share_ppm.store(0, Ordering::Relaxed);
-        self.shadow.store(None);
+        self.shadow.swap(None).iter().for_each(|shadow| shadow.case.end());
         let (winner, loser) = match stays {
             Arm::Control => (staged.control, staged.candidate),
             Arm::Candidate => (staged.candidate, staged.control),

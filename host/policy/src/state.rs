@@ -6,7 +6,7 @@
 //!
 //! A generation reaches its namespace through a [`StateView`], because one that is tried must not write where the active
 //! policy reads: an arm of an experiment works on a copy, unless the namespace is one that the operator named for several
-//! slots; a shadow, whose decisions never happen, writes to an overlay that is thrown away.
+//! slots; a shadow, whose decisions never happen, writes to an overlay or a draft that is thrown away.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -73,6 +73,8 @@ enum Own {
     Copy(Entries),
     /// What was written and deleted; the rest reads through: a shadow.
     Overlay(Overlay),
+    /// A copy that is thrown away: a shadow that counts what it would have let in.
+    Draft(Entries),
 }
 
 #[derive(Debug, Default)]
@@ -185,17 +187,31 @@ impl StateView {
     pub(crate) fn fork(&self, number: u64, now: Micros) {
         let mut own = self.own();
         if self.sharing == Sharing::Slot && matches!(*own, Own::Nothing) {
-            let mut copy = self.live.entries().clone();
-            copy.lineage = copy.lineage.copied(number, now);
-            *own = Own::Copy(copy);
+            *own = Own::Copy(self.copied(number, now));
         }
+    }
+
+    /// Works on a copy from `now` on that nobody else will ever see, whosever namespace it is.
+    pub(crate) fn draft(&self, number: u64, now: Micros) {
+        *self.own() = Own::Draft(self.copied(number, now));
+    }
+
+    fn copied(&self, number: u64, now: Micros) -> Entries {
+        let mut copy = self.live.entries().clone();
+        copy.lineage = copy.lineage.copied(number, now);
+        copy
+    }
+
+    /// Whether what is written is thrown away.
+    pub(crate) fn is_draft(&self) -> bool {
+        matches!(*self.own(), Own::Draft(_))
     }
 
     /// Number of the state that calls reach now; an overlay is a part of the namespace's.
     pub(crate) fn number(&self) -> u64 {
         match &*self.own() {
             Own::Nothing | Own::Overlay(_) => self.live.entries().lineage.number,
-            Own::Copy(entries) => entries.lineage.number,
+            Own::Copy(entries) | Own::Draft(entries) => entries.lineage.number,
         }
     }
 
@@ -203,7 +219,7 @@ impl StateView {
     pub(crate) fn holds(&self, write: (u64, Micros), later: &[(u64, Micros)]) -> bool {
         match &*self.own() {
             Own::Nothing | Own::Overlay(_) => self.live.entries().lineage.holds_but(write, later),
-            Own::Copy(entries) => entries.lineage.holds_but(write, later),
+            Own::Copy(entries) | Own::Draft(entries) => entries.lineage.holds_but(write, later),
         }
     }
 
@@ -212,7 +228,7 @@ impl StateView {
         *self.own() = Own::Overlay(Overlay::default());
     }
 
-    /// Makes its copy the namespace, for whoever else uses that, too; an overlay is thrown away.
+    /// Makes its copy the namespace, for whoever else uses that, too; an overlay and a draft are thrown away.
     pub(crate) fn adopt(&self) {
         let mut own = self.own();
         if let Own::Copy(entries) = std::mem::take(&mut *own) {
@@ -220,11 +236,11 @@ impl StateView {
         }
     }
 
-    /// Bytes that its keys and values take: of its copy or overlay, else of the namespace.
+    /// Bytes that its keys and values take: of what it has of its own, else of the namespace.
     pub(crate) fn bytes(&self) -> usize {
         match &*self.own() {
             Own::Nothing => self.live.entries().bytes,
-            Own::Copy(entries) => entries.bytes,
+            Own::Copy(entries) | Own::Draft(entries) => entries.bytes,
             Own::Overlay(overlay) => overlay.written.bytes + overlay.deleted.iter().map(String::len).sum::<usize>(),
         }
     }
@@ -232,7 +248,7 @@ impl StateView {
     pub(crate) fn get(&self, key: &str) -> Option<Vec<u8>> {
         match &*self.own() {
             Own::Nothing => self.live.entries().get(key).map(<[u8]>::to_vec),
-            Own::Copy(entries) => entries.get(key).map(<[u8]>::to_vec),
+            Own::Copy(entries) | Own::Draft(entries) => entries.get(key).map(<[u8]>::to_vec),
             Own::Overlay(overlay) => overlay.get(key, &self.live.entries()).map(<[u8]>::to_vec),
         }
     }
@@ -240,7 +256,7 @@ impl StateView {
     pub(crate) fn set(&self, key: String, value: Vec<u8>) -> Result<(), StateFault> {
         match &mut *self.own() {
             Own::Nothing => self.live.entries().set(key, value),
-            Own::Copy(entries) => entries.set(key, value),
+            Own::Copy(entries) | Own::Draft(entries) => entries.set(key, value),
             Own::Overlay(overlay) => overlay.written.set(key, value),
         }
     }
@@ -254,7 +270,7 @@ impl StateView {
     ) -> Result<bool, StateFault> {
         match &mut *self.own() {
             Own::Nothing => self.live.entries().compare_and_set(key, expected, value),
-            Own::Copy(entries) => entries.compare_and_set(key, expected, value),
+            Own::Copy(entries) | Own::Draft(entries) => entries.compare_and_set(key, expected, value),
             Own::Overlay(overlay) => {
                 if overlay.get(&key, &self.live.entries()) != expected {
                     return Ok(false);
@@ -267,7 +283,7 @@ impl StateView {
     pub(crate) fn delete(&self, key: &str) {
         match &mut *self.own() {
             Own::Nothing => self.live.entries().delete(key),
-            Own::Copy(entries) => entries.delete(key),
+            Own::Copy(entries) | Own::Draft(entries) => entries.delete(key),
             Own::Overlay(overlay) => overlay.delete(key, &self.live.entries()),
         }
     }

@@ -16,9 +16,8 @@ use crate::aside::{Answered, OwnedView, Pace, Seat};
 use crate::engine::stopwatch_ns;
 use crate::fault::Call;
 use crate::generation::Generation;
-use crate::instance::Instance;
 use crate::scheduler::{SchedulerHook, check_plan};
-use crate::shadow::{Case, Shadow, Verdict};
+use crate::shadow::{Case, Post, Shadow, Verdict};
 
 /// Steps that a shadow follows before it rests.
 const STRETCH: u32 = 64;
@@ -88,9 +87,7 @@ pub(crate) type Witnesses = HashMap<Arc<str>, Witness>;
 
 /// A guest that follows one replica.
 pub(crate) struct Witness {
-    generation: Arc<Generation<SchedulerHook>>,
-    replica: Arc<str>,
-    instance: Option<Box<Instance<SchedulerHook>>>,
+    post: Post<SchedulerHook>,
     /// Of no consequence here: its thread is its own.
     pace: Pace,
     /// Where the replica's driver looks whether this still follows.
@@ -126,7 +123,7 @@ impl Beside {
         self.stage = match self.stage {
             Stage::Begins => {
                 if !shadow.case.is_at_leisure() {
-                    shadow.case.drop_one();
+                    shadow.case.drop_some(1);
                 }
                 Stage::Begins
             }
@@ -220,9 +217,7 @@ pub(crate) fn hear(case: &Case<SchedulerHook>, witnesses: &mut Witnesses, sample
 impl Witness {
     fn new(candidate: &Arc<Generation<SchedulerHook>>, replica: Arc<str>) -> Self {
         Self {
-            generation: Arc::clone(candidate),
-            replica,
-            instance: None,
+            post: Post::new(candidate, replica),
             pace: Pace::default(),
             lost: Arc::default(),
             known: HashSet::new(),
@@ -238,9 +233,7 @@ impl Witness {
         let view = view.view();
         self.known = view.waiting.id.iter().chain(&view.running.id).copied().collect();
         self.gone.clear();
-        if let Some(guest) = &self.generation.guest {
-            guest.renew(&mut self.instance, &self.replica, view.now);
-        }
+        self.post.renew(view.now);
         if !self.seat().is_some_and(|mut seat| seat.resync(&view)) {
             self.lose();
         }
@@ -248,8 +241,8 @@ impl Witness {
 
     /// Where it is asked, unless it has faulted too often.
     fn seat(&mut self) -> Option<Seat<'_>> {
-        let Self { generation, instance, pace, .. } = self;
-        let guest = generation.guest.as_ref().filter(|guest| guest.is_closed())?;
+        let Self { post, pace, .. } = self;
+        let (guest, instance) = post.parts()?;
         Some(Seat { guest, instance, pace })
     }
 
@@ -290,19 +283,13 @@ impl Witness {
 
     fn refuse(&mut self, now: Micros, why: BadPlan) {
         self.lose();
-        if let Some(guest) = &self.generation.guest {
-            guest.refused(&mut self.instance, (Call::Step, now), format!("{}, as a shadow: {why}", self.replica));
-        }
+        self.post.refuse((Call::Step, now), &why);
     }
 }
 
 impl Drop for Witness {
     fn drop(&mut self) {
         self.lose();
-        // A promoted candidate goes on with its instances.
-        if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
-            guest.park(&self.replica, instance);
-        }
     }
 }
 

@@ -2,7 +2,9 @@
 
 mod support;
 
-use pointsman_policy::{FaultKind, Health, RetentionGuest, Slot};
+use std::sync::Arc;
+
+use pointsman_policy::{Activation, Compared, FaultKind, Health, RetentionGuest, RetentionSlot, Role, Slot};
 use pointsman_sched::batch::Attention;
 use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
 use support::{Bench, MISDEEDS, SECOND};
@@ -125,5 +127,92 @@ fn a_bad_answer_to_made_up_inputs_refuses_the_activation() {
         let error = bench.runtime.prepare(&component, activation).expect_err(deed).to_string();
         assert!(error.contains("failed the probe") && error.contains("in rank"), "{error}");
         assert!(deed == "trap" || error.contains(expect), "{error}");
+    }
+}
+
+// === a shadow ===
+
+fn stage_shadow(bench: &Bench, slot: &RetentionSlot, name: &str, config: &str) {
+    let activation = Activation { role: Role::Shadow, ..bench.activation("kv-retention", config) };
+    slot.stage(bench.runtime.prepare(&bench.admit(name), activation).expect("a generation")).expect("staged");
+    slot.shadow(1_000_000).expect("a shadow");
+}
+
+/// Blocks that both would give up, blocks that only the active policy would, calls without an answer.
+fn tally(bench: &Bench, slot: &RetentionSlot) -> (u64, u64, u64) {
+    bench.runtime.maintain();
+    let Compared { agreed, differed, unanswered, .. } = slot.compared().expect("a shadow");
+    (agreed, differed.iter().map(|(_, n)| n).sum(), unanswered)
+}
+
+#[test]
+fn a_shadow_beside_the_native_policy_is_shown_the_cache_and_the_hosts_order_holds() {
+    let bench = Bench::new();
+    let slot = bench.runtime.retention_slot("kv-retention");
+    let mut guest = slot.attach(&"demo".into());
+    assert_eq!(guest.attend(1), Attention::Native);
+    stage_shadow(&bench, &slot, "kv-lru-with-pins", r#"{"tenants": ["tenant-2"]}"#);
+    assert_eq!(guest.attend(2), Attention::NeedsView, "names are told anew");
+    assert_eq!(rank(&mut guest, 2, &blocks(&[1, 2, 1, 2], &[1, 2])), None);
+    assert_eq!(tally(&bench, &slot), (1, 1, 0), "rows 0 and 1 go, and it would have given up 0 and 2");
+    assert_eq!(guest.attend(3), Attention::Following);
+    assert_eq!(rank(&mut guest, 3, &blocks(&[2, 1, 1], &[])), None);
+    assert_eq!(tally(&bench, &slot), (2, 2, 0), "it has met tenant 2");
+    assert_eq!(rank(&mut guest, 4, &blocks(&[2, 1], &[])), None);
+    assert_eq!(tally(&bench, &slot), (2, 2, 0), "both are wanted: there is nothing to choose");
+    slot.shadow(0).expect("staged");
+    assert_eq!(guest.attend(5), Attention::Native, "paused");
+    slot.shadow(1_000_000).expect("staged");
+    assert_eq!(guest.attend(6), Attention::NeedsView);
+    assert_eq!(rank(&mut guest, 6, &blocks(&[2, 1, 1], &[2, 1])), None);
+    assert_eq!(tally(&bench, &slot), (3, 3, 0));
+    assert_eq!(slot.candidate().expect("staged").calls, 4);
+    slot.promote().expect("staged");
+    assert_eq!(guest.attend(7), Attention::NeedsView);
+    bench.runtime.maintain();
+    assert_eq!((slot.status().draining, slot.status().instances), (0, 2), "no instance is lost");
+    assert_eq!(rank(&mut guest, 7, &blocks(&[2, 1], &[1, 2])), Some(Ranking { evict: vec![], keep: vec![0] }));
+}
+
+#[test]
+fn a_shadow_of_a_policy_agrees_where_it_does_the_same() {
+    for (config, expect) in [(r#"{"min_hits": 1}"#, (8, 0, 0)), (r#"{"min_hits": 3}"#, (4, 4, 0))] {
+        let bench = Bench::new();
+        let slot = bench.runtime.retention_slot("kv-retention");
+        let mut guest = slot.attach(&"demo".into());
+        let component = bench.admit("kv-lru-with-pins");
+        slot.publish(bench.prepare(&component, "kv-retention", r#"{"min_hits": 1}"#)).expect("a publish");
+        stage_shadow(&bench, &slot, "kv-lru-with-pins", config);
+        assert_eq!(guest.attend(1), Attention::NeedsView);
+        for now in 1..=4 {
+            // Found as often as their number says: the first one goes either way, the second is kept by `min_hits` 1.
+            let cached = BlockColumns { hits: vec![0, 1, 2, 0], ..blocks(&[1; 4], if now == 1 { &[1] } else { &[] }) };
+            assert_eq!(rank(&mut guest, now, &cached), Some(Ranking { evict: vec![], keep: vec![1, 2] }), "{config}");
+        }
+        assert_eq!(tally(&bench, &slot), expect, "{config}");
+        assert_eq!((slot.status().calls, slot.status().fallbacks), (4, 0), "{config}");
+    }
+}
+
+#[test]
+fn a_shadow_of_the_cache_that_misbehaves_is_off_at_its_third_fault() {
+    for deed in ["trap", "bad-row", "duplicate-row"] {
+        let bench = Bench::new();
+        let slot = bench.runtime.retention_slot("kv-retention");
+        let mut guest = slot.attach(&Arc::from("demo"));
+        stage_shadow(&bench, &slot, "fixture-retention", &format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#));
+        guest.attend(bench.now());
+        for turn in 0..200 {
+            assert_eq!(rank(&mut guest, bench.now(), &blocks(&[1; 4], if turn == 0 { &[1] } else { &[] })), None);
+            bench.advance(SECOND / 10);
+        }
+        let (active, shadow) = (slot.status(), slot.candidate().expect("staged"));
+        assert_eq!((shadow.faults.iter().sum::<u64>(), shadow.fallbacks), (3, 0), "{deed}");
+        assert!(matches!(shadow.health, Health::Open { .. }), "{deed}");
+        assert_eq!((active.health, active.fallbacks), (Health::Closed, 0), "{deed}");
+        drop(guest);
+        slot.unstage().expect("staged");
+        bench.advance(8 * SECOND);
+        assert_eq!((slot.status().draining, slot.compared()), (0, None), "{deed}: nothing is left");
     }
 }

@@ -5,9 +5,11 @@ mod support;
 
 use std::sync::Arc;
 
-use pointsman_policy::{Activation, FaultKind, Maintenance, OnFault, SampledReplica, SamplerPort, Slot};
+use pointsman_policy::{
+    Activation, Compared, FaultKind, Health, Maintenance, OnFault, Role, SampledReplica, SamplerPort, SamplerSlot, Slot,
+};
 use pointsman_sched::ids::RequestId;
-use pointsman_sched::sampler::{Batch, Edit, Reply, SamplerWorker, Started, Word};
+use pointsman_sched::sampler::{Batch, Chosen, Edit, Overheard, Reply, SamplerWorker, Started, Word};
 use support::{Bench, MISDEEDS, SECOND};
 
 /// More calls than a probe and a warm-up make.
@@ -309,5 +311,129 @@ fn a_bad_answer_to_made_up_inputs_refuses_the_activation() {
         let activation = bench.activation("sampler", &format!(r#"{{"do": "{deed}"}}"#));
         let error = bench.runtime.prepare(&component, activation).expect_err(deed).to_string();
         assert!(error.contains("failed the probe") && error.contains(expect), "{error}");
+    }
+}
+
+// === a shadow ===
+
+fn stage_shadow(bench: &Bench, slot: &SamplerSlot, name: &str, config: &str) {
+    let activation = Activation { role: Role::Shadow, ..bench.activation("sampler", config) };
+    slot.stage(bench.runtime.prepare(&bench.admit(name), activation).expect("a generation")).expect("staged");
+    slot.shadow(1_000_000).expect("a shadow");
+}
+
+/// A step: requests that start, tokens with the edits that held for them, requests that end.
+fn step(started: Vec<Started>, chosen: &[(u64, u32, Option<&[u32]>)], ended: &[u64]) -> Overheard {
+    let allow = |tokens: &[u32]| Arc::new(Edit::Allow(tokens.into()));
+    let one = |&(id, token, edit): &(u64, u32, Option<&[u32]>)| Chosen {
+        request: RequestId(id),
+        token,
+        edit: edit.map(allow),
+    };
+    let chosen = chosen.iter().map(one).collect();
+    Overheard { now: 1, started, chosen, ended: ended.iter().map(|&id| RequestId(id)).collect() }
+}
+
+/// Agreed, the kinds of difference, unanswered, dropped: each in tokens.
+fn tally(bench: &Bench, slot: &SamplerSlot) -> (u64, [u64; 3], u64, u64) {
+    bench.runtime.maintain();
+    let Compared { agreed, differed, unanswered, dropped, .. } = slot.compared().expect("a shadow");
+    let [(_, would_edit), (_, would_free), (_, other_edit)] = differed[..] else { panic!("{differed:?}") };
+    (agreed, [would_edit, would_free, other_edit], unanswered, dropped)
+}
+
+#[test]
+fn a_shadow_follows_requests_from_their_start_beside_the_native_policy() {
+    let bench = Bench::new();
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    assert!(!port.follows(RequestId(1)));
+    stage_shadow(&bench, &slot, "sampler-allowlist", r#"{"allow": [7, 5], "tenants": {"free": []}}"#);
+    assert_eq!(port.attend(1), None, "nobody waits for it");
+    assert!(port.follows(RequestId(1)));
+    let start = vec![started(1, "acme"), started(2, "free")];
+    // Request 9 ran before.
+    assert!(port.overhear(step(start, &[(1, 5, None), (2, 9, None), (9, 9, None)], &[])));
+    assert_eq!(tally(&bench, &slot), (1, [1, 0, 0], 0, 0), "it would limit the first, and leaves the second");
+    assert!(port.overhear(step(Vec::new(), &[(1, 7, Some(&[2, 5, 7])), (2, 9, Some(&[9]))], &[])));
+    assert!(port.overhear(step(Vec::new(), &[(1, 2, Some(&[2])), (2, 9, None)], &[1, 2])));
+    assert_eq!(tally(&bench, &slot), (3, [1, 1, 1], 0, 0), "compared is what holds, not what is said");
+    assert_eq!(
+        slot.candidate().expect("staged").calls,
+        1 + 2 + 1,
+        "a start, two tokens and an end, of the first alone"
+    );
+    slot.promote().expect("staged");
+    assert_eq!(port.attend(2), Some(1), "its instance is there");
+    let reply = ask(&mut port, batch(vec![started(3, "acme")], &[], &[]));
+    assert_eq!(words(&reply.words), [(3, allow(&[2, 5, 7]))]);
+    bench.runtime.maintain();
+    assert_eq!((slot.status().draining, slot.status().instances, slot.compared()), (0, 2, None));
+}
+
+#[test]
+fn a_shadow_that_is_behind_or_paused_follows_no_request_by_half() {
+    let bench = Bench::new();
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    stage_shadow(&bench, &slot, "sampler-allowlist", r#"{"allow": [7]}"#);
+    assert!(port.overhear(step(vec![started(1, "acme")], &[], &[])));
+    let token = || step(Vec::new(), &[(1, 7, Some(&[2, 7]))], &[]);
+    let taken = (0..300).take_while(|_| port.overhear(token())).count();
+    assert_eq!(taken, 255, "256 steps wait, the first of them the start");
+    assert!(!port.follows(RequestId(2)), "it begins with no other one while it is behind");
+    assert_eq!(tally(&bench, &slot), (255, [0; 3], 0, 1));
+    assert!(port.follows(RequestId(2)) && port.overhear(step(vec![started(2, "acme")], &[(1, 7, None)], &[])));
+    assert!(port.overhear(step(Vec::new(), &[(2, 7, Some(&[2, 7]))], &[])));
+    assert_eq!(tally(&bench, &slot), (256, [0; 3], 0, 1), "the first is followed no further");
+    slot.shadow(0).expect("staged");
+    assert!(!port.follows(RequestId(3)) && !port.overhear(token()), "paused");
+    slot.shadow(1_000_000).expect("staged");
+    assert!(port.overhear(step(vec![started(4, "acme")], &[(2, 7, None), (4, 7, Some(&[2, 7]))], &[4])));
+    assert_eq!(tally(&bench, &slot), (257, [0; 3], 0, 1), "nor the second");
+    assert_eq!(slot.candidate().expect("staged").faults, [0; 5]);
+}
+
+#[test]
+fn long_edits_take_more_room_once() {
+    let bench = Bench::new();
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    stage_shadow(&bench, &slot, "sampler-allowlist", "{}");
+    assert!(port.overhear(step(vec![started(1, "acme")], &[], &[])));
+    let edit = |n: u32| Some(Arc::new(Edit::Allow((0..n).collect())));
+    let said = |edit: &Option<Arc<Edit>>| Overheard {
+        chosen: vec![Chosen { request: RequestId(1), token: 7, edit: edit.clone() }],
+        ..Overheard::default()
+    };
+    let kept = edit(100_000);
+    assert!((0..100).all(|_| port.overhear(said(&kept))), "it is there once");
+    // 1 of the start, 98 + 99 so far; each of these takes 98.
+    let taken = (0..10).take_while(|_| port.overhear(said(&edit(100_000)))).count();
+    assert_eq!(taken, 1, "what waits is bounded in bytes, too");
+}
+
+#[test]
+fn a_listener_that_misbehaves_is_off_at_its_third_fault() {
+    for deed in ["trap", "unknown-token", "uneven-lists"] {
+        let bench = Bench::new();
+        let slot = bench.runtime.sampler_slot("sampler");
+        let mut port = slot.attach(replica()).expect("a thread");
+        stage_shadow(&bench, &slot, "fixture-sampler", &format!(r#"{{"do": "{deed}", "after": {PROBED}}}"#));
+        for id in 1..=100 {
+            assert!(port.overhear(step(vec![started(id, "acme")], &[(id, 5, None)], &[])), "{deed}");
+            assert!(port.overhear(step(Vec::new(), &[(id, 5, None)], &[id])), "{deed}");
+            bench.advance(SECOND / 10);
+        }
+        let (active, shadow) = (slot.status(), slot.candidate().expect("staged"));
+        assert_eq!((shadow.faults.iter().sum::<u64>(), shadow.fallbacks), (3, 0), "{deed}");
+        assert!(matches!(shadow.health, Health::Open { .. }), "{deed}");
+        assert_eq!((active.health, active.fallbacks), (Health::Closed, 0), "{deed}");
+        let (agreed, differed, unanswered, dropped) = tally(&bench, &slot);
+        assert!(agreed > 0 && unanswered > 0, "{deed}: {agreed} {unanswered}");
+        assert_eq!((differed, dropped), ([0; 3], 0), "{deed}");
+        slot.unstage().expect("staged");
+        bench.advance(8 * SECOND);
+        assert_eq!((slot.status().draining, slot.compared()), (0, None), "{deed}: nothing is left");
     }
 }

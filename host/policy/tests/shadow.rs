@@ -205,11 +205,11 @@ fn instances_of_an_ended_shadow_are_free_again() {
 #[test]
 fn a_slot_without_shadows_says_so() {
     let bench = Bench::new();
-    let (router, retention) = (bench.runtime.router_slot("router"), bench.runtime.retention_slot("kv-retention"));
+    let (router, hook) = (bench.runtime.router_slot("router"), bench.runtime.telemetry_slot("telemetry.a"));
     assert_eq!(router.shadow(ALL), Err(PublishError::NothingStaged { slot: "router".into() }));
-    retention.stage_native(1).expect("staged");
-    assert_eq!(retention.shadow(ALL), Err(PublishError::NoShadow { slot: "kv-retention".into() }));
-    assert_eq!(retention.compared(), None);
+    hook.stage_native(1).expect("staged");
+    assert_eq!(hook.shadow(ALL), Err(PublishError::NoShadow { slot: "telemetry.a".into() }));
+    assert_eq!(hook.compared(), None);
 }
 
 // === schedulers ===

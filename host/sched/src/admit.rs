@@ -81,6 +81,8 @@ pub struct Judged {
     pub state: u64,
     /// Why no policy answered; `None` when it did, or the slot has none.
     pub fallback: Option<Fallback>,
+    /// Generation of the shadow that is asked too, and so is to be told of the end; 0 for none.
+    pub shadow: u64,
 }
 
 /// Which policy accepted a request, and when: what became of it is told to whoever carries on its state.
@@ -125,19 +127,21 @@ pub struct Ending {
     pub generated_tokens: u32,
     /// As in the request.
     pub max_new_tokens: u32,
-    /// Who let it in.
+    /// Who let it in; the default where no policy did.
     pub accepted: Accepted,
+    /// As in [`Judged::shadow`].
+    pub shadow: u64,
 }
 
 /// Lets requests in. Called on any worker thread, several at once; must not block.
 pub trait AdmitPolicy: Send + Sync + Debug {
-    /// Whether there is a policy to ask: without one, nothing needs to be gathered for it.
+    /// Whether there is nobody to ask, no shadow either: nothing needs to be gathered.
     fn is_native(&self) -> bool;
 
     /// Answers for one request. A guest's bad answer never leaves this call: it becomes no verdict with `fallback` set.
     fn admit(&self, now: Micros, request: &AdmitRequest<'_>, load: &Load) -> Judged;
 
-    /// A request that a policy accepted has ended. Never blocks; the policy hears of it in a batch, later.
+    /// A request that a policy accepted, or that a shadow was asked about, has ended. Never blocks; the policy hears of it in a batch, later.
     fn ended(&self, ending: Ending);
 }
 
@@ -161,7 +165,7 @@ impl Judged {
     /// Nobody was asked.
     #[must_use]
     pub fn native(decided_by: DecidedBy) -> Self {
-        Self { verdict: None, decided_by, state: 0, fallback: None }
+        Self { verdict: None, decided_by, state: 0, fallback: None, shadow: 0 }
     }
 
     /// The author of a verdict that lets a request in, for its ending; `None` where no policy let it in.

@@ -266,6 +266,12 @@ impl DecidedBy {
         static NATIVE: std::sync::LazyLock<Arc<str>> = std::sync::LazyLock::new(|| "native".into());
         Self { revision: Arc::clone(&NATIVE), generation }
     }
+
+    /// Whether it is the native policy.
+    #[must_use]
+    pub fn is_native(&self) -> bool {
+        *self.revision == *"native"
+    }
 }
 
 impl ReplicaColumns {

@@ -11,12 +11,16 @@
 //! a word that is lost with its guest leaves the request with the edit that it had, or ends it, as the slot says. Not a call in
 //! the middle of the step, and no wait without a bound: one slow policy would then stand in the way of every request of the
 //! device.
+//!
+//! Whoever listens beside the policy (a shadow) is told once per step of the requests that it follows: of their tokens and of the
+//! edits that held for them. Nothing is owed to it and nothing waits for it, and it hears also of requests of which the policy
+//! hears nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::execute::{StepOutput, StepPlan};
-use crate::hash::IntMap;
+use crate::hash::{IntMap, IntSet};
 use crate::ids::{Micros, RequestId};
 use crate::mask::{TokenMask, TokenSet, combine};
 use crate::request::{Failure, Request};
@@ -125,6 +129,30 @@ pub struct Reply {
     pub decided_by: Option<DecidedBy>,
 }
 
+/// A token that was chosen for a request that is followed beside the policy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    /// Whose.
+    pub request: RequestId,
+    /// Which.
+    pub token: u32,
+    /// The policy's edit that held for it.
+    pub edit: Option<Arc<Edit>>,
+}
+
+/// What a step came to for the requests that are followed beside the policy, in the order of the fields.
+#[derive(Debug, Default)]
+pub struct Overheard {
+    /// When it was handed over.
+    pub now: Micros,
+    /// Requests that start.
+    pub started: Vec<Started>,
+    /// One token each of several requests; another one follows unless the request has `ended`.
+    pub chosen: Vec<Chosen>,
+    /// Requests that have ended.
+    pub ended: Vec<RequestId>,
+}
+
 /// Asked by the executor for the edits of rows that it samples, between the forward pass and the choice of tokens.
 pub trait EditSource: Send {
     /// What holds for the next token of a request. May wait for a word that is owed, up to a bound per step; a token that is
@@ -158,6 +186,16 @@ pub trait SamplerWorker: Send {
 
     /// The reply, waiting for it up to a bound.
     fn wait(&mut self) -> Option<Reply>;
+
+    /// Whether somebody beside the policy follows a request that starts.
+    fn follows(&self, _request: RequestId) -> bool {
+        false
+    }
+
+    /// Takes what a step came to for whoever follows requests. False where it did not: they are followed no further. Never blocks.
+    fn overhear(&mut self, _heard: Overheard) -> bool {
+        false
+    }
 }
 
 impl<W: SamplerWorker + ?Sized> SamplerWorker for Box<W> {
@@ -175,6 +213,14 @@ impl<W: SamplerWorker + ?Sized> SamplerWorker for Box<W> {
 
     fn wait(&mut self) -> Option<Reply> {
         (**self).wait()
+    }
+
+    fn follows(&self, request: RequestId) -> bool {
+        (**self).follows(request)
+    }
+
+    fn overhear(&mut self, heard: Overheard) -> bool {
+        (**self).overhear(heard)
     }
 }
 
@@ -233,6 +279,9 @@ pub struct Desk<W> {
     stalled_since: Option<Micros>,
     /// Requests that cannot go on, until the driver has ended them.
     failed: Vec<(RequestId, Failure)>,
+    /// Requests that are followed beside the policy, by id, and what is not told yet.
+    followed: IntSet<u64>,
+    heard: Overheard,
 }
 
 #[derive(Debug, Default)]
@@ -313,6 +362,14 @@ impl Started {
     }
 }
 
+// === impl Overheard ===
+
+impl Overheard {
+    fn is_empty(&self) -> bool {
+        self.started.is_empty() && self.chosen.is_empty() && self.ended.is_empty()
+    }
+}
+
 // === impl Batch ===
 
 impl Batch {
@@ -359,6 +416,8 @@ impl<W: SamplerWorker> Desk<W> {
             stalled: Vec::new(),
             stalled_since: None,
             failed: Vec::new(),
+            followed: IntSet::default(),
+            heard: Overheard::default(),
         }
     }
 
@@ -383,21 +442,34 @@ impl<W: SamplerWorker> Desk<W> {
                     self.entries.remove(&id.0);
                 }
                 for (request, said) in scheduler.live() {
-                    self.start(Started { said: said.to_vec(), ..Started::of(request) });
+                    self.tell(Started { said: said.to_vec(), ..Started::of(request) });
                 }
             }
         }
         self.hand_over(now);
     }
 
-    /// Whether anybody wants to hear of requests that start.
+    /// Whether there is a policy, which wants to hear of requests that start.
     #[must_use]
     pub fn is_active(&self) -> bool {
         self.active.is_some()
     }
 
+    /// Whether anybody wants to hear of a request that starts.
+    #[must_use]
+    pub fn hears_of(&self, id: RequestId) -> bool {
+        self.is_active() || self.worker.follows(id)
+    }
+
     /// A request has been accepted.
     pub fn start(&mut self, started: Started) {
+        if self.worker.follows(started.id) && self.followed.insert(started.id.0) {
+            self.heard.started.push(started.clone());
+        }
+        self.tell(started);
+    }
+
+    fn tell(&mut self, started: Started) {
         if self.is_active() && !self.entries.contains_key(&started.id.0) {
             self.entries.insert(started.id.0, Entry { owed: 1, ..Entry::default() });
             self.pending.started.push(started);
@@ -435,7 +507,7 @@ impl<W: SamplerWorker> Desk<W> {
         output.withheld.append(&mut self.withheld);
         self.stalled.clear();
         self.stalled_since = None;
-        if self.entries.is_empty() && self.masks.is_empty() {
+        if self.entries.is_empty() && self.masks.is_empty() && self.followed.is_empty() {
             return;
         }
         let rows = plan.rows.iter().filter(|row| row.sample.is_some());
@@ -443,7 +515,12 @@ impl<W: SamplerWorker> Desk<W> {
             if output.withheld.contains(&row.request) {
                 continue;
             }
-            if let Some(entry) = self.entries.get_mut(&row.request.0) {
+            let request = row.request;
+            if self.followed.contains(&request.0) {
+                let edit = self.entries.get(&request.0).and_then(|entry| entry.edit.clone());
+                self.heard.chosen.push(Chosen { request, token: sampled.token, edit });
+            }
+            if let Some(entry) = self.entries.get_mut(&request.0) {
                 entry.owed += 1;
                 self.pending.tokens.push((row.request, sampled.token));
             }
@@ -459,6 +536,9 @@ impl<W: SamplerWorker> Desk<W> {
     /// A request has ended, in whatever way.
     pub fn ended(&mut self, id: RequestId) {
         self.masks.remove(&id.0);
+        if self.followed.remove(&id.0) {
+            self.heard.ended.push(id);
+        }
         if self.entries.remove(&id.0).is_none() {
             return;
         }
@@ -482,6 +562,9 @@ impl<W: SamplerWorker> Desk<W> {
         self.withheld.clear();
         self.receive();
         self.send(now);
+        if !self.heard.is_empty() && !self.worker.overhear(Overheard { now, ..std::mem::take(&mut self.heard) }) {
+            self.followed.clear();
+        }
     }
 
     fn receive(&mut self) {

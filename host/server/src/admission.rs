@@ -40,7 +40,7 @@ struct TenantLoad {
 #[derive(Debug)]
 struct Ticket {
     ending: Ending,
-    /// Whether the policy itself accepted it: then it hears of its ending.
+    /// Whether the policy itself accepted it, or its shadow was asked: then they hear of its ending.
     settles: bool,
 }
 
@@ -172,8 +172,9 @@ impl Permit {
             generated_tokens: 0,
             max_new_tokens: request.max_new_tokens,
             accepted: accepted.unwrap_or_default(),
+            shadow: judged.shadow,
         };
-        self.ticket = Some(Ticket { ending, settles: accepted.is_some() });
+        self.ticket = Some(Ticket { ending, settles: accepted.is_some() || judged.shadow != 0 });
         (load, judged)
     }
 
@@ -271,12 +272,17 @@ mod tests {
         };
         let (fourth, _, tenant) = enter(4, 6, Some(Verdict::Reject(rejection)));
         assert_eq!(tenant, (0, 0));
+        door.shadow.store(7, Ordering::Relaxed);
+        let (fifth, ..) = enter(5, 6, None);
         first.ended(Outcome::Finished, 16, 4);
-        drop((first, second, third, fourth));
+        drop((first, second, third, fourth, fifth));
         let endings = door.endings.lock().expect("unpoisoned");
         let told: Vec<_> = endings.iter().map(|e| (e.id.0, e.outcome, e.cached_tokens, e.generated_tokens)).collect();
-        assert_eq!(told, [(1, Outcome::Finished, 16, 4), (2, Outcome::Rejected, 0, 0)], "only those that it accepted");
-        assert!(endings.iter().all(|e| e.accepted == Accepted { generation: 9, state: 4, at: 1 }), "{endings:?}");
+        let expect = [(1, Outcome::Finished, 16, 4), (2, Outcome::Rejected, 0, 0), (5, Outcome::Rejected, 0, 0)];
+        assert_eq!(told, expect, "only those that it accepted, or of which its shadow was asked");
+        let by = Accepted { generation: 9, state: 4, at: 1 };
+        assert_eq!(endings[..2].iter().map(|e| (e.accepted, e.shadow)).collect::<Vec<_>>(), [(by, 0), (by, 0)]);
+        assert_eq!((endings[2].accepted, endings[2].shadow), (Accepted::default(), 7));
         assert!(admission.tenants.lock().expect("unpoisoned").is_empty());
     }
 

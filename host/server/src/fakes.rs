@@ -86,6 +86,8 @@ pub(crate) struct FakeDoor {
     pub(crate) asked: Mutex<Vec<DoorCall>>,
     pub(crate) loads: Mutex<Vec<Load>>,
     pub(crate) endings: Mutex<Vec<Ending>>,
+    /// Generation of the shadow that is asked too.
+    pub(crate) shadow: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -170,7 +172,8 @@ impl AdmitPolicy for FakeDoor {
         let verdict = self.verdict.lock().expect("unpoisoned").clone();
         let fallback = verdict.is_none().then_some(Fallback::Fault("trap"));
         let decided_by = DecidedBy { revision: "d@1+0000".into(), generation: 9 };
-        Judged { verdict, decided_by, state: 4, fallback }
+        let shadow = self.shadow.load(Ordering::Relaxed);
+        Judged { verdict, state: 4, fallback, shadow, ..Judged::native(decided_by) }
     }
 
     fn ended(&self, ending: Ending) {
@@ -477,6 +480,11 @@ impl PolicyAdmin for FakeAdmin {
     fn shadow_router_said(&self, request: RequestId) -> Option<Routed> {
         let decided_by = DecidedBy { revision: "s@1+0000".into(), generation: 8 };
         (request == RequestId(1)).then_some(Routed { choice: Choice::Pick(1), decided_by, fallback: None })
+    }
+
+    fn shadow_admission_said(&self, request: RequestId) -> Option<Judged> {
+        let decided_by = DecidedBy { revision: "t@1+0000".into(), generation: 9 };
+        (request == RequestId(1)).then(|| Judged { verdict: Some(Verdict::Accept), ..Judged::native(decided_by) })
     }
 
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine> {

@@ -210,6 +210,8 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn ask_previous_admission(&self, question: &DoorQuestion<'_>) -> Result<Judged, AdminError>;
     /// What the shadow beside the router said of a request, if there is one and it was asked about that not long ago.
     fn shadow_router_said(&self, request: RequestId) -> Option<Routed>;
+    /// The same of admission.
+    fn shadow_admission_said(&self, request: RequestId) -> Option<Judged>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine>;
 }

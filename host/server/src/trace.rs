@@ -293,6 +293,7 @@ impl Doored {
             fallback,
             clamps: fallback.map(stood_in).into_iter().collect(),
             previous: None,
+            shadow: None,
         }
     }
 }

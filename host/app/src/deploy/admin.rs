@@ -187,6 +187,10 @@ impl PolicyAdmin for Deploy {
         self.router.shadow_said(request)
     }
 
+    fn shadow_admission_said(&self, request: RequestId) -> Option<Judged> {
+        self.admission.shadow_said(request)
+    }
+
     fn start_rollout(&self, slot: &str, request: wire::StartRollout, actor: &str) -> Result<Box<RawValue>, AdminError> {
         self.begin_rollout(slot, request, actor)
     }

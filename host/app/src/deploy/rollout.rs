@@ -416,7 +416,7 @@ impl Deploy {
             )));
         }
         let control = lock(&self.state).slot(slot).map(|state| state.active.clone());
-        let control = control.ok_or_else(|| plan_error(PlanError::NoSlot(slot.clone())))?;
+        let control = control.ok_or_else(|| nothing_to_compare_with(slot))?;
         let policies = [&control.component, &desired.component];
         spec.check_answers(slot, policies).map_err(|error| invalid(error.to_string()))?;
         let planned = lock(&self.state).plan(slot.clone(), desired).map_err(plan_error)?;
@@ -656,6 +656,11 @@ fn count(metrics: &ArmMetrics, what: Outcome) {
         Outcome::Failed => metrics.failed.inc(),
         Outcome::Cancelled => metrics.cancelled.inc(),
     }
+}
+
+fn nothing_to_compare_with(slot: &SlotName) -> AdminError {
+    let nothing = PlanError::NoSlot(slot.clone());
+    not_found(format!("{nothing}: there is no policy to compare with; activate `native` there first"))
 }
 
 fn no_rollout(slot: &str, id: &str) -> AdminError {

@@ -144,8 +144,8 @@ pub enum SpecError {
     },
     /// A comparison of policies that no request feels.
     #[error(
-        "`{slot}` decides nothing that a request feels, so there is nothing to compare; activate the candidate with PUT beside \
-         it, as `telemetry.<another name>`"
+        "`{slot}` decides nothing, so there is nothing to compare: a hook is heard beside the others in any case; activate the \
+         candidate with PUT as `telemetry.<another name>`"
     )]
     NoOutcome {
         /// The slot.
@@ -159,14 +159,6 @@ pub enum SpecError {
     NotForVariants {
         /// The mode.
         mode: &'static str,
-    },
-    /// A shadow where unused answers say nothing.
-    #[error("mode `shadow` does not work in `{slot}`: {why}")]
-    NoShadow {
-        /// The slot.
-        slot: String,
-        /// Why, and what to do instead.
-        why: &'static str,
     },
     /// A shadow whose answers have nothing to be compared with.
     #[error("the native scheduler writes no plans that could be compared; `sched-fcfs` orders requests as it does")]
@@ -261,8 +253,7 @@ impl Spec {
         match (slot, self.mode) {
             (SlotName::Telemetry(_), _) => Err(SpecError::NoOutcome { slot: slot.to_string() }),
             (_, Mode::Ab) => Err(SpecError::Shared { slot: slot.to_string() }),
-            (_, Mode::Shadow) => self.check_shadow(slot),
-            (_, Mode::Canary | Mode::Switchback) => Ok(()),
+            (_, Mode::Canary | Mode::Switchback | Mode::Shadow) => Ok(()),
         }
     }
 
@@ -284,20 +275,6 @@ impl Spec {
             Mode::Canary | Mode::Ab => Ok(()),
             Mode::Switchback | Mode::Shadow => Err(SpecError::NotForVariants { mode: self.mode.as_str() }),
         }
-    }
-
-    /// Whether answers that nobody uses say something there.
-    fn check_shadow(&self, slot: &SlotName) -> Result<(), SpecError> {
-        let why = match slot {
-            SlotName::Router | SlotName::Scheduler => return Ok(()),
-            SlotName::KvRetention => "an order of eviction shows in later cache hits only; use `switchback`",
-            SlotName::Sampler => {
-                "the tokens that it would have changed are missing from the text that it follows; use `switchback`"
-            }
-            SlotName::Admission => "it would not hear of the requests that it alone had let in",
-            SlotName::Telemetry(_) => "a hook is heard beside the others in any case",
-        };
-        Err(SpecError::NoShadow { slot: slot.to_string(), why })
     }
 
     /// The defaults of a mode: the guards of every serving team, and blocks long enough for requests of a few seconds.
@@ -454,12 +431,12 @@ mod tests {
             (SlotName::Router, Mode::Ab, Some("use `switchback`")),
             (SlotName::Scheduler, Mode::Ab, Some("use `switchback`")),
             (telemetry.clone(), Mode::Canary, Some("`telemetry.<another name>`")),
-            (telemetry, Mode::Shadow, Some("`telemetry.<another name>`")),
+            (telemetry, Mode::Shadow, Some("decides nothing, so there is nothing to compare")),
             (SlotName::Router, Mode::Shadow, None),
             (SlotName::Scheduler, Mode::Shadow, None),
-            (SlotName::Sampler, Mode::Shadow, Some("use `switchback`")),
-            (SlotName::KvRetention, Mode::Shadow, Some("use `switchback`")),
-            (SlotName::Admission, Mode::Shadow, Some("it alone had let in")),
+            (SlotName::Sampler, Mode::Shadow, None),
+            (SlotName::KvRetention, Mode::Shadow, None),
+            (SlotName::Admission, Mode::Shadow, None),
         ] {
             let found = Spec::of(mode, 1).check_slot(&slot).err().map(|e| e.to_string());
             assert_eq!(found.is_some(), expect.is_some(), "{slot} {mode:?}");

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
+use pointsman_sched::admit::Judged;
 use pointsman_sched::ids::RequestId;
 use pointsman_sched::route::Routed;
 use serde::Deserialize;
@@ -58,8 +59,10 @@ fn explain(state: &ServerState, id: &str) -> Result<Explained, AdminError> {
     let catalog = state.engine.catalog();
     let previous = trace.decision().map(|decided| ask_previous(state, decided, &catalog));
     let explained = trace.explain(&catalog);
-    let previous_verdict = trace.door().map(|doored| ask_previous_door(state, doored));
-    let admission = explained.admission.map(|admission| Admission { previous: previous_verdict, ..admission });
+    let others = trace.door().map(|doored| (ask_previous_door(state, doored), shadow_at_the_door(state, doored)));
+    let (before, beside) = others.unzip();
+    let admission =
+        explained.admission.map(|admission| Admission { previous: before, shadow: beside.flatten(), ..admission });
     let shadow = trace.decision().and_then(|decided| {
         let routed = state.policies.shadow_router_said(RequestId(decided.request.id))?;
         Some(said(routed, decided, &catalog))
@@ -71,12 +74,21 @@ fn ask_previous_door(state: &ServerState, doored: &Doored) -> PreviousVerdict {
     let texts = doored.request.texts();
     let question = DoorQuestion { now: doored.now, request: &doored.request.lend(&texts), load: &doored.load };
     match state.policies.ask_previous_admission(&question) {
-        Ok(judged) => PreviousVerdict::Said {
-            revision: judged.decided_by.revision.to_string(),
-            generation: judged.decided_by.generation,
-            answer: judged.verdict.as_ref().map(VerdictSeen::from),
-        },
+        Ok(judged) => judged_by(&judged),
         Err(error) => PreviousVerdict::Unavailable { unavailable: error.message },
+    }
+}
+
+fn shadow_at_the_door(state: &ServerState, doored: &Doored) -> Option<PreviousVerdict> {
+    state.policies.shadow_admission_said(RequestId(doored.request.id)).as_ref().map(judged_by)
+}
+
+/// Another admission policy's answer.
+fn judged_by(judged: &Judged) -> PreviousVerdict {
+    PreviousVerdict::Said {
+        revision: judged.decided_by.revision.to_string(),
+        generation: judged.decided_by.generation,
+        answer: judged.verdict.as_ref().map(VerdictSeen::from),
     }
 }
 

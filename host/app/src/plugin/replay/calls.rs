@@ -36,7 +36,7 @@ pub(super) struct Calls {
     pub retention: Arc<RetentionSlot>,
     /// Slot `sampler`.
     pub sampler: Arc<SamplerSlot>,
-    tenants: Names,
+    tenants: Arc<Names>,
     inside: HashMap<u64, Accepted>,
     caches: HashMap<String, Cache>,
     ports: HashMap<String, SamplerPort>,
@@ -63,7 +63,7 @@ impl Calls {
             admission: runtime.admission_slot("admission"),
             retention: runtime.retention_slot("kv-retention"),
             sampler: runtime.sampler_slot("sampler"),
-            tenants: Names::default(),
+            tenants: Arc::default(),
             inside: HashMap::new(),
             caches: HashMap::new(),
             ports: HashMap::new(),
@@ -106,6 +106,7 @@ impl Calls {
                 generated_tokens,
                 max_new_tokens,
                 accepted,
+                shadow: 0,
             });
         }
         self.admission.settle(now, &self.tenants, &mut |_, _| ());

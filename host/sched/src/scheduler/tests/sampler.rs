@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::execute::{ExecuteError, StepOutput};
 use crate::ids::{Micros, RequestId};
 use crate::request::{CancelCause, Failure, FinishReason, Request, SinkEvent};
-use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Started, Word};
+use crate::sampler::{Batch, Desk, Edit, Overheard, Reply, SamplerWorker, Started, Word};
 
 use super::model::{Host, VOCABULARY, reference};
 use super::{CONFIG, request};
@@ -32,6 +32,10 @@ struct Guest {
     refuses: bool,
     /// Another guest takes over with the next reply: it forbids what the one before dictated.
     renews: bool,
+    /// Somebody follows requests beside it, and takes so many more steps.
+    follows: bool,
+    takes: u32,
+    overheard: Vec<Overheard>,
 }
 
 #[derive(Debug)]
@@ -118,6 +122,18 @@ impl SamplerWorker for Worker {
         guest.waits += 1;
         guest.reply()
     }
+
+    fn follows(&self, _request: RequestId) -> bool {
+        self.0.lock().expect("one thread").follows
+    }
+
+    fn overhear(&mut self, heard: Overheard) -> bool {
+        let mut guest = self.0.lock().expect("one thread");
+        let takes = guest.takes > 0;
+        guest.takes = guest.takes.saturating_sub(1);
+        guest.overheard.push(heard);
+        takes
+    }
 }
 
 fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
@@ -132,6 +148,9 @@ fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
         ended: Vec::new(),
         refuses: false,
         renews: false,
+        follows: false,
+        takes: u32::MAX,
+        overheard: Vec::new(),
     };
     let guest = Arc::new(Mutex::new(guest));
     let mut host = Host::new(config);
@@ -341,4 +360,66 @@ fn without_a_policy_everybody_is_free_at_once() {
     host.submit(request(6, 4, 3));
     host.run_until_idle(&mut NativeBatch);
     assert_eq!(host.tokens(6), dictated(6, 3));
+}
+
+/// What was told of a request: how often it started, its tokens with the only one that was allowed (0: any), how often it ended.
+fn told(guest: &Guest, id: u64) -> (usize, Vec<(u32, u32)>, usize) {
+    let heard = &guest.overheard;
+    let only = |edit: Option<&Edit>| match edit {
+        Some(Edit::Allow(tokens)) => tokens[0],
+        _ => 0,
+    };
+    let chosen = heard.iter().flat_map(|heard| &heard.chosen).filter(|chosen| chosen.request.0 == id);
+    (
+        heard.iter().flat_map(|heard| &heard.started).filter(|started| started.id.0 == id).count(),
+        chosen.map(|chosen| (chosen.token, only(chosen.edit.as_deref()))).collect(),
+        heard.iter().flat_map(|heard| &heard.ended).filter(|ended| ended.0 == id).count(),
+    )
+}
+
+#[test]
+fn whoever_follows_a_request_hears_every_token_with_the_edit_that_held() {
+    for active in [true, false] {
+        let (mut host, guest) = host(CONFIG, false);
+        guest.lock().expect("one thread").active = active;
+        host.submit(request(6, 5, 6));
+        steps(&mut host, 1);
+        guest.lock().expect("one thread").follows = true;
+        for id in [2, 1] {
+            host.submit(request(id, 5, 4));
+        }
+        host.run_until_idle(&mut NativeBatch);
+        host.desk.attend(host.now, &host.scheduler);
+        let guest = guest.lock().expect("one thread");
+        assert_eq!(told(&guest, 6), (0, vec![], 0), "it ran before");
+        for id in [2, 1] {
+            let with_edit = |(n, token): (usize, u32)| match wanted(id, n) {
+                Word::Edit(_) if active => (token, token),
+                _ => (token, 0),
+            };
+            let tokens = host.tokens(id).into_iter().enumerate().map(with_edit).collect();
+            assert_eq!(told(&guest, id), (1, tokens, 1), "{id}, active: {active}");
+        }
+        assert_eq!(guest.waits > 0, active, "nobody waits for whoever follows");
+    }
+}
+
+#[test]
+fn a_step_that_is_not_taken_ends_what_is_followed() {
+    let (mut host, guest) = host(CONFIG, false);
+    let mut state = guest.lock().expect("one thread");
+    (state.active, state.follows, state.takes) = (false, true, 2);
+    drop(state);
+    host.submit(request(2, 5, 6));
+    steps(&mut host, 4);
+    let n_told = guest.lock().expect("one thread").overheard.len();
+    assert_eq!(n_told, 3, "the third is not taken, and the fourth is not told");
+    guest.lock().expect("one thread").takes = u32::MAX;
+    host.submit(request(4, 5, 2));
+    host.run_until_idle(&mut NativeBatch);
+    host.desk.attend(host.now, &host.scheduler);
+    let mut guest = guest.lock().expect("one thread");
+    assert_eq!(told(&guest, 4).0, 1);
+    guest.overheard.drain(..n_told);
+    assert_eq!(told(&guest, 2), (0, vec![], 0), "followed no further");
 }

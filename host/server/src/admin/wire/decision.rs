@@ -252,6 +252,9 @@ pub struct Admission {
     /// What the policy before the active one says to the same inputs; asked now, off the path.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub previous: Option<PreviousVerdict>,
+    /// What the shadow said when the decision was put to it; absent where it was not, or the rollout is over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<PreviousVerdict>,
 }
 
 /// What another admission policy would have said.
