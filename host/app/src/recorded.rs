@@ -201,7 +201,13 @@ mod tests {
             let ids = starts.chain(spent.tokens.iter().map(|(id, _)| *id));
             let word = |id: RequestId| (id, if id.0 == 9 { Word::Leave } else { Word::Keep });
             let words = ids.map(word).collect();
-            Some(Reply { renewed: Vec::new(), words, spent, decided_by: Some(DecidedBy::native(3)) })
+            Some(Reply {
+                renewed: Vec::new(),
+                words,
+                spent,
+                decided_by: Some(DecidedBy::native(3)),
+                is_forgotten: false,
+            })
         }
 
         fn wait(&mut self) -> Option<Reply> {

@@ -144,6 +144,11 @@ impl<H: Hook> Generation<H> {
     pub(crate) fn number(&self) -> u64 {
         self.decided_by.generation
     }
+
+    /// Whether requests go on, and there is nobody to ask.
+    pub(crate) fn serves_without(&self) -> bool {
+        self.guest.is_none() && self.on_fault == OnFault::Open
+    }
 }
 
 impl<H: Hook> fmt::Debug for Generation<H> {

@@ -308,8 +308,9 @@ impl Thread {
             self.live.clear();
         }
         batch.owed().chain(batch.ended.iter().copied()).for_each(|id| drop(self.live.remove(&id.0)));
-        let word = forsaken(self.resident.core.enter().on_fault);
-        Reply { words: batch.owed().map(|id| (id, word.clone())).collect(), ..Reply::default() }
+        let generation = self.resident.core.enter();
+        let (word, is_forgotten) = (forsaken(generation.on_fault), generation.serves_without());
+        Reply { words: batch.owed().map(|id| (id, word.clone())).collect(), is_forgotten, ..Reply::default() }
     }
 
     /// Everything that a batch is owed.
@@ -334,6 +335,7 @@ impl Thread {
             self.tell_again(now, &mut reply);
         }
         self.end(now, &batch.ended);
+        reply.is_forgotten = self.resident.generation.serves_without();
         reply.decided_by = self.resident.guest().is_some().then(|| self.resident.decided_by().clone());
         reply
     }

@@ -125,8 +125,11 @@ pub struct Reply {
     pub words: Vec<(RequestId, Word)>,
     /// The batch, as it was sent.
     pub spent: Batch,
-    /// Whose words they are, for recordings; none where there was nobody to ask.
+    /// Whose words they are; none where there was nobody to ask.
     pub decided_by: Option<DecidedBy>,
+    /// There was no policy when the batch was worked on, and whoever is there now knows of no request: it went and came back
+    /// between two steps.
+    pub is_forgotten: bool,
 }
 
 /// A token that was chosen for a request that is followed beside the policy.
@@ -259,12 +262,10 @@ pub struct Desk<W> {
     /// Memory for the next one.
     spare: Batch,
     in_flight: bool,
-    /// The words of what is in flight are of a time before there was no policy.
+    /// The words of what is in flight are not those of the policy that is there now.
     is_void: bool,
-    /// ... or may be of the policy before this one.
-    is_outdated: bool,
-    /// Requests that were left by a policy before this one, until it is told of them.
-    untold: Vec<RequestId>,
+    /// Somebody else was there since the last step: the policy hears nothing until the next one, and then everything.
+    is_interrupted: bool,
     /// The worker was waited for in this step, and in vain.
     out_of_patience: bool,
     /// Requests that get no token in this step.
@@ -289,6 +290,8 @@ struct Entry {
     edit: Option<Arc<Edit>>,
     /// Words that are still to come.
     owed: u32,
+    /// The worker has forgotten it, and is not told again: it is to end.
+    is_unknown: bool,
 }
 
 // === impl Edit ===
@@ -407,8 +410,7 @@ impl<W: SamplerWorker> Desk<W> {
             spare: Batch::default(),
             in_flight: false,
             is_void: false,
-            is_outdated: false,
-            untold: Vec::new(),
+            is_interrupted: false,
             out_of_patience: false,
             withheld: Vec::new(),
             masks: IntMap::default(),
@@ -425,28 +427,34 @@ impl<W: SamplerWorker> Desk<W> {
     /// that was not there before is told of all requests that it does not know.
     pub fn attend(&mut self, now: Micros, scheduler: &Scheduler) {
         let before = std::mem::replace(&mut self.active, self.worker.attend(now));
-        self.is_outdated |= self.in_flight && self.active != before;
         self.receive();
-        match self.active {
-            None => {
-                self.entries.clear();
-                self.untold.clear();
-                self.pending.clear();
-                self.failed.retain(|(_, failure)| *failure != Failure::Unanswered);
-                self.pending.fresh = true;
-                self.is_void = self.in_flight;
-            }
-            Some(_) if self.active == before && self.untold.is_empty() => {}
-            Some(_) => {
-                for id in self.untold.drain(..) {
-                    self.entries.remove(&id.0);
-                }
-                for (request, said) in scheduler.live() {
-                    self.tell(Started { said: said.to_vec(), ..Started::of(request) });
-                }
-            }
+        let is_interrupted = std::mem::take(&mut self.is_interrupted);
+        if is_interrupted || self.active != before {
+            self.begin_anew(scheduler);
         }
         self.hand_over(now);
+    }
+
+    /// Tells whoever is there now of all requests, with what they have got. Nothing is kept of what was said before: the words of
+    /// two policies, and tokens that one of them has heard already, are not to be told apart later.
+    fn begin_anew(&mut self, scheduler: &Scheduler) {
+        if self.active.is_none() {
+            self.failed.retain(|(_, failure)| *failure != Failure::Unanswered);
+        }
+        // Whoever was to end ends.
+        let failed = |id: &u64| self.failed.iter().any(|(of, why)| of.0 == *id && *why == Failure::Unanswered);
+        self.entries.retain(|id, entry| {
+            entry.is_unknown = true;
+            failed(id)
+        });
+        self.pending.clear();
+        self.pending.fresh = true;
+        self.is_void = self.in_flight;
+        if self.is_active() {
+            for (request, said) in scheduler.live() {
+                self.tell(Started { said: said.to_vec(), ..Started::of(request) });
+            }
+        }
     }
 
     /// Whether there is a policy, which wants to hear of requests that start.
@@ -539,12 +547,7 @@ impl<W: SamplerWorker> Desk<W> {
         if self.followed.remove(&id.0) {
             self.heard.ended.push(id);
         }
-        if self.entries.remove(&id.0).is_none() {
-            return;
-        }
-        if self.untold.contains(&id) {
-            // It was left, so it ends for nobody.
-            self.untold.retain(|untold| *untold != id);
+        if self.entries.remove(&id.0).is_none_or(|entry| entry.is_unknown) {
             return;
         }
         self.pending.tokens.retain(|(of, _)| *of != id);
@@ -576,7 +579,7 @@ impl<W: SamplerWorker> Desk<W> {
     }
 
     fn send(&mut self, now: Micros) {
-        if self.in_flight || self.pending.is_empty() {
+        if self.in_flight || self.is_interrupted || self.pending.is_empty() {
             return;
         }
         let mut batch = std::mem::replace(&mut self.pending, std::mem::take(&mut self.spare));
@@ -591,9 +594,12 @@ impl<W: SamplerWorker> Desk<W> {
 
     fn take(&mut self, reply: Reply) {
         self.in_flight = false;
-        let is_outdated = std::mem::take(&mut self.is_outdated);
-        let Reply { mut renewed, mut words, mut spent, .. } = reply;
-        if std::mem::take(&mut self.is_void) {
+        let Reply { mut renewed, mut words, mut spent, decided_by, is_forgotten } = reply;
+        let is_void = std::mem::take(&mut self.is_void);
+        // A swap there and back is none to whoever looks between steps only. What is owed stays owed until the next step.
+        self.is_interrupted |=
+            !is_void && (is_forgotten || decided_by.is_some_and(|by| Some(by.generation) != self.active));
+        if is_void || self.is_interrupted {
             renewed.clear();
             words.clear();
         }
@@ -602,11 +608,6 @@ impl<W: SamplerWorker> Desk<W> {
             let Some(entry) = self.entries.get_mut(&id.0) else { continue };
             entry.owed = entry.owed.saturating_sub(paid);
             match word {
-                Word::Leave if is_outdated => {
-                    // Owed until the next step, when the policy that took over is told of it.
-                    entry.owed += 1;
-                    self.untold.push(id);
-                }
                 Word::Leave => drop(self.entries.remove(&id.0)),
                 Word::Keep => {}
                 Word::Free => entry.edit = None,
@@ -673,13 +674,8 @@ impl<W: SamplerWorker> Desk<W> {
     /// Whether it keeps nothing of anybody, and everything has been told.
     #[cfg(test)]
     pub(crate) fn is_settled(&self) -> bool {
-        let Self { entries, masks, untold, failed, pending, in_flight, .. } = self;
-        entries.is_empty()
-            && masks.is_empty()
-            && untold.is_empty()
-            && failed.is_empty()
-            && pending.is_empty()
-            && !in_flight
+        let Self { entries, masks, failed, pending, in_flight, .. } = self;
+        entries.is_empty() && masks.is_empty() && failed.is_empty() && pending.is_empty() && !in_flight
     }
 }
 

@@ -14,6 +14,7 @@ use crate::hash::mix;
 use crate::ids::{Micros, RequestId};
 use crate::mask::{MaskError, TokenMask, TokenSet};
 use crate::request::CancelCause;
+use crate::route::DecidedBy;
 use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Word};
 
 use super::model::{self, Host, VOCABULARY};
@@ -47,6 +48,8 @@ enum Operation {
     Native,
     /// The sampler's thread looks at what it has got.
     Work,
+    /// It does so while there is no policy, which is back before the driver looks.
+    WorkAway,
     Be(Manner),
     /// What it does next ends like this.
     Do(Deed),
@@ -87,6 +90,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => any::<bool>().prop_map(|closed| Operation::Publish { closed }),
         1 => Just(Operation::Native),
         3 => Just(Operation::Work),
+        2 => Just(Operation::WorkAway),
         3 => prop::sample::select(manner.to_vec()).prop_map(Operation::Be),
         1 => prop::sample::select(vec![Deed::Fault, Deed::Panic]).prop_map(Operation::Do),
     ]
@@ -188,15 +192,17 @@ impl Sampler {
     fn panic(&mut self, batch: &Batch) -> Reply {
         self.synced = None;
         batch.owed().for_each(|id| drop(self.live.remove(&id.0)));
-        let word = self.forsaken();
-        Reply { words: batch.owed().map(|id| (id, word.clone())).collect(), ..Reply::default() }
+        let (word, is_forgotten) = (self.forsaken(), self.active.is_none());
+        Reply { words: batch.owed().map(|id| (id, word.clone())).collect(), is_forgotten, ..Reply::default() }
     }
 
     /// The words of a guest, or of nobody.
     fn answer(&mut self, batch: &Batch, guest: Option<u64>) -> Reply {
-        let mut reply = Reply::default();
+        let by = |generation| DecidedBy { revision: "p".into(), generation };
+        let mut reply = Reply { decided_by: self.active.map(by), ..Reply::default() };
         if self.active.is_none() {
             self.live.clear();
+            reply.is_forgotten = true;
         }
         if let Some(generation) = guest
             && self.synced != guest
@@ -243,7 +249,8 @@ impl Sampler {
             self.done = Some((self.attended, Reply { words, ..Reply::default() }));
         }
         let (generation, reply) = self.done.take()?;
-        if std::mem::take(&mut self.is_void) {
+        let is_elsewhere = reply.decided_by.as_ref().is_some_and(|by| Some(by.generation) != self.attended);
+        if std::mem::take(&mut self.is_void) || reply.is_forgotten || is_elsewhere {
             return Some(reply);
         }
         for (RequestId(id), word) in reply.renewed.iter().chain(&reply.words) {
@@ -273,8 +280,8 @@ impl SamplerWorker for Worker {
         if sampler.attended != sampler.active {
             // Whoever takes over is told of those that were left, and after native of everybody.
             sampler.left.clear();
+            sampler.is_void = true;
             if sampler.active.is_none() {
-                sampler.is_void = true;
                 sampler.loose.clear();
                 sampler.refused.clear();
             }
@@ -388,6 +395,12 @@ impl History {
             Operation::Publish { closed } => self.publish(closed),
             Operation::Native => self.sampler().active = None,
             Operation::Work => self.sampler().work(),
+            Operation::WorkAway => {
+                let mut sampler = self.sampler();
+                let active = sampler.active.take();
+                sampler.work();
+                sampler.active = active;
+            }
             Operation::Be(manner) => self.sampler().manner = manner,
             Operation::Do(deed) => self.sampler().deed = deed,
             Operation::Lose => {

@@ -96,7 +96,7 @@ impl Guest {
         if self.renews {
             words.iter_mut().for_each(|(_, word)| *word = Word::Keep);
         }
-        Some(Reply { renewed, words, spent: batch, decided_by: None })
+        Some(Reply { renewed, words, spent: batch, ..Reply::default() })
     }
 }
 
