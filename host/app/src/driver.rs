@@ -179,6 +179,8 @@ impl Driver {
                 (&mut replica.sampler, &mut replica.pace),
             );
             replica.scheduler.shutdown(now, &mut observe);
+            // Whoever follows requests beside the policy hears of their end.
+            replica.sampler.hand_over(now);
             publish(replica, &self.context.metrics);
         }
     }

@@ -160,7 +160,12 @@ impl Bystander {
         case.judged(compare(asked.said.as_ref(), &answer, request.priority), took_ns);
         match (&asked.said, &answer) {
             (_, Answer::Reject(_)) => {}
-            (Some(Answer::Reject(_)), _) => self.owed.push_back(asked.refused()),
+            (Some(Answer::Reject(_)), _) => {
+                self.owed.push_back(asked.refused());
+                if self.owed.len() > MAX_ENDINGS {
+                    self.owed.pop_front();
+                }
+            }
             _ => {
                 self.inside.insert(request.id.0);
                 if self.inside.len() > MAX_ENDINGS {

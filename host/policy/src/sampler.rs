@@ -263,6 +263,7 @@ impl SamplerWorker for SamplerPort {
     fn overhear(&mut self, heard: Overheard) -> bool {
         let Some(shadow) = self.core.shadowed() else {
             self.beside.is_lost = true;
+            self.beside.edits.clear();
             return false;
         };
         self.beside.tell(&shadow, heard)

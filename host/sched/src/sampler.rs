@@ -435,24 +435,28 @@ impl<W: SamplerWorker> Desk<W> {
         self.hand_over(now);
     }
 
-    /// Tells whoever is there now of all requests, with what they have got. Nothing is kept of what was said before: the words of
-    /// two policies, and tokens that one of them has heard already, are not to be told apart later.
+    /// Tells whoever is there now of all requests, with what they have got. Of what was said before only the edits are kept, for as
+    /// long as nobody can say more: the words of two policies, and tokens that one of them has heard already, are not to be told
+    /// apart later.
     fn begin_anew(&mut self, scheduler: &Scheduler) {
         if self.active.is_none() {
             self.failed.retain(|(_, failure)| *failure != Failure::Unanswered);
         }
+        let mut before = std::mem::take(&mut self.entries);
         // Whoever was to end ends.
-        let failed = |id: &u64| self.failed.iter().any(|(of, why)| of.0 == *id && *why == Failure::Unanswered);
-        self.entries.retain(|id, entry| {
-            entry.is_unknown = true;
-            failed(id)
-        });
+        for (id, _) in self.failed.iter().filter(|(_, failure)| *failure == Failure::Unanswered) {
+            self.entries.extend(before.remove(&id.0).map(|entry| (id.0, Entry { is_unknown: true, ..entry })));
+        }
         self.pending.clear();
         self.pending.fresh = true;
         self.is_void = self.in_flight;
         if self.is_active() {
             for (request, said) in scheduler.live() {
                 self.tell(Started { said: said.to_vec(), ..Started::of(request) });
+                let old = before.remove(&request.id.0);
+                if let (Some(entry), Some(old)) = (self.entries.get_mut(&request.id.0), old) {
+                    entry.edit = old.edit;
+                }
             }
         }
     }

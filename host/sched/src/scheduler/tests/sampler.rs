@@ -17,6 +17,9 @@ use super::{CONFIG, request};
 #[derive(Debug)]
 struct Guest {
     active: bool,
+    generation: u64,
+    /// It says nothing of anybody.
+    silent: bool,
     /// Replies are there when they are polled for.
     early: bool,
     /// Replies do not come at all.
@@ -76,6 +79,9 @@ impl Guest {
             self.history.entry(id.0).or_default().push(token);
             words.push((id, wanted(id.0, seen.len())));
         }
+        if self.silent {
+            words.iter_mut().for_each(|(_, word)| *word = Word::Keep);
+        }
         for (id, word) in &mut words {
             if self.refuses && id.0.is_multiple_of(2) {
                 *word = Word::End;
@@ -102,7 +108,8 @@ impl Guest {
 
 impl SamplerWorker for Worker {
     fn attend(&mut self, _now: Micros) -> Option<u64> {
-        self.0.lock().expect("one thread").active.then_some(1)
+        let guest = self.0.lock().expect("one thread");
+        guest.active.then_some(guest.generation)
     }
 
     fn send(&mut self, batch: Batch) -> Result<(), Batch> {
@@ -139,6 +146,8 @@ impl SamplerWorker for Worker {
 fn host(config: Config, early: bool) -> (Host, Arc<Mutex<Guest>>) {
     let guest = Guest {
         active: true,
+        generation: 1,
+        silent: false,
         early,
         stuck: false,
         seen: BTreeMap::new(),
@@ -201,6 +210,24 @@ fn every_token_has_the_edit_that_its_predecessor_asked_for() {
         assert_eq!(guest.history, BTreeMap::from([(1, dictated(1, 2)), (2, dictated(2, 5)), (4, dictated(4, 5))]));
         assert!(guest.seen.is_empty(), "it has forgotten what has ended");
     }
+}
+
+#[test]
+fn a_policy_that_cannot_say_anything_leaves_the_edits_of_the_one_before() {
+    let (mut host, guest) = host(CONFIG, true);
+    host.submit(request(2, 5, 8));
+    steps(&mut host, 4);
+    let n = host.tokens(2).len();
+    assert!((1..6).contains(&n), "it runs");
+    {
+        let mut guest = guest.lock().expect("one thread");
+        (guest.generation, guest.silent) = (2, true);
+    }
+    host.run_until_idle(&mut NativeBatch);
+    let tokens = host.tokens(2);
+    assert_eq!(tokens[..n], dictated(2, n));
+    assert!(tokens.len() == 8 && tokens[n..].iter().all(|token| *token == tokens[n]), "{tokens:?}");
+    assert!(dictated(2, n + 1).contains(&tokens[n]), "what was said last holds: {tokens:?}");
 }
 
 #[test]
