@@ -8,7 +8,6 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use crate::batch::NativeBatch;
-use crate::config::Config;
 use crate::execute::{ExecuteError, StepOutput};
 use crate::hash::mix;
 use crate::ids::{Micros, RequestId};
@@ -18,17 +17,7 @@ use crate::route::DecidedBy;
 use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Word};
 
 use super::model::{self, Host, VOCABULARY};
-
-const CONFIG: Config = Config {
-    block_tokens: 4,
-    n_blocks: 12,
-    max_running: 3,
-    step_tokens: 8,
-    max_waiting: 6,
-    prefill_chunk: 5,
-    starvation_us: 400,
-    context_tokens: 48,
-};
+use super::random::CONFIG;
 
 #[derive(Clone, Debug)]
 enum Operation {

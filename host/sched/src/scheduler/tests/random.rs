@@ -15,7 +15,8 @@ use crate::scheduler::Stage;
 
 use super::model::{self, Host, reference};
 
-const CONFIG: Config = Config {
+/// Small enough that everything runs out now and then.
+pub(super) const CONFIG: Config = Config {
     block_tokens: 4,
     n_blocks: 12,
     max_running: 3,
