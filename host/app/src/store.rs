@@ -62,6 +62,8 @@ impl Store {
         let what = || format!("cannot use the data directory {}", root.display());
         for folder in ["slots", "aliases", "components", "compiled"] {
             fs::create_dir_all(root.join(folder)).with_context(what)?;
+            // What cannot be listed must not look as if nothing were stored there.
+            fs::read_dir(root.join(folder)).with_context(what)?;
         }
         let lock = File::create(root.join("lock")).with_context(what)?;
         if lock.try_lock().is_err() {
@@ -359,13 +361,14 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 /// Gives a file this content, or removes it, for good. Where the folder cannot be synced, a power failure may still undo that:
 /// what was there before is put back, and the error means what the others mean.
 fn place(path: &Path, bytes: Option<&[u8]>, sync: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    // One that cannot be read can be replaced all the same, and not be put back.
     let before = match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        found => Some(found?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
     };
     put(path, bytes)?;
     sync(folder_of(path)).inspect_err(|_| {
-        if let Err(error) = put(path, before.as_deref()) {
+        if let Err(error) = before.and_then(|before| put(path, before.as_deref())) {
             tracing::error!("{} is not what the host works with: {error}", path.display());
         }
     })
@@ -470,6 +473,18 @@ mod tests {
             }
         }
         assert!(fs::read_dir(folder.path()).expect("a folder").count() <= 1, "nothing is left aside");
+    }
+
+    #[test]
+    fn what_cannot_be_read_can_be_replaced_and_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("document.json");
+        for new in [None, Some(&b"new"[..])] {
+            std::os::unix::fs::symlink(&path, &path).expect("a link to itself");
+            assert!(fs::read(&path).is_err_and(|error| error.kind() != io::ErrorKind::NotFound));
+            place(&path, new, sync_folder).expect("a writable folder");
+            assert_eq!(fs::read(&path).ok().as_deref(), new);
+        }
     }
 
     #[test]

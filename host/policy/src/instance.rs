@@ -61,8 +61,7 @@ pub(crate) trait Hook: Sized + Send + Sync + 'static {
     fn shadow(_case: &Case<Self>, _memory: &mut Self::Memory, _sample: Self::Sample) {}
     /// The same while nothing is to be asked: what came before says nothing any more of what comes after.
     fn shadow_paused(case: &Case<Self>, memory: &mut Self::Memory, _sample: Self::Sample) {
-        *memory = Self::Memory::default();
-        case.drop_some(1);
+        case.skipped(memory, 1);
     }
     fn wrap(ready: Ready<Self>) -> AnyReady;
     fn unwrap(ready: AnyReady) -> Option<Ready<Self>>;

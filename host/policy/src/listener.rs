@@ -76,7 +76,7 @@ fn compare(used: Option<&Edit>, shadow: Option<&Edit>) -> Verdict {
 
 impl Listener {
     fn new(candidate: &Arc<Generation<SamplerHook>>) -> Self {
-        Self { post: Post::new(candidate, "shadow".into()), live: BTreeMap::new(), now: 0 }
+        Self { post: Post::common(candidate), live: BTreeMap::new(), now: 0 }
     }
 
     /// Takes a step in, and says whether it was asked something and answered all of it.

@@ -138,7 +138,7 @@ impl RetentionGuest {
 
 impl Drop for RetentionGuest {
     fn drop(&mut self) {
-        if let Some(shadow) = self.resident.core.shadowed() {
+        if let Some(shadow) = self.resident.core.any_shadow() {
             // Where that does not fit, its instance goes with the shadow.
             shadow.offer(0, || RetentionSample { replica: Arc::clone(&self.resident.owner), shown: None });
         }
@@ -267,6 +267,13 @@ impl Hook for RetentionHook {
         match answer {
             Some(answer) => case.judged_each(compare(&used, &answer, (shown.wanted, n_rows)), Some(took_ns)),
             None => case.judged(Verdict::NoAnswer, took_ns),
+        }
+    }
+
+    fn shadow_paused(case: &Case<Self>, librarians: &mut Librarians, RetentionSample { replica, shown }: RetentionSample) {
+        match shown {
+            None => drop(librarians.remove(&replica)),
+            Some(_) => case.skipped(librarians, 1),
         }
     }
 

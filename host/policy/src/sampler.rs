@@ -565,6 +565,10 @@ impl Hook for SamplerHook {
         listener::hear(case, listener, &sample);
     }
 
+    fn shadow_paused(case: &Case<Self>, listener: &mut Option<Listener>, sample: SamplerSample) {
+        case.skipped(listener, sample.heard.chosen.len() as u64);
+    }
+
     fn probe(instance: &mut Instance<Self>, wants: &Wants, budgets: &Budgets, now: Micros) -> Result<(), ProbeFault> {
         let clock = (budgets.edit.hard, now);
         let replica = SampledReplica { name: "probe".into(), variant: "probe:f16".into(), vocabulary: 32_000 };

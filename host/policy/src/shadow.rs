@@ -73,11 +73,13 @@ pub(crate) struct Case<H: Hook> {
     tally: Mutex<Tally<H::Answer>>,
 }
 
-/// A shadow's instance that follows one replica.
+/// A shadow's instance that follows a replica, or all of them.
 pub(crate) struct Post<H: Hook> {
     generation: Arc<Generation<H>>,
     replica: Arc<str>,
     instance: Kept<H>,
+    /// It follows all replicas: whoever is promoted with its instance has no use for it in their places.
+    is_common: bool,
 }
 
 /// The place of an instance.
@@ -200,6 +202,12 @@ impl<H: Hook> Case<H> {
         self.dropped.fetch_add(n, Ordering::Relaxed);
     }
 
+    /// Counts so many decisions that were not put to it, and has it forget what came before them.
+    pub(crate) fn skipped(&self, memory: &mut H::Memory, n: u64) {
+        *memory = H::Memory::default();
+        self.drop_some(n);
+    }
+
     fn tally(&self) -> MutexGuard<'_, Tally<H::Answer>> {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -266,7 +274,13 @@ fn keep<T>(last: &mut VecDeque<T>, one: T) {
 impl<H: Hook> Post<H> {
     /// Its instance is taken when it [is renewed](Self::renew).
     pub(crate) fn new(candidate: &Arc<Generation<H>>, replica: Arc<str>) -> Self {
-        Self { generation: Arc::clone(candidate), replica, instance: None }
+        Self { generation: Arc::clone(candidate), replica, instance: None, is_common: false }
+    }
+
+    /// One that follows all replicas, with the spare instance.
+    pub(crate) fn common(candidate: &Arc<Generation<H>>) -> Self {
+        let (generation, replica) = (Arc::clone(candidate), "shadow".into());
+        Self { generation, replica, instance: None, is_common: true }
     }
 
     /// Whether the candidate is the native policy, which needs no instance.
@@ -276,7 +290,7 @@ impl<H: Hook> Post<H> {
 
     /// Has an instance where there is none, or a fresh one in the place of a worn one.
     pub(crate) fn renew(&mut self, now: Micros) -> Renewed {
-        let Self { generation, replica, instance } = self;
+        let Self { generation, replica, instance, .. } = self;
         generation.guest.as_ref().map_or(Renewed::Not, |guest| guest.renew(instance, replica, now))
     }
 
@@ -289,7 +303,7 @@ impl<H: Hook> Post<H> {
 
     /// Its last answer is refused: a fault.
     pub(crate) fn refuse(&mut self, call: (Call, Micros), why: &dyn Display) {
-        let Self { generation, replica, instance } = self;
+        let Self { generation, replica, instance, .. } = self;
         if let Some(guest) = &generation.guest {
             guest.refused(instance, call, format!("{replica}, as a shadow: {why}"));
         }
@@ -300,7 +314,7 @@ impl<H: Hook> Drop for Post<H> {
     fn drop(&mut self) {
         // A promoted candidate goes on with its instances.
         if let (Some(guest), Some(instance)) = (&self.generation.guest, self.instance.take()) {
-            guest.park(&self.replica, instance);
+            if self.is_common { guest.give_back(instance) } else { guest.park(&self.replica, instance) }
         }
     }
 }

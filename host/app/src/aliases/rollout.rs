@@ -71,6 +71,7 @@ impl Aliases {
                 let why = format!("the candidate was not promoted: the alias's document cannot be stored ({error})");
                 let commands = live.rollout.decide(Decision::Pause { why }, self.parts.clock.micros());
                 self.obey(alias, live, "host", commands);
+                live.forget_promotion();
                 document = self.rolled(alias, live.rollout.document().clone());
             }
         }

@@ -12,6 +12,7 @@
 use std::io;
 
 use pointsman_control::{Happened, Intent};
+use pointsman_policy::Digest;
 
 use super::{Deploy, lock};
 
@@ -60,7 +61,7 @@ impl Deploy {
             self.trust.signer(digest, &signature).map(str::to_owned)
         };
         let is_done = match &what {
-            Happened::Uploaded { digest, .. } => self.store.has_component(digest),
+            Happened::Uploaded { digest, .. } => self.is_intact(digest),
             Happened::Signed { digest, signed_by } => signer(digest).as_ref() == Some(signed_by),
             Happened::Deleted { digest } => !self.store.has_component(digest),
             Happened::SafeMode { on, .. } => self.store.read_safe_mode().is_some() == *on,
@@ -75,6 +76,11 @@ impl Deploy {
             what => what,
         };
         is_done.then_some(as_it_is)
+    }
+
+    /// Whether a component is kept as it was uploaded, and not as a damaged file that was about to be replaced.
+    fn is_intact(&self, digest: &str) -> bool {
+        self.store.read_component(digest).is_ok_and(|bytes| Digest::of(&bytes).as_str() == digest)
     }
 }
 

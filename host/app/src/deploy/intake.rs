@@ -105,11 +105,11 @@ impl Deploy {
             }
             _ => None,
         };
-        let store = || {
-            offered.signature.map_or(Ok(()), |signature| self.store.write_signature(&digest, signature))?;
-            // Known or not: the file may have been lost.
-            self.store.write_component(&digest, &offered.bytes)
-        };
+        let sign = || offered.signature.map_or(Ok(()), |signature| self.store.write_signature(&digest, signature));
+        // Known or not: the file may have been lost.
+        let write = || self.store.write_component(&digest, &offered.bytes);
+        // A new one is never there without its signature; one that is known keeps the old one where this fails.
+        let store = || if created { sign().and_then(|()| write()) } else { write().and_then(|()| sign()) };
         let stored = match happened {
             Some(happened) => self.deed(actor, happened, store),
             None => store(),

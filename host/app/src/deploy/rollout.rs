@@ -125,6 +125,11 @@ impl Live {
         )))
     }
 
+    /// A promotion that could not be stored has no line: the pause that took its place says why.
+    pub(crate) fn forget_promotion(&mut self) {
+        self.pending.retain(|(_, happened)| !is_promotion(happened));
+    }
+
     fn take(&mut self, event: &Event) {
         let Self { rollout, arms, .. } = self;
         rollout.note(event, &mut |Seen { arm, what }| count(&arms[arm as usize], what));
@@ -275,6 +280,7 @@ impl Deploy {
                 let why = format!("the candidate was not promoted: the slot's document cannot be stored ({error})");
                 let commands = live.rollout.decide(Decision::Pause { why }, self.clock.micros());
                 self.obey(slot, live, "host", commands);
+                live.forget_promotion();
                 drop(lock(&self.state).rolled(slot, live.rollout.document().clone()));
             }
             // An end that the disk did not take holds in this life all the same, or the slot could never be changed again; only
@@ -460,45 +466,64 @@ impl Deploy {
         self.one_rollout(slot, id)?;
         let name = parse_slot(slot)?;
         self.check_changeable(Some(&name))?;
-        match steer {
+        let steered = match steer {
             wire::Steer::Abort | wire::Steer::Pause => self.take_off(&name, id, steer, actor)?,
             wire::Steer::Promote { .. } | wire::Steer::Resume => self.let_on(&name, id, steer, actor)?,
-        }
-        self.one_rollout(slot, id)
+        };
+        // Not what is the slot's last rollout by now: that may be another one.
+        self.report(&name, &steered)
     }
 
     /// Takes the candidate off at once, whoever holds `operations`; what is stored, and the answer, come after.
-    fn take_off(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
-        self.decide(slot, id, steer, actor)?;
+    fn take_off(
+        &self,
+        slot: &SlotName,
+        id: &str,
+        steer: wire::Steer,
+        actor: &str,
+    ) -> Result<RolloutDocument, AdminError> {
+        let decided = self.decide(slot, id, steer, actor)?;
         let _one = lock(&self.operations);
         let mut rollouts = lock(&self.rollouts);
         // Gone by now, and stored, where the observer thread was faster.
-        let Some(live) = rollouts.get_mut(slot).filter(|live| live.rollout.document().id == id) else { return Ok(()) };
+        let live = rollouts.get_mut(slot).filter(|live| live.rollout.document().id == id);
+        let Some(live) = live else { return Ok(decided) };
         if !live.is_settled() {
             self.settle(slot, live);
         }
-        let saved = live.check_saved();
+        let (saved, document) = (live.check_saved(), live.rollout.document().clone());
         if live.is_done() {
             rollouts.remove(slot);
         }
-        saved
+        saved.map(|()| document)
     }
 
     /// Decides what was asked for and moves the pointer; the rest is kept for [`Deploy::settle`].
-    fn decide(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+    fn decide(
+        &self,
+        slot: &SlotName,
+        id: &str,
+        steer: wire::Steer,
+        actor: &str,
+    ) -> Result<RolloutDocument, AdminError> {
         let mut rollouts = lock(&self.rollouts);
         let live = under_way(rollouts.get_mut(slot), id)?;
-        if live.is_asked_again(steer) {
-            return Ok(());
+        if !live.is_asked_again(steer) {
+            let decision = asked(live.rollout.document(), steer)?;
+            let commands = live.rollout.decide(decision, self.clock.micros());
+            self.obey(slot, live, actor, commands);
         }
-        let decision = asked(live.rollout.document(), steer)?;
-        let commands = live.rollout.decide(decision, self.clock.micros());
-        self.obey(slot, live, actor, commands);
-        Ok(())
+        Ok(live.rollout.document().clone())
     }
 
     /// Gives the candidate more, once that is stored: until then nothing has changed.
-    fn let_on(&self, slot: &SlotName, id: &str, steer: wire::Steer, actor: &str) -> Result<(), AdminError> {
+    fn let_on(
+        &self,
+        slot: &SlotName,
+        id: &str,
+        steer: wire::Steer,
+        actor: &str,
+    ) -> Result<RolloutDocument, AdminError> {
         let _one = lock(&self.operations);
         self.check_changeable(Some(slot))?;
         if matches!(steer, wire::Steer::Resume) {
@@ -523,10 +548,11 @@ impl Deploy {
             // The slot did not take the candidate.
             self.settle(slot, live);
         }
+        let document = live.rollout.document().clone();
         if live.is_done() {
             rollouts.remove(slot);
         }
-        Ok(())
+        Ok(document)
     }
 
     /// Pauses every rollout under way: while all slots are native, what is measured says nothing about its arms. The caller
@@ -602,6 +628,10 @@ impl Deploy {
         self.prepare(&planned, role(document.spec.mode), Rule::Cold)
             .and_then(|ready| self.stage(slot, ready, generation))
     }
+}
+
+fn is_promotion(happened: &Happened) -> bool {
+    matches!(happened, Happened::RolloutDecided { decision: Decision::Promote, .. })
 }
 
 /// The rollout that somebody asks about, where it is under way.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use pointsman_control::Intent;
 use pointsman_control::rollout::{Decision, Phase};
-use pointsman_policy::{Runtime, RuntimeConfig, Slot as _};
+use pointsman_policy::{Digest, Runtime, RuntimeConfig, Slot as _};
 use pointsman_server::admin::wire;
 use pointsman_server::ports::{AdminError, AdminErrorKind, PolicyAdmin, Upload};
 use pointsman_telemetry::{Metrics, Recorder};
@@ -268,8 +268,14 @@ fn a_promotion_by_its_own_rules_that_cannot_be_stored_is_a_pause() {
     drop(refused);
     deploy.tick_rollouts();
     assert!(matches!(stored(&deploy), Phase::Paused { why } if why.contains("was not promoted")));
+    let promotions = || {
+        let lines = deploy.store.journal_tail().into_iter().map(|entry| entry.what);
+        lines.filter(|what| matches!(what, Happened::RolloutDecided { decision: Decision::Promote, .. })).count()
+    };
+    assert_eq!(promotions(), 0, "what was not stored has no line");
     deploy.steer_rollout("router", "router-2", wire::Steer::Promote { step: false }, "t").expect("stored");
     assert_eq!((deploy.router.status().generation, stored(&deploy)), (2, Phase::Promoted));
+    assert_eq!(promotions(), 1);
 }
 
 #[test]
@@ -379,7 +385,7 @@ fn a_file_that_the_configuration_names_is_compared_and_not_kept() {
 fn what_was_done_without_its_line_is_told_at_the_next_start() {
     let key = SecretKey::generate().expect("randomness");
     let trust = TrustSection { keys: [("release".to_owned(), key.public_text())].into(), ..TrustSection::default() };
-    let digest = format!("sha256:{}", "ab".repeat(32));
+    let digest = Digest::of(b"wasm").to_string();
     let signature = key.sign(&digest);
     let uploaded = |signed_by: Option<&str>| {
         let (digest, world, signed_by) = (digest.clone(), "router".to_owned(), signed_by.map(str::to_owned));
@@ -390,13 +396,15 @@ fn what_was_done_without_its_line_is_told_at_the_next_start() {
     let safe_mode = |on| Happened::SafeMode { on, reason: Some("it loops".into()) };
     let switched = SafeModeDocument { format: 1, reason: None, actor: "ci".into(), since_unix_ms: 7 };
     let component = |store: &Store| store.write_component(&digest, b"wasm");
+    let damaged = |store: &Store| store.write_component(&digest, b"wa");
     let with_signature = |store: &Store| store.write_signature(&digest, signature).and_then(|()| component(store));
     let switch = |store: &Store| store.write_safe_mode(Some(&switched));
     let nothing = |_: &Store| Ok(());
     type Act<'a> = &'a dyn Fn(&Store) -> std::io::Result<()>;
     // What was to be done, how far it came, and its line.
-    let rows: [(Happened, Act<'_>, Option<Happened>); 10] = [
+    let rows: [(Happened, Act<'_>, Option<Happened>); 11] = [
         (uploaded(None), &nothing, None),
+        (uploaded(None), &damaged, None),
         (uploaded(None), &component, Some(uploaded(None))),
         (uploaded(Some("release")), &component, Some(uploaded(None))),
         (uploaded(Some("release")), &with_signature, Some(uploaded(Some("release")))),
@@ -423,6 +431,32 @@ fn what_was_done_without_its_line_is_told_at_the_next_start() {
             assert_eq!(deploy.store.read_intent(), None);
         }
     }
+}
+
+#[test]
+fn an_upload_that_fails_leaves_a_known_component_with_its_signature() {
+    let [old, new] = [(); 2].map(|()| SecretKey::generate().expect("randomness"));
+    let keys = [("old", &old), ("new", &new)].map(|(name, key)| (name.to_owned(), key.public_text()));
+    let trust = TrustSection { keys: keys.into(), ..TrustSection::default() };
+    let folder = tempfile::tempdir().expect("a folder");
+    let deploy = deploy_trusting(folder.path(), &trust);
+    let builtin = BUILTINS.iter().find(|b| b.name == "route-weighted").expect("built in");
+    // The same policy with a custom section of its own is another component.
+    let bytes = [builtin.bytes, &[0, 2, 1, b'n']].concat();
+    let digest = Digest::of(&bytes).to_string();
+    let upload = |key: &SecretKey| {
+        let signature = Some(key.sign(&digest).to_text());
+        deploy.upload(Upload { bytes: bytes.clone(), signature }, "t")
+    };
+    upload(&old).expect("a good component");
+    let signer = || lock(&deploy.components)[&digest].signed_by.clone();
+    let file = folder.path().join("components").join(digest.replace("sha256:", "")).with_extension("wasm");
+    let refused = Refused::document(&file);
+    says(upload(&new), AdminErrorKind::Internal, &["cannot be stored"]);
+    drop(refused);
+    assert_eq!((signer().as_deref(), deploy.store.read_signature(&digest)), (Some("old"), Some(old.sign(&digest))));
+    upload(&new).expect("the disk takes it");
+    assert_eq!((signer().as_deref(), deploy.store.read_signature(&digest)), (Some("new"), Some(new.sign(&digest))));
 }
 
 #[test]
