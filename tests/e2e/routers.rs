@@ -1,4 +1,5 @@
-//! Routers of the shipped set on a running host: a canary by header, sessions that stay, and one that learns from a hook.
+//! Routers of the shipped set on a running host: a canary by header, sessions that stay, a preferred kind of device, and one that
+//! learns from a hook.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -88,6 +89,27 @@ fn a_session_leaves_a_saturated_replica_and_comes_back() {
         assert!(moved.is_some(), "requests wait there, and it never went elsewhere");
     });
     assert_eq!(of(sticks), "demo:f16", "nobody waits there any more");
+}
+
+#[test]
+fn a_preferred_kind_of_device_serves_first() {
+    let host = host(&[("ENGINE__DEVICES", "[\"cpu\", \"null\"]")]);
+    let device = || {
+        let answer = complete(&host, "demo:f16", &[]);
+        let replica = answer.headers.get("x-pointsman-replica").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        replica.split_once('@').map(|(_, device)| device.to_owned()).expect("variant@device")
+    };
+    for (prefer, expect) in
+        [(json!(["null", "cpu"]), "null"), (json!(["cuda", "cpu"]), "cpu"), (json!(["null"]), "null")]
+    {
+        route(&host, "route-device-affinity", json!({ "prefer": prefer }));
+        for _ in 0..4 {
+            assert_eq!(device(), expect, "{prefer}");
+        }
+    }
+    let body = json!({ "component": host.builtin("route-device-affinity"), "config": { "prefer": ["gpu"] } });
+    let refused = host.admin("PUT", "/admin/v1/slots/router", &body);
+    assert!(refused.status == 422 && refused.body.to_string().contains("known are cuda"), "{refused:?}");
 }
 
 /// What the router said of a request.

@@ -23,6 +23,7 @@ pub(crate) const BUILTINS: &[Builtin] = builtins![
     "route-weighted",
     "route-sticky-until-saturated",
     "route-canary-by-header",
+    "route-device-affinity",
     "route-bandit",
     "sched-fcfs",
     "sched-shortest-first",

@@ -270,7 +270,11 @@ impl Hook for RetentionHook {
         }
     }
 
-    fn shadow_paused(case: &Case<Self>, librarians: &mut Librarians, RetentionSample { replica, shown }: RetentionSample) {
+    fn shadow_paused(
+        case: &Case<Self>,
+        librarians: &mut Librarians,
+        RetentionSample { replica, shown }: RetentionSample,
+    ) {
         match shown {
             None => drop(librarians.remove(&replica)),
             Some(_) => case.skipped(librarians, 1),
