@@ -7,6 +7,7 @@ mod bench;
 mod client;
 mod control;
 mod described;
+mod embed;
 mod embeddings;
 mod explain;
 mod handover;

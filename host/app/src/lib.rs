@@ -18,6 +18,7 @@ mod driver;
 mod encoders;
 mod explain;
 mod gpu_check;
+pub mod host;
 mod models;
 mod null;
 mod observer;

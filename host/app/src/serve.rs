@@ -61,6 +61,15 @@ struct Shared {
     taps: Taps,
 }
 
+/// A host that runs and has no listener yet.
+#[derive(Debug)]
+pub(crate) struct Assembled {
+    pub state: Arc<ServerState>,
+    engine: Arc<Engine>,
+    deploy: Arc<Deploy>,
+    observer: Observer,
+}
+
 /// The device drivers as the server sees them.
 #[derive(Debug)]
 struct Engine {
@@ -93,57 +102,73 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let store = Arc::new(Store::open(&data_dir(&config)?)?);
     let listeners = runtime.block_on(listen(&config))?;
-    let clock = Arc::new(SystemClock::start());
-    let shared = Shared {
-        clock,
-        metrics: Arc::new(Metrics::new()),
-        recorder: Recorder::new(config.policy.event_ring as usize),
-        names: Arc::new(Names::default()),
-        taps: Taps::default(),
-    };
-    let deploy = deployments(&config, &store, &shared)?;
-    let places = devices::find(&config.engine)?;
-    let loaded = load_beside(&config, &shared, &deploy, &places)?;
-    let engine = Arc::new(start_engine(&config, &shared, &deploy, (places, loaded))?);
-    let aliases = Aliases::start(AliasParts {
-        deploy: Arc::clone(&deploy),
-        store: Arc::clone(&store),
-        catalog: engine.catalog(),
-        clock: Arc::clone(&shared.clock),
-        metrics: Arc::clone(&shared.metrics),
-    });
-    let observer = Observer::start(Watched {
-        deploy: Arc::clone(&deploy),
-        aliases: Arc::clone(&aliases),
-        recorder: shared.recorder.clone(),
-        names: Arc::clone(&shared.names),
-        metrics: Arc::clone(&shared.metrics),
-        clock: Arc::clone(&shared.clock),
-        taps: shared.taps.clone(),
-    })?;
-    let state = ServerState::new(ServerParts {
-        config: server_config(&config),
-        engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
-        admit: Arc::clone(&deploy.admission) as _,
-        router: Arc::clone(&deploy.router) as _,
-        policies: Arc::clone(&deploy) as _,
-        aliases: aliases as _,
-        models: Arc::clone(&engine) as Arc<dyn ModelAdmin>,
-        clock: Arc::clone(&shared.clock) as Arc<dyn Clock>,
-        metrics: Arc::clone(&shared.metrics),
-        recorder: shared.recorder.clone(),
-        names: Arc::clone(&shared.names),
-        taps: shared.taps.clone(),
-    })?;
-    banner(&listeners, &engine.catalog, &deploy)?;
-    let served = runtime.block_on(serve_until_signalled(listeners, state));
+    let host = Assembled::start(&config, &store, compile_aside(&config)?)?;
+    banner(&listeners, &host.engine.catalog, &host.deploy)?;
+    let served = runtime.block_on(serve_until_signalled(listeners, Arc::clone(&host.state)));
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
-    engine.devices.iter().for_each(|device| device.driver.stop());
-    engine.encoders.iter().for_each(EncodersHandle::stop);
-    observer.stop();
+    host.stop();
     tracing::info!("stopped");
     served
+}
+
+impl Assembled {
+    /// Starts everything beneath the listeners.
+    ///
+    /// # Errors
+    /// Anything that keeps it from serving, in words for the operator.
+    pub(crate) fn start(config: &Config, store: &Arc<Store>, compile: Compile) -> anyhow::Result<Self> {
+        let clock = Arc::new(SystemClock::start());
+        let shared = Shared {
+            clock,
+            metrics: Arc::new(Metrics::new()),
+            recorder: Recorder::new(config.policy.event_ring as usize),
+            names: Arc::new(Names::default()),
+            taps: Taps::default(),
+        };
+        let deploy = deployments(config, store, &shared, compile)?;
+        let places = devices::find(&config.engine)?;
+        let loaded = load_beside(config, &shared, &deploy, &places)?;
+        let engine = Arc::new(start_engine(config, &shared, &deploy, (places, loaded))?);
+        let aliases = Aliases::start(AliasParts {
+            deploy: Arc::clone(&deploy),
+            store: Arc::clone(store),
+            catalog: engine.catalog(),
+            clock: Arc::clone(&shared.clock),
+            metrics: Arc::clone(&shared.metrics),
+        });
+        let observer = Observer::start(Watched {
+            deploy: Arc::clone(&deploy),
+            aliases: Arc::clone(&aliases),
+            recorder: shared.recorder.clone(),
+            names: Arc::clone(&shared.names),
+            metrics: Arc::clone(&shared.metrics),
+            clock: Arc::clone(&shared.clock),
+            taps: shared.taps.clone(),
+        })?;
+        let state = ServerState::new(ServerParts {
+            config: server_config(config),
+            engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
+            admit: Arc::clone(&deploy.admission) as _,
+            router: Arc::clone(&deploy.router) as _,
+            policies: Arc::clone(&deploy) as _,
+            aliases: aliases as _,
+            models: Arc::clone(&engine) as Arc<dyn ModelAdmin>,
+            clock: Arc::clone(&shared.clock) as Arc<dyn Clock>,
+            metrics: Arc::clone(&shared.metrics),
+            recorder: shared.recorder.clone(),
+            names: Arc::clone(&shared.names),
+            taps: shared.taps.clone(),
+        })?;
+        Ok(Self { state, engine, deploy, observer })
+    }
+
+    /// Ends what still runs and shows the hooks what is left.
+    pub(crate) fn stop(self) {
+        self.engine.devices.iter().for_each(|device| device.driver.stop());
+        self.engine.encoders.iter().for_each(EncodersHandle::stop);
+        self.observer.stop();
+    }
 }
 
 // === configuration ===
@@ -151,7 +176,15 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
 /// File, environment and flags, checked.
 #[expect(clippy::disallowed_methods, reason = "the app reads the environment once, here")]
 fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
-    let mut config = Config::read(args.config.as_deref(), std::env::vars())?;
+    configured(args, std::env::vars())
+}
+
+/// The same with an environment of its own.
+pub(crate) fn configured(
+    args: &ServeArgs,
+    environment: impl Iterator<Item = (String, String)>,
+) -> anyhow::Result<Config> {
+    let mut config = Config::read(args.config.as_deref(), environment)?;
     if let Some(listen) = args.listen {
         config.server.listen = listen;
     }
@@ -188,7 +221,7 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "the app reads the environment once, here")]
-fn data_dir(config: &Config) -> anyhow::Result<PathBuf> {
+pub(crate) fn data_dir(config: &Config) -> anyhow::Result<PathBuf> {
     if !config.data_dir.as_os_str().is_empty() {
         return Ok(config.data_dir.clone());
     }
@@ -265,22 +298,27 @@ async fn listen(config: &Config) -> anyhow::Result<Listeners> {
 
 // === parts ===
 
-fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared) -> anyhow::Result<Arc<Deploy>> {
+/// Policies are compiled by this program again, in a child that can be killed.
+fn compile_aside(config: &Config) -> anyhow::Result<Compile> {
+    let program = std::env::current_exe().context("cannot find this program to compile policies with")?;
+    Ok(Compile::Child {
+        command: CompileCommand { program, args: vec!["__compile".into()] },
+        limits: CompileLimits {
+            time: Duration::from_millis(config.policy.compile_timeout_ms),
+            memory_bytes: config.policy.compile_memory_mib << 20,
+            max_output_bytes: MAX_COMPILED_BYTES,
+            queue: COMPILE_QUEUE,
+        },
+    })
+}
+
+fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared, compile: Compile) -> anyhow::Result<Arc<Deploy>> {
     let faults = fault_queue();
     let told = Arc::clone(&faults);
     let clock = Arc::clone(&shared.clock);
-    let program = std::env::current_exe().context("cannot find this program to compile policies with")?;
     let runtime = RuntimeConfig {
         cache_dir: Some(store.compiled()),
-        compile: Compile::Child {
-            command: CompileCommand { program, args: vec!["__compile".into()] },
-            limits: CompileLimits {
-                time: Duration::from_millis(config.policy.compile_timeout_ms),
-                memory_bytes: config.policy.compile_memory_mib << 20,
-                max_output_bytes: MAX_COMPILED_BYTES,
-                queue: COMPILE_QUEUE,
-            },
-        },
+        compile,
         router_instances: config.policy.router_instances,
         replica_labels: config.label_names(),
         on_fault: Some(Arc::new(move |report| {

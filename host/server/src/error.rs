@@ -227,7 +227,7 @@ impl ApiError {
     }
 
     /// The field at fault.
-    fn param(&self) -> Option<&str> {
+    pub(crate) fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid { param, .. } | Self::Unsupported { param, .. } if param.is_empty() => None,
             Self::Invalid { param, .. } | Self::Unsupported { param, .. } => Some(param),

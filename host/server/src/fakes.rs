@@ -47,6 +47,8 @@ pub(crate) struct FakeEngine {
     pub(crate) cancels: Mutex<Vec<(ReplicaId, RequestId, CancelCause)>>,
     /// Jobs that were taken and have no answer yet; the others were answered at once.
     pub(crate) jobs: Mutex<Vec<EmbedJob>>,
+    /// Whether it takes requests out of its mailboxes, as drivers do; what stays there counts against the next.
+    pub(crate) takes: AtomicBool,
     /// What becomes of the next job.
     pub(crate) embeds: Mutex<VecDeque<EmbedPlay>>,
 }
@@ -242,6 +244,11 @@ impl EnginePort for FakeEngine {
             Play::Hold => {
                 self.held.lock().expect("unpoisoned").insert(request.id, request);
             }
+        }
+        if self.takes.load(Ordering::Relaxed) {
+            let replicas = self.catalog().variants.iter().flat_map(|v| v.replicas.clone()).collect::<Vec<_>>();
+            let taker = replicas.iter().find(|found| found.id == replica).expect("a replica");
+            taker.gauges.release(u32::try_from(taken.prompt.len()).expect("small"));
         }
         self.taken.lock().expect("unpoisoned").push(taken);
         Ok(())

@@ -55,6 +55,20 @@ pub(crate) struct Caller {
 // === impl Caller ===
 
 impl Caller {
+    /// Whoever asks without a transport: nobody has sent headers, and a key was looked at elsewhere.
+    pub(crate) fn within(state: &ServerState, tenant: &str, max_priority: Priority) -> Result<Self, ApiError> {
+        check_name("tenant", tenant.as_bytes())?;
+        Ok(Self {
+            key: None,
+            tenant: tenant.into(),
+            tenant_id: state.names.intern(NameKind::Tenant, tenant),
+            session: 0,
+            max_priority,
+            header_priority: None,
+            attributes: Arc::default(),
+        })
+    }
+
     /// The priority of a request whose body names `asked`.
     pub(crate) fn priority(&self, asked: Option<Priority>) -> Priority {
         asked.or(self.header_priority).unwrap_or_default().max(self.max_priority)
@@ -115,15 +129,18 @@ pub(crate) fn bearer(header: &HeaderValue) -> Option<&str> {
 
 /// A header that names something: 1 to 128 visible ASCII characters.
 fn name_header<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a str>, ApiError> {
-    let Some(value) = headers.get(name) else { return Ok(None) };
-    let text = std::str::from_utf8(value.as_bytes()).unwrap_or_default();
+    headers.get(name).map(|value| check_name(name, value.as_bytes())).transpose()
+}
+
+fn check_name<'a>(param: &str, value: &'a [u8]) -> Result<&'a str, ApiError> {
+    let text = std::str::from_utf8(value).unwrap_or_default();
     if (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
-        return Ok(Some(text));
+        return Ok(text);
     }
     let found = value.len();
     Err(ApiError::invalid(
-        name,
-        format!("`{name}` must be 1 to {MAX_NAME} visible ASCII characters, found {found} bytes"),
+        param,
+        format!("`{param}` must be 1 to {MAX_NAME} visible ASCII characters, found {found} bytes"),
     ))
 }
 
@@ -202,7 +219,7 @@ pub(crate) async fn tag(
 }
 
 /// A fresh id with the prefix that clients know, and 96 random bits.
-fn new_id(state: &ServerState, path: &str) -> Arc<str> {
+pub(crate) fn new_id(state: &ServerState, path: &str) -> Arc<str> {
     let prefix = match path {
         "/v1/chat/completions" => "chatcmpl-",
         "/v1/completions" => "cmpl-",

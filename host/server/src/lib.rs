@@ -4,7 +4,7 @@
 //! through the traits in [`ports`], which the app implements: no handler knows wasmtime, a device or a file. A request's
 //! way through the modules: [`serve`] accepts the connection, `data` routes it, `identity` says who asks, `openai` or
 //! `anthropic` parses it, `admission` lets it in, [`text`] tokenizes it, `dispatch` finds its replica, `stream` follows its tokens back out,
-//! and `error` is the one place where anything that went wrong becomes a response.
+//! and `error` is the one place where anything that went wrong becomes a response. [`entry`] is the same way without HTTP.
 #![forbid(unsafe_code)]
 
 pub mod admin;
@@ -13,6 +13,7 @@ mod anthropic;
 mod config;
 mod data;
 mod dispatch;
+pub mod entry;
 mod error;
 mod grammar;
 mod identity;

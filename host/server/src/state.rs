@@ -140,6 +140,12 @@ impl ServerState {
         self.admission.in_flight()
     }
 
+    /// The device drivers.
+    #[must_use]
+    pub fn engine(&self) -> Arc<dyn EnginePort> {
+        Arc::clone(&self.engine)
+    }
+
     /// An identity for an engine request.
     pub(crate) fn next_request(&self) -> RequestId {
         RequestId(self.request_numbers.fetch_add(1, Ordering::Relaxed))

@@ -265,7 +265,7 @@ impl Generation {
         Totals { prompt: self.parts.prompt_tokens, completion: sum(|c| c.generated), cached: sum(|c| c.cached) }
     }
 
-    fn poll_update(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Update, ApiError>>> {
+    pub(crate) fn poll_update(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Update, ApiError>>> {
         loop {
             if let Some(update) = self.updates.pop_front() {
                 return Poll::Ready(Some(Ok(update)));

@@ -13,11 +13,12 @@ use serde_json::Value;
 use super::blocks::parts;
 use super::conversation::{Answering, Conversation, Talk, content, elements};
 use super::fields::{Fields, mismatch};
-use super::generate::{Arrival, Collected, Head, Running};
+use super::generate::{Answer, Arrival, Collected, Head, Running, Shape};
 use super::logprobs::{ChatLogprobs, ChatToken};
 use super::params::{Own, Params};
 use super::tools::{CallDelta, CallRules, CallStream, Part, Tools, whole};
 use super::{Usage, read_fields};
+use crate::admission::Permit;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
@@ -34,19 +35,15 @@ pub(crate) async fn chat(
 ) -> Result<Response, ApiError> {
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
-    let mut fields = read_fields(&state, request).await?;
-    let answering = talk(&mut fields, &state.config)?.start(&arrival, permit).await?;
+    let fields = read_fields(&state, request).await?;
+    begin(&arrival, permit, fields).await?.respond().await
+}
+
+/// From a body to what it asked for, under way.
+pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+    let answering = talk(&mut fields, &arrival.state.config)?.start(arrival, permit).await?;
     let Answering { running, rules, n_choices, streams, include_usage, .. } = answering;
-    if streams {
-        return running
-            .stream(|running| Box::new(ChatSse::new(running, n_choices, include_usage, rules.as_ref())))
-            .await;
-    }
-    running
-        .whole(n_choices, |head, text, choices, totals| {
-            write_whole((head, text), &choices, rules.as_ref(), totals.into())
-        })
-        .await
+    Ok(Answer { running, n_choices, streams, shape: Box::new(ChatShape { rules, n_choices, include_usage }) })
 }
 
 fn talk(fields: &mut Fields, config: &ServerConfig) -> Result<Talk, ApiError> {
@@ -130,6 +127,24 @@ fn past_calls(param: &str, value: Value) -> Result<Vec<Value>, ApiError> {
         Ok(call)
     };
     calls.into_iter().enumerate().map(read).collect()
+}
+
+/// How a chat is written.
+#[derive(Debug)]
+struct ChatShape {
+    rules: Option<CallRules>,
+    n_choices: usize,
+    include_usage: bool,
+}
+
+impl Shape for ChatShape {
+    fn events(self: Box<Self>, running: &Running) -> Box<dyn Encode> {
+        Box::new(ChatSse::new(running, self.n_choices, self.include_usage, self.rules.as_ref()))
+    }
+
+    fn whole(self: Box<Self>, names: (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
+        write_whole(names, &choices, self.rules.as_ref(), totals.into())
+    }
 }
 
 // === On the wire ===

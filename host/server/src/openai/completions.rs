@@ -9,11 +9,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::generate::{Arrival, Collected, Head, Job, Running};
+use super::generate::{Answer, Arrival, Collected, Head, Job, Running, Shape};
 use super::inputs::{Holder, Input, read_each, token_ids};
 use super::logprobs::CompletionLogprobs;
 use super::params::{Own, Params};
 use super::{Usage, read_fields};
+use crate::admission::Permit;
 use crate::dispatch::{Prompt, Target};
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
@@ -33,16 +34,22 @@ pub(crate) async fn completions(
 ) -> Result<Response, ApiError> {
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
-    let mut fields = read_fields(&state, request).await?;
+    let fields = read_fields(&state, request).await?;
+    begin(&arrival, permit, fields).await?.respond().await
+}
+
+/// From a body to what it asked for, under way.
+pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+    let state = &arrival.state;
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
     let logprobs = logprobs(&mut fields, echo)?;
     let own = Own::openai(&mut fields, &state.config, logprobs)?;
     let mut params = Params::parse(&mut fields, &state.config, own)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
-    let grammar = params.grammar(&state, &target).await?;
+    let grammar = params.grammar(state, &target).await?;
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
     let n_choices = prompts.len() * params.n as usize;
-    check_rows(n_choices, &state)?;
+    check_rows(n_choices, state)?;
     let echoed: Vec<String> = match echo {
         true => prompts.iter().flat_map(|p| std::iter::repeat_n(p.text.clone(), params.n as usize)).collect(),
         false => vec![String::new(); n_choices],
@@ -52,13 +59,26 @@ pub(crate) async fn completions(
     let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt" };
     let running = arrival.start(&job, permit)?;
     drop(job);
-    if stream || running.wants_events() {
-        return running.stream(|running| Box::new(CompletionSse::new(running, echoed, include_usage))).await;
+    let streams = stream || running.wants_events();
+    Ok(Answer { running, n_choices, streams, shape: Box::new(CompletionShape { echoed, include_usage }) })
+}
+
+/// How completions are written.
+#[derive(Debug)]
+struct CompletionShape {
+    /// The prompt of each choice, where it is repeated.
+    echoed: Vec<String>,
+    include_usage: bool,
+}
+
+impl Shape for CompletionShape {
+    fn events(self: Box<Self>, running: &Running) -> Box<dyn Encode> {
+        Box::new(CompletionSse::new(running, self.echoed, self.include_usage))
     }
-    let write = |head: &Head, text: &TextModel, choices: Vec<Collected>, totals: Totals| {
-        write_whole(head, text, &choices, &echoed, totals.into())
-    };
-    running.whole(n_choices, write).await
+
+    fn whole(self: Box<Self>, (head, text): (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
+        write_whole(head, text, &choices, &self.echoed, totals.into())
+    }
 }
 
 /// Prompts times choices.

@@ -31,6 +31,7 @@ use crate::dispatch::record_rejection;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
 use crate::ports::{EmbedJob, Embedded, Encoder, SubmitError};
+use crate::registry::InFlight;
 use crate::state::ServerState;
 use crate::text::TextModel;
 
@@ -49,6 +50,17 @@ struct Asked {
     timeout_ms: u64,
 }
 
+/// What a request comes to; it holds its place in admission.
+#[derive(Debug)]
+pub(crate) struct Vectors {
+    asked: Asked,
+    /// One for each input.
+    pub(crate) vectors: Vec<Vec<f32>>,
+    /// Of all inputs together.
+    pub(crate) tokens: u32,
+    in_flight: InFlight,
+}
+
 /// Counts how a request ended. One that is dropped on its way, as when its client goes away, has been aborted.
 struct Ending {
     metrics: Arc<RequestMetrics>,
@@ -64,26 +76,32 @@ pub(crate) async fn embeddings(
 ) -> Result<Response, ApiError> {
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
-    let mut fields = read_fields(&state, request).await?;
-    let asked = Asked::parse(&mut fields, &state)?;
+    let fields = read_fields(&state, request).await?;
+    embed(&arrival, permit, fields).await?.respond()
+}
+
+/// From a body to its vectors.
+pub(crate) async fn embed(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Vectors, ApiError> {
+    let state = &arrival.state;
+    let asked = Asked::parse(&mut fields, state)?;
     let inputs = asked.inputs(fields.require("input")?).await?;
     let tokens = u32::try_from(inputs.iter().map(Vec::len).sum::<usize>()).unwrap_or(u32::MAX);
-    let answered = answer(&arrival, permit, &asked, inputs, tokens).await;
-    answered.inspect_err(|error| record_rejection(&state, &arrival.caller, error, (tokens, None)))
+    let answered = answer(arrival, permit, asked, inputs, tokens).await;
+    answered.inspect_err(|error| record_rejection(state, &arrival.caller, error, (tokens, None)))
 }
 
 /// Takes room, asks the admission policy, and waits for the vectors.
 async fn answer(
     arrival: &Arrival,
     mut permit: Permit,
-    asked: &Asked,
+    asked: Asked,
     inputs: Vec<Vec<u32>>,
     tokens: u32,
-) -> Result<Response, ApiError> {
+) -> Result<Vectors, ApiError> {
     let Arrival { state, caller, tag, arrived, .. } = arrival;
     permit.queue_tokens(tokens)?;
     let deadline = arrived.saturating_add(asked.timeout_ms.saturating_mul(1_000));
-    ask_door(arrival, &mut permit, asked, (tokens, deadline))?;
+    ask_door(arrival, &mut permit, &asked, (tokens, deadline))?;
     let mut in_flight = state.registry.enter(tag, caller.key, &state.engine, permit)?;
     let mut ending = Ending { metrics: state.request_metrics(&asked.encoder.name), done: false };
     let (reply, replied) = oneshot::channel();
@@ -107,15 +125,7 @@ async fn answer(
     let Embedded { vectors, queued_us } = embedded?;
     in_flight.permit.computed(tokens);
     ending.finished(queued_us, state.clock.now().saturating_sub(*arrived));
-    let body = write(asked, vectors, tokens)?;
-    let mut response = Response::new(Body::new(Held::new(body, in_flight)));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    let names = [("x-pointsman-replica", &asked.encoder.replica), ("x-pointsman-variant", &asked.encoder.name)];
-    for (header, name) in names {
-        headers.extend(HeaderValue::from_str(name).ok().map(|name| (HeaderName::from_static(header), name)));
-    }
-    Ok(response)
+    Ok(Vectors { asked, vectors, tokens, in_flight })
 }
 
 /// Asks the admission policy, where there is one. Priorities order generations only.
@@ -236,6 +246,33 @@ fn within(tokens: Vec<u32>, limit: u32, param: String) -> Result<Vec<u32>, ApiEr
         0 => Err(ApiError::invalid(&*param, format!("`{param}` has no tokens"))),
         found if found > limit as usize => Err(ApiError::InputTooLong { param, found, limit }),
         _ => Ok(tokens),
+    }
+}
+
+// === impl Vectors ===
+
+impl Vectors {
+    fn respond(self) -> Result<Response, ApiError> {
+        let Self { asked, vectors, tokens, in_flight } = self;
+        let body = write(&asked, vectors, tokens)?;
+        let mut response = Response::new(Body::new(Held::new(body, in_flight)));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let names = [("x-pointsman-replica", &asked.encoder.replica), ("x-pointsman-variant", &asked.encoder.name)];
+        for (header, name) in names {
+            headers.extend(HeaderValue::from_str(name).ok().map(|name| (HeaderName::from_static(header), name)));
+        }
+        Ok(response)
+    }
+
+    /// The object of the response, without what HTTP puts around it.
+    pub(crate) fn object(self) -> Result<Vec<u8>, ApiError> {
+        write(&self.asked, self.vectors, self.tokens)
+    }
+
+    /// The model that made them.
+    pub(crate) fn model(&self) -> &Arc<str> {
+        &self.asked.encoder.name
     }
 }
 

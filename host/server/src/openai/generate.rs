@@ -77,6 +77,24 @@ pub(crate) struct Head {
     pub(crate) model: Arc<str>,
 }
 
+/// How a route writes what was generated.
+pub(crate) trait Shape: Send + std::fmt::Debug {
+    /// As events of its own, while it is generated.
+    fn events(self: Box<Self>, running: &Running) -> Box<dyn Encode>;
+    /// As one object.
+    fn whole(self: Box<Self>, names: (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8>;
+}
+
+/// What a body asked for, under way.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) running: Running,
+    pub(crate) n_choices: usize,
+    /// Whether it is written as it comes.
+    pub(crate) streams: bool,
+    pub(crate) shape: Box<dyn Shape>,
+}
+
 /// A choice of a response that is sent whole.
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
@@ -107,8 +125,12 @@ pub(crate) async fn tokenizing<T: Send + 'static>(
 impl Arrival {
     /// What a request brings beside its body.
     pub(crate) fn new(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>, headers: &HeaderMap) -> Self {
-        let arrived = state.clock.now();
-        Self { state: Arc::clone(state), caller, tag, arrived, ndjson: accepts_ndjson(headers) }
+        Self { ndjson: accepts_ndjson(headers), ..Self::within(state, caller, tag) }
+    }
+
+    /// One that no transport brought.
+    pub(crate) fn within(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>) -> Self {
+        Self { state: Arc::clone(state), caller, tag, arrived: state.clock.now(), ndjson: false }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
@@ -320,6 +342,27 @@ fn total_tokens(prompts: &[Prompt]) -> u32 {
     u32::try_from(prompts.iter().map(|p| p.tokens.len()).sum::<usize>()).unwrap_or(u32::MAX)
 }
 
+// === impl Answer ===
+
+impl Answer {
+    /// The response, as the body asked for it.
+    pub(crate) async fn respond(self) -> Result<Response, ApiError> {
+        let Self { running, n_choices, streams, shape } = self;
+        if streams {
+            return running.stream(|running| shape.events(running)).await;
+        }
+        let write = |head: &Head, text: &TextModel, choices, totals| shape.whole((head, text), choices, totals);
+        running.whole(n_choices, write).await
+    }
+
+    /// The object of a whole response, without what HTTP puts around it.
+    pub(crate) async fn object(mut self) -> Result<Vec<u8>, ApiError> {
+        let choices = self.running.collect(self.n_choices).await?;
+        let Running { generation, head, text, .. } = &self.running;
+        Ok(self.shape.whole((head, text), choices, generation.totals()))
+    }
+}
+
 // === impl Running ===
 
 impl Running {
@@ -349,6 +392,17 @@ impl Running {
         n_choices: usize,
         write: impl FnOnce(&Head, &TextModel, Vec<Collected>, Totals) -> Vec<u8>,
     ) -> Result<Response, ApiError> {
+        let choices = self.collect(n_choices).await?;
+        let totals = self.generation.totals();
+        let body = write(&self.head, &self.text, choices, totals);
+        let mut response = Response::new(Body::new(Held::new(body, self.generation)));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.placement.headers(response.headers_mut());
+        Ok(response)
+    }
+
+    /// Waits for all that is generated.
+    async fn collect(&mut self, n_choices: usize) -> Result<Vec<Collected>, ApiError> {
         let mut choices: Vec<Collected> = std::iter::repeat_with(Collected::default).take(n_choices).collect();
         while let Some(update) = self.generation.next().await {
             let Update::Delta(delta) = update? else { continue };
@@ -357,12 +411,7 @@ impl Running {
             choice.tokens.extend(delta.token);
             choice.finish = delta.finish.or(choice.finish);
         }
-        let totals = self.generation.totals();
-        let body = write(&self.head, &self.text, choices, totals);
-        let mut response = Response::new(Body::new(Held::new(body, self.generation)));
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        self.placement.headers(response.headers_mut());
-        Ok(response)
+        Ok(choices)
     }
 
     /// Whether the client asked for events instead of one object.

@@ -5,10 +5,10 @@
 
 pub(crate) mod blocks;
 mod calls;
-mod chat;
-mod completions;
+pub(crate) mod chat;
+pub(crate) mod completions;
 pub(crate) mod conversation;
-mod embeddings;
+pub(crate) mod embeddings;
 pub(crate) mod fields;
 pub(crate) mod format;
 pub(crate) mod generate;
@@ -17,7 +17,7 @@ mod logprobs;
 mod models;
 mod ndjson;
 pub(crate) mod params;
-mod responses;
+pub(crate) mod responses;
 mod tokenize;
 pub(crate) mod tools;
 

@@ -3,6 +3,7 @@
 mod admin;
 mod door;
 mod embeddings;
+mod entry;
 mod errors;
 mod explain;
 mod generation;

@@ -12,11 +12,16 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 
 use super::conversation::Answering;
-use super::generate::Arrival;
+use super::fields::Fields;
+use super::generate::{Answer, Arrival, Collected, Head, Running, Shape};
 use super::read_fields;
+use super::tools::CallStream;
+use crate::admission::Permit;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
 use crate::state::ServerState;
+use crate::stream::{Encode, Totals};
+use crate::text::TextModel;
 
 /// Handles the route.
 pub(crate) async fn responses(
@@ -27,12 +32,31 @@ pub(crate) async fn responses(
 ) -> Result<Response, ApiError> {
     let arrival = Arrival::new(&state, caller, tag, request.headers());
     let permit = arrival.admit()?;
-    let mut fields = read_fields(&state, request).await?;
-    let (talk, echo) = request::talk(&mut fields, &state.config)?;
-    let Answering { running, rules, streams, .. } = talk.start(&arrival, permit).await?;
+    let fields = read_fields(&state, request).await?;
+    begin(&arrival, permit, fields).await?.respond().await
+}
+
+/// From a body to what it asked for, under way.
+pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+    let (talk, echo) = request::talk(&mut fields, &arrival.state.config)?;
+    let Answering { running, rules, streams, .. } = talk.start(arrival, permit).await?;
     let calls = rules.map(|rules| rules.stream(&running.head.id, 0));
-    if streams {
-        return running.stream(|running| Box::new(answer::ResponseSse::new(running.head.clone(), echo, calls))).await;
+    Ok(Answer { running, n_choices: 1, streams, shape: Box::new(ResponseShape { echo, calls }) })
+}
+
+/// How a response is written.
+#[derive(Debug)]
+struct ResponseShape {
+    echo: request::Echo,
+    calls: Option<CallStream>,
+}
+
+impl Shape for ResponseShape {
+    fn events(self: Box<Self>, running: &Running) -> Box<dyn Encode> {
+        Box::new(answer::ResponseSse::new(running.head.clone(), self.echo, self.calls))
     }
-    running.whole(1, |head, _, choices, totals| answer::write_whole((head, &echo), choices, calls, totals)).await
+
+    fn whole(self: Box<Self>, (head, _): (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
+        answer::write_whole((head, &self.echo), choices, self.calls, totals)
+    }
 }
