@@ -5,6 +5,8 @@
 
 mod aligned;
 mod attention;
+mod block_dots;
+mod block_tiles;
 mod blocks;
 mod dots;
 mod encoder;
@@ -25,7 +27,6 @@ pub(crate) mod softmax;
 mod super_dots;
 mod super_tiles;
 mod supers;
-mod tiles;
 
 pub use encoder::Encoder;
 pub use engine::{CpuEngine, MemoryUse};

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use super::dots::Dots;
+use super::block_dots::BlockDots;
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight, stride};
 use super::math;
 use super::matrix::{Matrix, PANEL, Packed, Segment};
@@ -47,7 +47,7 @@ pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut
     let isa = pool.isa();
     let unit = epilogue.out_vectors() * stride(rows);
     let is_any = |has: fn(&Packed) -> bool| w.segments.iter().any(|segment| has(&segment.packed));
-    let blocks = is_any(|packed| matches!(packed, Packed::Q8(_))).then(|| blocks.fill(pool, x, rows, w.k));
+    let blocks = is_any(Packed::has_blocks).then(|| blocks.fill(pool, x, rows, w.k));
     let supers = is_any(Packed::has_supers).then(|| supers.fill(pool, x, rows, w.k));
     for Segment { first_panel, n_panels, packed } in &w.segments {
         let out = &mut out[first_panel * unit..][..n_panels * unit];
@@ -57,8 +57,10 @@ pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut
                 (Packed::F32(w), ..) => part.run(isa, x, w, out),
                 (Packed::F16(w), ..) => part.run(isa, x, w, out),
                 (Packed::Bf16(w), ..) => part.run(isa, x, w, out),
-                (Packed::Q8(w), Some(x), _) => Dots { part, x, w, out }.run(isa),
+                (Packed::Q8(w), Some(x), _) => BlockDots { part, x, w, out }.run(isa),
+                (Packed::Q4(w), Some(x), _) => BlockDots { part, x, w, out }.run(isa),
                 (Packed::Q4k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
+                (Packed::Q5k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 (Packed::Q6k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 _ => unreachable!("activations for quantised weights are quantised above"),
             }
@@ -392,7 +394,9 @@ mod tests {
     /// `[n][k]` values, quantised.
     fn blocks(kind: Kind, n: usize, k: usize) -> Elements<'static> {
         let dtype = match kind {
+            Kind::Q4_0 => GgmlDType::Q4_0,
             Kind::Q4K => GgmlDType::Q4K,
+            Kind::Q5K => GgmlDType::Q5K,
             Kind::Q6K => GgmlDType::Q6K,
             _ => GgmlDType::Q8_0,
         };
@@ -402,13 +406,13 @@ mod tests {
 
     /// One of each type, and one of several.
     fn quantised(n: usize, k: usize) -> Vec<Matrix> {
-        let kinds = [Kind::Q8_0, Kind::Q4K, Kind::Q6K];
+        let kinds = [Kind::Q8_0, Kind::Q4_0, Kind::Q4K, Kind::Q5K, Kind::Q6K];
         let of = |kind: Kind| blocks(kind, n, k);
         let each = kinds.into_iter().filter(|kind| k.is_multiple_of(kind.values()));
         let mut all: Vec<Matrix> = each.map(|kind| Matrix::pack(&[of(kind)], k, Join::Concat)).collect();
         if n.is_multiple_of(PANEL) && all.len() == kinds.len() {
             all.push(Matrix::pack(&[Kind::Q4K, Kind::Q4K, Kind::Q6K].map(of), k, Join::Concat));
-            assert_eq!(all[3].segments.len(), 2);
+            assert_eq!(all[kinds.len()].segments.len(), 2);
         }
         all
     }
@@ -500,7 +504,7 @@ mod tests {
     #[test]
     fn packed_blocks_keep_their_values() {
         let (n, k) = (40, 512);
-        for kind in [Kind::Q8_0, Kind::Q4K, Kind::Q6K] {
+        for kind in [Kind::Q8_0, Kind::Q4_0, Kind::Q4K, Kind::Q5K, Kind::Q6K] {
             let elements = blocks(kind, n, k);
             let w = Matrix::pack(std::slice::from_ref(&elements), k, Join::Concat);
             for row in 0..n {

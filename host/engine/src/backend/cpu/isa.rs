@@ -39,6 +39,9 @@ pub(crate) type Stretch = [[i8; 4]; 16];
 /// 32 values of K for 32 columns: value `k` of column `c` is `[k / 4][4 * c + k % 4]`.
 pub(crate) type WeightQuads = [[i8; 128]; 8];
 
+/// The same unsigned: at most 127.
+pub(crate) type UnsignedQuads = [[u8; 128]; 8];
+
 /// Two bytes for each of 256 values of K for 32 columns, in the same order.
 pub(crate) type Planes = [[[i8; 128]; 64]; 2];
 
@@ -112,14 +115,19 @@ pub(crate) trait Simd: Copy {
     /// Rounded as `round` does and narrowed, for magnitudes below 128.
     fn round_i8(self, v: Self::V) -> [i8; LANES];
 
+    fn splat_int(self, x: i32) -> Self::I;
     fn load_int(self, x: &[i32; LANES]) -> Self::I;
     /// What a sum of dot products begins with. `offset` is -128 times the sum of all activations that it will see: where
     /// the instruction wants unsigned weights they are made 128 too large, and this takes it back.
     fn dot_start(self, offset: i32) -> Self::I;
     /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` with `x`, of which none is -128.
     fn dot4(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
+    /// The same for weights of at most 127, which need no [`dot_start`](Self::dot_start).
+    fn dot4_unsigned(self, acc: Self::I, w: &[u8; 64], x: [i8; 4]) -> Self::I;
     /// Lane `j` gains the dot product of `w[2j]` and `w[2j + 1]` with `x`.
     fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I;
+    /// Bytes as numbers of 16 bits.
+    fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]);
     /// `acc + a * b`, in 32 bits.
     fn int_mul_add(self, acc: Self::I, a: Self::I, b: &[i32; LANES]) -> Self::I;
     /// `high * 2^shift + low`, in 32 bits.
@@ -286,6 +294,7 @@ mod tests {
         halves: &'a [f16; LANES],
         brains: &'a [bf16; LANES],
         bytes: &'a [i8; 64],
+        unsigned: &'a [u8; 64],
         words: &'a [i16; 32],
         ints: &'a [i32; LANES],
     }
@@ -299,8 +308,11 @@ mod tests {
             let n = s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)));
             // The sum is -3.
             let dots = s.dot4(s.dot_start(3 * 128), self.bytes, [127, -127, 3, -6]);
+            let unsigned = s.dot4_unsigned(s.splat_int(-77), self.unsigned, [-127, 127, 5, -1]);
             let words = s.dot2(dots, self.words, [-4_064, 31]);
             let products = s.int_mul_add(words, dots, self.ints);
+            let mut wide = [0; 32];
+            s.widen_bytes(&self.unsigned.as_chunks().0[1], &mut wide);
             let vectors = [
                 s.int_to_f32(words),
                 s.int_to_f32(products),
@@ -317,6 +329,7 @@ mod tests {
                 s.load_f16(self.halves),
                 s.load_bf16(self.brains),
                 s.int_to_f32(dots),
+                s.int_to_f32(unsigned),
             ];
             let mut bits = vec![s.sum(a).to_bits(), s.max_lane(a).to_bits()];
             for v in vectors {
@@ -324,6 +337,7 @@ mod tests {
                 s.store(v, &mut lanes);
                 bits.extend(lanes.map(f32::to_bits));
             }
+            bits.extend(wide.map(|x| u32::from(x.cast_unsigned())));
             bits.extend(
                 s.round_i8(s.min(s.max(a, s.splat(-127.0)), s.splat(127.0))).map(|q| u32::from(q.cast_unsigned())),
             );
@@ -347,11 +361,12 @@ mod tests {
                 );
             let brains = a.map(bf16::from_f32);
             let bytes = std::array::from_fn(|_| (i32::try_from(next() % 255).unwrap() - 127) as i8);
+            let unsigned = std::array::from_fn(|_| (next() % 128) as u8);
             let words = std::array::from_fn(|_| (next() % 256) as i16 - 128);
             let ints = std::array::from_fn(|_| i32::try_from(next() % 256).unwrap() - 128);
             let run = |isa: Isa| {
-                let (halves, brains, bytes) = (&halves, &brains, &bytes);
-                isa.run(Everything { a: &a, b: &b, halves, brains, bytes, words: &words, ints: &ints })
+                let (halves, brains, bytes, unsigned) = (&halves, &brains, &bytes, &unsigned);
+                isa.run(Everything { a: &a, b: &b, halves, brains, bytes, unsigned, words: &words, ints: &ints })
             };
             let expect = run(Isa(Level::Portable));
             for isa in Isa::available() {

@@ -8,15 +8,15 @@
 use half::{bf16, f16};
 
 use super::aligned::Aligned;
-use super::blocks::{Q8Block, QuantBlock};
+use super::blocks::{Q4Block, Q8Block, QuantBlock};
 use super::isa::{LANES, Weight};
-use super::supers::{Q4kBlock, Q6kBlock};
+use super::supers::{Q4kBlock, Q5kBlock, Q6kBlock};
 use crate::load::{Elements, Kind, LoadError, quantise_q8_0};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 2 * LANES;
 
-/// Length along K of what is multiplied at once in 8 bits: a block of Q8_0.
+/// Length along K of what is multiplied at once in 8 bits: a block of Q8_0 or Q4_0.
 pub(super) const BLOCK: usize = 32;
 
 /// A weight matrix `[n][k]` in kernel order.
@@ -42,7 +42,9 @@ pub(super) enum Packed {
     F16(Aligned<f16, PANEL>),
     Bf16(Aligned<bf16, PANEL>),
     Q8(Vec<Q8Block>),
+    Q4(Vec<Q4Block>),
     Q4k(Vec<Q4kBlock>),
+    Q5k(Vec<Q5kBlock>),
     Q6k(Vec<Q6kBlock>),
 }
 
@@ -100,7 +102,9 @@ impl Matrix {
             Packed::F16(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c].to_f32())),
             Packed::Bf16(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c].to_f32())),
             Packed::Q8(w) => column(panel_of(w, k, panel), c, put),
+            Packed::Q4(w) => column(panel_of(w, k, panel), c, put),
             Packed::Q4k(w) => column(panel_of(w, k, panel), c, put),
+            Packed::Q5k(w) => column(panel_of(w, k, panel), c, put),
             Packed::Q6k(w) => column(panel_of(w, k, panel), c, put),
         }
     }
@@ -113,7 +117,9 @@ impl Packed {
             Some(Kind::F16) => Self::F16(pack(parts, k, join, |part, i| part.f16(i))),
             Some(Kind::Bf16) => Self::Bf16(pack(parts, k, join, |part, i| part.bf16(i))),
             Some(Kind::Q8_0) => Self::Q8(pack_blocks(parts, k, join)),
+            Some(Kind::Q4_0) => Self::Q4(pack_blocks(parts, k, join)),
             Some(Kind::Q4K) => Self::Q4k(pack_blocks(parts, k, join)),
+            Some(Kind::Q5K) => Self::Q5k(pack_blocks(parts, k, join)),
             Some(Kind::Q6K) => Self::Q6k(pack_blocks(parts, k, join)),
             // Blocks of other types are widened, exactly.
             _ => Self::F32(pack(parts, k, join, |part, i| part.f32(i))),
@@ -126,14 +132,21 @@ impl Packed {
             Self::F16(w) => size_of_val(&**w),
             Self::Bf16(w) => size_of_val(&**w),
             Self::Q8(w) => size_of_val(w.as_slice()),
+            Self::Q4(w) => size_of_val(w.as_slice()),
             Self::Q4k(w) => size_of_val(w.as_slice()),
+            Self::Q5k(w) => size_of_val(w.as_slice()),
             Self::Q6k(w) => size_of_val(w.as_slice()),
         }
     }
 
+    /// Whether the weights come in blocks of 32.
+    pub(super) fn has_blocks(&self) -> bool {
+        matches!(self, Self::Q8(_) | Self::Q4(_))
+    }
+
     /// Whether the weights come in super-blocks.
     pub(super) fn has_supers(&self) -> bool {
-        matches!(self, Self::Q4k(_) | Self::Q6k(_))
+        matches!(self, Self::Q4k(_) | Self::Q5k(_) | Self::Q6k(_))
     }
 }
 

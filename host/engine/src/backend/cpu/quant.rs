@@ -1,5 +1,5 @@
-//! Activations in 8 bits, for products with quantised weights: by blocks of 32 along K for Q8_0, by super-blocks of 256 for
-//! the K-quants, as the weights' own integers go.
+//! Activations in 8 bits, for products with quantised weights: by blocks of 32 along K for Q8_0 and Q4_0, by super-blocks of 256
+//! for the K-quants, as the weights' own integers go.
 //!
 //! Rows come in groups, a group being what one tile takes: rows as even as can be among the fewest groups of at most sixteen.
 //! Blocks are `[group][k / 32][row of the group]`, super-blocks `[k / 256][group][k / 64 % 4][row of the group]`: each in the
@@ -50,8 +50,8 @@ pub(super) struct SuperFactor {
     pub(super) scale: f32,
     /// Sums of the values of 32, two by two: what the minima of columns are multiplied by.
     pub(super) sums: [[i16; 2]; 4],
-    /// -128 times the sums of sixteen values.
-    offsets: [i32; 16],
+    /// -32 times the sums of sixteen values: values of Q6_K are stored 32 too large.
+    pub(super) offsets: [i32; 16],
 }
 
 /// Rows by blocks. Those that fill up the last group are zeros.
@@ -75,19 +75,9 @@ pub(super) struct SuperRows<'a> {
 }
 
 /// Number of groups, and rows of a group.
-fn groups(rows: usize) -> (usize, usize) {
+pub(super) fn groups(rows: usize) -> (usize, usize) {
     let n_groups = rows.div_ceil(TILE_ROWS);
     (n_groups, rows.div_ceil(n_groups))
-}
-
-// === impl SuperFactor ===
-
-impl SuperFactor {
-    /// The offset of run `run` of so many.
-    #[inline(always)]
-    pub(super) fn offset(&self, run: usize, runs: usize) -> i32 {
-        if runs == 16 { self.offsets[run] } else { self.offsets[2 * run] + self.offsets[2 * run + 1] }
-    }
 }
 
 // === impl Quantised ===
@@ -239,7 +229,7 @@ impl Kernel for QuantiseSupers<'_> {
                     let (scale, sums) = quantise(s, x, &mut quads);
                     let of = |block: usize| (sums[2 * block] + sums[2 * block + 1]) as i16;
                     let pairs = std::array::from_fn(|pair| [of(2 * pair), of(2 * pair + 1)]);
-                    *factor = SuperFactor { scale, sums: pairs, offsets: sums.map(|sum| -128 * sum) };
+                    *factor = SuperFactor { scale, sums: pairs, offsets: sums.map(|sum| -32 * sum) };
                 }
                 for (t, quads) in quads.as_chunks::<4>().0.iter().enumerate() {
                     stretches[t * height + in_group].copy_from_slice(quads.as_flattened());

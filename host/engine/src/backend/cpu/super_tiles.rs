@@ -1,21 +1,15 @@
-//! `out = x * W^T` for weights of K-quants, by tile registers.
+//! Products with weights of K-quants, by tile registers.
 //!
 //! Scales are worked into the weights first (`SuperBlock::planes`), once for some groups of rows; then a tile adds up all 256
 //! values of a super-block before its sums leave through memory, the slowest part of a product by tiles.
 
 use std::ops::Range;
 
-use super::gemm::Part;
-use super::isa::{Kernel, LANES, Lanes, Planes, Simd, TILE_ROWS, TileSums, Tiles};
+use super::dots::{Gathered, Tiled};
+use super::isa::{Kernel, LANES, Planes, Simd, TILE_ROWS, TileSums};
 use super::matrix::{BLOCK, PANEL};
 use super::super_dots::{SuperDots, prefetch};
 use super::supers::{SUPER, SuperBlock, SuperFactors};
-
-/// A product by tiles.
-pub(super) struct SuperTiles<'a, B> {
-    pub(super) tiles: Tiles,
-    pub(super) dots: SuperDots<'a, B>,
-}
 
 /// Groups that share one opening of the weights: what they gather stays in the second cache.
 const TOGETHER: usize = 32;
@@ -27,11 +21,11 @@ struct Room {
     /// By byte of the weights and half of the panel.
     sums: [[TileSums; 2]; 2],
     columns: SuperFactors,
-    /// By group and half of the panel.
-    gathered: [[[Lanes; TILE_ROWS]; 2]; TOGETHER],
+    /// By group.
+    gathered: [Gathered; TOGETHER],
 }
 
-impl<B: SuperBlock> Kernel for SuperTiles<'_, B> {
+impl<B: SuperBlock> Kernel for Tiled<SuperDots<'_, B>> {
     type Out = ();
 
     #[inline(always)]
@@ -52,7 +46,7 @@ impl<B: SuperBlock> Kernel for SuperTiles<'_, B> {
     }
 }
 
-impl<B: SuperBlock> SuperTiles<'_, B> {
+impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
     /// Some groups, by one panel.
     #[inline(always)]
     fn panel<S: Simd>(&mut self, s: S, panel: usize, groups: Range<usize>, room: &mut Room) {
@@ -70,7 +64,7 @@ impl<B: SuperBlock> SuperTiles<'_, B> {
             }
         }
         for (group, gathered) in groups.zip(&*gathered) {
-            self.finish(s, (group, panel), gathered);
+            self.dots.finish(s, (group, panel), gathered);
         }
     }
 
@@ -81,7 +75,7 @@ impl<B: SuperBlock> SuperTiles<'_, B> {
         s: S,
         (group, block): (usize, usize),
         (sums, columns): (&[[TileSums; 2]; 2], &SuperFactors),
-        gathered: &mut [[Lanes; TILE_ROWS]; 2],
+        gathered: &mut Gathered,
     ) {
         let (x, factors) = self.dots.x.block(group, block);
         // What follows in memory comes next, mostly.
@@ -93,17 +87,6 @@ impl<B: SuperBlock> SuperTiles<'_, B> {
                 s.store(columns.add::<S, B>(s, half, factor, sum), gathered);
                 (0..2).for_each(|line| s.prefetch_near(next.wrapping_add(4 * row + 2 * half + line)));
             }
-        }
-    }
-
-    /// The outputs of a group.
-    #[inline(always)]
-    fn finish<S: Simd>(&mut self, s: S, (group, panel): (usize, usize), gathered: &[[Lanes; TILE_ROWS]; 2]) {
-        let Part { rows, epilogue, .. } = self.dots.part;
-        let begin = group * self.dots.x.height;
-        for row in begin..rows.min(begin + self.dots.x.height) {
-            let sums = [s.load(&gathered[0][row - begin]), s.load(&gathered[1][row - begin])];
-            epilogue.apply(s, sums, self.dots.out, self.dots.part.at(panel, row));
         }
     }
 }

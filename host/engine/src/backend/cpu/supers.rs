@@ -8,7 +8,7 @@
 use half::f16;
 
 use super::blocks::{QuantBlock, at, half};
-use super::isa::{LANES, Lanes, Planes, Simd, WeightQuads};
+use super::isa::{LANES, Lanes, Planes, Simd, UnsignedQuads};
 use super::matrix::{BLOCK, PANEL};
 use super::quant::SuperFactor;
 use crate::load::{Elements, scale_and_minimum};
@@ -26,8 +26,11 @@ pub(super) trait SuperBlock: QuantBlock {
     /// Bits that the second byte of [`planes`](Self::planes) stands above the first.
     const SHIFT: u32;
 
-    /// The bytes of a block of 32.
-    fn quads(&self, block: usize, out: &mut WeightQuads);
+    /// The bytes of a block of 32, as they are stored.
+    fn quads(&self, block: usize, out: &mut UnsignedQuads);
+
+    /// What the sum of a run begins with: takes back as much as the bytes are too large.
+    fn start(factor: &SuperFactor, run: usize) -> i32;
 
     /// The integer scales of a run, by half of the panel.
     fn scales(&self, run: usize) -> [[i32; LANES]; 2];
@@ -49,13 +52,22 @@ pub(super) struct SuperFactors {
     pub(super) minima: [[[i16; PANEL]; 2]; 4],
 }
 
-/// GGML's Q4_K: eight blocks of unsigned nibbles, each with a 6-bit scale and a 6-bit minimum, which have a scale themselves.
+/// GGML's Q4_K.
+pub(super) type Q4kBlock = MinimumBlock<0>;
+
+/// GGML's Q5_K.
+pub(super) type Q5kBlock = MinimumBlock<8>;
+
+/// Eight blocks of unsigned values, each with a 6-bit scale and a 6-bit minimum, which have a scale themselves. Values have four
+/// bits, and a fifth in so many of the blocks as have one: none or all. Fields lie in the order in which they are read.
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
-pub(super) struct Q4kBlock {
+pub(super) struct MinimumBlock<const FIFTHS: usize> {
+    scales: [[u8; PANEL]; 8],
     /// Low nibbles are quads 0 to 3, high nibbles 4 to 7.
     nibbles: [[[u8; 4 * PANEL]; 4]; 8],
-    scales: [[u8; PANEL]; 8],
+    /// Bit 4 of quads 0 to 7, from the lowest bit up.
+    fifths: [[u8; 4 * PANEL]; FIFTHS],
     /// Of two blocks, side by side for each column.
     minima: [[u8; 2 * PANEL]; 4],
     scale: [f16; PANEL],
@@ -66,11 +78,11 @@ pub(super) struct Q4kBlock {
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
 pub(super) struct Q6kBlock {
+    scales: [[i8; PANEL]; 16],
     /// Low nibbles are quads 0 to 3, high nibbles 4 to 7.
     nibbles: [[[u8; 4 * PANEL]; 4]; 8],
     /// Bits 4 and 5 of quads 0, 2, 4, 6 and of 1, 3, 5, 7, from the lowest pair up.
     pairs: [[[u8; 4 * PANEL]; 2]; 8],
-    scales: [[i8; PANEL]; 16],
     scale: [f16; PANEL],
 }
 
@@ -94,7 +106,7 @@ impl SuperFactors {
         if !B::MINIMA {
             return acc;
         }
-        let mut sum = s.dot_start(0);
+        let mut sum = s.splat_int(0);
         for (minima, &sums) in self.minima.iter().zip(&factor.sums) {
             sum = s.dot2(sum, &minima[half], sums);
         }
@@ -135,71 +147,111 @@ fn put_words(out: &mut [i8; 4 * PANEL], word: impl Fn(usize) -> u16) {
     out.for_each(|(i, out)| *out = word(i).to_le_bytes().map(u8::cast_signed));
 }
 
-// === impl Q4kBlock ===
+/// Puts the bytes of words, less `bias`, times scales: products of at most thirteen bits and a sign, of which seven bits go to
+/// the first plane.
+#[inline(always)]
+fn put_products(out: (&mut [i8; 4 * PANEL], &mut [i8; 4 * PANEL]), q: &Words, bias: i16, scales: &[i16; 2 * PANEL]) {
+    let low: [i16; 2 * PANEL] = std::array::from_fn(|c| ((q[c] & 255) as i16 - bias) * scales[c]);
+    let high: [i16; 2 * PANEL] = std::array::from_fn(|c| ((q[c] >> 8) as i16 - bias) * scales[c]);
+    put_words(out.0, |c| (low[c] & 127 | (high[c] & 127) << 8).cast_unsigned());
+    put_words(out.1, |c| (low[c] >> 7 & 255 | high[c] >> 7 << 8).cast_unsigned());
+}
 
-impl QuantBlock for Q4kBlock {
+/// A panel's scales of a run, by half.
+#[inline(always)]
+fn integers<T: Copy + Into<i32>>(scales: &[T; PANEL]) -> [[i32; LANES]; 2] {
+    std::array::from_fn(|half| std::array::from_fn(|i| scales[half * LANES + i].into()))
+}
+
+// === impl MinimumBlock ===
+
+impl<const FIFTHS: usize> QuantBlock for MinimumBlock<FIFTHS> {
     const BLOCKS: usize = 8;
     const EMPTY: Self = Self {
-        nibbles: [[[0; 4 * PANEL]; 4]; 8],
         scales: [[0; PANEL]; 8],
+        nibbles: [[[0; 4 * PANEL]; 4]; 8],
+        fifths: [[0; 4 * PANEL]; FIFTHS],
         minima: [[0; 2 * PANEL]; 4],
         scale: [f16::ZERO; PANEL],
         minimum: [f16::ZERO; PANEL],
     };
 
     fn put(&mut self, column: usize, from: &Elements<'_>, block: usize) {
-        let ggml = &from.blocks::<144>()[block];
+        let ggml: &[u8] = if FIFTHS == 0 { &from.blocks::<144>()[block] } else { &from.blocks::<176>()[block] };
         (self.scale[column], self.minimum[column]) = (half(ggml, 0), half(ggml, 2));
         for block in 0..8 {
             let minimum = &mut self.minima[block / 2][2 * column + block % 2];
             [self.scales[block][column], *minimum] = scale_and_minimum(&ggml[4..16], block);
             for i in 0..BLOCK {
-                // A byte has values of two blocks.
-                let q = ggml[16 + block / 2 * BLOCK + i] >> (block % 2 * 4) & 15;
+                // A byte has nibbles of two blocks, and the fifth bits of all.
+                let q = ggml[ggml.len() - 4 * BLOCK..][block / 2 * BLOCK + i] >> (block % 2 * 4) & 15;
                 let (quad, byte) = at(column, i);
                 self.nibbles[block][quad % 4][byte] |= q << (quad / 4 * 4);
+                if let Some(fifths) = self.fifths.get_mut(block) {
+                    fifths[byte] |= (ggml[16 + i] >> block & 1) << quad;
+                }
             }
         }
     }
 
     fn value(&self, column: usize, k: usize) -> f32 {
         let (block, (quad, byte)) = (k / BLOCK, at(column, k % BLOCK));
-        let q = self.nibbles[block][quad % 4][byte] >> (quad / 4 * 4) & 15;
+        let low = self.nibbles[block][quad % 4][byte] >> (quad / 4 * 4) & 15;
+        let high = self.fifths.get(block).map_or(0, |fifths| fifths[byte] >> quad & 1);
         let scale = self.scale[column].to_f32() * f32::from(self.scales[block][column]);
-        scale * f32::from(q) - self.minimum[column].to_f32() * f32::from(self.minima[block / 2][2 * column + block % 2])
+        let minimum = self.minimum[column].to_f32() * f32::from(self.minima[block / 2][2 * column + block % 2]);
+        scale * f32::from(low | high << 4) - minimum
     }
 }
 
-impl SuperBlock for Q4kBlock {
+impl<const FIFTHS: usize> SuperBlock for MinimumBlock<FIFTHS> {
     const RUNS: usize = 8;
     const MINIMA: bool = true;
-    const SHIFT: u32 = 3;
+    const SHIFT: u32 = if FIFTHS == 0 { 3 } else { 7 };
 
     #[inline(always)]
-    fn quads(&self, block: usize, out: &mut WeightQuads) {
-        let (low, high) = out.split_at_mut(BLOCK / 8);
-        for (nibbles, (low, high)) in self.nibbles[block].iter().zip(low.iter_mut().zip(high)) {
-            for (nibbles, (low, high)) in nibbles.iter().zip(low.iter_mut().zip(high)) {
-                (*low, *high) = ((nibbles & 15).cast_signed(), (nibbles >> 4).cast_signed());
+    fn quads(&self, block: usize, out: &mut UnsignedQuads) {
+        for (quad, out) in out.iter_mut().enumerate() {
+            let (nibbles, up) = (&self.nibbles[block][quad % 4], 4 * (quad / 4));
+            match self.fifths.get(block) {
+                None => out.iter_mut().zip(nibbles).for_each(|(out, nibbles)| *out = nibbles >> up & 15),
+                Some(fifths) => {
+                    for (out, (nibbles, fifths)) in out.iter_mut().zip(nibbles.iter().zip(fifths)) {
+                        *out = nibbles >> up & 15 | (fifths >> quad & 1) << 4;
+                    }
+                }
             }
         }
     }
 
     #[inline(always)]
-    fn scales(&self, run: usize) -> [[i32; LANES]; 2] {
-        std::array::from_fn(|half| std::array::from_fn(|i| i32::from(self.scales[run][half * LANES + i])))
+    fn start(_factor: &SuperFactor, _run: usize) -> i32 {
+        0
     }
 
-    /// A scale has six bits: three go to each byte. No byte exceeds 15 * 7, so that a word is multiplied as one number.
+    #[inline(always)]
+    fn scales(&self, run: usize) -> [[i32; LANES]; 2] {
+        integers(&self.scales[run])
+    }
+
+    /// A scale has six bits. Of four-bit values three go to each byte: no byte exceeds 15 * 7, so that a word is multiplied as
+    /// one number.
     #[inline(always)]
     fn planes(&self, block: usize, [first, second]: &mut Planes) {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
         let scales = spread(&self.scales[block]).map(u16::from);
-        for (i, nibbles) in self.nibbles[block].iter().enumerate() {
-            let nibbles = words(nibbles);
-            for (quad, shift) in [(i, 0), (i + 4, 4)] {
-                put_words(&mut first[quad], |c| (nibbles[c] >> shift & 0x0f0f) * (scales[c] & 7));
-                put_words(&mut second[quad], |c| (nibbles[c] >> shift & 0x0f0f) * (scales[c] >> 3));
+        for (quad, out) in first.iter_mut().zip(second).enumerate() {
+            let (nibbles, up) = (words(&self.nibbles[block][quad % 4]), 4 * (quad / 4));
+            match self.fifths.get(block) {
+                None => {
+                    put_words(out.0, |c| (nibbles[c] >> up & 0x0f0f) * (scales[c] & 7));
+                    put_words(out.1, |c| (nibbles[c] >> up & 0x0f0f) * (scales[c] >> 3));
+                }
+                Some(fifths) => {
+                    let fifths = words(fifths);
+                    let q = std::array::from_fn(|c| nibbles[c] >> up & 0x0f0f | (fifths[c] >> quad & 0x0101) << 4);
+                    put_products(out, &q, 0, &scales.map(u16::cast_signed));
+                }
             }
         }
     }
@@ -209,8 +261,8 @@ impl SuperBlock for Q4kBlock {
         widen(s, &self.scale, &mut out.scale);
         widen(s, &self.minimum, &mut out.minimum);
         for (minima, out) in self.minima.iter().zip(&mut out.minima) {
-            for (minimum, out) in minima.iter().zip(out.as_flattened_mut()) {
-                *out = i16::from(*minimum);
+            for (minima, out) in minima.as_chunks::<PANEL>().0.iter().zip(out) {
+                s.widen_bytes(minima, out);
             }
         }
     }
@@ -253,34 +305,32 @@ impl QuantBlock for Q6kBlock {
     }
 }
 
-impl Q6kBlock {
-    /// One quad of a block.
-    #[inline(always)]
-    fn quad(&self, block: usize, quad: usize, out: &mut [i8; 4 * PANEL]) {
-        let (nibbles, pairs) = (&self.nibbles[block][quad % 4], &self.pairs[block][quad % 2]);
-        let (up, down) = (4 * (quad / 4), 2 * (quad / 2));
-        for (out, (nibbles, pairs)) in out.iter_mut().zip(nibbles.iter().zip(pairs)) {
-            *out = (nibbles >> up & 15 | (pairs >> down & 3) << 4).cast_signed() - 32;
-        }
-    }
-}
-
 impl SuperBlock for Q6kBlock {
     const RUNS: usize = 16;
     const MINIMA: bool = false;
     const SHIFT: u32 = 7;
 
     #[inline(always)]
-    fn quads(&self, block: usize, out: &mut WeightQuads) {
-        out.iter_mut().enumerate().for_each(|(quad, out)| self.quad(block, quad, out));
+    fn quads(&self, block: usize, out: &mut UnsignedQuads) {
+        for (quad, out) in out.iter_mut().enumerate() {
+            let (nibbles, pairs) = (&self.nibbles[block][quad % 4], &self.pairs[block][quad % 2]);
+            let (up, down) = (4 * (quad / 4), 2 * (quad / 2));
+            for (out, (nibbles, pairs)) in out.iter_mut().zip(nibbles.iter().zip(pairs)) {
+                *out = nibbles >> up & 15 | (pairs >> down & 3) << 4;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn start(factor: &SuperFactor, run: usize) -> i32 {
+        factor.offsets[run]
     }
 
     #[inline(always)]
     fn scales(&self, run: usize) -> [[i32; LANES]; 2] {
-        std::array::from_fn(|half| std::array::from_fn(|i| i32::from(self.scales[run][half * LANES + i])))
+        integers(&self.scales[run])
     }
 
-    /// A product has thirteen bits and a sign: seven go to the first byte.
     #[inline(always)]
     fn planes(&self, block: usize, [first, second]: &mut Planes) {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
@@ -288,15 +338,11 @@ impl SuperBlock for Q6kBlock {
             let scales = spread(&self.scales[2 * block + half]).map(i16::from);
             for quad in 0..4 {
                 let (nibbles, pairs) = (words(&self.nibbles[block][quad]), words(&self.pairs[block][quad % 2]));
-                let product = |c: usize| {
+                let q = std::array::from_fn(|c| {
                     let high = pairs[c] >> (4 * half + quad / 2 * 2) & 0x0303;
-                    let q = (nibbles[c] >> (4 * half) & 0x0f0f | high << 4).to_le_bytes();
-                    q.map(|q| (i16::from(q) - 32) * scales[c])
-                };
-                let low = |product: i16| (product & 127) as u8;
-                let high = |product: i16| (product >> 7) as u8;
-                put_words(&mut first[4 * half + quad], |c| u16::from_le_bytes(product(c).map(low)));
-                put_words(&mut second[4 * half + quad], |c| u16::from_le_bytes(product(c).map(high)));
+                    nibbles[c] >> (4 * half) & 0x0f0f | high << 4
+                });
+                put_products((&mut first[4 * half + quad], &mut second[4 * half + quad]), &q, 32, &scales);
             }
         }
     }

@@ -150,6 +150,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn splat_int(self, x: i32) -> [__m256i; 2] {
+        // SAFETY: the token proves the instruction, which touches registers only.
+        unsafe { [_mm256_set1_epi32(x); 2] }
+    }
+
+    #[inline(always)]
     fn load_int(self, x: &[i32; LANES]) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `x` and ask for no alignment.
         unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
@@ -176,6 +182,19 @@ impl Simd for Avx2 {
         }
     }
 
+    /// As weights are at most 127, `maddubs` does not saturate.
+    #[inline(always)]
+    fn dot4_unsigned(self, acc: [__m256i; 2], w: &[u8; 64], x: [i8; 4]) -> [__m256i; 2] {
+        // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
+        unsafe {
+            let (x, ones) = (_mm256_set1_epi32(word(x)), _mm256_set1_epi16(1));
+            let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast()));
+            let (low, high) = (_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, x));
+            let (low, high) = (_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
+            [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
+        }
+    }
+
     #[inline(always)]
     fn dot2(self, acc: [__m256i; 2], w: &[i16; 32], x: [i16; 2]) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
@@ -184,6 +203,17 @@ impl Simd for Avx2 {
             let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(16).cast()));
             let (low, high) = (_mm256_madd_epi16(low, x), _mm256_madd_epi16(high, x));
             [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
+        }
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]) {
+        // SAFETY: the token proves the instructions; both loads lie in the 32 bytes of `x`, both stores in the 64 of `out`, and
+        // none asks for alignment.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(16).cast()));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(low));
+            _mm256_storeu_si256(out.as_mut_ptr().add(16).cast(), _mm256_cvtepu8_epi16(high));
         }
     }
 

@@ -138,6 +138,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn splat_int(self, x: i32) -> __m512i {
+        registers!(_mm512_set1_epi32(x))
+    }
+
+    #[inline(always)]
     fn load_int(self, x: &[i32; LANES]) -> __m512i {
         // SAFETY: the token proves the instruction; `x` is 64 readable bytes, and the load asks for no alignment.
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
@@ -159,9 +164,25 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn dot4_unsigned(self, acc: __m512i, w: &[u8; 64], x: [i8; 4]) -> __m512i {
+        // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
+        unsafe { _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(word(x))) }
+    }
+
+    #[inline(always)]
     fn dot2(self, acc: __m512i, w: &[i16; 32], x: [i16; 2]) -> __m512i {
         // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
         unsafe { _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(pair(x))) }
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]) {
+        // SAFETY: the token proves the instructions; `x` is 32 readable bytes and `out` 64 writable ones, and neither access asks
+        // for alignment.
+        unsafe {
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
+        }
     }
 
     #[inline(always)]

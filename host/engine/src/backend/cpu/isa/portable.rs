@@ -96,6 +96,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn splat_int(self, x: i32) -> [i32; LANES] {
+        [x; LANES]
+    }
+
+    #[inline(always)]
     fn load_int(self, x: &[i32; LANES]) -> [i32; LANES] {
         *x
     }
@@ -112,9 +117,20 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn dot4_unsigned(self, acc: [i32; LANES], w: &[u8; 64], x: [i8; 4]) -> [i32; LANES] {
+        let x = x.map(i32::from);
+        std::array::from_fn(|lane| acc[lane] + (0..4).map(|i| i32::from(w[4 * lane + i]) * x[i]).sum::<i32>())
+    }
+
+    #[inline(always)]
     fn dot2(self, acc: [i32; LANES], w: &[i16; 32], x: [i16; 2]) -> [i32; LANES] {
         let [x0, x1] = x.map(i32::from);
         std::array::from_fn(|lane| acc[lane] + i32::from(w[2 * lane]) * x0 + i32::from(w[2 * lane + 1]) * x1)
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = i16::from(*x));
     }
 
     #[inline(always)]

@@ -1,20 +1,15 @@
-//! `out = x * W^T` for weights in Q8_0, by tile registers.
+//! Products with weights in blocks of 32 (Q8_0, Q4_0), by tile registers.
 //!
 //! A tile product covers sixteen rows, sixteen columns and as much of K as has one scale, 32. Its sums leave the tile through
 //! memory and are scaled and added as vectors; that costs more than the product itself, so the loops serve it: the sums of
 //! a few blocks stay in the nearest cache, and a row's accumulators in registers while these blocks are added.
 
-use super::blocks::Q8Block;
-use super::dots::{Dots, prefetch};
-use super::gemm::Part;
-use super::isa::{Kernel, LANES, Lanes, Simd, TILE_ROWS, TileSums, Tiles};
+use super::block_dots::{BlockDots, prefetch};
+use super::blocks::ScaledBlock;
+use super::dots::{Gathered, Tiled};
+use super::isa::{Kernel, LANES, Lanes, Simd, TILE_ROWS, TileSums, WeightQuads};
+use super::matrix::{BLOCK, PANEL};
 use super::quant::BlockRows;
-
-/// A product by tiles.
-pub(super) struct TileDots<'a> {
-    pub(super) tiles: Tiles,
-    pub(super) dots: Dots<'a>,
-}
 
 /// Products along K between two visits of an accumulator: their sums, 16 KiB for two groups, fit the nearest cache.
 const STEP: usize = 4;
@@ -26,10 +21,11 @@ const NEAR_BYTES: usize = 1 << 20;
 #[repr(align(64))]
 struct Sums([[[TileSums; 2]; 2]; STEP]);
 
-/// What the rows of a group have gathered, by half of the panel.
-type Gathered = [[Lanes; TILE_ROWS]; 2];
+/// Weights that were packed tighter than a byte.
+#[repr(align(64))]
+struct Opened(WeightQuads);
 
-impl Kernel for TileDots<'_> {
+impl<B: ScaledBlock> Kernel for Tiled<BlockDots<'_, B>> {
     type Out = ();
 
     #[inline(always)]
@@ -61,12 +57,12 @@ struct At {
     near: bool,
 }
 
-impl TileDots<'_> {
+impl<B: ScaledBlock> Tiled<BlockDots<'_, B>> {
     /// `G` groups, one or two, by one panel.
     #[inline(always)]
     fn groups<S: Simd, const G: usize>(&mut self, s: S, at: At, sums: &mut Sums) {
         let mut gathered = [[[[0.0; LANES]; TILE_ROWS]; 2]; G];
-        let mut scales = [[[0.0; LANES]; 2]; STEP];
+        let (mut opened, mut scales) = (Opened([[0; 4 * PANEL]; BLOCK / 4]), [[[0.0; LANES]; 2]; STEP]);
         let w = self.dots.panel(at.panel);
         for begin in (0..w.len()).step_by(STEP) {
             let n = STEP.min(w.len() - begin);
@@ -75,13 +71,14 @@ impl TileDots<'_> {
                 if !at.near {
                     prefetch(s, w, block, 0..4);
                 }
-                let (halves, _) = w[block].scales.as_chunks::<LANES>();
+                let (halves, _) = w[block].scales().as_chunks::<LANES>();
                 s.store(s.load_f16(&halves[0]), &mut scales[0]);
                 s.store(s.load_f16(&halves[1]), &mut scales[1]);
                 let x: [_; G] = std::array::from_fn(|g| self.dots.x.block(at.group + g, block).0);
+                let quads = w[block].quads(&mut opened.0);
                 match x.as_slice() {
-                    [x0, x1] => self.tiles.two([x0, x1], &w[block].quants, &mut sums.0[b]),
-                    _ => self.tiles.one(x[0], &w[block].quants, &mut sums.0[b][0]),
+                    [x0, x1] => self.tiles.two([x0, x1], quads, &mut sums.0[b]),
+                    _ => self.tiles.one(x[0], quads, &mut sums.0[b][0]),
                 }
             }
             for (g, gathered) in gathered.iter_mut().enumerate() {
@@ -91,24 +88,13 @@ impl TileDots<'_> {
             }
         }
         for (g, gathered) in gathered.iter().enumerate() {
-            self.finish(s, (at.group + g, at.panel), gathered);
-        }
-    }
-
-    /// The outputs of a group.
-    #[inline(always)]
-    fn finish<S: Simd>(&mut self, s: S, (group, panel): (usize, usize), gathered: &Gathered) {
-        let Part { rows, epilogue, .. } = self.dots.part;
-        let begin = group * self.dots.x.height;
-        for row in begin..rows.min(begin + self.dots.x.height) {
-            let sums = [s.load(&gathered[0][row - begin]), s.load(&gathered[1][row - begin])];
-            epilogue.apply(s, sums, self.dots.out, self.dots.part.at(panel, row));
+            self.dots.finish(s, (at.group + g, at.panel), gathered);
         }
     }
 }
 
 /// Sums of some blocks, for one group.
-struct Blocks<'a> {
+struct Blocks<'a, B> {
     x: &'a BlockRows<'a>,
     group: usize,
     begin: usize,
@@ -118,11 +104,11 @@ struct Blocks<'a> {
     /// Of the columns, by half of the panel.
     scales: &'a [[Lanes; 2]],
     /// Weights to ask for, and how many eighths in each half.
-    ahead: Option<&'a [Q8Block]>,
+    ahead: Option<&'a [B]>,
     share: usize,
 }
 
-impl Blocks<'_> {
+impl<B> Blocks<'_, B> {
     /// Scales them and adds them.
     #[inline(always)]
     fn gather<S: Simd>(&self, s: S, gathered: &mut Gathered) {
