@@ -55,6 +55,18 @@ fn words(words: &[(RequestId, Word)]) -> Vec<(u64, Word)> {
     words.iter().map(|(id, word)| (id.0, word.clone())).collect()
 }
 
+/// A slot whose guest traps after some calls, and its port.
+fn trapping(bench: &Bench, on_fault: OnFault) -> (Arc<SamplerSlot>, SamplerPort) {
+    let slot = bench.runtime.sampler_slot("sampler");
+    let mut port = slot.attach(replica()).expect("a thread");
+    let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
+    let activation = Activation { on_fault, ..bench.activation("sampler", &config) };
+    let prepared = bench.runtime.prepare(&bench.admit("fixture-sampler"), activation).expect("a generation");
+    slot.publish(prepared).expect("a publish");
+    assert!(port.attend(bench.now()).is_some());
+    (slot, port)
+}
+
 #[test]
 fn a_guest_masks_and_its_successor_takes_over() {
     let bench = Bench::new();
@@ -108,12 +120,7 @@ fn a_guest_is_told_what_ran_before_it() {
 #[test]
 fn a_start_that_faults_is_put_to_the_spare_at_once() {
     let bench = Bench::with(|config| config.budgets.edit.hard = 2_000_000);
-    let slot = bench.runtime.sampler_slot("sampler");
-    let mut port = slot.attach(replica()).expect("a thread");
-    let component = bench.admit("fixture-sampler");
-    let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
-    slot.publish(bench.prepare(&component, "sampler", &config)).expect("a publish");
-    assert!(port.attend(bench.now()).is_some());
+    let (slot, mut port) = trapping(&bench, OnFault::Open);
     for id in 1..=2 * PROBED {
         let reply = ask(&mut port, batch(vec![started(id, "acme")], &[], &[]));
         if words(&reply.words) == [(id, Word::Free)] {
@@ -202,13 +209,7 @@ fn what_it_has_learned_outlives_safe_mode() {
 fn without_a_word_a_request_goes_on_or_ends_as_the_slot_says() {
     for (on_fault, expect) in [(OnFault::Open, Word::Keep), (OnFault::Closed, Word::End)] {
         let bench = Bench::with(|config| config.budgets.edit.hard = 2_000_000);
-        let slot = bench.runtime.sampler_slot("sampler");
-        let mut port = slot.attach(replica()).expect("a thread");
-        let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
-        let activation = Activation { on_fault, ..bench.activation("sampler", &config) };
-        let prepared = bench.runtime.prepare(&bench.admit("fixture-sampler"), activation).expect("a generation");
-        slot.publish(prepared).expect("a publish");
-        port.attend(bench.now());
+        let (slot, mut port) = trapping(&bench, on_fault);
         let reply = ask(&mut port, batch(vec![started(1, "acme")], &[], &[]));
         assert_eq!(words(&reply.words), [(1, Word::Free)]);
         let last = (0..2 * PROBED).find_map(|_| {
@@ -233,13 +234,7 @@ fn a_panic_of_the_host_costs_the_words_of_its_batch() {
             // It listens on the sampler's thread, in the middle of a batch.
             config.on_fault = Some(Arc::new(|report| panic!("a fault of the host, not of {}", report.revision)));
         });
-        let slot = bench.runtime.sampler_slot("sampler");
-        let mut port = slot.attach(replica()).expect("a thread");
-        let config = format!(r#"{{"do": "trap", "after": {PROBED}}}"#);
-        let activation = Activation { on_fault, ..bench.activation("sampler", &config) };
-        let prepared = bench.runtime.prepare(&bench.admit("fixture-sampler"), activation).expect("a generation");
-        slot.publish(prepared).expect("a publish");
-        port.attend(bench.now());
+        let (slot, mut port) = trapping(&bench, on_fault);
         let reply = ask(&mut port, batch(vec![started(1, "acme"), started(2, "acme")], &[], &[]));
         assert_eq!(words(&reply.words), [(1, Word::Free), (2, Word::Free)]);
         let last = (0..2 * PROBED).find_map(|_| {
