@@ -52,6 +52,7 @@ async fn direct(engine: &Arc<dyn EnginePort>, number: u64, tokens: u32) -> anyho
         prompt: PROMPT.into(),
         block_hashes: chain_hashes(&PROMPT, variant.block_tokens).into(),
         transient: false,
+        draft_tokens: 0,
         max_new_tokens: tokens,
         min_new_tokens: 0,
         stop_tokens: Arc::default(),

@@ -44,6 +44,7 @@ fn request(id: u64, prompt_tokens: u32) -> Request {
         sampling: Arc::new(Sampling::default()),
         attributes: Arc::default(),
         transient: false,
+        draft_tokens: 0,
         fork_of: None,
         mask: None,
         router_generation: 0,

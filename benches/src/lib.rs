@@ -88,6 +88,7 @@ pub fn plan(rows: u32, position: u32, n: u32) -> StepPlan {
             position,
             blocks: row * per_row..(row + 1) * per_row,
             sample: Some(Sample { sampling, index: 0, history: 0..0, history_prompt: 0, banned: None }),
+            drafts: 0,
         });
     }
     plan

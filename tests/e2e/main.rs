@@ -7,6 +7,7 @@ mod bench;
 mod client;
 mod control;
 mod described;
+mod drafts;
 mod embed;
 mod embeddings;
 mod explain;

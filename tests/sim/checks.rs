@@ -17,11 +17,14 @@ pub(crate) fn plan_is_feasible(plan: &StepPlan, config: &Config) {
     assert!(plan.rows.len() <= config.max_running as usize, "{} rows", plan.rows.len());
     let (mut n_tokens, mut n_blocks) = (0, 0);
     let mut ids = Vec::new();
+    let chosen = plan.rows.iter().filter(|row| row.sample.is_some()).map(|row| 1 + row.drafts).sum::<u32>();
+    assert!(chosen <= config.max_running, "{chosen} tokens are chosen");
     for row in &plan.rows {
         assert_eq!((row.tokens.start, row.blocks.start), (n_tokens, n_blocks), "rows follow one another");
         (n_tokens, n_blocks) = (row.tokens.end, row.blocks.end);
         let len = row.tokens.end - row.tokens.start;
-        assert!((1..=config.prefill_chunk).contains(&len), "a chunk of {len}");
+        assert!((1..=config.prefill_chunk).contains(&(len - row.drafts)), "a chunk of {len}");
+        assert!(row.drafts == 0 || row.sample.is_some() && len == 1 + row.drafts, "drafts after {len} tokens");
         let pages = u32::try_from(plan.blocks_of(row).len()).expect("a short table");
         assert_eq!(pages, (row.position + len).div_ceil(config.block_tokens), "the table covers the row and no more");
         ids.push(row.request);

@@ -1,6 +1,7 @@
 //! An engine without tensors. Every KV cell holds the hash of the text up to its position, and a token is a function of the
 //! cell before it: reading a wrong block, a stale cache entry or a skipped position changes the answer, and `reference`
-//! says what the answer should have been.
+//! says what the answer should have been. A text that has come to [`CIRCLE`] repeats itself for a while, so that drafts can
+//! come true.
 
 use pointsman_sched::execute::{ExecuteError, Executor, Sampled, StepOutput, StepPlan};
 use pointsman_sched::prefix::chain_hash;
@@ -36,6 +37,7 @@ impl Executor for ModelEngine {
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError> {
         out.sampled.clear();
+        out.after_drafts.clear();
         if std::mem::take(&mut self.fails_next) {
             self.spoil(plan);
             return Err(ExecuteError::Device { what: "simulated".into() });
@@ -46,38 +48,51 @@ impl Executor for ModelEngine {
             let cell = |position: usize| table[position / n].0 as usize * n + position % n;
             let position = row.position as usize;
             let mut state = position.checked_sub(1).map_or(0, |before| self.cells[cell(before)]);
-            for (i, &token) in plan.tokens_of(row).iter().enumerate() {
+            let tokens = plan.tokens_of(row);
+            let n_known = tokens.len() - row.drafts as usize;
+            for (i, &token) in tokens.iter().enumerate() {
                 state = chain_hash(state, &[token]);
                 self.cells[cell(position + i)] = state;
-            }
-            if let Some(sample) = &row.sample {
-                let token = next_token(state, sample.banned.as_deref().unwrap_or(&[]));
-                out.sampled.push(Sampled { token, logprobs: None });
+                let Some(sample) = row.sample.as_ref().filter(|_| i + 1 >= n_known) else { continue };
+                let token = next_token((state, token), sample.banned.as_deref().unwrap_or(&[]));
+                let chosen = if i + 1 == n_known { &mut out.sampled } else { &mut out.after_drafts };
+                chosen.push(Sampled { token, logprobs: None });
             }
         }
         Ok(())
     }
 }
 
-/// Tokens that the model can say.
+/// Tokens that the model can say, besides those of the circle.
 const VOCABULARY: u64 = 997;
+/// A text whose last token is one of these goes round the first five of them, but for one of the others now and then.
+pub(crate) const CIRCLE: std::ops::Range<u32> = 60_000..60_008;
 
-fn next_token(state: u64, banned: &[u32]) -> u32 {
-    let token = u32::try_from(state % VOCABULARY).expect("a small vocabulary");
+/// What follows a text: its state, and its last token.
+fn next_token((state, last): (u64, u32), banned: &[u32]) -> u32 {
+    let some = |n: u64| u32::try_from(state / 12 % n).expect("small");
+    let token = match last.checked_sub(CIRCLE.start) {
+        Some(0..8) if state.is_multiple_of(12) => CIRCLE.start + 5 + some(3),
+        Some(at @ 0..5) => CIRCLE.start + (at + 1) % 5,
+        Some(5..8) => CIRCLE.start + some(5),
+        _ => u32::try_from(state % VOCABULARY).expect("a small vocabulary"),
+    };
     (token..).find(|token| !banned.contains(token)).expect("few tokens are banned")
 }
 
 /// What the rules of a request make of it when it is alone in the world: tokens, without the stop token.
 pub(crate) fn reference(prompt: &[u32], max_new: u32, min_new: u32, stop: &[u32]) -> Vec<u32> {
     let mut state = prompt.iter().fold(0, |state, &token| chain_hash(state, &[token]));
+    let mut last = prompt.last().copied().unwrap_or_default();
     let mut tokens = Vec::new();
     for index in 0..max_new {
-        let token = next_token(state, if index < min_new { stop } else { &[] });
+        let token = next_token((state, last), if index < min_new { stop } else { &[] });
         if stop.contains(&token) {
             break;
         }
         tokens.push(token);
         state = chain_hash(state, &[token]);
+        last = token;
     }
     tokens
 }

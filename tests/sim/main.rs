@@ -107,6 +107,17 @@ fn without_faults_and_cancels_every_request_finishes() {
 }
 
 #[test]
+fn drafts_change_no_answer() {
+    // With faults, cancels, preemptions and whatever a policy says; each answer is what the request alone would have got.
+    for kind in Kind::ALL {
+        let total = sweep(kind, |options| Options { drafts: true, ..options });
+        println!("{kind:?}: {} of {} drafts came true, {} steps", total.accepted, total.drafted, total.steps);
+        assert!(total.drafted > 1_000 && total.preemptions + total.failed + total.cancelled > 100, "{total:?}");
+        assert!(total.accepted > total.drafted / 4 && total.accepted < total.drafted, "{total:?}");
+    }
+}
+
+#[test]
 fn a_seed_gives_the_same_history_twice() {
     for seed in SWEEP.take(5) {
         let options = Options { swap_ppm: 20_000, ..Options::of_seed(seed) };

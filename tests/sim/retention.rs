@@ -129,6 +129,7 @@ fn hit_rate(policy: &mut dyn RetentionPolicy) -> f64 {
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
             transient: false,
+            draft_tokens: 0,
             fork_of: None,
             mask: None,
             router_generation: 0,

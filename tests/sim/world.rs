@@ -18,7 +18,7 @@ use pointsman_telemetry::Event;
 use pointsman_tests::fleet::Cost;
 
 use crate::checks;
-use crate::executor::ModelEngine;
+use crate::executor::{CIRCLE, ModelEngine};
 use crate::policies::{Audited, Kind, Pending, Slot, Truth};
 use crate::retention;
 use crate::rng::Rng;
@@ -37,6 +37,8 @@ pub(crate) struct Options {
     /// ... and per step.
     pub(crate) fault_ppm: u64,
     pub(crate) swap_ppm: u64,
+    /// Texts repeat themselves, and requests have drafts.
+    pub(crate) drafts: bool,
 }
 
 /// What a history came to.
@@ -58,6 +60,9 @@ pub(crate) struct Report {
     pub(crate) swaps: u64,
     /// Rows of overdue requests.
     pub(crate) overdue_served: u64,
+    /// Drafts that steps looked at, and those that came true.
+    pub(crate) drafted: u64,
+    pub(crate) accepted: u64,
     pub(crate) virtual_us: Micros,
     /// Hash of every event in order: two runs of a seed are the same history.
     pub(crate) digest: u64,
@@ -126,6 +131,7 @@ impl Options {
             deadline_ppm: 60_000,
             fault_ppm: 4_000,
             swap_ppm: 0,
+            drafts: false,
         }
     }
 }
@@ -149,6 +155,8 @@ impl Report {
             (&mut self.rankings_refused, other.rankings_refused),
             (&mut self.swaps, other.swaps),
             (&mut self.overdue_served, other.overdue_served),
+            (&mut self.drafted, other.drafted),
+            (&mut self.accepted, other.accepted),
             (&mut self.virtual_us, other.virtual_us),
         ] {
             *sum += number;
@@ -234,6 +242,10 @@ impl<'a> World<'a> {
     /// One turn of the crank; false when there was nothing to compute.
     fn step(&mut self, out: &mut StepOutput) -> bool {
         self.scheduler.review_cache(self.now, &mut *self.retention);
+        if self.options.drafts {
+            // Some may have none, as if they were masked.
+            self.scheduler.propose(u32::MAX, |id| !id.0.is_multiple_of(11));
+        }
         let digest = &mut self.report.digest;
         let queued = checks::queued(&self.scheduler, &self.truth.lock().expect("one thread").live, self.now);
         let plan = self.scheduler.schedule(self.now, &mut self.policy, &mut |event| note(digest, event));
@@ -312,6 +324,7 @@ impl<'a> World<'a> {
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
             transient: false,
+            draft_tokens: if self.options.drafts { u32::try_from(id.0 % 18).expect("small") } else { 0 },
             fork_of: None,
             mask: None,
             router_generation: 0,
@@ -338,10 +351,18 @@ impl<'a> World<'a> {
         let long = rng.chance(150_000);
         let n_shared = rng.within(1, if long { 80 } else { 30 });
         let n_own = rng.within(0, if long { 40 } else { 10 });
-        let prompt: Vec<u32> = (0..n_shared).map(|i| family + i).chain((0..n_own).map(|i| 50_000 + own + i)).collect();
+        let mut prompt: Vec<u32> =
+            (0..n_shared).map(|i| family + i).chain((0..n_own).map(|i| 50_000 + own + i)).collect();
         let max_new = rng.within(1, if long { 40 } else { 30 });
         let min_new = if rng.chance(200_000) { rng.within(0, max_new + 1) } else { 0 };
-        let stop = if rng.chance(400_000) { (0..60).map(|_| rng.within(0, 997)).collect() } else { Vec::new() };
+        let mut stop: Vec<u32> =
+            if rng.chance(400_000) { (0..60).map(|_| rng.within(0, 997)).collect() } else { Vec::new() };
+        if self.options.drafts {
+            prompt.push(CIRCLE.start);
+            if !stop.is_empty() {
+                stop.push(CIRCLE.start + 6);
+            }
+        }
         Accepted { id, prompt, max_new, min_new, stop }
     }
 
@@ -367,6 +388,7 @@ impl<'a> World<'a> {
         self.report.plans_refused = counters.plans_refused;
         self.report.rankings = counters.rankings_followed;
         self.report.rankings_refused = counters.rankings_refused;
+        (self.report.drafted, self.report.accepted) = (counters.draft_tokens, counters.accepted_tokens);
         self.report.policy_calls = self.truth.lock().expect("one thread").calls;
         self.report.virtual_us = self.now;
         let counted = counters.finished_stop + counters.finished_length;

@@ -291,6 +291,7 @@ impl<'a> Fleet<'a> {
             sampling: Arc::new(Sampling::default()),
             attributes: Arc::default(),
             transient: false,
+            draft_tokens: 0,
             fork_of: None,
             mask: None,
             router_generation: routed.decided_by.generation,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use pointsman_control::{Budget, OnFault, SlotName};
 use pointsman_policy::{BudgetError, RuntimeConfig, World};
+use pointsman_sched::draft::MAX_DRAFTS;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -135,6 +136,7 @@ pub(crate) struct SchedSection {
     pub prefill_chunk_tokens: u32,
     pub starvation_ms: u64,
     pub block_tokens: u32,
+    pub draft_tokens: u32,
 }
 
 /// The compute side.
@@ -326,6 +328,7 @@ impl Default for SchedSection {
             prefill_chunk_tokens: 256,
             starvation_ms: 10_000,
             block_tokens: 16,
+            draft_tokens: 0,
         }
     }
 }
@@ -412,12 +415,13 @@ impl Config {
         let (sched, server, policy) = (&self.sched, &self.server, &self.policy);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 20] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 21] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
             ("sched.max_batch_tokens", batch, 1, 65_536, "tokens"),
             ("sched.prefill_chunk_tokens", sched.prefill_chunk_tokens.into(), 1, 65_536, "tokens"),
+            ("sched.draft_tokens", sched.draft_tokens.into(), 0, MAX_DRAFTS.into(), "tokens"),
             ("sched.starvation_ms", sched.starvation_ms, 1, 86_400_000, "milliseconds"),
             ("engine.threads", self.engine.threads as u64, 0, 256, "threads (0: one per core)"),
             ("engine.kv_mib", self.engine.kv_mib.into(), 1, 1 << 20, "MiB"),

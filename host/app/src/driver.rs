@@ -243,6 +243,7 @@ impl Driver {
             return false;
         }
         replica.scheduler.review_cache(start, &mut *replica.retention);
+        replica.scheduler.propose(replica.executor.draft_places(), |id| replica.sampler.is_free(id));
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
@@ -352,6 +353,8 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     let held = u64::from(total.saturating_sub(free)) * u64::from(replica.scheduler.config().block_tokens);
     m.kv_slack.set(f64::from(gauges.slack_tokens.load(Ordering::Relaxed)) / held.max(1) as f64);
     m.generation_tokens.inc_by(counted.generated_tokens);
+    m.draft_tokens.inc_by(counted.draft_tokens);
+    m.accepted_tokens.inc_by(counted.accepted_tokens);
     m.preemptions.inc_by(counted.preemptions);
     m.tokens_prefill.inc_by(counted.prefill_tokens);
     m.tokens_decode.inc_by(counted.decode_tokens);

@@ -77,7 +77,13 @@ impl Executor for NullExecutor {
     ) -> Result<(), ExecuteError> {
         let due = self.clock.micros() + self.step;
         out.sampled.clear();
+        out.after_drafts.clear();
         for row in &plan.rows {
+            if row.drafts > 0 {
+                return Err(ExecuteError::Malformed {
+                    what: "a row with drafts, for which this executor has no places",
+                });
+            }
             if let Some(sample) = &row.sample {
                 let chosen = self.choose(plan, row, sample, edits);
                 out.sampled.push(chosen.ok_or(ExecuteError::Device { what: "every token is forbidden".into() })?);

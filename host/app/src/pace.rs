@@ -44,8 +44,9 @@ pub(crate) fn size_of(plan: &StepPlan) -> StepSize {
     let mut size = StepSize::default();
     for row in &plan.rows {
         let n_tokens = row.tokens.end - row.tokens.start;
-        match n_tokens {
-            1 => size.decode_sequences += 1,
+        match n_tokens - row.drafts {
+            // A draft costs what one more sequence does.
+            1 => size.decode_sequences += n_tokens,
             n => size.prefill_tokens += n,
         }
         size.context_tokens += u64::from(row.position) + u64::from(n_tokens);
@@ -166,16 +167,18 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_one_token_decode() {
+    fn rows_of_one_known_token_decode() {
         let row = |tokens: std::ops::Range<u32>, position| Row {
             request: RequestId(1),
             tokens,
             position,
             blocks: 0..1,
             sample: None,
+            drafts: 0,
         };
-        let plan = StepPlan { rows: vec![row(0..1, 99), row(1..33, 16)], ..StepPlan::default() };
-        let expect = StepSize { prefill_tokens: 32, decode_sequences: 1, context_tokens: 100 + 48 };
+        let drafted = Row { drafts: 3, ..row(33..37, 10) };
+        let plan = StepPlan { rows: vec![row(0..1, 99), row(1..33, 16), drafted], ..StepPlan::default() };
+        let expect = StepSize { prefill_tokens: 32, decode_sequences: 1 + 4, context_tokens: 100 + 48 + 14 };
         assert_eq!(size_of(&plan), expect);
     }
 }

@@ -259,6 +259,7 @@ fn server_config(config: &Config) -> ServerConfig {
         max_connections: server.max_connections as usize,
         max_choices: server.max_choices,
         max_rows: server.max_rows,
+        draft_tokens: config.sched.draft_tokens,
         max_grammar_bytes: (server.max_grammar_mib as usize) << 20,
         grace_ms: server.shutdown_grace_ms,
         api_keys: server.api_keys.iter().map(key).collect(),

@@ -37,8 +37,8 @@ static ALLOCATOR: Counting = Counting;
 /// How often each plan runs.
 const N_ROUNDS: u64 = 10;
 
-/// `rows` sequences, each computing `n` tokens from `position` on.
-fn plan(rows: u32, position: u32, n: u32) -> StepPlan {
+/// `rows` sequences, each computing `n` tokens from `position` on, of which the last `drafts` are drafts.
+fn plan(rows: u32, position: u32, n: u32, drafts: u32) -> StepPlan {
     let mut plan = StepPlan::default();
     for row in 0..rows {
         plan.tokens.extend((0..n).map(|i| 7 * row + 31 * i + 11));
@@ -50,6 +50,7 @@ fn plan(rows: u32, position: u32, n: u32) -> StepPlan {
             position,
             blocks: 4 * row..4 * (row + 1),
             sample: Some(Sample { sampling, index: 0, history: 0..0, history_prompt: 0, banned: None }),
+            drafts,
         });
     }
     plan
@@ -58,7 +59,7 @@ fn plan(rows: u32, position: u32, n: u32) -> StepPlan {
 #[test]
 fn a_step_allocates_nothing_after_the_first() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../app/demo/demo-mini");
-    let plans = [plan(1, 40, 1), plan(8, 40, 1), plan(1, 0, 40), plan(3, 5, 17)];
+    let plans = [plan(1, 40, 1, 0), plan(8, 40, 1, 0), plan(1, 0, 40, 0), plan(3, 5, 17, 0), plan(2, 40, 4, 3)];
     for precision in [Precision::F16, Precision::Q8_0] {
         let spec = ModelSpec::from_config(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
         let model = Arc::new(Model::load(spec, &Weights::open(&folder).unwrap(), precision).unwrap());

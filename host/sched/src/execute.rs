@@ -36,6 +36,10 @@ pub struct Row {
     pub blocks: Range<u32>,
     /// Set when the last token's logits choose the next token; absent in the middle of a prefill.
     pub sample: Option<Sample>,
+    /// How many of the last tokens are drafts. `sample` is then for the token before the first of them, and a token is chosen
+    /// after each of them as well, as if those before it were known: its index is higher by as many, and its history, which
+    /// the drafts follow in [`StepPlan::history`], longer. 0 unless the executor has [places](Executor::draft_places) for them.
+    pub drafts: u32,
 }
 
 /// How to choose a row's next token.
@@ -58,6 +62,8 @@ pub struct Sample {
 pub struct StepOutput {
     /// One entry per row with a `sample`, in the order of the rows.
     pub sampled: Vec<Sampled>,
+    /// What is chosen after each draft, in the order of the rows.
+    pub after_drafts: Vec<Sampled>,
     /// Requests whose token was chosen without a word that the sampler policy owes: it is not used, and its row computed again.
     /// The driver's business; an executor leaves it as it is.
     pub withheld: Vec<RequestId>,
@@ -87,6 +93,12 @@ pub trait Executor: Send {
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError>;
 
+    /// Up to how many tokens of a step, those after drafts included, are chosen for hardly more than the price of one: no row
+    /// has drafts beyond it. 0 where rows may not end with drafts.
+    fn draft_places(&self) -> u32 {
+        0
+    }
+
     /// Whether the device is gone for this process, so that no step will ever succeed again.
     fn is_lost(&self) -> bool {
         false
@@ -108,6 +120,19 @@ pub enum ExecuteError {
         /// In words.
         what: Arc<str>,
     },
+}
+
+impl Sample {
+    /// How to choose the token that many places further on, with the drafts in between.
+    #[must_use]
+    pub fn ahead(&self, n: u32) -> Self {
+        let mut later = self.clone();
+        later.index += n;
+        if !later.history.is_empty() {
+            later.history.end += n;
+        }
+        later
+    }
 }
 
 impl StepPlan {

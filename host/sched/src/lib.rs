@@ -17,6 +17,7 @@ pub mod admit;
 pub mod batch;
 pub mod blocks;
 pub mod config;
+pub mod draft;
 pub mod execute;
 mod hash;
 pub mod ids;

@@ -55,6 +55,9 @@ pub struct Request {
     pub block_hashes: Arc<[u64]>,
     /// Its blocks leave the cache with the last request that uses them: only other choices of the same prompt find them.
     pub transient: bool,
+    /// Draft tokens that a step may look at, at most [`MAX_DRAFTS`](crate::draft::MAX_DRAFTS) count; 0 for none. What is
+    /// generated is the same.
+    pub draft_tokens: u32,
     /// Tokens to generate at most, at least one.
     pub max_new_tokens: u32,
     /// Stop tokens are impossible before this many tokens.
@@ -90,6 +93,15 @@ pub enum SinkState {
     Closed,
 }
 
+/// What drafts had to do with a token. Not an event of its own: a slow reader has places for so many tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drafted {
+    /// It was a draft, and came true.
+    pub is_draft: bool,
+    /// Drafts of its step that did not, at the step's first token; none are told of a step that only ends the text.
+    pub rejected: u32,
+}
+
 /// One thing that happened to a request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SinkEvent {
@@ -106,6 +118,8 @@ pub enum SinkEvent {
         token: u32,
         /// Set when the request asked for log-probabilities.
         logprobs: Option<Box<TokenLogprobs>>,
+        /// What drafts had to do with it.
+        drafted: Drafted,
     },
     /// Ended as asked.
     Finished(FinishReason),

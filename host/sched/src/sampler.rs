@@ -473,6 +473,12 @@ impl<W: SamplerWorker> Desk<W> {
         self.is_active() || self.worker.follows(id)
     }
 
+    /// Whether nobody has a word in a request's next token, neither the policy nor a mask, and nobody follows it token by token.
+    #[must_use]
+    pub fn is_free(&self, id: RequestId) -> bool {
+        !self.entries.contains_key(&id.0) && !self.masks.contains_key(&id.0) && !self.followed.contains(&id.0)
+    }
+
     /// A request has been accepted.
     pub fn start(&mut self, started: Started) {
         if self.worker.follows(started.id) && self.followed.insert(started.id.0) {

@@ -19,12 +19,14 @@
 //! - A request that has stood still for longer than `starvation_us` (all its waits together, so that it cannot be admitted
 //!   and preempted in turn for ever) is *overdue*: it goes before everything in order of age, no policy can hold, pause or
 //!   preempt it, and sequences that are not overdue make room for it where that is enough.
-//! - A block enters the prefix index only after the step that computed it has succeeded.
+//! - A block enters the prefix index only after the step that computed it has succeeded. A draft that did not come true is never
+//!   known: it does not count as computed, and the next tokens are written over it.
 //!
 //! Why not asynchronous, or a thread with locks: the decision takes microseconds and the engine wants the whole plan at
 //! once, so a plain `&mut self` is both the fastest and the only form that a simulation can replay.
 
 mod consult;
+mod drafting;
 mod ending;
 mod review;
 mod select;
@@ -72,6 +74,10 @@ pub struct Counters {
     pub decode_tokens: u64,
     /// Tokens sampled and emitted.
     pub generated_tokens: u64,
+    /// Draft tokens that steps looked at.
+    pub draft_tokens: u64,
+    /// Of those, the ones that came true.
+    pub accepted_tokens: u64,
     /// Requests that ended with a stop token.
     pub finished_stop: u64,
     /// Requests that ended at their length.
@@ -96,6 +102,7 @@ struct InFlight {
     slot: Slot,
     id: RequestId,
     n_tokens: u32,
+    n_drafts: u32,
     samples: bool,
     is_decode: bool,
 }
@@ -134,6 +141,8 @@ pub struct Scheduler {
     last_step: LastStep,
     /// Tokens left in the step that is being planned.
     budget: u32,
+    /// Tokens that this step may choose with drafts in it.
+    draft_places: u32,
     n_steps: u64,
     n_submitted: u64,
     n_admissions: u64,
@@ -193,6 +202,7 @@ impl Scheduler {
             step_started: 0,
             last_step: LastStep::default(),
             budget: 0,
+            draft_places: 0,
             n_steps: 0,
             n_submitted: 0,
             n_admissions: 0,
@@ -280,6 +290,7 @@ impl Scheduler {
         self.reap(now, observer);
         self.consult(now, policy, observer);
         self.select(now, observer);
+        self.lengthen();
         self.build(now);
         self.publish_gauges();
         self.gauges.slack_tokens.store(self.slack_tokens(), Ordering::Relaxed);
@@ -460,6 +471,7 @@ impl Scheduler {
         let freed = self.kv.n_private(&sequence.table);
         self.kv.release_all(&mut sequence.table, now);
         self.budget += std::mem::take(&mut sequence.chunk);
+        sequence.drafts.tokens.clear();
         self.queued_tokens -= u64::from(sequence.prompt_remaining());
         sequence.computed = 0;
         self.queued_tokens += u64::from(sequence.prompt_remaining());

@@ -3,6 +3,7 @@
 //! A slab and slot numbers instead of `Rc<RefCell<_>>` or a map of boxes: queues hold four-byte slots, a look-up is an
 //! index, and a slot freed by one request is the next one's without an allocation.
 
+use crate::draft::Drafts;
 use crate::hash::IntMap;
 use crate::ids::{BlockId, Micros, RequestId};
 use crate::kv::{Chain, Text};
@@ -72,6 +73,8 @@ pub(crate) struct Sequence {
     pub(crate) first_admitted: Option<(Micros, u32)>,
     /// Tokens in the step that is being planned or in flight.
     pub(crate) chunk: u32,
+    /// What may follow, and is computed with the last token.
+    pub(crate) drafts: Drafts,
     /// What the policy's plan wants `chunk` to be; taken when it is planned.
     pub(crate) wish: Option<u32>,
     /// Step in which it was preempted last, so that it is not admitted again at once.
@@ -104,6 +107,7 @@ impl Sequence {
             cached_on_arrival: cached,
             first_admitted: None,
             chunk: 0,
+            drafts: Drafts::default(),
             wish: None,
             preempted_in: 0,
             stalled_us: 0,
@@ -147,6 +151,16 @@ impl Sequence {
     /// The one token to compute is the one just generated.
     pub(crate) fn is_decoding(&self) -> bool {
         self.running && self.generated() > 0 && self.remaining() == 1
+    }
+
+    /// Whether this step computes its last token, and there is something to propose after it.
+    pub(crate) fn has_drafts(&self) -> bool {
+        self.chunk > 0 && self.is_decoding() && !self.drafts.tokens.is_empty()
+    }
+
+    /// Of `chunk`, those that are drafts.
+    pub(crate) fn n_drafts(&self) -> u32 {
+        self.chunk.saturating_sub(self.remaining())
     }
 
     pub(crate) fn stage(&self) -> Stage {

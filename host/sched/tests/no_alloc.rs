@@ -156,6 +156,7 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
         sampling: Arc::clone(sampling),
         attributes: Arc::default(),
         transient: false,
+        draft_tokens: 0,
         fork_of: None,
         mask: None,
         router_generation: 0,
@@ -163,13 +164,22 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
     }
 }
 
+/// What is said at a position: the same every 50 of them.
+fn said(position: u32) -> Sampled {
+    Sampled { token: 1_000 + position % 50, logprobs: None }
+}
+
 /// Allocations in `STEADY` decode steps, after a warm-up.
-fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling) -> u64 {
+fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling, draft_tokens: u32) -> u64 {
     let (mut scheduler, sampling) = (scheduler(), Arc::new(sampling));
     for id in 1..=n_requests {
-        scheduler.submit(request(u64::from(id), &sampling), 0).map_err(|(_, failure)| failure).expect("room");
+        let request = request(u64::from(id), &sampling);
+        let max_new_tokens = request.max_new_tokens * (1 + draft_tokens);
+        let request = Request { draft_tokens, max_new_tokens, ..request };
+        scheduler.submit(request, 0).map_err(|(_, failure)| failure).expect("room");
     }
-    let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize), ..StepOutput::default() };
+    let places = || Vec::with_capacity(MAX_RUNNING as usize);
+    let mut out = StepOutput { sampled: places(), after_drafts: places(), ..StepOutput::default() };
     let mut n_events = 0u64;
     let mut before = 0;
     for step in 0..WARM_UP + STEADY {
@@ -177,14 +187,18 @@ fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling) ->
             before = ALLOCATIONS.get();
         }
         let now = Micros::from(step) * 5_000;
+        scheduler.propose(u32::MAX, |_| true);
         let plan = scheduler.schedule(now, policy, &mut |_| n_events += 1).expect("work");
         for row in plan.rows.iter().filter(|row| row.sample.is_some()) {
-            out.sampled.push(Sampled { token: 1_000 + row.position % 50, logprobs: None });
+            out.sampled.push(said(row.position));
+            out.after_drafts.extend((1..=row.drafts).map(|i| said(row.position + i)));
         }
         scheduler.complete(now + 4_000, &mut out, &mut |_| n_events += 1);
     }
     assert!(before > 0, "the counter counts");
-    assert_eq!(scheduler.n_running(), MAX_RUNNING);
+    assert_eq!(scheduler.n_running(), n_requests.min(MAX_RUNNING));
+    let accepted = scheduler.take_counters().accepted_tokens;
+    assert!(accepted >= u64::from(STEADY * n_requests * draft_tokens), "{accepted} drafts came true");
     assert!(n_events >= u64::from(WARM_UP + STEADY));
     ALLOCATIONS.get() - before
 }
@@ -193,10 +207,11 @@ fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling) ->
 fn a_thousand_steady_steps_allocate_nothing() {
     let with_history = Sampling { repetition_penalty: 1.1, ..Sampling::default() };
     let mut listener = Listener::default();
-    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, Sampling::default()), 0, "native, nothing waits");
-    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING + 9, Sampling::default()), 0, "native, a queue");
-    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, with_history), 0, "native, with histories");
-    assert_eq!(measure(&mut listener, MAX_RUNNING + 9, Sampling::default()), 0, "a policy that is called");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, Sampling::default(), 0), 0, "native, nothing waits");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING + 9, Sampling::default(), 0), 0, "native, a queue");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, with_history.clone(), 0), 0, "native, with histories");
+    assert_eq!(measure(&mut NativeBatch, 4, with_history, 2), 0, "native, with drafts");
+    assert_eq!(measure(&mut listener, MAX_RUNNING + 9, Sampling::default(), 0), 0, "a policy that is called");
     assert!(listener.n_calls >= u64::from(STEADY), "a queue is something to decide about");
 }
 

@@ -38,6 +38,8 @@ pub struct ServerConfig {
     pub max_prompts: u32,
     /// Prompts times choices of one request.
     pub max_rows: u32,
+    /// Draft tokens of a step for requests that do not say; 0 for none.
+    pub draft_tokens: u32,
     /// Memory of all compiled forms of texts and the masks made of them, together; beyond, requests get 429.
     pub max_grammar_bytes: usize,
     /// Events that a slow client may be behind, per choice; beyond, its request ends.
@@ -152,6 +154,7 @@ impl Default for ServerConfig {
             max_choices: 8,
             max_prompts: 16,
             max_rows: 64,
+            draft_tokens: 0,
             max_grammar_bytes: 1 << 30,
             sink_events: 4_096,
             route_headers: Vec::new(),

@@ -60,6 +60,8 @@ pub(crate) struct Terms {
     pub(crate) min_new_tokens: u32,
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) cache_prompt: bool,
+    /// Draft tokens of a step.
+    pub(crate) draft_tokens: u32,
     /// What routers may ask for by name.
     pub(crate) numbers: RequestNumbers,
 }
@@ -477,6 +479,8 @@ impl Dispatch<'_> {
             prompt: Arc::clone(&self.prompt.tokens),
             block_hashes,
             transient: !terms.cache_prompt,
+            // A form says after each token what may come next.
+            draft_tokens: if choice.mask.is_some() { 0 } else { terms.draft_tokens },
             max_new_tokens: terms.max_new_tokens,
             min_new_tokens: terms.min_new_tokens,
             stop_tokens: Arc::clone(&terms.stop_tokens),

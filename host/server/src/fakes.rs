@@ -11,7 +11,7 @@ use http_body_util::BodyExt;
 use pointsman_sched::admit::{AdmitPolicy, AdmitRequest, Ending, Judged, Load, Verdict};
 use pointsman_sched::ids::{Micros, Priority, ReplicaId, RequestId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
-use pointsman_sched::request::{CancelCause, Failure, FinishReason, Request, SinkEvent, SinkState};
+use pointsman_sched::request::{CancelCause, Drafted, Failure, FinishReason, Request, SinkEvent, SinkState};
 use pointsman_sched::route::{Choice, DecidedBy, Fallback, ReplicaColumns, RoutePolicy, RouteRequest, Routed};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use serde_json::Value;
@@ -280,7 +280,7 @@ pub(crate) fn bytes(text: &str) -> Vec<u32> {
 }
 
 pub(crate) fn token(id: u32) -> SinkEvent {
-    SinkEvent::Token { token: id, logprobs: None }
+    SinkEvent::Token { token: id, logprobs: None, drafted: Drafted::default() }
 }
 
 /// Events of a generation that says these texts, one token per byte, and stops.

@@ -106,6 +106,9 @@ struct Choice {
     parts: ChoiceParts,
     generated: u32,
     cached: u32,
+    /// Tokens that were drafts, and drafts that did not come true.
+    accepted: u32,
+    rejected: u32,
     last_token: Micros,
     done: bool,
 }
@@ -152,6 +155,9 @@ pub(crate) struct Totals {
     pub(crate) prompt: u32,
     pub(crate) completion: u32,
     pub(crate) cached: u32,
+    /// Of the completion, drafts that came true; and drafts that did not.
+    pub(crate) accepted: u32,
+    pub(crate) rejected: u32,
 }
 
 /// Turns updates into the bytes of a response body.
@@ -230,7 +236,8 @@ impl Generation {
     pub(crate) fn new(parts: GenerationParts, events: Events, choices: Vec<ChoiceParts>, in_flight: InFlight) -> Self {
         let elapsed = parts.clock.now().saturating_sub(parts.arrived);
         let left = Duration::from_micros((parts.timeout_ms.saturating_mul(1_000)).saturating_sub(elapsed));
-        let choice = |parts| Choice { parts, generated: 0, cached: 0, last_token: 0, done: false };
+        let choice =
+            |parts| Choice { parts, generated: 0, cached: 0, accepted: 0, rejected: 0, last_token: 0, done: false };
         Self {
             open: choices.len(),
             choices: choices.into_iter().map(choice).collect(),
@@ -262,7 +269,13 @@ impl Generation {
     /// Tokens so far.
     pub(crate) fn totals(&self) -> Totals {
         let sum = |f: fn(&Choice) -> u32| self.choices.iter().map(f).sum();
-        Totals { prompt: self.parts.prompt_tokens, completion: sum(|c| c.generated), cached: sum(|c| c.cached) }
+        Totals {
+            prompt: self.parts.prompt_tokens,
+            completion: sum(|c| c.generated),
+            cached: sum(|c| c.cached),
+            accepted: sum(|c| c.accepted),
+            rejected: sum(|c| c.rejected),
+        }
     }
 
     pub(crate) fn poll_update(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Update, ApiError>>> {
@@ -315,7 +328,11 @@ impl Generation {
                 self.parts.trace.reached(Stage::Scheduled, self.parts.arrived.saturating_add(queued_us));
                 self.updates.push_back(Update::Started { choice: index, queued_us, cached_tokens });
             }
-            SinkEvent::Token { token, logprobs } => self.token(index, Token { id: token, logprobs }),
+            SinkEvent::Token { token, logprobs, drafted } => {
+                choice.accepted += u32::from(drafted.is_draft);
+                choice.rejected += drafted.rejected;
+                self.token(index, Token { id: token, logprobs });
+            }
             SinkEvent::Finished(reason) => {
                 self.in_flight.ended(index);
                 self.finished(index, reason);

@@ -45,6 +45,8 @@ pub struct Metrics {
     kv_slack: GaugeVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
+    draft_tokens: IntCounterVec,
+    accepted_tokens: IntCounterVec,
     preemptions: IntCounterVec,
     success: IntCounterVec,
     ttft: HistogramVec,
@@ -120,6 +122,10 @@ pub struct ReplicaMetrics {
     pub prompt_tokens: IntCounter,
     /// `vllm:generation_tokens_total`.
     pub generation_tokens: IntCounter,
+    /// `vllm:spec_decode_num_draft_tokens_total`.
+    pub draft_tokens: IntCounter,
+    /// `vllm:spec_decode_num_accepted_tokens_total`.
+    pub accepted_tokens: IntCounter,
     /// `vllm:num_preemptions_total`.
     pub preemptions: IntCounter,
     /// `pointsman_step_seconds{phase="schedule"}`: the host's and the policy's part of a step.
@@ -287,6 +293,16 @@ impl Metrics {
             kv_slack: ratio("pointsman_kv_slack_ratio", "Places of held KV blocks without a token, 0 to 1.", model),
             prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens computed.", model),
             generation_tokens: counter("vllm:generation_tokens_total", "Tokens generated.", model),
+            draft_tokens: counter(
+                "vllm:spec_decode_num_draft_tokens_total",
+                "Draft tokens that steps looked at.",
+                model,
+            ),
+            accepted_tokens: counter(
+                "vllm:spec_decode_num_accepted_tokens_total",
+                "Draft tokens that came true.",
+                model,
+            ),
             preemptions: counter(
                 "vllm:num_preemptions_total",
                 "Requests put back in the queue to be recomputed.",
@@ -427,6 +443,8 @@ impl Metrics {
             kv_slack: self.kv_slack.with_label_values(m),
             prompt_tokens: self.prompt_tokens.with_label_values(m),
             generation_tokens: self.generation_tokens.with_label_values(m),
+            draft_tokens: self.draft_tokens.with_label_values(m),
+            accepted_tokens: self.accepted_tokens.with_label_values(m),
             preemptions: self.preemptions.with_label_values(m),
             step_schedule: self.step.with_label_values(&[device, "schedule"]),
             step_execute: self.step.with_label_values(&[device, "execute"]),

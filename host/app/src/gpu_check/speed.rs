@@ -69,6 +69,7 @@ fn decode_plan(rows: usize, context: usize, n_blocks: usize) -> StepPlan {
                 history_prompt: 0,
                 banned: None,
             }),
+            drafts: 0,
         });
     }
     plan

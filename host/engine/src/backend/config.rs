@@ -75,6 +75,8 @@ impl EngineConfig {
         expect(plan.tokens.len() <= self.max_step_tokens, "more tokens than max_step_tokens")?;
         expect(plan.tokens.iter().all(|&token| (token as usize) < vocab), "a token outside the vocabulary")?;
         expect(plan.blocks.iter().all(|&block| (block.0 as usize) < self.n_blocks), "a block outside the pool")?;
+        let chosen = plan.rows.iter().filter(|row| row.sample.is_some()).map(|row| 1 + row.drafts as usize);
+        expect(chosen.sum::<usize>() <= self.max_rows, "more tokens to choose than max_rows")?;
         let mut next_token = 0;
         for row in &plan.rows {
             let (tokens, blocks) = (&row.tokens, &row.blocks);
@@ -85,6 +87,10 @@ impl EngineConfig {
             next_token = tokens.end;
             expect(next_token as usize <= plan.tokens.len(), "a token range beyond the tokens")?;
             expect(
+                row.drafts == 0 || row.sample.is_some() && (row.drafts as usize) < tokens.len(),
+                "drafts without a token to choose before them",
+            )?;
+            expect(
                 blocks.start <= blocks.end && blocks.end as usize <= plan.blocks.len(),
                 "a block range beyond the blocks",
             )?;
@@ -93,8 +99,9 @@ impl EngineConfig {
             expect(end <= blocks.len() * self.block_tokens, "a position without a block")?;
             if let Some(sample) = &row.sample {
                 let history = &sample.history;
+                let drafts = if history.is_empty() { 0 } else { row.drafts };
                 expect(
-                    history.start <= history.end && history.end as usize <= plan.history.len(),
+                    history.start <= history.end && (history.end + drafts) as usize <= plan.history.len(),
                     "a history range beyond the history",
                 )?;
                 expect(sample.history_prompt as usize <= history.len(), "more prompt than history")?;

@@ -165,6 +165,7 @@ impl Step {
             position: at(sequence.computed),
             blocks: range(blocks, plan.blocks.len()),
             sample,
+            drafts: 0,
         });
         self
     }

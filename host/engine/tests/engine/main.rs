@@ -3,6 +3,7 @@
 
 mod common;
 mod convert;
+mod drafts;
 mod encoders;
 mod families;
 mod gguf;

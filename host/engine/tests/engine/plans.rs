@@ -16,7 +16,7 @@ fn malformed_plans_are_named() {
     let model = model(&spec(), Dtype::F16, Precision::F16, 1);
     let mut engine = engine(&model, &ComputePool::start(1).unwrap());
     type Break = fn(&mut StepPlan);
-    let cases: [(Break, &str); 13] = [
+    let cases: [(Break, &str); 17] = [
         (|plan| plan.tokens[1] = 203, "a token outside the vocabulary"),
         (|plan| plan.blocks[0] = BlockId(64), "a block outside the pool"),
         (|plan| plan.rows[0].tokens.start = 1, "token ranges that leave gaps or are empty"),
@@ -30,6 +30,17 @@ fn malformed_plans_are_named() {
         (|plan| plan.rows[0].sample.as_mut().unwrap().history_prompt = 1, "more prompt than history"),
         (|plan| plan.rows = vec![plan.rows[0].clone(); 41], "more rows than max_rows"),
         (|plan| plan.tokens = vec![0; 257], "more tokens than max_step_tokens"),
+        (|plan| plan.rows[0].drafts = 40, "more tokens to choose than max_rows"),
+        (|plan| plan.rows[0].drafts = 3, "drafts without a token to choose before them"),
+        (|plan| (plan.rows[0].drafts, plan.rows[0].sample) = (1, None), "drafts without a token to choose before them"),
+        (
+            |plan| {
+                plan.history.push(1);
+                plan.rows[0].drafts = 1;
+                plan.rows[0].sample.as_mut().unwrap().history = 0..1;
+            },
+            "a history range beyond the history",
+        ),
     ];
     let greedy = Arc::new(Sampling::default());
     let sequence = |n: usize, block: u32| Sequence { tokens: vec![7; n], computed: 0, blocks: blocks([block]) };

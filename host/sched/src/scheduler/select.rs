@@ -209,6 +209,7 @@ impl Scheduler {
         }
         let n_blocks = self.config.blocks_for(count(sequence.tokens.len())) as usize;
         sequence.table.reserve_exact(limit.div_ceil(self.config.block_tokens as usize));
+        sequence.drafts.reserve(sequence.request.draft_tokens);
         let is_first = sequence.first_admitted.is_none();
         for &block in &self.found {
             self.kv.reuse(block, is_first);
@@ -277,7 +278,7 @@ impl Scheduler {
     }
 
     /// Blocks to leave for the growth of those that run already, so that an admission is not undone by the next step.
-    fn headroom(&self) -> u32 {
+    pub(super) fn headroom(&self) -> u32 {
         count(self.running.len())
     }
 
@@ -315,7 +316,7 @@ impl Scheduler {
         }
     }
 
-    fn push_block(&mut self, slot: Slot) {
+    pub(super) fn push_block(&mut self, slot: Slot) {
         let block = self.kv.take();
         assert!(block.is_some(), "blocks were counted before they were taken");
         self.sequences[slot].table.extend(block);
@@ -346,10 +347,13 @@ impl Scheduler {
             return;
         }
         sequence.moves(now);
-        let (first, end) = (sequence.computed, sequence.computed + sequence.chunk);
+        let n_drafts = sequence.n_drafts();
+        let (first, end) = (sequence.computed, sequence.computed + sequence.chunk - n_drafts);
+        let drafts = &sequence.drafts.tokens[..n_drafts as usize];
         let step = &mut self.step;
-        let tokens = append(&mut step.tokens, &sequence.tokens[first as usize..end as usize]);
-        let n_blocks = self.config.blocks_for(end) as usize;
+        let mut tokens = append(&mut step.tokens, &sequence.tokens[first as usize..end as usize]);
+        tokens.end = append(&mut step.tokens, drafts).end;
+        let n_blocks = self.config.blocks_for(end + n_drafts) as usize;
         let blocks = append(&mut step.blocks, &sequence.table[..n_blocks]);
         let samples = end as usize == sequence.tokens.len();
         let sample = samples.then(|| {
@@ -357,17 +361,21 @@ impl Scheduler {
             let index = sequence.generated();
             let history: &[u32] = if request.sampling.needs_history() { &sequence.tokens } else { &[] };
             let may_stop = index >= request.min_new_tokens || request.stop_tokens.is_empty();
+            let known = append(&mut step.history, history);
+            if !history.is_empty() {
+                append(&mut step.history, drafts);
+            }
             Sample {
                 sampling: request.sampling.clone(),
                 index,
-                history: append(&mut step.history, history),
+                history: known,
                 history_prompt: if history.is_empty() { 0 } else { sequence.prompt_tokens() },
                 banned: (!may_stop).then(|| request.stop_tokens.clone()),
             }
         });
         let (id, n_tokens, is_decode) = (sequence.request.id, sequence.chunk, sequence.is_decoding());
-        step.rows.push(Row { request: id, tokens, position: first, blocks, sample });
-        self.rows.push(InFlight { slot, id, n_tokens, samples, is_decode });
+        step.rows.push(Row { request: id, tokens, position: first, blocks, sample, drafts: n_drafts });
+        self.rows.push(InFlight { slot, id, n_tokens, n_drafts, samples, is_decode });
     }
 }
 

@@ -11,17 +11,18 @@ use crate::execute::{ExecuteError, Sampled, StepOutput};
 use crate::ids::Micros;
 use crate::kv::Origin;
 use crate::observe::Observer;
-use crate::request::{CancelCause, Failure, FinishReason, Request, SinkEvent, SinkState};
+use crate::request::{CancelCause, Drafted, Failure, FinishReason, Request, SinkEvent, SinkState};
 use crate::sequence::Slot;
 
 use super::ending::Ending;
-use super::{InFlight, LastStep, Scheduler, event};
+use super::{InFlight, LastStep, Scheduler, count, event};
 
 /// What a step came to for one of its rows.
-enum Chosen {
+enum Chosen<'a> {
     /// It was not sampled.
     Nothing,
-    Token(Sampled),
+    /// The next token, and those after its drafts.
+    Token(Sampled, &'a mut [Sampled]),
     /// Its token is not used: the last of its positions counts as not computed.
     Withheld,
 }
@@ -30,8 +31,11 @@ impl Scheduler {
     /// Applies the output of the step in flight: emits tokens, ends what is done. `out` is left empty. An output that does
     /// not match the plan fails the step like an [`ExecuteError`].
     pub fn complete(&mut self, now: Micros, out: &mut StepOutput, observer: &mut dyn Observer) {
-        if out.sampled.len() != self.rows.iter().filter(|row| row.samples).count() {
+        let n_drafts: usize = self.rows.iter().map(|row| row.n_drafts as usize).sum();
+        if out.sampled.len() != self.rows.iter().filter(|row| row.samples).count() || out.after_drafts.len() != n_drafts
+        {
             out.sampled.clear();
+            out.after_drafts.clear();
             out.withheld.clear();
             let what = "the output has another number of tokens than the plan has rows to sample";
             return self.fail_step(now, &ExecuteError::Malformed { what }, observer);
@@ -39,12 +43,14 @@ impl Scheduler {
         let rows = self.land();
         let mut sampled = out.sampled.drain(..).peekable();
         let withheld = &out.withheld;
+        let mut after_drafts = &mut out.after_drafts[..];
         let mut tokens = 0;
         for row in &rows {
+            let after = after_drafts.split_off_mut(..row.n_drafts as usize).unwrap_or_default();
             let chosen = match sampled.next_if(|_| row.samples) {
                 None => Chosen::Nothing,
                 Some(_) if withheld.contains(&row.id) => Chosen::Withheld,
-                Some(sampled) => Chosen::Token(sampled),
+                Some(sampled) => Chosen::Token(sampled, after),
             };
             tokens += row.n_tokens;
             let phase =
@@ -55,6 +61,7 @@ impl Scheduler {
             }
         }
         out.withheld.clear();
+        out.after_drafts.clear();
         self.rows = rows;
         self.rows.clear();
         self.last_step = LastStep { took: now.saturating_sub(self.step_started), tokens };
@@ -99,27 +106,47 @@ impl Scheduler {
         std::mem::take(&mut self.rows)
     }
 
-    fn settle(&mut self, row: &InFlight, chosen: Chosen, now: Micros, observer: &mut dyn Observer) {
+    fn settle(&mut self, row: &InFlight, chosen: Chosen<'_>, now: Micros, observer: &mut dyn Observer) {
         let sequence = &mut self.sequences[row.slot];
         assert_eq!(sequence.chunk, row.n_tokens, "{:?} changed while its step was in flight", row.id);
         sequence.chunk = 0;
+        let known = row.n_tokens - row.n_drafts;
+        self.advance(row.slot, known - u32::from(matches!(chosen, Chosen::Withheld)), now);
+        if self.sequences[row.slot].closed {
+            self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
+        } else if let Chosen::Token(sampled, after) = chosen {
+            let came_true = self.verify(row, &sampled, after);
+            let drafted = Drafted { is_draft: came_true > 0, rejected: row.n_drafts - count(came_true) };
+            self.emit(row.slot, (sampled, drafted), now, observer);
+            for (i, next) in after[..came_true].iter_mut().enumerate() {
+                if !self.sequences.holds(row.slot, row.id) {
+                    break;
+                }
+                self.advance(row.slot, 1, now);
+                let sampled = Sampled { token: next.token, logprobs: next.logprobs.take() };
+                // The last one is what the model goes on with.
+                let drafted = Drafted { is_draft: i + 1 < came_true, rejected: 0 };
+                self.emit(row.slot, (sampled, drafted), now, observer);
+            }
+            self.shorten(row);
+        }
+    }
+
+    /// The next `n` tokens of a sequence are computed.
+    fn advance(&mut self, slot: Slot, n: u32, now: Micros) {
+        let sequence = &mut self.sequences[slot];
         self.queued_tokens -= u64::from(sequence.prompt_remaining());
-        sequence.computed += row.n_tokens - u32::from(matches!(chosen, Chosen::Withheld));
+        sequence.computed += n;
         self.queued_tokens += u64::from(sequence.prompt_remaining());
         let mut chain = sequence.chain;
         let Request { tenant, transient, .. } = sequence.request;
         let origin = Origin { tenant, now, transient };
         self.kv.publish(sequence.text(), (&sequence.table, sequence.computed), &mut chain, origin);
         sequence.chain = chain;
-        if sequence.closed {
-            self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
-        } else if let Chosen::Token(sampled) = chosen {
-            self.emit(row.slot, sampled, now, observer);
-        }
     }
 
     /// Appends a token to its sequence and hands it to the sink; ends the sequence if that was the last one.
-    fn emit(&mut self, slot: Slot, sampled: Sampled, now: Micros, observer: &mut dyn Observer) {
+    fn emit(&mut self, slot: Slot, (sampled, drafted): (Sampled, Drafted), now: Micros, observer: &mut dyn Observer) {
         let Sampled { token, logprobs } = sampled;
         let sequence = &mut self.sequences[slot];
         if sequence.request.stop_tokens.contains(&token) {
@@ -133,7 +160,7 @@ impl Scheduler {
             let numbers = (now.saturating_sub(arrived), admitted.saturating_sub(arrived));
             observer.observe(event(sequence, now, EventKind::FirstToken, numbers));
         }
-        let state = sequence.request.sink.push(SinkEvent::Token { token, logprobs });
+        let state = sequence.request.sink.push(SinkEvent::Token { token, logprobs, drafted });
         if sequence.generated() >= sequence.request.max_new_tokens {
             self.end(slot, Ending::Finished(FinishReason::Length), now, observer);
         } else if state == SinkState::Closed {

@@ -2,6 +2,7 @@
 //! their position, so a wrong block, a stale cache entry or a lost token changes the output of the request it hits.
 
 mod desk;
+mod drafts;
 mod mask;
 mod model;
 mod random;

@@ -67,7 +67,7 @@ enum Delta<'a> {
 }
 
 impl From<Totals> for Usage {
-    fn from(Totals { prompt, completion, cached }: Totals) -> Self {
+    fn from(Totals { prompt, completion, cached, .. }: Totals) -> Self {
         Self {
             input_tokens: prompt.saturating_sub(cached),
             cache_creation_input_tokens: 0,

@@ -224,6 +224,7 @@ impl Arrival {
             min_new_tokens: params.min_tokens,
             stop_tokens: params.stop_tokens(target.text())?,
             cache_prompt: params.cache_prompt,
+            draft_tokens: params.draft_tokens,
             numbers: params.numbers(target.text()),
         })
     }

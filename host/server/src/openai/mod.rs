@@ -51,6 +51,15 @@ struct Usage {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptTokens,
+    /// Where drafts were looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokens>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct CompletionTokens {
+    accepted_prediction_tokens: u32,
+    rejected_prediction_tokens: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -65,6 +74,10 @@ impl From<Totals> for Usage {
             completion_tokens: totals.completion,
             total_tokens: totals.prompt.saturating_add(totals.completion),
             prompt_tokens_details: PromptTokens { cached_tokens: totals.cached },
+            completion_tokens_details: (totals.accepted + totals.rejected > 0).then_some(CompletionTokens {
+                accepted_prediction_tokens: totals.accepted,
+                rejected_prediction_tokens: totals.rejected,
+            }),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use pointsman_sched::admit::{Outcome, Verdict};
 use pointsman_sched::ids::Priority;
-use pointsman_sched::request::{FinishReason, SinkEvent};
+use pointsman_sched::request::{Drafted, FinishReason, SinkEvent};
 use pointsman_sched::route::{Choice, Refusal, Rejection};
 use serde_json::json;
 
@@ -63,7 +63,7 @@ async fn refusals_are_those_of_routers() {
 #[tokio::test]
 async fn endings_say_what_became_of_a_request() {
     let one = json!({"model": "m", "prompt": bytes("abc"), "max_tokens": 4}).to_string();
-    let token = || SinkEvent::Token { token: u32::from(b'x'), logprobs: None };
+    let token = || SinkEvent::Token { token: u32::from(b'x'), logprobs: None, drafted: Drafted::default() };
     let started = || SinkEvent::Started { queued_us: 5, cached_tokens: 2 };
     for (plays, expect) in [
         (

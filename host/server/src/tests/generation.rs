@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use pointsman_sched::request::{
-    CancelCause, Failure, FinishReason, ResourceExhausted, SinkEvent, SinkState, TokenLogprobs,
+    CancelCause, Drafted, Failure, FinishReason, ResourceExhausted, SinkEvent, SinkState, TokenLogprobs,
 };
 use serde_json::{Value, json};
 
@@ -221,8 +221,8 @@ async fn completions_echo_their_prompt() {
 fn with_logprobs() -> Vec<SinkEvent> {
     let logprobs = TokenLogprobs { chosen: -0.5, top: vec![(262, -0.5), (9_000, f32::NEG_INFINITY)] };
     vec![
-        SinkEvent::Token { token: 262, logprobs: Some(Box::new(logprobs.clone())) },
-        SinkEvent::Token { token: 262, logprobs: Some(Box::new(logprobs)) },
+        SinkEvent::Token { token: 262, logprobs: Some(Box::new(logprobs.clone())), drafted: Drafted::default() },
+        SinkEvent::Token { token: 262, logprobs: Some(Box::new(logprobs)), drafted: Drafted::default() },
         SinkEvent::Finished(FinishReason::Length),
     ]
 }

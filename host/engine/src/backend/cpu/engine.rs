@@ -61,12 +61,12 @@ struct Workspace {
     experts: Option<ExpertWork>,
     quantised: Quantised,
     scores: Aligned<f32, LANES>,
-    /// The hidden state and logits of rows that sample.
+    /// The hidden state and logits of positions that choose a token.
     picked: Aligned<f32, LANES>,
     logits: Aligned<f32, LANES>,
     tokens: Vec<Token>,
     positions: Vec<u32>,
-    /// Token index of each row that samples.
+    /// Token index of each position that chooses a token: of rows that sample, then of their drafts.
     last: Vec<usize>,
     samplers: Vec<Sampler>,
 }
@@ -241,7 +241,7 @@ impl CpuEngine {
         }
     }
 
-    /// Final norm and output head, for the last token of each row that samples.
+    /// Final norm and output head, for the positions that choose a token.
     fn project(&mut self) {
         let Workspace { hidden, normed, quantised, picked, logits, tokens, last, .. } = &mut self.work;
         let (rows, n_picked) = (tokens.len(), last.len());
@@ -267,9 +267,14 @@ impl CpuEngine {
         let rows = last.len();
         let (logits, vocab) = (&*logits, self.model.spec.vocab);
         let samples = plan.rows.iter().filter(|row| row.sample.is_some());
-        for (sampler, row) in samplers[..rows].iter_mut().zip(samples) {
+        for (sampler, row) in samplers.iter_mut().zip(samples.clone()) {
             sampler.rule.clone_from(&row.sample);
             sampler.edit = edits.edit(row.request);
+        }
+        let drafts = samples.clone().flat_map(|row| (1..=row.drafts).map(move |ahead| (row, ahead)));
+        for (sampler, (row, ahead)) in samplers[samples.count()..].iter_mut().zip(drafts) {
+            sampler.rule = row.sample.as_ref().map(|rule| rule.ahead(ahead));
+            sampler.edit = None;
         }
         // Choosing costs about as much as four multiply-adds per token of the vocabulary.
         self.pool.split(4 * vocab * rows, &mut samplers[..rows], 1, |first, samplers| {
@@ -315,6 +320,7 @@ impl Executor for CpuEngine {
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError> {
         out.sampled.clear();
+        out.after_drafts.clear();
         self.config.check_plan(plan, self.model.spec.vocab)?;
         if plan.rows.is_empty() {
             return Ok(());
@@ -324,15 +330,20 @@ impl Executor for CpuEngine {
             self.forward(plan);
             self.sample(plan, edits);
         });
-        let rows = self.work.last.len();
-        for sampler in &mut self.work.samplers[..rows] {
+        let (rows, n_samples) = (self.work.last.len(), plan.rows.iter().filter(|row| row.sample.is_some()).count());
+        for (i, sampler) in self.work.samplers[..rows].iter_mut().enumerate() {
             sampler.rule = None;
             match sampler.chosen.take() {
-                Some(sampled) => out.sampled.push(sampled),
+                Some(sampled) if i < n_samples => out.sampled.push(sampled),
+                Some(sampled) => out.after_drafts.push(sampled),
                 None => return Err(ExecuteError::Device { what: "a row has no token with a finite logit".into() }),
             }
         }
         Ok(())
+    }
+
+    fn draft_places(&self) -> u32 {
+        self.model.draft_places()
     }
 }
 
@@ -389,8 +400,11 @@ impl Workspace {
                 positions.push(position);
             }
             if row.sample.is_some() {
-                last.push(row.tokens.end as usize - 1);
+                last.push((row.tokens.end - row.drafts) as usize - 1);
             }
+        }
+        for row in &plan.rows {
+            last.extend((row.tokens.end - row.drafts..row.tokens.end).map(|token| token as usize));
         }
     }
 }

@@ -91,6 +91,12 @@ impl Matrix {
         self.segments.iter().map(|segment| segment.packed.bytes()).sum()
     }
 
+    /// Whether all of its weights are multiplied as integers.
+    pub(super) fn is_quantised(&self) -> bool {
+        let is_float = |packed: &Packed| matches!(packed, Packed::F32(_) | Packed::F16(_) | Packed::Bf16(_));
+        !self.segments.iter().any(|segment| is_float(&segment.packed))
+    }
+
     /// Row `n` of the matrix as it was before packing: how an embedding is read from a tied head.
     pub(super) fn gather(&self, n: usize, mut put: impl FnMut(usize, f32)) {
         let (panel, c) = (n / PANEL, n % PANEL);

@@ -118,7 +118,14 @@ mod tests {
                 let start = plan.tokens.len() as u32;
                 plan.tokens.extend(vec![0; len]);
                 let tokens = start..plan.tokens.len() as u32;
-                plan.rows.push(Row { request: RequestId(1), tokens, position: 0, blocks: 0..1, sample: None });
+                plan.rows.push(Row {
+                    request: RequestId(1),
+                    tokens,
+                    position: 0,
+                    blocks: 0..1,
+                    sample: None,
+                    drafts: 0,
+                });
             }
             assert_eq!(buckets.shape(&plan), expect);
         }

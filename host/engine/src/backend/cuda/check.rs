@@ -376,6 +376,7 @@ impl Pair {
                 position: *computed as u32,
                 blocks: first..plan.blocks.len() as u32,
                 sample: (computed + n == tokens.len()).then_some(sample),
+                drafts: 0,
             });
         }
         plan

@@ -320,6 +320,7 @@ impl Executor for CudaEngine {
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError> {
         out.sampled.clear();
+        out.after_drafts.clear();
         if let Some(what) = &self.lost {
             return Err(ExecuteError::Device { what: Arc::clone(what) });
         }

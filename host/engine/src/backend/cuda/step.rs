@@ -65,8 +65,11 @@ pub(crate) fn extent_of(sizes: &Sizes, plan: &StepPlan) -> Extent {
     }
 }
 
-/// Lists too long for the room that the device has for them.
+/// Drafts, which it does not take, and lists too long for the room that the device has for them.
 pub(crate) fn check_lists(plan: &StepPlan) -> Result<(), ExecuteError> {
+    if plan.rows.iter().any(|row| row.drafts > 0) {
+        return Err(ExecuteError::Malformed { what: "a row with drafts, for which this engine has no places" });
+    }
     for sample in plan.rows.iter().filter_map(|row| row.sample.as_ref()) {
         if sample.sampling.logit_bias.len() > MAX_REQUEST_BIASES {
             return Err(ExecuteError::Malformed { what: "more than 1024 biases in a request" });
@@ -324,7 +327,7 @@ mod tests {
             let first = plan.blocks.len() as u32;
             plan.blocks.extend(blocks.into_iter().map(BlockId));
             let blocks = first..plan.blocks.len() as u32;
-            plan.rows.push(Row { request: RequestId(1), tokens, position, blocks, sample });
+            plan.rows.push(Row { request: RequestId(1), tokens, position, blocks, sample, drafts: 0 });
         }
         plan.history = vec![1, 2, 70, 4];
         plan

@@ -12,11 +12,11 @@ use crate::execute::{ExecuteError, StepOutput};
 use crate::hash::mix;
 use crate::ids::{Micros, RequestId};
 use crate::mask::{MaskError, TokenMask, TokenSet};
-use crate::request::CancelCause;
+use crate::request::{CancelCause, Request};
 use crate::route::DecidedBy;
 use crate::sampler::{Batch, Desk, Edit, Reply, SamplerWorker, Word};
 
-use super::model::{self, Host, VOCABULARY};
+use super::model::{self, CIRCLE, Host, VOCABULARY};
 use super::random::CONFIG;
 
 #[derive(Clone, Debug)]
@@ -348,7 +348,10 @@ impl History {
         let id = self.next_id;
         self.next_id += 1;
         let base = u32::try_from(id).expect("small") * 100;
-        let request = model::request(id, (base..base + n_prompt).collect(), max_new, CONFIG.block_tokens);
+        // What nobody has a word in repeats itself, and some of it is drafted.
+        let prompt = (base..base + n_prompt - 1).chain([CIRCLE.start]).collect();
+        let request = model::request(id, prompt, max_new, CONFIG.block_tokens);
+        let request = Request { draft_tokens: max_new % 6, ..request };
         if self.host.try_submit(request).is_ok() {
             self.accepted.insert(id, 0);
             let mask = late.map(|late| Box::new(Lazy { late, asked: 0 }));

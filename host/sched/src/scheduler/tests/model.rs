@@ -54,6 +54,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
         sampling: Arc::new(Sampling::default()),
         attributes: Arc::default(),
         transient: false,
+        draft_tokens: 0,
         fork_of: None,
         mask: None,
         router_generation: 0,
@@ -64,17 +65,29 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
 /// Tokens that the model can say.
 pub(super) const VOCABULARY: u32 = 1_009;
 
-fn next_token(state: u64) -> u32 {
-    u32::try_from(state % u64::from(VOCABULARY)).expect("small")
+/// A text whose last token is one of these goes round the first five of them, but for one of the others now and then: such a
+/// text repeats itself, so that drafts come true.
+pub(super) const CIRCLE: std::ops::Range<u32> = 900..908;
+
+/// What follows a text: its state, and its last token.
+fn next_token((state, last): (u64, u32)) -> u32 {
+    let some = |n: u64| u32::try_from(state / 12 % n).expect("small");
+    match last.checked_sub(CIRCLE.start) {
+        Some(0..8) if state.is_multiple_of(12) => CIRCLE.start + 5 + some(3),
+        Some(at @ 0..5) => CIRCLE.start + (at + 1) % 5,
+        Some(5..8) => CIRCLE.start + some(5),
+        _ => u32::try_from(state % u64::from(VOCABULARY)).expect("small"),
+    }
 }
 
 /// What the model generates for a request that is alone in the world.
 pub(super) fn reference(request: &Request) -> Vec<u32> {
     let mut state = request.prompt.iter().fold(0, |state, &token| chain_hash(state, &[token]));
+    let mut last = request.prompt.last().copied().expect("a prompt");
     let mut next = || {
-        let token = next_token(state);
-        state = chain_hash(state, &[token]);
-        token
+        last = next_token((state, last));
+        state = chain_hash(state, &[last]);
+        last
     };
     (0..request.max_new_tokens).map(|_| next()).collect()
 }
@@ -85,6 +98,8 @@ pub(super) struct Host {
     pub(super) desk: Desk<Box<dyn SamplerWorker>>,
     pub(super) gauges: Arc<ReplicaGauges>,
     pub(super) now: Micros,
+    /// Of the executor.
+    pub(super) draft_places: u32,
     /// Ids in the order in which they ended.
     pub(super) ended: Vec<u64>,
     sinks: BTreeMap<u64, Arc<Mutex<Sent>>>,
@@ -105,6 +120,7 @@ impl Host {
             desk: Desk::new(Box::new(NativeSampler)),
             gauges,
             now: 0,
+            draft_places: u32::MAX,
             ended: Vec::new(),
             sinks: BTreeMap::new(),
             cells: vec![0; (config.n_blocks * config.block_tokens) as usize],
@@ -159,6 +175,7 @@ impl Host {
     ) -> Vec<u64> {
         self.attend();
         self.scheduler.review_cache(self.now, &mut *self.retention);
+        self.scheduler.propose(self.draft_places, |id| self.desk.is_free(id));
         let (ended, desk) = (&mut self.ended, &mut self.desk);
         let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))
         else {
@@ -213,6 +230,7 @@ impl Host {
     pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
         self.attend();
         self.scheduler.review_cache(self.now, &mut *self.retention);
+        self.scheduler.propose(self.draft_places, |id| self.desk.is_free(id));
         let (ended, desk) = (&mut self.ended, &mut self.desk);
         let plan = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))?;
         let seen = look(plan);
@@ -268,28 +286,32 @@ fn execute(
     out: &mut StepOutput,
 ) {
     out.sampled.clear();
+    out.after_drafts.clear();
     for row in &plan.rows {
         let table = plan.blocks_of(row);
         let cell = |position: usize| table[position / block_tokens].0 as usize * block_tokens + position % block_tokens;
         let position = row.position as usize;
         let mut state = position.checked_sub(1).map_or(0, |before| cells[cell(before)]);
-        for (i, &token) in plan.tokens_of(row).iter().enumerate() {
+        let tokens = plan.tokens_of(row);
+        let n_known = tokens.len() - row.drafts as usize;
+        for (i, &token) in tokens.iter().enumerate() {
             state = chain_hash(state, &[token]);
             cells[cell(position + i)] = state;
-        }
-        if let Some(sample) = &row.sample {
+            let Some(sample) = row.sample.as_ref().filter(|_| i + 1 >= n_known) else { continue };
             let banned = sample.banned.as_deref().unwrap_or(&[]);
             let edit = edits.edit(row.request);
+            assert!(edit.is_none() || row.drafts == 0, "nobody may have a word in what is drafted");
             let may = |token: &u32| match edit.as_deref() {
                 Some(Edit::Allow(tokens)) => tokens.contains(token),
                 Some(Edit::Forbid(tokens)) => !tokens.contains(token),
                 Some(Edit::Only(set)) => set.contains(*token),
                 Some(Edit::Bias(_)) | None => true,
             };
-            let first = next_token(state);
+            let first = next_token((state, token));
             let mut all = (first..VOCABULARY).chain(0..first);
             let token = all.find(|token| !banned.contains(token) && may(token)).expect("few are banned");
-            out.sampled.push(Sampled { token, logprobs: None });
+            let chosen = if i + 1 == n_known { &mut out.sampled } else { &mut out.after_drafts };
+            chosen.push(Sampled { token, logprobs: None });
         }
     }
 }

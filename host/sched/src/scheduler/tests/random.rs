@@ -13,7 +13,7 @@ use crate::request::{CancelCause, Request, Sampling, SinkEvent};
 use crate::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
 use crate::scheduler::Stage;
 
-use super::model::{self, Host, reference};
+use super::model::{self, CIRCLE, Host, reference};
 
 /// Small enough that everything runs out now and then.
 pub(super) const CONFIG: Config = Config {
@@ -225,7 +225,7 @@ fn check_bounds(plan: &StepPlan) {
     assert_eq!(ids.len(), plan.rows.len(), "a sequence has two rows");
     for row in &plan.rows {
         let n_tokens = row.tokens.end - row.tokens.start;
-        assert!((1..=CONFIG.prefill_chunk).contains(&n_tokens));
+        assert!((1..=CONFIG.prefill_chunk).contains(&(n_tokens - row.drafts)));
         let n_blocks = row.blocks.end - row.blocks.start;
         assert_eq!(n_blocks, (row.position + n_tokens).div_ceil(CONFIG.block_tokens));
     }
@@ -255,7 +255,9 @@ impl History {
         match operation {
             Operation::Submit { family, n_prompt, max_new, priority, deadline, closes_after } => {
                 // Three families of prompts share prefixes within each.
-                let prompt: Vec<u32> = (0..n_prompt).map(|i| family * 100 + i).collect();
+                let mut prompt: Vec<u32> = (1..n_prompt).map(|i| family * 100 + i).collect();
+                // One family's texts repeat themselves.
+                prompt.push(if family == 2 { CIRCLE.start } else { family * 100 });
                 let id = self.next_id;
                 self.next_id += 1;
                 let now = self.host.now;
@@ -265,6 +267,7 @@ impl History {
                     arrived: now,
                     tenant: family,
                     sampling: Arc::new(Sampling { presence_penalty: f32::from(priority), ..Sampling::default() }),
+                    draft_tokens: max_new % 6,
                     ..model::request(id, prompt.clone(), max_new, CONFIG.block_tokens)
                 };
                 let accepted = match closes_after {

@@ -10,7 +10,7 @@ use crate::ids::{Micros, RequestId};
 use crate::request::{CancelCause, Failure, FinishReason, Request, SinkEvent};
 use crate::sampler::{Batch, Desk, Edit, Overheard, Reply, SamplerWorker, Started, Word};
 
-use super::model::{Host, VOCABULARY, reference};
+use super::model::{self, Host, VOCABULARY, reference};
 use super::{CONFIG, request};
 
 /// The guest's end, in the hands of the test.
@@ -413,7 +413,9 @@ fn whoever_follows_a_request_hears_every_token_with_the_edit_that_held() {
         steps(&mut host, 1);
         guest.lock().expect("one thread").follows = true;
         for id in [2, 1] {
-            host.submit(request(id, 5, 4));
+            // A text that repeats itself, token by token all the same.
+            let prompt = vec![900, 901, 902, 903, 904, 900];
+            host.submit(Request { draft_tokens: 4, ..model::request(id, prompt, 12, CONFIG.block_tokens) });
         }
         host.run_until_idle(&mut NativeBatch);
         host.desk.attend(host.now, &host.scheduler);

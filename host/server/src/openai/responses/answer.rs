@@ -117,7 +117,7 @@ enum Inner<'a> {
 }
 
 impl From<Totals> for Usage {
-    fn from(Totals { prompt, completion, cached }: Totals) -> Self {
+    fn from(Totals { prompt, completion, cached, .. }: Totals) -> Self {
         Self {
             input_tokens: prompt,
             input_tokens_details: InputDetails { cached_tokens: cached },

@@ -1,0 +1,249 @@
+//! Drafts: what a request says does not depend on them, nor do its neighbours; and they take what nobody else needs.
+
+use std::sync::Arc;
+
+use crate::batch::NativeBatch;
+use crate::config::Config;
+use crate::execute::{StepOutput, StepPlan};
+use crate::ids::RequestId;
+use crate::mask::{MaskError, TokenMask};
+use crate::request::{CancelCause, Failure, FinishReason, Request, Sampling, SinkEvent};
+use crate::sampler::Edit;
+
+use super::CONFIG;
+use super::model::{self, CIRCLE, Host, reference};
+
+const ROOMY: Config = Config { n_blocks: 64, max_running: 20, step_tokens: 40, ..CONFIG };
+
+/// A request whose text repeats itself.
+fn request(id: u64, max_new: u32, draft_tokens: u32) -> Request {
+    let own = 2_000 + u32::try_from(id).expect("small");
+    Request { draft_tokens, ..model::request(id, vec![own, 1, 2, 3, 4, CIRCLE.start], max_new, CONFIG.block_tokens) }
+}
+
+/// Drafts of a request's row, 0 without one.
+fn drafts_of(plan: &StepPlan, id: u64) -> u32 {
+    plan.rows.iter().find(|row| row.request.0 == id).map_or(0, |row| row.drafts)
+}
+
+/// Drafts that came true, and that did not, as the sink was told.
+fn told(host: &Host, id: u64) -> (u32, u32) {
+    host.sent(id).events.iter().fold((0, 0), |(yes, no), event| match event {
+        SinkEvent::Token { drafted, .. } => (yes + u32::from(drafted.is_draft), no + drafted.rejected),
+        _ => (yes, no),
+    })
+}
+
+/// A row carries what it computes at the end of its history, drafts included.
+fn histories_end_with_the_row(plan: &StepPlan) {
+    for row in &plan.rows {
+        let Some(sample) = &row.sample else { continue };
+        let end = sample.history.end + row.drafts;
+        let history = &plan.history[sample.history.start as usize..end as usize];
+        assert!(history.ends_with(plan.tokens_of(row)), "{row:?}");
+    }
+}
+
+#[test]
+fn a_text_is_the_same_with_drafts_and_takes_fewer_steps() {
+    let sampling = Arc::new(Sampling { presence_penalty: 0.5, ..Sampling::default() });
+    let mut n_steps = [0; 4];
+    for id in 1..=60 {
+        for (draft_tokens, n_steps) in [0, 1, 4, 16].into_iter().zip(&mut n_steps) {
+            let mut host = Host::new(ROOMY);
+            host.submit(Request { sampling: Arc::clone(&sampling), ..request(id, 40, draft_tokens) });
+            while host.step_with(&mut NativeBatch, histories_end_with_the_row).is_some() {
+                *n_steps += 1;
+                let slot = host.scheduler.sequences.find(id);
+                let spare = slot.map(|slot| {
+                    let sequence = &host.scheduler.sequences[slot];
+                    sequence.table.len() > sequence.n_tokens().div_ceil(ROOMY.block_tokens) as usize
+                });
+                assert_ne!(spare, Some(true), "blocks that only drafts needed go back");
+            }
+            assert_eq!(host.tokens(id), reference(&request(id, 40, 0)), "{id} with {draft_tokens} drafts");
+            assert_eq!(host.sent(id).events.last(), Some(&SinkEvent::Finished(FinishReason::Length)));
+            let counters = host.scheduler.take_counters();
+            let (yes, no) = told(&host, id);
+            assert_eq!((counters.accepted_tokens, counters.draft_tokens), (yes.into(), (yes + no).into()));
+            assert_eq!(counters.generated_tokens, 40);
+            // 45 of its 46 tokens are computed: the full blocks of them are found by the next turn, and no draft is.
+            assert_eq!(host.scheduler.block_counts().cached, 45 / CONFIG.block_tokens);
+        }
+    }
+    let [none, one, four, most] = n_steps;
+    assert_eq!(none, 60 * 40);
+    assert!(none > one && one > four && four >= most, "{n_steps:?}");
+}
+
+#[test]
+fn the_next_turn_finds_what_was_said() {
+    for draft_tokens in [0, 5] {
+        let mut host = Host::new(ROOMY);
+        host.submit(request(1, 30, draft_tokens));
+        host.run_until_idle(&mut NativeBatch);
+        let turn = [&request(1, 30, 0).prompt[..], &host.tokens(1), &[9, CIRCLE.start]].concat();
+        let next = || model::request(2, turn.clone(), 20, CONFIG.block_tokens);
+        host.submit(Request { draft_tokens, ..next() });
+        host.run_until_idle(&mut NativeBatch);
+        // 36 tokens, of which the last was never computed.
+        assert_eq!(host.sent(2).events[0], SinkEvent::Started { queued_us: 0, cached_tokens: 32 });
+        assert_eq!(host.tokens(2), reference(&next()));
+    }
+}
+
+#[test]
+fn choices_of_a_prompt_draft_each_for_itself() {
+    let mut host = Host::new(ROOMY);
+    for id in [1, 2, 3] {
+        let fork_of = (id > 1).then_some(RequestId(1));
+        host.submit(Request { id: RequestId(id), fork_of, ..request(7, 10 * id as u32, 4 * (id as u32 - 1)) });
+    }
+    host.run_until_idle(&mut NativeBatch);
+    let long = reference(&request(7, 30, 0));
+    for id in [1, 2, 3] {
+        assert_eq!(host.tokens(id), long[..10 * id as usize], "choice {id}");
+    }
+    assert_eq!(told(&host, 1), (0, 0), "it asked for none");
+    assert!(told(&host, 2).0 > 0 && told(&host, 3).0 > 0);
+}
+
+/// A prompt twice round the circle that goes on with it for so many tokens: each is known from the first one on.
+fn circling(n: u32) -> Vec<u32> {
+    let prompt = |own: u32| -> Vec<u32> { [own].into_iter().chain(900..905).chain(900..905).collect() };
+    let goes_on = |prompt: &Vec<u32>| {
+        reference(&model::request(1, prompt.clone(), n, 4)).into_iter().eq((900..905).cycle().take(n as usize))
+    };
+    (1..).map(prompt).find(goes_on).expect("one that goes on")
+}
+
+#[test]
+fn drafts_take_what_nobody_else_needs() {
+    let (target, prompt) = (9, circling(2));
+    // The scheduler, decodes beside, whether a long prefill is, tokens to generate, drafts asked for and had.
+    for (config, n_decodes, prefill, max_new, asked, expect) in [
+        (CONFIG, 0, false, 20, 2, 2),
+        (CONFIG, 0, false, 20, 0, 0),
+        // A token is chosen in `max_running` places.
+        (CONFIG, 0, false, 20, 16, 3),
+        (CONFIG, 2, false, 20, 16, 1),
+        (CONFIG, 3, false, 20, 16, 0),
+        (ROOMY, 0, false, 40, 99, 16),
+        // The last token is chosen and not computed.
+        (ROOMY, 0, false, 5, 16, 3),
+        (ROOMY, 0, false, 2, 16, 0),
+        // A prefill takes its chunk first.
+        (Config { step_tokens: 12, max_running: 12, ..CONFIG }, 0, false, 20, 16, 11),
+        (Config { step_tokens: 12, max_running: 12, ..CONFIG }, 0, true, 20, 16, 3),
+        // It holds three full blocks, and one is left for the next growth.
+        (Config { n_blocks: 4, context_tokens: 16, ..CONFIG }, 0, false, 5, 16, 0),
+        (Config { n_blocks: 5, context_tokens: 16, ..CONFIG }, 0, false, 5, 16, 3),
+    ] {
+        let mut host = Host::new(config);
+        for id in 0..n_decodes {
+            host.submit(model::request(500 + id, vec![77], 40, CONFIG.block_tokens));
+        }
+        host.submit(Request {
+            draft_tokens: asked,
+            ..model::request(target, prompt.clone(), max_new, CONFIG.block_tokens)
+        });
+        while host.tokens(target).is_empty() {
+            host.step(&mut NativeBatch);
+        }
+        // As if many had come true.
+        let slot = host.scheduler.sequences.find(target).expect("it runs");
+        host.scheduler.sequences[slot].drafts.learn(16, 16, 0);
+        if prefill {
+            host.submit(model::request(600, (0..30).collect(), 1, CONFIG.block_tokens));
+        }
+        let found = host.step_with(&mut NativeBatch, |plan| drafts_of(plan, target));
+        assert_eq!(found, Some(expect), "{config:?}, {n_decodes} beside, {max_new} to generate, {asked} asked for");
+    }
+}
+
+#[test]
+fn places_are_shared() {
+    // Places of the executor, and drafts of rows that have four, one, none and four tokens proposed.
+    for (places, expect) in [
+        (u32::MAX, [4, 1, 0, 4]),
+        (12, [3, 1, 0, 4]),
+        (9, [2, 1, 0, 2]),
+        (6, [1, 1, 0, 0]),
+        (5, [1, 0, 0, 0]),
+        (4, [0; 4]),
+        (0, [0; 4]),
+    ] {
+        let mut host = Host::new(ROOMY);
+        for (id, draft_tokens) in [(1, 4), (2, 1), (3, 0), (4, 4)] {
+            host.submit(Request { draft_tokens, ..model::request(id, circling(12), 40, CONFIG.block_tokens) });
+        }
+        host.draft_places = 0;
+        while host.tokens(4).is_empty() {
+            host.step(&mut NativeBatch);
+        }
+        host.draft_places = places;
+        for id in 1..=4 {
+            let slot = host.scheduler.sequences.find(id).expect("it runs");
+            host.scheduler.sequences[slot].drafts.learn(16, 16, 0);
+        }
+        let found = host.step_with(&mut NativeBatch, |plan| [1, 2, 3, 4].map(|id| drafts_of(plan, id)));
+        assert_eq!(found, Some(expect), "{places} places");
+    }
+}
+
+/// Allows everything.
+#[derive(Debug)]
+struct Anything;
+
+impl TokenMask for Anything {
+    fn advance(&mut self, _token: Option<u32>) {}
+
+    fn mask(&mut self, _patience: std::time::Duration) -> Option<Result<Arc<Edit>, MaskError>> {
+        Some(Ok(Arc::new(Edit::Bias(Box::from([])))))
+    }
+}
+
+#[test]
+fn what_somebody_else_has_a_word_in_is_not_drafted() {
+    let mut host = Host::new(ROOMY);
+    for id in [1, 2] {
+        host.submit(request(id, 40, 4));
+    }
+    host.desk.constrain(RequestId(2), Box::new(Anything));
+    host.run_until_idle(&mut NativeBatch);
+    for id in [1, 2] {
+        assert_eq!(host.tokens(id), reference(&request(id, 40, 0)), "{id}");
+        assert_eq!(told(&host, id).0 > 0, id == 1, "{id}");
+    }
+}
+
+#[test]
+fn a_client_that_goes_gets_nothing_more() {
+    for after in 1..30 {
+        let mut host = Host::new(ROOMY);
+        host.submit_closing(request(1, 40, 6), after);
+        host.run_until_idle(&mut NativeBatch);
+        let (tokens, sent) = (host.tokens(1), host.sent(1).events);
+        assert_eq!(tokens, reference(&request(1, 40, 0))[..tokens.len()]);
+        assert_eq!(sent.last(), Some(&SinkEvent::Cancelled(CancelCause::ClientGone)), "after {after}");
+        // The event at which it has gone, and the end.
+        assert!(sent.len() <= after + 2, "{} events after {after}", sent.len());
+    }
+}
+
+#[test]
+fn an_output_without_what_follows_the_drafts_fails_the_step() {
+    let mut host = Host::new(ROOMY);
+    host.submit(request(1, 40, 4));
+    host.submit(model::request(2, vec![5, 6, 7], 40, CONFIG.block_tokens));
+    let mut out = StepOutput::default();
+    while !host.begin(&mut NativeBatch, &mut out).is_empty() && out.after_drafts.is_empty() {
+        host.finish(&mut out);
+    }
+    out.after_drafts.pop();
+    host.finish(&mut out);
+    for id in [1, 2] {
+        assert!(matches!(host.sent(id).events.last(), Some(SinkEvent::Failed(Failure::Engine(_)))), "{id}");
+    }
+    assert!(out.after_drafts.is_empty() && host.scheduler.is_idle());
+}

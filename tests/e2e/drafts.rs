@@ -1,0 +1,103 @@
+//! Drafts on the real engine: every answer is the one without them, whatever the rules are and whoever is beside it.
+
+use serde_json::{Value, json};
+
+use crate::host;
+
+/// A prompt that the model goes on repeating.
+const LIST: &str =
+    "fn add(a: u32, b: u32) -> u32 { a + b }\nfn sub(a: u32, b: u32) -> u32 { a - b }\nfn mul(a: u32, b: u32)";
+
+/// Another one, of which it goes on for long.
+fn table() -> String {
+    let rows = (0..12).map(|i| format!("| item {i} | {i} bytes |\n"));
+    std::iter::once("| name | size |\n|---|---|\n".to_owned()).chain(rows).collect()
+}
+
+/// Requests of all kinds, without a word on drafts.
+fn requests() -> Vec<Value> {
+    let mut all = vec![
+        json!({ "prompt": LIST, "temperature": 0, "logprobs": 3 }),
+        json!({ "prompt": table(), "temperature": 0, "logprobs": 1 }),
+        json!({ "prompt": "Rust is", "temperature": 0, "logprobs": 1, "ignore_eos": true }),
+        json!({ "prompt": [LIST, "Ownership is", "A trait is"], "temperature": 0.3, "seed": 5, "n": 2 }),
+        json!({ "prompt": LIST, "temperature": 0, "stop": ["mul", "u32 {"], "min_tokens": 9 }),
+        json!({ "prompt": LIST, "temperature": 0, "repetition_penalty": 1.05, "presence_penalty": 0.2 }),
+        json!({ "prompt": LIST, "temperature": 0, "cache_prompt": false, "n": 2 }),
+        json!({ "prompt": LIST, "temperature": 0, "max_tokens": 2 }),
+    ];
+    for seed in 0..8 {
+        all.push(json!({ "prompt": LIST, "temperature": 0.8, "top_p": 0.9, "seed": seed, "logprobs": 2 }));
+        all.push(
+            json!({ "prompt": "Ownership is", "temperature": 0.5, "seed": seed, "n": 3, "frequency_penalty": 0.1 }),
+        );
+    }
+    all.iter_mut().for_each(|body| {
+        let model = ["demo:f16", "demo:q8_0"][usize::from(body["seed"].as_u64().is_some_and(|seed| seed % 2 == 1))];
+        body["model"] = model.into();
+        if body.get("max_tokens").is_none() {
+            body["max_tokens"] = 90.into();
+        }
+    });
+    all
+}
+
+/// What drafts must not change, and how many came true.
+fn answer(host: &pointsman_tests::Host, mut body: Value, drafts: u32) -> ([Value; 3], u64) {
+    body["speculative_config"] = json!({ "method": "ngram", "num_speculative_tokens": drafts });
+    let answer = host.post("/v1/completions", &body);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let usage = &answer.body["usage"];
+    let accepted = usage["completion_tokens_details"]["accepted_prediction_tokens"].as_u64().unwrap_or_default();
+    let same = [&answer.body["choices"], &usage["prompt_tokens"], &usage["completion_tokens"]].map(Value::clone);
+    (same, accepted)
+}
+
+#[test]
+fn answers_are_the_same_with_and_without() {
+    let host = host(&[]);
+    let bodies = requests();
+    let expect: Vec<_> = bodies.iter().map(|body| answer(&host, body.clone(), 0)).collect();
+    assert!(expect.iter().all(|(_, accepted)| *accepted == 0));
+    let mut accepted = 0;
+    for drafts in [1, 5, 16] {
+        // Two at once, so that each has others beside it and steps have places left.
+        for (bodies, expect) in bodies.chunks(2).zip(expect.chunks(2)) {
+            let found: Vec<_> = std::thread::scope(|scope| {
+                let ask = |body: &Value| {
+                    let (host, body) = (&host, body.clone());
+                    scope.spawn(move || answer(host, body, drafts))
+                };
+                let asked: Vec<_> = bodies.iter().map(ask).collect();
+                asked.into_iter().map(|asked| asked.join().expect("an answer")).collect()
+            });
+            for ((body, (expect, _)), (found, n)) in bodies.iter().zip(expect).zip(&found) {
+                assert_eq!(found, expect, "{drafts} drafts: {body}");
+                accepted += n;
+            }
+        }
+    }
+    assert!(accepted > 100, "{accepted} drafts came true");
+    let metrics = host.get("/metrics").body;
+    let counted = |name: &str| -> u64 {
+        let lines = metrics.as_str().expect("text").lines().filter(|line| line.starts_with(name));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    };
+    let [drafted, came_true] =
+        ["draft", "accepted"].map(|kind| counted(&format!("vllm:spec_decode_num_{kind}_tokens_total")));
+    // A last step is counted after its answer, and a text that a stop string has ended goes on for a moment.
+    assert!(drafted > came_true && 2 * came_true > accepted, "{drafted} {came_true} {accepted}");
+}
+
+#[test]
+fn the_configuration_drafts_for_those_who_do_not_say() {
+    let host = host(&[("SCHED__DRAFT_TOKENS", "6")]);
+    let body = json!({ "model": "demo:f16", "prompt": table(), "temperature": 0, "max_tokens": 90 });
+    let drafted = host.post("/v1/completions", &body);
+    let details = &drafted.body["usage"]["completion_tokens_details"];
+    assert!(details["accepted_prediction_tokens"].as_u64() > Some(10), "{drafted:?}");
+    let streamed = host.stream(&body).expect("a stream");
+    let ([choices, ..], accepted) = answer(&host, body, 0);
+    assert_eq!(accepted, 0);
+    assert_eq!((&choices[0]["text"], &choices), (&json!(streamed.text), &drafted.body["choices"]));
+}
