@@ -156,6 +156,14 @@ impl DriverHandle {
     }
 }
 
+impl Drop for DriverHandle {
+    /// A start that failed leaves no thread behind that goes on with the weights; who wants to wait for it stops it.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+}
+
 // === impl Driver ===
 
 impl Driver {

@@ -138,6 +138,15 @@ impl EncodersHandle {
     }
 }
 
+impl Drop for EncodersHandle {
+    /// A start that failed leaves no thread behind that goes on with the weights; who wants to wait for it stops it.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        // A full mailbox wakes it as well.
+        let _ = self.jobs.try_send(None);
+    }
+}
+
 // === impl Driver ===
 
 impl Driver {

@@ -36,7 +36,7 @@ const HOUR: Micros = 3_600_000_000;
 #[derive(Debug)]
 pub(crate) struct Observer {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// Alerts that were told in the hour at hand, by hook.
@@ -83,16 +83,26 @@ impl Observer {
             watched.round(&mut events, &mut anomalies, &mut told);
         };
         let thread = std::thread::Builder::new().name("observer".into()).spawn(run)?;
-        Ok(Self { stop, thread })
+        Ok(Self { stop, thread: Some(thread) })
     }
 
     /// Shows the hooks what is left and waits for the thread.
-    pub(crate) fn stop(self) {
-        self.stop.store(true, Ordering::Release);
-        self.thread.thread().unpark();
-        if self.thread.join().is_err() {
+    pub(crate) fn stop(mut self) {
+        if self.end().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the observer thread ended in a panic");
         }
+    }
+
+    fn end(&mut self) -> Option<JoinHandle<()>> {
+        self.stop.store(true, Ordering::Release);
+        self.thread.take().inspect(|thread| thread.thread().unpark())
+    }
+}
+
+impl Drop for Observer {
+    /// A start that failed leaves no thread behind.
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::iter::Enumerate;
+use std::iter::{Enumerate, Fuse};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -18,7 +18,7 @@ use serde_json::Value;
 use tokio::task::{Id, JoinSet};
 
 use crate::error::ApiError;
-use crate::identity::{ANONYMOUS, Caller, new_id};
+use crate::identity::{ANONYMOUS, Caller, new_id, word_of};
 use crate::openai::embeddings::{self, Vectors};
 use crate::openai::fields::Fields;
 use crate::openai::generate::{Answer, Arrival, Running};
@@ -46,6 +46,7 @@ pub struct Request {
     body: Value,
     tenant: String,
     highest: Priority,
+    timeout: Option<Duration>,
 }
 
 /// What comes of a request, in this order: for each choice `Started`, then `Delta`s, the last with `ended`; or `Embedded`;
@@ -147,7 +148,7 @@ pub struct Events {
 #[derive(Debug)]
 pub struct Many<I: Iterator> {
     state: Arc<ServerState>,
-    requests: Enumerate<I>,
+    requests: Enumerate<Fuse<I>>,
     at_most: usize,
     running: JoinSet<Result<Value, Fault>>,
     places: HashMap<Id, usize>,
@@ -189,7 +190,7 @@ impl Request {
     /// asked for by different functions.
     #[must_use]
     pub fn new(call: Call, body: Value) -> Self {
-        Self { call, body, tenant: ANONYMOUS.to_owned(), highest: Priority::Critical }
+        Self { call, body, tenant: ANONYMOUS.to_owned(), highest: Priority::Critical, timeout: None }
     }
 
     /// Whose it is: 1 to 128 visible ASCII characters. Without one it is nobody's in particular.
@@ -203,20 +204,17 @@ impl Request {
     #[must_use]
     pub fn priority(mut self, priority: Priority) -> Self {
         if let Value::Object(body) = &mut self.body {
-            let word = ["critical", "high", "normal", "low"][priority as usize];
-            body.insert("priority".to_owned(), word.into());
+            body.insert("priority".to_owned(), word_of(priority).into());
         }
         self.highest = priority;
         self
     }
 
-    /// After which time it ends with a fault, instead of what its body says.
+    /// After which time it ends with a fault, instead of what its body says: in whole milliseconds, at least one and at most
+    /// `server.max_timeout_ms`.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        if let Value::Object(body) = &mut self.body {
-            let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-            body.insert("timeout_ms".to_owned(), ms.into());
-        }
+        self.timeout = Some(timeout);
         self
     }
 }
@@ -248,16 +246,17 @@ impl ServerState {
         Ok(serde_json::from_slice(&answered?).map_err(|_| ApiError::Internal)?)
     }
 
-    /// The whole answers of many requests as they end, at most `at_most` of them under way. A request is taken from `requests`
-    /// when there is room for it, so there may be any number of them.
+    /// The whole answers of many requests as they end, at most `at_most` of them under way, and no more than the host admits at
+    /// once. A request is taken from `requests` when there is room for it, so there may be any number of them; one that is
+    /// refused because the host is full is asked again when that says so, until there is room.
     pub fn submit_many<I>(self: &Arc<Self>, requests: I, at_most: usize) -> Many<I::IntoIter>
     where
         I: IntoIterator<Item = Request>,
     {
         Many {
             state: Arc::clone(self),
-            requests: requests.into_iter().enumerate(),
-            at_most: at_most.max(1),
+            requests: requests.into_iter().fuse().enumerate(),
+            at_most: at_most.clamp(1, self.config.max_requests.max(1) as usize),
             running: JoinSet::new(),
             places: HashMap::new(),
         }
@@ -278,7 +277,11 @@ async fn begin(state: &Arc<ServerState>, request: Request) -> Result<(Arc<str>, 
 }
 
 async fn begin_as(state: &Arc<ServerState>, request: Request, id: &Arc<str>) -> Result<Begun, ApiError> {
-    let Request { call, body, tenant, highest } = request;
+    let Request { call, mut body, tenant, highest, timeout } = request;
+    if let (Value::Object(body), Some(timeout)) = (&mut body, timeout) {
+        let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        body.insert("timeout_ms".to_owned(), ms.clamp(1, state.config.max_timeout_ms).into());
+    }
     let caller = Caller::within(state, &tenant, highest)?;
     let arrival = Arrival::within(state, caller, Arc::clone(id));
     let permit = arrival.admit()?;
@@ -397,7 +400,7 @@ impl<I: Iterator<Item = Request> + Unpin> Stream for Many<I> {
             && let Some((place, request)) = this.requests.next()
         {
             let state = Arc::clone(&this.state);
-            let task = this.running.spawn(async move { state.answer(request).await });
+            let task = this.running.spawn(async move { when_there_is_room(&state, request).await });
             this.places.insert(task.id(), place);
         }
         let Some(ended) = ready!(this.running.poll_join_next_with_id(cx)) else { return Poll::Ready(None) };
@@ -406,6 +409,16 @@ impl<I: Iterator<Item = Request> + Unpin> Stream for Many<I> {
             Err(error) => (error.id(), Err(ApiError::Internal.into())),
         };
         Poll::Ready(this.places.remove(&task).map(|place| (place, answer)))
+    }
+}
+
+/// The answer to a request that is asked again for as long as the host is full: a refusal loses nothing.
+async fn when_there_is_room(state: &Arc<ServerState>, request: Request) -> Result<Value, Fault> {
+    loop {
+        match state.answer(request.clone()).await {
+            Err(Fault { kind: FaultKind::Saturated, retry_after: Some(delay), .. }) => tokio::time::sleep(delay).await,
+            answered => return answered,
+        }
     }
 }
 

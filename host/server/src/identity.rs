@@ -162,6 +162,16 @@ fn attributes(headers: &HeaderMap, allowed: &[String]) -> Vec<(String, String)> 
     headers.iter().filter_map(one).take(MAX_ATTRIBUTES).collect()
 }
 
+/// A priority in the words of the contract.
+pub(crate) fn word_of(priority: Priority) -> &'static str {
+    match priority {
+        Priority::Critical => "critical",
+        Priority::High => "high",
+        Priority::Normal => "normal",
+        Priority::Low => "low",
+    }
+}
+
 /// The words of the contract.
 pub(crate) fn priority_word(word: &str) -> Option<Priority> {
     match word {

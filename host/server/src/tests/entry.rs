@@ -139,6 +139,38 @@ async fn many_are_answered_as_they_end_and_never_more_than_asked_at_once() {
 }
 
 #[tokio::test]
+async fn a_full_host_loses_none_of_many() {
+    let rig = Rig::with(ServerConfig { max_requests: 2, ..ServerConfig::default() });
+    rig.engine.takes.store(true, Ordering::Relaxed);
+    rig.engine.play([Play::Hold].into_iter().chain((0..6).map(|_| Play::Now(says(&["a"])))));
+    // One place is somebody else's: of the two that are asked for at once, one is refused and asked again.
+    let other = rig.state.submit(completion(&json!({}))).await.expect("admitted");
+    let mut many = rig.state.submit_many((0..6).map(|_| completion(&json!({}))), 9);
+    let mut places = Vec::new();
+    while let Some((place, answer)) = many.next().await {
+        assert_eq!(answer.expect("it waits for room")["object"], "text_completion");
+        places.push(place);
+    }
+    drop(other);
+    places.sort_unstable();
+    assert_eq!(places, (0..6).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn timeouts_are_rounded_into_what_a_request_may_have() {
+    let rig = Rig::new();
+    for (timeout, ms) in
+        [(Duration::from_micros(500), 1), (Duration::from_millis(1_500), 1_500), (Duration::MAX, 3_600_000)]
+    {
+        rig.engine.play([Play::Hold]);
+        let events = rig.state.submit(completion(&json!({"timeout_ms": 7})).timeout(timeout)).await.expect("admitted");
+        let deadline = rig.engine.taken.lock().expect("unpoisoned").last().expect("taken").deadline;
+        assert_eq!(deadline, ms * 1_000 + 1, "{timeout:?}");
+        drop(events);
+    }
+}
+
+#[tokio::test]
 async fn a_tenant_has_a_name() {
     let rig = Rig::new();
     for tenant in ["", "two words", &"x".repeat(129)] {
