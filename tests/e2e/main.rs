@@ -13,6 +13,7 @@ mod embeddings;
 mod explain;
 mod handover;
 mod javascript;
+mod keys;
 mod kills;
 mod models;
 mod oci;

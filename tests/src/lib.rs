@@ -23,6 +23,8 @@ use tempfile::TempDir;
 
 /// Name of the configuration file in the data directory, where a test has one.
 const CONFIG: &str = "pointsman.toml";
+/// Name of the file there for what the host logs, where a test reads it.
+const LOG: &str = "host.log";
 
 /// A running host; killed when dropped.
 #[derive(Debug)]
@@ -77,6 +79,21 @@ impl Host {
         Self::start_in(Path::new(program), folder, &[])
     }
 
+    /// As [`configured`](Self::configured), with everything from `debug` on in its [`log`](Self::log).
+    #[must_use]
+    pub fn logged(program: &str, config: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join(CONFIG), config).expect("a temporary file");
+        std::fs::write(folder.path().join(LOG), "").expect("a temporary file");
+        Self::start_in(Path::new(program), folder, &[("LOG__LEVEL", "debug")])
+    }
+
+    /// What a host of [`logged`](Self::logged) has logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder().join(LOG)).expect("the host was started with a log")
+    }
+
     /// Kills the host and starts it again with another configuration file.
     #[must_use]
     pub fn reconfigure(self, config: &str) -> Self {
@@ -102,6 +119,10 @@ impl Host {
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).env("POINTSMAN_LOG__LEVEL", "warn");
         for (key, value) in settings {
             command.env(format!("POINTSMAN_{key}"), value);
+        }
+        let log = folder.path().join(LOG);
+        if log.is_file() {
+            command.stderr(std::fs::File::options().append(true).open(log).expect("a temporary file"));
         }
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the host starts");
         let stdout = child.stdout.take().expect("stdout is piped");

@@ -8,6 +8,7 @@ use pointsman_control::{Budget, SlotName};
 
 use crate::bench::Shape;
 use crate::gpu_check::Section;
+use crate::keys::KeyCommand;
 use crate::plugin::{Kind, Lang};
 use crate::rollouts::Subject;
 
@@ -37,6 +38,9 @@ pub(crate) enum Command {
     /// Show and set which variants stand behind a model's name.
     #[command(subcommand)]
     Alias(AliasCommand),
+    /// Make API keys of the data plane; needs no running host.
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Make, build, check and time a policy; needs no running host.
     #[command(subcommand)]
     Plugin(PluginCommand),

@@ -17,6 +17,7 @@ use toml::{Table, Value};
 use crate::builtin::BUILTINS;
 use crate::deploy::budget::change;
 use crate::devices::Wanted;
+use crate::keys::{self, ApiKeySection, KeyError};
 use crate::models::stable_key;
 use crate::reference::{OCI_SCHEME, Reference, ReferenceError};
 use crate::trust::{KeyRing, TrustError};
@@ -71,8 +72,10 @@ pub(crate) struct ServerSection {
     pub shutdown_grace_ms: u64,
     /// Request headers that routers may ask for as `header.<name>`; a `*` at the end stands for any rest.
     pub route_headers: Vec<String>,
-    /// API key to tenant; empty serves without keys.
-    pub api_keys: BTreeMap<String, String>,
+    /// File with further keys, read again at SIGHUP; empty for none.
+    pub api_keys_file: PathBuf,
+    /// API keys by name; with none here and no file, anybody is served.
+    pub api_keys: BTreeMap<String, ApiKeySection>,
 }
 
 /// The admin plane.
@@ -250,6 +253,8 @@ pub(crate) enum ConfigError {
     UnknownComponent { slot: String, component: String, nearest: Option<String> },
     #[error(transparent)]
     Trust(#[from] TrustError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
     #[error("slots.{slot}.component: {source}")]
     Component { slot: String, source: ReferenceError },
     #[error("slots.{slot}.budget: {source}")]
@@ -308,6 +313,7 @@ impl Default for ServerSection {
             max_grammar_mib: 1_024,
             shutdown_grace_ms: 20_000,
             route_headers: vec!["x-*".to_owned()],
+            api_keys_file: PathBuf::new(),
             api_keys: BTreeMap::new(),
         }
     }
@@ -404,6 +410,7 @@ impl Config {
         let table = env_table(env, &known)?;
         check_keys(&table, &known, "", "the environment")?;
         merge(&mut merged, table);
+        check_key_texts(&merged)?;
         Value::Table(merged).try_into().map_err(|e: toml::de::Error| ConfigError::Shape(e.to_string()))
     }
 
@@ -467,6 +474,7 @@ impl Config {
             rule(bad.is_none(), "engine.devices", device, "auto, cpu or cuda:N")?;
         }
         rule(!self.engine.devices.is_empty(), "engine.devices", &"[]", "at least one of auto, cpu and cuda:N")?;
+        keys::read(server)?;
         self.admin.check_tokens()?;
         KeyRing::new(&self.trust)?;
         self.registries.iter().try_for_each(|(registry, section)| section.check(registry))?;
@@ -537,6 +545,17 @@ impl RegistrySection {
     }
 }
 
+impl ServerSection {
+    /// Whether requests need a key.
+    pub(crate) fn needs_keys(&self) -> bool {
+        self.has_key_file() || !self.api_keys.is_empty()
+    }
+
+    pub(crate) fn has_key_file(&self) -> bool {
+        !self.api_keys_file.as_os_str().is_empty()
+    }
+}
+
 impl AdminSection {
     /// Names that the journal can tell apart, and tokens that say something.
     fn check_tokens(&self) -> Result<(), ConfigError> {
@@ -599,8 +618,11 @@ fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<
     (best.0 > 0.7).then_some(best.1)
 }
 
-/// Variables with our prefix that are not configuration of the host: those of `pointsman policy` and of the tests.
-const NOT_CONFIG: [&str; 3] = ["ADMIN_URL", "ADMIN_TOKEN", "REQUIRE"];
+/// Variables with our prefix that are not configuration of the host: those of its clients and of the tests.
+const NOT_CONFIG: [&str; 5] = ["ADMIN_URL", "ADMIN_TOKEN", "API_KEY", "REQUIRE", "URL"];
+
+/// The one of them that a variable may hold as a whole, as an inline table: secrets are handed to containers so.
+const WHOLE_IN_ENV: &str = "server.api_keys";
 
 /// Turns `POINTSMAN_A__B=value` into a table. Where the default is a text, the value is one, whatever it looks like; else it
 /// is read as TOML.
@@ -610,7 +632,8 @@ fn env_table(env: impl Iterator<Item = (String, String)>, known: &Table) -> Resu
         let Some(path) = name.strip_prefix(ENV_PREFIX).filter(|path| !NOT_CONFIG.contains(path)) else { continue };
         let path: Vec<String> = path.to_ascii_lowercase().split("__").map(str::to_owned).collect();
         let dotted = path.join(".");
-        if let Some(section) = FREE_FORM.into_iter().find(|s| dotted == *s || dotted.starts_with(&format!("{s}."))) {
+        let is_free = |s: &&str| (dotted == *s && dotted != WHOLE_IN_ENV) || dotted.starts_with(&format!("{s}."));
+        if let Some(section) = FREE_FORM.into_iter().find(is_free) {
             return Err(ConfigError::NotInEnvironment { name, section });
         }
         let default = path.iter().try_fold(None, |at: Option<&Value>, key| {
@@ -660,6 +683,13 @@ fn check_keys(table: &Table, known: &Table, prefix: &str, origin: &str) -> Resul
     Ok(())
 }
 
+/// Says what to do about keys that stand there themselves, and does not repeat them as a reader of their shape would.
+fn check_key_texts(merged: &Table) -> Result<(), KeyError> {
+    let keys = merged.get("server").and_then(|server| server.get("api_keys"));
+    let is_plain = |keys: &Value| keys.as_table().is_none_or(|keys| keys.values().any(|key| !key.is_table()));
+    if keys.is_some_and(is_plain) { Err(KeyError::PlainText) } else { Ok(()) }
+}
+
 /// Puts `over` on top of `base`, section by section.
 fn merge(base: &mut Table, over: Table) {
     for (key, value) in over {
@@ -698,6 +728,12 @@ mod tests {
         let config = Config::read(None, env(&pairs)).expect("good keys");
         assert_eq!((config.sched.max_batch_tokens, config.log.level.as_str()), (1_024, "debug"));
         assert_eq!(config.admin.token, "12345", "a text may look like a number");
+        let hash = format!("sha256:{}", "0".repeat(64));
+        let keys = format!("{{ ci = {{ hash = \"{hash}\", priority = \"low\" }} }}");
+        let pairs = [("POINTSMAN_SERVER__API_KEYS", &*keys), ("POINTSMAN_API_KEY", "of a client")];
+        let config = Config::read(None, env(&pairs)).expect("an inline table");
+        config.validate().expect("a good key");
+        assert_eq!((config.server.api_keys["ci"].hash.as_str(), config.server.needs_keys()), (&*hash, true));
     }
 
     #[test]
@@ -709,6 +745,8 @@ mod tests {
             (&[("POINTSMAN_SCHED", "1"), ("POINTSMAN_SCHED__MAX_RUNNING", "1")], "not a section"),
             (&[("POINTSMAN_LOG__FORMAT", "xml")], "unknown variant `xml`"),
             (&[("POINTSMAN_SERVER__API_KEYS__Key", "acme")], "set in the configuration file"),
+            (&[("POINTSMAN_SERVER__API_KEYS", "pm-x")], "holds a key in plain text; it takes hashes"),
+            (&[("POINTSMAN_ADMIN__TOKENS", "{}")], "set in the configuration file"),
         ] {
             let error = Config::read(None, env(pairs)).expect_err(expect).to_string();
             assert!(error.contains(expect), "{pairs:?}: {error}");
@@ -758,6 +796,9 @@ mod tests {
             assert!(error.contains(expect), "{error}");
         }
         for (text, expect) in [
+            ("[server.api_keys]\npm-x = \"acme\"", "holds a key in plain text; it takes hashes"),
+            ("[server.api_keys]\nci = { hash = \"pm-x\" }", "the API key `ci`: a key's hash is `sha256:`"),
+            ("[server]\napi_keys_file = \"/nowhere/keys.toml\"", "server.api_keys_file /nowhere/keys.toml: "),
             ("[admin.tokens]\nci = { token = \"x\" }", "missing field `role`"),
             ("[admin.tokens]\nci = { token = \"x\", role = \"root\" }", "unknown variant `root`"),
             ("[admin.tokens]\nci = { token = \"\", role = \"read\" }", "admin.tokens.ci has an empty token"),

@@ -19,6 +19,7 @@ mod encoders;
 mod explain;
 mod gpu_check;
 pub mod host;
+mod keys;
 mod models;
 mod null;
 mod observer;
@@ -56,6 +57,7 @@ pub fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve::serve(&args),
         Some(Command::Policy(command)) => client::run(command, &mut out),
         Some(Command::Alias(command)) => client::alias(command, &mut out),
+        Some(Command::Key(command)) => keys::run(command, &mut out),
         Some(Command::Plugin(command)) => plugin::run(command, &mut out),
         Some(Command::Apply(args)) => apply::run(&args, &mut out),
         Some(Command::Bench(args)) => bench::run(&args, &mut out),

@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use pointsman_engine::cuda::GpuMonitor;
 use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig, SampledReplica};
-use pointsman_sched::ids::{Priority, ReplicaId, RequestId};
+use pointsman_sched::ids::{ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
@@ -36,6 +36,7 @@ use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
 use crate::driver::{DriverContext, DriverHandle, DriverReplica};
 use crate::encoders::{EncoderTerms, EncodersHandle};
+use crate::keys;
 use crate::models::{LoadTerms, Loaded, LoadedEncoder, LoadedReplica, Loader};
 use crate::observer::{Observer, Watched};
 use crate::pace::Pace;
@@ -101,10 +102,17 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let workers = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let store = Arc::new(Store::open(&data_dir(&config)?)?);
+    // From now on: a signal while models load must not end the host.
+    let hangups = runtime.block_on(async { hangups(&config) })?;
     let listeners = runtime.block_on(listen(&config))?;
+    warn_where_open(&config);
     let host = Assembled::start(&config, &store, compile_aside(&config)?)?;
     banner(&listeners, &host.engine.catalog, &host.deploy)?;
-    let served = runtime.block_on(serve_until_signalled(listeners, Arc::clone(&host.state)));
+    let served = runtime.block_on(serve_until_signalled(
+        listeners,
+        Arc::clone(&host.state),
+        reload_keys(&config, &host.state, hangups),
+    ));
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
     host.stop();
@@ -147,7 +155,7 @@ impl Assembled {
             taps: shared.taps.clone(),
         })?;
         let state = ServerState::new(ServerParts {
-            config: server_config(config),
+            config: server_config(config, keys::read(&config.server)?),
             engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
             admit: Arc::clone(&deploy.admission) as _,
             router: Arc::clone(&deploy.router) as _,
@@ -245,13 +253,8 @@ fn start_logging(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn server_config(config: &Config) -> ServerConfig {
+fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
     let server = &config.server;
-    let key = |(key, tenant): (&String, &String)| ApiKey {
-        key: Secret::new(key.clone()),
-        tenant: tenant.clone(),
-        max_priority: Priority::Critical,
-    };
     ServerConfig {
         max_requests: server.max_in_flight,
         max_queued_tokens: server.max_queued_tokens,
@@ -262,13 +265,25 @@ fn server_config(config: &Config) -> ServerConfig {
         draft_tokens: config.sched.draft_tokens,
         max_grammar_bytes: (server.max_grammar_mib as usize) << 20,
         grace_ms: server.shutdown_grace_ms,
-        api_keys: server.api_keys.iter().map(key).collect(),
+        api_keys,
         admin_tokens: admin_tokens(config),
         route_headers: server.route_headers.clone(),
         admin_remote: !config.admin.listen.ip().is_loopback(),
         explain_requests: config.policy.explain_requests as usize,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ..ServerConfig::default()
+    }
+}
+
+/// A host that everybody may use is right on a machine of one's own, and seldom elsewhere.
+fn warn_where_open(config: &Config) {
+    let listen = config.server.listen;
+    if !listen.ip().is_loopback() && !config.server.needs_keys() {
+        tracing::warn!(
+            %listen,
+            "the data plane has no API keys: whoever reaches it may use it; make one with `pointsman key new`, or listen on \
+             loopback"
+        );
     }
 }
 
@@ -565,7 +580,11 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
 }
 
 /// Serves until a signal, then lets requests finish; a second signal ends them.
-async fn serve_until_signalled(listeners: Listeners, state: Arc<ServerState>) -> anyhow::Result<()> {
+async fn serve_until_signalled(
+    listeners: Listeners,
+    state: Arc<ServerState>,
+    reloading: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let first = tokio::sync::Notify::new();
     let mut signals = Signals::listen()?;
     let signalled = async {
@@ -577,7 +596,31 @@ async fn serve_until_signalled(listeners: Listeners, state: Arc<ServerState>) ->
     tokio::select! {
         served = pointsman_server::serve(listeners, state, first.notified()) => served.context("serving ended"),
         () = signalled => bail!("ended by a second signal; requests in flight were cut off"),
+        () = reloading => Ok(()),
     }
+}
+
+/// SIGHUP, where there is a file to read again. Without one it ends the host, as it does where nobody listens for it.
+fn hangups(config: &Config) -> anyhow::Result<Option<tokio::signal::unix::Signal>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let hangups = config.server.has_key_file().then(|| signal(SignalKind::hangup()));
+    hangups.transpose().context("cannot listen for SIGHUP")
+}
+
+/// Reads the file of API keys again at each SIGHUP, for ever.
+async fn reload_keys(config: &Config, state: &ServerState, mut hangups: Option<tokio::signal::unix::Signal>) {
+    while let Some(hangups) = &mut hangups
+        && hangups.recv().await.is_some()
+    {
+        let server = config.server.clone();
+        let read = tokio::task::spawn_blocking(move || keys::read(&server)).await;
+        let read = read.map_err(anyhow::Error::from).and_then(|read| Ok(read?));
+        match read.and_then(|keys| Ok(state.replace_keys(keys)?)) {
+            Ok(()) => tracing::info!("the API keys have been read again"),
+            Err(error) => tracing::error!(%error, "the API keys stay what they were"),
+        }
+    }
+    std::future::pending().await
 }
 
 /// SIGINT and SIGTERM.

@@ -14,6 +14,7 @@ use pointsman_sched::ids::Micros;
 use tokio::sync::Notify;
 
 use crate::error::ApiError;
+use crate::usage::Bill;
 
 /// The bounds and what is inside them.
 #[derive(Debug)]
@@ -51,6 +52,8 @@ pub(crate) struct Permit {
     /// Prompt tokens that are still to be computed.
     tokens: u32,
     ticket: Option<Ticket>,
+    /// Where it is charged; none for what is nobody's.
+    bill: Option<Bill>,
 }
 
 // === impl Admission ===
@@ -78,7 +81,7 @@ impl Admission {
             let what = format!("{} requests are in flight", self.max_requests);
             return Err(ApiError::Saturated { what });
         }
-        let permit = Permit { admission: Arc::clone(self), tokens: 0, ticket: None };
+        let permit = Permit { admission: Arc::clone(self), tokens: 0, ticket: None, bill: None };
         // A drain that began in between must not miss this request: it either sees the count or is seen here.
         if self.is_draining() { Err(ApiError::Draining) } else { Ok(permit) }
     }
@@ -141,6 +144,16 @@ impl Permit {
         Ok(())
     }
 
+    /// Says where the request is charged.
+    pub(crate) fn bill(&mut self, bill: Bill) {
+        self.bill = Some(bill);
+    }
+
+    /// Takes the tokens that the request may use from those of its API key.
+    pub(crate) fn charge(&mut self, prompt_tokens: u32, new_tokens: u32, now: Micros) -> Result<(), ApiError> {
+        self.bill.as_mut().map_or(Ok(()), |bill| bill.charge(prompt_tokens, new_tokens, now))
+    }
+
     /// Asks the policy about a request that has its room. Unless it is refused, what it carries is counted from now on.
     pub(crate) fn ask(&mut self, now: Micros, request: &AdmitRequest<'_>) -> (Load, Judged) {
         let admission = &self.admission;
@@ -180,6 +193,9 @@ impl Permit {
 
     /// Notes what the request came to.
     pub(crate) fn ended(&mut self, outcome: Outcome, cached_tokens: u32, generated_tokens: u32) {
+        if let Some(bill) = &mut self.bill {
+            bill.ended(outcome, cached_tokens, generated_tokens);
+        }
         if let Some(Ticket { ending, .. }) = &mut self.ticket {
             *ending = Ending { outcome, cached_tokens, generated_tokens, ..*ending };
         }

@@ -1,10 +1,9 @@
 //! Configuration of the server, as a value: defaults here, read from file and environment by the app, checked once.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
-use pointsman_sched::ids::Priority;
+use crate::keys::{ApiKey, check_keys};
 
 /// Every bound of the server. Durations and sizes carry their unit in the name.
 #[derive(Clone, Debug)]
@@ -60,17 +59,6 @@ pub struct ServerConfig {
     pub version: String,
 }
 
-/// A key of the data plane.
-#[derive(Clone, Debug)]
-pub struct ApiKey {
-    /// What follows `Bearer `.
-    pub key: Secret,
-    /// Whose it is.
-    pub tenant: String,
-    /// Highest priority that its requests may have.
-    pub max_priority: Priority,
-}
-
 /// A token of the admin plane.
 #[derive(Clone, Debug)]
 pub struct AdminToken {
@@ -118,14 +106,31 @@ pub enum ConfigError {
         /// What was configured.
         found: usize,
     },
-    /// A key that says nothing, or the same key twice.
-    #[error("server.api_keys[{index}] is {what}")]
+    /// A key that cannot be told from another one, or whose tenant cannot be named.
+    #[error("API key `{name}` {what}")]
     ApiKey {
-        /// Its place.
-        index: usize,
+        /// Its name.
+        name: String,
         /// In words.
         what: &'static str,
     },
+    /// A name that logs and errors could not carry.
+    #[error("the name of an API key must match [a-z0-9-]{{1,40}}, found one of {found} bytes that does not")]
+    KeyName {
+        /// Its length: it may be a key by mistake.
+        found: usize,
+    },
+    /// More keys than are compared at each request.
+    #[error("{found} API keys; {most} are the most")]
+    TooManyKeys {
+        /// How many.
+        found: usize,
+        /// The most.
+        most: usize,
+    },
+    /// A host that asks for keys and knows none.
+    #[error("there are no API keys: nobody could send a request; make one with `pointsman key new`")]
+    NoKeys,
     /// The admin plane would be open to the network.
     #[error("the admin plane listens beyond loopback and has no token: set admin.token, or a token under admin.tokens")]
     OpenAdmin,
@@ -199,15 +204,7 @@ impl ServerConfig {
         if self.max_header_bytes < 8_192 {
             return Err(ConfigError::HeaderBytes { found: self.max_header_bytes });
         }
-        let mut seen = HashSet::new();
-        for (index, key) in self.api_keys.iter().enumerate() {
-            if key.key.expose().is_empty() || key.tenant.is_empty() {
-                return Err(ConfigError::ApiKey { index, what: "empty, or its tenant is" });
-            }
-            if !seen.insert(key.key.expose()) {
-                return Err(ConfigError::ApiKey { index, what: "listed twice" });
-            }
-        }
+        check_keys(&self.api_keys)?;
         if let Some(empty) = self.admin_tokens.iter().find(|token| token.token.expose().is_empty()) {
             return Err(ConfigError::EmptyToken { name: empty.name.clone() });
         }
@@ -253,15 +250,12 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_named() {
-        let key = |key: &str| ApiKey { key: Secret::new(key), tenant: "t".into(), max_priority: Priority::Normal };
         let base = ServerConfig::default;
         let empty = AdminToken { name: "ci".into(), token: Secret::new(""), role: AdminRole::Read };
         for (config, expect) in [
             (ServerConfig { max_requests: 0, ..base() }, "server.max_requests must be at least 1"),
             (ServerConfig { default_timeout_ms: 9_999_999, ..base() }, "exceeds server.max_timeout_ms"),
             (ServerConfig { max_header_bytes: 100, ..base() }, "at least 8192, found 100"),
-            (ServerConfig { api_keys: vec![key("")], ..base() }, "server.api_keys[0] is empty"),
-            (ServerConfig { api_keys: vec![key("k"), key("k")], ..base() }, "server.api_keys[1] is listed twice"),
             (ServerConfig { admin_remote: true, ..base() }, "set admin.token"),
             (ServerConfig { admin_tokens: vec![empty], ..base() }, "the token of `ci` is empty"),
         ] {

@@ -9,7 +9,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::{ApiError, panicked};
 use crate::state::ServerState;
-use crate::{anthropic, identity, openai, ops};
+use crate::{anthropic, identity, keys, openai, ops};
 
 /// Paths with the methods that they answer, for the description, and with their handlers.
 pub(crate) type Routes = Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)>;
@@ -45,6 +45,7 @@ pub fn data_router(state: &Arc<ServerState>) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(Arc::clone(state), keys::meter))
         .layer(middleware::from_fn_with_state(Arc::clone(state), identity::tag))
         .layer(middleware::from_fn(anthropic::dress))
         .with_state(Arc::clone(state))

@@ -51,6 +51,10 @@ pub(crate) enum ApiError {
     InputTooLong { param: String, found: usize, limit: u32 },
     #[error("{problem}: send `Authorization: Bearer <key>`")]
     Unauthorized { problem: &'static str },
+    #[error(
+        "{problem}: send `Authorization: Bearer <key>` or `x-api-key: <key>`, with a key from whoever runs this server"
+    )]
+    ApiKey { problem: &'static str },
     #[error("{what}")]
     Forbidden { what: &'static str },
     #[error("the admin token `{token}` has the role `read` and this call needs `operate`")]
@@ -73,6 +77,9 @@ pub(crate) enum ApiError {
     TooLarge { limit: usize },
     #[error("the host is saturated: {what}; retry later")]
     Saturated { what: String },
+    /// A limit of the API key.
+    #[error("{what}")]
+    Quota { what: String, wait_us: u64 },
     #[error("{}", policy_message(.0))]
     Rejected(Rejection),
     #[error("{}", failure_message(.0))]
@@ -189,7 +196,9 @@ impl ApiError {
             Self::BodyBroken => class(400, INVALID, "incomplete_body", false),
             Self::Context { .. } | Self::InputTooLong { .. } => class(400, INVALID, "context_length_exceeded", false),
             Self::ContentType { .. } => class(415, INVALID, "unsupported_media_type", false),
-            Self::Unauthorized { .. } => class(401, "authentication_error", "invalid_api_key", false),
+            Self::Unauthorized { .. } | Self::ApiKey { .. } => {
+                class(401, "authentication_error", "invalid_api_key", false)
+            }
             Self::Forbidden { .. } | Self::Role { .. } => class(403, "permission_error", "forbidden", false),
             Self::UnknownModel { .. } => class(404, INVALID, "model_not_found", false),
             Self::UnknownRequest { .. } => class(404, INVALID, "request_not_found", false),
@@ -199,6 +208,7 @@ impl ApiError {
             Self::IdInUse { .. } => class(409, INVALID, "request_id_in_use", false),
             Self::TooLarge { .. } => class(413, INVALID, "body_too_large", false),
             Self::Saturated { .. } => class(429, "rate_limit_error", "saturated", true),
+            Self::Quota { .. } => class(429, "rate_limit_error", "rate_limit_exceeded", true),
             Self::Rejected(r) if r.reason == Refusal::NotAllowed => {
                 class(403, "permission_error", "not_allowed", false)
             }
@@ -248,6 +258,7 @@ impl ApiError {
                 Some("queue")
             }
             Self::Failed(Failure::Exhausted(ResourceExhausted::KvPool { .. })) => Some("kv"),
+            Self::Quota { .. } => Some("quota"),
             Self::Rejected(rejection) => Some(match rejection.reason {
                 Refusal::Quota => "quota",
                 Refusal::CannotMeetDeadline => "deadline",
@@ -262,6 +273,7 @@ impl ApiError {
     pub(crate) fn retry_after_ms(&self) -> u32 {
         match self {
             Self::Rejected(rejection) if rejection.retry_after_ms > 0 => rejection.retry_after_ms,
+            Self::Quota { wait_us, .. } if *wait_us > 0 => u32::try_from(wait_us.div_ceil(1_000)).unwrap_or(u32::MAX),
             _ => 1_000,
         }
     }
@@ -391,6 +403,8 @@ mod tests {
         for (error, expect) in [
             (ApiError::invalid("x", "y"), (400, None, None, some("false"))),
             (ApiError::Saturated { what: "x".into() }, (429, some("1"), some("queue"), None)),
+            (ApiError::Quota { what: "x".into(), wait_us: 0 }, (429, some("1"), some("quota"), None)),
+            (ApiError::Quota { what: "x".into(), wait_us: 2_000_001 }, (429, some("3"), some("quota"), None)),
             (rejected(Refusal::Overloaded, 2_500), (429, some("3"), some("policy"), None)),
             (rejected(Refusal::Quota, 0), (429, some("1"), some("quota"), None)),
             (rejected(Refusal::CannotMeetDeadline, 0), (429, some("1"), some("deadline"), None)),

@@ -25,7 +25,7 @@ use crate::ports::{
 };
 use crate::record::Taps;
 use crate::text::TextModel;
-use crate::{ServerConfig, ServerParts, ServerState, admin_router, data_router};
+use crate::{ApiKey, KeyDigest, KeyLimits, ServerConfig, ServerParts, ServerState, admin_router, data_router};
 
 /// What the fake engine does with the next request.
 #[derive(Debug)]
@@ -665,6 +665,12 @@ impl Rig {
     pub(crate) async fn ask_admin(&self, request: HttpRequest<Body>) -> Answer {
         Answer::of(self.admin().oneshot(request).await.expect("routers do not fail")).await
     }
+}
+
+/// An API key `secret` of the tenant `t-secret`, without limits.
+pub(crate) fn key(secret: &str, max_priority: Priority) -> ApiKey {
+    let (name, tenant) = (secret.to_owned(), format!("t-{secret}"));
+    ApiKey { name, digest: KeyDigest::of(secret), tenant, max_priority, limits: KeyLimits::default() }
 }
 
 pub(crate) fn request(method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> HttpRequest<Body> {

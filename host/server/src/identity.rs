@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, State};
-use axum::http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use axum::http::header::{HeaderMap, HeaderName, HeaderValue};
 use axum::http::request::Parts;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -14,14 +14,13 @@ use pointsman_sched::ids::Priority;
 use pointsman_telemetry::NameKind;
 
 use crate::error::ApiError;
+use crate::keys::{self, Holder, KeyDigest};
 use crate::state::ServerState;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TENANT_ID: &str = "x-tenant-id";
 const SESSION_ID: &str = "x-session-id";
 const PRIORITY: &str = "x-pointsman-priority";
-/// Where Anthropic's clients put their key.
-const API_KEY: &str = "x-api-key";
 
 /// The tenant of requests that name none.
 pub(crate) const ANONYMOUS: &str = "default";
@@ -40,8 +39,10 @@ pub(crate) struct RequestTag(pub(crate) Arc<str>);
 /// Who asks.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
-    /// Place of the API key, `None` without keys.
-    pub(crate) key: Option<usize>,
+    /// Of the API key, `None` without keys: requests of the same key may cancel one another.
+    pub(crate) key: Option<KeyDigest>,
+    /// Whose limits its requests count against.
+    pub(crate) holder: Option<Arc<Holder>>,
     pub(crate) tenant: Arc<str>,
     pub(crate) tenant_id: u32,
     /// Hash of the session, 0 without one.
@@ -60,6 +61,7 @@ impl Caller {
         check_name("tenant", tenant.as_bytes())?;
         Ok(Self {
             key: None,
+            holder: None,
             tenant: tenant.into(),
             tenant_id: state.names.intern(NameKind::Tenant, tenant),
             session: 0,
@@ -79,14 +81,14 @@ impl FromRequestParts<Arc<ServerState>> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, ApiError> {
-        identify(&parts.headers, state)
+        let holder = keys::required(state, &parts.extensions)?;
+        identify(&parts.headers, holder, state)
     }
 }
 
-fn identify(headers: &HeaderMap, state: &ServerState) -> Result<Caller, ApiError> {
-    let key = api_key(headers, state)?;
-    let configured = key.and_then(|i| state.config.api_keys.get(i));
-    let tenant = match configured {
+fn identify(headers: &HeaderMap, holder: Option<Arc<Holder>>, state: &ServerState) -> Result<Caller, ApiError> {
+    let key = holder.as_ref().map(|holder| &holder.key);
+    let tenant = match key {
         Some(key) => key.tenant.as_str(),
         None => name_header(headers, TENANT_ID)?.unwrap_or(ANONYMOUS),
     };
@@ -96,29 +98,15 @@ fn identify(headers: &HeaderMap, state: &ServerState) -> Result<Caller, ApiError
     };
     let tenant_id = state.names.intern(NameKind::Tenant, tenant);
     Ok(Caller {
-        key,
+        key: key.map(|key| key.digest),
         tenant: tenant.into(),
         tenant_id,
         session: name_header(headers, SESSION_ID)?.map_or(0, session_hash),
-        max_priority: configured.map_or(Priority::Critical, |key| key.max_priority),
+        max_priority: key.map_or(Priority::Critical, |key| key.max_priority),
         header_priority,
         attributes: attributes(headers, &state.config.route_headers).into(),
+        holder,
     })
-}
-
-fn api_key(headers: &HeaderMap, state: &ServerState) -> Result<Option<usize>, ApiError> {
-    if state.keys.is_empty() {
-        return Ok(None);
-    }
-    let key = match (headers.get(AUTHORIZATION), headers.get(API_KEY)) {
-        (Some(header), _) => bearer(header),
-        (None, Some(header)) => header.to_str().ok(),
-        (None, None) => return Err(ApiError::Unauthorized { problem: "an API key is required" }),
-    };
-    match key.and_then(|key| state.keys.get(key)) {
-        Some(place) => Ok(Some(*place)),
-        None => Err(ApiError::Unauthorized { problem: "the API key is not known" }),
-    }
 }
 
 /// What follows `Bearer ` in an `Authorization` header.

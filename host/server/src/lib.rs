@@ -2,9 +2,10 @@
 //!
 //! The only crate with JSON wire types, tokenizers and templates. It reaches the engine, the policy slots and the models
 //! through the traits in [`ports`], which the app implements: no handler knows wasmtime, a device or a file. A request's
-//! way through the modules: [`serve`] accepts the connection, `data` routes it, `identity` says who asks, `openai` or
-//! `anthropic` parses it, `admission` lets it in, [`text`] tokenizes it, `dispatch` finds its replica, `stream` follows its tokens back out,
-//! and `error` is the one place where anything that went wrong becomes a response. [`entry`] is the same way without HTTP.
+//! way through the modules: [`serve`] accepts the connection, `data` routes it, `keys` finds the API key, `identity` says who asks, `openai` or
+//! `anthropic` parses it, `admission` lets it in, `usage` writes down what it came to, [`text`] tokenizes it, `dispatch` finds its
+//! replica, `stream` follows its tokens back out, and `error` is the one place where anything that went wrong becomes a response.
+//! [`entry`] is the same way without HTTP.
 #![forbid(unsafe_code)]
 
 pub mod admin;
@@ -17,6 +18,7 @@ pub mod entry;
 mod error;
 mod grammar;
 mod identity;
+mod keys;
 mod openai;
 mod ops;
 pub mod ports;
@@ -27,10 +29,12 @@ mod state;
 mod stream;
 pub mod text;
 mod trace;
+mod usage;
 
 pub use admin::admin_router;
-pub use config::{AdminRole, AdminToken, ApiKey, ConfigError, Secret, ServerConfig};
+pub use config::{AdminRole, AdminToken, ConfigError, Secret, ServerConfig};
 pub use data::data_router;
+pub use keys::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_key_name};
 pub use serve::{Listeners, ServeError, serve};
 pub use state::{ServerParts, ServerState};
 

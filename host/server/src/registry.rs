@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use crate::admission::Permit;
 use crate::error::ApiError;
+use crate::keys::KeyDigest;
 use crate::ports::EnginePort;
 
 /// Every request in flight.
@@ -22,8 +23,8 @@ pub(crate) struct Registry {
 /// One HTTP request and the engine requests behind it.
 #[derive(Debug)]
 struct Live {
-    /// API key's place, `None` without keys.
-    owner: Option<usize>,
+    /// API key, `None` without keys.
+    owner: Option<KeyDigest>,
     engine: Mutex<Running>,
     /// Wakes whoever waits for something else than engine requests.
     cancel_asked: Notify,
@@ -62,7 +63,7 @@ impl Registry {
     pub(crate) fn enter(
         self: &Arc<Self>,
         id: &Arc<str>,
-        owner: Option<usize>,
+        owner: Option<KeyDigest>,
         engine: &Arc<dyn EnginePort>,
         permit: Permit,
     ) -> Result<InFlight, ApiError> {
@@ -77,7 +78,7 @@ impl Registry {
     }
 
     /// Cancels a request of the same API key; false when there is none.
-    pub(crate) fn cancel(&self, id: &str, owner: Option<usize>, engine: &dyn EnginePort) -> bool {
+    pub(crate) fn cancel(&self, id: &str, owner: Option<KeyDigest>, engine: &dyn EnginePort) -> bool {
         let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(live) = by_id.get(id).filter(|live| live.owner == owner).cloned() else { return false };
         drop(by_id);

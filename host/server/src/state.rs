@@ -13,17 +13,24 @@ use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
 use tokio::task::JoinSet;
 
 use crate::admin::places::Places;
-use crate::admission::Admission;
+use crate::admission::{Admission, Permit};
 use crate::config::{ConfigError, ServerConfig};
+use crate::error::ApiError;
 use crate::grammar::GrammarDesk;
+use crate::identity::Caller;
+use crate::keys::{ApiKey, Keys};
 use crate::ports::{AliasPort, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use crate::record::Taps;
 use crate::registry::Registry;
 use crate::trace::Traces;
+use crate::usage::{Bill, Usage};
 
 /// Rendering `/metrics` walks every series; scrapers that poll every 50 ms, several at once, cost one rendering per
 /// interval and see values at most this old, which is what their own interval promises them anyway.
 const SCRAPE_MICROS: Micros = 50_000;
+
+/// Begins the names of the families that name tenants.
+const TENANT_FAMILIES: &str = "pointsman_tenant_";
 
 /// What the app hands to the server.
 #[derive(Debug)]
@@ -72,8 +79,11 @@ pub struct ServerState {
     pub(crate) traces: Traces,
     pub(crate) taps: Taps,
     pub(crate) grammars: GrammarDesk,
-    /// API keys by their text, as places in `config.api_keys`.
-    pub(crate) keys: HashMap<String, usize>,
+    /// In place of `config.api_keys`, which are those of the start.
+    pub(crate) keys: Keys,
+    pub(crate) usage: Usage,
+    /// Unix seconds.
+    pub(crate) started: u64,
     request_numbers: AtomicU64,
     request_metrics: RwLock<HashMap<Arc<str>, Arc<RequestMetrics>>>,
     scrape: Mutex<Option<(Micros, Bytes)>>,
@@ -103,14 +113,15 @@ impl ServerState {
             taps,
         } = parts;
         config.validate()?;
-        let keys = config.api_keys.iter().enumerate().map(|(i, key)| (key.key.expose().to_owned(), i)).collect();
         Ok(Arc::new(Self {
             admission: Arc::new(Admission::new(config.max_requests, config.max_queued_tokens, admit)),
             registry: Arc::default(),
             traces: Traces::new(config.explain_requests),
             taps,
             grammars: GrammarDesk::new(config.max_grammar_bytes),
-            keys,
+            keys: Keys::new(config.api_keys.clone())?,
+            usage: Usage::default(),
+            started: clock.unix_seconds(),
             request_numbers: AtomicU64::new(1),
             request_metrics: RwLock::default(),
             scrape: Mutex::default(),
@@ -132,6 +143,22 @@ impl ServerState {
     /// Stops admitting requests; what runs goes on. `/ready` answers 503 from now on.
     pub fn drain(&self) {
         self.admission.drain();
+    }
+
+    /// Takes other API keys in the place of those it has; requests in flight go on.
+    ///
+    /// # Errors
+    /// The first key that cannot work, or none at all; the keys stay what they were.
+    pub fn replace_keys(&self, keys: Vec<ApiKey>) -> Result<(), ConfigError> {
+        self.keys.replace(keys)
+    }
+
+    /// Lets a request in, within the limits of the host and of its caller's key.
+    pub(crate) fn enter(&self, caller: &Caller) -> Result<Permit, ApiError> {
+        let mut permit = self.admission.enter()?;
+        let place = caller.holder.as_ref().map(|holder| holder.enter(self.clock.now())).transpose()?;
+        permit.bill(Bill::new(self.usage.account(caller.tenant_id, &self.names, &self.metrics), place));
+        Ok(permit)
     }
 
     /// Requests in flight.
@@ -172,7 +199,12 @@ impl ServerState {
         {
             return text.clone();
         }
-        let text = Bytes::from(self.metrics.render());
+        let mut text = self.metrics.render();
+        if self.keys.are_needed() {
+            // The plane of those who have keys must not tell them of one another; the admin plane has the accounts.
+            text = text.split_inclusive('\n').filter(|line| !line.contains(TENANT_FAMILIES)).collect();
+        }
+        let text = Bytes::from(text);
         *last = Some((now, text.clone()));
         text
     }

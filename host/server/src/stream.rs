@@ -430,6 +430,13 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        // What a client did not read was computed all the same.
+        while let Ok(Tagged { choice, event }) = self.events.receiver.try_recv() {
+            let Some(choice) = self.choices.get_mut(choice).filter(|c| !c.done) else { continue };
+            if matches!(event, SinkEvent::Token { .. } | SinkEvent::Finished(FinishReason::Stop(_))) {
+                choice.generated += 1;
+            }
+        }
         for choice in self.choices.iter().filter(|c| !c.done) {
             choice.parts.metrics.finished_abort.inc();
         }

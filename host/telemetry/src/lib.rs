@@ -16,7 +16,7 @@ pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
 pub use metrics::{
     EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics,
-    SlotMetrics,
+    SlotMetrics, TenantMetrics,
 };
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};

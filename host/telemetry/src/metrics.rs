@@ -69,6 +69,8 @@ pub struct Metrics {
     tokens: IntCounterVec,
     rejected: IntCounterVec,
     cancelled: IntCounterVec,
+    tenant_requests: IntCounterVec,
+    tenant_tokens: IntCounterVec,
     alerts: IntCounterVec,
     safe_mode: IntGauge,
     events_dropped: IntCounter,
@@ -153,6 +155,19 @@ pub struct EncoderMetrics {
     pub step: Histogram,
     /// `pointsman_tokens_total{phase="embed"}`.
     pub tokens: IntCounter,
+}
+
+/// Handles for one tenant.
+#[derive(Clone, Debug)]
+pub struct TenantMetrics {
+    /// `pointsman_tenant_requests_total`.
+    pub requests: IntCounter,
+    /// `pointsman_tenant_tokens_total{kind="prompt"}`, those found in the prefix cache included.
+    pub prompt_tokens: IntCounter,
+    /// `pointsman_tenant_tokens_total{kind="cached"}`: prompt tokens found in the prefix cache.
+    pub cached_tokens: IntCounter,
+    /// `pointsman_tenant_tokens_total{kind="completion"}`.
+    pub completion_tokens: IntCounter,
 }
 
 /// Handles for one revision in one slot.
@@ -390,6 +405,12 @@ impl Metrics {
                 "Requests cancelled, by the stage they were in.",
                 &["stage"],
             ),
+            tenant_requests: counter("pointsman_tenant_requests_total", "Requests served, by tenant.", &["tenant"]),
+            tenant_tokens: counter(
+                "pointsman_tenant_tokens_total",
+                "Tokens of the requests served, by tenant; cached ones are prompt tokens too.",
+                &["tenant", "kind"],
+            ),
             alerts: counter("pointsman_alerts_total", "Alerts raised.", &["severity", "source"]),
             safe_mode: registered(
                 &registry,
@@ -464,6 +485,18 @@ impl Metrics {
             prompt_tokens: self.prompt_tokens.with_label_values(m),
             step: self.step.with_label_values(&[device, "embed"]),
             tokens: self.tokens.with_label_values(&[device, model_name, "embed"]),
+        }
+    }
+
+    /// Handles for a tenant; whoever asks bounds how many there are.
+    #[must_use]
+    pub fn tenant(&self, tenant: &str) -> TenantMetrics {
+        let tokens = |kind| self.tenant_tokens.with_label_values(&[tenant, kind]);
+        TenantMetrics {
+            requests: self.tenant_requests.with_label_values(&[tenant]),
+            prompt_tokens: tokens("prompt"),
+            cached_tokens: tokens("cached"),
+            completion_tokens: tokens("completion"),
         }
     }
 

@@ -13,6 +13,7 @@ mod requests;
 mod rollouts;
 mod safe_mode;
 mod slots;
+mod usage;
 pub mod wire;
 
 use std::sync::Arc;
@@ -80,6 +81,7 @@ pub(crate) fn routes() -> Routes {
         ("/admin/v1/aliases/{name}/rollouts/{id}/pause", &["post"], post(rollouts::pause::<OfAlias>)),
         ("/admin/v1/aliases/{name}/rollouts/{id}/resume", &["post"], post(rollouts::resume::<OfAlias>)),
         ("/admin/v1/safe-mode", &["get", "post"], get(safe_mode::safe_mode).post(safe_mode::switch)),
+        ("/admin/v1/usage", &["get"], get(usage::usage)),
         ("/admin/v1/devices", &["get"], get(devices)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),
         ("/admin/v1/drain", &["post"], post(drain)),

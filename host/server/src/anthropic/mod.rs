@@ -53,7 +53,7 @@ pub(crate) async fn messages(
 /// `POST /v1/messages/count_tokens`: what the same conversation would cost as a prompt.
 pub(crate) async fn count_tokens(
     State(state): State<Arc<ServerState>>,
-    _caller: Caller,
+    caller: Caller,
     request: Request,
 ) -> Result<Response, ApiError> {
     #[derive(Serialize)]
@@ -61,7 +61,7 @@ pub(crate) async fn count_tokens(
         input_tokens: usize,
     }
     // Tokenizing is work like any other: it takes a place among the requests in flight.
-    let _permit = state.admission.enter()?;
+    let _permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
     let target = Target::find(&state.engine.catalog(), &model(&mut fields)?)?;
     let mut conversation = request::conversation(&mut fields)?;

@@ -100,6 +100,7 @@ async fn answer(
 ) -> Result<Vectors, ApiError> {
     let Arrival { state, caller, tag, arrived, .. } = arrival;
     permit.queue_tokens(tokens)?;
+    permit.charge(tokens, 0, state.clock.now())?;
     let deadline = arrived.saturating_add(asked.timeout_ms.saturating_mul(1_000));
     ask_door(arrival, &mut permit, &asked, (tokens, deadline))?;
     let mut in_flight = state.registry.enter(tag, caller.key, &state.engine, permit)?;
@@ -108,6 +109,8 @@ async fn answer(
     let encoder = Arc::clone(&asked.encoder.name);
     let job = EmbedJob { encoder, inputs, arrived: *arrived, deadline, reply };
     state.engine.embed(job).map_err(|error| refused(error, &asked.encoder))?;
+    // Unless something else is said: its client has gone, and it was computed for nothing.
+    in_flight.permit.ended(Outcome::Cancelled, 0, 0);
     let left = Duration::from_micros(deadline.saturating_sub(state.clock.now()));
     let ended = tokio::time::timeout(left, async {
         tokio::select! {

@@ -135,7 +135,9 @@ impl Arrival {
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
     pub(crate) fn admit(&self) -> Result<Permit, ApiError> {
-        self.state.admission.enter().inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
+        self.state
+            .enter(&self.caller)
+            .inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
     }
 
     /// Dispatches a job.
@@ -162,6 +164,7 @@ impl Arrival {
         let sampling = params.sampling(text, self.state.clock.random())?;
         let mut terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
         permit.queue_tokens(prompt_tokens)?;
+        permit.charge(prompt_tokens, new_tokens_of(&terms, sampling.len()), self.state.clock.now())?;
         let id = self.state.next_request();
         let asks = !self.state.admission.is_native();
         let door = asks.then(|| self.ask_door(&mut permit, id, (job, &mut terms, sampling.len()))).transpose()?;
@@ -249,7 +252,6 @@ impl Arrival {
         let Some(first) = terms.first() else { return Err(ApiError::Internal) };
         let attributes: Vec<(&str, &str)> =
             self.caller.attributes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        let new_tokens = terms.iter().map(|terms| u64::from(terms.max_new_tokens)).sum::<u64>() * n_choices as u64;
         let request = AdmitRequest {
             id,
             model: &job.target.name,
@@ -259,7 +261,7 @@ impl Arrival {
             priority: first.priority,
             highest: self.caller.max_priority,
             prompt_tokens: total_tokens(&job.prompts),
-            max_new_tokens: u32::try_from(new_tokens).unwrap_or(u32::MAX),
+            max_new_tokens: new_tokens_of(terms, n_choices),
             arrived: self.arrived,
             deadline: first.deadline,
             seed: self.state.clock.random(),
@@ -337,6 +339,12 @@ fn new_tokens(job: &Job, prompt: &Prompt) -> Result<u32, ApiError> {
         return Err(ApiError::Context { param: job.prompt_param, prompt: n_prompt, requested, limit });
     }
     Ok(job.params.max_tokens.unwrap_or_else(|| job.default_tokens.unwrap_or(left).min(left)))
+}
+
+/// Tokens to generate for all prompts and choices of a request.
+fn new_tokens_of(terms: &[Terms], n_choices: usize) -> u32 {
+    let sum = terms.iter().map(|terms| u64::from(terms.max_new_tokens)).sum::<u64>() * n_choices as u64;
+    u32::try_from(sum).unwrap_or(u32::MAX)
 }
 
 fn total_tokens(prompts: &[Prompt]) -> u32 {

@@ -50,11 +50,11 @@ fn target(fields: &mut Fields, state: &ServerState) -> Result<(Arc<TextModel>, u
 /// Tokenizes a `prompt` or `messages`.
 pub(crate) async fn tokenize(
     State(state): State<Arc<ServerState>>,
-    _caller: Caller,
+    caller: Caller,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
     // Tokenizing is work like any other: it takes a place among the requests in flight.
-    let _permit = state.admission.enter()?;
+    let _permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
     let (text, max_model_len) = target(&mut fields, &state)?;
     let wants_strings = fields.bool("return_token_strs")?.unwrap_or(false);
@@ -80,10 +80,10 @@ pub(crate) async fn tokenize(
 /// Turns `tokens` back into text, special ones included.
 pub(crate) async fn detokenize(
     State(state): State<Arc<ServerState>>,
-    _caller: Caller,
+    caller: Caller,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let _permit = state.admission.enter()?;
+    let _permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
     let (text, _) = target(&mut fields, &state)?;
     let ids = match fields.require("tokens")? {

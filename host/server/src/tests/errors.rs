@@ -4,8 +4,8 @@ use axum::body::Body;
 use pointsman_sched::ids::Priority;
 use serde_json::json;
 
-use crate::fakes::{Answer, Play, Rig, request};
-use crate::{ApiKey, Secret, ServerConfig};
+use crate::ServerConfig;
+use crate::fakes::{Answer, Play, Rig, key, request};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -199,7 +199,6 @@ async fn requests_beyond_the_bounds_are_refused_with_a_reason() {
 
 #[tokio::test]
 async fn keys_name_the_tenant_and_bound_the_priority() {
-    let key = |key: &str, max_priority| ApiKey { key: Secret::new(key), tenant: format!("t-{key}"), max_priority };
     let api_keys = vec![key("k1", Priority::Normal), key("k2", Priority::Critical)];
     let rig = Rig::with(ServerConfig { api_keys, ..ServerConfig::default() });
     let body = json!({"model": "m", "prompt": "x", "priority": "critical"}).to_string();
@@ -226,8 +225,8 @@ async fn keys_name_the_tenant_and_bound_the_priority() {
 
 #[tokio::test]
 async fn a_key_cancels_its_own_requests_only() {
-    let key = |key: &str| ApiKey { key: Secret::new(key), tenant: key.into(), max_priority: Priority::High };
-    let rig = Rig::with(ServerConfig { api_keys: vec![key("k1"), key("k2")], ..ServerConfig::default() });
+    let api_keys = vec![key("k1", Priority::High), key("k2", Priority::High)];
+    let rig = Rig::with(ServerConfig { api_keys, ..ServerConfig::default() });
     rig.engine.play([Play::Hold]);
     let headers = [JSON, ("authorization", "Bearer k1"), ("x-request-id", "mine")];
     let body = json!({"model": "m", "prompt": "x"}).to_string();

@@ -4,8 +4,8 @@ use pointsman_sched::ids::Priority;
 use pointsman_sched::request::{Failure, FinishReason, SinkEvent};
 use serde_json::{Value, json};
 
-use crate::fakes::{Answer, Play, Rig, bytes, request, says, token};
-use crate::{ApiKey, Secret, ServerConfig};
+use crate::ServerConfig;
+use crate::fakes::{Answer, Play, Rig, bytes, key, request, says, token};
 
 const MESSAGES: &str = "/v1/messages";
 const COUNT: &str = "/v1/messages/count_tokens";
@@ -244,8 +244,7 @@ async fn faults_of_the_host_have_anthropics_types() {
 
 #[tokio::test]
 async fn a_key_may_come_as_anthropics_clients_send_it() {
-    let key = ApiKey { key: Secret::new("k1"), tenant: "t".into(), max_priority: Priority::Normal };
-    let rig = Rig::with(ServerConfig { api_keys: vec![key], ..ServerConfig::default() });
+    let rig = Rig::with(ServerConfig { api_keys: vec![key("k1", Priority::Normal)], ..ServerConfig::default() });
     for (headers, status) in [
         (vec![], 401),
         (vec![("x-api-key", "nope")], 401),

@@ -7,6 +7,7 @@ mod entry;
 mod errors;
 mod explain;
 mod generation;
+mod keys;
 mod messages;
 mod responses;
 mod routing;
