@@ -4,6 +4,7 @@
 
 mod aliases;
 mod bench;
+mod cache;
 mod client;
 mod control;
 mod described;

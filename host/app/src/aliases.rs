@@ -84,8 +84,9 @@ impl AliasPort for Aliases {
     fn assign(&self, alias: &str, asker: &Asker<'_>) -> Option<Assigned> {
         let Asker { tenant, session, request } = *asker;
         let live = self.live.load();
-        let assigned = live.assign(alias, &Unit { tenant, session, request })?;
-        Some(Assigned { variant: Arc::from(assigned.variant), unit: assigned.unit })
+        let pointsman_control::Assigned { variant, unit, is_trial } =
+            live.assign(alias, &Unit { tenant, session, request })?;
+        Some(Assigned { variant: Arc::from(variant), unit, is_trial })
     }
 
     fn weights(&self, alias: &str) -> wire::Weights {

@@ -41,6 +41,9 @@ pub(crate) enum Command {
     /// Make API keys of the data plane; needs no running host.
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Show and clear the response cache of a running host.
+    #[command(subcommand)]
+    Cache(CacheCommand),
     /// Make, build, check and time a policy; needs no running host.
     #[command(subcommand)]
     Plugin(PluginCommand),
@@ -186,6 +189,22 @@ pub(crate) struct GpuCheckArgs {
     /// Where compiled kernels are kept from one run to the next [default: in the folder for temporary files].
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// Say how much is kept, and how often it served.
+    #[command(after_help = "Example:\n  pointsman cache status")]
+    Status {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Forget every answer; those being computed are not kept either.
+    #[command(after_help = "Example:\n  pointsman cache clear")]
+    Clear {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
 }
 
 #[derive(Debug, Subcommand)]

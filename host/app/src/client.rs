@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use pointsman_policy::Digest;
 use serde_json::{Value, json};
 
-use crate::cli::{AdminArgs, AliasCommand, PolicyCommand, Switch};
+use crate::cli::{AdminArgs, AliasCommand, CacheCommand, PolicyCommand, Switch};
 use crate::oci::SIGNATURE_ANNOTATION;
 use crate::reference::{OCI_SCHEME, Reference};
 use crate::trust::{SecretKey, Signature};
@@ -122,6 +122,35 @@ pub(crate) fn alias(command: AliasCommand, out: &mut dyn Write) -> anyhow::Resul
             print(out, &at, &answer, alias_lines)
         }
     }
+}
+
+/// `pointsman cache ...`.
+///
+/// # Errors
+/// As for [`run`].
+pub(crate) fn cache(command: CacheCommand, out: &mut dyn Write) -> anyhow::Result<()> {
+    const CACHE: &str = "/admin/v1/cache";
+    match command {
+        CacheCommand::Status { at } => print(out, &at, &Admin::new(at.clone()).get(CACHE)?, cache_lines),
+        CacheCommand::Clear { at } => {
+            let answer = Admin::new(at.clone()).send("DELETE", CACHE, Vec::new(), "")?;
+            print(out, &at, &answer, |a| format!("forgot {} answers, {} bytes", a["entries"], a["bytes"]))
+        }
+    }
+}
+
+fn cache_lines(stats: &Value) -> String {
+    if stats["enabled"] == false {
+        return "the response cache is off: server.response_cache_mib gives it room".to_owned();
+    }
+    let [entries, bytes, most, ttl] = ["entries", "bytes", "max_bytes", "ttl_s"].map(|name| &stats[name]);
+    let [hits, misses, joined, bypassed] = ["hits", "misses", "joined", "bypassed"].map(|name| &stats[name]);
+    let [stale, stored, evicted] = ["stale", "stored", "evicted"].map(|name| &stats[name]);
+    format!(
+        "{entries} answers, {bytes} of {most} bytes, each kept for {ttl} s\n\
+         hits {hits}, joined {joined}, misses {misses} (of them stale {stale}), not looked up {bypassed}\n\
+         stored {stored}, evicted {evicted}"
+    )
 }
 
 const SAFE_MODE: &str = "/admin/v1/safe-mode";

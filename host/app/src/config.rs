@@ -69,6 +69,9 @@ pub(crate) struct ServerSection {
     pub max_choices: u32,
     pub max_rows: u32,
     pub max_grammar_mib: u32,
+    /// Room of the response cache; 0 leaves it off.
+    pub response_cache_mib: u32,
+    pub response_cache_ttl_s: u64,
     pub shutdown_grace_ms: u64,
     /// Request headers that routers may ask for as `header.<name>`; a `*` at the end stands for any rest.
     pub route_headers: Vec<String>,
@@ -311,6 +314,8 @@ impl Default for ServerSection {
             max_choices: 8,
             max_rows: 64,
             max_grammar_mib: 1_024,
+            response_cache_mib: 0,
+            response_cache_ttl_s: 3_600,
             shutdown_grace_ms: 20_000,
             route_headers: vec!["x-*".to_owned()],
             api_keys_file: PathBuf::new(),
@@ -422,7 +427,7 @@ impl Config {
         let (sched, server, policy) = (&self.sched, &self.server, &self.policy);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 21] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 23] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -439,6 +444,8 @@ impl Config {
             ("server.max_choices", server.max_choices.into(), 1, 1_024, "choices"),
             ("server.max_rows", server.max_rows.into(), 1, 4_096, "texts"),
             ("server.max_grammar_mib", server.max_grammar_mib.into(), 1, 1 << 20, "MiB"),
+            ("server.response_cache_mib", server.response_cache_mib.into(), 0, 1 << 20, "MiB (0: off)"),
+            ("server.response_cache_ttl_s", server.response_cache_ttl_s, 1, 31_536_000, "seconds"),
             ("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 3_600_000, "milliseconds"),
             ("policy.compile_timeout_ms", policy.compile_timeout_ms, 100, 600_000, "milliseconds"),
             ("policy.compile_memory_mib", policy.compile_memory_mib, 256, 65_536, "MiB"),

@@ -58,6 +58,7 @@ pub fn main() -> ExitCode {
         Some(Command::Policy(command)) => client::run(command, &mut out),
         Some(Command::Alias(command)) => client::alias(command, &mut out),
         Some(Command::Key(command)) => keys::run(command, &mut out),
+        Some(Command::Cache(command)) => client::cache(command, &mut out),
         Some(Command::Plugin(command)) => plugin::run(command, &mut out),
         Some(Command::Apply(args)) => apply::run(&args, &mut out),
         Some(Command::Bench(args)) => bench::run(&args, &mut out),

@@ -136,6 +136,8 @@ pub struct Assigned<'a> {
     pub variant: &'a str,
     /// Hash of what stays there.
     pub unit: u64,
+    /// Whether a rollout under way assigned it.
+    pub is_trial: bool,
 }
 
 /// Who asks for an alias.
@@ -207,7 +209,7 @@ impl AliasDocument {
                 Arm::Control => &rollout.control,
                 Arm::Candidate => &rollout.candidate,
             };
-            return Some(Assigned { variant, unit });
+            return Some(Assigned { variant, unit, is_trial: true });
         }
         let total: u64 = self.weights.values().map(|weight| u64::from(*weight)).sum();
         if total == 0 {
@@ -218,7 +220,7 @@ impl AliasDocument {
         for (variant, weight) in &self.weights {
             match place.checked_sub(u64::from(*weight)) {
                 Some(rest) => place = rest,
-                None => return Some(Assigned { variant, unit }),
+                None => return Some(Assigned { variant, unit, is_trial: false }),
             }
         }
         None

@@ -535,6 +535,12 @@ impl<H: Hook> Guest<H> {
         }
     }
 
+    /// Faults, and decisions taken in its place.
+    pub(crate) fn missteps(&self) -> u64 {
+        let faults: u64 = self.faults.iter().map(|faults| faults.load(Ordering::Relaxed)).sum();
+        faults + self.fallbacks.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn status(&self) -> GuestStatus {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         GuestStatus {

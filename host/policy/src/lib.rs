@@ -77,7 +77,7 @@ pub use runtime::{ActivateError, Activation, Clock, Inspected, Role, Runtime, Ru
 pub use sampler::{SampledReplica, SamplerPort, SamplerSlot};
 pub use scheduler::{SchedulerGuest, SchedulerSlot};
 pub use shadow::Compared;
-pub use slot::{Arm, Prepared, PublishError, Published, Slot, SlotStatus};
+pub use slot::{Arm, Deciding, Prepared, PublishError, Published, Slot, SlotStatus};
 pub use state::MAX_NAMESPACE_BYTES;
 pub use telemetry::{Alert, Severity, TelemetrySlot};
 pub use upload::{Digest, UploadError, World, encode};

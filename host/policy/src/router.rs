@@ -21,7 +21,7 @@ use crate::fault::{Call, Fault, FaultKind, truncate};
 use crate::instance::{Hook, Instance, ProbeFault, hook_bindings};
 use crate::manifest::{MAX_REPLICA_COLUMNS, MAX_REQUEST_NUMBERS, ReplicaColumn, RequestNumber, Wants};
 use crate::shadow::{Case, Shadow, Verdict};
-use crate::slot::{SlotCore, slot_by_core};
+use crate::slot::{Deciding, SlotCore, slot_by_core};
 use crate::upload::World;
 
 /// Longest text of a rejection that a client sees, in bytes.
@@ -39,6 +39,14 @@ pub struct RouterSlot {
 }
 
 slot_by_core!(RouterSlot);
+
+impl RouterSlot {
+    /// Who routes.
+    #[must_use]
+    pub fn deciding(&self) -> Deciding {
+        self.core.deciding_now()
+    }
+}
 
 impl RoutePolicy for RouterSlot {
     fn route(&self, now: Micros, request: &RouteRequest<'_>, replicas: &ReplicaColumns) -> Routed {

@@ -28,7 +28,7 @@ use crate::listener::{self, Listener, SamplerSample};
 use crate::manifest::Wants;
 use crate::resident::Resident;
 use crate::shadow::{Case, Shadow};
-use crate::slot::{SlotCore, slot_by_core};
+use crate::slot::{Deciding, SlotCore, slot_by_core};
 use crate::upload::World;
 
 /// `world sampler-policy`.
@@ -124,6 +124,12 @@ impl SamplerSlot {
     /// Lets no request go on here, as where a policy that fails closed cannot be brought back, until something is published.
     pub fn refuse(&self) {
         self.core.refuse();
+    }
+
+    /// Who says what requests may get.
+    #[must_use]
+    pub fn deciding(&self) -> Deciding {
+        self.core.deciding_now()
     }
 
     /// Whether no request goes on here, because there is no policy that could say so.

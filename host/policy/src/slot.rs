@@ -8,7 +8,7 @@
 //! capacity makes such a split no experiment: arms that share a batch disturb each other.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
@@ -150,6 +150,17 @@ pub struct SlotStatus {
     pub swaps: u64,
 }
 
+/// Who decides in a slot, for whoever keeps what was decided: two that are equal have decided alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deciding {
+    /// The generation; none for the native policy.
+    pub generation: Option<u64>,
+    /// Another number after each pointer swap, fault, and decision taken in the guest's place.
+    pub mark: u64,
+    /// Whether a candidate is staged.
+    pub is_trial: bool,
+}
+
 /// What all slots can do; the app holds them by name.
 pub trait Slot: Send + Sync + fmt::Debug {
     /// As in `router` or `telemetry.slo-log`.
@@ -248,6 +259,8 @@ pub(crate) struct SlotCore<H: Hook> {
     /// Of a million decisions, those that are put to the shadow, if there is one.
     share_ppm: Arc<AtomicU32>,
     shadow: ArcSwapOption<Shadow<H>>,
+    /// Whether a candidate is staged, for serving threads.
+    is_trial: AtomicBool,
     /// Held while the pointer moves; serving threads never take it.
     arms: Mutex<Arms<H>>,
     /// One thread at a time starts instances here.
@@ -340,6 +353,7 @@ impl<H: Hook> SlotCore<H> {
             alive,
             share_ppm: Arc::default(),
             shadow: ArcSwapOption::empty(),
+            is_trial: AtomicBool::new(false),
             arms: Mutex::new(Arms { newest: 0, staged: None }),
             respawning: Mutex::new(()),
         }
@@ -375,6 +389,17 @@ impl<H: Hook> SlotCore<H> {
     #[inline]
     pub(crate) fn is_native(&self) -> bool {
         self.deciding().load().guest.is_none()
+    }
+
+    /// Who decides now. Where nobody may go on without a guest, the native policy does not.
+    pub(crate) fn deciding_now(&self) -> Deciding {
+        let generation = self.enter();
+        let missteps = generation.guest.as_ref().map_or(0, Guest::missteps);
+        Deciding {
+            generation: (!generation.serves_without()).then(|| generation.number()),
+            mark: self.swaps.load(Ordering::Relaxed) + missteps,
+            is_trial: self.is_trial.load(Ordering::Relaxed),
+        }
     }
 
     /// Enters the current generation to stay.
@@ -476,6 +501,7 @@ impl<H: Hook> SlotCore<H> {
         candidate.guest.iter().for_each(|guest| self.shared.fork(guest.state()));
         let control = self.current.load_full();
         arms.staged = Some(Staged { control, candidate: Arc::new(candidate), serving: Arm::Control });
+        self.is_trial.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -534,6 +560,7 @@ impl<H: Hook> SlotCore<H> {
     pub(crate) fn settle(&self, stays: Arm) -> Result<Published, PublishError> {
         let mut arms = self.arms();
         let staged = arms.staged.take().ok_or_else(|| self.nothing_staged())?;
+        self.is_trial.store(false, Ordering::Relaxed);
         self.share_ppm.store(0, Ordering::Relaxed);
         self.shadow.swap(None).iter().for_each(|shadow| shadow.case.end());
         let (winner, loser) = match stays {

@@ -141,6 +141,9 @@ impl Permit {
             return Err(ApiError::Saturated { what });
         }
         self.tokens += tokens;
+        if let Some(Ticket { ending, .. }) = &self.ticket {
+            self.admission.tenant(ending.tenant, |tenant| tenant.queued_tokens += u64::from(tokens));
+        }
         Ok(())
     }
 

@@ -41,6 +41,10 @@ pub struct ServerConfig {
     pub draft_tokens: u32,
     /// Memory of all compiled forms of texts and the masks made of them, together; beyond, requests get 429.
     pub max_grammar_bytes: usize,
+    /// Memory of the response cache; 0 leaves it off.
+    pub cache_bytes: usize,
+    /// Time for which an answer is kept.
+    pub cache_ttl_ms: u64,
     /// Events that a slow client may be behind, per choice; beyond, its request ends.
     pub sink_events: usize,
     /// Request headers that routers may ask for as `header.<name>`, lower case; a `*` at the end stands for any rest.
@@ -161,6 +165,8 @@ impl Default for ServerConfig {
             max_rows: 64,
             draft_tokens: 0,
             max_grammar_bytes: 1 << 30,
+            cache_bytes: 0,
+            cache_ttl_ms: 3_600_000,
             sink_events: 4_096,
             route_headers: Vec::new(),
             api_keys: Vec::new(),
@@ -179,7 +185,7 @@ impl ServerConfig {
     /// # Errors
     /// The first value that cannot work, by its key.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive: [(&'static str, u64); 14] = [
+        let positive: [(&'static str, u64); 15] = [
             ("max_requests", self.max_requests.into()),
             ("max_queued_tokens", self.max_queued_tokens.into()),
             ("max_body_bytes", self.max_body_bytes as u64),
@@ -192,6 +198,7 @@ impl ServerConfig {
             ("max_prompts", self.max_prompts.into()),
             ("max_rows", self.max_rows.into()),
             ("max_grammar_bytes", self.max_grammar_bytes as u64),
+            ("cache_ttl_ms", self.cache_ttl_ms),
             ("sink_events", self.sink_events as u64),
             ("max_component_bytes", self.max_component_bytes as u64),
         ];

@@ -87,6 +87,16 @@ pub(crate) struct Placement {
     row: u32,
     /// When its first token is expected; 0 where nobody knows.
     pub(crate) expected: Micros,
+    /// Whether another variant might have been meant: that to which it was assigned, or what the router picked, is full.
+    pub(crate) strays: bool,
+    decided_by: DecidedBy,
+}
+
+/// A placement by its names, for whoever outlives it.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    pub(crate) replica: Arc<str>,
+    pub(crate) variant: Arc<str>,
     decided_by: DecidedBy,
 }
 
@@ -209,10 +219,22 @@ impl Catalog {
 // === impl Placement ===
 
 impl Placement {
+    pub(crate) fn origin(&self) -> Origin {
+        Origin {
+            replica: Arc::clone(&self.replica.name),
+            variant: Arc::clone(&self.variant.id),
+            decided_by: self.decided_by.clone(),
+        }
+    }
+}
+
+// === impl Origin ===
+
+impl Origin {
     /// Puts the headers of a routed response.
     pub(crate) fn headers(&self, headers: &mut HeaderMap) {
         let router = format!("{};g={}", self.decided_by.revision, self.decided_by.generation);
-        for (name, value) in [(REPLICA, &*self.replica.name), (VARIANT, &*self.variant.id), (ROUTER, &*router)] {
+        for (name, value) in [(REPLICA, &*self.replica), (VARIANT, &*self.variant), (ROUTER, &*router)] {
             if let Ok(value) = HeaderValue::from_str(value) {
                 headers.insert(name, value);
             }
@@ -431,7 +453,10 @@ impl Dispatch<'_> {
                         0 => 0,
                         wait => self.state.clock.now().saturating_add(wait),
                     };
-                    return Ok(Placement { expected, ..placement });
+                    let is_picked = !native || !matches!(routed.choice, Choice::Pick(_) | Choice::Rank(_));
+                    let is_meant = self.assigned.map_or(is_picked, |assigned| assigned.variant == placement.variant.id);
+                    let strays = self.target.variants.len() > 1 && !is_meant;
+                    return Ok(Placement { expected, strays, ..placement });
                 }
                 Err((mut request, error)) => {
                     placement.replica.gauges.release(n);
@@ -456,6 +481,7 @@ impl Dispatch<'_> {
         Placement {
             row: u32::try_from(row).unwrap_or(u32::MAX),
             expected: 0,
+            strays: false,
             replica: Arc::clone(&variant.replicas[r]),
             variant: Arc::clone(variant),
             decided_by: routed.decided_by.clone(),

@@ -344,11 +344,11 @@ impl Stream for Events {
                 }
                 Ok(Event::Done { prompt_tokens: vectors.tokens, completion_tokens: 0, cached_tokens: 0 })
             }
-            Source::Generating(running) => match ready!(running.generation.poll_update(cx)) {
+            Source::Generating(running) => match ready!(running.feed.poll_update(cx)) {
                 Some(Ok(update)) => return Poll::Ready(Some(Ok(update.into()))),
                 Some(Err(error)) => Err(error.into()),
                 None => {
-                    let totals = running.generation.totals();
+                    let totals = running.feed.totals();
                     let (prompt_tokens, completion_tokens) = (totals.prompt, totals.completion);
                     Ok(Event::Done { prompt_tokens, completion_tokens, cached_tokens: totals.cached })
                 }

@@ -20,8 +20,9 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Catalog, Clock, DoorQuestion, EmbedJob, Embedded, Encoder,
-    EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded, Variant,
+    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DoorQuestion, EmbedJob, Embedded,
+    Encoder, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded,
+    Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -112,6 +113,7 @@ pub(crate) struct FakeAdmin {
     pub(crate) journal: Mutex<Vec<JournalLine>>,
     pub(crate) weights: Mutex<wire::Weights>,
     pub(crate) refuses_all: AtomicBool,
+    pub(crate) authors: Mutex<Authors>,
     /// Uploads and activations wait here.
     pub(crate) gate: Gate,
 }
@@ -468,6 +470,10 @@ impl PolicyAdmin for FakeAdmin {
         self.refuses_all.load(Ordering::Relaxed)
     }
 
+    fn authors(&self) -> Authors {
+        *self.authors.lock().expect("unpoisoned")
+    }
+
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {
         if question.request.prompt_tokens > 9 {
             return Err(refused(AdminErrorKind::Conflict, "the router has no previous policy"));
@@ -507,7 +513,11 @@ impl AliasPort for FakeAdmin {
         // The fake's hash is the length of the tenant's name.
         let ids: Vec<&String> = weights.weights.keys().collect();
         let unit = asker.tenant.len();
-        (!ids.is_empty()).then(|| Assigned { variant: ids[unit % ids.len()].as_str().into(), unit: unit as u64 })
+        (!ids.is_empty()).then(|| Assigned {
+            variant: ids[unit % ids.len()].as_str().into(),
+            unit: unit as u64,
+            is_trial: weights.rollout.is_some(),
+        })
     }
 
     fn weights(&self, _alias: &str) -> wire::Weights {

@@ -48,7 +48,7 @@ pub(crate) struct Caller {
     /// Hash of the session, 0 without one.
     pub(crate) session: u64,
     pub(crate) max_priority: Priority,
-    header_priority: Option<Priority>,
+    pub(crate) header_priority: Option<Priority>,
     /// Allow-listed headers as a router names them, `header.<name>`.
     pub(crate) attributes: Arc<[(String, String)]>,
 }

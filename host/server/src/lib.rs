@@ -11,6 +11,7 @@
 pub mod admin;
 mod admission;
 mod anthropic;
+mod cache;
 mod config;
 mod data;
 mod dispatch;

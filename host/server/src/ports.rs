@@ -204,6 +204,8 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn set_safe_mode(&self, put: wire::PutSafeMode, actor: &str) -> Result<wire::SafeMode, AdminError>;
     /// Whether every request that generates is refused, because a policy that fails closed is missing. Answers at once.
     fn refuses_all(&self) -> bool;
+    /// Who has a say now in what requests are answered. Answers at once; asked for each request that may be answered again.
+    fn authors(&self) -> Authors;
     /// Asks the router that was active before the present one, off the path; nothing that serves is touched.
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError>;
     /// The same of admission.
@@ -214,6 +216,36 @@ pub trait PolicyAdmin: Send + Sync + Debug {
     fn shadow_admission_said(&self, request: RequestId) -> Option<Judged>;
     /// Journal lines (JSON, oldest first) with a sequence number above `after`, at most `limit`.
     fn journal(&self, after: u64, limit: usize) -> Vec<JournalLine>;
+}
+
+/// The policies that can change what a request is answered. The others change when it is, or whether.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Authors {
+    /// The sampler: it says which tokens a request may get.
+    pub sampler: Author,
+    /// The router: it says which variant answers, where there are several.
+    pub router: Author,
+}
+
+impl Authors {
+    /// What matters to a request: where no router chooses among variants (`is_open`), its missteps do not.
+    pub(crate) fn counting(mut self, is_open: bool) -> Self {
+        if !is_open {
+            self.router.mark = 0;
+        }
+        self
+    }
+}
+
+/// Who decides in a slot. Two that are equal have decided alike.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Author {
+    /// Its generation; none for the native policy.
+    pub generation: Option<u64>,
+    /// Another number after each swap, fault, and decision taken in the policy's place.
+    pub mark: u64,
+    /// Whether a candidate is staged beside it.
+    pub is_trial: bool,
 }
 
 /// What a router once saw.
@@ -307,6 +339,8 @@ pub struct Assigned {
     pub variant: Arc<str>,
     /// Hash of what stays there: tenant, session or request.
     pub unit: u64,
+    /// Whether a rollout assigned it and measures what becomes of it.
+    pub is_trial: bool,
 }
 
 /// Who asks for an alias.

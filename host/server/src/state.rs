@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::admin::places::Places;
 use crate::admission::{Admission, Permit};
+use crate::cache::ResponseCache;
 use crate::config::{ConfigError, ServerConfig};
 use crate::error::ApiError;
 use crate::grammar::GrammarDesk;
@@ -79,6 +80,7 @@ pub struct ServerState {
     pub(crate) traces: Traces,
     pub(crate) taps: Taps,
     pub(crate) grammars: GrammarDesk,
+    pub(crate) cache: ResponseCache,
     /// In place of `config.api_keys`, which are those of the start.
     pub(crate) keys: Keys,
     pub(crate) usage: Usage,
@@ -119,6 +121,7 @@ impl ServerState {
             traces: Traces::new(config.explain_requests),
             taps,
             grammars: GrammarDesk::new(config.max_grammar_bytes),
+            cache: ResponseCache::new(&config, metrics.response_cache()),
             keys: Keys::new(config.api_keys.clone())?,
             usage: Usage::default(),
             started: clock.unix_seconds(),

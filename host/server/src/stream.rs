@@ -1,13 +1,12 @@
 //! Tokens on their way out: from the driver thread through a bounded channel to text, updates and bytes.
 //!
 //! One channel per HTTP request, shared by its choices. The driver never waits: a full channel answers `Closed`, which
-//! cancels that request alone. No task stands in between: the handler or the response body polls [`Generation`], so a
+//! cancels that request alone. No task stands in between: the handler or the response body polls [`Generation`] through its [`Feed`], so a
 //! client that goes away drops it, and dropping it cancels. Latencies are observed here, on a worker thread, and not in the
 //! sink, because the driver thread has every sequence's next token to compute; they include what the client itself waits.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +22,7 @@ use pointsman_telemetry::{Metrics, RequestMetrics};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use crate::cache::Feed;
 use crate::error::ApiError;
 use crate::ports::Clock;
 use crate::registry::InFlight;
@@ -123,7 +123,7 @@ pub(crate) enum Update {
 }
 
 /// One step of a choice.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Delta {
     pub(crate) choice: usize,
     /// Text that became visible; may lag behind the tokens.
@@ -133,7 +133,7 @@ pub(crate) struct Delta {
 }
 
 /// A generated token.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Token {
     pub(crate) id: u32,
     pub(crate) logprobs: Option<Box<TokenLogprobs>>,
@@ -170,10 +170,10 @@ pub(crate) trait Encode: Send + std::fmt::Debug {
     fn end(&mut self, out: &mut Vec<u8>, totals: Totals);
 }
 
-/// A response body that writes a generation as it goes.
+/// A response body that writes an answer as it goes.
 #[derive(Debug)]
 pub(crate) struct EventBody {
-    generation: Generation,
+    feed: Feed,
     encoder: Box<dyn Encode>,
     state: BodyState,
 }
@@ -250,20 +250,9 @@ impl Generation {
         }
     }
 
-    /// Waits until there is text to send, or all is over: an error up to here still has a status of its own.
-    pub(crate) async fn first(&mut self) -> Result<(), ApiError> {
-        poll_fn(|cx| {
-            while self.open > 0 && !self.updates.iter().any(|u| matches!(u, Update::Delta(_))) {
-                ready!(self.poll_event(cx))?;
-            }
-            Poll::Ready(Ok(()))
-        })
-        .await
-    }
-
-    /// The next update; `None` after the last.
-    pub(crate) async fn next(&mut self) -> Option<Result<Update, ApiError>> {
-        poll_fn(|cx| self.poll_update(cx)).await
+    /// Ends what still runs.
+    pub(crate) fn cancel_all(&self, cause: CancelCause) {
+        self.in_flight.cancel_all(cause);
     }
 
     /// Tokens so far.
@@ -278,6 +267,7 @@ impl Generation {
         }
     }
 
+    /// The next update; `None` after the last.
     pub(crate) fn poll_update(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Update, ApiError>>> {
         loop {
             if let Some(update) = self.updates.pop_front() {
@@ -468,8 +458,8 @@ fn seconds(micros: u64) -> f64 {
 // === impl EventBody ===
 
 impl EventBody {
-    pub(crate) fn new(generation: Generation, encoder: Box<dyn Encode>) -> Self {
-        Self { generation, encoder, state: BodyState::Fresh }
+    pub(crate) fn new(feed: Feed, encoder: Box<dyn Encode>) -> Self {
+        Self { feed, encoder, state: BodyState::Fresh }
     }
 
     /// Writes what there is; true when the last byte is in `out`.
@@ -478,15 +468,15 @@ impl EventBody {
             self.encoder.begin(out);
         }
         while out.len() < FRAME_BYTES {
-            match self.generation.poll_update(cx) {
+            match self.feed.poll_update(cx) {
                 Poll::Ready(Some(Ok(update))) => self.encoder.update(out, &update),
                 Poll::Ready(Some(Err(error))) => {
                     self.encoder.error(out, &error);
-                    self.generation.in_flight.cancel_all(CancelCause::ClientGone);
+                    self.feed.cancel();
                     return true;
                 }
                 Poll::Ready(None) => {
-                    self.encoder.end(out, self.generation.totals());
+                    self.encoder.end(out, self.feed.totals());
                     return true;
                 }
                 Poll::Pending => return false,

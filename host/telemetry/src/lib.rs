@@ -15,8 +15,8 @@ mod recorder;
 pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
 pub use metrics::{
-    EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics, RequestMetrics,
-    SlotMetrics, TenantMetrics,
+    CacheMetrics, EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics,
+    RequestMetrics, SlotMetrics, TenantMetrics,
 };
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};

@@ -74,6 +74,7 @@ pub struct Metrics {
     alerts: IntCounterVec,
     safe_mode: IntGauge,
     events_dropped: IntCounter,
+    cache: CacheMetrics,
     arms: ArmFamilies,
     plugin: Mutex<PluginFamilies>,
 }
@@ -168,6 +169,27 @@ pub struct TenantMetrics {
     pub cached_tokens: IntCounter,
     /// `pointsman_tenant_tokens_total{kind="completion"}`.
     pub completion_tokens: IntCounter,
+}
+
+/// Handles of the response cache.
+#[derive(Clone, Debug)]
+pub struct CacheMetrics {
+    /// `pointsman_response_cache_requests_total{outcome="hit"}`.
+    pub hits: IntCounter,
+    /// `pointsman_response_cache_requests_total{outcome="miss"}`.
+    pub misses: IntCounter,
+    /// `pointsman_response_cache_requests_total{outcome="joined"}`.
+    pub joined: IntCounter,
+    /// `pointsman_response_cache_requests_total{outcome="bypass"}`.
+    pub bypassed: IntCounter,
+    /// `pointsman_response_cache_stale_total`.
+    pub stale: IntCounter,
+    /// `pointsman_response_cache_evicted_total`.
+    pub evicted: IntCounter,
+    /// `pointsman_response_cache_entries`.
+    pub entries: IntGauge,
+    /// `pointsman_response_cache_bytes`.
+    pub bytes: IntGauge,
 }
 
 /// Handles for one revision in one slot.
@@ -268,6 +290,26 @@ pub(crate) fn registered<C: Collector + Clone + 'static>(registry: &Registry, fa
         .register(Box::new(family.clone()))
         .unwrap_or_else(|error| unreachable!("metric names are unique: {error}"));
     family
+}
+
+impl CacheMetrics {
+    fn new(registry: &Registry) -> Self {
+        let name = "pointsman_response_cache_requests_total";
+        let help = "Requests by how the response cache served them.";
+        let requests = registered(registry, IntCounterVec::new(Opts::new(name, help), &["outcome"]));
+        let counter = |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
+        let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help));
+        Self {
+            hits: requests.with_label_values(&["hit"]),
+            misses: requests.with_label_values(&["miss"]),
+            joined: requests.with_label_values(&["joined"]),
+            bypassed: requests.with_label_values(&["bypass"]),
+            stale: counter("pointsman_response_cache_stale_total", "Misses that found an answer past its time."),
+            evicted: counter("pointsman_response_cache_evicted_total", "Answers given up for room."),
+            entries: gauge("pointsman_response_cache_entries", "Answers in the response cache."),
+            bytes: gauge("pointsman_response_cache_bytes", "Memory of the answers in the response cache."),
+        }
+    }
 }
 
 impl Metrics {
@@ -420,6 +462,7 @@ impl Metrics {
                 &registry,
                 IntCounter::new("pointsman_events_dropped_total", "Events lost to the bound of the ring."),
             ),
+            cache: CacheMetrics::new(&registry),
             arms: ArmFamilies::new(&registry),
             plugin: Mutex::default(),
             registry,
@@ -429,6 +472,12 @@ impl Metrics {
     /// Whether the native policy decides in every slot by one switch.
     pub fn safe_mode(&self, on: bool) {
         self.safe_mode.set(on.into());
+    }
+
+    /// Handles of the response cache.
+    #[must_use]
+    pub fn response_cache(&self) -> CacheMetrics {
+        self.cache.clone()
     }
 
     /// Handles for the requests of one variant.

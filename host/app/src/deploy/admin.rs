@@ -4,13 +4,16 @@ use pointsman_control::{
     Budget, ComponentRef, Desired, Handover, Happened, OnFault, Removal, SlotName, SlotState, Target, Why,
 };
 use pointsman_policy::{
-    Activation, AdmissionQuestion, Component, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion, SlotStatus,
+    Activation, AdmissionQuestion, Component, Deciding, FaultKind, Health, MAX_NAMESPACE_BYTES, RouterQuestion,
+    SlotStatus,
 };
 use pointsman_sched::admit::Judged;
 use pointsman_sched::ids::RequestId;
 use pointsman_sched::route::{Choice, DecidedBy, Routed};
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{AdminError, DoorQuestion, JournalLine, PolicyAdmin, Question, Upload, Uploaded};
+use pointsman_server::ports::{
+    AdminError, Author, Authors, DoorQuestion, JournalLine, PolicyAdmin, Question, Upload, Uploaded,
+};
 
 use serde_json::value::RawValue;
 
@@ -159,6 +162,11 @@ impl PolicyAdmin for Deploy {
 
     fn refuses_all(&self) -> bool {
         self.sampler.refuses()
+    }
+
+    fn authors(&self) -> Authors {
+        let author = |Deciding { generation, mark, is_trial }| Author { generation, mark, is_trial };
+        Authors { sampler: author(self.sampler.deciding()), router: author(self.router.deciding()) }
     }
 
     fn ask_previous_router(&self, question: &Question<'_>) -> Result<Routed, AdminError> {

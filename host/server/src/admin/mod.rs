@@ -22,11 +22,12 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::response::Response;
 use axum::routing::{delete, get, post, put};
-use axum::{Router, middleware};
+use axum::{Extension, Router, middleware};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use self::guard::Actor;
 use self::places::Kind;
 use self::rollouts::{OfAlias, OfSlot};
 use crate::data::{Routes, unknown_route, wrong_method};
@@ -83,6 +84,7 @@ pub(crate) fn routes() -> Routes {
         ("/admin/v1/safe-mode", &["get", "post"], get(safe_mode::safe_mode).post(safe_mode::switch)),
         ("/admin/v1/usage", &["get"], get(usage::usage)),
         ("/admin/v1/devices", &["get"], get(devices)),
+        ("/admin/v1/cache", &["get", "delete"], get(cache).delete(clear_cache)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),
         ("/admin/v1/drain", &["post"], post(drain)),
     ]
@@ -130,6 +132,16 @@ async fn blocking_in<T: Send + 'static>(
 
 async fn devices(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
     Ok(list(blocking(&state, Kind::Read, |state| Ok(state.models.devices())).await?))
+}
+
+async fn cache(State(state): State<Arc<ServerState>>) -> Response {
+    json(&state.cache.stats())
+}
+
+async fn clear_cache(State(state): State<Arc<ServerState>>, Extension(Actor(actor)): Extension<Actor>) -> Response {
+    let cleared = state.cache.clear();
+    tracing::info!(%actor, entries = cleared.entries, bytes = cleared.bytes, "the response cache was cleared");
+    json(&cleared)
 }
 
 #[derive(Serialize)]

@@ -150,7 +150,7 @@ pub(super) struct MessageSse {
 
 impl MessageSse {
     pub(super) fn new(running: &Running, calls: Option<CallStream>, stop: Arc<[String]>) -> Self {
-        let (head, totals) = (running.head.clone(), running.generation.totals());
+        let (head, totals) = (running.head.clone(), running.feed.totals());
         Self { head, totals, stop, calls, blocks: Blocks::default(), is_open: false, finish: None }
     }
 

@@ -57,8 +57,7 @@ pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields)
     let (stream, include_usage) = (params.stream, params.include_usage);
     let default_tokens = Some(DEFAULT_TOKENS);
     let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt" };
-    let running = arrival.start(&job, permit)?;
-    drop(job);
+    let running = arrival.start(job, permit).await?;
     let streams = stream || running.wants_events();
     Ok(Answer { running, n_choices, streams, shape: Box::new(CompletionShape { echoed, include_usage }) })
 }

@@ -133,8 +133,9 @@ impl Talk {
         let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
         let default_tokens = target.text().defaults().max_new_tokens;
         let job = Job { params, target, prompts: vec![prompt], grammar, default_tokens, prompt_param };
-        let running = arrival.start(&job, permit)?;
-        let Params { n, stream, include_usage, stop, .. } = job.params;
+        let Params { n, stream, include_usage, ref stop, .. } = job.params;
+        let stop = Arc::clone(stop);
+        let running = arrival.start(job, permit).await?;
         let streams = stream || running.wants_events();
         Ok(Answering { running, rules, n_choices: n as usize, streams, include_usage, stop })
     }

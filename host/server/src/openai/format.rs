@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::fields::{Fields, mismatch};
+use crate::cache::{Key, KeyWriter};
 use crate::error::ApiError;
 use crate::grammar::{Compiled, Form, GrammarError};
 use crate::state::ServerState;
@@ -57,6 +58,20 @@ impl Format {
     pub(super) fn clashes(&self, other: &str) -> ApiError {
         let problem = format!("`{other}` and `{}` both say what the text must be; send one of them", self.param);
         ApiError::invalid(&*self.param, problem)
+    }
+
+    /// What stands for it. The order of a schema's members is part of it: texts have them in that order.
+    pub(super) fn key(&self) -> Key {
+        let Self { param: _, form } = self;
+        let mut key = KeyWriter::default();
+        let (kind, text) = match form {
+            Form::Json(schema) => (0, schema.to_string()),
+            Form::Regex(pattern) => (1, pattern.clone()),
+            Form::Lark(grammar) => (2, grammar.clone()),
+        };
+        key.number(kind);
+        key.text(&text);
+        key.key()
     }
 
     /// Compiles it for a model.

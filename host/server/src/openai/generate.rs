@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use axum::http::header::{ACCEPT, AGE, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body_util::Full;
@@ -12,34 +12,39 @@ use pointsman_sched::admit::{AdmitRequest, Verdict};
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::request::Sampling;
 
+use super::errand::Errand;
 use super::ndjson::NdjsonEncoder;
 use super::params::Params;
 use crate::admin::wire::calls::DoorSeen;
 use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
-use crate::dispatch::{Assignment, Dispatch, Placement, Prompt, Submission, Target, Terms, record_rejection};
+use crate::cache::{Feed, Served, Wish};
+use crate::dispatch::{Assignment, Placement, Prompt, Submission, Target, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::grammar::Compiled;
 use crate::identity::{Caller, session_hash};
 use crate::ports::{Asker, Assigned};
 use crate::state::ServerState;
-use crate::stream::{
-    ChoiceParts, Encode, EventBody, Finish, Generation, GenerationParts, SinkMaker, Token, Totals, Update, channel,
-};
+use crate::stream::{ChoiceParts, Encode, EventBody, Finish, SinkMaker, Token, Totals, Update};
 use crate::text::{Detokenizer, StopMatcher, TextModel};
 use crate::trace::{Doored, Stage};
+
+/// How the response cache served a request.
+const CACHE_STATUS: HeaderName = HeaderName::from_static("x-pointsman-cache");
 
 /// Texts longer than this are tokenized on the blocking pool: a worker thread serves other requests in the meantime.
 const INLINE_TEXT: usize = 8 << 10;
 
 /// What a handler knows of a request before it reads the body.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Arrival {
     pub(crate) state: Arc<ServerState>,
     pub(crate) caller: Caller,
     pub(crate) tag: Arc<str>,
     pub(crate) arrived: Micros,
     pub(crate) ndjson: bool,
+    /// What it says of the response cache.
+    pub(super) wish: Wish,
 }
 
 /// A request whose body has been read and whose prompts are tokens.
@@ -59,13 +64,13 @@ pub(crate) struct Job {
 /// A generation under way.
 #[derive(Debug)]
 pub(crate) struct Running {
-    pub(crate) generation: Generation,
-    /// Of the first choice.
-    pub(crate) placement: Placement,
+    pub(crate) feed: Feed,
     pub(crate) head: Head,
     /// The tokenizer that writes its tokens.
     pub(crate) text: Arc<TextModel>,
     ndjson: bool,
+    /// By the response cache, where it is on.
+    served: Option<Served>,
 }
 
 /// The members that every object of a response repeats.
@@ -125,12 +130,12 @@ pub(crate) async fn tokenizing<T: Send + 'static>(
 impl Arrival {
     /// What a request brings beside its body.
     pub(crate) fn new(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>, headers: &HeaderMap) -> Self {
-        Self { ndjson: accepts_ndjson(headers), ..Self::within(state, caller, tag) }
+        Self { ndjson: accepts_ndjson(headers), wish: Wish::of(headers), ..Self::within(state, caller, tag) }
     }
 
     /// One that no transport brought.
     pub(crate) fn within(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>) -> Self {
-        Self { state: Arc::clone(state), caller, tag, arrived: state.clock.now(), ndjson: false }
+        Self { state: Arc::clone(state), caller, tag, arrived: state.clock.now(), ndjson: false, wish: Wish::default() }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
@@ -140,69 +145,35 @@ impl Arrival {
             .inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
     }
 
-    /// Dispatches a job.
-    pub(crate) fn start(&self, job: &Job, permit: Permit) -> Result<Running, ApiError> {
+    /// Lets a job in, and finds its answer or dispatches it.
+    pub(crate) async fn start(&self, job: Job, permit: Permit) -> Result<Running, ApiError> {
         let prompt_tokens = total_tokens(&job.prompts);
-        let mut assigned = None;
-        let started = self.try_start(job, permit, prompt_tokens, &mut assigned);
-        if let Err(error) = &started {
-            record_rejection(&self.state, &self.caller, error, (prompt_tokens, assigned.as_ref()));
-        }
-        started
+        let text = Arc::clone(job.target.text());
+        let errand = self.errand(job, permit, prompt_tokens);
+        let errand =
+            errand.inspect_err(|error| record_rejection(&self.state, &self.caller, error, (prompt_tokens, None)))?;
+        let (feed, served) = errand.run().await?;
+        let created = self.state.clock.unix_seconds();
+        let head = Head { id: Arc::clone(&self.tag), created, model: Arc::clone(&feed.origin().variant) };
+        Ok(Running { feed, head, text, ndjson: self.ndjson, served })
     }
 
-    /// Whoever fails after the request was assigned to a variant leaves that in `assigned`.
-    fn try_start(
-        &self,
-        job: &Job,
-        mut permit: Permit,
-        prompt_tokens: u32,
-        assigned: &mut Option<Assignment>,
-    ) -> Result<Running, ApiError> {
-        let Job { params, target, prompts, .. } = job;
-        let text = target.text();
-        let sampling = params.sampling(text, self.state.clock.random())?;
-        let mut terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(job, prompt)).collect::<Result<_, _>>()?;
+    /// Takes room, asks the admission policy and the weights of an alias.
+    fn errand(&self, job: Job, mut permit: Permit, prompt_tokens: u32) -> Result<Errand, ApiError> {
+        let Job { params, target, prompts, .. } = &job;
+        let sampling = params.sampling(target.text(), self.state.clock.random())?;
+        let mut terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(&job, prompt)).collect::<Result<_, _>>()?;
         permit.queue_tokens(prompt_tokens)?;
         permit.charge(prompt_tokens, new_tokens_of(&terms, sampling.len()), self.state.clock.now())?;
         let id = self.state.next_request();
         let asks = !self.state.admission.is_native();
-        let door = asks.then(|| self.ask_door(&mut permit, id, (job, &mut terms, sampling.len()))).transpose()?;
-        *assigned = self.assign(target, terms.first().map_or(0, |terms| terms.session), id);
-        let mut first_id = Some(id);
+        let door = asks.then(|| self.ask_door(&mut permit, id, (&job, &mut terms, sampling.len()))).transpose()?;
+        let (assigned, is_trial) = self.assign(target, terms.first().map_or(0, |terms| terms.session), id);
         let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
         let trace = self.state.traces.enter(&self.tag, self.arrived, door);
         trace.reached(Stage::Admitted, self.state.clock.now());
-        let (sinks, events) = channel(self.state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
-        let mut choices = Vec::new();
-        let mut first = None;
-        for (prompt, terms) in prompts.iter().zip(&terms) {
-            let Self { state, caller, .. } = self;
-            let dispatch =
-                Dispatch { state, caller, target, prompt, terms, trace: &trace, assigned: assigned.as_ref() };
-            let submissions = self.submissions((&sampling, job.grammar.as_ref()), &sinks, choices.len(), &mut first_id);
-            let placements = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id));
-            let placements = placements.inspect_err(|error| trace.failed(error, state.clock.now()))?;
-            for (i, placement) in placements.into_iter().enumerate() {
-                let queued_tokens = if i == 0 { prompt.tokens.len() } else { 0 };
-                choices.push(self.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX)));
-                first.get_or_insert(placement);
-            }
-        }
-        drop(sinks);
-        let placement = first.ok_or(ApiError::Internal)?;
-        let created = self.state.clock.unix_seconds();
-        let head = Head { id: Arc::clone(&self.tag), created, model: Arc::clone(&placement.variant.id) };
-        let parts = GenerationParts {
-            host: Arc::clone(&self.state.metrics),
-            clock: Arc::clone(&self.state.clock),
-            arrived: self.arrived,
-            timeout_ms: params.timeout_ms,
-            prompt_tokens,
-            trace,
-        };
-        let generation = Generation::new(parts, events, choices, in_flight);
-        Ok(Running { generation, placement, head, text: Arc::clone(text), ndjson: self.ndjson })
+        let (arrival, has_room) = (self.clone(), true);
+        Ok(Errand { arrival, job, sampling, terms, id, assigned, is_trial, prompt_tokens, has_room, in_flight, trace })
     }
 
     /// What the request's fields come to for one prompt.
@@ -232,14 +203,15 @@ impl Arrival {
         })
     }
 
-    /// Asks the weights of the alias, once for all prompts and choices of the request.
-    fn assign(&self, target: &Target, session: u64, id: RequestId) -> Option<Assignment> {
-        let [_, _, ..] = &*target.variants else { return None };
+    /// Asks the weights of the alias, once for all prompts and choices of the request, and whether a rollout measures it.
+    fn assign(&self, target: &Target, session: u64, id: RequestId) -> (Option<Assignment>, bool) {
+        let [_, _, ..] = &*target.variants else { return (None, false) };
         let asker = Asker { tenant: &self.caller.tenant, session, request: id.0 };
-        let Assigned { variant, unit } = self.state.aliases.assign(&target.name, &asker)?;
+        let Some(assigned) = self.state.aliases.assign(&target.name, &asker) else { return (None, false) };
+        let Assigned { variant, unit, is_trial } = assigned;
         let loaded = target.variants.iter().find(|loaded| loaded.id == variant);
         let number = loaded.and_then(|loaded| loaded.replicas.first()).map_or(0, |replica| replica.variant);
-        Some(Assignment { variant, number: u32::try_from(number).unwrap_or(0), unit })
+        (Some(Assignment { variant, number: u32::try_from(number).unwrap_or(0), unit }), is_trial)
     }
 
     /// Asks the admission policy; a request that it lets in may enter with another priority.
@@ -296,7 +268,7 @@ impl Arrival {
         }
     }
 
-    fn submissions(
+    pub(super) fn submissions(
         &self,
         (sampling, grammar): (&[Arc<Sampling>], Option<&Compiled>),
         sinks: &SinkMaker,
@@ -314,7 +286,7 @@ impl Arrival {
         sampling.iter().enumerate().map(one).collect()
     }
 
-    fn choice(&self, params: &Params, placement: &Placement, queued_tokens: u32) -> ChoiceParts {
+    pub(super) fn choice(&self, params: &Params, placement: &Placement, queued_tokens: u32) -> ChoiceParts {
         ChoiceParts {
             detokenizer: Detokenizer::new(Arc::clone(&placement.variant.text), params.skip_special),
             stops: StopMatcher::new(Arc::clone(&params.stop)),
@@ -367,8 +339,8 @@ impl Answer {
     /// The object of a whole response, without what HTTP puts around it.
     pub(crate) async fn object(mut self) -> Result<Vec<u8>, ApiError> {
         let choices = self.running.collect(self.n_choices).await?;
-        let Running { generation, head, text, .. } = &self.running;
-        Ok(self.shape.whole((head, text), choices, generation.totals()))
+        let Running { feed, head, text, .. } = &self.running;
+        Ok(self.shape.whole((head, text), choices, feed.totals()))
     }
 }
 
@@ -379,19 +351,20 @@ impl Running {
     /// wrong before it has a status of its own.
     pub(crate) async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
         let (encoder, kind): (Box<dyn Encode>, _) = if self.ndjson {
-            let totals = self.generation.totals();
-            (Box::new(NdjsonEncoder::new(&self.head, &self.placement, totals)), "application/x-ndjson")
+            let totals = self.feed.totals();
+            (Box::new(NdjsonEncoder::new(&self.head, self.feed.origin(), totals)), "application/x-ndjson")
         } else {
             let encoder = sse(&self);
-            self.generation.first().await?;
+            self.feed.first().await?;
             (encoder, "text/event-stream")
         };
-        let mut response = Response::new(Body::new(EventBody::new(self.generation, encoder)));
+        let mut response = Response::new(Body::empty());
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
         headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-        self.placement.headers(headers);
+        self.headers(headers);
+        *response.body_mut() = Body::new(EventBody::new(self.feed, encoder));
         Ok(response)
     }
 
@@ -402,18 +375,18 @@ impl Running {
         write: impl FnOnce(&Head, &TextModel, Vec<Collected>, Totals) -> Vec<u8>,
     ) -> Result<Response, ApiError> {
         let choices = self.collect(n_choices).await?;
-        let totals = self.generation.totals();
-        let body = write(&self.head, &self.text, choices, totals);
-        let mut response = Response::new(Body::new(Held::new(body, self.generation)));
+        let body = write(&self.head, &self.text, choices, self.feed.totals());
+        let mut response = Response::new(Body::empty());
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        self.placement.headers(response.headers_mut());
+        self.headers(response.headers_mut());
+        *response.body_mut() = Body::new(Held::new(body, self.feed));
         Ok(response)
     }
 
     /// Waits for all that is generated.
     async fn collect(&mut self, n_choices: usize) -> Result<Vec<Collected>, ApiError> {
         let mut choices: Vec<Collected> = std::iter::repeat_with(Collected::default).take(n_choices).collect();
-        while let Some(update) = self.generation.next().await {
+        while let Some(update) = self.feed.next().await {
             let Update::Delta(delta) = update? else { continue };
             let Some(choice) = choices.get_mut(delta.choice) else { continue };
             choice.text.push_str(&delta.text);
@@ -421,6 +394,15 @@ impl Running {
             choice.finish = delta.finish.or(choice.finish);
         }
         Ok(choices)
+    }
+
+    fn headers(&self, headers: &mut HeaderMap) {
+        self.feed.origin().headers(headers);
+        let Some(served) = self.served else { return };
+        headers.insert(CACHE_STATUS, HeaderValue::from_static(served.as_str()));
+        if let Served::Hit { age_s } = served {
+            headers.insert(AGE, HeaderValue::from(age_s));
+        }
     }
 
     /// Whether the client asked for events instead of one object.

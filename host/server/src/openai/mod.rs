@@ -9,6 +9,7 @@ pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod conversation;
 pub(crate) mod embeddings;
+mod errand;
 pub(crate) mod fields;
 pub(crate) mod format;
 pub(crate) mod generate;

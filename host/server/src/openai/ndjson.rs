@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::Usage;
 use super::generate::Head;
-use crate::dispatch::Placement;
+use crate::dispatch::Origin;
 use crate::error::ApiError;
 use crate::stream::{Encode, Totals, Update};
 
@@ -53,8 +53,8 @@ enum Line<'a> {
 }
 
 impl NdjsonEncoder {
-    pub(super) fn new(head: &Head, placement: &Placement, totals: Totals) -> Self {
-        Self { head: head.clone(), replica: Arc::clone(&placement.replica.name), prompt_tokens: totals.prompt }
+    pub(super) fn new(head: &Head, origin: &Origin, totals: Totals) -> Self {
+        Self { head: head.clone(), replica: Arc::clone(&origin.replica), prompt_tokens: totals.prompt }
     }
 }
 

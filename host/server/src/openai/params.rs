@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, mismatch, token_id, whole};
 use super::format::Format;
+use crate::cache::{Key, KeyWriter};
 use crate::config::ServerConfig;
 use crate::dispatch::Target;
 use crate::error::ApiError;
@@ -58,8 +59,12 @@ pub(crate) struct Params {
     pub(crate) session: Option<String>,
     /// Log-probabilities with this many alternatives.
     pub(crate) logprobs: Option<u8>,
+    /// Whether the response cache may serve it; `None` where the rest of the request says.
+    pub(crate) cache_response: Option<bool>,
     /// What the text must be.
     format: Option<Format>,
+    /// What stands for it once it has been taken to be compiled.
+    form: Option<Key>,
     seed: Option<u64>,
     temperature: Option<f32>,
     top_p: Option<f32>,
@@ -134,9 +139,11 @@ impl Params {
             timeout_ms: timeout_ms.unwrap_or(config.default_timeout_ms),
             cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
             draft_tokens: draft_tokens(fields)?.unwrap_or(config.draft_tokens),
+            cache_response: fields.bool("cache_response")?,
             session,
             logprobs,
             format,
+            form: None,
             #[expect(clippy::cast_sign_loss, reason = "a seed is 64 bits; its sign means nothing")]
             seed: seed.map(|seed| seed as u64),
             temperature: fields.number("temperature", 0.0..=2.0)?,
@@ -167,9 +174,60 @@ impl Params {
     /// Compiles the form that the text must have, if one is asked for.
     pub(super) async fn grammar(&mut self, state: &ServerState, target: &Target) -> Result<Option<Compiled>, ApiError> {
         match self.format.take() {
-            Some(format) => format.compile(state, target.text()).await.map(Some),
+            Some(format) => {
+                self.form = Some(format.key());
+                format.compile(state, target.text()).await.map(Some)
+            }
             None => Ok(None),
         }
+    }
+
+    /// The seed that the client named.
+    pub(crate) fn key_seed(&self) -> Option<u64> {
+        self.seed
+    }
+
+    /// Writes what may change the answer and stands nowhere else.
+    pub(crate) fn write_key(&self, key: &mut KeyWriter) {
+        let Self {
+            n,
+            stop,
+            skip_special,
+            form,
+            // The model's name, lengths and stop tokens, and the rules of choice are those of target, terms and sampling.
+            model: _,
+            max_tokens: _,
+            min_tokens: _,
+            ignore_eos: _,
+            stop_token_ids: _,
+            logprobs: _,
+            seed: _,
+            temperature: _,
+            top_p: _,
+            top_k: _,
+            min_p: _,
+            repetition_penalty: _,
+            presence_penalty: _,
+            frequency_penalty: _,
+            logit_bias: _,
+            // How it is told, how soon, and from which cache.
+            stream: _,
+            include_usage: _,
+            priority: _,
+            timeout_ms: _,
+            cache_prompt: _,
+            draft_tokens: _,
+            cache_response: _,
+            session: _,
+            // Taken by now: `form` stands for it.
+            format: _,
+        } = self;
+        key.number((*n).into());
+        key.number(stop.len() as u64);
+        stop.iter().for_each(|stop| key.text(stop));
+        key.number((*skip_special).into());
+        key.number(form.is_some().into());
+        form.iter().for_each(|form| key.nested(form));
     }
 
     /// How tokens are chosen, with the model's defaults. Choice `i` gets the seed plus `i`.

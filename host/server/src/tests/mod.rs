@@ -1,6 +1,7 @@
 //! The routers against fakes: what a client sees, and what the ports were asked.
 
 mod admin;
+mod cache;
 mod door;
 mod embeddings;
 mod entry;

@@ -1,0 +1,211 @@
+//! A request that has been let in, with all that it takes to have it computed: now, or later where it first waits for the
+//! answer to an equal one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pointsman_sched::admit::Outcome;
+use pointsman_sched::ids::RequestId;
+use pointsman_sched::request::Sampling;
+
+use super::generate::{Arrival, Job};
+use crate::cache::{self, Feed, Flight, Found, Key, Lead, Seat, Served, Subject};
+use crate::dispatch::{Assignment, Dispatch, Placement, Terms, record_rejection};
+use crate::error::ApiError;
+use crate::ports::{Authors, Clock};
+use crate::registry::InFlight;
+use crate::stream::{ChoiceParts, Events, Generation, GenerationParts, channel};
+use crate::trace::Trace;
+
+/// What was let in.
+#[derive(Debug)]
+pub(super) struct Errand {
+    pub(super) arrival: Arrival,
+    pub(super) job: Job,
+    pub(super) sampling: Vec<Arc<Sampling>>,
+    /// Of each prompt.
+    pub(super) terms: Vec<Terms>,
+    /// Of its first choice.
+    pub(super) id: RequestId,
+    pub(super) assigned: Option<Assignment>,
+    /// Whether a rollout between variants measures it.
+    pub(super) is_trial: bool,
+    pub(super) prompt_tokens: u32,
+    /// Whether its prompt counts among those that wait for computation.
+    pub(super) has_room: bool,
+    pub(super) in_flight: InFlight,
+    pub(super) trace: Arc<Trace>,
+}
+
+/// A client that may go away while its request waits for the answer to an equal one.
+struct Waiting<'a> {
+    clock: &'a dyn Clock,
+    in_flight: &'a InFlight,
+    trace: &'a Trace,
+    is_over: bool,
+}
+
+impl Errand {
+    /// Finds its answer or has it computed; with how the cache served it, where there is one.
+    pub(super) async fn run(mut self) -> Result<(Feed, Option<Served>), ApiError> {
+        let state = Arc::clone(&self.arrival.state);
+        if !state.cache.is_on() {
+            return self.launch(None).map(|feed| (feed, None));
+        }
+        loop {
+            let authors = state.policies.authors();
+            if !self.is_cacheable(authors) {
+                state.cache.count(Served::Bypass);
+                return self.launch(None).map(|feed| (feed, Some(Served::Bypass)));
+            }
+            let key = self.key(authors);
+            let (flight, served) = match state.cache.find(key, self.asks()) {
+                Found::Lead(flight, epoch) => {
+                    let lead = Lead::new(&state, key, (flight, epoch), (authors, self.is_open()));
+                    state.cache.count(Served::Miss);
+                    return self.launch(Some(lead)).map(|feed| (feed, Some(Served::Miss)));
+                }
+                Found::Hit(flight, age) => (flight, Served::Hit { age_s: age / 1_000_000 }),
+                Found::Joined(flight) => {
+                    if !self.wait(&flight).await? {
+                        // Its leader has gone, or was refused: that need not be so for this one.
+                        continue;
+                    }
+                    (flight, Served::Joined)
+                }
+            };
+            state.cache.count(served);
+            return self.replay(flight).map(|feed| (feed, Some(served)));
+        }
+    }
+
+    fn asks(&self) -> cache::Terms {
+        cache::Terms {
+            now: self.arrival.state.clock.now(),
+            priority: self.terms.first().map_or_else(Default::default, |terms| terms.priority),
+            max_age: self.arrival.wish.max_age,
+            refresh: self.arrival.wish.no_cache,
+        }
+    }
+
+    /// Whether its answer may be another's: the request must say all that it depends on, or its client must not mind, and
+    /// nothing may be measured by it.
+    fn is_cacheable(&self, authors: Authors) -> bool {
+        let params = &self.job.params;
+        let is_determined =
+            params.key_seed().is_some() || self.sampling.first().is_some_and(|sampling| sampling.temperature == 0.0);
+        let is_measured = self.is_trial || authors.sampler.is_trial || authors.router.is_trial;
+        !self.arrival.wish.no_store && !is_measured && params.cache_response.unwrap_or(is_determined)
+    }
+
+    /// Whether it is left to the router which variant answers.
+    fn is_open(&self) -> bool {
+        self.assigned.is_none() && self.job.target.variants.len() > 1
+    }
+
+    fn key(&self, authors: Authors) -> Key {
+        let Self { arrival, job, sampling, terms, assigned, .. } = self;
+        let sampling = sampling.first().map(|first| &**first);
+        Subject {
+            caller: &arrival.caller,
+            target: &job.target,
+            params: &job.params,
+            prompts: &job.prompts,
+            terms,
+            sampling: sampling.unwrap_or(&Sampling::default()),
+            assigned: assigned.as_ref().map(|assigned| &assigned.variant),
+            authors,
+            is_open: self.is_open(),
+        }
+        .key()
+    }
+
+    /// Waits for the end of an equal request; whether it was a good one. What ends this one meanwhile is its own.
+    async fn wait(&mut self, flight: &Flight) -> Result<bool, ApiError> {
+        // It waits for nothing to be computed, and has cost nothing if it ends here.
+        self.in_flight.permit.computed(self.prompt_tokens);
+        self.in_flight.permit.ended(Outcome::Cancelled, self.prompt_tokens, 0);
+        self.has_room = false;
+        let Self { arrival, job, terms, in_flight, trace, .. } = self;
+        let (in_flight, limit_ms) = (&*in_flight, job.params.timeout_ms);
+        let deadline = terms.first().map_or(0, |terms| terms.deadline);
+        let left = Duration::from_micros(deadline.saturating_sub(arrival.state.clock.now()));
+        let mut waiting = Waiting { clock: &*arrival.state.clock, in_flight, trace, is_over: false };
+        let waited = tokio::select! {
+            biased;
+            is_told = flight.over() => Ok(is_told),
+            () = in_flight.cancel_asked() => Err(ApiError::Cancelled),
+            () = tokio::time::sleep(left) => Err(ApiError::Deadline { limit_ms }),
+        };
+        waiting.is_over = true;
+        drop(waiting);
+        waited.inspect_err(|error| trace.failed(error, arrival.state.clock.now()))
+    }
+
+    /// Tells what an equal request was told.
+    fn replay(mut self, flight: Arc<Flight>) -> Result<Feed, ApiError> {
+        let clock = Arc::clone(&self.arrival.state.clock);
+        let waited = clock.now().saturating_sub(self.arrival.arrived);
+        let tokens = self.job.prompts.iter().map(|prompt| u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX));
+        let choices: Vec<u32> = tokens.flat_map(|tokens| std::iter::repeat_n(tokens, self.sampling.len())).collect();
+        self.in_flight.permit.computed(self.prompt_tokens);
+        let Self { prompt_tokens, in_flight, trace, .. } = self;
+        Feed::kept(flight, Seat { prompt_tokens, clock, in_flight, trace }, waited, &choices).ok_or(ApiError::Internal)
+    }
+
+    /// Has it computed, perhaps for others too.
+    fn launch(mut self, mut lead: Option<Lead>) -> Result<Feed, ApiError> {
+        let (events, choices, placements) = self.submit().inspect_err(|error| {
+            self.trace.failed(error, self.arrival.state.clock.now());
+            let about = (self.prompt_tokens, self.assigned.as_ref());
+            record_rejection(&self.arrival.state, &self.arrival.caller, error, about);
+        })?;
+        let origin = placements.first().ok_or(ApiError::Internal)?.origin();
+        if placements.iter().any(|placement| placement.strays) {
+            lead.iter_mut().for_each(Lead::strays);
+        }
+        let parts = GenerationParts {
+            host: Arc::clone(&self.arrival.state.metrics),
+            clock: Arc::clone(&self.arrival.state.clock),
+            arrived: self.arrival.arrived,
+            timeout_ms: self.job.params.timeout_ms,
+            prompt_tokens: self.prompt_tokens,
+            trace: self.trace,
+        };
+        Ok(Feed::own(Generation::new(parts, events, choices, self.in_flight), origin, lead))
+    }
+
+    /// Submits every choice of every prompt.
+    fn submit(&mut self) -> Result<(Events, Vec<ChoiceParts>, Vec<Placement>), ApiError> {
+        if !self.has_room {
+            self.in_flight.permit.queue_tokens(self.prompt_tokens)?;
+        }
+        let Self { arrival, job, sampling, terms, assigned, in_flight, trace, .. } = &*self;
+        let Arrival { state, caller, .. } = arrival;
+        let Job { params, target, prompts, .. } = job;
+        let mut first_id = Some(self.id);
+        let (sinks, events) = channel(state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
+        let (mut choices, mut placements) = (Vec::new(), Vec::new());
+        for (prompt, terms) in prompts.iter().zip(terms) {
+            let dispatch = Dispatch { state, caller, target, prompt, terms, trace, assigned: assigned.as_ref() };
+            let submissions =
+                arrival.submissions((sampling, job.grammar.as_ref()), &sinks, choices.len(), &mut first_id);
+            let placed = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))?;
+            for (i, placement) in placed.into_iter().enumerate() {
+                let queued_tokens = if i == 0 { prompt.tokens.len() } else { 0 };
+                choices.push(arrival.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX)));
+                placements.push(placement);
+            }
+        }
+        Ok((events, choices, placements))
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.trace.abandoned(self.clock.now());
+            tracing::info!(request = &**self.in_flight.id(), status = 499, "the client went away");
+        }
+    }
+}
