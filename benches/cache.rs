@@ -60,7 +60,7 @@ fn main() -> ExitCode {
         let ratio = measure(&host, stream);
         let verdict = if ratio >= BAR { "met" } else { "MISSED" };
         println!("{}: a hit is {ratio:.0} times faster   bar {BAR} {verdict}", if stream { "stream" } else { "whole" });
-        host.admin("DELETE", "/admin/v1/cache", &Value::Null);
+        assert_eq!(host.admin("DELETE", "/admin/v1/cache", &Value::Null).status, 200, "it is cleared");
     }
     ExitCode::SUCCESS
 }

@@ -110,7 +110,7 @@ impl Feed {
             Source::Own(generation, _) => generation.totals(),
             Source::Kept(replay) => {
                 let prompt = replay.seat.prompt_tokens;
-                Totals { prompt, completion: replay.completion, cached: prompt }
+                Totals { prompt, completion: replay.completion, cached: prompt, accepted: 0, rejected: 0 }
             }
         }
     }

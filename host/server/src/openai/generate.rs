@@ -152,7 +152,8 @@ impl Arrival {
         let errand = self.errand(job, permit, prompt_tokens);
         let errand =
             errand.inspect_err(|error| record_rejection(&self.state, &self.caller, error, (prompt_tokens, None)))?;
-        let (feed, served) = errand.run().await?;
+        // An errand is kilobytes large, and whoever waits for this has its future within its own.
+        let (feed, served) = Box::pin(errand.run()).await?;
         let created = self.state.clock.unix_seconds();
         let head = Head { id: Arc::clone(&self.tag), created, model: Arc::clone(&feed.origin().variant) };
         Ok(Running { feed, head, text, ndjson: self.ndjson, served })
