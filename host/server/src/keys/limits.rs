@@ -3,8 +3,8 @@
 //! A limit per minute is a bucket that fills at an even pace, kept as one number: the time at which it is full again (the
 //! virtual scheduling form of the generic cell rate algorithm, ITU-T I.371). A request takes the most that it may use before it
 //! is let in and gives back at its end what it did not use: over time no more is used than has flowed in. At once it may be
-//! more than the limit, after requests that ran long and used little of what they took. The crate `governor` has such buckets, but nothing can be given back to them,
-//! and their clock is not an argument.
+//! more than the limit, after requests that ran long and used little of what they took. The crate `governor` has such buckets,
+//! but nothing can be given back to them, and their clock is not an argument.
 
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
