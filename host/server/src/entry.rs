@@ -1,7 +1,7 @@
 //! The way in beneath HTTP: a request as a value, and out of it events as they come or the whole answer.
 //!
 //! Embedders and batches use it. It is the path of the routes themselves, from admission to the last token, and not a second
-//! one: a route reads headers and a body, makes what [`begin`] makes, and writes it as a response. Bodies are those of the
+//! one: a route reads headers and a body, makes what `begin` makes, and writes it as a response. Bodies are those of the
 //! routes, because a struct with every field of four shapes would be a second description of what docs/api.md describes.
 
 use std::collections::HashMap;
