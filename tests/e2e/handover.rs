@@ -74,7 +74,8 @@ fn a_count_survives_swaps_under_load_and_nothing_is_swapped_that_must_not_start_
         serve(&host);
         Some(inherited(&host)).filter(|told| *told > 3 * calls)
     });
-    assert!(calls >= SWAPS as u64 * REQUESTS && told.is_some(), "{} told of {calls} calls", inherited(&host));
+    // Two that come together are one call, and the call of one that was under way at a swap is its predecessor's.
+    assert!(calls >= SWAPS as u64 * REQUESTS / 2 && told.is_some(), "{} told of {calls} calls", inherited(&host));
     println!("{SWAPS} swaps under load, {calls} calls in all, told of {}", inherited(&host));
     // The built-in that hands over does not take what another policy knows.
     let fair = host.builtin("sched-fair-share");
