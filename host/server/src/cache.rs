@@ -41,9 +41,7 @@ pub(crate) struct ResponseCache {
     max_bytes: usize,
     ttl: Micros,
     inner: Mutex<Inner>,
-    stale: AtomicU64,
     stored: AtomicU64,
-    evicted: AtomicU64,
     metrics: CacheMetrics,
 }
 
@@ -135,9 +133,7 @@ impl ResponseCache {
             max_bytes: config.cache_bytes,
             ttl: config.cache_ttl_ms.saturating_mul(1_000),
             inner: Mutex::new(Inner { answers: LruCache::unbounded(), bytes: 0, flights: HashMap::new(), epoch: 0 }),
-            stale: AtomicU64::new(0),
             stored: AtomicU64::new(0),
-            evicted: AtomicU64::new(0),
             metrics,
         }
     }
@@ -161,7 +157,6 @@ impl ResponseCache {
                 return Found::Hit(Arc::clone(&kept.flight), age);
             }
             if age >= self.ttl {
-                self.stale.fetch_add(1, Ordering::Relaxed);
                 self.metrics.stale.inc();
                 old = inner.remove(&key);
                 self.show(&inner);
@@ -206,7 +201,6 @@ impl ResponseCache {
             {
                 inner.bytes -= oldest.bytes;
                 out.push(oldest);
-                self.evicted.fetch_add(1, Ordering::Relaxed);
                 self.metrics.evicted.inc();
             }
             inner.bytes += bytes;
@@ -246,7 +240,7 @@ impl ResponseCache {
             let inner = self.inner();
             (inner.answers.len(), inner.bytes, inner.flights.len())
         };
-        let CacheMetrics { hits, misses, joined, bypassed, .. } = &self.metrics;
+        let CacheMetrics { hits, misses, joined, bypassed, stale, evicted, .. } = &self.metrics;
         Stats {
             enabled: self.is_on(),
             entries,
@@ -258,9 +252,9 @@ impl ResponseCache {
             misses: misses.get(),
             joined: joined.get(),
             bypassed: bypassed.get(),
-            stale: self.stale.load(Ordering::Relaxed),
+            stale: stale.get(),
             stored: self.stored.load(Ordering::Relaxed),
-            evicted: self.evicted.load(Ordering::Relaxed),
+            evicted: evicted.get(),
         }
     }
 

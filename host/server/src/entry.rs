@@ -242,8 +242,12 @@ impl ServerState {
     /// # Errors
     /// It was refused, or it failed on its way.
     pub async fn answer(self: &Arc<Self>, request: Request) -> Result<Value, Fault> {
-        let (_, answered) = answer(self, request).await;
-        Ok(serde_json::from_slice(&answered?).map_err(|_| ApiError::Internal)?)
+        let (_, begun) = begin(self, request).await?;
+        let object = match begun {
+            Begun::Generating(answer) => answer.object().await?,
+            Begun::Embedded(vectors) => vectors.object()?,
+        };
+        Ok(serde_json::from_slice(&object).map_err(|_| ApiError::Internal)?)
     }
 
     /// The whole answers of many requests as they end, at most `at_most` of them under way, and no more than the host admits at
@@ -269,21 +273,16 @@ impl ServerState {
     }
 }
 
-/// From a request to what its route would begin to write.
+/// From a request to its id, and what its route would begin to write.
 async fn begin(state: &Arc<ServerState>, request: Request) -> Result<(Arc<str>, Begun), ApiError> {
     let id = new_id(state, request.call.path());
-    let begun = begin_as(state, request, &id).await?;
-    Ok((id, begun))
-}
-
-async fn begin_as(state: &Arc<ServerState>, request: Request, id: &Arc<str>) -> Result<Begun, ApiError> {
     let Request { call, mut body, tenant, highest, timeout } = request;
     if let (Value::Object(body), Some(timeout)) = (&mut body, timeout) {
         let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         body.insert("timeout_ms".to_owned(), ms.clamp(1, state.config.max_timeout_ms).into());
     }
     let caller = Caller::within(state, &tenant, highest)?;
-    let arrival = Arrival::within(state, caller, Arc::clone(id));
+    let arrival = Arrival::within(state, caller, Arc::clone(&id));
     let permit = arrival.admit()?;
     let mut fields = Fields::of("", body)?;
     drop((fields.take("stream"), fields.take("stream_options")));
@@ -292,21 +291,11 @@ async fn begin_as(state: &Arc<ServerState>, request: Request, id: &Arc<str>) -> 
         Call::Completion => completions::begin(&arrival, permit, fields).await?,
         Call::Response => responses::begin(&arrival, permit, fields).await?,
         Call::Embedding => {
-            return embeddings::embed(&arrival, permit, fields).await.map(|v| Begun::Embedded(Box::new(v)));
+            let vectors = embeddings::embed(&arrival, permit, fields).await?;
+            return Ok((id, Begun::Embedded(Box::new(vectors))));
         }
     };
-    Ok(Begun::Generating(Box::new(answer)))
-}
-
-/// The id of a request and the text of its whole answer.
-pub(crate) async fn answer(state: &Arc<ServerState>, request: Request) -> (Arc<str>, Result<Vec<u8>, ApiError>) {
-    let id = new_id(state, request.call.path());
-    let answered = match begin_as(state, request, &id).await {
-        Ok(Begun::Generating(answer)) => answer.object().await,
-        Ok(Begun::Embedded(vectors)) => vectors.object(),
-        Err(error) => Err(error),
-    };
-    (id, answered)
+    Ok((id, Begun::Generating(Box::new(answer))))
 }
 
 // === impl Events ===

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pointsman_sched::ids::{ReplicaId, RequestId};
+use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::request::CancelCause;
 use tokio::sync::Notify;
 
@@ -13,6 +13,7 @@ use crate::admission::Permit;
 use crate::error::ApiError;
 use crate::keys::KeyDigest;
 use crate::ports::EnginePort;
+use crate::trace::Trace;
 
 /// Every request in flight.
 #[derive(Debug, Default)]
@@ -115,6 +116,12 @@ impl InFlight {
     /// The id that the client knows.
     pub(crate) fn id(&self) -> &Arc<str> {
         &self.id
+    }
+
+    /// The client went away: says so where somebody looks for it.
+    pub(crate) fn abandoned(&self, trace: &Trace, now: Micros) {
+        trace.abandoned(now);
+        tracing::info!(request = &*self.id, status = 499, "the client went away");
     }
 
     /// Notes that an engine request is running for this one.

@@ -1,9 +1,10 @@
 //! Tokens on their way out: from the driver thread through a bounded channel to text, updates and bytes.
 //!
 //! One channel per HTTP request, shared by its choices. The driver never waits: a full channel answers `Closed`, which
-//! cancels that request alone. No task stands in between: the handler or the response body polls [`Generation`] through its [`Feed`], so a
-//! client that goes away drops it, and dropping it cancels. Latencies are observed here, on a worker thread, and not in the
-//! sink, because the driver thread has every sequence's next token to compute; they include what the client itself waits.
+//! cancels that request alone. No task stands in between: the handler or the response body polls [`Generation`] through its
+//! [`Feed`], so a client that goes away drops it, and dropping it cancels. Latencies are observed here, on a worker thread, and
+//! not in the sink, because the driver thread has every sequence's next token to compute; they include what the client itself
+//! waits.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -434,8 +435,7 @@ impl Drop for Generation {
         let over = if self.open == 0 { Outcome::Finished } else { Outcome::Cancelled };
         self.in_flight.permit.ended(self.failed.unwrap_or(over), cached, completion);
         if self.open > 0 && self.failed.is_none() {
-            self.parts.trace.abandoned(self.parts.clock.now());
-            tracing::info!(request = &**self.in_flight.id(), status = 499, "the client went away");
+            self.in_flight.abandoned(&self.parts.trace, self.parts.clock.now());
         }
     }
 }

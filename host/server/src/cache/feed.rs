@@ -170,8 +170,7 @@ impl Drop for Replay {
         let outcome = if *has_ended { Outcome::Finished } else { Outcome::Cancelled };
         in_flight.permit.ended(outcome, *prompt_tokens, 0);
         if !*has_ended {
-            trace.abandoned(clock.now());
-            tracing::info!(request = &**in_flight.id(), status = 499, "the client went away");
+            in_flight.abandoned(trace, clock.now());
         }
     }
 }

@@ -204,8 +204,7 @@ impl Errand {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         if !self.is_over {
-            self.trace.abandoned(self.clock.now());
-            tracing::info!(request = &**self.in_flight.id(), status = 499, "the client went away");
+            self.in_flight.abandoned(self.trace, self.clock.now());
         }
     }
 }
