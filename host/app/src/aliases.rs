@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use pointsman_control::rollout::Sticky;
 use pointsman_control::{AliasDocument, AliasError, DesiredAlias, Happened, Unit};
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Catalog};
+use pointsman_server::ports::{AdminError, AdminErrorKind, AliasPort, Asker, Assigned, EnginePort};
 use pointsman_telemetry::Metrics;
 use serde_json::value::RawValue;
 
@@ -39,8 +39,8 @@ pub(crate) struct AliasParts {
     pub deploy: Arc<Deploy>,
     /// Where documents are.
     pub store: Arc<Store>,
-    /// What is loaded.
-    pub catalog: Arc<Catalog>,
+    /// Knows what is loaded.
+    pub engine: Arc<dyn EnginePort>,
     /// Time for the rollouts.
     pub clock: Arc<SystemClock>,
     /// Series of their arms.

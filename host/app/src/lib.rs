@@ -16,6 +16,7 @@ mod deploy;
 mod devices;
 mod driver;
 mod encoders;
+mod engine;
 mod explain;
 mod gpu_check;
 pub mod host;

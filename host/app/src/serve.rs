@@ -4,25 +4,16 @@
 //! models and policies side by side, then a driver per device, then HTTP. Down: HTTP stops admitting and lets requests finish,
 //! then the drivers end what is left, then the observer sees the last events.
 
-use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use pointsman_engine::cuda::GpuMonitor;
-use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig, SampledReplica};
-use pointsman_sched::ids::{ReplicaId, RequestId};
-use pointsman_sched::request::{CancelCause, Request};
-use pointsman_sched::sampler::Desk;
-use pointsman_sched::scheduler::Scheduler;
-use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
-use pointsman_server::ports::{
-    Catalog, Clock, EmbedJob, Encoder, EnginePort, ModelAdmin, PolicyAdmin, Replica, SubmitError, Variant,
-};
+use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
+use pointsman_server::admin::wire::{HealthState, SlotRevision};
+use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use pointsman_server::record::Taps;
 use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
 use pointsman_telemetry::{Metrics, Names, Recorder};
@@ -34,32 +25,26 @@ use crate::clock::SystemClock;
 use crate::config::{Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
-use crate::driver::{DriverContext, DriverHandle, DriverReplica};
-use crate::encoders::{EncoderTerms, EncodersHandle};
+use crate::engine::Engine;
 use crate::keys;
-use crate::models::{LoadTerms, Loaded, LoadedEncoder, LoadedReplica, Loader};
+use crate::models::{LoadTerms, Loaded, Loader};
 use crate::observer::{Observer, Watched};
-use crate::pace::Pace;
-use crate::recorded::{TappedRetention, TappedSampler};
 use crate::store::Store;
-use crate::tapped::Tapped;
 use crate::trust::KeyRing;
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
-/// Most cancels on their way to a driver.
-const MAX_CANCELS: usize = 1 << 16;
 /// How long an upload waits for the compilation before it.
 const COMPILE_QUEUE: Duration = Duration::from_secs(5);
 
 /// What every part shares.
 #[derive(Clone, Debug)]
-struct Shared {
-    clock: Arc<SystemClock>,
-    metrics: Arc<Metrics>,
-    recorder: Recorder,
-    names: Arc<Names>,
-    taps: Taps,
+pub(crate) struct Shared {
+    pub clock: Arc<SystemClock>,
+    pub metrics: Arc<Metrics>,
+    pub recorder: Recorder,
+    pub names: Arc<Names>,
+    pub taps: Taps,
 }
 
 /// A host that runs and has no listener yet.
@@ -69,27 +54,6 @@ pub(crate) struct Assembled {
     engine: Arc<Engine>,
     deploy: Arc<Deploy>,
     observer: Observer,
-}
-
-/// The device drivers as the server sees them.
-#[derive(Debug)]
-struct Engine {
-    catalog: Arc<Catalog>,
-    devices: Vec<ServingDevice>,
-    /// Place in `devices` of each replica.
-    device_of: HashMap<ReplicaId, usize>,
-    /// Where there are any.
-    encoders: Option<EncodersHandle>,
-}
-
-/// A device and its driver.
-#[derive(Debug)]
-struct ServingDevice {
-    place: Place,
-    driver: DriverHandle,
-    memory: wire::DeviceMemory,
-    /// Of a GPU, where the driver brings one.
-    monitor: Option<GpuMonitor>,
 }
 
 /// Runs a host until a signal ends it.
@@ -107,7 +71,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let listeners = runtime.block_on(listen(&config))?;
     warn_where_open(&config);
     let host = Assembled::start(&config, &store, compile_aside(&config)?)?;
-    banner(&listeners, &host.engine.catalog, &host.deploy)?;
+    banner(&listeners, &host.engine.catalog(), &host.deploy)?;
     let served = runtime.block_on(serve_until_signalled(
         listeners,
         Arc::clone(&host.state),
@@ -137,11 +101,11 @@ impl Assembled {
         let deploy = deployments(config, store, &shared, compile)?;
         let places = devices::find(&config.engine)?;
         let loaded = load_beside(config, &shared, &deploy, &places)?;
-        let engine = Arc::new(start_engine(config, &shared, &deploy, (places, loaded))?);
+        let engine = Arc::new(Engine::start(config, &shared, &deploy, (places, loaded))?);
         let aliases = Aliases::start(AliasParts {
             deploy: Arc::clone(&deploy),
             store: Arc::clone(store),
-            catalog: engine.catalog(),
+            engine: Arc::clone(&engine) as Arc<dyn EnginePort>,
             clock: Arc::clone(&shared.clock),
             metrics: Arc::clone(&shared.metrics),
         });
@@ -173,8 +137,7 @@ impl Assembled {
 
     /// Ends what still runs and shows the hooks what is left.
     pub(crate) fn stop(self) {
-        self.engine.devices.iter().for_each(|device| device.driver.stop());
-        self.engine.encoders.iter().for_each(EncodersHandle::stop);
+        self.engine.stop();
         self.observer.stop();
     }
 }
@@ -370,180 +333,6 @@ fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>, places: &
         }
         loaded
     })
-}
-
-fn start_engine(
-    config: &Config,
-    shared: &Shared,
-    deploy: &Deploy,
-    (places, loaded): (Vec<Place>, Loaded),
-) -> anyhow::Result<Engine> {
-    let context = DriverContext {
-        clock: Arc::clone(&shared.clock),
-        recorder: shared.recorder.clone(),
-        metrics: Arc::clone(&shared.metrics),
-    };
-    // One HTTP request may be several engine requests: prompts times choices.
-    let in_flight = config.server.max_in_flight as usize;
-    let engine_requests = in_flight.saturating_mul(config.server.max_rows as usize);
-    let bounds = (in_flight, engine_requests.min(MAX_CANCELS));
-    let (encoders, encoder_models, encoder_memory) = start_encoders(config, shared, loaded.encoders)?;
-    let mut left = loaded.replicas;
-    let mut device_of = HashMap::new();
-    let mut devices = Vec::new();
-    for place in places {
-        let here = |loaded: &LoadedReplica| loaded.replica.device == u64::from(place.index());
-        let (own, others): (Vec<_>, Vec<_>) = left.into_iter().partition(here);
-        left = others;
-        let mut memory = match &place {
-            Place::Cpu(_) => encoder_memory,
-            Place::Cuda(_) | Place::Null(_) => wire::DeviceMemory::default(),
-        };
-        let mut replicas = Vec::new();
-        for loaded in own {
-            add_memory(&mut memory, &loaded.memory);
-            device_of.insert(loaded.replica.id, devices.len());
-            replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
-        }
-        let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
-        let monitor = match &place {
-            Place::Cpu(_) | Place::Null(_) => None,
-            Place::Cuda(found) => GpuMonitor::open(&found.bus_id),
-        };
-        devices.push(ServingDevice { place, driver, memory, monitor });
-    }
-    let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models });
-    Ok(Engine { catalog, devices, device_of, encoders })
-}
-
-/// Starts the driver of the models for embeddings, if there are any; what the server sees of them, and their memory.
-fn start_encoders(
-    config: &Config,
-    shared: &Shared,
-    loaded: Vec<LoadedEncoder>,
-) -> anyhow::Result<(Option<EncodersHandle>, Vec<Arc<Encoder>>, wire::DeviceMemory)> {
-    let (mut models, mut named, mut memory) = (Vec::new(), Vec::new(), wire::DeviceMemory::default());
-    for encoder in loaded {
-        add_memory(&mut memory, &encoder.memory);
-        models.push(encoder.model);
-        named.push(encoder.named);
-    }
-    let terms = EncoderTerms {
-        clock: Arc::clone(&shared.clock),
-        metrics: Arc::clone(&shared.metrics),
-        window: Duration::from_millis(config.engine.embed_window_ms.into()),
-        mailbox: config.server.max_in_flight as usize,
-    };
-    let handle = if named.is_empty() { None } else { Some(EncodersHandle::start(named, terms)?) };
-    Ok((handle, models, memory))
-}
-
-fn driver_replica(
-    shared: &Shared,
-    deploy: &Deploy,
-    loaded: LoadedReplica,
-    device: &str,
-) -> anyhow::Result<DriverReplica> {
-    let LoadedReplica { replica, variant, executor, vocabulary, sched, .. } = loaded;
-    let sampled = SampledReplica { name: Arc::clone(&replica.name), variant: Arc::clone(&variant), vocabulary };
-    let sampler = TappedSampler::new(deploy.sampler.attach(sampled.clone())?, &shared.taps.sampler, sampled);
-    let retention = deploy.retention.attach(&replica.name);
-    let (gauges, sketch) = (Arc::clone(&replica.gauges), Arc::clone(&replica.sketch));
-    Ok(DriverReplica {
-        id: replica.id,
-        scheduler: Scheduler::new(sched, shared.clock.random(), gauges, sketch)?,
-        executor,
-        policy: Box::new(Tapped::new(deploy.scheduler.attach(&replica.name), &shared.taps.scheduler, &replica.name)),
-        retention: Box::new(TappedRetention::new(retention, &shared.taps.retention, &replica.name, &shared.names)),
-        sampler: Desk::new(Box::new(sampler)),
-        gauges: Arc::clone(&replica.gauges),
-        metrics: shared.metrics.replica(&variant, device, sched.block_tokens, sched.n_blocks),
-        variant: u32::try_from(replica.variant).unwrap_or(0),
-        pace: Pace::new(sched.step_tokens),
-    })
-}
-
-fn add_memory(sum: &mut wire::DeviceMemory, part: &wire::DeviceMemory) {
-    sum.weights += part.weights;
-    sum.kv += part.kv;
-    sum.workspace += part.workspace;
-    sum.graphs = sum.graphs.or(part.graphs.map(|_| 0)).map(|graphs| graphs + part.graphs.unwrap_or(0));
-}
-
-impl EnginePort for Engine {
-    fn catalog(&self) -> Arc<Catalog> {
-        Arc::clone(&self.catalog)
-    }
-
-    /// While one device serves: requests for the others are offered to it. Nobody stands in for the encoders.
-    fn is_alive(&self) -> bool {
-        let encoders = self.encoders.as_ref().is_none_or(EncodersHandle::is_alive);
-        encoders && self.devices.iter().any(|device| device.driver.is_alive())
-    }
-
-    fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
-        match self.device_of.get(&replica) {
-            Some(&device) => self.devices[device].driver.submit(replica, request),
-            None => Err((Box::new(request), SubmitError::Stopped)),
-        }
-    }
-
-    fn embed(&self, job: EmbedJob) -> Result<(), SubmitError> {
-        self.encoders.as_ref().map_or(Err(SubmitError::Stopped), |encoders| encoders.submit(job))
-    }
-
-    fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
-        if let Some(&device) = self.device_of.get(&replica) {
-            self.devices[device].driver.cancel(replica, id, cause);
-        }
-    }
-}
-
-impl ModelAdmin for Engine {
-    fn devices(&self) -> Vec<wire::Device> {
-        self.devices.iter().map(|device| device.report(&self.catalog)).collect()
-    }
-}
-
-impl ServingDevice {
-    fn report(&self, catalog: &Catalog) -> wire::Device {
-        let here = u64::from(self.place.index());
-        let replicas = catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
-        let replicas = replicas.filter(|(_, replica)| replica.device == here);
-        let load = |gauge: &AtomicU32| gauge.load(Ordering::Relaxed);
-        let sum = |gauge: &AtomicU64| gauge.load(Ordering::Relaxed);
-        let replica = |(variant, replica): (&Arc<Variant>, &Arc<Replica>)| wire::DeviceReplica {
-            name: replica.name.to_string(),
-            variant: variant.id.to_string(),
-            kv_blocks: load(&replica.gauges.total_blocks),
-            kv_free_blocks: load(&replica.gauges.free_blocks),
-            kv_cached_blocks: load(&replica.gauges.cached_blocks),
-            kv_evicted_blocks: sum(&replica.gauges.evicted_blocks),
-            kv_slack_tokens: load(&replica.gauges.slack_tokens),
-            prefix_query_tokens: sum(&replica.gauges.prefix_query_tokens),
-            prefix_hit_tokens: sum(&replica.gauges.prefix_hit_tokens),
-            block_tokens: variant.block_tokens,
-            running: load(&replica.gauges.running),
-            running_limit: load(&replica.gauges.running_limit),
-            waiting: load(&replica.gauges.waiting),
-        };
-        let seen = self.monitor.as_ref().map(GpuMonitor::look).unwrap_or_default();
-        let total = match &self.place {
-            Place::Cpu(_) | Place::Null(_) => None,
-            Place::Cuda(found) => Some(found.total_bytes),
-        };
-        wire::Device {
-            index: self.place.index(),
-            name: self.place.name(),
-            description: self.place.description(),
-            state: if self.driver.is_alive() { "up" } else { "down" }.into(),
-            memory: wire::DeviceMemory { free: seen.free_bytes, total, ..self.memory },
-            replicas: replicas.map(replica).collect(),
-            utilization: seen.utilization,
-            temperature: seen.temperature,
-            power_watts: seen.power_watts,
-        }
-    }
 }
 
 // === what a person sees ===

@@ -5,6 +5,8 @@
 //! document is stored before anybody is told, the observer waits for nobody's change, and a candidate that harms loses its
 //! share at once, whatever the disk says. Safe mode does not pause them: it makes policies native, in both arms alike.
 
+use std::sync::Arc;
+
 use pointsman_control::rollout::{
     Arm, Cause, Command, Decision, OnRestart, Phase, Plan, Report, Rollout, RolloutDocument, Spec, Split,
 };
@@ -225,15 +227,14 @@ impl Aliases {
     /// The arms as the event stream has them.
     fn split(&self, rollout: &RolloutDocument) -> Result<Split, String> {
         let number = |id: &str| {
-            let replica = self.variant(id).and_then(|variant| variant.replicas.first());
-            let number = replica.and_then(|replica| u32::try_from(replica.variant).ok());
+            let number = self.variant(id).and_then(|v| u32::try_from(v.replicas.first()?.variant).ok());
             number.ok_or_else(|| format!("the variant `{id}` is not loaded"))
         };
         Ok(Split::Variant([number(&rollout.control)?, number(&rollout.candidate)?]))
     }
 
-    fn variant(&self, id: &str) -> Option<&Variant> {
-        self.parts.catalog.variants.iter().find(|variant| *variant.id == *id).map(|variant| &**variant)
+    fn variant(&self, id: &str) -> Option<Arc<Variant>> {
+        self.parts.engine.catalog().variants.iter().find(|variant| *variant.id == *id).cloned()
     }
 }
 
