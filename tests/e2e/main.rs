@@ -27,6 +27,7 @@ mod shadow;
 mod swaps;
 mod tools;
 mod trust;
+mod upstreams;
 mod variants;
 
 use pointsman_tests::Host;

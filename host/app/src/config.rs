@@ -21,6 +21,7 @@ use crate::keys::{self, ApiKeySection, KeyError};
 use crate::models::stable_key;
 use crate::reference::{OCI_SCHEME, Reference, ReferenceError};
 use crate::trust::{KeyRing, TrustError};
+use crate::upstreams::{self, UpstreamSection};
 
 /// Prefix of environment variables: `POINTSMAN_SCHED__MAX_BATCH_TOKENS` is `sched.max_batch_tokens`.
 pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
@@ -50,6 +51,8 @@ pub(crate) struct Config {
     pub registries: BTreeMap<String, RegistrySection>,
     /// What a fresh data directory starts with, by slot name.
     pub slots: BTreeMap<String, SlotSection>,
+    /// Servers elsewhere to which requests are sent on, by name.
+    pub upstreams: BTreeMap<String, UpstreamSection>,
     /// What the operator says of replicas, by name, as in `demo:f16@cpu`.
     pub replicas: BTreeMap<String, ReplicaSection>,
     /// Extra models: name to folder (config.json, safetensors, tokenizer.json) or .gguf file.
@@ -258,6 +261,8 @@ pub(crate) enum ConfigError {
     Trust(#[from] TrustError),
     #[error(transparent)]
     Key(#[from] KeyError),
+    #[error(transparent)]
+    Upstream(#[from] upstreams::SectionError),
     #[error("slots.{slot}.component: {source}")]
     Component { slot: String, source: ReferenceError },
     #[error("slots.{slot}.budget: {source}")]
@@ -296,6 +301,7 @@ impl Default for Config {
             ]
             .map(|(name, slot)| (name.to_owned(), slot))
             .into(),
+            upstreams: BTreeMap::new(),
             replicas: BTreeMap::new(),
             models: BTreeMap::new(),
             log: LogSection::default(),
@@ -389,8 +395,8 @@ impl Default for LogSection {
 const ACTORS: [&str; 5] = ["host", "loopback", "rollout", "startup", "token"];
 
 /// Keys under which anything may stand.
-const FREE_FORM: [&str; 7] =
-    ["slots", "models", "replicas", "registries", "server.api_keys", "admin.tokens", "trust.keys"];
+const FREE_FORM: [&str; 8] =
+    ["slots", "models", "upstreams", "replicas", "registries", "server.api_keys", "admin.tokens", "trust.keys"];
 
 impl Config {
     /// Reads the file (if any), then the environment on top. Flags are applied by the caller, then [`Config::validate`].
@@ -484,6 +490,7 @@ impl Config {
         keys::read(server)?;
         self.admin.check_tokens()?;
         KeyRing::new(&self.trust)?;
+        upstreams::check(&self.upstreams)?;
         self.registries.iter().try_for_each(|(registry, section)| section.check(registry))?;
         self.check_names()?;
         self.slots.iter().try_for_each(|(name, section)| check_slot(name, section))

@@ -163,7 +163,8 @@ impl EnginePort for Engine {
 impl ModelAdmin for Engine {
     fn devices(&self) -> Vec<wire::Device> {
         let served = self.served.load();
-        self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served)).collect()
+        let devices = self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served));
+        devices.chain(elsewhere(&served.catalog)).collect()
     }
 }
 
@@ -175,23 +176,6 @@ impl ServingDevice {
         let here = u64::from(self.place.index());
         let replicas = served.catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
         let replicas = replicas.filter(|(_, replica)| replica.device == here);
-        let load = |gauge: &AtomicU32| gauge.load(Ordering::Relaxed);
-        let sum = |gauge: &AtomicU64| gauge.load(Ordering::Relaxed);
-        let replica = |(variant, replica): (&Arc<Variant>, &Arc<Replica>)| wire::DeviceReplica {
-            name: replica.name.to_string(),
-            variant: variant.id.to_string(),
-            kv_blocks: load(&replica.gauges.total_blocks),
-            kv_free_blocks: load(&replica.gauges.free_blocks),
-            kv_cached_blocks: load(&replica.gauges.cached_blocks),
-            kv_evicted_blocks: sum(&replica.gauges.evicted_blocks),
-            kv_slack_tokens: load(&replica.gauges.slack_tokens),
-            prefix_query_tokens: sum(&replica.gauges.prefix_query_tokens),
-            prefix_hit_tokens: sum(&replica.gauges.prefix_hit_tokens),
-            block_tokens: variant.block_tokens,
-            running: load(&replica.gauges.running),
-            running_limit: load(&replica.gauges.running_limit),
-            waiting: load(&replica.gauges.waiting),
-        };
         let mut memory = self.memory;
         let here = served.homes.values().filter(|home| home.device == place);
         here.for_each(|home| add_memory(&mut memory, &home.memory));
@@ -201,17 +185,57 @@ impl ServingDevice {
             Place::Cuda(found) => Some(found.total_bytes),
         };
         wire::Device {
-            index: self.place.index(),
+            index: self.place.index().into(),
             name: self.place.name(),
             description: self.place.description(),
             state: if self.driver.is_alive() { "up" } else { "down" }.into(),
             memory: wire::DeviceMemory { free: seen.free_bytes, total, ..memory },
-            replicas: replicas.map(replica).collect(),
+            replicas: replicas.map(|(variant, replica)| device_replica(variant, replica)).collect(),
             utilization: seen.utilization,
             temperature: seen.temperature,
             power_watts: seen.power_watts,
         }
     }
+}
+
+/// What a replica has of its device.
+fn device_replica(variant: &Variant, replica: &Replica) -> wire::DeviceReplica {
+    let load = |gauge: &AtomicU32| gauge.load(Ordering::Relaxed);
+    let sum = |gauge: &AtomicU64| gauge.load(Ordering::Relaxed);
+    wire::DeviceReplica {
+        name: replica.name.to_string(),
+        variant: variant.id.to_string(),
+        kv_blocks: load(&replica.gauges.total_blocks),
+        kv_free_blocks: load(&replica.gauges.free_blocks),
+        kv_cached_blocks: load(&replica.gauges.cached_blocks),
+        kv_evicted_blocks: sum(&replica.gauges.evicted_blocks),
+        kv_slack_tokens: load(&replica.gauges.slack_tokens),
+        prefix_query_tokens: sum(&replica.gauges.prefix_query_tokens),
+        prefix_hit_tokens: sum(&replica.gauges.prefix_hit_tokens),
+        block_tokens: variant.block_tokens,
+        running: load(&replica.gauges.running),
+        running_limit: load(&replica.gauges.running_limit),
+        waiting: load(&replica.gauges.waiting),
+    }
+}
+
+/// Upstreams, as the devices that they are to the router.
+fn elsewhere(catalog: &Catalog) -> impl Iterator<Item = wire::Device> + '_ {
+    let replicas = catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
+    replicas.filter_map(|(variant, replica)| {
+        let upstream = replica.upstream.as_ref()?;
+        Some(wire::Device {
+            index: replica.device,
+            name: upstream.name().to_string(),
+            description: format!("upstream at {}", upstream.url()),
+            state: if upstream.is_up() { "up" } else { "down" }.into(),
+            memory: wire::DeviceMemory::default(),
+            replicas: vec![device_replica(variant, replica)],
+            utilization: None,
+            temperature: None,
+            power_watts: None,
+        })
+    })
 }
 
 // === parts ===

@@ -53,6 +53,10 @@ pub(crate) fn table(answer: &Value) -> String {
     if let decision @ Value::Object(_) = &answer["decision"] {
         decided(&mut lines, decision);
     }
+    for tried in answer["upstreams"].as_array().into_iter().flatten() {
+        let at_ms = tried["at_us"].as_u64().unwrap_or(0) as f64 * 1e-3;
+        lines.push(format!("sent    {}: {} (after {at_ms:.1} ms)", text(&tried["replica"]), text(&tried["outcome"])));
+    }
     if let previous @ Value::Object(_) = &answer["previous"] {
         lines.push(said_instead("before", previous, &answer["decision"]["rows"]));
     }

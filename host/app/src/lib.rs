@@ -35,6 +35,7 @@ mod serve;
 mod store;
 mod tapped;
 mod trust;
+mod upstreams;
 
 use std::process::ExitCode;
 

@@ -33,6 +33,7 @@ use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
 use crate::encoders::{Encode, NamedEncoder};
 use crate::null::NullExecutor;
+use crate::upstreams;
 
 /// One replica with its engine, before its driver takes it.
 pub(crate) struct LoadedReplica {
@@ -171,11 +172,12 @@ impl<'a> Loader<'a> {
         for (name, path) in &self.config.models {
             self.load_path(name, path, &precisions).with_context(|| format!("model `{name}` in {}", path.display()))?;
         }
-        if self.loaded.variants.is_empty() && self.loaded.encoders.is_empty() {
+        if self.loaded.variants.is_empty() && self.loaded.encoders.is_empty() && self.config.upstreams.is_empty() {
             bail!("no model to serve: set engine.demo = true or add one with --model NAME=PATH");
         }
-        let replicas: Vec<&str> = self.loaded.replicas.iter().map(|r| &*r.replica.name).collect();
-        if let Some(unknown) = self.config.replicas.keys().find(|name| !replicas.contains(&name.as_str())) {
+        let replicas: Vec<String> = self.loaded.replicas.iter().map(|r| r.replica.name.to_string()).collect();
+        let replicas: Vec<String> = replicas.into_iter().chain(upstreams::replicas(self.config)).collect();
+        if let Some(unknown) = self.config.replicas.keys().find(|name| !replicas.contains(name)) {
             bail!("replicas.\"{unknown}\" in the configuration names no replica; there are: {}", replicas.join(", "));
         }
         Ok(self.loaded)
@@ -455,10 +457,6 @@ impl<'a> Loader<'a> {
     fn replica(&self, variant: &Arc<str>, place: &Place, sched: &SchedConfig) -> Replica {
         let name: Arc<str> = format!("{variant}@{}", place.name()).into();
         let section = self.config.replicas.get(&*name);
-        let label = |label: String| {
-            let value = section.and_then(|s| s.labels.get(&label));
-            (label.into(), value.map_or(NO_LABEL, Label::number))
-        };
         Replica {
             // The number under which events and telemetry hooks know the name.
             id: ReplicaId(self.names.intern(NameKind::Replica, &name)),
@@ -470,11 +468,21 @@ impl<'a> Loader<'a> {
             health: AtomicU8::new(0),
             max_waiting: sched.max_waiting,
             started: self.terms.started,
-            labels: self.config.label_names().into_iter().map(label).collect(),
+            labels: labels(self.config, section),
+            upstream: None,
             gauges: Arc::<ReplicaGauges>::default(),
             sketch: Arc::new(PrefixSketch::new(sched.n_blocks)),
         }
     }
+}
+
+/// Every label that some replica has, with what it is for one of them.
+pub(crate) fn labels(config: &Config, section: Option<&ReplicaSection>) -> Arc<[(Arc<str>, u64)]> {
+    let label = |label: String| {
+        let value = section.and_then(|section| section.labels.get(&label));
+        (label.into(), value.map_or(NO_LABEL, Label::number))
+    };
+    config.label_names().into_iter().map(label).collect()
 }
 
 /// Each once.

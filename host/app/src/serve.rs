@@ -31,6 +31,7 @@ use crate::models::{LoadTerms, Loaded, Loader};
 use crate::observer::{Observer, Watched};
 use crate::store::Store;
 use crate::trust::KeyRing;
+use crate::upstreams;
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
@@ -100,7 +101,8 @@ impl Assembled {
         };
         let deploy = deployments(config, store, &shared, compile)?;
         let places = devices::find(&config.engine)?;
-        let loaded = load_beside(config, &shared, &deploy, &places)?;
+        let mut loaded = load_beside(config, &shared, &deploy, &places)?;
+        upstreams::add(config, &shared, &mut loaded)?;
         let engine = Arc::new(Engine::start(config, &shared, &deploy, (places, loaded))?);
         let aliases = Aliases::start(AliasParts {
             deploy: Arc::clone(&deploy),
@@ -348,6 +350,9 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         format!("  {:<18} http://{admin}", "admin"),
         format!("  {:<18} {}", "models", models.join(", ")),
     ];
+    for (replica, upstream) in catalog.upstreams() {
+        lines.push(format!("  {:<18} {} at {}", "upstream", replica.name, upstream.url()));
+    }
     for slot in deploy.slots() {
         let SlotRevision { revision, generation, .. } = &slot.active;
         let failed = slot.health.reason.filter(|_| slot.health.state != HealthState::Closed);

@@ -101,6 +101,7 @@ pub(crate) enum ReplicaColumn {
     Errors,
     Age,
     PredictedTtft,
+    Kind,
     /// An operator's label, by the host's number for it.
     Label(u8),
 }
@@ -131,13 +132,14 @@ pub(crate) enum EventColumn {
     CachedTokens,
 }
 
-const REPLICA_COLUMNS: [(&str, ReplicaColumn); 6] = [
+const REPLICA_COLUMNS: [(&str, ReplicaColumn); 7] = [
     ("replica.device", ReplicaColumn::Device),
     ("replica.variant", ReplicaColumn::Variant),
     ("replica.load", ReplicaColumn::Load),
     ("replica.errors", ReplicaColumn::Errors),
     ("replica.age", ReplicaColumn::Age),
     ("replica.predicted-ttft", ReplicaColumn::PredictedTtft),
+    ("replica.kind", ReplicaColumn::Kind),
 ];
 const REQUEST_NUMBERS: [(&str, RequestNumber); 5] = [
     ("request.choices", RequestNumber::Choices),

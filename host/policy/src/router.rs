@@ -215,6 +215,7 @@ fn replica_column(replicas: &ReplicaColumns, column: ReplicaColumn) -> &[u64] {
         ReplicaColumn::Errors => &replicas.errors,
         ReplicaColumn::Age => &replicas.age,
         ReplicaColumn::PredictedTtft => &replicas.predicted_ttft,
+        ReplicaColumn::Kind => &replicas.kind,
         ReplicaColumn::Label(place) => replicas.labels.get(usize::from(place)).map_or(&[], |(_, column)| column),
     }
 }
@@ -405,6 +406,7 @@ fn probe_replicas(rows: u32, wants: &Wants) -> ReplicaColumns {
         errors: rising(1_000),
         age: rising(60_000_000),
         predicted_ttft: rising(20_000),
+        kind: (0..rows).map(|i| u64::from(i % 2)).collect(),
         labels: (0..labels.max().unwrap_or(0)).map(|_| ("probe".into(), label())).collect(),
     }
 }

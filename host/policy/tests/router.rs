@@ -86,6 +86,7 @@ fn named_inputs_reach_the_guest() {
     columns.errors = vec![5, 1, 2];
     columns.age = vec![1, 5, 2];
     columns.predicted_ttft = vec![1, 2, 5];
+    columns.kind = vec![0, 1, 0];
     columns.labels = vec![("price".into(), vec![5, 1, 2]), ("region".into(), vec![1, 2, u64::MAX])];
     let numbers = RequestNumbers { choices: 2, stream: 1, ..RequestNumbers::default() };
     let request = RouteRequest { numbers, ..request(1) };
@@ -96,6 +97,7 @@ fn named_inputs_reach_the_guest() {
         ("replica.errors", 0),
         ("replica.age", 1),
         ("replica.predicted-ttft", 2),
+        ("replica.kind", 1),
         ("replica.label.price", 0),
         ("replica.label.region", 2),
         ("request.choices", 2),

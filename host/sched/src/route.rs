@@ -70,9 +70,14 @@ pub struct ReplicaColumns {
     pub age: Vec<u64>,
     /// `replica.predicted-ttft`.
     pub predicted_ttft: Vec<u64>,
+    /// `replica.kind`.
+    pub kind: Vec<u64>,
     /// `replica.label.<name>`, in the order in which the host numbers its labels.
     pub labels: Vec<(Arc<str>, Vec<u64>)>,
 }
+
+/// What the column `replica.kind` holds for an upstream; 0 for a replica of this host.
+pub const UPSTREAM: u64 = 1;
 
 /// What a label column holds where a replica has no such label.
 pub const NO_LABEL: u64 = u64::MAX;
@@ -313,6 +318,7 @@ impl ReplicaColumns {
             errors,
             age,
             predicted_ttft,
+            kind,
             labels,
         } = self;
         for column in
@@ -320,7 +326,7 @@ impl ReplicaColumns {
         {
             column.clear();
         }
-        for column in [key, device, variant, load, errors, age, predicted_ttft] {
+        for column in [key, device, variant, load, errors, age, predicted_ttft, kind] {
             column.clear();
         }
         for (_, column) in labels {

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::http::header::{HeaderMap, HeaderName, HeaderValue};
-use pointsman_sched::ids::{Micros, Priority, RequestId};
+use pointsman_sched::ids::{Micros, Priority, ReplicaId, RequestId};
 use pointsman_sched::mask::TokenMask;
 use pointsman_sched::prefix::salted_hashes;
 use pointsman_sched::request::{Request, Sampling, TokenSink};
 use pointsman_sched::route::{
-    Choice, DecidedBy, ReplicaColumns, RequestNumbers, Resolved, RouteRequest, Routed, resolve,
+    Choice, DecidedBy, ReplicaColumns, RequestNumbers, Resolved, RouteRequest, Routed, UPSTREAM, resolve,
 };
 use pointsman_telemetry::{Event, EventKind};
 
@@ -24,10 +24,15 @@ use crate::ports::{Catalog, Encoder, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
 use crate::trace::{Noted, Trace};
+use crate::upstream::{Seat, Upstream};
 
 const REPLICA: HeaderName = HeaderName::from_static("x-pointsman-replica");
 const VARIANT: HeaderName = HeaderName::from_static("x-pointsman-variant");
 const ROUTER: HeaderName = HeaderName::from_static("x-pointsman-router");
+
+/// What keeps a request from being sent to an upstream, as far as its shape goes.
+const NOT_ONWARD: &str =
+    "this request is no conversation, nor a completion of one text, in a form that they would take";
 
 /// Bytes of the prompt that a router may read as `prompt-head`.
 const PROMPT_HEAD: usize = 256;
@@ -111,6 +116,35 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) trace: &'a Trace,
     /// Where the weights of its alias want it; none where the router chooses.
     pub(crate) assigned: Option<&'a Assignment>,
+    /// Whether an upstream may be offered: the request has a form in which it can be sent there.
+    pub(crate) is_onward: bool,
+    /// Upstreams that have failed it.
+    pub(crate) failed: &'a [ReplicaId],
+}
+
+/// Where the choices of a prompt went.
+#[derive(Debug)]
+pub(crate) enum Placed {
+    /// To replicas of this host, each in turn.
+    Here(Vec<Placement>),
+    /// All of them to an upstream.
+    There(Sent),
+}
+
+/// A request that has a place at an upstream.
+#[derive(Debug)]
+pub(crate) struct Sent {
+    pub(crate) placement: Placement,
+    pub(crate) seat: Seat,
+    /// What the events of what becomes of it have in common.
+    pub(crate) event: Event,
+}
+
+/// Where one choice went.
+#[derive(Debug)]
+enum Landed {
+    Here(Placement),
+    There(Sent),
 }
 
 /// The variant to which the weights of its alias assign a request.
@@ -179,18 +213,56 @@ impl Target {
         Ok(Self { name: name.to_owned(), variants })
     }
 
-    /// Tokenizer and template.
+    /// Tokenizer and template; those of a variant that is served here, where there is one.
     pub(crate) fn text(&self) -> &Arc<TextModel> {
-        &self.variants[0].text
+        let here = self.variants.iter().find(|variant| !variant.is_upstream());
+        &here.unwrap_or(&self.variants[0]).text
     }
 
     /// The longest context among the variants.
     pub(crate) fn context_tokens(&self) -> u32 {
         self.variants.iter().map(|v| v.context_tokens).max().unwrap_or(0)
     }
+
+    /// What the shortest context leaves behind so many tokens, of those that leave some.
+    pub(crate) fn tokens_left(&self, prompt: u32) -> u32 {
+        self.variants
+            .iter()
+            .filter_map(|v| v.context_tokens.checked_sub(prompt).filter(|left| *left > 0))
+            .min()
+            .unwrap_or(0)
+    }
+
+    /// Whether some of it is served elsewhere.
+    pub(crate) fn has_upstreams(&self) -> bool {
+        self.variants.iter().any(|variant| variant.is_upstream())
+    }
+
+    /// Whether none of it is served here.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.variants.iter().all(|variant| variant.is_upstream())
+    }
+}
+
+impl Variant {
+    /// Whether upstreams serve it: then all of its replicas are.
+    pub(crate) fn is_upstream(&self) -> bool {
+        self.replicas.iter().any(|replica| replica.upstream.is_some())
+    }
 }
 
 impl Catalog {
+    /// The replicas that are elsewhere.
+    pub fn upstreams(&self) -> impl Iterator<Item = (&Arc<Replica>, &Arc<Upstream>)> {
+        let replicas = self.variants.iter().flat_map(|variant| &variant.replicas);
+        replicas.filter_map(|replica| Some((replica, replica.upstream.as_ref()?)))
+    }
+
+    /// Whether some of it is served elsewhere.
+    pub(crate) fn has_upstreams(&self) -> bool {
+        self.upstreams().next().is_some()
+    }
+
     /// Whether nothing is served yet.
     pub(crate) fn is_empty(&self) -> bool {
         self.variants.is_empty() && self.encoders.is_empty()
@@ -251,13 +323,13 @@ impl Dispatch<'_> {
         &self,
         choices: Vec<Submission>,
         mut submitted: impl FnMut(&Placement, RequestId),
-    ) -> Result<Vec<Placement>, ApiError> {
+    ) -> Result<Placed, ApiError> {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut hashes = self.hashes(choices.len());
             let first = choices.first().map_or(RequestId(0), |c| c.id);
             self.offer(scratch, &mut hashes);
             if scratch.rows.is_empty() {
-                return Err(ApiError::NoReplica { model: self.target.name.clone() });
+                return Err(self.nobody());
             }
             let attributes = self.attributes();
             let request = self.route_request(&attributes, &mut hashes, first);
@@ -266,25 +338,41 @@ impl Dispatch<'_> {
             let call_us = self.state.clock.now().saturating_sub(now);
             let decision = Decision { routed: &routed, seed: request.seed, call_us };
             let mut placements: Vec<Placement> = Vec::with_capacity(choices.len());
+            let mut there = None;
             let mut outcome = match &routed.choice {
                 Choice::Reject(rejection) => Err(ApiError::Rejected(rejection.clone())),
                 _ => Ok(()),
             };
             for choice in choices {
-                if outcome.is_err() {
+                if outcome.is_err() || there.is_some() {
                     break;
                 }
                 let id = choice.id;
-                outcome = self.submit(scratch, &mut hashes, &decision, choice).map(|placement| {
-                    submitted(&placement, id);
-                    placements.push(placement);
+                outcome = self.submit(scratch, &mut hashes, &decision, choice).map(|landed| match landed {
+                    Landed::Here(placement) => {
+                        submitted(&placement, id);
+                        placements.push(placement);
+                        // The choices of a prompt are not divided between here and elsewhere.
+                        self.close_upstreams(scratch);
+                    }
+                    Landed::There(sent) => there = Some(sent),
                 });
             }
-            let chosen = placements.first().map(|first| (first.row, first));
+            let chosen = placements.first().or(there.as_ref().map(|sent| &sent.placement));
+            let chosen = chosen.map(|first| (first.row, first));
             let replicas = &scratch.columns;
             self.note(&Noted { now, request: &request, replicas, routed: &routed, call_us, chosen });
-            outcome.map(|()| placements)
+            outcome.map(|()| match there {
+                Some(sent) => Placed::There(sent),
+                None => Placed::Here(placements),
+            })
         })
+    }
+
+    /// Leaves the upstreams out of what is still to be placed.
+    fn close_upstreams(&self, scratch: &mut Scratch) {
+        let Scratch { columns, refused, .. } = scratch;
+        refused.iter_mut().zip(&columns.kind).for_each(|(refused, kind)| *refused |= *kind == UPSTREAM);
     }
 
     /// A tenant finds its own prefixes only, so that nobody can time what others have asked. Choices of a prompt that is not
@@ -329,10 +417,11 @@ impl Dispatch<'_> {
                 continue;
             }
             for (r, replica) in variant.replicas.iter().enumerate() {
+                let Some(health) = self.health(replica) else { continue };
                 let gauges = &replica.gauges;
                 c.id.push(replica.id.0);
                 c.key.push(replica.key);
-                c.health.push(replica.health.load(Ordering::Relaxed));
+                c.health.push(health);
                 c.weight.push(load(&replica.weight));
                 c.waiting.push(load(&gauges.waiting).saturating_add(load(&gauges.reserved_requests)));
                 c.running.push(load(&gauges.running));
@@ -349,6 +438,24 @@ impl Dispatch<'_> {
         scratch.refused.resize(scratch.rows.len(), false);
     }
 
+    /// What the column `health` says of a replica; none for an upstream that is not offered.
+    fn health(&self, replica: &Replica) -> Option<u8> {
+        match &replica.upstream {
+            None => Some(replica.health.load(Ordering::Relaxed)),
+            Some(upstream) if self.is_onward && !self.failed.contains(&replica.id) => upstream.health(),
+            Some(_) => None,
+        }
+    }
+
+    /// Why there is no row.
+    fn nobody(&self) -> ApiError {
+        let model = self.target.name.clone();
+        match self.target.is_elsewhere() && !self.is_onward {
+            true => ApiError::NotOnward { model, what: NOT_ONWARD },
+            false => ApiError::NoReplica { model },
+        }
+    }
+
     /// The named columns of a row whose others are filled already.
     fn extra(&self, c: &mut ReplicaColumns, replica: &Replica, now: Micros) {
         let gauges = &replica.gauges;
@@ -357,6 +464,7 @@ impl Dispatch<'_> {
         c.load.push(gauges.busy_ppm.load(Ordering::Relaxed).into());
         c.errors.push(gauges.failed_ppm.load(Ordering::Relaxed).into());
         c.age.push(now.saturating_sub(replica.started));
+        c.kind.push(if replica.upstream.is_some() { UPSTREAM } else { 0 });
         let cached = c.cached_tokens.last().copied().unwrap_or(0);
         let queued = c.queued_tokens.last().copied().unwrap_or(0);
         let own = n_tokens(self.prompt).saturating_sub(cached);
@@ -422,7 +530,7 @@ impl Dispatch<'_> {
         hashes: &mut Hashes<'_>,
         decision: &Decision<'_>,
         choice: Submission,
-    ) -> Result<Placement, ApiError> {
+    ) -> Result<Landed, ApiError> {
         let Decision { routed, seed, call_us } = *decision;
         let Submission { id, sampling, fork_of, mut mask, mut sink } = choice;
         let mut stopped = 0;
@@ -440,8 +548,17 @@ impl Dispatch<'_> {
                     });
                 }
             };
-            let placement = self.placement(routed, row, rows[row]);
             let native = !picked(&routed.choice, row);
+            let strays = self.strays(routed, native, rows[row]);
+            let placement = Placement { strays, ..self.placement(routed, row, rows[row]) };
+            if let Some(upstream) = &placement.replica.upstream {
+                let Some(seat) = upstream.enter(n_tokens(self.prompt)) else {
+                    refused[row] = true;
+                    continue;
+                };
+                let event = self.record(id, &placement, (call_us * 1_000, native), 0);
+                return Ok(Landed::There(Sent { placement, seat, event }));
+            }
             let choice = Submission { id, sampling: Arc::clone(&sampling), fork_of, mask, sink };
             let request = self.request(hashes, &placement, native, choice);
             let n = n_tokens(self.prompt);
@@ -453,10 +570,7 @@ impl Dispatch<'_> {
                         0 => 0,
                         wait => self.state.clock.now().saturating_add(wait),
                     };
-                    let is_picked = !native || !matches!(routed.choice, Choice::Pick(_) | Choice::Rank(_));
-                    let is_meant = self.assigned.map_or(is_picked, |assigned| assigned.variant == placement.variant.id);
-                    let strays = self.target.variants.len() > 1 && !is_meant;
-                    return Ok(Placement { expected, strays, ..placement });
+                    return Ok(Landed::Here(Placement { expected, ..placement }));
                 }
                 Err((mut request, error)) => {
                     placement.replica.gauges.release(n);
@@ -469,8 +583,19 @@ impl Dispatch<'_> {
         }
     }
 
+    /// Whether another variant might have been meant than that of this row.
+    fn strays(&self, routed: &Routed, native: bool, (v, _): (usize, usize)) -> bool {
+        let is_picked = !native || !matches!(routed.choice, Choice::Pick(_) | Choice::Rank(_));
+        let variant = &self.target.variants[v].id;
+        let is_meant = self.assigned.map_or(is_picked, |assigned| assigned.variant == *variant);
+        self.target.variants.len() > 1 && !is_meant
+    }
+
     fn has_room(&self, (v, r): (usize, usize)) -> bool {
         let replica = &self.target.variants[v].replicas[r];
+        if let Some(upstream) = &replica.upstream {
+            return upstream.has_room();
+        }
         let gauges = &replica.gauges;
         let waiting = gauges.waiting.load(Ordering::Relaxed);
         waiting.saturating_add(gauges.reserved_requests.load(Ordering::Relaxed)) < replica.max_waiting
@@ -519,7 +644,13 @@ impl Dispatch<'_> {
         }
     }
 
-    fn record(&self, id: RequestId, placement: &Placement, (call_ns, native): (u64, bool), cached_tokens: u32) {
+    fn record(
+        &self,
+        id: RequestId,
+        placement: &Placement,
+        (call_ns, native): (u64, bool),
+        cached_tokens: u32,
+    ) -> Event {
         let at = self.state.clock.now();
         let base = Event {
             request: id.0,
@@ -534,15 +665,19 @@ impl Dispatch<'_> {
         };
         let (assigned, unit) = self.assigned.map_or((0, 0), |assigned| (assigned.number, assigned.unit));
         let prompt = self.prompt.tokens.len() as u64;
-        self.state.recorder.record(Event {
-            kind: EventKind::Admitted,
-            a: prompt,
-            b: self.terms.max_new_tokens.into(),
-            assigned,
-            unit,
-            ..base
-        });
+        // Another try of the same request is no other request.
+        if self.failed.is_empty() {
+            self.state.recorder.record(Event {
+                kind: EventKind::Admitted,
+                a: prompt,
+                b: self.terms.max_new_tokens.into(),
+                assigned,
+                unit,
+                ..base
+            });
+        }
         self.state.recorder.record(Event { a: call_ns, b: native.into(), ..base });
+        base
     }
 }
 

@@ -422,7 +422,7 @@ impl From<ApiError> for Fault {
             408 | 504 => FaultKind::Deadline,
             499 => FaultKind::Cancelled,
             400..=428 => FaultKind::Invalid,
-            503 => FaultKind::Unavailable,
+            502 | 503 => FaultKind::Unavailable,
             _ => FaultKind::Internal,
         };
         let retry_after = error.retryable().then(|| Duration::from_millis(error.retry_after_ms().into()));

@@ -15,6 +15,7 @@ use pointsman_sched::route::{Refusal, Rejection};
 use serde::Serialize;
 
 use crate::ports::{AdminError, AdminErrorKind};
+use crate::upstream::{Blame, Mishap};
 
 /// Says which bound stands in the way of a refused request.
 pub(crate) const REASON: HeaderName = HeaderName::from_static("x-pointsman-reason");
@@ -98,6 +99,11 @@ pub(crate) enum ApiError {
     Draining,
     #[error("no replica of `{model}` is running")]
     NoReplica { model: String },
+    #[error("the upstream `{upstream}` {mishap}")]
+    Upstream { upstream: Arc<str>, mishap: Mishap },
+    /// A request that only a replica here could serve.
+    #[error("`{model}` is served by upstreams alone, and {what}")]
+    NotOnward { model: String, what: &'static str },
     #[error("{0}")]
     Admin(AdminError),
     /// A bug or a panic; the log has the details.
@@ -221,6 +227,8 @@ impl ApiError {
             Self::DriverGone => class(503, "server_error", "no_replica", true),
             Self::Draining => class(503, "server_error", "draining", true),
             Self::NoReplica { .. } => class(503, "server_error", "no_replica", true),
+            Self::Upstream { mishap, .. } => upstream_class(mishap),
+            Self::NotOnward { .. } => class(400, INVALID, "unsupported", false),
             Self::Admin(error) => admin_class(error.kind),
             Self::Internal => class(500, "server_error", "internal", false),
         }
@@ -258,6 +266,7 @@ impl ApiError {
                 Some("queue")
             }
             Self::Failed(Failure::Exhausted(ResourceExhausted::KvPool { .. })) => Some("kv"),
+            Self::Upstream { mishap, .. } if mishap.blame() == Blame::Load => Some("queue"),
             Self::Quota { .. } => Some("quota"),
             Self::Rejected(rejection) => Some(match rejection.reason {
                 Refusal::Quota => "quota",
@@ -273,6 +282,9 @@ impl ApiError {
     pub(crate) fn retry_after_ms(&self) -> u32 {
         match self {
             Self::Rejected(rejection) if rejection.retry_after_ms > 0 => rejection.retry_after_ms,
+            Self::Upstream { mishap: Mishap::Status { retry_after_ms, .. }, .. } if *retry_after_ms > 0 => {
+                *retry_after_ms
+            }
             Self::Quota { wait_us, .. } if *wait_us > 0 => u32::try_from(wait_us.div_ceil(1_000)).unwrap_or(u32::MAX),
             _ => 1_000,
         }
@@ -328,6 +340,16 @@ fn failure_class(failure: &Failure) -> Class {
         Failure::Mask(MaskError::Disjoint) => class(403, "permission_error", "not_allowed", false),
         Failure::Unanswered => class(503, "server_error", "sampler_failed", true),
         Failure::Engine(_) => class(500, "server_error", "engine_fault", true),
+    }
+}
+
+fn upstream_class(mishap: &Mishap) -> Class {
+    match (mishap.blame(), mishap) {
+        (Blame::Client, Mishap::Status { status, .. }) => class(*status, INVALID, "refused_by_upstream", false),
+        (Blame::Load, _) => class(429, "rate_limit_error", "saturated", true),
+        (_, Mishap::Silent { .. } | Mishap::Stalled { .. }) => class(504, "timeout_error", "upstream_timeout", true),
+        (_, Mishap::Unreachable(_)) => class(502, "server_error", "upstream_unreachable", true),
+        _ => class(502, "server_error", "upstream_failed", true),
     }
 }
 

@@ -592,6 +592,7 @@ pub(crate) fn replica(id: u32, name: &str) -> Arc<Replica> {
         max_waiting: 4,
         started: 1,
         labels: [("price".into(), u64::from(id) + 3)].into(),
+        upstream: None,
         gauges: Arc::new(ReplicaGauges::default()),
         sketch: Arc::new(PrefixSketch::new(64)),
     })

@@ -4,7 +4,7 @@
 //! through the traits in [`ports`], which the app implements: no handler knows wasmtime, a device or a file. A request's
 //! way through the modules: [`serve`] accepts the connection, `data` routes it, `keys` finds the API key, `identity` says who asks, `openai` or
 //! `anthropic` parses it, `admission` lets it in, `usage` writes down what it came to, [`text`] tokenizes it, `dispatch` finds its
-//! replica, `stream` follows its tokens back out, and `error` is the one place where anything that went wrong becomes a response.
+//! replica, `stream` follows its tokens back out, or [`upstream`] sends it on to a server elsewhere, and `error` is the one place where anything that went wrong becomes a response.
 //! [`entry`] is the same way without HTTP.
 #![forbid(unsafe_code)]
 
@@ -30,6 +30,7 @@ mod state;
 mod stream;
 pub mod text;
 mod trace;
+pub mod upstream;
 mod usage;
 
 pub use admin::admin_router;

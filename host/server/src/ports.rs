@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use crate::admin::wire;
 use crate::text::TextModel;
+use crate::upstream::Upstream;
 
 /// One replica as the dispatcher sees it.
 #[derive(Debug)]
@@ -43,7 +44,9 @@ pub struct Replica {
     /// The operator's labels by name, the same names in the same order for every replica;
     /// [`NO_LABEL`](pointsman_sched::route::NO_LABEL) for one that it has not.
     pub labels: Arc<[(Arc<str>, u64)]>,
-    /// Live load, written by the driver.
+    /// Where it is, if that is not on this host.
+    pub upstream: Option<Arc<Upstream>>,
+    /// Live load, written by the driver; of an upstream, by those who are sent there.
     pub gauges: Arc<ReplicaGauges>,
     /// Sketch of the prefix cache, written by the driver.
     pub sketch: Arc<PrefixSketch>,

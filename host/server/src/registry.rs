@@ -140,6 +140,12 @@ impl InFlight {
         self.live.cancel_asked.notified().await;
     }
 
+    /// The same for whoever outlives a borrow.
+    pub(crate) fn told_to_cancel(&self) -> impl Future<Output = ()> + Send + use<> {
+        let live = Arc::clone(&self.live);
+        async move { live.cancel_asked.notified().await }
+    }
+
     /// Notes that the n-th engine request has ended.
     pub(crate) fn ended(&self, choice: usize) {
         if let Some(request) = self.live.running().requests.get_mut(choice) {

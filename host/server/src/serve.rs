@@ -61,6 +61,9 @@ pub async fn serve(
     if !(admin_at.ip().is_loopback() || guarded) {
         return Err(ServeError::OpenAdmin(admin_at));
     }
+    for (_, upstream) in state.engine.catalog().upstreams() {
+        state.spawn(Arc::clone(upstream).watch());
+    }
     let (stop, stopped) = watch::channel(false);
     let mut planes = JoinSet::new();
     for (listener, router) in [(listeners.data, data_router(&state)), (listeners.admin, admin_router(&state))] {

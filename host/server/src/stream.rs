@@ -131,6 +131,8 @@ pub(crate) struct Delta {
     pub(crate) text: String,
     pub(crate) token: Option<Token>,
     pub(crate) finish: Option<Finish>,
+    /// As an upstream wrote it: a choice of one of its chunks, of which text and end are said above.
+    pub(crate) raw: Option<Box<serde_json::Value>>,
 }
 
 /// A generated token.
@@ -366,7 +368,7 @@ impl Generation {
             (piece, None)
         };
         let finish = stopped.map(Finish::StopString);
-        self.updates.push_back(Update::Delta(Delta { choice: index, text, token: Some(token), finish }));
+        self.updates.push_back(Update::Delta(Delta { choice: index, text, token: Some(token), finish, raw: None }));
         if let Some(finish) = finish {
             self.in_flight.cancel(index, CancelCause::StopString);
             self.close(index, finish);
@@ -391,7 +393,13 @@ impl Generation {
         if matched.stopped.is_none() {
             text.push_str(&choice.parts.stops.finish());
         }
-        self.updates.push_back(Update::Delta(Delta { choice: index, text, token: None, finish: Some(finish) }));
+        self.updates.push_back(Update::Delta(Delta {
+            choice: index,
+            text,
+            token: None,
+            finish: Some(finish),
+            raw: None,
+        }));
         self.close(index, finish);
     }
 

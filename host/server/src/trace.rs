@@ -16,7 +16,7 @@ use pointsman_sched::route::{Choice, ReplicaColumns, Resolved, RouteRequest, Rou
 
 use crate::admin::wire::calls::{AdmissionCall, AdmissionLine, DoorSeen, VerdictSeen};
 use crate::admin::wire::decision::{
-    Admission, Answer, Chosen, Decision, Explained, RequestSeen, RequestSummary, RouterLine, Stages, State,
+    Admission, Answer, Chosen, Decision, Explained, RequestSeen, RequestSummary, RouterLine, Stages, State, Tried,
 };
 use crate::dispatch::Placement;
 use crate::error::ApiError;
@@ -44,6 +44,8 @@ pub(crate) struct Trace {
     cached_tokens: AtomicU32,
     generated_tokens: AtomicU32,
     ended: OnceLock<(State, Cow<'static, str>)>,
+    /// The upstreams that were asked.
+    tried: Mutex<Vec<Tried>>,
 }
 
 /// The way of a request, in the order of [`Stages`].
@@ -118,6 +120,7 @@ impl Traces {
             cached_tokens: AtomicU32::new(0),
             generated_tokens: AtomicU32::new(0),
             ended: OnceLock::new(),
+            tried: Mutex::default(),
         });
         if !self.places.is_empty() {
             let place = self.next.fetch_add(1, Ordering::Relaxed) % self.places.len();
@@ -164,6 +167,18 @@ impl Trace {
     /// Counts a generated token.
     pub(crate) fn generated(&self) {
         self.generated_tokens.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes an upstream's own count of tokens.
+    pub(crate) fn counted(&self, cached: u32, generated: u32) {
+        self.cached_tokens.store(cached, Ordering::Relaxed);
+        self.generated_tokens.store(generated, Ordering::Relaxed);
+    }
+
+    /// Notes that an upstream was asked, and what came of it. The router offers each of them once.
+    pub(crate) fn tried(&self, replica: &Arc<str>, outcome: String, now: Micros) {
+        let tried = Tried { replica: replica.to_string(), outcome, at_us: now.saturating_sub(self.arrived) };
+        self.tried.lock().unwrap_or_else(PoisonError::into_inner).push(tried);
     }
 
     /// Keeps the decision for the first prompt.
@@ -240,6 +255,7 @@ impl Trace {
             generated_tokens: self.generated_tokens.load(Ordering::Relaxed),
             admission: self.door().map(Doored::explain),
             decision: self.decision().map(|decided| decided.explain(catalog)),
+            upstreams: self.tried.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             previous: None,
             shadow: None,
         }
@@ -439,11 +455,12 @@ impl Packed {
             errors,
             age,
             predicted_ttft,
+            kind,
             labels,
         } = columns;
         let rows = id.len();
-        let mut numbers = Vec::with_capacity(rows * (17 + labels.len()));
-        for column in [key, device, variant, load, errors, age, predicted_ttft] {
+        let mut numbers = Vec::with_capacity(rows * (18 + labels.len()));
+        for column in [key, device, variant, load, errors, age, predicted_ttft, kind] {
             numbers.extend_from_slice(column);
         }
         for column in
@@ -462,7 +479,7 @@ impl Packed {
         let mut columns = self.numbers.chunks_exact(self.rows.max(1));
         let mut long = || columns.next().unwrap_or_default().to_vec();
         let (key, device, variant) = (long(), long(), long());
-        let (load, errors, age, predicted_ttft) = (long(), long(), long(), long());
+        let (load, errors, age, predicted_ttft, kind) = (long(), long(), long(), long(), long());
         let mut short = || long().into_iter().map(|n| u32::try_from(n).unwrap_or(u32::MAX)).collect::<Vec<u32>>();
         let mut unpacked = ReplicaColumns {
             key,
@@ -472,6 +489,7 @@ impl Packed {
             errors,
             age,
             predicted_ttft,
+            kind,
             labels: Vec::new(),
             id: short(),
             weight: short(),
@@ -526,6 +544,7 @@ mod tests {
             errors: (12..12 + u64::from(n)).collect(),
             age: (13..13 + u64::from(n)).collect(),
             predicted_ttft: (14..14 + u64::from(n)).collect(),
+            kind: (16..16 + u64::from(n)).collect(),
             labels: vec![("a".into(), (15..15 + u64::from(n)).collect()), ("b".into(), vec![u64::MAX; n as usize])],
         };
         for n in [0, 1, 3] {

@@ -11,6 +11,7 @@ mod event;
 mod metrics;
 mod names;
 mod recorder;
+mod upstreams;
 
 pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
@@ -20,3 +21,4 @@ pub use metrics::{
 };
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};
+pub use upstreams::{UpstreamMetrics, UpstreamOutcome};

@@ -14,6 +14,7 @@ use prometheus::{
 };
 
 use crate::arms::{ArmFamilies, ArmMetrics};
+use crate::upstreams::{UpstreamFamilies, UpstreamMetrics};
 
 /// Buckets of `gen_ai.server.time_to_first_token` (seconds).
 pub(crate) const TTFT_SECONDS: &[f64] =
@@ -76,6 +77,7 @@ pub struct Metrics {
     events_dropped: IntCounter,
     cache: CacheMetrics,
     arms: ArmFamilies,
+    upstreams: UpstreamFamilies,
     plugin: Mutex<PluginFamilies>,
 }
 
@@ -464,6 +466,7 @@ impl Metrics {
             ),
             cache: CacheMetrics::new(&registry),
             arms: ArmFamilies::new(&registry),
+            upstreams: UpstreamFamilies::new(&registry),
             plugin: Mutex::default(),
             registry,
         }
@@ -478,6 +481,12 @@ impl Metrics {
     #[must_use]
     pub fn response_cache(&self) -> CacheMetrics {
         self.cache.clone()
+    }
+
+    /// Handles of one upstream.
+    #[must_use]
+    pub fn upstream(&self, name: &str) -> UpstreamMetrics {
+        self.upstreams.of(name)
     }
 
     /// Handles for the requests of one variant.

@@ -55,6 +55,7 @@ pub fn replicas(n: u32, labels: &[String]) -> ReplicaColumns {
         errors: same(0),
         age: same(60_000_000),
         predicted_ttft: same(10_000),
+        kind: same(0),
         labels: labels.iter().map(|label| (label.as_str().into(), same(1))).collect(),
     }
 }

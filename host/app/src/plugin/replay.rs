@@ -490,6 +490,7 @@ mod tests {
                 errors: vec![0; 2],
                 age: vec![0; 2],
                 predicted_ttft: vec![0; 2],
+                kind: vec![0; 2],
                 labels: Vec::new(),
             },
             answer: Answer::Pick(picked),

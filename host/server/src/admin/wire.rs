@@ -461,10 +461,10 @@ pub struct PutSafeMode {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Device {
     /// Its index in columns and events.
-    pub index: u32,
-    /// As in `cpu` or `cuda:0`.
+    pub index: u64,
+    /// As in `cpu` or `cuda:0`; an upstream's own.
     pub name: String,
-    /// As the driver calls it.
+    /// As the driver calls it, or where it is.
     pub description: String,
     /// `up`, `degraded` or `down`.
     pub state: String,

@@ -129,7 +129,7 @@ pub(super) fn write_whole(
     totals: Totals,
 ) -> Vec<u8> {
     let choice = choices.into_iter().next().unwrap_or_default();
-    let blocks = Blocks::of(&choice.text, calls);
+    let blocks = Blocks::of(&choice, calls);
     let end = End::of(choice.finish, &blocks, stop);
     let content = blocks.0.iter().map(Content::whole).collect();
     serde_json::to_vec(&message(head, content, end, totals.into())).unwrap_or_default()
@@ -175,7 +175,7 @@ impl Encode for MessageSse {
             Update::Delta(delta) => delta,
         };
         self.open(out);
-        for part in parts(&mut self.calls, &delta.text, delta.finish.is_some()) {
+        for part in parts(&mut self.calls, delta) {
             let step = self.blocks.push(part);
             if let Some(index) = step.closed {
                 event(out, &Event::ContentBlockStop { index });

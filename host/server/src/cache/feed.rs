@@ -1,5 +1,5 @@
-//! Where the updates of a request come from: from its own generation, which notes them for others, or from an answer that an
-//! equal request got.
+//! Where the updates of a request come from: from its own generation, which notes them for others, from an answer that an
+//! equal request got, or from an upstream.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -18,6 +18,7 @@ use crate::ports::Clock;
 use crate::registry::InFlight;
 use crate::stream::{Generation, Totals, Update};
 use crate::trace::Trace;
+use crate::upstream::Relay;
 
 /// One HTTP request's answer, on its way.
 #[derive(Debug)]
@@ -33,6 +34,7 @@ enum Source {
     /// With the duty to note it for others, where there may be any.
     Own(Box<Generation>, Option<Box<Lead>>),
     Kept(Box<Replay>),
+    Relayed(Box<Relay>),
 }
 
 /// A request that gets the answer to an equal one.
@@ -60,6 +62,11 @@ impl Feed {
     /// Computed for this request.
     pub(crate) fn own(generation: Generation, origin: Origin, lead: Option<Lead>) -> Self {
         Self { source: Source::Own(Box::new(generation), lead.map(Box::new)), ahead: VecDeque::new(), origin }
+    }
+
+    /// Computed elsewhere for this request.
+    pub(crate) fn relayed(relay: Relay, origin: Origin) -> Self {
+        Self { source: Source::Relayed(Box::new(relay)), ahead: VecDeque::new(), origin }
     }
 
     /// From a flight that has ended well; none from any other. `choices` has the prompt tokens of each: none of them needed
@@ -108,6 +115,7 @@ impl Feed {
     pub(crate) fn totals(&self) -> Totals {
         match &self.source {
             Source::Own(generation, _) => generation.totals(),
+            Source::Relayed(relay) => relay.totals(),
             Source::Kept(replay) => {
                 let prompt = replay.seat.prompt_tokens;
                 Totals { prompt, completion: replay.completion, cached: prompt, accepted: 0, rejected: 0 }
@@ -130,6 +138,7 @@ impl Source {
         let (generation, lead) = match self {
             Self::Own(generation, lead) => (generation, lead),
             Self::Kept(replay) => return Poll::Ready(replay.next().map(Ok)),
+            Self::Relayed(relay) => return relay.poll_update(cx),
         };
         let next = ready!(generation.poll_update(cx));
         match &next {

@@ -72,7 +72,8 @@ pub(crate) struct Lead {
 
 impl Log {
     fn push(&mut self, delta: &Delta) {
-        let Delta { choice, text, token, finish } = delta;
+        // Answers of upstreams are not noted.
+        let Delta { choice, text, token, finish, raw: _ } = delta;
         self.text.push_str(text);
         let logprobs = token.as_ref().and_then(|token| token.logprobs.as_deref());
         self.logprobs.extend(logprobs.cloned());
@@ -93,7 +94,7 @@ impl Log {
         let text = self.text.get(cursor.text..end).unwrap_or_default().to_owned();
         let logprobs_read = cursor.logprobs + usize::from(*has_logprobs);
         *cursor = Cursor { step: cursor.step + 1, text: end, logprobs: logprobs_read };
-        Some(Delta { choice, text, token: token.map(|id| Token { id, logprobs }), finish: *finish })
+        Some(Delta { choice, text, token: token.map(|id| Token { id, logprobs }), finish: *finish, raw: None })
     }
 
     fn shrink(&mut self) {

@@ -3,7 +3,11 @@
 //! Chat completions have a text and a list of calls side by side; the newer shapes have one list of both, and tell in a stream
 //! where each begins and ends.
 
+use serde_json::Value;
+
+use super::generate::Collected;
 use super::tools::{CallDelta, CallStream, Part};
+use crate::stream::Delta;
 
 /// One of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,11 +39,13 @@ pub(crate) struct Step {
 
 impl Blocks {
     /// Of an answer that is there as a whole.
-    pub(crate) fn of(text: &str, calls: Option<CallStream>) -> Self {
+    pub(crate) fn of(choice: &Collected, calls: Option<CallStream>) -> Self {
+        let parts = match &choice.raw {
+            Some(raw) => relayed(&choice.text, raw),
+            None => pieces(&mut { calls }, &choice.text, true),
+        };
         let mut blocks = Self::default();
-        for part in parts(&mut { calls }, text, true) {
-            blocks.push(part);
-        }
+        parts.into_iter().for_each(|part| drop(blocks.push(part)));
         blocks
     }
 
@@ -65,8 +71,23 @@ impl Blocks {
     }
 }
 
-/// The parts of the next piece of an answer; the last one with `is_last`.
-pub(crate) fn parts(calls: &mut Option<CallStream>, piece: &str, is_last: bool) -> Vec<Part> {
+/// The parts of the next piece of an answer.
+pub(crate) fn parts(calls: &mut Option<CallStream>, delta: &Delta) -> Vec<Part> {
+    match &delta.raw {
+        Some(raw) => relayed(&delta.text, raw),
+        None => pieces(calls, &delta.text, delta.finish.is_some()),
+    }
+}
+
+/// Those of an upstream's, which finds the calls itself.
+fn relayed(text: &str, raw: &Value) -> Vec<Part> {
+    let calls = raw["delta"]["tool_calls"].as_array().into_iter().flatten();
+    let text = Some(text).filter(|text| !text.is_empty()).map(|text| Part::Content(text.to_owned()));
+    text.into_iter().chain(calls.map(|call| Part::Call(CallDelta::of(call)))).collect()
+}
+
+/// Those of a text, the last of which is told with `is_last`.
+fn pieces(calls: &mut Option<CallStream>, piece: &str, is_last: bool) -> Vec<Part> {
     match calls {
         Some(calls) => calls.push(piece, is_last),
         None if piece.is_empty() => Vec::new(),
@@ -76,12 +97,32 @@ pub(crate) fn parts(calls: &mut Option<CallStream>, piece: &str, is_last: bool) 
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::super::tools::FunctionDelta;
     use super::*;
 
     fn call(id: Option<&str>, arguments: &str) -> Part {
         let function = FunctionDelta { name: id.map(|_| "f".to_owned()), arguments: arguments.to_owned() };
         Part::Call(CallDelta { index: Some(0), id: id.map(str::to_owned), kind: None, function })
+    }
+
+    #[test]
+    fn calls_of_an_upstream_begin_with_their_names() {
+        let call = |function: Value| json!({"index": 0, "id": "x", "type": "function", "function": function});
+        let chunks = [
+            json!({"delta": {"content": "a"}}),
+            json!({"delta": {"tool_calls": [call(json!({"name": "f", "arguments": ""}))]}}),
+            json!({"delta": {"tool_calls": [call(json!({"name": null, "arguments": "{"}))]}}),
+            json!({"delta": {"tool_calls": [call(json!({"arguments": "}"}))]}}),
+        ];
+        let mut blocks = Blocks::default();
+        for raw in chunks {
+            let text = raw["delta"]["content"].as_str().unwrap_or_default();
+            relayed(text, &raw).into_iter().for_each(|part| drop(blocks.push(part)));
+        }
+        let f = Block::Call { id: "x".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        assert_eq!(blocks.0, [Block::Text("a".to_owned()), f]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::generate::{Answer, Arrival, Collected, Head, Running, Shape};
 use super::logprobs::{ChatLogprobs, ChatToken};
 use super::params::{Own, Params};
 use super::tools::{CallDelta, CallRules, CallStream, Part, Tools, whole};
-use super::{Usage, read_fields};
+use super::{Usage, read_fields, relayed};
 use crate::admission::Permit;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
@@ -41,7 +41,9 @@ pub(crate) async fn chat(
 
 /// From a body to what it asked for, under way.
 pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
-    let answering = talk(&mut fields, &arrival.state.config)?.start(arrival, permit).await?;
+    let body = arrival.state.engine.catalog().has_upstreams().then(|| fields.copied());
+    let talk = talk(&mut fields, &arrival.state.config)?.sent_as(body);
+    let answering = talk.start(arrival, permit).await?;
     let Answering { running, rules, n_choices, streams, include_usage, .. } = answering;
     Ok(Answer { running, n_choices, streams, shape: Box::new(ChatShape { rules, n_choices, include_usage }) })
 }
@@ -143,7 +145,8 @@ impl Shape for ChatShape {
     }
 
     fn whole(self: Box<Self>, names: (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
-        write_whole(names, &choices, self.rules.as_ref(), totals.into())
+        let relayed = relayed::whole(names.0, "chat.completion", &choices, totals);
+        relayed.unwrap_or_else(|| write_whole(names, &choices, self.rules.as_ref(), totals.into()))
     }
 }
 
@@ -308,10 +311,13 @@ impl ChatSse {
 impl Encode for ChatSse {
     fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
         let Update::Delta(delta) = update else { return };
+        if let Some(raw) = &delta.raw {
+            return relayed::chunk(out, &self.head, ("chat.completion.chunk", self.include_usage), raw);
+        }
         let index = delta.choice;
         let Some(progress) = self.choices.get_mut(index) else { return };
         let opens = !std::mem::replace(&mut progress.is_open, true);
-        let parts = parts(&mut progress.calls, &delta.text, delta.finish.is_some());
+        let parts = parts(&mut progress.calls, delta);
         let n_calls = progress.calls.as_ref().map_or(0, CallStream::n_calls);
         if opens {
             self.say(out, index, DeltaMessage { role: Some("assistant"), content: Some(""), tool_calls: &[] });

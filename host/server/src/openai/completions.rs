@@ -13,7 +13,7 @@ use super::generate::{Answer, Arrival, Collected, Head, Job, Running, Shape};
 use super::inputs::{Holder, Input, read_each, token_ids};
 use super::logprobs::CompletionLogprobs;
 use super::params::{Own, Params};
-use super::{Usage, read_fields};
+use super::{Usage, read_fields, relayed};
 use crate::admission::Permit;
 use crate::dispatch::{Prompt, Target};
 use crate::error::ApiError;
@@ -21,6 +21,7 @@ use crate::identity::{Caller, RequestTag};
 use crate::state::ServerState;
 use crate::stream::{Encode, Totals, Update};
 use crate::text::TextModel;
+use crate::upstream::Onward;
 
 /// Tokens that a completion has when the request does not say (`OpenAI`'s default).
 const DEFAULT_TOKENS: u32 = 16;
@@ -41,12 +42,16 @@ pub(crate) async fn completions(
 /// From a body to what it asked for, under way.
 pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
     let state = &arrival.state;
+    let body = state.engine.catalog().has_upstreams().then(|| fields.copied());
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
     let logprobs = logprobs(&mut fields, echo)?;
     let own = Own::openai(&mut fields, &state.config, logprobs)?;
     let mut params = Params::parse(&mut fields, &state.config, own)?;
     let target = Target::find(&state.engine.catalog(), &params.model)?;
     let grammar = params.grammar(state, &target).await?;
+    // Token ids mean nothing to another tokenizer, and several prompts are several requests.
+    let body = body.filter(|_| prompt.is_string() && target.has_upstreams());
+    let onward = body.map(|body| Onward::new("/v1/completions", body, params.n as usize));
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
     let n_choices = prompts.len() * params.n as usize;
     check_rows(n_choices, state)?;
@@ -56,7 +61,7 @@ pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields)
     };
     let (stream, include_usage) = (params.stream, params.include_usage);
     let default_tokens = Some(DEFAULT_TOKENS);
-    let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt" };
+    let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt", onward };
     let running = arrival.start(job, permit).await?;
     let streams = stream || running.wants_events();
     Ok(Answer { running, n_choices, streams, shape: Box::new(CompletionShape { echoed, include_usage }) })
@@ -76,7 +81,8 @@ impl Shape for CompletionShape {
     }
 
     fn whole(self: Box<Self>, (head, text): (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
-        write_whole(head, text, &choices, &self.echoed, totals.into())
+        let relayed = relayed::whole(head, "text_completion", &choices, totals);
+        relayed.unwrap_or_else(|| write_whole(head, text, &choices, &self.echoed, totals.into()))
     }
 }
 
@@ -197,6 +203,9 @@ impl CompletionSse {
 impl Encode for CompletionSse {
     fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
         let Update::Delta(delta) = update else { return };
+        if let Some(raw) = &delta.raw {
+            return relayed::chunk(out, &self.head, ("text_completion", self.include_usage), raw);
+        }
         let index = delta.choice;
         let Some(progress) = self.choices.get_mut(index) else { return };
         let echo = progress.echo.take();

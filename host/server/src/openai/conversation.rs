@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::fields::{Fields, mismatch};
 use super::generate::{Arrival, Job, Running, tokenizing};
@@ -15,6 +15,7 @@ use crate::admission::Permit;
 use crate::dispatch::{Prompt, Target};
 use crate::error::ApiError;
 use crate::text::{ChatMessage, TextModel};
+use crate::upstream::Onward;
 
 /// Messages of one request, and parts of one message; far beyond any context of today, and a bound all the same.
 pub(crate) const MAX_MESSAGES: usize = 16_384;
@@ -35,6 +36,8 @@ pub(crate) struct Talk {
     params: Params,
     tools: Option<Tools>,
     conversation: Conversation,
+    /// The body, where it is one of chat completions and an upstream may be sent it.
+    body: Option<Map<String, Value>>,
 }
 
 /// The answer to a conversation, under way.
@@ -74,6 +77,39 @@ impl Conversation {
         })
         .await
     }
+}
+
+/// A conversation of any shape as the body of a chat completion; none where it has no form there.
+fn written(params: &Params, tools: Option<&Tools>, messages: &[ChatMessage]) -> Option<Map<String, Value>> {
+    let mut body = Map::new();
+    let messages = serde_json::to_value(messages).ok()?;
+    body.insert("messages".to_owned(), with_written_arguments(messages));
+    let has_form = params.write(&mut body);
+    if let Some(tools) = tools {
+        tools.write(&mut body);
+        if tools.is_forced() {
+            // The form is that of the calls.
+            body.remove("response_format");
+            return Some(body);
+        }
+    }
+    has_form.then_some(body)
+}
+
+/// Arguments of past calls are objects here, for templates, and texts on the wire.
+fn with_written_arguments(mut messages: Value) -> Value {
+    let calls = |message: &mut Value| message.get_mut("tool_calls").and_then(Value::as_array_mut).map(std::mem::take);
+    for message in messages.as_array_mut().into_iter().flatten() {
+        let Some(mut calls) = calls(message) else { continue };
+        for call in &mut calls {
+            let arguments = &mut call["function"]["arguments"];
+            if !arguments.is_string() {
+                *arguments = arguments.to_string().into();
+            }
+        }
+        message["tool_calls"] = calls.into();
+    }
+    messages
 }
 
 /// The elements of a field that holds one to `most` of something.
@@ -118,21 +154,31 @@ impl Talk {
             tools.show(&mut conversation.template_kwargs);
             params.force(tools.format()?)?;
         }
-        Ok(Self { params, tools, conversation })
+        Ok(Self { params, tools, conversation, body: None })
+    }
+
+    /// As it was sent, for upstreams.
+    pub(crate) fn sent_as(self, body: Option<Map<String, Value>>) -> Self {
+        Self { body, ..self }
     }
 
     /// Finds the model, renders, tokenizes and dispatches.
     pub(crate) async fn start(self, arrival: &Arrival, permit: Permit) -> Result<Answering, ApiError> {
-        let Self { mut params, tools, conversation } = self;
+        let Self { mut params, tools, conversation, body } = self;
         let state = &arrival.state;
         let target = Target::find(&state.engine.catalog(), &params.model)?;
+        let written = || written(&params, tools.as_ref(), &conversation.messages);
+        let body = if target.has_upstreams() { body.or_else(written) } else { None };
+        let onward = body.map(|body| Onward::new("/v1/chat/completions", body, params.n as usize));
+        // An upstream finds the calls in its texts itself.
+        let tools = tools.filter(|_| !target.is_elsewhere());
         let rules = tools.map(|tools| tools.rules(target.text())).transpose()?;
         params.skip_special &= !rules.as_ref().is_some_and(CallRules::wants_special_tokens);
         let grammar = params.grammar(state, &target).await?;
         let prompt_param = conversation.param;
         let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
         let default_tokens = target.text().defaults().max_new_tokens;
-        let job = Job { params, target, prompts: vec![prompt], grammar, default_tokens, prompt_param };
+        let job = Job { params, target, prompts: vec![prompt], grammar, default_tokens, prompt_param, onward };
         let Params { n, stream, include_usage, ref stop, .. } = job.params;
         let stop = Arc::clone(stop);
         let running = arrival.start(job, permit).await?;

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pointsman_sched::admit::Outcome;
-use pointsman_sched::ids::RequestId;
+use pointsman_sched::ids::{ReplicaId, RequestId};
 use pointsman_sched::request::Sampling;
+use pointsman_telemetry::{Event, EventKind};
 
 use super::generate::{Arrival, Job};
 use crate::cache::{self, Feed, Flight, Found, Key, Lead, Seat, Served, Subject};
-use crate::dispatch::{Assignment, Dispatch, Placement, Terms, record_rejection};
+use crate::dispatch::{Assignment, Dispatch, Placed, Placement, Sent, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::ports::{Authors, Clock};
 use crate::registry::InFlight;
 use crate::stream::{ChoiceParts, Events, Generation, GenerationParts, channel};
 use crate::trace::Trace;
+use crate::upstream::{Begun, Blame, Mishap, Relay, RelayParts, Upstream};
 
 /// What was let in.
 #[derive(Debug)]
@@ -45,25 +47,40 @@ struct Waiting<'a> {
     is_over: bool,
 }
 
+/// A request on its way.
+enum Launched<T> {
+    /// Submitted to replicas of this host.
+    Here(Events, Vec<ChoiceParts>, Vec<Placement>),
+    /// At an upstream, with how far it is there.
+    There(T),
+}
+
+/// A client that may go away while an upstream is asked.
+struct Asking<'a> {
+    errand: &'a Errand,
+    event: Event,
+    is_over: bool,
+}
+
 impl Errand {
     /// Finds its answer or has it computed; with how the cache served it, where there is one.
     pub(super) async fn run(mut self) -> Result<(Feed, Option<Served>), ApiError> {
         let state = Arc::clone(&self.arrival.state);
         if !state.cache.is_on() {
-            return self.launch(None).map(|feed| (feed, None));
+            return self.launch(None).await.map(|feed| (feed, None));
         }
         loop {
             let authors = state.policies.authors();
             if !self.is_cacheable(authors) {
                 state.cache.count(Served::Bypass);
-                return self.launch(None).map(|feed| (feed, Some(Served::Bypass)));
+                return self.launch(None).await.map(|feed| (feed, Some(Served::Bypass)));
             }
             let key = self.key(authors);
             let (flight, served) = match state.cache.find(key, self.asks()) {
                 Found::Lead(flight, epoch) => {
                     let lead = Lead::new(&state, key, (flight, epoch), (authors, self.is_open()));
                     state.cache.count(Served::Miss);
-                    return self.launch(Some(lead)).map(|feed| (feed, Some(Served::Miss)));
+                    return self.launch(Some(lead)).await.map(|feed| (feed, Some(Served::Miss)));
                 }
                 Found::Hit(flight, age) => (flight, Served::Hit { age_s: age / 1_000_000 }),
                 Found::Joined(flight) => {
@@ -95,7 +112,9 @@ impl Errand {
         let is_determined =
             params.key_seed().is_some() || self.sampling.first().is_some_and(|sampling| sampling.temperature == 0.0);
         let is_measured = self.is_trial || authors.sampler.is_trial || authors.router.is_trial;
-        !self.arrival.wish.no_store && !is_measured && params.cache_response.unwrap_or(is_determined)
+        // What an upstream answers is not a function of what is known here.
+        let is_ours = !self.job.target.has_upstreams();
+        is_ours && !self.arrival.wish.no_store && !is_measured && params.cache_response.unwrap_or(is_determined)
     }
 
     /// Whether it is left to the router which variant answers.
@@ -154,12 +173,16 @@ impl Errand {
     }
 
     /// Has it computed, perhaps for others too.
-    fn launch(mut self, mut lead: Option<Lead>) -> Result<Feed, ApiError> {
-        let (events, choices, placements) = self.submit().inspect_err(|error| {
+    async fn launch(mut self, mut lead: Option<Lead>) -> Result<Feed, ApiError> {
+        let launched = self.place().await.inspect_err(|error| {
             self.trace.failed(error, self.arrival.state.clock.now());
             let about = (self.prompt_tokens, self.assigned.as_ref());
             record_rejection(&self.arrival.state, &self.arrival.caller, error, about);
         })?;
+        let (events, choices, placements) = match launched {
+            Launched::Here(events, choices, placements) => (events, choices, placements),
+            Launched::There((sent, begun)) => return Ok(self.relayed(sent, begun)),
+        };
         let origin = placements.first().ok_or(ApiError::Internal)?.origin();
         if placements.iter().any(|placement| placement.strays) {
             lead.iter_mut().for_each(Lead::strays);
@@ -175,11 +198,108 @@ impl Errand {
         Ok(Feed::own(Generation::new(parts, events, choices, self.in_flight), origin, lead))
     }
 
-    /// Submits every choice of every prompt.
-    fn submit(&mut self) -> Result<(Events, Vec<ChoiceParts>, Vec<Placement>), ApiError> {
-        if !self.has_room {
+    /// What tells the client what an upstream answers.
+    fn relayed(self, Sent { placement, seat, event }: Sent, begun: Begun) -> Feed {
+        let Self { arrival: Arrival { state, arrived, .. }, job, sampling, prompt_tokens, in_flight, trace, .. } = self;
+        let parts = RelayParts {
+            clock: Arc::clone(&state.clock),
+            metrics: state.request_metrics(&placement.variant.id),
+            recorder: state.recorder.clone(),
+            event,
+            arrived,
+            timeout_ms: job.params.timeout_ms,
+            prompt_tokens,
+            n_choices: sampling.len(),
+            in_flight,
+            trace,
+        };
+        Feed::relayed(Relay::new(parts, seat, begun), placement.origin())
+    }
+
+    /// Finds who serves it. An upstream has then begun to answer: where one fails before that, whoever the router chooses
+    /// among the others is asked, and nothing has been told to the client.
+    async fn place(&mut self) -> Result<Launched<(Sent, Begun)>, ApiError> {
+        let (mut failed, mut last) = (Vec::new(), None);
+        loop {
+            let placed = self.submit(&failed);
+            let mut sent = match (placed, last.take()) {
+                (Err(_), Some((error, event, _))) => return Err(self.unserved(error, event)),
+                (Err(error), None) => return Err(error),
+                (Ok(placed), before) => {
+                    before.iter().for_each(|(_, _, upstream): &(_, _, Arc<Upstream>)| upstream.retried());
+                    match placed {
+                        Launched::There(sent) => sent,
+                        Launched::Here(events, choices, placements) => {
+                            return Ok(Launched::Here(events, choices, placements));
+                        }
+                    }
+                }
+            };
+            let asked = self.ask(&mut sent).await;
+            let asked = asked.map_err(|error| self.unserved(error, sent.event))?;
+            let outcome = asked.as_ref().map_or_else(ToString::to_string, |_| "answered".to_owned());
+            self.trace.tried(&sent.placement.replica.name, outcome, self.arrival.state.clock.now());
+            let mishap = match asked {
+                Ok(begun) => return Ok(Launched::There((sent, begun))),
+                Err(mishap) => mishap,
+            };
+            let blame = mishap.blame();
+            let upstream = Arc::clone(sent.seat.upstream());
+            let error = ApiError::Upstream { upstream: Arc::clone(upstream.name()), mishap };
+            if blame == Blame::Client {
+                return Err(self.unserved(error, sent.event));
+            }
+            failed.push(sent.placement.replica.id);
+            last = Some((error, sent.event, upstream));
+        }
+    }
+
+    /// Sends it to an upstream and waits until that begins to answer. What ends it from this side is the outer error.
+    async fn ask(&self, sent: &mut Sent) -> Result<Result<Begun, Mishap>, ApiError> {
+        let Self { arrival: Arrival { state, tag, .. }, job, terms, in_flight, .. } = self;
+        let Some(onward) = &job.onward else { return Err(ApiError::Internal) };
+        let limit_ms = job.params.timeout_ms;
+        let deadline = terms.first().map_or(0, |terms| terms.deadline);
+        let left = Duration::from_micros(deadline.saturating_sub(state.clock.now()));
+        let mut asking = Asking { errand: self, event: sent.event, is_over: false };
+        let asked = tokio::select! {
+            biased;
+            () = in_flight.cancel_asked() => Err(ApiError::Cancelled),
+            () = tokio::time::sleep(left) => Err(ApiError::Deadline { limit_ms }),
+            begun = sent.seat.ask(onward, tag) => Ok(begun),
+        };
+        asking.is_over = true;
+        drop(asking);
+        asked
+    }
+
+    /// Notes that no upstream has served it; a refusal is noted elsewhere.
+    fn unserved(&self, error: ApiError, event: Event) -> ApiError {
+        match &error {
+            ApiError::Cancelled | ApiError::Deadline { .. } => self.tell(EventKind::Cancelled, event),
+            refused if refused.reason().is_some() => {}
+            _ => self.tell(EventKind::Failed, event),
+        }
+        error
+    }
+
+    fn tell(&self, kind: EventKind, event: Event) {
+        let at = self.arrival.state.clock.now();
+        self.arrival.state.recorder.record(Event {
+            at,
+            kind,
+            a: at.saturating_sub(self.arrival.arrived),
+            b: 0,
+            ..event
+        });
+    }
+
+    /// Submits every choice of every prompt, but to those that have failed it.
+    fn submit(&mut self, failed: &[ReplicaId]) -> Result<Launched<Sent>, ApiError> {
+        if !std::mem::replace(&mut self.has_room, true) {
             self.in_flight.permit.queue_tokens(self.prompt_tokens)?;
         }
+        let is_onward = self.job.onward.is_some();
         let Self { arrival, job, sampling, terms, assigned, in_flight, trace, .. } = &*self;
         let Arrival { state, caller, .. } = arrival;
         let Job { params, target, prompts, .. } = job;
@@ -187,17 +307,21 @@ impl Errand {
         let (sinks, events) = channel(state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
         let (mut choices, mut placements) = (Vec::new(), Vec::new());
         for (prompt, terms) in prompts.iter().zip(terms) {
-            let dispatch = Dispatch { state, caller, target, prompt, terms, trace, assigned: assigned.as_ref() };
+            let assigned = assigned.as_ref();
+            let dispatch = Dispatch { state, caller, target, prompt, terms, trace, assigned, is_onward, failed };
             let submissions =
                 arrival.submissions((sampling, job.grammar.as_ref()), &sinks, choices.len(), &mut first_id);
-            let placed = dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))?;
+            let placed = match dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))? {
+                Placed::There(sent) => return Ok(Launched::There(sent)),
+                Placed::Here(placed) => placed,
+            };
             for (i, placement) in placed.into_iter().enumerate() {
                 let queued_tokens = if i == 0 { prompt.tokens.len() } else { 0 };
                 choices.push(arrival.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX)));
                 placements.push(placement);
             }
         }
-        Ok((events, choices, placements))
+        Ok(Launched::Here(events, choices, placements))
     }
 }
 
@@ -205,6 +329,16 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         if !self.is_over {
             self.in_flight.abandoned(self.trace, self.clock.now());
+        }
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            let Self { errand, event, .. } = self;
+            errand.tell(EventKind::Cancelled, *event);
+            errand.in_flight.abandoned(&errand.trace, errand.arrival.state.clock.now());
         }
     }
 }

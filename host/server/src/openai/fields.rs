@@ -50,6 +50,11 @@ impl Fields {
         }
     }
 
+    /// A copy of all of it.
+    pub(crate) fn copied(&self) -> Map<String, Value> {
+        self.map.clone()
+    }
+
     /// The full name of a field.
     pub(crate) fn param(&self, name: &str) -> String {
         format!("{}{name}", self.path)

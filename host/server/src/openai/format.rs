@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::fields::{Fields, mismatch};
 use crate::cache::{Key, KeyWriter};
@@ -30,6 +30,12 @@ impl Format {
     /// An instance of the schema in a field.
     pub(crate) fn schema(param: String, value: Value) -> Result<Self, ApiError> {
         schema(&param, value).map(|form| Self { param, form })
+    }
+
+    /// As chat completions ask for it; none for a form that has no name there.
+    pub(super) fn written(&self) -> Option<Value> {
+        let Form::Json(schema) = &self.form else { return None };
+        Some(json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": true}}))
     }
 
     /// The form that a field asks for.

@@ -11,6 +11,7 @@ use http_body_util::Full;
 use pointsman_sched::admit::{AdmitRequest, Verdict};
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::request::Sampling;
+use serde_json::Value;
 
 use super::errand::Errand;
 use super::ndjson::NdjsonEncoder;
@@ -28,6 +29,7 @@ use crate::state::ServerState;
 use crate::stream::{ChoiceParts, Encode, EventBody, Finish, SinkMaker, Token, Totals, Update};
 use crate::text::{Detokenizer, StopMatcher, TextModel};
 use crate::trace::{Doored, Stage};
+use crate::upstream::{Onward, fold};
 
 /// How the response cache served a request.
 const CACHE_STATUS: HeaderName = HeaderName::from_static("x-pointsman-cache");
@@ -59,6 +61,8 @@ pub(crate) struct Job {
     pub(crate) default_tokens: Option<u32>,
     /// The field that holds the prompt, for errors about its length.
     pub(crate) prompt_param: &'static str,
+    /// How it is sent to an upstream; none where it cannot be, or none serves its model.
+    pub(crate) onward: Option<Onward>,
 }
 
 /// A generation under way.
@@ -106,6 +110,8 @@ pub(crate) struct Collected {
     pub(crate) text: String,
     pub(crate) tokens: Vec<Token>,
     pub(crate) finish: Option<Finish>,
+    /// What an upstream wrote of it.
+    pub(crate) raw: Option<Value>,
 }
 
 /// Whether the client asks for newline-delimited JSON.
@@ -311,7 +317,8 @@ fn new_tokens(job: &Job, prompt: &Prompt) -> Result<u32, ApiError> {
     if left < requested {
         return Err(ApiError::Context { param: job.prompt_param, prompt: n_prompt, requested, limit });
     }
-    Ok(job.params.max_tokens.unwrap_or_else(|| job.default_tokens.unwrap_or(left).min(left)))
+    let shortest = || job.target.tokens_left(u32::try_from(n_prompt).unwrap_or(u32::MAX));
+    Ok(job.params.max_tokens.unwrap_or_else(|| job.default_tokens.unwrap_or_else(shortest).min(left)))
 }
 
 /// Tokens to generate for all prompts and choices of a request.
@@ -393,6 +400,9 @@ impl Running {
             choice.text.push_str(&delta.text);
             choice.tokens.extend(delta.token);
             choice.finish = delta.finish.or(choice.finish);
+            if let Some(raw) = delta.raw {
+                fold(choice.raw.get_or_insert(Value::Null), *raw);
+            }
         }
         Ok(choices)
     }

@@ -39,7 +39,7 @@ fn entry<'a>(id: &'a str, variant: &'a Variant) -> Model<'a> {
         id,
         object: "model",
         created: variant.created,
-        owned_by: "pointsman",
+        owned_by: if variant.is_upstream() { "upstream" } else { "pointsman" },
         root: &variant.alias,
         max_model_len: variant.context_tokens,
         embedding_dimensions: None,

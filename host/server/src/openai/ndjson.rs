@@ -1,6 +1,7 @@
 //! Newline-delimited JSON events with stages and progress, for clients that want to show more than text.
 //!
-//! One object per line: `queued`, `started`, `token`, `finished`, `done`, `error`. The same for chat and completions.
+//! One object per line: `queued`, `started`, `token`, `finished`, `done`, `error`; an upstream's pieces have no token ids and
+//! are `text`. The same for chat and completions.
 
 use std::sync::Arc;
 
@@ -41,6 +42,11 @@ enum Line<'a> {
         text: &'a str,
         logprob: Option<f32>,
     },
+    /// A piece of which nobody here knows the tokens.
+    Text {
+        index: usize,
+        text: &'a str,
+    },
     /// `text` is what had been held back.
     Finished {
         index: usize,
@@ -79,6 +85,8 @@ impl Encode for NdjsonEncoder {
             let logprob = token.logprobs.as_ref().map(|l| l.chosen).filter(|l| l.is_finite());
             line(out, &Line::Token { index, token: token.id, text, logprob });
             text = "";
+        } else if delta.raw.is_some() && !text.is_empty() {
+            line(out, &Line::Text { index, text: std::mem::take(&mut text) });
         }
         if let Some(finish) = delta.finish {
             line(out, &Line::Finished { index, text, finish_reason: finish.as_str() });

@@ -9,7 +9,7 @@ use pointsman_sched::draft::MAX_DRAFTS;
 use pointsman_sched::ids::Priority;
 use pointsman_sched::request::Sampling;
 use pointsman_sched::route::RequestNumbers;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::fields::{Fields, mismatch, token_id, whole};
 use super::format::Format;
@@ -174,12 +174,41 @@ impl Params {
     /// Compiles the form that the text must have, if one is asked for.
     pub(super) async fn grammar(&mut self, state: &ServerState, target: &Target) -> Result<Option<Compiled>, ApiError> {
         match self.format.take() {
+            // No tokenizer to compile it for, and an upstream has its own.
+            Some(_) if target.is_elsewhere() => Ok(None),
             Some(format) => {
                 self.form = Some(format.key());
                 format.compile(state, target.text()).await.map(Some)
             }
             None => Ok(None),
         }
+    }
+
+    /// Writes them as chat completions have them; false where the text must have a form that has no name there.
+    pub(super) fn write(&self, body: &mut Map<String, Value>) -> bool {
+        let Self { max_tokens, min_tokens, stop, ignore_eos, seed, top_k, logit_bias, stop_token_ids, format, .. } =
+            self;
+        let fields = [
+            ("max_tokens", max_tokens.map(Value::from)),
+            ("min_tokens", Some(*min_tokens).filter(|n| *n > 0).map(Value::from)),
+            ("stop", Some(&**stop).filter(|stop| !stop.is_empty()).map(Value::from)),
+            ("ignore_eos", ignore_eos.then_some(Value::Bool(true))),
+            ("seed", seed.map(Value::from)),
+            ("temperature", self.temperature.map(Value::from)),
+            ("top_p", self.top_p.map(Value::from)),
+            ("top_k", top_k.map(Value::from)),
+            ("min_p", self.min_p.map(Value::from)),
+            ("repetition_penalty", self.repetition_penalty.map(Value::from)),
+            ("presence_penalty", Some(self.presence_penalty).filter(|p| *p != 0.0).map(Value::from)),
+            ("frequency_penalty", Some(self.frequency_penalty).filter(|p| *p != 0.0).map(Value::from)),
+            ("logit_bias", logit_bias.clone()),
+            ("stop_token_ids", stop_token_ids.clone()),
+        ];
+        body.extend(fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        let Some(format) = format else { return true };
+        let Some(format) = format.written() else { return false };
+        body.insert("response_format".to_owned(), format);
+        true
     }
 
     /// The seed that the client named.

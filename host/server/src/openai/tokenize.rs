@@ -44,6 +44,10 @@ fn target(fields: &mut Fields, state: &ServerState) -> Result<(Arc<TextModel>, u
     }
     let first = catalog.variants.first().map(|variant| variant.alias.to_string());
     let target = Target::find(&catalog, &named.or(first).unwrap_or_default())?;
+    if target.text().is_estimate() {
+        let what = "only they have its tokenizer: ask one of them";
+        return Err(ApiError::NotOnward { model: target.name, what });
+    }
     Ok((Arc::clone(target.text()), target.context_tokens()))
 }
 

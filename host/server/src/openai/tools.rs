@@ -99,6 +99,20 @@ pub(crate) struct FunctionDelta {
     pub(super) arguments: String,
 }
 
+// === impl CallDelta ===
+
+impl CallDelta {
+    /// As an upstream wrote it. Only the first part of a call has a name; some servers repeat its identity in each.
+    pub(super) fn of(raw: &Value) -> Self {
+        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        let (name, arguments) = (text(&raw["function"]["name"]), text(&raw["function"]["arguments"]));
+        let id = name.as_ref().map(|_| text(&raw["id"]).unwrap_or_default());
+        let index = raw["index"].as_u64().and_then(|index| usize::try_from(index).ok());
+        let kind = name.as_ref().map(|_| "function");
+        Self { index, id, kind, function: FunctionDelta { name, arguments: arguments.unwrap_or_default() } }
+    }
+}
+
 // === impl Tools ===
 
 impl Tools {
@@ -144,6 +158,25 @@ impl Tools {
         let kwargs = template_kwargs.get_or_insert_default();
         let shown = self.tools.iter().map(|tool| tool.shown.clone()).collect();
         kwargs.insert("tools".to_owned(), Value::Array(shown));
+    }
+
+    /// Whether a call is forced.
+    pub(super) fn is_forced(&self) -> bool {
+        matches!(self.choice, Choice::Required | Choice::Named(_))
+    }
+
+    /// Writes them as chat completions have them.
+    pub(super) fn write(&self, body: &mut Map<String, Value>) {
+        let choice = match self.choice {
+            Choice::None => "none".into(),
+            Choice::Auto => "auto".into(),
+            Choice::Required => "required".into(),
+            Choice::Named(i) => json!({"type": "function", "function": {"name": self.tools[i].name}}),
+        };
+        let shown = self.tools.iter().map(|tool| tool.shown.clone()).collect();
+        body.insert("tools".to_owned(), Value::Array(shown));
+        body.insert("tool_choice".to_owned(), choice);
+        body.insert("parallel_tool_calls".to_owned(), self.parallel.into());
     }
 
     /// What the text must be, if a call is forced.

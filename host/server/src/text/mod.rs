@@ -19,6 +19,7 @@ use std::sync::{Arc, OnceLock};
 use llguidance::ParserFactory;
 use serde::Deserialize;
 use serde_json::Value;
+use tokenizers::models::bpe::BPE;
 use tokenizers::{PostProcessor as _, Tokenizer, TruncationDirection};
 
 pub use self::detokenize::Detokenizer;
@@ -28,6 +29,9 @@ pub use self::vocabulary::{Vocabulary, VocabularyError};
 
 use self::detokenize::ByteTable;
 use self::template::ChatTemplate;
+
+/// How a conversation is written where only its length counts.
+const ESTIMATE_TEMPLATE: &str = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}";
 
 /// The files of a model that concern text.
 #[derive(Clone, Copy, Debug, Default)]
@@ -109,6 +113,8 @@ pub struct TextModel {
     defaults: SamplingDefaults,
     /// What grammars are compiled with; empty until one is asked for.
     grammars: OnceLock<Option<ParserFactory>>,
+    /// Whether it has no tokenizer: lengths are guessed from bytes.
+    is_estimate: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -138,13 +144,14 @@ struct GenerationConfig {
 
 impl std::fmt::Debug for TextModel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { tokenizer: _, bytes, special, template, stop_tokens, defaults, grammars: _ } = self;
+        let Self { tokenizer: _, bytes, special, template, stop_tokens, defaults, grammars: _, is_estimate } = self;
         f.debug_struct("TextModel")
             .field("byte_level", &bytes.is_some())
             .field("vocabulary", &special.len())
             .field("template", &template.is_some())
             .field("stop_tokens", stop_tokens)
             .field("defaults", defaults)
+            .field("is_estimate", is_estimate)
             .finish_non_exhaustive()
     }
 }
@@ -188,12 +195,41 @@ impl TextModel {
             defaults: generation.defaults(),
             grammars: OnceLock::new(),
             tokenizer,
+            is_estimate: false,
         })
+    }
+
+    /// That of a model which is served elsewhere alone: a token for every four bytes, which are its id. So lengths are about
+    /// right for text in English, and equal beginnings have equal tokens.
+    ///
+    /// # Errors
+    /// None that a build which passes its tests has.
+    pub fn estimate() -> Result<Self, TextError> {
+        let template = ChatTemplate::new(ESTIMATE_TEMPLATE, BTreeMap::new()).map_err(TextError::Template)?;
+        Ok(Self {
+            tokenizer: Tokenizer::new(BPE::default()),
+            bytes: None,
+            special: Vec::new(),
+            template: Some(template),
+            stop_tokens: Arc::default(),
+            defaults: GenerationConfig::default().defaults(),
+            grammars: OnceLock::new(),
+            is_estimate: true,
+        })
+    }
+
+    /// Whether its lengths are guesses and its ids mean nothing.
+    #[must_use]
+    pub fn is_estimate(&self) -> bool {
+        self.is_estimate
     }
 
     /// Number of token ids, added tokens included.
     #[must_use]
     pub fn vocabulary(&self) -> u32 {
+        if self.is_estimate {
+            return u32::MAX;
+        }
         u32::try_from(self.special.len()).unwrap_or(u32::MAX)
     }
 
@@ -214,6 +250,9 @@ impl TextModel {
     /// # Errors
     /// The tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, EncodeError> {
+        if self.is_estimate {
+            return Ok(text.as_bytes().chunks(4).map(quad).collect());
+        }
         let encoding = self.tokenizer.encode_fast(text, add_special).map_err(EncodeError::Tokenizer)?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -300,6 +339,11 @@ impl GenerationConfig {
 fn json<T: Default + for<'de> Deserialize<'de>>(file: &'static str, bytes: Option<&[u8]>) -> Result<T, TextError> {
     let Some(bytes) = bytes else { return Ok(T::default()) };
     serde_json::from_slice(bytes).map_err(|source| TextError::Json { file, source })
+}
+
+/// Up to four bytes as a number.
+fn quad(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0, |number, byte| (number << 8) | u32::from(*byte))
 }
 
 /// A special token is written as its text or as an object with it.

@@ -161,12 +161,26 @@ pub struct Explained {
     /// What the router saw and said for its first prompt; absent when it did not get that far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decision: Option<Decision>,
+    /// Upstreams that it was sent to, one after the other; absent where it was sent to none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub upstreams: Vec<Tried>,
     /// What the policy before the active one says to the same inputs; asked now, off the path.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
     /// What the shadow beside the router said when the decision was put to it; absent where it was not, or the rollout is over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shadow: Option<Previous>,
+}
+
+/// An upstream that a request was sent to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Tried {
+    /// As in `demo:remote@east`.
+    pub replica: String,
+    /// `answered` once its first event was there, else what went wrong.
+    pub outcome: String,
+    /// When that was known, in microseconds since the request came.
+    pub at_us: u64,
 }
 
 /// Words for [`Explained::state`].
@@ -483,6 +497,8 @@ struct ReplicaColumnsDef {
     age: Vec<u64>,
     #[serde(default)]
     predicted_ttft: Vec<u64>,
+    #[serde(default)]
+    kind: Vec<u64>,
     /// As pairs of name and column, in the host's order.
     #[serde(default, serialize_with = "write_labels", deserialize_with = "read_labels")]
     labels: Vec<(Arc<str>, Vec<u64>)>,
@@ -599,6 +615,7 @@ mod tests {
             errors: vec![0],
             age: vec![7],
             predicted_ttft: vec![12_000],
+            kind: vec![0],
             labels: vec![("price".into(), vec![3])],
         }
     }

@@ -191,7 +191,7 @@ pub(super) fn write_whole(
     totals: Totals,
 ) -> Vec<u8> {
     let choice = choices.into_iter().next().unwrap_or_default();
-    let blocks = Blocks::of(&choice.text, calls);
+    let blocks = Blocks::of(&choice, calls);
     let status = Status::from(choice.finish);
     let mut whole = object((head, echo), status, items(head, &blocks, status));
     whole.usage = Some(totals.into());
@@ -287,7 +287,7 @@ impl Encode for ResponseSse {
 
     fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
         let Update::Delta(delta) = update else { return };
-        for part in parts(&mut self.calls, &delta.text, delta.finish.is_some()) {
+        for part in parts(&mut self.calls, delta) {
             let step = self.blocks.push(part);
             if let Some(before) = step.closed {
                 self.closed(out, before, Status::Completed);
