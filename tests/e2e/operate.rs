@@ -51,7 +51,12 @@ fn one_switch_makes_every_slot_native_and_back() {
     let rollouts = host.admin("GET", "/admin/v1/slots/scheduler/rollouts", &Value::Null).body.to_string();
     assert!(rollouts.contains("paused"), "nothing is measured meanwhile: {rollouts}");
     assert_eq!(host.admin("POST", "/admin/v1/slots/router/rollouts", &candidate).status, 409);
-    assert_eq!(host.get("/ready").status, 200);
+    for (path, status) in [("/ready", "ready"), ("/health", "ok")] {
+        let answer = host.get(path);
+        let slots: Vec<_> = answer.body["degraded"].as_array().into_iter().flatten().collect();
+        assert_eq!((answer.status, &answer.body["status"]), (200, &json!(status)));
+        assert!(slots.contains(&&json!("slot router")) && slots.contains(&&json!("slot scheduler")), "{slots:?}");
+    }
     assert!(host.get("/metrics").body.as_str().is_some_and(|m| m.contains("pointsman_safe_mode 1")));
     // What is activated meanwhile is kept, and answers when the switch is off.
     let digest = host.builtin("route-weighted");
@@ -63,6 +68,7 @@ fn one_switch_makes_every_slot_native_and_back() {
     assert!(said(&status).contains("safe mode is on"), "{status:?}");
     let off = pointsman(&host, &["policy", "safe-mode", "off"]);
     assert!(off.status.success() && said(&off).contains("safe mode is off"), "{off:?}");
+    assert_eq!(host.get("/ready").body, json!({ "status": "ready" }));
     assert!(router(&host).starts_with("route-weighted@"));
     let journal = host.admin("GET", "/admin/v1/journal", &Value::Null).body;
     let journal = journal.as_str().unwrap_or_default();

@@ -11,6 +11,7 @@
 )]
 
 pub mod fleet;
+pub mod raw;
 pub mod rng;
 
 use std::io::{BufRead, BufReader};

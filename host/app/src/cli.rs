@@ -56,6 +56,11 @@ pub(crate) enum Command {
         after_help = "Examples:\n  pointsman bench --concurrency 32 --requests 1000 --shape 128:64\n  pointsman bench --url http://10.0.0.7:8080 --model llama --rate 20 --seconds 60 --shape chat --json"
     )]
     Bench(Box<BenchArgs>),
+    /// Examine what a configuration asks for without serving it: machine, devices, models, policies, data directory, ports.
+    #[command(
+        after_help = "Takes the flags of `serve`; changes nothing, and a host may be running. Exit code 1: a fault.\n\nExamples:\n  pointsman doctor --config pointsman.toml\n  pointsman doctor --model llama=./my-model --json"
+    )]
+    Doctor(Box<DoctorArgs>),
     /// Check a GPU: compare it with the CPU on small random models, measure decoding, and see that memory comes back.
     #[command(
         after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --only kernels,parity\n  compute-sanitizer pointsman gpu-check --only kernels --small"
@@ -155,6 +160,16 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "S", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) timeout_s: u64,
     /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Flags of `doctor`.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) serve: ServeArgs,
+    /// Print JSON instead of lines.
     #[arg(long)]
     pub(crate) json: bool,
 }

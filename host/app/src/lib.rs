@@ -14,6 +14,7 @@ mod clock;
 mod config;
 mod deploy;
 mod devices;
+mod doctor;
 mod driver;
 mod encoders;
 mod engine;
@@ -62,6 +63,7 @@ pub fn main() -> ExitCode {
         Some(Command::Key(command)) => keys::run(command, &mut out),
         Some(Command::Cache(command)) => client::cache(command, &mut out),
         Some(Command::Plugin(command)) => plugin::run(command, &mut out),
+        Some(Command::Doctor(args)) => doctor::run(&args, &mut out),
         Some(Command::Apply(args)) => apply::run(&args, &mut out),
         Some(Command::Bench(args)) => bench::run(&args, &mut out),
         Some(Command::GpuCheck(args)) => gpu_check::run(&args, &mut out),

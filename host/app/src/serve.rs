@@ -48,6 +48,18 @@ pub(crate) struct Shared {
     pub taps: Taps,
 }
 
+impl Shared {
+    fn new(config: &Config) -> Self {
+        Self {
+            clock: Arc::new(SystemClock::start()),
+            metrics: Arc::new(Metrics::new()),
+            recorder: Recorder::new(config.policy.event_ring as usize),
+            names: Arc::new(Names::default()),
+            taps: Taps::default(),
+        }
+    }
+}
+
 /// A host that runs and has no listener yet.
 #[derive(Debug)]
 pub(crate) struct Assembled {
@@ -91,14 +103,7 @@ impl Assembled {
     /// # Errors
     /// Anything that keeps it from serving, in words for the operator.
     pub(crate) fn start(config: &Config, store: &Arc<Store>, compile: Compile) -> anyhow::Result<Self> {
-        let clock = Arc::new(SystemClock::start());
-        let shared = Shared {
-            clock,
-            metrics: Arc::new(Metrics::new()),
-            recorder: Recorder::new(config.policy.event_ring as usize),
-            names: Arc::new(Names::default()),
-            taps: Taps::default(),
-        };
+        let shared = Shared::new(config);
         let deploy = deployments(config, store, &shared, compile)?;
         let places = devices::find(&config.engine)?;
         let mut loaded = load_beside(config, &shared, &deploy, &places)?;
@@ -148,7 +153,7 @@ impl Assembled {
 
 /// File, environment and flags, checked.
 #[expect(clippy::disallowed_methods, reason = "the app reads the environment once, here")]
-fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
+pub(crate) fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
     configured(args, std::env::vars())
 }
 
@@ -243,11 +248,14 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
 }
 
 /// A host that everybody may use is right on a machine of one's own, and seldom elsewhere.
+pub(crate) fn is_open(config: &Config) -> bool {
+    !config.server.listen.ip().is_loopback() && !config.server.needs_keys()
+}
+
 fn warn_where_open(config: &Config) {
-    let listen = config.server.listen;
-    if !listen.ip().is_loopback() && !config.server.needs_keys() {
+    if is_open(config) {
         tracing::warn!(
-            %listen,
+            listen = %config.server.listen,
             "the data plane has no API keys: whoever reaches it may use it; make one with `pointsman key new`, or listen on \
              loopback"
         );
@@ -320,6 +328,17 @@ fn deployments(config: &Config, store: &Arc<Store>, shared: &Shared, compile: Co
         faults,
     };
     Ok(Deploy::new(runtime, Arc::clone(store), parts, config.safe_mode))
+}
+
+/// What each slot would have after a start on this store, and whether its safe mode is on. The policies are started, and then
+/// dropped.
+///
+/// # Errors
+/// wasmtime refuses this machine, or the key ring is none.
+pub(crate) fn try_policies(config: &Config, store: &Arc<Store>) -> anyhow::Result<(bool, Vec<wire::Slot>)> {
+    let deploy = deployments(config, store, &Shared::new(config), compile_aside(config)?)?;
+    deploy.start(config);
+    Ok((deploy.safe_reason().is_some(), deploy.slots()))
 }
 
 /// Loads the models while the policies of the stored deployment are brought back.

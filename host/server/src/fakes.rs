@@ -52,6 +52,8 @@ pub(crate) struct FakeEngine {
     pub(crate) takes: AtomicBool,
     /// What becomes of the next job.
     pub(crate) embeds: Mutex<VecDeque<EmbedPlay>>,
+    /// Whether its drivers have ended.
+    pub(crate) is_gone: AtomicBool,
 }
 
 /// What the fake engine does with the next embedding; without a word it answers.
@@ -217,7 +219,7 @@ impl EnginePort for FakeEngine {
     }
 
     fn is_alive(&self) -> bool {
-        true
+        !self.is_gone.load(Ordering::Relaxed)
     }
 
     fn submit(&self, replica: ReplicaId, mut request: Request) -> Result<(), (Box<Request>, SubmitError)> {

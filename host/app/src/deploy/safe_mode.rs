@@ -39,7 +39,7 @@ impl Deploy {
     }
 
     /// Why every slot is native; `None` when guests may answer.
-    pub(super) fn safe_reason(&self) -> Option<String> {
+    pub(crate) fn safe_reason(&self) -> Option<String> {
         if self.safe_mode {
             return Some("safe mode since the start".to_owned());
         }

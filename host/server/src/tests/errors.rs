@@ -260,4 +260,9 @@ async fn a_host_that_loads_or_drains_says_so() {
     let answer = rig.send(request("GET", "/ready", &[], "")).await;
     assert_eq!((answer.status, code(&answer).as_str(), answer.header("retry-after")), (503, "sampler_failed", "1"));
     assert_eq!(rig.send(request("GET", "/health", &[], "")).await.status, 200);
+    let rig = Rig::new();
+    rig.engine.is_gone.store(true, std::sync::atomic::Ordering::Relaxed);
+    for path in ["/ready", "/health"] {
+        assert_eq!(rig.send(request("GET", path, &[], "")).await.status, 503, "{path}: only a new start helps");
+    }
 }

@@ -1,0 +1,80 @@
+//! The models: whether their files can be served, and whether the machine has room for them.
+//!
+//! They are loaded on a device that computes nothing, which reads everything about a model but its numbers: architecture,
+//! tokenizer, templates, the tables of tensors. Reading the numbers as well would take what a start takes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pointsman_engine::cuda::{Bytes, CodeOptions};
+use pointsman_telemetry::Names;
+
+use super::machine::available_memory;
+use super::report::Report;
+use crate::clock::SystemClock;
+use crate::config::Config;
+use crate::devices::Place;
+use crate::models::{LoadTerms, Loader};
+
+pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
+    if config.models.is_empty() && !config.engine.demo {
+        let remedy = "engine.demo = true, or a model with --model NAME=PATH";
+        report.fault("models", "none", "there is no model to serve", remedy)?;
+    }
+    if config.engine.demo {
+        report.good("models", "demo", "part of the program")?;
+    }
+    for (name, path) in &config.models {
+        match load_aside(config, name, path) {
+            Ok(bytes) => report.good("models", name, format!("{}, {}", path.display(), Bytes(bytes)))?,
+            Err(error) => {
+                report.fault("models", name, format!("{error:#}"), "bring what is named, or leave the model out")?;
+            }
+        }
+    }
+    room(config, report)
+}
+
+/// Bytes of its files.
+fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
+    let (names, clock, code) = (Names::default(), Arc::new(SystemClock::start()), CodeOptions::default());
+    let terms = LoadTerms { places: &[Place::Null(0)], code: &code, created: 0, started: 0, clock: &clock };
+    // One at a time, and without the demo, so that each is told its own fault.
+    let models = [(name.to_owned(), path.to_owned())].into();
+    let engine = crate::config::EngineSection { demo: false, threads: 1, ..config.engine.clone() };
+    let alone = Config { models, engine, replicas: Default::default(), ..config.clone() };
+    Loader::start(&alone, &names, terms)?.load_all()?;
+    Ok(size(path))
+}
+
+/// Bytes of a file, or of the weights in a folder.
+fn size(path: &Path) -> u64 {
+    let length = |path: &Path| path.metadata().map_or(0, |found| found.len());
+    if path.is_file() {
+        return length(path);
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).map(|path| length(&path)).sum()
+}
+
+/// Compares what the models and their pools on the CPU will take with what there is. On GPUs the memory is divided at the
+/// start, which says how.
+fn room(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
+    let Some(available) = available_memory() else { return Ok(()) };
+    let on_cpu = config.engine.devices.iter().any(|device| device == "cpu");
+    let variants = config.engine.precisions.len() as u64;
+    let weights: u64 = config.models.values().map(|path| size(path)).sum::<u64>() * variants;
+    let pools = config.models.len() as u64 * variants * (u64::from(config.engine.kv_mib) << 20);
+    let wanted = weights + pools;
+    if !on_cpu || wanted == 0 {
+        return Ok(());
+    }
+    let found = format!("about {} for weights and KV pools, {} available", Bytes(wanted), Bytes(available));
+    match wanted <= available {
+        true => report.good("models", "memory", found),
+        false => {
+            let remedy = "fewer or smaller models, one of engine.precisions, or a lower engine.kv_mib";
+            report.fault("models", "memory", found, remedy)
+        }
+    }
+}

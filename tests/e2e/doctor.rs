@@ -1,0 +1,116 @@
+//! `pointsman doctor`: what a start would find, for each part of a machine, without a start and without a trace of it.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+
+use pointsman_tests::{Host, root};
+use serde_json::{Value, json};
+
+use super::host;
+
+/// Exit code and JSON.
+fn doctor(data_dir: &Path, args: &[&str]) -> (i32, Value) {
+    let command = &mut Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
+    // Any port, where the arguments name none.
+    command.env("POINTSMAN_SERVER__LISTEN", "127.0.0.1:0").env("POINTSMAN_ADMIN__LISTEN", "127.0.0.1:0");
+    let output = command
+        .args(["doctor", "--json"])
+        .arg("--data-dir")
+        .arg(data_dir)
+        .args(args)
+        .output()
+        .expect("the program runs");
+    let report = serde_json::from_slice(&output.stdout);
+    let report = report.unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.code().expect("an exit code"), report)
+}
+
+fn prebuilt(name: &str) -> std::path::PathBuf {
+    root().join(format!("plugins/prebuilt/{name}.wasm"))
+}
+
+fn finding<'a>(report: &'a Value, section: &str, name: &str) -> &'a Value {
+    let findings = report["findings"].as_array().expect("findings");
+    let found = findings.iter().find(|f| f["section"] == section && f["name"] == name);
+    found.unwrap_or_else(|| panic!("nothing of {section}, {name}: {report:#}"))
+}
+
+#[test]
+fn a_machine_that_can_serve_has_no_fault_and_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data_dir = folder.path().join("data");
+    let (code, report) = doctor(&data_dir, &[]);
+    assert_eq!((code, &report["faults"]), (0, &json!(0)), "{report:#}");
+    for (section, name, found) in [
+        ("machine", "processor", "cores to use"),
+        ("models", "demo", "part of the program"),
+        ("policies", "router", "route-least-loaded@"),
+        ("devices", "cpu", "CPU, "),
+        ("ports", "data", "is free"),
+    ] {
+        let finding = finding(&report, section, name);
+        assert!(finding["verdict"] == "ok" && finding["found"].as_str().unwrap().contains(found), "{finding}");
+    }
+    assert!(!data_dir.exists(), "nothing is made");
+}
+
+#[test]
+fn every_fault_is_told_with_its_remedy() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).to_str().expect("a path").to_owned();
+    fs::create_dir(path("empty")).expect("a folder");
+    fs::write(path("bad.toml"), "[server]\nlissten = 1\n").expect("a file");
+    fs::write(path("slots.toml"), format!("slots.router.component = {:?}\n", prebuilt("fixture-foreign")))
+        .expect("a file");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let at = taken.local_addr().expect("an address").to_string();
+    let (empty, bad, slots) = (format!("m={}", path("empty")), path("bad.toml"), path("slots.toml"));
+    let (file, store) = (path("bad.toml/below"), path("data"));
+    let cases: [(&str, &[&str], (&str, &str), &str); 6] = [
+        (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
+        (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),
+        (&store, &["--config", &bad], ("config", "file and environment"), "did you mean `server.listen`"),
+        (&store, &["--config", &slots], ("policies", "router"), "wasi:"),
+        (&store, &["--listen", &at], ("ports", "data"), &at),
+        (&file, &[], ("store", &file), "Not a directory"),
+    ];
+    for (data_dir, args, (section, name), says) in cases {
+        let (code, report) = doctor(Path::new(data_dir), args);
+        assert_eq!((code, &report["faults"]), (1, &json!(1)), "{args:?}: {report:#}");
+        let finding = finding(&report, section, name);
+        assert_eq!(finding["verdict"], "fault", "{finding}");
+        let told = finding["found"].as_str().unwrap().contains(says) && finding["remedy"].as_str().unwrap().len() > 10;
+        assert!(told, "{finding}");
+    }
+}
+
+#[test]
+fn the_stored_deployment_of_a_running_host_is_tried_and_not_touched() {
+    let host = host(&[]);
+    let digest = host.upload(&fs::read(prebuilt("fixture-router")).expect("a fixture"));
+    let put = host.activate("router", &digest, json!({}));
+    assert_eq!(put.status, 200, "{}", put.body);
+    let before = state_of(&host);
+    let address = |url: &str| url.trim_start_matches("http://").to_owned();
+    let (data, admin) = (address(&host.data), address(&host.admin));
+    let (code, report) = doctor(host.folder(), &["--listen", &data, "--admin", &admin]);
+    assert_eq!(code, 0, "{report:#}");
+    let found = |section, name| finding(&report, section, name)["found"].as_str().unwrap().to_owned();
+    assert!(found("policies", "router").starts_with("fixture-router@"), "{report:#}");
+    assert!(found("ports", "data").contains("a host runs"), "{report:#}");
+    assert_eq!(state_of(&host), before);
+}
+
+/// Names, sizes and times of change in the data directory.
+fn state_of(host: &Host) -> Vec<(String, u64, std::time::SystemTime)> {
+    let folders = ["", "slots", "aliases", "components", "compiled"].map(|folder| host.folder().join(folder));
+    let entries = folders.iter().flat_map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
+    let mut files: Vec<_> = entries
+        .map(|entry| (entry.path(), entry.metadata().expect("it is there")))
+        .map(|(path, found)| (path.display().to_string(), found.len(), found.modified().expect("a time")))
+        .collect();
+    files.sort();
+    files
+}

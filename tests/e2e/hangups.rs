@@ -1,0 +1,102 @@
+//! Clients that go away: a thousand of them, at moments that a seed draws, and nothing of them is left.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pointsman_tests::Host;
+use pointsman_tests::raw::{self, Raw};
+use pointsman_tests::rng::Rng;
+use serde_json::{Value, json};
+
+use super::host;
+
+const CLIENTS: u64 = 1_000;
+const THREADS: u64 = 16;
+
+/// When a client leaves.
+#[derive(Clone, Copy, Debug)]
+enum Leaves {
+    /// Half-way through its request.
+    Asking,
+    /// At once after it.
+    Asked,
+    /// With this many events read.
+    After(u64),
+    /// By asking for the end from another connection.
+    Cancelling,
+}
+
+fn request(rng: &mut Rng, id: &str) -> Value {
+    // Some share their beginning, and so blocks; some have several choices, which share more.
+    let prompt = "Rust is a language. ".repeat(1 + rng.below(12) as usize);
+    let (n, tokens) = (1 + rng.below(3), 1 + rng.below(200));
+    json!({ "model": rng.pick(&["demo:f16", "demo:q8_0", "demo"]), "prompt": prompt, "max_tokens": tokens, "n": n,
+        "stream": true, "ignore_eos": true, "user": id, "temperature": 1 })
+}
+
+fn client(host: &Host, rng: &mut Rng, id: &str) -> std::io::Result<()> {
+    let leaves = match rng.below(8) {
+        0 => Leaves::Asking,
+        1 | 2 => Leaves::Asked,
+        3 => Leaves::Cancelling,
+        _ => Leaves::After(rng.below(60)),
+    };
+    let body = request(rng, id);
+    match leaves {
+        Leaves::Asking => {
+            let mut socket = std::net::TcpStream::connect(host.data.trim_start_matches("http://"))?;
+            let head = format!("POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n", 4_000);
+            socket.write_all(&head.as_bytes()[..20 + rng.below(40) as usize])?;
+        }
+        Leaves::Asked => raw::send(host, "/v1/completions", &body)?.shutdown(Shutdown::Both)?,
+        Leaves::Cancelling => {
+            let headers = [("content-type", "application/json"), ("x-request-id", id)];
+            let url = format!("{}/v1/completions", host.data);
+            std::thread::scope(|scope| {
+                scope.spawn(|| host.send("POST", &url, &headers, body.to_string().as_bytes()));
+                // Not there yet, there, or over: each is an answer.
+                let answer = host.send("DELETE", &format!("{}/v1/requests/{id}", host.data), &[], b"");
+                assert!(matches!(answer.status, 200 | 404), "{answer:?}");
+            });
+        }
+        Leaves::After(events) => {
+            let mut answer = Raw::ask(host, "/v1/completions", &body)?;
+            assert!(matches!(answer.status, 200 | 429), "{answer:?}");
+            let mut read = 0;
+            while read < events && answer.event()?.is_some() {
+                read += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_thousand_clients_leave_at_any_moment_and_nothing_of_them_stays() {
+    // Small pools, so that there is preemption too, and steps that take a while.
+    let host = host(&[("ENGINE__DEVICES", "[\"null:300\"]"), ("ENGINE__KV_MIB", "8"), ("SCHED__MAX_RUNNING", "16")]);
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (host, next) = (&host, &next);
+            scope.spawn(move || {
+                let mut rng = Rng::new(0x5eed + thread);
+                while next.fetch_add(1, Ordering::Relaxed) < CLIENTS as usize {
+                    let id = format!("c{thread}-{}", rng.next());
+                    // A connection that the host has closed is one of the moments.
+                    let _ = client(host, &mut rng, &id);
+                }
+            });
+        }
+    });
+    raw::rests(&host);
+    let metrics = host.get("/metrics").body;
+    let cancelled =
+        metrics.as_str().unwrap_or_default().lines().filter(|l| l.starts_with("pointsman_cancelled_total{"));
+    let cancelled: u64 = cancelled.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum();
+    assert!(cancelled >= CLIENTS / 10, "{cancelled} were cut short");
+    // Everybody's place is free: a host that is drained says so.
+    let drained = host.admin("POST", "/admin/v1/drain", &Value::Null).body;
+    assert_eq!(drained, json!({ "drained": true, "in_flight": 0 }));
+}

@@ -1,0 +1,83 @@
+//! A client as careless as clients are: plain bytes on a socket of its own, dropped whenever the caller likes. And whether a
+//! host has forgotten all of them.
+
+use std::io::{BufRead, BufReader, Result, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::Host;
+
+/// Looks at a host before it is said not to come to rest.
+const LOOKS: usize = 20_000;
+
+/// A request whose answer is read line by line. Dropping it closes the connection.
+#[derive(Debug)]
+pub struct Raw {
+    answer: BufReader<TcpStream>,
+    /// HTTP status.
+    pub status: u16,
+}
+
+impl Raw {
+    /// Sends a request for a stream and reads the head of the answer.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub fn ask(host: &Host, path: &str, body: &Value) -> Result<Self> {
+        let mut answer = BufReader::new(send(host, path, body)?);
+        let mut head = String::new();
+        answer.read_line(&mut head)?;
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+        Ok(Self { answer, status })
+    }
+
+    /// The next event of the stream; nothing after the last.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub fn event(&mut self) -> Result<Option<String>> {
+        let mut line = String::new();
+        while self.answer.read_line(&mut line)? > 0 {
+            if let Some(event) = line.trim_end().strip_prefix("data: ") {
+                return Ok((event != "[DONE]").then(|| event.to_owned()));
+            }
+            line.clear();
+        }
+        Ok(None)
+    }
+}
+
+/// Sends a request and waits for nothing.
+///
+/// # Errors
+/// The connection broke.
+pub fn send(host: &Host, path: &str, body: &Value) -> Result<TcpStream> {
+    let address = host.data.trim_start_matches("http://");
+    let mut socket = TcpStream::connect(address)?;
+    socket.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let body = body.to_string();
+    let head = format!("POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n");
+    socket.write_all(format!("{head}content-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()).as_bytes())?;
+    Ok(socket)
+}
+
+/// Waits until no replica has a request or holds a block.
+///
+/// # Panics
+/// It does not come to that.
+pub fn rests(host: &Host) {
+    let mut devices = Value::Null;
+    for _ in 0..LOOKS {
+        devices = host.admin("GET", "/admin/v1/devices", &Value::Null).body;
+        let replicas = devices["data"].as_array().into_iter().flatten().flat_map(|d| d["replicas"].as_array());
+        let idle = |r: &Value| r["running"] == 0 && r["waiting"] == 0 && r["kv_free_blocks"] == r["kv_blocks"];
+        let mut replicas = replicas.flatten().peekable();
+        if replicas.peek().is_some() && replicas.all(idle) {
+            return;
+        }
+        std::thread::yield_now();
+    }
+    panic!("something is held that nobody asks for any more: {devices:#}");
+}
