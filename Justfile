@@ -8,6 +8,10 @@ run *ARGS:
 test *ARGS:
     cargo test --release --workspace {{ARGS}}
 
+# Mixed traffic, swaps and clients that leave, for this long; figures at the end.
+soak SECONDS="3600":
+    POINTSMAN_SOAK_S={{SECONDS}} cargo test --release --workspace --test soak -- --nocapture
+
 # Format, lints, documentation.
 lint:
     cargo fmt --all --check

@@ -1,0 +1,91 @@
+//! A host under mixed traffic for as long as it is told: streams, whole answers, choices, forms, clients that leave, while an
+//! operator swaps policies and reweighs the alias. At the end nothing is held, nothing was refused without a reason, no policy
+//! was at fault, and memory is what it was after the warm-up. Times are printed, not asserted: they are the machine's.
+//!
+//! `POINTSMAN_SOAK_S` says how long, 20 s where it says nothing.
+
+mod operator;
+mod traffic;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use pointsman_tests::{Host, raw};
+use serde_json::{Value, json};
+
+use traffic::Tally;
+
+/// Clients; about half of what two cores serve.
+const CLIENTS: u64 = 4;
+/// Share of the time after which memory counts, in percent.
+const WARM_UP: u32 = 40;
+/// Growth after the warm-up, in bytes, over a run long enough to tell.
+const MAX_GROWTH: i64 = 10_000_000;
+const LONG_ENOUGH: Duration = Duration::from_secs(60);
+
+#[expect(clippy::disallowed_methods, reason = "how long it runs is told from outside")]
+fn duration() -> Duration {
+    let told = std::env::var("POINTSMAN_SOAK_S").ok();
+    let seconds = told.map_or(20, |text| text.parse().unwrap_or_else(|_| panic!("POINTSMAN_SOAK_S = {text}: seconds")));
+    Duration::from_secs(seconds)
+}
+
+#[expect(clippy::disallowed_methods, reason = "it runs for a time, and tells times")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+/// Traffic and swaps until the time is over; what the clients saw, how many changes there were, and bytes after the warm-up.
+fn run(host: &Host, duration: Duration) -> (Tally, u64, u64) {
+    let (ended, is_over) = (mpsc::channel(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|seed| {
+                let (ended, is_over) = (ended.0.clone(), &is_over);
+                scope.spawn(move || traffic::client(host, seed, is_over, &ended))
+            })
+            .collect();
+        drop(ended.0);
+        let started = now();
+        let (mut changes, mut warm) = (operator::Changes::new(host), None);
+        // The operator's clock is the traffic: a change every so many requests.
+        for _ in &ended.1 {
+            changes.after_a_request();
+            let passed = started.elapsed();
+            if warm.is_none() && passed > duration * WARM_UP / 100 {
+                warm = Some(host.resident_bytes());
+            }
+            is_over.store(passed > duration, Ordering::Relaxed);
+        }
+        let mut tally = Tally::new();
+        clients.into_iter().for_each(|client| tally.add(client.join().expect("a client's thread")));
+        (tally, changes.made(), warm.expect("it ran for longer than the warm-up"))
+    })
+}
+
+fn counters(host: &Host, name: &str) -> Vec<String> {
+    let metrics = host.get("/metrics").body;
+    let lines = metrics.as_str().unwrap_or_default().lines().filter(|line| line.starts_with(name));
+    lines.filter(|line| !line.ends_with(" 0")).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_host_lives_through_mixed_traffic_and_swaps() {
+    let duration = duration();
+    let settings = [("SERVER__RESPONSE_CACHE_MIB", "8"), ("POLICY__EXPLAIN_REQUESTS", "256")];
+    let host = Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &settings);
+    let (tally, changes, warm) = run(&host, duration);
+    raw::rests(&host);
+    let growth = host.resident_bytes().cast_signed() - warm.cast_signed();
+    tally.print(changes, growth);
+    assert!(tally.failures.is_empty(), "{:?}", tally.failures);
+    assert!(tally.done > 0 && tally.left > 0 && changes > 0, "{} requests, {} left", tally.done, tally.left);
+    for name in ["pointsman_policy_faults_total", "pointsman_policy_fallbacks_total", "pointsman_rejected_total"] {
+        assert_eq!(counters(&host, name), Vec::<String>::new(), "nothing of this was injected");
+    }
+    assert_eq!(host.get("/ready").body, json!({ "status": "ready" }), "nothing is degraded");
+    assert!(duration < LONG_ENOUGH || growth < MAX_GROWTH, "memory grew by {growth} bytes after the warm-up");
+    let drained = host.admin("POST", "/admin/v1/drain", &Value::Null).body;
+    assert_eq!(drained, json!({ "drained": true, "in_flight": 0 }));
+}
