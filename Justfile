@@ -10,7 +10,7 @@ test *ARGS:
 
 # Mixed traffic, swaps and clients that leave, for this long; figures at the end.
 soak SECONDS="3600":
-    POINTSMAN_SOAK_S={{SECONDS}} cargo test --release --workspace --test soak -- --nocapture
+    SOAK_SECONDS={{SECONDS}} cargo test --release --workspace --test soak -- --nocapture
 
 # Format, lints, documentation.
 lint:
