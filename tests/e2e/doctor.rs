@@ -68,7 +68,9 @@ fn every_fault_is_told_with_its_remedy() {
     let at = taken.local_addr().expect("an address").to_string();
     let (empty, bad, slots) = (format!("m={}", path("empty")), path("bad.toml"), path("slots.toml"));
     let (file, store) = (path("bad.toml/below"), path("data"));
-    let cases: [(&str, &[&str], (&str, &str), &str); 6] = [
+    // Data directory, arguments, section and name of the finding, and what it says.
+    type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str), &'a str);
+    let cases: [Case<'_>; 6] = [
         (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
         (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),
         (&store, &["--config", &bad], ("config", "file and environment"), "did you mean `server.listen`"),

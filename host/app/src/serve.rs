@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
-use pointsman_server::admin::wire::{HealthState, SlotRevision};
+use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use pointsman_server::record::Taps;
 use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
