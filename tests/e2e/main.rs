@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a broken host should stop the test where it is")]
 
 mod aliases;
+mod batch;
 mod bench;
 mod cache;
 mod client;

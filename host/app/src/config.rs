@@ -46,6 +46,7 @@ pub(crate) struct Config {
     pub sched: SchedSection,
     pub engine: EngineSection,
     pub policy: PolicySection,
+    pub batch: BatchSection,
     pub trust: TrustSection,
     /// How registries are reached from which components are pulled, by host, as in `ghcr.io` or `10.0.0.7:5000`.
     pub registries: BTreeMap<String, RegistrySection>,
@@ -182,6 +183,23 @@ pub(crate) struct PolicySection {
     pub explain_requests: u32,
 }
 
+/// Files and batches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct BatchSection {
+    /// Lines that are computed at once; 0 leaves batches where they are.
+    pub max_in_flight: u32,
+    /// Batches that have not ended.
+    pub max_unfinished: u32,
+    pub max_lines: u32,
+    pub max_file_mib: u32,
+    pub max_files: u32,
+    /// All files together.
+    pub max_store_mib: u32,
+    /// How long files, and batches that have ended, are kept.
+    pub retention_hours: u32,
+}
+
 /// A policy for a slot.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -292,6 +310,7 @@ impl Default for Config {
             sched: SchedSection::default(),
             engine: EngineSection::default(),
             policy: PolicySection::default(),
+            batch: BatchSection::default(),
             trust: TrustSection::default(),
             registries: BTreeMap::new(),
             slots: [
@@ -377,6 +396,20 @@ impl Default for PolicySection {
     }
 }
 
+impl Default for BatchSection {
+    fn default() -> Self {
+        Self {
+            max_in_flight: 8,
+            max_unfinished: 100,
+            max_lines: 50_000,
+            max_file_mib: 200,
+            max_files: 1_000,
+            max_store_mib: 4_096,
+            retention_hours: 720,
+        }
+    }
+}
+
 impl Default for ReplicaSection {
     fn default() -> Self {
         Self { weight: 1_000, labels: BTreeMap::new() }
@@ -430,10 +463,10 @@ impl Config {
     /// # Errors
     /// The first value out of bounds, with its rule.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        let (sched, server, policy) = (&self.sched, &self.server, &self.policy);
+        let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 23] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 30] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -457,6 +490,13 @@ impl Config {
             ("policy.compile_memory_mib", policy.compile_memory_mib, 256, 65_536, "MiB"),
             ("policy.router_instances", policy.router_instances.into(), 1, 100, "instances"),
             ("policy.explain_requests", policy.explain_requests.into(), 0, 65_536, "requests"),
+            ("batch.max_in_flight", files.max_in_flight.into(), 0, 4_096, "lines (0: none are computed)"),
+            ("batch.max_unfinished", files.max_unfinished.into(), 1, 10_000, "batches"),
+            ("batch.max_lines", files.max_lines.into(), 1, 1_000_000, "lines"),
+            ("batch.max_file_mib", files.max_file_mib.into(), 1, 4_096, "MiB"),
+            ("batch.max_files", files.max_files.into(), 1, 100_000, "files"),
+            ("batch.max_store_mib", files.max_store_mib.into(), 1, 1 << 24, "MiB"),
+            ("batch.retention_hours", files.retention_hours.into(), 1, 87_600, "hours"),
         ];
         for (key, found, least, most, unit) in bounds {
             if !(least..=most).contains(&found) {

@@ -33,6 +33,7 @@ mod recorded;
 mod reference;
 mod rollouts;
 mod serve;
+mod shelf;
 mod store;
 mod tapped;
 mod trust;

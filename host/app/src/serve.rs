@@ -15,20 +15,23 @@ use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeC
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use pointsman_server::record::Taps;
-use pointsman_server::{AdminRole, AdminToken, ApiKey, Listeners, Secret, ServerConfig, ServerParts, ServerState};
+use pointsman_server::{
+    AdminRole, AdminToken, ApiKey, BatchConfig, Listeners, Secret, ServerConfig, ServerParts, ServerState,
+};
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
 
 use crate::aliases::{AliasParts, Aliases};
 use crate::cli::ServeArgs;
 use crate::clock::SystemClock;
-use crate::config::{Config, LogFormat, RoleName};
+use crate::config::{BatchSection, Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
 use crate::engine::Engine;
 use crate::keys;
 use crate::models::{LoadTerms, Loaded, Loader};
 use crate::observer::{Observer, Watched};
+use crate::shelf::DiskShelf;
 use crate::store::Store;
 use crate::trust::KeyRing;
 use crate::upstreams;
@@ -138,6 +141,7 @@ impl Assembled {
             recorder: shared.recorder.clone(),
             names: Arc::clone(&shared.names),
             taps: shared.taps.clone(),
+            shelf: Arc::new(DiskShelf::of(store)),
         })?;
         Ok(Self { state, engine, deploy, observer })
     }
@@ -242,6 +246,7 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
         route_headers: server.route_headers.clone(),
         admin_remote: !config.admin.listen.ip().is_loopback(),
         explain_requests: config.policy.explain_requests as usize,
+        batch: batch_config(&config.batch),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ..ServerConfig::default()
     }
@@ -259,6 +264,18 @@ fn warn_where_open(config: &Config) {
             "the data plane has no API keys: whoever reaches it may use it; make one with `pointsman key new`, or listen on \
              loopback"
         );
+    }
+}
+
+fn batch_config(batch: &BatchSection) -> BatchConfig {
+    BatchConfig {
+        max_in_flight: batch.max_in_flight as usize,
+        max_unfinished: batch.max_unfinished as usize,
+        max_lines: batch.max_lines,
+        max_file_bytes: u64::from(batch.max_file_mib) << 20,
+        max_files: batch.max_files as usize,
+        max_bytes: u64::from(batch.max_store_mib) << 20,
+        retention_seconds: u64::from(batch.retention_hours) * 3_600,
     }
 }
 

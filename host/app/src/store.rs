@@ -60,7 +60,7 @@ impl Store {
     /// It cannot be created or written, or another process holds it.
     pub(crate) fn open(root: &Path) -> anyhow::Result<Self> {
         let what = || format!("cannot use the data directory {}", root.display());
-        for folder in ["slots", "aliases", "components", "compiled"] {
+        for folder in ["slots", "aliases", "components", "compiled", "batches"] {
             fs::create_dir_all(root.join(folder)).with_context(what)?;
             // What cannot be listed must not look as if nothing were stored there.
             fs::read_dir(root.join(folder)).with_context(what)?;
@@ -72,7 +72,7 @@ impl Store {
                 root.display()
             );
         }
-        ["", "slots", "aliases", "components"].iter().for_each(|folder| sweep(&root.join(folder)));
+        ["", "slots", "aliases", "components", "batches"].iter().for_each(|folder| sweep(&root.join(folder)));
         sweep_signatures(&root.join("components"));
         let path = root.join("journal.jsonl");
         let mut journal = OpenOptions::new().create(true).append(true).open(&path).with_context(what)?;
@@ -84,6 +84,11 @@ impl Store {
     /// Where the policy crate keeps compiled components.
     pub(crate) fn compiled(&self) -> PathBuf {
         self.root.join("compiled")
+    }
+
+    /// Where files and batches are kept.
+    pub(crate) fn batches(&self) -> PathBuf {
+        self.root.join("batches")
     }
 
     /// Every slot that has a document: the document, or what is wrong with its file.
@@ -350,11 +355,11 @@ fn sweep_signatures(components: &Path) {
     }
 }
 
-fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
     place(path, Some(bytes), sync_folder)
 }
 
-fn sync_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 

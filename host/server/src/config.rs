@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use crate::keys::{ApiKey, check_keys};
 
+use crate::batch::BatchConfig;
+
 /// Every bound of the server. Durations and sizes carry their unit in the name.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
@@ -59,6 +61,8 @@ pub struct ServerConfig {
     pub max_component_bytes: usize,
     /// Requests that are remembered for `GET /admin/v1/requests/{id}`; 0 remembers none.
     pub explain_requests: usize,
+    /// Files and batches.
+    pub batch: BatchConfig,
     /// What `/version` says.
     pub version: String,
 }
@@ -174,6 +178,7 @@ impl Default for ServerConfig {
             admin_remote: false,
             max_component_bytes: 32 << 20,
             explain_requests: 1_024,
+            batch: BatchConfig::default(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

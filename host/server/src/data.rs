@@ -9,7 +9,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::{ApiError, panicked};
 use crate::state::ServerState;
-use crate::{anthropic, identity, keys, openai, ops};
+use crate::{anthropic, batch, identity, keys, openai, ops};
 
 /// Paths with the methods that they answer, for the description, and with their handlers.
 pub(crate) type Routes = Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)>;
@@ -23,6 +23,12 @@ pub(crate) fn routes() -> Routes {
         ("/v1/messages", &["post"], post(anthropic::messages)),
         ("/v1/messages/count_tokens", &["post"], post(anthropic::count_tokens)),
         ("/v1/embeddings", &["post"], post(openai::embeddings)),
+        ("/v1/files", &["get", "post"], get(batch::files).post(batch::upload)),
+        ("/v1/files/{id}", &["get", "delete"], get(batch::file).delete(batch::delete_file)),
+        ("/v1/files/{id}/content", &["get"], get(batch::content)),
+        ("/v1/batches", &["get", "post"], get(batch::batches).post(batch::create_batch)),
+        ("/v1/batches/{id}", &["get"], get(batch::batch)),
+        ("/v1/batches/{id}/cancel", &["post"], post(batch::cancel_batch)),
         ("/v1/models", &["get"], get(openai::models)),
         // Names may hold slashes, as in `org/model`.
         ("/v1/models/{*id}", &["get"], get(openai::model)),

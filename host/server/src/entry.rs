@@ -19,6 +19,7 @@ use tokio::task::{Id, JoinSet};
 
 use crate::error::ApiError;
 use crate::identity::{ANONYMOUS, Caller, new_id, word_of};
+use crate::keys::Holder;
 use crate::openai::embeddings::{self, Vectors};
 use crate::openai::fields::Fields;
 use crate::openai::generate::{Answer, Arrival, Running};
@@ -47,6 +48,8 @@ pub struct Request {
     tenant: String,
     highest: Priority,
     timeout: Option<Duration>,
+    /// Whose limits it counts against.
+    holder: Option<Arc<Holder>>,
 }
 
 /// What comes of a request, in this order: for each choice `Started`, then `Delta`s, the last with `ended`; or `Embedded`;
@@ -171,6 +174,9 @@ enum Source {
 // === impl Call ===
 
 impl Call {
+    /// Every call.
+    pub(crate) const ALL: [Self; 4] = [Self::Chat, Self::Completion, Self::Response, Self::Embedding];
+
     /// Its route.
     #[must_use]
     pub fn path(self) -> &'static str {
@@ -190,7 +196,7 @@ impl Request {
     /// asked for by different functions.
     #[must_use]
     pub fn new(call: Call, body: Value) -> Self {
-        Self { call, body, tenant: ANONYMOUS.to_owned(), highest: Priority::Critical, timeout: None }
+        Self { call, body, tenant: ANONYMOUS.to_owned(), highest: Priority::Critical, timeout: None, holder: None }
     }
 
     /// Whose it is: 1 to 128 visible ASCII characters. Without one it is nobody's in particular.
@@ -207,6 +213,12 @@ impl Request {
             body.insert("priority".to_owned(), word_of(priority).into());
         }
         self.highest = priority;
+        self
+    }
+
+    /// Counts it against the limits of an API key.
+    pub(crate) fn holder(mut self, holder: Option<Arc<Holder>>) -> Self {
+        self.holder = holder;
         self
     }
 
@@ -227,7 +239,8 @@ impl ServerState {
     /// # Errors
     /// It was refused; nothing of it runs.
     pub async fn submit(self: &Arc<Self>, request: Request) -> Result<Events, Fault> {
-        let (id, begun) = begin(self, request).await?;
+        let id = new_id(self, request.call.path());
+        let begun = begin(self, request, &id).await?;
         let (model, source) = match begun {
             Begun::Generating(answer) => {
                 (Arc::clone(&answer.running.head.model), Source::Generating(Box::new(answer.running)))
@@ -242,12 +255,8 @@ impl ServerState {
     /// # Errors
     /// It was refused, or it failed on its way.
     pub async fn answer(self: &Arc<Self>, request: Request) -> Result<Value, Fault> {
-        let (_, begun) = begin(self, request).await?;
-        let object = match begun {
-            Begun::Generating(answer) => answer.object().await?,
-            Begun::Embedded(vectors) => vectors.object()?,
-        };
-        Ok(serde_json::from_slice(&object).map_err(|_| ApiError::Internal)?)
+        let (_, answered) = answer(self, request).await;
+        Ok(serde_json::from_slice(&answered?).map_err(|_| ApiError::Internal)?)
     }
 
     /// The whole answers of many requests as they end, at most `at_most` of them under way, and no more than the host admits at
@@ -273,16 +282,27 @@ impl ServerState {
     }
 }
 
-/// From a request to its id, and what its route would begin to write.
-async fn begin(state: &Arc<ServerState>, request: Request) -> Result<(Arc<str>, Begun), ApiError> {
+/// The id of a request and the text of its whole answer.
+pub(crate) async fn answer(state: &Arc<ServerState>, request: Request) -> (Arc<str>, Result<Vec<u8>, ApiError>) {
     let id = new_id(state, request.call.path());
-    let Request { call, mut body, tenant, highest, timeout } = request;
+    let answered = match begin(state, request, &id).await {
+        Ok(Begun::Generating(answer)) => answer.object().await,
+        Ok(Begun::Embedded(vectors)) => vectors.object(),
+        Err(error) => Err(error),
+    };
+    (id, answered)
+}
+
+/// From a request to what its route would begin to write.
+async fn begin(state: &Arc<ServerState>, request: Request, id: &Arc<str>) -> Result<Begun, ApiError> {
+    let Request { call, mut body, tenant, highest, timeout, holder } = request;
     if let (Value::Object(body), Some(timeout)) = (&mut body, timeout) {
         let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         body.insert("timeout_ms".to_owned(), ms.clamp(1, state.config.max_timeout_ms).into());
     }
-    let caller = Caller::within(state, &tenant, highest)?;
-    let arrival = Arrival::within(state, caller, Arc::clone(&id));
+    let key = holder.as_ref().map(|holder| holder.key.digest);
+    let caller = Caller { key, holder, ..Caller::within(state, &tenant, highest)? };
+    let arrival = Arrival::within(state, caller, Arc::clone(id));
     let permit = arrival.admit()?;
     let mut fields = Fields::of("", body)?;
     drop((fields.take("stream"), fields.take("stream_options")));
@@ -292,10 +312,10 @@ async fn begin(state: &Arc<ServerState>, request: Request) -> Result<(Arc<str>, 
         Call::Response => responses::begin(&arrival, permit, fields).await?,
         Call::Embedding => {
             let vectors = embeddings::embed(&arrival, permit, fields).await?;
-            return Ok((id, Begun::Embedded(Box::new(vectors))));
+            return Ok(Begun::Embedded(Box::new(vectors)));
         }
     };
-    Ok((id, Begun::Generating(Box::new(answer))))
+    Ok(Begun::Generating(Box::new(answer)))
 }
 
 // === impl Events ===

@@ -68,6 +68,15 @@ pub(crate) enum ApiError {
     UnknownRoute { method: String, path: String },
     #[error("{method} is not allowed on {path}")]
     Method { method: String, path: String },
+    #[error("no {what} `{id}` is kept for this tenant")]
+    NotKept { what: &'static str, id: String },
+    #[error("{problem}")]
+    InUse { problem: String },
+    #[error("{what}: delete files, or wait until some expire")]
+    StorageFull { what: String },
+    /// The log has the details.
+    #[error("{what}: the disk of the server refuses it; retry later")]
+    Disk { what: &'static str },
     #[error("the body did not arrive within {limit_ms} ms")]
     BodyTimeout { limit_ms: u64 },
     #[error("the body could not be read")]
@@ -209,6 +218,10 @@ impl ApiError {
             Self::UnknownModel { .. } => class(404, INVALID, "model_not_found", false),
             Self::UnknownRequest { .. } => class(404, INVALID, "request_not_found", false),
             Self::UnknownRoute { .. } => class(404, INVALID, "unknown_url", false),
+            Self::NotKept { .. } => class(404, INVALID, "not_found", false),
+            Self::InUse { .. } => class(409, INVALID, "conflict", false),
+            Self::StorageFull { .. } => class(429, "rate_limit_error", "storage_full", false),
+            Self::Disk { .. } => class(503, "server_error", "disk", true),
             Self::Method { .. } => class(405, INVALID, "method_not_allowed", false),
             Self::BodyTimeout { .. } => class(408, "timeout_error", "body_timeout", true),
             Self::IdInUse { .. } => class(409, INVALID, "request_id_in_use", false),

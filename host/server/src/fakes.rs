@@ -1,6 +1,7 @@
 //! Fakes of every port, and a small HTTP client, for the crate's tests: no socket, no thread, no engine.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -21,7 +22,7 @@ use tower::ServiceExt;
 use crate::admin::wire;
 use crate::ports::{
     AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DoorQuestion, EmbedJob, Embedded,
-    Encoder, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica, SubmitError, Upload, Uploaded,
+    Encoder, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica, Shelf, SubmitError, Upload, Uploaded,
     Variant,
 };
 use crate::record::Taps;
@@ -104,9 +105,24 @@ pub(crate) struct FakeRouter {
 /// Tenant, session, attributes and columns of a call.
 pub(crate) type RouterCall = (String, u64, Vec<(String, String)>, ReplicaColumns);
 
+/// Files and batches in memory.
+#[derive(Debug, Default)]
+pub(crate) struct FakeShelf {
+    documents: Mutex<BTreeMap<String, Vec<u8>>>,
+    contents: Mutex<BTreeMap<String, Vec<u8>>>,
+    /// Whether it takes nothing.
+    pub(crate) is_full: AtomicBool,
+    /// Whether it does not even cut anything off.
+    pub(crate) is_stuck: AtomicBool,
+    /// Readers that panic.
+    pub(crate) panics: AtomicU32,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct FakeClock {
     pub(crate) now: AtomicU64,
+    /// Seconds since the epoch of the tests.
+    pub(crate) later: AtomicU64,
     random: AtomicU64,
 }
 
@@ -192,6 +208,11 @@ impl AdmitPolicy for FakeDoor {
 impl FakeEngine {
     pub(crate) fn play(&self, plays: impl IntoIterator<Item = Play>) {
         self.plays.lock().expect("unpoisoned").extend(plays);
+    }
+
+    /// Answers whatever comes from now on.
+    pub(crate) fn forget_plays(&self) {
+        self.plays.lock().expect("unpoisoned").clear();
     }
 
     /// Pushes an event into a held request's sink.
@@ -312,7 +333,7 @@ impl Clock for FakeClock {
     }
 
     fn unix_seconds(&self) -> u64 {
-        1_700_000_000
+        1_700_000_000 + self.later.load(Ordering::Relaxed)
     }
 
     fn random(&self) -> u64 {
@@ -580,6 +601,79 @@ impl ModelAdmin for FakeAdmin {
     }
 }
 
+// === impl FakeShelf ===
+
+impl FakeShelf {
+    /// The name of the largest content whose document is not there.
+    pub(crate) fn largest_hidden(&self) -> String {
+        let (documents, contents) =
+            (self.documents.lock().expect("unpoisoned"), self.contents.lock().expect("unpoisoned"));
+        let hidden = contents.iter().filter(|(name, _)| !documents.contains_key(*name));
+        hidden.max_by_key(|(_, bytes)| bytes.len()).expect("one is hidden").0.clone()
+    }
+
+    fn taking(&self) -> io::Result<()> {
+        if self.is_full.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
+impl Shelf for FakeShelf {
+    fn documents(&self) -> io::Result<Vec<(String, Vec<u8>)>> {
+        Ok(self.documents.lock().expect("unpoisoned").clone().into_iter().collect())
+    }
+
+    fn contents(&self) -> io::Result<Vec<(String, u64)>> {
+        let contents = self.contents.lock().expect("unpoisoned");
+        Ok(contents.iter().map(|(name, bytes)| (name.clone(), bytes.len() as u64)).collect())
+    }
+
+    fn write_document(&self, name: &str, text: &[u8]) -> io::Result<()> {
+        self.taking()?;
+        self.documents.lock().expect("unpoisoned").insert(name.to_owned(), text.to_vec());
+        Ok(())
+    }
+
+    fn append(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut contents = self.contents.lock().expect("unpoisoned");
+        let content = contents.entry(name.to_owned()).or_default();
+        // As a disk does that fills up on the way.
+        let taken = self.taking();
+        content.extend_from_slice(if taken.is_ok() { bytes } else { &bytes[..bytes.len() / 2] });
+        taken
+    }
+
+    fn sync(&self, _name: &str) -> io::Result<()> {
+        self.taking()
+    }
+
+    fn read(&self, name: &str, at: u64, most: usize) -> io::Result<Vec<u8>> {
+        let fewer = self.panics.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        assert!(fewer.is_err(), "a reader panics");
+        let contents = self.contents.lock().expect("unpoisoned");
+        let rest = contents.get(name).and_then(|bytes| bytes.get(usize::try_from(at).ok()?..)).unwrap_or_default();
+        Ok(rest[..rest.len().min(most)].to_vec())
+    }
+
+    fn length(&self, name: &str) -> io::Result<u64> {
+        Ok(self.contents.lock().expect("unpoisoned").get(name).map_or(0, |bytes| bytes.len() as u64))
+    }
+
+    fn cut(&self, name: &str, length: u64) -> io::Result<()> {
+        if self.is_stuck.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Other.into());
+        }
+        let length = usize::try_from(length).expect("small");
+        self.contents.lock().expect("unpoisoned").entry(name.to_owned()).or_default().truncate(length);
+        Ok(())
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.documents.lock().expect("unpoisoned").remove(name);
+        self.contents.lock().expect("unpoisoned").remove(name);
+        Ok(())
+    }
+}
+
 // === impl Rig ===
 
 pub(crate) fn replica(id: u32, name: &str) -> Arc<Replica> {
@@ -619,6 +713,11 @@ impl Rig {
 
     /// Two variants of `m`: `m:a` on replicas 0 and 1, `m:b` on replica 2; and an encoder `e`.
     pub(crate) fn with(config: ServerConfig) -> Self {
+        Self::on(config, &Arc::default())
+    }
+
+    /// The same on a shelf that may hold something.
+    pub(crate) fn on(config: ServerConfig, shelf: &Arc<FakeShelf>) -> Self {
         let text = Arc::new(crate::text::tests::model());
         let a = variant("m:a", &text, vec![replica(0, "m:a@x"), replica(1, "m:a@y")]);
         let b = variant("m:b", &text, vec![replica(2, "m:b@x")]);
@@ -650,6 +749,7 @@ impl Rig {
             recorder: Recorder::new(64),
             names: Arc::new(Names::default()),
             taps: Taps::default(),
+            shelf: Arc::clone(shelf) as _,
         });
         Self { engine, door, router, clock, admin, state: state.expect("a good configuration") }
     }

@@ -11,6 +11,7 @@
 pub mod admin;
 mod admission;
 mod anthropic;
+mod batch;
 mod cache;
 mod config;
 mod data;
@@ -34,6 +35,7 @@ pub mod upstream;
 mod usage;
 
 pub use admin::admin_router;
+pub use batch::BatchConfig;
 pub use config::{AdminRole, AdminToken, ConfigError, Secret, ServerConfig};
 pub use data::data_router;
 pub use keys::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_key_name};

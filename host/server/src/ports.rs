@@ -4,6 +4,7 @@
 //! That keeps the wall testable (every handler runs against fakes) and makes each new capability a visible edit here.
 
 use std::fmt::Debug;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
@@ -361,6 +362,29 @@ pub struct Asker<'a> {
 pub trait ModelAdmin: Send + Sync + Debug {
     /// Per device: memory by owner, KV pool, batch, variants.
     fn devices(&self) -> Vec<wire::Device>;
+}
+
+/// Where files and batches are kept: for each name a document, a content, or both. Names are made by the server: letters, digits,
+/// `-` and `_`. Every call may block.
+pub trait Shelf: Send + Sync + Debug {
+    /// Every document, by name.
+    fn documents(&self) -> io::Result<Vec<(String, Vec<u8>)>>;
+    /// The size of every content, by name.
+    fn contents(&self) -> io::Result<Vec<(String, u64)>>;
+    /// Stores a document so that it survives a crash; on an error the old one stays.
+    fn write_document(&self, name: &str, text: &[u8]) -> io::Result<()>;
+    /// Appends to a content, which may begin so.
+    fn append(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
+    /// Makes what was appended survive a crash.
+    fn sync(&self, name: &str) -> io::Result<()>;
+    /// At most so many bytes of a content from a place on; none at its end, and of one that is not there.
+    fn read(&self, name: &str, at: u64, most: usize) -> io::Result<Vec<u8>>;
+    /// The size of a content; 0 of one that is not there.
+    fn length(&self, name: &str) -> io::Result<u64>;
+    /// Cuts a content to this size.
+    fn cut(&self, name: &str, length: u64) -> io::Result<()>;
+    /// Removes document and content; none to remove is fine.
+    fn remove(&self, name: &str) -> io::Result<()>;
 }
 
 /// Why the admin plane refuses, with the HTTP status it becomes.

@@ -21,7 +21,7 @@ use tower::ServiceExt;
 
 use crate::admin::guard::Peer;
 use crate::state::ServerState;
-use crate::{admin_router, data_router};
+use crate::{admin_router, batch, data_router};
 
 /// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -70,6 +70,7 @@ pub async fn serve(
         planes.spawn(accept(listener, router, Arc::clone(&state), stopped.clone()));
     }
     drop(stopped);
+    state.spawn(batch::run(Arc::clone(&state)));
     shutdown.await;
     state.drain();
     tracing::info!(in_flight = state.in_flight(), "shutting down: requests in flight may finish");

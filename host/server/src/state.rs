@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -14,13 +14,14 @@ use tokio::task::JoinSet;
 
 use crate::admin::places::Places;
 use crate::admission::{Admission, Permit};
+use crate::batch::Desk;
 use crate::cache::ResponseCache;
 use crate::config::{ConfigError, ServerConfig};
 use crate::error::ApiError;
 use crate::grammar::GrammarDesk;
 use crate::identity::Caller;
 use crate::keys::{ApiKey, Keys};
-use crate::ports::{AliasPort, Clock, EnginePort, ModelAdmin, PolicyAdmin};
+use crate::ports::{AliasPort, Clock, EnginePort, ModelAdmin, PolicyAdmin, Shelf};
 use crate::record::Taps;
 use crate::registry::Registry;
 use crate::trace::Traces;
@@ -60,6 +61,8 @@ pub struct ServerParts {
     pub names: Arc<Names>,
     /// Where decisions can be recorded.
     pub taps: Taps,
+    /// Files and batches.
+    pub shelf: Arc<dyn Shelf>,
 }
 
 /// Shared by every handler of both planes.
@@ -86,6 +89,9 @@ pub struct ServerState {
     pub(crate) usage: Usage,
     /// Unix seconds.
     pub(crate) started: u64,
+    pub(crate) batches: Arc<Desk>,
+    /// Requests for embeddings that are inside, but for those of the lowest priority.
+    pub(crate) embeddings: Arc<AtomicU32>,
     request_numbers: AtomicU64,
     request_metrics: RwLock<HashMap<Arc<str>, Arc<RequestMetrics>>>,
     scrape: Mutex<Option<(Micros, Bytes)>>,
@@ -113,6 +119,7 @@ impl ServerState {
             recorder,
             names,
             taps,
+            shelf,
         } = parts;
         config.validate()?;
         Ok(Arc::new(Self {
@@ -125,6 +132,8 @@ impl ServerState {
             keys: Keys::new(config.api_keys.clone())?,
             usage: Usage::default(),
             started: clock.unix_seconds(),
+            batches: Arc::new(Desk::open(shelf, config.batch, &clock, &metrics)),
+            embeddings: Arc::default(),
             request_numbers: AtomicU64::new(1),
             request_metrics: RwLock::default(),
             scrape: Mutex::default(),

@@ -73,6 +73,8 @@ pub struct Metrics {
     tenant_requests: IntCounterVec,
     tenant_tokens: IntCounterVec,
     alerts: IntCounterVec,
+    batches: IntGaugeVec,
+    batch_lines: IntCounterVec,
     safe_mode: IntGauge,
     events_dropped: IntCounter,
     cache: CacheMetrics,
@@ -456,6 +458,12 @@ impl Metrics {
                 &["tenant", "kind"],
             ),
             alerts: counter("pointsman_alerts_total", "Alerts raised.", &["severity", "source"]),
+            batches: gauge("pointsman_batches", "Batches that are kept, by status.", &["status"]),
+            batch_lines: counter(
+                "pointsman_batch_lines_total",
+                "Lines of batches, by what they came to.",
+                &["outcome"],
+            ),
             safe_mode: registered(
                 &registry,
                 IntGauge::new("pointsman_safe_mode", "1 while the native policy decides in every slot by one switch."),
@@ -487,6 +495,18 @@ impl Metrics {
     #[must_use]
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         self.upstreams.of(name)
+    }
+
+    /// So many batches have this status.
+    pub fn batches(&self, status: &str, n: usize) {
+        self.batches.with_label_values(&[status]).set(i64::try_from(n).unwrap_or(i64::MAX));
+    }
+
+    /// So many lines of batches were answered, and so many told why not.
+    pub fn batch_lines(&self, completed: u32, failed: u32) {
+        for (outcome, n) in [("completed", completed), ("failed", failed)] {
+            self.batch_lines.with_label_values(&[outcome]).inc_by(n.into());
+        }
     }
 
     /// Handles for the requests of one variant.

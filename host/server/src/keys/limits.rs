@@ -165,6 +165,19 @@ impl Holder {
         used.in_flight += 1;
         Ok(Place { holder: Arc::clone(self), taken: 0, spent: 0 })
     }
+
+    /// Whether half of what its requests may use is free.
+    pub(crate) fn is_half_free(&self, now: Micros) -> bool {
+        let KeyLimits { concurrent, requests_per_minute, tokens_per_minute } = self.key.limits;
+        let half = |limit: NonZeroU32| limit.get().div_ceil(2);
+        let used = self.meter.used();
+        let has_half = |bucket: Bucket, limit: Option<NonZeroU32>| {
+            limit.is_none_or(|limit| bucket.left(limit, now).0 >= half(limit))
+        };
+        concurrent.is_none_or(|most| used.in_flight < half(most))
+            && has_half(used.requests, requests_per_minute)
+            && has_half(used.tokens, tokens_per_minute)
+    }
 }
 
 // === impl Place ===

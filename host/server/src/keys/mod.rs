@@ -207,6 +207,19 @@ impl Keys {
         !self.ring().0.is_empty()
     }
 
+    /// Whose limits count for what a tenant asked for earlier, with the key of this name: that key's, or those of another one
+    /// that the tenant has. `None` where none is needed.
+    pub(crate) fn holder(&self, tenant: &str, name: Option<&str>) -> Result<Option<Arc<Holder>>, ApiError> {
+        let ring = self.ring();
+        if ring.0.is_empty() {
+            return Ok(None);
+        }
+        let own = |holder: &&Arc<Holder>| holder.key.tenant == tenant;
+        let same = ring.0.iter().filter(own).find(|holder| Some(holder.key.name.as_str()) == name);
+        let found = same.or_else(|| ring.0.iter().find(own)).cloned();
+        found.map(Some).ok_or(ApiError::ApiKey { problem: "the tenant has no API key any more" })
+    }
+
     /// Takes other keys. None at all are refused: they would open the data plane, or close it to everybody.
     pub(crate) fn replace(&self, keys: Vec<ApiKey>) -> Result<(), ConfigError> {
         if keys.is_empty() {

@@ -4,6 +4,7 @@
 //! stream and no cache, so a request is one job in an encoder's mailbox and one answer.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use axum::Extension;
@@ -14,7 +15,7 @@ use axum::response::Response;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use pointsman_sched::admit::{AdmitRequest, Outcome};
-use pointsman_sched::ids::Micros;
+use pointsman_sched::ids::{Micros, Priority};
 use pointsman_sched::request::CancelCause;
 use pointsman_sched::route::RequestNumbers;
 use pointsman_telemetry::RequestMetrics;
@@ -61,9 +62,12 @@ pub(crate) struct Vectors {
     in_flight: InFlight,
 }
 
-/// Counts how a request ended. One that is dropped on its way, as when its client goes away, has been aborted.
+/// Counts how a request ended, and that it is inside until then. One that is dropped on its way, as when its client goes away,
+/// has been aborted.
 struct Ending {
     metrics: Arc<RequestMetrics>,
+    /// Where it counts; none of the lowest priority.
+    inside: Option<Arc<AtomicU32>>,
     done: bool,
 }
 
@@ -104,7 +108,7 @@ async fn answer(
     let deadline = arrived.saturating_add(asked.timeout_ms.saturating_mul(1_000));
     ask_door(arrival, &mut permit, &asked, (tokens, deadline))?;
     let mut in_flight = state.registry.enter(tag, caller.key, &state.engine, permit)?;
-    let mut ending = Ending { metrics: state.request_metrics(&asked.encoder.name), done: false };
+    let mut ending = Ending::of(arrival, &asked);
     let (reply, replied) = oneshot::channel();
     let encoder = Arc::clone(&asked.encoder.name);
     let job = EmbedJob { encoder, inputs, arrived: *arrived, deadline, reply };
@@ -282,6 +286,15 @@ impl Vectors {
 // === impl Ending ===
 
 impl Ending {
+    fn of(arrival: &Arrival, asked: &Asked) -> Self {
+        let state = &arrival.state;
+        let inside = (arrival.caller.priority(None) != Priority::Low).then(|| Arc::clone(&state.embeddings));
+        if let Some(inside) = &inside {
+            inside.fetch_add(1, Ordering::Relaxed);
+        }
+        Self { metrics: state.request_metrics(&asked.encoder.name), inside, done: false }
+    }
+
     fn finished(&mut self, queued_us: Micros, took_us: Micros) {
         self.done = true;
         self.metrics.queue_time.observe(queued_us as f64 * 1e-6);
@@ -292,6 +305,9 @@ impl Ending {
 
 impl Drop for Ending {
     fn drop(&mut self) {
+        if let Some(inside) = &self.inside {
+            inside.fetch_sub(1, Ordering::Relaxed);
+        }
         if !self.done {
             self.metrics.finished_abort.inc();
         }
