@@ -29,6 +29,7 @@ mod routers;
 mod sampler;
 mod shadow;
 mod swaps;
+mod tls;
 mod tools;
 mod trust;
 mod upstreams;

@@ -565,7 +565,8 @@ mod tests {
         ] {
             let file = folder.path().join(name);
             std::fs::write(&file, content).expect("it can be written");
-            let at = crate::cli::AdminArgs { url: "http://127.0.0.1:1".into(), token: None, json: false };
+            let at =
+                crate::cli::AdminArgs { url: "http://127.0.0.1:1".into(), ca_file: None, token: None, json: false };
             let error = read(&ApplyArgs { file, dry_run: true, at }).expect_err(part);
             assert!(format!("{error:#}").contains(part), "{error:#}");
         }

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use pointsman_control::{Budget, SlotName};
+use ureq::tls::RootCerts;
 
 use crate::bench::Shape;
 use crate::gpu_check::Section;
 use crate::keys::KeyCommand;
+use crate::oci::certificates;
 use crate::plugin::{Kind, Lang};
 use crate::rollouts::Subject;
 
@@ -665,12 +667,21 @@ pub(crate) struct AdminArgs {
     /// Base URL of the admin API.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081", env = "POINTSMAN_ADMIN_URL")]
     pub url: String,
+    /// PEM file with the certificates to trust where the URL is https:// [default: those of the system].
+    #[arg(long, value_name = "FILE", env = "POINTSMAN_ADMIN_CA_FILE", value_parser = trusted)]
+    pub ca_file: Option<RootCerts>,
     /// Bearer token of the admin API.
     #[arg(long, value_name = "TOKEN", env = "POINTSMAN_ADMIN_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
     /// Print the API's JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// The certificates of a file.
+fn trusted(path: &str) -> Result<RootCerts, String> {
+    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
+    certificates(&pem).ok_or_else(|| "it holds no certificate in PEM".to_owned())
 }
 
 /// What a request may be called, so that it can stand in a path.

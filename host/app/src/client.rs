@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use pointsman_policy::Digest;
 use serde_json::{Value, json};
+use ureq::tls::{RootCerts, TlsConfig};
 
 use crate::cli::{AdminArgs, AliasCommand, CacheCommand, PolicyCommand, Switch};
 use crate::oci::SIGNATURE_ANNOTATION;
@@ -176,10 +177,12 @@ impl Admin {
 
     /// One that waits this long for the end of an answer, or for ever.
     fn patient(at: AdminArgs, longest: Option<Duration>) -> Self {
+        let roots = at.ca_file.clone().unwrap_or(RootCerts::PlatformVerifier);
         // The admin plane is not reached through the environment's proxy, which would see the token.
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .proxy(None)
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
             .timeout_connect(Some(CONNECT))
             .timeout_global(longest);
         Self { at, agent: config.build().into() }

@@ -20,6 +20,7 @@ use crate::devices::Wanted;
 use crate::keys::{self, ApiKeySection, KeyError};
 use crate::models::stable_key;
 use crate::reference::{OCI_SCHEME, Reference, ReferenceError};
+use crate::tls::{CertificateError, TlsSection};
 use crate::trust::{KeyRing, TrustError};
 use crate::upstreams::{self, UpstreamSection};
 
@@ -83,6 +84,7 @@ pub(crate) struct ServerSection {
     pub api_keys_file: PathBuf,
     /// API keys by name; with none here and no file, anybody is served.
     pub api_keys: BTreeMap<String, ApiKeySection>,
+    pub tls: TlsSection,
 }
 
 /// The admin plane.
@@ -94,6 +96,7 @@ pub(crate) struct AdminSection {
     pub token: String,
     /// Further tokens, by the name that stands in the journal.
     pub tokens: BTreeMap<String, AdminTokenSection>,
+    pub tls: TlsSection,
 }
 
 /// A named token of the admin plane.
@@ -281,6 +284,8 @@ pub(crate) enum ConfigError {
     Key(#[from] KeyError),
     #[error(transparent)]
     Upstream(#[from] upstreams::SectionError),
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
     #[error("slots.{slot}.component: {source}")]
     Component { slot: String, source: ReferenceError },
     #[error("slots.{slot}.budget: {source}")]
@@ -345,13 +350,19 @@ impl Default for ServerSection {
             route_headers: vec!["x-*".to_owned()],
             api_keys_file: PathBuf::new(),
             api_keys: BTreeMap::new(),
+            tls: TlsSection::default(),
         }
     }
 }
 
 impl Default for AdminSection {
     fn default() -> Self {
-        Self { listen: ([127, 0, 0, 1], 8081).into(), token: String::new(), tokens: BTreeMap::new() }
+        Self {
+            listen: ([127, 0, 0, 1], 8081).into(),
+            token: String::new(),
+            tokens: BTreeMap::new(),
+            tls: TlsSection::default(),
+        }
     }
 }
 
@@ -527,13 +538,20 @@ impl Config {
             rule(bad.is_none(), "engine.devices", device, "auto, cpu or cuda:N")?;
         }
         rule(!self.engine.devices.is_empty(), "engine.devices", &"[]", "at least one of auto, cpu and cuda:N")?;
-        keys::read(server)?;
-        self.admin.check_tokens()?;
-        KeyRing::new(&self.trust)?;
+        self.check_secrets()?;
         upstreams::check(&self.upstreams)?;
         self.registries.iter().try_for_each(|(registry, section)| section.check(registry))?;
         self.check_names()?;
         self.slots.iter().try_for_each(|(name, section)| check_slot(name, section))
+    }
+
+    fn check_secrets(&self) -> Result<(), ConfigError> {
+        keys::read(&self.server)?;
+        self.server.tls.check("server")?;
+        self.admin.tls.check("admin")?;
+        self.admin.check_tokens()?;
+        KeyRing::new(&self.trust)?;
+        Ok(())
     }
 
     /// Limits of slots that have some here.
@@ -673,7 +691,7 @@ fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<
 }
 
 /// Variables with our prefix that are not configuration of the host: those of its clients and of the tests.
-const NOT_CONFIG: [&str; 5] = ["ADMIN_URL", "ADMIN_TOKEN", "API_KEY", "REQUIRE", "URL"];
+const NOT_CONFIG: [&str; 6] = ["ADMIN_URL", "ADMIN_TOKEN", "ADMIN_CA_FILE", "API_KEY", "REQUIRE", "URL"];
 
 /// The one of them that a variable may hold as a whole, as an inline table: secrets are handed to containers so.
 const WHOLE_IN_ENV: &str = "server.api_keys";
@@ -853,6 +871,7 @@ mod tests {
             ("[server.api_keys]\npm-x = \"acme\"", "holds a key in plain text; it takes hashes"),
             ("[server.api_keys]\nci = { hash = \"pm-x\" }", "the API key `ci`: a key's hash is `sha256:`"),
             ("[server]\napi_keys_file = \"/nowhere/keys.toml\"", "server.api_keys_file /nowhere/keys.toml: "),
+            ("[admin.tls]\ncert_file = \"x\"", "admin.tls needs both `cert_file` and `key_file`"),
             ("[admin.tokens]\nci = { token = \"x\" }", "missing field `role`"),
             ("[admin.tokens]\nci = { token = \"x\", role = \"root\" }", "unknown variant `root`"),
             ("[admin.tokens]\nci = { token = \"\", role = \"read\" }", "admin.tokens.ci has an empty token"),

@@ -36,6 +36,7 @@ mod serve;
 mod shelf;
 mod store;
 mod tapped;
+mod tls;
 mod trust;
 mod upstreams;
 

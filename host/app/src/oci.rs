@@ -345,7 +345,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 /// The certificates in a PEM file; none is a mistake.
-fn certificates(pem: &[u8]) -> Option<RootCerts> {
+pub(crate) fn certificates(pem: &[u8]) -> Option<RootCerts> {
     let found = parse_pem(pem).filter_map(|item| match item {
         Ok(PemItem::Certificate(certificate)) => Some(certificate),
         _ => None,

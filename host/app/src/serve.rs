@@ -16,7 +16,7 @@ use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin};
 use pointsman_server::record::Taps;
 use pointsman_server::{
-    AdminRole, AdminToken, ApiKey, BatchConfig, Listeners, Secret, ServerConfig, ServerParts, ServerState,
+    AdminRole, AdminToken, ApiKey, BatchConfig, Listeners, Plane, Secret, ServerConfig, ServerParts, ServerState,
 };
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::TcpListener;
@@ -33,6 +33,7 @@ use crate::models::{LoadTerms, Loaded, Loader};
 use crate::observer::{Observer, Watched};
 use crate::shelf::DiskShelf;
 use crate::store::Store;
+use crate::tls::Certificate;
 use crate::trust::KeyRing;
 use crate::upstreams;
 
@@ -72,6 +73,13 @@ pub(crate) struct Assembled {
     observer: Observer,
 }
 
+/// Certificates of the planes that speak TLS.
+#[derive(Clone, Debug)]
+struct Certificates {
+    data: Option<Certificate>,
+    admin: Option<Certificate>,
+}
+
 /// Runs a host until a signal ends it.
 ///
 /// # Errors
@@ -82,16 +90,17 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let workers = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let store = Arc::new(Store::open(&data_dir(&config)?)?);
+    let certificates = Certificates { data: config.server.tls.load()?, admin: config.admin.tls.load()? };
     // From now on: a signal while models load must not end the host.
-    let hangups = runtime.block_on(async { hangups(&config) })?;
-    let listeners = runtime.block_on(listen(&config))?;
+    let hangups = runtime.block_on(async { hangups(&config, &certificates) })?;
+    let listeners = runtime.block_on(listen(&config, &certificates))?;
     warn_where_open(&config);
     let host = Assembled::start(&config, &store, compile_aside(&config)?)?;
     banner(&listeners, &host.engine.catalog(), &host.deploy)?;
     let served = runtime.block_on(serve_until_signalled(
         listeners,
         Arc::clone(&host.state),
-        reload_keys(&config, &host.state, hangups),
+        reload((&config, &certificates), &host.state, hangups),
     ));
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
@@ -293,7 +302,7 @@ fn admin_tokens(config: &Config) -> Vec<AdminToken> {
     first.into_iter().chain(config.admin.tokens.iter().map(|(name, t)| token(name, &t.token, t.role))).collect()
 }
 
-async fn listen(config: &Config) -> anyhow::Result<Listeners> {
+async fn listen(config: &Config, certificates: &Certificates) -> anyhow::Result<Listeners> {
     let bind = async |what: &str, key: &str, at: SocketAddr| {
         TcpListener::bind(at)
             .await
@@ -301,7 +310,11 @@ async fn listen(config: &Config) -> anyhow::Result<Listeners> {
     };
     let data = bind("data", "listen", config.server.listen).await?;
     let admin = bind("admin", "admin", config.admin.listen).await?;
-    Ok(Listeners { data, admin })
+    let plane = |socket, certificate: &Option<Certificate>| Plane {
+        socket,
+        tls: certificate.as_ref().map(|certificate| Arc::clone(&certificate.tls)),
+    };
+    Ok(Listeners { data: plane(data, &certificates.data), admin: plane(admin, &certificates.admin) })
 }
 
 // === parts ===
@@ -377,13 +390,17 @@ fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>, places: &
 
 /// Says the URLs, the models, the active policies and a line to try. The labels are read by scripts: keep them.
 fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::Result<()> {
-    let (data, admin) = (listeners.data.local_addr()?, listeners.admin.local_addr()?);
+    let url = |plane: &Plane| {
+        let scheme = if plane.tls.is_some() { "https" } else { "http" };
+        plane.socket.local_addr().map(|at| format!("{scheme}://{at}"))
+    };
+    let (data, admin) = (url(&listeners.data)?, url(&listeners.admin)?);
     let encoders = catalog.encoders.iter().map(|encoder| &*encoder.name);
     let models: Vec<&str> = catalog.variants.iter().map(|v| &*v.id).chain(encoders).collect();
     let mut lines = vec![
         format!("Pointsman {} is ready", env!("CARGO_PKG_VERSION")),
-        format!("  {:<18} http://{data}", "api"),
-        format!("  {:<18} http://{admin}", "admin"),
+        format!("  {:<18} {data}", "api"),
+        format!("  {:<18} {admin}", "admin"),
         format!("  {:<18} {}", "models", models.join(", ")),
     ];
     for (replica, upstream) in catalog.upstreams() {
@@ -404,7 +421,7 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         None => ("embeddings", models[0], r#""input": "What is ownership?""#),
     };
     lines.push("Try:".into());
-    lines.push(format!("  curl http://{data}/v1/{path} -H 'content-type: application/json' \\"));
+    lines.push(format!("  curl {data}/v1/{path} -H 'content-type: application/json' \\"));
     lines.push(format!("    -d '{{\"model\": \"{model}\", {input}}}'\n"));
     // A reader that went away (`| head`) is no reason not to serve.
     let _ = std::io::stdout().lock().write_all(lines.join("\n").as_bytes());
@@ -433,26 +450,52 @@ async fn serve_until_signalled(
 }
 
 /// SIGHUP, where there is a file to read again. Without one it ends the host, as it does where nobody listens for it.
-fn hangups(config: &Config) -> anyhow::Result<Option<tokio::signal::unix::Signal>> {
+fn hangups(config: &Config, certificates: &Certificates) -> anyhow::Result<Option<tokio::signal::unix::Signal>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let hangups = config.server.has_key_file().then(|| signal(SignalKind::hangup()));
+    let listens = config.server.has_key_file() || certificates.data.is_some() || certificates.admin.is_some();
+    let hangups = listens.then(|| signal(SignalKind::hangup()));
     hangups.transpose().context("cannot listen for SIGHUP")
 }
 
-/// Reads the file of API keys again at each SIGHUP, for ever.
-async fn reload_keys(config: &Config, state: &ServerState, mut hangups: Option<tokio::signal::unix::Signal>) {
+/// Reads the file of API keys and the certificates again at each SIGHUP, for ever.
+async fn reload(
+    (config, certificates): (&Config, &Certificates),
+    state: &ServerState,
+    mut hangups: Option<tokio::signal::unix::Signal>,
+) {
     while let Some(hangups) = &mut hangups
         && hangups.recv().await.is_some()
     {
-        let server = config.server.clone();
-        let read = tokio::task::spawn_blocking(move || keys::read(&server)).await;
-        let read = read.map_err(anyhow::Error::from).and_then(|read| Ok(read?));
-        match read.and_then(|keys| Ok(state.replace_keys(keys)?)) {
-            Ok(()) => tracing::info!("the API keys have been read again"),
-            Err(error) => tracing::error!(%error, "the API keys stay what they were"),
+        if config.server.has_key_file() {
+            reload_keys(config, state).await;
+        }
+        for (plane, certificate) in [("data", &certificates.data), ("admin", &certificates.admin)] {
+            if let Some(certificate) = certificate {
+                reload_certificate(plane, certificate.clone(), state).await;
+            }
         }
     }
     std::future::pending().await
+}
+
+async fn reload_keys(config: &Config, state: &ServerState) {
+    let server = config.server.clone();
+    let read = tokio::task::spawn_blocking(move || keys::read(&server)).await;
+    let read = read.map_err(anyhow::Error::from).and_then(|read| Ok(read?));
+    match read.and_then(|keys| Ok(state.replace_keys(keys)?)) {
+        Ok(()) => tracing::info!("the API keys have been read again"),
+        Err(error) => tracing::error!(%error, "the API keys stay what they were"),
+    }
+}
+
+async fn reload_certificate(plane: &str, certificate: Certificate, state: &ServerState) {
+    let read = tokio::task::spawn_blocking(move || certificate.reload()).await;
+    let read = read.map_err(anyhow::Error::from).and_then(|read| Ok(read?));
+    state.certificate_read(plane, read.is_ok());
+    match read {
+        Ok(()) => tracing::info!(plane, "a certificate has been read again"),
+        Err(error) => tracing::error!(plane, %error, "a certificate stays what it was"),
+    }
 }
 
 /// SIGINT and SIGTERM.

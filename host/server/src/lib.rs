@@ -30,6 +30,7 @@ mod serve;
 mod state;
 mod stream;
 pub mod text;
+mod tls;
 mod trace;
 pub mod upstream;
 mod usage;
@@ -39,8 +40,9 @@ pub use batch::BatchConfig;
 pub use config::{AdminRole, AdminToken, ConfigError, Secret, ServerConfig};
 pub use data::data_router;
 pub use keys::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_key_name};
-pub use serve::{Listeners, ServeError, serve};
+pub use serve::{Listeners, Plane, ServeError, serve};
 pub use state::{ServerParts, ServerState};
+pub use tls::{Tls, TlsError};
 
 #[cfg(test)]
 mod fakes;

@@ -12,6 +12,7 @@ use axum::Router;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulConnection;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -21,18 +22,37 @@ use tower::ServiceExt;
 
 use crate::admin::guard::Peer;
 use crate::state::ServerState;
+use crate::tls::{Tls, Unshaken};
 use crate::{admin_router, batch, data_router};
 
 /// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a TLS handshake may take, and no longer than the head of a request: a few round trips on the slowest of links.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
 /// The sockets, bound by the app, which knows their addresses.
 #[derive(Debug)]
 pub struct Listeners {
-    /// Of the data plane.
-    pub data: TcpListener,
-    /// Of the admin plane.
-    pub admin: TcpListener,
+    /// For everybody.
+    pub data: Plane,
+    /// For operators.
+    pub admin: Plane,
+}
+
+/// A socket, and how to speak on it.
+#[derive(Debug)]
+pub struct Plane {
+    /// Bound.
+    pub socket: TcpListener,
+    /// In the clear without it.
+    pub tls: Option<Arc<Tls>>,
+}
+
+impl From<TcpListener> for Plane {
+    fn from(socket: TcpListener) -> Self {
+        Self { socket, tls: None }
+    }
 }
 
 /// Why serving cannot start.
@@ -56,7 +76,7 @@ pub async fn serve(
     state: Arc<ServerState>,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
-    let admin_at = listeners.admin.local_addr()?;
+    let admin_at = listeners.admin.socket.local_addr()?;
     let guarded = state.config.admin_remote && !state.config.admin_tokens.is_empty();
     if !(admin_at.ip().is_loopback() || guarded) {
         return Err(ServeError::OpenAdmin(admin_at));
@@ -66,8 +86,8 @@ pub async fn serve(
     }
     let (stop, stopped) = watch::channel(false);
     let mut planes = JoinSet::new();
-    for (listener, router) in [(listeners.data, data_router(&state)), (listeners.admin, admin_router(&state))] {
-        planes.spawn(accept(listener, router, Arc::clone(&state), stopped.clone()));
+    for (plane, router) in [(listeners.data, data_router(&state)), (listeners.admin, admin_router(&state))] {
+        planes.spawn(accept(plane, router, Arc::clone(&state), stopped.clone()));
     }
     drop(stopped);
     state.spawn(batch::run(Arc::clone(&state)));
@@ -88,14 +108,14 @@ pub async fn serve(
 }
 
 /// Accepts connections until told to stop, then waits for those it has.
-async fn accept(listener: TcpListener, router: Router, state: Arc<ServerState>, mut stop: watch::Receiver<bool>) {
+async fn accept(plane: Plane, router: Router, state: Arc<ServerState>, mut stop: watch::Receiver<bool>) {
     let room = Arc::new(Semaphore::new(state.config.max_connections));
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let next = async {
             let place = Arc::clone(&room).acquire_owned().await;
-            (place, listener.accept().await)
+            (place, plane.socket.accept().await)
         };
         let accepted = tokio::select! {
             accepted = next => accepted,
@@ -103,7 +123,8 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<ServerState>, 
         };
         match accepted {
             (Ok(place), Ok((stream, from))) => {
-                let connection = connection(stream, from.ip(), router.clone(), &state, stop.clone());
+                let accepted = Accepted { stream, from: from.ip(), tls: plane.tls.clone() };
+                let connection = connection(accepted, router.clone(), &state, stop.clone());
                 connections.spawn(async move {
                     connection.await;
                     drop(place);
@@ -119,10 +140,16 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<ServerState>, 
     while connections.join_next().await.is_some() {}
 }
 
-/// One connection, from its first byte to its last.
-fn connection(
+/// A connection that nobody has read from.
+struct Accepted {
     stream: TcpStream,
     from: IpAddr,
+    tls: Option<Arc<Tls>>,
+}
+
+/// One connection, from its first byte to its last.
+fn connection(
+    Accepted { stream, from, tls }: Accepted,
     router: Router,
     state: &ServerState,
     mut stop: watch::Receiver<bool>,
@@ -132,31 +159,51 @@ fn connection(
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
     // A client that stops reading must not hold its request's place for as long as it likes.
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(Duration::from_millis(state.config.write_timeout_ms)));
-    let stream = Box::pin(stream);
+    let write_timeout = Duration::from_millis(state.config.write_timeout_ms);
+    let timed = move |stream: TcpStream| {
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(write_timeout));
+        Box::pin(stream)
+    };
+    let header_timeout = Duration::from_millis(state.config.header_timeout_ms);
+    let metrics = Arc::clone(&state.metrics);
     let mut builder = http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_millis(state.config.header_timeout_ms))
-        .max_buf_size(state.config.max_header_bytes);
+    builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(state.config.max_header_bytes);
     async move {
         let service = router.map_request(move |mut request: axum::http::Request<Incoming>| {
             request.extensions_mut().insert(Peer(from));
             request.map(axum::body::Body::new)
         });
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-        let mut connection = std::pin::pin!(connection);
-        let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = told(&mut stop) => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
+        let service = TowerToHyperService::new(service);
+        let Some(tls) = tls else {
+            return until_told(builder.serve_connection(TokioIo::new(timed(stream)), service), stop).await;
         };
-        if let Err(error) = ended {
-            tracing::debug!(%error, "a connection ended with an error");
+        let shaken = tokio::select! {
+            shaken = tokio::time::timeout(HANDSHAKE.min(header_timeout), tls.shake(stream, timed)) => shaken,
+            () = told(&mut stop) => return,
+        };
+        match shaken.unwrap_or(Err(Unshaken::Slow)) {
+            Ok(stream) => until_told(builder.serve_connection(TokioIo::new(stream), service), stop).await,
+            Err(error) => {
+                metrics.tls_failure(error.reason());
+                tracing::debug!(%error, "a connection ended before its first request");
+            }
         }
+    }
+}
+
+/// Serves a connection; once told to stop, its request under way and no other.
+async fn until_told(connection: impl GracefulConnection<Error = hyper::Error>, mut stop: watch::Receiver<bool>) {
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = told(&mut stop) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended with an error");
     }
 }
 

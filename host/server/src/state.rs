@@ -165,6 +165,11 @@ impl ServerState {
         self.keys.replace(keys)
     }
 
+    /// Counts that a plane's certificate was read again, and whether it is used from now on.
+    pub fn certificate_read(&self, plane: &str, is_used: bool) {
+        self.metrics.tls_reload(plane, is_used);
+    }
+
     /// Lets a request in, within the limits of the host and of its caller's key.
     pub(crate) fn enter(&self, caller: &Caller) -> Result<Permit, ApiError> {
         let mut permit = self.admission.enter()?;

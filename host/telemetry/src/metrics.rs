@@ -75,6 +75,8 @@ pub struct Metrics {
     alerts: IntCounterVec,
     batches: IntGaugeVec,
     batch_lines: IntCounterVec,
+    tls_reloads: IntCounterVec,
+    tls_failures: IntCounterVec,
     safe_mode: IntGauge,
     events_dropped: IntCounter,
     cache: CacheMetrics,
@@ -464,6 +466,16 @@ impl Metrics {
                 "Lines of batches, by what they came to.",
                 &["outcome"],
             ),
+            tls_reloads: counter(
+                "pointsman_tls_reloads_total",
+                "Certificates read again, by plane and by what came of it.",
+                &["plane", "outcome"],
+            ),
+            tls_failures: counter(
+                "pointsman_tls_failures_total",
+                "Connections that ended in their TLS handshake, by why.",
+                &["reason"],
+            ),
             safe_mode: registered(
                 &registry,
                 IntGauge::new("pointsman_safe_mode", "1 while the native policy decides in every slot by one switch."),
@@ -495,6 +507,16 @@ impl Metrics {
     #[must_use]
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         self.upstreams.of(name)
+    }
+
+    /// The certificate of a plane was read again; whether it is used.
+    pub fn tls_reload(&self, plane: &str, is_used: bool) {
+        self.tls_reloads.with_label_values(&[plane, if is_used { "used" } else { "kept_old" }]).inc();
+    }
+
+    /// A connection ended in its handshake.
+    pub fn tls_failure(&self, reason: &str) {
+        self.tls_failures.with_label_values(&[reason]).inc();
     }
 
     /// So many batches have this status.

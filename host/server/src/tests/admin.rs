@@ -467,8 +467,9 @@ async fn sockets_serve_stream_and_drain() {
     let rig = Rig::new();
     rig.engine.play([Play::Hold]);
     let bind = async || TcpListener::bind("127.0.0.1:0").await.expect("loopback");
-    let listeners = Listeners { data: bind().await, admin: bind().await };
-    let (data, admin) = (listeners.data.local_addr().expect("bound"), listeners.admin.local_addr().expect("bound"));
+    let listeners = Listeners { data: bind().await.into(), admin: bind().await.into() };
+    let (data, admin) =
+        (listeners.data.socket.local_addr().expect("bound"), listeners.admin.socket.local_addr().expect("bound"));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = serve(listeners, Arc::clone(&rig.state), async { stopped.await.unwrap_or_default() });
     let client = async {
@@ -504,8 +505,8 @@ async fn a_client_that_hangs_up_frees_its_request() {
     let rig = Rig::new();
     rig.engine.play([Play::Hold]);
     let bind = async || TcpListener::bind("127.0.0.1:0").await.expect("loopback");
-    let listeners = Listeners { data: bind().await, admin: bind().await };
-    let data = listeners.data.local_addr().expect("bound");
+    let listeners = Listeners { data: bind().await.into(), admin: bind().await.into() };
+    let data = listeners.data.socket.local_addr().expect("bound");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = serve(listeners, Arc::clone(&rig.state), async { stopped.await.unwrap_or_default() });
     let client = async {
@@ -532,6 +533,8 @@ async fn an_open_admin_plane_is_not_served() {
     let rig = Rig::new();
     let data = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let admin = TcpListener::bind("0.0.0.0:0").await.expect("bound");
-    let refused = serve(Listeners { data, admin }, Arc::clone(&rig.state), std::future::pending()).await;
+    let refused =
+        serve(Listeners { data: data.into(), admin: admin.into() }, Arc::clone(&rig.state), std::future::pending())
+            .await;
     assert!(matches!(refused, Err(ServeError::OpenAdmin(_))));
 }

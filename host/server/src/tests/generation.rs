@@ -338,8 +338,9 @@ async fn a_client_that_stops_reading_gives_its_place_back() {
     let rig = Rig::with(ServerConfig { sink_events: TOKENS + 2, write_timeout_ms: 100, ..ServerConfig::default() });
     rig.engine.play([Play::Now(says(&["x".repeat(TOKENS).as_str()]))]);
     let bound = || tokio::net::TcpListener::bind("127.0.0.1:0");
-    let listeners = Listeners { data: bound().await.expect("a port"), admin: bound().await.expect("a port") };
-    let at = listeners.data.local_addr().expect("bound");
+    let listeners =
+        Listeners { data: bound().await.expect("a port").into(), admin: bound().await.expect("a port").into() };
+    let at = listeners.data.socket.local_addr().expect("bound");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let body = chat(&json!({"stream": true}));
     let client = async {

@@ -12,3 +12,4 @@ mod keys;
 mod messages;
 mod responses;
 mod routing;
+mod tls;
