@@ -82,6 +82,10 @@ pub struct Request {
 pub trait TokenSink: Send + std::fmt::Debug {
     /// Takes one event. After `Finished`, `Cancelled` or `Failed` nothing follows.
     fn push(&mut self, event: SinkEvent) -> SinkState;
+
+    /// Hears, after each step that computed a part of the prompt and not its end, how many of its tokens are computed or were
+    /// cached. After a preemption they may be fewer. Only those who show progress mind, and nothing depends on it.
+    fn prefilled(&mut self, _tokens: u32) {}
 }
 
 /// What a sink answers.

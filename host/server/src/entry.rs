@@ -52,7 +52,7 @@ pub struct Request {
     holder: Option<Arc<Holder>>,
 }
 
-/// What comes of a request, in this order: for each choice `Started`, then `Delta`s, the last with `ended`; or `Embedded`;
+/// What comes of a request, in this order: for each choice `Started`, then `Prefilled`s, then `Delta`s, the last with `ended`; or `Embedded`;
 /// then `Done`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -64,6 +64,13 @@ pub enum Event {
         queued: Duration,
         /// Tokens of its prompt that were found in the prefix cache.
         cached_tokens: u32,
+    },
+    /// A step has computed a part of a long prompt.
+    Prefilled {
+        /// Whose.
+        choice: usize,
+        /// Of its prompt, computed or found in the prefix cache.
+        tokens: u32,
     },
     /// A step of a choice.
     Delta {
@@ -240,7 +247,7 @@ impl ServerState {
     /// It was refused; nothing of it runs.
     pub async fn submit(self: &Arc<Self>, request: Request) -> Result<Events, Fault> {
         let id = new_id(self, request.call.path());
-        let begun = begin(self, request, &id).await?;
+        let begun = begin(self, request, &id, true).await?;
         let (model, source) = match begun {
             Begun::Generating(answer) => {
                 (Arc::clone(&answer.running.head.model), Source::Generating(Box::new(answer.running)))
@@ -285,7 +292,7 @@ impl ServerState {
 /// The id of a request and the text of its whole answer.
 pub(crate) async fn answer(state: &Arc<ServerState>, request: Request) -> (Arc<str>, Result<Vec<u8>, ApiError>) {
     let id = new_id(state, request.call.path());
-    let answered = match begin(state, request, &id).await {
+    let answered = match begin(state, request, &id, false).await {
         Ok(Begun::Generating(answer)) => answer.object().await,
         Ok(Begun::Embedded(vectors)) => vectors.object(),
         Err(error) => Err(error),
@@ -294,7 +301,12 @@ pub(crate) async fn answer(state: &Arc<ServerState>, request: Request) -> (Arc<s
 }
 
 /// From a request to what its route would begin to write.
-async fn begin(state: &Arc<ServerState>, request: Request, id: &Arc<str>) -> Result<Begun, ApiError> {
+async fn begin(
+    state: &Arc<ServerState>,
+    request: Request,
+    id: &Arc<str>,
+    shows_progress: bool,
+) -> Result<Begun, ApiError> {
     let Request { call, mut body, tenant, highest, timeout, holder } = request;
     if let (Value::Object(body), Some(timeout)) = (&mut body, timeout) {
         let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
@@ -302,7 +314,8 @@ async fn begin(state: &Arc<ServerState>, request: Request, id: &Arc<str>) -> Res
     }
     let key = holder.as_ref().map(|holder| holder.key.digest);
     let caller = Caller { key, holder, ..Caller::within(state, &tenant, highest)? };
-    let arrival = Arrival::within(state, caller, Arc::clone(id));
+    let mut arrival = Arrival::within(state, caller, Arc::clone(id));
+    arrival.shows_progress = shows_progress;
     let permit = arrival.admit()?;
     let mut fields = Fields::of("", body)?;
     drop((fields.take("stream"), fields.take("stream_options")));
@@ -374,6 +387,7 @@ impl From<Update> for Event {
             Update::Started { choice, queued_us, cached_tokens } => {
                 Self::Started { choice, queued: Duration::from_micros(queued_us), cached_tokens }
             }
+            Update::Prefilled { choice, tokens } => Self::Prefilled { choice, tokens },
             Update::Delta(delta) => Self::Delta {
                 choice: delta.choice,
                 text: delta.text,

@@ -37,7 +37,14 @@ const FRAME_BYTES: usize = 16 << 10;
 #[derive(Debug)]
 struct Tagged {
     choice: usize,
-    event: SinkEvent,
+    event: Heard,
+}
+
+#[derive(Debug)]
+enum Heard {
+    Event(SinkEvent),
+    /// So many tokens of the prompt are computed.
+    Prefilled(u32),
 }
 
 /// The driver's end of the channel.
@@ -46,6 +53,8 @@ struct ChannelSink {
     choice: usize,
     sender: mpsc::Sender<Tagged>,
     overflowed: Arc<AtomicBool>,
+    /// Whether anybody wants to hear how the prompt goes.
+    shows_progress: bool,
 }
 
 /// Makes the sinks of one HTTP request. Drop it when all are made: the receiver then sees when the last sink is gone.
@@ -53,6 +62,7 @@ struct ChannelSink {
 pub(crate) struct SinkMaker {
     sender: mpsc::Sender<Tagged>,
     overflowed: Arc<AtomicBool>,
+    shows_progress: bool,
 }
 
 /// The receiving end.
@@ -119,6 +129,8 @@ struct Choice {
 pub(crate) enum Update {
     /// A choice was scheduled for the first time.
     Started { choice: usize, queued_us: u64, cached_tokens: u32 },
+    /// So many tokens of a choice's prompt are computed or were cached; only where progress is shown.
+    Prefilled { choice: usize, tokens: u32 },
     /// Text, a token, an end, or several of these.
     Delta(Delta),
 }
@@ -189,17 +201,18 @@ enum BodyState {
 }
 
 /// The channel of one HTTP request, with room for `capacity` events.
-pub(crate) fn channel(capacity: usize) -> (SinkMaker, Events) {
+pub(crate) fn channel(capacity: usize, shows_progress: bool) -> (SinkMaker, Events) {
     let (sender, receiver) = mpsc::channel(capacity.max(1));
     let overflowed = Arc::new(AtomicBool::new(false));
-    (SinkMaker { sender, overflowed: Arc::clone(&overflowed) }, Events { receiver, overflowed })
+    (SinkMaker { sender, overflowed: Arc::clone(&overflowed), shows_progress }, Events { receiver, overflowed })
 }
 
 // === impl SinkMaker ===
 
 impl SinkMaker {
     pub(crate) fn sink(&self, choice: usize) -> Box<dyn TokenSink> {
-        Box::new(ChannelSink { choice, sender: self.sender.clone(), overflowed: Arc::clone(&self.overflowed) })
+        let (sender, overflowed) = (self.sender.clone(), Arc::clone(&self.overflowed));
+        Box::new(ChannelSink { choice, sender, overflowed, shows_progress: self.shows_progress })
     }
 }
 
@@ -207,12 +220,19 @@ impl SinkMaker {
 
 impl TokenSink for ChannelSink {
     fn push(&mut self, event: SinkEvent) -> SinkState {
-        match self.sender.try_send(Tagged { choice: self.choice, event }) {
+        match self.sender.try_send(Tagged { choice: self.choice, event: Heard::Event(event) }) {
             Ok(()) => SinkState::Open,
             Err(error) => {
                 self.overflowed.fetch_or(matches!(error, mpsc::error::TrySendError::Full(_)), Ordering::Relaxed);
                 SinkState::Closed
             }
+        }
+    }
+
+    fn prefilled(&mut self, tokens: u32) {
+        // The places are the answer's: progress takes none of the second half, and is not missed.
+        if self.shows_progress && self.sender.capacity() > self.sender.max_capacity() / 2 {
+            let _ = self.sender.try_send(Tagged { choice: self.choice, event: Heard::Prefilled(tokens) });
         }
     }
 }
@@ -312,6 +332,13 @@ impl Generation {
 
     fn apply(&mut self, Tagged { choice: index, event }: Tagged) -> Result<(), ApiError> {
         let Some(choice) = self.choices.get_mut(index).filter(|c| !c.done) else { return Ok(()) };
+        let event = match event {
+            Heard::Event(event) => event,
+            Heard::Prefilled(tokens) => {
+                self.updates.push_back(Update::Prefilled { choice: index, tokens });
+                return Ok(());
+            }
+        };
         match event {
             SinkEvent::Started { queued_us, cached_tokens } => {
                 choice.parts.metrics.queue_time.observe(seconds(queued_us));
@@ -432,7 +459,7 @@ impl Drop for Generation {
         // What a client did not read was computed all the same.
         while let Ok(Tagged { choice, event }) = self.events.receiver.try_recv() {
             let Some(choice) = self.choices.get_mut(choice).filter(|c| !c.done) else { continue };
-            if matches!(event, SinkEvent::Token { .. } | SinkEvent::Finished(FinishReason::Stop(_))) {
+            if let Heard::Event(SinkEvent::Token { .. } | SinkEvent::Finished(FinishReason::Stop(_))) = event {
                 choice.generated += 1;
             }
         }

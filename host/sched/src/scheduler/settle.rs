@@ -112,8 +112,11 @@ impl Scheduler {
         sequence.chunk = 0;
         let known = row.n_tokens - row.n_drafts;
         self.advance(row.slot, known - u32::from(matches!(chosen, Chosen::Withheld)), now);
-        if self.sequences[row.slot].closed {
+        let sequence = &mut self.sequences[row.slot];
+        if sequence.closed {
             self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
+        } else if matches!(chosen, Chosen::Nothing) && sequence.generated() == 0 {
+            sequence.request.sink.prefilled(sequence.computed);
         } else if let Chosen::Token(sampled, after) = chosen {
             let came_true = self.verify(row, &sampled, after);
             let drafted = Drafted { is_draft: came_true > 0, rejected: row.n_drafts - count(came_true) };

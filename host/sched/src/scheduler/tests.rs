@@ -66,6 +66,7 @@ fn decodes_come_first_and_prefills_fill_the_step() {
     host.run_until_idle(&mut NativeBatch);
     assert_eq!(host.tokens(1), reference(&request(1, 3, 8)));
     assert_eq!(host.tokens(2), reference(&request(2, 18, 2)));
+    assert_eq!((host.sent(1).prefilled.clone(), host.sent(2).prefilled.clone()), (vec![], vec![8, 16]));
 }
 
 #[test]

@@ -10,8 +10,9 @@ use pointsman_sched::request::Sampling;
 use pointsman_telemetry::{Event, EventKind};
 
 use super::generate::{Arrival, Job};
+use super::progress::Task;
 use crate::cache::{self, Feed, Flight, Found, Key, Lead, Seat, Served, Subject};
-use crate::dispatch::{Assignment, Dispatch, Placed, Placement, Sent, Terms, record_rejection};
+use crate::dispatch::{Assignment, Dispatch, Placed, Placement, Prompt, Sent, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::ports::{Authors, Clock};
 use crate::registry::InFlight;
@@ -94,6 +95,13 @@ impl Errand {
             state.cache.count(served);
             return self.replay(flight).map(|feed| (feed, Some(served)));
         }
+    }
+
+    /// What there is to compute, choice by choice.
+    pub(super) fn tasks(&self) -> Vec<Task> {
+        let prompts = self.job.prompts.iter().zip(&self.terms);
+        let task = |(prompt, terms): (&Prompt, &Terms)| Task::new(prompt.tokens.len(), terms.max_new_tokens);
+        prompts.map(task).flat_map(|task| std::iter::repeat_n(task, self.sampling.len())).collect()
     }
 
     fn asks(&self) -> cache::Terms {
@@ -304,7 +312,8 @@ impl Errand {
         let Arrival { state, caller, .. } = arrival;
         let Job { params, target, prompts, .. } = job;
         let mut first_id = Some(self.id);
-        let (sinks, events) = channel(state.config.sink_events.saturating_mul(prompts.len() * sampling.len()));
+        let capacity = state.config.sink_events.saturating_mul(prompts.len() * sampling.len());
+        let (sinks, events) = channel(capacity, arrival.shows_progress);
         let (mut choices, mut placements) = (Vec::new(), Vec::new());
         for (prompt, terms) in prompts.iter().zip(terms) {
             let assigned = assigned.as_ref();

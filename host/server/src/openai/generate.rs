@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::errand::Errand;
 use super::ndjson::NdjsonEncoder;
 use super::params::Params;
+use super::progress::Progress;
 use crate::admin::wire::calls::DoorSeen;
 use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
@@ -45,6 +46,8 @@ pub(crate) struct Arrival {
     pub(crate) tag: Arc<str>,
     pub(crate) arrived: Micros,
     pub(crate) ndjson: bool,
+    /// Whether it hears how its prompt goes.
+    pub(crate) shows_progress: bool,
     /// What it says of the response cache.
     pub(super) wish: Wish,
 }
@@ -72,7 +75,8 @@ pub(crate) struct Running {
     pub(crate) head: Head,
     /// The tokenizer that writes its tokens.
     pub(crate) text: Arc<TextModel>,
-    ndjson: bool,
+    /// Of those who asked for events instead of one object.
+    progress: Option<Progress>,
     /// By the response cache, where it is on.
     served: Option<Served>,
 }
@@ -136,12 +140,14 @@ pub(crate) async fn tokenizing<T: Send + 'static>(
 impl Arrival {
     /// What a request brings beside its body.
     pub(crate) fn new(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>, headers: &HeaderMap) -> Self {
-        Self { ndjson: accepts_ndjson(headers), wish: Wish::of(headers), ..Self::within(state, caller, tag) }
+        let (ndjson, wish) = (accepts_ndjson(headers), Wish::of(headers));
+        Self { ndjson, shows_progress: ndjson, wish, ..Self::within(state, caller, tag) }
     }
 
     /// One that no transport brought.
     pub(crate) fn within(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>) -> Self {
-        Self { state: Arc::clone(state), caller, tag, arrived: state.clock.now(), ndjson: false, wish: Wish::default() }
+        let (state, arrived) = (Arc::clone(state), state.clock.now());
+        Self { state, caller, tag, arrived, ndjson: false, shows_progress: false, wish: Wish::default() }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
@@ -158,11 +164,12 @@ impl Arrival {
         let errand = self.errand(job, permit, prompt_tokens);
         let errand =
             errand.inspect_err(|error| record_rejection(&self.state, &self.caller, error, (prompt_tokens, None)))?;
+        let tasks = if self.ndjson { errand.tasks() } else { Vec::new() };
         // An errand is kilobytes large, and whoever waits for this has its future within its own.
         let (feed, served) = Box::pin(errand.run()).await?;
         let created = self.state.clock.unix_seconds();
         let head = Head { id: Arc::clone(&self.tag), created, model: Arc::clone(&feed.origin().variant) };
-        Ok(Running { feed, head, text, ndjson: self.ndjson, served })
+        Ok(Running { feed, head, text, progress: self.ndjson.then(|| Progress::new(&self.state.clock, tasks)), served })
     }
 
     /// Takes room, asks the admission policy and the weights of an alias.
@@ -358,9 +365,9 @@ impl Running {
     /// A response that is written as tokens come: NDJSON at once, SSE when there is a first token, so that what goes
     /// wrong before it has a status of its own.
     pub(crate) async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
-        let (encoder, kind): (Box<dyn Encode>, _) = if self.ndjson {
+        let (encoder, kind): (Box<dyn Encode>, _) = if let Some(progress) = self.progress.take() {
             let totals = self.feed.totals();
-            (Box::new(NdjsonEncoder::new(&self.head, self.feed.origin(), totals)), "application/x-ndjson")
+            (Box::new(NdjsonEncoder::new(&self.head, self.feed.origin(), totals, progress)), "application/x-ndjson")
         } else {
             let encoder = sse(&self);
             self.feed.first().await?;
@@ -418,7 +425,7 @@ impl Running {
 
     /// Whether the client asked for events instead of one object.
     pub(crate) fn wants_events(&self) -> bool {
-        self.ndjson
+        self.progress.is_some()
     }
 }
 

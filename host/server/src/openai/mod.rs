@@ -18,6 +18,7 @@ mod logprobs;
 mod models;
 mod ndjson;
 pub(crate) mod params;
+mod progress;
 mod relayed;
 pub(crate) mod responses;
 mod tokenize;

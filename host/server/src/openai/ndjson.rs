@@ -1,7 +1,7 @@
 //! Newline-delimited JSON events with stages and progress, for clients that want to show more than text.
 //!
-//! One object per line: `queued`, `started`, `token`, `finished`, `done`, `error`; an upstream's pieces have no token ids and
-//! are `text`. The same for chat and completions.
+//! One object per line: `queued`, `started`, `prefill`, `token`, `finished`, `done`, `error`; each but the last says its stage and
+//! how far the request is. An upstream's pieces have no token ids and are `text`. The same for every route that generates.
 
 use std::sync::Arc;
 
@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::Usage;
 use super::generate::Head;
+use super::progress::{Decoded, Progress};
 use crate::dispatch::Origin;
 use crate::error::ApiError;
 use crate::stream::{Encode, Totals, Update};
@@ -19,6 +20,16 @@ pub(super) struct NdjsonEncoder {
     head: Head,
     replica: Arc<str>,
     prompt_tokens: u32,
+    progress: Progress,
+}
+
+/// An event, and how far the request is with it.
+#[derive(Serialize)]
+struct Staged<'a> {
+    #[serde(flatten)]
+    line: Line<'a>,
+    stage: &'static str,
+    progress: u8,
 }
 
 #[derive(Serialize)]
@@ -36,11 +47,20 @@ enum Line<'a> {
         queued_us: u64,
         cached_tokens: u32,
     },
+    Prefill {
+        index: usize,
+        computed_tokens: u32,
+        percent: u8,
+    },
     Token {
         index: usize,
         token: u32,
         text: &'a str,
         logprob: Option<f32>,
+        /// So far, and at most.
+        tokens: u32,
+        max_tokens: u32,
+        remaining_ms: Option<u64>,
     },
     /// A piece of which nobody here knows the tokens.
     Text {
@@ -59,8 +79,12 @@ enum Line<'a> {
 }
 
 impl NdjsonEncoder {
-    pub(super) fn new(head: &Head, origin: &Origin, totals: Totals) -> Self {
-        Self { head: head.clone(), replica: Arc::clone(&origin.replica), prompt_tokens: totals.prompt }
+    pub(super) fn new(head: &Head, origin: &Origin, totals: Totals, progress: Progress) -> Self {
+        Self { head: head.clone(), replica: Arc::clone(&origin.replica), prompt_tokens: totals.prompt, progress }
+    }
+
+    fn line(&self, out: &mut Vec<u8>, stage: &'static str, line: Line<'_>) {
+        write(out, &Staged { line, stage, progress: self.progress.percent() });
     }
 }
 
@@ -68,14 +92,20 @@ impl Encode for NdjsonEncoder {
     fn begin(&mut self, out: &mut Vec<u8>) {
         let Head { id, created, model } = &self.head;
         let (created, prompt_tokens) = (*created, self.prompt_tokens);
-        line(out, &Line::Queued { id, created, model, replica: &self.replica, prompt_tokens });
+        self.line(out, "queued", Line::Queued { id, created, model, replica: &self.replica, prompt_tokens });
     }
 
     fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
         let delta = match update {
             Update::Started { choice: index, queued_us, cached_tokens } => {
-                let (queued_us, cached_tokens) = (*queued_us, *cached_tokens);
-                return line(out, &Line::Started { index: *index, queued_us, cached_tokens });
+                let (index, queued_us, cached_tokens) = (*index, *queued_us, *cached_tokens);
+                self.progress.prefilled(index, cached_tokens);
+                return self.line(out, "prefill", Line::Started { index, queued_us, cached_tokens });
+            }
+            Update::Prefilled { choice, tokens } => {
+                let index = *choice;
+                let (computed_tokens, percent) = self.progress.prefilled(index, *tokens);
+                return self.line(out, "prefill", Line::Prefill { index, computed_tokens, percent });
             }
             Update::Delta(delta) => delta,
         };
@@ -83,13 +113,17 @@ impl Encode for NdjsonEncoder {
         let mut text = delta.text.as_str();
         if let Some(token) = &delta.token {
             let logprob = token.logprobs.as_ref().map(|l| l.chosen).filter(|l| l.is_finite());
-            line(out, &Line::Token { index, token: token.id, text, logprob });
+            let Decoded { tokens, max_tokens, remaining_ms } = self.progress.token(index);
+            let token = token.id;
+            let line = Line::Token { index, token, text, logprob, tokens, max_tokens, remaining_ms };
+            self.line(out, "decode", line);
             text = "";
         } else if delta.raw.is_some() && !text.is_empty() {
-            line(out, &Line::Text { index, text: std::mem::take(&mut text) });
+            self.line(out, "decode", Line::Text { index, text: std::mem::take(&mut text) });
         }
         if let Some(finish) = delta.finish {
-            line(out, &Line::Finished { index, text, finish_reason: finish.as_str() });
+            self.progress.ended(index);
+            self.line(out, "decode", Line::Finished { index, text, finish_reason: finish.as_str() });
         }
     }
 
@@ -101,11 +135,11 @@ impl Encode for NdjsonEncoder {
     }
 
     fn end(&mut self, out: &mut Vec<u8>, totals: Totals) {
-        line(out, &Line::Done { usage: totals.into() });
+        write(out, &Staged { line: Line::Done { usage: totals.into() }, stage: "done", progress: 100 });
     }
 }
 
-fn line<T: Serialize>(out: &mut Vec<u8>, value: &T) {
+fn write(out: &mut Vec<u8>, value: &Staged<'_>) {
     if let Err(error) = serde_json::to_writer(&mut *out, value) {
         tracing::error!(%error, "an event could not be written as JSON; this is a bug of the host");
     }

@@ -101,6 +101,14 @@ async fn ndjson_tells_stages_and_progress() {
     assert_eq!((&lines[2]["text"], &lines[2]["token"]), (&json!("h"), &json!(u32::from(b'h') + 3)));
     assert_eq!(lines[7]["finish_reason"], "stop");
     assert_eq!(lines[8]["usage"]["total_tokens"], 26);
+    let told = |name: &str| lines.iter().map(|line| line[name].clone()).collect::<Vec<_>>();
+    assert_eq!(
+        told("stage"),
+        ["queued", "prefill", "decode", "decode", "decode", "decode", "decode", "decode", "done"]
+    );
+    let progress: Vec<u64> = told("progress").iter().filter_map(Value::as_u64).collect();
+    assert!(progress.len() == 9 && progress.is_sorted() && progress[0] == 0 && progress[8] == 100, "{progress:?}");
+    assert_eq!((&lines[3]["tokens"], lines[3]["remaining_ms"].is_u64()), (&json!(2), true), "{}", lines[3]);
     rig.engine.play([Play::Now(vec![SinkEvent::Failed(Failure::DroppedByPolicy)])]);
     let answer = rig.send(request("POST", CHAT, &headers, &chat(&json!({})))).await;
     let last = answer.lines().pop().expect("a line");

@@ -20,6 +20,8 @@ use crate::scheduler::{Scheduler, Stage};
 #[derive(Clone, Debug, Default)]
 pub(super) struct Sent {
     pub(super) events: Vec<SinkEvent>,
+    /// Tokens of the prompt, as they were computed.
+    pub(super) prefilled: Vec<u32>,
     closes_after: Option<usize>,
 }
 
@@ -34,6 +36,10 @@ impl TokenSink for Sink {
         sent.events.push(event);
         let closed = sent.closes_after.is_some_and(|after| sent.events.len() >= after);
         if closed { SinkState::Closed } else { SinkState::Open }
+    }
+
+    fn prefilled(&mut self, tokens: u32) {
+        self.0.lock().expect("one thread").prefilled.push(tokens);
     }
 }
 
