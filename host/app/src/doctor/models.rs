@@ -17,7 +17,7 @@ use crate::devices::Place;
 use crate::models::{LoadTerms, Loader};
 
 pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
-    if config.models.is_empty() && !config.engine.demo {
+    if config.models.is_empty() && config.upstreams.is_empty() && !config.engine.demo {
         let remedy = "engine.demo = true, or a model with --model NAME=PATH";
         report.fault("models", "none", "there is no model to serve", remedy)?;
     }
@@ -42,7 +42,8 @@ fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
     // One at a time, and without the demo, so that each is told its own fault.
     let models = [(name.to_owned(), path.to_owned())].into();
     let engine = crate::config::EngineSection { demo: false, threads: 1, ..config.engine.clone() };
-    let alone = Config { models, engine, replicas: Default::default(), ..config.clone() };
+    let (replicas, upstreams) = Default::default();
+    let alone = Config { models, engine, replicas, upstreams, ..config.clone() };
     Loader::start(&alone, &names, terms)?.load_all()?;
     Ok(size(path))
 }
