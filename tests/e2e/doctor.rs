@@ -62,18 +62,22 @@ fn every_fault_is_told_with_its_remedy() {
     let path = |name: &str| folder.path().join(name).to_str().expect("a path").to_owned();
     fs::create_dir(path("empty")).expect("a folder");
     fs::write(path("bad.toml"), "[server]\nlissten = 1\n").expect("a file");
+    let no_key = "upstreams.east = { url = \"http://127.0.0.1:1\", model = \"m\", api_key_file = \"/nowhere/key\" }\n";
+    fs::write(path("upstreams.toml"), no_key).expect("a file");
     fs::write(path("slots.toml"), format!("slots.router.component = {:?}\n", prebuilt("fixture-foreign")))
         .expect("a file");
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("an address").to_string();
     let (empty, bad, slots) = (format!("m={}", path("empty")), path("bad.toml"), path("slots.toml"));
+    let upstreams = path("upstreams.toml");
     let (file, store) = (path("bad.toml/below"), path("data"));
     // Data directory, arguments, section and name of the finding, and what it says.
     type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str), &'a str);
-    let cases: [Case<'_>; 6] = [
+    let cases: [Case<'_>; 7] = [
         (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
         (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),
         (&store, &["--config", &bad], ("config", "file and environment"), "did you mean `server.listen`"),
+        (&store, &["--config", &upstreams], ("upstreams", "east"), "api_key_file /nowhere/key"),
         (&store, &["--config", &slots], ("policies", "router"), "wasi:"),
         (&store, &["--listen", &at], ("ports", "data"), &at),
         (&file, &[], ("store", &file), "Not a directory"),

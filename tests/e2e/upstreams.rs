@@ -32,6 +32,8 @@ enum Manner {
     Begins,
     /// Begins an answer and closes the connection.
     Dies,
+    /// Answers one request, and closes the connection at the next one.
+    Once,
 }
 
 /// A server of one manner; its URL, and word of each connection that the other side has closed.
@@ -68,10 +70,12 @@ fn serve(mut connection: TcpStream, manner: Manner, closed: &Sender<()>) {
         Manner::Resets => return,
         Manner::Says(answer) => answer.to_owned(),
         Manner::Begins | Manner::Dies => begin(),
+        Manner::Once => full("200 OK", "text/event-stream", &format!("{CHUNK}data: [DONE]\n\n")),
     };
-    connection.write_all(text.as_bytes()).expect("it is taken");
+    // It may have heard enough.
+    let _ = connection.write_all(text.as_bytes());
     if !matches!(manner, Manner::Says(_) | Manner::Dies) {
-        // Until the other side closes.
+        // Until the other side closes, or asks again.
         let _ = reader.read(&mut [0]);
         let _ = closed.send(());
     }
@@ -242,6 +246,8 @@ fn who_fails_before_the_first_byte_is_followed_by_another() {
     let garbage = said("200 OK", "text/event-stream", "data: <html>\n\n");
     let page = said("200 OK", "text/html", "<html></html>");
     let own = said("200 OK", "text/event-stream", "data: {\"error\":{\"message\":\"no blocks\"}}\n\n");
+    let huge = full("200 OK", "text/event-stream", &"x".repeat(1_100_000)).leak();
+    let long_head = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(100_000)).leak();
     let nonsense = "250 smtp.example.com ready\r\n";
     let refused = said("400 No", "application/json", r#"{"error":{"message":"too long for it"}}"#);
     let cases = [
@@ -253,6 +259,8 @@ fn who_fails_before_the_first_byte_is_followed_by_another() {
         ("garbage", Manner::Says(garbage), "garbled", "answered with `<html>`"),
         ("page", Manner::Says(page), "garbled", "answered with content of type `text/html`"),
         ("own", Manner::Says(own), "failed", "failed: no blocks"),
+        ("huge", Manner::Says(huge), "garbled", "more than 1048576 bytes in one event"),
+        ("long-head", Manner::Says(long_head), "garbled", "a head that is too large"),
         ("nonsense", Manner::Says(nonsense), "garbled", "something else than HTTP"),
         ("refused", Manner::Says(refused), "refused", "answered 400: too long for it"),
     ];
@@ -289,6 +297,26 @@ fn who_fails_before_the_first_byte_is_followed_by_another() {
     }
     let pinned = post(&near, "pinned", &chat("busy:remote"));
     assert_eq!(pinned.status, 200, "a variant has all of its replicas: {pinned:?}");
+}
+
+#[test]
+fn a_kept_connection_that_was_closed_is_replaced() {
+    let (url, closed) = server(Manner::Once);
+    let near = near(&[("once", &url, "model = \"once\"\nconnections = 0\nprobe_interval_ms = 0".to_owned())]);
+    for n in 0..3 {
+        let answer = post(&near, &format!("{n}"), &chat("once"));
+        assert_eq!(
+            (answer.status, &answer.body["choices"][0]["message"]["content"]),
+            (200, &json!("half")),
+            "{answer:?}"
+        );
+    }
+    for _ in 0..2 {
+        closed.recv_timeout(PATIENCE).expect("it closed the kept ones itself");
+    }
+    let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"once\"}", 3.0);
+    assert_eq!(metrics["connections_opened_total{upstream=\"once\"}"], 3.0, "{metrics:?}");
+    assert_eq!(metrics["retries_total{upstream=\"once\"}"], 0.0, "{metrics:?}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod models;
 mod policies;
 mod report;
 mod store;
+mod upstreams;
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
@@ -63,6 +64,7 @@ fn all(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     settings(config, report)?;
     serving_devices(config, report)?;
     models::examine(config, report)?;
+    upstreams::examine(config, report)?;
     let root = serve::data_dir(config);
     let in_use = store::examine(&root, report)?;
     policies::examine(config, root.as_deref().ok(), report)?;

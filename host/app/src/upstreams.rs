@@ -17,9 +17,10 @@ use pointsman_server::Secret;
 use pointsman_server::ports::{Clock, Replica, Variant};
 use pointsman_server::text::TextModel;
 use pointsman_server::upstream::{Upstream, UpstreamTerms};
-use pointsman_telemetry::NameKind;
+use pointsman_telemetry::{Metrics, NameKind};
 use serde::{Deserialize, Serialize};
 
+use crate::clock::SystemClock;
 use crate::config::{Config, ReplicaSection};
 use crate::models::{Loaded, labels, stable_key};
 use crate::serve::Shared;
@@ -185,6 +186,21 @@ impl UpstreamSection {
         Ok(Some(Secret::new(key.trim())))
     }
 
+    /// One that can be used as it is configured; nothing is sent to it.
+    pub(crate) fn open(
+        &self,
+        name: &str,
+        clock: &Arc<SystemClock>,
+        metrics: &Metrics,
+    ) -> anyhow::Result<Arc<Upstream>> {
+        Ok(Upstream::new(self.terms(name)?, Arc::clone(clock) as Arc<dyn Clock>, metrics)?)
+    }
+
+    /// How long a connection may take.
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        Duration::from_millis(self.connect_timeout_ms)
+    }
+
     fn terms(&self, name: &str) -> anyhow::Result<UpstreamTerms> {
         let named = if self.upstream_model.is_empty() { &self.model } else { &self.upstream_model };
         Ok(UpstreamTerms {
@@ -194,7 +210,7 @@ impl UpstreamSection {
             api_key: self.api_key()?,
             max_in_flight: self.max_in_flight,
             connections: self.connections,
-            connect_timeout: Duration::from_millis(self.connect_timeout_ms),
+            connect_timeout: self.connect_timeout(),
             first_byte_timeout: Duration::from_millis(self.first_byte_timeout_ms),
             idle_timeout: Duration::from_millis(self.idle_timeout_ms),
             max_answer_bytes: (self.max_answer_mib as usize) << 20,
@@ -228,8 +244,7 @@ pub(crate) fn add(config: &Config, shared: &Shared, loaded: &mut Loaded) -> anyh
         if loaded.encoders.iter().any(|encoder| *encoder.model.name == *section.model) {
             bail!("upstreams.{name}.model: `{}` makes embeddings, which upstreams are not asked for", section.model);
         }
-        let clock = Arc::clone(&shared.clock) as Arc<dyn Clock>;
-        let upstream = section.terms(name).and_then(|terms| Ok(Upstream::new(terms, clock, &shared.metrics)?));
+        let upstream = section.open(name, &shared.clock, &shared.metrics);
         let upstream = upstream.with_context(|| format!("upstreams.{name}"))?;
         let replica = Arc::new(replica(config, shared, (device, &section.replica(name), &id), upstream)?);
         match variants.get_mut(&id) {

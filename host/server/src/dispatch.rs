@@ -31,8 +31,8 @@ const VARIANT: HeaderName = HeaderName::from_static("x-pointsman-variant");
 const ROUTER: HeaderName = HeaderName::from_static("x-pointsman-router");
 
 /// What keeps a request from being sent to an upstream, as far as its shape goes.
-const NOT_ONWARD: &str =
-    "this request is no conversation, nor a completion of one text, in a form that they would take";
+const NOT_ONWARD: &str = "this request is no conversation, nor a completion of one text, in a form that they would take, or its prompt \
+                          is not to be cached";
 
 /// Bytes of the prompt that a router may read as `prompt-head`.
 const PROMPT_HEAD: usize = 256;
@@ -219,9 +219,10 @@ impl Target {
         &here.unwrap_or(&self.variants[0]).text
     }
 
-    /// The longest context among the variants.
-    pub(crate) fn context_tokens(&self) -> u32 {
-        self.variants.iter().map(|v| v.context_tokens).max().unwrap_or(0)
+    /// The longest context among the variants; among those of this host, where there are some and the request cannot leave it.
+    pub(crate) fn context_tokens(&self, is_onward: bool) -> u32 {
+        let counts = |variant: &&Arc<Variant>| is_onward || self.is_elsewhere() || !variant.is_upstream();
+        self.variants.iter().filter(counts).map(|v| v.context_tokens).max().unwrap_or(0)
     }
 
     /// What the shortest context leaves behind so many tokens, of those that leave some.

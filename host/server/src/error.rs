@@ -108,7 +108,7 @@ pub(crate) enum ApiError {
     Draining,
     #[error("no replica of `{model}` is running")]
     NoReplica { model: String },
-    #[error("the upstream `{upstream}` {mishap}")]
+    #[error("the upstream `{upstream}` {}", .mishap.told())]
     Upstream { upstream: Arc<str>, mishap: Mishap },
     /// A request that only a replica here could serve.
     #[error("`{model}` is served by upstreams alone, and {what}")]

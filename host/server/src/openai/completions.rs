@@ -50,8 +50,9 @@ pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields)
     let target = Target::find(&state.engine.catalog(), &params.model)?;
     let grammar = params.grammar(state, &target).await?;
     // Token ids mean nothing to another tokenizer, and several prompts are several requests.
-    let body = body.filter(|_| prompt.is_string() && target.has_upstreams());
-    let onward = body.map(|body| Onward::new("/v1/completions", body, params.n as usize));
+    let body = body.filter(|_| prompt.is_string() && target.has_upstreams() && params.cache_prompt);
+    let default_tokens = Some(DEFAULT_TOKENS);
+    let onward = body.map(|body| Onward::new("/v1/completions", body, params.n as usize).capped(default_tokens));
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
     let n_choices = prompts.len() * params.n as usize;
     check_rows(n_choices, state)?;
@@ -60,7 +61,6 @@ pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields)
         false => vec![String::new(); n_choices],
     };
     let (stream, include_usage) = (params.stream, params.include_usage);
-    let default_tokens = Some(DEFAULT_TOKENS);
     let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt", onward };
     let running = arrival.start(job, permit).await?;
     let streams = stream || running.wants_events();

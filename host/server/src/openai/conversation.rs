@@ -168,8 +168,11 @@ impl Talk {
         let state = &arrival.state;
         let target = Target::find(&state.engine.catalog(), &params.model)?;
         let written = || written(&params, tools.as_ref(), &conversation.messages);
-        let body = if target.has_upstreams() { body.or_else(written) } else { None };
-        let onward = body.map(|body| Onward::new("/v1/chat/completions", body, params.n as usize));
+        let is_onward = target.has_upstreams() && params.cache_prompt;
+        let body = if is_onward { body.or_else(written) } else { None };
+        let default_tokens = target.text().defaults().max_new_tokens;
+        let onward =
+            body.map(|body| Onward::new("/v1/chat/completions", body, params.n as usize).capped(default_tokens));
         // An upstream finds the calls in its texts itself.
         let tools = tools.filter(|_| !target.is_elsewhere());
         let rules = tools.map(|tools| tools.rules(target.text())).transpose()?;
@@ -177,7 +180,6 @@ impl Talk {
         let grammar = params.grammar(state, &target).await?;
         let prompt_param = conversation.param;
         let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
-        let default_tokens = target.text().defaults().max_new_tokens;
         let job = Job { params, target, prompts: vec![prompt], grammar, default_tokens, prompt_param, onward };
         let Params { n, stream, include_usage, ref stop, .. } = job.params;
         let stop = Arc::clone(stop);

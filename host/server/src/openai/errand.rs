@@ -243,6 +243,8 @@ impl Errand {
                     }
                 }
             };
+            // Who goes away from here on pays for the prompt that is being worked on.
+            self.in_flight.permit.ended(Outcome::Cancelled, 0, 0);
             let asked = self.ask(&mut sent).await;
             let asked = asked.map_err(|error| self.unserved(error, sent.event))?;
             let outcome = asked.as_ref().map_or_else(ToString::to_string, |_| "answered".to_owned());
@@ -252,7 +254,13 @@ impl Errand {
                 Err(mishap) => mishap,
             };
             let blame = mishap.blame();
+            self.in_flight.permit.ended(
+                if blame == Blame::Upstream { Outcome::Failed } else { Outcome::Rejected },
+                0,
+                0,
+            );
             let upstream = Arc::clone(sent.seat.upstream());
+            tracing::info!(request = &*self.arrival.tag, upstream = &**upstream.name(), %mishap, "an upstream failed a request");
             let error = ApiError::Upstream { upstream: Arc::clone(upstream.name()), mishap };
             if blame == Blame::Client {
                 return Err(self.unserved(error, sent.event));

@@ -314,7 +314,7 @@ impl Arrival {
 
 /// Tokens to generate for a prompt, within the context.
 fn new_tokens(job: &Job, prompt: &Prompt) -> Result<u32, ApiError> {
-    let limit = job.target.context_tokens();
+    let limit = job.target.context_tokens(job.onward.is_some());
     let n_prompt = prompt.tokens.len();
     if n_prompt == 0 {
         return Err(ApiError::invalid(job.prompt_param, format!("`{}` has no tokens", job.prompt_param)));

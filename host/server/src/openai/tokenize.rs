@@ -48,7 +48,7 @@ fn target(fields: &mut Fields, state: &ServerState) -> Result<(Arc<TextModel>, u
         let what = "only they have its tokenizer: ask one of them";
         return Err(ApiError::NotOnward { model: target.name, what });
     }
-    Ok((Arc::clone(target.text()), target.context_tokens()))
+    Ok((Arc::clone(target.text()), target.context_tokens(false)))
 }
 
 /// Tokenizes a `prompt` or `messages`.

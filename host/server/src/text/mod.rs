@@ -31,7 +31,7 @@ use self::detokenize::ByteTable;
 use self::template::ChatTemplate;
 
 /// How a conversation is written where only its length counts.
-const ESTIMATE_TEMPLATE: &str = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}";
+const ESTIMATE_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}";
 
 /// The files of a model that concern text.
 #[derive(Clone, Copy, Debug, Default)]

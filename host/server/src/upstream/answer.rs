@@ -66,6 +66,7 @@ impl Answer {
                     return Poll::Ready(Some(Ok(data)));
                 }
                 self.is_done = true;
+                (self.rest, self.searched) = (Vec::new(), 0);
                 self.idle = self.idle.min(LINGER);
                 self.stalled.set(tokio::time::sleep(self.idle));
             }
@@ -73,8 +74,9 @@ impl Answer {
                 return Poll::Ready(None);
             }
             match ready!(self.poll_bytes(cx)) {
+                // After the last event only the end may come; else the connection is given up.
+                Some(_) if self.is_done => self.has_ended = true,
                 Some(Ok(bytes)) => self.take(&bytes)?,
-                Some(Err(_)) if self.is_done => self.has_ended = true,
                 Some(Err(mishap)) => return Poll::Ready(Some(Err(mishap))),
                 None => self.has_ended = true,
             }
@@ -99,10 +101,7 @@ impl Answer {
     fn take(&mut self, bytes: &[u8]) -> Result<(), Mishap> {
         self.left =
             self.left.checked_sub(bytes.len()).ok_or(Mishap::TooLarge { limit: self.limit, is_event: false })?;
-        // After the last event nothing counts.
-        if !self.is_done {
-            self.rest.extend_from_slice(bytes);
-        }
+        self.rest.extend_from_slice(bytes);
         if self.rest.len() > MAX_EVENT_BYTES && !self.rest[self.searched..].contains(&b'\n') {
             return Err(Mishap::TooLarge { limit: MAX_EVENT_BYTES, is_event: true });
         }
@@ -151,6 +150,7 @@ impl Said {
 
 /// A choice of a chunk, of a chat or of a completion.
 fn delta(raw: Value, n_choices: usize) -> Option<Delta> {
+    raw.as_object()?;
     let choice = usize::try_from(raw.get("index").map_or(Some(0), Value::as_u64)?).ok().filter(|i| *i < n_choices)?;
     let text = raw.get("delta").map_or_else(|| raw.get("text"), |delta| delta.get("content"));
     let text = text.and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -221,9 +221,15 @@ mod tests {
 
     #[test]
     fn what_is_no_chunk_is_told_from_an_error_of_the_upstream() {
-        for event in
-            ["hello", "[]", "{}", r#"{"choices":{}}"#, r#"{"choices":[{"index":2}]}"#, r#"{"choices":[{"index":"0"}]}"#]
-        {
+        for event in [
+            "hello",
+            "[]",
+            "{}",
+            r#"{"choices":{}}"#,
+            r#"{"choices":["x"]}"#,
+            r#"{"choices":[{"index":2}]}"#,
+            r#"{"choices":[{"index":"0"}]}"#,
+        ] {
             let found = Said::read(event.as_bytes(), 2).expect_err(event);
             assert!(matches!(&found, Mishap::Garbled(said) if said.contains(event)), "{event}: {found:?}");
         }

@@ -36,6 +36,17 @@ impl Onward {
         Self { path, body, n_choices }
     }
 
+    /// With the limit of this host where the client set none: what is charged here is not exceeded there.
+    pub(crate) fn capped(mut self, limit: Option<u32>) -> Self {
+        let has_limit = ["max_tokens", "max_completion_tokens"]
+            .iter()
+            .any(|name| self.body.get(*name).is_some_and(|v| !v.is_null()));
+        if let Some(limit) = limit.filter(|_| !has_limit) {
+            self.body.insert("max_tokens".into(), limit.into());
+        }
+        self
+    }
+
     /// As it is sent to one that knows the model by this name.
     pub(super) fn write(&self, model: &str) -> Bytes {
         let mut body = self.body.clone();
@@ -83,10 +94,10 @@ mod tests {
     fn the_body_is_the_clients_but_for_what_is_this_hosts() {
         let body = json!({"model": "demo", "messages": [], "top_k": 3, "timeout_ms": 5, "priority": "high", "x": null});
         let Value::Object(body) = body else { panic!("an object") };
-        let onward = Onward::new("/v1/chat/completions", body, 1);
+        let onward = Onward::new("/v1/chat/completions", body, 1).capped(Some(7)).capped(Some(9));
         let sent: Value = serde_json::from_slice(&onward.write("their/name")).expect("JSON");
         let expect = json!({"model": "their/name", "messages": [], "top_k": 3, "x": null, "stream": true,
-            "stream_options": {"include_usage": true}});
+            "stream_options": {"include_usage": true}, "max_tokens": 7});
         assert_eq!(sent, expect);
     }
 

@@ -61,20 +61,20 @@ impl Circuit {
         gate
     }
 
-    /// A request went well.
-    pub(super) fn went_well(&mut self) {
+    /// A request went well. While it is open, only its trial's word counts.
+    pub(super) fn went_well(&mut self, is_trial: bool) {
         self.recent <<= 1;
-        if self.is_tried {
+        if is_trial {
             *self = Self::default();
         }
     }
 
     /// A request failed by a fault of the upstream; whether that opened the circuit.
-    pub(super) fn failed(&mut self, now: Micros) -> bool {
+    pub(super) fn failed(&mut self, now: Micros, is_trial: bool) -> bool {
         self.recent = (self.recent << 1) | 1;
         let faults = (self.recent & ((1 << WINDOW) - 1)).count_ones();
         // What was sent before it opened says nothing new.
-        let opens = if self.retry_at.is_none() { faults >= MAX_FAULTS } else { self.is_tried };
+        let opens = if self.retry_at.is_none() { faults >= MAX_FAULTS } else { is_trial };
         if opens {
             *self = Self {
                 recent: 0,
@@ -102,16 +102,19 @@ mod tests {
     fn three_faults_of_fifty_open_it_and_one_good_trial_closes_it() {
         let mut circuit = Circuit::default();
         for faults_apart in [20, 20] {
-            assert!(!circuit.failed(0));
-            (0..faults_apart).for_each(|_| circuit.went_well());
+            assert!(!circuit.failed(0, false));
+            (0..faults_apart).for_each(|_| circuit.went_well(false));
         }
         // Of the two before, both are within the last fifty.
-        assert!(circuit.failed(0));
+        assert!(circuit.failed(0, false));
         assert_eq!((circuit.gate(S - 1), circuit.gate(S)), (Gate::Open, Gate::Trial));
         assert_eq!((circuit.pass(S), circuit.pass(S)), (Gate::Trial, Gate::Open), "one at a time");
         circuit.untried();
         assert_eq!(circuit.pass(S), Gate::Trial);
-        circuit.went_well();
+        circuit.went_well(false);
+        assert!(!circuit.failed(S, false), "what was on its way says nothing");
+        assert_eq!(circuit.gate(S), Gate::Open);
+        circuit.went_well(true);
         assert_eq!(circuit.gate(S), Gate::Closed);
     }
 
@@ -119,8 +122,8 @@ mod tests {
     fn faults_that_lie_apart_do_not_open_it() {
         let mut circuit = Circuit::default();
         for _ in 0..10 {
-            assert!(!circuit.failed(0));
-            (0..25).for_each(|_| circuit.went_well());
+            assert!(!circuit.failed(0, false));
+            (0..25).for_each(|_| circuit.went_well(false));
         }
         assert_eq!(circuit.gate(0), Gate::Closed);
     }
@@ -129,13 +132,13 @@ mod tests {
     fn each_failed_trial_doubles_the_wait_up_to_a_minute() {
         let mut circuit = Circuit::default();
         let mut now = 0;
-        assert_eq!([(); 3].map(|()| circuit.failed(now)), [false, false, true]);
+        assert_eq!([(); 3].map(|()| circuit.failed(now, false)), [false, false, true]);
         for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
-            assert!(!circuit.failed(now), "what was on its way when it opened");
+            assert!(!circuit.failed(now, false), "what was on its way when it opened");
             assert_eq!(circuit.pass(now + wait * S - 1), Gate::Open);
             now += wait * S;
             assert_eq!(circuit.pass(now), Gate::Trial, "{wait}");
-            assert!(circuit.failed(now));
+            assert!(circuit.failed(now, true));
         }
     }
 }

@@ -53,6 +53,7 @@ impl Mishap {
         }
         let hyper = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
         match hyper {
+            Some(error) if error.is_parse_too_large() => Self::Garbled("a head that is too large".to_owned()),
             Some(error) if error.is_parse() => Self::Garbled(shortened(&format!("something else than HTTP ({error})"))),
             _ => Self::Broken,
         }
@@ -61,6 +62,16 @@ impl Mishap {
     /// An answer that is an error. `body` is the beginning of it.
     pub(super) fn status(status: u16, body: &[u8], retry_after_ms: u32) -> Self {
         Self::Status { status, words: words(body), retry_after_ms }
+    }
+
+    /// For the client. What an upstream says of itself, or of this host's key, is for the log and for explanations.
+    pub(crate) fn told(&self) -> String {
+        match self {
+            Self::Status { status, .. } if self.blame() == Blame::Upstream => format!("answered {status}"),
+            Self::Said(_) => "failed in the middle of its answer".to_owned(),
+            Self::Garbled(_) => "answered with something else than a stream of completion chunks".to_owned(),
+            other => other.to_string(),
+        }
     }
 
     pub(crate) fn blame(&self) -> Blame {
@@ -79,6 +90,8 @@ impl Mishap {
             Self::Broken => UpstreamOutcome::Broken,
             Self::Garbled(_) | Self::TooLarge { .. } => UpstreamOutcome::Garbled,
             Self::Said(_) => UpstreamOutcome::Failed,
+            // Somebody else's request has this id there now: no fault, and others may take it.
+            Self::Status { status: 409, .. } => UpstreamOutcome::Refused,
             Self::Status { .. } => match self.blame() {
                 Blame::Client => UpstreamOutcome::Refused,
                 Blame::Load => UpstreamOutcome::Saturated,
@@ -133,6 +146,7 @@ mod tests {
             (500, Blame::Upstream, UpstreamOutcome::Failed),
             (503, Blame::Upstream, UpstreamOutcome::Failed),
             (302, Blame::Upstream, UpstreamOutcome::Failed),
+            (409, Blame::Upstream, UpstreamOutcome::Refused),
         ] {
             let mishap = Mishap::status(status, b"", 0);
             assert_eq!((mishap.blame(), mishap.outcome()), (blame, outcome), "{status}");

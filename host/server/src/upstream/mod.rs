@@ -47,6 +47,8 @@ const MAX_METRICS_BYTES: usize = 4 << 20;
 const MAX_ERROR_BYTES: usize = 64 << 10;
 /// An end weighs 1/32, and so does a time to the first byte: as the columns of replicas here.
 const WEIGHT: u32 = 32;
+/// A kept connection that was closed shows it within this time; what fails later has been worked on.
+const STALE: Micros = 1_000_000;
 
 /// What is said of an upstream in the configuration.
 #[derive(Clone, Debug)]
@@ -109,6 +111,7 @@ pub struct Upstream {
     terms: UpstreamTerms,
     /// Scheme, host, port, and the path in front of the API's.
     origin: String,
+    address: (Arc<str>, u16),
     authorization: Option<HeaderValue>,
     pool: Pool,
     clock: Arc<dyn Clock>,
@@ -144,12 +147,14 @@ impl Upstream {
     /// # Errors
     /// What cannot work.
     pub fn new(terms: UpstreamTerms, clock: Arc<dyn Clock>, metrics: &Metrics) -> Result<Arc<Self>, UpstreamError> {
-        let bad_url = || UpstreamError::Url { url: terms.url.clone() };
+        // What stands before an `@` is a secret.
+        let shown = if terms.url.contains('@') { "...@...".to_owned() } else { terms.url.clone() };
+        let bad_url = || UpstreamError::Url { url: shown.clone() };
         let uri: Uri = terms.url.parse().map_err(|_| bad_url())?;
         let (Some("http"), Some(host), None) = (uri.scheme_str(), uri.host(), uri.query()) else {
             return Err(bad_url());
         };
-        let host = host.trim_start_matches('[').trim_end_matches(']').into();
+        let host: Arc<str> = host.trim_start_matches('[').trim_end_matches(']').into();
         if uri.authority().is_none_or(|authority| authority.as_str().contains('@')) {
             return Err(bad_url());
         }
@@ -168,13 +173,25 @@ impl Upstream {
         });
         let metrics = metrics.upstream(&terms.name);
         let port = uri.port_u16().unwrap_or(80);
+        let address = (Arc::clone(&host), port);
         let connector = Connector { host, port, timeout: terms.connect_timeout, metrics: metrics.clone() };
         let pool = connector.pool(terms.max_in_flight as usize);
         let gauges = Arc::new(ReplicaGauges::default());
         gauges.running_limit.store(terms.max_in_flight, Ordering::Relaxed);
         let (circuit, failed_probes) = (Mutex::default(), AtomicU32::new(0));
         metrics.up.set(1);
-        Ok(Arc::new(Self { terms, origin, authorization, pool, clock, gauges, metrics, circuit, failed_probes }))
+        Ok(Arc::new(Self {
+            terms,
+            origin,
+            address,
+            authorization,
+            pool,
+            clock,
+            gauges,
+            metrics,
+            circuit,
+            failed_probes,
+        }))
     }
 
     /// Its name in the configuration.
@@ -187,6 +204,12 @@ impl Upstream {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.terms.url
+    }
+
+    /// Its host and port.
+    #[must_use]
+    pub fn address(&self) -> (&str, u16) {
+        (&self.address.0, self.address.1)
     }
 
     /// The load that routers see: what this host has there.
@@ -203,7 +226,9 @@ impl Upstream {
 
     /// What the column `health` says of it; none while it is sent nothing.
     pub(crate) fn health(&self) -> Option<u8> {
-        if self.failed_probes.load(Ordering::Relaxed) >= self.terms.probe_failures {
+        // Without an interval nobody would find out that it is well again.
+        let is_probed = !self.terms.probe_interval.is_zero();
+        if is_probed && self.failed_probes.load(Ordering::Relaxed) >= self.terms.probe_failures {
             return None;
         }
         match self.circuit().gate(self.clock.now()) {
@@ -246,11 +271,14 @@ impl Upstream {
     /// Opens the connections of the start, then probes for ever.
     pub(crate) async fn watch(self: Arc<Self>) {
         let first: Vec<_> = (0..self.terms.connections).map(|_| self.probe()).collect();
-        for probe in join(first).await {
-            self.probed(probe);
-        }
+        // One probe as far as health goes: an upstream that starts a moment after this host is not down for that.
+        let mut probes = join(first).await;
+        probes.sort_by_key(Result::is_err);
         if self.terms.probe_interval.is_zero() {
             return;
+        }
+        if let Some(best) = probes.into_iter().next() {
+            self.probed(best);
         }
         loop {
             tokio::time::sleep(self.terms.probe_interval).await;
@@ -265,9 +293,9 @@ impl Upstream {
         self.get(&self.terms.probe_path, MAX_ERROR_BYTES).await.map(drop)
     }
 
-    /// Shows routers what the upstream says of its load; nothing where it does not.
+    /// Shows routers what the upstream says of its load; where it does not answer, what it said last stands.
     async fn read_load(&self) {
-        let text = self.get(&self.terms.metrics_path, MAX_METRICS_BYTES).await.unwrap_or_default();
+        let Ok(text) = self.get(&self.terms.metrics_path, MAX_METRICS_BYTES).await else { return };
         Load::read(&String::from_utf8_lossy(&text), &self.terms.model).show(&self.gauges);
     }
 
@@ -281,8 +309,9 @@ impl Upstream {
             let body = body.map(http_body_util::Collected::to_bytes).map_err(|_| Mishap::Broken)?;
             if status.is_success() { Ok(body) } else { Err(Mishap::status(status.as_u16(), &body, 0)) }
         };
-        let silent = Err(Mishap::Silent { limit_ms: millis(self.terms.first_byte_timeout) });
-        tokio::time::timeout(self.terms.first_byte_timeout, ask).await.unwrap_or(silent)
+        // An upstream that hangs is found out within about an interval.
+        let limit = self.terms.first_byte_timeout.min(self.terms.probe_interval.max(Duration::from_secs(1)));
+        tokio::time::timeout(limit, ask).await.unwrap_or(Err(Mishap::Silent { limit_ms: millis(limit) }))
     }
 
     fn probed(&self, probe: Result<(), Mishap>) {
@@ -317,8 +346,17 @@ impl Upstream {
         request
     }
 
+    /// Sends a request, once more where a kept connection turns out to be closed.
     async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Mishap> {
-        let response = self.pool.request(request).await.map_err(|error| Mishap::of(&error))?;
+        let again = request.clone();
+        let began = self.clock.now();
+        let sent = match self.pool.request(request).await {
+            Err(error) if pool::was_kept(&error) && self.clock.now().saturating_sub(began) < STALE => {
+                self.pool.request(again).await
+            }
+            sent => sent,
+        };
+        let response = sent.map_err(|error| Mishap::of(&error))?;
         pool::arrived(response.extensions(), &self.metrics);
         Ok(response)
     }
@@ -358,9 +396,9 @@ impl Upstream {
         let share = if is_fault { 1_000_000 / WEIGHT } else { 0 };
         self.gauges.failed_ppm.store(failed - failed / WEIGHT + share, Ordering::Relaxed);
         if !is_fault {
-            return self.circuit().went_well();
+            return self.circuit().went_well(is_trial);
         }
-        let opened = self.circuit().failed(self.clock.now());
+        let opened = self.circuit().failed(self.clock.now(), is_trial);
         if opened {
             let outcome = outcome.as_str();
             tracing::warn!(
@@ -392,6 +430,10 @@ impl Seat {
                 let took = self.upstream.clock.now().saturating_sub(began);
                 self.upstream.began_after(took);
                 self.computed();
+                // It works again: the others need not wait for the end of this answer.
+                if std::mem::take(&mut self.is_trial) {
+                    self.upstream.circuit().went_well(true);
+                }
             }
             Err(mishap) => self.ended(mishap.outcome()),
         }

@@ -4,6 +4,7 @@
 //! connection turns out to be closed before a byte went out. What it does not do is count, so the connector does: a connection
 //! is open from here until it is dropped, and each one carries how often it was used into the responses that it brings.
 
+use std::error::Error as _;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use axum::http::{Extensions, Uri};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::rt::{Read, ReadBufCursor, Write};
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::{Client, Error};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use pointsman_telemetry::UpstreamMetrics;
 use tokio::net::TcpStream;
@@ -66,6 +67,17 @@ impl Connector {
             .http1_max_headers(MAX_HEADERS)
             .build(self)
     }
+}
+
+/// Whether a request failed on a connection that had carried one before: its server may have closed it in the very moment.
+pub(super) fn was_kept(error: &Error) -> bool {
+    let cause = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
+    if cause.is_none_or(hyper::Error::is_parse) {
+        return false;
+    }
+    let mut extensions = Extensions::new();
+    error.connect_info().into_iter().for_each(|info| info.get_extras(&mut extensions));
+    extensions.get().is_some_and(|Carried(n)| n.load(Ordering::Relaxed) > 0)
 }
 
 /// Notes on which connection a response came.

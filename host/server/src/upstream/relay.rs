@@ -122,6 +122,8 @@ impl Relay {
                 Ok(said) => self.take(said),
                 Err(mishap) => {
                     self.seat.ended(mishap.outcome());
+                    let request = &**self.parts.in_flight.id();
+                    tracing::info!(request, upstream = &**self.seat.upstream().name(), %mishap, "an upstream failed a request");
                     let upstream = Arc::clone(self.seat.upstream().name());
                     return Poll::Ready(Some(Err(self.failed(ApiError::Upstream { upstream, mishap }))));
                 }
@@ -148,7 +150,9 @@ impl Relay {
             self.updates.push_back(Update::Delta(delta));
         }
         if let Some(usage) = usage {
-            (self.totals, self.is_counted) = (usage, true);
+            // Some count as they go, from nothing on.
+            let completion = usage.completion.max(self.totals.completion);
+            (self.totals, self.is_counted) = (Totals { completion, ..usage }, usage.completion > 0);
         }
     }
 
@@ -219,6 +223,8 @@ impl Drop for Relay {
             self.parts.in_flight.abandoned(&self.parts.trace, now);
         }
         let Totals { completion, cached, .. } = self.totals;
+        // The account has the prompt as it was counted here.
+        let cached = cached.min(self.parts.prompt_tokens);
         self.parts.in_flight.permit.ended(self.ended.unwrap_or(Outcome::Cancelled), cached, completion);
     }
 }
