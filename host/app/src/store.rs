@@ -4,8 +4,9 @@
 //! one; what could not be made to last is put back as it was, so that an error means that nothing has changed. A database would do the same and bring a C library; these are a handful of small files that people can read.
 
 use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -65,6 +66,8 @@ impl Store {
             // What cannot be listed must not look as if nothing were stored there.
             fs::read_dir(root.join(folder)).with_context(what)?;
         }
+        // Prompts and answers are for nobody else on the machine.
+        fs::set_permissions(root.join("batches"), Permissions::from_mode(0o700)).with_context(what)?;
         let lock = File::create(root.join("lock")).with_context(what)?;
         if lock.try_lock().is_err() {
             bail!(

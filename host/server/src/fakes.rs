@@ -116,6 +116,8 @@ pub(crate) struct FakeShelf {
     pub(crate) is_stuck: AtomicBool,
     /// Readers that panic.
     pub(crate) panics: AtomicU32,
+    /// Which read from now on fails; 0 for none.
+    pub(crate) fails_at: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -649,6 +651,9 @@ impl Shelf for FakeShelf {
     fn read(&self, name: &str, at: u64, most: usize) -> io::Result<Vec<u8>> {
         let fewer = self.panics.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
         assert!(fewer.is_err(), "a reader panics");
+        if self.fails_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) == Ok(1) {
+            return Err(io::ErrorKind::Other.into());
+        }
         let contents = self.contents.lock().expect("unpoisoned");
         let rest = contents.get(name).and_then(|bytes| bytes.get(usize::try_from(at).ok()?..)).unwrap_or_default();
         Ok(rest[..rest.len().min(most)].to_vec())

@@ -230,8 +230,8 @@ impl TokenSink for ChannelSink {
     }
 
     fn prefilled(&mut self, tokens: u32) {
-        // The places are the answer's: progress takes none of the second half, and is not missed.
-        if self.shows_progress && self.sender.capacity() > self.sender.max_capacity() / 2 {
+        // The places are the answer's: progress takes an eighth of them at most, and is not missed.
+        if self.shows_progress && self.sender.capacity() > self.sender.max_capacity() / 8 * 7 {
             let _ = self.sender.try_send(Tagged { choice: self.choice, event: Heard::Prefilled(tokens) });
         }
     }

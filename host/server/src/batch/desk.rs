@@ -217,8 +217,8 @@ impl Desk {
     pub(crate) fn delete_file(&self, tenant: &str, id: &str) -> Result<(), ApiError> {
         self.file(tenant, id)?;
         let mut index = self.index();
-        if let Some(batch) = index.batches.values().find(|batch| !batch.status.is_over() && batch.input == id) {
-            let problem = format!("the batch `{}` reads this file: cancel it, or wait until it has ended", batch.id);
+        if let Some(batch) = index.user_of(id) {
+            let problem = format!("the batch `{}` uses this file: cancel it, or wait until it has ended", batch.id);
             return Err(ApiError::InUse { problem });
         }
         self.remove(&mut index, id).map_err(|error| disk("a file cannot be deleted", &error))
@@ -241,6 +241,15 @@ impl Desk {
         if unfinished >= self.config.max_unfinished {
             let what = format!("{unfinished} batches have not ended, the most of this host");
             return Err(ApiError::Saturated { what });
+        }
+        // What it writes needs room, also if it is cancelled at once.
+        if index.files.len() >= self.config.max_files || !self.has_room() {
+            let what = "as many files, or bytes of them, are kept as this host keeps".to_owned();
+            return Err(ApiError::StorageFull { what });
+        }
+        // It may have been deleted since it was looked at.
+        if !index.files.contains_key(&batch.input) {
+            return Err(ApiError::NotKept { what: "file", id: batch.input });
         }
         self.write(&batch)?;
         index.batches.insert(batch.id.clone(), batch.clone());
@@ -331,18 +340,18 @@ impl Desk {
     /// Forgets files whose time is over, and batches that ended long ago.
     pub(crate) fn sweep(&self) {
         let now = self.now();
-        let mut index = self.index();
-        let read: HashSet<String> =
-            (index.batches.values().filter(|batch| !batch.status.is_over())).map(|batch| batch.input.clone()).collect();
-        let over: Vec<String> = (index.files.values())
-            .filter(|file| file.expires_at <= now && !read.contains(&file.id))
-            .map(|file| file.id.clone())
-            .collect();
+        let over = |file: &&StoredFile| file.expires_at <= now;
+        let over: Vec<String> = self.index().files.values().filter(over).map(|file| file.id.clone()).collect();
         for id in over {
-            if let Err(error) = self.remove(&mut index, &id) {
+            // The lock again for each: nobody waits for more than one of them.
+            let mut index = self.index();
+            if index.user_of(&id).is_none()
+                && let Err(error) = self.remove(&mut index, &id)
+            {
                 tracing::warn!("the expired file {id} cannot be removed: {error}");
             }
         }
+        let index = self.index();
         let ended = |batch: &&Batch| batch.status.is_over();
         let mut surplus = index.batches.values().filter(ended).count().saturating_sub(MAX_ENDED);
         let mut old = Vec::new();
@@ -353,13 +362,25 @@ impl Desk {
                 old.push(batch.id.clone());
             }
         }
+        drop(index);
         for id in old {
+            let mut index = self.index();
             match self.shelf.remove(&id) {
                 Ok(()) => drop(index.batches.remove(&id)),
                 Err(error) => tracing::warn!("the old batch {id} cannot be removed: {error}"),
             }
         }
-        self.publish(&index);
+        self.publish(&self.index());
+    }
+}
+
+// === impl Index ===
+
+impl Index {
+    /// A batch that has not ended and reads or writes this file.
+    fn user_of(&self, file: &str) -> Option<&Batch> {
+        let uses = |batch: &&Batch| [&*batch.input, &*batch.output, &*batch.errors].contains(&file);
+        self.batches.values().filter(|batch| !batch.status.is_over()).find(uses)
     }
 }
 

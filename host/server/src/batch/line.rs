@@ -22,12 +22,13 @@ const MAX_FAULTS: usize = 50;
 const CHUNK: usize = 64 << 10;
 
 /// A request of a file.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Line {
     /// From 1.
     pub(crate) number: u32,
     pub(crate) custom_id: String,
-    pub(crate) body: Value,
+    /// As text: what waits to begin is no larger than in its file.
+    body: Vec<u8>,
 }
 
 /// A line that is not blank.
@@ -97,6 +98,15 @@ impl Lines {
     }
 }
 
+// === impl Line ===
+
+impl Line {
+    /// What it asks.
+    pub(crate) fn body(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
+    }
+}
+
 // === reading ===
 
 impl Raw {
@@ -135,7 +145,9 @@ impl Raw {
             return Err(fault("mismatched_endpoint", Some("url"), message));
         }
         match map.remove("body") {
-            Some(body @ Value::Object(_)) => Ok(Line { number: self.number, custom_id, body }),
+            Some(body @ Value::Object(_)) => {
+                Ok(Line { number: self.number, custom_id, body: serde_json::to_vec(&body).unwrap_or_default() })
+            }
             _ => Err(fault("invalid_body", Some("body"), "`body` must be an object: that of the endpoint".to_owned())),
         }
     }

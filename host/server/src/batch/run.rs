@@ -37,6 +37,8 @@ const AHEAD_BYTES: usize = 256 << 10;
 const TRIES: u32 = 3;
 /// Pause of a batch after the disk, or the host, refused it.
 const PAUSE: Micros = 1_000_000;
+/// Longest pause of a batch, whatever a policy says of one of its lines.
+const LONGEST_PAUSE: Micros = 60_000_000;
 /// Chores at once.
 const MAX_CHORES: usize = 2;
 /// What is read of one answer after a restart.
@@ -46,7 +48,7 @@ const MAX_ANSWER: usize = 64 << 20;
 pub(crate) async fn run(state: Arc<ServerState>) {
     let mut runner = Runner::new(state);
     loop {
-        runner.refresh();
+        runner.refresh().await;
         runner.begin_lines().await;
         runner.wait().await;
     }
@@ -79,8 +81,8 @@ struct Work {
     reader: Lines,
     /// Whether the reader has come to the end.
     is_read: bool,
-    /// By number of the line.
-    done: Vec<bool>,
+    /// Numbers of the lines that have their answer.
+    done: HashSet<u32>,
     /// Read and not begun, with how often each was tried.
     ahead: VecDeque<(Arc<Line>, u32)>,
     /// When the next line may begin.
@@ -89,6 +91,16 @@ struct Work {
     /// Bytes of output and errors that are whole lines and synced.
     good: [u64; 2],
     tasks: HashMap<Id, (AbortHandle, u32)>,
+}
+
+/// A line that may begin.
+#[derive(Debug)]
+struct Next {
+    id: String,
+    line: Arc<Line>,
+    tries: u32,
+    /// Whose limits it counts against.
+    holder: Option<Arc<Holder>>,
 }
 
 /// What a line came to.
@@ -126,7 +138,7 @@ impl Runner {
     }
 
     /// Takes up what has come, and ends what has ended or must.
-    fn refresh(&mut self) {
+    async fn refresh(&mut self) {
         let now = self.desk.now();
         if now >= self.next_sweep && self.is_free("") {
             self.next_sweep = now + SWEEP_SECONDS;
@@ -136,7 +148,7 @@ impl Runner {
             });
         }
         if self.desk.has_news.swap(false, Ordering::AcqRel) {
-            for batch in self.desk.unfinished() {
+            for batch in self.desk.work(Desk::unfinished).await.unwrap_or_default() {
                 self.take_up(batch);
             }
         }
@@ -189,13 +201,13 @@ impl Runner {
     /// Begins lines while there is room.
     async fn begin_lines(&mut self) {
         while self.running.len() < self.desk.config.max_in_flight && self.has_room() {
-            let Some((id, line, tries)) = self.next_line().await else { return };
+            let Some(Next { id, line, tries, holder }) = self.next_line().await else { return };
             let Some(work) = self.works.get_mut(&id) else { continue };
-            let Ok(holder) = self.state.keys.holder(&work.batch.tenant, work.batch.key.as_deref()) else { continue };
             let state = Arc::clone(&self.state);
-            let request = Request::new(work.call, line.body.clone()).tenant(&work.batch.tenant).priority(Priority::Low);
-            let request = request.holder(holder);
-            let streams = line.body.get("stream").is_some_and(|stream| stream != &Value::Bool(false));
+            let body = line.body();
+            let streams = body.get("stream").is_some_and(|stream| !matches!(stream, Value::Null | Value::Bool(false)));
+            let request =
+                Request::new(work.call, body).tenant(&work.batch.tenant).priority(Priority::Low).holder(holder);
             let task = self.running.spawn(async move {
                 if streams {
                     let problem = "`stream` must be false in a batch: each answer is one line";
@@ -222,7 +234,7 @@ impl Runner {
     }
 
     /// The next line of the next batch that has one.
-    async fn next_line(&mut self) -> Option<(String, Arc<Line>, u32)> {
+    async fn next_line(&mut self) -> Option<Next> {
         let now = self.state.clock.now();
         if !self.desk.has_room() {
             return None;
@@ -231,21 +243,21 @@ impl Runner {
             let id = self.turns.pop_front()?;
             self.turns.push_back(id.clone());
             let Some(work) = self.works.get_mut(&id).filter(|work| work.may_begin(now)) else { continue };
-            match self.state.keys.holder(&work.batch.tenant, work.batch.key.as_deref()) {
-                Ok(holder) if has_share(holder.as_deref(), now) => {}
+            let holder = match self.state.keys.holder(&work.batch.tenant, work.batch.key.as_deref()) {
+                Ok(holder) if has_share(holder.as_deref(), now) => holder,
                 Ok(_) => continue,
                 // Its tenant may have another key before the window is over.
                 Err(_) => {
                     work.resumes = now + PAUSE;
                     continue;
                 }
-            }
+            };
             while work.ahead.is_empty() && work.read_ahead(&self.desk).await {}
             if work.ahead.is_empty() && !work.is_read {
                 work.resumes = now + PAUSE;
             }
             if let Some((line, tries)) = work.ahead.pop_front() {
-                return Some((id, line, tries));
+                return Some(Next { id, line, tries, holder });
             }
         }
         None
@@ -322,7 +334,7 @@ impl Work {
         if batch.status.is_over() {
             return Ok(None);
         }
-        let mut done = Vec::new();
+        let mut done = HashSet::new();
         let (completed, output) = read_done(desk, &batch.output, &mut done)?;
         let (failed, errors) = read_done(desk, &batch.errors, &mut done)?;
         let counts = Counts { total: batch.counts.total, completed, failed };
@@ -362,33 +374,25 @@ impl Work {
         if self.is_read {
             return false;
         }
-        // A copy: whoever panics over it leaves ours where it is.
+        // A copy: one that fails, or panics, half-way through a line leaves ours where it is.
         let (mut reader, endpoint) = (self.reader.clone(), self.batch.endpoint.clone());
         let read = desk.work(move |_| {
             let (mut lines, mut bytes) = (Vec::new(), 0);
-            let is_read = loop {
-                match reader.next() {
-                    Ok(Some(raw)) => {
-                        bytes += raw.text.len();
-                        // It was validated: what is no request now has been changed under us, and is not answered.
-                        lines.extend(raw.parse(&endpoint));
-                    }
-                    Ok(None) => break Ok(true),
-                    Err(error) => break Err(disk("a file of requests cannot be read", &error)),
-                }
-                if lines.len() >= AHEAD_LINES || bytes >= AHEAD_BYTES {
-                    break Ok(false);
-                }
-            };
-            (reader, lines, is_read)
+            while lines.len() < AHEAD_LINES && bytes < AHEAD_BYTES {
+                let next = reader.next().map_err(|error| disk("a file of requests cannot be read", &error))?;
+                let Some(raw) = next else { return Ok((reader, lines, true)) };
+                bytes += raw.text.len();
+                // It was validated: what is no request now has been changed under us, and is not answered.
+                lines.extend(raw.parse(&endpoint));
+            }
+            Ok::<_, ApiError>((reader, lines, false))
         });
-        let Ok((reader, lines, is_read)) = read.await else { return false };
-        self.reader = reader;
+        let Ok((reader, lines, is_read)) = read.await.and_then(|read| read) else { return false };
+        (self.reader, self.is_read) = (reader, is_read);
         let done = &self.done;
-        let open = lines.into_iter().filter(|line| !is_marked(done, line.number));
+        let open = lines.into_iter().filter(|line| !done.contains(&line.number));
         self.ahead.extend(open.map(|line| (Arc::new(line), 0)));
-        self.is_read = is_read.as_ref().copied().unwrap_or(false);
-        is_read.is_ok()
+        true
     }
 
     /// Puts what a line came to where it belongs: its answer, the fault that it is, or another try.
@@ -404,7 +408,7 @@ impl Work {
                 out.numbers.push((line, true));
             }
             Err(error) if again(&error, tries) => {
-                self.resumes = now + Micros::from(error.retry_after_ms()) * 1_000;
+                self.resumes = now + (Micros::from(error.retry_after_ms()) * 1_000).min(LONGEST_PAUSE);
                 self.ahead.push_back((line, tries));
             }
             Err(error) => {
@@ -434,7 +438,7 @@ impl Work {
                 continue;
             };
             (*good, self.counts) = (after, counts);
-            lines.into_iter().for_each(|(line, _)| mark(&mut self.done, line.number));
+            self.done.extend(lines.iter().map(|(line, _)| line.number));
         }
     }
 
@@ -484,11 +488,11 @@ impl Work {
                 counts.failed += u32::try_from(told.len()).unwrap_or(u32::MAX);
                 self.good[1] = desk.record(&self.batch.id, (&self.batch.errors, self.good[1]), &text, counts)?;
                 self.counts = counts;
-                told.drain(..).for_each(|number| mark(&mut self.done, number));
+                self.done.extend(told.drain(..));
                 text.clear();
             }
             let Some(raw) = raw else { return Ok(()) };
-            if !is_marked(&self.done, raw.number)
+            if !self.done.contains(&raw.number)
                 && let Ok(line) = raw.parse(&self.batch.endpoint)
             {
                 text.extend(unanswered(&self.batch, &line, cut));
@@ -509,28 +513,16 @@ fn has_share(holder: Option<&Holder>, now: Micros) -> bool {
     holder.is_none_or(|holder| holder.is_half_free(now))
 }
 
-fn is_marked(done: &[bool], number: u32) -> bool {
-    done.get(number as usize).copied().unwrap_or(false)
-}
-
-fn mark(done: &mut Vec<bool>, number: u32) {
-    let place = number as usize;
-    if done.len() <= place {
-        done.resize(place + 1, false);
-    }
-    done[place] = true;
-}
-
 /// Marks the lines that a file of answers answers, and cuts off what a crash has left behind them: it was never sure to last,
 /// and need not be whole. How many there are, and their bytes.
-fn read_done(desk: &Desk, id: &str, done: &mut Vec<bool>) -> Result<(u32, u64), ApiError> {
+fn read_done(desk: &Desk, id: &str, done: &mut HashSet<u32>) -> Result<(u32, u64), ApiError> {
     let fault = |error: io::Error| disk("answers of a batch cannot be read", &error);
     let mut lines = Lines::new(&desk.shelf, id, MAX_ANSWER);
     let (mut found, mut good) = (0, 0);
     while let Some(raw) = lines.next().map_err(fault)?
         && let (Some(number), Raw { end: Some(end), .. }) = (number_of(&raw), &raw)
     {
-        mark(done, number);
+        done.insert(number);
         (found, good) = (found + 1, *end);
     }
     desk.trim(id, good)?;

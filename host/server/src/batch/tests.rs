@@ -375,6 +375,29 @@ async fn a_reader_that_panics_delays_its_batch() {
     assert_eq!(shelf.panics.load(Ordering::Relaxed), 0);
 }
 
+#[tokio::test]
+async fn a_read_that_fails_in_the_middle_of_a_line_loses_none() {
+    let shelf = Arc::new(FakeShelf::default());
+    let rig = working(&shelf);
+    answer_only(&rig, 20);
+    // More than one chunk of the file, so that lines lie across their ends.
+    let long: String = (0..80).map(|i| line(&format!("id-{i}"), &"p".repeat(3_000)) + "\n").collect();
+    let id = begin(&rig, &long, "24h").await;
+    until(&rig, &id, |batch| batch["request_counts"]["completed"] == 20 && taken(&rig) == 28).await;
+    shelf.fails_at.store(1, Ordering::Relaxed);
+    let held: Vec<_> = rig.engine.taken.lock().expect("unpoisoned").iter().skip(20).map(|taken| taken.id).collect();
+    rig.engine.forget_plays();
+    for id in held {
+        for event in says(&["b"]) {
+            rig.engine.push(id, event);
+        }
+    }
+    let batch = until(&rig, &id, is_over).await;
+    assert_eq!(shelf.fails_at.load(Ordering::Relaxed), 0, "it has failed");
+    assert_eq!(batch["request_counts"], json!({"total": 80, "completed": 80, "failed": 0}));
+    assert_eq!(answers(&rig, &batch["output_file_id"]).await, all(0..80, json!(200)));
+}
+
 const WITH_KEY: [(&str, &str); 2] = [("content-type", "application/json"), ("authorization", "Bearer k1")];
 
 #[tokio::test]

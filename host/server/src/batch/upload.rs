@@ -2,11 +2,18 @@
 //!
 //! Nothing of it is held in memory beyond one piece, and nothing of it stays unless it came whole.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use axum::BoxError;
+use axum::body::BodyDataStream;
 use axum::extract::Request;
 use axum::http::header::CONTENT_TYPE;
+use bytes::Bytes;
+use futures_core::Stream;
 use multer::{Constraints, Field, Multipart, SizeLimit};
 
 use super::Desk;
@@ -15,6 +22,8 @@ use crate::error::ApiError;
 
 /// Time for a whole upload.
 const UPLOAD_TIME: Duration = Duration::from_secs(600);
+/// Time in which something of it must come.
+const IDLE_TIME: Duration = Duration::from_secs(30);
 /// What is written at once.
 const PIECE: usize = 1 << 20;
 /// Fields of a form, and bytes of one that is no file.
@@ -32,6 +41,17 @@ struct Arriving {
     id: String,
     bytes: u64,
     is_kept: bool,
+}
+
+/// A body that gives one chunk at a time, and no more than a frame of a form beyond what has been taken of its file: the reader of
+/// forms takes all that there is, and keeps what it finds no end of.
+#[derive(Debug)]
+struct Paced {
+    body: BodyDataStream,
+    received: u64,
+    delivered: Arc<AtomicU64>,
+    /// Whether whoever asks gets nothing this time.
+    rests: bool,
 }
 
 /// What a form said.
@@ -57,7 +77,7 @@ pub(super) async fn receive(desk: &Arc<Desk>, tenant: &str, request: Request) ->
             return Err(ApiError::invalid("purpose", problem));
         }
     }
-    let Some((mut arriving, filename)) = form.file else {
+    let Some((arriving, filename)) = form.file else {
         return Err(ApiError::invalid("file", "`file` is required: a part of the form with a file name"));
     };
     let now = desk.now();
@@ -70,9 +90,15 @@ pub(super) async fn receive(desk: &Arc<Desk>, tenant: &str, request: Request) ->
         created_at: now,
         expires_at: now + kept,
     };
-    let kept = desk.work(move |desk| desk.keep(file)).await??;
-    arriving.is_kept = true;
-    Ok(kept)
+    // It goes with the work: where its client leaves meanwhile, the file is kept all the same, and not removed under it.
+    let kept = desk.work(move |desk| {
+        // All of it, and not the flag alone.
+        let mut arriving = arriving;
+        let kept = desk.keep(file)?;
+        arriving.is_kept = true;
+        Ok(kept)
+    });
+    kept.await?
 }
 
 // === impl Form ===
@@ -84,12 +110,15 @@ impl Form {
             .map_err(|_| ApiError::invalid("", "a file is sent as multipart/form-data with a boundary"))?;
         let most = desk.config.max_file_bytes;
         let limits = Constraints::new().size_limit(SizeLimit::new().whole_stream(most.saturating_add(MAX_FRAME)));
-        let mut parts = Multipart::with_constraints(request.into_body().into_data_stream(), boundary, limits);
+        let delivered = Arc::new(AtomicU64::new(0));
+        let body = request.into_body().into_data_stream();
+        let paced = Paced { body, received: 0, delivered: Arc::clone(&delivered), rests: false };
+        let mut parts = Multipart::with_constraints(paced, boundary, limits);
         let mut form = Self::default();
         for _ in 0..MAX_FIELDS {
-            let Some(part) = parts.next_field().await.map_err(|error| broken(&error, most))? else { return Ok(form) };
+            let Some(part) = in_time(parts.next_field(), most).await? else { return Ok(form) };
             match part.name() {
-                Some("file") => form.file = Some(store(desk, part).await?),
+                Some("file") => form.file = Some(store(desk, part, &delivered).await?),
                 Some("purpose") => form.purpose = Some(text(part, "purpose", most).await?),
                 Some("expires_after[anchor]") => form.anchor = Some(text(part, "expires_after[anchor]", most).await?),
                 Some("expires_after[seconds]") => {
@@ -116,13 +145,14 @@ impl Form {
 }
 
 /// Writes a file to the shelf as it comes.
-async fn store(desk: &Arc<Desk>, mut part: Field<'_>) -> Result<(Arriving, String), ApiError> {
+async fn store(desk: &Arc<Desk>, mut part: Field<'_>, delivered: &AtomicU64) -> Result<(Arriving, String), ApiError> {
     let most = desk.config.max_file_bytes;
     let filename: String = part.file_name().unwrap_or("file").chars().filter(|c| !c.is_control()).take(255).collect();
     let mut arriving = Arriving { desk: Arc::clone(desk), id: desk.new_id("file-"), bytes: 0, is_kept: false };
     let mut piece = Vec::new();
     loop {
-        let chunk = part.chunk().await.map_err(|error| broken(&error, most))?;
+        let chunk = in_time(part.chunk(), most).await?;
+        delivered.fetch_add(chunk.as_ref().map_or(0, |chunk| chunk.len() as u64), Ordering::Relaxed);
         piece.extend_from_slice(chunk.as_deref().unwrap_or_default());
         if piece.len() < PIECE && chunk.is_some() {
             continue;
@@ -149,13 +179,41 @@ async fn store(desk: &Arc<Desk>, mut part: Field<'_>) -> Result<(Arriving, Strin
 /// A field that is no file.
 async fn text(mut part: Field<'_>, name: &str, most: u64) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
-    while let Some(chunk) = part.chunk().await.map_err(|error| broken(&error, most))? {
+    while let Some(chunk) = in_time(part.chunk(), most).await? {
         bytes.extend_from_slice(&chunk);
         if bytes.len() as u64 > MAX_FIELD {
             return Err(ApiError::invalid(name, format!("a field of a form has at most {MAX_FIELD} bytes")));
         }
     }
     String::from_utf8(bytes).map_err(|_| ApiError::invalid(name, format!("`{name}` must be UTF-8")))
+}
+
+/// The next part of a form, from a client that goes on sending.
+async fn in_time<T>(next: impl Future<Output = Result<T, multer::Error>>, most: u64) -> Result<T, ApiError> {
+    let limit_ms = u64::try_from(IDLE_TIME.as_millis()).unwrap_or(u64::MAX);
+    let next = tokio::time::timeout(IDLE_TIME, next).await.map_err(|_| ApiError::BodyTimeout { limit_ms })?;
+    next.map_err(|error| broken(&error, most))
+}
+
+// === impl Paced ===
+
+impl Stream for Paced {
+    type Item = Result<Bytes, BoxError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if std::mem::take(&mut self.rests) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let next = ready!(Pin::new(&mut self.body).poll_next(cx));
+        let Some(Ok(chunk)) = next else { return Poll::Ready(next.map(|next| next.map_err(BoxError::from))) };
+        (self.rests, self.received) = (true, self.received + chunk.len() as u64);
+        let held = self.received.saturating_sub(self.delivered.load(Ordering::Relaxed));
+        if held > MAX_FRAME + PIECE as u64 {
+            return Poll::Ready(Some(Err("a form of which too much is no file".into())));
+        }
+        Poll::Ready(Some(Ok(chunk)))
+    }
 }
 
 /// What is wrong with a form: its size, its end, or its shape.
