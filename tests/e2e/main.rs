@@ -19,6 +19,7 @@ mod hangups;
 mod javascript;
 mod keys;
 mod kills;
+mod loads;
 mod models;
 mod oci;
 mod operate;

@@ -11,6 +11,7 @@
 )]
 
 pub mod fleet;
+pub mod large;
 pub mod raw;
 pub mod rng;
 
@@ -233,6 +234,14 @@ impl Host {
     /// # Errors
     /// The request was refused or the stream broke off, in words.
     pub fn stream(&self, body: &Value) -> Result<Streamed, String> {
+        self.stream_heard(body, |_| ())
+    }
+
+    /// As [`stream`](Self::stream), with every event as it comes.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn stream_heard(&self, body: &Value, mut heard: impl FnMut(&Value)) -> Result<Streamed, String> {
         let mut body = body.clone();
         body["stream"] = true.into();
         let request = ureq::http::Request::post(format!("{}/v1/completions", self.data))
@@ -258,6 +267,7 @@ impl Host {
             if let Some(error) = event.get("error") {
                 return Err(error.to_string());
             }
+            heard(&event);
             streamed.take(&event);
         }
         if streamed.finish.is_empty() { Err("the stream broke off".into()) } else { Ok(streamed) }

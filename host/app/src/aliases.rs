@@ -6,7 +6,7 @@ mod rollout;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwap;
 use pointsman_control::rollout::Sticky;
@@ -68,6 +68,11 @@ impl Aliases {
         let aliases = Self { parts, operations: Mutex::default(), rollouts: Mutex::default(), live };
         rolling_out.into_iter().for_each(|(alias, rollout)| aliases.restore_rollout(&alias, rollout));
         Arc::new(aliases)
+    }
+
+    /// Keeps weights and rollouts as they are until it is dropped.
+    pub(crate) fn hold(&self) -> MutexGuard<'_, ()> {
+        lock(&self.operations)
     }
 
     /// Changes what requests see.

@@ -40,6 +40,9 @@ pub(crate) enum Command {
     /// Show and set which variants stand behind a model's name.
     #[command(subcommand)]
     Alias(AliasCommand),
+    /// Load and unload models of a running host.
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// Make API keys of the data plane; needs no running host.
     #[command(subcommand)]
     Key(KeyCommand),
@@ -473,6 +476,38 @@ pub(crate) enum AliasCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Show every model: how it is, where it is, what it takes.
+    #[command(after_help = "Example:\n  pointsman model list")]
+    List {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Load a model beside those that are served; shows the progress, and ends when it is served.
+    #[command(
+        after_help = "Examples:\n  pointsman model load llama=/models/llama-3.2-1b\n  pointsman model load llama:v2=/models/llama-tuned.gguf     # another variant of llama; `pointsman alias set` gives it traffic"
+    )]
+    Load {
+        /// What it is called, and its folder or .gguf file on the host's machine, below one of engine.model_dirs.
+        #[arg(value_name = "NAME=PATH", value_parser = named_path)]
+        model: (String, PathBuf),
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Unload a model: it takes no more requests, those that it has may finish, and its memory is free after that.
+    #[command(after_help = "Example:\n  pointsman model unload llama:v2 --grace-s 60")]
+    Unload {
+        /// As `list` shows it.
+        name: String,
+        /// Longest time for requests that run; those left are ended [default: server.shutdown_grace_ms].
+        #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=3_600))]
+        grace_s: Option<u64>,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+}
+
 /// What a rollout is started with.
 #[derive(Debug, Args)]
 pub(crate) struct StartArgs {
@@ -695,6 +730,14 @@ fn weight(text: &str) -> Result<(String, u32), String> {
     let (variant, weight) = text.rsplit_once('=').ok_or("expected VARIANT=WEIGHT, as in demo:f16=90")?;
     let weight = weight.parse().map_err(|_| format!("`{weight}` is not a weight: an integer of 0 to 10000"))?;
     Ok((variant.to_owned(), weight))
+}
+
+fn named_path(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=PATH, as in llama=/models/llama")?;
+    // On the same machine a path means what it does in this folder.
+    let real = std::fs::canonicalize(path).or_else(|_| std::path::absolute(path));
+    let path = real.map_err(|error| format!("`{path}` is not a path: {error}"))?;
+    Ok((name.to_owned(), path))
 }
 
 fn rate(text: &str) -> Result<f64, String> {

@@ -176,7 +176,7 @@ impl Admin {
     }
 
     /// One that waits this long for the end of an answer, or for ever.
-    fn patient(at: AdminArgs, longest: Option<Duration>) -> Self {
+    pub(crate) fn patient(at: AdminArgs, longest: Option<Duration>) -> Self {
         let roots = at.ca_file.clone().unwrap_or(RootCerts::PlatformVerifier);
         // The admin plane is not reached through the environment's proxy, which would see the token.
         let config = ureq::Agent::config_builder()
@@ -264,7 +264,7 @@ impl Admin {
     }
 
     /// Asks; an answer that is not a success is an error in the host's words.
-    fn ask(
+    pub(crate) fn ask(
         &self,
         method: &str,
         path: &str,

@@ -172,6 +172,12 @@ pub(crate) struct EngineSection {
     pub precisions: Vec<String>,
     /// How long an idle encoder waits for more inputs to share a batch.
     pub embed_window_ms: u32,
+    /// Folders below which models may be loaded while the host runs; none for no such models.
+    pub model_dirs: Vec<PathBuf>,
+    /// Models loaded while the host runs, at once.
+    pub max_loaded: u32,
+    /// What models may take of the CPU's memory when one is loaded while the host runs; 0 for what the machine has free.
+    pub memory_mib: u32,
 }
 
 /// The WebAssembly half.
@@ -391,6 +397,9 @@ impl Default for EngineSection {
             cuda_lib_dirs: Vec::new(),
             precisions: vec!["f16".to_owned()],
             embed_window_ms: 0,
+            model_dirs: Vec::new(),
+            max_loaded: 8,
+            memory_mib: 0,
         }
     }
 }
@@ -477,7 +486,7 @@ impl Config {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 30] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 31] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -487,6 +496,7 @@ impl Config {
             ("sched.starvation_ms", sched.starvation_ms, 1, 86_400_000, "milliseconds"),
             ("engine.threads", self.engine.threads as u64, 0, 256, "threads (0: one per core)"),
             ("engine.kv_mib", self.engine.kv_mib.into(), 1, 1 << 20, "MiB"),
+            ("engine.max_loaded", self.engine.max_loaded.into(), 0, 64, "models (0: none while the host runs)"),
             ("server.max_in_flight", server.max_in_flight.into(), 1, 65_536, "requests"),
             ("server.max_queued_tokens", server.max_queued_tokens.into(), 1, 1 << 30, "tokens"),
             ("server.max_body_bytes", server.max_body_bytes, 1_024, 1 << 30, "bytes"),

@@ -23,6 +23,8 @@ use crate::devices::{self, Place};
 use crate::serve;
 use report::Report;
 
+pub(crate) use self::machine::available_memory;
+
 /// Examines everything; what it finds goes to `out`.
 ///
 /// # Errors

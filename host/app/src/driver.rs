@@ -1,9 +1,10 @@
 //! The device driver: one OS thread per device that owns its replicas, each a Scheduler, an Executor and a scheduler guest.
 //!
 //! No locks: requests come through a bounded mailbox, cancels through a second one (so that a full mailbox never holds up
-//! a cancel), results leave through each request's sink. The thread parks when every replica is idle or waits for the masks
-//! of its requests; senders and masks unpark it. Not a tokio task: a step computes for milliseconds and would stall the HTTP
-//! workers.
+//! a cancel), results leave through each request's sink. Replicas come and go through a third one: a driver takes a finished one
+//! in and gives an idle one back whole, so that neither packing nor freeing memory ever takes a step's time. The thread parks
+//! when every replica is idle or waits for the masks of its requests; senders and masks unpark it. Not a tokio task: a step
+//! computes for milliseconds and would stall the HTTP workers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -66,10 +67,38 @@ pub(crate) struct DriverContext {
     pub metrics: Arc<Metrics>,
 }
 
+/// Replicas that may come and go at once; who sends one more waits.
+const MAX_CHANGES: usize = 16;
+
+/// A replica that comes or goes.
+enum Change {
+    /// Is served from now on; the answer says so.
+    Join(Box<DriverReplica>, SyncSender<()>),
+    /// Comes back when its last request has ended.
+    Leave(ReplicaId, SyncSender<Gone>),
+    /// Comes back now; what it runs is ended.
+    End(ReplicaId),
+}
+
+/// A replica that its driver has given back.
+#[derive(Debug)]
+pub(crate) struct Gone {
+    /// To be dropped by somebody who has the time.
+    pub replica: Box<DriverReplica>,
+    /// Requests that were ended for it.
+    pub ended: u64,
+}
+
+/// The driver's thread has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the device serves no more; restart the host")]
+pub(crate) struct DriverEnded;
+
 /// The sending side of a running driver.
 #[derive(Debug)]
 pub(crate) struct DriverHandle {
     submit: SyncSender<(ReplicaId, Request)>,
+    changes: SyncSender<Change>,
     cancel: SyncSender<(ReplicaId, RequestId, CancelCause)>,
     stop: Arc<AtomicBool>,
     thread: Thread,
@@ -80,6 +109,9 @@ struct Driver {
     replicas: Vec<DriverReplica>,
     submits: Receiver<(ReplicaId, Request)>,
     cancels: Receiver<(ReplicaId, RequestId, CancelCause)>,
+    changes: Receiver<Change>,
+    /// Those that come back when they are idle, and to whom.
+    leaving: Vec<(ReplicaId, SyncSender<Gone>)>,
     stop: Arc<AtomicBool>,
     context: DriverContext,
     output: StepOutput,
@@ -109,12 +141,57 @@ impl DriverHandle {
         let (submit, submits) = sync_channel(mailbox.max(1));
         // Two causes at most race for one request (client gone, asked): room for both.
         let (cancel, cancels) = sync_channel(2 * max_in_flight.max(1));
+        let (change, changes) = sync_channel(MAX_CHANGES);
         let stop = Arc::new(AtomicBool::new(false));
-        let output = StepOutput::default();
-        let mut driver =
-            Driver { replicas, submits, cancels, stop: Arc::clone(&stop), context, output, to_cancel: Vec::new() };
+        let mut driver = Driver {
+            replicas,
+            submits,
+            cancels,
+            changes,
+            leaving: Vec::new(),
+            stop: Arc::clone(&stop),
+            context,
+            output: StepOutput::default(),
+            to_cancel: Vec::new(),
+        };
         let join = std::thread::Builder::new().name(format!("driver-{device}")).spawn(move || driver.run())?;
-        Ok(Self { submit, cancel, stop, thread: join.thread().clone(), join: Mutex::new(Some(join)) })
+        let thread = join.thread().clone();
+        Ok(Self { submit, cancel, changes: change, stop, thread, join: Mutex::new(Some(join)) })
+    }
+
+    /// Hands the driver another replica, and waits until it takes requests.
+    ///
+    /// # Errors
+    /// The driver has stopped; the replica is lost.
+    pub(crate) fn join(&self, replica: DriverReplica) -> Result<(), DriverEnded> {
+        let (joined, waits) = sync_channel(1);
+        self.change(Change::Join(Box::new(replica), joined))?;
+        waits.recv().map_err(|_| DriverEnded)
+    }
+
+    /// Asks for a replica to whom nobody sends requests any more: it comes once its last request has ended.
+    ///
+    /// # Errors
+    /// The driver has stopped.
+    pub(crate) fn leave(&self, replica: ReplicaId) -> Result<Receiver<Gone>, DriverEnded> {
+        let (gone, comes) = sync_channel(1);
+        self.change(Change::Leave(replica, gone))?;
+        Ok(comes)
+    }
+
+    /// Ends what a replica still runs that is asked for.
+    ///
+    /// # Errors
+    /// The driver has stopped.
+    pub(crate) fn end(&self, replica: ReplicaId) -> Result<(), DriverEnded> {
+        self.change(Change::End(replica))
+    }
+
+    /// Waits where there is no room, at most for a step: never on a thread that serves.
+    fn change(&self, change: Change) -> Result<(), DriverEnded> {
+        let sent = self.changes.send(change).map_err(|_| DriverEnded);
+        self.thread.unpark();
+        sent
     }
 
     /// Puts a request into the mailbox. Never blocks.
@@ -174,28 +251,57 @@ impl Driver {
             for index in 0..self.replicas.len() {
                 worked |= self.step(index);
             }
+            self.let_go(|_| false);
             if !worked {
                 std::thread::park_timeout(self.idle_time());
             }
         }
         self.take_mail();
-        let now = self.context.clock.micros();
         for replica in &mut self.replicas {
-            let mut observe = Watch::new(
-                &self.context.recorder,
-                (replica.id, replica.variant),
-                (&mut replica.sampler, &mut replica.pace),
-            );
-            replica.scheduler.shutdown(now, &mut observe);
-            // Whoever follows requests beside the policy hears of their end.
-            replica.sampler.hand_over(now);
-            publish(replica, &self.context.metrics);
+            end_all(replica, CancelCause::Shutdown, &self.context);
+        }
+        self.let_go(|_| true);
+    }
+
+    /// Takes replicas in, and notes those that are to go.
+    fn take_changes(&mut self) {
+        while let Ok(change) = self.changes.try_recv() {
+            match change {
+                Change::Join(replica, joined) => {
+                    self.replicas.push(*replica);
+                    // Whoever asked may have gone.
+                    let _ = joined.try_send(());
+                }
+                Change::Leave(id, gone) => self.leaving.push((id, gone)),
+                Change::End(id) => self.let_go(|leaving| leaving == id),
+            }
         }
     }
 
-    /// Takes requests, then cancels. The cancels are received first: whoever cancels has submitted before, so every request
+    /// Gives back replicas that are to go and have nothing more to do, or that must go now. A request that is on its way is
+    /// waited for: it has reserved its place.
+    fn let_go(&mut self, must: impl Fn(ReplicaId) -> bool) {
+        let Self { replicas, leaving, context, .. } = self;
+        leaving.retain(|(id, gone)| {
+            let Some(at) = replicas.iter().position(|replica| replica.id == *id) else { return false };
+            let replica = &replicas[at];
+            let is_idle = replica.scheduler.is_idle() && replica.gauges.reserved_requests.load(Ordering::SeqCst) == 0;
+            if !is_idle && !must(*id) {
+                return true;
+            }
+            let mut replica = Box::new(replicas.remove(at));
+            let ended = replica.scheduler.live().count() as u64;
+            end_all(&mut replica, CancelCause::Unloaded, context);
+            // Where nobody waits for it any more, it is dropped here.
+            let _ = gone.try_send(Gone { replica, ended });
+            false
+        });
+    }
+
+    /// Takes replicas, requests, then cancels. The cancels are received first: whoever cancels has submitted before, so every request
     /// that such a cancel names is in the other mailbox by now.
     fn take_mail(&mut self) {
+        self.take_changes();
         self.to_cancel.extend(self.cancels.try_iter());
         while let Ok((id, request)) = self.submits.try_recv() {
             self.take_request(id, request);
@@ -216,7 +322,8 @@ impl Driver {
     fn take_request(&mut self, id: ReplicaId, mut request: Request) {
         let now = self.context.clock.micros();
         let Some(replica) = self.replicas.iter_mut().find(|r| r.id == id) else {
-            tracing::error!(replica = id.0, "a request for a replica that this driver does not own was dropped");
+            // It was on its way for longer than its replica was given to end.
+            request.sink.push(SinkEvent::Cancelled(CancelCause::Unloaded));
             return;
         };
         let tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
@@ -334,6 +441,17 @@ impl Observer for Watch<'_> {
     }
 }
 
+/// Ends whatever a replica still runs.
+fn end_all(replica: &mut DriverReplica, cause: CancelCause, context: &DriverContext) {
+    let now = context.clock.micros();
+    let (sampler, pace) = (&mut replica.sampler, &mut replica.pace);
+    let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), (sampler, pace));
+    replica.scheduler.shutdown(cause, now, &mut observe);
+    // Whoever follows requests beside the policy hears of their end.
+    replica.sampler.hand_over(now);
+    publish(replica, &context.metrics);
+}
+
 /// Ends requests of which the sampler policy could not be asked since the last step, and that must not go on without it.
 fn end_failed(replica: &mut DriverReplica, context: &DriverContext, now: Micros) {
     for (id, failure) in replica.sampler.take_failed() {
@@ -370,5 +488,166 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
         for _ in 0..n {
             metrics.cancelled(stage.name());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use pointsman_sched::batch::NativeBatch;
+    use pointsman_sched::config::Config;
+    use pointsman_sched::ids::Priority;
+    use pointsman_sched::prefix::chain_hashes;
+    use pointsman_sched::publish::PrefixSketch;
+    use pointsman_sched::request::{Sampling, SinkState, TokenSink};
+    use pointsman_sched::retention::NativeRetention;
+    use pointsman_sched::sampler::NativeSampler;
+    use pointsman_server::text::{TextFiles, TextModel};
+    use rand::rngs::StdRng;
+    use rand::{Rng as _, SeedableRng as _};
+
+    use super::*;
+    use crate::null::NullExecutor;
+
+    /// Counts how its request ended.
+    #[derive(Clone, Debug, Default)]
+    struct Ends {
+        all: Arc<AtomicU32>,
+        unloaded: Arc<AtomicU32>,
+    }
+
+    #[derive(Debug)]
+    struct Sink {
+        ends: Ends,
+        has_ended: bool,
+    }
+
+    impl TokenSink for Sink {
+        fn push(&mut self, event: SinkEvent) -> SinkState {
+            let is_end = matches!(event, SinkEvent::Finished(_) | SinkEvent::Cancelled(_) | SinkEvent::Failed(_));
+            assert!(!(is_end && self.has_ended), "a request ends once");
+            self.has_ended |= is_end;
+            self.ends.all.fetch_add(is_end.into(), Ordering::Relaxed);
+            let unloaded = event == SinkEvent::Cancelled(CancelCause::Unloaded);
+            self.ends.unloaded.fetch_add(unloaded.into(), Ordering::Relaxed);
+            SinkState::Open
+        }
+    }
+
+    impl Drop for Sink {
+        fn drop(&mut self) {
+            assert!(self.has_ended || std::thread::panicking(), "a request was lost");
+        }
+    }
+
+    fn request(id: u64, rng: &mut StdRng, ends: &Ends) -> Request {
+        let prompt: Vec<u32> = (0..rng.random_range(1..100)).map(|i| i % 7 + 1).collect();
+        Request {
+            id: RequestId(id),
+            tenant: 0,
+            tenant_name: "t".into(),
+            session: 0,
+            priority: Priority::Normal,
+            arrived: 0,
+            deadline: 0,
+            block_hashes: chain_hashes(&prompt, 16).into(),
+            prompt: prompt.into(),
+            transient: false,
+            draft_tokens: 0,
+            max_new_tokens: rng.random_range(1..300),
+            min_new_tokens: 0,
+            stop_tokens: Arc::default(),
+            sampling: Arc::new(Sampling::default()),
+            attributes: Arc::default(),
+            fork_of: None,
+            mask: None,
+            router_generation: 0,
+            sink: Box::new(Sink { ends: ends.clone(), has_ended: false }),
+        }
+    }
+
+    fn replica(id: u32, context: &DriverContext, text: &TextModel) -> DriverReplica {
+        let (gauges, sketch) = (Arc::<ReplicaGauges>::default(), Arc::new(PrefixSketch::new(64)));
+        let config = Config {
+            block_tokens: 16,
+            n_blocks: 64,
+            max_running: 8,
+            step_tokens: 64,
+            max_waiting: 64,
+            prefill_chunk: 32,
+            starvation_us: 1_000_000,
+            context_tokens: 512,
+        };
+        DriverReplica {
+            id: ReplicaId(id),
+            scheduler: Scheduler::new(config, 1, Arc::clone(&gauges), sketch).expect("good sizes"),
+            executor: Box::new(NullExecutor::new(text, 0, Arc::clone(&context.clock))),
+            policy: Box::new(NativeBatch),
+            retention: Box::new(NativeRetention),
+            sampler: Desk::new(Box::new(NativeSampler)),
+            gauges,
+            metrics: context.metrics.replica("m:f16", "cpu", 16, 64),
+            variant: 1,
+            pace: Pace::new(64),
+        }
+    }
+
+    /// Replicas come and go under load, with cancels wherever they fall: each request ends once, and what comes back holds
+    /// nothing. The threads race as they like; none of this depends on who wins.
+    #[test]
+    fn replicas_come_and_go_and_no_request_or_block_is_lost() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tokenizer.json");
+        let tokenizer = std::fs::read(folder).expect("a file of the demo");
+        let text = TextModel::from_files(&TextFiles { tokenizer: &tokenizer, ..TextFiles::default() });
+        let text = text.expect("a tokenizer");
+        let context = DriverContext {
+            clock: Arc::new(SystemClock::start()),
+            recorder: Recorder::new(1_024),
+            metrics: Arc::new(Metrics::new()),
+        };
+        let (mut next, ends) = (0, Ends::default());
+        for seed in 0..4 {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let resident = replica(1, &context, &text);
+            let stays = Arc::clone(&resident.gauges);
+            let driver = DriverHandle::start("test", vec![resident], (256, 512), context.clone()).expect("a thread");
+            for round in 0..12 {
+                let joins = replica(2, &context, &text);
+                let gauges = Arc::clone(&joins.gauges);
+                driver.join(joins).expect("it runs");
+                for _ in 0..16 {
+                    next += 1;
+                    let (id, own) = if rng.random() { (2, &gauges) } else { (1, &stays) };
+                    let request = request(next, &mut rng, &ends);
+                    own.reserve(request.prompt.len() as u32);
+                    driver.submit(ReplicaId(id), request).expect("room");
+                    if rng.random_range(0..3) == 0 {
+                        driver.cancel(ReplicaId(id), RequestId(next), CancelCause::Asked);
+                    }
+                }
+                let coming = driver.leave(ReplicaId(2)).expect("it runs");
+                let is_cut = round % 3 == 0;
+                if is_cut {
+                    driver.end(ReplicaId(2)).expect("it runs");
+                }
+                let before = ends.unloaded.load(Ordering::Relaxed);
+                let Gone { replica, ended } = coming.recv().expect("it comes back");
+                assert!(replica.scheduler.is_idle() && (is_cut || ended == 0), "seed {seed}, round {round}: {ended}");
+                let load = |gauge: &AtomicU32| gauge.load(Ordering::Relaxed);
+                assert_eq!((load(&gauges.free_blocks), load(&gauges.running), load(&gauges.waiting)), (64, 0, 0));
+                assert!(is_cut || load(&gauges.reserved_requests) == 0);
+                // One that comes too late is told so.
+                next += 1;
+                driver.submit(ReplicaId(2), request(next, &mut rng, &ends)).expect("room");
+                let again = driver.leave(ReplicaId(2)).expect("it runs").recv();
+                assert!(again.is_err(), "it has gone already");
+                assert!(ends.unloaded.load(Ordering::Relaxed) > before || is_cut);
+            }
+            driver.stop();
+            assert_eq!(stays.free_blocks.load(Ordering::Relaxed), 64);
+            assert_eq!(stays.reserved_requests.load(Ordering::Relaxed), 0);
+        }
+        assert_eq!(u64::from(ends.all.load(Ordering::Relaxed)), next, "each request ended, and once");
     }
 }

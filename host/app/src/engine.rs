@@ -7,24 +7,25 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
+use anyhow::Context;
 use arc_swap::ArcSwap;
 use pointsman_engine::cuda::GpuMonitor;
 use pointsman_policy::SampledReplica;
-use pointsman_sched::ids::{ReplicaId, RequestId};
+use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{
-    Catalog, Clock as _, EmbedJob, Encoder, EnginePort, ModelAdmin, Replica, SubmitError, Variant,
-};
+use pointsman_server::ports::{Catalog, Clock as _, EmbedJob, Encoder, EnginePort, Replica, SubmitError, Variant};
 
+use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::deploy::Deploy;
 use crate::devices::Place;
-use crate::driver::{DriverContext, DriverHandle, DriverReplica};
+use crate::driver::{DriverContext, DriverHandle, DriverReplica, Gone};
 use crate::encoders::{EncoderTerms, EncodersHandle};
 use crate::models::{Loaded, LoadedEncoder, LoadedReplica};
 use crate::pace::Pace;
@@ -39,13 +40,14 @@ const MAX_CANCELS: usize = 1 << 16;
 #[derive(Debug)]
 pub(crate) struct Engine {
     served: ArcSwap<Served>,
+    clock: Arc<SystemClock>,
     devices: Vec<ServingDevice>,
     /// Where there are any.
     encoders: Option<EncodersHandle>,
 }
 
 /// What is served now.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Served {
     catalog: Arc<Catalog>,
     /// Of each replica.
@@ -53,12 +55,33 @@ struct Served {
 }
 
 /// Where a replica is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Home {
     /// Place in the engine's devices.
     device: usize,
     /// What it took there.
     memory: wire::DeviceMemory,
+    /// Whether it still takes requests.
+    is_open: bool,
+    /// When the last one came; 0 before the first.
+    used: Arc<AtomicU64>,
+}
+
+/// Replicas with their drivers to which nobody sends requests yet.
+#[derive(Debug)]
+#[must_use = "they compute for nobody until they are published"]
+pub(crate) struct Joined {
+    variants: Vec<Arc<Variant>>,
+    homes: Vec<(ReplicaId, Home)>,
+}
+
+/// What became of replicas that were to go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Left {
+    /// Requests that were ended for it.
+    pub ended: u64,
+    /// What they held, all devices together.
+    pub bytes: u64,
 }
 
 /// A device and its driver.
@@ -104,7 +127,7 @@ impl Engine {
             left = others;
             let mut replicas = Vec::new();
             for loaded in own {
-                homes.insert(loaded.replica.id, Home { device: devices.len(), memory: loaded.memory });
+                homes.insert(loaded.replica.id, Home::new(devices.len(), loaded.memory));
                 replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
             }
             let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
@@ -116,18 +139,160 @@ impl Engine {
             devices.push(ServingDevice { place, driver, memory, monitor });
         }
         let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models });
-        Ok(Self { served: ArcSwap::from_pointee(Served { catalog, homes }), devices, encoders })
+        let (served, clock) = (ArcSwap::from_pointee(Served { catalog, homes }), Arc::clone(&shared.clock));
+        Ok(Self { served, clock, devices, encoders })
+    }
+
+    /// Hands loaded replicas to their drivers. All join or none does.
+    ///
+    /// # Errors
+    /// A policy's thread cannot be started, or a device serves no more.
+    pub(crate) fn join(&self, shared: &Shared, deploy: &Deploy, loaded: Loaded) -> anyhow::Result<Joined> {
+        let mut joined = Joined { variants: loaded.variants, homes: Vec::new() };
+        for loaded in loaded.replicas {
+            let (id, memory) = (loaded.replica.id, loaded.memory);
+            let here = |device: &ServingDevice| loaded.replica.device == u64::from(device.place.index());
+            let entered = self.devices.iter().position(here).context("its device does not serve").and_then(|at| {
+                let device = &self.devices[at];
+                let replica = driver_replica(shared, deploy, loaded, &device.place.name())?;
+                device.driver.join(replica)?;
+                Ok(Home::new(at, memory))
+            });
+            match entered {
+                Ok(home) => joined.homes.push((id, home)),
+                Err(error) => {
+                    self.part(joined, shared);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(joined)
+    }
+
+    /// Serves them from now on.
+    pub(crate) fn publish(&self, joined: &Joined) {
+        self.served.rcu(|served| {
+            let mut catalog = Catalog::clone(&served.catalog);
+            catalog.variants.extend(joined.variants.iter().cloned());
+            let mut homes = served.homes.clone();
+            homes.extend(joined.homes.iter().cloned());
+            Served { catalog: Arc::new(catalog), homes }
+        });
+    }
+
+    /// Takes replicas back that were not published.
+    pub(crate) fn part(&self, joined: Joined, shared: &Shared) {
+        let Joined { variants, homes } = joined;
+        self.take_back(&homes, &variants, 0, shared);
+    }
+
+    /// Sends variants no more requests; what they have goes on.
+    pub(crate) fn close(&self, variants: &[Arc<Variant>]) {
+        let is_closed = |id: &str| variants.iter().any(|variant| *variant.id == *id);
+        self.served.rcu(|served| {
+            let mut next = Served::clone(served);
+            let mut catalog = Catalog::clone(&served.catalog);
+            catalog.variants.retain(|variant| !is_closed(&variant.id));
+            next.catalog = Arc::new(catalog);
+            for replica in variants.iter().flat_map(|variant| &variant.replicas) {
+                next.homes.entry(replica.id).and_modify(|home| home.is_open = false);
+            }
+            next
+        });
+    }
+
+    /// Waits this long for what closed variants still run, ends the rest, and frees what they held.
+    pub(crate) fn clear(&self, variants: &[Arc<Variant>], grace_us: Micros, shared: &Shared) -> Left {
+        let served = self.served.load_full();
+        let replicas = variants.iter().flat_map(|variant| &variant.replicas);
+        let homes: Vec<(ReplicaId, Home)> =
+            replicas.filter_map(|r| Some((r.id, served.homes.get(&r.id)?.clone()))).collect();
+        drop(served);
+        let left = self.take_back(&homes, variants, grace_us, shared);
+        self.served.rcu(|served| {
+            let mut next = Served::clone(served);
+            homes.iter().for_each(|(id, _)| drop(next.homes.remove(id)));
+            next
+        });
+        left
+    }
+
+    /// Has replicas given back and drops them, on this thread: the memory of a large model takes a while.
+    fn take_back(
+        &self,
+        homes: &[(ReplicaId, Home)],
+        variants: &[Arc<Variant>],
+        grace_us: Micros,
+        shared: &Shared,
+    ) -> Left {
+        let end = self.clock.micros().saturating_add(grace_us);
+        let asked = homes.iter().map(|(id, home)| (id, home, self.devices[home.device].driver.leave(*id)));
+        let asked: Vec<_> = asked.collect();
+        let mut left = Left::default();
+        for (id, home, coming) in asked {
+            // A driver that has ended has dropped what it had.
+            if let Ok(coming) = coming
+                && let Some(gone) = self.await_replica(*id, home, (&coming, end))
+            {
+                left.ended += gone.ended;
+                drop(gone.replica);
+            }
+            left.bytes += home.memory.weights + home.memory.kv + home.memory.workspace;
+        }
+        for variant in variants {
+            for replica in &variant.replicas {
+                let device = self.devices.iter().find(|d| u64::from(d.place.index()) == replica.device);
+                let device = device.map(|device| device.place.name()).unwrap_or_default();
+                let n_blocks = replica.gauges.total_blocks.load(Ordering::Relaxed);
+                shared.metrics.forget_replica(&variant.id, &device, variant.block_tokens, n_blocks);
+            }
+        }
+        left
+    }
+
+    /// A replica once it is idle, or at the end of the time.
+    fn await_replica(&self, id: ReplicaId, home: &Home, (coming, end): (&Receiver<Gone>, Micros)) -> Option<Gone> {
+        let patience = Duration::from_micros(end.saturating_sub(self.clock.micros()));
+        match coming.recv_timeout(patience) {
+            Ok(gone) => Some(gone),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => {
+                self.devices[home.device].driver.end(id).ok()?;
+                coming.recv().ok()
+            }
+        }
+    }
+
+    /// Replicas of these variants with what they took, and when the last request came to one of them.
+    pub(crate) fn replicas_of(&self, variants: &[Arc<Variant>]) -> (Vec<wire::ModelReplica>, Option<Micros>) {
+        let served = self.served.load();
+        let replicas = variants.iter().flat_map(|variant| &variant.replicas);
+        let homes = replicas.filter_map(|r| Some((r, served.homes.get(&r.id)?)));
+        let used = homes.clone().map(|(_, home)| home.used.load(Ordering::Relaxed)).max();
+        let replica = |(replica, home): (&Arc<Replica>, &Home)| wire::ModelReplica {
+            name: replica.name.to_string(),
+            device: self.devices[home.device].place.name(),
+            memory: home.memory,
+        };
+        (homes.map(replica).collect(), used.filter(|used| *used > 0))
+    }
+
+    /// The devices that serve.
+    pub(crate) fn places(&self) -> Vec<Place> {
+        self.devices.iter().map(|device| device.place.clone()).collect()
+    }
+
+    /// Per device: memory by owner, KV pool, batch, variants.
+    pub(crate) fn report(&self) -> Vec<wire::Device> {
+        let served = self.served.load();
+        let devices = self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served));
+        devices.chain(elsewhere(&served.catalog)).collect()
     }
 
     /// Ends what still runs and waits for the drivers.
     pub(crate) fn stop(&self) {
         self.devices.iter().for_each(|device| device.driver.stop());
         self.encoders.iter().for_each(EncodersHandle::stop);
-    }
-
-    fn driver_of(&self, replica: ReplicaId) -> Option<&DriverHandle> {
-        let home = *self.served.load().homes.get(&replica)?;
-        Some(&self.devices[home.device].driver)
     }
 }
 
@@ -143,8 +308,11 @@ impl EnginePort for Engine {
     }
 
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
-        match self.driver_of(replica) {
-            Some(driver) => driver.submit(replica, request),
+        match self.served.load().homes.get(&replica).filter(|home| home.is_open) {
+            Some(home) => {
+                home.used.store(self.clock.micros().max(1), Ordering::Relaxed);
+                self.devices[home.device].driver.submit(replica, request)
+            }
             None => Err((Box::new(request), SubmitError::Stopped)),
         }
     }
@@ -154,17 +322,17 @@ impl EnginePort for Engine {
     }
 
     fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
-        if let Some(driver) = self.driver_of(replica) {
-            driver.cancel(replica, id, cause);
+        if let Some(home) = self.served.load().homes.get(&replica) {
+            self.devices[home.device].driver.cancel(replica, id, cause);
         }
     }
 }
 
-impl ModelAdmin for Engine {
-    fn devices(&self) -> Vec<wire::Device> {
-        let served = self.served.load();
-        let devices = self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served));
-        devices.chain(elsewhere(&served.catalog)).collect()
+// === impl Home ===
+
+impl Home {
+    fn new(device: usize, memory: wire::DeviceMemory) -> Self {
+        Self { device, memory, is_open: true, used: Arc::default() }
     }
 }
 

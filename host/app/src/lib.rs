@@ -22,6 +22,7 @@ mod explain;
 mod gpu_check;
 pub mod host;
 mod keys;
+mod loading;
 mod models;
 mod null;
 mod observer;
@@ -32,6 +33,7 @@ mod plugin;
 mod recorded;
 mod reference;
 mod rollouts;
+mod roster;
 mod serve;
 mod shelf;
 mod store;
@@ -62,6 +64,7 @@ pub fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve::serve(&args),
         Some(Command::Policy(command)) => client::run(command, &mut out),
         Some(Command::Alias(command)) => client::alias(command, &mut out),
+        Some(Command::Model(command)) => loading::run(command, &mut out),
         Some(Command::Key(command)) => keys::run(command, &mut out),
         Some(Command::Cache(command)) => client::cache(command, &mut out),
         Some(Command::Plugin(command)) => plugin::run(command, &mut out),

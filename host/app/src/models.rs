@@ -1,4 +1,4 @@
-//! Models on disk or in the binary become variants with a replica on every device that serves.
+//! Models on disk or in the binary become variants with a replica on every device that serves, at the start or while it serves.
 //!
 //! A model is a Hugging Face folder or one GGUF file. The embedded demo is served as the variants `demo:f16` and `demo:q8_0`
 //! under the alias `demo`, the second quantised at load from the first; every other model in the configured precisions, a
@@ -6,11 +6,12 @@
 
 mod gguf;
 
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use anyhow::{Context, bail};
+use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
     self, CodeOptions, CudaEngine, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish,
 };
@@ -33,7 +34,7 @@ use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
 use crate::encoders::{Encode, NamedEncoder};
 use crate::null::NullExecutor;
-use crate::upstreams;
+use crate::upstreams::{self, UpstreamSection};
 
 /// One replica with its engine, before its driver takes it.
 pub(crate) struct LoadedReplica {
@@ -61,9 +62,39 @@ pub(crate) struct LoadedEncoder {
     pub memory: wire::DeviceMemory,
 }
 
+/// A model of some name, as it was asked for.
+#[derive(Clone, Debug)]
+pub(crate) struct LoadedModel {
+    /// As in `llama`, or `llama:v2` for a variant of it.
+    pub name: Arc<str>,
+    /// Where its files are; none for one in the binary.
+    pub path: Option<PathBuf>,
+    /// How it came.
+    pub source: wire::ModelSource,
+    /// What it is served as; none for one of embeddings, ...
+    pub variants: Vec<Arc<Variant>>,
+    /// ... which has this, and what it took.
+    pub encoder: Option<(Arc<ports::Encoder>, wire::DeviceMemory)>,
+}
+
+/// One that was loaded in an earlier life of the host and cannot be now.
+#[derive(Clone, Debug)]
+pub(crate) struct LostModel {
+    /// As above.
+    pub name: String,
+    /// As it was stored.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub error: String,
+}
+
 /// Everything that was loaded.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
+    /// What was asked for, in its order.
+    pub models: Vec<LoadedModel>,
+    /// What was not found as it was stored.
+    pub lost: Vec<LostModel>,
     /// For the catalog.
     pub variants: Vec<Arc<Variant>>,
     /// For the drivers.
@@ -87,12 +118,29 @@ impl std::fmt::Debug for LoadedReplica {
 /// The files of a model, wherever they come from.
 struct ModelFiles<'a> {
     name: &'a str,
+    path: Option<&'a Path>,
+    source: wire::ModelSource,
     spec: ModelSpec,
     text: TextFiles<'a>,
     weights: &'a Weights,
     precisions: &'a [Precision],
     /// What the variant is called that keeps the weights as they are stored.
     stored: &'a str,
+}
+
+/// Whoever follows a load.
+pub(crate) trait Follow {
+    /// Its files are good, and hold this much for each time that they are packed, all in all.
+    fn opened(&self, bytes: u64);
+
+    /// So much of that is packed. The load ends where the answer is no.
+    fn packed(&self, bytes: u64) -> bool;
+
+    /// Whether there is room on the CPU for so many bytes more.
+    ///
+    /// # Errors
+    /// There is not, with what to change.
+    fn check_room(&self, bytes: u64) -> anyhow::Result<()>;
 }
 
 /// Where and when models are loaded.
@@ -107,15 +155,20 @@ pub(crate) struct LoadTerms<'a> {
     /// The same moment on the host's clock.
     pub started: Micros,
     pub clock: &'a Arc<SystemClock>,
+    /// Threads of the CPU.
+    pub pool: &'a ComputePool,
 }
 
 /// Loads models one after the other.
-#[derive(Debug)]
 pub(crate) struct Loader<'a> {
     config: &'a Config,
     names: &'a Names,
     terms: LoadTerms<'a>,
-    pool: ComputePool,
+    /// Of those that were loaded before.
+    known: &'a [Arc<Variant>],
+    follower: Option<&'a (dyn Follow + Sync)>,
+    /// Of what a follower was told of.
+    n_packed: u64,
     /// Engines that each GPU has yet to hold: they share what it has free.
     to_come: u32,
     loaded: Loaded,
@@ -130,6 +183,9 @@ struct Source<'a> {
     precision: Precision,
 }
 
+/// Where a model's files are, and how it came.
+type From<'a> = (&'a Path, wire::ModelSource);
+
 /// An engine and what it came to.
 struct Made {
     executor: Box<dyn Executor>,
@@ -143,36 +199,72 @@ macro_rules! demo_file {
     };
 }
 
+// === impl Loaded ===
+
+impl Loaded {
+    /// What the replicas took, all devices together.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.replicas.iter().map(|r| r.memory.weights + r.memory.kv + r.memory.workspace).sum()
+    }
+
+    /// How much there is of everything.
+    fn marks(&self) -> [usize; 4] {
+        [self.models.len(), self.variants.len(), self.replicas.len(), self.encoders.len()]
+    }
+
+    /// Drops what has come since.
+    fn forget_after(&mut self, [models, variants, replicas, encoders]: [usize; 4]) {
+        self.models.truncate(models);
+        self.variants.truncate(variants);
+        self.replicas.truncate(replicas);
+        self.encoders.truncate(encoders);
+    }
+}
+
 // === impl Loader ===
 
 impl<'a> Loader<'a> {
-    /// Starts the compute pool.
-    ///
-    /// # Errors
-    /// The pool's threads cannot be started.
-    pub(crate) fn start(config: &'a Config, names: &'a Names, terms: LoadTerms<'a>) -> anyhow::Result<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
-        let pool = ComputePool::start(threads)?;
+    pub(crate) fn new(config: &'a Config, names: &'a Names, terms: LoadTerms<'a>) -> Self {
         // The demo is two variants and a second model.
         let models = config.models.len() * config.engine.precisions.len() + if config.engine.demo { 3 } else { 0 };
         let to_come = u32::try_from(models).unwrap_or(u32::MAX);
-        Ok(Self { config, names, terms, pool, to_come, loaded: Loaded::default() })
+        Self { config, names, terms, known: &[], follower: None, n_packed: 0, to_come, loaded: Loaded::default() }
     }
 
-    /// Loads the demo (if configured) and every configured model.
+    /// Loads the demo (if configured), every configured model, and those that were loaded while an earlier host ran.
     ///
     /// # Errors
-    /// The first model that cannot be used, with what is wrong with which file.
-    pub(crate) fn load_all(mut self) -> anyhow::Result<Loaded> {
+    /// The first configured model that cannot be used, with what is wrong with which file. A stored one is left out.
+    pub(crate) fn load_all(mut self, stored: &ModelsDocument) -> anyhow::Result<Loaded> {
         if self.config.engine.demo {
             self.load_demo().context("the embedded demo model")?;
         }
         let precisions = precisions(&self.config.engine.precisions)?;
         for (name, path) in &self.config.models {
-            self.load_path(name, path, &precisions).with_context(|| format!("model `{name}` in {}", path.display()))?;
+            self.load_path(name, (path, wire::ModelSource::Configured), &precisions).with_context(|| of(name, path))?;
         }
-        if self.loaded.variants.is_empty() && self.loaded.encoders.is_empty() && self.config.upstreams.is_empty() {
+        for StoredModel { name, path } in &stored.models {
+            let path = PathBuf::from(path);
+            if self.config.models.get(name).is_some_and(|own| own.canonicalize().is_ok_and(|own| own == path)) {
+                // The configuration has it by now.
+                continue;
+            }
+            let (before, to_come) = (self.loaded.marks(), self.to_come);
+            self.to_come += n_variants(name, &precisions);
+            let loaded = allowed(self.config, &path)
+                .and_then(|path| self.load_path(name, (&path, wire::ModelSource::Loaded), &precisions))
+                .and_then(|()| self.check_upstreams(before[1]));
+            self.to_come = to_come;
+            if let Err(error) = loaded.with_context(|| of(name, &path)) {
+                self.loaded.forget_after(before);
+                self.loaded.lost.push(LostModel { name: name.clone(), path, error: format!("{error:#}") });
+            }
+        }
+        if self.loaded.variants.is_empty()
+            && self.loaded.encoders.is_empty()
+            && self.config.upstreams.is_empty()
+            && self.loaded.lost.is_empty()
+        {
             bail!("no model to serve: set engine.demo = true or add one with --model NAME=PATH");
         }
         let replicas: Vec<String> = self.loaded.replicas.iter().map(|r| r.replica.name.to_string()).collect();
@@ -180,6 +272,23 @@ impl<'a> Loader<'a> {
         if let Some(unknown) = self.config.replicas.keys().find(|name| !replicas.contains(name)) {
             bail!("replicas.\"{unknown}\" in the configuration names no replica; there are: {}", replicas.join(", "));
         }
+        Ok(self.loaded)
+    }
+
+    /// Loads one model beside those that are known.
+    ///
+    /// # Errors
+    /// It cannot be used, there is no room for it, or the follower has said no.
+    pub(crate) fn load_one(
+        mut self,
+        (name, path): (&str, &Path),
+        known: &'a [Arc<Variant>],
+        follower: &'a (dyn Follow + Sync),
+    ) -> anyhow::Result<Loaded> {
+        let precisions = precisions(&self.config.engine.precisions)?;
+        (self.known, self.follower) = (known, Some(follower));
+        self.to_come = n_variants(name, &precisions);
+        self.load_path(name, (path, wire::ModelSource::Loaded), &precisions).with_context(|| of(name, path))?;
         Ok(self.loaded)
     }
 
@@ -194,6 +303,8 @@ impl<'a> Loader<'a> {
         };
         self.load(ModelFiles {
             name: "demo",
+            path: None,
+            source: wire::ModelSource::Embedded,
             spec: ModelSpec::from_config(demo_file!("demo/config.json"))?,
             text,
             weights: &Weights::from_bytes(demo_file!("demo/model.safetensors"))?,
@@ -202,6 +313,8 @@ impl<'a> Loader<'a> {
         })?;
         self.load(ModelFiles {
             name: "demo-mini",
+            path: None,
+            source: wire::ModelSource::Embedded,
             spec: ModelSpec::from_config(demo_file!("demo-mini/config.json"))?,
             text: TextFiles { generation_config: Some(demo_file!("demo-mini/generation_config.json")), ..text },
             weights: &Weights::from_bytes(demo_file!("demo-mini/model.safetensors"))?,
@@ -210,18 +323,17 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn load_path(&mut self, name: &str, path: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
-        let good = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
-        if name.is_empty() || name.len() > 100 || !name.bytes().all(good) {
-            bail!("a model's name has 1 to 100 letters, digits, `-`, `_`, `.` or `/`");
-        }
-        match path.is_dir() {
-            true => self.load_folder(name, path, precisions),
-            false => self.load_gguf(name, path, precisions),
+    fn load_path(&mut self, name: &str, from: From<'_>, precisions: &[Precision]) -> anyhow::Result<()> {
+        check_spelling(name)?;
+        // A variant of its own name is one, as its files have it.
+        let precisions = if name.contains(':') { &[Precision::F16] } else { precisions };
+        match from.0.is_dir() {
+            true => self.load_folder(name, from, precisions),
+            false => self.load_gguf(name, from, precisions),
         }
     }
 
-    fn load_gguf(&mut self, name: &str, path: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
+    fn load_gguf(&mut self, name: &str, (path, source): From<'_>, precisions: &[Precision]) -> anyhow::Result<()> {
         if path.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("gguf")) {
             bail!("a model is a folder with config.json, safetensors and tokenizer.json, or a .gguf file");
         }
@@ -236,11 +348,17 @@ impl<'a> Loader<'a> {
             ..TextFiles::default()
         };
         let stored = weights.predominant();
-        self.load(ModelFiles { name, spec, text, weights: &weights, precisions, stored })
+        self.load(ModelFiles { name, path: Some(path), source, spec, text, weights: &weights, precisions, stored })
     }
 
-    fn load_folder(&mut self, name: &str, folder: &Path, precisions: &[Precision]) -> anyhow::Result<()> {
-        let read = |file: &str| std::fs::read(folder.join(file)).with_context(|| format!("cannot read {file}"));
+    fn load_folder(&mut self, name: &str, (folder, source): From<'_>, precisions: &[Precision]) -> anyhow::Result<()> {
+        let read = |file: &str| {
+            let path = folder.join(file);
+            if path.exists() && !path.is_file() {
+                bail!("{file} is not a regular file");
+            }
+            std::fs::read(path).with_context(|| format!("cannot read {file}"))
+        };
         let (config, tokenizer) = (read("config.json")?, read("tokenizer.json")?);
         let may_lack = |file: &str| if folder.join(file).exists() { read(file).map(Some) } else { Ok(None) };
         let tokenizer_config = may_lack("tokenizer_config.json")?;
@@ -257,20 +375,24 @@ impl<'a> Loader<'a> {
             ..TextFiles::default()
         };
         if EncoderSpec::describes(&config) {
-            return self.load_encoder(name, folder, &text);
+            if self.follower.is_some() {
+                bail!("it makes embeddings, and such models are loaded at the start: name it in [models] and restart");
+            }
+            return self.load_encoder(name, (folder, source), &text);
         }
         let (spec, weights) = (ModelSpec::from_config(&config)?, Weights::open(folder)?);
-        self.load(ModelFiles { name, spec, text, weights: &weights, precisions, stored: Precision::F16.name() })
+        let stored = Precision::F16.name();
+        self.load(ModelFiles { name, path: Some(folder), source, spec, text, weights: &weights, precisions, stored })
     }
 
     /// A model for embeddings: on the CPU, whatever devices serve the others, with threads of its own.
-    fn load_encoder(&mut self, name: &str, folder: &Path, text: &TextFiles<'_>) -> anyhow::Result<()> {
-        self.check_name(name)?;
+    fn load_encoder(&mut self, name: &str, (folder, source): From<'_>, text: &TextFiles<'_>) -> anyhow::Result<()> {
+        self.check_name(name, source)?;
         let spec = EncoderSpec::open(folder)?;
         let text = Arc::new(TextModel::from_files(text)?);
         check_vocabulary(&text, spec.vocab)?;
         let (max_tokens, dimensions) = (u32::try_from(spec.max_tokens)?, u32::try_from(spec.hidden)?);
-        let pool = ComputePool::start(self.pool.n_threads())?;
+        let pool = ComputePool::start(self.terms.pool.n_threads())?;
         let batch_tokens = self.config.sched.max_batch_tokens as usize;
         let encoder = Encoder::load(spec, &Weights::open(folder)?, pool, batch_tokens)?;
         let used = encoder.memory();
@@ -288,6 +410,13 @@ impl<'a> Loader<'a> {
             dimensions,
             created: self.terms.created,
         });
+        self.loaded.models.push(LoadedModel {
+            name: Arc::clone(&name),
+            path: Some(folder.to_owned()),
+            source,
+            variants: Vec::new(),
+            encoder: Some((Arc::clone(&model), memory)),
+        });
         let named = NamedEncoder { name, encoder: Box::new(encoder) };
         self.loaded.encoders.push(LoadedEncoder { model, named, memory });
         // No GPU has to hold it, in any precision.
@@ -296,31 +425,82 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    /// No two models answer to one name.
-    fn check_name(&self, name: &str) -> anyhow::Result<()> {
+    /// No two models answer to one name; a variant has a model to join, whose texts are its own.
+    fn check_name(&self, name: &str, source: wire::ModelSource) -> anyhow::Result<Option<&Arc<TextModel>>> {
         let Loaded { variants, encoders, .. } = &self.loaded;
-        if variants.iter().any(|v| &*v.alias == name) || encoders.iter().any(|e| &*e.model.name == name) {
+        let mut all = self.known.iter().chain(variants);
+        let is_taken = match name.split_once(':') {
+            Some((alias, _)) => {
+                let Some(joined) = all.clone().find(|v| *v.alias == *alias) else {
+                    // What it joined has been unloaded since: it stands for the name alone.
+                    if source == wire::ModelSource::Loaded && self.follower.is_none() {
+                        return Ok(None);
+                    }
+                    bail!(
+                        "there is no model `{alias}` of which it could be a variant; load that first, or leave the `:` out"
+                    );
+                };
+                if all.all(|v| *v.id != *name) {
+                    return Ok(Some(&joined.text));
+                }
+                true
+            }
+            None => all.any(|v| *v.alias == *name) || encoders.iter().any(|e| *e.model.name == *name),
+        };
+        if is_taken {
             bail!("there is a model of this name already; choose another, or leave the demo out (engine.demo = false)");
         }
-        Ok(())
+        Ok(None)
     }
 
     fn load(&mut self, files: ModelFiles<'_>) -> anyhow::Result<()> {
-        self.check_name(files.name)?;
-        let ModelFiles { spec, weights, stored, .. } = files;
-        let text = Arc::new(TextModel::from_files(&files.text)?);
-        check_vocabulary(&text, spec.vocab)?;
-        for &precision in files.precisions {
-            let suffix = if precision == Precision::F16 { stored } else { precision.name() };
-            let id: Arc<str> = format!("{}:{suffix}", files.name).into();
-            if self.loaded.variants.iter().any(|variant| variant.id == id) {
-                bail!("engine.precisions asks for {suffix}, which is how the file has it; leave one out");
+        let mut text = Arc::new(TextModel::from_files(&files.text)?);
+        if let Some(shared) = self.check_name(files.name, files.source)? {
+            if !shared.reads_as(&text) {
+                bail!(
+                    "its tokenizer, chat template or stop tokens are not those of the model that it is to be a variant of"
+                );
             }
-            let source = Source { id: &id, spec: &spec, weights, precision };
-            self.add_variant(files.name, source, &text)?;
+            text = Arc::clone(shared);
+        }
+        let ModelFiles { name, path, source, spec, weights, stored, precisions, .. } = files;
+        check_vocabulary(&text, spec.vocab)?;
+        let ids = precisions.iter().map(|&precision| -> anyhow::Result<(Precision, Arc<str>)> {
+            let suffix = if precision == Precision::F16 { stored } else { precision.name() };
+            Ok((precision, if name.contains(':') { name.into() } else { format!("{name}:{suffix}").into() }))
+        });
+        let ids = ids.collect::<anyhow::Result<Vec<_>>>()?;
+        if let Some(follower) = self.follower {
+            follower.opened(weights.bytes() * (ids.len() * self.terms.places.len()) as u64);
+        }
+        let first = self.loaded.variants.len();
+        let alias = name.split(':').next().unwrap_or(name);
+        for (precision, id) in &ids {
+            if self.loaded.variants.iter().any(|variant| variant.id == *id) {
+                bail!("engine.precisions asks for {}, which is how the file has it; leave one out", precision.name());
+            }
+            self.add_variant(alias, Source { id, spec: &spec, weights, precision: *precision }, &text)?;
             self.to_come = self.to_come.saturating_sub(1);
         }
+        let variants = self.loaded.variants[first..].to_vec();
+        let (name, path) = (name.into(), path.map(Path::to_owned));
+        self.loaded.models.push(LoadedModel { name, path, source, variants, encoder: None });
         Ok(())
+    }
+
+    /// Upstreams come after, and theirs are the names that the configuration gives them.
+    fn check_upstreams(&self, first: usize) -> anyhow::Result<()> {
+        let names = |upstream: &UpstreamSection| format!("{}:{}", upstream.model, upstream.variant);
+        let taken = |variant: &&Arc<Variant>| self.config.upstreams.values().any(|u| names(u) == *variant.id);
+        match self.loaded.variants[first..].iter().find(taken) {
+            Some(variant) => bail!("`{}` is a variant of an upstream of the configuration by now", variant.id),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the follower of this much more of the file at hand.
+    fn packed(&self, bytes: u64) -> bool {
+        self.follower.is_none_or(|follower| follower.packed(self.n_packed + bytes))
     }
 
     /// A variant with one replica on every device that can serve it.
@@ -336,6 +516,7 @@ impl<'a> Loader<'a> {
         let context_tokens = u32::try_from(source.spec.context).context("the model's context is too long")?;
         let mut replicas = Vec::new();
         for place in self.terms.places {
+            self.check_number(source.id, place)?;
             let made = match place {
                 // Beside a GPU it is one replica less; without one, the engine says what to do.
                 Place::Cpu(_) if source.precision == Precision::Fp8 && self.terms.places.len() > 1 => {
@@ -360,10 +541,8 @@ impl<'a> Loader<'a> {
                 starvation_us: section.starvation_ms * 1_000,
                 context_tokens,
             };
+            self.n_packed += source.weights.bytes();
             let replica = Arc::new(self.replica(source.id, place, &sched));
-            if self.loaded.replicas.iter().any(|loaded| loaded.replica.id == replica.id) {
-                bail!("there are too many replicas: {} cannot have a number of its own", replica.name);
-            }
             replicas.push(Arc::clone(&replica));
             let vocabulary = u32::try_from(source.spec.vocab).unwrap_or(u32::MAX);
             let (variant, Made { executor, memory, .. }) = (Arc::clone(source.id), made);
@@ -383,10 +562,26 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
+    /// Past the bound of the names a replica would share its number with others, and be taken for one of them.
+    fn check_number(&self, variant: &str, place: &Place) -> anyhow::Result<()> {
+        let name = format!("{variant}@{}", place.name());
+        let number = self.names.intern(NameKind::Replica, &name);
+        if *self.names.name(NameKind::Replica, number) != *name {
+            bail!("{name} cannot have a number of its own: the host has had too many names of replicas; restart it");
+        }
+        Ok(())
+    }
+
     fn on_cpu(&self, source: Source<'_>, config: EngineConfig) -> anyhow::Result<Made> {
         let kv = self.kv_plan(source.spec, config.block_tokens)?;
-        let model = Arc::new(Model::load(source.spec.clone(), source.weights, source.precision)?);
-        let engine = CpuEngine::new(model, self.pool.clone(), EngineConfig { n_blocks: kv.n_blocks, ..config })?;
+        if let Some(follower) = self.follower {
+            let kv_bytes = (kv.n_blocks * kv.block_bytes) as u64;
+            follower.check_room(source.weights.packed_bytes(source.precision) + kv_bytes)?;
+        }
+        let Source { spec, weights, precision, .. } = source;
+        let model = Model::load_watched(spec.clone(), weights, precision, &mut |bytes| self.packed(bytes))?;
+        let model = Arc::new(model);
+        let engine = CpuEngine::new(model, self.terms.pool.clone(), EngineConfig { n_blocks: kv.n_blocks, ..config })?;
         let used = engine.memory();
         let memory = wire::DeviceMemory {
             weights: used.weights as u64,
@@ -433,7 +628,10 @@ impl<'a> Loader<'a> {
         let config = EngineConfig { n_blocks: plan.n_blocks as usize, ..config };
         let options = CudaOptions { form: plan.footprint.form, graphs: true };
         let (all, mut told) = (plan.bytes.weights.max(1), 0);
+        let in_file = source.weights.bytes();
         let mut progress = |done: u64| {
+            // Nobody stops a load half-way on a GPU: what it has allocated goes with the engine.
+            self.packed((u128::from(in_file) * u128::from(done) / u128::from(all)) as u64);
             if done * 4 / all > told {
                 told = done * 4 / all;
                 tracing::info!("{name}: {} of {} loaded", cuda::Bytes(done), cuda::Bytes(all));
@@ -483,6 +681,70 @@ pub(crate) fn labels(config: &Config, section: Option<&ReplicaSection>) -> Arc<[
         (label.into(), value.map_or(NO_LABEL, Label::number))
     };
     config.label_names().into_iter().map(label).collect()
+}
+
+/// Threads for the CPU's share of the models.
+///
+/// # Errors
+/// The system refuses to start them.
+pub(crate) fn compute_pool(config: &Config) -> anyhow::Result<ComputePool> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(ComputePool::start(if config.engine.threads == 0 { cores } else { config.engine.threads })?)
+}
+
+/// A name that a model may have, or one of a variant behind a colon.
+///
+/// # Errors
+/// It may not.
+pub(crate) fn check_spelling(name: &str) -> anyhow::Result<()> {
+    let good = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
+    let is_part = |part: &str| !part.is_empty() && part.bytes().all(good);
+    let (model, variant) = name.split_once(':').map_or((name, None), |(model, variant)| (model, Some(variant)));
+    if name.len() > 100 || !is_part(model) || !variant.is_none_or(is_part) {
+        bail!(
+            "a model's name has 1 to 100 letters, digits, `-`, `_`, `.` or `/`; a variant of it has its own behind a `:`"
+        );
+    }
+    Ok(())
+}
+
+/// A path below a folder from which models may be loaded, or that of a configured model; as it is on the disk, so that no link
+/// leads out.
+///
+/// # Errors
+/// It is neither.
+pub(crate) fn allowed(config: &Config, path: &Path) -> anyhow::Result<PathBuf> {
+    if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+        bail!("the path must be absolute, one on the host's machine, and without `..`");
+    }
+    let folders = &config.engine.model_dirs;
+    let real = path.canonicalize().with_context(|| format!("cannot read {}", path.display()));
+    let is_inside = |folder: &PathBuf, real: &Path| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
+    // Whether a path exists is nobody's business who may not read it.
+    match real {
+        Ok(real) if folders.iter().any(|folder| is_inside(folder, &real)) => Ok(real),
+        Ok(real) if config.models.values().any(|model| model.canonicalize().is_ok_and(|model| model == real)) => {
+            Ok(real)
+        }
+        Err(error) if folders.iter().any(|folder| path.starts_with(folder)) => Err(error),
+        _ if folders.is_empty() => bail!(
+            "models are loaded from the folders of engine.model_dirs alone, and there are none; name one and restart"
+        ),
+        _ => {
+            let named: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
+            bail!("{} is below none of engine.model_dirs ({})", path.display(), named.join(", "))
+        }
+    }
+}
+
+/// Variants that a model of this name comes to.
+fn n_variants(name: &str, precisions: &[Precision]) -> u32 {
+    if name.contains(':') { 1 } else { u32::try_from(precisions.len()).unwrap_or(u32::MAX) }
+}
+
+/// Which model an error is about.
+fn of(name: &str, path: &Path) -> String {
+    format!("model `{name}` in {}", path.display())
 }
 
 /// Each once.

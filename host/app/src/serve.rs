@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use pointsman_control::ModelsDocument;
+use pointsman_engine::ComputePool;
+use pointsman_engine::cuda::CodeOptions;
 use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin};
@@ -29,8 +32,9 @@ use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
 use crate::engine::Engine;
 use crate::keys;
-use crate::models::{LoadTerms, Loaded, Loader};
+use crate::models::{LoadTerms, Loaded, Loader, compute_pool};
 use crate::observer::{Observer, Watched};
+use crate::roster::{Roster, RosterParts};
 use crate::shelf::DiskShelf;
 use crate::store::Store;
 use crate::tls::Certificate;
@@ -69,6 +73,7 @@ impl Shared {
 pub(crate) struct Assembled {
     pub state: Arc<ServerState>,
     engine: Arc<Engine>,
+    roster: Arc<Roster>,
     deploy: Arc<Deploy>,
     observer: Observer,
 }
@@ -118,7 +123,13 @@ impl Assembled {
         let shared = Shared::new(config);
         let deploy = deployments(config, store, &shared, compile)?;
         let places = devices::find(&config.engine)?;
-        let mut loaded = load_beside(config, &shared, &deploy, &places)?;
+        let (pool, code) = (compute_pool(config)?, devices::code_options(&config.engine, &data_dir(config)?)?);
+        let stored = store.models().unwrap_or_else(|error| {
+            tracing::error!("what was loaded while the host ran is not served: {error}");
+            ModelsDocument::empty()
+        });
+        let mut loaded = load_beside(config, &shared, &deploy, (&places, &code, &pool, &stored))?;
+        let (models, lost) = (std::mem::take(&mut loaded.models), std::mem::take(&mut loaded.lost));
         upstreams::add(config, &shared, &mut loaded)?;
         let engine = Arc::new(Engine::start(config, &shared, &deploy, (places, loaded))?);
         let aliases = Aliases::start(AliasParts {
@@ -128,6 +139,17 @@ impl Assembled {
             clock: Arc::clone(&shared.clock),
             metrics: Arc::clone(&shared.metrics),
         });
+        let roster = RosterParts {
+            config: config.clone(),
+            shared: shared.clone(),
+            store: Arc::clone(store),
+            deploy: Arc::clone(&deploy),
+            engine: Arc::clone(&engine),
+            aliases: Arc::clone(&aliases),
+            pool,
+            code,
+        };
+        let roster = Arc::new(Roster::new(roster, models, lost));
         let observer = Observer::start(Watched {
             deploy: Arc::clone(&deploy),
             aliases: Arc::clone(&aliases),
@@ -144,7 +166,7 @@ impl Assembled {
             router: Arc::clone(&deploy.router) as _,
             policies: Arc::clone(&deploy) as _,
             aliases: aliases as _,
-            models: Arc::clone(&engine) as Arc<dyn ModelAdmin>,
+            models: Arc::clone(&roster) as Arc<dyn ModelAdmin>,
             clock: Arc::clone(&shared.clock) as Arc<dyn Clock>,
             metrics: Arc::clone(&shared.metrics),
             recorder: shared.recorder.clone(),
@@ -152,11 +174,12 @@ impl Assembled {
             taps: shared.taps.clone(),
             shelf: Arc::new(DiskShelf::of(store)),
         })?;
-        Ok(Self { state, engine, deploy, observer })
+        Ok(Self { state, engine, roster, deploy, observer })
     }
 
     /// Ends what still runs and shows the hooks what is left.
     pub(crate) fn stop(self) {
+        self.roster.stop();
         self.engine.stop();
         self.observer.stop();
     }
@@ -372,13 +395,17 @@ pub(crate) fn try_policies(config: &Config, store: &Arc<Store>) -> anyhow::Resul
 }
 
 /// Loads the models while the policies of the stored deployment are brought back.
-fn load_beside(config: &Config, shared: &Shared, deploy: &Arc<Deploy>, places: &[Place]) -> anyhow::Result<Loaded> {
-    let code = &devices::code_options(&config.engine, &data_dir(config)?)?;
+fn load_beside(
+    config: &Config,
+    shared: &Shared,
+    deploy: &Arc<Deploy>,
+    (places, code, pool, stored): (&[Place], &CodeOptions, &ComputePool, &ModelsDocument),
+) -> anyhow::Result<Loaded> {
     let created = shared.clock.unix_millis() / 1_000;
     std::thread::scope(|scope| {
         let policies = scope.spawn(|| deploy.start(config));
-        let terms = LoadTerms { places, code, created, started: shared.clock.micros(), clock: &shared.clock };
-        let loaded = Loader::start(config, &shared.names, terms).and_then(Loader::load_all);
+        let terms = LoadTerms { places, code, created, started: shared.clock.micros(), clock: &shared.clock, pool };
+        let loaded = Loader::new(config, &shared.names, terms).load_all(stored);
         if policies.join().is_err() {
             bail!("bringing the policies back ended in a panic; --safe-mode serves without them");
         }
@@ -418,7 +445,7 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
             let messages = r#""messages": [{"role": "user", "content": "What is ownership?"}]"#;
             ("chat/completions", &*variant.alias, messages)
         }
-        None => ("embeddings", models[0], r#""input": "What is ownership?""#),
+        None => ("embeddings", models.first().copied().unwrap_or("MODEL"), r#""input": "What is ownership?""#),
     };
     lines.push("Try:".into());
     lines.push(format!("  curl {data}/v1/{path} -H 'content-type: application/json' \\"));

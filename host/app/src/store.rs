@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use pointsman_control::{AliasDocument, Entry, Intent, SafeModeDocument, SlotDocument, SlotName};
+use pointsman_control::{AliasDocument, Entry, Intent, ModelsDocument, SafeModeDocument, SlotDocument, SlotName};
 
 use crate::trust::Signature;
 
@@ -25,6 +25,8 @@ const MAX_WAITING_LINES: usize = 1_024;
 
 /// Document of the switch that makes every slot native; there while it is on.
 const SAFE_MODE: &str = "safe-mode.json";
+/// Models that were loaded while the host ran; there once one was.
+const MODELS: &str = "models.json";
 /// What is being done that has no document; there until its line is written.
 const INTENT: &str = "intent.json";
 
@@ -284,6 +286,26 @@ impl Store {
             Some(document) => write_aside(&path, document.to_json().as_bytes()),
             None => place(&path, None, sync_folder),
         }
+    }
+
+    /// Models that were loaded while the host ran.
+    ///
+    /// # Errors
+    /// The list cannot be read; what is in it must not be lost by writing another.
+    pub(crate) fn models(&self) -> io::Result<ModelsDocument> {
+        match fs::read(self.root.join(MODELS)) {
+            Ok(bytes) => ModelsDocument::parse(&bytes).map_err(|error| io::Error::other(format!("{MODELS}: {error}"))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ModelsDocument::empty()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Stores them so that they survive a crash.
+    ///
+    /// # Errors
+    /// The disk does not take it; the old list stays.
+    pub(crate) fn write_models(&self, models: &ModelsDocument) -> io::Result<()> {
+        write_aside(&self.root.join(MODELS), models.to_json().as_bytes())
     }
 
     /// Stores what is about to be done, so that its line can be written after a crash.

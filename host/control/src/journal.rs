@@ -212,6 +212,35 @@ pub enum Happened {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
     },
+    /// A model is served from now on that was loaded while the host ran.
+    ModelLoaded {
+        /// Its name.
+        model: String,
+        /// Where its files are.
+        path: String,
+        /// What it is served as.
+        variants: Vec<String>,
+        /// What it took, all devices together.
+        bytes: u64,
+    },
+    /// A model could not be loaded; what was served is.
+    ModelRefused {
+        /// Its name.
+        model: String,
+        /// Where its files are.
+        path: String,
+        /// What was wrong.
+        error: String,
+    },
+    /// A model is served no more, and what it held is free.
+    ModelUnloaded {
+        /// Its name.
+        model: String,
+        /// Requests that were ended because they ran longer than they were given.
+        ended: u64,
+        /// What it held, all devices together.
+        bytes: u64,
+    },
     /// The configuration file and the stored deployment disagree; the stored one is used.
     Differs {
         /// Where.

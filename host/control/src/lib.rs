@@ -10,6 +10,7 @@ mod alias;
 mod anomaly;
 mod deployment;
 mod journal;
+mod models;
 pub mod rollout;
 mod safe_mode;
 mod slot;
@@ -21,5 +22,6 @@ pub use deployment::{
     SlotState, Target,
 };
 pub use journal::{Actor, Entry, Happened, Intent, Journal, Why};
+pub use models::{LoadedModel, ModelsDocument};
 pub use safe_mode::SafeModeDocument;
 pub use slot::{ComponentRef, SlotName, SlotNameError};

@@ -12,7 +12,8 @@ mod sampling;
 mod spec;
 
 pub use backend::cpu::{
-    ComputePool, CpuEngine, Encoder, KvPlan, MemoryUse, Model, PoolError, Precision, UnknownPrecision,
+    ComputePool, CpuEngine, Encoder, KvPlan, MemoryUse, Model, PoolError, Precision, Progress, UnknownPrecision,
+    give_back_freed,
 };
 pub use backend::{ConfigError, EngineConfig, cuda};
 pub use load::{LoadError, Weights, gguf};

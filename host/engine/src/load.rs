@@ -19,6 +19,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 pub(crate) use self::elements::{Elements, Kind, scale_and_minimum};
 use self::gguf::{Contents, GgufError, Value};
+use crate::Precision;
 use crate::backend::cuda;
 
 /// Tensors by name, in one file or several.
@@ -142,6 +143,9 @@ pub enum LoadError {
         "the CPU does not compute with fp8 weights; take f16 or q8_0 there, or serve the model on a GPU (--device cuda:N)"
     )]
     NotOnCpu,
+    /// Whoever wanted the model wants it no more.
+    #[error("the load was stopped")]
+    Stopped,
     /// candle could not quantise.
     #[error("quantising to Q8_0 failed: {0}")]
     Quantise(#[from] candle_core::Error),
@@ -267,6 +271,30 @@ impl Weights {
         bytes.into_iter().max_by_key(|(_, values)| *values).map_or("unknown", |(kind, _)| kind.name())
     }
 
+    /// Bytes of all tensors.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(|stored| stored.range.len() as u64).sum()
+    }
+
+    /// Bytes that they come to once a CPU has packed them.
+    #[must_use]
+    pub fn packed_bytes(&self, precision: Precision) -> u64 {
+        let packed = |stored: &Stored| {
+            let Ok(kind) = stored.kind else { return 0 };
+            let n_values = stored.range.len() / kind.bytes() * kind.values();
+            let kept = match (precision, kind) {
+                // A vector stays what it is, and does not count.
+                (Precision::Q8_0, _) if stored.shape.len() > 1 => Kind::Q8_0,
+                // No kernel has these blocks.
+                (_, Kind::Q4_1 | Kind::Q5_0 | Kind::Q5_1) => Kind::F32,
+                _ => kind,
+            };
+            (n_values / kept.values() * kept.bytes()) as u64
+        };
+        self.tensors.values().map(packed).sum()
+    }
+
     /// The type in which a model of this kind is stored: that of its embedding. `None` where a device has no such type.
     #[must_use]
     pub fn stored(&self) -> Option<cuda::Element> {
@@ -315,6 +343,10 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>, LoadError> {
 
 #[expect(unsafe_code, reason = "mapping a file of weights; the one known exception outside the backends")]
 fn map(path: &Path) -> std::io::Result<memmap2::Mmap> {
+    // A pipe would be waited for, and for ever.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("it is not a regular file"));
+    }
     let file = std::fs::File::open(path)?;
     // SAFETY: the mapping is read-only and private to `Weights`, which is dropped once the model is packed. Another process
     // that truncates the file meanwhile can kill this one: weights must not be edited in place while they are loaded.

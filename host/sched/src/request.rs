@@ -165,6 +165,8 @@ pub enum CancelCause {
     Deadline,
     /// The host is shutting down and the grace period is over.
     Shutdown,
+    /// Its model is being unloaded, and the time that requests had to end is over.
+    Unloaded,
 }
 
 /// Why a request cannot be served by this replica.

@@ -302,9 +302,9 @@ impl Scheduler {
         Some(&self.step)
     }
 
-    /// Cancels everything that lives, with [`CancelCause::Shutdown`].
-    pub fn shutdown(&mut self, now: Micros, observer: &mut dyn Observer) {
-        self.end_all(|_| true, CancelCause::Shutdown, now, observer);
+    /// Cancels everything that lives.
+    pub fn shutdown(&mut self, cause: CancelCause, now: Micros, observer: &mut dyn Observer) {
+        self.end_all(|_| true, cause, now, observer);
         self.publish_gauges();
     }
 

@@ -106,6 +106,8 @@ pub(crate) enum ApiError {
     DriverGone,
     #[error("the host is draining and takes no new requests")]
     Draining,
+    #[error("the model was unloaded before the request had ended; ask for another, or again where the name stays")]
+    Unloaded,
     #[error("no replica of `{model}` is running")]
     NoReplica { model: String },
     #[error("the upstream `{upstream}` {}", .mishap.told())]
@@ -200,6 +202,7 @@ impl ApiError {
             CancelCause::Asked | CancelCause::StopString => Self::Cancelled,
             CancelCause::Deadline => Self::Deadline { limit_ms },
             CancelCause::Shutdown => Self::Draining,
+            CancelCause::Unloaded => Self::Unloaded,
         }
     }
 
@@ -239,6 +242,7 @@ impl ApiError {
             Self::Loading => class(503, "server_error", "loading", true),
             Self::DriverGone => class(503, "server_error", "no_replica", true),
             Self::Draining => class(503, "server_error", "draining", true),
+            Self::Unloaded => class(503, "server_error", "unloaded", true),
             Self::NoReplica { .. } => class(503, "server_error", "no_replica", true),
             Self::Upstream { mishap, .. } => upstream_class(mishap),
             Self::NotOnward { .. } => class(400, INVALID, "unsupported", false),

@@ -17,13 +17,14 @@ use pointsman_sched::route::{Choice, DecidedBy, Fallback, ReplicaColumns, RouteP
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use serde_json::Value;
 use serde_json::value::RawValue;
+use tokio::sync::watch;
 use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
     AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DoorQuestion, EmbedJob, Embedded,
-    Encoder, EnginePort, JournalLine, ModelAdmin, PolicyAdmin, Question, Replica, Shelf, SubmitError, Upload, Uploaded,
-    Variant,
+    Encoder, EnginePort, JournalLine, LoadReport, ModelAdmin, PolicyAdmin, Question, Replica, Shelf, SubmitError,
+    Upload, Uploaded, Variant,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -136,6 +137,8 @@ pub(crate) struct FakeAdmin {
     pub(crate) authors: Mutex<Authors>,
     /// Uploads and activations wait here.
     pub(crate) gate: Gate,
+    /// How the next load gets on; without it the name is taken.
+    pub(crate) loads: Mutex<Option<watch::Receiver<LoadReport>>>,
 }
 
 /// Open until a test closes it.
@@ -588,6 +591,21 @@ impl AliasPort for FakeAdmin {
 }
 
 impl ModelAdmin for FakeAdmin {
+    fn models(&self) -> Vec<wire::Model> {
+        vec![model("org/m")]
+    }
+
+    /// What a test has put there.
+    fn load(&self, load: wire::LoadModel, _actor: &str) -> Result<watch::Receiver<LoadReport>, AdminError> {
+        let reports = self.loads.lock().expect("unpoisoned").take();
+        reports.ok_or_else(|| refused(AdminErrorKind::Conflict, &format!("`{}` is taken", load.name)))
+    }
+
+    fn unload(&self, name: &str, grace_ms: u64, _actor: &str) -> Result<wire::Unloaded, AdminError> {
+        let variants = vec![format!("{name}:a")];
+        Ok(wire::Unloaded { name: name.to_owned(), variants, ended: 0, waited_ms: grace_ms, bytes: 7 })
+    }
+
     fn devices(&self) -> Vec<wire::Device> {
         vec![wire::Device {
             index: 0,
@@ -600,6 +618,20 @@ impl ModelAdmin for FakeAdmin {
             temperature: None,
             power_watts: None,
         }]
+    }
+}
+
+pub(crate) fn model(name: &str) -> wire::Model {
+    wire::Model {
+        name: name.to_owned(),
+        state: wire::ModelState::Ready,
+        source: wire::ModelSource::Loaded,
+        path: Some("/m".to_owned()),
+        variants: vec![format!("{name}:a")],
+        replicas: Vec::new(),
+        progress: None,
+        error: None,
+        idle_ms: None,
     }
 }
 

@@ -15,7 +15,7 @@ use pointsman_sched::request::{CancelCause, Failure, Request};
 use pointsman_sched::route::{ReplicaColumns, RouteRequest, Routed};
 
 use serde_json::value::RawValue;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::admin::wire;
 use crate::text::TextModel;
@@ -90,7 +90,7 @@ pub struct Encoder {
 }
 
 /// Every model that is being served. Aliases are the distinct [`Variant::alias`]es, in order of first appearance.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Catalog {
     /// In the order in which they are listed.
     pub variants: Vec<Arc<Variant>>,
@@ -362,6 +362,33 @@ pub struct Asker<'a> {
 pub trait ModelAdmin: Send + Sync + Debug {
     /// Per device: memory by owner, KV pool, batch, variants.
     fn devices(&self) -> Vec<wire::Device>;
+
+    /// Every model that is served, comes, goes, or was to be served and cannot be.
+    fn models(&self) -> Vec<wire::Model>;
+
+    /// Begins to load a model; how it gets on. It goes on when the reports are dropped. May block.
+    ///
+    /// # Errors
+    /// What can be refused at once: a name that is taken, a path that is not allowed, a bound, another load under way.
+    fn load(&self, load: wire::LoadModel, actor: &str) -> Result<watch::Receiver<LoadReport>, AdminError>;
+
+    /// Gives a model no more requests, waits this long for those that it has, ends the rest and frees its memory. Blocks for as
+    /// long as that takes.
+    ///
+    /// # Errors
+    /// There is no such model, or it cannot go now; it serves as before.
+    fn unload(&self, name: &str, grace_ms: u64, actor: &str) -> Result<wire::Unloaded, AdminError>;
+}
+
+/// How the load of a model gets on.
+#[derive(Clone, Debug)]
+pub enum LoadReport {
+    /// Under way.
+    Progress(wire::LoadProgress),
+    /// It is served.
+    Ready(Box<wire::Model>),
+    /// It is not, and everything is as before.
+    Failed(AdminError),
 }
 
 /// Where files and batches are kept: for each name a document, a content, or both. Names are made by the server: letters, digits,

@@ -207,6 +207,12 @@ impl ServerState {
         Arc::clone(handles)
     }
 
+    /// Lets go of the handles of variants that are gone.
+    pub(crate) fn forget_request_metrics(&self, variants: &[String]) {
+        let mut known = self.request_metrics.write().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|variant, _| !variants.iter().any(|gone| **gone == **variant));
+    }
+
     /// The text of `/metrics`, rendered at most once per interval.
     pub(crate) fn scrape(&self) -> Bytes {
         let now = self.clock.now();

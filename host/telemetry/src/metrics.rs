@@ -588,6 +588,43 @@ impl Metrics {
         }
     }
 
+    /// Removes every series of a variant whose replica has gone: those of [`Metrics::replica`] with the same arguments, and those
+    /// of its requests. Series of the device itself stay.
+    pub fn forget_replica(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) {
+        let m = &[model_name];
+        // Removing a series that was never written is not an error worth telling.
+        for gauge in [&self.running, &self.waiting, &self.kv_cached] {
+            let _ = gauge.remove_label_values(m);
+        }
+        for ratio in [&self.kv_usage, &self.kv_slack] {
+            let _ = ratio.remove_label_values(m);
+        }
+        for counter in [
+            &self.prefix_queries,
+            &self.prefix_hits,
+            &self.kv_evicted,
+            &self.prompt_tokens,
+            &self.generation_tokens,
+            &self.draft_tokens,
+            &self.accepted_tokens,
+            &self.preemptions,
+        ] {
+            let _ = counter.remove_label_values(m);
+        }
+        let histograms = [&self.ttft, &self.ttft_predicted, &self.ttft_error, &self.itl, &self.e2e, &self.queue_time];
+        for histogram in histograms {
+            let _ = histogram.remove_label_values(m);
+        }
+        for reason in ["stop", "length", "abort"] {
+            let _ = self.success.remove_label_values(&[model_name, reason]);
+        }
+        for phase in ["prefill", "decode"] {
+            let _ = self.tokens.remove_label_values(&[device, model_name, phase]);
+        }
+        let shape = [model_name, &block_tokens.to_string(), &total_blocks.to_string()];
+        let _ = self.cache_config.remove_label_values(&shape);
+    }
+
     /// Handles for a tenant; whoever asks bounds how many there are.
     #[must_use]
     pub fn tenant(&self, tenant: &str) -> TenantMetrics {
@@ -835,6 +872,20 @@ mod tests {
         assert!(!text.contains("a@1+00000000"), "{text}");
         let kept = r#"pointsman_plugin_picks{revision="b@1+11111111",slot="router",zone="eu"} 1"#;
         assert!(text.contains(kept), "{text}");
+    }
+
+    #[test]
+    fn series_of_a_variant_that_is_gone_disappear() {
+        let metrics = Metrics::new();
+        for name in ["gone:f16", "kept:f16"] {
+            metrics.replica(name, "cpu", 16, 512).tokens_decode.inc();
+            metrics.request(name).finished_stop.inc();
+        }
+        metrics.forget_replica("gone:f16", "cpu", 16, 512);
+        let text = metrics.render();
+        assert!(!text.contains("gone:f16"), "{text}");
+        assert!(text.contains(r#"pointsman_tokens_total{device="cpu",phase="decode",variant="kept:f16"} 1"#), "{text}");
+        assert!(text.contains(r#"pointsman_step_fill_ratio{device="cpu"}"#), "a device's own series stay: {text}");
     }
 
     #[test]

@@ -25,12 +25,15 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
 }
 
 /// Memory that new programs could have, in bytes: what the system has left, or less where a control group allows less.
-pub(super) fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let read = |path| std::fs::read_to_string(path).ok();
     let system = field(&read("/proc/meminfo")?, "MemAvailable:")?.saturating_mul(1_024);
     let group = |file| read(file).and_then(|text| text.trim().parse::<u64>().ok());
     let limit = group("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
-    let used = group("/sys/fs/cgroup/memory.current").unwrap_or(0);
+    // Pages of files that were read are given up for whoever asks.
+    let stat = read("/sys/fs/cgroup/memory.stat").unwrap_or_default();
+    let cached: u64 = ["inactive_file ", "active_file "].iter().filter_map(|name| field(&stat, name)).sum();
+    let used = group("/sys/fs/cgroup/memory.current").unwrap_or(0).saturating_sub(cached);
     Some(system.min(limit.saturating_sub(used)))
 }
 

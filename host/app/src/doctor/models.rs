@@ -6,6 +6,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use pointsman_control::ModelsDocument;
+use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::{Bytes, CodeOptions};
 use pointsman_telemetry::Names;
 
@@ -38,13 +40,14 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
 /// Bytes of its files.
 fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
     let (names, clock, code) = (Names::default(), Arc::new(SystemClock::start()), CodeOptions::default());
-    let terms = LoadTerms { places: &[Place::Null(0)], code: &code, created: 0, started: 0, clock: &clock };
+    let pool = &ComputePool::start(1)?;
+    let terms = LoadTerms { places: &[Place::Null(0)], code: &code, created: 0, started: 0, clock: &clock, pool };
     // One at a time, and without the demo, so that each is told its own fault.
     let models = [(name.to_owned(), path.to_owned())].into();
-    let engine = crate::config::EngineSection { demo: false, threads: 1, ..config.engine.clone() };
+    let engine = crate::config::EngineSection { demo: false, ..config.engine.clone() };
     let (replicas, upstreams) = Default::default();
     let alone = Config { models, engine, replicas, upstreams, ..config.clone() };
-    Loader::start(&alone, &names, terms)?.load_all()?;
+    Loader::new(&alone, &names, terms).load_all(&ModelsDocument::empty())?;
     Ok(size(path))
 }
 

@@ -13,6 +13,7 @@ mod encoder;
 mod engine;
 mod experts;
 mod gemm;
+mod heap;
 mod isa;
 mod kv;
 mod limits;
@@ -30,8 +31,9 @@ mod supers;
 
 pub use encoder::Encoder;
 pub use engine::{CpuEngine, MemoryUse};
+pub use heap::give_back_freed;
 pub use isa::Isa;
 pub(crate) use isa::{LANES, Lanes};
 pub use kv::KvPlan;
-pub use model::{Model, Precision, UnknownPrecision};
+pub use model::{Model, Precision, Progress, UnknownPrecision};
 pub use pool::{ComputePool, PoolError};

@@ -103,6 +103,10 @@ impl<'a> Elements<'a> {
         self.bytes.len() / self.kind.bytes() * self.kind.values()
     }
 
+    pub(crate) fn n_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// The blocks, where `N` is the bytes of one.
     pub(crate) fn blocks<const N: usize>(&self) -> &[[u8; N]] {
         debug_assert_eq!(N, self.kind.bytes());

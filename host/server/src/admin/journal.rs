@@ -57,8 +57,13 @@ pub(super) async fn journal(
 
 /// A response whose body is what the channel brings.
 pub(super) fn ndjson(receiver: mpsc::Receiver<Bytes>) -> Response {
+    body_of(receiver, "application/x-ndjson")
+}
+
+/// The same of another type.
+pub(super) fn body_of(receiver: mpsc::Receiver<Bytes>, content_type: &'static str) -> Response {
     let body = axum::body::Body::new(Lines { receiver });
-    ([(CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+    ([(CONTENT_TYPE, content_type)], body).into_response()
 }
 
 async fn lines_after(state: &Arc<ServerState>, after: u64) -> Result<Vec<JournalLine>, ApiError> {

@@ -1,4 +1,4 @@
-//! The admin plane: components, slots, rollouts, requests, devices, journal, drain, on a listener of its own.
+//! The admin plane: components, slots, rollouts, requests, models, devices, journal, drain, on a listener of its own.
 //!
 //! Open on loopback, and so guarded against the browser on the same machine: a page on the web can send requests to
 //! 127.0.0.1, but not without an `Origin`, and a rebound DNS name shows in `Host`. Port calls compile, write and fsync:
@@ -7,6 +7,7 @@
 mod aliases;
 pub(crate) mod guard;
 mod journal;
+mod models;
 pub(crate) mod places;
 mod record;
 mod requests;
@@ -83,6 +84,9 @@ pub(crate) fn routes() -> Routes {
         ("/admin/v1/aliases/{name}/rollouts/{id}/resume", &["post"], post(rollouts::resume::<OfAlias>)),
         ("/admin/v1/safe-mode", &["get", "post"], get(safe_mode::safe_mode).post(safe_mode::switch)),
         ("/admin/v1/usage", &["get"], get(usage::usage)),
+        ("/admin/v1/models", &["get", "post"], get(models::models).post(models::load)),
+        // Names may hold slashes, as in `org/model`.
+        ("/admin/v1/models/{*name}", &["get", "delete"], get(models::model).delete(models::unload)),
         ("/admin/v1/devices", &["get"], get(devices)),
         ("/admin/v1/cache", &["get", "delete"], get(cache).delete(clear_cache)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),

@@ -22,19 +22,21 @@ pub(crate) enum Kind {
     Rescue,
     /// Goes back once other changes are through: rollback, removal.
     Return,
+    /// Waits for requests to end, for as long as they are given.
+    Unload,
     /// Brings a component: it may be held in memory for as long as a slow client is given.
     Upload,
 }
 
 impl Kind {
     /// In the order of the variants.
-    const ALL: [Self; 5] = [Self::Read, Self::Change, Self::Rescue, Self::Return, Self::Upload];
+    const ALL: [Self; 6] = [Self::Read, Self::Change, Self::Rescue, Self::Return, Self::Unload, Self::Upload];
 
     /// Calls at once; each may hold a thread that the data plane needs too.
     pub(crate) const fn places(self) -> usize {
         match self {
             Self::Read | Self::Change => 32,
-            Self::Rescue | Self::Return | Self::Upload => 8,
+            Self::Rescue | Self::Return | Self::Unload | Self::Upload => 8,
         }
     }
 
@@ -44,6 +46,7 @@ impl Kind {
             Self::Change => "changes",
             Self::Rescue => "aborts, pauses and switches",
             Self::Return => "rollbacks and removals",
+            Self::Unload => "unloads",
             Self::Upload => "uploads",
         }
     }

@@ -533,3 +533,117 @@ pub struct DeviceReplica {
     /// Requests that wait.
     pub waiting: u32,
 }
+
+/// Body of `POST /admin/v1/models`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadModel {
+    /// What it is called, as in `llama`; or `llama:v2` for another variant of a model that is served.
+    pub name: String,
+    /// Folder or .gguf file on the host's machine.
+    pub path: String,
+}
+
+/// How far a load is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LoadProgress {
+    /// Which step of it.
+    pub stage: LoadStage,
+    /// Bytes of weights that are packed, each time that they are: once for every precision and device.
+    pub bytes: u64,
+    /// All of them; 0 until the files have been read.
+    pub total_bytes: u64,
+    /// Of the whole, 0 to 100.
+    pub percent: u8,
+}
+
+/// Steps of a load, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LoadStage {
+    /// Its files are opened and checked.
+    Reading,
+    /// Its weights are brought into the order in which the device reads them.
+    Packing,
+    /// Its replicas join their devices.
+    Starting,
+}
+
+/// A model and what it takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Model {
+    /// What `unload` calls it.
+    pub name: String,
+    /// How it is.
+    pub state: ModelState,
+    /// How it came.
+    pub source: ModelSource,
+    /// Where its files are; absent for one in the binary.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// What requests may call it: for a model that generates its variants, for one of embeddings its name.
+    pub variants: Vec<String>,
+    /// Its replicas, each with its device.
+    pub replicas: Vec<ModelReplica>,
+    /// How far its load is, while it is loading.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<LoadProgress>,
+    /// Why it is not served, where it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Milliseconds since its last request came; absent before the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_ms: Option<u64>,
+}
+
+/// A replica of a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ModelReplica {
+    /// As in `demo:f16@cpu`.
+    pub name: String,
+    /// As in `cpu`.
+    pub device: String,
+    /// What it took there.
+    pub memory: DeviceMemory,
+}
+
+/// How a model is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModelState {
+    /// It is not served yet.
+    Loading,
+    /// It is served.
+    Ready,
+    /// It finishes what it has and takes no more.
+    Draining,
+    /// It was loaded in an earlier life of the host and cannot be now.
+    Failed,
+}
+
+/// How a model came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModelSource {
+    /// In the binary.
+    Embedded,
+    /// By the configuration, which brings it back at the next start.
+    Configured,
+    /// While a host ran; the next start loads it again.
+    Loaded,
+}
+
+/// Answer to an unload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unloaded {
+    /// Which.
+    pub name: String,
+    /// What is served no more.
+    pub variants: Vec<String>,
+    /// Requests that had not ended in the time that they were given.
+    pub ended: u64,
+    /// How long the others took.
+    pub waited_ms: u64,
+    /// What it held, all devices together, and holds no more.
+    pub bytes: u64,
+}

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use pointsman_sched::request::SinkEvent;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 use crate::admin::places::Kind;
-use crate::fakes::{Play, Rig, bytes, request, token};
-use crate::ports::JournalLine;
+use crate::admin::wire;
+use crate::fakes::{Play, Rig, bytes, model, request, token};
+use crate::ports::{AdminError, AdminErrorKind, JournalLine, LoadReport};
 use crate::{AdminRole, AdminToken, Listeners, Secret, ServeError, ServerConfig, ops, serve};
 
 const HOST: (&str, &str) = ("host", "127.0.0.1:8081");
@@ -422,6 +424,67 @@ async fn the_journal_is_lines_and_can_be_followed() {
     assert_eq!(next().await, "{\"sequence\":1}\n{\"sequence\":2}\n");
     rig.admin.journal.lock().expect("unpoisoned").push(line(3));
     assert_eq!(next().await, "{\"sequence\":3}\n");
+}
+
+#[tokio::test]
+async fn a_load_tells_how_it_gets_on_as_events_or_at_its_end_as_json() {
+    let progress = |percent| {
+        let stage = wire::LoadStage::Packing;
+        LoadReport::Progress(wire::LoadProgress { stage, bytes: 5, total_bytes: 10, percent })
+    };
+    let ready = || LoadReport::Ready(Box::new(model("m")));
+    let failed = || {
+        let message = "it is no model".to_owned();
+        LoadReport::Failed(AdminError { kind: AdminErrorKind::Refused, message, param: None })
+    };
+    let rows: [(Option<LoadReport>, &str, u16, &str); 6] = [
+        (Some(ready()), "*/*", 200, r#"data: {"stage":"ready","percent":100,"model":{"name":"m","#),
+        (Some(failed()), "text/event-stream", 200, r#"data: {"error":{"message":"it is no model","#),
+        (Some(ready()), "application/json", 201, r#"{"name":"m","state":"ready","source":"loaded","#),
+        (Some(failed()), "application/json", 422, "it is no model"),
+        (None, "*/*", 500, "the host ended before the model was loaded"),
+        (None, "application/json", 500, "the host ended before the model was loaded"),
+    ];
+    for (last, accept, status, expect) in rows {
+        let rig = Rig::new();
+        let (sender, reports) = watch::channel(progress(50));
+        *rig.admin.loads.lock().expect("unpoisoned") = Some(reports);
+        let ask = request(
+            "POST",
+            "/admin/v1/models",
+            &[HOST, ("content-type", "application/json"), ("accept", accept)],
+            r#"{"name": "m", "path": "/m"}"#,
+        );
+        let end = async {
+            tokio::task::yield_now().await;
+            match last.clone() {
+                Some(last) => drop(sender.send_replace(last)),
+                None => drop(sender),
+            }
+        };
+        let (answer, ()) = tokio::join!(rig.ask_admin(ask), end);
+        // A stream that has begun ends with an error frame.
+        let status = if last.is_none() && accept == "*/*" { 200 } else { status };
+        assert_eq!(answer.status, status, "{accept} {answer:?}");
+        assert!(answer.body.contains(expect), "{accept} {answer:?}");
+    }
+    let rig = Rig::new();
+    let json = [HOST, ("content-type", "application/json")];
+    for (method, path, body, status, expect) in [
+        ("POST", "/admin/v1/models", r#"{"name": "m", "path": "/m"}"#, 409, "`m` is taken"),
+        ("POST", "/admin/v1/models", r#"{"name": "m", "pth": "/m"}"#, 400, "pth"),
+        ("GET", "/admin/v1/models", "", 200, "org/m"),
+        ("GET", "/admin/v1/models/org/m", "", 200, r#""variants":["org/m:a"]"#),
+        ("GET", "/admin/v1/models/org%2Fm", "", 200, r#""variants":["org/m:a"]"#),
+        ("GET", "/admin/v1/models/other", "", 404, "models are `org/m`"),
+        ("DELETE", "/admin/v1/models/org/m?grace_ms=5", "", 200, r#""waited_ms":5"#),
+        ("DELETE", "/admin/v1/models/m?grace_ms=3600001", "", 400, "at most 3600000"),
+        ("DELETE", "/admin/v1/models/m?grace=5", "", 400, "grace"),
+    ] {
+        let answer = rig.ask_admin(request(method, path, &json, body)).await;
+        assert_eq!(answer.status, status, "{method} {path} {answer:?}");
+        assert!(answer.body.contains(expect), "{method} {path} {answer:?}");
+    }
 }
 
 #[test]

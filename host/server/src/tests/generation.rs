@@ -265,6 +265,7 @@ async fn what_fails_before_the_first_token_has_a_status() {
         (started(SinkEvent::Cancelled(CancelCause::Deadline)), 504, "deadline_exceeded"),
         (started(SinkEvent::Cancelled(CancelCause::Asked)), 499, "cancelled"),
         (started(SinkEvent::Cancelled(CancelCause::Shutdown)), 503, "draining"),
+        (started(SinkEvent::Cancelled(CancelCause::Unloaded)), 503, "unloaded"),
         (vec![], 503, "no_replica"),
     ] {
         for stream in [false, true] {

@@ -233,6 +233,18 @@ impl TextModel {
         u32::try_from(self.special.len()).unwrap_or(u32::MAX)
     }
 
+    /// Whether every text and conversation comes to the same tokens by both, and ends at the same ones: then variants of one
+    /// alias may share either. Compares all of them; for loads, not for requests.
+    #[must_use]
+    pub fn reads_as(&self, other: &Self) -> bool {
+        let same_template = match (&self.template, &other.template) {
+            (Some(ours), Some(theirs)) => ours.is_like(theirs),
+            (ours, theirs) => ours.is_none() && theirs.is_none(),
+        };
+        let written = |model: &Self| model.tokenizer.to_string(false).ok();
+        same_template && self.stop_tokens == other.stop_tokens && written(self) == written(other)
+    }
+
     /// Tokens that end a generation, ascending.
     #[must_use]
     pub fn stop_tokens(&self) -> &Arc<[u32]> {

@@ -97,6 +97,13 @@ impl ChatTemplate {
         Ok(Self { environment, tokens, tool_style })
     }
 
+    /// Whether both render the same.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let source =
+            |template: &Self| template.environment.get_template(NAME).map(|found| found.source().to_owned()).ok();
+        self.tokens == other.tokens && source(self) == source(other)
+    }
+
     pub(super) fn render<M: Serialize>(
         &self,
         messages: &[M],

@@ -1,5 +1,7 @@
 //! A model's weights, checked and packed: immutable, shared by the replicas of a device.
 
+use std::cell::RefCell;
+
 use super::isa::{LANES, Lanes};
 use super::matrix::{Join, Matrix};
 use super::norm::Norm;
@@ -69,10 +71,14 @@ pub(super) struct Gated {
     pub(super) down: Matrix,
 }
 
+/// Told the bytes of the file that are packed; no longer loaded once it says no.
+pub type Progress<'a> = dyn FnMut(u64) -> bool + 'a;
+
 struct Loader<'a> {
     spec: &'a ModelSpec,
     weights: &'a Weights,
     precision: Precision,
+    progress: RefCell<(&'a mut Progress<'a>, u64)>,
 }
 
 // === impl Precision ===
@@ -109,13 +115,29 @@ impl Model {
     /// # Errors
     /// A tensor is missing, or has another shape or type than the specification asks for.
     pub fn load(spec: ModelSpec, weights: &Weights, precision: Precision) -> Result<Self, LoadError> {
-        let loader = Loader { spec: &spec, weights, precision };
+        Self::load_watched(spec, weights, precision, &mut |_| true)
+    }
+
+    /// The same, with `progress` told the bytes of the files that are done after each matrix.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); or `progress` said no.
+    pub fn load_watched(
+        spec: ModelSpec,
+        weights: &Weights,
+        precision: Precision,
+        progress: &mut Progress<'_>,
+    ) -> Result<Self, LoadError> {
+        let mut told = |done| progress(done);
+        let loader = Loader { spec: &spec, weights, precision, progress: RefCell::new((&mut told, 0)) };
         let embedding = weights.get("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
         let (head, untied_embedding) = if spec.tied {
             (loader.packed(&[embedding], spec.hidden, Join::Concat)?, None)
         } else {
             let head = loader.matrix("lm_head.weight", spec.vocab, spec.hidden)?;
-            (head, Some(Matrix::pack(&[embedding], spec.hidden, Join::Concat)))
+            let table = Matrix::pack(std::slice::from_ref(&embedding), spec.hidden, Join::Concat);
+            loader.packed_all(&[embedding])?;
+            (head, Some(table))
         };
         let layers = (0..spec.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
         let norm = loader.norm("model.norm.weight", spec.hidden)?;
@@ -261,11 +283,20 @@ impl Loader<'_> {
     }
 
     fn packed(&self, parts: &[Elements<'_>], k: usize, join: Join) -> Result<Matrix, LoadError> {
-        match self.precision {
-            Precision::F16 => Ok(Matrix::pack(parts, k, join)),
-            Precision::Q8_0 => Matrix::quantise(parts, k, join),
-            Precision::Fp8 => Err(LoadError::NotOnCpu),
-        }
+        let packed = match self.precision {
+            Precision::F16 => Matrix::pack(parts, k, join),
+            Precision::Q8_0 => Matrix::quantise(parts, k, join)?,
+            Precision::Fp8 => return Err(LoadError::NotOnCpu),
+        };
+        self.packed_all(parts)?;
+        Ok(packed)
+    }
+
+    /// Tells that these are done.
+    fn packed_all(&self, parts: &[Elements<'_>]) -> Result<(), LoadError> {
+        let (progress, done) = &mut *self.progress.borrow_mut();
+        *done += parts.iter().map(|part| part.n_bytes() as u64).sum::<u64>();
+        if progress(*done) { Ok(()) } else { Err(LoadError::Stopped) }
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {

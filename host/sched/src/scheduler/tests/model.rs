@@ -269,7 +269,7 @@ impl Host {
 
     pub(super) fn shutdown(&mut self) {
         let (ended, desk) = (&mut self.ended, &mut self.desk);
-        self.scheduler.shutdown(self.now, &mut |event| note((&mut *ended, &mut *desk), event));
+        self.scheduler.shutdown(CancelCause::Shutdown, self.now, &mut |event| note((&mut *ended, &mut *desk), event));
         self.scheduler.assert_consistent();
     }
 }
