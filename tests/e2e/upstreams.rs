@@ -247,7 +247,7 @@ fn who_fails_before_the_first_byte_is_followed_by_another() {
     let page = said("200 OK", "text/html", "<html></html>");
     let own = said("200 OK", "text/event-stream", "data: {\"error\":{\"message\":\"no blocks\"}}\n\n");
     let huge = full("200 OK", "text/event-stream", &"x".repeat(1_100_000)).leak();
-    let long_head = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(100_000)).leak();
+    let long_head = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1_000_000)).leak();
     let nonsense = "250 smtp.example.com ready\r\n";
     let refused = said("400 No", "application/json", r#"{"error":{"message":"too long for it"}}"#);
     let cases = [
