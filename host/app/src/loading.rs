@@ -75,7 +75,7 @@ fn tenth(event: &Value) -> (String, u64) {
 
 fn progress(event: &Value) -> String {
     let mb = |key: &str| event[key].as_u64().unwrap_or_default() / 1_000_000;
-    let (percent, stage) = (&event["percent"], text(event, "stage"));
+    let (percent, stage) = (event["percent"].as_u64().unwrap_or_default(), text(event, "stage"));
     format!("{percent:>3} %  {stage}  {} of {} MB", mb("bytes"), mb("total_bytes"))
 }
 

@@ -381,7 +381,8 @@ async fn a_read_that_fails_in_the_middle_of_a_line_loses_none() {
     let rig = working(&shelf);
     answer_only(&rig, 20);
     // More than one chunk of the file, so that lines lie across their ends.
-    let long: String = (0..80).map(|i| line(&format!("id-{i}"), &"p".repeat(3_000)) + "\n").collect();
+    let padding = format!("\"padding\": \"{}\", \"prompt\"", "p".repeat(3_000));
+    let long = lines(80).replace("\"prompt\"", &padding);
     let id = begin(&rig, &long, "24h").await;
     until(&rig, &id, |batch| batch["request_counts"]["completed"] == 20 && taken(&rig) == 28).await;
     shelf.fails_at.store(1, Ordering::Relaxed);
