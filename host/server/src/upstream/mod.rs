@@ -2,8 +2,8 @@
 //!
 //! A request for one leaves above tokenization: what goes out is the client's own body in OpenAI's form, and what comes back is
 //! text in chunks, told through the same feed as tokens of a replica here. One [`Upstream`] is one server: its pooled
-//! connections ([`pool`]), how many requests are there, its probes, its circuit. Whoever is sent there holds a [`Seat`]. The
-//! answer is read by [`answer`], told by [`relay`]; what went wrong is a [`Mishap`]. Plain HTTP only, for upstreams within
+//! connections (`pool`), how many requests are there, its probes, its circuit. Whoever is sent there holds a `Seat`. The
+//! answer is read by `answer`, told by `relay`; what went wrong is a `Mishap`. Plain HTTP only, for upstreams within
 //! one's own network.
 
 mod answer;
