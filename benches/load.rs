@@ -32,7 +32,7 @@ fn program() -> anyhow::Result<String> {
 /// Runs the load generator; its report.
 fn load(url: &str, args: &str) -> anyhow::Result<Value> {
     let mut command = Command::new(program()?);
-    command.args(["bench", "--json", "--model", "demo:f16", "--warm-up", "64", "--url", url]);
+    command.args(["bench", "--json", "--model", "demo:f16", "--url", url]);
     let output = command.args(args.split(' ')).output()?;
     ensure!(output.status.success(), "bench {args}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(serde_json::from_slice(&output.stdout)?)
@@ -120,7 +120,7 @@ fn added() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let bare = bare(&runtime, &host)?;
     for rate in [1_000, 2_000, 5_000] {
-        let args = format!("--rate {rate} --requests {} --shape 16:1 --no-stream", rate * 5);
+        let args = format!("--rate {rate} --requests {} --shape 16:1 --no-stream --warm-up 64", rate * 5);
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
             rounds.push((load(&bare, &args)?, load(&host.data, &args)?));
@@ -163,7 +163,7 @@ fn streams() -> anyhow::Result<()> {
     ];
     let host = Host::start(&program()?, &settings);
     // Everything that is allocated once has been.
-    load(&host.data, "--concurrency 32 --requests 64 --shape 16:8")?;
+    load(&host.data, "--concurrency 32 --requests 64 --shape 16:8 --warm-up 0")?;
     let idle = host.resident_bytes();
     let (over, is_over) = mpsc::channel::<()>();
     let (report, most) = std::thread::scope(|scope| {
@@ -175,7 +175,8 @@ fn streams() -> anyhow::Result<()> {
             }
             most
         });
-        let report = load(&host.data, &format!("--concurrency {STREAMS} --requests {STREAMS} --shape 16:100"));
+        let report =
+            load(&host.data, &format!("--concurrency {STREAMS} --requests {STREAMS} --shape 16:100 --warm-up 0"));
         drop(over);
         (report, watch.join().unwrap_or_default())
     });
