@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::deployment::DocumentError;
+use crate::deployment::{DocumentError, stored};
 use crate::rollout::{Arm, BUCKETS, Phase, RolloutDocument, Spec, Sticky, arm_of, bucket, unit_hash};
 
 /// Largest weight: with it, a weight of 1 is one bucket.
@@ -180,7 +180,7 @@ impl AliasDocument {
     /// Pretty JSON: people read these files.
     #[must_use]
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("a document is plain data: {error}"))
+        stored(self)
     }
 
     /// Reads a stored document.
@@ -190,7 +190,7 @@ impl AliasDocument {
     pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
         let document: Self = serde_json::from_slice(bytes)?;
         document.rollout.as_ref().map_or(Ok(()), RolloutDocument::check)?;
-        if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
+        DocumentError::check(document.format).map(|()| document)
     }
 
     /// The rollout that is under way.

@@ -164,6 +164,18 @@ pub enum DocumentError {
     Rollout(#[from] RolloutFormatError),
 }
 
+impl DocumentError {
+    /// Whether this host reads documents of a format.
+    pub(crate) fn check(format: u32) -> Result<(), Self> {
+        if format == 1 { Ok(()) } else { Err(Self::Format { found: format }) }
+    }
+}
+
+/// A document as it is stored: JSON, for people too.
+pub(crate) fn stored(document: &impl Serialize) -> String {
+    serde_json::to_string_pretty(document).unwrap_or_else(|error| unreachable!("a document is plain data: {error}"))
+}
+
 /// What to prepare and publish next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Planned {
@@ -484,13 +496,13 @@ impl SlotDocument {
     pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
         let document: Self = serde_json::from_slice(json)?;
         document.rollout.as_ref().map_or(Ok(()), RolloutDocument::check)?;
-        if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
+        DocumentError::check(document.format).map(|()| document)
     }
 
     /// Its stored form: JSON, for people too.
     #[must_use]
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("a document is plain data: {error}"))
+        stored(self)
     }
 }
 

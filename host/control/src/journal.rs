@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::alias::AliasDocument;
-use crate::deployment::{DocumentError, SlotDocument, Target};
+use crate::deployment::{DocumentError, SlotDocument, Target, stored};
 use crate::rollout::{Decision, Evidence, Period, RolloutDocument, Sticky};
 use crate::slot::SlotName;
 
@@ -462,7 +462,7 @@ impl Intent {
     /// Its stored form.
     #[must_use]
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("an intent is plain data: {error}"))
+        stored(self)
     }
 
     /// Reads a stored one.
@@ -471,7 +471,7 @@ impl Intent {
     /// It is none, or a newer host wrote it.
     pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
         let intent: Self = serde_json::from_slice(json)?;
-        if intent.format == 1 { Ok(intent) } else { Err(DocumentError::Format { found: intent.format }) }
+        DocumentError::check(intent.format).map(|()| intent)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::deployment::DocumentError;
+use crate::deployment::{DocumentError, stored};
 
 /// Models that were loaded while the host ran, in the order in which they were.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,13 +40,13 @@ impl ModelsDocument {
     /// It is not one, or a newer host wrote it.
     pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
         let document: Self = serde_json::from_slice(json)?;
-        if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
+        DocumentError::check(document.format).map(|()| document)
     }
 
     /// Its stored form.
     #[must_use]
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("a document is plain data: {error}"))
+        stored(self)
     }
 
     /// The same with one more, which takes the place of another of its name.

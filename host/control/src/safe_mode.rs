@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::deployment::DocumentError;
+use crate::deployment::{DocumentError, stored};
 use crate::journal::Actor;
 
 /// Who switched policies off, when and why.
@@ -30,13 +30,13 @@ impl SafeModeDocument {
     /// It is not one, or a newer host wrote it.
     pub fn parse(json: &[u8]) -> Result<Self, DocumentError> {
         let document: Self = serde_json::from_slice(json)?;
-        if document.format == 1 { Ok(document) } else { Err(DocumentError::Format { found: document.format }) }
+        DocumentError::check(document.format).map(|()| document)
     }
 
     /// Its stored form.
     #[must_use]
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).unwrap_or_else(|error| unreachable!("a document is plain data: {error}"))
+        stored(self)
     }
 }
 
