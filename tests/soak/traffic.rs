@@ -116,16 +116,21 @@ fn stream(host: &Host, body: &Value, leaves: Option<u64>, tally: &mut Tally) -> 
         tally.failures.push(format!("{} instead of a stream", answer.status));
         return Ok(());
     }
-    let mut read = 0;
+    let (mut read, mut is_finished) = (0, false);
     while leaves.is_none_or(|most| read < most) {
         let Some(event) = answer.event()? else {
-            tally.done += 1;
+            match is_finished {
+                true => tally.done += 1,
+                false => tally.failures.push(format!("a stream ended after {read} events without its reason")),
+            }
             return Ok(());
         };
-        if event.contains("\"error\"") {
-            tally.failures.push(event);
+        let event: Value = serde_json::from_str(&event)?;
+        if !event["error"].is_null() {
+            tally.failures.push(event.to_string());
             return Ok(());
         }
+        is_finished |= event["choices"][0]["finish_reason"].is_string();
         let times = if read == 0 { &mut tally.firsts } else { &mut tally.gaps };
         times.saturating_record(u64::try_from(last.elapsed().as_micros()).unwrap_or(u64::MAX));
         (read, last) = (read + 1, now());
