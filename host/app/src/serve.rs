@@ -22,7 +22,7 @@ use pointsman_server::{
     AdminRole, AdminToken, ApiKey, BatchConfig, Listeners, Plane, Secret, ServerConfig, ServerParts, ServerState,
 };
 use pointsman_telemetry::{Metrics, Names, Recorder};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use crate::aliases::{AliasParts, Aliases};
 use crate::cli::ServeArgs;
@@ -43,6 +43,8 @@ use crate::upstreams;
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
+/// Connections that wait to be accepted; the kernel bounds it by `net.core.somaxconn`.
+const BACKLOG: u32 = 4_096;
 /// How long an upload waits for the compilation before it.
 const COMPILE_QUEUE: Duration = Duration::from_secs(5);
 
@@ -98,7 +100,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let certificates = Certificates { data: config.server.tls.load()?, admin: config.admin.tls.load()? };
     // From now on: a signal while models load must not end the host.
     let hangups = runtime.block_on(async { hangups(&config, &certificates) })?;
-    let listeners = runtime.block_on(listen(&config, &certificates))?;
+    let listeners = runtime.block_on(async { listen(&config, &certificates) })?;
     warn_where_open(&config);
     let host = Assembled::start(&config, &store, compile_aside(&config)?)?;
     banner(&listeners, &host.engine.catalog(), &host.deploy)?;
@@ -325,14 +327,21 @@ fn admin_tokens(config: &Config) -> Vec<AdminToken> {
     first.into_iter().chain(config.admin.tokens.iter().map(|(name, t)| token(name, &t.token, t.role))).collect()
 }
 
-async fn listen(config: &Config, certificates: &Certificates) -> anyhow::Result<Listeners> {
-    let bind = async |what: &str, key: &str, at: SocketAddr| {
-        TcpListener::bind(at)
-            .await
-            .with_context(|| format!("cannot listen on {at} for the {what} plane; choose another with --{key}"))
+/// A listener whose backlog holds a thousand clients that come at once: of those that find it full, each tries again a second
+/// later.
+fn bound(at: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(at)?;
+    socket.listen(BACKLOG)
+}
+
+fn listen(config: &Config, certificates: &Certificates) -> anyhow::Result<Listeners> {
+    let bind = |what: &str, key: &str, at: SocketAddr| {
+        bound(at).with_context(|| format!("cannot listen on {at} for the {what} plane; choose another with --{key}"))
     };
-    let data = bind("data", "listen", config.server.listen).await?;
-    let admin = bind("admin", "admin", config.admin.listen).await?;
+    let data = bind("data", "listen", config.server.listen)?;
+    let admin = bind("admin", "admin", config.admin.listen)?;
     let plane = |socket, certificate: &Option<Certificate>| Plane {
         socket,
         tls: certificate.as_ref().map(|certificate| Arc::clone(&certificate.tls)),
