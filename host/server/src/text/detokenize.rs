@@ -238,9 +238,9 @@ fn char_byte(c: char) -> Option<u8> {
 }
 
 /// The character that writes a byte; the inverse of [`char_byte`].
-#[cfg(test)]
 pub(super) fn byte_char(byte: u8) -> char {
-    (0..0x200).filter_map(char::from_u32).find(|&c| char_byte(c) == Some(byte)).expect("every byte has a character")
+    let nth = || (0..byte).filter(|&before| !is_visible(before)).count();
+    if is_visible(byte) { byte.into() } else { char::from_u32(0x100 + nth() as u32).unwrap_or_default() }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod strftime;
 mod template;
 mod trie;
 mod vocabulary;
+mod words;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -29,6 +30,7 @@ pub use self::vocabulary::{Vocabulary, VocabularyError};
 
 use self::detokenize::ByteTable;
 use self::template::ChatTemplate;
+use self::words::Words;
 
 /// How a conversation is written where only its length counts.
 const ESTIMATE_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}";
@@ -106,6 +108,7 @@ pub struct SamplingDefaults {
 /// Tokenizer, template, stop tokens and sampling defaults of one model.
 pub struct TextModel {
     tokenizer: Tokenizer,
+    words: Option<Words>,
     bytes: Option<ByteTable>,
     special: Vec<bool>,
     template: Option<ChatTemplate>,
@@ -144,8 +147,10 @@ struct GenerationConfig {
 
 impl std::fmt::Debug for TextModel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { tokenizer: _, bytes, special, template, stop_tokens, defaults, grammars: _, is_estimate } = self;
+        let Self { tokenizer: _, words, bytes, special, template, stop_tokens, defaults, grammars: _, is_estimate } =
+            self;
         f.debug_struct("TextModel")
+            .field("words", &words.is_some())
             .field("byte_level", &bytes.is_some())
             .field("vocabulary", &special.len())
             .field("template", &template.is_some())
@@ -194,6 +199,7 @@ impl TextModel {
             stop_tokens: stop_tokens.into(),
             defaults: generation.defaults(),
             grammars: OnceLock::new(),
+            words: Words::of(&tokenizer),
             tokenizer,
             is_estimate: false,
         })
@@ -208,6 +214,7 @@ impl TextModel {
         let template = ChatTemplate::new(ESTIMATE_TEMPLATE, BTreeMap::new()).map_err(TextError::Template)?;
         Ok(Self {
             tokenizer: Tokenizer::new(BPE::default()),
+            words: None,
             bytes: None,
             special: Vec::new(),
             template: Some(template),
@@ -265,8 +272,12 @@ impl TextModel {
         if self.is_estimate {
             return Ok(text.as_bytes().chunks(4).map(quad).collect());
         }
-        let encoding = self.tokenizer.encode_fast(text, add_special).map_err(EncodeError::Tokenizer)?;
-        Ok(encoding.get_ids().to_vec())
+        let words = self.words.as_ref().and_then(|words| words.encode(&self.tokenizer, text, add_special));
+        words.unwrap_or_else(|| self.encode_as_library(text, add_special)).map_err(EncodeError::Tokenizer)
+    }
+
+    fn encode_as_library(&self, text: &str, add_special: bool) -> tokenizers::Result<Vec<u32>> {
+        Ok(self.tokenizer.encode_fast(text, add_special)?.get_ids().to_vec())
     }
 
     /// As [`encode`](Self::encode) with what the tokenizer puts around a text, and no longer than `limit` tokens with it: the

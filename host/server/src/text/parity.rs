@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::template::ChatTemplate;
 use super::{Detokenizer, TemplateError, TextFiles, TextModel};
@@ -95,6 +95,82 @@ fn tokens_and_texts_are_those_of_transformers() {
             }
             assert_eq!(&[false, true].map(|skip| model.decode(ids, skip)), decoded, "{kind}: {ids:?}");
         }
+    }
+}
+
+/// The byte-level tokenizer in the forms that are split here, and some that are left to the library.
+fn byte_levels() -> Vec<(&'static str, bool, TextModel)> {
+    let file = std::fs::read(folder().join("bytelevel.json")).expect("the tokenizer is there");
+    let written: Value = serde_json::from_slice(&file).expect("JSON");
+    let gpt2 = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let prefix = json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true });
+    let stripped = json!({ "id": 332, "content": "<think>", "single_word": false, "lstrip": true, "rstrip": false,
+        "normalized": true, "special": false });
+    let form = |name, is_split, changes: &[(&str, &Value)]| {
+        let mut written = written.clone();
+        changes.iter().for_each(|(at, value)| {
+            *written.pointer_mut(at).expect("it has the field") = (*value).clone();
+        });
+        let tokenizer = written.to_string();
+        let files = TextFiles { tokenizer: tokenizer.as_bytes(), ..TextFiles::default() };
+        (name, is_split, TextModel::from_files(&files).expect("a tokenizer"))
+    };
+    vec![
+        form("Qwen", true, &[]),
+        form("Llama 3", true, &[("/normalizer", &Value::Null)]),
+        form("GPT-2", true, &[("/normalizer", &Value::Null), ("/pre_tokenizer", &gpt2)]),
+        form("without special tokens around", true, &[("/post_processor", &Value::Null)]),
+        form("whole words", true, &[("/model/ignore_merges", &json!(true))]),
+        form("RoBERTa", false, &[("/pre_tokenizer", &prefix)]),
+        form("another normalizer", false, &[("/normalizer", &json!({ "type": "NFKC" }))]),
+        form("a token that takes spaces", false, &[("/added_tokens/4", &stripped)]),
+    ]
+}
+
+#[test]
+fn words_are_those_of_the_library() {
+    let part = prop_oneof![
+        prop::sample::select(vec![
+            "<|bos|>",
+            "<|end|>",
+            "<|im_start|>",
+            "<think>",
+            "</think>",
+            "<|im_",
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            "\t ",
+            "'s",
+            "'LL",
+            "12345",
+            " hello",
+            "the",
+            "The ",
+            "e\u{301}",
+            "\u{1f980}",
+            "\u{fb01}",
+            "\u{a0}",
+            "\u{3000}",
+            "::",
+            " {}",
+            "\0",
+        ])
+        .prop_map(str::to_owned),
+        ".{0,6}",
+        "[a-z ]{0,12}",
+    ];
+    let text = prop::collection::vec(part, 0..12).prop_map(|parts| parts.concat());
+    for (name, is_split, model) in byte_levels() {
+        assert_eq!(model.words.is_some(), is_split, "{name}");
+        let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(1_000));
+        let outcome = runner.run(&(&text, any::<bool>()), |(text, special)| {
+            let library = model.encode_as_library(&text, special).expect("it is encoded");
+            prop_assert_eq!(model.encode(&text, special).expect("it is encoded"), library);
+            Ok(())
+        });
+        outcome.unwrap_or_else(|fault| panic!("{name}: {fault}"));
     }
 }
 

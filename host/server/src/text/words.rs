@@ -1,0 +1,158 @@
+//! Texts to tokens a word at a time, for byte-level BPE, the kind of GPT-2, Llama 3, Qwen and the demo.
+//!
+//! The library keeps the way back from every piece to the original text, for callers that mark words; a prompt does not need
+//! it, and it was a quarter of what the host spent on a short request. So the splitting is done here, on slices of the text,
+//! with the library's expression, and each piece is given to the library's model. Tokenizers of any other form, and texts that
+//! a normalizer may change, go through the library as they are; tests hold both ways to the same tokens.
+
+use aho_corasick::{AhoCorasick, MatchKind};
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::utils::SysRegex;
+use tokenizers::{
+    AddedToken, Model as _, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
+};
+
+use super::detokenize::byte_char;
+
+/// How GPT-2 splits words, where a tokenizer says only that it is byte-level.
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+
+/// What a byte-level tokenizer does before its model.
+pub(super) struct Words {
+    pattern: SysRegex,
+    /// Tokens that are found in the text before anything else, in the order in which they are looked for.
+    added: Vec<Added>,
+    /// The characters that write bytes.
+    alphabet: [char; 256],
+    /// Whether text beyond ASCII may be changed first.
+    only_ascii: bool,
+    /// What is put around a text, before it and after it.
+    around: [Vec<u32>; 2],
+}
+
+struct Added {
+    find: AhoCorasick,
+    ids: Vec<u32>,
+}
+
+// === impl Words ===
+
+impl Words {
+    /// `None` for a tokenizer of another form.
+    pub(super) fn of(tokenizer: &Tokenizer) -> Option<Self> {
+        let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
+        let only_ascii = match tokenizer.get_normalizer() {
+            None => false,
+            Some(NormalizerWrapper::NFC(_)) => true,
+            Some(_) => return None,
+        };
+        let vocabulary = tokenizer.get_added_vocabulary();
+        if model.dropout.is_some_and(|share| share > 0.0) || vocabulary.get_encode_special_tokens() {
+            return None;
+        }
+        let tokens = vocabulary.get_added_tokens_decoder();
+        if tokens.values().any(|token| token.single_word || token.lstrip || token.rstrip) {
+            return None;
+        }
+        let of_kind = |normalized| Added::new(tokens.iter().filter(move |(_, token)| token.normalized == normalized));
+        let added = [of_kind(false)?, of_kind(true)?];
+        Some(Self {
+            pattern: SysRegex::new(pattern(tokenizer.get_pre_tokenizer()?)?).ok()?,
+            added: added.into_iter().filter(|added| !added.ids.is_empty()).collect(),
+            alphabet: std::array::from_fn(|byte| byte_char(byte as u8)),
+            only_ascii,
+            around: around(tokenizer)?,
+        })
+    }
+
+    /// Tokens of a text; `None` where the library must look at it.
+    pub(super) fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        add_special: bool,
+    ) -> Option<tokenizers::Result<Vec<u32>>> {
+        if text.is_empty() || (self.only_ascii && !text.is_ascii()) {
+            return None;
+        }
+        let mut ids = Vec::with_capacity(text.len() / 3 + 4);
+        let [before, after] = &self.around;
+        ids.extend(before.iter().filter(|_| add_special));
+        let done = self.segment(&self.added, tokenizer, text, &mut ids);
+        ids.extend(after.iter().filter(|_| add_special));
+        Some(done.map(|()| ids))
+    }
+
+    /// A part of a text in which the `added` tokens may still be.
+    fn segment(
+        &self,
+        added: &[Added],
+        tokenizer: &Tokenizer,
+        text: &str,
+        ids: &mut Vec<u32>,
+    ) -> tokenizers::Result<()> {
+        let Some((first, rest)) = added.split_first() else { return self.split(tokenizer, text, ids) };
+        let mut done = 0;
+        for token in first.find.find_iter(text) {
+            self.segment(rest, tokenizer, &text[done..token.start()], ids)?;
+            ids.push(first.ids[token.pattern().as_usize()]);
+            done = token.end();
+        }
+        self.segment(rest, tokenizer, &text[done..], ids)
+    }
+
+    /// A part without added tokens: the pieces that the expression finds, and what is between them.
+    fn split(&self, tokenizer: &Tokenizer, text: &str, ids: &mut Vec<u32>) -> tokenizers::Result<()> {
+        let mut written = String::new();
+        let mut piece = |start: usize, end: usize| -> tokenizers::Result<()> {
+            if start < end {
+                written.clear();
+                written.extend(text.as_bytes()[start..end].iter().map(|byte| self.alphabet[usize::from(*byte)]));
+                ids.extend(tokenizer.get_model().tokenize(&written)?.iter().map(|token| token.id));
+            }
+            Ok(())
+        };
+        let mut done = 0;
+        for (start, end) in self.pattern.find_iter(text) {
+            piece(done, start)?;
+            piece(start, end)?;
+            done = end;
+        }
+        piece(done, text.len())
+    }
+}
+
+impl Added {
+    fn new<'a>(tokens: impl Iterator<Item = (&'a u32, &'a AddedToken)>) -> Option<Self> {
+        let (ids, texts): (Vec<u32>, Vec<&str>) = tokens.map(|(id, token)| (*id, token.content.as_str())).unzip();
+        let find = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts).ok()?;
+        Some(Self { find, ids })
+    }
+}
+
+/// The expression that splits words; `None` where more is done to a text than that.
+fn pattern(pre_tokenizer: &PreTokenizerWrapper) -> Option<&str> {
+    match pre_tokenizer {
+        PreTokenizerWrapper::ByteLevel(bytes) if bytes.use_regex && !bytes.add_prefix_space => Some(GPT2),
+        PreTokenizerWrapper::Sequence(steps) => match steps.as_ref() {
+            [
+                PreTokenizerWrapper::Split(Split {
+                    pattern: SplitPattern::Regex(pattern),
+                    behavior: SplitDelimiterBehavior::Isolated,
+                    ..
+                }),
+                PreTokenizerWrapper::ByteLevel(bytes),
+            ] if !bytes.use_regex && !bytes.add_prefix_space => Some(pattern),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// What the tokenizer puts before a text and after it.
+fn around(tokenizer: &Tokenizer) -> Option<[Vec<u32>; 2]> {
+    let ids = |special| Some(tokenizer.encode_fast("a", special).ok()?.get_ids().to_vec());
+    let (text, whole): (Vec<u32>, Vec<u32>) = (ids(false)?, ids(true)?);
+    let at = whole.windows(text.len().max(1)).position(|part| part == text)?;
+    Some([whole[..at].to_vec(), whole[at + text.len()..].to_vec()])
+}
