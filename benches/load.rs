@@ -154,7 +154,8 @@ fn added() -> anyhow::Result<()> {
 fn streams() -> anyhow::Result<()> {
     let settings = [
         ("ENGINE__DEVICES", "[\"null:20000\"]"),
-        ("ENGINE__KV_MIB", "256"),
+        // Room for all of them at once: none is put back into the queue.
+        ("ENGINE__KV_MIB", "1024"),
         ("SERVER__MAX_CONNECTIONS", "4096"),
         ("SERVER__MAX_IN_FLIGHT", "2048"),
         ("SCHED__MAX_RUNNING", "1024"),
