@@ -1,6 +1,6 @@
 //! What distinguishes one decoder transformer from another, as data.
 //!
-//! Read in the order below: the description, then [`read`] (fields of a Hugging Face `config.json`), then `families` (what each
+//! Read in the order below: the description, then [`read`] (fields of a Hugging Face `config.json`), then `rope`, then `families` (what each
 //! architecture adds to the fields that all share), then `gguf` (the same fields from a GGUF file). The reader accepts what the
 //! forward pass computes and refuses the rest by name: a field that would silently change the mathematics is an error here,
 //! never a wrong token later.
@@ -9,11 +9,13 @@ mod encoder;
 mod families;
 mod gguf;
 mod read;
+mod rope;
 #[cfg(test)]
 mod tests;
 
 pub use encoder::{EncoderSpec, Pooling};
 pub use read::{FieldError, SpecError};
+pub use rope::{Rope, RopeScaling};
 
 use crate::load::Weights;
 use read::Fields;
@@ -71,42 +73,6 @@ pub struct ModelSpec {
     pub experts: Option<Experts>,
     /// How the file names its tensors.
     pub naming: Naming,
-}
-
-/// Rotate-half positions.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// Leading elements of a head that are turned; the rest stay.
-    pub width: usize,
-    /// How frequencies are stretched for a longer context.
-    pub scaling: RopeScaling,
-}
-
-/// How rotation frequencies are stretched.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All divided by a factor.
-    Linear {
-        /// The factor.
-        factor: f64,
-    },
-    /// Low ones divided by a factor, high ones kept, those between blended.
-    Llama3 {
-        /// The factor.
-        factor: f64,
-        /// Turns within the old context below which a frequency counts as low.
-        low: f64,
-        /// ... and above which it counts as high.
-        high: f64,
-        /// Positions of the old context.
-        old_context: f64,
-    },
-    /// Each divided by a number of its own.
-    Divided(Vec<f32>),
 }
 
 /// Layers with a sliding window.
@@ -223,29 +189,5 @@ impl ModelSpec {
     #[must_use]
     pub fn has_window_rope(&self, layer: usize) -> bool {
         self.window_rope.is_some() && self.window_of(layer).is_some()
-    }
-}
-
-impl Rope {
-    /// Radians per position of each pair of elements.
-    #[must_use]
-    pub fn frequencies(&self) -> Vec<f64> {
-        let plain = |i: usize| self.theta.powf(-2.0 * i as f64 / self.width as f64);
-        (0..self.width / 2).map(|i| self.scaling.apply(i, plain(i))).collect()
-    }
-}
-
-impl RopeScaling {
-    fn apply(&self, i: usize, frequency: f64) -> f64 {
-        match *self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / factor,
-            Self::Divided(ref divisors) => frequency / f64::from(divisors[i]),
-            Self::Llama3 { factor, low, high, old_context } => {
-                let turns = old_context * frequency / std::f64::consts::TAU;
-                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                frequency * (kept + (1.0 - kept) / factor)
-            }
-        }
     }
 }

@@ -7,8 +7,9 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 
-use super::read::{FieldError, Fields, invalid, missing, positive, unsupported};
-use super::{Activation, Experts, ModelSpec, Naming, Rope, RopeScaling, Window};
+use super::read::{FieldError, Fields, invalid, missing, unsupported};
+use super::rope;
+use super::{Activation, Experts, ModelSpec, Naming, Rope, Window};
 
 /// An architecture by the name that `config.json` gives it.
 struct Family {
@@ -68,10 +69,11 @@ fn shared(fields: &Fields) -> Result<ModelSpec, FieldError> {
         Some((_, Some("gelu_pytorch_tanh"))) => Activation::GeluTanh,
         Some((found, _)) => return Err(unsupported("hidden_act", found.to_string(), "silu, gelu_pytorch_tanh")),
     };
-    let rope = match fields.get("rope_parameters") {
+    let parameters = fields.get("rope_parameters").or_else(|| fields.get("rope_scaling"));
+    let rope = match parameters {
         // Several, by kind of layer: the family picks.
-        Some(parameters) if parameters.get("full_attention").is_some() => plain_rope(head_dim),
-        parameters => rope(fields, parameters.or_else(|| fields.get("rope_scaling")), head_dim)?,
+        Some(parameters) if parameters.get("full_attention").is_some() => Rope::plain(head_dim),
+        parameters => Rope::read(fields, parameters, head_dim)?,
     };
     Ok(ModelSpec {
         vocab: fields.size("vocab_size")?,
@@ -81,7 +83,7 @@ fn shared(fields: &Fields) -> Result<ModelSpec, FieldError> {
         kv_heads: fields.size_or("num_key_value_heads", heads)?,
         head_dim,
         ffn: fields.size("intermediate_size")?,
-        context: fields.size("max_position_embeddings")?,
+        context: rope::context(fields, parameters, &rope)?,
         norm_eps: fields.positive_or_none("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         norm_plus_one: false,
         post_norms: false,
@@ -100,52 +102,6 @@ fn shared(fields: &Fields) -> Result<ModelSpec, FieldError> {
         experts: None,
         naming: Naming::Split,
     })
-}
-
-fn plain_rope(head_dim: usize) -> Rope {
-    Rope { theta: 10_000.0, width: head_dim, scaling: RopeScaling::None }
-}
-
-/// Reads an object with `rope_type` and its parameters. The base may stand in it or beside it.
-fn rope(fields: &Fields, parameters: Option<&Value>, head_dim: usize) -> Result<Rope, FieldError> {
-    const FIELD: &str = "rope_scaling";
-    const SUPPORTED: &str = "null, or rope_type = default, linear or llama3";
-    let get = |name: &str| parameters.and_then(|all| all.get(name)).filter(|value| !value.is_null());
-    let number = |name: &'static str| match get(name) {
-        Some(found) => positive(name, found),
-        None => Err(missing(name, "a positive number in rope_scaling")),
-    };
-    let theta = match get("rope_theta") {
-        Some(found) => positive("rope_theta", found)?,
-        None => fields.positive_or_none("rope_theta")?.unwrap_or(10_000.0),
-    };
-    let kind = get("rope_type").or_else(|| get("type")).map(|kind| kind.as_str().unwrap_or_default());
-    let scaling = match kind {
-        None | Some("default") => RopeScaling::None,
-        Some("linear") => RopeScaling::Linear { factor: number("factor")? },
-        Some("llama3") => RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low: number("low_freq_factor")?,
-            high: number("high_freq_factor")?,
-            old_context: number("original_max_position_embeddings")?,
-        },
-        Some(_) => return Err(unsupported(FIELD, parameters.unwrap_or(&Value::Null).to_string(), SUPPORTED)),
-    };
-    if let RopeScaling::Llama3 { low, high, .. } = scaling
-        && low >= high
-    {
-        let expected = "less than high_freq_factor";
-        return Err(invalid("low_freq_factor", low, expected));
-    }
-    let part = match get("partial_rotary_factor") {
-        Some(found) => positive("partial_rotary_factor", found)?,
-        None => fields.positive_or_none("partial_rotary_factor")?.unwrap_or(1.0),
-    };
-    if part > 1.0 {
-        let expected = "a number above 0 and up to 1";
-        return Err(invalid("partial_rotary_factor", part, expected));
-    }
-    Ok(Rope { theta, width: (head_dim as f64 * part) as usize, scaling })
 }
 
 /// A window in the layers that `layer_types` names, or else in those for which `default` holds.
@@ -255,15 +211,15 @@ fn gemma3(fields: &Fields, spec: &mut ModelSpec) -> Result<(), FieldError> {
     let every = fields.size_or("sliding_window_pattern", 6)?;
     window(fields, spec, |layer| (layer + 1) % every != 0)?;
     if let Some(parameters) = fields.get("rope_parameters").filter(|all| all.get("full_attention").is_some()) {
-        spec.rope = rope(fields, parameters.get("full_attention"), spec.head_dim)?;
-        spec.window_rope = Some(rope(fields, parameters.get("sliding_attention"), spec.head_dim)?);
+        spec.rope = Rope::read(fields, parameters.get("full_attention"), spec.head_dim)?;
+        spec.window_rope = Some(Rope::read(fields, parameters.get("sliding_attention"), spec.head_dim)?);
         return Ok(());
     }
     if fields.get("rope_theta").is_none() && fields.get("rope_parameters").is_none() {
         spec.rope.theta = 1_000_000.0;
     }
     let theta = fields.positive_or_none("rope_local_base_freq")?.unwrap_or(10_000.0);
-    spec.window_rope = Some(Rope { theta, ..plain_rope(spec.head_dim) });
+    spec.window_rope = Some(Rope { theta, ..Rope::plain(spec.head_dim) });
     Ok(())
 }
 

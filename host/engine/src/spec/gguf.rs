@@ -6,7 +6,7 @@
 use serde_json::{Map, Number, Value as Json};
 
 use super::families;
-use super::read::{FieldError, Fields, SpecError, invalid, missing, unsupported};
+use super::read::{FieldError, Fields, SpecError, invalid, missing, positive, unsupported};
 use super::{ModelSpec, Naming, RopeScaling};
 use crate::load::Weights;
 use crate::load::gguf::Value;
@@ -85,13 +85,7 @@ pub(super) fn from_gguf(weights: &Weights) -> Result<ModelSpec, SpecError> {
         let wrong = FieldError::Unsupported { field, found, supported };
         spec.rope.width = fits.ok_or(SpecError::Metadata(wrong))?;
     }
-    if weights.has("rope_freqs.weight") {
-        let divisors = weights.get("rope_freqs.weight", &[spec.rope.width / 2])?.to_f32();
-        if let Some(found) = divisors.iter().find(|divisor| **divisor <= 0.0) {
-            return Err(SpecError::Metadata(invalid("rope_freqs.weight", found, "numbers above 0")));
-        }
-        spec.rope.scaling = RopeScaling::Divided(divisors);
-    }
+    keys.divided(&mut spec)?;
     Ok(spec)
 }
 
@@ -150,6 +144,30 @@ impl Keys<'_> {
         Ok(fields)
     }
 
+    /// Frequencies that tensors divide, each by a number of its own: those of Llama 3, and of LongRoPE those of the context.
+    fn divided(&self, spec: &mut ModelSpec) -> Result<(), SpecError> {
+        let mut name = "rope_freqs.weight";
+        if self.weights.has("rope_factors_long.weight") {
+            let old_context = self.number("rope.scaling.original_context_length").map_err(SpecError::Metadata)?;
+            let is_long = old_context.is_none_or(|old_context| spec.context as f64 > old_context);
+            name = if is_long { "rope_factors_long.weight" } else { "rope_factors_short.weight" };
+            spec.rope.magnitude = self.number("rope.scaling.attn_factor").map_err(SpecError::Metadata)?.unwrap_or(1.0);
+        } else if !self.weights.has(name) {
+            return Ok(());
+        }
+        let divisors = self.weights.get(name, &[spec.rope.width / 2])?.to_f32();
+        if let Some(found) = divisors.iter().find(|divisor| **divisor <= 0.0) {
+            return Err(SpecError::Metadata(invalid(name, found, "numbers above 0")));
+        }
+        spec.rope.scaling = RopeScaling::Divided(divisors);
+        Ok(())
+    }
+
+    /// A positive number, where the file has it.
+    fn number(&self, name: &'static str) -> Result<Option<f64>, FieldError> {
+        self.get(name).map(|found| positive(name, &json(&found))).transpose()
+    }
+
     /// `rope_scaling` from its keys. A factor without a type is linear.
     fn stretched(&self, fields: &mut Map<String, Json>) -> Result<(), FieldError> {
         if let Some(width) = self.get("attention.value_length")
@@ -158,15 +176,21 @@ impl Keys<'_> {
             let (field, found) = (self.key("attention.value_length").into(), json(&width).to_string());
             return Err(FieldError::Unsupported { field, found, supported: "that of the keys" });
         }
-        if self.weights.has("rope_factors_long.weight") {
-            let (field, found) = (self.key("rope.scaling.type").into(), "longrope".to_owned());
-            return Err(FieldError::Unsupported { field, found, supported: "none, linear" });
-        }
         let factor = self.get("rope.scaling.factor").map(|factor| json(&factor)).unwrap_or_default();
         let default = if factor.is_null() { "none" } else { "linear" };
         let kind = fields.remove("rope_scaling").unwrap_or_else(|| default.into());
-        if kind != "none" {
-            fields.insert("rope_scaling".to_owned(), serde_json::json!({"rope_type": kind, "factor": factor}));
+        let mut scaling = serde_json::json!({"rope_type": kind, "factor": factor});
+        if kind == "yarn" {
+            scaling["original_max_position_embeddings"] =
+                self.get("rope.scaling.original_context_length").map(|found| json(&found)).into();
+            // What llama.cpp multiplies by, beside what YaRN does of itself.
+            if let (Some(more), Some(factor)) = (self.number("rope.scaling.attn_factor")?, factor.as_f64()) {
+                scaling["attention_factor"] = (more * (1.0 + 0.1 * factor.ln())).into();
+            }
+        }
+        // The factors of LongRoPE are tensors.
+        if kind != "none" && kind != "longrope" {
+            fields.insert("rope_scaling".to_owned(), scaling);
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ fn a_llama_config_is_read() {
         post_norms: false,
         embedding_scale: 1.0,
         tied: true,
-        rope: Rope { theta: 50_000.0, width: 32, scaling: RopeScaling::None },
+        rope: Rope { theta: 50_000.0, width: 32, scaling: RopeScaling::None, magnitude: 1.0 },
         window_rope: None,
         window: None,
         qkv_bias: false,
@@ -74,8 +74,8 @@ fn odd_fields_are_named_with_what_is_supported() {
         ),
         (
             "rope_scaling",
-            r#"{"rope_type":"yarn"}"#,
-            r#"rope_scaling = {"rope_type":"yarn"}, which is not supported; supported: null"#,
+            r#"{"rope_type":"dynamic"}"#,
+            r#"rope_scaling = {"rope_type":"dynamic"}, which is not supported; supported: null"#,
         ),
         ("hidden_act", r#""gelu""#, r#"hidden_act = "gelu", which is not supported; supported: silu"#),
         ("mlp_bias", "true", "mlp_bias = true, which is not supported; supported: false"),
@@ -157,8 +157,8 @@ fn smollm_is_a_llama() {
 #[test]
 fn llama3_stretches_low_frequencies_only() {
     let scaling = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, old_context: 8192.0 };
-    let stretched = Rope { theta: 500_000.0, width: 128, scaling }.frequencies();
-    let plain = Rope { theta: 500_000.0, width: 128, scaling: RopeScaling::None }.frequencies();
+    let stretched = Rope { theta: 500_000.0, width: 128, scaling, magnitude: 1.0 }.frequencies();
+    let plain = Rope { theta: 500_000.0, width: 128, scaling: RopeScaling::None, magnitude: 1.0 }.frequencies();
     for (i, (stretched, plain)) in stretched.iter().zip(&plain).enumerate() {
         let turns = 8192.0 * plain / std::f64::consts::TAU;
         let share = stretched / plain;
@@ -168,4 +168,67 @@ fn llama3_stretches_low_frequencies_only() {
             _ => assert!(share > 1.0 / 8.0 && share < 1.0, "{i}: {share}"),
         }
     }
+}
+
+#[test]
+fn yarn_and_longrope_are_read_in_the_ways_that_files_have() {
+    let read = |more: Value| {
+        let mut fields = config();
+        fields.insert("max_position_embeddings".into(), more["context"].clone());
+        fields.insert("original_max_position_embeddings".into(), more["beside"].clone());
+        fields.insert("rope_scaling".into(), more["scaling"].clone());
+        read(&fields)
+    };
+    let factors = |x: f32| vec![x; 16];
+    let longrope =
+        |kind: &str| serde_json::json!({"type": kind, "short_factor": factors(2.0), "long_factor": factors(3.0)});
+    let natural = 0.1 * 4f64.ln() + 1.0;
+    // The context that is served, the first divisor and the last, and the magnitude.
+    for (found, context, divisors, magnitude) in [
+        // The context of the file is the old one or the stretched one.
+        (
+            r#"{"context": 1024, "scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}"#,
+            4096,
+            [1.0, 4.0],
+            natural,
+        ),
+        (
+            r#"{"context": 4096, "scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}"#,
+            4096,
+            [1.0, 4.0],
+            natural,
+        ),
+        (r#"{"context": 1024, "scaling": {"type": "yarn", "factor": 4.0}}"#, 1024, [1.0, 4.0], natural),
+        (
+            r#"{"context": 1024, "scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}}"#,
+            1024,
+            [1.0, 4.0],
+            2.0,
+        ),
+        (
+            r#"{"context": 1024, "scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}}"#,
+            1024,
+            [1.0, 4.0],
+            1.0,
+        ),
+        (r#"{"context": 1024, "scaling": {"type": "yarn", "factor": 0.5}}"#, 1024, [1.0, 0.5], 1.0),
+    ] {
+        let spec = read(serde_json::from_str(found).unwrap()).unwrap();
+        assert_eq!((spec.context, spec.rope.magnitude), (context, magnitude), "{found}");
+        let plain = Rope { scaling: RopeScaling::None, ..spec.rope.clone() }.frequencies();
+        let share: Vec<f64> = plain.iter().zip(spec.rope.frequencies()).map(|(plain, is)| plain / is).collect();
+        assert_eq!([share[0], share[15]], divisors, "{found}");
+    }
+    for (kind, context, expect) in [("longrope", 4096, 3.0), ("su", 1024, 2.0)] {
+        let more = serde_json::json!({"context": context, "beside": 1024, "scaling": longrope(kind)});
+        let spec = read(more).unwrap();
+        assert_eq!(spec.rope.scaling, RopeScaling::Divided(factors(expect)), "{kind}");
+        assert_eq!(spec.rope.magnitude > 1.0, context > 1024, "{kind}: {}", spec.rope.magnitude);
+    }
+    let mut short = longrope("longrope");
+    short["long_factor"] = vec![1.0; 15].into();
+    let error = read(serde_json::json!({"context": 4096, "beside": 1024, "scaling": short})).unwrap_err().to_string();
+    assert!(error.contains("a list of positive numbers, one for every two elements that are turned"), "{error}");
+    let error = read(serde_json::json!({"context": 4096, "scaling": longrope("su")})).unwrap_err().to_string();
+    assert!(error.contains("lacks original_max_position_embeddings"), "{error}");
 }

@@ -51,6 +51,13 @@ pub(crate) fn file(config: &Json, tensors: &Tensors, dtype: impl Fn(&str) -> Ggm
         let (name, sizes) = ("rope_freqs.weight".to_owned(), vec![divisors.len() as u64]);
         file.tensors.push(Stored { name, sizes, kind: 0, bytes });
     }
+    for (name, field) in [("rope_factors_long.weight", "long_factor"), ("rope_factors_short.weight", "short_factor")] {
+        if let Some(factors) = config["rope_parameters"][field].as_array() {
+            let bytes = factors.iter().flat_map(|x| (x.as_f64().unwrap() as f32).to_le_bytes()).collect();
+            let sizes = vec![factors.len() as u64];
+            file.tensors.push(Stored { name: name.to_owned(), sizes, kind: 0, bytes });
+        }
+    }
     for (name, (mut shape, values)) in joined(tensors) {
         let values = prepared(arch, config, &name, values);
         let name = renamed(arch, &name);
@@ -123,9 +130,21 @@ fn metadata(arch: &str, config: &Json) -> Vec<(String, Value)> {
             all.push((format!("{arch}.{key}"), Value::F32(found as f32)));
         }
     }
-    if ["phi3", "gemma2", "gemma3"].contains(&arch) {
-        let window = config["sliding_window"].as_u64().unwrap() as u32;
-        all.push((format!("{arch}.attention.sliding_window"), Value::U32(window)));
+    if ["phi3", "gemma2", "gemma3"].contains(&arch)
+        && let Some(window) = config["sliding_window"].as_u64()
+    {
+        all.push((format!("{arch}.attention.sliding_window"), Value::U32(window as u32)));
+    }
+    let kind = rope["rope_type"].as_str().filter(|kind| ["yarn", "longrope"].contains(kind));
+    if let Some(kind) = kind {
+        let old_context = rope["original_max_position_embeddings"].as_u64().unwrap() as u32;
+        all.push((format!("{arch}.rope.scaling.type"), Value::Text(kind.to_owned())));
+        all.push((format!("{arch}.rope.scaling.original_context_length"), Value::U32(old_context)));
+        let more = match kind {
+            "yarn" => ("factor", rope["factor"].as_f64().unwrap()),
+            _ => ("attn_factor", (1.0 + (256.0 / f64::from(old_context)).ln() / f64::from(old_context).ln()).sqrt()),
+        };
+        all.push((format!("{arch}.rope.scaling.{}", more.0), Value::F32(more.1 as f32)));
     }
     all
 }

@@ -34,6 +34,13 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+# An old context that every prompt is longer than: the reference takes the factors of a long one throughout.
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=2,
+    short_factor=[1.0 + i / 40 for i in range(16)], long_factor=[1.0 + i * i / 20 for i in range(16)],
+)
+
 CASES = {
     "llama": ("LlamaConfig", dict(tie_word_embeddings=True)),
     "llama3": ("LlamaConfig", dict(rope_parameters=LLAMA3, attention_bias=True)),
@@ -46,6 +53,10 @@ CASES = {
         dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[1], norm_topk_prob=True),
     ),
     "phi3": ("Phi3Config", dict(sliding_window=24)),
+    "phi3-longrope": (
+        "Phi3Config", dict(rope_parameters=LONGROPE, original_max_position_embeddings=2, num_attention_heads=1),
+    ),
+    "qwen3-yarn": ("Qwen3Config", dict(rope_parameters=YARN)),
     "gemma2": ("Gemma2Config", dict(num_hidden_layers=4, sliding_window=20, query_pre_attn_scalar=48, attn_logit_softcapping=3.0,
                                     final_logit_softcapping=4.0)),
     "gemma3": ("Gemma3TextConfig", dict(num_hidden_layers=7, sliding_window=20, query_pre_attn_scalar=48)),

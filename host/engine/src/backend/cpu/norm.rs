@@ -112,8 +112,9 @@ impl RopeTables {
         let frequencies = rope.frequencies();
         let half = frequencies.len() / LANES;
         let angle = |v: usize, i: usize| (v / half) as f64 * frequencies[v % half * LANES + i];
-        let table =
-            |f: fn(f64) -> f64| (0..positions * half).map(|v| std::array::from_fn(|i| f(angle(v, i)) as f32)).collect();
+        let table = |f: fn(f64) -> f64| {
+            (0..positions * half).map(|v| std::array::from_fn(|i| (rope.magnitude * f(angle(v, i))) as f32)).collect()
+        };
         Self { cos: table(f64::cos), sin: table(f64::sin), half, head: head_dim / LANES }
     }
 

@@ -237,8 +237,8 @@ impl<'a> Packer<'a> {
         for position in 0..self.sizes.config.context_tokens {
             for frequency in &frequencies {
                 let angle = position as f64 * frequency;
-                self.piece.numbers.extend((angle.cos() as f32).to_le_bytes());
-                self.piece.numbers.extend((angle.sin() as f32).to_le_bytes());
+                self.piece.numbers.extend(((rope.magnitude * angle.cos()) as f32).to_le_bytes());
+                self.piece.numbers.extend(((rope.magnitude * angle.sin()) as f32).to_le_bytes());
             }
             at = self.put(buffer, at)?;
         }
