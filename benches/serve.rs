@@ -1,6 +1,6 @@
-//! The whole host over HTTP, as users meet it: time to ready, idle memory, first token at idle, throughput at concurrency 32 over
-//! concurrency 1 on a pinned variant, and the time between tokens while a model loads over that without. Bars: 1 s, 150 MB,
-//! 50 ms, 4x, 1.5x.
+//! The whole host over HTTP, as users meet it: time to ready, idle memory, first event and first token at idle, with a draft too,
+//! throughput at concurrency 32 over concurrency 1 on a pinned variant, and the time between tokens while a model loads over
+//! that without. Bars: 1 s, 150 MB, 10 ms, 50 ms, 4x, 1.5x.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::process::ExitCode;
@@ -62,16 +62,62 @@ fn start_up() -> Host {
     host.unwrap_or_else(|| unreachable!("ten starts"))
 }
 
-fn first_token(host: &Host, variant: &str) {
-    let mut samples = Samples::default();
+/// Whether an event is looked for.
+type Is = fn(&Value) -> bool;
+
+/// How long it takes until each of these events is read, over a hundred requests one after the other.
+fn until(host: &Host, body: impl Fn(usize) -> Value, rows: &[(String, Is, Option<u64>)]) {
+    let mut samples: Vec<Samples> = rows.iter().map(|_| Samples::default()).collect();
     for n in 0..100 {
+        let (start, mut seen) = (now(), vec![false; rows.len()]);
+        let heard = |event: &Value| {
+            for (i, (_, is, _)) in rows.iter().enumerate() {
+                if is(event) && !std::mem::replace(&mut seen[i], true) {
+                    samples[i].add(start.elapsed());
+                }
+            }
+        };
+        host.stream_heard(&body(n), heard).unwrap_or_else(|e| panic!("request {n}: {e}"));
+        assert!(seen.iter().all(|seen| *seen), "request {n} told all that it should");
+    }
+    for (samples, (name, _, bar)) in samples.into_iter().zip(rows) {
+        samples.percentiles().print(name, bar.map(Duration::from_millis));
+    }
+}
+
+fn first_token(host: &Host, variant: &str) {
+    let body = |n| {
         let mut body = request(variant, n);
         body["max_tokens"] = 1.into();
-        let start = now();
-        host.stream(&body).unwrap_or_else(|e| panic!("{e}"));
-        samples.add(start.elapsed());
-    }
-    samples.percentiles().print(&format!("{variant}, first token at idle"), Some(Duration::from_millis(50)));
+        body
+    };
+    let rows: [(String, Is, Option<u64>); 2] = [
+        (format!("{variant}, first event at idle (NDJSON)"), |_| true, Some(10)),
+        (format!("{variant}, first token at idle (NDJSON)"), |event| event["event"] == "token", Some(50)),
+    ];
+    until(host, body, &rows);
+}
+
+/// The demo model with its small sibling before it, beside the demo model alone.
+fn drafted(host: &Host) {
+    let whole: Is = |event| event["event"] == "done";
+    until(host, |n| request("demo:f16", n), &[(format!("demo:f16, {TOKENS} tokens at idle"), whole, None)]);
+    let body = |n| {
+        let mut body = request("demo:f16", n);
+        body["draft"] = "demo-mini".into();
+        body
+    };
+    let first: Is = |event| event["event"] == "token" && event["stage"] == "draft";
+    let last: Is = |event| event["event"] == "finished" && event["stage"] == "draft";
+    let name = |what: &str| format!("demo:f16 after a draft by demo-mini, {what}");
+    let rows: [(String, Is, Option<u64>); 5] = [
+        (name("first event"), |_| true, Some(10)),
+        (name("first token of the draft"), first, Some(50)),
+        (name("its last"), last, None),
+        (name("it is replaced"), |event| event["event"] == "replace", None),
+        (name("the end"), whole, None),
+    ];
+    until(host, body, &rows);
 }
 
 /// Streams at once while a model loads.
@@ -152,6 +198,7 @@ fn main() -> ExitCode {
         "idle memory: {megabytes:.1} MB resident   bar 150 MB {}",
         if megabytes <= 150.0 { "met" } else { "MISSED" }
     );
+    drafted(&host);
     for variant in ["demo:f16", "demo:q8_0"] {
         first_token(&host, variant);
         throughput(&host, variant, 32, 1);

@@ -31,8 +31,10 @@ fn request(rng: &mut Rng, id: &str) -> Value {
     // Some share their beginning, and so blocks; some have several choices, which share more.
     let prompt = "Rust is a language. ".repeat(1 + rng.below(12) as usize);
     let (n, tokens) = (1 + rng.below(3), 1 + rng.below(200));
+    // Some have a draft, which ends with them.
+    let draft = if rng.below(4) == 0 { json!("demo-mini") } else { Value::Null };
     json!({ "model": rng.pick(&["demo:f16", "demo:q8_0", "demo"]), "prompt": prompt, "max_tokens": tokens, "n": n,
-        "stream": true, "ignore_eos": true, "user": id, "temperature": 1 })
+        "stream": true, "ignore_eos": true, "user": id, "temperature": 1, "draft": draft })
 }
 
 fn client(host: &Host, rng: &mut Rng, id: &str) -> std::io::Result<()> {
@@ -51,7 +53,11 @@ fn client(host: &Host, rng: &mut Rng, id: &str) -> std::io::Result<()> {
         }
         Leaves::Asked => raw::send(host, "/v1/completions", &body)?.shutdown(Shutdown::Both)?,
         Leaves::Cancelling => {
-            let headers = [("content-type", "application/json"), ("x-request-id", id)];
+            let headers = [
+                ("content-type", "application/json"),
+                ("x-request-id", id),
+                ("accept", if body["draft"].is_null() { "*/*" } else { "application/x-ndjson" }),
+            ];
             let url = format!("{}/v1/completions", host.data);
             std::thread::scope(|scope| {
                 scope.spawn(|| host.send("POST", &url, &headers, body.to_string().as_bytes()));

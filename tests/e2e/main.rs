@@ -24,6 +24,7 @@ mod models;
 mod oci;
 mod operate;
 mod operation;
+mod progressive;
 mod restart;
 mod rollouts;
 mod routers;

@@ -264,8 +264,8 @@ impl Host {
         }
         for line in BufReader::new(answer.into_body().into_reader()).lines() {
             let event: Value = serde_json::from_str(&line.map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
-            if let Some(error) = event.get("error") {
-                return Err(error.to_string());
+            if event["event"] == "error" {
+                return Err(event["error"].to_string());
             }
             heard(&event);
             streamed.take(&event);
@@ -277,6 +277,8 @@ impl Host {
 impl Streamed {
     fn take(&mut self, event: &Value) {
         match event["event"].as_str() {
+            // What a draft said.
+            Some("replace") => (self.tokens, self.text) = Default::default(),
             Some("token") => {
                 self.tokens.extend(event["token"].as_u64());
                 self.text.push_str(event["text"].as_str().unwrap_or_default());

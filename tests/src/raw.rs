@@ -33,14 +33,18 @@ impl Raw {
         Ok(Self { answer, status })
     }
 
-    /// The next event of the stream; nothing after the last.
+    /// The next event of the stream, of either kind; nothing after the last.
     ///
     /// # Errors
     /// The connection broke.
     pub fn event(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
         while self.answer.read_line(&mut line)? > 0 {
-            if let Some(event) = line.trim_end().strip_prefix("data: ") {
+            let line_or_data = line.trim_end();
+            if line_or_data.starts_with('{') {
+                return Ok(Some(line_or_data.to_owned()));
+            }
+            if let Some(event) = line_or_data.strip_prefix("data: ") {
                 return Ok((event != "[DONE]").then(|| event.to_owned()));
             }
             line.clear();
@@ -49,7 +53,7 @@ impl Raw {
     }
 }
 
-/// Sends a request and waits for nothing.
+/// Sends a request and waits for nothing. One with a draft asks for the events that can tell it.
 ///
 /// # Errors
 /// The connection broke.
@@ -57,8 +61,10 @@ pub fn send(host: &Host, path: &str, body: &Value) -> Result<TcpStream> {
     let address = host.data.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address)?;
     socket.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let accept = if body["draft"].is_null() { "*/*" } else { "application/x-ndjson" };
     let body = body.to_string();
-    let head = format!("POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n");
+    let head =
+        format!("POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\naccept: {accept}\r\n");
     socket.write_all(format!("{head}content-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()).as_bytes())?;
     Ok(socket)
 }

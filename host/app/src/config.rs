@@ -73,6 +73,7 @@ pub(crate) struct ServerSection {
     pub max_connections: u32,
     pub max_choices: u32,
     pub max_rows: u32,
+    pub draft_lead_ms: u64,
     pub max_grammar_mib: u32,
     /// Room of the response cache; 0 leaves it off.
     pub response_cache_mib: u32,
@@ -349,6 +350,7 @@ impl Default for ServerSection {
             max_connections: 1_024,
             max_choices: 8,
             max_rows: 64,
+            draft_lead_ms: 500,
             max_grammar_mib: 1_024,
             response_cache_mib: 0,
             response_cache_ttl_s: 3_600,
@@ -486,7 +488,7 @@ impl Config {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 31] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 32] = [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -503,6 +505,7 @@ impl Config {
             ("server.max_connections", server.max_connections.into(), 1, 65_536, "connections"),
             ("server.max_choices", server.max_choices.into(), 1, 1_024, "choices"),
             ("server.max_rows", server.max_rows.into(), 1, 4_096, "texts"),
+            ("server.draft_lead_ms", server.draft_lead_ms, 0, 60_000, "milliseconds (0: both at once)"),
             ("server.max_grammar_mib", server.max_grammar_mib.into(), 1, 1 << 20, "MiB"),
             ("server.response_cache_mib", server.response_cache_mib.into(), 0, 1 << 20, "MiB (0: off)"),
             ("server.response_cache_ttl_s", server.response_cache_ttl_s, 1, 31_536_000, "seconds"),

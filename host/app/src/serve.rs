@@ -270,6 +270,7 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
         max_connections: server.max_connections as usize,
         max_choices: server.max_choices,
         max_rows: server.max_rows,
+        draft_lead_ms: server.draft_lead_ms,
         draft_tokens: config.sched.draft_tokens,
         max_grammar_bytes: (server.max_grammar_mib as usize) << 20,
         cache_bytes: (server.response_cache_mib as usize) << 20,

@@ -39,6 +39,8 @@ pub struct ServerConfig {
     pub max_prompts: u32,
     /// Prompts times choices of one request.
     pub max_rows: u32,
+    /// Time for which a final answer leaves the device that both need to its draft; 0 computes both at once.
+    pub draft_lead_ms: u64,
     /// Draft tokens of a step for requests that do not say; 0 for none.
     pub draft_tokens: u32,
     /// Memory of all compiled forms of texts and the masks made of them, together; beyond, requests get 429.
@@ -167,6 +169,7 @@ impl Default for ServerConfig {
             max_choices: 8,
             max_prompts: 16,
             max_rows: 64,
+            draft_lead_ms: 500,
             draft_tokens: 0,
             max_grammar_bytes: 1 << 30,
             cache_bytes: 0,

@@ -192,8 +192,13 @@ struct Hashes<'a> {
 // === impl Target ===
 
 impl Target {
-    /// Finds what a client named.
+    /// Finds what a client named as its model.
     pub(crate) fn find(catalog: &Catalog, name: &str) -> Result<Self, ApiError> {
+        Self::find_as("model", catalog, name)
+    }
+
+    /// Finds what a client named in the field `param`.
+    pub(crate) fn find_as(param: &'static str, catalog: &Catalog, name: &str) -> Result<Self, ApiError> {
         if catalog.is_empty() {
             return Err(ApiError::Loading);
         }
@@ -204,11 +209,11 @@ impl Target {
         };
         if variants.is_empty() && catalog.encoder(name).is_some() {
             let problem = format!("`{name}` makes embeddings and generates no text: use it with /v1/embeddings");
-            return Err(ApiError::invalid("model", problem));
+            return Err(ApiError::invalid(param, problem));
         }
         if variants.is_empty() {
             let known: Vec<String> = catalog.names().into_iter().map(|(name, _)| format!("`{name}`")).collect();
-            return Err(ApiError::UnknownModel { name: name.to_owned(), known: known.join(", ") });
+            return Err(ApiError::UnknownModel { param, name: name.to_owned(), known: known.join(", ") });
         }
         Ok(Self { name: name.to_owned(), variants })
     }
@@ -232,6 +237,19 @@ impl Target {
             .filter_map(|v| v.context_tokens.checked_sub(prompt).filter(|left| *left > 0))
             .min()
             .unwrap_or(0)
+    }
+
+    /// The device that computes whatever is asked of it, where there is but one.
+    pub(crate) fn only_device(&self) -> Option<u64> {
+        let mut devices = self.variants.iter().flat_map(|variant| &variant.replicas);
+        let device = |replica: &Arc<Replica>| replica.upstream.is_none().then_some(replica.device);
+        let first = devices.next().and_then(device)?;
+        devices.all(|replica| device(replica) == Some(first)).then_some(first)
+    }
+
+    /// Whether the same variants answer to both names.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.variants.iter().map(|v| &v.id).eq(other.variants.iter().map(|v| &v.id))
     }
 
     /// Whether some of it is served elsewhere.

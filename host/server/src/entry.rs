@@ -320,9 +320,9 @@ async fn begin(
     let mut fields = Fields::of("", body)?;
     drop((fields.take("stream"), fields.take("stream_options")));
     let answer = match call {
-        Call::Chat => chat::begin(&arrival, permit, fields).await?,
-        Call::Completion => completions::begin(&arrival, permit, fields).await?,
-        Call::Response => responses::begin(&arrival, permit, fields).await?,
+        Call::Chat => chat::begin(arrival, permit, fields).await?,
+        Call::Completion => completions::begin(arrival, permit, fields).await?,
+        Call::Response => responses::begin(arrival, permit, fields).await?,
         Call::Embedding => {
             let vectors = embeddings::embed(&arrival, permit, fields).await?;
             return Ok(Begun::Embedded(Box::new(vectors)));

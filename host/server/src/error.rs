@@ -61,7 +61,7 @@ pub(crate) enum ApiError {
     #[error("the admin token `{token}` has the role `read` and this call needs `operate`")]
     Role { token: String },
     #[error("the model `{name}` does not exist; known models: {known}")]
-    UnknownModel { name: String, known: String },
+    UnknownModel { param: &'static str, name: String, known: String },
     #[error("no request `{id}` is in flight")]
     UnknownRequest { id: String },
     #[error("no route for {method} {path}")]
@@ -268,7 +268,7 @@ impl ApiError {
             Self::Invalid { param, .. } | Self::Unsupported { param, .. } => Some(param),
             Self::Context { param, .. } => Some(param),
             Self::InputTooLong { param, .. } => Some(param),
-            Self::UnknownModel { .. } => Some("model"),
+            Self::UnknownModel { param, .. } => Some(param),
             Self::IdInUse { .. } => Some("x-request-id"),
             Self::Admin(error) => error.param.as_deref(),
             _ => None,

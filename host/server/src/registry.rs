@@ -57,6 +57,11 @@ pub(crate) struct InFlight {
     pub(crate) permit: Permit,
 }
 
+/// The id of a request's draft.
+pub(crate) fn draft_of(id: &str) -> String {
+    format!("{id}.draft")
+}
+
 // === impl Registry ===
 
 impl Registry {
@@ -78,13 +83,17 @@ impl Registry {
         Ok(InFlight { registry: Arc::clone(self), engine: Arc::clone(engine), id: Arc::clone(id), live, permit })
     }
 
-    /// Cancels a request of the same API key; false when there is none.
+    /// Cancels a request of the same API key, with its draft; false when there is none.
     pub(crate) fn cancel(&self, id: &str, owner: Option<KeyDigest>, engine: &dyn EnginePort) -> bool {
-        let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(live) = by_id.get(id).filter(|live| live.owner == owner).cloned() else { return false };
-        drop(by_id);
-        live.cancel_rest(engine, CancelCause::Asked);
-        live.cancel_asked.notify_one();
+        let find = |id: &str| {
+            let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+            by_id.get(id).filter(|live| live.owner == owner).cloned()
+        };
+        let Some(live) = find(id) else { return false };
+        for live in [Some(live), find(&draft_of(id))].into_iter().flatten() {
+            live.cancel_rest(engine, CancelCause::Asked);
+            live.cancel_asked.notify_one();
+        }
         true
     }
 }
@@ -120,8 +129,9 @@ impl InFlight {
 
     /// The client went away: says so where somebody looks for it.
     pub(crate) fn abandoned(&self, trace: &Trace, now: Micros) {
-        trace.abandoned(now);
-        tracing::info!(request = &*self.id, status = 499, "the client went away");
+        if trace.abandoned(now) {
+            tracing::info!(request = &*self.id, status = 499, "the client went away");
+        }
     }
 
     /// Notes that an engine request is running for this one.

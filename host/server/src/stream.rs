@@ -31,7 +31,7 @@ use crate::text::{Detokenizer, StopMatcher};
 use crate::trace::{Stage, Trace};
 
 /// Bytes that one frame of a body gathers before it is handed to the connection.
-const FRAME_BYTES: usize = 16 << 10;
+pub(crate) const FRAME_BYTES: usize = 16 << 10;
 
 /// An event with the choice that it belongs to.
 #[derive(Debug)]
@@ -185,19 +185,25 @@ pub(crate) trait Encode: Send + std::fmt::Debug {
     fn end(&mut self, out: &mut Vec<u8>, totals: Totals);
 }
 
-/// A response body that writes an answer as it goes.
-#[derive(Debug)]
-pub(crate) struct EventBody {
-    feed: Feed,
-    encoder: Box<dyn Encode>,
-    state: BodyState,
+/// Whoever writes a response body as there is something to write.
+pub(crate) trait Tell: Unpin {
+    /// Writes what there is, about [`FRAME_BYTES`] at most; true when the last byte is in `out`.
+    fn tell(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> bool;
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum BodyState {
-    Fresh,
-    Open,
-    Done,
+/// Tells one answer as it goes.
+#[derive(Debug)]
+pub(crate) struct Telling {
+    feed: Feed,
+    encoder: Box<dyn Encode>,
+    has_begun: bool,
+}
+
+/// A response body that is told.
+#[derive(Debug)]
+pub(crate) struct EventBody<T> {
+    teller: T,
+    is_done: bool,
 }
 
 /// The channel of one HTTP request, with room for `capacity` events.
@@ -276,6 +282,10 @@ impl Generation {
     /// Ends what still runs.
     pub(crate) fn cancel_all(&self, cause: CancelCause) {
         self.in_flight.cancel_all(cause);
+    }
+
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.parts.trace
     }
 
     /// Tokens so far.
@@ -490,16 +500,17 @@ fn seconds(micros: u64) -> f64 {
     Duration::from_micros(micros).as_secs_f64()
 }
 
-// === impl EventBody ===
+// === impl Telling ===
 
-impl EventBody {
+impl Telling {
     pub(crate) fn new(feed: Feed, encoder: Box<dyn Encode>) -> Self {
-        Self { feed, encoder, state: BodyState::Fresh }
+        Self { feed, encoder, has_begun: false }
     }
+}
 
-    /// Writes what there is; true when the last byte is in `out`.
-    fn fill(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> bool {
-        if self.state == BodyState::Fresh {
+impl Tell for Telling {
+    fn tell(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> bool {
+        if !std::mem::replace(&mut self.has_begun, true) {
             self.encoder.begin(out);
         }
         while out.len() < FRAME_BYTES {
@@ -522,19 +533,26 @@ impl EventBody {
     }
 }
 
-impl Body for EventBody {
+// === impl EventBody ===
+
+impl<T> EventBody<T> {
+    pub(crate) fn new(teller: T) -> Self {
+        Self { teller, is_done: false }
+    }
+}
+
+impl<T: Tell> Body for EventBody<T> {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
-        if this.state == BodyState::Done {
+        if this.is_done {
             return Poll::Ready(None);
         }
         let mut out = Vec::new();
-        let done = this.fill(cx, &mut out);
-        this.state = if done { BodyState::Done } else { BodyState::Open };
-        match (out.is_empty(), done) {
+        this.is_done = this.teller.tell(cx, &mut out);
+        match (out.is_empty(), this.is_done) {
             (true, false) => Poll::Pending,
             (true, true) => Poll::Ready(None),
             (false, _) => Poll::Ready(Some(Ok(Frame::data(out.into())))),
@@ -542,6 +560,6 @@ impl Body for EventBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.state == BodyState::Done
+        self.is_done
     }
 }

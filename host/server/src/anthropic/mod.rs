@@ -16,14 +16,19 @@ use axum::middleware::Next;
 use axum::response::Response;
 use serde::Serialize;
 
+use crate::admission::Permit;
 use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::identity::{Caller, REQUEST_ID, RequestTag};
 use crate::openai::conversation::Answering;
-use crate::openai::generate::Arrival;
+use crate::openai::fields::Fields;
+use crate::openai::generate::{Answer, Arrival, Collected, Head, Running, Shape, serve};
 use crate::openai::params::model;
+use crate::openai::tools::CallStream;
 use crate::openai::{json, read_fields};
 use crate::state::ServerState;
+use crate::stream::{Encode, Totals};
+use crate::text::TextModel;
 
 /// Where the beginning of its paths is the same, so are its errors.
 const PREFIX: &str = "/v1/messages";
@@ -38,16 +43,32 @@ pub(crate) async fn messages(
     Extension(RequestTag(tag)): Extension<RequestTag>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let arrival = Arrival::new(&state, caller, tag, request.headers());
-    let permit = arrival.admit()?;
-    let mut fields = read_fields(&state, request).await?;
-    let answering = request::talk(&mut fields, &state.config)?.start(&arrival, permit).await?;
-    let Answering { running, rules, streams, stop, .. } = answering;
+    serve(Arrival::new(&state, caller, tag, request.headers()), request, begin).await
+}
+
+/// From a body to what it asked for, under way.
+async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+    let talk = request::talk(&mut fields, &arrival.state.config)?;
+    let Answering { running, rules, streams, stop, .. } = talk.start(&arrival, permit).await?;
     let calls = rules.map(|rules| rules.stream(&running.head.id, 0));
-    if streams {
-        return running.stream(|running| Box::new(answer::MessageSse::new(running, calls, stop))).await;
+    Ok(Answer { running, n_choices: 1, streams, shape: Box::new(MessageShape { calls, stop }) })
+}
+
+/// How a message is written.
+#[derive(Debug)]
+struct MessageShape {
+    calls: Option<CallStream>,
+    stop: Arc<[String]>,
+}
+
+impl Shape for MessageShape {
+    fn events(self: Box<Self>, running: &Running) -> Box<dyn Encode> {
+        Box::new(answer::MessageSse::new(running, self.calls, self.stop))
     }
-    running.whole(1, |head, _, choices, totals| answer::write_whole(head, choices, (calls, &stop), totals)).await
+
+    fn whole(self: Box<Self>, (head, _): (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
+        answer::write_whole(head, choices, (self.calls, &self.stop), totals)
+    }
 }
 
 /// `POST /v1/messages/count_tokens`: what the same conversation would cost as a prompt.

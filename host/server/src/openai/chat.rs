@@ -13,11 +13,11 @@ use serde_json::Value;
 use super::blocks::parts;
 use super::conversation::{Answering, Conversation, Talk, content, elements};
 use super::fields::{Fields, mismatch};
-use super::generate::{Answer, Arrival, Collected, Head, Running, Shape};
+use super::generate::{Answer, Arrival, Collected, Head, Running, Shape, serve};
 use super::logprobs::{ChatLogprobs, ChatToken};
 use super::params::{Own, Params};
 use super::tools::{CallDelta, CallRules, CallStream, Part, Tools, whole};
-use super::{Usage, read_fields, relayed};
+use super::{Usage, relayed};
 use crate::admission::Permit;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
@@ -33,17 +33,14 @@ pub(crate) async fn chat(
     Extension(RequestTag(tag)): Extension<RequestTag>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let arrival = Arrival::new(&state, caller, tag, request.headers());
-    let permit = arrival.admit()?;
-    let fields = read_fields(&state, request).await?;
-    begin(&arrival, permit, fields).await?.respond().await
+    serve(Arrival::new(&state, caller, tag, request.headers()), request, begin).await
 }
 
 /// From a body to what it asked for, under way.
-pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+pub(crate) async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
     let body = arrival.state.engine.catalog().has_upstreams().then(|| fields.copied());
     let talk = talk(&mut fields, &arrival.state.config)?.sent_as(body);
-    let answering = talk.start(arrival, permit).await?;
+    let answering = talk.start(&arrival, permit).await?;
     let Answering { running, rules, n_choices, streams, include_usage, .. } = answering;
     Ok(Answer { running, n_choices, streams, shape: Box::new(ChatShape { rules, n_choices, include_usage }) })
 }

@@ -9,11 +9,11 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::generate::{Answer, Arrival, Collected, Head, Job, Running, Shape};
+use super::generate::{Answer, Arrival, Collected, Head, Job, Running, Shape, serve};
 use super::inputs::{Holder, Input, read_each, token_ids};
 use super::logprobs::CompletionLogprobs;
 use super::params::{Own, Params};
-use super::{Usage, read_fields, relayed};
+use super::{Usage, relayed};
 use crate::admission::Permit;
 use crate::dispatch::{Prompt, Target};
 use crate::error::ApiError;
@@ -33,14 +33,11 @@ pub(crate) async fn completions(
     Extension(RequestTag(tag)): Extension<RequestTag>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let arrival = Arrival::new(&state, caller, tag, request.headers());
-    let permit = arrival.admit()?;
-    let fields = read_fields(&state, request).await?;
-    begin(&arrival, permit, fields).await?.respond().await
+    serve(Arrival::new(&state, caller, tag, request.headers()), request, begin).await
 }
 
 /// From a body to what it asked for, under way.
-pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+pub(crate) async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
     let state = &arrival.state;
     let body = state.engine.catalog().has_upstreams().then(|| fields.copied());
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);

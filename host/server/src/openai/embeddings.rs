@@ -231,7 +231,11 @@ fn find(fields: &mut Fields, state: &ServerState) -> Result<Arc<Encoder>, ApiErr
             "model",
             format!("`{name}` generates text and makes no embeddings; of models that do {known}"),
         )),
-        false => Err(ApiError::UnknownModel { name, known: format!("of models that make embeddings {known}") }),
+        false => Err(ApiError::UnknownModel {
+            param: "model",
+            name,
+            known: format!("of models that make embeddings {known}"),
+        }),
     }
 }
 

@@ -11,6 +11,7 @@ use pointsman_telemetry::{Event, EventKind};
 
 use super::generate::{Arrival, Job};
 use super::progress::Task;
+use super::progressive::Turns;
 use crate::cache::{self, Feed, Flight, Found, Key, Lead, Seat, Served, Subject};
 use crate::dispatch::{Assignment, Dispatch, Placed, Placement, Prompt, Sent, Terms, record_rejection};
 use crate::error::ApiError;
@@ -40,7 +41,7 @@ pub(super) struct Errand {
     pub(super) trace: Arc<Trace>,
 }
 
-/// A client that may go away while its request waits for the answer to an equal one.
+/// A client that may go away while its request waits for another.
 struct Waiting<'a> {
     clock: &'a dyn Clock,
     in_flight: &'a InFlight,
@@ -153,15 +154,34 @@ impl Errand {
         self.in_flight.permit.computed(self.prompt_tokens);
         self.in_flight.permit.ended(Outcome::Cancelled, self.prompt_tokens, 0);
         self.has_room = false;
+        self.until(flight.over()).await
+    }
+
+    /// Leaves the device to the draft, where both need the same one: until that has ended, or for as long as it may take.
+    async fn give_way(&mut self, turns: &Turns) -> Result<(), ApiError> {
+        if turns.lead.is_zero() {
+            return Ok(());
+        }
+        // Whoever goes away meanwhile pays for nothing that was computed; a refusal after that costs nothing at all.
+        self.in_flight.permit.ended(Outcome::Cancelled, self.prompt_tokens, 0);
+        let drafted = tokio::time::timeout(turns.lead, turns.drafted.notified());
+        // Late or not, now it is on.
+        let _ = self.until(drafted).await?;
+        self.in_flight.permit.ended(Outcome::Rejected, 0, 0);
+        Ok(())
+    }
+
+    /// Waits for something else, unless the request ends first.
+    async fn until<T>(&self, over: impl Future<Output = T>) -> Result<T, ApiError> {
         let Self { arrival, job, terms, in_flight, trace, .. } = self;
-        let (in_flight, limit_ms) = (&*in_flight, job.params.timeout_ms);
+        let limit_ms = job.params.timeout_ms;
         let deadline = terms.first().map_or(0, |terms| terms.deadline);
         let left = Duration::from_micros(deadline.saturating_sub(arrival.state.clock.now()));
         let mut waiting = Waiting { clock: &*arrival.state.clock, in_flight, trace, is_over: false };
         let waited = tokio::select! {
             biased;
-            is_told = flight.over() => Ok(is_told),
             () = in_flight.cancel_asked() => Err(ApiError::Cancelled),
+            over = over => Ok(over),
             () = tokio::time::sleep(left) => Err(ApiError::Deadline { limit_ms }),
         };
         waiting.is_over = true;
@@ -182,6 +202,9 @@ impl Errand {
 
     /// Has it computed, perhaps for others too.
     async fn launch(mut self, mut lead: Option<Lead>) -> Result<Feed, ApiError> {
+        if let Some(turns) = self.arrival.turns.take() {
+            self.give_way(&turns).await?;
+        }
         let launched = self.place().await.inspect_err(|error| {
             self.trace.failed(error, self.arrival.state.clock.now());
             let about = (self.prompt_tokens, self.assigned.as_ref());

@@ -55,6 +55,13 @@ impl Fields {
         self.map.clone()
     }
 
+    /// A copy in which a field has this value.
+    pub(crate) fn with(&self, name: &str, value: Value) -> Self {
+        let mut map = self.map.clone();
+        map.insert(name.to_owned(), value);
+        Self { path: self.path.clone(), map }
+    }
+
     /// The full name of a field.
     pub(crate) fn param(&self, name: &str) -> String {
         format!("{}{name}", self.path)

@@ -1,5 +1,5 @@
-//! What every generation does between its parsed body and its response: find the model, tokenize, check lengths, take
-//! room, dispatch, and answer whole or as a stream.
+//! What every generation does around its parsed body: read it, find the model, tokenize, check lengths, take room, dispatch,
+//! and answer whole or as a stream.
 
 use std::sync::Arc;
 
@@ -14,9 +14,12 @@ use pointsman_sched::request::Sampling;
 use serde_json::Value;
 
 use super::errand::Errand;
+use super::fields::Fields;
 use super::ndjson::NdjsonEncoder;
 use super::params::Params;
 use super::progress::Progress;
+use super::progressive::{self, Turns};
+use super::read_fields;
 use crate::admin::wire::calls::DoorSeen;
 use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
@@ -27,13 +30,16 @@ use crate::grammar::Compiled;
 use crate::identity::{Caller, session_hash};
 use crate::ports::{Asker, Assigned};
 use crate::state::ServerState;
-use crate::stream::{ChoiceParts, Encode, EventBody, Finish, SinkMaker, Token, Totals, Update};
+use crate::stream::{ChoiceParts, Encode, EventBody, Finish, SinkMaker, Telling, Token, Totals, Update};
 use crate::text::{Detokenizer, StopMatcher, TextModel};
 use crate::trace::{Doored, Stage};
 use crate::upstream::{Onward, fold};
 
 /// How the response cache served a request.
 const CACHE_STATUS: HeaderName = HeaderName::from_static("x-pointsman-cache");
+
+/// Events of which each is a line.
+pub(super) const NDJSON: &str = "application/x-ndjson";
 
 /// Texts longer than this are tokenized on the blocking pool: a worker thread serves other requests in the meantime.
 const INLINE_TEXT: usize = 8 << 10;
@@ -50,6 +56,8 @@ pub(crate) struct Arrival {
     pub(crate) shows_progress: bool,
     /// What it says of the response cache.
     pub(super) wish: Wish,
+    /// What it and its draft wait for of one another; of a final answer.
+    pub(super) turns: Option<Arc<Turns>>,
 }
 
 /// A request whose body has been read and whose prompts are tokens.
@@ -121,7 +129,34 @@ pub(crate) struct Collected {
 /// Whether the client asks for newline-delimited JSON.
 fn accepts_ndjson(headers: &HeaderMap) -> bool {
     let accepts = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    accepts.split(',').any(|part| part.split(';').next().is_some_and(|kind| kind.trim() == "application/x-ndjson"))
+    accepts.split(',').any(|part| part.split(';').next().is_some_and(|kind| kind.trim() == NDJSON))
+}
+
+/// The head of a response that is written as tokens come.
+pub(super) fn streaming(kind: &'static str) -> Response {
+    let mut response = Response::new(Body::empty());
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response
+}
+
+/// Handles a route that generates: reads the body, and answers as it asks.
+pub(crate) async fn serve<F>(
+    arrival: Arrival,
+    request: axum::extract::Request,
+    begin: impl Fn(Arrival, Permit, Fields) -> F + Send + 'static,
+) -> Result<Response, ApiError>
+where
+    F: Future<Output = Result<Answer, ApiError>> + Send + 'static,
+{
+    let permit = arrival.admit()?;
+    let mut fields = read_fields(&arrival.state, request).await?;
+    match progressive::draft(&arrival, &mut fields)? {
+        None => begin(arrival, permit, fields).await?.respond().await,
+        Some(draft) => Box::pin(progressive::respond(arrival, permit, (fields, draft), begin)).await,
+    }
 }
 
 /// Runs CPU work that may take long off the workers; short work runs here.
@@ -147,7 +182,8 @@ impl Arrival {
     /// One that no transport brought.
     pub(crate) fn within(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>) -> Self {
         let (state, arrived) = (Arc::clone(state), state.clock.now());
-        Self { state, caller, tag, arrived, ndjson: false, shows_progress: false, wish: Wish::default() }
+        let (ndjson, shows_progress, wish, turns) = (false, false, Wish::default(), None);
+        Self { state, caller, tag, arrived, ndjson, shows_progress, wish, turns }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
@@ -164,6 +200,7 @@ impl Arrival {
         let errand = self.errand(job, permit, prompt_tokens);
         let errand =
             errand.inspect_err(|error| record_rejection(&self.state, &self.caller, error, (prompt_tokens, None)))?;
+        self.turns.iter().for_each(|turns| turns.admitted.notify_one());
         let tasks = if self.ndjson { errand.tasks() } else { Vec::new() };
         // An errand is kilobytes large, and whoever waits for this has its future within its own.
         let (feed, served) = Box::pin(errand.run()).await?;
@@ -364,27 +401,28 @@ impl Answer {
 impl Running {
     /// A response that is written as tokens come: NDJSON at once, SSE when there is a first token, so that what goes
     /// wrong before it has a status of its own.
-    pub(crate) async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
-        let (encoder, kind): (Box<dyn Encode>, _) = if let Some(progress) = self.progress.take() {
-            let totals = self.feed.totals();
-            (Box::new(NdjsonEncoder::new(&self.head, self.feed.origin(), totals, progress)), "application/x-ndjson")
+    async fn stream(mut self, sse: impl FnOnce(&Self) -> Box<dyn Encode>) -> Result<Response, ApiError> {
+        let (encoder, kind): (Box<dyn Encode>, _) = if let Some(lines) = self.lines() {
+            (Box::new(lines), NDJSON)
         } else {
             let encoder = sse(&self);
             self.feed.first().await?;
             (encoder, "text/event-stream")
         };
-        let mut response = Response::new(Body::empty());
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-        self.headers(headers);
-        *response.body_mut() = Body::new(EventBody::new(self.feed, encoder));
+        let mut response = streaming(kind);
+        self.headers(response.headers_mut());
+        *response.body_mut() = Body::new(EventBody::new(Telling::new(self.feed, encoder)));
         Ok(response)
     }
 
+    /// What writes it as NDJSON, for those who asked for that; once.
+    pub(super) fn lines(&mut self) -> Option<NdjsonEncoder> {
+        let progress = self.progress.take()?;
+        Some(NdjsonEncoder::new(&self.head, self.feed.origin(), self.feed.totals(), progress))
+    }
+
     /// A response that is sent whole; its place in admission is held until it has been written.
-    pub(crate) async fn whole(
+    async fn whole(
         mut self,
         n_choices: usize,
         write: impl FnOnce(&Head, &TextModel, Vec<Collected>, Totals) -> Vec<u8>,
@@ -414,7 +452,7 @@ impl Running {
         Ok(choices)
     }
 
-    fn headers(&self, headers: &mut HeaderMap) {
+    pub(super) fn headers(&self, headers: &mut HeaderMap) {
         self.feed.origin().headers(headers);
         let Some(served) = self.served else { return };
         headers.insert(CACHE_STATUS, HeaderValue::from_static(served.as_str()));

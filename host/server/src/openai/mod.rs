@@ -19,6 +19,7 @@ mod models;
 mod ndjson;
 pub(crate) mod params;
 mod progress;
+mod progressive;
 mod relayed;
 pub(crate) mod responses;
 mod tokenize;

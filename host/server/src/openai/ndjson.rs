@@ -1,7 +1,8 @@
 //! Newline-delimited JSON events with stages and progress, for clients that want to show more than text.
 //!
 //! One object per line: `queued`, `started`, `prefill`, `token`, `finished`, `done`, `error`; each but the last says its stage and
-//! how far the request is. An upstream's pieces have no token ids and are `text`. The same for every route that generates.
+//! how far the request is. An upstream's pieces have no token ids and are `text`. The same for every route that generates. Where
+//! a draft comes first, all its lines have the stage `draft`, it may have `failed`, and `replace` puts an end to what it said.
 
 use std::sync::Arc;
 
@@ -21,6 +22,33 @@ pub(super) struct NdjsonEncoder {
     replica: Arc<str>,
     prompt_tokens: u32,
     progress: Progress,
+    is_draft: bool,
+}
+
+/// How two answers ended.
+#[derive(Debug, Serialize)]
+pub(super) struct Both {
+    #[serde(flatten)]
+    pub(super) times: Times,
+    pub(super) draft: DraftEnd,
+}
+
+/// How a draft ended.
+#[derive(Debug, Serialize)]
+pub(super) struct DraftEnd {
+    pub(super) outcome: &'static str,
+    /// None of one that never began.
+    pub(super) usage: Option<Usage>,
+    #[serde(flatten)]
+    pub(super) times: Times,
+}
+
+/// When an answer was told, in milliseconds since its request came.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Times {
+    /// None where there was nothing to tell.
+    pub(super) first_token_ms: Option<f64>,
+    pub(super) ended_ms: f64,
 }
 
 /// An event, and how far the request is with it.
@@ -73,18 +101,34 @@ enum Line<'a> {
         text: &'a str,
         finish_reason: &'static str,
     },
+    /// What was said so far makes room for what follows.
+    Replace {},
     Done {
         usage: Usage,
+        #[serde(flatten)]
+        both: Option<&'a Both>,
     },
 }
 
 impl NdjsonEncoder {
     pub(super) fn new(head: &Head, origin: &Origin, totals: Totals, progress: Progress) -> Self {
-        Self { head: head.clone(), replica: Arc::clone(&origin.replica), prompt_tokens: totals.prompt, progress }
+        let (head, replica, prompt_tokens) = (head.clone(), Arc::clone(&origin.replica), totals.prompt);
+        Self { head, replica, prompt_tokens, progress, is_draft: false }
+    }
+
+    /// The same for a draft.
+    pub(super) fn drafting(self) -> Self {
+        Self { is_draft: true, ..self }
     }
 
     fn line(&self, out: &mut Vec<u8>, stage: &'static str, line: Line<'_>) {
+        let stage = if self.is_draft { "draft" } else { stage };
         write(out, &Staged { line, stage, progress: self.progress.percent() });
+    }
+
+    /// Takes back what a draft said.
+    pub(super) fn replace(&self, out: &mut Vec<u8>) {
+        self.line(out, "decode", Line::Replace {});
     }
 }
 
@@ -128,15 +172,34 @@ impl Encode for NdjsonEncoder {
     }
 
     fn error(&mut self, out: &mut Vec<u8>, error: &ApiError) {
-        // The error object with the tag in front, so that every line has one.
-        out.extend_from_slice(br#"{"event":"error","#);
-        out.extend_from_slice(error.json().as_bytes().get(1..).unwrap_or_default());
-        out.push(b'\n');
+        broken(out, error);
     }
 
     fn end(&mut self, out: &mut Vec<u8>, totals: Totals) {
-        write(out, &Staged { line: Line::Done { usage: totals.into() }, stage: "done", progress: 100 });
+        done(out, totals, None);
     }
+}
+
+/// The last line of what went well.
+pub(super) fn done(out: &mut Vec<u8>, totals: Totals, both: Option<&Both>) {
+    write(out, &Staged { line: Line::Done { usage: totals.into(), both }, stage: "done", progress: 100 });
+}
+
+/// The last line of what did not.
+pub(super) fn broken(out: &mut Vec<u8>, error: &ApiError) {
+    write_error(out, br#"{"event":"error","#, error);
+}
+
+/// There is no more of the draft; the final answer goes on.
+pub(super) fn draft_failed(out: &mut Vec<u8>, error: &ApiError) {
+    write_error(out, br#"{"event":"failed","stage":"draft","#, error);
+}
+
+/// The error object with the tag in front, so that every line has one.
+fn write_error(out: &mut Vec<u8>, tag: &[u8], error: &ApiError) {
+    out.extend_from_slice(tag);
+    out.extend_from_slice(error.json().as_bytes().get(1..).unwrap_or_default());
+    out.push(b'\n');
 }
 
 fn write(out: &mut Vec<u8>, value: &Staged<'_>) {

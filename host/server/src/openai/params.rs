@@ -115,6 +115,11 @@ impl Params {
     /// Reads the fields that all shapes have.
     pub(crate) fn parse(fields: &mut Fields, config: &ServerConfig, own: Own) -> Result<Self, ApiError> {
         refuse(fields, &UNSUPPORTED_ANYWHERE)?;
+        if fields.take("draft").is_some() {
+            // Where it has a meaning it has been taken.
+            let problem = "`draft` needs `accept: application/x-ndjson`, whose events say to which answer they belong";
+            return Err(ApiError::invalid("draft", problem));
+        }
         let Own { n, max_tokens, stop, session, logprobs, format } = own;
         let format = Format::parse(fields, format)?;
         let ignore_eos = fields.bool("ignore_eos")?.unwrap_or(false);

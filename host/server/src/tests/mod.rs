@@ -10,6 +10,7 @@ mod explain;
 mod generation;
 mod keys;
 mod messages;
+mod progressive;
 mod responses;
 mod routing;
 mod tls;

@@ -90,6 +90,10 @@ impl Relay {
         relay
     }
 
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.parts.trace
+    }
+
     /// Tokens so far: an estimate until the upstream has counted them.
     pub(crate) fn totals(&self) -> Totals {
         self.totals

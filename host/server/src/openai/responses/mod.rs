@@ -13,8 +13,7 @@ use axum::response::Response;
 
 use super::conversation::Answering;
 use super::fields::Fields;
-use super::generate::{Answer, Arrival, Collected, Head, Running, Shape};
-use super::read_fields;
+use super::generate::{Answer, Arrival, Collected, Head, Running, Shape, serve};
 use super::tools::CallStream;
 use crate::admission::Permit;
 use crate::error::ApiError;
@@ -30,16 +29,13 @@ pub(crate) async fn responses(
     Extension(RequestTag(tag)): Extension<RequestTag>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let arrival = Arrival::new(&state, caller, tag, request.headers());
-    let permit = arrival.admit()?;
-    let fields = read_fields(&state, request).await?;
-    begin(&arrival, permit, fields).await?.respond().await
+    serve(Arrival::new(&state, caller, tag, request.headers()), request, begin).await
 }
 
 /// From a body to what it asked for, under way.
-pub(crate) async fn begin(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+pub(crate) async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
     let (talk, echo) = request::talk(&mut fields, &arrival.state.config)?;
-    let Answering { running, rules, streams, .. } = talk.start(arrival, permit).await?;
+    let Answering { running, rules, streams, .. } = talk.start(&arrival, permit).await?;
     let calls = rules.map(|rules| rules.stream(&running.head.id, 0));
     Ok(Answer { running, n_choices: 1, streams, shape: Box::new(ResponseShape { echo, calls }) })
 }
