@@ -277,9 +277,9 @@ impl Catalog {
         replicas.filter_map(|replica| Some((replica, replica.upstream.as_ref()?)))
     }
 
-    /// Whether some of it is served elsewhere.
-    pub(crate) fn has_upstreams(&self) -> bool {
-        self.upstreams().next().is_some()
+    /// Whether an upstream may serve what names this model.
+    pub(crate) fn is_onward(&self, name: &str) -> bool {
+        self.variants.iter().any(|v| (*v.alias == *name || *v.id == *name) && v.is_upstream())
     }
 
     /// Whether nothing is served yet.

@@ -21,7 +21,7 @@ use super::slots::from_json;
 use super::wire::{LoadModel, Model};
 use super::{blocking, list};
 use crate::error::ApiError;
-use crate::openai::{check_content_type, json, read_body};
+use crate::openai::{check_content_type, json, read_body, sse, sse_error};
 use crate::ports::{AdminError, AdminErrorKind, LoadReport};
 use crate::state::ServerState;
 
@@ -146,12 +146,13 @@ struct Ready<'a> {
 
 /// One server-sent event.
 fn frame(report: LoadReport) -> Bytes {
-    let json = match report {
-        LoadReport::Progress(progress) => serde_json::to_string(&progress),
-        LoadReport::Ready(model) => serde_json::to_string(&Ready { stage: "ready", percent: 100, model: &model }),
-        LoadReport::Failed(error) => Ok(ApiError::Admin(error).json()),
-    };
-    format!("data: {}\n\n", json.unwrap_or_default()).into()
+    let mut out = Vec::new();
+    match report {
+        LoadReport::Progress(progress) => sse(&mut out, &progress),
+        LoadReport::Ready(model) => sse(&mut out, &Ready { stage: "ready", percent: 100, model: &model }),
+        LoadReport::Failed(error) => sse_error(&mut out, &ApiError::Admin(error)),
+    }
+    out.into()
 }
 
 fn broken_off() -> AdminError {

@@ -38,7 +38,7 @@ pub(crate) async fn chat(
 
 /// From a body to what it asked for, under way.
 pub(crate) async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
-    let body = arrival.state.engine.catalog().has_upstreams().then(|| fields.copied());
+    let body = arrival.sent(&fields);
     let talk = talk(&mut fields, &arrival.state.config)?.sent_as(body);
     let answering = talk.start(&arrival, permit).await?;
     let Answering { running, rules, n_choices, streams, include_usage, .. } = answering;

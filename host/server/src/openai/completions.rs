@@ -39,7 +39,7 @@ pub(crate) async fn completions(
 /// From a body to what it asked for, under way.
 pub(crate) async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
     let state = &arrival.state;
-    let body = state.engine.catalog().has_upstreams().then(|| fields.copied());
+    let body = arrival.sent(&fields);
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
     let logprobs = logprobs(&mut fields, echo)?;
     let own = Own::openai(&mut fields, &state.config, logprobs)?;

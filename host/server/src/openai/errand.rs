@@ -19,7 +19,7 @@ use crate::ports::{Authors, Clock};
 use crate::registry::InFlight;
 use crate::stream::{ChoiceParts, Events, Generation, GenerationParts, channel};
 use crate::trace::Trace;
-use crate::upstream::{Begun, Blame, Mishap, Relay, RelayParts, Upstream};
+use crate::upstream::{Begun, Blame, Mishap, Relay, RelayParts};
 
 /// What was let in.
 #[derive(Debug)]
@@ -247,25 +247,20 @@ impl Errand {
         Feed::relayed(Relay::new(parts, seat, begun), placement.origin())
     }
 
-    /// Finds who serves it. An upstream has then begun to answer: where one fails before that, whoever the router chooses
-    /// among the others is asked, and nothing has been told to the client.
+    /// Finds who serves it. An upstream has then begun to answer.
     async fn place(&mut self) -> Result<Launched<(Sent, Begun)>, ApiError> {
-        let (mut failed, mut last) = (Vec::new(), None);
+        match self.submit(&[])? {
+            Launched::Here(events, choices, placements) => Ok(Launched::Here(events, choices, placements)),
+            // Most of what waits for this is served here, and has no room for what it takes elsewhere.
+            Launched::There(sent) => Box::pin(self.elsewhere(sent)).await,
+        }
+    }
+
+    /// Waits until an upstream begins to answer. Where one fails before that, whoever the router chooses among the others is
+    /// asked, and nothing has been told to the client.
+    async fn elsewhere(&mut self, mut sent: Sent) -> Result<Launched<(Sent, Begun)>, ApiError> {
+        let mut failed = Vec::new();
         loop {
-            let placed = self.submit(&failed);
-            let mut sent = match (placed, last.take()) {
-                (Err(_), Some((error, event, _))) => return Err(self.unserved(error, event)),
-                (Err(error), None) => return Err(error),
-                (Ok(placed), before) => {
-                    before.iter().for_each(|(_, _, upstream): &(_, _, Arc<Upstream>)| upstream.retried());
-                    match placed {
-                        Launched::There(sent) => sent,
-                        Launched::Here(events, choices, placements) => {
-                            return Ok(Launched::Here(events, choices, placements));
-                        }
-                    }
-                }
-            };
             // Who goes away from here on pays for the prompt that is being worked on.
             self.in_flight.permit.ended(Outcome::Cancelled, 0, 0);
             let asked = self.ask(&mut sent).await;
@@ -285,11 +280,14 @@ impl Errand {
             let upstream = Arc::clone(sent.seat.upstream());
             tracing::info!(request = &*self.arrival.tag, upstream = &**upstream.name(), %mishap, "an upstream failed a request");
             let error = ApiError::Upstream { upstream: Arc::clone(upstream.name()), mishap };
-            if blame == Blame::Client {
-                return Err(self.unserved(error, sent.event));
-            }
             failed.push(sent.placement.replica.id);
-            last = Some((error, sent.event, upstream));
+            let next = if blame == Blame::Client { None } else { self.submit(&failed).ok() };
+            let Some(next) = next else { return Err(self.unserved(error, sent.event)) };
+            upstream.retried();
+            match next {
+                Launched::There(next) => sent = next,
+                Launched::Here(events, choices, placements) => return Ok(Launched::Here(events, choices, placements)),
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use http_body_util::Full;
 use pointsman_sched::admit::{AdmitRequest, Verdict};
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::request::Sampling;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::errand::Errand;
 use super::fields::Fields;
@@ -191,6 +191,12 @@ impl Arrival {
         self.state
             .enter(&self.caller)
             .inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
+    }
+
+    /// The body as it was sent, where an upstream may be sent it.
+    pub(super) fn sent(&self, fields: &Fields) -> Option<Map<String, Value>> {
+        let model = fields.get("model")?.as_str()?;
+        self.state.engine.catalog().is_onward(model).then(|| fields.copied())
     }
 
     /// Lets a job in, and finds its answer or dispatches it.

@@ -141,7 +141,7 @@ pub(crate) fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 /// Appends a server-sent event.
-fn sse<T: Serialize>(out: &mut Vec<u8>, value: &T) {
+pub(crate) fn sse<T: Serialize>(out: &mut Vec<u8>, value: &T) {
     out.extend_from_slice(b"data: ");
     if let Err(error) = serde_json::to_writer(&mut *out, value) {
         tracing::error!(%error, "a chunk could not be written as JSON; this is a bug of the host");
@@ -158,7 +158,7 @@ pub(crate) fn sse_named<T: Serialize>(out: &mut Vec<u8>, name: &str, value: &T) 
 }
 
 /// An error after the first byte: one frame with the error object, then the end.
-fn sse_error(out: &mut Vec<u8>, error: &ApiError) {
+pub(crate) fn sse_error(out: &mut Vec<u8>, error: &ApiError) {
     out.extend_from_slice(b"data: ");
     out.extend_from_slice(error.json().as_bytes());
     out.extend_from_slice(b"\n\n");
