@@ -69,12 +69,14 @@ fn every_fault_is_told_with_its_remedy() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("an address").to_string();
     let (empty, bad, slots) = (format!("m={}", path("empty")), path("bad.toml"), path("slots.toml"));
-    let upstreams = path("upstreams.toml");
+    let (upstreams, on_demand) = (path("upstreams.toml"), path("on-demand.toml"));
+    fs::write(&on_demand, format!("on_demand.lazy = {:?}\n", path("empty"))).expect("a file");
     let (file, store) = (path("bad.toml/below"), path("data"));
     // Data directory, arguments, section and name of the finding, and what it says.
     type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str), &'a str);
-    let cases: [Case<'_>; 7] = [
+    let cases: [Case<'_>; 8] = [
         (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
+        (&store, &["--config", &on_demand], ("models", "lazy"), "cannot read config.json"),
         (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),
         (&store, &["--config", &bad], ("config", "file and environment"), "did you mean `server.listen`"),
         (&store, &["--config", &upstreams], ("upstreams", "east"), "api_key_file /nowhere/key"),

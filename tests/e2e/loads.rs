@@ -13,11 +13,11 @@ use tempfile::TempDir;
 
 use crate::journal;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pointsman-under-test");
+pub(super) const PROGRAM: &str = env!("CARGO_BIN_EXE_pointsman-under-test");
 
 /// A folder of models: `demo` as it is in the binary, `mini`, `broken`, which ends too early, and `foreign`, whose tokens end
 /// elsewhere.
-fn folder() -> TempDir {
+pub(super) fn folder() -> TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/app/demo");
     for (name, of) in [("demo", "demo"), ("mini", "demo-mini"), ("broken", "demo-mini"), ("foreign", "demo-mini")] {
@@ -43,17 +43,17 @@ fn start(folder: &Path, more: &str) -> Host {
     Host::configured(PROGRAM, &text)
 }
 
-fn load(host: &Host, name: &str, path: &Path) -> Answer {
+pub(super) fn load(host: &Host, name: &str, path: &Path) -> Answer {
     let headers = [("content-type", "application/json"), ("accept", "application/json")];
     let body = json!({"name": name, "path": path}).to_string();
     host.send("POST", &format!("{}/admin/v1/models", host.admin), &headers, body.as_bytes())
 }
 
-fn unload(host: &Host, name: &str, ask: &str) -> Answer {
+pub(super) fn unload(host: &Host, name: &str, ask: &str) -> Answer {
     host.admin("DELETE", &format!("/admin/v1/models/{name}{ask}"), &Value::Null)
 }
 
-fn ask(model: &str, tokens: usize) -> Value {
+pub(super) fn ask(model: &str, tokens: usize) -> Value {
     json!({"model": model, "prompt": "Ownership is", "temperature": 0, "max_tokens": tokens, "ignore_eos": true})
 }
 

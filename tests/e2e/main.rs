@@ -8,6 +8,7 @@ mod bench;
 mod cache;
 mod client;
 mod control;
+mod demand;
 mod described;
 mod doctor;
 mod drafts;

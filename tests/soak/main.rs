@@ -1,21 +1,26 @@
-//! A host under mixed traffic for as long as it is told: streams, whole answers, choices, forms, clients that leave, while an
-//! operator swaps policies and reweighs the alias. At the end nothing is held, nothing was refused without a reason, no policy
-//! was at fault, and memory is what it was after the warm-up. Times are printed, not asserted: they are the machine's.
+//! A host under mixed traffic for as long as it is told: streams, whole answers, choices, forms, clients that leave and some that
+//! ask for models which come and go, while an operator swaps policies, reweighs the alias, loads a model and unloads it. At the end
+//! nothing is held, nothing was refused without a reason, no policy was at fault, and memory with the same models is what it was
+//! after the warm-up. Times are printed, not asserted: they are the machine's.
 //!
 //! `SOAK_SECONDS` says how long, 20 s where it says nothing.
 
 mod operator;
 mod traffic;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use pointsman_tests::{Host, raw};
+use pointsman_tests::{Host, raw, root};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use traffic::Tally;
 
+/// Models that requests bring.
+const LAZY: [&str; 2] = ["lazy", "idle"];
 /// Clients; about half of what two cores serve.
 const CLIENTS: u64 = 4;
 /// Share of the time after which memory counts, in percent.
@@ -36,8 +41,9 @@ fn now() -> Instant {
     Instant::now()
 }
 
-/// Traffic and swaps until the time is over; what the clients saw, how many changes there were, and bytes after the warm-up.
-fn run(host: &Host, duration: Duration) -> (Tally, u64, u64) {
+/// Traffic and changes until the time is over; what the clients saw, how many changes there were, and by how many bytes memory
+/// has grown since the warm-up.
+fn run(host: &Host, folder: &Path, duration: Duration) -> (Tally, u64, i64) {
     let (ending, ended) = mpsc::channel();
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -49,20 +55,36 @@ fn run(host: &Host, duration: Duration) -> (Tally, u64, u64) {
             .collect();
         drop(ending);
         let started = now();
-        let (mut changes, mut warm) = (operator::Changes::new(host), None);
+        let (mut changes, mut warm) = (operator::Changes::new(host, folder), None);
         // The operator's clock is the traffic: a change every so many requests. The clients end when nobody listens to them.
         for () in ended {
             changes.after_a_request();
             let passed = started.elapsed();
             if warm.is_none() && passed > duration * WARM_UP / 100 {
-                warm = Some(host.resident_bytes());
+                warm = Some(changes.resident_bytes());
             }
             is_over.store(passed > duration, Ordering::Relaxed);
         }
         let mut tally = Tally::new();
         clients.into_iter().for_each(|client| tally.add(client.join().expect("a client's thread")));
-        (tally, changes.made(), warm.expect("it ran for longer than the warm-up"))
+        raw::rests(host);
+        let warm = warm.expect("it ran for longer than the warm-up");
+        (tally, changes.made(), changes.resident_bytes().cast_signed() - warm.cast_signed())
     })
+}
+
+/// The small demo model, as a model of another name would lie on a disk.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let from = root().join("host/app/demo");
+    let own =
+        ["config.json", "generation_config.json", "model.safetensors"].map(|file| from.join("demo-mini").join(file));
+    let shared = ["tokenizer.json", "tokenizer_config.json"].map(|file| from.join(file));
+    for file in own.iter().chain(&shared) {
+        let name = file.file_name().expect("a file");
+        std::fs::copy(file, folder.path().join(name)).expect("a file of the demo");
+    }
+    folder
 }
 
 fn counters(host: &Host, name: &str) -> Vec<String> {
@@ -74,16 +96,25 @@ fn counters(host: &Host, name: &str) -> Vec<String> {
 #[test]
 fn a_host_lives_through_mixed_traffic_and_swaps() {
     let duration = duration();
-    // Small pools and caches: they are full before memory counts.
-    let settings = [("ENGINE__KV_MIB", "8"), ("SERVER__RESPONSE_CACHE_MIB", "1"), ("POLICY__EXPLAIN_REQUESTS", "64")];
-    let host = Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &settings);
-    let (tally, changes, warm) = run(&host, duration);
-    raw::rests(&host);
-    let growth = host.resident_bytes().cast_signed() - warm.cast_signed();
+    let folder = folder();
+    // Small pools and caches: they are full before memory counts. Of three models that come and go there are two at a time.
+    let config = format!(
+        "[engine]\nkv_mib = 8\nmodel_dirs = [{0:?}]\nmax_loaded = 2\nload_wait_ms = 600000\n[server]\nresponse_cache_mib = 1\n\
+         [policy]\nexplain_requests = 64\n[on_demand]\n{1} = {0:?}\n{2} = {0:?}\n",
+        folder.path().display().to_string(),
+        LAZY[0],
+        LAZY[1]
+    );
+    let host = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config);
+    let (tally, changes, growth) = run(&host, folder.path(), duration);
     tally.print(changes, growth);
     assert!(tally.failures.is_empty(), "{:?}", tally.failures);
     assert!(tally.done > 0 && tally.left > 0 && changes > 0, "{} requests, {} left", tally.done, tally.left);
-    for name in ["pointsman_policy_faults_total", "pointsman_rejected_total"] {
+    for name in [
+        "pointsman_policy_faults_total",
+        "pointsman_rejected_total",
+        "pointsman_models_loads_total{outcome=\"failed\"}",
+    ] {
         assert_eq!(counters(&host, name), Vec::<String>::new(), "nothing of this was injected");
     }
     assert_eq!(host.get("/ready").body, json!({ "status": "ready" }), "nothing is degraded");

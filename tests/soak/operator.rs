@@ -1,8 +1,13 @@
-//! What an operator does all day, in a few seconds: policies in and out of every slot, weights of the alias back and forth.
+//! What an operator does all day, in a few seconds: policies in and out of every slot, weights of the alias back and forth, a model
+//! loaded and unloaded.
+
+use std::path::Path;
 
 use pointsman_tests::Host;
 use pointsman_tests::rng::Rng;
 use serde_json::{Value, json};
+
+use super::LAZY;
 
 /// Requests between two changes.
 const REQUESTS: u64 = 40;
@@ -11,6 +16,9 @@ const REQUESTS: u64 = 40;
 #[derive(Debug)]
 pub(super) struct Changes<'a> {
     host: &'a Host,
+    /// A model.
+    folder: &'a Path,
+    is_loaded: bool,
     rng: Rng,
     /// Digests by slot.
     policies: Vec<(&'static str, Vec<String>)>,
@@ -19,7 +27,7 @@ pub(super) struct Changes<'a> {
 }
 
 impl<'a> Changes<'a> {
-    pub(super) fn new(host: &'a Host) -> Self {
+    pub(super) fn new(host: &'a Host, folder: &'a Path) -> Self {
         let policies = [
             ("router", &["route-least-loaded", "route-prefix-aware", "route-weighted"][..]),
             ("scheduler", &["sched-fcfs", "sched-shortest-first", "sched-priority", "sched-fair-share"]),
@@ -28,7 +36,7 @@ impl<'a> Changes<'a> {
         ];
         let digests = |names: &[&str]| names.iter().map(|name| host.builtin(name)).collect();
         let policies = policies.map(|(slot, names)| (slot, digests(names))).into();
-        Self { host, rng: Rng::new(7), policies, requests: 0, made: 0 }
+        Self { host, folder, is_loaded: false, rng: Rng::new(7), policies, requests: 0, made: 0 }
     }
 
     pub(super) fn made(&self) -> u64 {
@@ -44,7 +52,45 @@ impl<'a> Changes<'a> {
         }
     }
 
+    /// Memory with the same models each time, just loaded: those that requests bring, and none of the operator's.
+    pub(super) fn resident_bytes(&mut self) -> u64 {
+        if self.is_loaded {
+            self.load_or_unload();
+        }
+        // Both are there, then neither, then both: there is a place for each, and so none goes by itself meanwhile.
+        self.ask_lazy();
+        for name in LAZY {
+            let gone = self.host.admin("DELETE", &format!("/admin/v1/models/{name}"), &Value::Null);
+            assert_eq!(gone.status, 200, "{name}: {gone:?}");
+        }
+        self.ask_lazy();
+        self.host.resident_bytes()
+    }
+
+    fn ask_lazy(&self) {
+        for name in LAZY {
+            let asked = self.host.post("/v1/completions", &json!({ "model": name, "prompt": "A", "max_tokens": 1 }));
+            assert_eq!(asked.status, 200, "{name}: {asked:?}");
+        }
+    }
+
+    /// Loads a model, or unloads it again; while another is being loaded the host asks for patience.
+    fn load_or_unload(&mut self) {
+        let headers = [("content-type", "application/json"), ("accept", "application/json")];
+        let body = json!({ "name": "guest", "path": self.folder }).to_string();
+        let models = format!("{}/admin/v1/models", self.host.admin);
+        let answer = match self.is_loaded {
+            true => self.host.send("DELETE", &format!("{models}/guest"), &headers, b""),
+            false => self.host.send("POST", &models, &headers, body.as_bytes()),
+        };
+        assert!(matches!(answer.status, 200 | 201 | 429), "{answer:?}");
+        self.is_loaded ^= answer.status != 429;
+    }
+
     fn change(&mut self) {
+        if self.rng.below(6) == 0 {
+            return self.load_or_unload();
+        }
         let at = self.rng.below(self.policies.len() as u64) as usize;
         let (slot, digests) = &self.policies[at];
         let answer = match self.rng.below(8) {

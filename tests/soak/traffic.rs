@@ -40,7 +40,7 @@ impl Tally {
     #[expect(clippy::print_stdout, reason = "the figures are what a soak is for")]
     pub(super) fn print(&self, changes: u64, growth: i64) {
         println!(
-            "{} requests done, {} left before their end, {changes} changes of policies and weights",
+            "{} requests done, {} left before their end, {changes} changes of policies, weights and models",
             self.done, self.left
         );
         for (name, times) in [("first event", &self.firsts), ("between events", &self.gaps)] {
@@ -70,7 +70,12 @@ pub(super) fn client(host: &Host, seed: u64, is_over: &AtomicBool, ended: &Sende
 fn one(host: &Host, rng: &mut Rng, tally: &mut Tally) -> Result<()> {
     let kind = rng.below(100);
     match kind {
-        0..50 => stream(host, &completion(rng, true), None, tally)?,
+        0..48 => stream(host, &completion(rng, true), None, tally)?,
+        48..50 => {
+            let mut body = completion(rng, true);
+            body["model"] = json!(rng.pick(&super::LAZY));
+            stream(host, &body, None, tally)?;
+        }
         50..70 => whole(host, "/v1/completions", &completion(rng, false), tally),
         70..80 => {
             let message = json!([{ "role": "user", "content": "What is a borrow?" }]);

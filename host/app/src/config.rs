@@ -18,7 +18,7 @@ use crate::builtin::BUILTINS;
 use crate::deploy::budget::change;
 use crate::devices::Wanted;
 use crate::keys::{self, ApiKeySection, KeyError};
-use crate::models::stable_key;
+use crate::models::{DEMO_NAMES, check_spelling, stable_key};
 use crate::reference::{OCI_SCHEME, Reference, ReferenceError};
 use crate::tls::{CertificateError, TlsSection};
 use crate::trust::{KeyRing, TrustError};
@@ -30,6 +30,11 @@ pub(crate) const ENV_PREFIX: &str = "POINTSMAN_";
 /// Most labels of all replicas together, and the longest name of one.
 const MAX_LABELS: usize = 16;
 const MAX_LABEL: usize = 40;
+
+/// Longest wait for a model: beyond, no client is still there.
+const MAX_LOAD_WAIT_MS: u64 = 3_600_000;
+/// Models that are loaded on demand: each may have a thread that waits for its turn to load.
+const MAX_ON_DEMAND: usize = 64;
 
 /// Longest wait of an idle encoder: beyond, a lone request waits for nobody longer than for its own computing.
 const MAX_EMBED_WINDOW_MS: u32 = 50;
@@ -59,6 +64,8 @@ pub(crate) struct Config {
     pub replicas: BTreeMap<String, ReplicaSection>,
     /// Extra models: name to folder (config.json, safetensors, tokenizer.json) or .gguf file.
     pub(crate) models: BTreeMap<String, PathBuf>,
+    /// The same of models that are loaded when somebody asks for them.
+    pub(crate) on_demand: BTreeMap<String, PathBuf>,
     pub log: LogSection,
 }
 
@@ -179,6 +186,8 @@ pub(crate) struct EngineSection {
     pub max_loaded: u32,
     /// What models may take of the CPU's memory when one is loaded while the host runs; 0 for what the machine has free.
     pub memory_mib: u32,
+    /// Longest time that a request waits for a model that is loaded on demand.
+    pub load_wait_ms: u64,
 }
 
 /// The WebAssembly half.
@@ -335,6 +344,7 @@ impl Default for Config {
             upstreams: BTreeMap::new(),
             replicas: BTreeMap::new(),
             models: BTreeMap::new(),
+            on_demand: BTreeMap::new(),
             log: LogSection::default(),
         }
     }
@@ -402,6 +412,7 @@ impl Default for EngineSection {
             model_dirs: Vec::new(),
             max_loaded: 8,
             memory_mib: 0,
+            load_wait_ms: 60_000,
         }
     }
 }
@@ -450,8 +461,17 @@ impl Default for LogSection {
 const ACTORS: [&str; 5] = ["host", "loopback", "rollout", "startup", "token"];
 
 /// Keys under which anything may stand.
-const FREE_FORM: [&str; 8] =
-    ["slots", "models", "upstreams", "replicas", "registries", "server.api_keys", "admin.tokens", "trust.keys"];
+const FREE_FORM: [&str; 9] = [
+    "slots",
+    "models",
+    "on_demand",
+    "upstreams",
+    "replicas",
+    "registries",
+    "server.api_keys",
+    "admin.tokens",
+    "trust.keys",
+];
 
 impl Config {
     /// Reads the file (if any), then the environment on top. Flags are applied by the caller, then [`Config::validate`].
@@ -558,6 +578,34 @@ impl Config {
         self.slots.iter().try_for_each(|(name, section)| check_slot(name, section))
     }
 
+    /// Names that nobody else has, and room for one of them.
+    fn check_on_demand(&self) -> Result<(), ConfigError> {
+        let bad = |key, found: &str, rule: &str| {
+            Err(ConfigError::Value { key, found: found.to_owned(), rule: rule.to_owned() })
+        };
+        let (n, wait_ms) = (self.on_demand.len(), self.engine.load_wait_ms);
+        if wait_ms > MAX_LOAD_WAIT_MS {
+            return bad("engine.load_wait_ms", &wait_ms.to_string(), "0 to 3600000 milliseconds");
+        }
+        if n > MAX_ON_DEMAND {
+            return bad("on_demand", &n.to_string(), "at most 64 models");
+        }
+        if n > 0 && self.engine.max_loaded == 0 {
+            return bad("engine.max_loaded", "0", "at least 1 where models are loaded on demand");
+        }
+        for name in self.on_demand.keys() {
+            let is_demo = self.engine.demo && DEMO_NAMES.contains(&name.as_str());
+            let is_elsewhere = self.upstreams.values().any(|upstream| upstream.model == *name);
+            if name.contains(':') || check_spelling(name).is_err() {
+                return bad("on_demand.<name>", name, "1 to 100 letters, digits, `-`, `_`, `.` or `/`");
+            }
+            if is_demo || is_elsewhere || self.models.contains_key(name) {
+                return bad("on_demand.<name>", name, "a name that no other model, upstream or the demo has");
+            }
+        }
+        Ok(())
+    }
+
     fn check_secrets(&self) -> Result<(), ConfigError> {
         keys::read(&self.server)?;
         self.server.tls.check("server")?;
@@ -579,8 +627,9 @@ impl Config {
         names.into_iter().cloned().collect()
     }
 
-    /// Labels and header patterns that can be names of inputs.
+    /// Models that can be told apart, labels and header patterns that can be names of inputs.
     fn check_names(&self) -> Result<(), ConfigError> {
+        self.check_on_demand()?;
         let bad = |key, found: &str, rule: &str| {
             Err(ConfigError::Value { key, found: format!("\"{found}\""), rule: rule.to_owned() })
         };
@@ -921,6 +970,21 @@ mod tests {
         }
         let missing = Config::read(Some(&folder.path().join("none.toml")), env(&[])).expect_err("no file").to_string();
         assert!(missing.contains("cannot read the configuration"), "{missing}");
+    }
+
+    #[test]
+    fn models_on_demand_have_names_of_their_own_and_room() {
+        for (text, expect) in [
+            ("[on_demand]\n\"m:v2\" = \"/m\"", "`on_demand.<name>` = m:v2: 1 to 100 letters"),
+            ("[on_demand]\ndemo-mini = \"/m\"", "a name that no other model, upstream or the demo has"),
+            ("[on_demand]\nm = \"/m\"\n[models]\nm = \"/m\"", "a name that no other model, upstream or the demo has"),
+            ("[on_demand]\nm = \"/m\"\n[engine]\nmax_loaded = 0", "`engine.max_loaded` = 0: at least 1"),
+        ] {
+            let table: Table = text.parse().expect("it is TOML");
+            let config: Config = Value::Table(table).try_into().expect("of the right shape");
+            let error = config.validate().expect_err(expect).to_string();
+            assert!(error.contains(expect), "{error}");
+        }
     }
 
     #[test]

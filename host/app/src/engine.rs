@@ -138,7 +138,8 @@ impl Engine {
             };
             devices.push(ServingDevice { place, driver, memory, monitor });
         }
-        let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models });
+        let on_demand = config.on_demand.keys().map(|name| name.as_str().into()).collect();
+        let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models, on_demand });
         let (served, clock) = (ArcSwap::from_pointee(Served { catalog, homes }), Arc::clone(&shared.clock));
         Ok(Self { served, clock, devices, encoders })
     }
@@ -183,7 +184,8 @@ impl Engine {
     /// Takes replicas back that were not published.
     pub(crate) fn part(&self, joined: Joined, shared: &Shared) {
         let Joined { variants, homes } = joined;
-        self.take_back(&homes, &variants, 0, shared);
+        self.take_back(&homes, 0);
+        self.forget(&variants, false, shared);
     }
 
     /// Sends variants no more requests; what they have goes on.
@@ -202,13 +204,13 @@ impl Engine {
     }
 
     /// Waits this long for what closed variants still run, ends the rest, and frees what they held.
-    pub(crate) fn clear(&self, variants: &[Arc<Variant>], grace_us: Micros, shared: &Shared) -> Left {
+    pub(crate) fn clear(&self, variants: &[Arc<Variant>], grace_us: Micros) -> Left {
         let served = self.served.load_full();
         let replicas = variants.iter().flat_map(|variant| &variant.replicas);
         let homes: Vec<(ReplicaId, Home)> =
             replicas.filter_map(|r| Some((r.id, served.homes.get(&r.id)?.clone()))).collect();
         drop(served);
-        let left = self.take_back(&homes, variants, grace_us, shared);
+        let left = self.take_back(&homes, grace_us);
         self.served.rcu(|served| {
             let mut next = Served::clone(served);
             homes.iter().for_each(|(id, _)| drop(next.homes.remove(id)));
@@ -218,13 +220,7 @@ impl Engine {
     }
 
     /// Has replicas given back and drops them, on this thread: the memory of a large model takes a while.
-    fn take_back(
-        &self,
-        homes: &[(ReplicaId, Home)],
-        variants: &[Arc<Variant>],
-        grace_us: Micros,
-        shared: &Shared,
-    ) -> Left {
+    fn take_back(&self, homes: &[(ReplicaId, Home)], grace_us: Micros) -> Left {
         let end = self.clock.micros().saturating_add(grace_us);
         let asked = homes.iter().map(|(id, home)| (id, home, self.devices[home.device].driver.leave(*id)));
         let asked: Vec<_> = asked.collect();
@@ -237,17 +233,24 @@ impl Engine {
                 left.ended += gone.ended;
                 drop(gone.replica);
             }
-            left.bytes += home.memory.weights + home.memory.kv + home.memory.workspace;
+            left.bytes += home.memory.held();
         }
+        left
+    }
+
+    /// Removes the metrics of variants that have gone; of those that may come back what they have counted stays.
+    pub(crate) fn forget(&self, variants: &[Arc<Variant>], may_return: bool, shared: &Shared) {
         for variant in variants {
             for replica in &variant.replicas {
                 let device = self.devices.iter().find(|d| u64::from(d.place.index()) == replica.device);
                 let device = device.map(|device| device.place.name()).unwrap_or_default();
                 let n_blocks = replica.gauges.total_blocks.load(Ordering::Relaxed);
-                shared.metrics.forget_replica(&variant.id, &device, variant.block_tokens, n_blocks);
+                match may_return {
+                    true => shared.metrics.forget_gauges(&variant.id, variant.block_tokens, n_blocks),
+                    false => shared.metrics.forget_replica(&variant.id, &device, variant.block_tokens, n_blocks),
+                }
             }
         }
-        left
     }
 
     /// A replica once it is idle, or at the end of the time.
@@ -287,6 +290,15 @@ impl Engine {
         let served = self.served.load();
         let devices = self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served));
         devices.chain(elsewhere(&served.catalog)).collect()
+    }
+
+    /// What models hold of the devices at these places.
+    pub(crate) fn held(&self, counts: impl Fn(&Place) -> bool) -> u64 {
+        let served = self.served.load();
+        let counted = |place: usize| self.devices.get(place).is_some_and(|device| counts(&device.place));
+        let replicas = served.homes.values().filter(|home| counted(home.device)).map(|home| home.memory.held());
+        let others = self.devices.iter().filter(|device| counts(&device.place)).map(|device| device.memory.held());
+        replicas.chain(others).sum()
     }
 
     /// Ends what still runs and waits for the drivers.

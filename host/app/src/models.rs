@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use anyhow::{Context, bail};
 use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
-    self, CodeOptions, CudaEngine, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish,
+    self, CodeOptions, CudaEngine, CudaError, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish,
 };
 use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
@@ -34,7 +34,7 @@ use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
 use crate::encoders::{Encode, NamedEncoder};
 use crate::null::NullExecutor;
-use crate::upstreams::{self, UpstreamSection};
+use crate::upstreams;
 
 /// One replica with its engine, before its driver takes it.
 pub(crate) struct LoadedReplica {
@@ -141,6 +141,9 @@ pub(crate) trait Follow {
     /// # Errors
     /// There is not, with what to change.
     fn check_room(&self, bytes: u64) -> anyhow::Result<()>;
+
+    /// Gives up another model for this one; whether there was one.
+    fn make_room(&self) -> bool;
 }
 
 /// Where and when models are loaded.
@@ -193,6 +196,9 @@ struct Made {
     n_blocks: usize,
 }
 
+/// What the embedded models are called.
+pub(crate) const DEMO_NAMES: [&str; 2] = ["demo", "demo-mini"];
+
 macro_rules! demo_file {
     ($path:literal) => {
         include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/", $path)).as_slice()
@@ -204,7 +210,7 @@ macro_rules! demo_file {
 impl Loaded {
     /// What the replicas took, all devices together.
     pub(crate) fn bytes(&self) -> u64 {
-        self.replicas.iter().map(|r| r.memory.weights + r.memory.kv + r.memory.workspace).sum()
+        self.replicas.iter().map(|replica| replica.memory.held()).sum()
     }
 
     /// How much there is of everything.
@@ -245,7 +251,9 @@ impl<'a> Loader<'a> {
         }
         for StoredModel { name, path } in &stored.models {
             let path = PathBuf::from(path);
-            if self.config.models.get(name).is_some_and(|own| own.canonicalize().is_ok_and(|own| own == path)) {
+            if self.config.on_demand.contains_key(name)
+                || self.config.models.get(name).is_some_and(|own| own.canonicalize().is_ok_and(|own| own == path))
+            {
                 // The configuration has it by now.
                 continue;
             }
@@ -263,13 +271,17 @@ impl<'a> Loader<'a> {
         if self.loaded.variants.is_empty()
             && self.loaded.encoders.is_empty()
             && self.config.upstreams.is_empty()
+            && self.config.on_demand.is_empty()
             && self.loaded.lost.is_empty()
         {
             bail!("no model to serve: set engine.demo = true or add one with --model NAME=PATH");
         }
         let replicas: Vec<String> = self.loaded.replicas.iter().map(|r| r.replica.name.to_string()).collect();
         let replicas: Vec<String> = replicas.into_iter().chain(upstreams::replicas(self.config)).collect();
-        if let Some(unknown) = self.config.replicas.keys().find(|name| !replicas.contains(name)) {
+        let may_come =
+            |name: &str| name.split(':').next().is_some_and(|model| self.config.on_demand.contains_key(model));
+        let mut named = self.config.replicas.keys();
+        if let Some(unknown) = named.find(|name| !replicas.contains(name) && !may_come(name)) {
             bail!("replicas.\"{unknown}\" in the configuration names no replica; there are: {}", replicas.join(", "));
         }
         Ok(self.loaded)
@@ -302,7 +314,7 @@ impl<'a> Loader<'a> {
             ..TextFiles::default()
         };
         self.load(ModelFiles {
-            name: "demo",
+            name: DEMO_NAMES[0],
             path: None,
             source: wire::ModelSource::Embedded,
             spec: ModelSpec::from_config(demo_file!("demo/config.json"))?,
@@ -312,7 +324,7 @@ impl<'a> Loader<'a> {
             stored: Precision::F16.name(),
         })?;
         self.load(ModelFiles {
-            name: "demo-mini",
+            name: DEMO_NAMES[1],
             path: None,
             source: wire::ModelSource::Embedded,
             spec: ModelSpec::from_config(demo_file!("demo-mini/config.json"))?,
@@ -490,8 +502,7 @@ impl<'a> Loader<'a> {
 
     /// Upstreams come after, and theirs are the names that the configuration gives them.
     fn check_upstreams(&self, first: usize) -> anyhow::Result<()> {
-        let names = |upstream: &UpstreamSection| format!("{}:{}", upstream.model, upstream.variant);
-        let taken = |variant: &&Arc<Variant>| self.config.upstreams.values().any(|u| names(u) == *variant.id);
+        let taken = |variant: &&Arc<Variant>| self.config.upstreams.values().any(|u| u.variant() == *variant.id);
         match self.loaded.variants[first..].iter().find(taken) {
             Some(variant) => bail!("`{}` is a variant of an upstream of the configuration by now", variant.id),
             None => Ok(()),
@@ -622,8 +633,13 @@ impl<'a> Loader<'a> {
         };
         let name = format!("{}@cuda:{}", source.id, found.ordinal);
         let mut gpu = Gpu::open(found.clone(), self.terms.code.clone(), false).with_context(|| name.clone())?;
-        let room = (gpu.memory()?, found.info.n_sms);
-        let plan = cuda::plan_memory(source.spec, &forms, config, room, wish).with_context(|| name.clone())?;
+        let plan = loop {
+            let room = (gpu.memory()?, found.info.n_sms);
+            match cuda::plan_memory(source.spec, &forms, config, room, wish) {
+                Err(CudaError::Vram(_)) if self.follower.is_some_and(Follow::make_room) => {}
+                plan => break plan.with_context(|| name.clone())?,
+            }
+        };
         tracing::info!("{name}: {plan}");
         let config = EngineConfig { n_blocks: plan.n_blocks as usize, ..config };
         let options = CudaOptions { form: plan.footprint.form, graphs: true };
@@ -708,7 +724,7 @@ pub(crate) fn check_spelling(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A path below a folder from which models may be loaded, or that of a configured model; as it is on the disk, so that no link
+/// A path below a folder from which models may be loaded, or that of a model that the configuration names; as it is on the disk, so that no link
 /// leads out.
 ///
 /// # Errors
@@ -720,12 +736,11 @@ pub(crate) fn allowed(config: &Config, path: &Path) -> anyhow::Result<PathBuf> {
     let folders = &config.engine.model_dirs;
     let real = path.canonicalize().with_context(|| format!("cannot read {}", path.display()));
     let is_inside = |folder: &PathBuf, real: &Path| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
+    let named = || config.models.values().chain(config.on_demand.values());
     // Whether a path exists is nobody's business who may not read it.
     match real {
         Ok(real) if folders.iter().any(|folder| is_inside(folder, &real)) => Ok(real),
-        Ok(real) if config.models.values().any(|model| model.canonicalize().is_ok_and(|model| model == real)) => {
-            Ok(real)
-        }
+        Ok(real) if named().any(|model| model.canonicalize().is_ok_and(|model| model == real)) => Ok(real),
         Err(error) if folders.iter().any(|folder| path.starts_with(folder)) => Err(error),
         _ if folders.is_empty() => bail!(
             "models are loaded from the folders of engine.model_dirs alone, and there are none; name one and restart"
@@ -743,7 +758,7 @@ fn n_variants(name: &str, precisions: &[Precision]) -> u32 {
 }
 
 /// Which model an error is about.
-fn of(name: &str, path: &Path) -> String {
+pub(crate) fn of(name: &str, path: &Path) -> String {
     format!("model `{name}` in {}", path.display())
 }
 

@@ -14,6 +14,10 @@
 //!
 //! What is loaded so is loaded again at the next start, before the host is ready; what the configuration names comes back by
 //! itself. A model that is lost by then keeps its place in the list, with the reason, until somebody unloads it.
+//!
+//! Models that requests load ([`demand`]) take the same way, and another back; they are in no stored list.
+
+mod demand;
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
@@ -29,32 +33,35 @@ use pointsman_engine::cuda::{Bytes, CodeOptions};
 use pointsman_engine::{ComputePool, give_back_freed};
 use pointsman_server::admin::wire::{self, LoadStage, ModelSource, ModelState};
 use pointsman_server::ports::{
-    self, AdminError, AdminErrorKind, AliasPort, Clock as _, EnginePort, LoadReport, ModelAdmin, Variant,
+    self, AdminError, AdminErrorKind, AliasPort, Clock as _, EnginePort, LoadReport, ModelAdmin, Variant, Want,
 };
 use tokio::sync::watch;
 
 use crate::aliases::Aliases;
 use crate::config::Config;
 use crate::deploy::{Deploy, lock};
+use crate::devices::Place;
 use crate::doctor::available_memory;
 use crate::engine::{Engine, Joined, Left};
-use crate::models::{Follow, LoadTerms, LoadedModel, Loader, LostModel, allowed, check_spelling};
+use crate::models::{Follow, LoadTerms, LoadedModel, Loader, LostModel, allowed, check_spelling, of};
 use crate::serve::Shared;
 use crate::store::Store;
+use demand::{Backoff, Demand};
 
 /// Lowest priority of a thread.
 const LOWEST: i32 = 19;
 
-/// How often, and after what time each, the end of the host looks whether a load has ended.
+/// How often the end of the host looks whether a load has ended.
 const STOP_LOOKS: u32 = 200;
-const STOP_LOOK: Duration = Duration::from_millis(10);
+/// After what time each; and that after which a load looks whether a model is idle that it could take the place of.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Every model by name.
 #[derive(Debug)]
 pub(crate) struct Roster {
     parts: Arc<Parts>,
-    /// The load under way, or the last one.
-    loader: Mutex<Option<JoinHandle<()>>>,
+    /// Loads under way, one of them in its turn.
+    loaders: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// What loads and unloads work on.
@@ -75,9 +82,16 @@ pub(crate) struct RosterParts {
 #[derive(Debug)]
 struct Parts {
     parts: RosterParts,
+    /// Requests look here: nothing that may block is done under this lock.
     entries: Mutex<BTreeMap<String, Entry>>,
     /// Held while the stored list changes.
     stored: Mutex<()>,
+    /// Held by the load whose turn it is.
+    turn: Mutex<()>,
+    /// Changes when a model comes or goes on which requests may wait; under the lock of the entries.
+    changes: watch::Sender<()>,
+    /// For models that are loaded on demand, so far.
+    requests: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -85,6 +99,17 @@ struct Entry {
     source: ModelSource,
     path: Option<PathBuf>,
     state: State,
+    /// Of one that is loaded on demand.
+    demand: Demand,
+}
+
+/// A load that is to be.
+#[derive(Debug)]
+struct Load {
+    name: String,
+    path: PathBuf,
+    /// Whose wish it is; none where requests ask for it. They are not in the journal: it would be full of them.
+    actor: Option<String>,
 }
 
 #[derive(Debug)]
@@ -96,6 +121,7 @@ enum State {
     },
     Ready(Served),
     Draining(Served),
+    Unloaded,
     Failed(String),
 }
 
@@ -106,13 +132,22 @@ struct Served {
     encoder: Option<(Arc<ports::Encoder>, wire::DeviceMemory)>,
 }
 
+/// What a model is that somebody unloads.
+enum Leaving {
+    Loading,
+    Failed,
+    Serving(Served),
+}
+
 /// A load that somebody may follow, and stop.
 struct Followed<'a> {
-    parts: &'a RosterParts,
+    roster: &'a Parts,
     reports: &'a watch::Sender<LoadReport>,
     stop: &'a AtomicBool,
     /// What it has been given of the CPU's memory so far.
     taken: AtomicU64,
+    /// Whether it needed room that nobody could give up.
+    is_short: AtomicBool,
 }
 
 // === impl Roster ===
@@ -123,33 +158,66 @@ impl Roster {
         let mut entries = BTreeMap::new();
         for LoadedModel { name, path, source, variants, encoder } in loaded {
             let state = State::Ready(Served { variants, encoder });
-            entries.insert(name.to_string(), Entry { source, path, state });
+            entries.insert(name.to_string(), Entry::new(source, path, state));
+        }
+        for (name, path) in &parts.config.on_demand {
+            let known = Entry::new(ModelSource::OnDemand, Some(path.clone()), State::Unloaded);
+            entries.insert(name.clone(), known);
         }
         for LostModel { name, path, error } in lost {
             tracing::error!("not served, though it was loaded before: {error}");
             let (model, text) = (name.clone(), path.display().to_string());
             parts.deploy.note("startup", Happened::ModelRefused { model, path: text, error: error.clone() });
             // One that the configuration has by now is served.
-            let lost = Entry { source: ModelSource::Loaded, path: Some(path), state: State::Failed(error) };
+            let lost = Entry::new(ModelSource::Loaded, Some(path), State::Failed(error));
             entries.entry(name).or_insert(lost);
         }
-        let parts = Parts { parts, entries: Mutex::new(entries), stored: Mutex::default() };
-        Self { parts: Arc::new(parts), loader: Mutex::default() }
+        let parts = Parts {
+            parts,
+            entries: Mutex::new(entries),
+            stored: Mutex::default(),
+            turn: Mutex::default(),
+            changes: watch::Sender::new(()),
+            requests: AtomicU64::new(1),
+        };
+        parts.weigh();
+        Self { parts: Arc::new(parts), loaders: Mutex::default() }
     }
 
-    /// Ends a load that is under way, and waits for it, but not for one that waits for a disk or a GPU.
+    /// Starts the thread of a load whose place is taken.
+    fn begin(
+        &self,
+        load: Load,
+        (progress, stop): (watch::Sender<LoadReport>, Arc<AtomicBool>),
+    ) -> Result<(), AdminError> {
+        let (parts, name) = (Arc::clone(&self.parts), load.name.clone());
+        let run = move || parts.run(&load, (&progress, &stop));
+        let mut loaders = lock(&self.loaders);
+        loaders.retain(|loader| !loader.is_finished());
+        match std::thread::Builder::new().name(format!("load-{name}")).spawn(run) {
+            Ok(thread) => loaders.push(thread),
+            Err(error) => {
+                let error = refused(AdminErrorKind::Internal, None, format!("no thread for the load: {error}"));
+                self.parts.not_loaded(&name, error.message.clone(), true);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends loads that are under way, and waits for them, but not for one that waits for a disk or a GPU.
     pub(crate) fn stop(&self) {
         for entry in lock(&self.parts.entries).values() {
             if let State::Loading { stop, .. } = &entry.state {
                 stop.store(true, Ordering::Release);
             }
         }
-        let Some(loader) = lock(&self.loader).take() else { return };
+        let loaders = std::mem::take(&mut *lock(&self.loaders));
         for _ in 0..STOP_LOOKS {
-            if loader.is_finished() {
+            if loaders.iter().all(JoinHandle::is_finished) {
                 return;
             }
-            std::thread::park_timeout(STOP_LOOK);
+            std::thread::park_timeout(LOOK);
         }
         tracing::warn!("a load is still under way; it ends with the process");
     }
@@ -166,21 +234,24 @@ impl ModelAdmin for Roster {
     }
 
     fn load(&self, load: wire::LoadModel, actor: &str) -> Result<watch::Receiver<LoadReport>, AdminError> {
-        let (progress, reports) = watch::channel(LoadReport::Progress(progress(LoadStage::Reading, (0, 0))));
+        let (progress, reports) = watch::channel(LoadReport::Progress(beginning()));
         let stop = Arc::<AtomicBool>::default();
         let path = self.parts.enter(&load, (&reports, &stop))?;
-        let (parts, name, actor) = (Arc::clone(&self.parts), load.name.clone(), actor.to_owned());
-        let run = move || parts.run((&name, &path), &actor, (&progress, &stop));
-        let thread = std::thread::Builder::new().name(format!("load-{}", load.name)).spawn(run).map_err(|error| {
-            lock(&self.parts.entries).remove(&load.name);
-            refused(AdminErrorKind::Internal, None, format!("no thread for the load: {error}"))
-        })?;
-        *lock(&self.loader) = Some(thread);
+        let load = Load { name: load.name, path, actor: Some(actor.to_owned()) };
+        self.begin(load, (progress, stop))?;
         Ok(reports)
     }
 
     fn unload(&self, name: &str, grace_ms: u64, actor: &str) -> Result<wire::Unloaded, AdminError> {
         self.parts.unload(name, grace_ms, actor)
+    }
+
+    fn want(&self, name: &str) -> Want {
+        self.demand(name)
+    }
+
+    fn state(&self, name: &str) -> Option<ModelState> {
+        lock(&self.parts.entries).get(name).map(|entry| entry.state.shown())
     }
 }
 
@@ -206,11 +277,21 @@ impl Parts {
             let message = format!("`{busy}` is being loaded, and one model is loaded at a time; try again after it");
             return Err(refused(AdminErrorKind::Busy, None, message));
         }
+        let state = State::Loading { reports: reports.clone(), stop: Arc::clone(stop) };
+        if let Some(entry) = entries.get_mut(name).filter(|entry| entry.is_known_as(&path)) {
+            entry.state = state;
+            return Ok(path);
+        }
         if entries.contains_key(name) {
             return conflict(format!("there is a model `{name}` already; choose another name, or unload that first"));
         }
         let catalog = self.parts.engine.catalog();
         let alias = name.split(':').next().unwrap_or(name);
+        if self.parts.config.on_demand.contains_key(alias) {
+            return conflict(format!(
+                "`{alias}` is loaded on demand: it comes and goes, and no variant can join it; name it in [models]"
+            ));
+        }
         if alias != name && catalog.variants.iter().all(|variant| *variant.alias != *alias) {
             return conflict(format!(
                 "there is no model `{alias}` of which `{name}` could be a variant; load that first"
@@ -224,34 +305,37 @@ impl Parts {
                 "{n_loaded} models are loaded, the most at once; unload one, or raise engine.max_loaded ({most})"
             ));
         }
-        let state = State::Loading { reports: reports.clone(), stop: Arc::clone(stop) };
-        entries.insert(name.clone(), Entry { source: ModelSource::Loaded, path: Some(path.clone()), state });
+        entries.insert(name.clone(), Entry::new(ModelSource::Loaded, Some(path.clone()), state));
         Ok(path)
     }
 
     /// The thread of a load.
-    fn run(
-        &self,
-        (name, path): (&str, &Path),
-        actor: &str,
-        (reports, stop): (&watch::Sender<LoadReport>, &AtomicBool),
-    ) {
-        let brought = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            self.bring((name, path), actor, &Followed { parts: &self.parts, reports, stop, taken: AtomicU64::new(0) })
-        }));
+    fn run(&self, load: &Load, (reports, stop): (&watch::Sender<LoadReport>, &AtomicBool)) {
+        let Load { name, path, actor } = load;
+        let followed =
+            Followed { roster: self, reports, stop, taken: AtomicU64::new(0), is_short: AtomicBool::new(false) };
+        let brought = {
+            let _turn = lock(&self.turn);
+            std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)))
+        };
         let brought = brought.unwrap_or_else(|_| {
             let message = "the load ended in a panic; this is a bug of the host".to_owned();
             Err(refused(AdminErrorKind::Internal, None, message))
         });
-        let (model, text) = (name.to_owned(), path.display().to_string());
+        let metrics = self.parts.shared.metrics.models();
+        if brought.is_ok() { &metrics.loaded } else { &metrics.failed }.inc();
         let report = match brought {
             Ok(loaded) => LoadReport::Ready(Box::new(loaded)),
             Err(error) => {
                 tracing::warn!("`{name}` was not loaded: {error}");
-                lock(&self.entries).remove(name);
-                let why = error.message.clone();
-                self.parts.deploy.note(actor, Happened::ModelRefused { model, path: text, error: why });
                 give_back_freed();
+                let may_change = followed.is_short.into_inner() || stop.load(Ordering::Acquire);
+                self.not_loaded(name, for_clients(&error.message, (name, path)), may_change);
+                if let Some(actor) = actor {
+                    let (model, path) = (name.clone(), path.display().to_string());
+                    let error = error.message.clone();
+                    self.parts.deploy.note(actor, Happened::ModelRefused { model, path, error });
+                }
                 LoadReport::Failed(error)
             }
         };
@@ -259,14 +343,60 @@ impl Parts {
         reports.send_replace(report);
     }
 
+    /// A load has failed: its name is free, and one that is loaded on demand may be tried again after a while.
+    fn not_loaded(&self, name: &str, why: String, may_change: bool) {
+        let now = self.parts.shared.clock.micros();
+        let mut entries = lock(&self.entries);
+        match entries.get_mut(name) {
+            Some(entry) if entry.source == ModelSource::OnDemand => {
+                entry.demand.backoff.failed(now, may_change);
+                entry.state = State::Failed(why);
+            }
+            _ => drop(entries.remove(name)),
+        }
+        self.changes.send_replace(());
+    }
+
+    /// A model is there no more; one that is loaded on demand stays known.
+    fn gone(&self, name: &str) {
+        let mut entries = lock(&self.entries);
+        match entries.get_mut(name) {
+            Some(entry) if entry.source == ModelSource::OnDemand => entry.unloaded(),
+            _ => drop(entries.remove(name)),
+        }
+        self.changes.send_replace(());
+        drop(entries);
+        self.weigh();
+    }
+
+    /// Says what models take.
+    fn weigh(&self) {
+        let bytes = self.parts.engine.held(|_| true);
+        self.parts.shared.metrics.models().bytes.set(bytes.cast_signed());
+    }
+
+    /// Gives up models while there would be more than may be loaded at once, this one included.
+    fn make_place(&self, name: &str, followed: &Followed<'_>) -> Result<(), AdminError> {
+        let most = self.parts.config.engine.max_loaded as usize;
+        let is_other = |(other, entry): &(&String, &Entry)| *other != name && entry.takes_a_place();
+        while lock(&self.entries).iter().filter(is_other).count() >= most {
+            if !followed.make_room() {
+                let message = format!(
+                    "{most} models are loaded, the most at once, and none of them is idle that requests have loaded; unload one, or \
+                     raise engine.max_loaded"
+                );
+                return Err(refused(AdminErrorKind::Conflict, None, message));
+            }
+        }
+        Ok(())
+    }
+
     /// Loads a model and serves it.
-    fn bring(
-        &self,
-        (name, path): (&str, &Path),
-        actor: &str,
-        followed: &Followed<'_>,
-    ) -> Result<wire::Model, AdminError> {
+    fn bring(&self, load: &Load, followed: &Followed<'_>) -> Result<wire::Model, AdminError> {
+        let Load { name, path, actor } = load;
         let RosterParts { config, shared, deploy, engine, pool, code, .. } = &self.parts;
+        followed.check_stop().map_err(|error| refused(AdminErrorKind::Conflict, None, error.to_string()))?;
+        self.make_place(name, followed)?;
         let places = engine.places();
         let terms = LoadTerms {
             places: &places,
@@ -290,15 +420,17 @@ impl Parts {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
         let loaded = loaded.map_err(|error| refused(AdminErrorKind::Refused, None, format!("{error:#}")))?;
-        let (served, bytes) = (served_as(&loaded.models), loaded.bytes());
+        let (served, bytes) = (Served { variants: loaded.variants.clone(), encoder: None }, loaded.bytes());
         followed.report(LoadStage::Starting, (0, 0));
         let joined = engine.join(shared, deploy, loaded);
         let joined = joined.map_err(|error| refused(AdminErrorKind::Internal, None, format!("{error:#}")))?;
         let variants = served.variants.iter().map(|variant| variant.id.to_string()).collect();
-        let text = path.display().to_string();
-        let stored = StoredModel { name: name.to_owned(), path: text.clone() };
-        let loaded = self.settle(stored, (joined, served), followed)?;
-        deploy.note(actor, Happened::ModelLoaded { model: name.to_owned(), path: text, variants, bytes });
+        let path = path.display().to_string();
+        let loaded = self.settle(StoredModel { name: name.clone(), path: path.clone() }, (joined, served), followed)?;
+        match actor {
+            Some(actor) => deploy.note(actor, Happened::ModelLoaded { model: name.clone(), path, variants, bytes }),
+            None => tracing::info!("`{name}` was loaded for a request: {bytes} bytes"),
+        }
         Ok(loaded)
     }
 
@@ -312,8 +444,12 @@ impl Parts {
         let RosterParts { shared, store, engine, .. } = &self.parts;
         let _one = lock(&self.stored);
         let name = stored.name.clone();
-        let kept = if followed.stop.load(Ordering::Acquire) {
-            Err(refused(AdminErrorKind::Conflict, None, "the load was stopped".to_owned()))
+        let is_known = self.parts.config.on_demand.contains_key(&name);
+        let kept = if let Err(error) = followed.check_stop() {
+            Err(refused(AdminErrorKind::Conflict, None, error.to_string()))
+        } else if is_known {
+            // The next start brings it when somebody asks for it.
+            Ok(())
         } else {
             store.models().and_then(|models| store.write_models(&models.with(stored))).map_err(|error| {
                 let message = format!("not loaded: the list of models cannot be stored ({error})");
@@ -335,12 +471,13 @@ impl Parts {
             ));
         };
         entry.state = State::Ready(served);
-        Ok(self.view(&name, entry))
+        entry.demand.backoff = Backoff::default();
+        self.changes.send_replace(());
+        let view = self.view(&name, entry);
+        drop(entries);
+        self.weigh();
+        Ok(view)
     }
-}
-
-fn served_as(models: &[LoadedModel]) -> Served {
-    Served { variants: models.iter().flat_map(|model| model.variants.iter().cloned()).collect(), encoder: None }
 }
 
 // === unloads ===
@@ -359,10 +496,11 @@ impl Parts {
             });
         };
         let began = shared.clock.micros();
-        let Left { ended, bytes } = engine.clear(&variants, grace_ms.saturating_mul(1_000), shared);
+        let Left { ended, bytes } = engine.clear(&variants, grace_ms.saturating_mul(1_000));
+        engine.forget(&variants, false, shared);
         let ids = variants.iter().map(|variant| variant.id.to_string()).collect();
         // Its tokenizer goes with the last of these.
-        lock(&self.entries).remove(name);
+        self.gone(name);
         drop(variants);
         give_back_freed();
         deploy.note(actor, Happened::ModelUnloaded { model: name.to_owned(), ended, bytes });
@@ -377,8 +515,30 @@ impl Parts {
 
     /// Takes a model out of the stored list and of the catalog; what it was served as, unless that was nothing.
     fn close(&self, name: &str) -> Result<Option<Served>, AdminError> {
-        // Before the entries, as loads do.
-        let _one = lock(&self.stored);
+        // Before the entries, as loads do; and no rollout begins between the look and the end of the model.
+        let (_one, _held) = (lock(&self.stored), self.parts.aliases.hold());
+        let served = match self.leave(name)? {
+            Leaving::Serving(served) => served,
+            Leaving::Loading => return Ok(None),
+            Leaving::Failed => {
+                self.forget(name)?;
+                self.gone(name);
+                return Ok(None);
+            }
+        };
+        if let Err(error) = self.forget(name) {
+            if let Some(entry) = lock(&self.entries).get_mut(name) {
+                entry.state = State::Ready(served);
+                self.changes.send_replace(());
+            }
+            return Err(error);
+        }
+        self.parts.engine.close(&served.variants);
+        Ok(Some(served))
+    }
+
+    /// Marks a model as one that goes, if it may. The caller holds the weights of the aliases.
+    fn leave(&self, name: &str) -> Result<Leaving, AdminError> {
         let mut entries = lock(&self.entries);
         let others = entries.values().filter(|entry| matches!(entry.state, State::Ready(_))).count();
         let known: Vec<String> = entries.keys().map(|name| format!("`{name}`")).collect();
@@ -390,14 +550,11 @@ impl Parts {
         let served = match &entry.state {
             State::Loading { stop, .. } => {
                 stop.store(true, Ordering::Release);
-                return Ok(None);
+                return Ok(Leaving::Loading);
             }
             State::Draining(_) => return conflict(format!("`{name}` is being unloaded already")),
-            State::Failed(_) => {
-                self.forget(name)?;
-                entries.remove(name);
-                return Ok(None);
-            }
+            State::Unloaded => return conflict(format!("`{name}` is not loaded; the next request for it does that")),
+            State::Failed(_) => return Ok(Leaving::Failed),
             State::Ready(served) => served.clone(),
         };
         if served.encoder.is_some() {
@@ -405,16 +562,12 @@ impl Parts {
                 "`{name}` makes embeddings, and such models go with the host: restart without it"
             ));
         }
-        if others == 1 {
+        if others == 1 && self.parts.config.on_demand.is_empty() {
             return conflict(format!("`{name}` is the only model; load another first"));
         }
-        // No rollout begins between the look and the end of the model.
-        let _held = self.parts.aliases.hold();
         self.check_rollouts(&served.variants)?;
-        self.forget(name)?;
         entry.state = State::Draining(served.clone());
-        self.parts.engine.close(&served.variants);
-        Ok(Some(served))
+        Ok(Leaving::Serving(served))
     }
 
     /// Takes a model out of the stored list. The caller holds `stored`.
@@ -451,7 +604,7 @@ impl Parts {
     fn view(&self, name: &str, entry: &Entry) -> wire::Model {
         let mut view = wire::Model {
             name: name.to_owned(),
-            state: ModelState::Ready,
+            state: entry.state.shown(),
             source: entry.source,
             path: entry.path.as_ref().map(|path| path.display().to_string()),
             variants: Vec::new(),
@@ -462,21 +615,17 @@ impl Parts {
         };
         let served = match &entry.state {
             State::Loading { reports, .. } => {
-                view.state = ModelState::Loading;
                 if let LoadReport::Progress(progress) = &*reports.borrow() {
                     view.progress = Some(progress.clone());
                 }
                 return view;
             }
             State::Failed(error) => {
-                (view.state, view.error) = (ModelState::Failed, Some(error.clone()));
+                view.error = Some(error.clone());
                 return view;
             }
-            State::Draining(served) => {
-                view.state = ModelState::Draining;
-                served
-            }
-            State::Ready(served) => served,
+            State::Unloaded => return view,
+            State::Draining(served) | State::Ready(served) => served,
         };
         if let Some((encoder, memory)) = &served.encoder {
             view.variants = vec![encoder.name.to_string()];
@@ -492,6 +641,42 @@ impl Parts {
     }
 }
 
+// === impl Entry ===
+
+impl Entry {
+    fn new(source: ModelSource, path: Option<PathBuf>, state: State) -> Self {
+        Self { source, path, state, demand: Demand::default() }
+    }
+
+    /// Whether it is one that requests load, from there, and is not there now.
+    fn is_known_as(&self, path: &Path) -> bool {
+        let own = self.path.as_ref().and_then(|own| own.canonicalize().ok());
+        let is_absent = matches!(self.state, State::Unloaded | State::Failed(_));
+        self.source == ModelSource::OnDemand && is_absent && own.is_some_and(|own| own == path)
+    }
+
+    /// Whether it counts against the most that may be loaded while the host runs.
+    fn takes_a_place(&self) -> bool {
+        match self.source {
+            ModelSource::Embedded | ModelSource::Configured => false,
+            ModelSource::Loaded => true,
+            ModelSource::OnDemand => matches!(self.state, State::Ready(_) | State::Draining(_)),
+        }
+    }
+}
+
+impl State {
+    fn shown(&self) -> ModelState {
+        match self {
+            Self::Loading { .. } => ModelState::Loading,
+            Self::Ready(_) => ModelState::Ready,
+            Self::Draining(_) => ModelState::Draining,
+            Self::Unloaded => ModelState::Unloaded,
+            Self::Failed(_) => ModelState::Failed,
+        }
+    }
+}
+
 // === impl Followed ===
 
 impl Followed<'_> {
@@ -504,6 +689,23 @@ impl Followed<'_> {
             *last = next;
             is_news
         });
+    }
+
+    fn check_stop(&self) -> anyhow::Result<()> {
+        if self.stop.load(Ordering::Acquire) {
+            bail!("the load was stopped");
+        }
+        Ok(())
+    }
+
+    /// What may still be taken of the CPU's memory, and by whose word; none where nobody says.
+    fn room(&self) -> (Option<u64>, &'static str) {
+        let Parts { parts: RosterParts { config, engine, .. }, .. } = self.roster;
+        if config.engine.memory_mib == 0 {
+            return (available_memory(), "the machine");
+        }
+        let taken = engine.held(|place| matches!(place, Place::Cpu(_))) + self.taken.load(Ordering::Relaxed);
+        (Some((u64::from(config.engine.memory_mib) << 20).saturating_sub(taken)), "engine.memory_mib")
     }
 
     fn total(&self) -> u64 {
@@ -526,36 +728,47 @@ impl Follow for Followed<'_> {
     }
 
     fn check_room(&self, bytes: u64) -> anyhow::Result<()> {
-        if self.stop.load(Ordering::Acquire) {
-            bail!("the load was stopped");
-        }
-        let (room, what) = room(&self.parts.config, || {
-            let devices = self.parts.engine.report();
-            let cpu = devices.iter().find(|device| device.name == "cpu").map(|device| device.memory);
-            let served = cpu.map_or(0, |memory| memory.weights + memory.kv + memory.workspace);
-            served + self.taken.load(Ordering::Relaxed)
-        });
-        if room.is_some_and(|room| bytes > room) {
-            bail!(
-                "it needs {} of the CPU's memory, weights and KV pool, and {what} leaves {}; unload a model, lower \
-                 engine.kv_mib, or take a smaller precision (engine.precisions)",
-                Bytes(bytes),
-                Bytes(room.unwrap_or(0))
-            );
+        loop {
+            self.check_stop()?;
+            let (room, what) = self.room();
+            if room.is_none_or(|room| bytes <= room) {
+                break;
+            }
+            if !self.make_room() {
+                bail!(
+                    "it needs {} of the CPU's memory, weights and KV pool, and {what} leaves {} while no model is idle that \
+                     requests have loaded; unload a model, lower engine.kv_mib, or take a smaller precision \
+                     (engine.precisions)",
+                    Bytes(bytes),
+                    Bytes(room.unwrap_or(0))
+                );
+            }
         }
         self.taken.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
+
+    /// Waits for one that requests have, as long as a request would wait for this one.
+    fn make_room(&self) -> bool {
+        let RosterParts { config, shared, .. } = &self.roster.parts;
+        let end = shared.clock.micros().saturating_add(config.engine.load_wait_ms.saturating_mul(1_000));
+        while !self.roster.evict() {
+            let is_over = shared.clock.micros() >= end || self.stop.load(Ordering::Acquire);
+            if is_over || !self.roster.has_some_to_give() {
+                self.is_short.store(true, Ordering::Relaxed);
+                return false;
+            }
+            std::thread::park_timeout(LOOK);
+        }
+        true
+    }
 }
 
-// === bounds ===
+// === parts ===
 
-/// What may still be taken of the CPU's memory, and by whose word; none where nobody says.
-fn room(config: &Config, held: impl FnOnce() -> u64) -> (Option<u64>, &'static str) {
-    match config.engine.memory_mib {
-        0 => (available_memory(), "the machine"),
-        mib => (Some((u64::from(mib) << 20).saturating_sub(held())), "engine.memory_mib"),
-    }
+/// Before the files are open.
+fn beginning() -> wire::LoadProgress {
+    progress(LoadStage::Reading, (0, 0))
 }
 
 /// Packing is nearly all of it.
@@ -566,6 +779,12 @@ fn progress(stage: LoadStage, (bytes, total_bytes): (u64, u64)) -> wire::LoadPro
         LoadStage::Starting => 99,
     };
     wire::LoadProgress { stage, bytes, total_bytes, percent: percent.min(99) }
+}
+
+/// Why a load has failed, without where its files are: that is nobody's business who sends requests.
+fn for_clients(message: &str, (name, path): (&str, &Path)) -> String {
+    let why = message.strip_prefix(&format!("{}: ", of(name, path))).unwrap_or(message);
+    why.replace(&path.display().to_string(), "its path")
 }
 
 fn refused(kind: AdminErrorKind, param: Option<&str>, message: String) -> AdminError {

@@ -278,6 +278,7 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
         grace_ms: server.shutdown_grace_ms,
         api_keys,
         admin_tokens: admin_tokens(config),
+        load_wait_ms: config.engine.load_wait_ms,
         route_headers: server.route_headers.clone(),
         admin_remote: !config.admin.listen.ip().is_loopback(),
         explain_requests: config.policy.explain_requests as usize,
@@ -440,6 +441,9 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         format!("  {:<18} {admin}", "admin"),
         format!("  {:<18} {}", "models", models.join(", ")),
     ];
+    if !catalog.on_demand.is_empty() {
+        lines.push(format!("  {:<18} {}", "on demand", catalog.on_demand.join(", ")));
+    }
     for (replica, upstream) in catalog.upstreams() {
         lines.push(format!("  {:<18} {} at {}", "upstream", replica.name, upstream.url()));
     }
@@ -450,10 +454,11 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         let failed = failed.map_or(String::new(), |reason| format!("  ({who} serves: {reason})"));
         lines.push(format!("  {:<18} {revision};g={generation}{failed}", slot.slot));
     }
-    let (path, model, input) = match catalog.variants.first() {
-        Some(variant) => {
+    let generator = catalog.variants.first().map(|variant| &variant.alias).or(catalog.on_demand.first());
+    let (path, model, input) = match generator {
+        Some(model) => {
             let messages = r#""messages": [{"role": "user", "content": "What is ownership?"}]"#;
-            ("chat/completions", &*variant.alias, messages)
+            ("chat/completions", &**model, messages)
         }
         None => ("embeddings", models.first().copied().unwrap_or("MODEL"), r#""input": "What is ownership?""#),
     };

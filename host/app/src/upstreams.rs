@@ -157,7 +157,7 @@ impl UpstreamSection {
         }
     }
 
-    fn variant(&self) -> String {
+    pub(crate) fn variant(&self) -> String {
         format!("{}:{}", self.model, self.variant)
     }
 

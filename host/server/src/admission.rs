@@ -14,6 +14,7 @@ use pointsman_sched::ids::Micros;
 use tokio::sync::Notify;
 
 use crate::error::ApiError;
+use crate::ports::Lease;
 use crate::usage::Bill;
 
 /// The bounds and what is inside them.
@@ -54,6 +55,8 @@ pub(crate) struct Permit {
     ticket: Option<Ticket>,
     /// Where it is charged; none for what is nobody's.
     bill: Option<Bill>,
+    /// Keeps its model where it is, if that might go.
+    lease: Option<Lease>,
 }
 
 // === impl Admission ===
@@ -81,7 +84,7 @@ impl Admission {
             let what = format!("{} requests are in flight", self.max_requests);
             return Err(ApiError::Saturated { what });
         }
-        let permit = Permit { admission: Arc::clone(self), tokens: 0, ticket: None, bill: None };
+        let permit = Permit { admission: Arc::clone(self), tokens: 0, ticket: None, bill: None, lease: None };
         // A drain that began in between must not miss this request: it either sees the count or is seen here.
         if self.is_draining() { Err(ApiError::Draining) } else { Ok(permit) }
     }
@@ -150,6 +153,11 @@ impl Permit {
     /// Says where the request is charged.
     pub(crate) fn bill(&mut self, bill: Bill) {
         self.bill = Some(bill);
+    }
+
+    /// Keeps a model for as long as the request is inside.
+    pub(crate) fn keep(&mut self, lease: Lease) {
+        self.lease = Some(lease);
     }
 
     /// Takes the tokens that the request may use from those of its API key.

@@ -33,6 +33,8 @@ pub struct ServerConfig {
     pub default_timeout_ms: u64,
     /// Longest deadline that a request may name.
     pub max_timeout_ms: u64,
+    /// Longest time that a request waits for a model that is loaded on demand; beyond, it gets 503.
+    pub load_wait_ms: u64,
     /// Choices (`n`) of one prompt.
     pub max_choices: u32,
     /// Prompts of one completions request.
@@ -166,6 +168,7 @@ impl Default for ServerConfig {
             grace_ms: 30_000,
             default_timeout_ms: 600_000,
             max_timeout_ms: 3_600_000,
+            load_wait_ms: 60_000,
             max_choices: 8,
             max_prompts: 16,
             max_rows: 64,

@@ -212,7 +212,9 @@ impl Target {
             return Err(ApiError::invalid(param, problem));
         }
         if variants.is_empty() {
-            let known: Vec<String> = catalog.names().into_iter().map(|(name, _)| format!("`{name}`")).collect();
+            let unloaded = catalog.unloaded().map(|name| format!("`{name}`"));
+            let served = catalog.names().into_iter().map(|(name, _)| format!("`{name}`"));
+            let known: Vec<String> = served.chain(unloaded).collect();
             return Err(ApiError::UnknownModel { param, name: name.to_owned(), known: known.join(", ") });
         }
         Ok(Self { name: name.to_owned(), variants })
@@ -282,9 +284,20 @@ impl Catalog {
         self.variants.iter().any(|v| (*v.alias == *name || *v.id == *name) && v.is_upstream())
     }
 
-    /// Whether nothing is served yet.
+    /// Whether nothing is served yet, nor would be if somebody asked.
     pub(crate) fn is_empty(&self) -> bool {
-        self.variants.is_empty() && self.encoders.is_empty()
+        self.variants.is_empty() && self.encoders.is_empty() && self.on_demand.is_empty()
+    }
+
+    /// The model that a name needs, if it is loaded on demand: it, or one of its variants.
+    pub(crate) fn demanded(&self, name: &str) -> Option<&Arc<str>> {
+        let model = name.split(':').next().unwrap_or(name);
+        self.on_demand.iter().find(|demanded| ***demanded == *model)
+    }
+
+    /// Those that are loaded on demand and not there.
+    pub(crate) fn unloaded(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.on_demand.iter().filter(|name| self.variants.iter().all(|variant| variant.alias != **name))
     }
 
     /// The encoder of this name.

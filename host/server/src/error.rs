@@ -110,6 +110,11 @@ pub(crate) enum ApiError {
     Unloaded,
     #[error("no replica of `{model}` is running")]
     NoReplica { model: String },
+    /// A model that is loaded on demand.
+    #[error("`{model}` is being loaded, and {why}; retry later")]
+    NotYet { model: String, why: String },
+    #[error("`{model}` could not be loaded: {why}")]
+    NotLoaded { model: String, why: String, retry_after_ms: u32 },
     #[error("the upstream `{upstream}` {}", .mishap.told())]
     Upstream { upstream: Arc<str>, mishap: Mishap },
     /// A request that only a replica here could serve.
@@ -239,7 +244,8 @@ impl ApiError {
             Self::Cancelled => class(CLIENT_CLOSED, "cancelled_error", "cancelled", false),
             Self::SlowClient => class(CLIENT_CLOSED, "cancelled_error", "client_too_slow", false),
             Self::Deadline { .. } => class(504, "timeout_error", "deadline_exceeded", true),
-            Self::Loading => class(503, "server_error", "loading", true),
+            Self::Loading | Self::NotYet { .. } => class(503, "server_error", "loading", true),
+            Self::NotLoaded { .. } => class(503, "server_error", "model_not_loaded", true),
             Self::DriverGone => class(503, "server_error", "no_replica", true),
             Self::Draining => class(503, "server_error", "draining", true),
             Self::Unloaded => class(503, "server_error", "unloaded", true),
@@ -302,6 +308,7 @@ impl ApiError {
             Self::Upstream { mishap: Mishap::Status { retry_after_ms, .. }, .. } if *retry_after_ms > 0 => {
                 *retry_after_ms
             }
+            Self::NotLoaded { retry_after_ms, .. } => *retry_after_ms,
             Self::Quota { wait_us, .. } if *wait_us > 0 => u32::try_from(wait_us.div_ceil(1_000)).unwrap_or(u32::MAX),
             _ => 1_000,
         }
@@ -459,6 +466,11 @@ mod tests {
             (ApiError::Failed(Failure::Engine("boom".into())), (500, None, None, None)),
             (ApiError::Deadline { limit_ms: 5 }, (504, None, None, None)),
             (ApiError::Draining, (503, some("1"), None, None)),
+            (ApiError::NotYet { model: "m".into(), why: "x".into() }, (503, some("1"), None, None)),
+            (
+                ApiError::NotLoaded { model: "m".into(), why: "x".into(), retry_after_ms: 3_001 },
+                (503, some("4"), None, None),
+            ),
             (ApiError::cancelled(CancelCause::Asked, 5), (499, None, None, some("false"))),
             (ApiError::Internal, (500, None, None, some("false"))),
         ] {

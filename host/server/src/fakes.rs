@@ -24,7 +24,7 @@ use crate::admin::wire;
 use crate::ports::{
     AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DoorQuestion, EmbedJob, Embedded,
     Encoder, EnginePort, JournalLine, LoadReport, ModelAdmin, PolicyAdmin, Question, Replica, Shelf, SubmitError,
-    Upload, Uploaded, Variant,
+    Upload, Uploaded, Variant, Want,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -139,6 +139,8 @@ pub(crate) struct FakeAdmin {
     pub(crate) gate: Gate,
     /// How the next load gets on; without it the name is taken.
     pub(crate) loads: Mutex<Option<watch::Receiver<LoadReport>>>,
+    /// What requests for a model that is loaded on demand hear.
+    pub(crate) wants: Mutex<VecDeque<Want>>,
 }
 
 /// Open until a test closes it.
@@ -236,6 +238,13 @@ impl FakeEngine {
 
     pub(crate) fn unload(&self) {
         *self.catalog.lock().expect("unpoisoned") = Arc::default();
+    }
+
+    /// Makes these models known; those of a variant are served.
+    pub(crate) fn know(&self, names: &[&str]) {
+        let mut catalog = self.catalog.lock().expect("unpoisoned");
+        let on_demand = names.iter().map(|&name| name.into()).collect();
+        *catalog = Arc::new(Catalog { on_demand, ..Catalog::clone(&catalog) });
     }
 }
 
@@ -606,6 +615,15 @@ impl ModelAdmin for FakeAdmin {
         Ok(wire::Unloaded { name: name.to_owned(), variants, ended: 0, waited_ms: grace_ms, bytes: 7 })
     }
 
+    /// What a test has put there, in its order.
+    fn want(&self, _name: &str) -> Want {
+        self.wants.lock().expect("unpoisoned").pop_front().expect("as many as are asked for")
+    }
+
+    fn state(&self, _name: &str) -> Option<wire::ModelState> {
+        Some(wire::ModelState::Unloaded)
+    }
+
     fn devices(&self) -> Vec<wire::Device> {
         vec![wire::Device {
             index: 0,
@@ -768,7 +786,7 @@ impl Rig {
         });
         let engine = Arc::new(FakeEngine::default());
         *engine.catalog.lock().expect("unpoisoned") =
-            Arc::new(Catalog { variants: vec![a, b], encoders: vec![encoder] });
+            Arc::new(Catalog { variants: vec![a, b], encoders: vec![encoder], ..Catalog::default() });
         let router = Arc::new(FakeRouter { choice: Mutex::new(Choice::Pick(0)), calls: Mutex::default() });
         let door = Arc::new(FakeDoor { native: AtomicBool::new(true), ..FakeDoor::default() });
         let clock = Arc::new(FakeClock::default());

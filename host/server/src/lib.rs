@@ -15,6 +15,7 @@ mod batch;
 mod cache;
 mod config;
 mod data;
+mod demand;
 mod dispatch;
 pub mod entry;
 mod error;

@@ -96,6 +96,8 @@ pub struct Catalog {
     pub variants: Vec<Arc<Variant>>,
     /// Models for embeddings, listed behind the others; no name is also a variant's or an alias.
     pub encoders: Vec<Arc<Encoder>>,
+    /// Models that are loaded when somebody asks for them, whether they are there now or not.
+    pub on_demand: Arc<[Arc<str>]>,
 }
 
 /// Inputs on their way to an encoder.
@@ -378,6 +380,42 @@ pub trait ModelAdmin: Send + Sync + Debug {
     /// # Errors
     /// There is no such model, or it cannot go now; it serves as before.
     fn unload(&self, name: &str, grace_ms: u64, actor: &str) -> Result<wire::Unloaded, AdminError>;
+
+    /// Asks for a model that is loaded on demand, for one request; begins its load where it is not there. Answers at once.
+    fn want(&self, name: &str) -> Want;
+
+    /// How a model is that is loaded on demand. Answers at once.
+    fn state(&self, name: &str) -> Option<wire::ModelState>;
+}
+
+/// Keeps a model that is loaded on demand from being given up for another, until it is dropped.
+#[derive(Clone, Debug, Default)]
+pub struct Lease {
+    _counted: Arc<()>,
+}
+
+impl Lease {
+    /// One more of what is counted by this.
+    #[must_use]
+    pub fn of(counted: &Arc<()>) -> Self {
+        Self { _counted: Arc::clone(counted) }
+    }
+}
+
+/// What a request hears of a model that is loaded on demand.
+#[derive(Clone, Debug)]
+pub enum Want {
+    /// It is served, and stays while the request holds this.
+    Here(Lease),
+    /// It is on its way, and will not be given up before the request has had it; ask again when this changes.
+    Coming(Lease, watch::Receiver<()>),
+    /// Its load has failed, and is not tried again before this time is over.
+    Failed {
+        /// In words for clients.
+        why: String,
+        /// That time.
+        retry_after_ms: u32,
+    },
 }
 
 /// How the load of a model gets on.

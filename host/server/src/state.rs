@@ -92,6 +92,8 @@ pub struct ServerState {
     pub(crate) batches: Arc<Desk>,
     /// Requests for embeddings that are inside, but for those of the lowest priority.
     pub(crate) embeddings: Arc<AtomicU32>,
+    /// Requests that wait for a model that is loaded on demand.
+    pub(crate) waiting_for_models: AtomicU32,
     request_numbers: AtomicU64,
     request_metrics: RwLock<HashMap<Arc<str>, Arc<RequestMetrics>>>,
     scrape: Mutex<Option<(Micros, Bytes)>>,
@@ -134,6 +136,7 @@ impl ServerState {
             started: clock.unix_seconds(),
             batches: Arc::new(Desk::open(shelf, config.batch, &clock, &metrics)),
             embeddings: Arc::default(),
+            waiting_for_models: AtomicU32::new(0),
             request_numbers: AtomicU64::new(1),
             request_metrics: RwLock::default(),
             scrape: Mutex::default(),

@@ -9,6 +9,7 @@
 mod arms;
 mod event;
 mod metrics;
+mod models;
 mod names;
 mod recorder;
 mod upstreams;
@@ -19,6 +20,7 @@ pub use metrics::{
     CacheMetrics, EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics,
     RequestMetrics, SlotMetrics, TenantMetrics,
 };
+pub use models::ModelMetrics;
 pub use names::{NameKind, Names};
 pub use recorder::{Drained, Recorder};
 pub use upstreams::{UpstreamMetrics, UpstreamOutcome};

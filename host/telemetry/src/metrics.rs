@@ -14,6 +14,7 @@ use prometheus::{
 };
 
 use crate::arms::{ArmFamilies, ArmMetrics};
+use crate::models::ModelMetrics;
 use crate::upstreams::{UpstreamFamilies, UpstreamMetrics};
 
 /// Buckets of `gen_ai.server.time_to_first_token` (seconds).
@@ -80,6 +81,7 @@ pub struct Metrics {
     safe_mode: IntGauge,
     events_dropped: IntCounter,
     cache: CacheMetrics,
+    models: ModelMetrics,
     arms: ArmFamilies,
     upstreams: UpstreamFamilies,
     plugin: Mutex<PluginFamilies>,
@@ -485,6 +487,7 @@ impl Metrics {
                 IntCounter::new("pointsman_events_dropped_total", "Events lost to the bound of the ring."),
             ),
             cache: CacheMetrics::new(&registry),
+            models: ModelMetrics::new(&registry),
             arms: ArmFamilies::new(&registry),
             upstreams: UpstreamFamilies::new(&registry),
             plugin: Mutex::default(),
@@ -501,6 +504,12 @@ impl Metrics {
     #[must_use]
     pub fn response_cache(&self) -> CacheMetrics {
         self.cache.clone()
+    }
+
+    /// Handles of the models that come and go.
+    #[must_use]
+    pub fn models(&self) -> &ModelMetrics {
+        &self.models
     }
 
     /// Handles of one upstream.
@@ -591,14 +600,8 @@ impl Metrics {
     /// Removes every series of a variant whose replica has gone: those of [`Metrics::replica`] with the same arguments, and those
     /// of its requests. Series of the device itself stay.
     pub fn forget_replica(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) {
+        self.forget_gauges(model_name, block_tokens, total_blocks);
         let m = &[model_name];
-        // Removing a series that was never written is not an error worth telling.
-        for gauge in [&self.running, &self.waiting, &self.kv_cached] {
-            let _ = gauge.remove_label_values(m);
-        }
-        for ratio in [&self.kv_usage, &self.kv_slack] {
-            let _ = ratio.remove_label_values(m);
-        }
         for counter in [
             &self.prefix_queries,
             &self.prefix_hits,
@@ -620,6 +623,18 @@ impl Metrics {
         }
         for phase in ["prefill", "decode"] {
             let _ = self.tokens.remove_label_values(&[device, model_name, phase]);
+        }
+    }
+
+    /// Removes what says how a replica is now. What it has counted stays, as for one that comes back.
+    pub fn forget_gauges(&self, model_name: &str, block_tokens: u32, total_blocks: u32) {
+        let m = &[model_name];
+        // Removing a series that was never written is not an error worth telling.
+        for gauge in [&self.running, &self.waiting, &self.kv_cached] {
+            let _ = gauge.remove_label_values(m);
+        }
+        for ratio in [&self.kv_usage, &self.kv_slack] {
+            let _ = ratio.remove_label_values(m);
         }
         let shape = [model_name, &block_tokens.to_string(), &total_blocks.to_string()];
         let _ = self.cache_config.remove_label_values(&shape);

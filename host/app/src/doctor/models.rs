@@ -3,9 +3,10 @@
 //! They are loaded on a device that computes nothing, which reads everything about a model but its numbers: architecture,
 //! tokenizer, templates, the tables of tensors. Reading the numbers as well would take what a start takes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::bail;
 use pointsman_control::ModelsDocument;
 use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::{Bytes, CodeOptions};
@@ -19,14 +20,15 @@ use crate::devices::Place;
 use crate::models::{LoadTerms, Loader};
 
 pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
-    if config.models.is_empty() && config.upstreams.is_empty() && !config.engine.demo {
+    let has_none = config.models.is_empty() && config.upstreams.is_empty() && config.on_demand.is_empty();
+    if has_none && !config.engine.demo {
         let remedy = "engine.demo = true, or a model with --model NAME=PATH";
         report.fault("models", "none", "there is no model to serve", remedy)?;
     }
     if config.engine.demo {
         report.good("models", "demo", "part of the program")?;
     }
-    for (name, path) in &config.models {
+    for (name, path) in config.models.iter().chain(&config.on_demand) {
         match load_aside(config, name, path) {
             Ok(bytes) => report.good("models", name, format!("{}, {}", path.display(), Bytes(bytes)))?,
             Err(error) => {
@@ -45,9 +47,12 @@ fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
     // One at a time, and without the demo, so that each is told its own fault.
     let models = [(name.to_owned(), path.to_owned())].into();
     let engine = crate::config::EngineSection { demo: false, ..config.engine.clone() };
-    let (replicas, upstreams) = Default::default();
-    let alone = Config { models, engine, replicas, upstreams, ..config.clone() };
-    Loader::new(&alone, &names, terms).load_all(&ModelsDocument::empty())?;
+    let (replicas, upstreams, on_demand) = Default::default();
+    let alone = Config { models, engine, replicas, upstreams, on_demand, ..config.clone() };
+    let loaded = Loader::new(&alone, &names, terms).load_all(&ModelsDocument::empty())?;
+    if !loaded.encoders.is_empty() && config.on_demand.contains_key(name) {
+        bail!("it makes embeddings, and such models are loaded at the start: name it in [models]");
+    }
     Ok(size(path))
 }
 
@@ -67,9 +72,10 @@ fn room(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     let Some(available) = available_memory() else { return Ok(()) };
     let on_cpu = config.engine.devices.iter().any(|device| device == "cpu");
     let variants = config.engine.precisions.len() as u64;
-    let weights: u64 = config.models.values().map(|path| size(path)).sum::<u64>() * variants;
-    let pools = config.models.len() as u64 * variants * (u64::from(config.engine.kv_mib) << 20);
-    let wanted = weights + pools;
+    let taken = |path: &PathBuf| (size(path) + (u64::from(config.engine.kv_mib) << 20)) * variants;
+    // Of those on demand the largest must have room; the others may have to go for it.
+    let largest = config.on_demand.values().map(taken).max().unwrap_or(0);
+    let wanted = config.models.values().map(taken).sum::<u64>() + largest;
     if !on_cpu || wanted == 0 {
         return Ok(());
     }

@@ -503,6 +503,14 @@ pub struct DeviceMemory {
     pub total: Option<u64>,
 }
 
+impl DeviceMemory {
+    /// What models hold of it.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.weights + self.kv + self.workspace
+    }
+}
+
 /// One replica's part of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DeviceReplica {
@@ -617,7 +625,9 @@ pub enum ModelState {
     Ready,
     /// It finishes what it has and takes no more.
     Draining,
-    /// It was loaded in an earlier life of the host and cannot be now.
+    /// It is loaded on demand, and the next request for it does so.
+    Unloaded,
+    /// It was to be loaded, by a request or as in an earlier life of the host, and could not be.
     Failed,
 }
 
@@ -631,6 +641,8 @@ pub enum ModelSource {
     Configured,
     /// While a host ran; the next start loads it again.
     Loaded,
+    /// By the configuration, when somebody asks for it; it goes when another needs its room.
+    OnDemand,
 }
 
 /// Answer to an unload.

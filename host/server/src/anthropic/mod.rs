@@ -17,7 +17,7 @@ use axum::response::Response;
 use serde::Serialize;
 
 use crate::admission::Permit;
-use crate::dispatch::Target;
+use crate::demand;
 use crate::error::ApiError;
 use crate::identity::{Caller, REQUEST_ID, RequestTag};
 use crate::openai::conversation::Answering;
@@ -82,9 +82,10 @@ pub(crate) async fn count_tokens(
         input_tokens: usize,
     }
     // Tokenizing is work like any other: it takes a place among the requests in flight.
-    let _permit = state.enter(&caller)?;
+    let mut permit = state.enter(&caller)?;
+    let time = (state.clock.now(), state.config.default_timeout_ms);
     let mut fields = read_fields(&state, request).await?;
-    let target = Target::find(&state.engine.catalog(), &model(&mut fields)?)?;
+    let target = demand::find(&state, &model(&mut fields)?, &mut permit, time).await?;
     let mut conversation = request::conversation(&mut fields)?;
     if let Some(tools) = request::tools(&mut fields)? {
         tools.show(&mut conversation.template_kwargs);

@@ -15,7 +15,8 @@ use super::logprobs::CompletionLogprobs;
 use super::params::{Own, Params};
 use super::{Usage, relayed};
 use crate::admission::Permit;
-use crate::dispatch::{Prompt, Target};
+use crate::demand;
+use crate::dispatch::Prompt;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
 use crate::state::ServerState;
@@ -37,14 +38,15 @@ pub(crate) async fn completions(
 }
 
 /// From a body to what it asked for, under way.
-pub(crate) async fn begin(arrival: Arrival, permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
+pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fields) -> Result<Answer, ApiError> {
     let state = &arrival.state;
     let body = arrival.sent(&fields);
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
     let logprobs = logprobs(&mut fields, echo)?;
     let own = Own::openai(&mut fields, &state.config, logprobs)?;
     let mut params = Params::parse(&mut fields, &state.config, own)?;
-    let target = Target::find(&state.engine.catalog(), &params.model)?;
+    let time = (arrival.arrived, params.timeout_ms);
+    let target = demand::find(state, &params.model, &mut permit, time).await?;
     let grammar = params.grammar(state, &target).await?;
     // Token ids mean nothing to another tokenizer, and several prompts are several requests.
     let body = body.filter(|_| prompt.is_string() && target.has_upstreams() && params.cache_prompt);

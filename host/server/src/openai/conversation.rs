@@ -12,7 +12,8 @@ use super::generate::{Arrival, Job, Running, tokenizing};
 use super::params::Params;
 use super::tools::{CallRules, Tools};
 use crate::admission::Permit;
-use crate::dispatch::{Prompt, Target};
+use crate::demand;
+use crate::dispatch::Prompt;
 use crate::error::ApiError;
 use crate::text::{ChatMessage, TextModel};
 use crate::upstream::Onward;
@@ -163,10 +164,11 @@ impl Talk {
     }
 
     /// Finds the model, renders, tokenizes and dispatches.
-    pub(crate) async fn start(self, arrival: &Arrival, permit: Permit) -> Result<Answering, ApiError> {
+    pub(crate) async fn start(self, arrival: &Arrival, mut permit: Permit) -> Result<Answering, ApiError> {
         let Self { mut params, tools, conversation, body } = self;
         let state = &arrival.state;
-        let target = Target::find(&state.engine.catalog(), &params.model)?;
+        let time = (arrival.arrived, params.timeout_ms);
+        let target = demand::find(state, &params.model, &mut permit, time).await?;
         let written = || written(&params, tools.as_ref(), &conversation.messages);
         let is_onward = target.has_upstreams() && params.cache_prompt;
         let body = if is_onward { body.or_else(written) } else { None };

@@ -226,7 +226,8 @@ fn find(fields: &mut Fields, state: &ServerState) -> Result<Arc<Encoder>, ApiErr
         [] => "there is none here: serve one with --model NAME=FOLDER".to_owned(),
         _ => format!("there is {}", known.join(", ")),
     };
-    match catalog.names().iter().any(|(generator, _)| *generator == name) {
+    let generates = catalog.demanded(&name).is_some() || catalog.names().iter().any(|(known, _)| *known == name);
+    match generates {
         true => Err(ApiError::invalid(
             "model",
             format!("`{name}` generates text and makes no embeddings; of models that do {known}"),

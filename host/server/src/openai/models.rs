@@ -1,4 +1,5 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: aliases first, then each variant by its own id, then the models for embeddings.
+//! `GET /v1/models` and `GET /v1/models/{id}`: aliases first, then each variant by its own id, then the models for embeddings,
+//! then those that are loaded on demand and not there. To look at one of these does not load it.
 
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use axum::response::Response;
 use serde::Serialize;
 
 use super::json;
+use crate::admin::wire::ModelState;
 use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::identity::Caller;
@@ -27,11 +29,15 @@ struct Model<'a> {
     owned_by: &'static str,
     /// The alias that a variant belongs to (as in vLLM, `root` is what stands behind a name).
     root: &'a str,
-    /// vLLM's name for the context length.
-    max_model_len: u32,
+    /// vLLM's name for the context length; nobody knows that of a model that is not loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_model_len: Option<u32>,
     /// Numbers of a vector; only models for embeddings have it.
     #[serde(skip_serializing_if = "Option::is_none")]
     embedding_dimensions: Option<u32>,
+    /// Of one that is loaded on demand and not served now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state: Option<ModelState>,
 }
 
 fn entry<'a>(id: &'a str, variant: &'a Variant) -> Model<'a> {
@@ -41,8 +47,9 @@ fn entry<'a>(id: &'a str, variant: &'a Variant) -> Model<'a> {
         created: variant.created,
         owned_by: if variant.is_upstream() { "upstream" } else { "pointsman" },
         root: &variant.alias,
-        max_model_len: variant.context_tokens,
+        max_model_len: Some(variant.context_tokens),
         embedding_dimensions: None,
+        state: None,
     }
 }
 
@@ -53,8 +60,23 @@ fn encoder_entry(encoder: &Encoder) -> Model<'_> {
         created: encoder.created,
         owned_by: "pointsman",
         root: &encoder.name,
-        max_model_len: encoder.max_tokens,
+        max_model_len: Some(encoder.max_tokens),
         embedding_dimensions: Some(encoder.dimensions),
+        state: None,
+    }
+}
+
+/// A model that is loaded when somebody asks for it.
+fn unloaded<'a>(state: &ServerState, name: &'a str) -> Model<'a> {
+    Model {
+        id: name,
+        object: "model",
+        created: state.started,
+        owned_by: "pointsman",
+        root: name,
+        max_model_len: None,
+        embedding_dimensions: None,
+        state: state.models.state(name),
     }
 }
 
@@ -62,7 +84,8 @@ fn encoder_entry(encoder: &Encoder) -> Model<'_> {
 pub(crate) async fn models(State(state): State<Arc<ServerState>>, _caller: Caller) -> Response {
     let catalog = state.engine.catalog();
     let generators = catalog.names().into_iter().map(|(name, variant)| entry(name, variant));
-    let data = generators.chain(catalog.encoders.iter().map(|encoder| encoder_entry(encoder))).collect();
+    let encoders = catalog.encoders.iter().map(|encoder| encoder_entry(encoder));
+    let data = generators.chain(encoders).chain(catalog.unloaded().map(|name| unloaded(&state, name))).collect();
     json(&List { object: "list", data })
 }
 
@@ -75,6 +98,9 @@ pub(crate) async fn model(
     let catalog = state.engine.catalog();
     if let Some(encoder) = catalog.encoder(&id) {
         return Ok(json(&encoder_entry(encoder)));
+    }
+    if catalog.unloaded().any(|name| **name == *id) {
+        return Ok(json(&unloaded(&state, &id)));
     }
     let target = Target::find(&catalog, &id)?;
     Ok(json(&entry(&target.name, &target.variants[0])))

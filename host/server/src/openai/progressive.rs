@@ -114,15 +114,21 @@ pub(super) fn draft(arrival: &Arrival, fields: &mut Fields) -> Result<Option<Dra
     let Some(name) = fields.string("draft")? else { return Ok(None) };
     let Arrival { state, .. } = arrival;
     let catalog = state.engine.catalog();
-    let draft = Target::find_as("draft", &catalog, &name)?;
+    let draft = match Target::find_as("draft", &catalog, &name) {
+        // It is loaded when its answer begins.
+        Err(ApiError::UnknownModel { .. }) if catalog.demanded(&name).is_some() => None,
+        found => Some(found?),
+    };
     // What is wrong with the model itself is for the final answer to say.
-    let named = fields.get("model").and_then(Value::as_str).and_then(|name| Target::find(&catalog, name).ok());
-    if named.as_ref().is_some_and(|named| named.is_same(&draft)) {
+    let model = fields.get("model").and_then(Value::as_str);
+    let named = model.and_then(|name| Target::find(&catalog, name).ok());
+    let is_same = |named: &Target| draft.as_ref().is_some_and(|draft| named.is_same(draft));
+    if model == Some(&*name) || named.as_ref().is_some_and(is_same) {
         let problem =
             format!("`draft` must be another model than `model`, found `{name}`: leave it out, or name a smaller one");
         return Err(ApiError::invalid("draft", problem));
     }
-    let device = draft.only_device();
+    let device = draft.and_then(|draft| draft.only_device());
     let shares = device.is_some() && named.is_some_and(|named| named.only_device() == device);
     let lead = Duration::from_millis(if shares { state.config.draft_lead_ms } else { 0 });
     Ok(Some(Draft { fields: fields.with("model", name.into()), lead }))

@@ -11,7 +11,8 @@ use super::chat::conversation;
 use super::fields::{Fields, mismatch, token_id};
 use super::generate::tokenizing;
 use super::{json, read_fields};
-use crate::dispatch::Target;
+use crate::admission::Permit;
+use crate::demand;
 use crate::error::ApiError;
 use crate::identity::Caller;
 use crate::state::ServerState;
@@ -32,7 +33,11 @@ struct Detokenized {
 }
 
 /// Tokenizer and context of a model of either kind; without a model, of the first one.
-fn target(fields: &mut Fields, state: &ServerState) -> Result<(Arc<TextModel>, u32), ApiError> {
+async fn target(
+    fields: &mut Fields,
+    state: &ServerState,
+    permit: &mut Permit,
+) -> Result<(Arc<TextModel>, u32), ApiError> {
     let catalog = state.engine.catalog();
     let named = fields.string("model")?;
     let encoder = match &named {
@@ -43,7 +48,8 @@ fn target(fields: &mut Fields, state: &ServerState) -> Result<(Arc<TextModel>, u
         return Ok((Arc::clone(&encoder.text), encoder.max_tokens));
     }
     let first = catalog.variants.first().map(|variant| variant.alias.to_string());
-    let target = Target::find(&catalog, &named.or(first).unwrap_or_default())?;
+    let time = (state.clock.now(), state.config.default_timeout_ms);
+    let target = demand::find(state, &named.or(first).unwrap_or_default(), permit, time).await?;
     if target.text().is_estimate() {
         let what = "only they have its tokenizer: ask one of them";
         return Err(ApiError::NotOnward { model: target.name, what });
@@ -58,9 +64,9 @@ pub(crate) async fn tokenize(
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
     // Tokenizing is work like any other: it takes a place among the requests in flight.
-    let _permit = state.enter(&caller)?;
+    let mut permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
-    let (text, max_model_len) = target(&mut fields, &state)?;
+    let (text, max_model_len) = target(&mut fields, &state, &mut permit).await?;
     let wants_strings = fields.bool("return_token_strs")?.unwrap_or(false);
     let tokens: Arc<[u32]> = match fields.string("prompt")? {
         None => conversation(&mut fields)?.prompt(&text, state.clock.unix_seconds()).await?.tokens,
@@ -87,9 +93,9 @@ pub(crate) async fn detokenize(
     caller: Caller,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let _permit = state.enter(&caller)?;
+    let mut permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
-    let (text, _) = target(&mut fields, &state)?;
+    let (text, _) = target(&mut fields, &state, &mut permit).await?;
     let ids = match fields.require("tokens")? {
         Value::Array(ids) => ids,
         other => return Err(mismatch("tokens", "an array of token ids", &other)),

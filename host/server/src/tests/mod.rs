@@ -2,6 +2,7 @@
 
 mod admin;
 mod cache;
+mod demand;
 mod door;
 mod embeddings;
 mod entry;

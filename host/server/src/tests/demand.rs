@@ -1,0 +1,115 @@
+//! Requests for models that are loaded on demand: what they wait for, what they are told, and what they hold.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::sync::watch;
+
+use crate::ServerConfig;
+use crate::fakes::{Rig, request};
+use crate::ports::{Lease, Want};
+
+const COMPLETIONS: &str = "/v1/completions";
+
+/// A rig whose model `m` is loaded on demand, as is `cold`, which is not there.
+fn rig(load_wait_ms: u64) -> Rig {
+    let rig = Rig::with(ServerConfig { load_wait_ms, max_requests: 8, ..ServerConfig::default() });
+    rig.engine.know(&["m", "cold"]);
+    rig
+}
+
+#[tokio::test]
+async fn a_request_waits_for_its_model_or_is_told_why_not() {
+    const NEVER: u64 = 60_000;
+    let (changed, never) = (watch::channel(()), watch::channel(()));
+    changed.0.send_replace(());
+    let want = |letter| match letter {
+        'h' => Want::Here(Lease::default()),
+        'c' => Want::Coming(Lease::default(), changed.1.clone()),
+        'n' => Want::Coming(Lease::default(), never.1.clone()),
+        _ => Want::Failed { why: "cannot read config.json".into(), retry_after_ms: 2_500 },
+    };
+    // Longest wait, requests that wait already, the request's own time, what it hears (here, coming and changed by then, coming
+    // and never there, failed); status, code, what it is told, whether it was a hit.
+    type Case = (u64, u32, u64, &'static str, u16, &'static str, &'static str, bool);
+    let cases: [Case; 10] = [
+        (NEVER, 0, NEVER, "h", 200, "", "", true),
+        (0, 0, NEVER, "h", 200, "", "", true),
+        (NEVER, 4, NEVER, "h", 200, "", "", true),
+        (NEVER, 0, NEVER, "ch", 200, "", "", false),
+        (NEVER, 0, NEVER, "cch", 200, "", "", false),
+        (NEVER, 0, NEVER, "f", 503, "model_not_loaded", "cannot read config.json", false),
+        (NEVER, 0, NEVER, "cf", 503, "model_not_loaded", "cannot read", false),
+        (0, 0, NEVER, "n", 503, "loading", "0 ms (engine.load_wait_ms)", false),
+        (NEVER, 0, 1, "n", 504, "deadline_exceeded", "1 ms", false),
+        (NEVER, 4, NEVER, "c", 503, "loading", "4 requests wait for models", false),
+    ];
+    for (i, (load_wait_ms, waiting, timeout_ms, wants, status, code, told, is_hit)) in cases.into_iter().enumerate() {
+        let rig = rig(load_wait_ms);
+        rig.state.waiting_for_models.store(waiting, Ordering::Relaxed);
+        rig.admin.wants.lock().expect("unpoisoned").extend(wants.chars().map(want));
+        let body = json!({"model": "m:a", "prompt": "hello", "timeout_ms": timeout_ms}).to_string();
+        let answer = rig.post(COMPLETIONS, &body).await;
+        assert_eq!(answer.status, status, "{i}: {}", answer.body);
+        if status != 200 {
+            let error = &answer.json()["error"];
+            assert_eq!(error["code"], code, "{i}: {error}");
+            assert!(error["message"].as_str().expect("text").contains(told), "{i}: {error}");
+        }
+        assert_eq!(answer.header("retry-after").is_empty(), status != 503, "{i}");
+        assert_eq!(rig.state.waiting_for_models.load(Ordering::Relaxed), waiting, "{i}: its place is free again");
+        assert_eq!(rig.state.in_flight(), 0, "{i}");
+        let metrics = rig.state.metrics.models();
+        assert_eq!((metrics.hits.get(), metrics.misses.get()), (is_hit.into(), (!is_hit).into()), "{i}");
+        assert_eq!(rig.admin.wants.lock().expect("unpoisoned").len(), 0, "{i}: it asked no less");
+    }
+}
+
+#[tokio::test]
+async fn a_model_is_held_until_the_last_byte() {
+    let rig = rig(0);
+    let counted = Arc::new(());
+    let stream = json!({"model": "m", "prompt": "hello", "stream": true}).to_string();
+    for (path, body) in [
+        (COMPLETIONS, stream.as_str()),
+        (COMPLETIONS, r#"{"model": "m", "prompt": "hello"}"#),
+        ("/v1/chat/completions", r#"{"model": "m", "messages": [{"role": "user", "content": "hello"}]}"#),
+        ("/v1/messages", r#"{"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}"#),
+        ("/v1/messages/count_tokens", r#"{"model": "m", "messages": [{"role": "user", "content": "hello"}]}"#),
+        ("/tokenize", r#"{"model": "m", "prompt": "hello"}"#),
+        ("/detokenize", r#"{"model": "m", "tokens": [7]}"#),
+    ] {
+        rig.admin.wants.lock().expect("unpoisoned").push_back(Want::Here(Lease::of(&counted)));
+        assert_eq!(rig.post(path, body).await.status, 200, "{path}");
+        assert_eq!(Arc::strong_count(&counted), 1, "{path}");
+    }
+    rig.admin.wants.lock().expect("unpoisoned").push_back(Want::Here(Lease::of(&counted)));
+    rig.engine.play([crate::fakes::Play::Hold]);
+    let request = request("POST", COMPLETIONS, &[("content-type", "application/json")], &stream);
+    let mut running = Box::pin(rig.open(request));
+    // One look is enough: nothing on its way waits but for the first token.
+    assert!(tokio::time::timeout(Duration::ZERO, &mut running).await.is_err());
+    assert_eq!(Arc::strong_count(&counted), 2, "it has not ended");
+    drop(running);
+    assert_eq!(Arc::strong_count(&counted), 1, "nobody has it");
+}
+
+#[tokio::test]
+async fn models_that_are_not_there_are_listed_with_their_state() {
+    let rig = rig(0);
+    let list = rig.send(request("GET", "/v1/models", &[], "")).await.json();
+    let ids: Vec<&str> = list["data"].as_array().expect("a list").iter().filter_map(|m| m["id"].as_str()).collect();
+    assert_eq!(ids, ["m", "m:a", "m:b", "e", "cold"]);
+    let cold = rig.send(request("GET", "/v1/models/cold", &[], "")).await.json();
+    assert_eq!((&cold["state"], &cold["max_model_len"]), (&json!("unloaded"), &json!(null)), "{cold}");
+    assert_eq!(Some(&cold), list["data"].as_array().expect("a list").last());
+    let unknown = rig.post(COMPLETIONS, r#"{"model": "other", "prompt": "x"}"#).await;
+    assert!(unknown.status == 404 && unknown.body.contains("`cold`"), "{}", unknown.body);
+    let embedded = rig.post("/v1/embeddings", r#"{"model": "cold", "input": "x"}"#).await;
+    assert!(embedded.status == 400 && embedded.body.contains("generates text"), "{}", embedded.body);
+    rig.engine.unload();
+    rig.engine.know(&["cold"]);
+    assert_eq!(rig.send(request("GET", "/ready", &[], "")).await.status, 200, "a request would bring it");
+}
