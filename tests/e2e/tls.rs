@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use pointsman_tests::{Host, root};
+use pointsman_tests::{Host, root, skip};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::trust::PROGRAM;
@@ -113,6 +113,25 @@ fn both_planes_speak_tls_and_take_a_renewed_certificate() {
     let rest = stream.lines().map(|line| line.expect("it is not cut off")).collect::<Vec<_>>();
     assert_eq!(rest.iter().rfind(|line| !line.is_empty()).map(String::as_str), Some("data: [DONE]"));
     assert!(!host.log().contains("PRIVATE KEY"), "keys are not for logs");
+}
+
+/// One connection with twenty streams on it.
+#[test]
+fn the_stock_client_speaks_http2() {
+    let present = Command::new("python3").args(["-c", "import h2, openai"]).output();
+    if !present.is_ok_and(|output| output.status.success())
+        && skip("openai", "python3 has no packages `openai` and `h2`")
+    {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let (served, trusted) = (folder.path().join("host.pem"), root().join("tests/e2e/registry.pem"));
+    place(&trusted, &served, 0o600);
+    let host = Host::configured(PROGRAM, &config(&served));
+    let script = root().join("tests/e2e/tls.py");
+    let output = Command::new("python3").arg(script).args([host.data.as_ref(), trusted.as_os_str()]).output();
+    let output = output.expect("python3 runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

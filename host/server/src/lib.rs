@@ -30,6 +30,7 @@ mod registry;
 mod serve;
 mod state;
 mod stream;
+mod streams;
 pub mod text;
 mod tls;
 mod trace;
@@ -43,7 +44,7 @@ pub use data::data_router;
 pub use keys::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_key_name};
 pub use serve::{Listeners, Plane, ServeError, serve};
 pub use state::{ServerParts, ServerState};
-pub use tls::{Tls, TlsError};
+pub use tls::{Tls, TlsError, expiry};
 
 #[cfg(test)]
 mod fakes;

@@ -1,9 +1,10 @@
 //! The connection loop: two listeners, bounded connections, bounded heads, a bounded goodbye.
 //!
 //! hyper directly and not `axum::serve`, which has no limit on connections, no header timeout and no bound on how long a
-//! graceful shutdown may take.
+//! graceful shutdown may take. Nor its detection of the protocol, which waits for the first bytes for ever.
 
 use std::future::Future;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,8 @@ use tower::ServiceExt;
 
 use crate::admin::guard::Peer;
 use crate::state::ServerState;
-use crate::tls::{Tls, Unshaken};
+use crate::streams;
+use crate::tls::{Chosen, Tls, Unshaken};
 use crate::{admin_router, batch, data_router};
 
 /// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
@@ -38,6 +40,16 @@ pub struct Listeners {
     pub data: Plane,
     /// For operators.
     pub admin: Plane,
+}
+
+/// How far a host has come that serves connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    Serving,
+    /// What is under way may end; HTTP/2 has a word that says so.
+    Draining,
+    /// Connections end.
+    Closing,
 }
 
 /// A socket, and how to speak on it.
@@ -84,15 +96,16 @@ pub async fn serve(
     for (_, upstream) in state.engine.catalog().upstreams() {
         state.spawn(Arc::clone(upstream).watch());
     }
-    let (stop, stopped) = watch::channel(false);
+    let (phase, phases) = watch::channel(Phase::Serving);
     let mut planes = JoinSet::new();
     for (plane, router) in [(listeners.data, data_router(&state)), (listeners.admin, admin_router(&state))] {
-        planes.spawn(accept(plane, router, Arc::clone(&state), stopped.clone()));
+        planes.spawn(accept(plane, router, Arc::clone(&state), phases.clone()));
     }
-    drop(stopped);
+    drop(phases);
     state.spawn(batch::run(Arc::clone(&state)));
     shutdown.await;
     state.drain();
+    let _ = phase.send(Phase::Draining);
     tracing::info!(in_flight = state.in_flight(), "shutting down: requests in flight may finish");
     let grace = Duration::from_millis(state.config.grace_ms);
     if tokio::time::timeout(grace, state.admission.empty()).await.is_err() {
@@ -100,7 +113,7 @@ pub async fn serve(
     }
     state.stop_tasks().await;
     // Idle connections end at once; one that is still sending gets a last moment for its bytes.
-    let _ = stop.send(true);
+    let _ = phase.send(Phase::Closing);
     let goodbye = async { while planes.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(Duration::from_secs(1), goodbye).await;
     planes.shutdown().await;
@@ -108,23 +121,25 @@ pub async fn serve(
 }
 
 /// Accepts connections until told to stop, then waits for those it has.
-async fn accept(plane: Plane, router: Router, state: Arc<ServerState>, mut stop: watch::Receiver<bool>) {
+async fn accept(plane: Plane, router: Router, state: Arc<ServerState>, mut phase: watch::Receiver<Phase>) {
     let room = Arc::new(Semaphore::new(state.config.max_connections));
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
+        // One waits for a place here, the next ones in the kernel's backlog.
         let next = async {
-            let place = Arc::clone(&room).acquire_owned().await;
-            (place, plane.socket.accept().await)
+            let accepted = plane.socket.accept().await;
+            (Arc::clone(&room).acquire_owned().await, accepted)
         };
         let accepted = tokio::select! {
             accepted = next => accepted,
-            () = told(&mut stop) => break,
+            () = reached(&mut phase, Phase::Closing) => break,
         };
         match accepted {
             (Ok(place), Ok((stream, from))) => {
-                let accepted = Accepted { stream, from: from.ip(), tls: plane.tls.clone() };
-                let connection = connection(accepted, router.clone(), &state, stop.clone());
+                let (tls, room) = (plane.tls.clone(), Arc::clone(&room));
+                let accepted = Accepted { stream, from: from.ip(), tls, room };
+                let connection = connection(accepted, router.clone(), &state, phase.clone());
                 connections.spawn(async move {
                     connection.await;
                     drop(place);
@@ -145,14 +160,16 @@ struct Accepted {
     stream: TcpStream,
     from: IpAddr,
     tls: Option<Arc<Tls>>,
+    /// Places of its listener; it has one.
+    room: Arc<Semaphore>,
 }
 
 /// One connection, from its first byte to its last.
 fn connection(
-    Accepted { stream, from, tls }: Accepted,
+    Accepted { stream, from, tls, room }: Accepted,
     router: Router,
     state: &ServerState,
-    mut stop: watch::Receiver<bool>,
+    mut phase: watch::Receiver<Phase>,
 ) -> impl Future<Output = ()> + use<> {
     // Tokens are small writes that must not wait for an acknowledgement.
     if let Err(error) = stream.set_nodelay(true) {
@@ -167,8 +184,16 @@ fn connection(
     };
     let header_timeout = Duration::from_millis(state.config.header_timeout_ms);
     let metrics = Arc::clone(&state.metrics);
+    let max_header_bytes = state.config.max_header_bytes;
+    let terms = streams::Terms {
+        max_header_bytes: u32::try_from(max_header_bytes).unwrap_or(u32::MAX),
+        idle: header_timeout,
+        write_timeout,
+        room,
+        metrics: Arc::clone(&metrics),
+    };
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(state.config.max_header_bytes);
+    builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(max_header_bytes);
     async move {
         let service = router.map_request(move |mut request: axum::http::Request<Incoming>| {
             request.extensions_mut().insert(Peer(from));
@@ -176,14 +201,26 @@ fn connection(
         });
         let service = TowerToHyperService::new(service);
         let Some(tls) = tls else {
-            return until_told(builder.serve_connection(TokioIo::new(timed(stream)), service), stop).await;
+            let begun = tokio::select! {
+                begun = tokio::time::timeout(header_timeout, begins_http2(&stream)) => begun,
+                () = reached(&mut phase, Phase::Closing) => return,
+            };
+            let Ok(Ok(is_http2)) = begun else { return };
+            let stream = TokioIo::new(timed(stream));
+            return match is_http2 {
+                true => streams::serve(stream, service, terms, phase).await,
+                false => until_told(builder.serve_connection(stream, service), phase).await,
+            };
         };
         let shaken = tokio::select! {
             shaken = tokio::time::timeout(HANDSHAKE.min(header_timeout), tls.shake(stream, timed)) => shaken,
-            () = told(&mut stop) => return,
+            () = reached(&mut phase, Phase::Closing) => return,
         };
         match shaken.unwrap_or(Err(Unshaken::Slow)) {
-            Ok(stream) => until_told(builder.serve_connection(TokioIo::new(stream), service), stop).await,
+            Ok((stream, Chosen::Http2)) => streams::serve(TokioIo::new(stream), service, terms, phase).await,
+            Ok((stream, Chosen::Http1)) => {
+                until_told(builder.serve_connection(TokioIo::new(stream), service), phase).await;
+            }
             Err(error) => {
                 metrics.tls_failure(error.reason());
                 tracing::debug!(%error, "a connection ended before its first request");
@@ -192,12 +229,20 @@ fn connection(
     }
 }
 
+/// Whether a client begins with HTTP/2 without having asked: no method begins as that does (RFC 9113, 3.4). One that sends its
+/// first three bytes apart is taken for HTTP/1.1.
+async fn begins_http2(stream: &TcpStream) -> io::Result<bool> {
+    let mut first = [0; 3];
+    let n = stream.peek(&mut first).await?;
+    Ok(first[..n] == *b"PRI")
+}
+
 /// Serves a connection; once told to stop, its request under way and no other.
-async fn until_told(connection: impl GracefulConnection<Error = hyper::Error>, mut stop: watch::Receiver<bool>) {
+async fn until_told(connection: impl GracefulConnection<Error = hyper::Error>, mut phase: watch::Receiver<Phase>) {
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = told(&mut stop) => {
+        () = reached(&mut phase, Phase::Closing) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -207,7 +252,7 @@ async fn until_told(connection: impl GracefulConnection<Error = hyper::Error>, m
     }
 }
 
-/// Completes when it is time to stop, or when the one who would say so is gone.
-async fn told(stop: &mut watch::Receiver<bool>) {
-    let _ = stop.wait_for(|stop| *stop).await;
+/// Completes when the host has come so far, or when the one who would say so is gone.
+pub(crate) async fn reached(phase: &mut watch::Receiver<Phase>, least: Phase) {
+    let _ = phase.wait_for(|phase| *phase >= least).await;
 }

@@ -2,15 +2,18 @@
 //!
 //! In the host, and not left to a proxy, because API keys and prompts travel on these connections and a host on a machine of
 //! its own has nothing in front. A connection is made with the certificate of its moment and keeps it. The files are the
-//! app's; here are bytes. HTTP/1.1 is the only protocol that is offered, as it is without TLS.
+//! app's; here are bytes. HTTP/2 and HTTP/1.1 are offered, as they are without TLS.
 
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{Error as RustlsError, ServerConfig};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, Error as RustlsError, RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
@@ -19,6 +22,15 @@ use tokio_rustls::server::TlsStream;
 /// What is said to a client that speaks HTTP on a port that speaks TLS.
 const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: 131\r\nconnection: close\r\n\r\n\
 {\"error\":{\"message\":\"this port speaks TLS: use an https:// URL\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":\"tls_required\"}}";
+
+const H2: &[u8] = b"h2";
+
+/// What a client has chosen of what is offered; one that chooses nothing speaks HTTP/1.1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    Http1,
+    Http2,
+}
 
 /// The certificate of a plane.
 #[derive(Debug)]
@@ -66,8 +78,29 @@ fn config(chain: &[u8], key: &[u8]) -> Result<Arc<ServerConfig>, TlsError> {
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![H2.to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
+}
+
+/// Unix seconds until which all certificates of a text in PEM are valid; none where one does not say it in a way that is known.
+///
+/// rustls reads certificates and has no word for it, but says it of one that has expired: so each is checked at the end of all
+/// times that a certificate can name, 9999-12-31.
+#[must_use]
+pub fn expiry(pem: &[u8]) -> Option<u64> {
+    let end = UnixTime::since_unix_epoch(Duration::from_secs(253_402_300_800));
+    let of = |certificate: &CertificateDer<'_>| {
+        let certificate = ParsedCertificate::try_from(certificate).ok()?;
+        let nobody = RootCertStore::empty();
+        match verify_server_cert_signed_by_trust_anchor(&certificate, &nobody, &[], end, &[]) {
+            Err(RustlsError::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => {
+                Some(not_after.as_secs())
+            }
+            _ => None,
+        }
+    };
+    let each = CertificateDer::pem_slice_iter(pem).map(|certificate| of(&certificate.ok()?));
+    each.collect::<Option<Vec<u64>>>()?.into_iter().min()
 }
 
 // === impl Tls ===
@@ -96,7 +129,7 @@ impl Tls {
         &self,
         socket: TcpStream,
         wrap: impl FnOnce(TcpStream) -> S,
-    ) -> Result<TlsStream<S>, Unshaken>
+    ) -> Result<(TlsStream<S>, Chosen), Unshaken>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -109,7 +142,9 @@ impl Tls {
             return Err(Unshaken::Plain);
         }
         let acceptor = TlsAcceptor::from(Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner)));
-        Ok(acceptor.accept(wrap(socket)).await?)
+        let stream = acceptor.accept(wrap(socket)).await?;
+        let chosen = if stream.get_ref().1.alpn_protocol() == Some(H2) { Chosen::Http2 } else { Chosen::Http1 };
+        Ok((stream, chosen))
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::http::Method;
 use axum::http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN};
+use axum::http::uri::Authority;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
@@ -45,8 +46,7 @@ fn admit(state: &ServerState, request: &Request) -> Result<Actor, ApiError> {
             what: "the admin plane takes no requests from web pages (`Sec-Fetch-Site`)",
         });
     }
-    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    if !state.config.admin_remote && !is_loopback(host) {
+    if !state.config.admin_remote && !names_loopback(request) {
         return Err(ApiError::Forbidden { what: "the admin plane answers to loopback names only (`Host`)" });
     }
     let name = match &*state.config.admin_tokens {
@@ -73,7 +73,16 @@ fn token_of<'a>(tokens: &'a [AdminToken], headers: &HeaderMap) -> Result<&'a Adm
     found.ok_or(ApiError::Unauthorized { problem: "the admin token is wrong" })
 }
 
-/// Whether a `Host` header names this machine from within: `localhost`, 127.0.0.0/8 or `[::1]`, with or without a port.
+/// Whether a request names this machine from within, wherever it says what it asks: in `Host`, or in HTTP/2's `:authority`,
+/// which hyper puts into the URI.
+fn names_loopback(request: &Request) -> bool {
+    let hosts = request.headers().get_all(HOST).iter().map(|host| host.to_str().unwrap_or_default());
+    let authority = request.uri().authority().map(Authority::as_str);
+    let mut named = hosts.chain(authority).map(is_loopback).peekable();
+    named.peek().is_some() && named.all(|is_loopback| is_loopback)
+}
+
+/// Whether the name of a host is this machine from within: `localhost`, 127.0.0.0/8 or `[::1]`, with or without a port.
 fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {

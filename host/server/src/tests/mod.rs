@@ -9,6 +9,7 @@ mod entry;
 mod errors;
 mod explain;
 mod generation;
+mod http2;
 mod keys;
 mod messages;
 mod progressive;

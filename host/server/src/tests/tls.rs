@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::fakes::Rig;
-use crate::{Listeners, Plane, ServerConfig, Tls, TlsError, serve};
+use crate::{Listeners, Plane, ServerConfig, Tls, TlsError, expiry, serve};
 
 /// A certificate and its key, and another pair.
 const OURS: &[u8] = include_bytes!("../../../../tests/e2e/registry.pem");
@@ -28,6 +28,19 @@ fn a_pair_that_cannot_be_used_is_named() {
         (&b"-----BEGIN CERTIFICATE-----\n!"[..], OURS, "not PEM"),
     ] {
         assert!(is(Tls::new(chain, key), expect), "{expect}");
+    }
+}
+
+#[test]
+fn a_certificate_says_until_when_it_is_valid() {
+    let end = 4_733_510_400; // 2120-01-01
+    for (pem, expect) in [
+        (OURS.to_vec(), Some(end)),
+        ([OURS, OTHERS].concat(), Some(end)),
+        (key_of(OURS).to_vec(), None),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_vec(), None),
+    ] {
+        assert_eq!(expiry(&pem), expect);
     }
 }
 

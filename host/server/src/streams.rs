@@ -1,0 +1,271 @@
+//! HTTP/2 from clients: one connection, and what bounds the streams on it.
+//!
+//! What a connection of HTTP/1.1 is bounded by must hold for each stream, and hyper has no word for some of it. So a request
+//! takes one of the listener's places as a connection does; who does not take his answer loses his stream and not the
+//! connection, which may be a gateway's with the requests of many; and a connection without requests is closed after the time
+//! in which one of HTTP/1.1 would be. Which of the two is spoken is settled before: by ALPN, or by the first bytes.
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{Request, Response};
+use axum::response::IntoResponse;
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::rt::{Executor, Read, Write};
+use hyper::server::conn::http2;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use pointsman_telemetry::Metrics;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
+
+use crate::error::ApiError;
+use crate::serve::{Phase, reached};
+
+/// Streams of a connection.
+const MAX_STREAMS: u32 = 128;
+/// Bytes of a request's body that may have come and not been read, and of all bodies of a connection.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Bytes of an answer that wait for their client, as far as hyper asks.
+const MAX_SEND_BYTES: usize = 64 << 10;
+/// Of a frame of an answer, what is handed on at a time: hyper asks for the next when there is room, and gives all of one away.
+const PIECE_BYTES: usize = 16 << 10;
+/// Streams that a client has opened and reset before anybody looked; beyond, the connection ends.
+const MAX_UNSEEN_RESETS: usize = 20;
+/// Silence after which a client is asked for a sign, and the time that it may take.
+const PING: Duration = Duration::from_secs(30);
+/// How long a client without requests may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+tokio::task_local! {
+    /// Since when the client of a task's stream has owed it room for more.
+    static OWED: Cell<Option<Instant>>;
+}
+
+/// What bounds a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    /// Size of a head.
+    pub(crate) max_header_bytes: u32,
+    /// Time without requests.
+    pub(crate) idle: Duration,
+    /// Time in which a client must take at least a byte of its answer.
+    pub(crate) write_timeout: Duration,
+    /// Places of the listener that are left; the connection has one of its own.
+    pub(crate) room: Arc<Semaphore>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// The streams of a connection.
+#[derive(Debug)]
+struct Streams {
+    room: Arc<Semaphore>,
+    /// Whether a stream has the connection's own place.
+    is_taken: AtomicBool,
+    n_open: watch::Sender<u32>,
+}
+
+/// One of them, while it is open.
+#[derive(Debug)]
+struct Stream {
+    streams: Arc<Streams>,
+    /// None for the one that has the connection's own.
+    place: Option<OwnedSemaphorePermit>,
+}
+
+/// An answer on its way.
+#[derive(Debug)]
+struct Answer {
+    body: Body,
+    /// Of its last frame, what is still to be handed on.
+    rest: Bytes,
+    /// None for a refusal.
+    _stream: Option<Stream>,
+}
+
+/// Runs the streams, each until it ends or its client takes nothing for too long.
+#[derive(Clone, Debug)]
+struct Runner {
+    write_timeout: Duration,
+}
+
+/// Serves a connection until it ends, or, once the host drains, until its requests under way have ended.
+pub(crate) async fn serve<I, S>(io: I, service: S, terms: Terms, mut phase: watch::Receiver<Phase>)
+where
+    I: Read + Write + Unpin + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Send + 'static,
+    S::Future: Send + 'static,
+{
+    let (n_open, mut open) = watch::channel(0);
+    let streams = Arc::new(Streams { room: terms.room, is_taken: AtomicBool::new(false), n_open });
+    let metrics = terms.metrics;
+    let service = service_fn(move |request| {
+        let begun = streams.open().map(|stream| (stream, service.call(request))).ok_or_else(|| refusal(&metrics));
+        async move {
+            let (stream, answer) = match begun {
+                Ok(begun) => begun,
+                Err(refusal) => return Ok(refusal),
+            };
+            answer.await.map(|response| response.map(|body| Answer::new(body, Some(stream))))
+        }
+    });
+    let mut builder = http2::Builder::new(Runner { write_timeout: terms.write_timeout });
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(terms.max_header_bytes)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(MAX_SEND_BYTES)
+        .max_pending_accept_reset_streams(MAX_UNSEEN_RESETS)
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING);
+    let mut connection = pin!(builder.serve_connection(io, service));
+    let is_told = tokio::select! {
+        ended = connection.as_mut() => return note(ended),
+        () = reached(&mut phase, Phase::Draining) => true,
+        () = idle(&mut open, terms.idle) => false,
+    };
+    connection.as_mut().graceful_shutdown();
+    tokio::select! {
+        ended = connection => note(ended),
+        // Who says nothing to that is gone, or holds the place on purpose. At the end of the host there is another limit.
+        () = idle(&mut open, GOODBYE), if !is_told => {}
+    }
+}
+
+/// Completes once no stream has been open for so long.
+async fn idle(open: &mut watch::Receiver<u32>, limit: Duration) {
+    loop {
+        if open.wait_for(|n| *n == 0).await.is_err() {
+            // The connection is gone with its streams, and whoever waits for that knows.
+            return std::future::pending().await;
+        }
+        if tokio::time::timeout(limit, open.changed()).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn note(ended: hyper::Result<()>) {
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended with an error");
+    }
+}
+
+fn refusal(metrics: &Metrics) -> Response<Answer> {
+    tracing::debug!("a request of an open connection finds no place");
+    metrics.rejected("queue");
+    let what = "as many requests and connections are open as this listener has places for (server.max_connections)";
+    let refused = ApiError::Saturated { what: what.to_owned() }.into_response();
+    refused.map(|body| Answer::new(body, None))
+}
+
+// === impl Streams ===
+
+impl Streams {
+    /// A place for another stream; none where the listener is full.
+    fn open(self: &Arc<Self>) -> Option<Stream> {
+        let place = match self.is_taken.swap(true, Ordering::Relaxed) {
+            false => None,
+            true => Some(Arc::clone(&self.room).try_acquire_owned().ok()?),
+        };
+        self.n_open.send_modify(|n| *n += 1);
+        Some(Stream { streams: Arc::clone(self), place })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.place.is_none() {
+            self.streams.is_taken.store(false, Ordering::Relaxed);
+        }
+        self.streams.n_open.send_modify(|n| *n -= 1);
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    fn new(body: Body, stream: Option<Stream>) -> Self {
+        Self { body, rest: Bytes::new(), _stream: stream }
+    }
+
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if self.rest.is_empty() {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)).map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        let piece = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+}
+
+impl http_body::Body for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = self.poll_piece(cx);
+        // The next frame is asked for when there is room for it.
+        let owed = matches!(polled, Poll::Ready(Some(_))).then(Instant::now);
+        let _ = OWED.try_with(|since| since.set(owed));
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let (rest, of_body) = (self.rest.len() as u64, self.body.size_hint());
+        let mut hint = SizeHint::new();
+        hint.set_lower(of_body.lower() + rest);
+        of_body.upper().into_iter().for_each(|upper| hint.set_upper(upper + rest));
+        hint
+    }
+}
+
+// === impl Runner ===
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Runner {
+    fn execute(&self, stream: F) {
+        // A task of its own, which ends with its connection.
+        TokioExecutor::new().execute(OWED.scope(Cell::new(None), until_stalled(stream, self.write_timeout)));
+    }
+}
+
+/// Runs a stream; giving it up resets it.
+async fn until_stalled(stream: impl Future<Output = ()>, limit: Duration) {
+    let (mut stream, mut look) = (pin!(stream), pin!(tokio::time::sleep(limit)));
+    poll_fn(|cx| {
+        if stream.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        while look.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            let owed = OWED.with(Cell::get);
+            if owed.is_some_and(|since| now.duration_since(since) >= limit) {
+                tracing::debug!("a client does not take its answer, and loses the stream");
+                return Poll::Ready(());
+            }
+            look.as_mut().reset(owed.unwrap_or(now) + limit);
+        }
+        Poll::Pending
+    })
+    .await;
+}
