@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -66,6 +67,18 @@ fn every_fault_is_told_with_its_remedy() {
     fs::write(path("upstreams.toml"), no_key).expect("a file");
     fs::write(path("slots.toml"), format!("slots.router.component = {:?}\n", prebuilt("fixture-foreign")))
         .expect("a file");
+    let certificate = |name: &str, mode: u32| {
+        let pem = path(&format!("{name}-{mode:o}.pem"));
+        fs::copy(root().join(format!("tests/e2e/{name}.pem")), &pem).expect("a certificate");
+        fs::set_permissions(&pem, fs::Permissions::from_mode(mode)).expect("a file of ours");
+        let config = path(&format!("{name}-{mode:o}.toml"));
+        fs::write(&config, format!("[server.tls]\ncert_file = {pem:?}\nkey_file = {pem:?}\n")).expect("a file");
+        config
+    };
+    let (expired, open) = (certificate("expired", 0o600), certificate("registry", 0o644));
+    let no_ca = "upstreams.east = { url = \"https://127.0.0.1:1\", model = \"m\", ca_file = \"/nowhere/ca\" }\n";
+    fs::write(path("ca.toml"), no_ca).expect("a file");
+    let ca = path("ca.toml");
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("an address").to_string();
     let (empty, bad, slots) = (format!("m={}", path("empty")), path("bad.toml"), path("slots.toml"));
@@ -74,12 +87,15 @@ fn every_fault_is_told_with_its_remedy() {
     let (file, store) = (path("bad.toml/below"), path("data"));
     // Data directory, arguments, section and name of the finding, and what it says.
     type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str), &'a str);
-    let cases: [Case<'_>; 8] = [
+    let cases: [Case<'_>; 11] = [
         (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
         (&store, &["--config", &on_demand], ("models", "lazy"), "cannot read config.json"),
         (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),
         (&store, &["--config", &bad], ("config", "file and environment"), "did you mean `server.listen`"),
-        (&store, &["--config", &upstreams], ("upstreams", "east"), "api_key_file /nowhere/key"),
+        (&store, &["--config", &upstreams], ("upstreams", "east"), "api_key_file: /nowhere/key"),
+        (&store, &["--config", &ca], ("upstreams", "east"), "ca_file: /nowhere/ca"),
+        (&store, &["--config", &expired], ("tls", "data"), "has expired"),
+        (&store, &["--config", &open], ("tls", "data"), "can be read by everybody"),
         (&store, &["--config", &slots], ("policies", "router"), "wasi:"),
         (&store, &["--listen", &at], ("ports", "data"), &at),
         (&file, &[], ("store", &file), "Not a directory"),

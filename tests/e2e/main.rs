@@ -37,6 +37,7 @@ mod tools;
 mod trust;
 mod upstreams;
 mod variants;
+mod wires;
 
 use pointsman_tests::Host;
 

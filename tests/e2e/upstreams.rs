@@ -3,87 +3,33 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use pointsman_tests::{Answer, Host};
+use pointsman_tests::{Answer, Host, root};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::host;
+use crate::wires::{Manner, Wire, server};
 
 /// Longest wait for what must happen.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-const CHUNK: &str = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"half\"}}]}\n\n";
-
-/// How a small server treats a request.
-#[derive(Clone, Copy)]
-enum Manner {
-    /// Says nothing.
-    Hangs,
-    /// Half a head, and nothing more.
-    SlowHead,
-    /// Closes the connection once it has the request.
-    Resets,
-    /// Says this, and closes.
-    Says(&'static str),
-    /// Begins an answer and waits.
-    Begins,
-    /// Begins an answer and closes the connection.
-    Dies,
-    /// Answers one request, and closes the connection at the next one.
-    Once,
-}
-
-/// A server of one manner; its URL, and word of each connection that the other side has closed.
-fn server(manner: Manner) -> (String, Receiver<()>) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let url = format!("http://{}", listener.local_addr().expect("an address"));
-    let (closed, heard) = channel();
-    std::thread::spawn(move || {
-        for connection in listener.incoming().map_while(Result::ok) {
-            let closed = closed.clone();
-            std::thread::spawn(move || serve(connection, manner, &closed));
-        }
-    });
-    (url, heard)
-}
-
-fn serve(mut connection: TcpStream, manner: Manner, closed: &Sender<()>) {
-    let mut reader = BufReader::new(connection.try_clone().expect("a socket"));
-    let mut length = 0;
-    for line in reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()) {
-        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-            length = value.trim().parse().expect("a number");
-        }
+/// A host with no model to wait for, over one wire, and the folder of its certificate.
+fn far(wire: Wire) -> (Host, TempDir) {
+    let mut config = "[engine]\ndevices = [\"null\"]\n".to_owned();
+    let folder = tempfile::tempdir().expect("a folder");
+    if wire == Wire::Tls {
+        let pem = folder.path().join("host.pem");
+        std::fs::copy(root().join("tests/e2e/registry.pem"), &pem).expect("a certificate");
+        std::fs::set_permissions(&pem, std::fs::Permissions::from_mode(0o600)).expect("a file of ours");
+        write!(config, "[server.tls]\ncert_file = {pem:?}\nkey_file = {pem:?}\n").expect("it grows");
     }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).expect("the body");
-    let begin = || {
-        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
-        format!("{head}{:x}\r\n{CHUNK}\r\n", CHUNK.len())
-    };
-    let text = match manner {
-        Manner::Hangs => String::new(),
-        Manner::SlowHead => "HTTP/1.1 200 OK\r\ncontent-type: text/ev".to_owned(),
-        Manner::Resets => return,
-        Manner::Says(answer) => answer.to_owned(),
-        Manner::Begins | Manner::Dies => begin(),
-        Manner::Once => full("200 OK", "text/event-stream", &format!("{CHUNK}data: [DONE]\n\n")),
-    };
-    // It may have heard enough.
-    let _ = connection.write_all(text.as_bytes());
-    if !matches!(manner, Manner::Says(_) | Manner::Dies) {
-        // Until the other side closes, or asks again.
-        let _ = reader.read(&mut [0]);
-        let _ = closed.send(());
-    }
-}
-
-fn full(status: &str, kind: &str, body: &str) -> String {
-    let length = body.len();
-    format!("HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nretry-after: 7\r\n\r\n{body}")
+    (Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config), folder)
 }
 
 /// A host of nothing but upstreams: name, URL and further lines of each. The first of a model is drained, so that the others
@@ -209,66 +155,82 @@ fn another_host_answers_as_if_it_were_here() {
 
 #[test]
 fn connections_are_opened_at_the_start_and_used_again() {
-    let far = Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &[("ENGINE__DEVICES", "[\"null\"]")]);
-    let lines = "model = \"demo\"\nupstream_model = \"demo:f16\"\nconnections = 4\nprobe_interval_ms = 0".to_owned();
-    let near = near(&[("east", &far.data, lines)]);
-    let (threads, each) = (4, 50);
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            let near = &near;
-            scope.spawn(move || {
-                for n in 0..each {
-                    let mut body = chat("demo");
-                    body["stream"] = (n % 2 == 0).into();
-                    let answer = post(near, &format!("{thread}-{n}"), &body);
-                    assert_eq!(answer.status, 200, "{answer:?}");
-                }
-            });
-        }
-    });
-    let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"east\"}", f64::from(threads * each));
-    let of = |series: &str| metrics[series];
-    let (opened, reused) =
-        (of("connections_opened_total{upstream=\"east\"}"), of("connections_reused_total{upstream=\"east\"}"));
-    let carried = f64::from(threads * each) + of("probes_total{outcome=\"good\",upstream=\"east\"}");
-    assert!((4.0..=10.0).contains(&opened), "{metrics:?}");
-    assert!(reused / carried >= 0.95, "{reused} of {carried}, {opened} opened");
-    assert_eq!(of("in_flight{upstream=\"east\"}"), 0.0);
-    assert!(of("connections{upstream=\"east\"}") <= opened);
+    for wire in Wire::ALL {
+        let (far, _folder) = far(wire);
+        let lines = "model = \"demo\"\nupstream_model = \"demo:f16\"\nconnections = 4\nprobe_interval_ms = 0\n";
+        let near = near(&[("east", &far.data, format!("{lines}{}", wire.lines()))]);
+        let opened = "connections_opened_total{upstream=\"east\"}";
+        assert_eq!(metrics(&near, opened, 4.0)["connections{upstream=\"east\"}"], 4.0, "{wire:?}: before any request");
+        let (threads, each) = (4, 50);
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let near = &near;
+                scope.spawn(move || {
+                    for n in 0..each {
+                        let mut body = chat("demo");
+                        body["stream"] = (n % 2 == 0).into();
+                        let answer = post(near, &format!("{thread}-{n}"), &body);
+                        assert_eq!(answer.status, 200, "{answer:?}");
+                    }
+                });
+            }
+        });
+        let series = "requests_total{outcome=\"answered\",upstream=\"east\"}";
+        let metrics = metrics(&near, series, f64::from(threads * each));
+        let (reused, n_opened) = (metrics["connections_reused_total{upstream=\"east\"}"], metrics[opened]);
+        let carried = f64::from(threads * each) + 4.0;
+        println!("{wire:?}: {reused} of {carried} requests on a connection that had carried one, {n_opened} opened");
+        // HTTP/2 has its four; a connection of HTTP/1.1 may be late back in the pool.
+        let most = if wire == Wire::Http1 { 10.0 } else { 4.0 };
+        assert!(n_opened <= most && reused / carried >= 0.95, "{wire:?}: {metrics:?}");
+        assert_eq!(metrics["in_flight{upstream=\"east\"}"], 0.0);
+        assert!(metrics["connections{upstream=\"east\"}"] <= n_opened);
+    }
 }
 
 #[test]
 fn who_fails_before_the_first_byte_is_followed_by_another() {
-    let far = Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &[("ENGINE__DEVICES", "[\"null\"]")]);
-    let said = |status: &str, kind: &str, body: &str| -> &'static str { full(status, kind, body).leak() };
-    let error = said("500 Oh", "application/json", r#"{"error":{"message":"out of memory"}}"#);
-    let busy = said("429 Busy", "application/json", r#"{"error":{"message":"busy"}}"#);
-    let garbage = said("200 OK", "text/event-stream", "data: <html>\n\n");
-    let page = said("200 OK", "text/html", "<html></html>");
-    let own = said("200 OK", "text/event-stream", "data: {\"error\":{\"message\":\"no blocks\"}}\n\n");
-    let huge = full("200 OK", "text/event-stream", &"x".repeat(1_100_000)).leak();
-    let long_head = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1_000_000)).leak();
-    let nonsense = "250 smtp.example.com ready\r\n";
-    let refused = said("400 No", "application/json", r#"{"error":{"message":"too long for it"}}"#);
-    let cases = [
+    let (far, _folder) = far(Wire::Http1);
+    Wire::ALL.into_iter().for_each(|wire| follows(&far, wire));
+}
+
+fn follows(far: &Host, wire: Wire) {
+    let error = Manner::Says(500, "application/json", r#"{"error":{"message":"out of memory"}}"#);
+    let busy = Manner::Says(429, "application/json", r#"{"error":{"message":"busy"}}"#);
+    let garbage = Manner::Says(200, "text/event-stream", "data: <html>\n\n");
+    let page = Manner::Says(200, "text/html", "<html></html>");
+    let own = Manner::Says(200, "text/event-stream", "data: {\"error\":{\"message\":\"no blocks\"}}\n\n");
+    let huge = Manner::Says(200, "text/event-stream", "x".repeat(1_100_000).leak());
+    let refused = Manner::Says(400, "application/json", r#"{"error":{"message":"too long for it"}}"#);
+    let mut cases = vec![
         ("hangs", Manner::Hangs, "timeout", "did not begin to answer within 300 ms"),
         ("slow-head", Manner::SlowHead, "timeout", "did not begin to answer within 300 ms"),
-        ("resets", Manner::Resets, "broken", "closed the connection before"),
-        ("error", Manner::Says(error), "failed", "answered 500: out of memory"),
-        ("busy", Manner::Says(busy), "saturated", "answered 429: busy"),
-        ("garbage", Manner::Says(garbage), "garbled", "answered with `<html>`"),
-        ("page", Manner::Says(page), "garbled", "answered with content of type `text/html`"),
-        ("own", Manner::Says(own), "failed", "failed: no blocks"),
-        ("huge", Manner::Says(huge), "garbled", "more than 1048576 bytes in one event"),
-        ("long-head", Manner::Says(long_head), "garbled", "a head that is too large"),
-        ("nonsense", Manner::Says(nonsense), "garbled", "something else than HTTP"),
-        ("refused", Manner::Says(refused), "refused", "answered 400: too long for it"),
+        ("resets", Manner::Resets, "broken", "broke off before"),
+        ("drops", Manner::Drops, "broken", "broke off before"),
+        ("error", error, "failed", "answered 500: out of memory"),
+        ("busy", busy, "saturated", "answered 429: busy"),
+        ("garbage", garbage, "garbled", "answered with `<html>`"),
+        ("page", page, "garbled", "answered with content of type `text/html`"),
+        ("own", own, "failed", "failed: no blocks"),
+        ("huge", huge, "garbled", "more than 1048576 bytes in one event"),
+        ("refused", refused, "refused", "answered 400: too long for it"),
     ];
-    let bad = "first_byte_timeout_ms = 300\nconnections = 0\nprobe_interval_ms = 0";
-    let mut upstreams =
-        vec![("nobody".to_owned(), "http://127.0.0.1:1".to_owned(), format!("model = \"nobody\"\n{bad}"))];
-    for (name, manner, ..) in cases {
-        upstreams.push((name.to_owned(), server(manner).0, format!("model = \"{name}\"\n{bad}")));
+    let long_head = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1_000_000)).leak();
+    let nonsense = Manner::Raw("250 smtp.example.com ready\r\n");
+    cases.extend(match wire {
+        Wire::Http1 => vec![
+            ("long-head", Manner::Raw(long_head), "garbled", "a head that is too large"),
+            ("nonsense", nonsense, "garbled", "something else than HTTP"),
+        ],
+        Wire::H2c | Wire::Tls => vec![("nonsense", nonsense, "garbled", "something else than HTTP/2")],
+    });
+    let bad = format!("connections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
+    let nobody = if wire == Wire::Tls { "https://127.0.0.1:1" } else { "http://127.0.0.1:1" };
+    let mut upstreams = vec![("nobody".to_owned(), nobody.to_owned(), format!("model = \"nobody\"\n{bad}"))];
+    for (name, manner, ..) in &cases {
+        let limit = if matches!(manner, Manner::Hangs | Manner::SlowHead) { 300 } else { 30_000 };
+        let lines = format!("model = \"{name}\"\nfirst_byte_timeout_ms = {limit}\n{bad}");
+        upstreams.push(((*name).to_owned(), server(wire, *manner).0, lines));
     }
     for name in cases.iter().map(|(name, ..)| *name).chain(["nobody"]) {
         let lines =
@@ -283,8 +245,9 @@ fn who_fails_before_the_first_byte_is_followed_by_another() {
         let answer = post(&near, name, &chat(name));
         let why = near.admin("GET", &format!("/admin/v1/requests/{name}"), &Value::Null).body;
         let first = &why["upstreams"][0];
-        assert_eq!(first["replica"], format!("{name}:remote@{name}"), "{why}");
-        assert!(first["outcome"].as_str().is_some_and(|said| said.contains(expect)), "{name}: {first}");
+        assert_eq!(first["replica"], format!("{name}:remote@{name}"), "{wire:?}: {why}");
+        let told = first["outcome"].as_str().is_some_and(|said| said.contains(expect));
+        assert!(told, "{wire:?}, {name}: {first}");
         let counted = metrics(&near, &format!("requests_total{{outcome=\"{outcome}\",upstream=\"{name}\"}}"), 1.0);
         if name == "refused" {
             assert_eq!((answer.status, why["upstreams"].as_array().map(Vec::len)), (400, Some(1)), "{answer:?}");
@@ -299,48 +262,82 @@ fn who_fails_before_the_first_byte_is_followed_by_another() {
     assert_eq!(pinned.status, 200, "a variant has all of its replicas: {pinned:?}");
 }
 
+/// On a kept connection that ends, and on a stream that was not begun: the client sees nothing, and nothing counts as failed.
 #[test]
-fn a_kept_connection_that_was_closed_is_replaced() {
-    let (url, closed) = server(Manner::Once);
-    let near = near(&[("once", &url, "model = \"once\"\nconnections = 0\nprobe_interval_ms = 0".to_owned())]);
-    for n in 0..3 {
-        let answer = post(&near, &format!("{n}"), &chat("once"));
-        assert_eq!(
-            (answer.status, &answer.body["choices"][0]["message"]["content"]),
-            (200, &json!("half")),
-            "{answer:?}"
-        );
+fn what_was_not_begun_is_sent_again() {
+    let cases = Wire::ALL.map(|wire| (wire, Manner::Once, 3.0));
+    for (wire, manner, opened) in cases.into_iter().chain([(Wire::H2c, Manner::Refuses, 1.0)]) {
+        let (url, _) = server(wire, manner);
+        let lines = format!("model = \"once\"\nconnections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
+        let near = near(&[("once", &url, lines)]);
+        for n in 0..3 {
+            let answer = post(&near, &format!("{n}"), &chat("once"));
+            let content = &answer.body["choices"][0]["message"]["content"];
+            assert_eq!((answer.status, content), (200, &json!("half")), "{wire:?}, {manner:?}: {answer:?}");
+        }
+        let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"once\"}", 3.0);
+        assert_eq!(metrics["connections_opened_total{upstream=\"once\"}"], opened, "{wire:?}, {manner:?}: {metrics:?}");
+        assert_eq!(metrics["retries_total{upstream=\"once\"}"], 0.0, "{metrics:?}");
     }
-    for _ in 0..2 {
-        closed.recv_timeout(PATIENCE).expect("it closed the kept ones itself");
-    }
-    let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"once\"}", 3.0);
-    assert_eq!(metrics["connections_opened_total{upstream=\"once\"}"], 3.0, "{metrics:?}");
-    assert_eq!(metrics["retries_total{upstream=\"once\"}"], 0.0, "{metrics:?}");
+}
+
+#[test]
+fn an_upstream_that_leaves_answers_what_it_has_begun() {
+    let (url, has_begun) = server(Wire::H2c, Manner::Leaves);
+    let lines = format!("model = \"leaves\"\nconnections = 0\nprobe_interval_ms = 0\n{}", Wire::H2c.lines());
+    let near = near(&[("leaves", &url, lines)]);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| post(&near, "first", &chat("leaves")));
+        has_begun.recv_timeout(PATIENCE).expect("the first is there");
+        let second = post(&near, "second", &chat("leaves"));
+        for answer in [first.join().expect("no panic"), second] {
+            assert_eq!(answer.body["choices"][0]["message"]["content"], "half", "{answer:?}");
+        }
+    });
+    let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"leaves\"}", 2.0);
+    let of = |series: &str| metrics[&format!("{series}{{upstream=\"leaves\"}}")];
+    assert_eq!((of("connections_opened_total"), of("retries_total"), of("in_flight")), (2.0, 0.0, 0.0), "{metrics:?}");
 }
 
 #[test]
 fn what_fails_alone_is_told_and_then_left_alone() {
-    let (dies, _) = server(Manner::Dies);
-    let (resets, _) = server(Manner::Resets);
-    let line = |model: &str| format!("model = \"{model}\"\nconnections = 0\nprobe_interval_ms = 0");
-    let near = near(&[("dies", &dies, line("dies")), ("resets", &resets, line("resets"))]);
-    let whole = post(&near, "whole", &chat("dies"));
-    assert_eq!((whole.status, &whole.body["error"]["code"]), (502, &json!("upstream_failed")), "{whole:?}");
-    let mut body = chat("dies");
-    body["stream"] = true.into();
-    let events = events(&post(&near, "streamed", &body));
-    assert_eq!(events[0]["choices"][0]["delta"]["content"], "half", "{events:?}");
-    let message = events[1]["error"]["message"].as_str().unwrap_or_default();
-    assert!(message.contains("the upstream `dies` closed the connection before") && events.len() == 2, "{events:?}");
-    for n in 0..3 {
-        let answer = post(&near, &format!("{n}"), &chat("resets"));
-        assert_eq!((answer.status, &answer.body["error"]["code"]), (502, &json!("upstream_failed")), "{answer:?}");
+    for wire in Wire::ALL {
+        let (dies, _) = server(wire, Manner::Dies);
+        let (resets, _) = server(wire, Manner::Resets);
+        let done = Manner::Says(
+            200,
+            "text/event-stream",
+            concat!("data: {\"choices\":[{\"delta\":{}}]}\n\n", "data: [DONE]\n\n"),
+        );
+        let (unfinished, _) = server(wire, done);
+        let line =
+            |model: &str| format!("model = \"{model}\"\nconnections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
+        let near = near(&[
+            ("dies", &dies, line("dies")),
+            ("resets", &resets, line("resets")),
+            ("done", &unfinished, line("done")),
+        ]);
+        let whole = post(&near, "whole", &chat("dies"));
+        assert_eq!((whole.status, &whole.body["error"]["code"]), (502, &json!("upstream_failed")), "{whole:?}");
+        let mut body = chat("dies");
+        body["stream"] = true.into();
+        let events = events(&post(&near, "streamed", &body));
+        assert_eq!(events[0]["choices"][0]["delta"]["content"], "half", "{events:?}");
+        let message = events[1]["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains("the upstream `dies` broke off before") && events.len() == 2, "{events:?}");
+        let done = post(&near, "done", &chat("done"));
+        let message = done.body["error"]["message"].as_str().unwrap_or_default();
+        assert!(done.status == 502 && message.contains("before each choice had a `finish_reason`"), "{done:?}");
+        for n in 0..3 {
+            let answer = post(&near, &format!("{n}"), &chat("resets"));
+            assert_eq!((answer.status, &answer.body["error"]["code"]), (502, &json!("upstream_failed")), "{answer:?}");
+        }
+        let answer = post(&near, "open", &chat("resets"));
+        assert_eq!((answer.status, &answer.body["error"]["code"]), (503, &json!("no_replica")), "{answer:?}");
+        let metrics = metrics(&near, "up{upstream=\"resets\"}", 0.0);
+        assert_eq!(metrics["up{upstream=\"dies\"}"], 1.0, "{metrics:?}");
+        assert_eq!(metrics["requests_total{outcome=\"broken\",upstream=\"done\"}"], 1.0, "{metrics:?}");
     }
-    let answer = post(&near, "open", &chat("resets"));
-    assert_eq!((answer.status, &answer.body["error"]["code"]), (503, &json!("no_replica")), "{answer:?}");
-    let metrics = metrics(&near, "up{upstream=\"resets\"}", 0.0);
-    assert_eq!(metrics["up{upstream=\"dies\"}"], 1.0, "{metrics:?}");
 }
 
 /// Begins a stream and returns when its first chunk is there.
@@ -364,9 +361,13 @@ fn begin(host: &Host, id: &str, body: &Value) -> BufReader<TcpStream> {
 
 #[test]
 fn whoever_ends_it_here_ends_it_there() {
-    let (url, closed) = server(Manner::Begins);
-    let (hangs, waiting) = server(Manner::Hangs);
-    let line = |model: &str| format!("model = \"{model}\"\nconnections = 0\nprobe_interval_ms = 0");
+    Wire::ALL.into_iter().for_each(ends);
+}
+
+fn ends(wire: Wire) {
+    let (url, closed) = server(wire, Manner::Begins);
+    let (hangs, waiting) = server(wire, Manner::Hangs);
+    let line = |model: &str| format!("model = \"{model}\"\nconnections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
     let near = near(&[("begins", &url, line("begins")), ("hangs", &hangs, line("hangs"))]);
     let mut body = chat("begins");
     body["stream"] = true.into();
@@ -401,13 +402,126 @@ fn whoever_ends_it_here_ends_it_there() {
         assert_eq!(why["state"], state, "{why}");
     }
     let metrics = metrics(&near, "requests_total{outcome=\"cancelled\",upstream=\"begins\"}", 3.0);
-    assert_eq!((metrics["in_flight{upstream=\"begins\"}"], metrics["connections{upstream=\"begins\"}"]), (0.0, 0.0));
+    // Of HTTP/2 the streams have ended, and their connection is the next one's.
+    let kept = if wire == Wire::Http1 { (0.0, 3.0) } else { (1.0, 1.0) };
+    let connections =
+        (metrics["connections{upstream=\"begins\"}"], metrics["connections_opened_total{upstream=\"begins\"}"]);
+    assert_eq!((metrics["in_flight{upstream=\"begins\"}"], connections), (0.0, kept), "{wire:?}");
+}
+
+#[test]
+fn an_upstream_over_tls_is_who_it_says_or_is_sent_nothing() {
+    let (far, _folder) = far(Wire::Tls);
+    let folder = tempfile::tempdir().expect("a folder");
+    let ca = folder.path().join("ca.pem");
+    let trust = |name: &str| std::fs::copy(root().join(format!("tests/e2e/{name}.pem")), &ca).expect("a file");
+    trust("renewed");
+    let lines = |model: &str, ca: &Path| {
+        format!(
+            "model = \"{model}\"\nupstream_model = \"demo:f16\"\nconnections = 0\nprobe_interval_ms = 0\nca_file = {ca:?}"
+        )
+    };
+    let elsewhere = far.data.replace("127.0.0.1", "localhost");
+    let right = root().join("tests/e2e/registry.pem");
+    let one = format!("{}\nprotocol = \"http1\"", lines("one", &right));
+    let unknown = "model = \"unknown\"\nconnections = 0\nprobe_interval_ms = 0".to_owned();
+    let near = near(&[
+        ("other-ca", &far.data, lines("other-ca", &ca)),
+        ("other-name", &elsewhere, lines("other-name", &right)),
+        ("unknown", &far.data, unknown),
+        ("one", &far.data, one),
+    ]);
+    for (model, says) in
+        [("other-ca", "UnknownIssuer"), ("other-name", "not valid for name"), ("unknown", "certificate")]
+    {
+        let answer = post(&near, model, &chat(model));
+        assert_eq!(answer.status, 502, "{answer:?}");
+        let why = near.admin("GET", &format!("/admin/v1/requests/{model}"), &Value::Null).body;
+        let outcome = why["upstreams"][0]["outcome"].as_str().unwrap_or_default();
+        assert!(outcome.contains("cannot be reached") && outcome.contains(says), "{model}: {outcome}");
+    }
+    assert_eq!(post(&near, "one", &chat("one")).status, 200, "HTTP/1.1 is offered as well");
+
+    // A text that is no PEM changes nothing; the right one counts for the next connection.
+    let hang_up = |outcome: &str, n: u32| {
+        let sent = Command::new("kill").args(["-HUP", &near.pid().to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "kill is there");
+        let line = format!("pointsman_tls_reloads_total{{outcome=\"{outcome}\",plane=\"upstreams\"}} {n}\n");
+        let seen = (0..10_000).any(|_| near.get("/metrics").body.as_str().is_some_and(|text| text.contains(&line)));
+        assert!(seen, "{line}");
+    };
+    std::fs::write(&ca, "nothing").expect("a file");
+    hang_up("kept_old", 1);
+    trust("registry");
+    // Three have a file, of which two could be used before.
+    hang_up("used", 5);
+    let answer = post(&near, "again", &chat("other-ca"));
+    assert_eq!(answer.status, 200, "{answer:?}");
+}
+
+#[test]
+fn embeddings_are_made_where_the_model_is() {
+    let folder = crate::embeddings::tiny();
+    let far = crate::embeddings::serving(folder.path(), false);
+    let garbled = Manner::Says(200, "application/json", r#"{"data": [{"embedding": "no"}]}"#);
+    let (bad, _) = server(Wire::H2c, garbled);
+    let (hangs, ended) = server(Wire::H2c, Manner::Hangs);
+    let (long, _) = server(Wire::H2c, Manner::Says(200, "application/json", r#"{"data": [{"embedding": [0, 4, 3]}]}"#));
+    let lines = |model: &str| {
+        format!(
+            "model = \"{model}\"\nserves = \"embeddings\"\nupstream_model = \"encoder\"\nconnections = 0\nprobe_interval_ms = 0\nprotocol = \"http2\""
+        )
+    };
+    let near = near(&[
+        ("a-bad", &bad, lines("words")),
+        ("east", &far.data, lines("words")),
+        ("long", &long, lines("long")),
+        ("slow", &hangs, lines("slow")),
+    ]);
+    let ask = |host: &Host, body: &Value| host.post("/v1/embeddings", body);
+    for extra in [
+        json!({"input": "w5 w6"}),
+        json!({"input": ["w1", "w2 w3"], "encoding_format": "base64"}),
+        json!({"input": [5, 6], "dimensions": 4}),
+    ] {
+        let with = |model: &str| {
+            let mut body = extra.clone();
+            body["model"] = model.into();
+            body
+        };
+        let (there, here) = (ask(&far, &with("encoder")), ask(&near, &with("words")));
+        assert_eq!((there.status, here.status), (200, 200), "{here:?}");
+        assert_eq!(here.body["data"], there.body["data"], "{extra}");
+        assert_eq!((&here.body["usage"], &here.body["model"]), (&there.body["usage"], &json!("words")));
+        assert_eq!(header(&here, "x-pointsman-replica"), "words@east");
+    }
+    // A server that does not know the field sends all; here it holds.
+    let shortened = ask(&near, &json!({"model": "long", "input": "w1", "dimensions": 2}));
+    assert_eq!(shortened.body["data"][0]["embedding"], json!([0.0, 1.0]), "{shortened:?}");
+    let more = ask(&near, &json!({"model": "long", "input": "w1", "dimensions": 4}));
+    assert_eq!((more.status, &more.body["error"]["code"]), (502, &json!("upstream_failed")), "{more:?}");
+    let long = ask(&near, &json!({"model": "words", "input": "w1 ".repeat(1_000)}));
+    assert_eq!((long.status, &long.body["error"]["code"]), (400, &json!("refused_by_upstream")), "{long:?}");
+    let late = ask(&near, &json!({"model": "slow", "input": "w1", "timeout_ms": 200}));
+    assert_eq!(late.status, 504, "{late:?}");
+    ended.recv_timeout(PATIENCE).expect("nobody waits for it");
+    let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"east\"}", 3.0);
+    assert_eq!(metrics["requests_total{outcome=\"garbled\",upstream=\"a-bad\"}"], 3.0, "{metrics:?}");
+    assert_eq!(metrics["up{upstream=\"a-bad\"}"], 0.0, "its circuit is open");
+    let refused = post(&near, "chat", &chat("words"));
+    assert_eq!((refused.status, &refused.body["error"]["param"]), (400, &json!("model")), "{refused:?}");
+    let listed = near.get("/v1/models").body;
+    assert_eq!(
+        (&listed["data"][2]["id"], &listed["data"][2]["owned_by"]),
+        (&json!("words"), &json!("upstream")),
+        "{listed}"
+    );
 }
 
 /// The example of docs/upstreams.md.
 #[test]
 fn a_router_keeps_requests_here_until_the_queues_are_long() {
-    let far = Host::start(env!("CARGO_BIN_EXE_pointsman-under-test"), &[("ENGINE__DEVICES", "[\"null\"]")]);
+    let (far, _folder) = far(Wire::Http1);
     let config = format!(
         "[engine]\ndevices = [\"null:50000\"]\n[sched]\nmax_running = 1\n\
          [upstreams.east]\nurl = \"{}\"\nmodel = \"demo\"\n\

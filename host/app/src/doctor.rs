@@ -4,6 +4,7 @@
 //! policies are compiled, started and probed from a copy of the data directory. Nothing is changed, and a host may be running. It
 //! does not stop at the first fault as a start does: whoever repairs a machine wants all of them.
 
+mod certificates;
 mod machine;
 mod models;
 mod policies;
@@ -18,6 +19,7 @@ use anyhow::bail;
 use serde_json::json;
 
 use crate::cli::DoctorArgs;
+use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::devices::{self, Place};
 use crate::serve;
@@ -66,7 +68,9 @@ fn all(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     settings(config, report)?;
     serving_devices(config, report)?;
     models::examine(config, report)?;
-    upstreams::examine(config, report)?;
+    let now_s = SystemClock::start().unix_millis() / 1_000;
+    certificates::examine(config, now_s, report)?;
+    upstreams::examine(config, now_s, report)?;
     let root = serve::data_dir(config);
     let in_use = store::examine(&root, report)?;
     policies::examine(config, root.as_deref().ok(), report)?;

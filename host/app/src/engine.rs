@@ -139,6 +139,7 @@ impl Engine {
             devices.push(ServingDevice { place, driver, memory, monitor });
         }
         let on_demand = config.on_demand.keys().map(|name| name.as_str().into()).collect();
+        let encoder_models = encoder_models.into_iter().chain(loaded.elsewhere).collect();
         let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models, on_demand });
         let (served, clock) = (ArcSwap::from_pointee(Served { catalog, homes }), Arc::clone(&shared.clock));
         Ok(Self { served, clock, devices, encoders })

@@ -6,7 +6,7 @@
 //! repeating what stands in it, because that may be a key by mistake.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
@@ -19,12 +19,10 @@ use pointsman_server::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_k
 use serde::{Deserialize, Serialize};
 
 use crate::config::ServerSection;
+use crate::files::{self, FileError};
 
 /// Begins every key, so that those who look for leaked secrets find it.
 const PREFIX: &str = "pm-";
-
-/// Largest file: a few times what the most keys take.
-const MAX_FILE: u64 = 1 << 20;
 
 /// A key under its name.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,16 +64,14 @@ struct KeyFile {
 /// What is wrong with the keys; the operator's fault.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KeyError {
-    #[error("server.api_keys_file {path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
+    #[error("server.api_keys_file {0}")]
+    File(#[from] FileError),
     #[error(
         "server.api_keys_file {path}{}: it holds tables [keys.NAME] with `hash` and, where wanted, `tenant`, `priority`, \
          `concurrent`, `requests_per_minute` and `tokens_per_minute` from 1, as `pointsman key new` prints them",
         at(*line)
     )]
     Shape { path: PathBuf, line: usize },
-    #[error("server.api_keys_file {path} exceeds {MAX_FILE} bytes")]
-    TooLarge { path: PathBuf },
     #[error("server.api_keys_file {path} has no keys: nobody could send a request; make one with `pointsman key new`")]
     Empty { path: PathBuf },
     #[error("the API key `{name}`: {source}")]
@@ -154,15 +150,7 @@ pub(crate) fn read(server: &ServerSection) -> Result<Vec<ApiKey>, KeyError> {
 }
 
 fn read_file(path: &Path) -> Result<BTreeMap<String, ApiKeySection>, KeyError> {
-    let path = path.to_owned();
-    let mut text = String::new();
-    let file = std::fs::File::open(&path).and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text));
-    if let Err(source) = file {
-        return Err(KeyError::Read { path, source });
-    }
-    if text.len() as u64 > MAX_FILE {
-        return Err(KeyError::TooLarge { path });
-    }
+    let (path, text) = (path.to_owned(), files::read_text(path)?);
     let parsed: Result<KeyFile, usize> = match path.extension().is_some_and(|extension| extension == "json") {
         true => serde_json::from_str(&text).map_err(|error| error.line()),
         false => toml::from_str(&text).map_err(|error: toml::de::Error| {
@@ -267,7 +255,7 @@ mod tests {
             assert!(error.contains(expect) && !error.contains("Secret"), "{error}");
         }
         let missing = ServerSection { api_keys_file: "/nowhere/keys.toml".into(), ..ServerSection::default() };
-        assert!(matches!(read(&missing), Err(KeyError::Read { .. })));
+        assert!(matches!(read(&missing), Err(KeyError::File(_))));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod driver;
 mod encoders;
 mod engine;
 mod explain;
+mod files;
 mod gpu_check;
 pub mod host;
 mod keys;

@@ -101,6 +101,8 @@ pub(crate) struct Loaded {
     pub replicas: Vec<LoadedReplica>,
     /// For the encoders' driver.
     pub encoders: Vec<LoadedEncoder>,
+    /// Models for embeddings that upstreams have, for the catalog.
+    pub elsewhere: Vec<Arc<ports::Encoder>>,
 }
 
 impl std::fmt::Debug for LoadedEncoder {
@@ -419,8 +421,9 @@ impl<'a> Loader<'a> {
             name: Arc::clone(&name),
             text,
             max_tokens,
-            dimensions,
+            dimensions: Some(dimensions),
             created: self.terms.created,
+            upstreams: Vec::new(),
         });
         self.loaded.models.push(LoadedModel {
             name: Arc::clone(&name),
@@ -457,7 +460,10 @@ impl<'a> Loader<'a> {
                 }
                 true
             }
-            None => all.any(|v| *v.alias == *name) || encoders.iter().any(|e| *e.model.name == *name),
+            None => {
+                let is_encoder = encoders.iter().any(|e| *e.model.name == *name);
+                is_encoder || upstreams::makes_embeddings(self.config, name) || all.any(|v| *v.alias == *name)
+            }
         };
         if is_taken {
             bail!("there is a model of this name already; choose another, or leave the demo out (engine.demo = false)");

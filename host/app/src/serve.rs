@@ -39,7 +39,7 @@ use crate::shelf::DiskShelf;
 use crate::store::Store;
 use crate::tls::Certificate;
 use crate::trust::KeyRing;
-use crate::upstreams;
+use crate::upstreams::{self, UpstreamSection};
 
 /// Largest compiled component.
 const MAX_COMPILED_BYTES: usize = 256 << 20;
@@ -107,7 +107,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let served = runtime.block_on(serve_until_signalled(
         listeners,
         Arc::clone(&host.state),
-        reload((&config, &certificates), &host.state, hangups),
+        reload((&config, &certificates), (&host.state, &host.engine), hangups),
     ));
     // Requests that outlived the grace period hold the engine: their tasks go first.
     runtime.shutdown_timeout(Duration::from_secs(2));
@@ -445,7 +445,7 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
         lines.push(format!("  {:<18} {}", "on demand", catalog.on_demand.join(", ")));
     }
     for (replica, upstream) in catalog.upstreams() {
-        lines.push(format!("  {:<18} {} at {}", "upstream", replica.name, upstream.url()));
+        lines.push(format!("  {:<18} {replica} at {}", "upstream", upstream.url()));
     }
     for slot in deploy.slots() {
         let SlotRevision { revision, generation, .. } = &slot.active;
@@ -494,15 +494,17 @@ async fn serve_until_signalled(
 /// SIGHUP, where there is a file to read again. Without one it ends the host, as it does where nobody listens for it.
 fn hangups(config: &Config, certificates: &Certificates) -> anyhow::Result<Option<tokio::signal::unix::Signal>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let listens = config.server.has_key_file() || certificates.data.is_some() || certificates.admin.is_some();
+    let has_certificates = certificates.data.is_some() || certificates.admin.is_some();
+    let has_authorities = config.upstreams.values().any(UpstreamSection::has_ca);
+    let listens = config.server.has_key_file() || has_certificates || has_authorities;
     let hangups = listens.then(|| signal(SignalKind::hangup()));
     hangups.transpose().context("cannot listen for SIGHUP")
 }
 
-/// Reads the file of API keys and the certificates again at each SIGHUP, for ever.
+/// Reads the file of API keys, the certificates and the authorities of upstreams again at each SIGHUP, for ever.
 async fn reload(
     (config, certificates): (&Config, &Certificates),
-    state: &ServerState,
+    (state, engine): (&ServerState, &Engine),
     mut hangups: Option<tokio::signal::unix::Signal>,
 ) {
     while let Some(hangups) = &mut hangups
@@ -515,6 +517,9 @@ async fn reload(
             if let Some(certificate) = certificate {
                 reload_certificate(plane, certificate.clone(), state).await;
             }
+        }
+        for (name, section) in config.upstreams.iter().filter(|(_, section)| section.has_ca()) {
+            reload_authorities(name, section, (state, engine)).await;
         }
     }
     std::future::pending().await
@@ -537,6 +542,22 @@ async fn reload_certificate(plane: &str, certificate: Certificate, state: &Serve
     match read {
         Ok(()) => tracing::info!(plane, "a certificate has been read again"),
         Err(error) => tracing::error!(plane, %error, "a certificate stays what it was"),
+    }
+}
+
+async fn reload_authorities(name: &str, section: &UpstreamSection, (state, engine): (&ServerState, &Engine)) {
+    let section = section.clone();
+    let read = tokio::task::spawn_blocking(move || section.roots()).await;
+    let read = read.map_err(anyhow::Error::from).and_then(|read| read);
+    let catalog = engine.catalog();
+    let replaced = read.and_then(|roots| {
+        let upstream = catalog.upstreams().find(|(_, upstream)| **upstream.name() == *name);
+        Ok(upstream.map_or(Ok(()), |(_, upstream)| upstream.replace_roots(roots))?)
+    });
+    state.certificate_read("upstreams", replaced.is_ok());
+    match replaced {
+        Ok(()) => tracing::info!(upstream = name, "the authorities of an upstream have been read again"),
+        Err(error) => tracing::error!(upstream = name, %error, "the authorities of an upstream stay what they were"),
     }
 }
 

@@ -1,19 +1,14 @@
 //! Certificates of the two planes: the files that the configuration names, read at the start and again at SIGHUP.
 //!
-//! A key that everybody on the machine can read is refused, because whoever has it is this host: only its owner and its group may.
 //! Chain and key are read and tried together, and take the place of the old ones as one value, or not at all.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use pointsman_server::{Tls, TlsError};
+use pointsman_server::{Tls, TlsError, expiry};
 use serde::{Deserialize, Serialize};
 
-/// Largest file; a long chain has some 10 KiB.
-const MAX_FILE: u64 = 1 << 20;
+use crate::files::{self, FileError};
 
 /// TLS of a plane.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -30,14 +25,8 @@ pub(crate) struct TlsSection {
 pub(crate) enum CertificateError {
     #[error("{section}.tls needs both `cert_file` and `key_file`, or neither")]
     Half { section: &'static str },
-    #[error("{path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("{path} exceeds {MAX_FILE} bytes, and is no certificate or key")]
-    TooLarge { path: PathBuf },
-    #[error(
-        "{path} can be read by everybody on this machine: a private key is for its owner and its group, as after `chmod o= {path}`"
-    )]
-    Open { path: PathBuf },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("{cert} and {key}: {source}")]
     Unusable { cert: PathBuf, key: PathBuf, source: TlsError },
 }
@@ -47,20 +36,6 @@ pub(crate) enum CertificateError {
 pub(crate) struct Certificate {
     files: TlsSection,
     pub(crate) tls: Arc<Tls>,
-}
-
-fn read(path: &Path, is_secret: bool) -> Result<Vec<u8>, CertificateError> {
-    let fault = |source| CertificateError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(fault)?;
-    if is_secret && file.metadata().map_err(fault)?.mode() & 0o007 != 0 {
-        return Err(CertificateError::Open { path: path.to_owned() });
-    }
-    let mut text = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut text).map_err(fault)?;
-    if text.len() as u64 > MAX_FILE {
-        return Err(CertificateError::TooLarge { path: path.to_owned() });
-    }
-    Ok(text)
 }
 
 // === impl TlsSection ===
@@ -91,7 +66,15 @@ impl TlsSection {
     }
 
     fn read(&self) -> Result<(Vec<u8>, Vec<u8>), CertificateError> {
-        Ok((read(&self.cert_file, false)?, read(&self.key_file, true)?))
+        Ok((files::read(&self.cert_file)?, files::read_secret(&self.key_file)?))
+    }
+
+    /// Unix seconds until which all of the chain is valid; none where the certificates do not say it in a way that is known.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub(crate) fn expiry(&self) -> Result<Option<u64>, CertificateError> {
+        Ok(expiry(&files::read(&self.cert_file)?))
     }
 
     fn unusable(&self, source: TlsError) -> CertificateError {

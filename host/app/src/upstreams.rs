@@ -4,7 +4,6 @@
 //! counted once, before the router has chosen.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
@@ -14,14 +13,16 @@ use anyhow::{Context, bail};
 use pointsman_sched::ids::ReplicaId;
 use pointsman_sched::publish::PrefixSketch;
 use pointsman_server::Secret;
-use pointsman_server::ports::{Clock, Replica, Variant};
+use pointsman_server::expiry;
+use pointsman_server::ports::{Clock, Elsewhere, Encoder, Replica, Variant};
 use pointsman_server::text::TextModel;
-use pointsman_server::upstream::{Upstream, UpstreamTerms};
+use pointsman_server::upstream::{Protocol, Roots, Upstream, UpstreamTerms};
 use pointsman_telemetry::{Metrics, NameKind};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::SystemClock;
 use crate::config::{Config, ReplicaSection};
+use crate::files;
 use crate::models::{Loaded, labels, stable_key};
 use crate::serve::Shared;
 
@@ -30,16 +31,18 @@ use crate::serve::Shared;
 const FIRST_DEVICE: u64 = 1 << 32;
 /// Upstreams of one host: each is a row of every decision about its model.
 const MAX_UPSTREAMS: usize = 64;
-/// Bytes of a file with an API key.
-const MAX_KEY_BYTES: u64 = 4 << 10;
 
 /// A server elsewhere that speaks `OpenAI`'s API.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct UpstreamSection {
     pub url: String,
+    pub protocol: ProtocolName,
+    /// PEM file with the authorities that may vouch for it, read at the start and at SIGHUP; empty for those of the machine.
+    pub ca_file: PathBuf,
     /// The name under which it is served here: an alias, of this host's models or of its own.
     pub model: String,
+    pub serves: Serves,
     /// What its variant is called, as in `demo:remote`; upstreams of one model and variant are replicas of it.
     pub variant: String,
     /// What the upstream calls the model; empty for `model`.
@@ -64,6 +67,27 @@ pub(crate) struct UpstreamSection {
     pub probe_failures: u32,
 }
 
+/// What is spoken to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ProtocolName {
+    /// Over TLS what it chooses, HTTP/1.1 in the clear.
+    #[default]
+    Auto,
+    Http1,
+    Http2,
+}
+
+/// What it is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Serves {
+    /// Conversations and completions.
+    #[default]
+    Text,
+    Embeddings,
+}
+
 /// What is wrong with one, with what it must be.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SectionError {
@@ -79,7 +103,10 @@ impl Default for UpstreamSection {
     fn default() -> Self {
         Self {
             url: String::new(),
+            protocol: ProtocolName::Auto,
+            ca_file: PathBuf::new(),
             model: String::new(),
+            serves: Serves::Text,
             variant: "remote".to_owned(),
             upstream_model: String::new(),
             api_key_file: PathBuf::new(),
@@ -140,6 +167,10 @@ impl UpstreamSection {
                 "only one of it and api_key_file".to_owned(),
             );
         }
+        if self.has_ca() && !self.url.starts_with("https://") {
+            let rule = "only with a URL of https://: in the clear there is no certificate".to_owned();
+            return fault("ca_file", self.ca_file.display().to_string(), rule);
+        }
         let bounds: [(&'static str, u64, u64, u64, &'static str); 9] = [
             ("max_in_flight", self.max_in_flight.into(), 1, 65_536, "requests"),
             ("context_tokens", self.context_tokens.into(), 1, 1 << 24, "tokens"),
@@ -172,11 +203,7 @@ impl UpstreamSection {
             let key = std::env::var(&self.api_key_env);
             key.with_context(|| format!("api_key_env: the environment has no `{}`", self.api_key_env))?
         } else if !self.api_key_file.as_os_str().is_empty() {
-            let mut text = String::new();
-            let file = std::fs::File::open(&self.api_key_file);
-            let read = file.and_then(|file| file.take(MAX_KEY_BYTES).read_to_string(&mut text));
-            read.with_context(|| format!("api_key_file {}", self.api_key_file.display()))?;
-            text
+            files::read_text(&self.api_key_file).context("api_key_file")?
         } else {
             return Ok(None);
         };
@@ -184,6 +211,21 @@ impl UpstreamSection {
             bail!("its API key is empty");
         }
         Ok(Some(Secret::new(key.trim())))
+    }
+
+    /// Whether it has authorities of its own.
+    pub(crate) fn has_ca(&self) -> bool {
+        !self.ca_file.as_os_str().is_empty()
+    }
+
+    /// Who may vouch for it, read now.
+    pub(crate) fn roots(&self) -> anyhow::Result<Roots> {
+        Ok(if self.has_ca() { Roots::Pem(files::read(&self.ca_file).context("ca_file")?) } else { Roots::System })
+    }
+
+    /// Unix seconds until which its authorities are valid, where it has some of its own that say it.
+    pub(crate) fn ca_expiry(&self) -> Option<u64> {
+        expiry(&files::read(&self.ca_file).ok().filter(|_| self.has_ca())?)
     }
 
     /// One that can be used as it is configured; nothing is sent to it.
@@ -196,21 +238,22 @@ impl UpstreamSection {
         Ok(Upstream::new(self.terms(name)?, Arc::clone(clock) as Arc<dyn Clock>, metrics)?)
     }
 
-    /// How long a connection may take.
-    pub(crate) fn connect_timeout(&self) -> Duration {
-        Duration::from_millis(self.connect_timeout_ms)
-    }
-
     fn terms(&self, name: &str) -> anyhow::Result<UpstreamTerms> {
         let named = if self.upstream_model.is_empty() { &self.model } else { &self.upstream_model };
         Ok(UpstreamTerms {
             name: name.into(),
             url: self.url.clone(),
+            protocol: match self.protocol {
+                ProtocolName::Auto => Protocol::Auto,
+                ProtocolName::Http1 => Protocol::Http1,
+                ProtocolName::Http2 => Protocol::Http2,
+            },
+            roots: self.roots()?,
             model: named.clone(),
             api_key: self.api_key()?,
             max_in_flight: self.max_in_flight,
             connections: self.connections,
-            connect_timeout: self.connect_timeout(),
+            connect_timeout: Duration::from_millis(self.connect_timeout_ms),
             first_byte_timeout: Duration::from_millis(self.first_byte_timeout_ms),
             idle_timeout: Duration::from_millis(self.idle_timeout_ms),
             max_answer_bytes: (self.max_answer_mib as usize) << 20,
@@ -226,23 +269,34 @@ impl UpstreamSection {
 
 /// Names of the replicas that the upstreams will be.
 pub(crate) fn replicas(config: &Config) -> impl Iterator<Item = String> + '_ {
-    config.upstreams.iter().map(|(name, section)| section.replica(name))
+    let replicas = config.upstreams.iter().filter(|(_, section)| section.serves == Serves::Text);
+    replicas.map(|(name, section)| section.replica(name))
 }
 
-/// Adds the variants that upstreams serve.
+/// Whether an upstream makes embeddings under this name.
+pub(crate) fn makes_embeddings(config: &Config, model: &str) -> bool {
+    config.upstreams.values().any(|section| section.serves == Serves::Embeddings && section.model == model)
+}
+
+/// Adds the variants and the models for embeddings that upstreams serve.
 ///
 /// # Errors
 /// One cannot be used as it is configured, or has a name that something here has.
 pub(crate) fn add(config: &Config, shared: &Shared, loaded: &mut Loaded) -> anyhow::Result<()> {
+    add_encoders(config, shared, loaded)?;
     let local: Vec<String> = loaded.variants.iter().map(|variant| variant.id.to_string()).collect();
     let mut variants: BTreeMap<String, Variant> = BTreeMap::new();
     for (device, (name, section)) in (FIRST_DEVICE..).zip(&config.upstreams) {
+        if section.serves == Serves::Embeddings {
+            continue;
+        }
         let id = section.variant();
         if local.contains(&id) {
             bail!("upstreams.{name}: this host serves a variant `{id}` itself; choose another name with `variant`");
         }
-        if loaded.encoders.iter().any(|encoder| *encoder.model.name == *section.model) {
-            bail!("upstreams.{name}.model: `{}` makes embeddings, which upstreams are not asked for", section.model);
+        let model = &section.model;
+        if makes_embeddings(config, model) || loaded.encoders.iter().any(|encoder| *encoder.model.name == **model) {
+            bail!("upstreams.{name}.model: `{model}` makes embeddings; choose another name for what generates text");
         }
         let upstream = section.open(name, &shared.clock, &shared.metrics);
         let upstream = upstream.with_context(|| format!("upstreams.{name}"))?;
@@ -256,6 +310,35 @@ pub(crate) fn add(config: &Config, shared: &Shared, loaded: &mut Loaded) -> anyh
         }
     }
     loaded.variants.extend(variants.into_values().map(Arc::new));
+    Ok(())
+}
+
+fn add_encoders(config: &Config, shared: &Shared, loaded: &mut Loaded) -> anyhow::Result<()> {
+    let mut encoders: BTreeMap<&str, Encoder> = BTreeMap::new();
+    let sections = config.upstreams.iter().filter(|(_, section)| section.serves == Serves::Embeddings);
+    for (name, section) in sections {
+        let (model, max_tokens) = (&*section.model, section.context_tokens);
+        if loaded.encoders.iter().any(|encoder| *encoder.model.name == *model)
+            || loaded.variants.iter().any(|variant| *variant.alias == *model || *variant.id == *model)
+        {
+            bail!("upstreams.{name}.model: this host serves a model `{model}` itself; choose another name");
+        }
+        let upstream = section.open(name, &shared.clock, &shared.metrics);
+        let upstream = upstream.with_context(|| format!("upstreams.{name}"))?;
+        let replica: Arc<str> = format!("{model}@{name}").into();
+        let encoder = encoders.entry(model).or_insert(Encoder {
+            name: model.into(),
+            replica: Arc::clone(&replica),
+            text: Arc::new(TextModel::estimate()?),
+            max_tokens,
+            dimensions: None,
+            created: shared.clock.unix_seconds(),
+            upstreams: Vec::new(),
+        });
+        encoder.max_tokens = encoder.max_tokens.min(max_tokens);
+        encoder.upstreams.push(Elsewhere { replica, upstream });
+    }
+    loaded.elsewhere.extend(encoders.into_values().map(Arc::new));
     Ok(())
 }
 
@@ -323,6 +406,12 @@ mod tests {
             ("east", "model = \"a\"\nmax_in_flight = 0", Some("max_in_flight = 0: 1 to 65536 requests")),
             ("east", "model = \"a\"\napi_key_env = \"A\"\napi_key_file = \"b\"", Some("only one of it")),
             ("east", "model = \"a\"\napi_key = \"secret\"", Some("unknown field `api_key`")),
+            (
+                "east",
+                "model = \"a\"\nurl = \"http://x\"\nca_file = \"ca.pem\"",
+                Some("ca_file = ca.pem: only with a URL"),
+            ),
+            ("east", "model = \"a\"\nprotocol = \"http3\"", Some("expected one of `auto`, `http1`, `http2`")),
         ] {
             let checked = section(text).and_then(|section| section.check(name).map_err(|error| error.to_string()));
             match expect {

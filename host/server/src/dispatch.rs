@@ -273,10 +273,12 @@ impl Variant {
 }
 
 impl Catalog {
-    /// The replicas that are elsewhere.
-    pub fn upstreams(&self) -> impl Iterator<Item = (&Arc<Replica>, &Arc<Upstream>)> {
+    /// The replicas that are elsewhere, those of models for embeddings too.
+    pub fn upstreams(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<Upstream>)> {
         let replicas = self.variants.iter().flat_map(|variant| &variant.replicas);
-        replicas.filter_map(|replica| Some((replica, replica.upstream.as_ref()?)))
+        let replicas = replicas.filter_map(|replica| Some((&replica.name, replica.upstream.as_ref()?)));
+        let elsewhere = self.encoders.iter().flat_map(|encoder| &encoder.upstreams);
+        replicas.chain(elsewhere.map(|elsewhere| (&elsewhere.replica, &elsewhere.upstream)))
     }
 
     /// Whether an upstream may serve what names this model.

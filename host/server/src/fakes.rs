@@ -781,8 +781,9 @@ impl Rig {
             replica: "e@x".into(),
             text: Arc::clone(&text),
             max_tokens: 8,
-            dimensions: 4,
+            dimensions: Some(4),
             created: 1_699_999_998,
+            upstreams: Vec::new(),
         });
         let engine = Arc::new(FakeEngine::default());
         *engine.catalog.lock().expect("unpoisoned") =

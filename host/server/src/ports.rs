@@ -83,10 +83,21 @@ pub struct Encoder {
     pub text: Arc<TextModel>,
     /// Longest input, in tokens.
     pub max_tokens: u32,
-    /// Numbers of a vector.
-    pub dimensions: u32,
+    /// Numbers of a vector; none where only upstreams know.
+    pub dimensions: Option<u32>,
     /// Unix seconds, for `GET /v1/models`.
     pub created: u64,
+    /// Servers elsewhere that have it; empty for one of this host's own.
+    pub upstreams: Vec<Elsewhere>,
+}
+
+/// An upstream that makes embeddings.
+#[derive(Clone, Debug)]
+pub struct Elsewhere {
+    /// For headers and logs, as in `minilm@east`.
+    pub replica: Arc<str>,
+    /// The server.
+    pub upstream: Arc<Upstream>,
 }
 
 /// Every model that is being served. Aliases are the distinct [`Variant::alias`]es, in order of first appearance.

@@ -19,7 +19,7 @@ pub enum UpstreamOutcome {
     Unreachable,
     /// It was silent for too long.
     Timeout,
-    /// It closed the connection before its answer was whole.
+    /// It broke off, or said that it had ended, before its answer was whole.
     Broken,
     /// It answered with something else than was asked for, or with too much.
     Garbled,

@@ -1,27 +1,37 @@
-//! The upstreams: whether each can be used as it is configured, and whether something listens there.
+//! The upstreams: whether each can be used as it is configured, and whether it takes connections: over TLS with a certificate
+//! that is trusted.
 //!
 //! No request is sent, since one may cost money. A start goes on without an upstream that is down, so that is a warning.
 
-use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 
 use anyhow::Context;
 use pointsman_telemetry::Metrics;
 
+use super::certificates::{Left, left};
 use super::report::Report;
 use crate::clock::SystemClock;
 use crate::config::Config;
-use crate::upstreams::UpstreamSection;
 
-pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
+pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> anyhow::Result<()> {
+    if config.upstreams.is_empty() {
+        return Ok(());
+    }
     let (clock, metrics) = (Arc::new(SystemClock::start()), Metrics::new());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot connect")?;
     for (name, section) in &config.upstreams {
         match section.open(name, &clock, &metrics) {
-            Ok(upstream) => match connect(section, upstream.address()) {
+            Ok(upstream) => match runtime.block_on(upstream.reach()) {
                 Ok(()) => report.good("upstreams", name, format!("{} takes connections", upstream.url()))?,
                 Err(error) => {
-                    let remedy = "start it, or correct `url`; until it answers, requests go elsewhere or fail";
-                    report.warn("upstreams", name, format!("{}: {error:#}", upstream.url()), remedy)?;
+                    let error = error.to_string();
+                    let remedy = match error.contains("CaUsedAsEndEntity") {
+                        true => "give it a certificate with basicConstraints=CA:FALSE (docs/upstreams.md)",
+                        false => {
+                            "start it, or correct `url`, `protocol` or `ca_file`; until it answers, requests go elsewhere or fail"
+                        }
+                    };
+                    report.warn("upstreams", name, format!("{}: {error}", upstream.url()), remedy)?;
                 }
             },
             Err(error) => {
@@ -29,17 +39,15 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
                 report.fault("upstreams", name, format!("{error:#}"), remedy)?;
             }
         }
-    }
-    Ok(())
-}
-
-fn connect(section: &UpstreamSection, address: (&str, u16)) -> anyhow::Result<()> {
-    let mut last = None;
-    for found in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&found, section.connect_timeout()) {
-            Ok(_) => return Ok(()),
-            Err(error) => last = Some(error),
+        let file = section.ca_file.display();
+        let remedy = "put the new authorities beside the old ones, and send SIGHUP";
+        match section.ca_expiry().map(|end_s| left(end_s, now_s)) {
+            None | Some(Left::Enough { .. }) => {}
+            Some(Left::Little { days }) => {
+                report.warn("upstreams", name, format!("of {file}, one expires in {days} days"), remedy)?;
+            }
+            Some(Left::Nothing) => report.warn("upstreams", name, format!("of {file}, one has expired"), remedy)?,
         }
     }
-    Err(last.context("its name stands for no address")?.into())
+    Ok(())
 }

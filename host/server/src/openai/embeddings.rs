@@ -1,7 +1,7 @@
 //! `POST /v1/embeddings`: texts or token ids in, one vector each out.
 //!
 //! Shares admission, cancelling and errors with the generations and nothing else: there is no replica to choose, no token to
-//! stream and no cache, so a request is one job in an encoder's mailbox and one answer.
+//! stream and no cache, so a request is one job in an encoder's mailbox and one answer, or one request to an upstream.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,13 +16,14 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use pointsman_sched::admit::{AdmitRequest, Outcome};
 use pointsman_sched::ids::{Micros, Priority};
-use pointsman_sched::request::CancelCause;
+use pointsman_sched::request::{CancelCause, Failure};
 use pointsman_sched::route::RequestNumbers;
 use pointsman_telemetry::RequestMetrics;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
+use super::elsewhere::{self, Made, Wanted};
 use super::fields::{Fields, mismatch};
 use super::generate::{Arrival, Held};
 use super::inputs::{Holder, Input, read_each, token_ids};
@@ -35,16 +36,21 @@ use crate::ports::{EmbedJob, Embedded, Encoder, SubmitError};
 use crate::registry::InFlight;
 use crate::state::ServerState;
 use crate::text::TextModel;
+use crate::upstream::{Blame, Onward};
 
 /// Inputs of one request, as OpenAI bounds them.
 const MAX_INPUTS: usize = 2_048;
+/// Numbers of a vector, where only an upstream knows how many it has.
+const MAX_DIMENSIONS: u32 = 1 << 16;
 
 /// A body but for its input.
 #[derive(Debug)]
 struct Asked {
     encoder: Arc<Encoder>,
     base64: bool,
-    /// Numbers of each vector, where the client wants fewer.
+    /// As upstreams are asked, where they have the model.
+    onward: Option<Onward>,
+    /// Numbers of each vector, where the client wants fewer than there are.
     dimensions: Option<u32>,
     /// Tokens beyond which an input is cut; none refuses what is too long.
     cut: Option<u32>,
@@ -59,7 +65,23 @@ pub(crate) struct Vectors {
     pub(crate) vectors: Vec<Vec<f32>>,
     /// Of all inputs together.
     pub(crate) tokens: u32,
+    /// Who made them.
+    replica: Arc<str>,
     in_flight: InFlight,
+}
+
+/// Vectors on their way.
+enum Making<'a> {
+    Here(oneshot::Receiver<Result<Embedded, Failure>>),
+    There(&'a Onward),
+}
+
+/// Vectors that have come.
+struct Computed {
+    vectors: Vec<Vec<f32>>,
+    tokens: u32,
+    replica: Arc<str>,
+    queued_us: Micros,
 }
 
 /// Counts how a request ended, and that it is inside until then. One that is dropped on its way, as when its client goes away,
@@ -109,30 +131,30 @@ async fn answer(
     ask_door(arrival, &mut permit, &asked, (tokens, deadline))?;
     let mut in_flight = state.registry.enter(tag, caller.key, &state.engine, permit)?;
     let mut ending = Ending::of(arrival, &asked);
-    let (reply, replied) = oneshot::channel();
-    let encoder = Arc::clone(&asked.encoder.name);
-    let job = EmbedJob { encoder, inputs, arrived: *arrived, deadline, reply };
-    state.engine.embed(job).map_err(|error| refused(error, &asked.encoder))?;
+    let n_inputs = inputs.len();
+    let making = asked.begin(state, inputs, (*arrived, deadline))?;
     // Unless something else is said: its client has gone, and it was computed for nothing.
     in_flight.permit.ended(Outcome::Cancelled, 0, 0);
     let left = Duration::from_micros(deadline.saturating_sub(state.clock.now()));
     let ended = tokio::time::timeout(left, async {
         tokio::select! {
-            answer = replied => answer.map_err(|_| ApiError::DriverGone)?.map_err(ApiError::Failed),
+            computed = making.finish(&asked, tag, (n_inputs, tokens)) => computed,
             () = in_flight.cancel_asked() => Err(ApiError::cancelled(CancelCause::Asked, asked.timeout_ms)),
         }
     });
-    let embedded = ended.await.unwrap_or(Err(ApiError::Deadline { limit_ms: asked.timeout_ms }));
-    let outcome = match &embedded {
+    let computed = ended.await.unwrap_or(Err(ApiError::Deadline { limit_ms: asked.timeout_ms }));
+    let outcome = match &computed {
         Ok(_) => Outcome::Finished,
         Err(ApiError::Failed(_) | ApiError::DriverGone) => Outcome::Failed,
+        Err(ApiError::Upstream { mishap, .. }) if mishap.blame() == Blame::Upstream => Outcome::Failed,
+        Err(ApiError::Upstream { .. } | ApiError::Saturated { .. } | ApiError::NoReplica { .. }) => Outcome::Rejected,
         Err(_) => Outcome::Cancelled,
     };
     in_flight.permit.ended(outcome, 0, 0);
-    let Embedded { vectors, queued_us } = embedded?;
+    let Computed { vectors, tokens: counted, replica, queued_us } = computed?;
     in_flight.permit.computed(tokens);
     ending.finished(queued_us, state.clock.now().saturating_sub(*arrived));
-    Ok(Vectors { asked, vectors, tokens, in_flight })
+    Ok(Vectors { asked, vectors, tokens: counted, replica, in_flight })
 }
 
 /// Asks the admission policy, where there is one. Priorities order generations only.
@@ -179,6 +201,8 @@ fn refused(error: SubmitError, encoder: &Encoder) -> ApiError {
 impl Asked {
     fn parse(fields: &mut Fields, state: &ServerState) -> Result<Self, ApiError> {
         let encoder = find(fields, state)?;
+        let is_elsewhere = !encoder.upstreams.is_empty();
+        let onward = is_elsewhere.then(|| Onward::whole("/v1/embeddings", fields.copied()));
         let base64 = match fields.take("encoding_format") {
             None => false,
             Some(Value::String(format)) if format == "float" => false,
@@ -195,13 +219,31 @@ impl Asked {
                 "`truncate_prompt_tokens` must be -1 or at least 1",
             ));
         }
+        let dimensions = fields.u32("dimensions", 1..=encoder.dimensions.unwrap_or(MAX_DIMENSIONS))?;
         Ok(Self {
             base64,
-            dimensions: fields.u32("dimensions", 1..=encoder.dimensions)?,
+            onward,
+            dimensions,
             cut: cut.map(|cut| u32::try_from(cut).unwrap_or(encoder.max_tokens)),
             timeout_ms: timeout_ms.unwrap_or(state.config.default_timeout_ms),
             encoder,
         })
+    }
+
+    /// Has the vectors made.
+    fn begin(
+        &self,
+        state: &ServerState,
+        inputs: Vec<Vec<u32>>,
+        (arrived, deadline): (Micros, Micros),
+    ) -> Result<Making<'_>, ApiError> {
+        if let Some(onward) = &self.onward {
+            return Ok(Making::There(onward));
+        }
+        let (reply, replied) = oneshot::channel();
+        let job = EmbedJob { encoder: Arc::clone(&self.encoder.name), inputs, arrived, deadline, reply };
+        state.engine.embed(job).map_err(|error| refused(error, &self.encoder))?;
+        Ok(Making::Here(replied))
     }
 
     /// Reads and tokenizes. Ids are taken as they are, texts get the model's special tokens.
@@ -261,16 +303,42 @@ fn within(tokens: Vec<u32>, limit: u32, param: String) -> Result<Vec<u32>, ApiEr
     }
 }
 
+// === impl Making ===
+
+impl Making<'_> {
+    async fn finish(
+        self,
+        Asked { encoder, dimensions, .. }: &Asked,
+        tag: &str,
+        (n_inputs, tokens): (usize, u32),
+    ) -> Result<Computed, ApiError> {
+        match self {
+            Self::Here(replied) => {
+                let embedded = replied.await.map_err(|_| ApiError::DriverGone)?;
+                let Embedded { vectors, queued_us } = embedded.map_err(ApiError::Failed)?;
+                Ok(Computed { vectors, tokens, replica: Arc::clone(&encoder.replica), queued_us })
+            }
+            Self::There(onward) => {
+                let wanted = Wanted { n_inputs, dimensions: *dimensions };
+                let made = elsewhere::ask(encoder, (onward, tag), (wanted, tokens)).await?;
+                let Made { by, vectors, tokens: counted } = made;
+                let replica = Arc::clone(&by.replica);
+                Ok(Computed { vectors, tokens: counted.unwrap_or(tokens), replica, queued_us: 0 })
+            }
+        }
+    }
+}
+
 // === impl Vectors ===
 
 impl Vectors {
     fn respond(self) -> Result<Response, ApiError> {
-        let Self { asked, vectors, tokens, in_flight } = self;
+        let Self { asked, vectors, tokens, replica, in_flight } = self;
         let body = write(&asked, vectors, tokens)?;
         let mut response = Response::new(Body::new(Held::new(body, in_flight)));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let names = [("x-pointsman-replica", &asked.encoder.replica), ("x-pointsman-variant", &asked.encoder.name)];
+        let names = [("x-pointsman-replica", &replica), ("x-pointsman-variant", &asked.encoder.name)];
         for (header, name) in names {
             headers.extend(HeaderValue::from_str(name).ok().map(|name| (HeaderName::from_static(header), name)));
         }

@@ -8,6 +8,7 @@ mod calls;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod conversation;
+mod elsewhere;
 pub(crate) mod embeddings;
 mod errand;
 pub(crate) mod fields;

@@ -32,7 +32,7 @@ struct Model<'a> {
     /// vLLM's name for the context length; nobody knows that of a model that is not loaded.
     #[serde(skip_serializing_if = "Option::is_none")]
     max_model_len: Option<u32>,
-    /// Numbers of a vector; only models for embeddings have it.
+    /// Numbers of a vector; only models for embeddings have it, and of those this host's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     embedding_dimensions: Option<u32>,
     /// Of one that is loaded on demand and not served now.
@@ -58,10 +58,10 @@ fn encoder_entry(encoder: &Encoder) -> Model<'_> {
         id: &encoder.name,
         object: "model",
         created: encoder.created,
-        owned_by: "pointsman",
+        owned_by: if encoder.upstreams.is_empty() { "pointsman" } else { "upstream" },
         root: &encoder.name,
         max_model_len: Some(encoder.max_tokens),
-        embedding_dimensions: Some(encoder.dimensions),
+        embedding_dimensions: encoder.dimensions,
         state: None,
     }
 }

@@ -44,14 +44,17 @@ async fn target(
         Some(name) => catalog.encoder(name),
         None => catalog.encoders.first().filter(|_| catalog.variants.is_empty()),
     };
+    let what = "only they have its tokenizer: ask one of them";
     if let Some(encoder) = encoder {
+        if encoder.text.is_estimate() {
+            return Err(ApiError::NotOnward { model: encoder.name.to_string(), what });
+        }
         return Ok((Arc::clone(&encoder.text), encoder.max_tokens));
     }
     let first = catalog.variants.first().map(|variant| variant.alias.to_string());
     let time = (state.clock.now(), state.config.default_timeout_ms);
     let target = demand::find(state, &named.or(first).unwrap_or_default(), permit, time).await?;
     if target.text().is_estimate() {
-        let what = "only they have its tokenizer: ask one of them";
         return Err(ApiError::NotOnward { model: target.name, what });
     }
     Ok((Arc::clone(target.text()), target.context_tokens(false)))

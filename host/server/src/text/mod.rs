@@ -286,6 +286,9 @@ impl TextModel {
     /// # Errors
     /// The tokenizer has no token for a part of the text.
     pub fn encode_cut(&self, text: &str, limit: usize) -> Result<Vec<u32>, EncodeError> {
+        if self.is_estimate {
+            return Ok(text.as_bytes().chunks(4).take(limit).map(quad).collect());
+        }
         let around = self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         let mut encoding = self.tokenizer.encode_fast(text, false).map_err(EncodeError::Tokenizer)?;
         encoding.truncate(limit.saturating_sub(around), 0, TruncationDirection::Right);

@@ -1,20 +1,20 @@
 //! An upstream's answer as it comes: bytes to lines to events, each bounded, and what an event says.
 //!
 //! The body is polled by whoever is told, so there is no task and no queue between the upstream and the client: a slow client
-//! slows the upstream down by TCP, and dropping the answer closes its connection. After the last event the body is read to its
-//! end, because a connection whose answer was not read up is not used again.
+//! slows the upstream down by flow control, and dropping the answer closes its connection or resets its stream. After the last
+//! event the body is read to its end, because a connection whose answer was not read up is not used again.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body::Body as _;
-use hyper::body::Incoming;
 use serde_json::Value;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 
 use super::mishap::{Mishap, words};
+use super::pool::Body;
 use crate::stream::{Delta, Finish, Totals};
 
 /// Bytes of one event.
@@ -25,9 +25,9 @@ const LINGER: Duration = Duration::from_millis(200);
 /// A body that is being read.
 #[derive(Debug)]
 pub(super) struct Answer {
-    body: Incoming,
+    body: Body,
     /// What has come and is not a whole line yet.
-    rest: Vec<u8>,
+    rest: BytesMut,
     /// Of `rest`, what has no end of a line.
     searched: usize,
     limit: usize,
@@ -47,9 +47,9 @@ pub(super) struct Said {
 }
 
 impl Answer {
-    pub(super) fn new(body: Incoming, limit: usize, idle: Duration) -> Self {
+    pub(super) fn new(body: Body, limit: usize, idle: Duration) -> Self {
         let stalled = Box::pin(tokio::time::sleep(idle));
-        let (rest, searched) = (Vec::new(), 0);
+        let (rest, searched) = (BytesMut::new(), 0);
         Self { body, rest, searched, limit, left: limit, idle, stalled, is_done: false, has_ended: false }
     }
 
@@ -59,16 +59,16 @@ impl Answer {
     }
 
     /// The next event's data; none at the end.
-    pub(super) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Vec<u8>, Mishap>>> {
+    pub(super) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Mishap>>> {
         loop {
             if let Some(data) = self.line() {
-                if data != b"[DONE]" {
+                if data != b"[DONE]"[..] {
                     return Poll::Ready(Some(Ok(data)));
                 }
                 self.is_done = true;
-                (self.rest, self.searched) = (Vec::new(), 0);
+                (self.rest, self.searched) = (BytesMut::new(), 0);
                 self.idle = self.idle.min(LINGER);
-                self.stalled.set(tokio::time::sleep(self.idle));
+                self.wait();
             }
             if self.has_ended {
                 return Poll::Ready(None);
@@ -86,7 +86,7 @@ impl Answer {
     fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Mishap>>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(frame) => {
-                self.stalled.set(tokio::time::sleep(self.idle));
+                self.wait();
                 let data = |frame: http_body::Frame<Bytes>| frame.into_data().unwrap_or_default();
                 Poll::Ready(frame.map(|frame| frame.map(data).map_err(|_| Mishap::Broken)))
             }
@@ -96,6 +96,11 @@ impl Answer {
                 Poll::Ready(Some(Err(Mishap::Stalled { limit_ms })))
             }
         }
+    }
+
+    /// From now on for the next bytes.
+    fn wait(&mut self) {
+        self.stalled.as_mut().reset(Instant::now() + self.idle);
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<(), Mishap> {
@@ -109,12 +114,12 @@ impl Answer {
     }
 
     /// The data of the next whole line that has some.
-    fn line(&mut self) -> Option<Vec<u8>> {
+    fn line(&mut self) -> Option<Bytes> {
         while let Some(at) = self.rest[self.searched..].iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = self.rest.drain(..=self.searched + at).collect();
+            let line = self.rest.split_to(self.searched + at + 1).freeze();
             self.searched = 0;
             if let Some(data) = data(&line) {
-                return Some(data.to_vec());
+                return Some(line.slice_ref(data));
             }
         }
         self.searched = self.rest.len();

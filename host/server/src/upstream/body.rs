@@ -6,6 +6,7 @@
 //! whether another one is asked.
 
 use bytes::Bytes;
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
 /// Fields that this host obeys, and that an upstream might not take in this form.
@@ -24,8 +25,8 @@ pub(crate) struct Onward {
 
 impl Onward {
     /// Of a body in OpenAI's form.
-    pub(crate) fn new(path: &'static str, mut body: Map<String, Value>, n_choices: usize) -> Self {
-        OWN.iter().for_each(|field| drop(body.remove(*field)));
+    pub(crate) fn new(path: &'static str, body: Map<String, Value>, n_choices: usize) -> Self {
+        let Self { mut body, .. } = Self::whole(path, body);
         body.insert("stream".into(), true.into());
         // What an answer cost is asked for always: accounts and limits count it.
         let options = body.entry("stream_options").or_insert_with(|| json!({}));
@@ -34,6 +35,13 @@ impl Onward {
         }
         options["include_usage"] = true.into();
         Self { path, body, n_choices }
+    }
+
+    /// The same for an answer that has no parts.
+    pub(crate) fn whole(path: &'static str, mut body: Map<String, Value>) -> Self {
+        // Each upstream has a name of its own for the model.
+        OWN.iter().chain(&["model"]).for_each(|field| drop(body.remove(*field)));
+        Self { path, body, n_choices: 1 }
     }
 
     /// With the limit of this host where the client set none: what is charged here is not exceeded there.
@@ -49,9 +57,22 @@ impl Onward {
 
     /// As it is sent to one that knows the model by this name.
     pub(super) fn write(&self, model: &str) -> Bytes {
-        let mut body = self.body.clone();
-        body.insert("model".into(), model.into());
-        serde_json::to_vec(&body).unwrap_or_default().into()
+        serde_json::to_vec(&Named { body: &self.body, model }).unwrap_or_default().into()
+    }
+}
+
+/// A body under the name that an upstream has for the model.
+struct Named<'a> {
+    body: &'a Map<String, Value>,
+    model: &'a str,
+}
+
+impl Serialize for Named<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("model", self.model)?;
+        self.body.iter().try_for_each(|(name, value)| map.serialize_entry(name, value))?;
+        map.end()
     }
 }
 

@@ -4,6 +4,8 @@ use std::error::Error;
 
 use pointsman_telemetry::UpstreamOutcome;
 
+use super::{pool, wire};
+
 /// Bytes of an upstream's own words that are kept.
 const MAX_WORDS: usize = 512;
 
@@ -16,9 +18,12 @@ pub(crate) enum Mishap {
     Silent { limit_ms: u64 },
     #[error("sent nothing for {limit_ms} ms in the middle of its answer")]
     Stalled { limit_ms: u64 },
-    #[error("closed the connection before its answer was whole")]
+    #[error("broke off before its answer was whole")]
     Broken,
-    #[error("answered with {0} instead of a stream of completion chunks")]
+    /// It said that its answer was whole.
+    #[error("ended its answer before each choice had a `finish_reason`")]
+    Unfinished,
+    #[error("answered with {0} instead of what was asked for")]
     Garbled(String),
     #[error("answered with more than {limit} bytes{}", if *.is_event { " in one event" } else { "" })]
     TooLarge { limit: usize, is_event: bool },
@@ -44,12 +49,12 @@ pub(crate) enum Blame {
 impl Mishap {
     /// An error before the head of an answer.
     pub(super) fn of(error: &hyper_util::client::legacy::Error) -> Self {
-        let mut cause: &dyn Error = error;
-        while let Some(source) = cause.source() {
-            cause = source;
-        }
         if error.is_connect() {
-            return Self::Unreachable(cause.to_string());
+            return Self::Unreachable(wire::cause(error));
+        }
+        // What this side found wrong with the other's frames; what the other side resets is its own end.
+        if let Some(error) = pool::h2_error(error).filter(|error| error.is_library()) {
+            return Self::Garbled(shortened(&format!("something else than HTTP/2 ({error})")));
         }
         let hyper = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
         match hyper {
@@ -69,7 +74,7 @@ impl Mishap {
         match self {
             Self::Status { status, .. } if self.blame() == Blame::Upstream => format!("answered {status}"),
             Self::Said(_) => "failed in the middle of its answer".to_owned(),
-            Self::Garbled(_) => "answered with something else than a stream of completion chunks".to_owned(),
+            Self::Garbled(_) => "answered with something else than was asked for".to_owned(),
             other => other.to_string(),
         }
     }
@@ -83,11 +88,11 @@ impl Mishap {
         }
     }
 
-    pub(super) fn outcome(&self) -> UpstreamOutcome {
+    pub(crate) fn outcome(&self) -> UpstreamOutcome {
         match self {
             Self::Unreachable(_) => UpstreamOutcome::Unreachable,
             Self::Silent { .. } | Self::Stalled { .. } => UpstreamOutcome::Timeout,
-            Self::Broken => UpstreamOutcome::Broken,
+            Self::Broken | Self::Unfinished => UpstreamOutcome::Broken,
             Self::Garbled(_) | Self::TooLarge { .. } => UpstreamOutcome::Garbled,
             Self::Said(_) => UpstreamOutcome::Failed,
             // Somebody else's request has this id there now: no fault, and others may take it.

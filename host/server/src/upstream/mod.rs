@@ -2,9 +2,8 @@
 //!
 //! A request for one leaves above tokenization: what goes out is the client's own body in OpenAI's form, and what comes back is
 //! text in chunks, told through the same feed as tokens of a replica here. One [`Upstream`] is one server: its pooled
-//! connections (`pool`), how many requests are there, its probes, its circuit. Whoever is sent there holds a `Seat`. The
-//! answer is read by `answer`, told by `relay`; what went wrong is a `Mishap`. Plain HTTP only, for upstreams within
-//! one's own network.
+//! connections (`pool`, opened by `wire`, trusted by `trust`), how many requests are there, its probes, its circuit. Whoever
+//! is sent there holds a `Seat`. The answer is read by `answer`, told by `relay`; what went wrong is a `Mishap`.
 
 mod answer;
 mod body;
@@ -13,6 +12,8 @@ mod load;
 mod mishap;
 mod pool;
 mod relay;
+mod trust;
+mod wire;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,24 +22,27 @@ use std::time::Duration;
 
 use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use axum::http::{Method, Request, Response, Uri};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
 use pointsman_sched::ids::Micros;
 use pointsman_sched::predict::Outlook;
 use pointsman_sched::publish::ReplicaGauges;
 use pointsman_telemetry::{Metrics, UpstreamMetrics, UpstreamOutcome};
+use rustls::pki_types::ServerName;
 
 use self::answer::{Answer, Said};
 use self::circuit::{Circuit, Gate};
 use self::load::Load;
-use self::pool::{Connector, Pool};
+use self::pool::{Body, Pool, Worked};
+use self::trust::Trust;
+use self::wire::Connector;
 use crate::config::Secret;
 use crate::ports::Clock;
 
 pub(crate) use self::body::{Onward, fold};
 pub(crate) use self::mishap::{Blame, Mishap};
 pub(crate) use self::relay::{Relay, RelayParts};
+pub use self::trust::{Roots, RootsError};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Bytes of an upstream's metrics that are read.
@@ -49,6 +53,8 @@ const MAX_ERROR_BYTES: usize = 64 << 10;
 const WEIGHT: u32 = 32;
 /// A kept connection that was closed shows it within this time; what fails later has been worked on.
 const STALE: Micros = 1_000_000;
+/// How often a request is sent to an upstream that has not begun it.
+const MAX_SENDS: u32 = 3;
 
 /// What is said of an upstream in the configuration.
 #[derive(Clone, Debug)]
@@ -57,6 +63,10 @@ pub struct UpstreamTerms {
     pub name: Arc<str>,
     /// As in `http://10.0.0.7:8000`; the paths of the API are put behind it.
     pub url: String,
+    /// What is spoken there.
+    pub protocol: Protocol,
+    /// Who may vouch for it, where its URL is `https`.
+    pub roots: Roots,
     /// What it calls the model.
     pub model: String,
     /// What follows `Bearer `.
@@ -83,13 +93,23 @@ pub struct UpstreamTerms {
     pub probe_failures: u32,
 }
 
+/// What is spoken to an upstream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// Over TLS what it chooses of both, HTTP/2 first; HTTP/1.1 in the clear.
+    #[default]
+    Auto,
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2; in the clear without asking first.
+    Http2,
+}
+
 /// An upstream that cannot be used as it is configured.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// No URL, or one that this host cannot speak to.
-    #[error(
-        "`{url}` must be http://HOST[:PORT][/PATH]: upstreams are spoken to in plain HTTP, within one's own network"
-    )]
+    #[error("`{url}` must be http://HOST[:PORT][/PATH] or https://HOST[:PORT][/PATH]")]
     Url {
         /// What was configured.
         url: String,
@@ -103,6 +123,9 @@ pub enum UpstreamError {
     /// A key that no header can carry.
     #[error("its API key has letters that a header cannot carry")]
     Key,
+    /// Nobody can vouch for it.
+    #[error("its certificate cannot be checked: {0}")]
+    Roots(#[from] RootsError),
 }
 
 /// One server elsewhere.
@@ -111,7 +134,7 @@ pub struct Upstream {
     terms: UpstreamTerms,
     /// Scheme, host, port, and the path in front of the API's.
     origin: String,
-    address: (Arc<str>, u16),
+    connector: Connector,
     authorization: Option<HeaderValue>,
     pool: Pool,
     clock: Arc<dyn Clock>,
@@ -147,17 +170,7 @@ impl Upstream {
     /// # Errors
     /// What cannot work.
     pub fn new(terms: UpstreamTerms, clock: Arc<dyn Clock>, metrics: &Metrics) -> Result<Arc<Self>, UpstreamError> {
-        // What stands before an `@` is a secret.
-        let shown = if terms.url.contains('@') { "...@...".to_owned() } else { terms.url.clone() };
-        let bad_url = || UpstreamError::Url { url: shown.clone() };
-        let uri: Uri = terms.url.parse().map_err(|_| bad_url())?;
-        let (Some("http"), Some(host), None) = (uri.scheme_str(), uri.host(), uri.query()) else {
-            return Err(bad_url());
-        };
-        let host: Arc<str> = host.trim_start_matches('[').trim_end_matches(']').into();
-        if uri.authority().is_none_or(|authority| authority.as_str().contains('@')) {
-            return Err(bad_url());
-        }
+        let (uri, is_tls) = address(&terms.url)?;
         for path in [&terms.probe_path, &terms.metrics_path].into_iter().filter(|path| !path.is_empty()) {
             if !path.starts_with('/') || path.parse::<Uri>().is_err() {
                 return Err(UpstreamError::Path { path: path.clone() });
@@ -172,10 +185,14 @@ impl Upstream {
             value
         });
         let metrics = metrics.upstream(&terms.name);
-        let port = uri.port_u16().unwrap_or(80);
-        let address = (Arc::clone(&host), port);
-        let connector = Connector { host, port, timeout: terms.connect_timeout, metrics: metrics.clone() };
-        let pool = connector.pool(terms.max_in_flight as usize);
+        let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+        let trust = match ServerName::try_from(host) {
+            _ if !is_tls => None,
+            Ok(name) => Some(Arc::new(Trust::new(name.to_owned(), terms.protocol, terms.roots.clone())?)),
+            Err(_) => return Err(UpstreamError::Url { url: terms.url }),
+        };
+        let connector = Connector::new(uri, terms.connect_timeout, trust, metrics.clone());
+        let pool = Pool::new(&connector, terms.protocol, (terms.max_in_flight, terms.connections));
         let gauges = Arc::new(ReplicaGauges::default());
         gauges.running_limit.store(terms.max_in_flight, Ordering::Relaxed);
         let (circuit, failed_probes) = (Mutex::default(), AtomicU32::new(0));
@@ -183,7 +200,7 @@ impl Upstream {
         Ok(Arc::new(Self {
             terms,
             origin,
-            address,
+            connector,
             authorization,
             pool,
             clock,
@@ -206,10 +223,20 @@ impl Upstream {
         &self.terms.url
     }
 
-    /// Its host and port.
-    #[must_use]
-    pub fn address(&self) -> (&str, u16) {
-        (&self.address.0, self.address.1)
+    /// Opens a connection, over TLS to a server that is trusted, and closes it.
+    ///
+    /// # Errors
+    /// It takes none, or is somebody else.
+    pub async fn reach(&self) -> std::io::Result<()> {
+        self.connector.reach().await
+    }
+
+    /// Takes other roots for the connections to come; without TLS there is nothing to take them.
+    ///
+    /// # Errors
+    /// They cannot be used, and what was trusted before is.
+    pub fn replace_roots(&self, roots: Roots) -> Result<(), RootsError> {
+        self.connector.trust.as_ref().map_or(Ok(()), |trust| trust.replace(roots))
     }
 
     /// The load that routers see: what this host has there.
@@ -256,6 +283,11 @@ impl Upstream {
             return None;
         }
         Some(seat)
+    }
+
+    /// The share of its places that are taken, in millionths.
+    pub(crate) fn busy_ppm(&self) -> u32 {
+        self.gauges.busy_ppm.load(Ordering::Relaxed)
     }
 
     /// Whether it has room, as far as one can see.
@@ -346,19 +378,25 @@ impl Upstream {
         request
     }
 
-    /// Sends a request, once more where a kept connection turns out to be closed.
-    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Mishap> {
-        let again = request.clone();
+    /// Sends a request; again where the upstream has not begun it, as on a kept connection that turns out to be closed.
+    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Body>, Mishap> {
         let began = self.clock.now();
-        let sent = match self.pool.request(request).await {
-            Err(error) if pool::was_kept(&error) && self.clock.now().saturating_sub(began) < STALE => {
-                self.pool.request(again).await
+        let mut n_sent = 1;
+        loop {
+            let (worked, error) = match self.pool.request(request.clone()).await {
+                Ok(response) => return Ok(response),
+                Err(failed) => failed,
+            };
+            let is_unbegun = match worked {
+                Worked::No => true,
+                Worked::Perhaps => self.clock.now().saturating_sub(began) < STALE,
+                Worked::Yes => false,
+            };
+            if !is_unbegun || n_sent == MAX_SENDS {
+                return Err(Mishap::of(&error));
             }
-            sent => sent,
-        };
-        let response = sent.map_err(|error| Mishap::of(&error))?;
-        pool::arrived(response.extensions(), &self.metrics);
-        Ok(response)
+            n_sent += 1;
+        }
     }
 
     fn circuit(&self) -> MutexGuard<'_, Circuit> {
@@ -441,18 +479,8 @@ impl Seat {
     }
 
     async fn begin(&self, onward: &Onward, tag: &str) -> Result<Begun, Mishap> {
-        let Upstream { terms, .. } = &*self.upstream;
-        let mut request = self.upstream.request(Method::POST, onward.path, onward.write(&terms.model));
-        let headers = request.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
-        if let Ok(tag) = HeaderValue::from_str(tag) {
-            headers.insert(REQUEST_ID, tag);
-        }
-        let response = self.upstream.send(request).await?;
-        if !response.status().is_success() {
-            return Err(refusal(response).await);
-        }
+        let terms = &self.upstream.terms;
+        let response = self.post(onward, (tag, "text/event-stream")).await?;
         let kind =
             response.headers().get(CONTENT_TYPE).map(|kind| String::from_utf8_lossy(kind.as_bytes()).into_owned());
         if !kind.as_deref().unwrap_or_default().starts_with("text/event-stream") {
@@ -462,6 +490,42 @@ impl Seat {
         let first = std::future::poll_fn(|cx| answer.poll_event(cx)).await;
         let first = Said::read(&first.unwrap_or(Err(Mishap::Broken))?, onward.n_choices)?;
         Ok(Begun { answer, first })
+    }
+
+    /// Sends a request there and reads the whole of its answer. Who asks says how it went, once he has understood it.
+    pub(crate) async fn fetch(&mut self, onward: &Onward, tag: &str) -> Result<Bytes, Mishap> {
+        let upstream = Arc::clone(&self.upstream);
+        let terms = &upstream.terms;
+        let began = upstream.clock.now();
+        let posted = tokio::time::timeout(terms.first_byte_timeout, self.post(onward, (tag, "application/json"))).await;
+        let response = posted.unwrap_or(Err(Mishap::Silent { limit_ms: millis(terms.first_byte_timeout) }))?;
+        upstream.began_after(upstream.clock.now().saturating_sub(began));
+        self.computed();
+        let (mut body, mut whole) = (response.into_body(), BytesMut::new());
+        loop {
+            let frame = tokio::time::timeout(terms.idle_timeout, body.frame()).await;
+            let Some(frame) = frame.map_err(|_| Mishap::Stalled { limit_ms: millis(terms.idle_timeout) })? else {
+                return Ok(whole.freeze());
+            };
+            whole.extend_from_slice(&frame.map_err(|_| Mishap::Broken)?.into_data().unwrap_or_default());
+            if whole.len() > terms.max_answer_bytes {
+                return Err(Mishap::TooLarge { limit: terms.max_answer_bytes, is_event: false });
+            }
+        }
+    }
+
+    /// Sends a request there and waits for the head of an answer that is no error.
+    async fn post(&self, onward: &Onward, (tag, accept): (&str, &'static str)) -> Result<Response<Body>, Mishap> {
+        let upstream = &self.upstream;
+        let mut request = upstream.request(Method::POST, onward.path, onward.write(&upstream.terms.model));
+        let headers = request.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        if let Ok(tag) = HeaderValue::from_str(tag) {
+            headers.insert(REQUEST_ID, tag);
+        }
+        let response = upstream.send(request).await?;
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response).await) }
     }
 
     /// Its prompt is not waiting any more.
@@ -495,12 +559,29 @@ impl Drop for Seat {
 }
 
 /// Reads why it refused.
-async fn refusal(response: Response<Incoming>) -> Mishap {
+async fn refusal(response: Response<Body>) -> Mishap {
     let status = response.status().as_u16();
     let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
     let body = Limited::new(response.into_body(), MAX_ERROR_BYTES).collect().await;
     let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     Mishap::status(status, &body, seconds.unwrap_or(0).saturating_mul(1_000))
+}
+
+/// Where it is, and whether TLS is spoken there.
+fn address(url: &str) -> Result<(Uri, bool), UpstreamError> {
+    // What stands before an `@` is a secret.
+    let shown = if url.contains('@') { "...@..." } else { url };
+    let bad = || UpstreamError::Url { url: shown.to_owned() };
+    let uri: Uri = url.parse().map_err(|_| bad())?;
+    let is_tls = match uri.scheme_str() {
+        Some("http") => false,
+        Some("https") => true,
+        _ => return Err(bad()),
+    };
+    if uri.host().is_none() || uri.query().is_some() || shown != url {
+        return Err(bad());
+    }
+    Ok((uri, is_tls))
 }
 
 /// Runs some futures side by side on the task that asks.

@@ -116,10 +116,11 @@ impl Relay {
             let said = match ready!(answer.poll_event(cx)) {
                 Some(Ok(data)) => Said::read(&data, self.parts.n_choices),
                 Some(Err(mishap)) => Err(mishap),
-                None if answer.is_done() || !self.open.contains(&true) => {
+                None if !self.open.contains(&true) => {
                     self.finished();
                     return Poll::Ready(None);
                 }
+                None if answer.is_done() => Err(Mishap::Unfinished),
                 None => Err(Mishap::Broken),
             };
             match said {
