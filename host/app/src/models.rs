@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use anyhow::{Context, bail};
 use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
-    self, CodeOptions, CudaEngine, CudaError, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish,
+    self, CodeOptions, CudaEngine, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish, VramFree,
 };
 use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
@@ -144,7 +144,10 @@ pub(crate) trait Follow {
     /// There is not, with what to change.
     fn check_room(&self, bytes: u64) -> anyhow::Result<()>;
 
-    /// Gives up another model for this one; whether there was one.
+    /// What other models hold of a device that could be given up for this one.
+    fn could_give(&self, device: &str) -> u64;
+
+    /// Gives up one of them; whether there was one.
     fn make_room(&self) -> bool;
 }
 
@@ -640,10 +643,17 @@ impl<'a> Loader<'a> {
         let name = format!("{}@cuda:{}", source.id, found.ordinal);
         let mut gpu = Gpu::open(found.clone(), self.terms.code.clone(), false).with_context(|| name.clone())?;
         let plan = loop {
-            let room = (gpu.memory()?, found.info.n_sms);
-            match cuda::plan_memory(source.spec, &forms, config, room, wish) {
-                Err(CudaError::Vram(_)) if self.follower.is_some_and(Follow::make_room) => {}
-                plan => break plan.with_context(|| name.clone())?,
+            let free = gpu.memory()?;
+            let plan = |free| cuda::plan_memory(source.spec, &forms, config, (free, found.info.n_sms), wish);
+            let error = match plan(free) {
+                Ok(plan) => break plan,
+                Err(error) => error,
+            };
+            // Others go for one that fits without them, and for no other.
+            let given = self.follower.map_or(0, |follower| follower.could_give(&format!("cuda:{}", found.ordinal)));
+            let fits = plan(VramFree { free: free.free + given, ..free }).is_ok();
+            if given == 0 || !fits || !self.follower.is_some_and(Follow::make_room) {
+                return Err(error).with_context(|| name.clone());
             }
         };
         tracing::info!("{name}: {plan}");

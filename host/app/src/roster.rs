@@ -23,14 +23,15 @@ use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use pointsman_control::{Happened, LoadedModel as StoredModel};
 use pointsman_engine::cuda::{Bytes, CodeOptions};
 use pointsman_engine::{ComputePool, give_back_freed};
+use pointsman_sched::ids::Micros;
 use pointsman_server::admin::wire::{self, LoadStage, ModelSource, ModelState};
 use pointsman_server::ports::{
     self, AdminError, AdminErrorKind, AliasPort, Clock as _, EnginePort, LoadReport, ModelAdmin, Variant, Want,
@@ -110,6 +111,7 @@ struct Load {
     path: PathBuf,
     /// Whose wish it is; none where requests ask for it. They are not in the journal: it would be full of them.
     actor: Option<String>,
+    asked: Micros,
 }
 
 #[derive(Debug)]
@@ -142,12 +144,33 @@ enum Leaving {
 /// A load that somebody may follow, and stop.
 struct Followed<'a> {
     roster: &'a Parts,
+    load: &'a Load,
     reports: &'a watch::Sender<LoadReport>,
     stop: &'a AtomicBool,
     /// What it has been given of the CPU's memory so far.
     taken: AtomicU64,
-    /// Whether it needed room that nobody could give up.
+    /// Whether it needed what others have, and they went on having it.
     is_short: AtomicBool,
+    /// Whether others would have had to go for it, and nobody asks for it any more.
+    is_unwanted: AtomicBool,
+}
+
+/// The same for the thread that packs. Locks that requests take are not for a thread of the lowest priority, which may be put aside
+/// while it has one: where it needs room, it asks the load's own thread and waits.
+struct Packing<'a> {
+    followed: &'a Followed<'a>,
+    asks: mpsc::SyncSender<Ask>,
+    answers: Mutex<mpsc::Receiver<anyhow::Result<u64>>>,
+}
+
+/// What that thread asks.
+enum Ask {
+    /// For so many bytes of the CPU.
+    Room(u64),
+    /// What models hold of a device that may go.
+    Held(String),
+    /// Whether one of them has gone.
+    Give,
 }
 
 // === impl Roster ===
@@ -237,7 +260,8 @@ impl ModelAdmin for Roster {
         let (progress, reports) = watch::channel(LoadReport::Progress(beginning()));
         let stop = Arc::<AtomicBool>::default();
         let path = self.parts.enter(&load, (&reports, &stop))?;
-        let load = Load { name: load.name, path, actor: Some(actor.to_owned()) };
+        let asked = self.parts.parts.shared.clock.micros();
+        let load = Load { name: load.name, path, actor: Some(actor.to_owned()), asked };
         self.begin(load, (progress, stop))?;
         Ok(reports)
     }
@@ -246,8 +270,8 @@ impl ModelAdmin for Roster {
         self.parts.unload(name, grace_ms, actor)
     }
 
-    fn want(&self, name: &str) -> Want {
-        self.demand(name)
+    fn want(&self, name: &str, is_first: bool) -> Want {
+        self.demand(name, is_first)
     }
 
     fn state(&self, name: &str) -> Option<ModelState> {
@@ -273,7 +297,7 @@ impl Parts {
         let most = self.parts.config.engine.max_loaded as usize;
         let n_loaded = entries.values().filter(|entry| entry.source == ModelSource::Loaded).count();
         let conflict = |message: String| Err(refused(AdminErrorKind::Conflict, Some("name"), message));
-        if let Some((busy, _)) = entries.iter().find(|(_, entry)| matches!(entry.state, State::Loading { .. })) {
+        if let Some((busy, _)) = entries.iter().find(|(_, entry)| entry.is_being_loaded()) {
             let message = format!("`{busy}` is being loaded, and one model is loaded at a time; try again after it");
             return Err(refused(AdminErrorKind::Busy, None, message));
         }
@@ -311,9 +335,16 @@ impl Parts {
 
     /// The thread of a load.
     fn run(&self, load: &Load, (reports, stop): (&watch::Sender<LoadReport>, &AtomicBool)) {
-        let Load { name, path, actor } = load;
-        let followed =
-            Followed { roster: self, reports, stop, taken: AtomicU64::new(0), is_short: AtomicBool::new(false) };
+        let Load { name, path, actor, .. } = load;
+        let followed = Followed {
+            roster: self,
+            load,
+            reports,
+            stop,
+            taken: AtomicU64::new(0),
+            is_short: AtomicBool::new(false),
+            is_unwanted: AtomicBool::new(false),
+        };
         let brought = {
             let _turn = lock(&self.turn);
             std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)))
@@ -322,12 +353,18 @@ impl Parts {
             let message = "the load ended in a panic; this is a bug of the host".to_owned();
             Err(refused(AdminErrorKind::Internal, None, message))
         });
-        let metrics = self.parts.shared.metrics.models();
-        if brought.is_ok() { &metrics.loaded } else { &metrics.failed }.inc();
         let report = match brought {
-            Ok(loaded) => LoadReport::Ready(Box::new(loaded)),
+            Ok(loaded) => {
+                self.parts.shared.metrics.models().loaded.inc();
+                LoadReport::Ready(Box::new(loaded))
+            }
+            Err(error) if followed.is_unwanted.load(Ordering::Relaxed) => {
+                self.gone(name);
+                LoadReport::Failed(error)
+            }
             Err(error) => {
                 tracing::warn!("`{name}` was not loaded: {error}");
+                self.parts.shared.metrics.models().failed.inc();
                 give_back_freed();
                 let may_change = followed.is_short.into_inner() || stop.load(Ordering::Acquire);
                 self.not_loaded(name, for_clients(&error.message, (name, path)), may_change);
@@ -360,12 +397,14 @@ impl Parts {
     /// A model is there no more; one that is loaded on demand stays known.
     fn gone(&self, name: &str) {
         let mut entries = lock(&self.entries);
-        match entries.get_mut(name) {
-            Some(entry) if entry.source == ModelSource::OnDemand => entry.unloaded(),
-            _ => drop(entries.remove(name)),
-        }
+        let state = match entries.get_mut(name) {
+            Some(entry) if entry.source == ModelSource::OnDemand => Some(entry.unloaded()),
+            _ => entries.remove(name).map(|entry| entry.state),
+        };
         self.changes.send_replace(());
         drop(entries);
+        // Its tokenizer may go with it, which takes a while.
+        drop(state);
         self.weigh();
     }
 
@@ -393,7 +432,7 @@ impl Parts {
 
     /// Loads a model and serves it.
     fn bring(&self, load: &Load, followed: &Followed<'_>) -> Result<wire::Model, AdminError> {
-        let Load { name, path, actor } = load;
+        let Load { name, path, actor, .. } = load;
         let RosterParts { config, shared, deploy, engine, pool, code, .. } = &self.parts;
         followed.check_stop().map_err(|error| refused(AdminErrorKind::Conflict, None, error.to_string()))?;
         self.make_place(name, followed)?;
@@ -408,15 +447,19 @@ impl Parts {
         };
         let known = engine.catalog();
         let loader = Loader::new(config, &shared.names, terms);
-        let pack = || {
+        let ((asks, asked), (answer, answers)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
+        let packing = Packing { followed, asks, answers: Mutex::new(answers) };
+        let pack = move || {
             if let Err(error) = rustix::process::nice(LOWEST) {
                 tracing::warn!("the load of `{name}` competes with those that serve: {error}");
             }
-            loader.load_one((name, path), &known.variants, followed)
+            loader.load_one((name, path), &known.variants, &packing)
         };
         // Threads begin with the priority of those that start them: the policies' must not come from this one.
-        let loaded = std::thread::scope(|scope| {
+        let loaded = std::thread::scope(move |scope| {
             let thread = std::thread::Builder::new().name(format!("pack-{name}")).spawn_scoped(scope, pack)?;
+            // Until it has no more to ask.
+            asked.into_iter().map(|ask| followed.answer(&ask)).try_for_each(|found| answer.send(found)).ok();
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
         let loaded = loaded.map_err(|error| refused(AdminErrorKind::Refused, None, format!("{error:#}")))?;
@@ -655,11 +698,16 @@ impl Entry {
         self.source == ModelSource::OnDemand && is_absent && own.is_some_and(|own| own == path)
     }
 
+    /// Whether somebody loads it by name; what requests load takes its turn with it.
+    fn is_being_loaded(&self) -> bool {
+        self.source == ModelSource::Loaded && matches!(self.state, State::Loading { .. })
+    }
+
     /// Whether it counts against the most that may be loaded while the host runs.
     fn takes_a_place(&self) -> bool {
         match self.source {
             ModelSource::Embedded | ModelSource::Configured => false,
-            ModelSource::Loaded => true,
+            ModelSource::Loaded => !matches!(self.state, State::Failed(_)),
             ModelSource::OnDemand => matches!(self.state, State::Ready(_) | State::Draining(_)),
         }
     }
@@ -698,14 +746,15 @@ impl Followed<'_> {
         Ok(())
     }
 
-    /// What may still be taken of the CPU's memory, and by whose word; none where nobody says.
-    fn room(&self) -> (Option<u64>, &'static str) {
+    /// What may still be taken of the CPU's memory when so much has been given back, and by whose word; none where nobody says.
+    fn room(&self, given: u64) -> (Option<u64>, &'static str) {
         let Parts { parts: RosterParts { config, engine, .. }, .. } = self.roster;
         if config.engine.memory_mib == 0 {
-            return (available_memory(), "the machine");
+            return (available_memory().map(|free| free.saturating_add(given)), "the machine");
         }
         let taken = engine.held(|place| matches!(place, Place::Cpu(_))) + self.taken.load(Ordering::Relaxed);
-        (Some((u64::from(config.engine.memory_mib) << 20).saturating_sub(taken)), "engine.memory_mib")
+        let bound = u64::from(config.engine.memory_mib) << 20;
+        (Some(bound.saturating_sub(taken.saturating_sub(given))), "engine.memory_mib")
     }
 
     fn total(&self) -> u64 {
@@ -716,31 +765,29 @@ impl Followed<'_> {
     }
 }
 
-impl Follow for Followed<'_> {
-    fn opened(&self, bytes: u64) {
-        self.report(LoadStage::Packing, (0, bytes));
+impl Followed<'_> {
+    fn answer(&self, ask: &Ask) -> anyhow::Result<u64> {
+        match ask {
+            Ask::Room(bytes) => self.take_room(*bytes).map(|()| *bytes),
+            Ask::Held(device) => Ok(self.roster.could_give(device)),
+            Ask::Give => Ok(self.make_room().into()),
+        }
     }
 
-    fn packed(&self, bytes: u64) -> bool {
-        let total = self.total();
-        self.report(LoadStage::Packing, (bytes.min(total), total));
-        !self.stop.load(Ordering::Acquire)
-    }
-
-    fn check_room(&self, bytes: u64) -> anyhow::Result<()> {
+    fn take_room(&self, bytes: u64) -> anyhow::Result<()> {
         loop {
             self.check_stop()?;
-            let (room, what) = self.room();
-            if room.is_none_or(|room| bytes <= room) {
-                break;
-            }
-            if !self.make_room() {
+            let (room, what) = self.room(0);
+            let Some(room) = room.filter(|room| bytes > *room) else { break };
+            // For one that can never fit nobody goes.
+            let most = self.room(self.roster.could_give("cpu")).0.unwrap_or(room);
+            if bytes > most || !self.make_room() {
                 bail!(
-                    "it needs {} of the CPU's memory, weights and KV pool, and {what} leaves {} while no model is idle that \
-                     requests have loaded; unload a model, lower engine.kv_mib, or take a smaller precision \
-                     (engine.precisions)",
+                    "it needs {} of the CPU's memory, weights and KV pool, and {what} leaves {}, or {} without what requests \
+                     have loaded; unload a model, lower engine.kv_mib, or take a smaller precision (engine.precisions)",
                     Bytes(bytes),
-                    Bytes(room.unwrap_or(0))
+                    Bytes(room),
+                    Bytes(most)
                 );
             }
         }
@@ -748,19 +795,63 @@ impl Follow for Followed<'_> {
         Ok(())
     }
 
-    /// Waits for one that requests have, as long as a request would wait for this one.
+    /// Gives up a model that requests have loaded. Where all are in use it waits for one, as long as a request would for this one;
+    /// meanwhile the next to go takes no more requests, else one that is always in use would stay for ever.
     fn make_room(&self) -> bool {
         let RosterParts { config, shared, .. } = &self.roster.parts;
-        let end = shared.clock.micros().saturating_add(config.engine.load_wait_ms.saturating_mul(1_000));
-        while !self.roster.evict() {
-            let is_over = shared.clock.micros() >= end || self.stop.load(Ordering::Acquire);
-            if is_over || !self.roster.has_some_to_give() {
-                self.is_short.store(true, Ordering::Relaxed);
-                return false;
+        let end = self.load.asked.saturating_add(config.engine.load_wait_ms.saturating_mul(1_000));
+        let has_gone = loop {
+            if self.load.actor.is_none() && self.roster.is_unwanted(&self.load.name) {
+                self.is_unwanted.store(true, Ordering::Relaxed);
+                break false;
+            }
+            if self.roster.evict() {
+                break true;
+            }
+            let has_some = self.roster.ask_back();
+            if !has_some || shared.clock.micros() >= end || self.stop.load(Ordering::Acquire) {
+                self.is_short.store(has_some, Ordering::Relaxed);
+                break false;
             }
             std::thread::park_timeout(LOOK);
-        }
-        true
+        };
+        self.roster.ask_no_more();
+        has_gone
+    }
+}
+
+// === impl Packing ===
+
+impl Packing<'_> {
+    fn ask(&self, ask: Ask) -> anyhow::Result<u64> {
+        let answers = lock(&self.answers);
+        let over = "the load is over";
+        self.asks.send(ask).map_err(|_| anyhow!(over))?;
+        answers.recv().map_err(|_| anyhow!(over))?
+    }
+}
+
+impl Follow for Packing<'_> {
+    fn opened(&self, bytes: u64) {
+        self.followed.report(LoadStage::Packing, (0, bytes));
+    }
+
+    fn packed(&self, bytes: u64) -> bool {
+        let total = self.followed.total();
+        self.followed.report(LoadStage::Packing, (bytes.min(total), total));
+        !self.followed.stop.load(Ordering::Acquire)
+    }
+
+    fn check_room(&self, bytes: u64) -> anyhow::Result<()> {
+        self.ask(Ask::Room(bytes)).map(drop)
+    }
+
+    fn could_give(&self, device: &str) -> u64 {
+        self.ask(Ask::Held(device.to_owned())).unwrap_or(0)
+    }
+
+    fn make_room(&self) -> bool {
+        self.ask(Ask::Give).is_ok_and(|given| given > 0)
     }
 }
 

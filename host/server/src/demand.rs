@@ -5,6 +5,7 @@
 //! half of the places and no more: however slow a load is, the models that are there go on being served. It waits in its handler,
 //! which goes when its client does; the load belongs to the host and goes on.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -35,22 +36,42 @@ pub(crate) async fn find(
     let passed_ms = state.clock.now().saturating_sub(arrived) / 1_000;
     let left_ms = timeout_ms.saturating_sub(passed_ms);
     let patience = Duration::from_millis(limit_ms.min(left_ms));
-    match tokio::time::timeout(patience, lease(state, &model)).await {
-        Ok(lease) => permit.keep(lease?),
-        Err(_) if left_ms <= limit_ms => return Err(ApiError::Deadline { limit_ms: timeout_ms }),
+    match tokio::time::timeout(patience, bring(state, &model, name)).await {
+        Ok(brought) => {
+            let (lease, target) = brought?;
+            permit.keep(lease);
+            Ok(target)
+        }
+        Err(_) if left_ms <= limit_ms => Err(ApiError::Deadline { limit_ms: timeout_ms }),
         Err(_) => {
             let why = format!("is not there after {limit_ms} ms (engine.load_wait_ms)");
-            return Err(ApiError::NotYet { model: model.to_string(), why });
+            Err(ApiError::NotYet { model: model.to_string(), why })
         }
     }
-    Target::find(&state.engine.catalog(), name)
+}
+
+/// Holds a model and finds the name among what it is served as.
+async fn bring(state: &ServerState, model: &Arc<str>, name: &str) -> Result<(Lease, Target), ApiError> {
+    let mut is_first = true;
+    loop {
+        let lease = lease(state, model, is_first).await?;
+        let catalog = state.engine.catalog();
+        if catalog.unloaded().all(|unloaded| unloaded != model) {
+            return Ok((lease, Target::find(&catalog, name)?));
+        }
+        // An operator has unloaded it since.
+        is_first = false;
+        tokio::task::yield_now().await;
+    }
 }
 
 /// Asks for a model until it is there.
-async fn lease(state: &ServerState, model: &str) -> Result<Lease, ApiError> {
-    let mut want = state.models.want(model);
-    let metrics = state.metrics.models();
-    if matches!(want, Want::Here(_)) { &metrics.hits } else { &metrics.misses }.inc();
+async fn lease(state: &ServerState, model: &str, is_first: bool) -> Result<Lease, ApiError> {
+    let mut want = state.models.want(model, is_first);
+    if is_first {
+        let metrics = state.metrics.models();
+        if matches!(want, Want::Here(_)) { &metrics.hits } else { &metrics.misses }.inc();
+    }
     let mut place = None;
     loop {
         // What it holds on its way it gives up only when it has asked again.
@@ -66,7 +87,7 @@ async fn lease(state: &ServerState, model: &str) -> Result<Lease, ApiError> {
         }
         // It ends with the host alone.
         changes.changed().await.map_err(|_| ApiError::Draining)?;
-        want = state.models.want(model);
+        want = state.models.want(model, false);
     }
 }
 

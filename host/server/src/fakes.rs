@@ -616,7 +616,7 @@ impl ModelAdmin for FakeAdmin {
     }
 
     /// What a test has put there, in its order.
-    fn want(&self, _name: &str) -> Want {
+    fn want(&self, _name: &str, _is_first: bool) -> Want {
         self.wants.lock().expect("unpoisoned").pop_front().expect("as many as are asked for")
     }
 

@@ -393,7 +393,8 @@ pub trait ModelAdmin: Send + Sync + Debug {
     fn unload(&self, name: &str, grace_ms: u64, actor: &str) -> Result<wire::Unloaded, AdminError>;
 
     /// Asks for a model that is loaded on demand, for one request; begins its load where it is not there. Answers at once.
-    fn want(&self, name: &str) -> Want;
+    /// `is_first`: it has not asked before.
+    fn want(&self, name: &str, is_first: bool) -> Want;
 
     /// How a model is that is loaded on demand. Answers at once.
     fn state(&self, name: &str) -> Option<wire::ModelState>;

@@ -26,7 +26,7 @@ const FIRST_WAIT: Micros = 1_000_000;
 const LONGEST_WAIT: Micros = 60_000_000;
 
 /// What one that is chosen to go may take: it is idle, so this is for a driver that is slow to answer.
-const PATIENCE: Micros = 3_600_000_000;
+const PATIENCE: Micros = 60_000_000;
 
 /// What is known of a model that comes and goes.
 #[derive(Debug, Default)]
@@ -35,6 +35,8 @@ pub(super) struct Demand {
     counted: Arc<()>,
     /// Number of the last request for it, of all such requests.
     used: u64,
+    /// A load waits until nobody has it: it takes no more requests.
+    is_asked_back: bool,
     pub(super) backoff: Backoff,
 }
 
@@ -48,8 +50,11 @@ pub(super) struct Backoff {
 // === impl Demand ===
 
 impl Demand {
-    fn lease(&mut self, request: u64) -> Lease {
-        self.used = request;
+    fn lease(&mut self, request: u64, is_first: bool) -> Lease {
+        // In the order in which they came, and not that in which they hear of a change.
+        if is_first {
+            self.used = request;
+        }
         Lease::of(&self.counted)
     }
 
@@ -77,12 +82,15 @@ impl Backoff {
 
 impl Roster {
     /// What a request for a model hears; begins its load where nobody has.
-    pub(super) fn demand(&self, name: &str) -> Want {
+    pub(super) fn demand(&self, name: &str, is_first: bool) -> Want {
         let parts = &self.parts;
         let (now, request) = (parts.parts.shared.clock.micros(), parts.requests.fetch_add(1, Ordering::Relaxed));
         let mut entries = lock(&parts.entries);
         let Some(entry) = entries.get_mut(name) else { return Want::Here(Lease::default()) };
-        let lease = entry.demand.lease(request);
+        if is_first && entry.demand.is_asked_back {
+            return Want::Coming(Lease::default(), parts.changes.subscribe());
+        }
+        let lease = entry.demand.lease(request, is_first);
         let coming = Want::Coming(lease.clone(), parts.changes.subscribe());
         match &entry.state {
             State::Ready(_) => return Want::Here(lease),
@@ -96,7 +104,8 @@ impl Roster {
         let (progress, reports) = watch::channel(LoadReport::Progress(beginning()));
         let stop = Arc::<AtomicBool>::default();
         entry.state = State::Loading { reports, stop: Arc::clone(&stop) };
-        let load = Load { name: name.to_owned(), path: entry.path.clone().unwrap_or_default(), actor: None };
+        let load =
+            Load { name: name.to_owned(), path: entry.path.clone().unwrap_or_default(), actor: None, asked: now };
         drop(entries);
         // Where there is no thread for it, the one who asks again hears so.
         let _ = self.begin(load, (progress, stop));
@@ -112,21 +121,51 @@ impl Parts {
     pub(super) fn evict(&self) -> bool {
         let RosterParts { shared, engine, .. } = &self.parts;
         let Some((name, served)) = self.choose() else { return false };
+        // Its name is free again whatever happens.
+        let going = Going { parts: self, name: &name };
         let left = engine.clear(&served.variants, PATIENCE);
         engine.forget(&served.variants, true, shared);
+        drop(going);
         // Its tokenizer goes with the last of these.
         drop(served);
         give_back_freed();
-        self.gone(&name);
         shared.metrics.models().evicted.inc();
         tracing::info!("`{name}` was unloaded for another model: {} bytes are free", left.bytes);
         true
     }
 
-    /// Whether there are models that requests have loaded, idle or not.
-    pub(super) fn has_some_to_give(&self) -> bool {
-        let is_one = |entry: &Entry| entry.source == ModelSource::OnDemand && matches!(entry.state, State::Ready(_));
-        lock(&self.entries).values().any(is_one)
+    /// What models hold of a device that may be given up, though not now where they are in use.
+    pub(super) fn could_give(&self, device: &str) -> u64 {
+        let entries = lock(&self.entries);
+        let variants: Vec<_> =
+            entries.values().filter_map(Entry::lent).flat_map(|served| served.variants.clone()).collect();
+        drop(entries);
+        let (replicas, _) = self.parts.engine.replicas_of(&variants);
+        replicas.iter().filter(|replica| replica.device == device).map(|replica| replica.memory.held()).sum()
+    }
+
+    /// Lets the model that is the next to go take no more requests; false where requests have loaded none.
+    pub(super) fn ask_back(&self) -> bool {
+        let mut entries = lock(&self.entries);
+        if entries.values().any(|entry| entry.demand.is_asked_back) {
+            return true;
+        }
+        let next = entries.values_mut().filter(|entry| entry.lent().is_some()).min_by_key(|entry| entry.demand.used);
+        next.map(|entry| entry.demand.is_asked_back = true).is_some()
+    }
+
+    /// Ends that.
+    pub(super) fn ask_no_more(&self) {
+        let mut entries = lock(&self.entries);
+        if let Some(entry) = entries.values_mut().find(|entry| entry.demand.is_asked_back) {
+            entry.demand.is_asked_back = false;
+            self.changes.send_replace(());
+        }
+    }
+
+    /// Whether no request waits for a model.
+    pub(super) fn is_unwanted(&self, name: &str) -> bool {
+        lock(&self.entries).get(name).is_some_and(|entry| entry.demand.is_idle())
     }
 
     /// Takes that model out of the catalog.
@@ -134,29 +173,43 @@ impl Parts {
         // No rollout begins between the look and the end of the model.
         let _held = self.parts.aliases.hold();
         let mut entries = lock(&self.entries);
-        let idle = entries.iter_mut().filter_map(|(name, entry)| match &entry.state {
-            State::Ready(served) if entry.may_go() && self.check_rollouts(&served.variants).is_ok() => {
-                Some((name.clone(), served.clone(), entry))
-            }
-            _ => None,
+        let idle = entries.iter_mut().filter_map(|(name, entry)| {
+            let served = entry.lent().filter(|served| self.check_rollouts(&served.variants).is_ok())?.clone();
+            entry.demand.is_idle().then(|| (name.clone(), served, entry))
         });
         let (name, served, entry) = idle.min_by_key(|(_, _, entry)| entry.demand.used)?;
         entry.state = State::Draining(served.clone());
+        drop(entries);
         self.parts.engine.close(&served.variants);
         Some((name, served))
     }
 }
 
+/// A model on its way out.
+struct Going<'a> {
+    parts: &'a Parts,
+    name: &'a str,
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        self.parts.gone(self.name);
+    }
+}
+
 impl Entry {
-    /// Whether it may be given up for another now.
-    fn may_go(&self) -> bool {
-        self.source == ModelSource::OnDemand && self.demand.is_idle()
+    /// What it is served as, if requests have loaded it: then it may be given up for another.
+    fn lent(&self) -> Option<&Served> {
+        match &self.state {
+            State::Ready(served) if self.source == ModelSource::OnDemand => Some(served),
+            _ => None,
+        }
     }
 
-    /// It is there no more, and may come at once.
-    pub(super) fn unloaded(&mut self) {
-        self.state = State::Unloaded;
-        self.demand.backoff = Backoff::default();
+    /// It is there no more, and may come at once; how it was.
+    pub(super) fn unloaded(&mut self) -> State {
+        (self.demand.backoff, self.demand.is_asked_back) = (Backoff::default(), false);
+        std::mem::replace(&mut self.state, State::Unloaded)
     }
 }
 
@@ -190,8 +243,9 @@ mod tests {
     #[test]
     fn a_model_is_idle_when_the_last_lease_has_gone() {
         let mut demand = Demand::default();
-        let (first, second) = (demand.lease(1), demand.lease(2));
-        assert_eq!(demand.used, 2);
+        let (first, second) = (demand.lease(1, true), demand.lease(2, true));
+        drop(demand.lease(3, false));
+        assert_eq!(demand.used, 2, "asking again is no other request");
         drop(first);
         assert!(!demand.is_idle());
         drop(second);

@@ -221,7 +221,8 @@ impl Runner {
         }
     }
 
-    /// Whether a line may begin: nobody waits for a replica or an encoder, and most of admission is free.
+    /// Whether a line may begin: nobody waits for a replica, an encoder or a model that might need the room of the line's, and most
+    /// of admission is free.
     fn has_room(&self) -> bool {
         let state = &self.state;
         let catalog = state.engine.catalog();
@@ -230,6 +231,7 @@ impl Runner {
         !state.admission.is_draining()
             && state.admission.in_flight() <= state.config.max_requests / 2
             && !waits(&state.embeddings)
+            && !waits(&state.waiting_for_models)
             && !replicas.any(|replica| waits(&replica.gauges.waiting) || waits(&replica.gauges.reserved_requests))
     }
 
@@ -502,9 +504,10 @@ impl Work {
     }
 }
 
-/// Whether a line that failed is tried again: always where the host, or a quota, is full; a few times where a retry may help.
+/// Whether a line that failed is tried again: always where the host, or a quota, is full; a few times where a retry may help, as
+/// where its model could not be loaded.
 fn again(error: &ApiError, tries: u32) -> bool {
-    let waits = matches!(error.status().as_u16(), 429 | 503);
+    let waits = matches!(error.status().as_u16(), 429 | 503) && !matches!(error, ApiError::NotLoaded { .. });
     error.retryable() && (waits || tries < TRIES)
 }
 
@@ -527,4 +530,22 @@ fn read_done(desk: &Desk, id: &str, done: &mut HashSet<u32>) -> Result<(u32, u64
     }
     desk.trim(id, good)?;
     Ok((found, good))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_whose_model_cannot_be_loaded_ends_and_one_that_finds_the_host_full_waits() {
+        let not_loaded = || ApiError::NotLoaded { model: "m".into(), why: "x".into(), retry_after_ms: 1_000 };
+        for (error, tries, expect) in [
+            (ApiError::Draining, TRIES, true),
+            (not_loaded(), 0, true),
+            (not_loaded(), TRIES, false),
+            (ApiError::Internal, 0, false),
+        ] {
+            assert_eq!(again(&error, tries), expect, "{error} after {tries}");
+        }
+    }
 }

@@ -51,9 +51,10 @@ async fn target(
         }
         return Ok((Arc::clone(&encoder.text), encoder.max_tokens));
     }
-    let first = catalog.variants.first().map(|variant| variant.alias.to_string());
+    let first = catalog.variants.first().map(|variant| &variant.alias).or(catalog.on_demand.first());
+    let name = named.or(first.map(ToString::to_string)).unwrap_or_default();
     let time = (state.clock.now(), state.config.default_timeout_ms);
-    let target = demand::find(state, &named.or(first).unwrap_or_default(), permit, time).await?;
+    let target = demand::find(state, &name, permit, time).await?;
     if target.text().is_estimate() {
         return Err(ApiError::NotOnward { model: target.name, what });
     }
