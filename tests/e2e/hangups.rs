@@ -98,6 +98,10 @@ fn a_thousand_clients_leave_at_any_moment_and_nothing_of_them_stays() {
     });
     raw::rests(&host);
     let metrics = host.get("/metrics").body;
+    let drafted = |line: &str| {
+        line.starts_with("vllm:prompt_tokens_total{") && line.contains("\"demo-mini:") && !line.ends_with(" 0")
+    };
+    assert!(metrics.as_str().unwrap_or_default().lines().any(drafted), "drafts began");
     let cancelled =
         metrics.as_str().unwrap_or_default().lines().filter(|l| l.starts_with("pointsman_cancelled_total{"));
     let cancelled: u64 = cancelled.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum();

@@ -6,6 +6,7 @@ use pointsman_tests::raw::{self, Raw};
 use serde_json::{Value, json};
 
 use crate::host;
+use crate::wires::{Manner, Wire, server};
 
 const MODEL: &str = "demo:f16";
 const DRAFT: &str = "demo-mini";
@@ -95,7 +96,7 @@ fn each_answer_is_the_one_of_its_model_and_they_come_in_order() {
 #[test]
 fn a_draft_that_is_cancelled_or_left_half_way_leaves_nothing() {
     // Steps that take a while, and both at once.
-    let host = host(&[("ENGINE__DEVICES", "[\"null:2000\"]"), ("SERVER__DRAFT_LEAD_MS", "0")]);
+    let host = host(&[("ENGINE__DEVICES", "[\"null:20000\"]"), ("SERVER__DRAFT_LEAD_MS", "0")]);
     let body = json!({ "model": MODEL, "draft": DRAFT, "prompt": "Rust is", "max_tokens": 400, "ignore_eos": true });
     for cancels in [false, true] {
         let mut answer = Raw::ask(&host, "/v1/completions", &body).expect("an answer");
@@ -121,4 +122,38 @@ fn a_draft_that_is_cancelled_or_left_half_way_leaves_nothing() {
     }
     let drained = host.admin("POST", "/admin/v1/drain", &Value::Null).body;
     assert_eq!(drained, json!({ "drained": true, "in_flight": 0 }));
+}
+
+#[test]
+fn either_may_be_an_upstreams() {
+    let far = host(&[]);
+    let (hangs, _heard) = server(Wire::Http1, Manner::Hangs);
+    let lines_of = |name: &str, url: &str| {
+        let rest = "upstream_model = \"demo:f16\"\nconnections = 0\nprobe_interval_ms = 0";
+        format!("[upstreams.{name}]\nurl = \"{url}\"\nmodel = \"{name}\"\n{rest}\n")
+    };
+    let config = lines_of("far", &far.data) + &lines_of("hangs", &hangs);
+    let near = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config);
+    let asked = json!({ "prompt": "A trait is", "max_tokens": 24, "temperature": 0 });
+    let [small, large] = [DRAFT, MODEL].map(|model| alone(&far, "/v1/completions", &asked, model).concat());
+    for (model, draft, first) in [("far", DRAFT, &small), (MODEL, "far", &large), (MODEL, "hangs", &String::new())] {
+        let mut asked = asked.clone();
+        (asked["model"], asked["draft"]) = (model.into(), draft.into());
+        let lines = lines(&near, "/v1/completions", &asked);
+        let is_draft = |line: &Value| line["stage"] == "draft";
+        assert_eq!(texts(&lines, 1, |line| !is_draft(line)).concat(), large, "{model} after {draft}");
+        let drafted = texts(&lines, 1, is_draft).concat();
+        let done = lines.last().expect("a line");
+        match done["draft"]["outcome"].as_str() {
+            Some("finished") => assert_eq!(&drafted, first, "{model} after {draft}"),
+            outcome => assert!(outcome == Some("replaced") && first.starts_with(&drafted), "{lines:?}"),
+        }
+        if draft == "hangs" {
+            assert!(done["draft"]["usage"].is_null(), "{done}");
+            let listed = near.admin("GET", "/admin/v1/requests?limit=2", &Value::Null).body;
+            let given_up = listed["data"].as_array().into_iter().flatten();
+            let ends: Vec<&Value> = given_up.map(|request| &request["finish"]).collect();
+            assert!(ends.contains(&&json!("the final answer ended first")), "{listed}");
+        }
+    }
 }

@@ -146,6 +146,12 @@ impl ResponseCache {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether an answer to an equal request was kept or is on its way, young enough or not.
+    pub(crate) fn knows(&self, key: &Key) -> bool {
+        let inner = self.inner();
+        inner.answers.contains(key) || inner.flights.contains_key(key)
+    }
+
     /// Looks a request up. Whoever is to lead must end its flight, or drop it, as [`Lead`] does.
     pub(crate) fn find(&self, key: Key, terms: Terms) -> Found {
         let Terms { now, priority, max_age, refresh } = terms;

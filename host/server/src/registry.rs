@@ -3,7 +3,8 @@
 //! One map behind one lock: two short critical sections per HTTP request, none per token.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::request::CancelCause;
@@ -27,6 +28,10 @@ struct Live {
     /// API key, `None` without keys.
     owner: Option<KeyDigest>,
     engine: Mutex<Running>,
+    /// Whose draft it is; of a draft.
+    draft_of: OnceLock<Arc<str>>,
+    /// Whether nobody wants its answer any more, whoever drops it.
+    is_given_up: AtomicBool,
     /// Wakes whoever waits for something else than engine requests.
     cancel_asked: Notify,
 }
@@ -57,9 +62,13 @@ pub(crate) struct InFlight {
     pub(crate) permit: Permit,
 }
 
+/// The longest id that a client may send, which an upstream may be told.
+const MAX_ID: usize = 128;
+
 /// The id of a request's draft.
 pub(crate) fn draft_of(id: &str) -> String {
-    format!("{id}.draft")
+    const SUFFIX: &str = ".draft";
+    format!("{}{SUFFIX}", &id[..id.floor_char_boundary(MAX_ID - SUFFIX.len())])
 }
 
 // === impl Registry ===
@@ -73,7 +82,9 @@ impl Registry {
         engine: &Arc<dyn EnginePort>,
         permit: Permit,
     ) -> Result<InFlight, ApiError> {
-        let live = Arc::new(Live { owner, engine: Mutex::default(), cancel_asked: Notify::new() });
+        let (engine_requests, cancel_asked) = (Mutex::default(), Notify::new());
+        let (draft_of, is_given_up) = (OnceLock::new(), AtomicBool::new(false));
+        let live = Arc::new(Live { owner, engine: engine_requests, draft_of, is_given_up, cancel_asked });
         let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
         if by_id.contains_key(id) {
             return Err(ApiError::IdInUse { id: id.to_string() });
@@ -85,16 +96,26 @@ impl Registry {
 
     /// Cancels a request of the same API key, with its draft; false when there is none.
     pub(crate) fn cancel(&self, id: &str, owner: Option<KeyDigest>, engine: &dyn EnginePort) -> bool {
-        let find = |id: &str| {
-            let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
-            by_id.get(id).filter(|live| live.owner == owner).cloned()
-        };
-        let Some(live) = find(id) else { return false };
-        for live in [Some(live), find(&draft_of(id))].into_iter().flatten() {
+        let Some(live) = self.find(id).filter(|live| live.owner == owner) else { return false };
+        for live in [Some(live), self.draft(id)].into_iter().flatten() {
             live.cancel_rest(engine, CancelCause::Asked);
             live.cancel_asked.notify_one();
         }
         true
+    }
+
+    /// Notes that nobody wants the draft of a request any more: whoever drops it is no client that goes away.
+    pub(crate) fn give_up_draft(&self, id: &str) {
+        self.draft(id).iter().for_each(|live| live.is_given_up.store(true, Ordering::Relaxed));
+    }
+
+    fn find(&self, id: &str) -> Option<Arc<Live>> {
+        self.by_id.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// The draft of a request, and no other request that a client has given such an id.
+    fn draft(&self, id: &str) -> Option<Arc<Live>> {
+        self.find(&draft_of(id)).filter(|live| live.draft_of.get().is_some_and(|of| **of == *id))
     }
 }
 
@@ -127,11 +148,19 @@ impl InFlight {
         &self.id
     }
 
-    /// The client went away: says so where somebody looks for it.
+    /// Notes that it is the draft of another request.
+    pub(crate) fn drafts_for(&self, id: &Arc<str>) {
+        // It is entered once.
+        let _ = self.live.draft_of.set(Arc::clone(id));
+    }
+
+    /// The client went away, or wants no draft any more: says so where somebody looks for it.
     pub(crate) fn abandoned(&self, trace: &Trace, now: Micros) {
-        if trace.abandoned(now) {
-            tracing::info!(request = &*self.id, status = 499, "the client went away");
+        if self.live.is_given_up.load(Ordering::Relaxed) {
+            return trace.superseded(now);
         }
+        trace.abandoned(now);
+        tracing::info!(request = &*self.id, status = 499, "the client went away");
     }
 
     /// Notes that an engine request is running for this one.
@@ -184,7 +213,8 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.cancel_all(CancelCause::ClientGone);
+        let is_given_up = self.live.is_given_up.load(Ordering::Relaxed);
+        self.cancel_all(if is_given_up { CancelCause::Asked } else { CancelCause::ClientGone });
         self.registry.by_id.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
     }
 }

@@ -284,10 +284,6 @@ impl Generation {
         self.in_flight.cancel_all(cause);
     }
 
-    pub(crate) fn trace(&self) -> &Trace {
-        &self.parts.trace
-    }
-
     /// Tokens so far.
     pub(crate) fn totals(&self) -> Totals {
         let sum = |f: fn(&Choice) -> u32| self.choices.iter().map(f).sum();

@@ -192,9 +192,9 @@ impl Trace {
         self.end(State::Finished, Cow::Borrowed(how), now);
     }
 
-    /// The client went away; false where it had ended before.
-    pub(crate) fn abandoned(&self, now: Micros) -> bool {
-        self.end(State::Cancelled, Cow::Borrowed("the client went away"), now)
+    /// The client went away.
+    pub(crate) fn abandoned(&self, now: Micros) {
+        self.end(State::Cancelled, Cow::Borrowed("the client went away"), now);
     }
 
     /// A draft whose final answer has ended.
@@ -214,12 +214,10 @@ impl Trace {
         self.end(state, Cow::Owned(text), now);
     }
 
-    fn end(&self, state: State, how: Cow<'static, str>, now: Micros) -> bool {
-        let is_first = self.ended.set((state, how)).is_ok();
-        if is_first {
+    fn end(&self, state: State, how: Cow<'static, str>, now: Micros) {
+        if self.ended.set((state, how)).is_ok() {
             self.reached(Stage::Ended, now);
         }
-        is_first
     }
 
     /// The decision, if there was one.

@@ -123,15 +123,6 @@ impl Feed {
         }
     }
 
-    /// What is remembered of its request.
-    pub(crate) fn trace(&self) -> &Trace {
-        match &self.source {
-            Source::Own(generation, _) => generation.trace(),
-            Source::Relayed(relay) => relay.trace(),
-            Source::Kept(replay) => &replay.seat.trace,
-        }
-    }
-
     /// Ends what is being computed.
     pub(crate) fn cancel(&self) {
         if let Source::Own(generation, _) = &self.source {

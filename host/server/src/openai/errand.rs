@@ -11,7 +11,6 @@ use pointsman_telemetry::{Event, EventKind};
 
 use super::generate::{Arrival, Job};
 use super::progress::Task;
-use super::progressive::Turns;
 use crate::cache::{self, Feed, Flight, Found, Key, Lead, Seat, Served, Subject};
 use crate::dispatch::{Assignment, Dispatch, Placed, Placement, Prompt, Sent, Terms, record_rejection};
 use crate::error::ApiError;
@@ -69,15 +68,22 @@ impl Errand {
     pub(super) async fn run(mut self) -> Result<(Feed, Option<Served>), ApiError> {
         let state = Arc::clone(&self.arrival.state);
         if !state.cache.is_on() {
+            self.give_way().await?;
             return self.launch(None).await.map(|feed| (feed, None));
         }
         loop {
             let authors = state.policies.authors();
             if !self.is_cacheable(authors) {
+                self.give_way().await?;
                 state.cache.count(Served::Bypass);
                 return self.launch(None).await.map(|feed| (feed, Some(Served::Bypass)));
             }
             let key = self.key(authors);
+            if self.arrival.turns.is_some() && !state.cache.knows(&key) {
+                // Before others may wait for it: they have no draft to wait for.
+                self.give_way().await?;
+                continue;
+            }
             let (flight, served) = match state.cache.find(key, self.asks()) {
                 Found::Lead(flight, epoch) => {
                     let lead = Lead::new(&state, key, (flight, epoch), (authors, self.is_open()));
@@ -158,17 +164,11 @@ impl Errand {
     }
 
     /// Leaves the device to the draft, where both need the same one: until that has ended, or for as long as it may take.
-    async fn give_way(&mut self, turns: &Turns) -> Result<(), ApiError> {
-        if turns.lead.is_zero() {
-            return Ok(());
-        }
-        // Whoever goes away meanwhile pays for nothing that was computed; a refusal after that costs nothing at all.
-        self.in_flight.permit.ended(Outcome::Cancelled, self.prompt_tokens, 0);
+    async fn give_way(&mut self) -> Result<(), ApiError> {
+        let Some(turns) = self.arrival.turns.take().filter(|turns| !turns.lead.is_zero()) else { return Ok(()) };
         let drafted = tokio::time::timeout(turns.lead, turns.drafted.notified());
         // Late or not, now it is on.
-        let _ = self.until(drafted).await?;
-        self.in_flight.permit.ended(Outcome::Rejected, 0, 0);
-        Ok(())
+        self.until(drafted).await.map(drop)
     }
 
     /// Waits for something else, unless the request ends first.
@@ -202,9 +202,6 @@ impl Errand {
 
     /// Has it computed, perhaps for others too.
     async fn launch(mut self, mut lead: Option<Lead>) -> Result<Feed, ApiError> {
-        if let Some(turns) = self.arrival.turns.take() {
-            self.give_way(&turns).await?;
-        }
         let launched = self.place().await.inspect_err(|error| {
             self.trace.failed(error, self.arrival.state.clock.now());
             let about = (self.prompt_tokens, self.assigned.as_ref());

@@ -58,6 +58,8 @@ pub(crate) struct Arrival {
     pub(super) wish: Wish,
     /// What it and its draft wait for of one another; of a final answer.
     pub(super) turns: Option<Arc<Turns>>,
+    /// Whose draft it is; of a draft.
+    pub(super) drafts_for: Option<Arc<str>>,
 }
 
 /// A request whose body has been read and whose prompts are tokens.
@@ -182,8 +184,8 @@ impl Arrival {
     /// One that no transport brought.
     pub(crate) fn within(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>) -> Self {
         let (state, arrived) = (Arc::clone(state), state.clock.now());
-        let (ndjson, shows_progress, wish, turns) = (false, false, Wish::default(), None);
-        Self { state, caller, tag, arrived, ndjson, shows_progress, wish, turns }
+        let (ndjson, shows_progress, wish) = (false, false, Wish::default());
+        Self { state, caller, tag, arrived, ndjson, shows_progress, wish, turns: None, drafts_for: None }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
@@ -227,6 +229,7 @@ impl Arrival {
         let door = asks.then(|| self.ask_door(&mut permit, id, (&job, &mut terms, sampling.len()))).transpose()?;
         let (assigned, is_trial) = self.assign(target, terms.first().map_or(0, |terms| terms.session), id);
         let in_flight = self.state.registry.enter(&self.tag, self.caller.key, &self.state.engine, permit)?;
+        self.drafts_for.iter().for_each(|id| in_flight.drafts_for(id));
         let trace = self.state.traces.enter(&self.tag, self.arrived, door);
         trace.reached(Stage::Admitted, self.state.clock.now());
         let (arrival, has_room) = (self.clone(), true);
@@ -458,7 +461,7 @@ impl Running {
         Ok(choices)
     }
 
-    pub(super) fn headers(&self, headers: &mut HeaderMap) {
+    fn headers(&self, headers: &mut HeaderMap) {
         self.feed.origin().headers(headers);
         let Some(served) = self.served else { return };
         headers.insert(CACHE_STATUS, HeaderValue::from_static(served.as_str()));

@@ -6,8 +6,8 @@
 //!
 //! The final answer is let in first, so that a draft never takes the room that it needs. On devices of their own both are computed
 //! at once. A device that both need would take a step of either in turn, and the draft would be no quicker than what it is a
-//! draft of; so the final answer leaves it the device until it has ended, for `server.draft_lead_ms` at most. It loses
-//! little, because the same steps are computed in another order.
+//! draft of; so the final answer leaves it the device until it has ended, for `server.draft_lead_ms` at most. Where nobody
+//! else asks it loses little, because the same steps are computed in another order.
 //!
 //! What the final answer says before the draft has ended is held back, and once it has ended itself, the draft is given up.
 
@@ -29,8 +29,8 @@ use super::ndjson::{self, Both, DraftEnd, NdjsonEncoder, Times};
 use crate::admission::Permit;
 use crate::dispatch::Target;
 use crate::error::ApiError;
-use crate::ports::Clock;
 use crate::registry::draft_of;
+use crate::state::ServerState;
 use crate::stream::{Encode, EventBody, FRAME_BYTES, Tell, Totals, Update};
 
 /// Bytes of the final answer that are held back, some 1,500 tokens: with more of it there, no draft is worth the wait.
@@ -59,13 +59,15 @@ type Beginning = Pin<Box<dyn Future<Output = Result<Answer, ApiError>> + Send>>;
 
 /// Tells a draft and the final answer.
 struct Progressive {
-    clock: Arc<dyn Clock>,
+    state: Arc<ServerState>,
+    /// The id of the final answer.
+    tag: Arc<str>,
     arrived: Micros,
     turns: Arc<Turns>,
     draft: Side,
     /// How the draft ended; none until it has.
     outcome: Option<&'static str>,
-    last: Side,
+    answer: Side,
     /// What the final answer said while the draft was being told, from `replace` on.
     held: Vec<u8>,
     /// Whether `replace` has been said, or held back.
@@ -144,25 +146,25 @@ pub(super) async fn respond<F>(
 where
     F: Future<Output = Result<Answer, ApiError>> + Send + 'static,
 {
-    let (clock, arrived) = (Arc::clone(&arrival.state.clock), arrival.arrived);
-    let beside = Arrival { tag: draft_of(&arrival.tag).into(), ..arrival.clone() };
+    let (state, tag, arrived) = (Arc::clone(&arrival.state), Arc::clone(&arrival.tag), arrival.arrived);
+    let draft_arrival = Arrival { tag: draft_of(&tag).into(), drafts_for: Some(Arc::clone(&tag)), ..arrival.clone() };
     let turns = Arc::new(Turns { admitted: Notify::new(), drafted: Notify::new(), lead: draft.lead });
     arrival.turns = Some(Arc::clone(&turns));
-    let last = Side::new(false, Box::pin(begin(arrival, permit, fields)));
+    let answer = Side::new(false, Box::pin(begin(arrival, permit, fields)));
     let turn = Arc::clone(&turns);
     let drafting = async move {
         turn.admitted.notified().await;
-        let permit = beside.admit()?;
-        begin(beside, permit, draft.fields).await
+        let permit = draft_arrival.admit()?;
+        begin(draft_arrival, permit, draft.fields).await
     };
     let draft = Side::new(true, Box::pin(drafting));
     let (outcome, held, replaces) = (None, Vec::new(), false);
-    let mut told = Progressive { clock, arrived, turns, draft, outcome, last, held, replaces };
+    let mut told = Progressive { state, tag, arrived, turns, draft, outcome, answer, held, replaces };
     poll_fn(|cx| told.poll_begun(cx)).await?;
     let mut response = streaming(NDJSON);
     // They are of whoever answers first.
-    if let (State::Live(live), _) | (_, State::Live(live)) = (&told.draft.state, &told.last.state) {
-        live.running.headers(response.headers_mut());
+    if let (State::Live(live), _) | (_, State::Live(live)) = (&told.draft.state, &told.answer.state) {
+        live.running.feed.origin().headers(response.headers_mut());
     }
     *response.body_mut() = Body::new(EventBody::new(told));
     Ok(response)
@@ -245,8 +247,8 @@ impl Side {
 impl Progressive {
     /// Until one of them is under way, or the final one is refused.
     fn poll_begun(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
-        let last = self.last.poll_begun(cx);
-        if let Some(error) = self.last.refusal() {
+        let answer = self.answer.poll_begun(cx);
+        if let Some(error) = self.answer.refusal() {
             return Poll::Ready(Err(error));
         }
         if self.draft.poll_begun(cx).is_ready() {
@@ -256,7 +258,7 @@ impl Progressive {
                 _ => self.turns.drafted.notify_one(),
             }
         }
-        last.map(Ok)
+        answer.map(Ok)
     }
 
     fn draft_heard(&mut self, heard: Heard, out: &mut Vec<u8>) {
@@ -265,7 +267,7 @@ impl Progressive {
             Heard::Update(update) => {
                 let State::Live(live) = &mut self.draft.state else { return };
                 if matches!(update, Update::Delta(_)) {
-                    self.draft.first.get_or_insert_with(|| self.clock.now());
+                    self.draft.first.get_or_insert_with(|| self.state.clock.now());
                 }
                 live.lines.update(out, &update);
             }
@@ -279,16 +281,15 @@ impl Progressive {
 
     /// Lets go of the draft, and tells what was held back for it.
     fn draft_over(&mut self, outcome: &'static str, out: &mut Vec<u8>) {
-        let now = self.clock.now();
+        let now = self.state.clock.now();
         self.draft.ended(now);
-        if let State::Live(live) = std::mem::replace(&mut self.draft.state, State::Over) {
-            live.running.feed.trace().superseded(now);
-        }
+        self.state.registry.give_up_draft(&self.tag);
+        self.draft.state = State::Over;
         self.outcome = Some(outcome);
         self.turns.drafted.notify_one();
         if !self.held.is_empty() {
             out.append(&mut self.held);
-            self.last.first = Some(now);
+            self.answer.first = Some(now);
         }
     }
 
@@ -299,10 +300,10 @@ impl Progressive {
     }
 
     /// True when all is told.
-    fn last_heard(&mut self, heard: Heard, out: &mut Vec<u8>) -> bool {
+    fn answer_heard(&mut self, heard: Heard, out: &mut Vec<u8>) -> bool {
         match heard {
-            Heard::Begun => self.last.begin(out),
-            Heard::Update(update) => self.last_update(&update, out),
+            Heard::Begun => self.answer.begin(out),
+            Heard::Update(update) => self.answer_update(&update, out),
             Heard::Ended => {
                 self.give_up_draft(out);
                 self.done(out);
@@ -313,7 +314,7 @@ impl Progressive {
                 self.held.clear();
                 self.give_up_draft(out);
                 ndjson::broken(out, &error);
-                if let State::Live(live) = &self.last.state {
+                if let State::Live(live) = &self.answer.state {
                     live.running.feed.cancel();
                 }
                 return true;
@@ -322,14 +323,14 @@ impl Progressive {
         false
     }
 
-    fn last_update(&mut self, update: &Update, out: &mut Vec<u8>) {
-        let State::Live(live) = &mut self.last.state else { return };
+    fn answer_update(&mut self, update: &Update, out: &mut Vec<u8>) {
+        let State::Live(live) = &mut self.answer.state else { return };
         let is_text = matches!(update, Update::Delta(_));
         let holds = self.outcome.is_none() && (is_text || self.replaces);
         let to = if holds { &mut self.held } else { &mut *out };
         if is_text && !std::mem::replace(&mut self.replaces, true) {
             live.lines.replace(to);
-            self.last.first = (!holds).then(|| self.clock.now());
+            self.answer.first = (!holds).then(|| self.state.clock.now());
         }
         live.lines.update(to, update);
         if self.held.len() > HELD_BYTES {
@@ -338,11 +339,11 @@ impl Progressive {
     }
 
     fn done(&mut self, out: &mut Vec<u8>) {
-        self.last.ended(self.clock.now());
-        let (Some(totals), Some(outcome)) = (self.last.totals, self.outcome) else { return };
+        self.answer.ended(self.state.clock.now());
+        let (Some(totals), Some(outcome)) = (self.answer.totals, self.outcome) else { return };
         let usage = self.draft.totals.map(Into::into);
         let draft = DraftEnd { outcome, usage, times: self.draft.times(self.arrived) };
-        ndjson::done(out, totals, Some(&Both { times: self.last.times(self.arrived), draft }));
+        ndjson::done(out, totals, Some(&Both { times: self.answer.times(self.arrived), draft }));
     }
 }
 
@@ -354,8 +355,8 @@ impl Tell for Progressive {
             self.draft_heard(heard, out);
         }
         while out.len() < FRAME_BYTES {
-            let Poll::Ready(heard) = self.last.poll(cx) else { return false };
-            if self.last_heard(heard, out) {
+            let Poll::Ready(heard) = self.answer.poll(cx) else { return false };
+            if self.answer_heard(heard, out) {
                 return true;
             }
         }

@@ -324,7 +324,11 @@ async fn a_client_that_leaves_or_cancels_ends_both() {
         let mut ended: Vec<RequestId> = cancels(&rig).iter().map(|(id, _)| *id).collect();
         ended.sort_unstable();
         ended.dedup();
-        assert_eq!((ended, rig.state.in_flight()), (both, 0));
+        assert_eq!((&ended, rig.state.in_flight()), (&both, 0));
+        let usage = rig.ask_admin(request("GET", "/admin/v1/usage", &[("host", "localhost")], "")).await.json();
+        let paid = ["requests", "prompt_tokens"].map(|what| usage["data"][0][what].as_u64());
+        let n = both.len() as u64;
+        assert_eq!(paid, [Some(n), Some(3 * n)], "what was not submitted costs nothing: {usage}");
         for id in ["r", "r.draft"] {
             assert_eq!(remembered(&rig, id).await["state"], "cancelled", "{id}");
         }
@@ -347,10 +351,66 @@ async fn a_final_answer_that_is_far_ahead_waits_no_longer() {
     }
     let expect = ["draft queued", "draft token", "queued queued", "decode replace", "decode token"];
     assert_eq!(told(&lines), expect);
-    assert_eq!(cancels(&rig), [(draft, CancelCause::ClientGone)]);
+    assert_eq!(cancels(&rig), [(draft, CancelCause::Asked)], "no client has gone");
     assert_eq!(remembered(&rig, "r.draft").await["finish"], "the final answer ended first");
     rig.engine.push(last, SinkEvent::Finished(FinishReason::Length));
     let rest = Answer::of(response).await.lines();
     assert_eq!(rest.last().expect("a line")["draft"]["outcome"], "replaced");
     assert_eq!(lines.len() + rest.len(), 4 + 3_000 + 2);
+}
+
+#[tokio::test]
+async fn either_may_pass_its_deadline() {
+    for lead in [0, LONG] {
+        let rig = rig(lead);
+        rig.engine.play([Play::Hold, Play::Hold]);
+        let lines = ask(&rig, &json!({"timeout_ms": 1})).await.lines();
+        let last = lines.last().expect("a line");
+        assert_eq!(
+            (&last["event"], &last["error"]["code"]),
+            (&json!("error"), &json!("deadline_exceeded")),
+            "{lines:?}"
+        );
+        let ended = cancels(&rig);
+        assert!(ids(&rig).concat().iter().all(|id| ended.iter().any(|(ended, _)| ended == id)), "{ended:?}");
+        assert_eq!(rig.state.in_flight(), 0);
+    }
+}
+
+#[tokio::test]
+async fn nobody_else_waits_for_a_draft() {
+    let rig = Rig::with(ServerConfig { cache_bytes: 1 << 20, draft_lead_ms: LONG, ..ServerConfig::default() });
+    rig.engine.play([Play::Hold, Play::Now(says(&["better"]))]);
+    let mut response = open(&rig, &json!({"temperature": 0})).await;
+    let plain = rig.post(COMPLETIONS, &body(&json!({"temperature": 0, "draft": null}))).await;
+    assert_eq!((plain.status, plain.header("x-pointsman-cache")), (200, "miss"), "{}", plain.body);
+    let draft = ids(&rig)[1][0];
+    rig.engine.push(draft, SinkEvent::Finished(FinishReason::Length));
+    let mut lines = next_lines(&mut response).await;
+    lines.extend(Answer::of(response).await.lines());
+    assert_eq!(texts(&lines, false), "better");
+    assert_eq!(ids(&rig)[0].len(), 1, "and it has the answer of the other: {lines:?}");
+}
+
+#[tokio::test]
+async fn a_request_that_is_called_like_a_draft_is_none() {
+    let rig = rig(0);
+    rig.engine.play([Play::Hold, Play::Hold]);
+    let named = [("x-request-id", "r.draft"), ACCEPT];
+    let other = rig.open(request("POST", COMPLETIONS, &named, &body(&json!({"draft": null})))).await;
+    let mut response = open(&rig, &json!({})).await;
+    let lines = next_lines(&mut response).await;
+    assert_eq!(lines[0]["error"]["code"], "request_id_in_use", "the draft has failed: {lines:?}");
+    let [of_other, own] = ids(&rig)[0][..] else { panic!("two requests") };
+    assert_eq!(rig.send(request("DELETE", "/v1/requests/r", &[], "")).await.status, 200);
+    assert_eq!(cancels(&rig), [(own, CancelCause::Asked)]);
+    drop(response);
+    rig.engine.push(of_other, SinkEvent::Finished(FinishReason::Length));
+    assert_eq!(Answer::of(other).await.lines().last().expect("a line")["event"], "done");
+    // One that is as long as it may be has a draft whose id may be sent on.
+    rig.engine.forget_plays();
+    let id = "r".repeat(128);
+    let long = rig.open(request("POST", COMPLETIONS, &[ACCEPT, ("x-request-id", &id)], &body(&json!({})))).await;
+    let lines = Answer::of(long).await.lines();
+    assert_eq!(lines[0]["id"].as_str().map(str::len), Some(128), "{lines:?}");
 }

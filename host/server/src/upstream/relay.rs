@@ -90,10 +90,6 @@ impl Relay {
         relay
     }
 
-    pub(crate) fn trace(&self) -> &Trace {
-        &self.parts.trace
-    }
-
     /// Tokens so far: an estimate until the upstream has counted them.
     pub(crate) fn totals(&self) -> Totals {
         self.totals
