@@ -25,8 +25,9 @@ const LAZY: [&str; 2] = ["lazy", "idle"];
 const CLIENTS: u64 = 4;
 /// Share of the time after which memory counts, in percent.
 const WARM_UP: u32 = 40;
-/// Growth after the warm-up, in bytes, over a run long enough to tell.
-const MAX_GROWTH: i64 = 10_000_000;
+/// Growth after the warm-up, in bytes, over a run long enough to tell: beyond what pools and heaps of models that come and go may
+/// add in minutes. The growth itself is printed; of an hour 10 MB are expected.
+const MAX_GROWTH: i64 = 32_000_000;
 const LONG_ENOUGH: Duration = Duration::from_secs(60);
 
 #[expect(clippy::disallowed_methods, reason = "how long it runs is told from outside")]
@@ -100,12 +101,12 @@ fn total(host: &Host, name: &str) -> f64 {
     counters(host, name).iter().filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
-/// Share of the decisions for which an instance of the policy was there.
+/// Share of the steps for which an instance of the scheduler's policy was there in time.
 #[expect(clippy::print_stdout, reason = "the figures are what a soak is for")]
-fn instances_found(host: &Host) -> f64 {
-    let calls = total(host, "pointsman_policy_call_seconds_count");
-    let share = calls / (calls + total(host, "pointsman_policy_fallbacks_total"));
-    println!("{calls} decisions of policies, {:.2} % found an instance of it", share * 100.0);
+fn plans_found(host: &Host) -> f64 {
+    let steps = total(host, "pointsman_step_seconds_count");
+    let share = 1.0 - total(host, "pointsman_policy_fallbacks_total{slot=\"scheduler\"}") / steps;
+    println!("{steps} steps, {:.2} % of them with a plan of the policy's instance", share * 100.0);
     share
 }
 
@@ -124,7 +125,7 @@ fn a_host_lives_through_mixed_traffic_and_swaps() {
     let host = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config);
     let (tally, changes, growth) = run(&host, folder.path(), duration);
     tally.print(changes, growth);
-    let found = instances_found(&host);
+    let found = plans_found(&host);
     assert!(tally.failures.is_empty(), "{:?}", tally.failures);
     assert!(tally.done > 0 && tally.left > 0 && changes > 0, "{} requests, {} left", tally.done, tally.left);
     for name in [
@@ -134,7 +135,7 @@ fn a_host_lives_through_mixed_traffic_and_swaps() {
     ] {
         assert_eq!(counters(&host, name), Vec::<String>::new(), "nothing of this was injected");
     }
-    assert!(found > 0.8, "of the policies' decisions only {found} found an instance");
+    assert!(found > 0.8, "of the steps only {found} had their plan of the policy");
     assert_eq!(host.get("/ready").body, json!({ "status": "ready" }), "nothing is degraded");
     assert!(duration < LONG_ENOUGH || growth < MAX_GROWTH, "memory grew by {growth} bytes after the warm-up");
     let drained = host.admin("POST", "/admin/v1/drain", &Value::Null).body;

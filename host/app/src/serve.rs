@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use pointsman_control::ModelsDocument;
-use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::CodeOptions;
+use pointsman_engine::{ComputePool, keep_little_freed};
 use pointsman_policy::{Compile, CompileCommand, CompileLimits, Runtime, RuntimeConfig};
 use pointsman_server::admin::wire::{self, HealthState, SlotRevision};
 use pointsman_server::ports::{Catalog, Clock, EnginePort, ModelAdmin, PolicyAdmin};
@@ -94,6 +94,7 @@ struct Certificates {
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let config = configure(args)?;
     start_logging(&config)?;
+    keep_little_freed();
     let workers = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let store = Arc::new(Store::open(&data_dir(&config)?)?);

@@ -31,7 +31,7 @@ mod supers;
 
 pub use encoder::Encoder;
 pub use engine::{CpuEngine, MemoryUse};
-pub use heap::give_back_freed;
+pub use heap::{give_back_freed, keep_little_freed};
 pub use isa::Isa;
 pub(crate) use isa::{LANES, Lanes};
 pub use kv::KvPlan;
