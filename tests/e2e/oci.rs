@@ -2,21 +2,19 @@
 //! implementation (Debian's `docker-registry`) where it is installed.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use pointsman_tests::{Host, root, skip};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::trust::{PROGRAM, keygen, pointsman};
+use crate::wires::{self, Io};
 use crate::{host, journal};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -59,22 +57,6 @@ struct Registry {
     tls: bool,
 }
 
-/// Somebody to talk to.
-trait Stream: Read + Write {}
-
-impl<S: Read + Write> Stream for S {}
-
-fn tls(stream: TcpStream) -> Box<dyn Stream> {
-    let pem = include_bytes!("registry.pem");
-    let certificate = CertificateDer::from_pem_slice(pem).expect("a certificate");
-    let key = PrivateKeyDer::from_pem_slice(pem).expect("a key");
-    let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .and_then(|config| config.with_no_client_auth().with_single_cert(vec![certificate], key));
-    let connection = ServerConnection::new(Arc::new(config.expect("a good certificate"))).expect("a connection");
-    Box::new(StreamOwned::new(connection, stream))
-}
-
 impl Registry {
     /// Listens on loopback until the test ends; its host and port.
     fn serve(&self) -> String {
@@ -84,7 +66,7 @@ impl Registry {
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 // A client that goes away half-way is none of the registry's business.
-                let _ = registry.answer(if registry.tls { tls(stream) } else { Box::new(stream) }, &own);
+                let _ = registry.answer(if registry.tls { wires::tls(stream, &[]) } else { Box::new(stream) }, &own);
             }
         });
         at
@@ -95,7 +77,7 @@ impl Registry {
         self.answers.lock().expect("no panic").insert(path.to_owned(), answer);
     }
 
-    fn answer(&self, mut stream: Box<dyn Stream>, own: &str) -> std::io::Result<()> {
+    fn answer(&self, mut stream: Box<dyn Io>, own: &str) -> std::io::Result<()> {
         let mut reader = BufReader::new(&mut stream);
         let (mut line, mut authorization) = (String::new(), String::new());
         reader.read_line(&mut line)?;

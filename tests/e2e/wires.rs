@@ -56,9 +56,24 @@ pub(super) enum Manner {
     Refuses,
 }
 
-trait Io: Read + Write + Send {}
+/// Somebody to talk to.
+pub(super) trait Io: Read + Write + Send {}
 
 impl<T: Read + Write + Send> Io for T {}
+
+/// The server's end of TLS, with the certificate of the tests.
+pub(super) fn tls(stream: TcpStream, protocols: &[&[u8]]) -> Box<dyn Io> {
+    let pem = include_bytes!("registry.pem");
+    let certificate = CertificateDer::from_pem_slice(pem).expect("a certificate");
+    let key = PrivateKeyDer::from_pem_slice(pem).expect("a key");
+    let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .and_then(|config| config.with_no_client_auth().with_single_cert(vec![certificate], key));
+    let mut config = config.expect("a good certificate");
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    let connection = ServerConnection::new(Arc::new(config)).expect("a connection");
+    Box::new(StreamOwned::new(connection, stream))
+}
 
 // === impl Wire ===
 
@@ -75,19 +90,7 @@ impl Wire {
     }
 
     fn shaken(self, stream: TcpStream) -> Box<dyn Io> {
-        if self != Self::Tls {
-            return Box::new(stream);
-        }
-        let pem = include_bytes!("registry.pem");
-        let certificate = CertificateDer::from_pem_slice(pem).expect("a certificate");
-        let key = PrivateKeyDer::from_pem_slice(pem).expect("a key");
-        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .and_then(|config| config.with_no_client_auth().with_single_cert(vec![certificate], key));
-        let mut config = config.expect("a good certificate");
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let connection = ServerConnection::new(Arc::new(config)).expect("a connection");
-        Box::new(StreamOwned::new(connection, stream))
+        if self == Self::Tls { tls(stream, &[b"h2"]) } else { Box::new(stream) }
     }
 }
 

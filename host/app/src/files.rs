@@ -28,15 +28,13 @@ pub(crate) enum FileError {
 
 /// What a file holds.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, FileError> {
-    let fault = |source| FileError::Read { path: path.to_owned(), source };
-    read_up_to_the_limit(File::open(path).map_err(fault)?, path)
+    read_up_to_the_limit(File::open(path).map_err(unreadable(path))?, path)
 }
 
 /// The same of a private key, which everybody may not read.
 pub(crate) fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
-    let fault = |source| FileError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(fault)?;
-    if file.metadata().map_err(fault)?.mode() & 0o007 != 0 {
+    let file = File::open(path).map_err(unreadable(path))?;
+    if file.metadata().map_err(unreadable(path))?.mode() & 0o007 != 0 {
         return Err(FileError::Open { path: path.to_owned() });
     }
     read_up_to_the_limit(file, path)
@@ -47,10 +45,14 @@ pub(crate) fn read_text(path: &Path) -> Result<String, FileError> {
     String::from_utf8(read(path)?).map_err(|_| FileError::Text { path: path.to_owned() })
 }
 
+fn unreadable(path: &Path) -> impl Fn(io::Error) -> FileError {
+    move |source| FileError::Read { path: path.to_owned(), source }
+}
+
 fn read_up_to_the_limit(file: File, path: &Path) -> Result<Vec<u8>, FileError> {
     let mut bytes = Vec::new();
     let read = file.take(MAX_BYTES + 1).read_to_end(&mut bytes);
-    read.map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    read.map_err(unreadable(path))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(FileError::TooLarge { path: path.to_owned() });
     }

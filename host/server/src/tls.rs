@@ -23,7 +23,9 @@ use tokio_rustls::server::TlsStream;
 const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: 131\r\nconnection: close\r\n\r\n\
 {\"error\":{\"message\":\"this port speaks TLS: use an https:// URL\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":\"tls_required\"}}";
 
-const H2: &[u8] = b"h2";
+/// HTTP/2 and HTTP/1.1, as ALPN names them.
+pub(crate) const H2: &[u8] = b"h2";
+pub(crate) const HTTP_1: &[u8] = b"http/1.1";
 
 /// What a client has chosen of what is offered; one that chooses nothing speaks HTTP/1.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +80,7 @@ fn config(chain: &[u8], key: &[u8]) -> Result<Arc<ServerConfig>, TlsError> {
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![H2.to_vec(), b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![H2.to_vec(), HTTP_1.to_vec()];
     Ok(Arc::new(config))
 }
 

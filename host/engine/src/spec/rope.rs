@@ -12,6 +12,8 @@ use super::read::{FieldError, Fields, invalid, missing, positive, unsupported};
 
 /// What the fields stand in.
 const FIELD: &str = "rope_scaling";
+/// Positions that the model was trained on first.
+const OLD_CONTEXT: &str = "original_max_position_embeddings";
 const SUPPORTED: &str = "null, or rope_type = default, linear, llama3, yarn or longrope";
 
 /// Rotate-half positions.
@@ -141,10 +143,9 @@ impl Parameters<'_> {
         self.or_none(name)?.ok_or_else(|| missing(name, "a positive number in rope_scaling"))
     }
 
-    /// Positions that the model was trained on first: in the object, or beside it.
+    /// The old context: in the object, or beside it.
     fn old_context(&self) -> Result<Option<f64>, FieldError> {
-        const NAME: &str = "original_max_position_embeddings";
-        Ok(self.or_none(NAME)?.or(self.fields.positive_or_none(NAME)?))
+        Ok(self.or_none(OLD_CONTEXT)?.or(self.fields.positive_or_none(OLD_CONTEXT)?))
     }
 
     fn stretch(&self, rope: &mut Rope) -> Result<(), FieldError> {
@@ -166,7 +167,7 @@ impl Parameters<'_> {
         if low >= high {
             return Err(invalid("low_freq_factor", low, "less than high_freq_factor"));
         }
-        let old_context = self.number("original_max_position_embeddings")?;
+        let old_context = self.number(OLD_CONTEXT)?;
         Ok(RopeScaling::Llama3 { factor: self.number("factor")?, low, high, old_context })
     }
 
@@ -196,9 +197,8 @@ impl Parameters<'_> {
     }
 
     fn longrope(&self, rope: &mut Rope) -> Result<(), FieldError> {
-        const OLD: &str = "original_max_position_embeddings";
         let context = self.fields.size("max_position_embeddings")? as f64;
-        let old_context = self.old_context()?.ok_or_else(|| missing(OLD, "a positive number"))?;
+        let old_context = self.old_context()?.ok_or_else(|| missing(OLD_CONTEXT, "a positive number"))?;
         let name = if context > old_context { "long_factor" } else { "short_factor" };
         let numbers = |found: &Value| {
             let all = found.as_array()?.iter().map(|x| x.as_f64().map(|x| x as f32).filter(|x| *x > 0.0));
@@ -219,9 +219,7 @@ impl Parameters<'_> {
 /// else it says may still be the old one.
 pub(super) fn context(fields: &Fields, found: Option<&Value>, rope: &Rope) -> Result<usize, FieldError> {
     let said = fields.size("max_position_embeddings")?;
-    let old_context = found.and_then(|all| all.get("original_max_position_embeddings")).and_then(Value::as_f64);
-    Ok(match (&rope.scaling, old_context) {
-        (RopeScaling::Yarn { factor, .. }, Some(old_context)) => said.max((old_context * factor) as usize),
-        _ => said,
-    })
+    let RopeScaling::Yarn { factor, .. } = rope.scaling else { return Ok(said) };
+    let old_context = Parameters { fields, found }.or_none(OLD_CONTEXT)?;
+    Ok(old_context.map_or(said, |old_context| said.max((old_context * factor) as usize)))
 }

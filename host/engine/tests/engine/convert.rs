@@ -138,11 +138,12 @@ fn metadata(arch: &str, config: &Json) -> Vec<(String, Value)> {
     let kind = rope["rope_type"].as_str().filter(|kind| ["yarn", "longrope"].contains(kind));
     if let Some(kind) = kind {
         let old_context = rope["original_max_position_embeddings"].as_u64().unwrap() as u32;
+        let stretch = config["max_position_embeddings"].as_f64().unwrap() / f64::from(old_context);
         all.push((format!("{arch}.rope.scaling.type"), Value::Text(kind.to_owned())));
         all.push((format!("{arch}.rope.scaling.original_context_length"), Value::U32(old_context)));
         let more = match kind {
             "yarn" => ("factor", rope["factor"].as_f64().unwrap()),
-            _ => ("attn_factor", (1.0 + (256.0 / f64::from(old_context)).ln() / f64::from(old_context).ln()).sqrt()),
+            _ => ("attn_factor", (1.0 + stretch.ln() / f64::from(old_context).ln()).sqrt()),
         };
         all.push((format!("{arch}.rope.scaling.{}", more.0), Value::F32(more.1 as f32)));
     }

@@ -16,9 +16,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::Protocol;
-
-const H2: &[u8] = b"h2";
-const HTTP_1: &[u8] = b"http/1.1";
+use crate::tls::{H2, HTTP_1};
 
 /// Who may vouch for an upstream.
 #[derive(Clone, Debug, Default)]
