@@ -16,6 +16,7 @@ use pointsman_telemetry::NameKind;
 use crate::error::ApiError;
 use crate::keys::{self, Holder, KeyDigest};
 use crate::state::ServerState;
+use crate::streams::NoPlace;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TENANT_ID: &str = "x-tenant-id";
@@ -205,6 +206,7 @@ pub(crate) async fn tag(
         Ok(None) => (new_id(&state, request.uri().path()), None),
         Err(error) => (new_id(&state, request.uri().path()), Some(error)),
     };
+    let refused = refused.or(request.extensions().get::<NoPlace>().copied().map(Into::into));
     request.extensions_mut().insert(RequestTag(Arc::clone(&tag)));
     let mut response = match refused {
         Some(error) => error.into_response(),

@@ -3,20 +3,21 @@
 //! What a connection of HTTP/1.1 is bounded by must hold for each stream, and hyper has no word for some of it. So a request
 //! takes one of the listener's places as a connection does; who does not take his answer loses his stream and not the
 //! connection, which may be a gateway's with the requests of many; and a connection without requests is closed after the time
-//! in which one of HTTP/1.1 would be. Which of the two is spoken is settled before: by ALPN, or by the first bytes.
+//! in which one of HTTP/1.1 would be. A client that opens streams only to reset them (CVE-2023-44487) loses the connection: h2 ends
+//! it for those that nobody has looked at, and here is the bound on those whose handlers had begun. Which of the two protocols is
+//! spoken is settled before: by ALPN, or by the first bytes.
 
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{Request, Response};
-use axum::response::IntoResponse;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -24,8 +25,9 @@ use hyper::rt::{Executor, Read, Write};
 use hyper::server::conn::http2;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::server::graceful::GracefulConnection;
 use pointsman_telemetry::Metrics;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::error::ApiError;
@@ -42,6 +44,10 @@ const MAX_SEND_BYTES: usize = 64 << 10;
 const PIECE_BYTES: usize = 16 << 10;
 /// Streams that a client has opened and reset before anybody looked; beyond, the connection ends.
 const MAX_UNSEEN_RESETS: usize = 20;
+/// Streams of a connection that were reset before their answer and so soon that nobody can have waited for it: with so many of them, and
+/// more than half of all, the connection ends. A gateway whose clients hang up stays below.
+const MAX_GIVEN_UP: u32 = 200;
+const SOON: Duration = Duration::from_secs(1);
 /// Silence after which a client is asked for a sign, and the time that it may take.
 const PING: Duration = Duration::from_secs(30);
 /// How long a client without requests may take to say goodbye.
@@ -66,6 +72,10 @@ pub(crate) struct Terms {
     pub(crate) metrics: Arc<Metrics>,
 }
 
+/// Put on a request that finds its listener full: it is refused where requests get their ids, and goes no further.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NoPlace;
+
 /// The streams of a connection.
 #[derive(Debug)]
 struct Streams {
@@ -73,6 +83,11 @@ struct Streams {
     /// Whether a stream has the connection's own place.
     is_taken: AtomicBool,
     n_open: watch::Sender<u32>,
+    /// So far, and of these the ones that were reset before their answer, soon.
+    n_begun: AtomicU32,
+    n_given_up: AtomicU32,
+    /// There are too many of these.
+    is_misused: Notify,
 }
 
 /// One of them, while it is open.
@@ -81,6 +96,8 @@ struct Stream {
     streams: Arc<Streams>,
     /// None for the one that has the connection's own.
     place: Option<OwnedSemaphorePermit>,
+    since: Instant,
+    is_answered: bool,
 }
 
 /// An answer on its way.
@@ -90,7 +107,7 @@ struct Answer {
     /// Of its last frame, what is still to be handed on.
     rest: Bytes,
     /// None for a refusal.
-    _stream: Option<Stream>,
+    stream: Option<Stream>,
 }
 
 /// Runs the streams, each until it ends or its client takes nothing for too long.
@@ -100,24 +117,24 @@ struct Runner {
 }
 
 /// Serves a connection until it ends, or, once the host drains, until its requests under way have ended.
-pub(crate) async fn serve<I, S>(io: I, service: S, terms: Terms, mut phase: watch::Receiver<Phase>)
+pub(crate) async fn serve<I, S>(io: I, service: S, terms: Terms, phase: watch::Receiver<Phase>)
 where
     I: Read + Write + Unpin + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Send + 'static,
     S::Future: Send + 'static,
 {
-    let (n_open, mut open) = watch::channel(0);
-    let streams = Arc::new(Streams { room: terms.room, is_taken: AtomicBool::new(false), n_open });
-    let metrics = terms.metrics;
-    let service = service_fn(move |request| {
-        let begun = streams.open().map(|stream| (stream, service.call(request))).ok_or_else(|| refusal(&metrics));
-        async move {
-            let (stream, answer) = match begun {
-                Ok(begun) => begun,
-                Err(refusal) => return Ok(refusal),
-            };
-            answer.await.map(|response| response.map(|body| Answer::new(body, Some(stream))))
+    let (n_open, open) = watch::channel(0);
+    let streams = Arc::new(Streams::new(terms.room, n_open));
+    let (metrics, opened) = (terms.metrics, Arc::clone(&streams));
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let stream = opened.open();
+        if stream.is_none() {
+            tracing::debug!("a request of an open connection finds no place");
+            metrics.rejected("queue");
+            request.extensions_mut().insert(NoPlace);
         }
+        let answer = service.call(request);
+        async move { answer.await.map(|response| response.map(|body| Answer::new(body, stream))) }
     });
     let mut builder = http2::Builder::new(Runner { write_timeout: terms.write_timeout });
     builder
@@ -130,11 +147,26 @@ where
         .max_pending_accept_reset_streams(MAX_UNSEEN_RESETS)
         .keep_alive_interval(PING)
         .keep_alive_timeout(PING);
-    let mut connection = pin!(builder.serve_connection(io, service));
+    let connection = builder.serve_connection(io, service);
+    tokio::select! {
+        () = until_over(connection, (phase, open), terms.idle) => {}
+        () = streams.is_misused.notified() => {
+            tracing::debug!("a client opens streams and resets them, and loses the connection");
+        }
+    }
+}
+
+/// Runs a connection until it ends; says goodbye when the host drains or nobody asks anything.
+async fn until_over(
+    connection: impl GracefulConnection<Error = hyper::Error>,
+    (mut phase, mut open): (watch::Receiver<Phase>, watch::Receiver<u32>),
+    limit: Duration,
+) {
+    let mut connection = pin!(connection);
     let is_told = tokio::select! {
         ended = connection.as_mut() => return note(ended),
         () = reached(&mut phase, Phase::Draining) => true,
-        () = idle(&mut open, terms.idle) => false,
+        () = idle(&mut open, limit) => false,
     };
     connection.as_mut().graceful_shutdown();
     tokio::select! {
@@ -163,17 +195,21 @@ fn note(ended: hyper::Result<()>) {
     }
 }
 
-fn refusal(metrics: &Metrics) -> Response<Answer> {
-    tracing::debug!("a request of an open connection finds no place");
-    metrics.rejected("queue");
-    let what = "as many requests and connections are open as this listener has places for (server.max_connections)";
-    let refused = ApiError::Saturated { what: what.to_owned() }.into_response();
-    refused.map(|body| Answer::new(body, None))
+impl From<NoPlace> for ApiError {
+    fn from(NoPlace: NoPlace) -> Self {
+        let what = "as many requests and connections are open as this listener has places for (server.max_connections)";
+        Self::Saturated { what: what.to_owned() }
+    }
 }
 
 // === impl Streams ===
 
 impl Streams {
+    fn new(room: Arc<Semaphore>, n_open: watch::Sender<u32>) -> Self {
+        let (n_begun, n_given_up) = (AtomicU32::new(0), AtomicU32::new(0));
+        Self { room, is_taken: AtomicBool::new(false), n_open, n_begun, n_given_up, is_misused: Notify::new() }
+    }
+
     /// A place for another stream; none where the listener is full.
     fn open(self: &Arc<Self>) -> Option<Stream> {
         let place = match self.is_taken.swap(true, Ordering::Relaxed) {
@@ -181,7 +217,16 @@ impl Streams {
             true => Some(Arc::clone(&self.room).try_acquire_owned().ok()?),
         };
         self.n_open.send_modify(|n| *n += 1);
-        Some(Stream { streams: Arc::clone(self), place })
+        self.n_begun.fetch_add(1, Ordering::Relaxed);
+        Some(Stream { streams: Arc::clone(self), place, since: Instant::now(), is_answered: false })
+    }
+
+    /// A stream is gone that had no answer yet, soon after it came.
+    fn given_up(&self) {
+        let n_given_up = self.n_given_up.fetch_add(1, Ordering::Relaxed) + 1;
+        if n_given_up >= MAX_GIVEN_UP && n_given_up > self.n_begun.load(Ordering::Relaxed) / 2 {
+            self.is_misused.notify_one();
+        }
     }
 }
 
@@ -189,6 +234,9 @@ impl Drop for Stream {
     fn drop(&mut self) {
         if self.place.is_none() {
             self.streams.is_taken.store(false, Ordering::Relaxed);
+        }
+        if !self.is_answered && self.since.elapsed() < SOON {
+            self.streams.given_up();
         }
         self.streams.n_open.send_modify(|n| *n -= 1);
     }
@@ -198,7 +246,16 @@ impl Drop for Stream {
 
 impl Answer {
     fn new(body: Body, stream: Option<Stream>) -> Self {
-        Self { body, rest: Bytes::new(), _stream: stream }
+        let mut answer = Self { body, rest: Bytes::new(), stream };
+        if answer.body.is_end_stream() {
+            answer.begins();
+        }
+        answer
+    }
+
+    /// Its head is on its way. Not before: a handler that finds its stream reset has an answer too, which nobody asks for more of.
+    fn begins(&mut self) {
+        self.stream.iter_mut().for_each(|stream| stream.is_answered = true);
     }
 
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
@@ -210,7 +267,13 @@ impl Answer {
                 None => return Poll::Ready(None),
             }
         }
-        let piece = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
+        // What h2 has been given nobody watches any more. So the last byte of all is for itself: there is room for it only when
+        // there was room for all that comes before.
+        let n_bytes = match self.rest.len() {
+            n @ 2..=PIECE_BYTES if self.body.is_end_stream() => n - 1,
+            n => n.min(PIECE_BYTES),
+        };
+        let piece = self.rest.split_to(n_bytes);
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 }
@@ -220,6 +283,7 @@ impl http_body::Body for Answer {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.begins();
         let polled = self.poll_piece(cx);
         // The next frame is asked for when there is room for it.
         let owed = matches!(polled, Poll::Ready(Some(_))).then(Instant::now);

@@ -15,6 +15,7 @@ use crate::config::{AdminRole, AdminToken};
 use crate::error::ApiError;
 use crate::identity::bearer;
 use crate::state::ServerState;
+use crate::streams::NoPlace;
 
 /// Who called, for the journal: the token's name (`loopback` where none is asked for) and the address, as in `ci@10.0.0.7`.
 #[derive(Clone, Debug)]
@@ -36,6 +37,9 @@ pub(super) async fn guard(State(state): State<Arc<ServerState>>, mut request: Re
 }
 
 fn admit(state: &ServerState, request: &Request) -> Result<Actor, ApiError> {
+    if let Some(refused) = request.extensions().get::<NoPlace>() {
+        return Err((*refused).into());
+    }
     let headers = request.headers();
     if headers.contains_key(ORIGIN) {
         return Err(ApiError::Forbidden { what: "the admin plane takes no requests from web pages (`Origin` is set)" });
