@@ -1,10 +1,8 @@
-//! The one wasmtime engine: determinism, interruption, memory layout, and the clock that ticks it.
+//! The one wasmtime engine: determinism, interruption, memory layout.
 //!
 //! Code generation is fixed here and nowhere else, because the compile child must generate exactly what the host loads.
 //! Instances come from a pooling allocator; it reserves address space for all of them at once, so where that is limited
 //! (containers with `ulimit -v`) the engine falls back to allocating on demand, which only makes instantiation slower.
-
-use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 use wasmtime::{
@@ -13,8 +11,6 @@ use wasmtime::{
 
 use crate::config::RuntimeConfig;
 
-/// One tick of the epoch: the resolution of hard budgets.
-const TICK: Duration = Duration::from_millis(1);
 /// Stack that a guest may use before it traps.
 const STACK_BYTES: usize = 512 << 10;
 /// Core instances, memories and tables that one component may consist of: a JavaScript guest has three memories, and a Python
@@ -90,20 +86,6 @@ pub(crate) fn host(max_instances: u32) -> wasmtime::Result<(Engine, Allocation)>
         "no address space for a pool of wasm instances; allocating on demand (check `ulimit -v`)"
     );
     Ok((Engine::new(&codegen_config())?, Allocation::OnDemand))
-}
-
-/// Starts the thread that advances the engine's epoch every millisecond until the engine is gone. A plain thread: a timer
-/// task would share its runtime with the guests that it must interrupt.
-pub(crate) fn start_ticker(engine: &Engine) -> std::io::Result<()> {
-    let engine = engine.weak();
-    std::thread::Builder::new().name("wasm-epoch".into()).spawn(move || {
-        while let Some(engine) = engine.upgrade() {
-            engine.increment_epoch();
-            drop(engine);
-            std::thread::park_timeout(TICK);
-        }
-    })?;
-    Ok(())
 }
 
 /// Nanoseconds on the system's monotonic clock, for durations in metrics. Not a clock to decide by: decisions get their

@@ -20,6 +20,7 @@ use crate::manifest::{Manifest, Wants};
 use crate::runtime::Shared;
 use crate::shadow::Case;
 use crate::state::StateView;
+use crate::ticker::Ticker;
 use crate::upload::World;
 
 /// Longest message of a guest that refuses its configuration, or what it is handed, in bytes.
@@ -91,6 +92,7 @@ pub(crate) struct ProbeFault {
 /// A running guest.
 pub(crate) struct Instance<H: Hook> {
     store: Store<Host>,
+    ticker: Ticker,
     exports: Exports<H::Bindings>,
     pub(crate) local: H::Local,
     pub(crate) calls: u64,
@@ -211,6 +213,7 @@ impl<H: Hook> Instance<H> {
         host.now = now;
         host.deadline.start(hard);
         self.store.set_epoch_deadline(1);
+        self.ticker.heard();
     }
 
     /// Whether a fresh instance should take over: it served long enough, or its memory grew too far.
@@ -242,8 +245,8 @@ impl<H: Hook> Maker<H> {
             .linked
             .instantiate::<H>(&mut store)
             .map_err(|error| StartError::Fault(Call::Instantiate, Fault::of_instantiation(&error)))?;
-        let mut instance =
-            Box::new(Instance { store, exports, local: H::Local::default(), calls: 0, number, ready_bytes: 0 });
+        let (ticker, local) = (shared.ticker.clone(), H::Local::default());
+        let mut instance = Box::new(Instance { store, ticker, exports, local, calls: 0, number, ready_bytes: 0 });
         let columns = crate::manifest::known_names(H::WORLD, &shared.config.replica_labels);
         let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
         let info = InitInfo {
@@ -295,10 +298,15 @@ pub(crate) fn new_store<H: Hook>(shared: &Shared, host: Host) -> Store<Host> {
     let mut store = Store::new(&shared.engine, host);
     store.limiter(|host| &mut host.memory);
     store.set_hostcall_fuel(H::MAX_ANSWER_BYTES);
-    store.epoch_deadline_callback(|mut store| Ok(store.data_mut().deadline.tick()));
+    let ticker = shared.ticker.clone();
+    store.epoch_deadline_callback(move |mut store| {
+        ticker.heard();
+        Ok(store.data_mut().deadline.tick())
+    });
     // Start functions run under the same budget as `init`.
     store.data_mut().deadline.start(shared.config.budgets.init.hard);
     store.set_epoch_deadline(1);
+    shared.ticker.heard();
     store
 }
 

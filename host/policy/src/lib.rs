@@ -44,6 +44,7 @@ mod shadow;
 mod slot;
 mod state;
 mod telemetry;
+mod ticker;
 mod upload;
 mod versions;
 mod witness;

@@ -36,6 +36,7 @@ use crate::scheduler::{SchedulerHook, SchedulerSlot};
 use crate::slot::{Prepared, SlotCore, Tend};
 use crate::state::{Sharing, StateStore, StateView};
 use crate::telemetry::{TelemetryHook, TelemetrySlot};
+use crate::ticker::Ticker;
 use crate::upload::{Digest, UploadError, World, identify, shorten, to_component};
 use crate::versions;
 
@@ -54,6 +55,7 @@ pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
 /// What all parts of the runtime share.
 pub(crate) struct Shared {
     pub(crate) engine: Engine,
+    pub(crate) ticker: Ticker,
     pub(crate) config: RuntimeConfig,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) recorder: Recorder,
@@ -311,12 +313,13 @@ impl Runtime {
         check_bounds(&config)?;
         let refused = |error: wasmtime::Error| RuntimeError::Engine { detail: shorten(&format!("{error:#}")) };
         let (engine, allocation) = engine::host(config.max_instances).map_err(refused)?;
-        engine::start_ticker(&engine)?;
+        let ticker = Ticker::start(&engine)?;
         let linker = linker(&engine).map_err(refused)?;
         let compiler =
             Compiler::new(&engine, config.compile.clone(), config.cache_dir.as_deref(), config.cache_entries)?;
         let shared = Arc::new(Shared {
             engine,
+            ticker,
             config,
             metrics,
             recorder,
