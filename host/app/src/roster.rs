@@ -30,7 +30,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use pointsman_control::{Happened, LoadedModel as StoredModel};
 use pointsman_engine::cuda::{Bytes, CodeOptions};
-use pointsman_engine::{ComputePool, give_back_freed};
+use pointsman_engine::{ComputePool, give_back_freed, lowest_priority};
 use pointsman_sched::ids::Micros;
 use pointsman_server::admin::wire::{self, LoadStage, ModelSource, ModelState};
 use pointsman_server::ports::{
@@ -450,7 +450,7 @@ impl Parts {
         let ((asks, asked), (answer, answers)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
         let packing = Packing { followed, asks, answers: Mutex::new(answers) };
         let pack = move || {
-            if let Err(error) = rustix::process::nice(LOWEST) {
+            if let Err(error) = lowest_priority().or_else(|_| rustix::process::nice(LOWEST).map(drop)) {
                 tracing::warn!("the load of `{name}` competes with those that serve: {error}");
             }
             loader.load_one((name, path), &known.variants, &packing)

@@ -13,7 +13,7 @@ mod spec;
 
 pub use backend::cpu::{
     ComputePool, CpuEngine, Encoder, KvPlan, MemoryUse, Model, PoolError, Precision, Progress, UnknownPrecision,
-    give_back_freed, keep_little_freed,
+    give_back_freed, keep_little_freed, lowest_priority,
 };
 pub use backend::{ConfigError, EngineConfig, cuda};
 pub use load::{LoadError, Weights, gguf};

@@ -20,6 +20,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 pub(crate) use self::elements::{Elements, Kind, scale_and_minimum};
 use self::gguf::{Contents, GgufError, Value};
 use crate::Precision;
+use crate::backend::cpu::background::PIECE;
 use crate::backend::cuda;
 
 /// Tensors by name, in one file or several.
@@ -370,9 +371,15 @@ impl std::fmt::Debug for Bytes {
 
 /// Quantises rows of width `k` (a multiple of 32) with candle's GGML Q8_0.
 pub(crate) fn quantise_q8_0(elements: &Elements<'_>, k: usize) -> Result<Elements<'static>, LoadError> {
-    let tensor = Tensor::from_vec(elements.to_f32(), (elements.len() / k, k), &Device::Cpu)?;
-    let quantised = QTensor::quantize(&tensor, GgmlDType::Q8_0)?;
-    Ok(Elements::owned(Kind::Q8_0, quantised.data()?.into_owned()))
+    let rows_at_once = (PIECE / k).max(1) * k;
+    let mut bytes = Vec::with_capacity(elements.len() / Kind::Q8_0.values() * Kind::Q8_0.bytes());
+    for first in (0..elements.len()).step_by(rows_at_once) {
+        let piece = elements.slice(first..(first + rows_at_once).min(elements.len())).to_f32();
+        let tensor = Tensor::from_vec(piece, ((elements.len() - first).min(rows_at_once) / k, k), &Device::Cpu)?;
+        bytes.extend_from_slice(&QTensor::quantize(&tensor, GgmlDType::Q8_0)?.data()?);
+        std::thread::yield_now();
+    }
+    Ok(Elements::owned(Kind::Q8_0, bytes))
 }
 
 /// Numbers of a row as e4m3 floats, to be multiplied by `scale`; the largest of them becomes 448, the largest there is.

@@ -5,6 +5,7 @@
 
 mod aligned;
 mod attention;
+pub(crate) mod background;
 mod block_dots;
 mod block_tiles;
 mod blocks;
@@ -29,6 +30,7 @@ mod super_dots;
 mod super_tiles;
 mod supers;
 
+pub use background::lowest_priority;
 pub use encoder::Encoder;
 pub use engine::{CpuEngine, MemoryUse};
 pub use heap::{give_back_freed, keep_little_freed};

@@ -8,6 +8,8 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use crate::backend::cpu::background::PIECE;
+
 /// How the values of a tensor are stored.
 ///
 /// A block of a quantised type holds [`values`](Self::values) of them along K in [`bytes`](Self::bytes), laid out as GGML does.
@@ -197,8 +199,12 @@ impl<'a> Elements<'a> {
             }
             Kind::Q6K => half_at(block, 208).is_finite(),
         };
-        let mut blocks = self.bytes.chunks_exact(self.kind.bytes());
-        blocks.position(|bytes| !block(bytes)).map(|at| at * values)
+        let (size, n_blocks) = (self.kind.bytes(), PIECE / values);
+        self.bytes.chunks(n_blocks * size).enumerate().find_map(|(n, piece)| {
+            std::thread::yield_now();
+            let at = piece.chunks_exact(size).position(|bytes| !block(bytes))?;
+            Some((n * n_blocks + at) * values)
+        })
     }
 }
 

@@ -25,6 +25,22 @@ impl<T: Copy, const N: usize> Aligned<T, N> {
         let offset = data.as_ptr().align_offset(LINE).min(padding);
         Self { data, offset, len: n * N }
     }
+
+    /// None yet, and room for `n`.
+    pub(super) fn with_room(value: T, n: usize) -> Self {
+        let padding = LINE / size_of::<T>();
+        let mut data: Vec<T> = Vec::with_capacity(n * N + padding);
+        let offset = data.as_ptr().align_offset(LINE).min(padding);
+        data.resize(offset, value);
+        Self { data, offset, len: 0 }
+    }
+
+    /// As many more as that, full of `value`; within the room there is.
+    pub(super) fn push(&mut self, value: T, n: usize) {
+        assert!(n * N <= self.data.capacity() - self.data.len(), "it would move");
+        self.data.resize(self.data.len() + n * N, value);
+        self.len += n * N;
+    }
 }
 
 impl<T, const N: usize> Deref for Aligned<T, N> {
@@ -64,6 +80,12 @@ mod tests {
                 last[15] = 1.0;
             }
             assert!(array.as_flattened().iter().rev().skip(1).all(|&x| x == 0.5));
+            let mut grown = Aligned::<f32, 16>::with_room(0.0, n + 2);
+            grown.push(0.5, n);
+            grown.push(1.5, 2);
+            assert!(grown.as_ptr().cast::<f32>().align_offset(LINE) == 0);
+            assert_eq!((grown.len(), grown[n + 1][15]), (n + 2, 1.5));
+            assert!(grown[..n].as_flattened().iter().all(|&x| x == 0.5));
         }
     }
 }

@@ -8,6 +8,7 @@
 use half::{bf16, f16};
 
 use super::aligned::Aligned;
+use super::background::Breath;
 use super::blocks::{Q4Block, Q8Block, QuantBlock};
 use super::isa::{LANES, Weight};
 use super::supers::{Q4kBlock, Q5kBlock, Q6kBlock};
@@ -188,26 +189,35 @@ fn pack<W: Weight>(
     get: impl Fn(&Elements<'_>, usize) -> W,
 ) -> Aligned<W, PANEL> {
     let n = rows(parts, k).len();
-    let mut aligned = Aligned::filled(W::ZERO, n.div_ceil(PANEL) * k);
-    let packed: &mut [[W; PANEL]] = &mut aligned;
+    let (mut packed, mut breath) = (Aligned::with_room(W::ZERO, n.div_ceil(PANEL) * k), Breath::default());
     for (column, (part, row)) in columns(parts, k, join).enumerate() {
-        for i in 0..k {
-            packed[column / PANEL * k + i][column % PANEL] = get(&parts[part], row * k + i);
+        let c = column % PANEL;
+        if c == 0 {
+            packed.push(W::ZERO, k);
         }
+        let panel: &mut [[W; PANEL]] = &mut packed[column / PANEL * k..];
+        for (i, to) in panel.iter_mut().enumerate() {
+            to[c] = get(&parts[part], row * k + i);
+        }
+        breath.done(k);
     }
-    aligned
+    packed
 }
 
 /// Quantised blocks as they are.
 fn pack_blocks<B: QuantBlock>(parts: &[Elements<'_>], k: usize, join: Join) -> Vec<B> {
     let per_row = k / (BLOCK * B::BLOCKS);
     let n = rows(parts, k).len().div_ceil(PANEL) * per_row;
-    let mut packed: Vec<B> = std::iter::repeat_with(|| B::EMPTY).take(n).collect();
+    let (mut packed, mut breath) = (Vec::with_capacity(n), Breath::default());
     for (column, (part, row)) in columns(parts, k, join).enumerate() {
+        if column % PANEL == 0 {
+            packed.extend(std::iter::repeat_with(|| B::EMPTY).take(per_row));
+        }
         let panel = &mut packed[column / PANEL * per_row..][..per_row];
         for (b, block) in panel.iter_mut().enumerate() {
             block.put(column % PANEL, &parts[part], row * per_row + b);
         }
+        breath.done(k);
     }
     packed
 }
