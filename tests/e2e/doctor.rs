@@ -75,7 +75,8 @@ fn every_fault_is_told_with_its_remedy() {
         fs::write(&config, format!("[server.tls]\ncert_file = {pem:?}\nkey_file = {pem:?}\n")).expect("a file");
         config
     };
-    let (expired, open) = (certificate("expired", 0o600), certificate("registry", 0o644));
+    let [expired, unborn] = ["expired", "unborn"].map(|name| certificate(name, 0o600));
+    let open = certificate("registry", 0o644);
     let no_ca = "upstreams.east = { url = \"https://127.0.0.1:1\", model = \"m\", ca_file = \"/nowhere/ca\" }\n";
     fs::write(path("ca.toml"), no_ca).expect("a file");
     let ca = path("ca.toml");
@@ -87,7 +88,7 @@ fn every_fault_is_told_with_its_remedy() {
     let (file, store) = (path("bad.toml/below"), path("data"));
     // Data directory, arguments, section and name of the finding, and what it says.
     type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str), &'a str);
-    let cases: [Case<'_>; 11] = [
+    let cases: [Case<'_>; 12] = [
         (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
         (&store, &["--config", &on_demand], ("models", "lazy"), "cannot read config.json"),
         (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),
@@ -95,6 +96,7 @@ fn every_fault_is_told_with_its_remedy() {
         (&store, &["--config", &upstreams], ("upstreams", "east"), "api_key_file: /nowhere/key"),
         (&store, &["--config", &ca], ("upstreams", "east"), "ca_file: /nowhere/ca"),
         (&store, &["--config", &expired], ("tls", "data"), "has expired"),
+        (&store, &["--config", &unborn], ("tls", "data"), "is not valid yet"),
         (&store, &["--config", &open], ("tls", "data"), "can be read by everybody"),
         (&store, &["--config", &slots], ("policies", "router"), "wasi:"),
         (&store, &["--listen", &at], ("ports", "data"), &at),

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pointsman_server::{Tls, TlsError, expiry};
+use pointsman_server::{Tls, TlsError, Validity, validity};
 use serde::{Deserialize, Serialize};
 
 use crate::files::{self, FileError};
@@ -36,6 +36,8 @@ pub(crate) enum CertificateError {
 pub(crate) struct Certificate {
     files: TlsSection,
     pub(crate) tls: Arc<Tls>,
+    /// When all of the chain was valid that was read first; none where it does not say it in a way that is known.
+    pub(crate) valid: Option<Validity>,
 }
 
 // === impl TlsSection ===
@@ -62,19 +64,12 @@ impl TlsSection {
         }
         let (chain, key) = self.read()?;
         let tls = Tls::new(&chain, &key).map_err(|source| self.unusable(source))?;
-        Ok(Some(Certificate { files: self.clone(), tls: Arc::new(tls) }))
+        let valid = validity(&chain);
+        Ok(Some(Certificate { files: self.clone(), tls: Arc::new(tls), valid }))
     }
 
     fn read(&self) -> Result<(Vec<u8>, Vec<u8>), CertificateError> {
         Ok((files::read(&self.cert_file)?, files::read_secret(&self.key_file)?))
-    }
-
-    /// Unix seconds until which all of the chain is valid; none where the certificates do not say it in a way that is known.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub(crate) fn expiry(&self) -> Result<Option<u64>, CertificateError> {
-        Ok(expiry(&files::read(&self.cert_file)?))
     }
 
     fn unusable(&self, source: TlsError) -> CertificateError {

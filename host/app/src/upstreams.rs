@@ -13,10 +13,10 @@ use anyhow::{Context, bail};
 use pointsman_sched::ids::ReplicaId;
 use pointsman_sched::publish::PrefixSketch;
 use pointsman_server::Secret;
-use pointsman_server::expiry;
 use pointsman_server::ports::{Clock, Elsewhere, Encoder, Replica, Variant};
 use pointsman_server::text::TextModel;
 use pointsman_server::upstream::{Protocol, Roots, Upstream, UpstreamTerms};
+use pointsman_server::{Validity, validity};
 use pointsman_telemetry::{Metrics, NameKind};
 use serde::{Deserialize, Serialize};
 
@@ -223,9 +223,9 @@ impl UpstreamSection {
         Ok(if self.has_ca() { Roots::Pem(files::read(&self.ca_file).context("ca_file")?) } else { Roots::System })
     }
 
-    /// Unix seconds until which its authorities are valid, where it has some of its own that say it.
-    pub(crate) fn ca_expiry(&self) -> Option<u64> {
-        expiry(&files::read(&self.ca_file).ok().filter(|_| self.has_ca())?)
+    /// When its authorities are valid, where it has some of its own that say it.
+    pub(crate) fn ca_validity(&self) -> Option<Validity> {
+        validity(&files::read(&self.ca_file).ok().filter(|_| self.has_ca())?)
     }
 
     /// One that can be used as it is configured; nothing is sent to it.

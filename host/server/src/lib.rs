@@ -44,7 +44,7 @@ pub use data::data_router;
 pub use keys::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_key_name};
 pub use serve::{Listeners, Plane, ServeError, serve};
 pub use state::{ServerParts, ServerState};
-pub use tls::{Tls, TlsError, expiry};
+pub use tls::{Tls, TlsError, Validity, validity};
 
 #[cfg(test)]
 mod fakes;

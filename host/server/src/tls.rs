@@ -38,6 +38,15 @@ pub(crate) enum Chosen {
 #[derive(Debug)]
 pub struct Tls(RwLock<Arc<ServerConfig>>);
 
+/// When certificates are valid, in Unix seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// From then on, ...
+    pub from_s: u64,
+    /// ... until then.
+    pub until_s: u64,
+}
+
 /// Why a certificate and its key cannot be used; the operator's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
@@ -84,25 +93,36 @@ fn config(chain: &[u8], key: &[u8]) -> Result<Arc<ServerConfig>, TlsError> {
     Ok(Arc::new(config))
 }
 
-/// Unix seconds until which all certificates of a text in PEM are valid; none where one does not say it in a way that is known.
+/// When all certificates of a text in PEM are valid; none where there is none, or one does not say it in a way that is known.
 ///
-/// rustls reads certificates and has no word for it, but says it of one that has expired: so each is checked at the end of all
-/// times that a certificate can name, 9999-12-31.
+/// rustls reads certificates and has no word for it, but says it of one that is not valid: so each is checked at the beginning of
+/// Unix time and at the end of all times that a certificate can name, 9999-12-31.
 #[must_use]
-pub fn expiry(pem: &[u8]) -> Option<u64> {
-    let end = UnixTime::since_unix_epoch(Duration::from_secs(253_402_300_800));
+pub fn validity(pem: &[u8]) -> Option<Validity> {
     let of = |certificate: &CertificateDer<'_>| {
         let certificate = ParsedCertificate::try_from(certificate).ok()?;
-        let nobody = RootCertStore::empty();
-        match verify_server_cert_signed_by_trust_anchor(&certificate, &nobody, &[], end, &[]) {
-            Err(RustlsError::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => {
-                Some(not_after.as_secs())
+        let fault_at = |s| {
+            let (nobody, at) = (RootCertStore::empty(), UnixTime::since_unix_epoch(Duration::from_secs(s)));
+            match verify_server_cert_signed_by_trust_anchor(&certificate, &nobody, &[], at, &[]) {
+                Err(RustlsError::InvalidCertificate(fault)) => Some(fault),
+                _ => None,
+            }
+        };
+        let from_s = match fault_at(0) {
+            Some(CertificateError::NotValidYetContext { not_before, .. }) => not_before.as_secs(),
+            _ => 0,
+        };
+        match fault_at(253_402_300_800) {
+            Some(CertificateError::ExpiredContext { not_after, .. }) => {
+                Some(Validity { from_s, until_s: not_after.as_secs() })
             }
             _ => None,
         }
     };
     let each = CertificateDer::pem_slice_iter(pem).map(|certificate| of(&certificate.ok()?));
-    each.collect::<Option<Vec<u64>>>()?.into_iter().min()
+    let both =
+        |a: Validity, b: Validity| Validity { from_s: a.from_s.max(b.from_s), until_s: a.until_s.min(b.until_s) };
+    each.collect::<Option<Vec<_>>>()?.into_iter().reduce(both)
 }
 
 // === impl Tls ===

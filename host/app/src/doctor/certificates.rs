@@ -1,7 +1,8 @@
 //! The certificates of the planes: whether they can be used, and until when.
 
+use pointsman_server::Validity;
+
 use crate::config::Config;
-use crate::tls::TlsSection;
 
 use super::report::Report;
 
@@ -12,7 +13,10 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
     for (name, tls) in [("data", &config.server.tls), ("admin", &config.admin.tls)] {
         match tls.load() {
             Ok(None) => {}
-            Ok(Some(_)) => valid(name, tls, now_s, report)?,
+            Ok(Some(certificate)) => {
+                let left = certificate.valid.map(|valid| left(valid, now_s));
+                tell((name, &tls.cert_file.display().to_string()), left, report)?;
+            }
             Err(error) => {
                 let remedy = "put files in their place that the host may read (docs/tls.md)";
                 report.fault("tls", name, chain(&error), remedy)?;
@@ -22,10 +26,13 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
     Ok(())
 }
 
-fn valid(name: &str, tls: &TlsSection, now_s: u64, report: &mut Report<'_>) -> anyhow::Result<()> {
-    let file = tls.cert_file.display();
-    match tls.expiry()?.map(|end_s| left(end_s, now_s)) {
+fn tell((name, file): (&str, &str), left: Option<Left>, report: &mut Report<'_>) -> anyhow::Result<()> {
+    match left {
         None => report.good("tls", name, format!("{file} can be used")),
+        Some(Left::NotYet { days }) => {
+            let found = format!("{file} is not valid yet, for {days} days: clients refuse it");
+            report.fault("tls", name, found, "use one that is valid, or correct the clock of this machine")
+        }
         Some(Left::Nothing) => {
             report.fault("tls", name, format!("{file} has expired: clients refuse it"), "renew it, and send SIGHUP")
         }
@@ -40,6 +47,10 @@ fn valid(name: &str, tls: &TlsSection, now_s: u64, report: &mut Report<'_>) -> a
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Left {
     Nothing,
+    /// It becomes valid.
+    NotYet {
+        days: u64,
+    },
     /// Somebody should look.
     Little {
         days: u64,
@@ -49,10 +60,12 @@ pub(super) enum Left {
     },
 }
 
-pub(super) fn left(end_s: u64, now_s: u64) -> Left {
-    let days = end_s.saturating_sub(now_s) / (24 * 3_600);
-    match end_s.checked_sub(now_s) {
+pub(super) fn left(Validity { from_s, until_s }: Validity, now_s: u64) -> Left {
+    const DAY: u64 = 24 * 3_600;
+    let days = until_s.saturating_sub(now_s) / DAY;
+    match until_s.checked_sub(now_s) {
         None => Left::Nothing,
+        Some(_) if from_s > now_s => Left::NotYet { days: (from_s - now_s).div_ceil(DAY) },
         Some(left_s) if left_s < WARNING_S => Left::Little { days },
         Some(_) => Left::Enough { days },
     }
@@ -73,13 +86,15 @@ mod tests {
     #[test]
     fn two_weeks_before_its_end_somebody_should_look() {
         const DAY: u64 = 24 * 3_600;
-        for (end_s, expect) in [
-            (99 * DAY, Left::Nothing),
-            (100 * DAY, Left::Little { days: 0 }),
-            (114 * DAY - 1, Left::Little { days: 13 }),
-            (114 * DAY, Left::Enough { days: 14 }),
+        for (from_s, until_s, expect) in [
+            (0, 99 * DAY, Left::Nothing),
+            (0, 100 * DAY, Left::Little { days: 0 }),
+            (100 * DAY, 114 * DAY - 1, Left::Little { days: 13 }),
+            (100 * DAY, 114 * DAY, Left::Enough { days: 14 }),
+            (100 * DAY + 1, 114 * DAY, Left::NotYet { days: 1 }),
+            (102 * DAY, 103 * DAY, Left::NotYet { days: 2 }),
         ] {
-            assert_eq!(left(end_s, 100 * DAY), expect, "{end_s}");
+            assert_eq!(left(Validity { from_s, until_s }, 100 * DAY), expect, "{from_s} to {until_s}");
         }
     }
 }

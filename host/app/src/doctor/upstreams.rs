@@ -41,10 +41,14 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
         }
         let file = section.ca_file.display();
         let remedy = "put the new authorities beside the old ones, and send SIGHUP";
-        match section.ca_expiry().map(|end_s| left(end_s, now_s)) {
+        match section.ca_validity().map(|valid| left(valid, now_s)) {
             None | Some(Left::Enough { .. }) => {}
             Some(Left::Little { days }) => {
                 report.warn("upstreams", name, format!("of {file}, one expires in {days} days"), remedy)?;
+            }
+            Some(Left::NotYet { days }) => {
+                let remedy = "put those in use beside it, and look at the clock of this machine";
+                report.warn("upstreams", name, format!("of {file}, one is not valid yet, for {days} days"), remedy)?;
             }
             Some(Left::Nothing) => report.warn("upstreams", name, format!("of {file}, one has expired"), remedy)?,
         }

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use crate::fakes::Rig;
-use crate::{Listeners, Plane, ServerConfig, Tls, TlsError, expiry, serve};
+use crate::{Listeners, Plane, ServerConfig, Tls, TlsError, Validity, serve, validity};
 
 /// A certificate and its key, and another pair.
 const OURS: &[u8] = include_bytes!("../../../../tests/e2e/registry.pem");
 const OTHERS: &[u8] = include_bytes!("../../../../tests/e2e/renewed.pem");
+/// Two that are not valid now.
+const EXPIRED: &[u8] = include_bytes!("../../../../tests/e2e/expired.pem");
+const UNBORN: &[u8] = include_bytes!("../../../../tests/e2e/unborn.pem");
 
 fn key_of(pair: &[u8]) -> &[u8] {
     let text = std::str::from_utf8(pair).expect("PEM");
@@ -32,15 +35,19 @@ fn a_pair_that_cannot_be_used_is_named() {
 }
 
 #[test]
-fn a_certificate_says_until_when_it_is_valid() {
-    let end = 4_733_510_400; // 2120-01-01
+fn a_certificate_says_when_it_is_valid() {
+    // The beginnings of 2020, 2100, 2120 and 2021.
+    let (then, later, until_s, soon) = (1_577_836_800, 4_102_444_800, 4_733_510_400, 1_609_459_200);
     for (pem, expect) in [
-        (OURS.to_vec(), Some(end)),
-        ([OURS, OTHERS].concat(), Some(end)),
+        (EXPIRED.to_vec(), Some(Validity { from_s: then, until_s: soon })),
+        (UNBORN.to_vec(), Some(Validity { from_s: later, until_s })),
+        // One that hangs together with others is valid with all of them.
+        ([OURS, UNBORN].concat(), Some(Validity { from_s: later, until_s })),
+        ([OTHERS, UNBORN, EXPIRED].concat(), Some(Validity { from_s: later, until_s: soon })),
         (key_of(OURS).to_vec(), None),
         (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_vec(), None),
     ] {
-        assert_eq!(expiry(&pem), expect);
+        assert_eq!(validity(&pem), expect);
     }
 }
 
