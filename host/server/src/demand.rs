@@ -3,7 +3,7 @@
 //! Most names need one look into the catalog. A model that is loaded on demand is asked for first: that begins its load, or keeps it
 //! from being given up while the request is inside. A request that waits holds its place in admission, so those that wait may have
 //! half of the places and no more: however slow a load is, the models that are there go on being served. It waits in its handler,
-//! which goes when its client does; the load belongs to the host and goes on.
+//! which goes when its client does, or cancels it by its id; the load belongs to the host and goes on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,29 +14,45 @@ use pointsman_sched::ids::Micros;
 use crate::admission::Permit;
 use crate::dispatch::Target;
 use crate::error::ApiError;
+use crate::keys::KeyDigest;
 use crate::ports::{Lease, Want};
+use crate::registry::Awaiting;
 use crate::state::ServerState;
+
+/// Who asks for a model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asking<'a> {
+    pub(crate) arrived: Micros,
+    pub(crate) timeout_ms: u64,
+    /// The id and the API key by which it may be cancelled while it waits; none where it has none of its own.
+    pub(crate) id: Option<(&'a Arc<str>, Option<KeyDigest>)>,
+}
 
 /// A place among the requests that wait.
 #[derive(Debug)]
-struct Waiting<'a>(&'a AtomicU32);
+struct Waiting<'a> {
+    n_waiting: &'a AtomicU32,
+    /// Where a cancel finds it.
+    known: Option<Awaiting>,
+}
 
-/// Finds what a client named, for a request that came at this time and has so long.
+/// Finds what a client named.
 pub(crate) async fn find(
     state: &ServerState,
     name: &str,
     permit: &mut Permit,
-    (arrived, timeout_ms): (Micros, u64),
+    asking: Asking<'_>,
 ) -> Result<Target, ApiError> {
     let catalog = state.engine.catalog();
     let Some(model) = catalog.demanded(name).cloned() else { return Target::find(&catalog, name) };
     // What it names may go while this waits.
     drop(catalog);
+    let Asking { arrived, timeout_ms, .. } = asking;
     let limit_ms = state.config.load_wait_ms;
     let passed_ms = state.clock.now().saturating_sub(arrived) / 1_000;
     let left_ms = timeout_ms.saturating_sub(passed_ms);
     let patience = Duration::from_millis(limit_ms.min(left_ms));
-    match tokio::time::timeout(patience, bring(state, &model, name)).await {
+    match tokio::time::timeout(patience, bring(state, (&model, name), asking)).await {
         Ok(brought) => {
             let (lease, target) = brought?;
             permit.keep(lease);
@@ -51,10 +67,14 @@ pub(crate) async fn find(
 }
 
 /// Holds a model and finds the name among what it is served as.
-async fn bring(state: &ServerState, model: &Arc<str>, name: &str) -> Result<(Lease, Target), ApiError> {
+async fn bring(
+    state: &ServerState,
+    (model, name): (&Arc<str>, &str),
+    asking: Asking<'_>,
+) -> Result<(Lease, Target), ApiError> {
     let mut is_first = true;
     loop {
-        let lease = lease(state, model, is_first).await?;
+        let lease = lease(state, (model, is_first), asking).await?;
         let catalog = state.engine.catalog();
         if catalog.unloaded().all(|unloaded| unloaded != model) {
             return Ok((lease, Target::find(&catalog, name)?));
@@ -66,7 +86,7 @@ async fn bring(state: &ServerState, model: &Arc<str>, name: &str) -> Result<(Lea
 }
 
 /// Asks for a model until it is there.
-async fn lease(state: &ServerState, model: &str, is_first: bool) -> Result<Lease, ApiError> {
+async fn lease(state: &ServerState, (model, is_first): (&str, bool), asking: Asking<'_>) -> Result<Lease, ApiError> {
     let mut want = state.models.want(model, is_first);
     if is_first {
         let metrics = state.metrics.models();
@@ -82,11 +102,15 @@ async fn lease(state: &ServerState, model: &str, is_first: bool) -> Result<Lease
             }
             Want::Coming(lease, changes) => (lease, changes),
         };
-        if place.is_none() {
-            place = Some(Waiting::enter(state, model)?);
+        let place = match &place {
+            Some(place) => place,
+            None => place.insert(Waiting::enter(state, model, asking)?),
+        };
+        tokio::select! {
+            // It ends with the host alone.
+            changed = changes.changed() => changed.map_err(|_| ApiError::Draining)?,
+            () = place.cancelled() => return Err(ApiError::Cancelled),
         }
-        // It ends with the host alone.
-        changes.changed().await.map_err(|_| ApiError::Draining)?;
         want = state.models.want(model, false);
     }
 }
@@ -94,19 +118,29 @@ async fn lease(state: &ServerState, model: &str, is_first: bool) -> Result<Lease
 // === impl Waiting ===
 
 impl<'a> Waiting<'a> {
-    fn enter(state: &'a ServerState, model: &str) -> Result<Self, ApiError> {
+    fn enter(state: &'a ServerState, model: &str, asking: Asking<'_>) -> Result<Self, ApiError> {
         let (waiting, most) = (&state.waiting_for_models, (state.config.max_requests / 2).max(1));
         if waiting.fetch_add(1, Ordering::Relaxed) < most {
-            return Ok(Self(waiting));
+            let mut place = Self { n_waiting: waiting, known: None };
+            place.known = asking.id.map(|(id, owner)| state.registry.wait(id, owner)).transpose()?;
+            return Ok(place);
         }
         waiting.fetch_sub(1, Ordering::Relaxed);
         let why = format!("{most} requests wait for models, half of server.max_in_flight and the most at once");
         Err(ApiError::NotYet { model: model.to_owned(), why })
     }
+
+    /// Completes when its client has cancelled it.
+    async fn cancelled(&self) {
+        match &self.known {
+            Some(known) => known.cancel_asked().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.n_waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -62,6 +62,14 @@ pub(crate) struct InFlight {
     pub(crate) permit: Permit,
 }
 
+/// A request that is not in flight yet and can be cancelled all the same. Dropping it forgets it.
+#[derive(Debug)]
+pub(crate) struct Awaiting {
+    registry: Arc<Registry>,
+    id: Arc<str>,
+    live: Arc<Live>,
+}
+
 /// The longest id that a client may send, which an upstream may be told.
 const MAX_ID: usize = 128;
 
@@ -82,6 +90,17 @@ impl Registry {
         engine: &Arc<dyn EnginePort>,
         permit: Permit,
     ) -> Result<InFlight, ApiError> {
+        let live = self.insert(id, owner)?;
+        Ok(InFlight { registry: Arc::clone(self), engine: Arc::clone(engine), id: Arc::clone(id), live, permit })
+    }
+
+    /// Enters a request that waits for its model; it is entered again when that is there.
+    pub(crate) fn wait(self: &Arc<Self>, id: &Arc<str>, owner: Option<KeyDigest>) -> Result<Awaiting, ApiError> {
+        let live = self.insert(id, owner)?;
+        Ok(Awaiting { registry: Arc::clone(self), id: Arc::clone(id), live })
+    }
+
+    fn insert(&self, id: &Arc<str>, owner: Option<KeyDigest>) -> Result<Arc<Live>, ApiError> {
         let (engine_requests, cancel_asked) = (Mutex::default(), Notify::new());
         let (draft_of, is_given_up) = (OnceLock::new(), AtomicBool::new(false));
         let live = Arc::new(Live { owner, engine: engine_requests, draft_of, is_given_up, cancel_asked });
@@ -90,8 +109,11 @@ impl Registry {
             return Err(ApiError::IdInUse { id: id.to_string() });
         }
         by_id.insert(Arc::clone(id), Arc::clone(&live));
-        drop(by_id);
-        Ok(InFlight { registry: Arc::clone(self), engine: Arc::clone(engine), id: Arc::clone(id), live, permit })
+        Ok(live)
+    }
+
+    fn remove(&self, id: &str) {
+        self.by_id.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
     /// Cancels a request of the same API key, with its draft; false when there is none.
@@ -215,6 +237,21 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         let is_given_up = self.live.is_given_up.load(Ordering::Relaxed);
         self.cancel_all(if is_given_up { CancelCause::Asked } else { CancelCause::ClientGone });
-        self.registry.by_id.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        self.registry.remove(&self.id);
+    }
+}
+
+// === impl Awaiting ===
+
+impl Awaiting {
+    /// Waits until the client asks for the end of its request.
+    pub(crate) async fn cancel_asked(&self) {
+        self.live.cancel_asked.notified().await;
+    }
+}
+
+impl Drop for Awaiting {
+    fn drop(&mut self) {
+        self.registry.remove(&self.id);
     }
 }

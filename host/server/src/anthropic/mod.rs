@@ -17,7 +17,7 @@ use axum::response::Response;
 use serde::Serialize;
 
 use crate::admission::Permit;
-use crate::demand;
+use crate::demand::{self, Asking};
 use crate::error::ApiError;
 use crate::identity::{Caller, REQUEST_ID, RequestTag};
 use crate::openai::conversation::Answering;
@@ -83,9 +83,10 @@ pub(crate) async fn count_tokens(
     }
     // Tokenizing is work like any other: it takes a place among the requests in flight.
     let mut permit = state.enter(&caller)?;
-    let time = (state.clock.now(), state.config.default_timeout_ms);
+    let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
     let mut fields = read_fields(&state, request).await?;
-    let target = demand::find(&state, &model(&mut fields)?, &mut permit, time).await?;
+    let target =
+        demand::find(&state, &model(&mut fields)?, &mut permit, Asking { arrived, timeout_ms, id: None }).await?;
     let mut conversation = request::conversation(&mut fields)?;
     if let Some(tools) = request::tools(&mut fields)? {
         tools.show(&mut conversation.template_kwargs);

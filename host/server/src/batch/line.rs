@@ -2,14 +2,14 @@
 //!
 //! The identity of an answer ends with the number of its line, so that what is answered can be read from the answers alone.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
 use super::job::{Batch, Cut, LineFault};
 use crate::ports::Shelf;
@@ -27,7 +27,7 @@ pub(crate) struct Line {
     /// From 1.
     pub(crate) number: u32,
     pub(crate) custom_id: String,
-    /// As text: what waits to begin is no larger than in its file.
+    /// As it stands in its file.
     body: Vec<u8>,
 }
 
@@ -122,32 +122,31 @@ impl Raw {
             let message = format!("this line has more than {} bytes, the most of a request", self.text.len());
             return Err(fault("line_too_long", None, message));
         }
-        let read = serde_json::from_slice::<Map<String, Value>>(&self.text);
-        let mut map = read.map_err(|error| {
+        let read = serde_json::from_slice::<HashMap<String, &RawValue>>(&self.text);
+        let map = read.map_err(|error| {
             fault(
                 "invalid_json_line",
                 None,
                 format!("this line is not a JSON object: {error}; send one request a line"),
             )
         })?;
-        let custom_id = match map.remove("custom_id") {
-            Some(Value::String(id)) if (1..=MAX_CUSTOM_ID).contains(&id.len()) => id,
+        let text = |name: &str| serde_json::from_str::<String>(map.get(name)?.get()).ok();
+        let custom_id = match text("custom_id") {
+            Some(id) if (1..=MAX_CUSTOM_ID).contains(&id.len()) => id,
             _ => {
                 let message = format!("`custom_id` must be a text of 1 to {MAX_CUSTOM_ID} bytes");
                 return Err(fault("invalid_custom_id", Some("custom_id"), message));
             }
         };
-        if map.get("method").and_then(Value::as_str) != Some("POST") {
+        if text("method").as_deref() != Some("POST") {
             return Err(fault("invalid_method", Some("method"), "`method` must be POST".to_owned()));
         }
-        if map.get("url").and_then(Value::as_str) != Some(endpoint) {
+        if text("url").as_deref() != Some(endpoint) {
             let message = format!("`url` must be the endpoint of the batch, {endpoint}");
             return Err(fault("mismatched_endpoint", Some("url"), message));
         }
-        match map.remove("body") {
-            Some(body @ Value::Object(_)) => {
-                Ok(Line { number: self.number, custom_id, body: serde_json::to_vec(&body).unwrap_or_default() })
-            }
+        match map.get("body").map(|body| body.get()) {
+            Some(body) if body.starts_with('{') => Ok(Line { number: self.number, custom_id, body: body.into() }),
             _ => Err(fault("invalid_body", Some("body"), "`body` must be an object: that of the endpoint".to_owned())),
         }
     }

@@ -8,12 +8,13 @@ use std::sync::atomic::Ordering;
 use pointsman_sched::ids::Priority;
 use pointsman_sched::request::{Failure, SinkEvent};
 use serde_json::{Map, Value, json};
+use tokio::sync::watch;
 
 use super::job::{Batch, Counts, Cut, LineFault, Status};
 use super::line::{Lines, check};
 use super::{BatchConfig, run};
 use crate::fakes::{Answer, EmbedPlay, FakeShelf, Play, Rig, key, request, says};
-use crate::ports::Shelf;
+use crate::ports::{Lease, Shelf, Want};
 use crate::{ApiKey, KeyLimits, ServerConfig};
 
 fn fresh() -> Batch {
@@ -238,6 +239,29 @@ async fn every_line_is_answered_or_told_why_not() {
     ] {
         assert!(metrics.contains(expect), "{expect}: {metrics}");
     }
+}
+
+#[tokio::test]
+async fn lines_wait_while_their_model_loads_and_no_other_begins() {
+    let rig = working(&Arc::default());
+    rig.engine.know(&["m"]);
+    let (load, loads) = watch::channel(());
+    let left = || rig.admin.wants.lock().expect("unpoisoned").len();
+    // What is asked for once it is there is there.
+    let coming = (0..20).map(|_| Want::Coming(Lease::default(), loads.clone()));
+    let here = (0..20).map(|_| Want::Here(Lease::default()));
+    rig.admin.wants.lock().expect("unpoisoned").extend(coming.chain(here));
+    let id = begin(&rig, &lines(20), "24h").await;
+    until(&rig, &id, |_| rig.state.waiting_for_models.load(Ordering::Relaxed) > 0).await;
+    for _ in 0..100 {
+        until(&rig, &id, |_| true).await;
+        tokio::task::yield_now().await;
+        assert!(taken(&rig) == 0 && left() >= 32, "those that had begun wait, 8 at most");
+    }
+    load.send_replace(());
+    let batch = until(&rig, &id, is_over).await;
+    assert_eq!(batch["request_counts"], json!({"total": 20, "completed": 20, "failed": 0}));
+    assert_eq!((left(), rig.state.waiting_for_models.load(Ordering::Relaxed)), (0, 0));
 }
 
 /// Lines that have begun.

@@ -141,8 +141,8 @@ impl Shape for ChatShape {
         Box::new(ChatSse::new(running, self.n_choices, self.include_usage, self.rules.as_ref()))
     }
 
-    fn whole(self: Box<Self>, names: (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
-        let relayed = relayed::whole(names.0, "chat.completion", &choices, totals);
+    fn whole(self: Box<Self>, names: (&Head, &TextModel), mut choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
+        let relayed = relayed::whole(names.0, "chat.completion", &mut choices, totals);
         relayed.unwrap_or_else(|| write_whole(names, &choices, self.rules.as_ref(), totals.into()))
     }
 }

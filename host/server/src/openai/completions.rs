@@ -45,8 +45,8 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     let logprobs = logprobs(&mut fields, echo)?;
     let own = Own::openai(&mut fields, &state.config, logprobs)?;
     let mut params = Params::parse(&mut fields, &state.config, own)?;
-    let time = (arrival.arrived, params.timeout_ms);
-    let target = demand::find(state, &params.model, &mut permit, time).await?;
+    let asking = arrival.asking(params.timeout_ms);
+    let target = demand::find(state, &params.model, &mut permit, asking).await?;
     let grammar = params.grammar(state, &target).await?;
     // Token ids mean nothing to another tokenizer, and several prompts are several requests.
     let body = body.filter(|_| prompt.is_string() && target.has_upstreams() && params.cache_prompt);
@@ -79,8 +79,13 @@ impl Shape for CompletionShape {
         Box::new(CompletionSse::new(running, self.echoed, self.include_usage))
     }
 
-    fn whole(self: Box<Self>, (head, text): (&Head, &TextModel), choices: Vec<Collected>, totals: Totals) -> Vec<u8> {
-        let relayed = relayed::whole(head, "text_completion", &choices, totals);
+    fn whole(
+        self: Box<Self>,
+        (head, text): (&Head, &TextModel),
+        mut choices: Vec<Collected>,
+        totals: Totals,
+    ) -> Vec<u8> {
+        let relayed = relayed::whole(head, "text_completion", &mut choices, totals);
         relayed.unwrap_or_else(|| write_whole(head, text, &choices, &self.echoed, totals.into()))
     }
 }

@@ -167,8 +167,8 @@ impl Talk {
     pub(crate) async fn start(self, arrival: &Arrival, mut permit: Permit) -> Result<Answering, ApiError> {
         let Self { mut params, tools, conversation, body } = self;
         let state = &arrival.state;
-        let time = (arrival.arrived, params.timeout_ms);
-        let target = demand::find(state, &params.model, &mut permit, time).await?;
+        let asking = arrival.asking(params.timeout_ms);
+        let target = demand::find(state, &params.model, &mut permit, asking).await?;
         let written = || written(&params, tools.as_ref(), &conversation.messages);
         let is_onward = target.has_upstreams() && params.cache_prompt;
         let body = if is_onward { body.or_else(written) } else { None };

@@ -24,6 +24,7 @@ use crate::admin::wire::calls::DoorSeen;
 use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
 use crate::cache::{Feed, Served, Wish};
+use crate::demand::Asking;
 use crate::dispatch::{Assignment, Placement, Prompt, Submission, Target, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::grammar::Compiled;
@@ -193,6 +194,11 @@ impl Arrival {
         self.state
             .enter(&self.caller)
             .inspect_err(|error| record_rejection(&self.state, &self.caller, error, (0, None)))
+    }
+
+    /// It asks for a model, and may be cancelled meanwhile.
+    pub(crate) fn asking(&self, timeout_ms: u64) -> Asking<'_> {
+        Asking { arrived: self.arrived, timeout_ms, id: Some((&self.tag, self.caller.key)) }
     }
 
     /// The body as it was sent, where an upstream may be sent it.

@@ -25,13 +25,13 @@ pub(super) fn chunk(out: &mut Vec<u8>, head: &Head, (object, include_usage): (&'
     super::sse(out, &Object { id, object, created: *created, model, choices: std::slice::from_ref(choice), usage });
 }
 
-/// The object of an answer that is sent whole, where an upstream wrote it.
-pub(super) fn whole(head: &Head, object: &'static str, choices: &[Collected], totals: Totals) -> Option<Vec<u8>> {
+/// The object of an answer that is sent whole, where an upstream wrote it; its words are taken out of the choices.
+pub(super) fn whole(head: &Head, object: &'static str, choices: &mut [Collected], totals: Totals) -> Option<Vec<u8>> {
     if choices.iter().all(|choice| choice.raw.is_none()) {
         return None;
     }
-    let raw = |(index, choice): (usize, &Collected)| settled(index, choice.raw.clone().unwrap_or_else(|| json!({})));
-    let choices: Vec<Value> = choices.iter().enumerate().map(raw).collect();
+    let raw = |(index, choice): (usize, &mut Collected)| settled(index, choice.raw.take().unwrap_or_else(|| json!({})));
+    let choices: Vec<Value> = choices.iter_mut().enumerate().map(raw).collect();
     let Head { id, created, model } = head;
     let usage = Some(Some(totals.into()));
     serde_json::to_vec(&Object { id, object, created: *created, model, choices: &choices, usage }).ok()

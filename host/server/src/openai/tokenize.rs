@@ -12,7 +12,7 @@ use super::fields::{Fields, mismatch, token_id};
 use super::generate::tokenizing;
 use super::{json, read_fields};
 use crate::admission::Permit;
-use crate::demand;
+use crate::demand::{self, Asking};
 use crate::error::ApiError;
 use crate::identity::Caller;
 use crate::state::ServerState;
@@ -53,8 +53,8 @@ async fn target(
     }
     let first = catalog.variants.first().map(|variant| &variant.alias).or(catalog.on_demand.first());
     let name = named.or(first.map(ToString::to_string)).unwrap_or_default();
-    let time = (state.clock.now(), state.config.default_timeout_ms);
-    let target = demand::find(state, &name, permit, time).await?;
+    let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
+    let target = demand::find(state, &name, permit, Asking { arrived, timeout_ms, id: None }).await?;
     if target.text().is_estimate() {
         return Err(ApiError::NotOnward { model: target.name, what });
     }

@@ -1,6 +1,7 @@
 //! A draft first and the final answer after it: what is told in which order, what either costs, and what is left of them.
 
 use std::num::NonZeroU32;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::Response;
@@ -390,6 +391,29 @@ async fn nobody_else_waits_for_a_draft() {
     lines.extend(Answer::of(response).await.lines());
     assert_eq!(texts(&lines, false), "better");
     assert_eq!(ids(&rig)[0].len(), 1, "and it has the answer of the other: {lines:?}");
+}
+
+#[tokio::test]
+async fn a_drain_that_begins_while_a_draft_leads_lets_both_end() {
+    let rig = rig(LONG);
+    rig.engine.play([Play::Hold, Play::Now(says(&["better"]))]);
+    let mut response = open(&rig, &json!({})).await;
+    let [last, draft] = ids(&rig);
+    assert_eq!((last.len(), draft.len()), (0, 1), "the final answer waits for its turn");
+    rig.state.drain();
+    let late = rig.post(COMPLETIONS, &body(&json!({"draft": null}))).await;
+    assert_eq!(late.status, 503, "{}", late.body);
+    let mut empty = Box::pin(rig.state.admission.empty());
+    assert!(tokio::time::timeout(Duration::ZERO, &mut empty).await.is_err(), "two are inside");
+    for event in says(&["quick"]) {
+        rig.engine.push(draft[0], event);
+    }
+    let mut lines = next_lines(&mut response).await;
+    lines.extend(Answer::of(response).await.lines());
+    assert_eq!((texts(&lines, true), texts(&lines, false)), ("quick".into(), "better".into()));
+    assert_eq!(lines.last().expect("a line")["draft"]["outcome"], "finished");
+    empty.await;
+    assert_eq!((rig.state.in_flight(), cancels(&rig)), (0, Vec::new()));
 }
 
 #[tokio::test]
