@@ -8,7 +8,7 @@
 
 use std::io;
 
-/// Values that are looked at, packed or quantised between two yields: some 50 us.
+/// Values that are looked at, packed or quantised between two yields.
 pub(crate) const PIECE: usize = 32 << 10;
 
 /// Work in pieces.
