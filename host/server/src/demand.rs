@@ -96,6 +96,8 @@ async fn lease(state: &ServerState, (model, is_first): (&str, bool), asking: Ask
     loop {
         // What it holds on its way it gives up only when it has asked again.
         let (_held, mut changes) = match want {
+            // A cancel that came with the model has been answered: it holds.
+            Want::Here(_) if place.as_ref().is_some_and(Waiting::is_cancelled) => return Err(ApiError::Cancelled),
             Want::Here(lease) => return Ok(lease),
             Want::Failed { why, retry_after_ms } => {
                 return Err(ApiError::NotLoaded { model: model.to_owned(), why, retry_after_ms });
@@ -107,9 +109,10 @@ async fn lease(state: &ServerState, (model, is_first): (&str, bool), asking: Ask
             None => place.insert(Waiting::enter(state, model, asking)?),
         };
         tokio::select! {
+            biased;
+            () = place.cancelled() => return Err(ApiError::Cancelled),
             // It ends with the host alone.
             changed = changes.changed() => changed.map_err(|_| ApiError::Draining)?,
-            () = place.cancelled() => return Err(ApiError::Cancelled),
         }
         want = state.models.want(model, false);
     }
@@ -128,6 +131,10 @@ impl<'a> Waiting<'a> {
         waiting.fetch_sub(1, Ordering::Relaxed);
         let why = format!("{most} requests wait for models, half of server.max_in_flight and the most at once");
         Err(ApiError::NotYet { model: model.to_owned(), why })
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.known.as_ref().is_some_and(Awaiting::is_cancelled)
     }
 
     /// Completes when its client has cancelled it.

@@ -244,6 +244,10 @@ impl Drop for InFlight {
 // === impl Awaiting ===
 
 impl Awaiting {
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.live.running().cancelled
+    }
+
     /// Waits until the client asks for the end of its request.
     pub(crate) async fn cancel_asked(&self) {
         self.live.cancel_asked.notified().await;

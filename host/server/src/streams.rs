@@ -3,16 +3,17 @@
 //! What a connection of HTTP/1.1 is bounded by must hold for each stream, and hyper has no word for some of it. So a request
 //! takes one of the listener's places as a connection does; who does not take his answer loses his stream and not the
 //! connection, which may be a gateway's with the requests of many; and a connection without requests is closed after the time
-//! in which one of HTTP/1.1 would be. A client that opens streams only to reset them (CVE-2023-44487) loses the connection: h2 ends
-//! it for those that nobody has looked at, and here is the bound on those whose handlers had begun. Which of the two protocols is
-//! spoken is settled before: by ALPN, or by the first bytes.
+//! in which one of HTTP/1.1 would be. A client that opens streams only to reset them (CVE-2023-44487) may open no more: h2 ends
+//! it for those that nobody has looked at, and here is the bound on those whose handlers had begun. That bound is a rate, and its end
+//! a goodbye, because a gateway's users hang up too and its connection carries the answers of others. Which of the two protocols
+//! is spoken is settled before: by ALPN, or by the first bytes.
 
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -44,10 +45,12 @@ const MAX_SEND_BYTES: usize = 64 << 10;
 const PIECE_BYTES: usize = 16 << 10;
 /// Streams that a client has opened and reset before anybody looked; beyond, the connection ends.
 const MAX_UNSEEN_RESETS: usize = 20;
-/// Streams of a connection that were reset before their answer and so soon that nobody can have waited for it: with so many of them, and
-/// more than half of all, the connection ends. A gateway whose clients hang up stays below.
+/// Streams begun within a window and reset before their answer, soon after they came: with more of them than this, and more than half
+/// of those begun in the window, the host says goodbye and lets the others end. Who resets on is cut off at a multiple of it.
 const MAX_GIVEN_UP: u32 = 200;
+const CUT_OFF: u32 = 4 * MAX_GIVEN_UP;
 const SOON: Duration = Duration::from_secs(1);
+const WINDOW: Duration = Duration::from_secs(10);
 /// Silence after which a client is asked for a sign, and the time that it may take.
 const PING: Duration = Duration::from_secs(30);
 /// How long a client without requests may take to say goodbye.
@@ -83,11 +86,29 @@ struct Streams {
     /// Whether a stream has the connection's own place.
     is_taken: AtomicBool,
     n_open: watch::Sender<u32>,
-    /// So far, and of these the ones that were reset before their answer, soon.
-    n_begun: AtomicU32,
-    n_given_up: AtomicU32,
-    /// There are too many of these.
+    recent: Mutex<Recent>,
+    /// It is to end with the streams under way.
     is_misused: Notify,
+    /// It is to end at once.
+    is_cut_off: Notify,
+}
+
+/// The streams of a window.
+#[derive(Debug)]
+struct Recent {
+    /// Its begin. After the goodbye there are no more windows: who is honest begins nothing then.
+    since: Instant,
+    n_begun: u32,
+    /// Of these, the ones that were reset before their answer, soon.
+    n_given_up: u32,
+    is_goodbye_said: bool,
+}
+
+/// What becomes of a connection whose client resets too much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Goodbye,
+    CutOff,
 }
 
 /// One of them, while it is open.
@@ -149,24 +170,29 @@ where
         .keep_alive_timeout(PING);
     let connection = builder.serve_connection(io, service);
     tokio::select! {
-        () = until_over(connection, (phase, open), terms.idle) => {}
-        () = streams.is_misused.notified() => {
-            tracing::debug!("a client opens streams and resets them, and loses the connection");
+        () = until_over(connection, (phase, open), terms.idle, &streams) => {}
+        () = streams.is_cut_off.notified() => {
+            tracing::debug!("a client goes on resetting streams after the goodbye, and loses the connection");
         }
     }
 }
 
-/// Runs a connection until it ends; says goodbye when the host drains or nobody asks anything.
+/// Runs a connection until it ends; says goodbye when the host drains, nobody asks anything, or too much is reset.
 async fn until_over(
     connection: impl GracefulConnection<Error = hyper::Error>,
     (mut phase, mut open): (watch::Receiver<Phase>, watch::Receiver<u32>),
     limit: Duration,
+    streams: &Streams,
 ) {
     let mut connection = pin!(connection);
     let is_told = tokio::select! {
         ended = connection.as_mut() => return note(ended),
         () = reached(&mut phase, Phase::Draining) => true,
         () = idle(&mut open, limit) => false,
+        () = streams.is_misused.notified() => {
+            tracing::debug!("a client opens streams and resets them, and may open no more");
+            false
+        }
     };
     connection.as_mut().graceful_shutdown();
     tokio::select! {
@@ -206,8 +232,9 @@ impl From<NoPlace> for ApiError {
 
 impl Streams {
     fn new(room: Arc<Semaphore>, n_open: watch::Sender<u32>) -> Self {
-        let (n_begun, n_given_up) = (AtomicU32::new(0), AtomicU32::new(0));
-        Self { room, is_taken: AtomicBool::new(false), n_open, n_begun, n_given_up, is_misused: Notify::new() }
+        let (is_misused, is_cut_off) = (Notify::new(), Notify::new());
+        let recent = Mutex::new(Recent::new(Instant::now()));
+        Self { room, is_taken: AtomicBool::new(false), n_open, recent, is_misused, is_cut_off }
     }
 
     /// A place for another stream; none where the listener is full.
@@ -217,16 +244,47 @@ impl Streams {
             true => Some(Arc::clone(&self.room).try_acquire_owned().ok()?),
         };
         self.n_open.send_modify(|n| *n += 1);
-        self.n_begun.fetch_add(1, Ordering::Relaxed);
-        Some(Stream { streams: Arc::clone(self), place, since: Instant::now(), is_answered: false })
+        let since = Instant::now();
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).begun(since);
+        Some(Stream { streams: Arc::clone(self), place, since, is_answered: false })
     }
 
-    /// A stream is gone that had no answer yet, soon after it came.
-    fn given_up(&self) {
-        let n_given_up = self.n_given_up.fetch_add(1, Ordering::Relaxed) + 1;
-        if n_given_up >= MAX_GIVEN_UP && n_given_up > self.n_begun.load(Ordering::Relaxed) / 2 {
-            self.is_misused.notify_one();
+    /// A stream is gone that had no answer yet.
+    fn given_up(&self, begun: Instant) {
+        let end = self.recent.lock().unwrap_or_else(PoisonError::into_inner).given_up(begun, Instant::now());
+        match end {
+            Some(End::Goodbye) => self.is_misused.notify_one(),
+            Some(End::CutOff) => self.is_cut_off.notify_one(),
+            None => {}
         }
+    }
+}
+
+// === impl Recent ===
+
+impl Recent {
+    fn new(now: Instant) -> Self {
+        Self { since: now, n_begun: 0, n_given_up: 0, is_goodbye_said: false }
+    }
+
+    fn begun(&mut self, now: Instant) {
+        if !self.is_goodbye_said && now.duration_since(self.since) >= WINDOW {
+            *self = Self::new(now);
+        }
+        self.n_begun = self.n_begun.saturating_add(1);
+    }
+
+    fn given_up(&mut self, begun: Instant, now: Instant) -> Option<End> {
+        // One of an earlier window is in none of the numbers of this one.
+        if begun < self.since || now.duration_since(begun) >= SOON {
+            return None;
+        }
+        self.n_given_up = self.n_given_up.saturating_add(1);
+        if self.is_goodbye_said {
+            return (self.n_given_up >= CUT_OFF).then_some(End::CutOff);
+        }
+        self.is_goodbye_said = self.n_given_up > MAX_GIVEN_UP && self.n_given_up > self.n_begun / 2;
+        self.is_goodbye_said.then_some(End::Goodbye)
     }
 }
 
@@ -235,8 +293,8 @@ impl Drop for Stream {
         if self.place.is_none() {
             self.streams.is_taken.store(false, Ordering::Relaxed);
         }
-        if !self.is_answered && self.since.elapsed() < SOON {
-            self.streams.given_up();
+        if !self.is_answered {
+            self.streams.given_up(self.since);
         }
         self.streams.n_open.send_modify(|n| *n -= 1);
     }
@@ -332,4 +390,41 @@ async fn until_stalled(stream: impl Future<Output = ()>, limit: Duration) {
         Poll::Pending
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_up_counts_by_the_window() {
+        // Rounds of (streams begun, of these given up at once) and the time between two of them; at which given up one is said what.
+        type Case = (&'static [(u32, u32)], u64, usize, &'static [(u32, End)]);
+        let cases: [Case; 7] = [
+            // A user who hangs up ten times a second, for two minutes; the same among many who do not.
+            (&[(10, 10)], 1_000, 120, &[]),
+            (&[(1_000, 450)], 1_000, 10, &[]),
+            (&[(20, 20)], 1_000, 10, &[]),
+            (&[(21, 21)], 1_000, 10, &[(201, End::Goodbye)]),
+            (&[(200, 200), (0, 0)], 5_000, 100, &[]),
+            (&[(300, 0), (151, 0), (200, 201)], 0, 1, &[]),
+            // Who goes on has no new window, however slowly.
+            (&[(100, 100)], 999, 8, &[(201, End::Goodbye), (800, End::CutOff)]),
+        ];
+        for (i, (rounds, pause_ms, n_times, expect)) in cases.into_iter().enumerate() {
+            let mut now = Instant::now();
+            let (mut recent, mut n_given_up, mut said) = (Recent::new(now), 0, Vec::new());
+            for &(n_begun, given_up) in std::iter::repeat_n(rounds, n_times).flatten() {
+                (0..n_begun).for_each(|_| recent.begun(now));
+                for _ in 0..given_up {
+                    n_given_up += 1;
+                    said.extend(recent.given_up(now, now).map(|end| (n_given_up, end)));
+                }
+                now += Duration::from_millis(pause_ms);
+            }
+            assert_eq!(said, expect, "{i}");
+            let of_before = now.checked_sub(Duration::from_secs(60)).unwrap_or(now);
+            assert_eq!(recent.given_up(of_before, now), None, "{i}: it has waited");
+        }
+    }
 }

@@ -29,8 +29,9 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
 fn tell((name, file): (&str, &str), left: Option<Left>, report: &mut Report<'_>) -> anyhow::Result<()> {
     match left {
         None => report.good("tls", name, format!("{file} can be used")),
-        Some(Left::NotYet { days }) => {
-            let found = format!("{file} is not valid yet, for {days} days: clients refuse it");
+        Some(Left::NotYet { days, expires }) => {
+            let found =
+                format!("{file} expires in {expires} days and is not valid yet, for {days} days: clients refuse it");
             report.fault("tls", name, found, "use one that is valid, or correct the clock of this machine")
         }
         Some(Left::Nothing) => {
@@ -50,6 +51,8 @@ pub(super) enum Left {
     /// It becomes valid.
     NotYet {
         days: u64,
+        /// Days to the end: of a chain that may come before.
+        expires: u64,
     },
     /// Somebody should look.
     Little {
@@ -65,7 +68,7 @@ pub(super) fn left(Validity { from_s, until_s }: Validity, now_s: u64) -> Left {
     let days = until_s.saturating_sub(now_s) / DAY;
     match until_s.checked_sub(now_s) {
         None => Left::Nothing,
-        Some(_) if from_s > now_s => Left::NotYet { days: (from_s - now_s).div_ceil(DAY) },
+        Some(_) if from_s > now_s => Left::NotYet { days: (from_s - now_s).div_ceil(DAY), expires: days },
         Some(left_s) if left_s < WARNING_S => Left::Little { days },
         Some(_) => Left::Enough { days },
     }
@@ -91,8 +94,9 @@ mod tests {
             (0, 100 * DAY, Left::Little { days: 0 }),
             (100 * DAY, 114 * DAY - 1, Left::Little { days: 13 }),
             (100 * DAY, 114 * DAY, Left::Enough { days: 14 }),
-            (100 * DAY + 1, 114 * DAY, Left::NotYet { days: 1 }),
-            (102 * DAY, 103 * DAY, Left::NotYet { days: 2 }),
+            (100 * DAY + 1, 114 * DAY, Left::NotYet { days: 1, expires: 13 }),
+            (102 * DAY, 103 * DAY, Left::NotYet { days: 2, expires: 3 }),
+            (102 * DAY, 101 * DAY, Left::NotYet { days: 2, expires: 1 }),
         ] {
             assert_eq!(left(Validity { from_s, until_s }, 100 * DAY), expect, "{from_s} to {until_s}");
         }

@@ -46,9 +46,11 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
             Some(Left::Little { days }) => {
                 report.warn("upstreams", name, format!("of {file}, one expires in {days} days"), remedy)?;
             }
-            Some(Left::NotYet { days }) => {
+            Some(Left::NotYet { days, expires }) => {
                 let remedy = "put those in use beside it, and look at the clock of this machine";
-                report.warn("upstreams", name, format!("of {file}, one is not valid yet, for {days} days"), remedy)?;
+                let found =
+                    format!("of {file}, one expires in {expires} days and one is not valid yet, for {days} days");
+                report.warn("upstreams", name, found, remedy)?;
             }
             Some(Left::Nothing) => report.warn("upstreams", name, format!("of {file}, one has expired"), remedy)?,
         }

@@ -11,7 +11,7 @@ use axum::extract::{Path, Query, Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use axum::response::Response;
 use bytes::Bytes;
-use futures_core::Stream;
+use http_body::{Frame, SizeHint};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
@@ -120,7 +120,7 @@ pub(crate) async fn content(
     let file = state.batches.work(move |desk| desk.file(&caller.tenant, &id)).await??;
     let content =
         Content { shelf: Arc::clone(&state.batches.shelf), id: file.id, at: 0, bytes: file.bytes, reading: None };
-    let mut response = Response::new(Body::from_stream(content));
+    let mut response = Response::new(Body::new(content));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(file.bytes));
     Ok(response)
@@ -136,10 +136,11 @@ struct Content {
     reading: Option<JoinHandle<io::Result<Vec<u8>>>>,
 }
 
-impl Stream for Content {
-    type Item = io::Result<Bytes>;
+impl http_body::Body for Content {
+    type Data = Bytes;
+    type Error = io::Error;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         let this = &mut *self;
         if this.at >= this.bytes {
             return Poll::Ready(None);
@@ -156,6 +157,15 @@ impl Stream for Content {
             false => Ok(bytes),
         });
         this.at = read.as_ref().map_or(this.bytes, |bytes| this.at + bytes.len() as u64);
-        Poll::Ready(Some(read.map(Bytes::from)))
+        Poll::Ready(Some(read.map(|bytes| Frame::data(Bytes::from(bytes)))))
+    }
+
+    /// Known with the last piece, so that a client must take that too.
+    fn is_end_stream(&self) -> bool {
+        self.at >= self.bytes
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.bytes.saturating_sub(self.at))
     }
 }

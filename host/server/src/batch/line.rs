@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::IgnoredAny;
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use super::job::{Batch, Cut, LineFault};
 use crate::ports::Shelf;
@@ -145,9 +145,14 @@ impl Raw {
             let message = format!("`url` must be the endpoint of the batch, {endpoint}");
             return Err(fault("mismatched_endpoint", Some("url"), message));
         }
-        match map.get("body").map(|body| body.get()) {
-            Some(body) if body.starts_with('{') => Ok(Line { number: self.number, custom_id, body: body.into() }),
-            _ => Err(fault("invalid_body", Some("body"), "`body` must be an object: that of the endpoint".to_owned())),
+        let Some(body) = map.get("body").map(|body| body.get()).filter(|body| body.starts_with('{')) else {
+            let message = "`body` must be an object: that of the endpoint".to_owned();
+            return Err(fault("invalid_body", Some("body"), message));
+        };
+        // A raw value is looked at for its form only: numbers, escapes and depth show when it is read.
+        match serde_json::from_str::<Map<String, Value>>(body) {
+            Ok(_) => Ok(Line { number: self.number, custom_id, body: body.into() }),
+            Err(error) => Err(fault("invalid_json_line", Some("body"), format!("`body` cannot be read: {error}"))),
         }
     }
 }

@@ -106,6 +106,7 @@ fn a_bad_file_is_refused_by_line() {
         line[name] = value;
         line.to_string()
     };
+    let with_prompt = |prompt: &str| line("b", "hi").replace("\"hi\"", prompt);
     for (text, expect) in [
         (String::new(), Err(("empty_file", None))),
         ("\n  \n".to_owned(), Err(("empty_file", None))),
@@ -119,12 +120,16 @@ fn a_bad_file_is_refused_by_line() {
         (with("method", json!("GET")), Err(("invalid_method", Some(1)))),
         (with("url", json!("/v1/embeddings")), Err(("mismatched_endpoint", Some(1)))),
         (with("body", json!("x")), Err(("invalid_body", Some(1)))),
+        (format!("{good}\n{}", with_prompt(r#""\ud800""#)), Err(("invalid_json_line", Some(2)))),
+        (with_prompt("1e999"), Err(("invalid_json_line", Some(1)))),
+        (with_prompt(&("[".repeat(130) + &"]".repeat(130))), Err(("invalid_json_line", Some(1)))),
+        (with_prompt("[[1e99]]"), Ok(1)),
         (line("b", &"x".repeat(400)), Err(("line_too_long", Some(1)))),
         ((0..9).map(|i| line(&i.to_string(), "") + "\n").collect(), Err(("too_many_lines", None))),
     ] {
         let shelf: Arc<dyn Shelf> = Arc::new(FakeShelf::default());
         shelf.append("file-1", text.as_bytes()).expect("memory");
-        let checked = check(Lines::new(&shelf, "file-1", 300), "/v1/completions", 8).expect("memory");
+        let checked = check(Lines::new(&shelf, "file-1", 400), "/v1/completions", 8).expect("memory");
         let found = checked.map_err(|faults| (faults[0].code.clone(), faults[0].line));
         assert_eq!(found, expect.map_err(|(code, line): (&str, Option<u32>)| (code.to_owned(), line)), "{text}");
     }

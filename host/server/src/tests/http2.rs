@@ -168,7 +168,8 @@ async fn who_opens_streams_to_reset_them_loses_the_connection_and_takes_nothing(
         assert_eq!(other.get("http://x/health").await.expect("an answer").status(), StatusCode::OK);
     }
     // After their handlers have begun, which the answer to a later one shows.
-    let client = connect(data, &Builder::new()).await;
+    let mut client = connect(data, &Builder::new()).await;
+    let (under_way, mut rest) = client.begin();
     let mut n_rounds = 0;
     let ended = loop {
         assert!(n_rounds < 1_000, "the connection goes on");
@@ -188,6 +189,9 @@ async fn who_opens_streams_to_reset_them_loses_the_connection_and_takes_nothing(
         }
     };
     assert!(ended > 2, "some may be given up: {ended}");
+    // It may open no more, and what was under way ends as it would have.
+    rest.send_data(Bytes::from_static(b"no JSON"), true).expect("a stream");
+    assert_eq!(under_way.await.expect("an answer").status(), StatusCode::BAD_REQUEST);
     assert_eq!(other.get("http://x/health").await.expect("an answer").status(), StatusCode::OK);
     other.finds_places(128).await;
 }
