@@ -26,6 +26,21 @@ assert reasons == [chat.choices[0].finish_reason], reasons
 completion = client.completions.create(model="demo:q8_0", prompt="The borrow checker", max_tokens=8, temperature=0, logprobs=2)
 assert len(completion.choices[0].logprobs.tokens) == completion.usage.completion_tokens, completion
 
+# A prompt is as likely as its tokens were when they were chosen: what evaluation harnesses ask.
+said = client.completions.create(model="demo:f16", prompt="The borrow checker", max_tokens=8, temperature=0, logprobs=2)
+text = "The borrow checker" + said.choices[0].text
+scored = client.completions.create(model="demo:f16", prompt=text, max_tokens=0, echo=True, logprobs=2).choices[0]
+assert scored.text == text and scored.finish_reason == "length", scored
+logprobs, n = scored.logprobs, len(said.choices[0].logprobs.tokens)
+assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None, logprobs
+assert logprobs.tokens[-n:] == said.choices[0].logprobs.tokens, (logprobs, said)
+assert logprobs.token_logprobs[-n:] == said.choices[0].logprobs.token_logprobs, (logprobs, said)
+assert logprobs.text_offset[-n] == len("The borrow checker"), logprobs
+assert all(text[at:].startswith(token) for token, at in list(zip(logprobs.tokens, logprobs.text_offset))[-n:]), logprobs
+options = {"max_tokens": 1, "echo": True, "logprobs": 2, "temperature": 0}
+chunks = list(client.completions.create(model="demo:f16", prompt=text, stream=True, **options))
+assert chunks[0].choices[0].text == text and chunks[0].choices[0].logprobs.token_logprobs == logprobs.token_logprobs, chunks
+
 seeded = [client.completions.create(model="demo:f16", prompt="A trait", max_tokens=12, temperature=1, seed=7).choices[0].text for _ in range(2)]
 assert seeded[0] == seeded[1], seeded
 

@@ -38,6 +38,7 @@ impl Executor for ModelEngine {
     ) -> Result<(), ExecuteError> {
         out.sampled.clear();
         out.after_drafts.clear();
+        out.scores.clear();
         if std::mem::take(&mut self.fails_next) {
             self.spoil(plan);
             return Err(ExecuteError::Device { what: "simulated".into() });

@@ -29,7 +29,7 @@ async fn ask(host: &Host) -> Result<(), Box<dyn Error>> {
         match event? {
             Event::Delta { text: piece, .. } => text.push_str(&piece),
             Event::Done { completion_tokens, .. } => println!("{}: {completion_tokens} tokens: {text}", events.model()),
-            Event::Started { .. } | Event::Prefilled { .. } | Event::Embedded { .. } => {}
+            Event::Started { .. } | Event::Prefilled { .. } | Event::Scored { .. } | Event::Embedded { .. } => {}
         }
     }
 

@@ -562,7 +562,9 @@ impl<'a> Loader<'a> {
                 context_tokens,
             };
             self.n_packed += source.weights.bytes();
-            let replica = Arc::new(self.replica(source.id, place, &sched));
+            let scores_prompts = made.executor.scores_prompts();
+            let replica = Replica { scores_prompts, ..self.replica(source.id, place, &sched) };
+            let replica = Arc::new(replica);
             replicas.push(Arc::clone(&replica));
             let vocabulary = u32::try_from(source.spec.vocab).unwrap_or(u32::MAX);
             let (variant, Made { executor, memory, .. }) = (Arc::clone(source.id), made);
@@ -700,6 +702,7 @@ impl<'a> Loader<'a> {
             started: self.terms.started,
             labels: labels(self.config, section),
             upstream: None,
+            scores_prompts: false,
             gauges: Arc::<ReplicaGauges>::default(),
             sketch: Arc::new(PrefixSketch::new(sched.n_blocks)),
         }

@@ -60,14 +60,22 @@ impl NullExecutor {
             }
             Some(Edit::Bias(_)) | None => words.find(|&token| !banned(token)),
         }?;
-        let even = -(self.vocabulary.max(1) as f32).ln();
-        let top = |n: u8| self.words.iter().take(n.into()).map(|&word| (word, even)).collect();
-        let logprobs = sample.sampling.logprobs.map(|n| Box::new(TokenLogprobs { chosen: even, top: top(n) }));
+        let logprobs = sample.sampling.logprobs.map(|n| Box::new(self.even(n)));
         Some(Sampled { token, logprobs })
+    }
+
+    /// Nothing is likelier than anything else.
+    fn even(&self, top: u8) -> TokenLogprobs {
+        let even = -(self.vocabulary.max(1) as f32).ln();
+        TokenLogprobs { chosen: even, top: self.words.iter().take(top.into()).map(|&word| (word, even)).collect() }
     }
 }
 
 impl Executor for NullExecutor {
+    fn scores_prompts(&self) -> bool {
+        true
+    }
+
     #[expect(clippy::disallowed_methods, reason = "waiting is what a paced step consists of")]
     fn execute(
         &mut self,
@@ -78,6 +86,7 @@ impl Executor for NullExecutor {
         let due = self.clock.micros() + self.step;
         out.sampled.clear();
         out.after_drafts.clear();
+        out.scores.clear();
         for row in &plan.rows {
             if row.drafts > 0 {
                 return Err(ExecuteError::Malformed {
@@ -88,6 +97,9 @@ impl Executor for NullExecutor {
                 let chosen = self.choose(plan, row, sample, edits);
                 out.sampled.push(chosen.ok_or(ExecuteError::Device { what: "every token is forbidden".into() })?);
             }
+        }
+        for score in &plan.scores {
+            out.scores.extend(score.next.clone().map(|_| self.even(score.top)));
         }
         if self.step > 0 {
             std::thread::sleep(Duration::from_micros(due.saturating_sub(self.clock.micros())));

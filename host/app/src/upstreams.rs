@@ -386,6 +386,7 @@ fn replica(
         labels: labels(config, section),
         gauges: Arc::clone(upstream.gauges()),
         upstream: Some(upstream),
+        scores_prompts: true,
         sketch: Arc::new(PrefixSketch::new(0)),
     })
 }

@@ -29,6 +29,8 @@ pub(crate) struct Sampler {
     pub(crate) edit: Option<Arc<Edit>>,
     /// The choice; `None` when no logit is finite.
     pub(crate) chosen: Option<Sampled>,
+    /// How likely a prompt token was, where that was asked.
+    pub(crate) scored: Option<TokenLogprobs>,
     isa: Isa,
     vocab: usize,
     /// Padded with -inf.
@@ -46,6 +48,7 @@ impl Sampler {
             rule: None,
             edit: None,
             chosen: None,
+            scored: None,
             isa,
             vocab,
             logits: vec![[f32::NEG_INFINITY; LANES]; padded],
@@ -87,6 +90,13 @@ impl Sampler {
             self.chosen = Some(Sampled { token, logprobs });
         }
         self.rule = Some(rule);
+    }
+
+    /// How likely a token is by the row's logits as they are, with so many most likely ones beside it; `None` when no logit is
+    /// finite.
+    pub(crate) fn score(&mut self, token: u32, top: u8) -> Option<TokenLogprobs> {
+        let max = softmax::largest(self.isa, &self.logits);
+        max.is_finite().then(|| self.logprobs(token, max, top.into()))
     }
 
     fn logit(&self, token: u32) -> f32 {

@@ -21,6 +21,22 @@ pub struct StepPlan {
     pub blocks: Vec<BlockId>,
     /// Prompt and output tokens of rows whose sampling needs them ([`Sample::history`]).
     pub history: Vec<u32>,
+    /// What is to be said of prompt tokens, in the order of the rows; empty unless the executor
+    /// [can](Executor::scores_prompts).
+    pub scores: Vec<Score>,
+    /// Tokens that [`Score::next`] names.
+    pub scored: Vec<u32>,
+}
+
+/// How likely a run of prompt tokens was, each after all tokens before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Score {
+    /// Range in [`StepPlan::tokens`], within one row: the tokens after which they come.
+    pub after: Range<u32>,
+    /// Range in [`StepPlan::scored`], of the same length: the tokens themselves. The last one may belong to a later step.
+    pub next: Range<u32>,
+    /// Report this many most likely tokens beside each.
+    pub top: u8,
 }
 
 /// One sequence's part of a step.
@@ -64,6 +80,8 @@ pub struct StepOutput {
     pub sampled: Vec<Sampled>,
     /// What is chosen after each draft, in the order of the rows.
     pub after_drafts: Vec<Sampled>,
+    /// One entry per token of [`StepPlan::scored`], in that order: of the logits as they are, whatever the request's rules.
+    pub scores: Vec<TokenLogprobs>,
     /// Requests whose token was chosen without a word that the sampler policy owes: it is not used, and its row computed again.
     /// The driver's business; an executor leaves it as it is.
     pub withheld: Vec<RequestId>,
@@ -97,6 +115,11 @@ pub trait Executor: Send {
     /// has drafts beyond it. 0 where rows may not end with drafts.
     fn draft_places(&self) -> u32 {
         0
+    }
+
+    /// Whether a plan may ask for [scores](StepPlan::scores).
+    fn scores_prompts(&self) -> bool {
+        false
     }
 
     /// Whether the device is gone for this process, so that no step will ever succeed again.
@@ -142,6 +165,8 @@ impl StepPlan {
         self.tokens.clear();
         self.blocks.clear();
         self.history.clear();
+        self.scores.clear();
+        self.scored.clear();
     }
 
     /// Token ids of a row.

@@ -30,6 +30,9 @@ pub struct Sampling {
     pub seed: u64,
     /// Report the chosen token's log-probability and those of this many most likely tokens (at most 20).
     pub logprobs: Option<u8>,
+    /// Report how likely each prompt token but the first was, with this many most likely tokens beside it (at most 20). Then no
+    /// prefix is reused: a token whose keys come from the cache has no logits.
+    pub prompt_logprobs: Option<u8>,
 }
 
 /// One generation request, tokenized and routed.
@@ -58,7 +61,7 @@ pub struct Request {
     /// Draft tokens that a step may look at, at most [`MAX_DRAFTS`](crate::draft::MAX_DRAFTS) count; 0 for none. What is
     /// generated is the same.
     pub draft_tokens: u32,
-    /// Tokens to generate at most, at least one.
+    /// Tokens to generate at most; 0 to compute the prompt alone.
     pub max_new_tokens: u32,
     /// Stop tokens are impossible before this many tokens.
     pub min_new_tokens: u32,
@@ -116,6 +119,8 @@ pub enum SinkEvent {
         /// Prompt tokens that needed no computation.
         cached_tokens: u32,
     },
+    /// How likely each prompt token but the first was, once, when the last of them is known: before the first token.
+    Scored(Vec<TokenLogprobs>),
     /// A generated token.
     Token {
         /// Its id.
@@ -133,11 +138,11 @@ pub enum SinkEvent {
     Failed(Failure),
 }
 
-/// Log-probabilities at one position, natural logarithm, after penalties, bias and a sampler policy's edit and before
-/// temperature.
+/// Log-probabilities at one position, natural logarithm. Of generated tokens after penalties, bias and a sampler policy's edit and
+/// before temperature; of prompt tokens before all of these.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the chosen token.
+    /// Of the chosen token, or the one that stands there.
     pub chosen: f32,
     /// The most likely tokens, most likely first.
     pub top: Vec<(u32, f32)>,
@@ -231,6 +236,7 @@ impl Default for Sampling {
             logit_bias: Vec::new(),
             seed: 0,
             logprobs: None,
+            prompt_logprobs: None,
         }
     }
 }

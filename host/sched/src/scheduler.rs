@@ -103,6 +103,7 @@ struct InFlight {
     id: RequestId,
     n_tokens: u32,
     n_drafts: u32,
+    n_scores: u32,
     samples: bool,
     is_decode: bool,
 }
@@ -181,7 +182,7 @@ impl Scheduler {
             rows: Vec::with_capacity(max_running),
             tokens: Vec::with_capacity(config.step_tokens as usize),
             blocks: Vec::with_capacity(config.n_blocks as usize),
-            history: Vec::new(),
+            ..StepPlan::default()
         };
         let scheduler = Self {
             config,
@@ -232,7 +233,7 @@ impl Scheduler {
             return Err((request, failure));
         }
         let mut cached = 0;
-        if self.kv.is_cacheable(&request) {
+        if self.kv.is_cacheable(&request) && request.sampling.prompt_logprobs.is_none() {
             let text = Text { tokens: &request.prompt, hashes: &request.block_hashes };
             self.kv.matching(text, &mut self.found);
             cached = count(self.found.len()) * self.config.block_tokens;
@@ -409,13 +410,14 @@ impl Scheduler {
         if self.sequences.find(request.id.0).is_some() {
             return Err(Failure::Engine("the host submitted its id twice".into()));
         }
-        let tokens = count(request.prompt.len()).saturating_add(request.max_new_tokens.max(1));
+        let tokens = count(request.prompt.len()).saturating_add(request.max_new_tokens);
         let limit = self.config.context_tokens;
         if tokens > limit {
             return Err(ResourceExhausted::Context { tokens, limit }.into());
         }
-        // The last token is never computed, so it needs no place.
-        let (needed, total) = (self.config.blocks_for(tokens - 1), self.config.n_blocks);
+        // The last token that is generated is never computed, so it needs no place.
+        let n_computed = tokens - request.max_new_tokens.min(1);
+        let (needed, total) = (self.config.blocks_for(n_computed), self.config.n_blocks);
         if needed > total {
             return Err(ResourceExhausted::KvPool { needed, total }.into());
         }

@@ -7,7 +7,7 @@ use crate::draft::Drafts;
 use crate::hash::IntMap;
 use crate::ids::{BlockId, Micros, RequestId};
 use crate::kv::{Chain, Text};
-use crate::request::Request;
+use crate::request::{Request, TokenLogprobs};
 
 /// Place of a sequence in the slab; meaningful while the sequence lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,6 +73,10 @@ pub(crate) struct Sequence {
     pub(crate) first_admitted: Option<(Micros, u32)>,
     /// Tokens in the step that is being planned or in flight.
     pub(crate) chunk: u32,
+    /// Prompt tokens of which it is known how likely they were, the first not counted; 0 unless that was asked.
+    pub(crate) n_scored: u32,
+    /// The same in numbers, until all are there.
+    pub(crate) scores: Vec<TokenLogprobs>,
     /// What may follow, and is computed with the last token.
     pub(crate) drafts: Drafts,
     /// What the policy's plan wants `chunk` to be; taken when it is planned.
@@ -107,6 +111,8 @@ impl Sequence {
             cached_on_arrival: cached,
             first_admitted: None,
             chunk: 0,
+            n_scored: 0,
+            scores: Vec::new(),
             drafts: Drafts::default(),
             wish: None,
             preempted_in: 0,
@@ -132,6 +138,23 @@ impl Sequence {
     pub(crate) fn text(&self) -> Text<'_> {
         let tokens = if self.tokens.is_empty() { &self.request.prompt[..] } else { &self.tokens[..] };
         Text { tokens, hashes: &self.request.block_hashes }
+    }
+
+    /// As much of it as may be found in the cache: what precedes a token that is still to be scored must be computed.
+    pub(crate) fn findable(&self) -> Text<'_> {
+        let mut text = self.text();
+        if self.scores_left() > 0 {
+            text.tokens = &text.tokens[..=self.n_scored as usize];
+        }
+        text
+    }
+
+    /// Prompt tokens of which it is still to be said how likely they were.
+    pub(crate) fn scores_left(&self) -> u32 {
+        match self.request.sampling.prompt_logprobs {
+            None => 0,
+            Some(_) => self.prompt_tokens() - 1 - self.n_scored,
+        }
     }
 
     pub(crate) fn n_tokens(&self) -> u32 {

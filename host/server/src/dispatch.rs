@@ -67,6 +67,8 @@ pub(crate) struct Terms {
     pub(crate) cache_prompt: bool,
     /// Draft tokens of a step.
     pub(crate) draft_tokens: u32,
+    /// Whether the prompt's own log-probabilities are asked for.
+    pub(crate) scores_prompt: bool,
     /// What routers may ask for by name.
     pub(crate) numbers: RequestNumbers,
 }
@@ -247,6 +249,12 @@ impl Target {
         let device = |replica: &Arc<Replica>| replica.upstream.is_none().then_some(replica.device);
         let first = devices.next().and_then(device)?;
         devices.all(|replica| device(replica) == Some(first)).then_some(first)
+    }
+
+    /// Whether somebody can say how likely the tokens of a prompt are.
+    pub(crate) fn scores_prompts(&self, is_onward: bool) -> bool {
+        let mut replicas = self.variants.iter().flat_map(|variant| &variant.replicas);
+        replicas.any(|replica| replica.scores_prompts && (is_onward || replica.upstream.is_none()))
     }
 
     /// Whether the same variants answer to both names.
@@ -472,9 +480,10 @@ impl Dispatch<'_> {
         scratch.refused.resize(scratch.rows.len(), false);
     }
 
-    /// What the column `health` says of a replica; none for an upstream that is not offered.
+    /// What the column `health` says of a replica; none for one that is not offered.
     fn health(&self, replica: &Replica) -> Option<u8> {
         match &replica.upstream {
+            _ if self.terms.scores_prompt && !replica.scores_prompts => None,
             None => Some(replica.health.load(Ordering::Relaxed)),
             Some(upstream) if self.is_onward && !self.failed.contains(&replica.id) => upstream.health(),
             Some(_) => None,
@@ -513,7 +522,7 @@ impl Dispatch<'_> {
 
     /// Prompt tokens that the replica probably holds; the last one is always computed.
     fn cached_tokens(&self, variant: &Variant, replica: &Replica, hashes: &mut Hashes<'_>) -> u32 {
-        if !self.terms.cache_prompt {
+        if !self.terms.cache_prompt || self.terms.scores_prompt {
             return 0;
         }
         let hits = replica.sketch.leading_hits(hashes.of(variant.block_tokens));

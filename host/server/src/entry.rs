@@ -52,7 +52,7 @@ pub struct Request {
     holder: Option<Arc<Holder>>,
 }
 
-/// What comes of a request, in this order: for each choice `Started`, then `Prefilled`s, then `Delta`s, the last with `ended`; or `Embedded`;
+/// What comes of a request, in this order: for each choice `Started`, then `Prefilled`s, then `Scored` where that was asked, then `Delta`s, the last with `ended`; or `Embedded`;
 /// then `Done`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -71,6 +71,13 @@ pub enum Event {
         choice: usize,
         /// Of its prompt, computed or found in the prefix cache.
         tokens: u32,
+    },
+    /// How likely the prompt of a choice is.
+    Scored {
+        /// Whose.
+        choice: usize,
+        /// Log-probabilities of its tokens, from the second one on.
+        logprobs: Vec<f32>,
     },
     /// A step of a choice.
     Delta {
@@ -388,6 +395,9 @@ impl From<Update> for Event {
                 Self::Started { choice, queued: Duration::from_micros(queued_us), cached_tokens }
             }
             Update::Prefilled { choice, tokens } => Self::Prefilled { choice, tokens },
+            Update::Scored { choice, scores } => {
+                Self::Scored { choice, logprobs: scores.iter().map(|score| score.chosen).collect() }
+            }
             Update::Delta(delta) => Self::Delta {
                 choice: delta.choice,
                 text: delta.text,

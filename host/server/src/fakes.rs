@@ -77,6 +77,7 @@ pub(crate) struct Taken {
     pub(crate) max_new_tokens: u32,
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) seed: u64,
+    pub(crate) prompt_logprobs: Option<u8>,
     pub(crate) priority: u8,
     pub(crate) deadline: Micros,
     pub(crate) router_generation: u64,
@@ -267,6 +268,7 @@ impl EnginePort for FakeEngine {
             max_new_tokens: request.max_new_tokens,
             stop_tokens: Arc::clone(&request.stop_tokens),
             seed: request.sampling.seed,
+            prompt_logprobs: request.sampling.prompt_logprobs,
             priority: request.priority as u8,
             deadline: request.deadline,
             router_generation: request.router_generation,
@@ -744,6 +746,7 @@ pub(crate) fn replica(id: u32, name: &str) -> Arc<Replica> {
         started: 1,
         labels: [("price".into(), u64::from(id) + 3)].into(),
         upstream: None,
+        scores_prompts: id != 2,
         gauges: Arc::new(ReplicaGauges::default()),
         sketch: Arc::new(PrefixSketch::new(64)),
     })
@@ -766,7 +769,7 @@ impl Rig {
         Self::with(ServerConfig::default())
     }
 
-    /// Two variants of `m`: `m:a` on replicas 0 and 1, `m:b` on replica 2; and an encoder `e`.
+    /// Two variants of `m`: `m:a` on replicas 0 and 1, `m:b` on replica 2, which scores no prompts; and an encoder `e`.
     pub(crate) fn with(config: ServerConfig) -> Self {
         Self::on(config, &Arc::default())
     }

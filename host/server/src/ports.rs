@@ -47,6 +47,8 @@ pub struct Replica {
     pub labels: Arc<[(Arc<str>, u64)]>,
     /// Where it is, if that is not on this host.
     pub upstream: Option<Arc<Upstream>>,
+    /// Whether it can say how likely the tokens of a prompt are.
+    pub scores_prompts: bool,
     /// Live load, written by the driver; of an upstream, by those who are sent there.
     pub gauges: Arc<ReplicaGauges>,
     /// Sketch of the prefix cache, written by the driver.

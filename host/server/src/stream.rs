@@ -131,6 +131,8 @@ pub(crate) enum Update {
     Started { choice: usize, queued_us: u64, cached_tokens: u32 },
     /// So many tokens of a choice's prompt are computed or were cached; only where progress is shown.
     Prefilled { choice: usize, tokens: u32 },
+    /// How likely each token of a choice's prompt but the first is; only where that was asked.
+    Scored { choice: usize, scores: Vec<TokenLogprobs> },
     /// Text, a token, an end, or several of these.
     Delta(Delta),
 }
@@ -354,6 +356,7 @@ impl Generation {
                 self.parts.trace.reached(Stage::Scheduled, self.parts.arrived.saturating_add(queued_us));
                 self.updates.push_back(Update::Started { choice: index, queued_us, cached_tokens });
             }
+            SinkEvent::Scored(scores) => self.updates.push_back(Update::Scored { choice: index, scores }),
             SinkEvent::Token { token, logprobs, drafted } => {
                 choice.accepted += u32::from(drafted.is_draft);
                 choice.rejected += drafted.rejected;

@@ -2,7 +2,7 @@
 //!
 //! Checked once per step, here, because a kernel that trusted a bad plan would read or write memory of somebody else.
 
-use pointsman_sched::execute::{ExecuteError, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Score, StepPlan};
 
 use crate::spec::ModelSpec;
 
@@ -107,6 +107,20 @@ impl EngineConfig {
                 expect(sample.history_prompt as usize <= history.len(), "more prompt than history")?;
             }
         }
-        expect(next_token as usize == plan.tokens.len(), "tokens that belong to no row")
+        expect(next_token as usize == plan.tokens.len(), "tokens that belong to no row")?;
+        expect(plan.scored.iter().all(|&token| (token as usize) < vocab), "a token to score outside the vocabulary")?;
+        let mut next_scored = 0;
+        for Score { after, next, .. } in &plan.scores {
+            expect(
+                next.start == next_scored && next.end > next.start && next.end as usize <= plan.scored.len(),
+                "tokens to score that leave gaps or are missing",
+            )?;
+            next_scored = next.end;
+            expect(
+                after.len() == next.len() && after.end as usize <= plan.tokens.len(),
+                "tokens to score after other tokens than the step has",
+            )?;
+        }
+        expect(next_scored as usize == plan.scored.len(), "tokens to score that nobody asks about")
     }
 }

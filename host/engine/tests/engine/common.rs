@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Rope, Weights};
-use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
+use pointsman_sched::execute::{Executor, Row, Sample, Score, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
 use pointsman_sched::sampler::{EditSource, NoEdits};
@@ -167,6 +167,20 @@ impl Step {
             sample,
             drafts: 0,
         });
+        self
+    }
+
+    /// Asks how likely each of the next `n` tokens of a sequence is after the one before it; those are the row just pushed.
+    pub(crate) fn score(&mut self, sequence: &Sequence, n: usize, top: u8) -> &mut Self {
+        let at = |len: usize| u32::try_from(len).unwrap();
+        let (plan, first) = (&mut self.plan, sequence.computed + 1);
+        let next = &sequence.tokens[first..(first + n).min(sequence.tokens.len())];
+        let (start, scored) = (plan.rows.last().unwrap().tokens.start, at(plan.scored.len()));
+        plan.scored.extend(next);
+        if !next.is_empty() {
+            let n = at(next.len());
+            plan.scores.push(Score { after: start..start + n, next: scored..scored + n, top });
+        }
         self
     }
 

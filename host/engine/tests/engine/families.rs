@@ -15,11 +15,11 @@ struct Golden {
 }
 
 #[derive(serde::Deserialize)]
-struct Case {
-    prompt: Vec<u32>,
-    tokens: Vec<u32>,
-    first_logits: Vec<f32>,
-    last_logits: Vec<f32>,
+pub(crate) struct Case {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) first_logits: Vec<f32>,
+    pub(crate) last_logits: Vec<f32>,
 }
 
 fn goldens() -> Vec<PathBuf> {
@@ -38,6 +38,15 @@ fn open(folder: &Path) -> (Golden, CpuEngine) {
         EngineConfig { n_blocks: 64, block_tokens: 16, max_step_tokens: 256, max_rows: 8, context_tokens: 256 };
     let engine = CpuEngine::new(Arc::new(model), ComputePool::start(2).unwrap(), config).unwrap();
     (serde_json::from_slice(&read("golden.json")).unwrap(), engine)
+}
+
+/// Every case of every family, with its engine.
+pub(crate) fn each_golden(mut check: impl FnMut(&str, &Case, &mut CpuEngine)) {
+    for folder in goldens() {
+        let (golden, mut engine) = open(&folder);
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        golden.cases.iter().for_each(|case| check(&name, case, &mut engine));
+    }
 }
 
 /// Relative L2 distance.

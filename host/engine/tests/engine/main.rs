@@ -13,3 +13,4 @@ mod invariance;
 mod loading;
 mod oracle;
 mod plans;
+mod scores;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, KvPlan, Precision};
-use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, Score, StepOutput, StepPlan};
 use pointsman_sched::ids::BlockId;
 use pointsman_sched::request::Sampling;
 use pointsman_sched::sampler::NoEdits;
@@ -16,7 +16,7 @@ fn malformed_plans_are_named() {
     let model = model(&spec(), Dtype::F16, Precision::F16, 1);
     let mut engine = engine(&model, &ComputePool::start(1).unwrap());
     type Break = fn(&mut StepPlan);
-    let cases: [(Break, &str); 17] = [
+    let cases: [(Break, &str); 22] = [
         (|plan| plan.tokens[1] = 203, "a token outside the vocabulary"),
         (|plan| plan.blocks[0] = BlockId(64), "a block outside the pool"),
         (|plan| plan.rows[0].tokens.start = 1, "token ranges that leave gaps or are empty"),
@@ -41,12 +41,19 @@ fn malformed_plans_are_named() {
             },
             "a history range beyond the history",
         ),
+        (|plan| plan.scored[0] = 203, "a token to score outside the vocabulary"),
+        (|plan| plan.scores[0].next = 0..2, "tokens to score that leave gaps or are missing"),
+        (|plan| plan.scores[0].after = 1..1, "tokens to score after other tokens than the step has"),
+        (|plan| plan.scores[0].after = 5..6, "tokens to score after other tokens than the step has"),
+        (|plan| plan.scored.push(1), "tokens to score that nobody asks about"),
     ];
     let greedy = Arc::new(Sampling::default());
     let sequence = |n: usize, block: u32| Sequence { tokens: vec![7; n], computed: 0, blocks: blocks([block]) };
     for (change, what) in cases {
         let mut step = Step::default();
         step.push(&sequence(3, 0), 3, &greedy).push(&sequence(2, 1), 2, &greedy);
+        step.plan.scored.push(7);
+        step.plan.scores.push(Score { after: 1..2, next: 0..1, top: 0 });
         assert_eq!(step.run(&mut engine).len(), 2);
         change(&mut step.plan);
         let mut out = StepOutput::default();

@@ -12,12 +12,12 @@
 use std::sync::atomic::Ordering;
 
 use crate::batch::Rest;
-use crate::execute::{Row, Sample};
+use crate::execute::{Row, Sample, Score, StepPlan};
 use crate::ids::Micros;
 use crate::kv::Chain;
 use crate::observe::Observer;
 use crate::request::{Request, SinkEvent, SinkState};
-use crate::sequence::Slot;
+use crate::sequence::{Sequence, Slot};
 
 use super::{InFlight, Scheduler, count};
 
@@ -125,7 +125,10 @@ impl Scheduler {
     /// full block there is nothing to share; one that is overdue does not come here.
     fn can_share_soon(&self, request: &Request) -> bool {
         let first = request.fork_of.and_then(|first| self.sequences.find(first.0));
-        first.is_some_and(|first| self.sequences[first].generated() == 0 && self.kv.is_cacheable(request))
+        let finds = request.sampling.prompt_logprobs.is_none();
+        first
+            .filter(|_| finds)
+            .is_some_and(|first| self.sequences[first].generated() == 0 && self.kv.is_cacheable(request))
     }
 
     /// Admits a waiting sequence with its first chunk, if room can be made.
@@ -192,7 +195,7 @@ impl Scheduler {
         self.found.clear();
         let mut chain = Chain::start(false);
         if self.kv.is_cacheable(&sequence.request) {
-            chain = self.kv.matching(text, &mut self.found);
+            chain = self.kv.matching(sequence.findable(), &mut self.found);
         }
         let held = self.found.iter().filter(|&&block| self.kv.pool.references(block) > 0).count();
         (chain, self.config.blocks_for(count(text.tokens.len())) - count(held))
@@ -355,7 +358,7 @@ impl Scheduler {
         tokens.end = append(&mut step.tokens, drafts).end;
         let n_blocks = self.config.blocks_for(end + n_drafts) as usize;
         let blocks = append(&mut step.blocks, &sequence.table[..n_blocks]);
-        let samples = end as usize == sequence.tokens.len();
+        let samples = end as usize == sequence.tokens.len() && sequence.request.max_new_tokens > 0;
         let sample = samples.then(|| {
             let request = &sequence.request;
             let index = sequence.generated();
@@ -374,9 +377,23 @@ impl Scheduler {
             }
         });
         let (id, n_tokens, is_decode) = (sequence.request.id, sequence.chunk, sequence.is_decoding());
+        let n_scores = score(sequence, tokens.start, step);
         step.rows.push(Row { request: id, tokens, position: first, blocks, sample, drafts: n_drafts });
-        self.rows.push(InFlight { slot, id, n_tokens, n_drafts, samples, is_decode });
+        self.rows.push(InFlight { slot, id, n_tokens, n_drafts, n_scores, samples, is_decode });
     }
+}
+
+/// Asks for what is to be said of the prompt and can be said after this chunk, whose tokens begin there in the plan.
+fn score(sequence: &Sequence, start: u32, step: &mut StepPlan) -> u32 {
+    let end = (sequence.computed + sequence.chunk).min(sequence.n_scored + sequence.scores_left());
+    let n_scores = end.saturating_sub(sequence.n_scored);
+    let Some(top) = sequence.request.sampling.prompt_logprobs.filter(|_| n_scores > 0) else { return 0 };
+    let (scored, end) = (sequence.n_scored, end as usize);
+    assert!(sequence.computed <= scored, "{:?} skipped tokens that were to be scored", sequence.request.id);
+    let after = start + scored - sequence.computed;
+    let next = append(&mut step.scored, &sequence.tokens[scored as usize + 1..=end]);
+    step.scores.push(Score { after: after..after + n_scores, next, top });
+    n_scores
 }
 
 /// Appends and says where.

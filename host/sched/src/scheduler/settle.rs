@@ -11,7 +11,7 @@ use crate::execute::{ExecuteError, Sampled, StepOutput};
 use crate::ids::Micros;
 use crate::kv::Origin;
 use crate::observe::Observer;
-use crate::request::{CancelCause, Drafted, Failure, FinishReason, Request, SinkEvent, SinkState};
+use crate::request::{CancelCause, Drafted, Failure, FinishReason, Request, SinkEvent, SinkState, TokenLogprobs};
 use crate::sequence::Slot;
 
 use super::ending::Ending;
@@ -32,16 +32,19 @@ impl Scheduler {
     /// not match the plan fails the step like an [`ExecuteError`].
     pub fn complete(&mut self, now: Micros, out: &mut StepOutput, observer: &mut dyn Observer) {
         let n_drafts: usize = self.rows.iter().map(|row| row.n_drafts as usize).sum();
-        if out.sampled.len() != self.rows.iter().filter(|row| row.samples).count() || out.after_drafts.len() != n_drafts
-        {
+        let n_scores: usize = self.rows.iter().map(|row| row.n_scores as usize).sum();
+        let n_samples = self.rows.iter().filter(|row| row.samples).count();
+        if (out.sampled.len(), out.after_drafts.len(), out.scores.len()) != (n_samples, n_drafts, n_scores) {
             out.sampled.clear();
             out.after_drafts.clear();
+            out.scores.clear();
             out.withheld.clear();
-            let what = "the output has another number of tokens than the plan has rows to sample";
+            let what = "the output has another number of tokens than the plan has rows to sample and tokens to score";
             return self.fail_step(now, &ExecuteError::Malformed { what }, observer);
         }
         let rows = self.land();
         let mut sampled = out.sampled.drain(..).peekable();
+        let mut scores = out.scores.drain(..);
         let withheld = &out.withheld;
         let mut after_drafts = &mut out.after_drafts[..];
         let mut tokens = 0;
@@ -56,10 +59,15 @@ impl Scheduler {
             let phase =
                 if row.is_decode { &mut self.counters.decode_tokens } else { &mut self.counters.prefill_tokens };
             *phase += u64::from(row.n_tokens);
+            let scores = scores.by_ref().take(row.n_scores as usize);
             if self.sequences.holds(row.slot, row.id) {
+                self.take_scores(row.slot, scores);
                 self.settle(row, chosen, now, observer);
+            } else {
+                scores.for_each(drop);
             }
         }
+        drop(scores);
         out.withheld.clear();
         out.after_drafts.clear();
         self.rows = rows;
@@ -116,6 +124,9 @@ impl Scheduler {
         if sequence.closed {
             self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
         } else if matches!(chosen, Chosen::Nothing) && sequence.generated() == 0 {
+            if sequence.request.max_new_tokens == 0 && sequence.computed == sequence.prompt_tokens() {
+                return self.end(row.slot, Ending::Finished(FinishReason::Length), now, observer);
+            }
             sequence.request.sink.prefilled(sequence.computed);
         } else if let Chosen::Token(sampled, after) = chosen {
             let came_true = self.verify(row, &sampled, after);
@@ -132,6 +143,27 @@ impl Scheduler {
                 self.emit(row.slot, (sampled, drafted), now, observer);
             }
             self.shorten(row);
+        }
+    }
+
+    /// Keeps what a step said of a prompt, and hands all of it to the sink when nothing is missing. A preemption does not lose it.
+    fn take_scores(&mut self, slot: Slot, scores: impl Iterator<Item = TokenLogprobs>) {
+        let sequence = &mut self.sequences[slot];
+        let n_left = sequence.scores_left();
+        if n_left == 0 {
+            return;
+        }
+        sequence.scores.reserve_exact(n_left as usize);
+        let n_before = sequence.scores.len();
+        sequence.scores.extend(scores);
+        sequence.n_scored += count(sequence.scores.len() - n_before);
+        if sequence.scores_left() > 0 {
+            return;
+        }
+        let told = SinkEvent::Scored(std::mem::take(&mut sequence.scores));
+        if sequence.request.sink.push(told) == SinkState::Closed && !sequence.closed {
+            sequence.closed = true;
+            self.n_closed += 1;
         }
     }
 

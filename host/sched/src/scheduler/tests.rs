@@ -8,6 +8,7 @@ mod model;
 mod random;
 mod retention;
 mod sampler;
+mod scores;
 
 use std::sync::Arc;
 

@@ -172,7 +172,7 @@ impl Encode for MessageSse {
                 self.totals.cached = *cached_tokens;
                 return self.open(out);
             }
-            Update::Prefilled { .. } => return,
+            Update::Prefilled { .. } | Update::Scored { .. } => return,
             Update::Delta(delta) => delta,
         };
         self.open(out);

@@ -143,7 +143,7 @@ impl Source {
         let next = ready!(generation.poll_update(cx));
         match &next {
             Some(Ok(Update::Delta(delta))) => lead.iter_mut().for_each(|lead| lead.tell(delta)),
-            Some(Ok(Update::Started { .. } | Update::Prefilled { .. })) => {}
+            Some(Ok(Update::Started { .. } | Update::Prefilled { .. } | Update::Scored { .. })) => {}
             Some(Err(_)) => *lead = None,
             None => {
                 if let Some(lead) = lead.take() {

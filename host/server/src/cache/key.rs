@@ -141,6 +141,7 @@ fn write_sampling(key: &mut KeyWriter, sampling: &Sampling, seed: Option<u64>) {
         // Made up where the request names none.
         seed: _,
         logprobs,
+        prompt_logprobs,
     } = sampling;
     for number in [temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty] {
         key.float(*number);
@@ -157,6 +158,7 @@ fn write_sampling(key: &mut KeyWriter, sampling: &Sampling, seed: Option<u64>) {
     // A greedy answer draws nothing.
     key.maybe(seed.filter(|_| *temperature != 0.0));
     key.maybe(logprobs.map(u64::from));
+    key.maybe(prompt_logprobs.map(u64::from));
 }
 
 fn write_terms(key: &mut KeyWriter, terms: &Terms, is_routed: bool) {
@@ -171,6 +173,8 @@ fn write_terms(key: &mut KeyWriter, terms: &Terms, is_routed: bool) {
         // Neither a prefix from the cache nor drafts change what is computed.
         cache_prompt: _,
         draft_tokens: _,
+        // Of the sampling.
+        scores_prompt: _,
         numbers,
     } = terms;
     key.number((*max_new_tokens).into());

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
+use pointsman_sched::request::TokenLogprobs;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::fields::Fields;
+use super::fields::{Fields, whole};
 use super::generate::{Answer, Arrival, Collected, Head, Job, Running, Shape, serve};
 use super::inputs::{Holder, Input, read_each, token_ids};
 use super::logprobs::CompletionLogprobs;
@@ -27,6 +28,10 @@ use crate::upstream::Onward;
 /// Tokens that a completion has when the request does not say (`OpenAI`'s default).
 const DEFAULT_TOKENS: u32 = 16;
 
+/// Why nobody says how likely a prompt is.
+const NO_SCORES: &str =
+    "`logprobs` together with `echo` by a model on CUDA devices alone: a variant on the CPU computes them; it";
+
 /// Handles the route.
 pub(crate) async fn completions(
     State(state): State<Arc<ServerState>>,
@@ -42,9 +47,15 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     let state = &arrival.state;
     let body = arrival.sent(&fields);
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
-    let logprobs = logprobs(&mut fields, echo)?;
-    let own = Own::openai(&mut fields, &state.config, logprobs)?;
+    let logprobs = fields.u32("logprobs", 0..=20)?.and_then(|n| u8::try_from(n).ok());
+    let is_prompt_alone = echo && fields.get("max_tokens").and_then(whole) == Some(0);
+    if is_prompt_alone {
+        fields.take("max_tokens");
+    }
+    let mut own = Own::openai(&mut fields, &state.config, logprobs)?;
+    own.max_tokens = own.max_tokens.or(is_prompt_alone.then_some(0));
     let mut params = Params::parse(&mut fields, &state.config, own)?;
+    params.prompt_logprobs = logprobs.filter(|_| echo);
     let asking = arrival.asking(params.timeout_ms);
     let target = demand::find(state, &params.model, &mut permit, asking).await?;
     let grammar = params.grammar(state, &target).await?;
@@ -52,31 +63,57 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     let body = body.filter(|_| prompt.is_string() && target.has_upstreams() && params.cache_prompt);
     let default_tokens = Some(DEFAULT_TOKENS);
     let onward = body.map(|body| Onward::new("/v1/completions", body, params.n as usize).capped(default_tokens));
+    if params.prompt_logprobs.is_some() && !target.scores_prompts(onward.is_some()) {
+        return Err(ApiError::unsupported("logprobs", NO_SCORES));
+    }
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
     let n_choices = prompts.len() * params.n as usize;
     check_rows(n_choices, state)?;
-    let echoed: Vec<String> = match echo {
-        true => prompts.iter().flat_map(|p| std::iter::repeat_n(p.text.clone(), params.n as usize)).collect(),
-        false => vec![String::new(); n_choices],
+    let echoed = match echo {
+        true => prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), params.n as usize)).collect(),
+        false => Vec::new(),
     };
+    let echo = Echo { prompts: echoed, is_scored: params.prompt_logprobs.is_some() };
     let (stream, include_usage) = (params.stream, params.include_usage);
     let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt", onward };
     let running = arrival.start(job, permit).await?;
     let streams = stream || running.wants_events();
-    Ok(Answer { running, n_choices, streams, shape: Box::new(CompletionShape { echoed, include_usage }) })
+    Ok(Answer { running, n_choices, streams, shape: Box::new(CompletionShape { echo, include_usage }) })
 }
 
 /// How completions are written.
 #[derive(Debug)]
 struct CompletionShape {
-    /// The prompt of each choice, where it is repeated.
-    echoed: Vec<String>,
+    echo: Echo,
     include_usage: bool,
+}
+
+/// The prompts that answers begin with.
+#[derive(Debug)]
+struct Echo {
+    /// Of each choice; none where they are not repeated.
+    prompts: Vec<Prompt>,
+    /// Whether it is said how likely they are.
+    is_scored: bool,
+}
+
+impl Echo {
+    fn text(&self, choice: usize) -> &str {
+        self.prompts.get(choice).map_or("", |prompt| &prompt.text)
+    }
+
+    /// What the log-probabilities of a choice begin with.
+    fn logprobs(&self, text: &TextModel, choice: usize, scores: &[TokenLogprobs]) -> CompletionLogprobs {
+        let prompt = self.prompts.get(choice).filter(|_| self.is_scored);
+        prompt
+            .map(|prompt| CompletionLogprobs::prompt(text, (&prompt.tokens, &prompt.text), scores))
+            .unwrap_or_default()
+    }
 }
 
 impl Shape for CompletionShape {
     fn events(self: Box<Self>, running: &Running) -> Box<dyn Encode> {
-        Box::new(CompletionSse::new(running, self.echoed, self.include_usage))
+        Box::new(CompletionSse::new(running, *self))
     }
 
     fn whole(
@@ -86,7 +123,7 @@ impl Shape for CompletionShape {
         totals: Totals,
     ) -> Vec<u8> {
         let relayed = relayed::whole(head, "text_completion", &mut choices, totals);
-        relayed.unwrap_or_else(|| write_whole(head, text, &choices, &self.echoed, totals.into()))
+        relayed.unwrap_or_else(|| write_whole((head, text), &choices, &self.echo, totals.into()))
     }
 }
 
@@ -99,14 +136,6 @@ fn check_rows(n_choices: usize, state: &ServerState) -> Result<(), ApiError> {
     let problem =
         format!("the prompts times `n` are {n_choices} texts, and one request may ask for {limit}; send several");
     Err(ApiError::invalid("n", problem))
-}
-
-fn logprobs(fields: &mut Fields, echo: bool) -> Result<Option<u8>, ApiError> {
-    let wanted = fields.u32("logprobs", 0..=20)?.and_then(|n| u8::try_from(n).ok());
-    if wanted.is_some() && echo {
-        return Err(ApiError::unsupported("logprobs", "`logprobs` together with `echo`"));
-    }
-    Ok(wanted)
 }
 
 /// Reads and tokenizes the prompts.
@@ -151,16 +180,15 @@ struct Choice<'a> {
     finish_reason: Option<&'static str>,
 }
 
-fn write_whole(head: &Head, text: &TextModel, choices: &[Collected], echoed: &[String], usage: Usage) -> Vec<u8> {
+fn write_whole((head, text): (&Head, &TextModel), choices: &[Collected], echo: &Echo, usage: Usage) -> Vec<u8> {
     let texts: Vec<String> =
-        choices.iter().zip(echoed).map(|(choice, echo)| format!("{echo}{}", choice.text)).collect();
+        choices.iter().enumerate().map(|(i, choice)| format!("{}{}", echo.text(i), choice.text)).collect();
     let choice = |(index, (choice, whole))| {
         let choice: &Collected = choice;
-        let mut logprobs = CompletionLogprobs::default();
-        choice.tokens.iter().fold(0, |offset, token| offset + logprobs.push(text, token, offset));
-        let logprobs = (!logprobs.is_empty()).then_some(logprobs);
+        let mut logprobs = echo.logprobs(text, index, &choice.scores);
+        choice.tokens.iter().for_each(|token| logprobs.push(text, token));
         let text: &String = whole;
-        Choice { index, text, logprobs, finish_reason: choice.finish.map(|f| f.as_str()) }
+        Choice { index, text, logprobs: logprobs.take(), finish_reason: choice.finish.map(|f| f.as_str()) }
     };
     let choices: Vec<Choice<'_>> = choices.iter().zip(&texts).enumerate().map(choice).collect();
     let Head { id, created, model } = head;
@@ -175,26 +203,37 @@ struct CompletionSse {
     head: Head,
     text: Arc<TextModel>,
     include_usage: bool,
+    echo: Echo,
     choices: Vec<Progress>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Progress {
-    /// The prompt, until it has been sent.
-    echo: Option<String>,
-    /// Characters of the tokens so far.
-    offset: usize,
+    /// Whether the prompt has been sent, where it is repeated.
+    has_begun: bool,
+    logprobs: CompletionLogprobs,
 }
 
 impl CompletionSse {
-    fn new(running: &Running, echoed: Vec<String>, include_usage: bool) -> Self {
-        let choice = |echo: String| Progress { echo: (!echo.is_empty()).then_some(echo), offset: 0 };
-        Self {
-            head: running.head.clone(),
-            text: Arc::clone(&running.text),
-            include_usage,
-            choices: echoed.into_iter().map(choice).collect(),
+    fn new(running: &Running, CompletionShape { echo, include_usage }: CompletionShape) -> Self {
+        let (head, text) = (running.head.clone(), Arc::clone(&running.text));
+        Self { head, text, include_usage, echo, choices: Vec::new() }
+    }
+
+    /// The place of a choice, after what comes first has been written: its prompt, and how likely that is.
+    fn begin(&mut self, out: &mut Vec<u8>, index: usize, scores: &[TokenLogprobs]) -> &mut Progress {
+        if self.choices.len() <= index {
+            self.choices.resize_with(index + 1, Progress::default);
         }
+        if !std::mem::replace(&mut self.choices[index].has_begun, true) {
+            let mut logprobs = self.echo.logprobs(&self.text, index, scores);
+            let (text, first) = (self.echo.text(index), logprobs.take());
+            if !text.is_empty() || first.is_some() {
+                self.chunk(out, &[Choice { index, text, logprobs: first, finish_reason: None }], None);
+            }
+            self.choices[index].logprobs = logprobs;
+        }
+        &mut self.choices[index]
     }
 
     fn chunk(&self, out: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Usage>) {
@@ -206,21 +245,24 @@ impl CompletionSse {
 
 impl Encode for CompletionSse {
     fn update(&mut self, out: &mut Vec<u8>, update: &Update) {
-        let Update::Delta(delta) = update else { return };
+        let delta = match update {
+            Update::Delta(delta) => delta,
+            Update::Scored { choice, scores } => {
+                self.begin(out, *choice, scores);
+                return;
+            }
+            Update::Started { .. } | Update::Prefilled { .. } => return,
+        };
         if let Some(raw) = &delta.raw {
             return relayed::chunk(out, &self.head, ("text_completion", self.include_usage), raw);
         }
         let index = delta.choice;
-        let Some(progress) = self.choices.get_mut(index) else { return };
-        let echo = progress.echo.take();
-        let mut logprobs = CompletionLogprobs::default();
+        let text = Arc::clone(&self.text);
+        let progress = self.begin(out, index, &[]);
         if let Some(token) = &delta.token {
-            progress.offset += logprobs.push(&self.text, token, progress.offset);
+            progress.logprobs.push(&text, token);
         }
-        if let Some(echo) = echo {
-            self.chunk(out, &[Choice { index, text: &echo, logprobs: None, finish_reason: None }], None);
-        }
-        let logprobs = (!logprobs.is_empty()).then_some(logprobs);
+        let logprobs = progress.logprobs.take();
         if !delta.text.is_empty() || logprobs.is_some() || delta.finish.is_some() {
             let finish_reason = delta.finish.map(|f| f.as_str());
             self.chunk(out, &[Choice { index, text: &delta.text, logprobs, finish_reason }], None);

@@ -129,7 +129,13 @@ impl Errand {
         let is_measured = self.is_trial || authors.sampler.is_trial || authors.router.is_trial;
         // What an upstream answers is not a function of what is known here.
         let is_ours = !self.job.target.has_upstreams();
-        is_ours && !self.arrival.wish.no_store && !is_measured && params.cache_response.unwrap_or(is_determined)
+        // It tells texts, and no prompts.
+        let is_text = params.prompt_logprobs.is_none();
+        is_ours
+            && is_text
+            && !self.arrival.wish.no_store
+            && !is_measured
+            && params.cache_response.unwrap_or(is_determined)
     }
 
     /// Whether it is left to the router which variant answers.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use pointsman_sched::admit::{AdmitRequest, Verdict};
 use pointsman_sched::ids::{Micros, RequestId};
-use pointsman_sched::request::Sampling;
+use pointsman_sched::request::{Sampling, TokenLogprobs};
 use serde_json::{Map, Value};
 
 use super::errand::Errand;
@@ -123,6 +123,8 @@ pub(crate) struct Answer {
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
     pub(crate) text: String,
+    /// How likely each token of its prompt but the first is, where that was asked.
+    pub(crate) scores: Vec<TokenLogprobs>,
     pub(crate) tokens: Vec<Token>,
     pub(crate) finish: Option<Finish>,
     /// What an upstream wrote of it.
@@ -265,6 +267,7 @@ impl Arrival {
             stop_tokens: params.stop_tokens(target.text())?,
             cache_prompt: params.cache_prompt,
             draft_tokens: params.draft_tokens,
+            scores_prompt: params.prompt_logprobs.is_some(),
             numbers: params.numbers(target.text()),
         })
     }
@@ -455,7 +458,14 @@ impl Running {
     async fn collect(&mut self, n_choices: usize) -> Result<Vec<Collected>, ApiError> {
         let mut choices: Vec<Collected> = std::iter::repeat_with(Collected::default).take(n_choices).collect();
         while let Some(update) = self.feed.next().await {
-            let Update::Delta(delta) = update? else { continue };
+            let delta = match update? {
+                Update::Delta(delta) => delta,
+                Update::Scored { choice, scores } => {
+                    choices.get_mut(choice).into_iter().for_each(|choice| choice.scores.clone_from(&scores));
+                    continue;
+                }
+                Update::Started { .. } | Update::Prefilled { .. } => continue,
+            };
             let Some(choice) = choices.get_mut(delta.choice) else { continue };
             choice.text.push_str(&delta.text);
             choice.tokens.extend(delta.token);

@@ -1,5 +1,6 @@
 //! Log-probabilities in the two shapes that clients know: chat (an object per token) and completions (parallel lists).
 
+use pointsman_sched::request::TokenLogprobs;
 use serde::Serialize;
 
 use crate::stream::Token;
@@ -34,9 +35,12 @@ struct Entry {
 #[derive(Debug, Default, Serialize)]
 pub(super) struct CompletionLogprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<f32>,
-    top_logprobs: Vec<serde_json::Map<String, serde_json::Value>>,
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
     text_offset: Vec<usize>,
+    /// Characters of the text so far.
+    #[serde(skip)]
+    n_chars: usize,
 }
 
 impl ChatToken {
@@ -62,23 +66,70 @@ impl Entry {
 }
 
 impl CompletionLogprobs {
-    /// Adds a token that begins `offset` characters into the text; answers its length in characters.
-    pub(super) fn push(&mut self, text: &TextModel, token: &Token, offset: usize) -> usize {
-        let Some(logprobs) = &token.logprobs else { return 0 };
+    /// Begins with the tokens of a prompt, whose text is `echo`. Nothing precedes the first: it has no log-probability.
+    pub(super) fn prompt(text: &TextModel, (tokens, echo): (&[u32], &str), scores: &[TokenLogprobs]) -> Self {
+        let mut logprobs = Self::default();
+        let mut rest = echo.as_bytes();
+        let scores = std::iter::once(None).chain(scores.iter().map(Some));
+        for (&token, score) in tokens.iter().zip(scores) {
+            let bytes = text.token_bytes(token);
+            let said = rest.len().min(written(&bytes, rest, text.is_special(token)));
+            let (said, after) = rest.split_at(said);
+            rest = after;
+            logprobs.add((text, &bytes), score, said);
+        }
+        logprobs.n_chars = echo.chars().count();
+        logprobs
+    }
+
+    /// Adds a generated token.
+    pub(super) fn push(&mut self, text: &TextModel, token: &Token) {
+        if let Some(logprobs) = &token.logprobs {
+            let bytes = text.token_bytes(token.id);
+            self.add((text, &bytes), Some(logprobs), &bytes);
+        }
+    }
+
+    /// Adds a token that stands in the text as `said`.
+    fn add(&mut self, (text, bytes): (&TextModel, &[u8]), score: Option<&TokenLogprobs>, said: &[u8]) {
         let name = |id: u32| String::from_utf8_lossy(&text.token_bytes(id)).into_owned();
-        let top = logprobs.top.iter().map(|&(id, logprob)| (name(id), finite(logprob).into())).collect();
-        let token = name(token.id);
-        let length = token.chars().count();
-        self.tokens.push(token);
-        self.token_logprobs.push(finite(logprobs.chosen));
-        self.top_logprobs.push(top);
-        self.text_offset.push(offset);
-        length
+        let top = |&(id, logprob): &(u32, f32)| (name(id), finite(logprob).into());
+        self.tokens.push(String::from_utf8_lossy(bytes).into_owned());
+        self.token_logprobs.push(score.map(|score| finite(score.chosen)));
+        self.top_logprobs.push(score.map(|score| score.top.iter().map(top).collect()));
+        // One that goes on with a character begins where that does.
+        let is_inside = said.first().is_some_and(|byte| !begins_character(*byte));
+        self.text_offset.push(self.n_chars.saturating_sub(is_inside.into()));
+        self.n_chars += said.iter().filter(|byte| begins_character(**byte)).count();
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
+
+    /// What has not been taken yet; the next one goes on where it ends.
+    pub(super) fn take(&mut self) -> Option<Self> {
+        let rest = Self { n_chars: self.n_chars, ..Self::default() };
+        let taken = std::mem::replace(self, rest);
+        (!taken.is_empty()).then_some(taken)
+    }
+}
+
+/// How much of what is left of a text a token of it takes: its bytes, without a space where the tokenizer has put one before the
+/// text, and nothing where it is a mark that is not written. A tokenizer that rewrites its text is taken at its lengths.
+fn written(bytes: &[u8], rest: &[u8], is_special: bool) -> usize {
+    let without_space = bytes.strip_prefix(b" ").filter(|_| !rest.starts_with(b" "));
+    match without_space {
+        _ if rest.starts_with(bytes) => bytes.len(),
+        Some(bytes) if rest.starts_with(bytes) => bytes.len(),
+        _ if is_special => 0,
+        _ => bytes.len(),
+    }
+}
+
+/// Whether a byte of UTF-8 begins a character.
+fn begins_character(byte: u8) -> bool {
+    byte & 0xc0 != 0x80
 }
 
 fn finite(logprob: f32) -> f32 {

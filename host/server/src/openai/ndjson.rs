@@ -1,6 +1,6 @@
 //! Newline-delimited JSON events with stages and progress, for clients that want to show more than text.
 //!
-//! One object per line: `queued`, `started`, `prefill`, `token`, `finished`, `done`, `error`; each but the last says its stage and
+//! One object per line: `queued`, `started`, `prefill`, `prompt`, `token`, `finished`, `done`, `error`; each but the last says its stage and
 //! how far the request is. An upstream's pieces have no token ids and are `text`. The same for every route that generates. Where
 //! a draft comes first, all its lines have the stage `draft`, it may have `failed`, and `replace` puts an end to what it said.
 
@@ -80,6 +80,11 @@ enum Line<'a> {
         computed_tokens: u32,
         percent: u8,
     },
+    /// How likely its tokens are, from the second one on.
+    Prompt {
+        index: usize,
+        logprobs: Vec<f32>,
+    },
     Token {
         index: usize,
         token: u32,
@@ -150,6 +155,10 @@ impl Encode for NdjsonEncoder {
                 let index = *choice;
                 let (computed_tokens, percent) = self.progress.prefilled(index, *tokens);
                 return self.line(out, "prefill", Line::Prefill { index, computed_tokens, percent });
+            }
+            Update::Scored { choice, scores } => {
+                let logprobs = scores.iter().map(|score| score.chosen).collect();
+                return self.line(out, "prefill", Line::Prompt { index: *choice, logprobs });
             }
             Update::Delta(delta) => delta,
         };

@@ -59,6 +59,8 @@ pub(crate) struct Params {
     pub(crate) session: Option<String>,
     /// Log-probabilities with this many alternatives.
     pub(crate) logprobs: Option<u8>,
+    /// The same for the tokens of the prompt.
+    pub(crate) prompt_logprobs: Option<u8>,
     /// Whether the response cache may serve it; `None` where the rest of the request says.
     pub(crate) cache_response: Option<bool>,
     /// What the text must be.
@@ -147,6 +149,7 @@ impl Params {
             cache_response: fields.bool("cache_response")?,
             session,
             logprobs,
+            prompt_logprobs: None,
             format,
             form: None,
             #[expect(clippy::cast_sign_loss, reason = "a seed is 64 bits; its sign means nothing")]
@@ -235,6 +238,7 @@ impl Params {
             ignore_eos: _,
             stop_token_ids: _,
             logprobs: _,
+            prompt_logprobs: _,
             seed: _,
             temperature: _,
             top_p: _,
@@ -278,6 +282,7 @@ impl Params {
             logit_bias: self.logit_bias(text.vocabulary())?,
             seed: self.seed.unwrap_or(random),
             logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
         };
         let with_seed = |i: u32| Arc::new(Sampling { seed: base.seed.wrapping_add(i.into()), ..base.clone() });
         Ok((0..self.n).map(with_seed).collect())

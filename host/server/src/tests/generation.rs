@@ -226,6 +226,91 @@ async fn completions_echo_their_prompt() {
     }
 }
 
+/// What an engine says of a prompt of five tokens, and a word after it.
+fn with_scores(says_more: bool) -> Vec<SinkEvent> {
+    let score = |chosen: f32| TokenLogprobs { chosen, top: vec![(262, -0.125), (3 + 0xc3, chosen)] };
+    let scores = [-1.0, -2.0, f32::NEG_INFINITY, -4.0].map(score).to_vec();
+    let mut events = vec![SinkEvent::Started { queued_us: 5, cached_tokens: 0 }, SinkEvent::Scored(scores)];
+    let logprobs = Some(Box::new(TokenLogprobs { chosen: -0.5, top: Vec::new() }));
+    let word = SinkEvent::Token { token: 262, logprobs, drafted: Drafted::default() };
+    events.extend(says_more.then_some(word));
+    events.push(SinkEvent::Finished(FinishReason::Length));
+    events
+}
+
+#[tokio::test]
+async fn an_echo_says_how_likely_its_prompt_is() {
+    let ids: Vec<u32> = [vec![0], bytes("h\u{e9}!")].concat();
+    for (prompt, says_more) in [(json!("h\u{e9}!"), true), (json!(ids), true), (json!("h\u{e9}!"), false)] {
+        let rig = Rig::new();
+        rig.engine.play([Play::Now(with_scores(says_more)), Play::Now(with_scores(says_more))]);
+        let max_tokens = usize::from(says_more);
+        let mut body = json!({"prompt": prompt, "echo": true, "logprobs": 2, "max_tokens": max_tokens});
+        let answer = rig.post(COMPLETIONS, &completion(&body)).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let choice = &answer.json()["choices"][0];
+        // The mark before the text is no part of it, and both halves of a character begin where it does.
+        let n = 5 + max_tokens;
+        let cut = |all: Value| Value::from(all.as_array().expect("a list")[..n].to_vec());
+        let top = |first: f32| json!({"hello": -0.125, "\u{fffd}": first});
+        let expect = json!({
+            "tokens": cut(json!(["<|bos|>", "h", "\u{fffd}", "\u{fffd}", "!", "hello"])),
+            "token_logprobs": cut(json!([null, -1.0, -2.0, -9_999.0, -4.0, -0.5])),
+            "top_logprobs": cut(json!([null, top(-1.0), top(-2.0), top(-9_999.0), top(-4.0), {}])),
+            "text_offset": cut(json!([0, 0, 1, 1, 2, 3])),
+        });
+        assert_eq!(choice["logprobs"], expect, "{prompt}");
+        let text = ["h\u{e9}!", "h\u{e9}!hello"][max_tokens];
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(text), &json!("length")));
+        // In a stream the prompt comes first, with all that is said of it.
+        body["stream"] = true.into();
+        let answer = rig.post(COMPLETIONS, &completion(&body)).await;
+        assert_eq!(streamed_text(&answer, 0), text);
+        let events = answer.events();
+        let first = &events[0]["choices"][0];
+        assert_eq!(
+            (&first["text"], first["logprobs"]["tokens"].as_array().map(Vec::len)),
+            (&json!("h\u{e9}!"), Some(5))
+        );
+        let parts = ["tokens", "token_logprobs", "top_logprobs", "text_offset"];
+        let whole = parts.map(|part| {
+            let of = |event: &Value| event["choices"][0]["logprobs"][part].as_array().cloned().unwrap_or_default();
+            (part.to_owned(), events.iter().flat_map(of).collect::<Value>())
+        });
+        assert_eq!(Value::Object(whole.into_iter().collect()), expect);
+        let taken = rig.engine.taken.lock().expect("unpoisoned");
+        assert!(taken.iter().all(|t| t.prompt_logprobs == Some(2) && t.max_new_tokens as usize == max_tokens));
+        // The replica that cannot is not offered.
+        let calls = rig.router.calls.lock().expect("unpoisoned");
+        assert!(calls.iter().all(|(.., replicas)| replicas.id == [0, 1] && replicas.cached_tokens == [0, 0]));
+    }
+}
+
+#[tokio::test]
+async fn a_prompt_of_one_token_has_nothing_to_say() {
+    for stream in [false, true] {
+        let rig = Rig::new();
+        let started = SinkEvent::Started { queued_us: 5, cached_tokens: 0 };
+        rig.engine.play([Play::Now(vec![started, SinkEvent::Finished(FinishReason::Length)])]);
+        let body = json!({"prompt": bytes("x"), "echo": true, "logprobs": 0, "max_tokens": 0, "stream": stream});
+        let answer = rig.post(COMPLETIONS, &completion(&body)).await;
+        let first = if stream { answer.events()[0].clone() } else { answer.json() };
+        let expect = json!({"tokens": ["x"], "token_logprobs": [null], "top_logprobs": [null], "text_offset": [0]});
+        assert_eq!((&first["choices"][0]["text"], &first["choices"][0]["logprobs"]), (&json!("x"), &expect));
+    }
+}
+
+#[tokio::test]
+async fn ndjson_says_how_likely_a_prompt_is() {
+    let rig = Rig::new();
+    rig.engine.play([Play::Now(with_scores(true))]);
+    let headers = [("content-type", "application/json"), ("accept", "application/x-ndjson")];
+    let body = completion(&json!({"prompt": "h\u{e9}!", "echo": true, "logprobs": 2, "max_tokens": 1}));
+    let lines = rig.send(request("POST", COMPLETIONS, &headers, &body)).await.lines();
+    let prompt = lines.iter().find(|line| line["event"] == "prompt").expect("a line");
+    assert_eq!((&prompt["logprobs"], &prompt["stage"]), (&json!([-1.0, -2.0, null, -4.0]), &json!("prefill")));
+}
+
 fn with_logprobs() -> Vec<SinkEvent> {
     let logprobs = TokenLogprobs { chosen: -0.5, top: vec![(262, -0.5), (9_000, f32::NEG_INFINITY)] };
     vec![

@@ -342,7 +342,7 @@ impl TextModel {
         self.grammars.get_or_init(|| trie::factory(self)).as_ref()
     }
 
-    fn is_special(&self, id: u32) -> bool {
+    pub(crate) fn is_special(&self, id: u32) -> bool {
         self.special.get(id as usize).copied().unwrap_or(false)
     }
 }

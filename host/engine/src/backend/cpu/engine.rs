@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, Score, StepOutput, StepPlan};
+use pointsman_sched::request::TokenLogprobs;
 use pointsman_sched::sampler::EditSource;
 
 use super::aligned::Aligned;
@@ -134,7 +135,33 @@ impl CpuEngine {
             self.attention_half(plan, i, layer);
             self.ffn_half(layer);
         }
-        self.project();
+    }
+
+    /// How likely prompt tokens were. Their logits are computed in pieces, in the places of those that choose tokens: a prompt
+    /// is long, and a row of logits may be a megabyte. `None` where a row has no finite logit.
+    fn score(&mut self, plan: &StepPlan, scores: &mut Vec<TokenLogprobs>) -> Option<()> {
+        let most = self.work.samplers.len();
+        for Score { after, next, top } in &plan.scores {
+            let next = &plan.scored[next.start as usize..next.end as usize];
+            let after: Vec<usize> = after.clone().map(|token| token as usize).collect();
+            for (after, next) in after.chunks(most).zip(next.chunks(most)) {
+                self.work.last.clear();
+                self.work.last.extend_from_slice(after);
+                self.project();
+                let Workspace { logits, samplers, .. } = &mut self.work;
+                let (logits, vocab, rows) = (&*logits, self.model.spec.vocab, next.len());
+                self.pool.split(4 * vocab * rows, &mut samplers[..rows], 1, |first, samplers| {
+                    for (i, sampler) in samplers.iter_mut().enumerate() {
+                        sampler.fill(logits.iter().skip(first + i).step_by(stride(rows)));
+                        sampler.scored = sampler.score(next[first + i], *top);
+                    }
+                });
+                for sampler in &mut samplers[..rows] {
+                    scores.push(sampler.scored.take()?);
+                }
+            }
+        }
+        Some(())
     }
 
     fn embed(&mut self, plan: &StepPlan) {
@@ -290,7 +317,7 @@ impl CpuEngine {
         let spec = &self.model.spec;
         let ffn = spec.ffn * spec.experts.as_ref().map_or(1, |experts| experts.per_token);
         let layer = spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * ffn);
-        plan.tokens.len() * layer * spec.layers + plan.rows.len() * spec.vocab * spec.hidden
+        plan.tokens.len() * layer * spec.layers + (plan.rows.len() + plan.scored.len()) * spec.vocab * spec.hidden
     }
 }
 
@@ -321,22 +348,29 @@ impl Executor for CpuEngine {
     ) -> Result<(), ExecuteError> {
         out.sampled.clear();
         out.after_drafts.clear();
+        out.scores.clear();
         self.config.check_plan(plan, self.model.spec.vocab)?;
         if plan.rows.is_empty() {
             return Ok(());
         }
         let (pool, cost) = (self.pool.clone(), self.cost(plan));
-        pool.run(cost, || {
+        let no_logits = || ExecuteError::Device { what: "a row has no token with a finite logit".into() };
+        let scored = pool.run(cost, || {
             self.forward(plan);
+            let scored = self.score(plan, &mut out.scores);
+            self.work.pick(plan);
+            self.project();
             self.sample(plan, edits);
+            scored
         });
+        scored.ok_or_else(no_logits)?;
         let (rows, n_samples) = (self.work.last.len(), plan.rows.iter().filter(|row| row.sample.is_some()).count());
         for (i, sampler) in self.work.samplers[..rows].iter_mut().enumerate() {
             sampler.rule = None;
             match sampler.chosen.take() {
                 Some(sampled) if i < n_samples => out.sampled.push(sampled),
                 Some(sampled) => out.after_drafts.push(sampled),
-                None => return Err(ExecuteError::Device { what: "a row has no token with a finite logit".into() }),
+                None => return Err(no_logits()),
             }
         }
         Ok(())
@@ -344,6 +378,10 @@ impl Executor for CpuEngine {
 
     fn draft_places(&self) -> u32 {
         self.model.draft_places()
+    }
+
+    fn scores_prompts(&self) -> bool {
+        true
     }
 }
 
@@ -388,10 +426,9 @@ impl Workspace {
 
     /// Lists the tokens of a step.
     fn begin(&mut self, plan: &StepPlan) {
-        let Self { tokens, positions, last, .. } = self;
+        let Self { tokens, positions, .. } = self;
         tokens.clear();
         positions.clear();
-        last.clear();
         for row in &plan.rows {
             let blocks = (row.blocks.start, row.blocks.end);
             for i in 0..row.tokens.end - row.tokens.start {
@@ -399,6 +436,14 @@ impl Workspace {
                 tokens.push(Token { position, blocks });
                 positions.push(position);
             }
+        }
+    }
+
+    /// Lists the positions that choose a token.
+    fn pick(&mut self, plan: &StepPlan) {
+        let last = &mut self.last;
+        last.clear();
+        for row in &plan.rows {
             if row.sample.is_some() {
                 last.push((row.tokens.end - row.drafts) as usize - 1);
             }

@@ -321,6 +321,7 @@ impl Executor for CudaEngine {
     ) -> Result<(), ExecuteError> {
         out.sampled.clear();
         out.after_drafts.clear();
+        out.scores.clear();
         if let Some(what) = &self.lost {
             return Err(ExecuteError::Device { what: Arc::clone(what) });
         }

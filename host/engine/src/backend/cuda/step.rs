@@ -65,10 +65,13 @@ pub(crate) fn extent_of(sizes: &Sizes, plan: &StepPlan) -> Extent {
     }
 }
 
-/// Drafts, which it does not take, and lists too long for the room that the device has for them.
+/// Drafts and prompts to score, which it does not take, and lists too long for the room that the device has for them.
 pub(crate) fn check_lists(plan: &StepPlan) -> Result<(), ExecuteError> {
     if plan.rows.iter().any(|row| row.drafts > 0) {
         return Err(ExecuteError::Malformed { what: "a row with drafts, for which this engine has no places" });
+    }
+    if !plan.scores.is_empty() {
+        return Err(ExecuteError::Malformed { what: "tokens to score, which this engine does not" });
     }
     for sample in plan.rows.iter().filter_map(|row| row.sample.as_ref()) {
         if sample.sampling.logit_bias.len() > MAX_REQUEST_BIASES {
@@ -279,6 +282,7 @@ mod tests {
     use crate::backend::EngineConfig;
     use crate::backend::cuda::element::Element;
     use crate::spec::ModelSpec;
+    use pointsman_sched::execute::Score;
     use pointsman_sched::ids::{BlockId, RequestId};
     use pointsman_sched::mask::TokenSet;
     use pointsman_sched::request::Sampling;
@@ -396,6 +400,9 @@ mod tests {
         assert!(matches!(check_lists(&plan), Err(ExecuteError::Malformed { what }) if what.contains("biases")));
         plan.rows[0].sample = sample(Sampling::default(), 0..0, 0, &[1; MAX_BANS + 1]);
         assert!(matches!(check_lists(&plan), Err(ExecuteError::Malformed { what }) if what.contains("banned")));
+        (plan.rows[0].sample, plan.scored) = (None, vec![1]);
+        plan.scores.push(Score { after: 0..1, next: 0..1, top: 0 });
+        assert!(matches!(check_lists(&plan), Err(ExecuteError::Malformed { what }) if what.contains("score")));
     }
 
     #[test]

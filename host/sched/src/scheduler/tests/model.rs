@@ -8,11 +8,11 @@ use pointsman_telemetry::Event;
 
 use crate::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, Plan, View};
 use crate::config::Config;
-use crate::execute::{ExecuteError, Sampled, StepOutput, StepPlan};
+use crate::execute::{ExecuteError, Sampled, Score, StepOutput, StepPlan};
 use crate::ids::{BlockId, Micros, Priority, RequestId};
 use crate::prefix::{chain_hash, chain_hashes};
 use crate::publish::{PrefixSketch, ReplicaGauges};
-use crate::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenSink};
+use crate::request::{CancelCause, Failure, Request, Sampling, SinkEvent, SinkState, TokenLogprobs, TokenSink};
 use crate::retention::{BadRanking, BlockColumns, NativeRetention, Ranking, RetentionPolicy};
 use crate::sampler::{Desk, Edit, EditSource, NativeSampler, SamplerWorker, Started};
 use crate::scheduler::{Scheduler, Stage};
@@ -96,6 +96,27 @@ pub(super) fn reference(request: &Request) -> Vec<u32> {
         last
     };
     (0..request.max_new_tokens).map(|_| next()).collect()
+}
+
+/// How likely the model finds each prompt token but the first, with so many others beside it.
+pub(super) fn scores(prompt: &[u32], top: u8) -> Vec<TokenLogprobs> {
+    let mut state = 0;
+    let pairs = prompt.iter().zip(&prompt[1..]);
+    let one = |(&token, &next): (&u32, &u32)| {
+        state = chain_hash(state, &[token]);
+        score_of((state, token), next, top)
+    };
+    pairs.map(one).collect()
+}
+
+/// What the model thinks of a token after a text.
+fn score_of(text: (u64, u32), next: u32, top: u8) -> TokenLogprobs {
+    let logprob = |token: u32| -((text.0 ^ u64::from(token)) as u16 as f32);
+    let first = next_token(text);
+    TokenLogprobs {
+        chosen: logprob(next),
+        top: (first..).take(top.into()).map(|token| (token, logprob(token))).collect(),
+    }
 }
 
 pub(super) struct Host {
@@ -293,6 +314,8 @@ fn execute(
 ) {
     out.sampled.clear();
     out.after_drafts.clear();
+    out.scores.clear();
+    let mut states = Vec::new();
     for row in &plan.rows {
         let table = plan.blocks_of(row);
         let cell = |position: usize| table[position / block_tokens].0 as usize * block_tokens + position % block_tokens;
@@ -303,6 +326,7 @@ fn execute(
         for (i, &token) in tokens.iter().enumerate() {
             state = chain_hash(state, &[token]);
             cells[cell(position + i)] = state;
+            states.push((state, token));
             let Some(sample) = row.sample.as_ref().filter(|_| i + 1 >= n_known) else { continue };
             let banned = sample.banned.as_deref().unwrap_or(&[]);
             let edit = edits.edit(row.request);
@@ -319,6 +343,12 @@ fn execute(
             let chosen = if i + 1 == n_known { &mut out.sampled } else { &mut out.after_drafts };
             chosen.push(Sampled { token, logprobs: None });
         }
+    }
+    for Score { after, next, top } in &plan.scores {
+        assert_eq!(after.len(), next.len());
+        let both = after.clone().zip(next.clone());
+        let score = |(i, next): (u32, u32)| score_of(states[i as usize], plan.scored[next as usize], *top);
+        out.scores.extend(both.map(score));
     }
 }
 

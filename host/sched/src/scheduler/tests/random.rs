@@ -37,7 +37,7 @@ enum Operation {
 
 fn operation() -> impl Strategy<Value = Operation> {
     let closes_after = prop_oneof![9 => Just(None), 1 => (1usize..6).prop_map(Some)];
-    let submit = (0u32..3, 1u32..30, 1u32..24, 0u8..4, prop::bool::weighted(0.1), closes_after).prop_map(
+    let submit = (0u32..3, 1u32..30, 0u32..24, 0u8..4, prop::bool::weighted(0.1), closes_after).prop_map(
         |(family, n_prompt, max_new, priority, deadline, closes_after)| Operation::Submit {
             family,
             n_prompt,
@@ -216,6 +216,11 @@ impl RetentionPolicy for Mover {
     }
 }
 
+/// Whether a request of the histories wants to know how likely its prompt is.
+fn scored(n_prompt: usize) -> Option<u8> {
+    n_prompt.is_multiple_of(3).then_some(n_prompt as u8 % 4)
+}
+
 fn check_bounds(plan: &StepPlan) {
     assert!(plan.tokens.len() <= CONFIG.step_tokens as usize);
     assert!(plan.rows.len() <= CONFIG.max_running as usize);
@@ -266,7 +271,11 @@ impl History {
                     deadline: if deadline { now + 100 } else { 0 },
                     arrived: now,
                     tenant: family,
-                    sampling: Arc::new(Sampling { presence_penalty: f32::from(priority), ..Sampling::default() }),
+                    sampling: Arc::new(Sampling {
+                        presence_penalty: f32::from(priority),
+                        prompt_logprobs: scored(prompt.len()),
+                        ..Sampling::default()
+                    }),
                     draft_tokens: max_new % 6,
                     ..model::request(id, prompt.clone(), max_new, CONFIG.block_tokens)
                 };
@@ -324,6 +333,20 @@ impl History {
         }
     }
 
+    /// Who asked hears once how likely its prompt was, before the first token; nobody else does.
+    fn check_scores(&self, id: u64, prompt: &[u32]) {
+        let asked = scored(prompt.len()).filter(|_| prompt.len() > 1);
+        let events = self.host.sent(id).events;
+        let said: Vec<&SinkEvent> = events.iter().filter(|event| matches!(event, SinkEvent::Scored(_))).collect();
+        if let [said] = said[..] {
+            assert_eq!(*said, SinkEvent::Scored(model::scores(prompt, asked.expect("it asked"))), "request {id}");
+        }
+        let is_whole = events.iter().any(|event| matches!(event, SinkEvent::Token { .. } | SinkEvent::Finished(_)));
+        assert_eq!(said.len(), usize::from(asked.is_some() && (is_whole || !said.is_empty())), "request {id}");
+        let first = events.iter().find(|event| matches!(event, SinkEvent::Scored(_) | SinkEvent::Token { .. }));
+        assert!(said.is_empty() || first == Some(said[0]), "request {id}");
+    }
+
     fn finish(mut self) {
         for _ in 0..4_000 {
             if self.host.scheduler.is_idle() {
@@ -343,6 +366,7 @@ impl History {
             if let Some(SinkEvent::Finished(_)) = self.host.sent(*id).events.last() {
                 assert_eq!(tokens.len(), expect.len());
             }
+            self.check_scores(*id, prompt);
         }
     }
 }
