@@ -82,6 +82,9 @@ pub(crate) struct ServerSection {
     pub max_rows: u32,
     pub draft_lead_ms: u64,
     pub max_grammar_mib: u32,
+    /// Compiled forms that are kept, and their room; 0 of either keeps none.
+    pub kept_forms: u32,
+    pub kept_forms_mib: u32,
     /// Room of the response cache; 0 leaves it off.
     pub response_cache_mib: u32,
     pub response_cache_ttl_s: u64,
@@ -362,6 +365,8 @@ impl Default for ServerSection {
             max_rows: 64,
             draft_lead_ms: 500,
             max_grammar_mib: 1_024,
+            kept_forms: 256,
+            kept_forms_mib: 64,
             response_cache_mib: 0,
             response_cache_ttl_s: 3_600,
             shutdown_grace_ms: 20_000,
@@ -505,10 +510,23 @@ impl Config {
     /// # Errors
     /// The first value out of bounds, with its rule.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        for (key, found, least, most, unit) in self.bounds() {
+            if !(least..=most).contains(&found) {
+                return Err(ConfigError::Value {
+                    key,
+                    found: found.to_string(),
+                    rule: format!("{least} to {most} {unit}"),
+                });
+            }
+        }
+        self.check_rules()
+    }
+
+    /// Numbers as key, value, least, most and unit.
+    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 34] {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
-        // Key, value, least, most, unit.
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 32] = [
+        [
             ("sched.block_tokens", sched.block_tokens.into(), 16, 256, "tokens"),
             ("sched.max_running", sched.max_running.into(), 1, 4_096, "sequences"),
             ("sched.max_waiting", sched.max_waiting.into(), 1, 65_536, "requests"),
@@ -527,6 +545,8 @@ impl Config {
             ("server.max_rows", server.max_rows.into(), 1, 4_096, "texts"),
             ("server.draft_lead_ms", server.draft_lead_ms, 0, 60_000, "milliseconds (0: both at once)"),
             ("server.max_grammar_mib", server.max_grammar_mib.into(), 1, 1 << 20, "MiB"),
+            ("server.kept_forms", server.kept_forms.into(), 0, 4_096, "forms"),
+            ("server.kept_forms_mib", server.kept_forms_mib.into(), 0, 1 << 20, "MiB"),
             ("server.response_cache_mib", server.response_cache_mib.into(), 0, 1 << 20, "MiB (0: off)"),
             ("server.response_cache_ttl_s", server.response_cache_ttl_s, 1, 31_536_000, "seconds"),
             ("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 3_600_000, "milliseconds"),
@@ -541,16 +561,13 @@ impl Config {
             ("batch.max_files", files.max_files.into(), 1, 100_000, "files"),
             ("batch.max_store_mib", files.max_store_mib.into(), 1, 1 << 24, "MiB"),
             ("batch.retention_hours", files.retention_hours.into(), 1, 87_600, "hours"),
-        ];
-        for (key, found, least, most, unit) in bounds {
-            if !(least..=most).contains(&found) {
-                return Err(ConfigError::Value {
-                    key,
-                    found: found.to_string(),
-                    rule: format!("{least} to {most} {unit}"),
-                });
-            }
-        }
+        ]
+    }
+
+    /// What is no range.
+    fn check_rules(&self) -> Result<(), ConfigError> {
+        let (sched, policy) = (&self.sched, &self.policy);
+        let batch = u64::from(sched.max_batch_tokens);
         let rule = |good: bool, key: &'static str, found: &dyn std::fmt::Display, rule: &str| {
             if good { Ok(()) } else { Err(ConfigError::Value { key, found: found.to_string(), rule: rule.to_owned() }) }
         };

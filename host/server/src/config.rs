@@ -47,6 +47,10 @@ pub struct ServerConfig {
     pub draft_tokens: u32,
     /// Memory of all compiled forms of texts and the masks made of them, together; beyond, requests get 429.
     pub max_grammar_bytes: usize,
+    /// Compiled forms that are kept for the next request that asks for them; 0 keeps none.
+    pub kept_forms: usize,
+    /// Of that memory, what they may use; 0 keeps none.
+    pub kept_form_bytes: usize,
     /// Memory of the response cache; 0 leaves it off.
     pub cache_bytes: usize,
     /// Time for which an answer is kept.
@@ -175,6 +179,8 @@ impl Default for ServerConfig {
             draft_lead_ms: 500,
             draft_tokens: 0,
             max_grammar_bytes: 1 << 30,
+            kept_forms: 256,
+            kept_form_bytes: 64 << 20,
             cache_bytes: 0,
             cache_ttl_ms: 3_600_000,
             sink_events: 4_096,

@@ -7,6 +7,7 @@
 //! client has nested. Not a process as for policies: sizes, depth and fuel bound the work, and nothing is executed.
 
 mod compile;
+mod kept;
 mod ledger;
 mod mask;
 #[cfg(test)]
@@ -17,11 +18,14 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use pointsman_telemetry::FormMetrics;
 use serde_json::Value;
 
 use self::compile::Order;
+use self::kept::{Kept, Outcome};
 use self::ledger::Ledger;
 use self::mask::Errand;
+use crate::cache::{Key, KeyWriter};
 use crate::text::TextModel;
 
 pub(crate) use self::compile::Compiled;
@@ -74,6 +78,8 @@ pub(crate) enum GrammarError {
 pub(crate) struct GrammarDesk {
     threads: OnceLock<Option<Threads>>,
     ledger: Arc<Ledger>,
+    /// Where compiled forms are kept.
+    kept: Option<Kept>,
 }
 
 #[derive(Debug)]
@@ -85,15 +91,39 @@ struct Threads {
 impl GrammarDesk {
     /// A desk whose forms, with the masks made of them, use at most `most_bytes` at once.
     pub(crate) fn new(most_bytes: usize) -> Self {
-        Self { threads: OnceLock::new(), ledger: Ledger::new(most_bytes) }
+        Self { threads: OnceLock::new(), ledger: Ledger::new(most_bytes), kept: None }
     }
 
-    /// Compiles a form for a model's tokenizer.
+    /// Keeps so many compiled forms, of so many bytes, within the same bound; 0 of either keeps none.
+    pub(crate) fn keeping(self, most: usize, most_bytes: usize, metrics: FormMetrics) -> Self {
+        let kept = (most > 0 && most_bytes > 0).then(|| Kept::new(most, most_bytes, metrics));
+        Self { kept, ..self }
+    }
+
+    /// Compiles a form for a model's tokenizer, or finds it compiled.
     ///
     /// # Errors
     /// Says what is wrong with the form, or that there is no time for it.
-    pub(crate) async fn compile(&self, text: &Arc<TextModel>, form: Form) -> Result<Compiled, GrammarError> {
+    pub(crate) async fn compile(&self, text: &Arc<TextModel>, form: Form) -> Outcome {
         form.check()?;
+        let Some(kept) = &self.kept else { return self.order(text, form).await };
+        let key = form.key();
+        let place = kept.find(text, key);
+        let work = async {
+            let mut outcome = self.order(text, form.clone()).await;
+            // What is kept gives way to what is wanted.
+            if matches!(outcome, Err(GrammarError::NoMemory)) && kept.clear() {
+                outcome = self.order(text, form).await;
+            }
+            let bytes = outcome.as_ref().map_or(0, |compiled| compiled.bytes());
+            kept.settle(text, key, (&outcome, bytes));
+            outcome
+        };
+        place.get_or_init(|| work).await.clone()
+    }
+
+    /// Has a form compiled.
+    async fn order(&self, text: &Arc<TextModel>, form: Form) -> Outcome {
         let threads = self.threads.get_or_init(|| {
             Threads::start().inspect_err(|error| tracing::error!(%error, "grammars have no thread")).ok()
         });
@@ -101,7 +131,7 @@ impl GrammarDesk {
         let (order, answer) = Order::of(Arc::clone(text), form, (threads.errands.clone(), Ledger::share(&self.ledger)));
         threads.orders.try_send(order).map_err(|_| GrammarError::Busy)?;
         match tokio::time::timeout(Duration::from_millis(COMPILE_LIMIT_MS), answer).await {
-            Ok(Ok(compiled)) => compiled,
+            Ok(Ok(compiled)) => compiled.map(Arc::new),
             Ok(Err(_)) => Err(GrammarError::Refused("it could not be compiled".to_owned())),
             Err(_) => Err(GrammarError::Slow),
         }

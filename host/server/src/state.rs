@@ -129,7 +129,11 @@ impl ServerState {
             registry: Arc::default(),
             traces: Traces::new(config.explain_requests),
             taps,
-            grammars: GrammarDesk::new(config.max_grammar_bytes),
+            grammars: GrammarDesk::new(config.max_grammar_bytes).keeping(
+                config.kept_forms,
+                config.kept_form_bytes,
+                metrics.forms(),
+            ),
             cache: ResponseCache::new(&config, metrics.response_cache()),
             keys: Keys::new(config.api_keys.clone())?,
             usage: Usage::default(),

@@ -8,6 +8,7 @@
 
 mod arms;
 mod event;
+mod forms;
 mod metrics;
 mod models;
 mod names;
@@ -16,6 +17,7 @@ mod upstreams;
 
 pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
+pub use forms::FormMetrics;
 pub use metrics::{
     CacheMetrics, EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec, ReplicaMetrics,
     RequestMetrics, SlotMetrics, TenantMetrics,

@@ -14,6 +14,7 @@ use prometheus::{
 };
 
 use crate::arms::{ArmFamilies, ArmMetrics};
+use crate::forms::FormMetrics;
 use crate::models::ModelMetrics;
 use crate::upstreams::{UpstreamFamilies, UpstreamMetrics};
 
@@ -82,6 +83,7 @@ pub struct Metrics {
     events_dropped: IntCounter,
     cache: CacheMetrics,
     models: ModelMetrics,
+    forms: FormMetrics,
     arms: ArmFamilies,
     upstreams: UpstreamFamilies,
     plugin: Mutex<PluginFamilies>,
@@ -488,6 +490,7 @@ impl Metrics {
             ),
             cache: CacheMetrics::new(&registry),
             models: ModelMetrics::new(&registry),
+            forms: FormMetrics::new(&registry),
             arms: ArmFamilies::new(&registry),
             upstreams: UpstreamFamilies::new(&registry),
             plugin: Mutex::default(),
@@ -498,6 +501,12 @@ impl Metrics {
     /// Whether the native policy decides in every slot by one switch.
     pub fn safe_mode(&self, on: bool) {
         self.safe_mode.set(on.into());
+    }
+
+    /// Handles of the compiled forms that are kept.
+    #[must_use]
+    pub fn forms(&self) -> FormMetrics {
+        self.forms.clone()
     }
 
     /// Handles of the response cache.

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::ledger::Share;
 use super::mask::{Errand, GrammarMask, bytes_of};
-use super::{Form, GrammarError};
+use super::{Form, GrammarError, Key, KeyWriter};
 use crate::text::TextModel;
 
 /// Size of a schema, written out.
@@ -68,6 +68,11 @@ impl Compiled {
     pub(crate) fn mask(&self) -> Box<dyn TokenMask> {
         Box::new(GrammarMask::new(self.parser.deep_clone(), self.errands.clone(), self.share.another()))
     }
+
+    /// What it uses, as far as that is counted.
+    pub(super) fn bytes(&self) -> usize {
+        self.share.bytes()
+    }
 }
 
 // === impl Form ===
@@ -82,6 +87,19 @@ impl Form {
     pub(crate) fn one_of(choices: &[String]) -> Self {
         let quoted: Vec<String> = choices.iter().map(|choice| Value::from(choice.as_str()).to_string()).collect();
         Self::Lark(format!("start: {}", quoted.join(" | ")))
+    }
+
+    /// What stands for it. The order of a schema's members is part of it: texts have them in that order.
+    pub(crate) fn key(&self) -> Key {
+        let mut key = KeyWriter::default();
+        let (kind, text) = match self {
+            Self::Json(schema) => (0, schema.to_string()),
+            Self::Regex(pattern) => (1, pattern.clone()),
+            Self::Lark(grammar) => (2, grammar.clone()),
+        };
+        key.number(kind);
+        key.text(&text);
+        key.key()
     }
 
     /// Refuses what is too large to be looked at.
@@ -150,6 +168,8 @@ impl Order {
             true => Ok(Compiled { parser, errands, share }),
             false => Err(GrammarError::NoMemory),
         });
+        // Whoever is answered may be the last who holds the model.
+        drop(text);
         // Whoever asked may have gone in the meantime.
         let _ = answer.send(compiled);
     }

@@ -33,6 +33,11 @@ impl Ledger {
 }
 
 impl Share {
+    /// What it has come to.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Another one, of nothing as yet.
     pub(super) fn another(&self) -> Self {
         Ledger::share(&self.ledger)

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pointsman_sched::mask::{MaskError, TokenMask};
 use pointsman_sched::sampler::Edit;
+use pointsman_telemetry::{FormMetrics, Metrics};
 use serde_json::{Value, json};
 
 use super::{Form, GrammarDesk, GrammarError};
@@ -205,4 +206,108 @@ async fn forms_and_masks_have_one_bound_of_memory() {
     assert_eq!(allowed(&mut *mask), Err(MaskError::NoMemory), "it stays so");
     drop((compiled, mask));
     desk.compile(&text, form()).await.expect("what has ended makes room");
+}
+
+/// A desk that keeps forms, with the counters of hits, joins and misses, and what is kept.
+fn keeping(most: usize, most_bytes: usize) -> (GrammarDesk, impl Fn() -> [u64; 4]) {
+    let metrics = Metrics::new().forms();
+    let desk = GrammarDesk::new(1 << 30).keeping(most, most_bytes, metrics.clone());
+    let FormMetrics { hits, joined, misses, kept, .. } = metrics;
+    (desk, move || [hits.get(), joined.get(), misses.get(), u64::try_from(kept.get()).expect("a number")])
+}
+
+#[tokio::test]
+async fn a_form_is_compiled_once_for_all_who_ask() {
+    let texts = [(); 2].map(|()| Arc::new(model()));
+    let regex = |pattern: &str| Form::Regex(pattern.into());
+    let schema = |key: &str| Form::Json(json!({"type": "object", "required": [key]}));
+    // Per step a form and a tokenizer, then hits, joins, misses and kept forms.
+    let steps = [
+        (regex("a"), 0, [0, 0, 1, 1]),
+        (regex("a"), 0, [1, 0, 1, 1]),
+        (Form::Lark("start: \"a\"".into()), 0, [1, 0, 2, 2]),
+        (schema("a"), 0, [1, 0, 3, 3]),
+        (schema("a"), 1, [1, 0, 4, 3]),
+        (schema("a"), 0, [2, 0, 4, 3]),
+        // The one used longest ago has gone, and what is wrong stays wrong.
+        (regex("a"), 0, [2, 0, 5, 3]),
+        (regex("("), 0, [2, 0, 6, 3]),
+        (regex("("), 0, [3, 0, 6, 3]),
+    ];
+    let (desk, counted) = keeping(3, 1 << 30);
+    for (i, (form, text, expect)) in steps.into_iter().enumerate() {
+        let outcome = desk.compile(&texts[text], form.clone()).await;
+        assert_eq!((outcome.is_ok(), counted()), (form != regex("("), expect), "step {i}");
+    }
+    // At the same time.
+    let (desk, counted) = keeping(3, 1 << 30);
+    let (a, b, c) = (schema("b"), schema("b"), schema("b"));
+    let (a, b, c) = tokio::join!(desk.compile(&texts[0], a), desk.compile(&texts[0], b), desk.compile(&texts[0], c));
+    let [a, b, c] = [a, b, c].map(|outcome| outcome.expect("a good form"));
+    assert!(Arc::ptr_eq(&a, &b) && Arc::ptr_eq(&b, &c));
+    assert_eq!(counted(), [0, 2, 1, 1]);
+    // What is shared is copied for each text.
+    for seed in 0..3 {
+        let (said, _) = wander(&mut *a.mask(), &mut Rng(seed), 20).expect("it goes on");
+        assert!(said.starts_with('{'), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_leaves_leaves_the_work_to_the_next() {
+    let (desk, counted) = keeping(3, 1 << 30);
+    let text = Arc::new(model());
+    let mut first = Box::pin(desk.compile(&text, Form::Regex("abc".into())));
+    std::future::poll_fn(|cx| {
+        assert!(first.as_mut().poll(cx).is_pending());
+        std::task::Poll::Ready(())
+    })
+    .await;
+    let mut second = Box::pin(desk.compile(&text, Form::Regex("abc".into())));
+    std::future::poll_fn(|cx| {
+        assert!(second.as_mut().poll(cx).is_pending());
+        std::task::Poll::Ready(())
+    })
+    .await;
+    drop(first);
+    second.await.expect("it is compiled all the same");
+    assert_eq!(counted(), [0, 1, 1, 1]);
+}
+
+#[tokio::test]
+async fn what_is_kept_has_bounds_and_gives_way() {
+    let text = Arc::new(model());
+    let form = |key: &str| {
+        Form::Json(json!({"type": "object", "properties": {key: {"type": "string", "pattern": "^[a-f]{3,9}$"}}}))
+    };
+    // They are nearly of one size.
+    let mut sizes = Vec::new();
+    for key in ["a", "b", "c"] {
+        sizes.push(GrammarDesk::new(1 << 30).compile(&text, form(key)).await.expect("good").bytes());
+    }
+    let (least, bytes) = sizes.iter().fold((usize::MAX, 0), |(least, most), &n| (least.min(n), most.max(n)));
+    for (most, most_bytes, kept) in
+        [(0, 1 << 30, 0), (9, 0, 0), (9, least - 1, 0), (9, 2 * bytes, 2), (1, 9 * bytes, 1)]
+    {
+        let (desk, counted) = keeping(most, most_bytes);
+        for key in ["a", "b", "c"] {
+            desk.compile(&text, form(key)).await.expect("good");
+        }
+        assert_eq!(counted()[3], kept, "{most} of {most_bytes} bytes");
+    }
+    // Live texts come before what is only kept.
+    let metrics = Metrics::new().forms();
+    let desk = GrammarDesk::new(bytes).keeping(9, bytes, metrics.clone());
+    for key in ["a", "b", "a"] {
+        desk.compile(&text, form(key)).await.expect("the one before makes room");
+    }
+    let held = desk.compile(&text, form("a")).await.expect("good");
+    assert!(matches!(desk.compile(&text, form("c")).await, Err(GrammarError::NoMemory)), "it is in use");
+    drop(held);
+    desk.compile(&text, form("c")).await.expect("what passes with time is not kept");
+    // What was compiled for a model that has gone goes at the next look.
+    let (desk, counted) = keeping(9, 1 << 30);
+    desk.compile(&Arc::new(model()), form("a")).await.expect("good");
+    desk.compile(&text, form("a")).await.expect("good");
+    assert_eq!(counted(), [0, 0, 2, 1]);
 }

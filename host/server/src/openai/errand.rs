@@ -351,7 +351,7 @@ impl Errand {
             let assigned = assigned.as_ref();
             let dispatch = Dispatch { state, caller, target, prompt, terms, trace, assigned, is_onward, failed };
             let submissions =
-                arrival.submissions((sampling, job.grammar.as_ref()), &sinks, choices.len(), &mut first_id);
+                arrival.submissions((sampling, job.grammar.as_deref()), &sinks, choices.len(), &mut first_id);
             let placed = match dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))? {
                 Placed::There(sent) => return Ok(Launched::There(sent)),
                 Placed::Here(placed) => placed,

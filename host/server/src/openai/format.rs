@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, mismatch};
-use crate::cache::{Key, KeyWriter};
+use crate::cache::Key;
 use crate::error::ApiError;
 use crate::grammar::{Compiled, Form, GrammarError};
 use crate::state::ServerState;
@@ -66,22 +66,13 @@ impl Format {
         ApiError::invalid(&*self.param, problem)
     }
 
-    /// What stands for it. The order of a schema's members is part of it: texts have them in that order.
+    /// What stands for its form.
     pub(super) fn key(&self) -> Key {
-        let Self { param: _, form } = self;
-        let mut key = KeyWriter::default();
-        let (kind, text) = match form {
-            Form::Json(schema) => (0, schema.to_string()),
-            Form::Regex(pattern) => (1, pattern.clone()),
-            Form::Lark(grammar) => (2, grammar.clone()),
-        };
-        key.number(kind);
-        key.text(&text);
-        key.key()
+        self.form.key()
     }
 
     /// Compiles it for a model.
-    pub(super) async fn compile(self, state: &ServerState, text: &Arc<TextModel>) -> Result<Compiled, ApiError> {
+    pub(super) async fn compile(self, state: &ServerState, text: &Arc<TextModel>) -> Result<Arc<Compiled>, ApiError> {
         let Self { param, form } = self;
         state.grammars.compile(text, form).await.map_err(|error| match error {
             GrammarError::Busy | GrammarError::NoMemory => ApiError::Saturated { what: error.to_string() },

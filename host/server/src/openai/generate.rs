@@ -70,7 +70,7 @@ pub(crate) struct Job {
     pub(crate) target: Target,
     pub(crate) prompts: Vec<Prompt>,
     /// What its texts must be.
-    pub(crate) grammar: Option<Compiled>,
+    pub(crate) grammar: Option<Arc<Compiled>>,
     /// Tokens to generate when the request does not say; `None` for what the context leaves.
     pub(crate) default_tokens: Option<u32>,
     /// The field that holds the prompt, for errors about its length.

@@ -180,7 +180,11 @@ impl Params {
     }
 
     /// Compiles the form that the text must have, if one is asked for.
-    pub(super) async fn grammar(&mut self, state: &ServerState, target: &Target) -> Result<Option<Compiled>, ApiError> {
+    pub(super) async fn grammar(
+        &mut self,
+        state: &ServerState,
+        target: &Target,
+    ) -> Result<Option<Arc<Compiled>>, ApiError> {
         match self.format.take() {
             // No tokenizer to compile it for, and an upstream has its own.
             Some(_) if target.is_elsewhere() => Ok(None),
