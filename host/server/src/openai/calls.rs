@@ -11,8 +11,11 @@ use serde_json::Value;
 pub(super) enum Style {
     /// `<tool_call>{...}</tool_call>`, any number of them, text around (Hermes, Qwen).
     Tagged,
-    /// `[TOOL_CALLS][{...}, {...}]` (Mistral).
+    /// `[TOOL_CALLS][{...}, {...}]`, or as newer models write it `[TOOL_CALLS]name[ARGS]{...}`, with an identity or without marks
+    /// between (Mistral).
     Listed,
+    /// `<|tool_call|>[{...}, {...}]<|/tool_call|>`, or `functools[...]` (Phi-4-mini).
+    Piped,
     /// The text is `{...}`, or several with `;` between them (Llama 3).
     Bare,
     /// The text is `[{...}, {...}]`: what a grammar makes of `tool_choice: required`.
@@ -52,6 +55,10 @@ enum Place {
     /// Where an object may follow: after a sign, or between two objects.
     Between,
     Object(Box<Object>),
+    /// In what stands between a sign and the arguments of a call, in `held` with the sign.
+    Header,
+    /// In the arguments of a call that has been named.
+    Raw(Nesting),
     /// After an object.
     Behind,
     /// Whatever comes is text.
@@ -63,8 +70,16 @@ enum Place {
 const OPEN_TAG: &str = "<tool_call>";
 const CLOSE_TAG: &str = "</tool_call>";
 const LIST: &str = "[TOOL_CALLS]";
+const PIPED: [&str; 2] = ["<|tool_call|>", "functools"];
+const CLOSE_PIPED: &str = "<|/tool_call|>";
 /// A special token that says of what follows that it is a call; seen only where special tokens are shown.
 const PYTHON: &str = "<|python_tag|>";
+
+/// What newer models of Mistral write between a name and its arguments.
+const CALL_ID: &str = "[CALL_ID]";
+const ARGS: &str = "[ARGS]";
+/// Bytes of a header.
+const MAX_HEADER: usize = 256;
 
 /// Keys of a call.
 const KEYS: [&str; 5] = ["name", "arguments", "parameters", "type", "id"];
@@ -87,6 +102,33 @@ struct Object {
     value: String,
 }
 
+/// Where in an object a character is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Nesting {
+    depth: u32,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl Nesting {
+    /// Takes the next character; whether the object ends with it.
+    pub(super) fn ends_with(&mut self, c: char) -> bool {
+        match c {
+            _ if self.escaped => self.escaped = false,
+            '\\' if self.in_string => self.escaped = true,
+            '"' => self.in_string = !self.in_string,
+            _ if self.in_string => {}
+            '{' | '[' => self.depth += 1,
+            '}' | ']' => {
+                self.depth = self.depth.saturating_sub(1);
+                return self.depth == 0;
+            }
+            _ => {}
+        }
+        false
+    }
+}
+
 /// What a character came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
@@ -101,7 +143,7 @@ enum Step {
 impl CallReader {
     pub(super) fn new(style: Style) -> Self {
         let (place, said) = match &style {
-            Style::Tagged | Style::Listed => (Place::Text, Vec::new()),
+            Style::Tagged | Style::Listed | Style::Piped => (Place::Text, Vec::new()),
             Style::Bare | Style::Array => (Place::Start, Vec::new()),
             Style::Arguments(name) => (Place::Arguments, vec![Said::Call { name: name.clone() }]),
         };
@@ -145,6 +187,13 @@ impl CallReader {
                 Step::Done => self.go(Place::Behind),
                 Step::No => self.is_no_call(),
             },
+            Place::Header => self.header(c),
+            Place::Raw(nesting) => {
+                self.said.push(Said::Arguments(c.into()));
+                if nesting.ends_with(c) {
+                    self.go(Place::Behind);
+                }
+            }
             Place::Behind => self.behind(c),
             Place::Rest => self.said.push(Said::Text(c.into())),
             Place::Arguments => self.said.push(Said::Arguments(c.into())),
@@ -162,7 +211,7 @@ impl CallReader {
         let Place::Object(object) = std::mem::replace(&mut self.place, Place::Rest) else { return };
         let text = format!("{}{}", std::mem::take(&mut self.held), object.raw);
         self.text(&text);
-        if self.style == Style::Tagged {
+        if matches!(self.style, Style::Tagged | Style::Piped) {
             self.place = Place::Text;
         }
     }
@@ -191,16 +240,21 @@ impl CallReader {
     }
 
     fn look_for_sign(&mut self, c: char) {
-        let sign = if self.style == Style::Tagged { OPEN_TAG } else { LIST };
+        let signs = match self.style {
+            Style::Tagged => &[OPEN_TAG][..],
+            Style::Piped => &PIPED,
+            _ => &[LIST],
+        };
         self.held.push(c);
-        if self.held.ends_with(sign) {
+        if let Some(sign) = signs.iter().find(|sign| self.held.ends_with(**sign)) {
             let text = self.held[..self.held.len() - sign.len()].to_owned();
             self.text(&text);
-            self.held = sign.to_owned();
+            self.held = (*sign).to_owned();
             self.place = Place::Between;
             return;
         }
-        let kept = (1..sign.len()).rev().find(|&n| self.held.ends_with(&sign[..n])).unwrap_or(0);
+        let kept_of = |sign: &&str| (1..sign.len()).rev().find(|&n| self.held.ends_with(&sign[..n])).unwrap_or(0);
+        let kept = signs.iter().map(kept_of).max().unwrap_or(0);
         let text = self.held[..self.held.len() - kept].to_owned();
         self.held.drain(..text.len());
         self.text(&text);
@@ -208,18 +262,41 @@ impl CallReader {
 
     /// Before an object. `held` is the sign, if one led here.
     fn between(&mut self, c: char) {
-        let is_list = matches!(self.style, Style::Listed | Style::Array);
+        let is_list = matches!(self.style, Style::Listed | Style::Piped | Style::Array);
         match c {
             c if c.is_whitespace() => self.held.push(c),
             '{' => self.object(),
-            '[' if self.style == Style::Listed => self.held.push(c),
+            '[' if matches!(self.style, Style::Listed | Style::Piped) => self.held.push(c),
+            c if self.style == Style::Listed && is_of_name(c) && self.held.trim_end() == LIST => {
+                self.held.push(c);
+                self.place = Place::Header;
+            }
             ']' if is_list => self.go(Place::Behind),
             _ => {
                 let held = std::mem::take(&mut self.held);
                 self.text(&held);
-                self.place = if self.style == Style::Tagged { Place::Text } else { Place::Rest };
+                let goes_on = matches!(self.style, Style::Tagged | Style::Piped);
+                self.place = if goes_on { Place::Text } else { Place::Rest };
                 self.take(c);
             }
+        }
+    }
+
+    /// The name of a call, and perhaps its identity.
+    fn header(&mut self, c: char) {
+        let header = self.held[LIST.len()..].trim_start();
+        if c == '{'
+            && let Some(name) = name_of(header)
+        {
+            self.said.push(Said::Call { name: name.to_owned() });
+            self.go(Place::Raw(Nesting::default()));
+            return self.take(c);
+        }
+        self.held.push(c);
+        if self.held.len() > MAX_HEADER || !may_be_header(self.held[LIST.len()..].trim_start()) {
+            let held = std::mem::take(&mut self.held);
+            self.text(&held);
+            self.place = Place::Rest;
         }
     }
 
@@ -230,12 +307,32 @@ impl CallReader {
     }
 
     fn behind(&mut self, c: char) {
-        if c.is_whitespace() && !self.held.starts_with('<') {
+        if c.is_whitespace() && !self.held.starts_with(['<', '[']) {
             return;
         }
         match (&self.style, c) {
-            (Style::Listed | Style::Array, ',') | (Style::Bare, ';') => self.go(Place::Between),
-            (Style::Listed | Style::Array, ']') => self.go(Place::Behind),
+            (Style::Listed | Style::Piped | Style::Array, ',') | (Style::Bare, ';') => self.go(Place::Between),
+            (Style::Listed, _) if c == '[' || !self.held.is_empty() => {
+                self.held.push(c);
+                if self.held == LIST {
+                    self.place = Place::Between;
+                } else if !LIST.starts_with(&self.held) {
+                    let held = std::mem::take(&mut self.held);
+                    self.text(&held);
+                    self.place = Place::Rest;
+                }
+            }
+            (Style::Listed | Style::Piped | Style::Array, ']') => self.go(Place::Behind),
+            (Style::Piped, _) if c == '<' || !self.held.is_empty() => {
+                self.held.push(c);
+                if self.held == CLOSE_PIPED {
+                    self.go(Place::Text);
+                } else if !CLOSE_PIPED.starts_with(&self.held) {
+                    let held = std::mem::take(&mut self.held);
+                    self.text(&held);
+                    self.place = Place::Text;
+                }
+            }
             (Style::Tagged, _) => {
                 self.held.push(c);
                 if self.held == CLOSE_TAG {
@@ -374,8 +471,36 @@ impl Object {
     }
 }
 
+/// Whether a character may stand in the name of a tool.
+fn is_of_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "_-.".contains(c)
+}
+
+/// A header in parts: a name, and what follows it.
+fn split_header(header: &str) -> (&str, &str) {
+    let n = header.find(|c| !is_of_name(c)).unwrap_or(header.len());
+    (&header[..n], header[n..].trim())
+}
+
+/// The name that a whole header gives.
+fn name_of(header: &str) -> Option<&str> {
+    let (name, rest) = split_header(header);
+    let has_id = |rest: &str| rest.strip_suffix(ARGS).is_some_and(|id| id.trim().chars().all(is_of_name));
+    let is_whole = rest.is_empty() || rest == ARGS || rest.strip_prefix(CALL_ID).is_some_and(has_id);
+    (is_whole && !name.is_empty()).then_some(name)
+}
+
+/// Whether more may make a header of it.
+fn may_be_header(header: &str) -> bool {
+    let (_, rest) = split_header(header);
+    match rest.strip_prefix(CALL_ID) {
+        Some(id) => ARGS.starts_with(split_header(id.trim_start()).1),
+        None => [ARGS, CALL_ID].iter().any(|mark| mark.starts_with(rest)),
+    }
+}
+
 /// Neighbours of one kind as one.
-fn merged(said: Vec<Said>) -> Vec<Said> {
+pub(super) fn merged(said: Vec<Said>) -> Vec<Said> {
     let mut out: Vec<Said> = Vec::new();
     for said in said {
         match (out.last_mut(), said) {
@@ -463,6 +588,45 @@ mod tests {
             ),
             (Style::Bare, r#"{"name": "f", "arguments": {"a": "b"#.into(), vec![call("f", r#"{"a": "b"#).to_vec()]),
             (Style::Arguments("f".into()), r#"{"a": 1}"#.into(), vec![call("f", r#"{"a": 1}"#).to_vec()]),
+        ] {
+            assert_eq!(read(&style, &said), expect.concat(), "{style:?}: {said}");
+        }
+    }
+
+    #[test]
+    fn lists_are_read_as_each_family_writes_them() {
+        let arguments = r#"{"city": "Ulm", "days": [1, {"a": "}"}]}"#;
+        let weather = || call("weather", arguments).to_vec();
+        let object = format!(r#"{{"name": "weather", "arguments": {arguments}}}"#);
+        let time = || call("time", "{}").to_vec();
+        for (style, said, expect) in [
+            (
+                Style::Piped,
+                format!("So. <|tool_call|>[{object}, {{\"name\": \"time\"}}]<|/tool_call|>"),
+                vec![vec![text("So. ")], weather(), time()],
+            ),
+            (Style::Piped, format!("functools[{object}]"), vec![weather()]),
+            (Style::Piped, format!("functools[{object}]\n<|"), vec![weather()]),
+            (Style::Piped, format!("functools[{object}]<b>"), vec![weather(), vec![text("<b>")]]),
+            (
+                Style::Piped,
+                format!("import functools, then <|tool_call|>[{object}]"),
+                vec![vec![text("import functools, then ")], weather()],
+            ),
+            (Style::Piped, "func <|tool_c".into(), vec![vec![text("func <|tool_c")]]),
+            (Style::Listed, format!("[TOOL_CALLS]weather{arguments}"), vec![weather()]),
+            (Style::Listed, format!("[TOOL_CALLS]weather[ARGS]{arguments}"), vec![weather()]),
+            (
+                Style::Listed,
+                format!("So. [TOOL_CALLS]weather[CALL_ID]a1B[ARGS] {arguments}\n[TOOL_CALLS]time{{}}"),
+                vec![vec![text("So. ")], weather(), time()],
+            ),
+            (Style::Listed, "[TOOL_CALLS]f[ARGS]{\"a\": \"b".into(), vec![call("f", "{\"a\": \"b").to_vec()]),
+            (Style::Listed, "[TOOL_CALLS]f[AR".into(), vec![vec![text("[TOOL_CALLS]f[AR")]]),
+            (Style::Listed, "[TOOL_CALLS]f[ID]{}".into(), vec![vec![text("[TOOL_CALLS]f[ID]{}")]]),
+            (Style::Listed, "[TOOL_CALLS] is a mark {}".into(), vec![vec![text("[TOOL_CALLS] is a mark {}")]]),
+            (Style::Listed, "[TOOL_CALLS]f{}[TOOL".into(), vec![call("f", "{}").to_vec()]),
+            (Style::Listed, "[TOOL_CALLS]f{}[x] y".into(), vec![call("f", "{}").to_vec(), vec![text("[x] y")]]),
         ] {
             assert_eq!(read(&style, &said), expect.concat(), "{style:?}: {said}");
         }

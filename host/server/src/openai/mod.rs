@@ -16,6 +16,7 @@ pub(crate) mod format;
 pub(crate) mod generate;
 mod inputs;
 mod logprobs;
+mod marked;
 mod models;
 mod ndjson;
 pub(crate) mod params;

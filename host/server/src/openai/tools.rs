@@ -10,9 +10,10 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::calls::{CallReader, Said, Style};
+use super::calls::{CallReader, Said, Style, merged};
 use super::fields::{Fields, mismatch};
 use super::format::Format;
+use super::marked::{MarkedReader, Schemas};
 use crate::error::ApiError;
 use crate::grammar::Form;
 use crate::identity::session_hash;
@@ -57,6 +58,8 @@ pub(crate) enum Choice {
 #[derive(Clone, Debug)]
 pub(crate) struct CallRules {
     style: Style,
+    /// Of a model that writes its calls between marks: then the style is not looked at.
+    marked: Option<Schemas>,
     parallel: bool,
     /// Mistral's templates want identities of nine letters.
     short_ids: bool,
@@ -65,11 +68,18 @@ pub(crate) struct CallRules {
 /// The calls of one choice as they come.
 #[derive(Debug)]
 pub(crate) struct CallStream {
-    reader: CallReader,
+    reader: Reader,
     rules: CallRules,
     /// Request and choice, of which identities are made.
     origin: String,
     n_calls: usize,
+}
+
+/// Whatever finds calls.
+#[derive(Debug)]
+enum Reader {
+    Objects(CallReader),
+    Marked(MarkedReader),
 }
 
 /// A part of an answer.
@@ -216,14 +226,20 @@ impl Tools {
             (Choice::Required, _) => Style::Array,
             (_, Some(ToolStyle::Tagged)) => Style::Tagged,
             (_, Some(ToolStyle::Listed)) => Style::Listed,
+            (_, Some(ToolStyle::Piped)) => Style::Piped,
             (_, Some(ToolStyle::Bare)) => Style::Bare,
+            (_, Some(ToolStyle::Marked)) => {
+                let schemas = self.tools.iter().map(|tool| (tool.name.clone(), tool.parameters.clone())).collect();
+                let (parallel, short_ids) = (self.parallel, false);
+                return Ok(CallRules { style: Style::Tagged, marked: Some(schemas), parallel, short_ids });
+            }
             (_, None) => {
                 let problem = "this model was not taught to call tools (its chat template shows no style of calls that this \
                     server knows): send `tool_choice` \"required\" or name a function";
                 return Err(ApiError::invalid("tools", problem));
             }
         };
-        Ok(CallRules { style, parallel: self.parallel, short_ids: own == Some(ToolStyle::Listed) })
+        Ok(CallRules { style, marked: None, parallel: self.parallel, short_ids: own == Some(ToolStyle::Listed) })
     }
 }
 
@@ -367,7 +383,7 @@ fn choice(
 impl CallRules {
     /// Whether the signs of this style are special tokens, which must then be shown.
     pub(super) fn wants_special_tokens(&self) -> bool {
-        self.style == Style::Listed
+        matches!(self.style, Style::Listed | Style::Piped)
     }
 
     /// What a choice that has stopped and has calls says of its end. A function that the client named is no surprise.
@@ -378,7 +394,11 @@ impl CallRules {
     /// The calls of one choice of a request.
     pub(crate) fn stream(&self, request: &Arc<str>, choice: usize) -> CallStream {
         let origin = format!("{request}/{choice}");
-        CallStream { reader: CallReader::new(self.style.clone()), rules: self.clone(), origin, n_calls: 0 }
+        let reader = match &self.marked {
+            Some(schemas) => Reader::Marked(MarkedReader::new(Arc::clone(schemas))),
+            None => Reader::Objects(CallReader::new(self.style.clone())),
+        };
+        CallStream { reader, rules: self.clone(), origin, n_calls: 0 }
     }
 }
 
@@ -387,11 +407,17 @@ impl CallRules {
 impl CallStream {
     /// Takes the next piece of text; the last one with `is_last`.
     pub(super) fn push(&mut self, piece: &str, is_last: bool) -> Vec<Part> {
-        let mut said = self.reader.push(piece);
+        let mut said = match &mut self.reader {
+            Reader::Objects(reader) => reader.push(piece),
+            Reader::Marked(reader) => reader.push(piece),
+        };
         if is_last {
-            said.extend(self.reader.finish());
+            said.extend(match &mut self.reader {
+                Reader::Objects(reader) => reader.finish(),
+                Reader::Marked(reader) => reader.finish(),
+            });
         }
-        said.into_iter().filter_map(|said| self.part(said)).collect()
+        merged(said).into_iter().filter_map(|said| self.part(said)).collect()
     }
 
     /// Calls so far.
@@ -578,7 +604,7 @@ mod tests {
 
     #[test]
     fn calls_are_counted_and_have_identities_of_their_own() {
-        let rules = |parallel| CallRules { style: Style::Array, parallel, short_ids: true };
+        let rules = |parallel| CallRules { style: Style::Array, marked: None, parallel, short_ids: true };
         let text = r#"[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]"#;
         let read = |parallel| {
             let mut stream = rules(parallel).stream(&"r1".into(), 0);

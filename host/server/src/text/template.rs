@@ -46,6 +46,10 @@ pub enum ToolStyle {
     Listed,
     /// The object alone (Llama 3).
     Bare,
+    /// A list after `<|tool_call|>` or `functools`; the template wants the tools in a system message (Phi-4-mini).
+    Piped,
+    /// Each argument between marks, after `<function=name>` (Qwen3-Coder, Llama's custom tools).
+    Marked,
 }
 
 impl ToolStyle {
@@ -53,12 +57,18 @@ impl ToolStyle {
     fn of(template: &str) -> Option<Self> {
         let has = |sign: &str| template.contains(sign);
         // The same tag is used around something else than JSON.
-        if !has("tools") || has("<function=") || has("<arg_key>") {
+        if !has("tools") || has("<arg_key>") {
             return None;
         }
-        [("<tool_call>", Self::Tagged), ("[TOOL_CALLS]", Self::Listed), ("\"parameters\":", Self::Bare)]
-            .into_iter()
-            .find_map(|(sign, style)| has(sign).then_some(style))
+        [
+            ("<|tool|>", Self::Piped),
+            ("<function=", Self::Marked),
+            ("<tool_call>", Self::Tagged),
+            ("[TOOL_CALLS]", Self::Listed),
+            ("\"parameters\":", Self::Bare),
+        ]
+        .into_iter()
+        .find_map(|(sign, style)| has(sign).then_some(style))
     }
 }
 
@@ -117,7 +127,10 @@ impl ChatTemplate {
         for (name, value) in extra.into_iter().flatten() {
             context.push((name, Value::from(Serde(value))));
         }
-        context.push(("messages", Value::from(Serde(messages))));
+        let tools = extra.and_then(|extra| extra.get("tools")).filter(|_| self.tool_style == Some(ToolStyle::Piped));
+        let with_tools = tools.and_then(|tools| with_tools(messages, tools));
+        let messages = with_tools.map_or_else(|| Value::from(Serde(messages)), |all| Value::from(Serde(all)));
+        context.push(("messages", messages));
         context.push(("add_generation_prompt", add_generation_prompt.into()));
         context.extend(self.tokens.iter().map(|(name, token)| (name.as_str(), token.as_str().into())));
         let template = self.environment.get_template(NAME);
@@ -126,6 +139,17 @@ impl ChatTemplate {
             _ => TemplateError::Refused(error.detail().map_or_else(|| error.to_string(), str::to_owned)),
         })
     }
+}
+
+/// Messages of which the first system message shows the tools; one that says nothing else where there is none.
+fn with_tools<M: Serialize>(messages: &[M], tools: &serde_json::Value) -> Option<Vec<serde_json::Value>> {
+    let mut messages: Vec<_> = messages.iter().map(serde_json::to_value).collect::<Result<_, _>>().ok()?;
+    let shown = || serde_json::Value::from(tools.to_string());
+    match messages.iter_mut().find(|message| message["role"] == "system") {
+        Some(system) => system["tools"] = shown(),
+        None => messages.insert(0, serde_json::json!({"role": "system", "content": "", "tools": shown()})),
+    }
+    Some(messages)
 }
 
 /// Marks of what the model is trained on, which Hugging Face's Jinja knows, become blocks that are always written: the white
@@ -228,7 +252,9 @@ mod tests {
         for (source, expect) in [
             ("{{ messages }}", None),
             ("{% if tools %}use <tool_call>{...}</tool_call>{% endif %}", Some(ToolStyle::Tagged)),
-            ("{% if tools %}<tool_call><function=f>{% endif %}", None),
+            ("{% if tools %}<tool_call><function=f>{% endif %}", Some(ToolStyle::Marked)),
+            ("{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}", Some(ToolStyle::Piped)),
+            ("{% if tools %}<tool_call>f<arg_key>a</arg_key>{% endif %}", None),
             (
                 "{% if tools is defined %}{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}{% endif %}",
                 Some(ToolStyle::Listed),
@@ -237,6 +263,27 @@ mod tests {
             ("{{ tools }}", None),
         ] {
             assert_eq!(ToolStyle::of(source), expect, "{source}");
+        }
+    }
+
+    #[test]
+    fn a_template_may_want_its_tools_in_the_system_message() {
+        let source = "{% for m in messages %}{% if 'tools' in m %}{{ m.role + m.content + '<|tool|>' + m['tools'] + '<|/tool|>' }}\
+            {% else %}{{ m.role + m.content }}{% endif %}{% endfor %}";
+        let template = ChatTemplate::new(source, BTreeMap::new()).expect("good");
+        let message = |role: &str, content: &str| ChatMessage {
+            role: role.into(),
+            content: content.into(),
+            ..ChatMessage::default()
+        };
+        let tools = serde_json::json!({"tools": [{"name": "f"}]});
+        let shown = "<|tool|>[{\"name\":\"f\"}]<|/tool|>";
+        for (messages, tools, expect) in [
+            (vec![message("system", "S"), message("user", "U")], tools.as_object(), format!("systemS{shown}userU")),
+            (vec![message("user", "U")], tools.as_object(), format!("system{shown}userU")),
+            (vec![message("user", "U")], None, "userU".into()),
+        ] {
+            assert_eq!(template.render(&messages, false, tools, 0).expect("good"), expect);
         }
     }
 
