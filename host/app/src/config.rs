@@ -169,6 +169,8 @@ pub(crate) struct SchedSection {
 pub(crate) struct EngineSection {
     /// Threads of the compute pool; 0 for one per core.
     pub threads: usize,
+    /// Each of them stays on a core of its own.
+    pub pin_threads: bool,
     /// KV pool of each replica on the CPU.
     pub kv_mib: u32,
     /// Serve the embedded demo model.
@@ -407,6 +409,7 @@ impl Default for EngineSection {
     fn default() -> Self {
         Self {
             threads: 0,
+            pin_threads: false,
             kv_mib: 64,
             demo: true,
             devices: vec!["cpu".to_owned()],

@@ -724,7 +724,13 @@ pub(crate) fn labels(config: &Config, section: Option<&ReplicaSection>) -> Arc<[
 /// The system refuses to start them.
 pub(crate) fn compute_pool(config: &Config) -> anyhow::Result<ComputePool> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Ok(ComputePool::start(if config.engine.threads == 0 { cores } else { config.engine.threads })?)
+    let n_threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
+    if !config.engine.pin_threads {
+        return Ok(ComputePool::start(n_threads)?);
+    }
+    let pool = ComputePool::pinned(n_threads).context("engine.pin_threads")?;
+    tracing::info!("compute threads are pinned to the cores {:?}", pool.pinned_to());
+    Ok(pool)
 }
 
 /// A name that a model may have, or one of a variant behind a colon.

@@ -6,6 +6,7 @@ use pointsman_engine::{ComputePool, cuda::Bytes};
 
 use super::report::Report;
 use crate::config::Config;
+use crate::models::compute_pool;
 
 /// Files that a host has open besides its connections: logs, models, pipes of the compile process.
 const OTHER_FILES: u64 = 128;
@@ -18,10 +19,31 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
         let found = format!("{} compute threads on {cores} cores", config.engine.threads);
         report.warn("machine", "engine.threads", found, "0 takes one per core; more wait for each other")?;
     }
+    if config.engine.pin_threads {
+        pins(config, report)?;
+    }
     if let Some(bytes) = available_memory() {
         report.good("machine", "memory", format!("{} available", Bytes(bytes)))?;
     }
     open_files(config, report)
+}
+
+/// Whether each compute thread can have a core of its own.
+fn pins(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
+    match compute_pool(config) {
+        Ok(pool) if pool.pinned_to().is_empty() => {
+            report.good("machine", "engine.pin_threads", "one compute thread, which is the device's own and not pinned")
+        }
+        Ok(pool) => {
+            report.good("machine", "engine.pin_threads", format!("compute threads on the cores {:?}", pool.pinned_to()))
+        }
+        Err(error) => report.fault(
+            "machine",
+            "engine.pin_threads",
+            format!("{error:#}"),
+            "lower engine.threads, or set it to false",
+        ),
+    }
 }
 
 /// Memory that new programs could have, in bytes: what the system has left, or less where a control group allows less.

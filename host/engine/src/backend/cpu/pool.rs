@@ -2,7 +2,9 @@
 //!
 //! Work is split by output panel, never along a sum, so the number of threads changes no result. A step enters the pool
 //! once ([`ComputePool::run`]) and forks with `join` inside it: waking a thread costs microseconds, a fork between awake
-//! ones much less; below [`FORK_WORK`] even that is more than it saves.
+//! ones much less; below [`FORK_WORK`] even that is more than it saves. Threads without work sleep after a few looks around: an idle
+//! pool takes no time. Where the machine is its own, each thread may be kept on one core ([`ComputePool::pinned`]); the system
+//! moves them otherwise, and knows better as soon as others compute as well.
 
 use std::sync::Arc;
 
@@ -17,14 +19,32 @@ pub struct ComputePool {
     threads: Option<Arc<rayon::ThreadPool>>,
     n_threads: usize,
     isa: Isa,
+    /// The core of each thread, where they are pinned.
+    cores: Arc<[usize]>,
 }
 
-/// The system refused to start threads.
+/// There is no such pool.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot start {n_threads} compute threads: {source}; ask for fewer")]
-pub struct PoolError {
-    n_threads: usize,
-    source: rayon::ThreadPoolBuildError,
+pub enum PoolError {
+    /// The system refused to start threads.
+    #[error("cannot start {n_threads} compute threads: {source}; ask for fewer")]
+    Threads {
+        /// As many as were asked for.
+        n_threads: usize,
+        /// Why.
+        source: rayon::ThreadPoolBuildError,
+    },
+    /// There are fewer cores.
+    #[error("cannot pin {n_threads} compute threads: this process may use {n_cores} cores; ask for no more threads")]
+    Cores {
+        /// As many as were asked for.
+        n_threads: usize,
+        /// Of the process's affinity mask.
+        n_cores: usize,
+    },
+    /// The system does not pin threads, or not now.
+    #[error("cannot pin compute threads: {0}")]
+    Pins(std::io::Error),
 }
 
 impl ComputePool {
@@ -42,13 +62,38 @@ impl ComputePool {
     /// The system refuses to start threads.
     pub fn with_isa(n_threads: usize, isa: Isa) -> Result<Self, PoolError> {
         let n_threads = n_threads.max(1);
+        let cores = Arc::default();
         let build =
             || rayon::ThreadPoolBuilder::new().num_threads(n_threads).thread_name(|i| format!("compute-{i}")).build();
         let threads = match n_threads {
             1 => None,
-            _ => Some(Arc::new(build().map_err(|source| PoolError { n_threads, source })?)),
+            _ => Some(Arc::new(build().map_err(|source| PoolError::Threads { n_threads, source })?)),
         };
-        Ok(Self { threads, n_threads, isa })
+        Ok(Self { threads, n_threads, isa, cores })
+    }
+
+    /// A pool each of whose threads stays on a core of its own, the first ones of those that this process may use. A pool of one
+    /// thread computes on its caller's, which is not pinned.
+    ///
+    /// # Errors
+    /// The system refuses to start or pin threads, or there are fewer cores.
+    pub fn pinned(n_threads: usize) -> Result<Self, PoolError> {
+        let pool = Self::start(n_threads)?;
+        let Some(threads) = &pool.threads else { return Ok(pool) };
+        let mut cores = pins::usable().map_err(PoolError::Pins)?;
+        if cores.len() < pool.n_threads {
+            return Err(PoolError::Cores { n_threads: pool.n_threads, n_cores: cores.len() });
+        }
+        cores.truncate(pool.n_threads);
+        let pinned = threads.broadcast(|thread| pins::pin(cores[thread.index()]));
+        pinned.into_iter().collect::<Result<(), _>>().map_err(PoolError::Pins)?;
+        Ok(Self { cores: cores.into(), ..pool })
+    }
+
+    /// The core of each thread; empty where they are not pinned.
+    #[must_use]
+    pub fn pinned_to(&self) -> &[usize] {
+        &self.cores
     }
 
     /// Number of threads.
@@ -114,5 +159,64 @@ impl<T: Send, U: Send> Units<'_, T, U> {
         let right =
             Units { items: right_items, unit: self.unit, scratch: right_scratch, scratch_unit: self.scratch_unit };
         rayon::join(|| left.fork(parts / 2, first, f), || right.fork(parts - parts / 2, first + n_left, f));
+    }
+}
+
+/// Affinity masks of threads.
+#[cfg(target_os = "linux")]
+mod pins {
+    use std::io;
+
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    /// Cores that this thread may use, ascending.
+    pub(super) fn usable() -> io::Result<Vec<usize>> {
+        let mask = sched_getaffinity(None)?;
+        Ok((0..CpuSet::MAX_CPU).filter(|core| mask.is_set(*core)).collect())
+    }
+
+    /// Keeps this thread on a core.
+    pub(super) fn pin(core: usize) -> io::Result<()> {
+        let mut mask = CpuSet::new();
+        mask.set(core);
+        Ok(sched_setaffinity(None, &mask)?)
+    }
+}
+
+/// Nothing of the kind elsewhere.
+#[cfg(not(target_os = "linux"))]
+mod pins {
+    use std::io;
+
+    pub(super) fn usable() -> io::Result<Vec<usize>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub(super) fn pin(_core: usize) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_pinned_thread_has_a_core_of_its_own() {
+        let usable = pins::usable().unwrap();
+        for n_threads in 1..=usable.len().min(4) {
+            let pool = ComputePool::pinned(n_threads).unwrap();
+            let Some(threads) = &pool.threads else {
+                assert_eq!((n_threads, pool.pinned_to()), (1, &[][..]));
+                continue;
+            };
+            assert_eq!(pool.pinned_to(), &usable[..n_threads]);
+            let found = threads.broadcast(|_| pins::usable().unwrap());
+            assert_eq!(found, pool.pinned_to().iter().map(|core| vec![*core]).collect::<Vec<_>>());
+        }
+        assert_eq!(pins::usable().unwrap(), usable, "who asks stays where it was");
+        let error = ComputePool::pinned(usable.len() + 1).unwrap_err().to_string();
+        let expect = format!("this process may use {} cores; ask for no more threads", usable.len());
+        assert!(error.contains(&expect), "{error}");
     }
 }
