@@ -25,6 +25,7 @@ mod norm;
 mod pool;
 mod quant;
 mod rows;
+mod scaled_supers;
 pub(crate) mod softmax;
 mod super_dots;
 mod super_tiles;

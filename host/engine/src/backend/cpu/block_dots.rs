@@ -1,4 +1,4 @@
-//! Products with weights in blocks of 32 (Q8_0, Q4_0), by vectors: integers within a block, times both scales.
+//! Products with weights in blocks of 32 (Q8_0 and Q4_0 where K is no multiple of 256), by vectors: integers within a block, times both scales.
 
 use std::ops::Range;
 
@@ -23,7 +23,9 @@ pub(super) fn prefetch<S: Simd, B>(s: S, w: &[B], block: usize, eighths: Range<u
 }
 
 impl<B: ScaledBlock> Product for BlockDots<'_, B> {
-    const DEPTH: usize = BLOCK;
+    fn depth(_n_groups: usize) -> usize {
+        BLOCK
+    }
 
     #[inline(always)]
     fn rows<S: Simd, const R: usize>(&mut self, s: S, (group, row): (usize, usize), panel: usize) {

@@ -1,4 +1,4 @@
-//! Products with weights in blocks of 32 (Q8_0, Q4_0), by tile registers.
+//! Products with weights in blocks of 32 (Q8_0 and Q4_0 where K is no multiple of 256), by tile registers.
 //!
 //! A tile product covers sixteen rows, sixteen columns and as much of K as has one scale, 32. Its sums leave the tile through
 //! memory and are scaled and added as vectors; that costs more than the product itself, so the loops serve it: the sums of

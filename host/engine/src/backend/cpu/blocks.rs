@@ -30,6 +30,9 @@ pub(super) trait ScaledBlock: QuantBlock {
     fn quads<'a>(&'a self, room: &'a mut WeightQuads) -> &'a WeightQuads;
 
     fn scales(&self) -> &[f16; PANEL];
+
+    /// What the largest of some scales becomes where they become integers: with the largest value it makes a number of 16 bits.
+    const FINEST: f32;
 }
 
 /// GGML's Q8_0: signed bytes and a scale.
@@ -81,6 +84,8 @@ impl QuantBlock for Q8Block {
 }
 
 impl ScaledBlock for Q8Block {
+    const FINEST: f32 = 255.0;
+
     #[inline(always)]
     fn quads<'a>(&'a self, _room: &'a mut WeightQuads) -> &'a WeightQuads {
         &self.quants
@@ -116,6 +121,8 @@ impl QuantBlock for Q4Block {
 }
 
 impl ScaledBlock for Q4Block {
+    const FINEST: f32 = 2_047.0;
+
     #[inline(always)]
     fn quads<'a>(&'a self, room: &'a mut WeightQuads) -> &'a WeightQuads {
         for (quad, out) in room.iter_mut().enumerate() {

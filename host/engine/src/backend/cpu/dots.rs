@@ -29,8 +29,8 @@ pub(super) struct Tiled<D> {
 
 /// How rows are multiplied.
 pub(super) trait Product {
-    /// Values of K that a tile takes.
-    const DEPTH: usize;
+    /// Values of K that a tile takes with so many groups of rows.
+    fn depth(n_groups: usize) -> usize;
 
     /// `R` rows of a group, from a row on, by one panel, with vectors.
     fn rows<S: Simd, const R: usize>(&mut self, s: S, at: (usize, usize), panel: usize);
@@ -46,7 +46,8 @@ impl<'a, X, B: QuantBlock> Dots<'a, X, B> {
         Tiled<Self>: Kernel<Out = ()>,
     {
         let Part { rows, .. } = self.part;
-        let tiles = if rows < TILE_FROM { None } else { isa.tiles(groups(rows).1, Self::DEPTH) };
+        let (n_groups, height) = groups(rows);
+        let tiles = if rows < TILE_FROM { None } else { isa.tiles(height, Self::depth(n_groups)) };
         match tiles {
             Some(tiles) => isa.run(Tiled { tiles, dots: self }),
             None => isa.run(self),

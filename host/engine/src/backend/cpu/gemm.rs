@@ -12,10 +12,11 @@ use std::ops::Range;
 use super::block_dots::BlockDots;
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, Weight, stride};
 use super::math;
-use super::matrix::{Matrix, PANEL, Packed, Segment};
+use super::matrix::{BLOCK, Matrix, PANEL, Packed, Segment};
 use super::pool::ComputePool;
 use super::quant::Quantised;
 use super::super_dots::SuperDots;
+use super::supers::SUPER;
 
 /// Most rows of a tile, with 32 registers.
 const MAX_ROWS: usize = 12;
@@ -46,9 +47,9 @@ pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut
     let Input { x, rows, quantised: Quantised { blocks, supers } } = input;
     let isa = pool.isa();
     let unit = epilogue.out_vectors() * stride(rows);
-    let is_any = |has: fn(&Packed) -> bool| w.segments.iter().any(|segment| has(&segment.packed));
-    let blocks = is_any(Packed::has_blocks).then(|| blocks.fill(pool, x, rows, w.k));
-    let supers = is_any(Packed::has_supers).then(|| supers.fill(pool, x, rows, w.k));
+    let is_any = |depth| w.segments.iter().any(|segment| segment.packed.depth(w.k) == Some(depth));
+    let blocks = is_any(BLOCK).then(|| blocks.fill(pool, x, rows, w.k));
+    let supers = is_any(SUPER).then(|| supers.fill(pool, x, rows, w.k));
     for Segment { first_panel, n_panels, packed } in &w.segments {
         let out = &mut out[first_panel * unit..][..n_panels * unit];
         pool.split(n_panels * PANEL * w.k * rows, out, unit, |first, out| {
@@ -59,6 +60,8 @@ pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut
                 (Packed::Bf16(w), ..) => part.run(isa, x, w, out),
                 (Packed::Q8(w), Some(x), _) => BlockDots { part, x, w, out }.run(isa),
                 (Packed::Q4(w), Some(x), _) => BlockDots { part, x, w, out }.run(isa),
+                (Packed::Q8(w), _, Some(x)) => SuperDots { part, x, w: w.as_chunks::<8>().0, out }.run(isa),
+                (Packed::Q4(w), _, Some(x)) => SuperDots { part, x, w: w.as_chunks::<8>().0, out }.run(isa),
                 (Packed::Q4k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 (Packed::Q5k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 (Packed::Q6k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
@@ -362,8 +365,8 @@ impl<W: Weight> Gemm<'_, W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::matrix::{BLOCK, Join};
-    use crate::backend::cpu::supers::SUPER;
+    use crate::backend::cpu::blocks::ScaledBlock;
+    use crate::backend::cpu::matrix::Join;
     use crate::load::{Elements, Kind};
     use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{Device, Tensor};
@@ -478,6 +481,26 @@ mod tests {
         }
     }
 
+    /// What a weight is multiplied by before it is: one, but where scales become integers.
+    fn rescaled(w: &Matrix, column: usize, k: usize) -> f64 {
+        fn change<B: ScaledBlock>(blocks: &[B], column: usize, block: usize) -> f64 {
+            let scale = |block: &B| block.scales()[column].to_f32();
+            let largest = blocks.iter().fold(0f32, |largest, block| scale(block).abs().max(largest));
+            let integer = (scale(&blocks[block]) * (B::FINEST / largest)).round_ties_even();
+            f64::from(integer) * f64::from(largest) / f64::from(B::FINEST) / f64::from(scale(&blocks[block]))
+        }
+        if w.segments[0].packed.depth(w.k) != Some(SUPER) {
+            return 1.0;
+        }
+        let first = column / PANEL * w.k / BLOCK + k / SUPER * 8;
+        let at = (column % PANEL, k % SUPER / BLOCK);
+        match &w.segments[0].packed {
+            Packed::Q8(blocks) => change(&blocks[first..][..8], at.0, at.1),
+            Packed::Q4(blocks) => change(&blocks[first..][..8], at.0, at.1),
+            _ => 1.0,
+        }
+    }
+
     #[test]
     fn eight_bit_products_are_those_of_the_rounded_values() {
         let (n, k) = (64, 512);
@@ -490,11 +513,11 @@ mod tests {
             x.chunks(length).flat_map(round).collect()
         };
         for w in &quantised(n, k) {
-            let rounded = rounded(if w.segments[0].packed.has_supers() { SUPER } else { BLOCK });
+            let rounded = rounded(w.segments[0].packed.depth(k).unwrap());
             let found = &product(&ComputePool::start(1).unwrap(), w, std::slice::from_ref(&x), Epilogue::Store)[0];
             for (column, &bits) in found[..w.n].iter().enumerate() {
                 let mut sum = 0f64;
-                w.gather(column, |k, w| sum += rounded[k] * f64::from(w));
+                w.gather(column, |i, value| sum += rounded[i] * f64::from(value) * rescaled(w, column, i));
                 let found = f64::from(f32::from_bits(bits));
                 assert!((found - sum).abs() < 3e-4, "column {column}: {found}, not {sum}");
             }

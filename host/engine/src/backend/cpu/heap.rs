@@ -1,4 +1,5 @@
-//! What a model that has gone held, back to the system: the allocator keeps freed memory for the next that asks.
+//! Memory of models, as the system gives and takes it: what one that has gone held goes back, which the allocator would keep for
+//! the next that asks.
 //!
 //! Large blocks are mapped one by one and returned as they are freed, but GNU's allocator raises the size from which it maps
 //! with each such block it frees, up to 32 MiB: from the second model on, matrices lie in its heaps, between others. And it gives
@@ -30,6 +31,33 @@ pub fn keep_little_freed() {
             unsafe { mallopt(parameter, LARGE) };
         }
     }
+}
+
+/// Asks for memory in large pages, where the system has them, for a block that is about to be filled: a product reads all weights
+/// once, and looks up an address for every page.
+#[cfg_attr(target_os = "linux", expect(unsafe_code, reason = "the C library has the call, and Rust's has not"))]
+pub(super) fn want_large_pages<T>(room: &[std::mem::MaybeUninit<T>]) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::ffi::{c_int, c_void};
+        /// Bytes of a large page.
+        const PAGE: usize = 2 << 20;
+        /// Of sys/mman.h.
+        const MADV_HUGEPAGE: c_int = 14;
+        unsafe extern "C" {
+            fn madvise(begin: *mut c_void, len: usize, advice: c_int) -> c_int;
+        }
+        let begin = room.as_ptr().cast::<u8>();
+        let skipped = begin.align_offset(PAGE);
+        let len = size_of_val(room).saturating_sub(skipped) / PAGE * PAGE;
+        if len > 0 {
+            // SAFETY: whole pages within `room`, which stay what they are; a system that does not know the advice says so, and
+            // nothing is lost.
+            unsafe { madvise(begin.wrapping_add(skipped).cast_mut().cast(), len, MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = room;
 }
 
 /// Returns the pages of freed memory to the system, where the allocator can be asked to.

@@ -39,9 +39,6 @@ pub(crate) type Stretch = [[i8; 4]; 16];
 /// 32 values of K for 32 columns: value `k` of column `c` is `[k / 4][4 * c + k % 4]`.
 pub(crate) type WeightQuads = [[i8; 128]; 8];
 
-/// The same unsigned: at most 127.
-pub(crate) type UnsignedQuads = [[u8; 128]; 8];
-
 /// Two bytes for each of 256 values of K for 32 columns, in the same order.
 pub(crate) type Planes = [[[i8; 128]; 64]; 2];
 
@@ -110,6 +107,8 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, ties to even; for magnitudes below 2^31.
     fn round(self, v: Self::V) -> Self::V;
+    /// The same as integers.
+    fn round_int(self, v: Self::V) -> Self::I;
     /// 2^n for integral `n` in -126 ..= 127.
     fn pow2(self, n: Self::V) -> Self::V;
     /// Rounded as `round` does and narrowed, for magnitudes below 128.
@@ -117,15 +116,18 @@ pub(crate) trait Simd: Copy {
 
     fn splat_int(self, x: i32) -> Self::I;
     fn load_int(self, x: &[i32; LANES]) -> Self::I;
+    fn store_int(self, v: Self::I, out: &mut [i32; LANES]);
     /// What a sum of dot products begins with. `offset` is -128 times the sum of all activations that it will see: where
     /// the instruction wants unsigned weights they are made 128 too large, and this takes it back.
     fn dot_start(self, offset: i32) -> Self::I;
     /// Lane `j` gains the dot product of bytes `4j .. 4j + 4` of `w` with `x`, of which none is -128.
     fn dot4(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
-    /// The same for weights of at most 127, which need no [`dot_start`](Self::dot_start).
-    fn dot4_unsigned(self, acc: Self::I, w: &[u8; 64], x: [i8; 4]) -> Self::I;
+    /// The same for weights of which none is negative, which need no [`dot_start`](Self::dot_start).
+    fn dot4_unsigned(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
     /// Lane `j` gains the dot product of `w[2j]` and `w[2j + 1]` with `x`.
     fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I;
+    /// Products of four bytes of `w` each with a scale, 0 to 255: their lower and their upper bytes.
+    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], out: [&mut [i8; 64]; 2]);
     /// Bytes as numbers of 16 bits.
     fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]);
     /// `acc + a * b`, in 32 bits.
@@ -294,7 +296,7 @@ mod tests {
         halves: &'a [f16; LANES],
         brains: &'a [bf16; LANES],
         bytes: &'a [i8; 64],
-        unsigned: &'a [u8; 64],
+        unsigned: &'a [i8; 64],
         words: &'a [i16; 32],
         ints: &'a [i32; LANES],
     }
@@ -312,7 +314,9 @@ mod tests {
             let words = s.dot2(dots, self.words, [-4_064, 31]);
             let products = s.int_mul_add(words, dots, self.ints);
             let mut wide = [0; 32];
-            s.widen_bytes(&self.unsigned.as_chunks().0[1], &mut wide);
+            let [mut lower, mut upper] = [[0; 64]; 2];
+            s.scale_bytes(self.bytes, &self.ints.map(|x| x & 255), [&mut lower, &mut upper]);
+            s.widen_bytes(&self.unsigned.map(i8::cast_unsigned).as_chunks().0[1], &mut wide);
             let vectors = [
                 s.int_to_f32(words),
                 s.int_to_f32(products),
@@ -337,6 +341,10 @@ mod tests {
                 s.store(v, &mut lanes);
                 bits.extend(lanes.map(f32::to_bits));
             }
+            let mut ints = [0; LANES];
+            s.store_int(s.round_int(a), &mut ints);
+            bits.extend(ints.map(i32::cast_unsigned));
+            bits.extend([lower, upper].as_flattened().iter().map(|x| u32::from(x.cast_unsigned())));
             bits.extend(wide.map(|x| u32::from(x.cast_unsigned())));
             bits.extend(
                 s.round_i8(s.min(s.max(a, s.splat(-127.0)), s.splat(127.0))).map(|q| u32::from(q.cast_unsigned())),
@@ -361,7 +369,7 @@ mod tests {
                 );
             let brains = a.map(bf16::from_f32);
             let bytes = std::array::from_fn(|_| (i32::try_from(next() % 255).unwrap() - 127) as i8);
-            let unsigned = std::array::from_fn(|_| (next() % 128) as u8);
+            let unsigned = std::array::from_fn(|_| (next() % 128) as i8);
             let words = std::array::from_fn(|_| (next() % 256) as i16 - 128);
             let ints = std::array::from_fn(|_| i32::try_from(next() % 256).unwrap() - 128);
             let run = |isa: Isa| {

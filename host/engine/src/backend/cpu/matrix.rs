@@ -10,8 +10,9 @@ use half::{bf16, f16};
 use super::aligned::Aligned;
 use super::background::Breath;
 use super::blocks::{Q4Block, Q8Block, QuantBlock};
+use super::heap::want_large_pages;
 use super::isa::{LANES, Weight};
-use super::supers::{Q4kBlock, Q5kBlock, Q6kBlock};
+use super::supers::{Q4kBlock, Q5kBlock, Q6kBlock, SUPER};
 use crate::load::{Elements, Kind, LoadError, quantise_q8_0};
 
 /// Columns of a panel.
@@ -146,14 +147,13 @@ impl Packed {
         }
     }
 
-    /// Whether the weights come in blocks of 32.
-    pub(super) fn has_blocks(&self) -> bool {
-        matches!(self, Self::Q8(_) | Self::Q4(_))
-    }
-
-    /// Whether the weights come in super-blocks.
-    pub(super) fn has_supers(&self) -> bool {
-        matches!(self, Self::Q4k(_) | Self::Q5k(_) | Self::Q6k(_))
+    /// Values along K, of `k`, that are multiplied with one scale of the activations; none where they stay floats.
+    pub(super) fn depth(&self, k: usize) -> Option<usize> {
+        match self {
+            Self::F32(_) | Self::F16(_) | Self::Bf16(_) => None,
+            Self::Q8(_) | Self::Q4(_) if !k.is_multiple_of(SUPER) => Some(BLOCK),
+            _ => Some(SUPER),
+        }
     }
 }
 
@@ -209,6 +209,7 @@ fn pack_blocks<B: QuantBlock>(parts: &[Elements<'_>], k: usize, join: Join) -> V
     let per_row = k / (BLOCK * B::BLOCKS);
     let n = rows(parts, k).len().div_ceil(PANEL) * per_row;
     let (mut packed, mut breath) = (Vec::with_capacity(n), Breath::default());
+    want_large_pages(packed.spare_capacity_mut());
     for (column, (part, row)) in columns(parts, k, join).enumerate() {
         if column % PANEL == 0 {
             packed.extend(std::iter::repeat_with(|| B::EMPTY).take(per_row));

@@ -1,5 +1,5 @@
-//! Activations in 8 bits, for products with quantised weights: by blocks of 32 along K for Q8_0 and Q4_0, by super-blocks of 256
-//! for the K-quants, as the weights' own integers go.
+//! Activations in 8 bits, for products with quantised weights: by super-blocks of 256 along K, or by blocks of 32 for Q8_0 and
+//! Q4_0 where K is no multiple of 256.
 //!
 //! Rows come in groups, a group being what one tile takes: rows as even as can be among the fewest groups of at most sixteen.
 //! Blocks are `[group][k / 32][row of the group]`, super-blocks `[k / 256][group][k / 64 % 4][row of the group]`: each in the

@@ -1,4 +1,4 @@
-//! Products with weights of K-quants, by tile registers.
+//! Products with weights in super-blocks, by tile registers.
 //!
 //! Scales are worked into the weights first (`SuperBlock::planes`), once for some groups of rows; then a tile adds up all 256
 //! values of a super-block before its sums leave through memory, the slowest part of a product by tiles.
@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::dots::{Gathered, Tiled};
 use super::isa::{Kernel, LANES, Planes, Simd, TILE_ROWS, TileSums};
 use super::matrix::{BLOCK, PANEL};
-use super::super_dots::{SuperDots, prefetch};
+use super::super_dots::{SuperDots, lines, prefetch};
 use super::supers::{SUPER, SuperBlock, SuperFactors};
 
 /// Groups that share one opening of the weights: what they gather stays in the second cache.
@@ -18,8 +18,8 @@ const TOGETHER: usize = 32;
 #[repr(align(64))]
 struct Room {
     planes: Planes,
-    /// By byte of the weights and half of the panel.
-    sums: [[TileSums; 2]; 2],
+    /// By byte of the weights, or by block of 32, and by half of the panel.
+    sums: [[TileSums; 2]; SUPER / BLOCK],
     columns: SuperFactors,
     /// By group.
     gathered: [Gathered; TOGETHER],
@@ -32,11 +32,14 @@ impl<B: SuperBlock> Kernel for Tiled<SuperDots<'_, B>> {
     fn run<S: Simd>(mut self, s: S) {
         let mut room = Room {
             planes: [[[0; 4 * PANEL]; 64]; 2],
-            sums: [[[[0; LANES]; TILE_ROWS]; 2]; 2],
+            sums: [[[[0; LANES]; TILE_ROWS]; 2]; SUPER / BLOCK],
             columns: SuperFactors::ZERO,
             gathered: [[[[0.0; LANES]; TILE_ROWS]; 2]; TOGETHER],
         };
         let n_groups = self.dots.x.n_groups;
+        if SuperDots::<B>::is_plain(n_groups) {
+            return self.plain(s, &mut room);
+        }
         for first in (0..n_groups).step_by(TOGETHER) {
             let groups = first..n_groups.min(first + TOGETHER);
             for panel in 0..self.dots.part.n_panels(self.dots.out.len()) {
@@ -51,16 +54,21 @@ impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
     #[inline(always)]
     fn panel<S: Simd>(&mut self, s: S, panel: usize, groups: Range<usize>, room: &mut Room) {
         let Room { planes, sums, columns, gathered } = room;
+        let sums = sums.as_chunks_mut().0;
+        let sums = &mut sums[0];
         gathered[..groups.len()].fill([[[0.0; LANES]; TILE_ROWS]; 2]);
         for (b, block) in self.dots.panel(panel).iter().enumerate() {
-            for i in 0..SUPER / BLOCK {
-                prefetch(s, block, i);
-                block.planes(i, planes);
-            }
             block.factors(s, columns);
+            for i in 0..SUPER / BLOCK {
+                // The rest while the first group is gathered: memory is slower than the opening, and should never rest.
+                let n_lines = lines::<B>().div_ceil(16);
+                prefetch(s, block, n_lines * i, n_lines);
+                block.planes(s, i, columns, planes);
+            }
             for (group, gathered) in groups.clone().zip(&mut *gathered) {
                 self.tiles.planes(self.dots.x.block(group, b).0, planes, sums);
-                self.gather(s, (group, b), (sums, columns), gathered);
+                let ahead = if group == groups.start { Some(block) } else { None };
+                self.gather(s, (group, b), (sums, columns, ahead), gathered);
             }
         }
         for (group, gathered) in groups.zip(&*gathered) {
@@ -68,23 +76,60 @@ impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
         }
     }
 
-    /// Scales the sums of a group over a super-block and adds them.
+    /// One group, with the weights' bytes as they are.
+    #[inline(always)]
+    fn plain<S: Simd>(&mut self, s: S, Room { planes, sums, columns, gathered }: &mut Room) {
+        let (opened, gathered) = (&mut planes[0].as_chunks_mut::<{ BLOCK / 4 }>().0[0], &mut gathered[0]);
+        let n_lines = lines::<B>().div_ceil(2 * SUPER / BLOCK);
+        for panel in 0..self.dots.part.n_panels(self.dots.out.len()) {
+            *gathered = [[[0.0; LANES]; TILE_ROWS]; 2];
+            for (b, block) in self.dots.panel(panel).iter().enumerate() {
+                block.factors(s, columns);
+                let (x, factors) = self.dots.x.block(0, b);
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    prefetch(s, block, n_lines * i, n_lines);
+                    let x = &x[i / 2 * factors.len()..][..factors.len()];
+                    self.tiles.half(x, i % 2, block.quads(i, opened), sums);
+                }
+                for (half, gathered) in gathered.iter_mut().enumerate() {
+                    for (row, (gathered, factor)) in gathered.iter_mut().zip(factors).enumerate() {
+                        let mut whole = s.splat_int(0);
+                        for (i, sums) in sums.iter().enumerate() {
+                            let scales = &block.scales(i, columns)[half];
+                            whole = s.int_mul_add(whole, s.load_int(&sums[half][row]), scales);
+                        }
+                        s.store(columns.add::<S, B>(s, half, factor, (whole, s.load(gathered))), gathered);
+                    }
+                    for i in 0..SUPER / BLOCK / 2 {
+                        prefetch(s, block, n_lines * (SUPER / BLOCK + half * SUPER / BLOCK / 2 + i), n_lines);
+                    }
+                }
+            }
+            self.dots.finish(s, (0, panel), gathered);
+        }
+    }
+
+    /// Scales the sums of a group over a super-block and adds them; asks for the second half of the weights behind `ahead`.
     #[inline(always)]
     fn gather<S: Simd>(
         &self,
         s: S,
         (group, block): (usize, usize),
-        (sums, columns): (&[[TileSums; 2]; 2], &SuperFactors),
+        (sums, columns, ahead): (&[[TileSums; 2]; 2], &SuperFactors, Option<&B>),
         gathered: &mut Gathered,
     ) {
         let (x, factors) = self.dots.x.block(group, block);
         // What follows in memory comes next, mostly.
         let next = x.as_ptr().wrapping_add(x.len());
+        let (begin, n_lines) = (8 * lines::<B>().div_ceil(16), (lines::<B>() / 2).div_ceil(2 * factors.len()));
         for (half, gathered) in gathered.iter_mut().enumerate() {
             for (row, (gathered, factor)) in gathered.iter_mut().zip(factors).enumerate() {
                 let (first, second) = (s.load_int(&sums[0][half][row]), s.load_int(&sums[1][half][row]));
                 let sum = (s.shift_add(second, first, B::SHIFT), s.load(gathered));
                 s.store(columns.add::<S, B>(s, half, factor, sum), gathered);
+                if let Some(block) = ahead {
+                    prefetch(s, block, begin + n_lines * (half * factors.len() + row), n_lines);
+                }
                 (0..2).for_each(|line| s.prefetch_near(next.wrapping_add(4 * row + 2 * half + line)));
             }
         }

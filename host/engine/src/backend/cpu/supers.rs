@@ -1,4 +1,5 @@
-//! Weights of GGML's K-quants: 32 columns by a super-block, 256 values along K.
+//! Weights in super-blocks: 32 columns by 256 values along K. Here those of GGML's K-quants; Q8_0 and Q4_0 join them in
+//! `scaled_supers`.
 //!
 //! A column's scale within a super-block is an integer times one float. So the sum over a super-block is an integer, whoever
 //! adds it: vectors multiply the sum of each run by its integer scale, tiles multiply weights that had their scales worked
@@ -8,7 +9,7 @@
 use half::f16;
 
 use super::blocks::{QuantBlock, at, half};
-use super::isa::{LANES, Lanes, Planes, Simd, UnsignedQuads};
+use super::isa::{LANES, Lanes, Planes, Simd, WeightQuads};
 use super::matrix::{BLOCK, PANEL};
 use super::quant::SuperFactor;
 use crate::load::{Elements, scale_and_minimum};
@@ -23,23 +24,32 @@ pub(super) trait SuperBlock: QuantBlock {
     const RUNS: usize;
     /// Whether each block of 32 has a minimum.
     const MINIMA: bool;
+    /// Whether tiles take the bytes as they are where one group of rows is all there is, block by block: less work than opening
+    /// them, where they lie ready.
+    const PLAIN: bool = false;
     /// Bits that the second byte of [`planes`](Self::planes) stands above the first.
     const SHIFT: u32;
 
-    /// The bytes of a block of 32, as they are stored.
-    fn quads(&self, block: usize, out: &mut UnsignedQuads);
+    /// The bytes of a block of 32, opened into `room` where they are packed.
+    fn quads<'a>(&'a self, block: usize, room: &'a mut WeightQuads) -> &'a WeightQuads;
 
     /// What the sum of a run begins with: takes back as much as the bytes are too large.
-    fn start(factor: &SuperFactor, run: usize) -> i32;
+    fn start<S: Simd>(s: S, factor: &SuperFactor, run: usize) -> S::I;
 
-    /// The integer scales of a run, by half of the panel.
-    fn scales(&self, run: usize) -> [[i32; LANES]; 2];
-
-    /// Bytes of a block of 32 times scales: `first + second * 2^SHIFT`.
-    fn planes(&self, block: usize, out: &mut Planes);
+    /// Each column gains the product of four of the bytes with four activations.
+    #[inline(always)]
+    fn dot<S: Simd>(s: S, acc: S::I, w: &[i8; 4 * LANES], x: [i8; 4]) -> S::I {
+        s.dot4_unsigned(acc, w, x)
+    }
 
     /// What the columns are multiplied by.
     fn factors<S: Simd>(&self, s: S, out: &mut SuperFactors);
+
+    /// The integer scales of a run, by half of the panel.
+    fn scales(&self, run: usize, factors: &SuperFactors) -> [[i32; LANES]; 2];
+
+    /// Bytes of a block of 32 times scales: `first + second * 2^SHIFT`, the first unsigned.
+    fn planes<S: Simd>(&self, s: S, block: usize, factors: &SuperFactors, out: &mut Planes);
 }
 
 /// What the columns of a panel are multiplied by, by half of the panel.
@@ -47,9 +57,14 @@ pub(super) trait SuperBlock: QuantBlock {
 #[repr(align(64))]
 pub(super) struct SuperFactors {
     pub(super) scale: [Lanes; 2],
+    /// Its negative.
     pub(super) minimum: [Lanes; 2],
     /// The integer minima of two blocks of 32, side by side for each column.
     pub(super) minima: [[[i16; PANEL]; 2]; 4],
+    /// The integer scales of the blocks of 32, where the weights have none themselves.
+    pub(super) integers: [[[i32; LANES]; 2]; 8],
+    /// Whether each of them fits an unsigned byte.
+    pub(super) are_bytes: bool,
 }
 
 /// GGML's Q4_K.
@@ -89,8 +104,13 @@ pub(super) struct Q6kBlock {
 // === impl SuperFactors ===
 
 impl SuperFactors {
-    pub(super) const ZERO: Self =
-        Self { scale: [[0.0; LANES]; 2], minimum: [[0.0; LANES]; 2], minima: [[[0; PANEL]; 2]; 4] };
+    pub(super) const ZERO: Self = Self {
+        scale: [[0.0; LANES]; 2],
+        minimum: [[0.0; LANES]; 2],
+        minima: [[[0; PANEL]; 2]; 4],
+        integers: [[[0; LANES]; 2]; 8],
+        are_bytes: false,
+    };
 
     /// Adds a super-block of one row, whose sum is `whole`, to `acc`.
     #[inline(always)]
@@ -101,16 +121,16 @@ impl SuperFactors {
         factor: &SuperFactor,
         (whole, acc): (S::I, S::V),
     ) -> S::V {
-        let scale = s.splat(factor.scale);
-        let acc = s.fma(s.int_to_f32(whole), s.mul(s.load(&self.scale[half]), scale), acc);
+        let (scale, whole) = (s.splat(factor.scale), s.int_to_f32(whole));
         if !B::MINIMA {
-            return acc;
+            return s.fma(whole, s.mul(s.load(&self.scale[half]), scale), acc);
         }
         let mut sum = s.splat_int(0);
         for (minima, &sums) in self.minima.iter().zip(&factor.sums) {
             sum = s.dot2(sum, &minima[half], sums);
         }
-        s.fma(s.int_to_f32(sum), s.mul(s.load(&self.minimum[half]), s.splat(-factor.scale)), acc)
+        let lifted = s.mul(whole, s.load(&self.scale[half]));
+        s.fma(s.fma(s.int_to_f32(sum), s.load(&self.minimum[half]), lifted), scale, acc)
     }
 }
 
@@ -124,10 +144,10 @@ fn widen<S: Simd>(s: S, x: &[f16; PANEL], out: &mut [Lanes; 2]) {
 }
 
 /// Bytes of 32 columns, two to a word: what no compiler makes of loops over bytes that multiply.
-type Words = [u16; 2 * PANEL];
+pub(super) type Words = [u16; 2 * PANEL];
 
 #[inline(always)]
-fn words(bytes: &[u8; 4 * PANEL]) -> Words {
+pub(super) fn words(bytes: &[u8; 4 * PANEL]) -> Words {
     let mut words = [0; 2 * PANEL];
     words.iter_mut().zip(bytes.as_chunks().0).for_each(|(word, bytes)| *word = u16::from_le_bytes(*bytes));
     words
@@ -142,7 +162,7 @@ fn spread<T: Copy + Default>(columns: &[T; PANEL]) -> [T; 2 * PANEL] {
 }
 
 #[inline(always)]
-fn put_words(out: &mut [i8; 4 * PANEL], word: impl Fn(usize) -> u16) {
+pub(super) fn put_words(out: &mut [i8; 4 * PANEL], word: impl Fn(usize) -> u16) {
     let out = out.as_chunks_mut().0.iter_mut().enumerate();
     out.for_each(|(i, out)| *out = word(i).to_le_bytes().map(u8::cast_signed));
 }
@@ -210,34 +230,37 @@ impl<const FIFTHS: usize> SuperBlock for MinimumBlock<FIFTHS> {
     const SHIFT: u32 = if FIFTHS == 0 { 3 } else { 7 };
 
     #[inline(always)]
-    fn quads(&self, block: usize, out: &mut UnsignedQuads) {
-        for (quad, out) in out.iter_mut().enumerate() {
+    fn quads<'a>(&'a self, block: usize, room: &'a mut WeightQuads) -> &'a WeightQuads {
+        for (quad, out) in room.iter_mut().enumerate() {
             let (nibbles, up) = (&self.nibbles[block][quad % 4], 4 * (quad / 4));
             match self.fifths.get(block) {
-                None => out.iter_mut().zip(nibbles).for_each(|(out, nibbles)| *out = nibbles >> up & 15),
+                None => {
+                    out.iter_mut().zip(nibbles).for_each(|(out, nibbles)| *out = (nibbles >> up & 15).cast_signed())
+                }
                 Some(fifths) => {
                     for (out, (nibbles, fifths)) in out.iter_mut().zip(nibbles.iter().zip(fifths)) {
-                        *out = nibbles >> up & 15 | (fifths >> quad & 1) << 4;
+                        *out = (nibbles >> up & 15 | (fifths >> quad & 1) << 4).cast_signed();
                     }
                 }
             }
         }
+        room
     }
 
     #[inline(always)]
-    fn start(_factor: &SuperFactor, _run: usize) -> i32 {
-        0
+    fn start<S: Simd>(s: S, _factor: &SuperFactor, _run: usize) -> S::I {
+        s.splat_int(0)
     }
 
     #[inline(always)]
-    fn scales(&self, run: usize) -> [[i32; LANES]; 2] {
+    fn scales(&self, run: usize, _factors: &SuperFactors) -> [[i32; LANES]; 2] {
         integers(&self.scales[run])
     }
 
     /// A scale has six bits. Of four-bit values three go to each byte: no byte exceeds 15 * 7, so that a word is multiplied as
     /// one number.
     #[inline(always)]
-    fn planes(&self, block: usize, [first, second]: &mut Planes) {
+    fn planes<S: Simd>(&self, _s: S, block: usize, _factors: &SuperFactors, [first, second]: &mut Planes) {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
         let scales = spread(&self.scales[block]).map(u16::from);
         for (quad, out) in first.iter_mut().zip(second).enumerate() {
@@ -260,6 +283,9 @@ impl<const FIFTHS: usize> SuperBlock for MinimumBlock<FIFTHS> {
     fn factors<S: Simd>(&self, s: S, out: &mut SuperFactors) {
         widen(s, &self.scale, &mut out.scale);
         widen(s, &self.minimum, &mut out.minimum);
+        for minimum in &mut out.minimum {
+            s.store(s.sub(s.zero(), s.load(minimum)), minimum);
+        }
         for (minima, out) in self.minima.iter().zip(&mut out.minima) {
             for (minima, out) in minima.as_chunks::<PANEL>().0.iter().zip(out) {
                 s.widen_bytes(minima, out);
@@ -311,28 +337,29 @@ impl SuperBlock for Q6kBlock {
     const SHIFT: u32 = 7;
 
     #[inline(always)]
-    fn quads(&self, block: usize, out: &mut UnsignedQuads) {
-        for (quad, out) in out.iter_mut().enumerate() {
+    fn quads<'a>(&'a self, block: usize, room: &'a mut WeightQuads) -> &'a WeightQuads {
+        for (quad, out) in room.iter_mut().enumerate() {
             let (nibbles, pairs) = (&self.nibbles[block][quad % 4], &self.pairs[block][quad % 2]);
             let (up, down) = (4 * (quad / 4), 2 * (quad / 2));
             for (out, (nibbles, pairs)) in out.iter_mut().zip(nibbles.iter().zip(pairs)) {
-                *out = nibbles >> up & 15 | (pairs >> down & 3) << 4;
+                *out = (nibbles >> up & 15 | (pairs >> down & 3) << 4).cast_signed();
             }
         }
+        room
     }
 
     #[inline(always)]
-    fn start(factor: &SuperFactor, run: usize) -> i32 {
-        factor.offsets[run]
+    fn start<S: Simd>(s: S, factor: &SuperFactor, run: usize) -> S::I {
+        s.splat_int(factor.offsets[run])
     }
 
     #[inline(always)]
-    fn scales(&self, run: usize) -> [[i32; LANES]; 2] {
+    fn scales(&self, run: usize, _factors: &SuperFactors) -> [[i32; LANES]; 2] {
         integers(&self.scales[run])
     }
 
     #[inline(always)]
-    fn planes(&self, block: usize, [first, second]: &mut Planes) {
+    fn planes<S: Simd>(&self, _s: S, block: usize, _factors: &SuperFactors, [first, second]: &mut Planes) {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
         for half in 0..2 {
             let scales = spread(&self.scales[2 * block + half]).map(i16::from);

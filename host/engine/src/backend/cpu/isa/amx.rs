@@ -141,6 +141,24 @@ impl Tiles {
     #[inline(always)]
     pub(crate) fn one(&self, x: &[Quads], w: &WeightQuads, out: &mut [TileSums; 2]) {
         self.check(x.len(), 32);
+        // SAFETY: the tiles are for rows of 32 bytes, which lie behind each other, as many as the tiles have.
+        unsafe { self.product(x.as_ptr().cast(), size_of::<Quads>(), w, out) }
+    }
+
+    /// The same with the first or the second half of 64 values of each row.
+    #[inline(always)]
+    pub(crate) fn half(&self, x: &[Stretch], half: usize, w: &WeightQuads, out: &mut [TileSums; 2]) {
+        self.check(x.len(), 32);
+        // SAFETY: the tiles are for rows of 32 bytes, of which a stretch has two; there are as many stretches as the tiles have rows.
+        unsafe {
+            self.product(x.as_ptr().cast::<u8>().add(half % 2 * size_of::<Quads>()), size_of::<Stretch>(), w, out)
+        }
+    }
+
+    /// # Safety
+    /// From `x` on, `height` rows of 32 readable bytes begin every `x_step` bytes, and the tiles are set up for 32 values of K.
+    #[inline(always)]
+    unsafe fn product(&self, x: *const u8, x_step: usize, w: &WeightQuads, out: &mut [TileSums; 2]) {
         // SAFETY: tiles are set up on this thread (`self` cannot leave it) for `height` rows of 32 bytes, which `x` has; a
         // tile of weights reads 64 bytes of each of the 8 rows of `w`; `out` has 16 rows of 64 bytes for each tile.
         unsafe {
@@ -154,8 +172,8 @@ impl Tiles {
                 "tdpbssd tmm1, tmm4, tmm7",
                 "tilestored [{out} + {out_step}], tmm0",
                 "tilestored [{out} + {out_step} + 1024], tmm1",
-                x = in(reg) x.as_ptr(),
-                x_step = in(reg) size_of::<Quads>(),
+                x = in(reg) x,
+                x_step = in(reg) x_step,
                 w = in(reg) w.as_ptr(),
                 w_step = in(reg) size_of::<WeightQuads>() / 8,
                 out = in(reg) out.as_mut_ptr(),
@@ -221,9 +239,9 @@ impl Tiles {
                 "2:",
                 "tileloadd tmm4, [{x} + {x_step}]",
                 "tileloadd tmm5, [{w} + {w_step}]",
-                "tdpbssd tmm0, tmm4, tmm5",
+                "tdpbsud tmm0, tmm4, tmm5",
                 "tileloadd tmm6, [{w} + {w_step} + 64]",
-                "tdpbssd tmm1, tmm4, tmm6",
+                "tdpbsud tmm1, tmm4, tmm6",
                 "tileloadd tmm7, [{w} + {w_step} + 8192]",
                 "tdpbssd tmm2, tmm4, tmm7",
                 "tileloadd tmm5, [{w} + {w_step} + 8256]",

@@ -128,6 +128,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn round_int(self, v: [__m256; 2]) -> [__m256i; 2] {
+        // SAFETY: the token proves the instruction, which touches registers only.
+        unsafe { [_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])] }
+    }
+
+    #[inline(always)]
     fn pow2(self, n: Pair) -> Pair {
         // SAFETY: the token proves the instructions, which touch registers only.
         unsafe {
@@ -162,6 +168,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_int(self, v: [__m256i; 2], out: &mut [i32; LANES]) {
+        // SAFETY: the token proves the instruction; both stores lie in the 64 bytes of `out` and ask for no alignment.
+        unsafe {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
+            _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1]);
+        }
+    }
+
+    #[inline(always)]
     fn dot_start(self, _offset: i32) -> [__m256i; 2] {
         // SAFETY: the token proves the instruction, which touches registers only.
         unsafe { [_mm256_setzero_si256(); 2] }
@@ -184,7 +199,7 @@ impl Simd for Avx2 {
 
     /// As weights are at most 127, `maddubs` does not saturate.
     #[inline(always)]
-    fn dot4_unsigned(self, acc: [__m256i; 2], w: &[u8; 64], x: [i8; 4]) -> [__m256i; 2] {
+    fn dot4_unsigned(self, acc: [__m256i; 2], w: &[i8; 64], x: [i8; 4]) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
         unsafe {
             let (x, ones) = (_mm256_set1_epi32(word(x)), _mm256_set1_epi16(1));
@@ -203,6 +218,14 @@ impl Simd for Avx2 {
             let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(16).cast()));
             let (low, high) = (_mm256_madd_epi16(low, x), _mm256_madd_epi16(high, x));
             [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
+        }
+    }
+
+    #[inline(always)]
+    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], [lower, upper]: [&mut [i8; 64]; 2]) {
+        for (i, w) in w.iter().enumerate() {
+            let product = i32::from(*w) * scales[i / 4];
+            (lower[i], upper[i]) = (product as i8, (product >> 8) as i8);
         }
     }
 

@@ -122,6 +122,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn round_int(self, v: __m512) -> __m512i {
+        registers!(_mm512_cvtps_epi32(v))
+    }
+
+    #[inline(always)]
     fn pow2(self, n: __m512) -> __m512 {
         registers!({
             let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
@@ -149,6 +154,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_int(self, v: __m512i, out: &mut [i32; LANES]) {
+        // SAFETY: the token proves the instruction; `out` is 64 writable bytes, and the store asks for no alignment.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) }
+    }
+
+    #[inline(always)]
     fn dot_start(self, offset: i32) -> __m512i {
         registers!(_mm512_set1_epi32(offset))
     }
@@ -164,7 +175,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn dot4_unsigned(self, acc: __m512i, w: &[u8; 64], x: [i8; 4]) -> __m512i {
+    fn dot4_unsigned(self, acc: __m512i, w: &[i8; 64], x: [i8; 4]) -> __m512i {
         // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
         unsafe { _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(word(x))) }
     }
@@ -173,6 +184,28 @@ impl Simd for Avx512 {
     fn dot2(self, acc: __m512i, w: &[i16; 32], x: [i16; 2]) -> __m512i {
         // SAFETY: the token proves the instructions; `w` is 64 readable bytes, and the load asks for no alignment.
         unsafe { _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi32(pair(x))) }
+    }
+
+    #[inline(always)]
+    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], out: [&mut [i8; 64]; 2]) {
+        // SAFETY: the token proves the instructions; `w` is 64 readable bytes, both of `out` are 64 writable ones, and no access
+        // asks for alignment.
+        unsafe {
+            let w = _mm512_loadu_si512(w.as_ptr().cast());
+            // For the first and the third of four bytes, and for the others.
+            let even = self.load_int(scales);
+            let even = _mm512_or_si512(even, _mm512_slli_epi32::<16>(even));
+            let odd = _mm512_slli_epi32::<8>(even);
+            let (even, odd) = (_mm512_maddubs_epi16(even, w), _mm512_maddubs_epi16(odd, w));
+            // `a & b | c`.
+            const SELECT: i32 = 0xea;
+            let lower = _mm512_slli_epi16::<8>(odd);
+            let lower = _mm512_ternarylogic_epi32::<SELECT>(even, _mm512_set1_epi16(0x00ff), lower);
+            let upper = _mm512_srli_epi16::<8>(even);
+            let upper = _mm512_ternarylogic_epi32::<SELECT>(odd, _mm512_set1_epi16(-0x0100), upper);
+            _mm512_storeu_si512(out[0].as_mut_ptr().cast(), lower);
+            _mm512_storeu_si512(out[1].as_mut_ptr().cast(), upper);
+        }
     }
 
     #[inline(always)]

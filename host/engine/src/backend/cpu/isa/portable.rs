@@ -86,6 +86,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn round_int(self, v: Lanes) -> [i32; LANES] {
+        v.map(|x| x.round_ties_even() as i32)
+    }
+
+    #[inline(always)]
     fn pow2(self, n: Lanes) -> Lanes {
         n.map(|n| f32::from_bits(((n as i32 + 127) << 23).cast_unsigned()))
     }
@@ -106,6 +111,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn store_int(self, v: [i32; LANES], out: &mut [i32; LANES]) {
+        *out = v;
+    }
+
+    #[inline(always)]
     fn dot_start(self, _offset: i32) -> [i32; LANES] {
         [0; LANES]
     }
@@ -117,7 +127,7 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn dot4_unsigned(self, acc: [i32; LANES], w: &[u8; 64], x: [i8; 4]) -> [i32; LANES] {
+    fn dot4_unsigned(self, acc: [i32; LANES], w: &[i8; 64], x: [i8; 4]) -> [i32; LANES] {
         let x = x.map(i32::from);
         std::array::from_fn(|lane| acc[lane] + (0..4).map(|i| i32::from(w[4 * lane + i]) * x[i]).sum::<i32>())
     }
@@ -126,6 +136,14 @@ impl Simd for Portable {
     fn dot2(self, acc: [i32; LANES], w: &[i16; 32], x: [i16; 2]) -> [i32; LANES] {
         let [x0, x1] = x.map(i32::from);
         std::array::from_fn(|lane| acc[lane] + i32::from(w[2 * lane]) * x0 + i32::from(w[2 * lane + 1]) * x1)
+    }
+
+    #[inline(always)]
+    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], [lower, upper]: [&mut [i8; 64]; 2]) {
+        for (i, w) in w.iter().enumerate() {
+            let product = i32::from(*w) * scales[i / 4];
+            (lower[i], upper[i]) = (product as i8, (product >> 8) as i8);
+        }
     }
 
     #[inline(always)]

@@ -1,0 +1,99 @@
+//! Eight blocks of 32 that have a float scale each (Q8_0, Q4_0), multiplied as one super-block.
+//!
+//! A product by blocks scales and adds once for 32 values; tile registers spend most of its time on that. So where K is a
+//! multiple of 256, the eight scales of a column become integers times one float, as a K-quant's are: the largest is 255, or
+//! 2,047 where a value has four bits, and the others are rounded. That moves no weight by more than a 510th of the largest
+//! of its 256, half of what the rounding of Q8_0 itself does. Blocks stay as they are in memory, and their integers are made
+//! right before the products: a table of them would be read with the weights.
+
+use super::blocks::{QuantBlock, ScaledBlock};
+use super::isa::{LANES, Planes, Simd, WeightQuads};
+use super::matrix::{BLOCK, PANEL};
+use super::quant::SuperFactor;
+use super::supers::{SuperBlock, SuperFactors, put_words, words};
+use crate::load::Elements;
+
+impl<B: ScaledBlock> QuantBlock for [B; 8] {
+    const BLOCKS: usize = 8;
+    const EMPTY: Self = [B::EMPTY; 8];
+
+    fn put(&mut self, column: usize, from: &Elements<'_>, block: usize) {
+        self.iter_mut().enumerate().for_each(|(i, part)| part.put(column, from, 8 * block + i));
+    }
+
+    fn value(&self, column: usize, k: usize) -> f32 {
+        self[k / BLOCK].value(column, k % BLOCK)
+    }
+}
+
+impl<B: ScaledBlock> SuperBlock for [B; 8] {
+    const RUNS: usize = 8;
+    const MINIMA: bool = false;
+    const PLAIN: bool = true;
+    const SHIFT: u32 = 8;
+
+    #[inline(always)]
+    fn quads<'a>(&'a self, block: usize, room: &'a mut WeightQuads) -> &'a WeightQuads {
+        self[block].quads(room)
+    }
+
+    #[inline(always)]
+    fn start<S: Simd>(s: S, factor: &SuperFactor, run: usize) -> S::I {
+        s.dot_start(4 * (factor.offsets[2 * run] + factor.offsets[2 * run + 1]))
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd>(s: S, acc: S::I, w: &[i8; 4 * LANES], x: [i8; 4]) -> S::I {
+        s.dot4(acc, w, x)
+    }
+
+    #[inline(always)]
+    fn scales(&self, run: usize, factors: &SuperFactors) -> [[i32; LANES]; 2] {
+        factors.integers[run]
+    }
+
+    #[inline(always)]
+    fn planes<S: Simd>(&self, s: S, block: usize, factors: &SuperFactors, [first, second]: &mut Planes) {
+        let mut room = [[0; 4 * PANEL]; BLOCK / 4];
+        let quads = self[block].quads(&mut room);
+        let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
+        let scales = &factors.integers[block];
+        for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(second)) {
+            if factors.are_bytes {
+                let out = first.as_chunks_mut().0.iter_mut().zip(second.as_chunks_mut().0);
+                for ((q, scales), (first, second)) in q.as_chunks().0.iter().zip(scales).zip(out) {
+                    s.scale_bytes(q, scales, [first, second]);
+                }
+            } else {
+                let scales: [i16; 2 * PANEL] = std::array::from_fn(|c| scales[c / 2 / LANES][c / 2 % LANES] as i16);
+                let q = words(&q.map(i8::cast_unsigned)).map(u16::cast_signed);
+                let low: [i16; 2 * PANEL] = std::array::from_fn(|c| (q[c] << 8 >> 8) * scales[c]);
+                let high: [i16; 2 * PANEL] = std::array::from_fn(|c| (q[c] >> 8) * scales[c]);
+                put_words(first, |c| (low[c] & 255 | high[c] << 8).cast_unsigned());
+                put_words(second, |c| (low[c] >> 8 & 255 | high[c] & !255).cast_unsigned());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn factors<S: Simd>(&self, s: S, out: &mut SuperFactors) {
+        out.are_bytes = B::FINEST < 256.0;
+        for half in 0..2 {
+            let (mut highest, mut lowest) = (s.zero(), s.zero());
+            for block in self {
+                let scale = s.load_f16(&block.scales().as_chunks().0[half]);
+                (highest, lowest) = (s.max(scale, highest), s.min(scale, lowest));
+            }
+            let negated = s.sub(s.zero(), lowest);
+            let largest = s.max(highest, negated);
+            out.are_bytes &= s.max_lane(negated) == 0.0;
+            s.store(s.mul(largest, s.splat(1.0 / B::FINEST)), &mut out.scale[half]);
+            // Finite for no scale at all: the least that is one is 6e-8.
+            let inverse = s.div(s.splat(B::FINEST), s.max(largest, s.splat(f32::MIN_POSITIVE * 65_536.0)));
+            for (block, out) in self.iter().zip(&mut out.integers) {
+                let scale = s.load_f16(&block.scales().as_chunks().0[half]);
+                s.store_int(s.round_int(s.mul(scale, inverse)), &mut out[half]);
+            }
+        }
+    }
+}
