@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use pointsman::host::{Call, Event, Host, HostConfig, Request};
 use pointsman_benches::{Samples, header, now, readable};
+use pointsman_sched::draft::DraftMethod;
 use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
 use pointsman_sched::request::{Request as EngineRequest, Sampling, SinkEvent, SinkState, TokenSink};
@@ -53,6 +54,7 @@ async fn direct(engine: &Arc<dyn EnginePort>, number: u64, tokens: u32) -> anyho
         block_hashes: chain_hashes(&PROMPT, variant.block_tokens).into(),
         transient: false,
         draft_tokens: 0,
+        draft_method: DraftMethod::Ngram,
         max_new_tokens: tokens,
         min_new_tokens: 0,
         stop_tokens: Arc::default(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use pointsman_benches::{Samples, header, now};
 use pointsman_sched::batch::NativeBatch;
 use pointsman_sched::config::Config;
+use pointsman_sched::draft::DraftMethod;
 use pointsman_sched::execute::{Sampled, StepOutput};
 use pointsman_sched::ids::{Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
@@ -45,6 +46,7 @@ fn request(id: u64, prompt_tokens: u32) -> Request {
         attributes: Arc::default(),
         transient: false,
         draft_tokens: 0,
+        draft_method: DraftMethod::Ngram,
         fork_of: None,
         mask: None,
         router_generation: 0,

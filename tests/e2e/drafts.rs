@@ -101,3 +101,45 @@ fn the_configuration_drafts_for_those_who_do_not_say() {
     assert_eq!(accepted, 0);
     assert_eq!((&choices[0]["text"], &choices), (&json!(streamed.text), &drafted.body["choices"]));
 }
+
+/// Answers of `demo` with drafts by `demo-mini`, beside those without.
+#[test]
+fn a_draft_model_changes_no_answer() {
+    let host = pointsman_tests::Host::configured(
+        env!("CARGO_BIN_EXE_pointsman-under-test"),
+        "[draft_models]\ndemo = \"demo-mini\"\n",
+    );
+    let by_model = |mut body: Value, drafts: u32| {
+        body["speculative_config"] =
+            json!({ "method": "draft_model", "model": "demo-mini", "num_speculative_tokens": drafts });
+        let answer = host.post("/v1/completions", &body);
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let details = &answer.body["usage"]["completion_tokens_details"];
+        (answer.body["choices"].clone(), details["accepted_prediction_tokens"].as_u64().unwrap_or_default())
+    };
+    let mut accepted = 0;
+    for body in requests() {
+        let (expect, none) = by_model(body.clone(), 0);
+        let (found, n) = by_model(body.clone(), 3);
+        assert_eq!((found, none), (expect, 0), "{body}");
+        accepted += n;
+    }
+    assert!(accepted > 100, "{accepted} drafts came true");
+    let metrics = host.get("/metrics").body;
+    let counted = |kind: &str| {
+        let name = format!("pointsman_draft_tokens_total{{kind=\"{kind}\",method=\"draft_model\",");
+        let lines = metrics.as_str().expect("text").lines().filter(|line| line.starts_with(&name));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
+    };
+    assert!(counted("proposed") > counted("accepted") && counted("accepted") > 100);
+    let devices = host.admin("GET", "/admin/v1/devices", &Value::Null).body.to_string();
+    assert!(devices.contains("\"drafts\":"), "{devices}");
+    for (model, config, param) in [
+        ("demo-mini", json!({ "method": "draft_model" }), "speculative_config.method"),
+        ("demo", json!({ "method": "draft_model", "model": "demo" }), "speculative_config.model"),
+    ] {
+        let body = json!({ "model": model, "prompt": "Rust is", "speculative_config": config });
+        let refused = host.post("/v1/completions", &body);
+        assert_eq!((refused.status, &refused.body["error"]["param"]), (400, &json!(param)), "{refused:?}");
+    }
+}

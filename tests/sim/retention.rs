@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use pointsman_policy::{Activation, Maintenance, Runtime, RuntimeConfig, Slot};
 use pointsman_sched::batch::{Attention, NativeBatch};
 use pointsman_sched::config::Config;
+use pointsman_sched::draft::DraftMethod;
 use pointsman_sched::execute::{Executor, StepOutput};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
@@ -130,6 +131,7 @@ fn hit_rate(policy: &mut dyn RetentionPolicy) -> f64 {
             attributes: Arc::default(),
             transient: false,
             draft_tokens: 0,
+            draft_method: DraftMethod::Ngram,
             fork_of: None,
             mask: None,
             router_generation: 0,

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use pointsman_sched::batch::BatchPolicy;
 use pointsman_sched::config::Config;
+use pointsman_sched::draft::DraftMethod;
 use pointsman_sched::execute::{Executor, StepOutput};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::{chain_hash, chain_hashes};
@@ -325,6 +326,7 @@ impl<'a> World<'a> {
             attributes: Arc::default(),
             transient: false,
             draft_tokens: if self.options.drafts { u32::try_from(id.0 % 18).expect("small") } else { 0 },
+            draft_method: DraftMethod::Ngram,
             fork_of: None,
             mask: None,
             router_generation: 0,

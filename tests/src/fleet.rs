@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pointsman_policy::TelemetrySlot;
 use pointsman_sched::batch::BatchPolicy;
 use pointsman_sched::config::Config;
+use pointsman_sched::draft::DraftMethod;
 use pointsman_sched::execute::{Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
@@ -292,6 +293,7 @@ impl<'a> Fleet<'a> {
             attributes: Arc::default(),
             transient: false,
             draft_tokens: 0,
+            draft_method: DraftMethod::Ngram,
             fork_of: None,
             mask: None,
             router_generation: routed.decided_by.generation,

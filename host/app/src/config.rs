@@ -66,6 +66,8 @@ pub(crate) struct Config {
     pub(crate) models: BTreeMap<String, PathBuf>,
     /// The same of models that are loaded when somebody asks for them.
     pub(crate) on_demand: BTreeMap<String, PathBuf>,
+    /// A smaller model with the same tokenizer that drafts for a model, by the model's name.
+    pub(crate) draft_models: BTreeMap<String, String>,
     pub log: LogSection,
 }
 
@@ -78,6 +80,8 @@ pub(crate) struct ServerSection {
     pub max_queued_tokens: u32,
     pub max_body_bytes: u64,
     pub max_connections: u32,
+    /// Threads that serve HTTP; 0 for one to every two cores, since the others compute.
+    pub io_threads: u32,
     pub max_choices: u32,
     pub max_rows: u32,
     pub draft_lead_ms: u64,
@@ -173,6 +177,8 @@ pub(crate) struct EngineSection {
     pub pin_threads: bool,
     /// KV pool of each replica on the CPU.
     pub kv_mib: u32,
+    /// KV pool of the draft model of each replica that has one.
+    pub draft_kv_mib: u32,
     /// Serve the embedded demo model.
     pub demo: bool,
     /// Where to serve: `auto`, `cpu`, `cuda:N`, `null[:MICROSECONDS]`; each has a replica of every variant that it can serve.
@@ -350,6 +356,7 @@ impl Default for Config {
             replicas: BTreeMap::new(),
             models: BTreeMap::new(),
             on_demand: BTreeMap::new(),
+            draft_models: BTreeMap::new(),
             log: LogSection::default(),
         }
     }
@@ -363,6 +370,7 @@ impl Default for ServerSection {
             max_queued_tokens: 262_144,
             max_body_bytes: 8 << 20,
             max_connections: 1_024,
+            io_threads: 0,
             max_choices: 8,
             max_rows: 64,
             draft_lead_ms: 500,
@@ -411,6 +419,7 @@ impl Default for EngineSection {
             threads: 0,
             pin_threads: false,
             kv_mib: 64,
+            draft_kv_mib: 16,
             demo: true,
             devices: vec!["cpu".to_owned()],
             gpu_kv_mib: 0,
@@ -469,10 +478,11 @@ impl Default for LogSection {
 const ACTORS: [&str; 5] = ["host", "loopback", "rollout", "startup", "token"];
 
 /// Keys under which anything may stand.
-const FREE_FORM: [&str; 9] = [
+const FREE_FORM: [&str; 10] = [
     "slots",
     "models",
     "on_demand",
+    "draft_models",
     "upstreams",
     "replicas",
     "registries",
@@ -526,7 +536,7 @@ impl Config {
     }
 
     /// Numbers as key, value, least, most and unit.
-    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 34] {
+    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 35] {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         [
@@ -544,6 +554,7 @@ impl Config {
             ("server.max_queued_tokens", server.max_queued_tokens.into(), 1, 1 << 30, "tokens"),
             ("server.max_body_bytes", server.max_body_bytes, 1_024, 1 << 30, "bytes"),
             ("server.max_connections", server.max_connections.into(), 1, 65_536, "connections"),
+            ("server.io_threads", server.io_threads.into(), 0, 256, "threads (0: one for every two cores)"),
             ("server.max_choices", server.max_choices.into(), 1, 1_024, "choices"),
             ("server.max_rows", server.max_rows.into(), 1, 4_096, "texts"),
             ("server.draft_lead_ms", server.draft_lead_ms, 0, 60_000, "milliseconds (0: both at once)"),
@@ -626,6 +637,27 @@ impl Config {
         Ok(())
     }
 
+    /// A draft model is another one; the rest shows when they are loaded.
+    fn check_draft_models(&self) -> Result<(), ConfigError> {
+        let bad = |found: &str, rule: &str| {
+            Err(ConfigError::Value { key: "draft_models.<name>", found: format!("\"{found}\""), rule: rule.to_owned() })
+        };
+        let mib = self.engine.draft_kv_mib;
+        if !(1..=1 << 20).contains(&mib) {
+            let (key, rule) = ("engine.draft_kv_mib", "1 to 1048576 MiB".to_owned());
+            return Err(ConfigError::Value { key, found: mib.to_string(), rule });
+        }
+        for (name, draft) in &self.draft_models {
+            if name.contains(':') || check_spelling(name).is_err() {
+                return bad(name, "the name of a model; its variants draft with the same one");
+            }
+            if check_spelling(draft).is_err() || draft.split(':').next() == Some(name) {
+                return bad(draft, "another model, a smaller one with the same tokenizer");
+            }
+        }
+        Ok(())
+    }
+
     fn check_secrets(&self) -> Result<(), ConfigError> {
         keys::read(&self.server)?;
         self.server.tls.check("server")?;
@@ -650,6 +682,7 @@ impl Config {
     /// Models that can be told apart, labels and header patterns that can be names of inputs.
     fn check_names(&self) -> Result<(), ConfigError> {
         self.check_on_demand()?;
+        self.check_draft_models()?;
         let bad = |key, found: &str, rule: &str| {
             Err(ConfigError::Value { key, found: format!("\"{found}\""), rule: rule.to_owned() })
         };

@@ -13,6 +13,7 @@ use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
 use pointsman_sched::batch::BatchPolicy;
+use pointsman_sched::draft::model::DraftCounters;
 use pointsman_sched::execute::{Executor, StepOutput};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::observe::Observer;
@@ -20,9 +21,9 @@ use pointsman_sched::publish::ReplicaGauges;
 use pointsman_sched::request::{CancelCause, Request, SinkEvent};
 use pointsman_sched::retention::RetentionPolicy;
 use pointsman_sched::sampler::{Desk, SamplerWorker, Started};
-use pointsman_sched::scheduler::{Scheduler, Stage};
+use pointsman_sched::scheduler::{Counters, Scheduler, Stage};
 use pointsman_server::ports::SubmitError;
-use pointsman_telemetry::{Event, EventKind, Metrics, Recorder, ReplicaMetrics};
+use pointsman_telemetry::{DraftMetrics, Event, EventKind, Metrics, Recorder, ReplicaMetrics};
 
 use crate::clock::SystemClock;
 use crate::pace::{Pace, size_of};
@@ -359,6 +360,7 @@ impl Driver {
         }
         replica.scheduler.review_cache(start, &mut *replica.retention);
         replica.scheduler.propose(replica.executor.draft_places(), |id| replica.sampler.is_free(id));
+        let drafted = if replica.scheduler.draft_model().is_some() { clock.micros() } else { start };
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
@@ -394,7 +396,10 @@ impl Driver {
         replica.sampler.hand_over(done);
         replica.pace.stepped(size, start, done);
         let seconds = |from: Micros, to: Micros| to.saturating_sub(from) as f64 * 1e-6;
-        replica.metrics.step_schedule.observe(seconds(start, scheduled));
+        if drafted > start {
+            replica.metrics.drafts.step.observe(seconds(start, drafted));
+        }
+        replica.metrics.step_schedule.observe(seconds(drafted, scheduled));
         replica.metrics.step_execute.observe(seconds(scheduled, done));
         let step_tokens = replica.scheduler.config().step_tokens;
         replica.metrics.step_fill.set(n_tokens as f64 / f64::from(step_tokens.max(1)));
@@ -479,6 +484,7 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     let held = u64::from(total.saturating_sub(free)) * u64::from(replica.scheduler.config().block_tokens);
     m.kv_slack.set(f64::from(gauges.slack_tokens.load(Ordering::Relaxed)) / held.max(1) as f64);
     m.generation_tokens.inc_by(counted.generated_tokens);
+    publish_drafts(&mut replica.scheduler, &counted, &m.drafts);
     m.draft_tokens.inc_by(counted.draft_tokens);
     m.accepted_tokens.inc_by(counted.accepted_tokens);
     m.preemptions.inc_by(counted.preemptions);
@@ -491,12 +497,28 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     }
 }
 
+/// The same of drafts, by method.
+fn publish_drafts(scheduler: &mut Scheduler, counted: &Counters, drafts: &DraftMetrics) {
+    drafts.ngram_proposed.inc_by(counted.draft_tokens - counted.model_draft_tokens);
+    drafts.ngram_accepted.inc_by(counted.accepted_tokens - counted.model_accepted_tokens);
+    drafts.model_proposed.inc_by(counted.model_draft_tokens);
+    drafts.model_accepted.inc_by(counted.model_accepted_tokens);
+    let Some(model) = scheduler.draft_model() else { return };
+    let DraftCounters { tokens, no_room, .. } = model.take_counters();
+    drafts.tokens.inc_by(tokens);
+    drafts.no_room.inc_by(no_room);
+    if let Some(error) = model.take_failure() {
+        tracing::error!("a draft model failed; requests of that step go on without drafts: {error}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicU32;
 
     use pointsman_sched::batch::NativeBatch;
     use pointsman_sched::config::Config;
+    use pointsman_sched::draft::DraftMethod;
     use pointsman_sched::ids::Priority;
     use pointsman_sched::prefix::chain_hashes;
     use pointsman_sched::publish::PrefixSketch;
@@ -555,6 +577,7 @@ mod tests {
             prompt: prompt.into(),
             transient: false,
             draft_tokens: 0,
+            draft_method: DraftMethod::Ngram,
             max_new_tokens: rng.random_range(1..300),
             min_new_tokens: 0,
             stop_tokens: Arc::default(),

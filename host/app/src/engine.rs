@@ -449,14 +449,16 @@ fn driver_replica(
     loaded: LoadedReplica,
     device: &str,
 ) -> anyhow::Result<DriverReplica> {
-    let LoadedReplica { replica, variant, executor, vocabulary, sched, .. } = loaded;
+    let LoadedReplica { replica, variant, executor, draft_model, vocabulary, sched, .. } = loaded;
     let sampled = SampledReplica { name: Arc::clone(&replica.name), variant: Arc::clone(&variant), vocabulary };
     let sampler = TappedSampler::new(deploy.sampler.attach(sampled.clone())?, &shared.taps.sampler, sampled);
     let retention = deploy.retention.attach(&replica.name);
     let (gauges, sketch) = (Arc::clone(&replica.gauges), Arc::clone(&replica.sketch));
+    let mut scheduler = Scheduler::new(sched, shared.clock.random(), gauges, sketch)?;
+    draft_model.into_iter().for_each(|model| scheduler.draft_with(model));
     Ok(DriverReplica {
         id: replica.id,
-        scheduler: Scheduler::new(sched, shared.clock.random(), gauges, sketch)?,
+        scheduler,
         executor,
         policy: Box::new(Tapped::new(deploy.scheduler.attach(&replica.name), &shared.taps.scheduler, &replica.name)),
         retention: Box::new(TappedRetention::new(retention, &shared.taps.retention, &replica.name, &shared.names)),
@@ -472,5 +474,6 @@ fn add_memory(sum: &mut wire::DeviceMemory, part: &wire::DeviceMemory) {
     sum.weights += part.weights;
     sum.kv += part.kv;
     sum.workspace += part.workspace;
+    sum.drafts = sum.drafts.or(part.drafts.map(|_| 0)).map(|drafts| drafts + part.drafts.unwrap_or(0));
     sum.graphs = sum.graphs.or(part.graphs.map(|_| 0)).map(|graphs| graphs + part.graphs.unwrap_or(0));
 }

@@ -15,6 +15,7 @@ mod config;
 mod deploy;
 mod devices;
 mod doctor;
+mod draft_models;
 mod driver;
 mod encoders;
 mod engine;

@@ -19,6 +19,7 @@ use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
 };
 use pointsman_sched::config::Config as SchedConfig;
+use pointsman_sched::draft::model::DraftModel;
 use pointsman_sched::execute::{ExecuteError, Executor};
 use pointsman_sched::ids::{Micros, ReplicaId};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
@@ -32,6 +33,7 @@ use serde_json::Value;
 use crate::clock::SystemClock;
 use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
+use crate::draft_models::{self, DraftSources};
 use crate::encoders::{Encode, NamedEncoder};
 use crate::null::NullExecutor;
 use crate::upstreams;
@@ -44,6 +46,10 @@ pub(crate) struct LoadedReplica {
     pub variant: Arc<str>,
     /// Computes for it.
     pub executor: Box<dyn Executor>,
+    /// What it computes, on the CPU.
+    pub model: Option<Arc<Model>>,
+    /// Drafts for it.
+    pub draft_model: Option<DraftModel>,
     /// What it took of its device. Weights that several replicas share are counted with the first of them.
     pub memory: wire::DeviceMemory,
     /// Tokens that the model knows.
@@ -103,6 +109,8 @@ pub(crate) struct Loaded {
     pub encoders: Vec<LoadedEncoder>,
     /// Models for embeddings that upstreams have, for the catalog.
     pub elsewhere: Vec<Arc<ports::Encoder>>,
+    /// Models that draft for others.
+    pub draft_sources: Arc<DraftSources>,
 }
 
 impl std::fmt::Debug for LoadedEncoder {
@@ -197,6 +205,8 @@ type From<'a> = (&'a Path, wire::ModelSource);
 /// An engine and what it came to.
 struct Made {
     executor: Box<dyn Executor>,
+    /// On the CPU.
+    model: Option<Arc<Model>>,
     memory: wire::DeviceMemory,
     n_blocks: usize,
 }
@@ -289,6 +299,8 @@ impl<'a> Loader<'a> {
         if let Some(unknown) = named.find(|name| !replicas.contains(name) && !may_come(name)) {
             bail!("replicas.\"{unknown}\" in the configuration names no replica; there are: {}", replicas.join(", "));
         }
+        self.loaded.draft_sources = Arc::new(draft_models::sources(self.config, &self.loaded)?);
+        self.attach_draft_models()?;
         Ok(self.loaded)
     }
 
@@ -306,7 +318,20 @@ impl<'a> Loader<'a> {
         (self.known, self.follower) = (known, Some(follower));
         self.to_come = n_variants(name, &precisions);
         self.load_path(name, (path, wire::ModelSource::Loaded), &precisions).with_context(|| of(name, path))?;
+        self.attach_draft_models().with_context(|| of(name, path))?;
         Ok(self.loaded)
+    }
+
+    /// Has these draft for what it loads.
+    pub(crate) fn drafted_by(mut self, sources: &Arc<DraftSources>) -> Self {
+        self.loaded.draft_sources = Arc::clone(sources);
+        self
+    }
+
+    fn attach_draft_models(&mut self) -> anyhow::Result<()> {
+        let sources = Arc::clone(&self.loaded.draft_sources);
+        let check_room = |bytes| self.follower.map_or(Ok(()), |follower| follower.check_room(bytes));
+        draft_models::attach((self.config, self.terms.pool), &sources, &mut self.loaded, check_room)
     }
 
     fn load_demo(&mut self) -> anyhow::Result<()> {
@@ -547,6 +572,7 @@ impl<'a> Loader<'a> {
                 Place::Cuda(found) => self.on_gpu(source, config, found)?,
                 Place::Null(step) => Made {
                     executor: Box::new(NullExecutor::new(text, *step, Arc::clone(self.terms.clock))),
+                    model: None,
                     memory: wire::DeviceMemory::default(),
                     n_blocks: self.kv_plan(source.spec, config.block_tokens)?.n_blocks,
                 },
@@ -567,8 +593,10 @@ impl<'a> Loader<'a> {
             let replica = Arc::new(replica);
             replicas.push(Arc::clone(&replica));
             let vocabulary = u32::try_from(source.spec.vocab).unwrap_or(u32::MAX);
-            let (variant, Made { executor, memory, .. }) = (Arc::clone(source.id), made);
-            self.loaded.replicas.push(LoadedReplica { replica, variant, executor, memory, vocabulary, sched });
+            let (variant, Made { executor, model, memory, .. }) = (Arc::clone(source.id), made);
+            let draft_model = None;
+            let loaded = LoadedReplica { replica, variant, executor, model, draft_model, memory, vocabulary, sched };
+            self.loaded.replicas.push(loaded);
         }
         if !replicas.is_empty() {
             self.loaded.variants.push(Arc::new(Variant {
@@ -577,6 +605,7 @@ impl<'a> Loader<'a> {
                 text: Arc::clone(text),
                 context_tokens,
                 block_tokens: section.block_tokens,
+                draft_model: self.config.draft_models.get(alias).map(|draft| draft.as_str().into()),
                 created: self.terms.created,
                 replicas,
             }));
@@ -603,7 +632,8 @@ impl<'a> Loader<'a> {
         let Source { spec, weights, precision, .. } = source;
         let model = Model::load_watched(spec.clone(), weights, precision, &mut |bytes| self.packed(bytes))?;
         let model = Arc::new(model);
-        let engine = CpuEngine::new(model, self.terms.pool.clone(), EngineConfig { n_blocks: kv.n_blocks, ..config })?;
+        let config = EngineConfig { n_blocks: kv.n_blocks, ..config };
+        let engine = CpuEngine::new(Arc::clone(&model), self.terms.pool.clone(), config)?;
         let used = engine.memory();
         let memory = wire::DeviceMemory {
             weights: used.weights as u64,
@@ -611,7 +641,7 @@ impl<'a> Loader<'a> {
             workspace: used.workspace as u64,
             ..wire::DeviceMemory::default()
         };
-        Ok(Made { executor: Box::new(engine), memory, n_blocks: kv.n_blocks })
+        Ok(Made { executor: Box::new(engine), model: Some(model), memory, n_blocks: kv.n_blocks })
     }
 
     fn kv_plan(&self, spec: &ModelSpec, block_tokens: usize) -> anyhow::Result<KvPlan> {
@@ -683,7 +713,7 @@ impl<'a> Loader<'a> {
             graphs: Some(used.graphs),
             ..wire::DeviceMemory::default()
         };
-        Ok(Made { executor: Box::new(engine), memory, n_blocks: config.n_blocks })
+        Ok(Made { executor: Box::new(engine), model: None, memory, n_blocks: config.n_blocks })
     }
 
     fn replica(&self, variant: &Arc<str>, place: &Place, sched: &SchedConfig) -> Replica {

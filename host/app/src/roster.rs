@@ -43,6 +43,7 @@ use crate::config::Config;
 use crate::deploy::{Deploy, lock};
 use crate::devices::Place;
 use crate::doctor::available_memory;
+use crate::draft_models::DraftSources;
 use crate::engine::{Engine, Joined, Left};
 use crate::models::{Follow, LoadTerms, LoadedModel, Loader, LostModel, allowed, check_spelling, of};
 use crate::serve::Shared;
@@ -78,6 +79,8 @@ pub(crate) struct RosterParts {
     pub pool: ComputePool,
     /// Where code for a GPU comes from.
     pub code: CodeOptions,
+    /// Models that draft for others.
+    pub draft_sources: Arc<DraftSources>,
 }
 
 #[derive(Debug)]
@@ -446,7 +449,7 @@ impl Parts {
             pool,
         };
         let known = engine.catalog();
-        let loader = Loader::new(config, &shared.names, terms);
+        let loader = Loader::new(config, &shared.names, terms).drafted_by(&self.parts.draft_sources);
         let ((asks, asked), (answer, answers)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
         let packing = Packing { followed, asks, answers: Mutex::new(answers) };
         let pack = move || {
@@ -603,6 +606,11 @@ impl Parts {
         if served.encoder.is_some() {
             return conflict(format!(
                 "`{name}` makes embeddings, and such models go with the host: restart without it"
+            ));
+        }
+        if let Some((model, _)) = self.parts.config.draft_models.iter().find(|(_, draft)| is_of(draft, name)) {
+            return conflict(format!(
+                "`{name}` drafts for `{model}`: it goes with the host; take it out of [draft_models] and restart"
             ));
         }
         if others == 1 && self.parts.config.on_demand.is_empty() {
@@ -876,6 +884,11 @@ fn progress(stage: LoadStage, (bytes, total_bytes): (u64, u64)) -> wire::LoadPro
 fn for_clients(message: &str, (name, path): (&str, &Path)) -> String {
     let why = message.strip_prefix(&format!("{}: ", of(name, path))).unwrap_or(message);
     why.replace(&path.display().to_string(), "its path")
+}
+
+/// Whether a draft model's name is that of this model, or of a variant of it.
+fn is_of(draft: &str, name: &str) -> bool {
+    draft == name || draft.split(':').next() == Some(name)
 }
 
 fn refused(kind: AdminErrorKind, param: Option<&str>, message: String) -> AdminError {

@@ -95,7 +95,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let config = configure(args)?;
     start_logging(&config)?;
     keep_little_freed();
-    let workers = std::thread::available_parallelism().map_or(2, usize::from).max(2);
+    let workers = io_threads(&config);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let store = Arc::new(Store::open(&data_dir(&config)?)?);
     let certificates = Certificates { data: config.server.tls.load()?, admin: config.admin.tls.load()? };
@@ -117,6 +117,15 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     served
 }
 
+/// Threads that serve HTTP. Not one per core: tokio wakes a second one for what the first would have done, and where the cores
+/// are few the engine needs them.
+fn io_threads(config: &Config) -> usize {
+    match config.server.io_threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2),
+        n => n as usize,
+    }
+}
+
 impl Assembled {
     /// Starts everything beneath the listeners.
     ///
@@ -133,6 +142,7 @@ impl Assembled {
         });
         let mut loaded = load_beside(config, &shared, &deploy, (&places, &code, &pool, &stored))?;
         let (models, lost) = (std::mem::take(&mut loaded.models), std::mem::take(&mut loaded.lost));
+        let draft_sources = Arc::clone(&loaded.draft_sources);
         upstreams::add(config, &shared, &mut loaded)?;
         let engine = Arc::new(Engine::start(config, &shared, &deploy, (places, loaded))?);
         let aliases = Aliases::start(AliasParts {
@@ -151,6 +161,7 @@ impl Assembled {
             aliases: Arc::clone(&aliases),
             pool,
             code,
+            draft_sources,
         };
         let roster = Arc::new(Roster::new(roster, models, lost));
         let observer = Observer::start(Watched {

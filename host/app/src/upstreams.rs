@@ -356,6 +356,7 @@ fn variant(
         text,
         context_tokens: section.context_tokens,
         block_tokens: config.sched.block_tokens,
+        draft_model: None,
         created: shared.clock.unix_seconds(),
         replicas: vec![replica],
     })

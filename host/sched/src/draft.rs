@@ -1,4 +1,4 @@
-//! Draft tokens without a draft model: what followed the same few tokens earlier in a request's own text.
+//! Draft tokens: what followed the same few tokens earlier in a request's own text, or what a [draft model](model) says.
 //!
 //! A decode step reads all weights to compute one token; it computes a few more for little. So a request may have the tokens
 //! proposed that are likely to come, and the step chooses at each of them what would have been chosen there one by one: as
@@ -6,6 +6,8 @@
 //! it and on its number alone. Answers that repeat their prompt (edits, extraction, code) gain much, others little; so a
 //! request proposes few tokens until more come true, and none for a while when hardly any does. Not a table of n-grams per
 //! request: one look backwards over the text costs less than keeping a table, and nothing when nobody asks.
+
+pub mod model;
 
 /// Tokens that a request may have proposed in one step, at most.
 pub const MAX_DRAFTS: u32 = 16;
@@ -20,10 +22,20 @@ const REACH: usize = 1 << 15;
 const FIRST: u32 = 2;
 /// Proposed tokens after which it is asked whether they pay.
 const WINDOW: u32 = 32;
-/// They do where at least one in this many comes true.
-const WORTH: u32 = 4;
+/// They do where at least this share comes true, in percent. A place in a step is all that they cost.
+pub const LEAST_PERCENT: u32 = 25;
 /// Tokens that a request generates without proposals where they do not.
 const PAUSE: u32 = 64;
+
+/// How the drafts of a request are found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DraftMethod {
+    /// In its own text.
+    #[default]
+    Ngram,
+    /// By the draft model of its replica; none where that has none.
+    Model,
+}
 
 /// What a request has proposed for its next step, and how that went so far.
 #[derive(Debug)]
@@ -36,11 +48,23 @@ pub(crate) struct Drafts {
     n_accepted: u32,
     /// Generated tokens up to which nothing is proposed.
     paused_until: u32,
+    /// Tokens to ask the draft model for.
+    pub(crate) wanted: u32,
+    /// The share that must come true.
+    least_percent: u32,
 }
 
 impl Default for Drafts {
     fn default() -> Self {
-        Self { tokens: Vec::new(), length: FIRST, n_proposed: 0, n_accepted: 0, paused_until: 0 }
+        Self {
+            tokens: Vec::new(),
+            length: FIRST,
+            n_proposed: 0,
+            n_accepted: 0,
+            paused_until: 0,
+            wanted: 0,
+            least_percent: LEAST_PERCENT,
+        }
     }
 }
 
@@ -61,11 +85,24 @@ impl Drafts {
         self.n_proposed += proposed;
         self.n_accepted += accepted;
         if self.n_proposed >= WINDOW {
-            if self.n_accepted * WORTH < self.n_proposed {
+            if self.n_accepted * 100 < self.n_proposed * self.least_percent {
                 self.paused_until = generated.saturating_add(PAUSE);
             }
             (self.n_proposed, self.n_accepted) = (0, 0);
         }
+    }
+
+    /// Has a draft model asked for at most `most` tokens; how many.
+    pub(crate) fn want(&mut self, most: u32) -> u32 {
+        self.tokens.clear();
+        self.wanted = most.min(self.length);
+        self.wanted
+    }
+
+    /// Takes what a draft model has proposed.
+    pub(crate) fn take(&mut self, tokens: &[u32], least_percent: u32) {
+        self.tokens.extend_from_slice(tokens);
+        self.least_percent = least_percent;
     }
 
     /// Proposes at most `most` tokens to follow `text`, none of them a stop token: what comes after one is of no use.

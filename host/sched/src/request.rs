@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::draft::DraftMethod;
 use crate::ids::{Micros, Priority, RequestId};
 use crate::mask::{MaskError, TokenMask};
 
@@ -61,6 +62,8 @@ pub struct Request {
     /// Draft tokens that a step may look at, at most [`MAX_DRAFTS`](crate::draft::MAX_DRAFTS) count; 0 for none. What is
     /// generated is the same.
     pub draft_tokens: u32,
+    /// How they are found.
+    pub draft_method: DraftMethod,
     /// Tokens to generate at most; 0 to compute the prompt alone.
     pub max_new_tokens: u32,
     /// Stop tokens are impossible before this many tokens.

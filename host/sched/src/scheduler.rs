@@ -42,6 +42,7 @@ use pointsman_telemetry::{Event, EventKind};
 use crate::batch::{BatchPolicy, Plan};
 use crate::blocks::Counts;
 use crate::config::{Config, ConfigError};
+use crate::draft::model::DraftModel;
 use crate::execute::StepPlan;
 use crate::ids::{BlockId, Micros, RequestId};
 use crate::kv::{Kv, Text};
@@ -78,6 +79,10 @@ pub struct Counters {
     pub draft_tokens: u64,
     /// Of those, the ones that came true.
     pub accepted_tokens: u64,
+    /// Of the draft tokens, those of a draft model.
+    pub model_draft_tokens: u64,
+    /// Of these, the ones that came true.
+    pub model_accepted_tokens: u64,
     /// Requests that ended with a stop token.
     pub finished_stop: u64,
     /// Requests that ended at their length.
@@ -144,6 +149,8 @@ pub struct Scheduler {
     budget: u32,
     /// Tokens that this step may choose with drafts in it.
     draft_places: u32,
+    /// Drafts for those who ask for it.
+    draft_model: Option<DraftModel>,
     n_steps: u64,
     n_submitted: u64,
     n_admissions: u64,
@@ -204,6 +211,7 @@ impl Scheduler {
             last_step: LastStep::default(),
             budget: 0,
             draft_places: 0,
+            draft_model: None,
             n_steps: 0,
             n_submitted: 0,
             n_admissions: 0,
@@ -376,6 +384,9 @@ impl Scheduler {
     /// simulation, after every step.
     pub fn assert_consistent(&self) {
         self.kv.assert_consistent();
+        if let Some(model) = &self.draft_model {
+            model.assert_consistent(|request| self.sequences.find(request.0).is_some());
+        }
         let mut references = vec![0u32; self.config.n_blocks as usize];
         let mut queued_tokens = 0;
         for (slot, sequence) in self.sequences.iter() {

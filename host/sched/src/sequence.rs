@@ -176,6 +176,21 @@ impl Sequence {
         self.running && self.generated() > 0 && self.remaining() == 1
     }
 
+    /// Tokens that it may have drafted now, 0 where none are asked for or worth it.
+    pub(crate) fn most_drafts(&self) -> u32 {
+        let (request, generated) = (&self.request, self.generated());
+        if !self.is_decoding() || !self.drafts.are_worth_it(generated) {
+            return 0;
+        }
+        // The last token is chosen and never computed.
+        let most = request.draft_tokens.min((request.max_new_tokens - generated).saturating_sub(1));
+        if generated >= request.min_new_tokens {
+            return most;
+        }
+        // Stop tokens are forbidden in all of the row's choices, or in none.
+        most.min(request.min_new_tokens - generated - 1)
+    }
+
     /// Whether this step computes its last token, and there is something to propose after it.
     pub(crate) fn has_drafts(&self) -> bool {
         self.chunk > 0 && self.is_decoding() && !self.drafts.tokens.is_empty()

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, NativeBatch, Plan, View};
 use pointsman_sched::config::Config;
+use pointsman_sched::draft::DraftMethod;
 use pointsman_sched::execute::{Sampled, StepOutput};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
@@ -157,6 +158,7 @@ fn request(id: u64, sampling: &Arc<Sampling>) -> Request {
         attributes: Arc::default(),
         transient: false,
         draft_tokens: 0,
+        draft_method: DraftMethod::Ngram,
         fork_of: None,
         mask: None,
         router_generation: 0,

@@ -20,6 +20,7 @@ use pointsman_telemetry::{Event, EventKind};
 use crate::admin::wire::decision::Line;
 use crate::error::ApiError;
 use crate::identity::{ANONYMOUS, Caller, session_hash};
+use crate::openai::speculation::Speculation;
 use crate::ports::{Catalog, Encoder, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
@@ -65,8 +66,8 @@ pub(crate) struct Terms {
     pub(crate) min_new_tokens: u32,
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) cache_prompt: bool,
-    /// Draft tokens of a step.
-    pub(crate) draft_tokens: u32,
+    /// Which drafts it wants.
+    pub(crate) speculation: Speculation,
     /// Whether the prompt's own log-probabilities are asked for.
     pub(crate) scores_prompt: bool,
     /// What routers may ask for by name.
@@ -674,7 +675,8 @@ impl Dispatch<'_> {
             block_hashes,
             transient: !terms.cache_prompt,
             // A form says after each token what may come next.
-            draft_tokens: if choice.mask.is_some() { 0 } else { terms.draft_tokens },
+            draft_tokens: if choice.mask.is_some() { 0 } else { terms.speculation.tokens },
+            draft_method: terms.speculation.method_on(&placement.variant),
             max_new_tokens: terms.max_new_tokens,
             min_new_tokens: terms.min_new_tokens,
             stop_tokens: Arc::clone(&terms.stop_tokens),

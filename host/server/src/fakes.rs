@@ -759,6 +759,7 @@ fn variant(id: &str, text: &Arc<TextModel>, replicas: Vec<Arc<Replica>>) -> Arc<
         text: Arc::clone(text),
         context_tokens: 64,
         block_tokens: 4,
+        draft_model: None,
         created: 1_699_999_999,
         replicas,
     })

@@ -68,6 +68,8 @@ pub struct Variant {
     pub context_tokens: u32,
     /// Tokens in a KV block: prompts are hashed by this.
     pub block_tokens: u32,
+    /// The name of the model that drafts for it, on devices that can; none without.
+    pub draft_model: Option<Arc<str>>,
     /// Unix seconds, for `GET /v1/models`.
     pub created: u64,
     /// At least one.

@@ -50,6 +50,8 @@ pub struct Metrics {
     generation_tokens: IntCounterVec,
     draft_tokens: IntCounterVec,
     accepted_tokens: IntCounterVec,
+    drafts: IntCounterVec,
+    drafts_no_room: IntCounterVec,
     preemptions: IntCounterVec,
     success: IntCounterVec,
     ttft: HistogramVec,
@@ -139,6 +141,8 @@ pub struct ReplicaMetrics {
     pub draft_tokens: IntCounter,
     /// `vllm:spec_decode_num_accepted_tokens_total`.
     pub accepted_tokens: IntCounter,
+    /// Of its drafts, by method.
+    pub drafts: DraftMetrics,
     /// `vllm:num_preemptions_total`.
     pub preemptions: IntCounter,
     /// `pointsman_step_seconds{phase="schedule"}`: the host's and the policy's part of a step.
@@ -151,6 +155,25 @@ pub struct ReplicaMetrics {
     pub tokens_prefill: IntCounter,
     /// `pointsman_tokens_total{phase="decode"}`.
     pub tokens_decode: IntCounter,
+}
+
+/// Handles for the drafts of one replica, by how they are found.
+#[derive(Clone, Debug)]
+pub struct DraftMetrics {
+    /// `pointsman_draft_tokens_total{method="ngram",kind="proposed"}`.
+    pub ngram_proposed: IntCounter,
+    /// ... and `kind="accepted"`.
+    pub ngram_accepted: IntCounter,
+    /// `pointsman_draft_tokens_total{method="draft_model",kind="proposed"}`.
+    pub model_proposed: IntCounter,
+    /// ... and `kind="accepted"`.
+    pub model_accepted: IntCounter,
+    /// `pointsman_draft_no_room_total`.
+    pub no_room: IntCounter,
+    /// `pointsman_tokens_total{phase="draft"}`: computed by the draft model.
+    pub tokens: IntCounter,
+    /// `pointsman_step_seconds{phase="draft"}`.
+    pub step: Histogram,
 }
 
 /// Handles for one model that makes embeddings.
@@ -370,6 +393,16 @@ impl Metrics {
                 "Draft tokens that came true.",
                 model,
             ),
+            drafts: counter(
+                "pointsman_draft_tokens_total",
+                "Draft tokens that steps looked at (proposed) and that came true (accepted), by how they were found.",
+                &["variant", "method", "kind"],
+            ),
+            drafts_no_room: counter(
+                "pointsman_draft_no_room_total",
+                "Times that a text had no room in the draft model's KV pool.",
+                &["variant"],
+            ),
             preemptions: counter(
                 "vllm:num_preemptions_total",
                 "Requests put back in the queue to be recomputed.",
@@ -584,12 +617,26 @@ impl Metrics {
             generation_tokens: self.generation_tokens.with_label_values(m),
             draft_tokens: self.draft_tokens.with_label_values(m),
             accepted_tokens: self.accepted_tokens.with_label_values(m),
+            drafts: self.drafts(model_name, device),
             preemptions: self.preemptions.with_label_values(m),
             step_schedule: self.step.with_label_values(&[device, "schedule"]),
             step_execute: self.step.with_label_values(&[device, "execute"]),
             step_fill: self.step_fill.with_label_values(&[device]),
             tokens_prefill: self.tokens.with_label_values(&[device, model_name, "prefill"]),
             tokens_decode: self.tokens.with_label_values(&[device, model_name, "decode"]),
+        }
+    }
+
+    fn drafts(&self, model_name: &str, device: &str) -> DraftMetrics {
+        let tokens = |method, kind| self.drafts.with_label_values(&[model_name, method, kind]);
+        DraftMetrics {
+            ngram_proposed: tokens("ngram", "proposed"),
+            ngram_accepted: tokens("ngram", "accepted"),
+            model_proposed: tokens("draft_model", "proposed"),
+            model_accepted: tokens("draft_model", "accepted"),
+            no_room: self.drafts_no_room.with_label_values(&[model_name]),
+            tokens: self.tokens.with_label_values(&[device, model_name, "draft"]),
+            step: self.step.with_label_values(&[device, "draft"]),
         }
     }
 
@@ -619,6 +666,7 @@ impl Metrics {
             &self.generation_tokens,
             &self.draft_tokens,
             &self.accepted_tokens,
+            &self.drafts_no_room,
             &self.preemptions,
         ] {
             let _ = counter.remove_label_values(m);
@@ -630,7 +678,10 @@ impl Metrics {
         for reason in ["stop", "length", "abort"] {
             let _ = self.success.remove_label_values(&[model_name, reason]);
         }
-        for phase in ["prefill", "decode"] {
+        for (method, kind) in ["ngram", "draft_model"].iter().flat_map(|m| [(m, "proposed"), (m, "accepted")]) {
+            let _ = self.drafts.remove_label_values(&[model_name, method, kind]);
+        }
+        for phase in ["prefill", "decode", "draft"] {
             let _ = self.tokens.remove_label_values(&[device, model_name, phase]);
         }
     }

@@ -47,8 +47,8 @@ fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
     // One at a time, and without the demo, so that each is told its own fault.
     let models = [(name.to_owned(), path.to_owned())].into();
     let engine = crate::config::EngineSection { demo: false, ..config.engine.clone() };
-    let (replicas, upstreams, on_demand) = Default::default();
-    let alone = Config { models, engine, replicas, upstreams, on_demand, ..config.clone() };
+    let (replicas, upstreams, on_demand, draft_models) = Default::default();
+    let alone = Config { models, engine, replicas, upstreams, on_demand, draft_models, ..config.clone() };
     let loaded = Loader::new(&alone, &names, terms).load_all(&ModelsDocument::empty())?;
     if !loaded.encoders.is_empty() && config.on_demand.contains_key(name) {
         bail!("it makes embeddings, and such models are loaded at the start: name it in [models]");

@@ -5,34 +5,68 @@
 //! no token has come to need go back with the step. So nobody is put back, kept out or loses a prefix because somebody guesses;
 //! what it costs the others is a longer step, and the places are few for that reason.
 
+use crate::draft::DraftMethod;
+use crate::draft::model::DraftModel;
 use crate::execute::Sampled;
 use crate::ids::RequestId;
 
-use super::{InFlight, Scheduler, Slot, count};
+use super::{Counters, InFlight, Scheduler, Slot, count};
 
 impl Scheduler {
+    /// Has a draft model propose for the requests that ask for [it](DraftMethod::Model).
+    pub fn draft_with(&mut self, model: DraftModel) {
+        self.draft_model = Some(model);
+    }
+
+    /// The draft model, where there is one.
+    pub fn draft_model(&mut self) -> Option<&mut DraftModel> {
+        self.draft_model.as_mut()
+    }
+
     /// Looks for drafts for the decodes that asked for some and that `may` have them: those whose next token depends on
     /// nothing but what the scheduler knows. To be called before [`schedule`](Self::schedule) with the executor's
-    /// [places](crate::execute::Executor::draft_places); without it there are none.
+    /// [places](crate::execute::Executor::draft_places); without it there are none. A draft model computes meanwhile.
     pub fn propose(&mut self, places: u32, may: impl Fn(RequestId) -> bool) {
         self.draft_places = places.min(self.config.max_running);
         if self.draft_places == 0 {
             return;
         }
-        let has_places = count(self.running.len()) < self.draft_places;
+        let spare = self.draft_places.saturating_sub(count(self.running.len()));
+        let mut n_asking = 0;
         for &slot in &self.running {
             let sequence = &mut self.sequences[slot];
-            let (request, generated) = (&sequence.request, sequence.generated());
-            // The last token is chosen and never computed.
-            let mut most = request.draft_tokens.min((request.max_new_tokens - generated).saturating_sub(1));
-            if generated < request.min_new_tokens {
-                // Stop tokens are forbidden in all of the row's choices, or in none.
-                most = most.min(request.min_new_tokens - generated - 1);
+            let most = if spare > 0 { sequence.most_drafts() } else { 0 };
+            let most = if most > 0 && may(sequence.request.id) { most } else { 0 };
+            match sequence.request.draft_method {
+                DraftMethod::Ngram => sequence.drafts.propose(&sequence.tokens, most, &sequence.request.stop_tokens),
+                DraftMethod::Model => n_asking += u32::from(sequence.drafts.want(most) > 0),
             }
-            let pays = has_places && most > 0 && sequence.is_decoding() && sequence.drafts.are_worth_it(generated);
-            let most = if pays && may(sequence.request.id) { most } else { 0 };
-            sequence.drafts.propose(&sequence.tokens, most, &sequence.request.stop_tokens);
         }
+        if n_asking > 0 {
+            self.ask_model(spare, n_asking);
+        }
+    }
+
+    /// Asks the draft model, for no more than steps have places for: its drafts are not for nothing.
+    fn ask_model(&mut self, mut spare: u32, mut n_asking: u32) {
+        let Self { draft_model: Some(model), sequences, running, .. } = self else { return };
+        model.begin();
+        for &slot in running.iter() {
+            let sequence = &sequences[slot];
+            let asks = sequence.request.draft_method == DraftMethod::Model && sequence.drafts.wanted > 0;
+            if !asks || spare == 0 {
+                continue;
+            }
+            let n = sequence.drafts.wanted.min(spare.div_ceil(n_asking));
+            model.want(&sequence.request, &sequence.tokens, n);
+            (spare, n_asking) = (spare - n, n_asking - 1);
+        }
+        let least_percent = model.least_percent();
+        model.draft(|request, tokens| {
+            if let Some(slot) = sequences.find(request.0) {
+                sequences[slot].drafts.take(tokens, least_percent);
+            }
+        });
     }
 
     /// Adds drafts to the decodes of this step.
@@ -77,8 +111,15 @@ impl Scheduler {
         let came_true = same.take_while(|(draft, chosen)| **draft == *chosen).count();
         let accepted = count(came_true);
         sequence.drafts.learn(row.n_drafts, accepted, sequence.generated());
-        self.counters.draft_tokens += u64::from(row.n_drafts);
-        self.counters.accepted_tokens += u64::from(accepted);
+        let by_model = sequence.request.draft_method == DraftMethod::Model;
+        let Counters { draft_tokens, accepted_tokens, model_draft_tokens, model_accepted_tokens, .. } =
+            &mut self.counters;
+        *draft_tokens += u64::from(row.n_drafts);
+        *accepted_tokens += u64::from(accepted);
+        if by_model {
+            *model_draft_tokens += u64::from(row.n_drafts);
+            *model_accepted_tokens += u64::from(accepted);
+        }
         came_true
     }
 

@@ -35,6 +35,9 @@ impl Scheduler {
         self.n_closed -= u32::from(sequence.closed);
         self.kv.release_all(&mut sequence.table, now);
         self.told.gone(&sequence);
+        if let Some(model) = &mut self.draft_model {
+            model.forget(sequence.request.id);
+        }
         ending.count(stage, &mut self.counters);
         observer.observe(ending.event(&sequence, self.generation, now));
         // Nothing follows the last word, so the sink's answer does not matter.

@@ -492,6 +492,9 @@ pub struct DeviceMemory {
     pub kv: u64,
     /// Activations and scratch.
     pub workspace: u64,
+    /// KV pools, activations and scratch of draft models; absent where there are none. Their weights are those of the models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drafts: Option<u64>,
     /// Captured graphs; absent for the CPU, which has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub graphs: Option<u64>,
@@ -507,7 +510,7 @@ impl DeviceMemory {
     /// What models hold of it.
     #[must_use]
     pub fn held(&self) -> u64 {
-        self.weights + self.kv + self.workspace
+        self.weights + self.kv + self.workspace + self.drafts.unwrap_or(0)
     }
 }
 

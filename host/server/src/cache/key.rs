@@ -115,9 +115,9 @@ impl Subject<'_> {
 fn write_target(key: &mut KeyWriter, Target { name, variants }: &Target) {
     key.text(name);
     key.number(variants.len() as u64);
-    for Variant { id, replicas, alias: _, text: _, context_tokens: _, block_tokens: _, created: _ } in
-        variants.iter().map(|variant| &**variant)
-    {
+    for variant in variants {
+        let Variant { id, replicas, alias: _, text: _, context_tokens: _, block_tokens: _, draft_model: _, created: _ } =
+            &**variant;
         key.text(id);
         key.number(replicas.len() as u64);
         for Replica { id, key: replica, started, .. } in replicas.iter().map(|replica| &**replica) {
@@ -172,7 +172,7 @@ fn write_terms(key: &mut KeyWriter, terms: &Terms, is_routed: bool) {
         stop_tokens,
         // Neither a prefix from the cache nor drafts change what is computed.
         cache_prompt: _,
-        draft_tokens: _,
+        speculation: _,
         // Of the sampling.
         scores_prompt: _,
         numbers,

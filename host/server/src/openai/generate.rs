@@ -247,6 +247,10 @@ impl Arrival {
     /// What the request's fields come to for one prompt.
     fn terms(&self, job: &Job, prompt: &Prompt) -> Result<Terms, ApiError> {
         let Job { params, target, .. } = job;
+        // What the final answer asks for is not its draft's: that is of another model.
+        if self.drafts_for.is_none() {
+            params.speculation.check(target)?;
+        }
         let max_new_tokens = new_tokens(job, prompt)?;
         if params.min_tokens > max_new_tokens {
             let problem =
@@ -266,7 +270,7 @@ impl Arrival {
             min_new_tokens: params.min_tokens,
             stop_tokens: params.stop_tokens(target.text())?,
             cache_prompt: params.cache_prompt,
-            draft_tokens: params.draft_tokens,
+            speculation: params.speculation.clone(),
             scores_prompt: params.prompt_logprobs.is_some(),
             numbers: params.numbers(target.text()),
         })

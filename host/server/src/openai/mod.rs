@@ -24,6 +24,7 @@ mod progress;
 mod progressive;
 mod relayed;
 pub(crate) mod responses;
+pub(crate) mod speculation;
 mod tokenize;
 pub(crate) mod tools;
 

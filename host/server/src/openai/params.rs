@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use pointsman_sched::draft::MAX_DRAFTS;
 use pointsman_sched::ids::Priority;
 use pointsman_sched::request::Sampling;
 use pointsman_sched::route::RequestNumbers;
@@ -13,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::fields::{Fields, mismatch, token_id, whole};
 use super::format::Format;
+use super::speculation::Speculation;
 use crate::cache::{Key, KeyWriter};
 use crate::config::ServerConfig;
 use crate::dispatch::Target;
@@ -28,8 +28,6 @@ pub(super) const MAX_STOPS: usize = 4;
 const MAX_STOP_BYTES: usize = 256;
 /// Extra stop tokens.
 const MAX_STOP_TOKENS: usize = 64;
-/// Draft tokens of a step where a request asks for drafts and not for how many.
-const DEFAULT_DRAFTS: u32 = 5;
 /// Entries of `logit_bias`.
 const MAX_BIASES: usize = 1_024;
 
@@ -53,8 +51,7 @@ pub(crate) struct Params {
     pub(crate) priority: Option<Priority>,
     pub(crate) timeout_ms: u64,
     pub(crate) cache_prompt: bool,
-    /// Draft tokens of a step; 0 for none.
-    pub(crate) draft_tokens: u32,
+    pub(crate) speculation: Speculation,
     /// What groups requests when no session header does.
     pub(crate) session: Option<String>,
     /// Log-probabilities with this many alternatives.
@@ -145,7 +142,7 @@ impl Params {
             priority: priority(fields)?,
             timeout_ms: timeout_ms.unwrap_or(config.default_timeout_ms),
             cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
-            draft_tokens: draft_tokens(fields)?.unwrap_or(config.draft_tokens),
+            speculation: Speculation::parse(fields, config.draft_tokens)?,
             cache_response: fields.bool("cache_response")?,
             session,
             logprobs,
@@ -258,7 +255,7 @@ impl Params {
             priority: _,
             timeout_ms: _,
             cache_prompt: _,
-            draft_tokens: _,
+            speculation: _,
             cache_response: _,
             session: _,
             // Taken by now: `form` stands for it.
@@ -425,20 +422,6 @@ pub(crate) fn session(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     Ok(fields.string("prompt_cache_key")?.or(user).filter(|s| !s.is_empty()))
 }
 
-/// `speculative_config`, with the names that vLLM gives its members.
-fn draft_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
-    let Some(config) = fields.take("speculative_config") else { return Ok(None) };
-    let mut config = Fields::of("speculative_config", config)?;
-    match config.string("method")?.as_deref() {
-        None | Some("ngram") => {}
-        Some(other) => {
-            let what = format!("`speculative_config.method` \"{other}\" (\"ngram\" is)");
-            return Err(ApiError::unsupported(config.param("method"), what));
-        }
-    }
-    Ok(Some(config.u32("num_speculative_tokens", 0..=MAX_DRAFTS)?.unwrap_or(DEFAULT_DRAFTS)))
-}
-
 /// A number above 0.
 fn positive(fields: &mut Fields, name: &str, max: f32) -> Result<Option<f32>, ApiError> {
     match fields.number(name, 0.0..=max)? {
@@ -496,6 +479,11 @@ mod tests {
                 r#"{"model": "m", "speculative_config": {"method": "eagle"}}"#,
                 "speculative_config.method",
                 "not supported",
+            ),
+            (
+                r#"{"model": "m", "speculative_config": {"method": "ngram", "model": "d"}}"#,
+                "speculative_config.model",
+                "is for the method",
             ),
             (
                 r#"{"model": "m", "speculative_config": {"num_speculative_tokens": 17}}"#,

@@ -252,6 +252,13 @@ impl TextModel {
         same_template && self.stop_tokens == other.stop_tokens && written(self) == written(other)
     }
 
+    /// Whether every token means the same to both: then one may draft for the other. Compares all of them; for loads.
+    #[must_use]
+    pub fn has_tokens_of(&self, other: &Self) -> bool {
+        let written = |model: &Self| model.tokenizer.to_string(false).ok();
+        written(self) == written(other)
+    }
+
     /// Tokens that end a generation, ascending.
     #[must_use]
     pub fn stop_tokens(&self) -> &Arc<[u32]> {

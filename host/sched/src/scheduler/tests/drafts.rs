@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use crate::batch::NativeBatch;
 use crate::config::Config;
-use crate::execute::{StepOutput, StepPlan};
+use crate::draft::DraftMethod;
+use crate::draft::model::{DraftModel, DraftTerms};
+use crate::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 use crate::ids::RequestId;
 use crate::mask::{MaskError, TokenMask};
 use crate::request::{CancelCause, Failure, FinishReason, Request, Sampling, SinkEvent};
-use crate::sampler::Edit;
+use crate::sampler::{Edit, EditSource};
 
 use super::CONFIG;
 use super::model::{self, CIRCLE, Host, reference};
@@ -37,7 +39,7 @@ fn told(host: &Host, id: u64) -> (u32, u32) {
 /// A row carries what it computes at the end of its history, drafts included.
 fn histories_end_with_the_row(plan: &StepPlan) {
     for row in &plan.rows {
-        let Some(sample) = &row.sample else { continue };
+        let Some(sample) = row.sample.as_ref().filter(|sample| sample.sampling.needs_history()) else { continue };
         let end = sample.history.end + row.drafts;
         let history = &plan.history[sample.history.start as usize..end as usize];
         assert!(history.ends_with(plan.tokens_of(row)), "{row:?}");
@@ -246,4 +248,150 @@ fn an_output_without_what_follows_the_drafts_fails_the_step() {
         assert!(matches!(host.sent(id).events.last(), Some(SinkEvent::Failed(Failure::Engine(_)))), "{id}");
     }
     assert!(out.after_drafts.is_empty() && host.scheduler.is_idle());
+}
+
+const LONG: Config = Config { context_tokens: 256, ..ROOMY };
+
+/// Says what the model would, but for every so many-th token; counts the tokens that it computes.
+struct Smaller {
+    cells: Vec<u64>,
+    wrong_every: u64,
+    fails: bool,
+    n_chosen: u64,
+}
+
+impl Executor for Smaller {
+    fn execute(
+        &mut self,
+        plan: &StepPlan,
+        edits: &mut dyn EditSource,
+        out: &mut StepOutput,
+    ) -> Result<(), ExecuteError> {
+        histories_end_with_the_row(plan);
+        if self.fails {
+            return Err(ExecuteError::Malformed { what: "a fault" });
+        }
+        model::execute(plan, (&mut self.cells, CONFIG.block_tokens as usize), edits, out);
+        for sampled in &mut out.sampled {
+            self.n_chosen += 1;
+            if self.n_chosen.is_multiple_of(self.wrong_every) {
+                sampled.token = (sampled.token + 1) % model::VOCABULARY;
+            }
+        }
+        Ok(())
+    }
+}
+
+const TERMS: DraftTerms = DraftTerms {
+    block_tokens: CONFIG.block_tokens,
+    n_blocks: 64,
+    max_rows: 8,
+    step_tokens: 16,
+    context_tokens: 200,
+    vocabulary: 1 << 16,
+    least_percent: 50,
+};
+
+fn drafted_by(config: Config, terms: DraftTerms, (wrong_every, fails): (u64, bool)) -> Host {
+    let mut host = Host::new(config);
+    let cells = vec![0; (terms.n_blocks * terms.block_tokens) as usize];
+    let smaller = Smaller { cells, wrong_every, fails, n_chosen: 0 };
+    host.scheduler.draft_with(DraftModel::new(Box::new(smaller), terms));
+    host
+}
+
+/// One that asks for the draft model; its text does not repeat itself.
+fn modelled(id: u64, n_prompt: u32, max_new: u32) -> Request {
+    let prompt = (0..n_prompt).map(|i| 7 * i + 31 * u32::try_from(id).expect("small")).collect();
+    let request = model::request(id, prompt, max_new, CONFIG.block_tokens);
+    Request { draft_tokens: 5, draft_method: DraftMethod::Model, ..request }
+}
+
+fn held(host: &mut Host) -> u32 {
+    host.scheduler.draft_model().expect("there is one").block_counts().held
+}
+
+#[test]
+fn a_draft_model_changes_no_answer_and_leaves_nothing_behind() {
+    let history = Arc::new(Sampling { presence_penalty: 0.5, ..Sampling::default() });
+    // Its sizes, every which token is wrong, whether it fails, and how many come true at least and at most, in percent.
+    for (terms, wrong_every, fails, least, most) in [
+        (TERMS, u64::MAX, false, 100, 100),
+        (TERMS, 3, false, 30, 90),
+        (TERMS, 1, false, 0, 0),
+        (TERMS, 1, true, 0, 0),
+        // A pool for one text, and for none; and one that is too short for the end of it.
+        (DraftTerms { n_blocks: 12, ..TERMS }, 5, false, 30, 99),
+        (DraftTerms { n_blocks: 2, ..TERMS }, 5, false, 0, 0),
+        (DraftTerms { context_tokens: 30, ..TERMS }, 5, false, 30, 99),
+        // Tokens that it does not know.
+        (DraftTerms { vocabulary: 5, ..TERMS }, 5, false, 0, 0),
+        (DraftTerms { max_rows: 1, ..TERMS }, 7, false, 30, 99),
+    ] {
+        let mut host = drafted_by(LONG, terms, (wrong_every, fails));
+        let sampling = |id: u64| if id == 2 { Arc::clone(&history) } else { Arc::default() };
+        for id in 1..=3 {
+            host.submit(Request { sampling: sampling(id), ..modelled(id, 5 + 12 * id as u32, 40) });
+        }
+        host.run_until_idle(&mut NativeBatch);
+        for id in 1..=3 {
+            assert_eq!(host.tokens(id), reference(&modelled(id, 5 + 12 * id as u32, 40)), "{id} {terms:?}");
+        }
+        assert_eq!(held(&mut host), 0, "{terms:?}");
+        let counters = host.scheduler.take_counters();
+        let (came_true, all) = (counters.model_accepted_tokens, counters.model_draft_tokens);
+        assert_eq!((came_true, all), (counters.accepted_tokens, counters.draft_tokens));
+        let percent = came_true * 100 / all.max(1);
+        assert!((least..=most).contains(&percent), "{came_true} of {all}, {wrong_every} {terms:?}");
+        assert_eq!(all == 0, fails || terms.n_blocks == 2 || terms.vocabulary == 5, "{all} {terms:?}");
+        let model = host.scheduler.draft_model().expect("there is one");
+        assert_eq!(model.take_failure().is_some(), fails);
+        assert_eq!(model.take_counters().no_room > 0, terms.n_blocks < 64, "{terms:?}");
+    }
+}
+
+#[test]
+fn a_draft_model_that_is_right_saves_steps_and_one_that_is_wrong_pauses() {
+    for (wrong_every, most_steps, most_drafts) in [(u64::MAX, 70, 200), (1, 210, 110)] {
+        let mut host = drafted_by(LONG, TERMS, (wrong_every, false));
+        host.submit(Request { draft_tokens: 4, ..modelled(1, 6, 200 - 10) });
+        let mut n_steps = 0;
+        while host.step(&mut NativeBatch) {
+            n_steps += 1;
+        }
+        let drafted = host.scheduler.take_counters().model_draft_tokens;
+        assert!(n_steps <= most_steps && drafted <= most_drafts, "{n_steps} steps, {drafted} drafts");
+        assert!(drafted >= 32, "{drafted}");
+    }
+}
+
+#[test]
+fn what_a_request_held_of_the_draft_model_goes_with_it() {
+    // Cancelled, preempted for a pool that is too small, and ended by a stop token.
+    let mut host = drafted_by(LONG, TERMS, (4, false));
+    host.submit(modelled(1, 20, 60));
+    while host.tokens(1).len() < 10 {
+        host.step(&mut NativeBatch);
+    }
+    assert!(held(&mut host) > 0);
+    host.cancel(1, CancelCause::Asked);
+    assert_eq!(held(&mut host), 0);
+    let small = Config { n_blocks: 20, ..LONG };
+    let mut host = drafted_by(small, TERMS, (4, false));
+    for id in 1..=3 {
+        host.submit(modelled(id, 20, 40));
+    }
+    host.run_until_idle(&mut NativeBatch);
+    for id in 1..=3 {
+        assert_eq!(host.tokens(id), reference(&modelled(id, 20, 40)), "{id}");
+    }
+    assert!(host.scheduler.take_counters().preemptions > 0);
+    assert_eq!(held(&mut host), 0);
+    let said = reference(&modelled(4, 20, 40));
+    let at = (5..40).find(|at| !said[..*at].contains(&said[*at])).expect("a token that is new");
+    let mut host = drafted_by(LONG, TERMS, (u64::MAX, false));
+    host.submit(Request { stop_tokens: Arc::from([said[at]]), ..modelled(4, 20, 40) });
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.tokens(4), said[..at]);
+    assert_eq!(held(&mut host), 0);
 }

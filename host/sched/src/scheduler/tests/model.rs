@@ -8,6 +8,7 @@ use pointsman_telemetry::Event;
 
 use crate::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, Plan, View};
 use crate::config::Config;
+use crate::draft::DraftMethod;
 use crate::execute::{ExecuteError, Sampled, Score, StepOutput, StepPlan};
 use crate::ids::{BlockId, Micros, Priority, RequestId};
 use crate::prefix::{chain_hash, chain_hashes};
@@ -61,6 +62,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_new_tokens: u32, block_toke
         attributes: Arc::default(),
         transient: false,
         draft_tokens: 0,
+        draft_method: DraftMethod::Ngram,
         fork_of: None,
         mask: None,
         router_generation: 0,
@@ -306,7 +308,7 @@ fn note((ended, desk): (&mut Vec<u64>, &mut TestDesk), event: Event) {
 }
 
 /// Computes every row from the cell before its first position.
-fn execute(
+pub(super) fn execute(
     plan: &StepPlan,
     (cells, block_tokens): (&mut [u64], usize),
     edits: &mut dyn EditSource,
