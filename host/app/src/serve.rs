@@ -286,7 +286,8 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
         draft_tokens: config.sched.draft_tokens,
         max_grammar_bytes: (server.max_grammar_mib as usize) << 20,
         kept_forms: server.kept_forms as usize,
-        kept_form_bytes: (server.kept_forms_mib as usize) << 20,
+        // What is kept must leave room for those in use.
+        kept_form_bytes: (server.kept_forms_mib.min(server.max_grammar_mib / 2) as usize) << 20,
         cache_bytes: (server.response_cache_mib as usize) << 20,
         cache_ttl_ms: server.response_cache_ttl_s.saturating_mul(1_000),
         grace_ms: server.shutdown_grace_ms,

@@ -94,7 +94,7 @@ mod tests {
             (0, 100 * DAY, Left::Little { days: 0 }),
             (100 * DAY, 114 * DAY - 1, Left::Little { days: 13 }),
             (100 * DAY, 114 * DAY, Left::Enough { days: 14 }),
-            (100 * DAY + 1, 114 * DAY, Left::NotYet { days: 1, expires: 13 }),
+            (100 * DAY + 1, 114 * DAY, Left::NotYet { days: 1, expires: 14 }),
             (102 * DAY, 103 * DAY, Left::NotYet { days: 2, expires: 3 }),
             (102 * DAY, 101 * DAY, Left::NotYet { days: 2, expires: 1 }),
         ] {

@@ -70,7 +70,7 @@ enum Place {
 const OPEN_TAG: &str = "<tool_call>";
 const CLOSE_TAG: &str = "</tool_call>";
 const LIST: &str = "[TOOL_CALLS]";
-const PIPED: [&str; 2] = ["<|tool_call|>", "functools"];
+const PIPED: [&str; 2] = ["<|tool_call|>", "functools["];
 const CLOSE_PIPED: &str = "<|/tool_call|>";
 /// A special token that says of what follows that it is a call; seen only where special tokens are shown.
 const PYTHON: &str = "<|python_tag|>";
@@ -607,6 +607,8 @@ mod tests {
             ),
             (Style::Piped, format!("functools[{object}]"), vec![weather()]),
             (Style::Piped, format!("functools[{object}]\n<|"), vec![weather()]),
+            (Style::Piped, "Use functools".to_owned(), vec![vec![text("Use functools")]]),
+            (Style::Piped, "[functools](x)".to_owned(), vec![vec![text("[functools](x)")]]),
             (Style::Piped, format!("functools[{object}]<b>"), vec![weather(), vec![text("<b>")]]),
             (
                 Style::Piped,

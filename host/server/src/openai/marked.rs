@@ -236,12 +236,13 @@ impl MarkedReader {
         let value = value.strip_prefix('\n').unwrap_or(value);
         let value = value.strip_suffix('\n').unwrap_or(value);
         let known = self.schemas.iter().find(|(name, _)| *name == self.function);
-        let kind = known.and_then(|(_, schema)| schema.as_ref()?.get("properties")?.get(&self.key)?.get("type"));
-        let may_be = |wanted: &str| match kind {
-            Some(Value::String(kind)) => kind == wanted,
-            Some(Value::Array(kinds)) => kinds.iter().any(|kind| kind == wanted),
-            _ => false,
-        };
+        let property = known.and_then(|(_, schema)| schema.as_ref()?.get("properties")?.get(&self.key));
+        let kinds = property.map(kinds_of).unwrap_or_default();
+        let says_something = |property: &Value| ["$ref", "const", "enum"].iter().any(|key| property.get(key).is_some());
+        let is_known = !kinds.is_empty() || property.is_some_and(says_something);
+        let is_listed = property
+            .and_then(|property| property.get("enum")?.as_array())
+            .is_some_and(|values| values.iter().any(|listed| listed == value));
         let read = match value.trim() {
             // As Python writes them, which models that are taught in it do.
             "None" => Some(Value::Null),
@@ -249,12 +250,24 @@ impl MarkedReader {
             "False" => Some(Value::Bool(false)),
             trimmed => serde_json::from_str(trimmed).ok(),
         };
-        let read = read.filter(|read| match (kind, may_be("string")) {
-            (None, _) => false,
-            (_, true) => read.is_null() && may_be("null"),
-            _ => true,
+        let read = read.filter(|read| match kinds.contains(&"string") || is_listed {
+            _ if !is_known => false,
+            true => read.is_null() && kinds.contains(&"null"),
+            false => true,
         });
         read.unwrap_or_else(|| Value::from(value))
+    }
+}
+
+/// The types that a schema allows, its alternatives' included.
+fn kinds_of(schema: &Value) -> Vec<&str> {
+    match schema.get("type") {
+        Some(Value::String(kind)) => vec![kind],
+        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
+        _ => {
+            let alternatives = ["anyOf", "oneOf"].iter().filter_map(|key| schema.get(key)?.as_array()).flatten();
+            alternatives.filter(|one| one.get("type").is_some()).flat_map(kinds_of).collect()
+        }
     }
 }
 
@@ -285,7 +298,8 @@ mod tests {
 
     fn schemas() -> Schemas {
         let properties = json!({"city": {"type": "string"}, "days": {"type": "integer"}, "deep": {"type": "object"},
-            "sure": {"type": "boolean"}, "note": {"type": ["string", "null"]}});
+            "sure": {"type": "boolean"}, "note": {"type": ["string", "null"]},
+            "most": {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "unit": {"enum": ["3", 4]}});
         [("weather".to_owned(), Some(json!({"type": "object", "properties": properties}))), ("time".to_owned(), None)]
             .into()
     }
@@ -346,6 +360,10 @@ mod tests {
             (parameter("deep", "{\"a\": [1]}"), vec![call("weather", "{\"deep\": {\"a\":[1]}}")]),
             (parameter("note", "null"), vec![call("weather", "{\"note\": null}")]),
             (parameter("note", "7"), vec![call("weather", "{\"note\": \"7\"}")]),
+            (parameter("most", "3"), vec![call("weather", "{\"most\": 3}")]),
+            (parameter("most", "None"), vec![call("weather", "{\"most\": null}")]),
+            (parameter("unit", "3"), vec![call("weather", "{\"unit\": \"3\"}")]),
+            (parameter("unit", "4"), vec![call("weather", "{\"unit\": 4}")]),
             (parameter("what", "7"), vec![call("weather", "{\"what\": \"7\"}")]),
             (parameter("city", "a\n\n<b> x\n"), vec![call("weather", "{\"city\": \"a\\n\\n<b> x\\n\"}")]),
             // A last value that is not closed, and calls that are cut.

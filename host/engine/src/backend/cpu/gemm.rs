@@ -396,6 +396,10 @@ mod tests {
 
     /// `[n][k]` values, quantised.
     fn blocks(kind: Kind, n: usize, k: usize) -> Elements<'static> {
+        quantise(kind, values(n * k, 3), n, k)
+    }
+
+    fn quantise(kind: Kind, values: Vec<f32>, n: usize, k: usize) -> Elements<'static> {
         let dtype = match kind {
             Kind::Q4_0 => GgmlDType::Q4_0,
             Kind::Q4K => GgmlDType::Q4K,
@@ -403,7 +407,7 @@ mod tests {
             Kind::Q6K => GgmlDType::Q6K,
             _ => GgmlDType::Q8_0,
         };
-        let tensor = Tensor::from_vec(values(n * k, 3), (n, k), &Device::Cpu).unwrap();
+        let tensor = Tensor::from_vec(values, (n, k), &Device::Cpu).unwrap();
         Elements::owned(kind, QTensor::quantize(&tensor, dtype).unwrap().data().unwrap().into_owned())
     }
 
@@ -520,6 +524,35 @@ mod tests {
                 w.gather(column, |i, value| sum += rounded[i] * f64::from(value) * rescaled(w, column, i));
                 let found = f64::from(f32::from_bits(bits));
                 assert!((found - sum).abs() < 3e-4, "column {column}: {found}, not {sum}");
+            }
+        }
+    }
+
+    #[test]
+    fn integer_scales_move_no_weight_far() {
+        let (n, k) = (64, 512);
+        let x = values(k, 9);
+        for (kind, finest) in [(Kind::Q8_0, 255.0), (Kind::Q4_0, 2_047.0)] {
+            // Blocks of large, small and smaller weights, side by side.
+            let spread = |(i, w): (usize, f32)| w * 0.1f32.powi((i / BLOCK % 3) as i32);
+            let wide: Vec<f32> = values(n * k, 3).into_iter().enumerate().map(spread).collect();
+            let w = Matrix::pack(&[quantise(kind, wide, n, k)], k, Join::Concat);
+            let found = &product(&ComputePool::start(1).unwrap(), &w, std::slice::from_ref(&x), Epilogue::Store)[0];
+            for (column, &bits) in found[..n].iter().enumerate() {
+                let (mut weights, mut most) = (vec![0f64; k], 0f64);
+                w.gather(column, |i, value| weights[i] = value.into());
+                let mut sum = 0f64;
+                for (x, weights) in x.chunks(SUPER).zip(weights.chunks(SUPER)) {
+                    let scale = x.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+                    let largest = weights.iter().fold(0f64, |m, w| m.max(w.abs()));
+                    for (x, w) in x.iter().zip(weights) {
+                        let x = f64::from((x / scale).round()) * f64::from(scale);
+                        sum += x * w;
+                        most += x.abs() * largest / (2.0 * finest);
+                    }
+                }
+                let error = (f64::from(f32::from_bits(bits)) - sum).abs();
+                assert!(error < most + 1e-4, "{kind:?}, column {column}: {error} of at most {most}");
             }
         }
     }

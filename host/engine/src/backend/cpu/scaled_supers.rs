@@ -3,8 +3,9 @@
 //! A product by blocks scales and adds once for 32 values; tile registers spend most of its time on that. So where K is a
 //! multiple of 256, the eight scales of a column become integers times one float, as a K-quant's are: the largest is 255, or
 //! 2,047 where a value has four bits, and the others are rounded. That moves no weight by more than a 510th of the largest
-//! of its 256, half of what the rounding of Q8_0 itself does. Blocks stay as they are in memory, and their integers are made
-//! right before the products: a table of them would be read with the weights.
+//! that the 256 could have: half a step of the block with the largest scale, and more of the steps of blocks with small ones.
+//! Blocks stay as they are in memory, and their integers are made right before the products: a table of them would be read with
+//! the weights.
 
 use super::blocks::{QuantBlock, ScaledBlock};
 use super::isa::{LANES, Planes, Simd, WeightQuads};
