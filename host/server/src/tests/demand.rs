@@ -70,7 +70,7 @@ async fn a_request_waits_for_its_model_or_is_told_why_not() {
 #[tokio::test]
 async fn who_waits_for_a_model_is_cancelled_by_its_id() {
     let rig = rig(60_000);
-    let changed = watch::channel(());
+    let (changed, _seen) = watch::channel(());
     let json = ("content-type", "application/json");
     let body = r#"{"model": "m", "prompt": "hello"}"#;
     let chat = r#"{"model": "m", "messages": [{"role": "user", "content": "hello"}]}"#;
@@ -79,14 +79,14 @@ async fn who_waits_for_a_model_is_cancelled_by_its_id() {
             .wants
             .lock()
             .expect("unpoisoned")
-            .extend([Want::Coming(Lease::default(), changed.1.clone()), Want::Here(Lease::default())]);
+            .extend([Want::Coming(Lease::default(), changed.subscribe()), Want::Here(Lease::default())]);
         let mut waiting = Box::pin(rig.send(request("POST", path, &[json, ("x-request-id", "r")], body)));
         assert!(tokio::time::timeout(Duration::ZERO, &mut waiting).await.is_err(), "{path}: it waits");
         let again = rig.send(request("POST", "/v1/requests/other/cancel", &[], "")).await;
         assert_eq!(again.status, 404, "{path}");
         assert_eq!(rig.send(request("DELETE", "/v1/requests/r", &[], "")).await.status, 200, "{path}");
         // The model comes at the same moment.
-        changed.0.send_replace(());
+        changed.send_replace(());
         let answer = waiting.await;
         rig.admin.wants.lock().expect("unpoisoned").clear();
         assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (499, Some("cancelled")), "{path}");
