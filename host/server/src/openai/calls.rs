@@ -514,17 +514,21 @@ pub(super) fn merged(said: Vec<Said>) -> Vec<Said> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    /// Reads a text whole and cut at every place and into characters; all must say the same.
     fn read(style: &Style, text: &str) -> Vec<Said> {
-        let run = |pieces: &[&str]| {
+        read_in_pieces(text, |pieces| {
             let mut reader = CallReader::new(style.clone());
             let mut said: Vec<Said> = pieces.iter().flat_map(|piece| reader.push(piece)).collect();
             said.extend(reader.finish());
-            merged(said)
-        };
+            said
+        })
+    }
+
+    /// Reads a text whole and cut at every place and into characters; all must say the same.
+    pub(in crate::openai) fn read_in_pieces(text: &str, read: impl Fn(&[&str]) -> Vec<Said>) -> Vec<Said> {
+        let run = |pieces: &[&str]| merged(read(pieces));
         let whole = run(&[text]);
         for (cut, _) in text.char_indices() {
             assert_eq!(run(&[&text[..cut], &text[cut..]]), whole, "{text} cut at {cut}");

@@ -294,6 +294,7 @@ mod tests {
     use serde_json::json;
 
     use super::super::calls::merged;
+    use super::super::calls::tests::read_in_pieces;
     use super::*;
 
     fn schemas() -> Schemas {
@@ -304,21 +305,13 @@ mod tests {
             .into()
     }
 
-    /// Reads a text whole, cut at every place, and by letters; all must say the same.
     fn read(text: &str) -> Vec<Said> {
-        let run = |pieces: &[&str]| {
+        read_in_pieces(text, |pieces| {
             let mut reader = MarkedReader::new(schemas());
             let mut said: Vec<Said> = pieces.iter().flat_map(|piece| reader.push(piece)).collect();
             said.extend(reader.finish());
-            merged(said)
-        };
-        let whole = run(&[text]);
-        for (cut, _) in text.char_indices() {
-            assert_eq!(run(&[&text[..cut], &text[cut..]]), whole, "{text} cut at {cut}");
-        }
-        let letters: Vec<&str> = text.char_indices().map(|(at, c)| &text[at..at + c.len_utf8()]).collect();
-        assert_eq!(run(&letters), whole, "{text} by letters");
-        whole
+            said
+        })
     }
 
     fn text(text: &str) -> Vec<Said> {

@@ -1,4 +1,5 @@
-//! Products with weights in blocks of 32 (Q8_0 and Q4_0 where K is no multiple of 256), by vectors: integers within a block, times both scales.
+//! Products with weights in blocks of 32 (Q8_0 and Q4_0 where K is no multiple of 256), by vectors: integers within a block,
+//! times both scales.
 
 use std::ops::Range;
 

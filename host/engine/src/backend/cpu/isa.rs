@@ -127,7 +127,13 @@ pub(crate) trait Simd: Copy {
     /// Lane `j` gains the dot product of `w[2j]` and `w[2j + 1]` with `x`.
     fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I;
     /// Products of four bytes of `w` each with a scale, 0 to 255: their lower and their upper bytes.
-    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], out: [&mut [i8; 64]; 2]);
+    #[inline(always)]
+    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], [lower, upper]: [&mut [i8; 64]; 2]) {
+        for (i, w) in w.iter().enumerate() {
+            let product = i32::from(*w) * scales[i / 4];
+            (lower[i], upper[i]) = (product as i8, (product >> 8) as i8);
+        }
+    }
     /// Bytes as numbers of 16 bits.
     fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]);
     /// `acc + a * b`, in 32 bits.

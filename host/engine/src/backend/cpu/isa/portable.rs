@@ -139,14 +139,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn scale_bytes(self, w: &[i8; 64], scales: &[i32; LANES], [lower, upper]: [&mut [i8; 64]; 2]) {
-        for (i, w) in w.iter().enumerate() {
-            let product = i32::from(*w) * scales[i / 4];
-            (lower[i], upper[i]) = (product as i8, (product >> 8) as i8);
-        }
-    }
-
-    #[inline(always)]
     fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]) {
         out.iter_mut().zip(x).for_each(|(out, x)| *out = i16::from(*x));
     }
