@@ -9,7 +9,7 @@ use std::process::Command;
 use pointsman_tests::{Host, root};
 use serde_json::{Value, json};
 
-use super::host;
+use super::{drafts, host, loads};
 
 /// Exit code and JSON.
 fn doctor(data_dir: &Path, args: &[&str]) -> (i32, Value) {
@@ -54,6 +54,11 @@ fn a_machine_that_can_serve_has_no_fault_and_is_left_alone() {
         let finding = finding(&report, section, name);
         assert!(finding["verdict"] == "ok" && finding["found"].as_str().unwrap().contains(found), "{finding}");
     }
+    let config = folder.path().join("drafts.toml");
+    fs::write(&config, "draft_models.demo = \"demo-mini\"\n").expect("a file");
+    let (code, report) = doctor(&data_dir, &["--config", config.to_str().expect("a path")]);
+    let finding = finding(&report, "draft models", "demo");
+    assert_eq!((code, &finding["found"]), (0, &json!("`demo-mini` has the same tokenizer")), "{report:#}");
     assert!(!data_dir.exists(), "nothing is made");
 }
 
@@ -86,9 +91,28 @@ fn every_fault_is_told_with_its_remedy() {
     let (upstreams, on_demand) = (path("upstreams.toml"), path("on-demand.toml"));
     fs::write(&on_demand, format!("on_demand.lazy = {:?}\n", path("empty"))).expect("a file");
     let (file, store) = (path("bad.toml/below"), path("data"));
+    let models = loads::folder();
+    drafts::other_tokenizer(models.path());
+    let drafted = |i: usize, name: &str, draft: &str, more: &str| {
+        let (config, mini) = (path(&format!("drafts-{i}.toml")), models.path().join("other-tokens"));
+        let own = format!("models.other = {mini:?}\ndraft_models.{name} = \"{draft}\"\n{more}");
+        fs::write(&config, own).expect("a file");
+        config
+    };
+    let lazy = format!("on_demand.lazy = {:?}\n", models.path().join("mini"));
+    let refused = [("demo", "other", ""), ("demo", "none", ""), ("none", "demo-mini", ""), ("demo", "lazy", &lazy)];
+    let [tokens, no_draft, no_model, lazy] = std::array::from_fn(|i| {
+        let (name, draft, more) = refused[i];
+        drafted(i, name, draft, more)
+    });
     // Data directory, arguments, section and name of the finding, and what it says.
     type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str), &'a str);
-    let cases: [Case<'_>; 12] = [
+    let cases: [Case<'_>; 17] = [
+        (&store, &["--config", &tokens], ("draft models", "demo"), "`other` has another tokenizer"),
+        (&store, &["--config", &no_draft], ("draft models", "demo"), "no model `none`"),
+        (&store, &["--config", &no_model], ("draft models", "none"), "no model `none`"),
+        (&store, &["--config", &lazy], ("draft models", "demo"), "is loaded on demand"),
+        (&store, &["--config", &tokens, "--device", "null"], ("draft models", "devices"), "not among engine.devices"),
         (&store, &["--model", &empty], ("models", "m"), "cannot read config.json"),
         (&store, &["--config", &on_demand], ("models", "lazy"), "cannot read config.json"),
         (&store, &["--device", "cuda:7"], ("devices", "engine.devices"), "cuda:7"),

@@ -1,8 +1,12 @@
 //! Drafts on the real engine: every answer is the one without them, whatever the rules are and whoever is beside it.
 
+use std::path::Path;
+use std::process::Command;
+
+use pointsman_tests::{Answer, Host};
 use serde_json::{Value, json};
 
-use crate::host;
+use crate::{embeddings, host, loads};
 
 /// A prompt that the model goes on repeating.
 const LIST: &str =
@@ -43,7 +47,7 @@ fn requests() -> Vec<Value> {
 }
 
 /// What drafts must not change, and how many came true.
-fn answer(host: &pointsman_tests::Host, mut body: Value, drafts: u32) -> ([Value; 3], u64) {
+fn answer(host: &Host, mut body: Value, drafts: u32) -> ([Value; 3], u64) {
     body["speculative_config"] = json!({ "method": "ngram", "num_speculative_tokens": drafts });
     let answer = host.post("/v1/completions", &body);
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -105,10 +109,7 @@ fn the_configuration_drafts_for_those_who_do_not_say() {
 /// Answers of `demo` with drafts by `demo-mini`, beside those without.
 #[test]
 fn a_draft_model_changes_no_answer() {
-    let host = pointsman_tests::Host::configured(
-        env!("CARGO_BIN_EXE_pointsman-under-test"),
-        "[draft_models]\ndemo = \"demo-mini\"\n",
-    );
+    let host = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), "[draft_models]\ndemo = \"demo-mini\"\n");
     let by_model = |mut body: Value, drafts: u32| {
         body["speculative_config"] =
             json!({ "method": "draft_model", "model": "demo-mini", "num_speculative_tokens": drafts });
@@ -142,4 +143,80 @@ fn a_draft_model_changes_no_answer() {
         let refused = host.post("/v1/completions", &body);
         assert_eq!((refused.status, &refused.body["error"]["param"]), (400, &json!(param)), "{refused:?}");
     }
+}
+
+/// Adds `other-tokens` to a folder of models: `mini`, to which two tokens mean each other.
+pub(super) fn other_tokenizer(folder: &Path) {
+    let (from, to) = (folder.join("mini"), folder.join("other-tokens"));
+    std::fs::create_dir(&to).expect("a folder");
+    for file in std::fs::read_dir(from).expect("a folder").flatten() {
+        std::fs::copy(file.path(), to.join(file.file_name())).expect("a file");
+    }
+    let path = to.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).expect("a file")).expect("JSON");
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().expect("a vocabulary");
+    let (a, b) = (vocab["a"].clone(), vocab["b"].clone());
+    vocab.extend([("a".to_owned(), b), ("b".to_owned(), a)]);
+    std::fs::write(path, tokenizer.to_string()).expect("a file");
+}
+
+#[test]
+fn a_start_that_cannot_draft_is_refused_and_says_why() {
+    let folder = loads::folder();
+    other_tokenizer(folder.path());
+    let (encoder, at) = (embeddings::tiny(), |name: &str| folder.path().join(name));
+    let models = format!("models.other = {:?}\nmodels.encoder = {:?}\n", at("other-tokens"), encoder.path());
+    let lazy = format!("on_demand.lazy = {:?}\ndraft_models.demo = \"lazy\"\n", at("mini"));
+    for (more, expect) in [
+        ("draft_models.demo = \"none\"\n", "there is no model `none`; models are `demo`, `demo-mini`, `other`"),
+        ("draft_models.none = \"demo\"\n", "draft_models.\"none\" names no model"),
+        ("draft_models.demo = \"other\"\n", "the two have different tokenizers"),
+        ("draft_models.demo = \"encoder\"\n", "`encoder` makes embeddings"),
+        ("draft_models.demo = \"demo:q8_0\"\n", "another model, a smaller one with the same tokenizer"),
+        (&lazy, "`lazy` is loaded on demand"),
+        ("draft_models.demo = \"demo-mini\"\nengine.draft_kv_mib = 0\n", "1 to 1048576 MiB"),
+        ("draft_models.demo = \"demo-mini\"\nengine.devices = [\"null\"]\n", "is not on the CPU"),
+    ] {
+        let config = folder.path().join("config.toml");
+        std::fs::write(&config, format!("{models}{more}")).expect("a file");
+        let output = Command::new(loads::PROGRAM)
+            .args(["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir"])
+            .arg(folder.path().join("data"))
+            .arg("--config")
+            .arg(&config)
+            .output()
+            .expect("it starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(expect), "{more}: {said}");
+    }
+}
+
+#[test]
+fn a_model_that_is_loaded_later_has_its_draft_model() {
+    let folder = loads::folder();
+    let dirs = format!("engine.model_dirs = [{:?}]\nengine.kv_mib = 8\n", folder.path());
+    // A draft model may have one of its own.
+    let chain = "draft_models = { late = \"demo-mini\", demo-mini = \"demo\" }\n";
+    let host = Host::configured(loads::PROGRAM, &format!("{dirs}{chain}"));
+    assert_eq!(loads::load(&host, "late", &folder.path().join("demo")).status, 201);
+    let body = |model: &str| {
+        let config = json!({ "method": "draft_model", "num_speculative_tokens": 3 });
+        let mut body = loads::ask(model, 60);
+        body["speculative_config"] = config;
+        host.post("/v1/completions", &body)
+    };
+    let [late, mini] = ["late", "demo-mini"].map(body);
+    let accepted = |answer: &Answer| {
+        answer.body["usage"]["completion_tokens_details"]["accepted_prediction_tokens"].as_u64().unwrap_or_default()
+    };
+    assert!(late.status == 200 && accepted(&late) > 10, "{late:?}");
+    assert!(mini.status == 200 && accepted(&mini) > 10, "{mini:?}");
+    assert_eq!(late.body["choices"], host.post("/v1/completions", &loads::ask("demo:f16", 60)).body["choices"]);
+    let refused = loads::unload(&host, "demo-mini", "");
+    assert!(refused.status == 409 && refused.body.to_string().contains("`demo-mini` drafts for `late`"), "{refused:?}");
+    let gone = loads::unload(&host, "late", "");
+    assert_eq!(gone.status, 200, "{gone:?}");
+    other_tokenizer(folder.path());
+    let refused = loads::load(&host, "late", &folder.path().join("other-tokens"));
+    assert!(refused.status == 422 && refused.body.to_string().contains("different tokenizers"), "{refused:?}");
 }

@@ -5,6 +5,7 @@
 //! does not stop at the first fault as a start does: whoever repairs a machine wants all of them.
 
 mod certificates;
+mod drafts;
 mod machine;
 mod models;
 mod policies;
@@ -68,6 +69,7 @@ fn all(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     settings(config, report)?;
     serving_devices(config, report)?;
     models::examine(config, report)?;
+    drafts::examine(config, report)?;
     let now_s = SystemClock::start().unix_millis() / 1_000;
     certificates::examine(config, now_s, report)?;
     upstreams::examine(config, now_s, report)?;

@@ -60,6 +60,9 @@ fn source(config: &Config, loaded: &Loaded, draft: &str) -> anyhow::Result<Draft
         if config.on_demand.contains_key(draft) {
             bail!("`{draft}` is loaded on demand: it comes and goes; name it in [models] instead");
         }
+        if loaded.encoders.iter().any(|encoder| *encoder.model.name == *draft) {
+            bail!("`{draft}` makes embeddings, and no text; models that do are {}", names(&loaded.variants));
+        }
         bail!("there is no model `{draft}`; models are {}", names(&loaded.variants));
     };
     let of_variant = |replica: &&LoadedReplica| replica.variant == variant.id;

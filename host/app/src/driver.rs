@@ -359,8 +359,8 @@ impl Driver {
             return false;
         }
         replica.scheduler.review_cache(start, &mut *replica.retention);
-        replica.scheduler.propose(replica.executor.draft_places(), |id| replica.sampler.is_free(id));
-        let drafted = if replica.scheduler.draft_model().is_some() { clock.micros() } else { start };
+        let has_drafted = replica.scheduler.propose(replica.executor.draft_places(), |id| replica.sampler.is_free(id));
+        let drafted = if has_drafted { clock.micros() } else { start };
         let mut observe =
             Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
         let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
@@ -396,7 +396,7 @@ impl Driver {
         replica.sampler.hand_over(done);
         replica.pace.stepped(size, start, done);
         let seconds = |from: Micros, to: Micros| to.saturating_sub(from) as f64 * 1e-6;
-        if drafted > start {
+        if has_drafted {
             replica.metrics.drafts.step.observe(seconds(start, drafted));
         }
         replica.metrics.step_schedule.observe(seconds(drafted, scheduled));

@@ -8,12 +8,14 @@ use std::sync::Arc;
 use pointsman_sched::batch::{Answer, Attention, BadPlan, BatchPolicy, Budgets, Changes, NativeBatch, Plan, View};
 use pointsman_sched::config::Config;
 use pointsman_sched::draft::DraftMethod;
-use pointsman_sched::execute::{Sampled, StepOutput};
+use pointsman_sched::draft::model::{DraftModel, DraftTerms};
+use pointsman_sched::execute::{ExecuteError, Executor, Row, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::chain_hashes;
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
 use pointsman_sched::request::{Request, Sampling, SinkEvent, SinkState, TokenSink};
 use pointsman_sched::retention::{BadRanking, BlockColumns, Ranking, RetentionPolicy};
+use pointsman_sched::sampler::EditSource;
 use pointsman_sched::scheduler::Scheduler;
 
 thread_local! {
@@ -171,13 +173,44 @@ fn said(position: u32) -> Sampled {
     Sampled { token: 1_000 + position % 50, logprobs: None }
 }
 
+/// Says what is said, before it is.
+struct Foreseeing;
+
+impl Executor for Foreseeing {
+    fn execute(&mut self, plan: &StepPlan, _: &mut dyn EditSource, out: &mut StepOutput) -> Result<(), ExecuteError> {
+        out.sampled.clear();
+        let last = |row: &Row| row.position + row.tokens.end - row.tokens.start - 1;
+        out.sampled.extend(plan.rows.iter().filter(|row| row.sample.is_some()).map(|row| said(last(row))));
+        Ok(())
+    }
+}
+
+fn draft_model() -> DraftModel {
+    let terms = DraftTerms {
+        block_tokens: 16,
+        n_blocks: 2_048,
+        max_rows: MAX_RUNNING,
+        step_tokens: 64,
+        context_tokens: 8_192,
+        vocabulary: 1 << 16,
+        least_percent: 50,
+    };
+    DraftModel::new(Box::new(Foreseeing), terms)
+}
+
 /// Allocations in `STEADY` decode steps, after a warm-up.
-fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling, draft_tokens: u32) -> u64 {
+fn measure(
+    policy: &mut dyn BatchPolicy,
+    n_requests: u32,
+    sampling: Sampling,
+    (draft_method, draft_tokens): (DraftMethod, u32),
+) -> u64 {
     let (mut scheduler, sampling) = (scheduler(), Arc::new(sampling));
+    scheduler.draft_with(draft_model());
     for id in 1..=n_requests {
         let request = request(u64::from(id), &sampling);
         let max_new_tokens = request.max_new_tokens * (1 + draft_tokens);
-        let request = Request { draft_tokens, max_new_tokens, ..request };
+        let request = Request { draft_tokens, draft_method, max_new_tokens, ..request };
         scheduler.submit(request, 0).map_err(|(_, failure)| failure).expect("room");
     }
     let places = || Vec::with_capacity(MAX_RUNNING as usize);
@@ -199,7 +232,10 @@ fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling, dr
     }
     assert!(before > 0, "the counter counts");
     assert_eq!(scheduler.n_running(), n_requests.min(MAX_RUNNING));
-    let accepted = scheduler.take_counters().accepted_tokens;
+    let counters = scheduler.take_counters();
+    let by_model = if draft_method == DraftMethod::Model { counters.accepted_tokens } else { 0 };
+    assert_eq!(counters.model_accepted_tokens, by_model);
+    let accepted = counters.accepted_tokens;
     assert!(accepted >= u64::from(STEADY * n_requests * draft_tokens), "{accepted} drafts came true");
     assert!(n_events >= u64::from(WARM_UP + STEADY));
     ALLOCATIONS.get() - before
@@ -209,11 +245,18 @@ fn measure(policy: &mut dyn BatchPolicy, n_requests: u32, sampling: Sampling, dr
 fn a_thousand_steady_steps_allocate_nothing() {
     let with_history = Sampling { repetition_penalty: 1.1, ..Sampling::default() };
     let mut listener = Listener::default();
-    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, Sampling::default(), 0), 0, "native, nothing waits");
-    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING + 9, Sampling::default(), 0), 0, "native, a queue");
-    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, with_history.clone(), 0), 0, "native, with histories");
-    assert_eq!(measure(&mut NativeBatch, 4, with_history, 2), 0, "native, with drafts");
-    assert_eq!(measure(&mut listener, MAX_RUNNING + 9, Sampling::default(), 0), 0, "a policy that is called");
+    let none = (DraftMethod::Ngram, 0);
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, Sampling::default(), none), 0, "native, nothing waits");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING + 9, Sampling::default(), none), 0, "native, a queue");
+    assert_eq!(measure(&mut NativeBatch, MAX_RUNNING, with_history.clone(), none), 0, "native, with histories");
+    for method in [DraftMethod::Ngram, DraftMethod::Model] {
+        assert_eq!(
+            measure(&mut NativeBatch, 4, with_history.clone(), (method, 2)),
+            0,
+            "native, with drafts: {method:?}"
+        );
+    }
+    assert_eq!(measure(&mut listener, MAX_RUNNING + 9, Sampling::default(), none), 0, "a policy that is called");
     assert!(listener.n_calls >= u64::from(STEADY), "a queue is something to decide about");
 }
 

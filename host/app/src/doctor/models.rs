@@ -3,6 +3,7 @@
 //! They are loaded on a device that computes nothing, which reads everything about a model but its numbers: architecture,
 //! tokenizer, templates, the tables of tensors. Reading the numbers as well would take what a start takes.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use super::report::Report;
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::devices::Place;
-use crate::models::{LoadTerms, Loader};
+use crate::models::{LoadTerms, Loaded, Loader};
 
 pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     let has_none = config.models.is_empty() && config.upstreams.is_empty() && config.on_demand.is_empty();
@@ -39,21 +40,33 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
     room(config, report)
 }
 
+/// Where a model is.
+pub(super) enum Files {
+    /// In the binary.
+    Demo,
+    /// On the disk.
+    At(PathBuf),
+}
+
 /// Bytes of its files.
 fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
-    let (names, clock, code) = (Names::default(), Arc::new(SystemClock::start()), CodeOptions::default());
-    let pool = &ComputePool::start(1)?;
-    let terms = LoadTerms { places: &[Place::Null(0)], code: &code, created: 0, started: 0, clock: &clock, pool };
     // One at a time, and without the demo, so that each is told its own fault.
-    let models = [(name.to_owned(), path.to_owned())].into();
-    let engine = crate::config::EngineSection { demo: false, ..config.engine.clone() };
-    let (replicas, upstreams, on_demand, draft_models) = Default::default();
-    let alone = Config { models, engine, replicas, upstreams, on_demand, draft_models, ..config.clone() };
-    let loaded = Loader::new(&alone, &names, terms).load_all(&ModelsDocument::empty())?;
+    let loaded = open(config, [(name.to_owned(), path.to_owned())].into(), false)?;
     if !loaded.encoders.is_empty() && config.on_demand.contains_key(name) {
         bail!("it makes embeddings, and such models are loaded at the start: name it in [models]");
     }
     Ok(size(path))
+}
+
+/// These models, with nothing that would ask for others.
+pub(super) fn open(config: &Config, models: BTreeMap<String, PathBuf>, demo: bool) -> anyhow::Result<Loaded> {
+    let (names, clock, code) = (Names::default(), Arc::new(SystemClock::start()), CodeOptions::default());
+    let pool = &ComputePool::start(1)?;
+    let terms = LoadTerms { places: &[Place::Null(0)], code: &code, created: 0, started: 0, clock: &clock, pool };
+    let engine = crate::config::EngineSection { demo, ..config.engine.clone() };
+    let (replicas, upstreams, on_demand, draft_models) = Default::default();
+    let alone = Config { models, engine, replicas, upstreams, on_demand, draft_models, ..config.clone() };
+    Loader::new(&alone, &names, terms).load_all(&ModelsDocument::empty())
 }
 
 /// Bytes of a file, or of the weights in a folder.
@@ -72,10 +85,12 @@ fn room(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     let Some(available) = available_memory() else { return Ok(()) };
     let on_cpu = config.engine.devices.iter().any(|device| device == "cpu");
     let variants = config.engine.precisions.len() as u64;
-    let taken = |path: &PathBuf| (size(path) + (u64::from(config.engine.kv_mib) << 20)) * variants;
+    let drafts = |name: &str| if config.draft_models.contains_key(name) { config.engine.draft_kv_mib } else { 0 };
+    let pools = |name: &str| (u64::from(config.engine.kv_mib) + u64::from(drafts(name))) << 20;
+    let taken = |(name, path): (&String, &PathBuf)| (size(path) + pools(name)) * variants;
     // Of those on demand the largest must have room; the others may have to go for it.
-    let largest = config.on_demand.values().map(taken).max().unwrap_or(0);
-    let wanted = config.models.values().map(taken).sum::<u64>() + largest;
+    let largest = config.on_demand.iter().map(taken).max().unwrap_or(0);
+    let wanted = config.models.iter().map(taken).sum::<u64>() + largest;
     if !on_cpu || wanted == 0 {
         return Ok(());
     }
@@ -83,7 +98,8 @@ fn room(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     match wanted <= available {
         true => report.good("models", "memory", found),
         false => {
-            let remedy = "fewer or smaller models, one of engine.precisions, or a lower engine.kv_mib";
+            let remedy =
+                "fewer or smaller models, one of engine.precisions, or a lower engine.kv_mib or engine.draft_kv_mib";
             report.fault("models", "memory", found, remedy)
         }
     }

@@ -1,13 +1,21 @@
 //! Drafts, end to end: what is chosen after a draft is what is chosen there one by one, log-probabilities to the bit, whether
-//! the drafts beside it are right or wrong.
+//! the drafts beside it are right or wrong; and a model that drafts for itself is always right.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
-use pointsman_engine::{ComputePool, CpuEngine, Precision};
+use pointsman_engine::{ComputePool, CpuEngine, Model, Precision};
+use pointsman_sched::batch::NativeBatch;
+use pointsman_sched::config::Config;
+use pointsman_sched::draft::DraftMethod;
+use pointsman_sched::draft::model::{DraftModel, DraftTerms};
 use pointsman_sched::execute::{Executor, Sampled, StepOutput};
-use pointsman_sched::request::Sampling;
+use pointsman_sched::ids::{Priority, RequestId};
+use pointsman_sched::prefix::chain_hashes;
+use pointsman_sched::publish::PrefixSketch;
+use pointsman_sched::request::{Request, Sampling, SinkEvent, SinkState, TokenSink};
 use pointsman_sched::sampler::NoEdits;
+use pointsman_sched::scheduler::{Counters, Scheduler};
 use safetensors::Dtype;
 
 use crate::common::{Rng, Sequence, Step, blocks, engine, model, spec};
@@ -157,5 +165,104 @@ fn a_token_after_a_draft_is_the_token_that_comes_there() {
             }
         }
         assert!(n_right > 500 && n_wrong > 100, "{n_right} {n_wrong}");
+    }
+}
+
+/// Remembers the tokens of a request.
+#[derive(Debug)]
+struct Listener(mpsc::Sender<u32>);
+
+impl TokenSink for Listener {
+    fn push(&mut self, event: SinkEvent) -> SinkState {
+        match event {
+            SinkEvent::Token { token, .. } if self.0.send(token).is_err() => SinkState::Closed,
+            _ => SinkState::Open,
+        }
+    }
+}
+
+const TERMS: DraftTerms = DraftTerms {
+    block_tokens: 16,
+    n_blocks: 64,
+    max_rows: 40,
+    step_tokens: 256,
+    context_tokens: 256,
+    vocabulary: u32::MAX,
+    least_percent: 50,
+};
+
+/// Three texts by a scheduler, with so many drafts of a model that is the same: what they say, and the steps.
+fn by_itself(model: &Arc<Model>, rule: &Sampling, draft_tokens: u32) -> (Vec<Vec<u32>>, u32, Counters) {
+    let config = Config {
+        block_tokens: TERMS.block_tokens,
+        n_blocks: TERMS.n_blocks,
+        max_running: TERMS.max_rows,
+        step_tokens: TERMS.step_tokens,
+        max_waiting: 8,
+        prefill_chunk: 32,
+        starvation_us: 1_000_000,
+        context_tokens: TERMS.context_tokens,
+    };
+    let pool = ComputePool::start(2).unwrap();
+    let mut scheduler =
+        Scheduler::new(config, 1, Arc::default(), Arc::new(PrefixSketch::new(config.n_blocks))).unwrap();
+    scheduler.draft_with(DraftModel::new(Box::new(engine(model, &pool)), TERMS));
+    let (mut engine, mut out, mut rng) = (engine(model, &pool), StepOutput::default(), Rng(3));
+    let ears: Vec<_> = (0..3)
+        .map(|i| {
+            let (sink, ear) = mpsc::channel();
+            let prompt = rng.tokens(7 + 25 * i as usize, model.spec().vocab);
+            let sampling = Arc::new(Sampling { seed: i, ..rule.clone() });
+            let drafted = Request { draft_tokens, sampling, sink: Box::new(Listener(sink)), ..request(i, prompt) };
+            scheduler.submit(drafted, 0).map_err(|(_, failure)| failure).unwrap();
+            ear
+        })
+        .collect();
+    let mut n_steps = 0;
+    while !scheduler.is_idle() {
+        scheduler.propose(TERMS.max_rows, |_| true);
+        let plan = scheduler.schedule(n_steps.into(), &mut NativeBatch, &mut |_| ()).unwrap();
+        engine.execute(plan, &mut NoEdits, &mut out).unwrap();
+        scheduler.complete(n_steps.into(), &mut out, &mut |_| ());
+        n_steps += 1;
+    }
+    (ears.iter().map(|ear| ear.try_iter().collect()).collect(), n_steps, scheduler.take_counters())
+}
+
+fn request(id: u64, prompt: Vec<u32>) -> Request {
+    Request {
+        id: RequestId(id + 1),
+        tenant: 0,
+        tenant_name: "".into(),
+        session: 0,
+        priority: Priority::Normal,
+        arrived: 0,
+        deadline: 0,
+        block_hashes: chain_hashes(&prompt, TERMS.block_tokens).into(),
+        prompt: prompt.into(),
+        max_new_tokens: 40,
+        min_new_tokens: 5,
+        stop_tokens: Arc::from([7]),
+        sampling: Arc::default(),
+        attributes: Arc::default(),
+        transient: false,
+        draft_tokens: 0,
+        draft_method: DraftMethod::Model,
+        fork_of: None,
+        mask: None,
+        router_generation: 0,
+        sink: Box::new(Listener(mpsc::channel().0)),
+    }
+}
+
+#[test]
+fn all_drafts_of_a_model_for_itself_come_true() {
+    let model = model(&spec(), Dtype::F16, Precision::F16, 11);
+    for rule in samplings(0) {
+        let (expect, alone, _) = by_itself(&model, &rule, 0);
+        let (found, n_steps, counters) = by_itself(&model, &rule, 4);
+        assert_eq!(found, expect, "{rule:?}");
+        assert_eq!(counters.model_accepted_tokens, counters.model_draft_tokens, "{rule:?}");
+        assert!(counters.model_draft_tokens > 40 && 2 * n_steps < alone, "{counters:?} {n_steps} {alone} {rule:?}");
     }
 }

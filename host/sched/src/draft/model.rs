@@ -150,12 +150,29 @@ impl DraftModel {
         self.plan.clear();
     }
 
-    /// Asks for at most `most` tokens to follow `text`, which only grows from step to step.
-    pub(crate) fn want(&mut self, request: &Request, text: &[u32], most: u32) {
+    /// Whether so long a text of this request may have drafts at all, as far as can be told before anything is computed.
+    pub(crate) fn may_draft(&mut self, request: RequestId, n_text: u32) -> bool {
+        let fits = n_text < self.pool_tokens();
+        self.counters.no_room += u64::from(!fits);
+        let is_given_up = |text: &DraftText| text.request == request && text.is_given_up;
+        fits && n_text < self.terms.context_tokens && !self.texts.iter().any(is_given_up)
+    }
+
+    /// Whether so long a text is computed but for a few tokens, or was asked about in this step.
+    pub(crate) fn knows(&self, request: RequestId, n_text: u32) -> bool {
+        let text = self.texts.iter().find(|text| text.request == request);
+        let known = text.map_or(0, |text| if text.asked_in == self.round { n_text } else { text.known });
+        n_text.saturating_sub(known) <= MAX_DRAFTS + 1
+    }
+
+    /// Asks for at most `most` tokens to follow `text`, which only grows from step to step; with 0 it is computed, to be known. How
+    /// many may come of it in this step.
+    pub(crate) fn want(&mut self, request: &Request, text: &[u32], most: u32) -> u32 {
         let n_text = count(text.len());
-        let most = most.min(MAX_DRAFTS).min(self.terms.context_tokens.saturating_sub(n_text));
-        if most == 0 || self.asked.len() == self.terms.max_rows as usize {
-            return;
+        let room = self.pool_tokens().min(self.terms.context_tokens).saturating_sub(n_text);
+        let most = most.min(MAX_DRAFTS).min(room);
+        if room == 0 || self.asked.len() == self.terms.max_rows as usize {
+            return 0;
         }
         let at = self.enter(request);
         let known = self.texts[at].meet(text, self.round);
@@ -165,19 +182,21 @@ impl DraftModel {
             self.give_up(at);
         }
         if n == 0 || self.texts[at].is_given_up || !self.reserve(at, n_text + most) {
-            return;
+            return 0;
         }
         // Without room it has been forgotten, and the next step begins anew.
         self.budget -= n;
-        let goes_on = known + n == n_text;
+        let goes_on = known + n == n_text && most > 0;
         let sample = self.sample(at, request, text, if goes_on { most } else { 0 });
         let stop_tokens = Arc::clone(&request.stop_tokens);
         self.asked.push(Asked { at, reaches: known + n, most: most as usize, goes_on, stop_tokens, sample });
         self.push_row(self.asked.len() - 1, next, known);
+        if goes_on { most } else { 0 }
     }
 
-    /// Computes what was asked for since the step began, and hands out what came of it.
-    pub(crate) fn draft(&mut self, mut found: impl FnMut(RequestId, &[u32])) {
+    /// Computes what was asked for since the step began, and hands out what came of it. Whether there was anything to compute.
+    pub(crate) fn draft(&mut self, mut found: impl FnMut(RequestId, &[u32])) -> bool {
+        let computes = !self.plan.rows.is_empty();
         while !self.plan.rows.is_empty() {
             if let Err(error) = self.executor.execute(&self.plan, &mut NoEdits, &mut self.out) {
                 self.failure = Some(error);
@@ -197,6 +216,7 @@ impl DraftModel {
                 found(text.request, &text.drafted);
             }
         }
+        computes
     }
 
     /// A request has ended.
@@ -234,6 +254,11 @@ impl DraftModel {
         }
     }
 
+    /// Tokens that the whole pool holds.
+    fn pool_tokens(&self) -> u32 {
+        self.terms.n_blocks.saturating_mul(self.terms.block_tokens)
+    }
+
     /// The place of a request's text; a new one has room for all that may come.
     fn enter(&mut self, request: &Request) -> usize {
         if let Some(at) = self.texts.iter().position(|text| text.request == request.id) {
@@ -262,19 +287,23 @@ impl DraftModel {
         self.texts.len() - 1
     }
 
-    /// Takes blocks for so many tokens, from texts that were not asked about lately if need be. Where there are none, the text
-    /// gives back its own: half of a text is of no use, and another one may need them.
+    /// Takes blocks for so many tokens, from texts that were not asked about lately if need be. Where theirs are too few, they keep
+    /// them and the text gives back its own: half of a text is of no use, and another one may need them.
     fn reserve(&mut self, at: usize, n_tokens: u32) -> bool {
         let needed = n_tokens.div_ceil(self.terms.block_tokens);
         let missing = needed.saturating_sub(count(self.texts[at].table.len()));
+        let round = self.round;
+        let is_idle = |text: &&DraftText| text.asked_in + 1 < round;
+        let of_idle: usize = self.texts.iter().filter(is_idle).map(|text| text.table.len()).sum();
+        if self.pool.counts().free + count(of_idle) < missing {
+            self.release(at);
+            self.counters.no_room += 1;
+            return false;
+        }
         while self.pool.counts().free < missing {
-            let is_idle = |text: &DraftText| text.asked_in + 1 < self.round && !text.table.is_empty();
-            let idle = (0..self.texts.len()).filter(|&other| is_idle(&self.texts[other]));
-            let Some(idle) = idle.min_by_key(|&other| self.texts[other].asked_in) else {
-                self.release(at);
-                self.counters.no_room += 1;
-                return false;
-            };
+            let has = |text: &&DraftText| is_idle(text) && !text.table.is_empty();
+            let idle = (0..self.texts.len()).filter(|&other| has(&&self.texts[other]));
+            let Some(idle) = idle.min_by_key(|&other| self.texts[other].asked_in) else { break };
             self.release(idle);
         }
         let taken = (0..missing).filter_map(|_| self.pool.take()).map(|taken| taken.block);

@@ -9,6 +9,7 @@ use crate::draft::DraftMethod;
 use crate::draft::model::DraftModel;
 use crate::execute::Sampled;
 use crate::ids::RequestId;
+use crate::sequence::Sequence;
 
 use super::{Counters, InFlight, Scheduler, Slot, count};
 
@@ -26,47 +27,60 @@ impl Scheduler {
     /// Looks for drafts for the decodes that asked for some and that `may` have them: those whose next token depends on
     /// nothing but what the scheduler knows. To be called before [`schedule`](Self::schedule) with the executor's
     /// [places](crate::execute::Executor::draft_places); without it there are none. A draft model computes meanwhile.
-    pub fn propose(&mut self, places: u32, may: impl Fn(RequestId) -> bool) {
+    pub fn propose(&mut self, places: u32, may: impl Fn(RequestId) -> bool) -> bool {
         self.draft_places = places.min(self.config.max_running);
         if self.draft_places == 0 {
-            return;
+            return false;
         }
         let spare = self.draft_places.saturating_sub(count(self.running.len()));
-        let mut n_asking = 0;
-        for &slot in &self.running {
-            let sequence = &mut self.sequences[slot];
+        let mut is_asked = false;
+        let Self { draft_model, sequences, running, .. } = self;
+        for &slot in running.iter() {
+            let sequence = &mut sequences[slot];
             let most = if spare > 0 { sequence.most_drafts() } else { 0 };
             let most = if most > 0 && may(sequence.request.id) { most } else { 0 };
             match sequence.request.draft_method {
                 DraftMethod::Ngram => sequence.drafts.propose(&sequence.tokens, most, &sequence.request.stop_tokens),
-                DraftMethod::Model => n_asking += u32::from(sequence.drafts.want(most) > 0),
+                DraftMethod::Model => {
+                    let (id, n_text) = (sequence.request.id, count(sequence.tokens.len()));
+                    let may = |model: &mut DraftModel| model.may_draft(id, n_text);
+                    let most = if most > 0 && draft_model.as_mut().is_some_and(may) { most } else { 0 };
+                    is_asked |= sequence.drafts.want(most) > 0;
+                }
             }
         }
-        if n_asking > 0 {
-            self.ask_model(spare, n_asking);
-        }
+        is_asked && self.ask_model(spare)
     }
 
-    /// Asks the draft model, for no more than steps have places for: its drafts are not for nothing.
-    fn ask_model(&mut self, mut spare: u32, mut n_asking: u32) {
-        let Self { draft_model: Some(model), sequences, running, .. } = self else { return };
+    /// Asks the draft model, for no more than steps have places for: its drafts are not for nothing. Texts that it knows come first;
+    /// the others are computed beside, where they will have places once they are known. Whether it computed.
+    fn ask_model(&mut self, places: u32) -> bool {
+        let Self { draft_model: Some(model), sequences, running, .. } = self else { return false };
         model.begin();
-        for &slot in running.iter() {
-            let sequence = &sequences[slot];
-            let asks = sequence.request.draft_method == DraftMethod::Model && sequence.drafts.wanted > 0;
-            if !asks || spare == 0 {
-                continue;
+        let asks =
+            |sequence: &&Sequence| sequence.request.draft_method == DraftMethod::Model && sequence.drafts.wanted > 0;
+        let asking = || running.iter().map(|&slot| &sequences[slot]).filter(asks);
+        let is_known = |model: &DraftModel, sequence: &Sequence| model.knows(sequence.request.id, sequence.n_tokens());
+        let mut spare = places;
+        let mut n_left = count(asking().filter(|sequence| is_known(model, sequence)).count());
+        for sequence in asking() {
+            if spare > 0 && is_known(model, sequence) {
+                let n = sequence.drafts.wanted.min(spare.div_ceil(n_left));
+                spare -= model.want(&sequence.request, &sequence.tokens, n);
+                n_left -= 1;
             }
-            let n = sequence.drafts.wanted.min(spare.div_ceil(n_asking));
-            model.want(&sequence.request, &sequence.tokens, n);
-            (spare, n_asking) = (spare - n, n_asking - 1);
+        }
+        for sequence in asking().take(places as usize) {
+            if !is_known(model, sequence) {
+                spare -= model.want(&sequence.request, &sequence.tokens, sequence.drafts.wanted.min(spare));
+            }
         }
         let least_percent = model.least_percent();
         model.draft(|request, tokens| {
             if let Some(slot) = sequences.find(request.0) {
                 sequences[slot].drafts.take(tokens, least_percent);
             }
-        });
+        })
     }
 
     /// Adds drafts to the decodes of this step.

@@ -395,3 +395,74 @@ fn what_a_request_held_of_the_draft_model_goes_with_it() {
     assert_eq!(host.tokens(4), said[..at]);
     assert_eq!(held(&mut host), 0);
 }
+
+#[test]
+fn texts_that_can_have_no_drafts_take_no_places() {
+    // Sizes of the draft model, the first text's length, and drafts of its row and of two rows beside it that share two places.
+    for (terms, n_first, expect) in [
+        (TERMS, 10, [1, 1, 0]),
+        // Too long for it, or for its pool; and with a token that it does not know.
+        (DraftTerms { context_tokens: 60, ..TERMS }, 70, [0, 1, 1]),
+        (DraftTerms { n_blocks: 16, ..TERMS }, 70, [0, 1, 1]),
+        (DraftTerms { vocabulary: 1_100, ..TERMS }, 170, [0, 1, 1]),
+        // Still being computed there, as it will be for a while.
+        (TERMS, 190, [0, 1, 1]),
+    ] {
+        let mut host = drafted_by(Config { n_blocks: 256, ..LONG }, terms, (u64::MAX, false));
+        host.draft_places = 5;
+        for (id, n_prompt, max_new) in [(1, n_first, 40), (2, 6, 120), (3, 6, 120)] {
+            host.submit(modelled(id, n_prompt, max_new));
+        }
+        while (1..=3).any(|id| host.tokens(id).is_empty()) {
+            host.step(&mut NativeBatch);
+        }
+        // The first sees what can be told, and computes some of what is new.
+        let mut found = None;
+        for _ in 0..3 {
+            found = host.step_with(&mut NativeBatch, |plan| [1, 2, 3].map(|id| drafts_of(plan, id)));
+        }
+        assert_eq!(found, Some(expect), "{n_first} {terms:?}");
+    }
+}
+
+#[test]
+fn a_text_that_does_not_fit_leaves_the_others_their_blocks() {
+    // Two texts hold 5 of 12 blocks each, one of them not asked for lately: a third text's tokens, and the blocks held then.
+    for (n_third, expect) in [(60, 10), (30, 10), (22, 11), (6, 12)] {
+        let mut host = drafted_by(LONG, DraftTerms { n_blocks: 12, step_tokens: 64, ..TERMS }, (u64::MAX, false));
+        let model = host.scheduler.draft_model().expect("there is one");
+        let ask = |model: &mut DraftModel, id: u64, n: u32| {
+            let request = modelled(id, n, 5);
+            model.want(&request, &request.prompt, 2)
+        };
+        for asked in [&[1, 2][..], &[2], &[2]] {
+            model.begin();
+            asked.iter().for_each(|&id| assert_eq!(ask(model, id, 16), 2));
+            assert!(model.draft(|_, _| ()));
+        }
+        assert_eq!(model.block_counts().held, 10);
+        model.begin();
+        assert_eq!(ask(model, 2, 16), 2);
+        assert_eq!(ask(model, 3, n_third) > 0, expect > 10, "{n_third} tokens");
+        assert_eq!(model.block_counts().held, expect, "{n_third} tokens");
+        model.draft(|_, _| ());
+    }
+}
+
+#[test]
+fn a_step_says_whether_the_draft_model_computed() {
+    // Tokens to generate, and whether it computed: not for the prompt, and not for a last token.
+    for (max_new, expect) in [(2, &[false, false][..]), (3, &[false, true])] {
+        let mut host = drafted_by(LONG, TERMS, (u64::MAX, false));
+        host.submit(modelled(1, 6, max_new));
+        let mut found = Vec::new();
+        while !host.scheduler.is_idle() {
+            found.push(host.scheduler.propose(u32::MAX, |_| true));
+            let n_passes = host.scheduler.draft_model().expect("there is one").take_counters().steps;
+            assert_eq!(n_passes, u64::from(found.ends_with(&[true])));
+            host.step(&mut NativeBatch);
+            host.scheduler.draft_model().expect("there is one").take_counters();
+        }
+        assert_eq!(found, expect, "{max_new} tokens");
+    }
+}
