@@ -254,7 +254,7 @@ async fn whoever_leaves_leaves_the_work_to_the_next() {
     // Somebody has begun, and is never done.
     let place = desk.kept.as_ref().expect("forms are kept").find(&text, form.key());
     let mut first = Box::pin(place.get_or_init(std::future::pending));
-    std::future::poll_fn(|cx| std::task::Poll::Ready(assert!(first.as_mut().poll(cx).is_pending()))).await;
+    assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(first.as_mut().poll(cx).is_pending())).await);
     let compile = || desk.compile(&text, form.clone());
     // All three wait by the time that the first one leaves.
     let (a, b, c, ()) = tokio::join!(compile(), compile(), compile(), async { drop(first) });

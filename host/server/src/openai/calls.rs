@@ -163,8 +163,6 @@ impl CallReader {
         let held = std::mem::take(&mut self.held);
         match std::mem::replace(&mut self.place, Place::Rest) {
             Place::Object(object) if object.name.is_none() => self.text(&format!("{held}{}", object.raw)),
-            // What is left of a sign that closes.
-            Place::Behind => {}
             Place::Between if self.style != Style::Tagged => {}
             _ => self.text(&held),
         }
@@ -306,12 +304,20 @@ impl CallReader {
         self.place = Place::Object(Box::new(object));
     }
 
+    /// What is held is no sign that closes: it is text, in which a sign may begin.
+    fn is_text(&mut self) {
+        self.place = Place::Text;
+        std::mem::take(&mut self.held).chars().for_each(|c| self.take(c));
+    }
+
     fn behind(&mut self, c: char) {
         if c.is_whitespace() && !self.held.starts_with(['<', '[']) {
             return;
         }
         match (&self.style, c) {
-            (Style::Listed | Style::Piped | Style::Array, ',') | (Style::Bare, ';') => self.go(Place::Between),
+            (Style::Listed | Style::Piped | Style::Array, ',') | (Style::Bare, ';') if self.held.is_empty() => {
+                self.go(Place::Between);
+            }
             (Style::Listed, _) if c == '[' || !self.held.is_empty() => {
                 self.held.push(c);
                 if self.held == LIST {
@@ -322,15 +328,13 @@ impl CallReader {
                     self.place = Place::Rest;
                 }
             }
-            (Style::Listed | Style::Piped | Style::Array, ']') => self.go(Place::Behind),
-            (Style::Piped, _) if c == '<' || !self.held.is_empty() => {
+            (Style::Listed | Style::Piped | Style::Array, ']') if self.held.is_empty() => {}
+            (Style::Piped, _) => {
                 self.held.push(c);
                 if self.held == CLOSE_PIPED {
                     self.go(Place::Text);
                 } else if !CLOSE_PIPED.starts_with(&self.held) {
-                    let held = std::mem::take(&mut self.held);
-                    self.text(&held);
-                    self.place = Place::Text;
+                    self.is_text();
                 }
             }
             (Style::Tagged, _) => {
@@ -340,9 +344,7 @@ impl CallReader {
                 } else if self.held == OPEN_TAG {
                     self.place = Place::Between;
                 } else if !CLOSE_TAG.starts_with(&self.held) && !OPEN_TAG.starts_with(&self.held) {
-                    let held = std::mem::take(&mut self.held);
-                    self.place = Place::Text;
-                    held.chars().for_each(|c| self.take(c));
+                    self.is_text();
                 }
             }
             _ => {
@@ -610,7 +612,16 @@ pub(super) mod tests {
                 vec![vec![text("So. ")], weather(), time()],
             ),
             (Style::Piped, format!("functools[{object}]"), vec![weather()]),
-            (Style::Piped, format!("functools[{object}]\n<|"), vec![weather()]),
+            // What is left of a sign is text, and so are letters; a sign may follow either.
+            (Style::Piped, format!("functools[{object}]\n<|"), vec![weather(), vec![text("<|")]]),
+            (
+                Style::Piped,
+                format!("functools[{object}] and functools[{object}]"),
+                vec![weather(), vec![text("and ")], weather()],
+            ),
+            (Style::Piped, format!("functools[{object}]<|tool_call|>[{object}]"), vec![weather(), weather()]),
+            (Style::Piped, format!("functools[{object}]<, ]"), vec![weather(), vec![text("<, ]")]]),
+            (Style::Tagged, format!("<tool_call>{object}</tool"), vec![weather(), vec![text("</tool")]]),
             (Style::Piped, "Use functools".to_owned(), vec![vec![text("Use functools")]]),
             (Style::Piped, "[functools](x)".to_owned(), vec![vec![text("[functools](x)")]]),
             (Style::Piped, format!("functools[{object}]<b>"), vec![weather(), vec![text("<b>")]]),
@@ -631,7 +642,7 @@ pub(super) mod tests {
             (Style::Listed, "[TOOL_CALLS]f[AR".into(), vec![vec![text("[TOOL_CALLS]f[AR")]]),
             (Style::Listed, "[TOOL_CALLS]f[ID]{}".into(), vec![vec![text("[TOOL_CALLS]f[ID]{}")]]),
             (Style::Listed, "[TOOL_CALLS] is a mark {}".into(), vec![vec![text("[TOOL_CALLS] is a mark {}")]]),
-            (Style::Listed, "[TOOL_CALLS]f{}[TOOL".into(), vec![call("f", "{}").to_vec()]),
+            (Style::Listed, "[TOOL_CALLS]f{}[TOOL".into(), vec![call("f", "{}").to_vec(), vec![text("[TOOL")]]),
             (Style::Listed, "[TOOL_CALLS]f{}[x] y".into(), vec![call("f", "{}").to_vec(), vec![text("[x] y")]]),
         ] {
             assert_eq!(read(&style, &said), expect.concat(), "{style:?}: {said}");

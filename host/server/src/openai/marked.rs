@@ -32,6 +32,8 @@ pub(super) struct MarkedReader {
     key: String,
     /// What has come and is not understood yet.
     held: String,
+    /// Leading bytes of it in which no value ends.
+    n_searched: usize,
     said: Vec<Said>,
 }
 
@@ -67,6 +69,7 @@ impl MarkedReader {
             function: String::new(),
             key: String::new(),
             held: String::new(),
+            n_searched: 0,
             said: Vec::new(),
         }
     }
@@ -84,7 +87,9 @@ impl MarkedReader {
         match self.place {
             Place::Text | Place::Tagged => self.text(&held),
             Place::Name => self.text(&format!("{FUNCTION}{held}")),
-            Place::Body(_) | Place::Key(_) | Place::Value(_) | Place::Object(_) | Place::Behind => {}
+            // What is left of a mark may as well be text.
+            Place::Behind => self.text(held.trim_start()),
+            Place::Body(_) | Place::Key(_) | Place::Value(_) | Place::Object(_) => {}
         }
         std::mem::take(&mut self.said)
     }
@@ -202,8 +207,14 @@ impl MarkedReader {
     fn value(&mut self, n: usize) -> Step {
         // Some models forget to close the last one.
         let ends = [(END_PARAMETER, END_PARAMETER.len()), (END, 0)];
-        let found = ends.into_iter().filter_map(|(mark, n_mark)| Some((self.held.find(mark)?, n_mark))).min();
-        let Some((at, n_mark)) = found else { return Step::Wait };
+        let unread = &self.held[self.n_searched..];
+        let found = ends.into_iter().filter_map(|(mark, n_mark)| Some((unread.find(mark)?, n_mark))).min();
+        let Some((at, n_mark)) = found else {
+            // A mark may be cut. What is before that is not read again: a value can be long, and comes in many pieces.
+            self.n_searched = self.held.floor_char_boundary((self.held.len() + 1).saturating_sub(END_PARAMETER.len()));
+            return Step::Wait;
+        };
+        let at = std::mem::take(&mut self.n_searched) + at;
         let value = self.typed(&self.held[..at]);
         self.arguments(value.to_string());
         self.go(at + n_mark, Place::Body(n + 1))
@@ -378,6 +389,23 @@ mod tests {
         ] {
             assert_eq!(read(&said), expect.concat(), "{said}");
         }
+    }
+
+    #[test]
+    fn a_long_value_is_searched_once() {
+        let mut reader = MarkedReader::new(schemas());
+        reader.push("<function=weather><parameter=city>");
+        for piece in
+            ["Z\u{fc}rich </", "para", "meter\u{1f600}", "\u{1f600}\u{1f600}\u{1f600}", " </parameter", "x", "y"]
+        {
+            assert_eq!(reader.push(piece), [], "{piece}");
+            let n_again = reader.held.len() - reader.n_searched;
+            assert!(n_again < END_PARAMETER.len() + 3, "{n_again} bytes are read again after {piece}");
+        }
+        let value = "Z\u{fc}rich </parameter\u{1f600}\u{1f600}\u{1f600}\u{1f600} </parameterxy";
+        let expect = vec![Said::Arguments(Value::from(value).to_string())];
+        assert_eq!(reader.push("</parameter>"), expect);
+        assert_eq!(reader.n_searched, 0);
     }
 
     #[test]
