@@ -41,6 +41,14 @@ options = {"max_tokens": 1, "echo": True, "logprobs": 2, "temperature": 0}
 chunks = list(client.completions.create(model="demo:f16", prompt=text, stream=True, **options))
 assert chunks[0].choices[0].text == text and chunks[0].choices[0].logprobs.token_logprobs == logprobs.token_logprobs, chunks
 
+# The same as vLLM lists it, of two choices that share it.
+for listed in client.completions.create(
+    model="demo:f16", prompt=text, max_tokens=0, echo=True, n=2, extra_body={"prompt_logprobs": 2}
+).choices:
+    assert listed.text == text and listed.prompt_logprobs[0] is None, listed
+    for all, own in list(zip(listed.prompt_logprobs, logprobs.token_logprobs, strict=True))[1:]:
+        assert own in [one["logprob"] for one in all.values()] and len(all) in (2, 3), (all, own)
+
 seeded = [client.completions.create(model="demo:f16", prompt="A trait", max_tokens=12, temperature=1, seed=7).choices[0].text for _ in range(2)]
 assert seeded[0] == seeded[1], seeded
 

@@ -78,6 +78,8 @@ pub(crate) struct ServerSection {
     pub listen: SocketAddr,
     pub max_in_flight: u32,
     pub max_queued_tokens: u32,
+    /// For what answers say of their prompts, all together.
+    pub prompt_scores_mib: u32,
     pub max_body_bytes: u64,
     pub max_connections: u32,
     /// Threads that serve HTTP; 0 for one to every two cores, since the others compute.
@@ -368,6 +370,7 @@ impl Default for ServerSection {
             listen: ([127, 0, 0, 1], 8080).into(),
             max_in_flight: 256,
             max_queued_tokens: 262_144,
+            prompt_scores_mib: 256,
             max_body_bytes: 8 << 20,
             max_connections: 1_024,
             io_threads: 0,
@@ -536,7 +539,7 @@ impl Config {
     }
 
     /// Numbers as key, value, least, most and unit.
-    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 35] {
+    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 36] {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         [
@@ -552,6 +555,7 @@ impl Config {
             ("engine.max_loaded", self.engine.max_loaded.into(), 0, 64, "models (0: none while the host runs)"),
             ("server.max_in_flight", server.max_in_flight.into(), 1, 65_536, "requests"),
             ("server.max_queued_tokens", server.max_queued_tokens.into(), 1, 1 << 30, "tokens"),
+            ("server.prompt_scores_mib", server.prompt_scores_mib.into(), 1, 1 << 20, "MiB"),
             ("server.max_body_bytes", server.max_body_bytes, 1_024, 1 << 30, "bytes"),
             ("server.max_connections", server.max_connections.into(), 1, 65_536, "connections"),
             ("server.io_threads", server.io_threads.into(), 0, 256, "threads (0: one for every two cores)"),

@@ -278,6 +278,7 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
     ServerConfig {
         max_requests: server.max_in_flight,
         max_queued_tokens: server.max_queued_tokens,
+        prompt_scores_mib: server.prompt_scores_mib,
         max_body_bytes: usize::try_from(server.max_body_bytes).unwrap_or(usize::MAX),
         max_connections: server.max_connections as usize,
         max_choices: server.max_choices,

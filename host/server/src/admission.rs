@@ -17,13 +17,23 @@ use crate::error::ApiError;
 use crate::ports::Lease;
 use crate::usage::Bill;
 
+/// What may be inside at once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    pub(crate) requests: u32,
+    /// Prompt tokens that are still to be computed.
+    pub(crate) queued_tokens: u32,
+    /// For what answers say of their prompts.
+    pub(crate) scores_mib: u32,
+}
+
 /// The bounds and what is inside them.
 #[derive(Debug)]
 pub(crate) struct Admission {
-    max_requests: u32,
-    max_queued_tokens: u32,
+    bounds: Bounds,
     requests: AtomicU32,
     queued_tokens: AtomicU32,
+    scores_kib: AtomicU32,
     draining: AtomicBool,
     left: Notify,
     policy: Arc<dyn AdmitPolicy>,
@@ -52,6 +62,8 @@ pub(crate) struct Permit {
     admission: Arc<Admission>,
     /// Prompt tokens that are still to be computed.
     tokens: u32,
+    /// For what is said of its prompts.
+    scores_kib: u32,
     ticket: Option<Ticket>,
     /// Where it is charged; none for what is nobody's.
     bill: Option<Bill>,
@@ -62,12 +74,12 @@ pub(crate) struct Permit {
 // === impl Admission ===
 
 impl Admission {
-    pub(crate) fn new(max_requests: u32, max_queued_tokens: u32, policy: Arc<dyn AdmitPolicy>) -> Self {
+    pub(crate) fn new(bounds: Bounds, policy: Arc<dyn AdmitPolicy>) -> Self {
         Self {
             policy,
             tenants: Mutex::default(),
-            max_requests,
-            max_queued_tokens,
+            bounds,
+            scores_kib: AtomicU32::new(0),
             requests: AtomicU32::new(0),
             queued_tokens: AtomicU32::new(0),
             draining: AtomicBool::new(false),
@@ -80,11 +92,12 @@ impl Admission {
         if self.is_draining() {
             return Err(ApiError::Draining);
         }
-        if !add_within(&self.requests, 1, self.max_requests) {
-            let what = format!("{} requests are in flight", self.max_requests);
+        if !add_within(&self.requests, 1, self.bounds.requests) {
+            let what = format!("{} requests are in flight", self.bounds.requests);
             return Err(ApiError::Saturated { what });
         }
-        let permit = Permit { admission: Arc::clone(self), tokens: 0, ticket: None, bill: None, lease: None };
+        let admission = Arc::clone(self);
+        let permit = Permit { admission, tokens: 0, scores_kib: 0, ticket: None, bill: None, lease: None };
         // A drain that began in between must not miss this request: it either sees the count or is seen here.
         if self.is_draining() { Err(ApiError::Draining) } else { Ok(permit) }
     }
@@ -137,7 +150,7 @@ impl Admission {
 impl Permit {
     /// Takes room for prompt tokens. A single request larger than the whole bound is let in when nothing else waits.
     pub(crate) fn queue_tokens(&mut self, tokens: u32) -> Result<(), ApiError> {
-        let limit = self.admission.max_queued_tokens;
+        let limit = self.admission.bounds.queued_tokens;
         if !add_within(&self.admission.queued_tokens, tokens, limit.max(tokens)) {
             let waiting = self.admission.queued_tokens.load(Ordering::Relaxed);
             let what = format!("{waiting} of {limit} prompt tokens wait and this request has {tokens}");
@@ -147,6 +160,31 @@ impl Permit {
         if let Some(Ticket { ending, .. }) = &self.ticket {
             self.admission.tenant(ending.tenant, |tenant| tenant.queued_tokens += u64::from(tokens));
         }
+        Ok(())
+    }
+
+    /// Takes room for what is said of its prompts. What is larger than all the room is the client's to change.
+    pub(crate) fn hold_scores(&mut self, bytes: u64) -> Result<(), ApiError> {
+        let (admission, kib) = (&self.admission, u32::try_from(bytes.div_ceil(1 << 10)).unwrap_or(u32::MAX));
+        let (limit_mib, asked_mib) = (admission.bounds.scores_mib, kib.div_ceil(1 << 10));
+        let limit_kib = limit_mib.saturating_mul(1 << 10);
+        if kib > limit_kib {
+            let problem = format!(
+                "what is to be said of the prompts takes about {asked_mib} MiB, and all answers together have \
+                 {limit_mib} (server.prompt_scores_mib); send fewer prompts in a request, or ask for fewer `logprobs` \
+                 or choices"
+            );
+            return Err(ApiError::invalid("logprobs", problem));
+        }
+        if !add_within(&admission.scores_kib, kib, limit_kib) {
+            let held_mib = admission.scores_kib.load(Ordering::Relaxed) >> 10;
+            let what = format!(
+                "other answers hold {held_mib} of {limit_mib} MiB for what they say of their prompts, and this one needs \
+                 about {asked_mib}"
+            );
+            return Err(ApiError::Saturated { what });
+        }
+        self.scores_kib += kib;
         Ok(())
     }
 
@@ -171,9 +209,9 @@ impl Permit {
         let tenant = admission.tenant(request.tenant_id, |_| {});
         let load = Load {
             in_flight: admission.in_flight().saturating_sub(1),
-            in_flight_limit: admission.max_requests,
+            in_flight_limit: admission.bounds.requests,
             queued_tokens: admission.queued_tokens.load(Ordering::Relaxed).saturating_sub(self.tokens).into(),
-            queued_tokens_limit: admission.max_queued_tokens.into(),
+            queued_tokens_limit: admission.bounds.queued_tokens.into(),
             tenant_in_flight: tenant.requests,
             tenant_queued_tokens: tenant.queued_tokens,
         };
@@ -226,6 +264,7 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.computed(self.tokens);
+        self.admission.scores_kib.fetch_sub(self.scores_kib, Ordering::SeqCst);
         if let Some(Ticket { ending, settles }) = self.ticket.take() {
             self.admission.tenant(ending.tenant, |tenant| tenant.requests -= 1);
             if settles {
@@ -271,10 +310,14 @@ mod tests {
         }
     }
 
+    fn bounds(requests: u32, queued_tokens: u32) -> Bounds {
+        Bounds { requests, queued_tokens, scores_mib: 3 }
+    }
+
     #[test]
     fn a_policy_sees_what_a_tenant_carries_and_hears_what_it_accepted() {
         let door = Arc::new(FakeDoor::default());
-        let admission = Arc::new(Admission::new(8, 1_000, Arc::clone(&door) as _));
+        let admission = Arc::new(Admission::new(bounds(8, 1_000), Arc::clone(&door) as _));
         let enter = |id: u64, tenant: u32, verdict: Option<Verdict>| {
             let asked = verdict.is_some();
             *door.verdict.lock().expect("unpoisoned") = verdict;
@@ -314,8 +357,26 @@ mod tests {
     }
 
     #[test]
+    fn scores_are_bounded_and_come_back() {
+        let admission = Arc::new(Admission::new(bounds(4, 100), Arc::new(AdmitAll)));
+        let [mut first, mut second] = [(); 2].map(|()| admission.enter().expect("room"));
+        let told = |error: ApiError| (matches!(error, ApiError::Saturated { .. }), error.to_string());
+        let (may_come, why) = told(first.hold_scores((3 << 20) + 1).expect_err("more than there is"));
+        assert!(!may_come && why.contains("about 4 MiB") && why.contains("have 3 (server.prompt"), "{why}");
+        assert!(!told(first.hold_scores(u64::MAX).expect_err("more than can be counted")).0);
+        first.hold_scores(2 << 20).expect("room");
+        second.hold_scores(1 << 20).expect("all of it");
+        let (may_come, why) = told(second.hold_scores(1).expect_err("full"));
+        assert!(may_come && why.contains("hold 3 of 3 MiB") && why.contains("needs about 1"), "{why}");
+        drop(first);
+        second.hold_scores(2 << 20).expect("room again");
+        drop(second);
+        assert_eq!(admission.scores_kib.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
     fn permits_are_bounded_and_come_back() {
-        let admission = Arc::new(Admission::new(2, 100, Arc::new(AdmitAll)));
+        let admission = Arc::new(Admission::new(bounds(2, 100), Arc::new(AdmitAll)));
         let mut first = admission.enter().expect("room");
         let mut second = admission.enter().expect("room");
         assert!(matches!(admission.enter(), Err(ApiError::Saturated { .. })));
@@ -332,7 +393,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_drain_ends_when_the_last_one_leaves() {
-        let admission = Arc::new(Admission::new(2, 100, Arc::new(AdmitAll)));
+        let admission = Arc::new(Admission::new(bounds(2, 100), Arc::new(AdmitAll)));
         let permit = admission.enter().expect("room");
         admission.drain();
         assert!(matches!(admission.enter(), Err(ApiError::Draining)));

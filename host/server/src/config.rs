@@ -14,6 +14,8 @@ pub struct ServerConfig {
     pub max_requests: u32,
     /// Prompt tokens accepted and not yet computed; beyond, requests get 429.
     pub max_queued_tokens: u32,
+    /// MiB for what answers say of their prompts, all together; beyond, requests get 429, and 400 where one alone is larger.
+    pub prompt_scores_mib: u32,
     /// Size of a request body.
     pub max_body_bytes: usize,
     /// Time for a body to arrive.
@@ -163,6 +165,7 @@ impl Default for ServerConfig {
         Self {
             max_requests: 1_024,
             max_queued_tokens: 1 << 20,
+            prompt_scores_mib: 256,
             max_body_bytes: 8 << 20,
             body_timeout_ms: 30_000,
             header_timeout_ms: 60_000,
@@ -202,9 +205,10 @@ impl ServerConfig {
     /// # Errors
     /// The first value that cannot work, by its key.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive: [(&'static str, u64); 15] = [
+        let positive: [(&'static str, u64); 16] = [
             ("max_requests", self.max_requests.into()),
             ("max_queued_tokens", self.max_queued_tokens.into()),
+            ("prompt_scores_mib", self.prompt_scores_mib.into()),
             ("max_body_bytes", self.max_body_bytes as u64),
             ("body_timeout_ms", self.body_timeout_ms),
             ("header_timeout_ms", self.header_timeout_ms),

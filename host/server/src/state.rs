@@ -13,7 +13,7 @@ use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
 use tokio::task::JoinSet;
 
 use crate::admin::places::Places;
-use crate::admission::{Admission, Permit};
+use crate::admission::{Admission, Bounds, Permit};
 use crate::batch::Desk;
 use crate::cache::ResponseCache;
 use crate::config::{ConfigError, ServerConfig};
@@ -124,8 +124,13 @@ impl ServerState {
             shelf,
         } = parts;
         config.validate()?;
+        let bounds = Bounds {
+            requests: config.max_requests,
+            queued_tokens: config.max_queued_tokens,
+            scores_mib: config.prompt_scores_mib,
+        };
         Ok(Arc::new(Self {
-            admission: Arc::new(Admission::new(config.max_requests, config.max_queued_tokens, admit)),
+            admission: Arc::new(Admission::new(bounds, admit)),
             registry: Arc::default(),
             traces: Traces::new(config.explain_requests),
             taps,

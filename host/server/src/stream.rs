@@ -85,6 +85,8 @@ pub(crate) struct ChoiceParts {
     pub(crate) expected: Micros,
     /// Prompt tokens to give back to admission at the first token; 0 for all but the first choice of a prompt.
     pub(crate) queued_tokens: u32,
+    /// The choice of the same prompt whose scores are this one's too, until they have come.
+    pub(crate) scored_by: Option<usize>,
 }
 
 /// What holds for all choices.
@@ -106,6 +108,8 @@ pub(crate) struct Generation {
     choices: Vec<Choice>,
     open: usize,
     updates: VecDeque<Update>,
+    /// Of choices that are still without the scores of their prompt, which come first; no more than they generate.
+    held: Vec<(usize, Update)>,
     deadline: Pin<Box<Sleep>>,
     /// How it ended, if it ended early.
     failed: Option<Outcome>,
@@ -132,7 +136,7 @@ pub(crate) enum Update {
     /// So many tokens of a choice's prompt are computed or were cached; only where progress is shown.
     Prefilled { choice: usize, tokens: u32 },
     /// How likely each token of a choice's prompt but the first is; only where that was asked.
-    Scored { choice: usize, scores: Vec<TokenLogprobs> },
+    Scored { choice: usize, scores: Arc<[TokenLogprobs]> },
     /// Text, a token, an end, or several of these.
     Delta(Delta),
 }
@@ -273,6 +277,7 @@ impl Generation {
             open: choices.len(),
             choices: choices.into_iter().map(choice).collect(),
             updates: VecDeque::new(),
+            held: Vec::new(),
             failed: None,
             deadline: Box::pin(tokio::time::sleep(left)),
             parts,
@@ -343,7 +348,7 @@ impl Generation {
         let event = match event {
             Heard::Event(event) => event,
             Heard::Prefilled(tokens) => {
-                self.updates.push_back(Update::Prefilled { choice: index, tokens });
+                self.tell(index, Update::Prefilled { choice: index, tokens });
                 return Ok(());
             }
         };
@@ -354,9 +359,9 @@ impl Generation {
                 choice.cached = if choice.parts.queued_tokens > 0 { cached_tokens } else { 0 };
                 self.parts.trace.cached(choice.cached);
                 self.parts.trace.reached(Stage::Scheduled, self.parts.arrived.saturating_add(queued_us));
-                self.updates.push_back(Update::Started { choice: index, queued_us, cached_tokens });
+                self.tell(index, Update::Started { choice: index, queued_us, cached_tokens });
             }
-            SinkEvent::Scored(scores) => self.updates.push_back(Update::Scored { choice: index, scores }),
+            SinkEvent::Scored(scores) => self.scored(index, &Arc::from(scores)),
             SinkEvent::Token { token, logprobs, drafted } => {
                 choice.accepted += u32::from(drafted.is_draft);
                 choice.rejected += drafted.rejected;
@@ -376,6 +381,25 @@ impl Generation {
             }
         }
         Ok(())
+    }
+
+    /// Tells what comes of a choice, but not before what is said of its prompt.
+    fn tell(&mut self, index: usize, update: Update) {
+        match self.choices[index].parts.scored_by {
+            Some(first) => self.held.push((first, update)),
+            None => self.updates.push_back(update),
+        }
+    }
+
+    /// How likely a prompt is: for the choice that was asked, and for those that wait for it.
+    fn scored(&mut self, index: usize, scores: &Arc<[TokenLogprobs]>) {
+        let is_of = |choice: &Choice| choice.parts.scored_by == Some(index);
+        let others = (0..self.choices.len()).filter(|&other| is_of(&self.choices[other]));
+        let told = std::iter::once(index).chain(others);
+        self.updates.extend(told.map(|choice| Update::Scored { choice, scores: Arc::clone(scores) }));
+        let waited = self.choices.iter_mut().filter(|choice| choice.parts.scored_by == Some(index));
+        waited.for_each(|choice| choice.parts.scored_by = None);
+        self.updates.extend(self.held.extract_if(.., |(first, _)| *first == index).map(|(_, update)| update));
     }
 
     fn token(&mut self, index: usize, token: Token) {
@@ -404,7 +428,7 @@ impl Generation {
             (piece, None)
         };
         let finish = stopped.map(Finish::StopString);
-        self.updates.push_back(Update::Delta(Delta { choice: index, text, token: Some(token), finish, raw: None }));
+        self.tell(index, Update::Delta(Delta { choice: index, text, token: Some(token), finish, raw: None }));
         if let Some(finish) = finish {
             self.in_flight.cancel(index, CancelCause::StopString);
             self.close(index, finish);
@@ -429,13 +453,7 @@ impl Generation {
         if matched.stopped.is_none() {
             text.push_str(&choice.parts.stops.finish());
         }
-        self.updates.push_back(Update::Delta(Delta {
-            choice: index,
-            text,
-            token: None,
-            finish: Some(finish),
-            raw: None,
-        }));
+        self.tell(index, Update::Delta(Delta { choice: index, text, token: None, finish: Some(finish), raw: None }));
         self.close(index, finish);
     }
 

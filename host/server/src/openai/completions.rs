@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::fields::{Fields, whole};
 use super::generate::{Answer, Arrival, Collected, Head, Job, Running, Shape, serve};
 use super::inputs::{Holder, Input, read_each, token_ids};
-use super::logprobs::CompletionLogprobs;
+use super::logprobs::{CompletionLogprobs, PromptLogprobs};
 use super::params::{Own, Params};
 use super::{Usage, relayed};
 use crate::admission::Permit;
@@ -30,7 +30,7 @@ const DEFAULT_TOKENS: u32 = 16;
 
 /// Why nobody says how likely a prompt is.
 const NO_SCORES: &str =
-    "`logprobs` together with `echo` by a model on CUDA devices alone: a variant on the CPU computes them; it";
+    "how likely a prompt is, from a model on CUDA devices alone: a variant on the CPU computes it; it";
 
 /// Handles the route.
 pub(crate) async fn completions(
@@ -52,10 +52,16 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     if is_prompt_alone {
         fields.take("max_tokens");
     }
+    let listed = fields.u32("prompt_logprobs", 0..=20)?.and_then(|n| u8::try_from(n).ok());
     let mut own = Own::openai(&mut fields, &state.config, logprobs)?;
     own.max_tokens = own.max_tokens.or(is_prompt_alone.then_some(0));
     let mut params = Params::parse(&mut fields, &state.config, own)?;
-    params.prompt_logprobs = logprobs.filter(|_| echo);
+    if listed.is_some() && params.stream {
+        let problem = "`prompt_logprobs` are not told in a stream; leave `stream` out, or use `echo` with `logprobs`";
+        return Err(ApiError::invalid("prompt_logprobs", problem));
+    }
+    let echoed = logprobs.filter(|_| echo);
+    params.prompt_logprobs = echoed.max(listed);
     let asking = arrival.asking(params.timeout_ms);
     let target = demand::find(state, &params.model, &mut permit, asking).await?;
     let grammar = params.grammar(state, &target).await?;
@@ -64,16 +70,16 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     let default_tokens = Some(DEFAULT_TOKENS);
     let onward = body.map(|body| Onward::new("/v1/completions", body, params.n as usize).capped(default_tokens));
     if params.prompt_logprobs.is_some() && !target.scores_prompts(onward.is_some()) {
-        return Err(ApiError::unsupported("logprobs", NO_SCORES));
+        return Err(ApiError::unsupported(if listed.is_some() { "prompt_logprobs" } else { "logprobs" }, NO_SCORES));
     }
     let prompts = prompts(prompt, target.text(), state.config.max_prompts as usize, echo).await?;
     let n_choices = prompts.len() * params.n as usize;
     check_rows(n_choices, state)?;
-    let echoed = match echo {
+    let told = match echo || listed.is_some() {
         true => prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), params.n as usize)).collect(),
         false => Vec::new(),
     };
-    let echo = Echo { prompts: echoed, is_scored: params.prompt_logprobs.is_some() };
+    let echo = Echo { prompts: told, is_text: echo, top: echoed, listed };
     let (stream, include_usage) = (params.stream, params.include_usage);
     let job = Job { params, target, prompts, grammar, default_tokens, prompt_param: "prompt", onward };
     let running = arrival.start(job, permit).await?;
@@ -91,23 +97,35 @@ struct CompletionShape {
 /// The prompts that answers begin with.
 #[derive(Debug)]
 struct Echo {
-    /// Of each choice; none where they are not repeated.
+    /// Of each choice; none where nothing is said of them.
     prompts: Vec<Prompt>,
-    /// Whether it is said how likely they are.
-    is_scored: bool,
+    /// Whether they are repeated.
+    is_text: bool,
+    /// Whether it is said then how likely they are, with so many others; ...
+    top: Option<u8>,
+    /// ... and whether it is in a list of its own.
+    listed: Option<u8>,
 }
 
 impl Echo {
     fn text(&self, choice: usize) -> &str {
-        self.prompts.get(choice).map_or("", |prompt| &prompt.text)
+        self.prompts.get(choice).filter(|_| self.is_text).map_or("", |prompt| &prompt.text)
+    }
+
+    fn list<'a>(&self, text: &'a TextModel, choice: usize, scores: &'a [TokenLogprobs]) -> Option<PromptLogprobs<'a>>
+    where
+        Self: 'a,
+    {
+        let (top, prompt) = (self.listed?.into(), self.prompts.get(choice)?);
+        Some(PromptLogprobs { text, tokens: Arc::clone(&prompt.tokens), scores, top })
     }
 
     /// What the log-probabilities of a choice begin with.
     fn logprobs(&self, text: &TextModel, choice: usize, scores: &[TokenLogprobs]) -> CompletionLogprobs {
-        let prompt = self.prompts.get(choice).filter(|_| self.is_scored);
-        prompt
-            .map(|prompt| CompletionLogprobs::prompt(text, (&prompt.tokens, &prompt.text), scores))
-            .unwrap_or_default()
+        let (Some(prompt), Some(top)) = (self.prompts.get(choice), self.top) else {
+            return CompletionLogprobs::default();
+        };
+        CompletionLogprobs::prompt(text, (&prompt.tokens, &prompt.text), (scores, top.into()))
     }
 }
 
@@ -177,18 +195,22 @@ struct Choice<'a> {
     index: usize,
     text: &'a str,
     logprobs: Option<CompletionLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs<'a>>,
     finish_reason: Option<&'static str>,
 }
 
-fn write_whole((head, text): (&Head, &TextModel), choices: &[Collected], echo: &Echo, usage: Usage) -> Vec<u8> {
+fn write_whole((head, model): (&Head, &TextModel), choices: &[Collected], echo: &Echo, usage: Usage) -> Vec<u8> {
     let texts: Vec<String> =
         choices.iter().enumerate().map(|(i, choice)| format!("{}{}", echo.text(i), choice.text)).collect();
     let choice = |(index, (choice, whole))| {
         let choice: &Collected = choice;
-        let mut logprobs = echo.logprobs(text, index, &choice.scores);
-        choice.tokens.iter().for_each(|token| logprobs.push(text, token));
+        let mut logprobs = echo.logprobs(model, index, &choice.scores);
+        choice.tokens.iter().for_each(|token| logprobs.push(model, token));
         let text: &String = whole;
-        Choice { index, text, logprobs: logprobs.take(), finish_reason: choice.finish.map(|f| f.as_str()) }
+        let prompt_logprobs = echo.list(model, index, &choice.scores);
+        let finish_reason = choice.finish.map(|f| f.as_str());
+        Choice { index, text, logprobs: logprobs.take(), prompt_logprobs, finish_reason }
     };
     let choices: Vec<Choice<'_>> = choices.iter().zip(&texts).enumerate().map(choice).collect();
     let Head { id, created, model } = head;
@@ -229,7 +251,11 @@ impl CompletionSse {
             let mut logprobs = self.echo.logprobs(&self.text, index, scores);
             let (text, first) = (self.echo.text(index), logprobs.take());
             if !text.is_empty() || first.is_some() {
-                self.chunk(out, &[Choice { index, text, logprobs: first, finish_reason: None }], None);
+                self.chunk(
+                    out,
+                    &[Choice { index, text, logprobs: first, prompt_logprobs: None, finish_reason: None }],
+                    None,
+                );
             }
             self.choices[index].logprobs = logprobs;
         }
@@ -265,7 +291,11 @@ impl Encode for CompletionSse {
         let logprobs = progress.logprobs.take();
         if !delta.text.is_empty() || logprobs.is_some() || delta.finish.is_some() {
             let finish_reason = delta.finish.map(|f| f.as_str());
-            self.chunk(out, &[Choice { index, text: &delta.text, logprobs, finish_reason }], None);
+            self.chunk(
+                out,
+                &[Choice { index, text: &delta.text, logprobs, prompt_logprobs: None, finish_reason }],
+                None,
+            );
         }
     }
 

@@ -358,7 +358,10 @@ impl Errand {
             };
             for (i, placement) in placed.into_iter().enumerate() {
                 let queued_tokens = if i == 0 { prompt.tokens.len() } else { 0 };
-                choices.push(arrival.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX)));
+                let mut choice = arrival.choice(params, &placement, u32::try_from(queued_tokens).unwrap_or(u32::MAX));
+                let is_scored = params.prompt_logprobs.is_some() && prompt.tokens.len() > 1;
+                choice.scored_by = (i > 0 && is_scored).then(|| choices.len() - i);
+                choices.push(choice);
                 placements.push(placement);
             }
         }

@@ -124,7 +124,7 @@ pub(crate) struct Answer {
 pub(crate) struct Collected {
     pub(crate) text: String,
     /// How likely each token of its prompt but the first is, where that was asked.
-    pub(crate) scores: Vec<TokenLogprobs>,
+    pub(crate) scores: Arc<[TokenLogprobs]>,
     pub(crate) tokens: Vec<Token>,
     pub(crate) finish: Option<Finish>,
     /// What an upstream wrote of it.
@@ -231,6 +231,7 @@ impl Arrival {
         let sampling = params.sampling(target.text(), self.state.clock.random())?;
         let mut terms: Vec<Terms> = prompts.iter().map(|prompt| self.terms(&job, prompt)).collect::<Result<_, _>>()?;
         permit.queue_tokens(prompt_tokens)?;
+        permit.hold_scores(params.score_bytes(prompt_tokens))?;
         permit.charge(prompt_tokens, new_tokens_of(&terms, sampling.len()), self.state.clock.now())?;
         let id = self.state.next_request();
         let asks = !self.state.admission.is_native();
@@ -367,6 +368,7 @@ impl Arrival {
             metrics: self.state.request_metrics(&placement.variant.id),
             expected: placement.expected,
             queued_tokens,
+            scored_by: None,
         }
     }
 }
@@ -465,7 +467,7 @@ impl Running {
             let delta = match update? {
                 Update::Delta(delta) => delta,
                 Update::Scored { choice, scores } => {
-                    choices.get_mut(choice).into_iter().for_each(|choice| choice.scores.clone_from(&scores));
+                    choices.get_mut(choice).into_iter().for_each(|choice| choice.scores = Arc::clone(&scores));
                     continue;
                 }
                 Update::Started { .. } | Update::Prefilled { .. } => continue,

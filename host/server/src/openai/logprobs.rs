@@ -1,7 +1,11 @@
 //! Log-probabilities in the two shapes that clients know: chat (an object per token) and completions (parallel lists).
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use pointsman_sched::request::TokenLogprobs;
-use serde::Serialize;
+use serde::ser::SerializeSeq as _;
+use serde::{Serialize, Serializer};
 
 use crate::stream::Token;
 use crate::text::TextModel;
@@ -43,6 +47,48 @@ pub(super) struct CompletionLogprobs {
     n_chars: usize,
 }
 
+/// `choices[].prompt_logprobs` of a completion, as vLLM has it: for each token an object of tokens by id, its own and the most likely.
+/// Written from the numbers at once: as values it would take several times what the answer does.
+#[derive(Debug)]
+pub(super) struct PromptLogprobs<'a> {
+    pub(super) text: &'a TextModel,
+    pub(super) tokens: Arc<[u32]>,
+    /// Of each token but the first.
+    pub(super) scores: &'a [TokenLogprobs],
+    pub(super) top: usize,
+}
+
+/// A token of it.
+#[derive(Debug, Serialize)]
+struct Ranked {
+    logprob: f32,
+    /// 1 for the most likely; none for one that is not among those that were asked for.
+    rank: Option<usize>,
+    decoded_token: String,
+}
+
+impl Serialize for PromptLogprobs<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(self.tokens.len()))?;
+        list.serialize_element(&None::<()>)?;
+        for (&token, TokenLogprobs { chosen, top }) in self.tokens.iter().skip(1).zip(self.scores) {
+            let ranked = |(i, &(id, logprob)): (usize, &(u32, f32))| (id, self.ranked(id, logprob, Some(i + 1)));
+            let mut all: BTreeMap<u32, Ranked> = top.iter().take(self.top).enumerate().map(ranked).collect();
+            let rank = || top.iter().position(|(id, _)| *id == token).map(|i| i + 1);
+            all.entry(token).or_insert_with(|| self.ranked(token, *chosen, rank()));
+            list.serialize_element(&all)?;
+        }
+        list.end()
+    }
+}
+
+impl PromptLogprobs<'_> {
+    fn ranked(&self, id: u32, logprob: f32, rank: Option<usize>) -> Ranked {
+        let decoded_token = String::from_utf8_lossy(&self.text.token_bytes(id)).into_owned();
+        Ranked { logprob: finite(logprob), rank, decoded_token }
+    }
+}
+
 impl ChatToken {
     /// `None` when the engine sent no log-probabilities with the token.
     pub(super) fn of(text: &TextModel, token: &Token) -> Option<Self> {
@@ -67,7 +113,12 @@ impl Entry {
 
 impl CompletionLogprobs {
     /// Begins with the tokens of a prompt, whose text is `echo`. Nothing precedes the first: it has no log-probability.
-    pub(super) fn prompt(text: &TextModel, (tokens, echo): (&[u32], &str), scores: &[TokenLogprobs]) -> Self {
+    /// With `top` others for each of the rest.
+    pub(super) fn prompt(
+        text: &TextModel,
+        (tokens, echo): (&[u32], &str),
+        (scores, top): (&[TokenLogprobs], usize),
+    ) -> Self {
         let mut logprobs = Self::default();
         let mut rest = echo.as_bytes();
         let scores = std::iter::once(None).chain(scores.iter().map(Some));
@@ -76,7 +127,11 @@ impl CompletionLogprobs {
             let said = rest.len().min(written(&bytes, rest, text.is_special(token)));
             let (said, after) = rest.split_at(said);
             rest = after;
-            logprobs.add((text, &bytes), score, said);
+            logprobs.add(
+                (text, &bytes),
+                score.map(|score| (score.chosen, &score.top[..top.min(score.top.len())])),
+                said,
+            );
         }
         logprobs.n_chars = echo.chars().count();
         logprobs
@@ -86,17 +141,17 @@ impl CompletionLogprobs {
     pub(super) fn push(&mut self, text: &TextModel, token: &Token) {
         if let Some(logprobs) = &token.logprobs {
             let bytes = text.token_bytes(token.id);
-            self.add((text, &bytes), Some(logprobs), &bytes);
+            self.add((text, &bytes), Some((logprobs.chosen, &logprobs.top)), &bytes);
         }
     }
 
     /// Adds a token that stands in the text as `said`.
-    fn add(&mut self, (text, bytes): (&TextModel, &[u8]), score: Option<&TokenLogprobs>, said: &[u8]) {
+    fn add(&mut self, (text, bytes): (&TextModel, &[u8]), score: Option<(f32, &[(u32, f32)])>, said: &[u8]) {
         let name = |id: u32| String::from_utf8_lossy(&text.token_bytes(id)).into_owned();
-        let top = |&(id, logprob): &(u32, f32)| (name(id), finite(logprob).into());
+        let one = |&(id, logprob): &(u32, f32)| (name(id), finite(logprob).into());
         self.tokens.push(String::from_utf8_lossy(bytes).into_owned());
-        self.token_logprobs.push(score.map(|score| finite(score.chosen)));
-        self.top_logprobs.push(score.map(|score| score.top.iter().map(top).collect()));
+        self.token_logprobs.push(score.map(|(chosen, _)| finite(chosen)));
+        self.top_logprobs.push(score.map(|(_, top)| top.iter().map(one).collect()));
         // One that goes on with a character begins where that does.
         let is_inside = said.first().is_some_and(|byte| !begins_character(*byte));
         self.text_offset.push(self.n_chars.saturating_sub(is_inside.into()));

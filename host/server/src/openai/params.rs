@@ -31,6 +31,11 @@ const MAX_STOP_TOKENS: usize = 64;
 /// Entries of `logit_bias`.
 const MAX_BIASES: usize = 1_024;
 
+/// What a token of a prompt costs whose log-probability is told, as numbers, in the answer's lists and in its text ...
+const SCORE_BYTES: u64 = 160;
+/// ... and each other token that is told in its place.
+const TOP_BYTES: u64 = 128;
+
 /// Fields of chat completions and completions that would change the answer and that this host does not implement.
 const UNSUPPORTED: [&str; 5] = ["functions", "audio", "suffix", "continue_final_message", "prompt_logprobs"];
 /// The same, of every shape.
@@ -283,10 +288,21 @@ impl Params {
             logit_bias: self.logit_bias(text.vocabulary())?,
             seed: self.seed.unwrap_or(random),
             logprobs: self.logprobs,
-            prompt_logprobs: self.prompt_logprobs,
+            prompt_logprobs: None,
         };
-        let with_seed = |i: u32| Arc::new(Sampling { seed: base.seed.wrapping_add(i.into()), ..base.clone() });
+        // What the first choice says of the prompt holds for all.
+        let scores = |i: u32| self.prompt_logprobs.filter(|_| i == 0);
+        let with_seed = |i: u32| {
+            let seed = base.seed.wrapping_add(i.into());
+            Arc::new(Sampling { seed, prompt_logprobs: scores(i), ..base.clone() })
+        };
         Ok((0..self.n).map(with_seed).collect())
+    }
+
+    /// Bytes for what is said of so many prompt tokens in each choice, until the answer is written.
+    pub(crate) fn score_bytes(&self, prompt_tokens: u32) -> u64 {
+        let of_token = self.prompt_logprobs.map_or(0, |top| SCORE_BYTES + TOP_BYTES * u64::from(top));
+        of_token * u64::from(prompt_tokens) * u64::from(self.n)
     }
 
     /// What routers may ask for by name.

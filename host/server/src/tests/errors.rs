@@ -126,7 +126,14 @@ const BAD_BODIES: &[(&str, &str, u16, &str, &str)] = &[
         r#"{"model": "m:b", "prompt": "x", "echo": true, "logprobs": 1}"#,
         400,
         "logprobs",
-        "together with `echo`",
+        "on CUDA devices alone",
+    ),
+    (
+        COMPLETIONS,
+        r#"{"model": "m:b", "prompt": "x", "prompt_logprobs": 1}"#,
+        400,
+        "prompt_logprobs",
+        "on CUDA devices alone",
     ),
     (COMPLETIONS, r#"{"model": "m", "prompt": "x", "max_tokens": 0}"#, 400, "max_tokens", "from 1 to"),
     (
@@ -137,6 +144,13 @@ const BAD_BODIES: &[(&str, &str, u16, &str, &str)] = &[
         "exceeds the 0 tokens",
     ),
     (COMPLETIONS, r#"{"model": "m", "prompt": "x", "suffix": "y"}"#, 400, "suffix", "not supported"),
+    (
+        COMPLETIONS,
+        r#"{"model": "m", "prompt": "x", "prompt_logprobs": 1, "stream": true}"#,
+        400,
+        "prompt_logprobs",
+        "not told in a stream",
+    ),
     ("/detokenize", r#"{"tokens": ["a"]}"#, 400, "tokens[0]", "a token id"),
     ("/tokenize", r#"{"model": "nope", "prompt": "x"}"#, 404, "model", "does not exist"),
 ];

@@ -287,6 +287,104 @@ async fn an_echo_says_how_likely_its_prompt_is() {
 }
 
 #[tokio::test]
+async fn prompts_are_listed_as_vllm_lists_them() {
+    // Others asked for, beside those of an echo, and what is said of the tokens after the first.
+    let entry =
+        |logprob: f32, rank: Option<u32>, said: &str| json!({"logprob": logprob, "rank": rank, "decoded_token": said});
+    let (hello, byte) = (|| entry(-0.125, Some(1), "hello"), |logprob: f32| entry(logprob, Some(2), "\u{fffd}"));
+    let after = |top: usize, token: u32, said: &str, logprob: f32| {
+        let all = [("262".to_owned(), hello()), ("198".to_owned(), byte(logprob))];
+        let mut all: serde_json::Map<String, Value> = all.into_iter().take(top).collect();
+        let rank = (token == 198).then_some(2);
+        all.entry(token.to_string()).or_insert_with(|| entry(logprob, rank, said));
+        Value::Object(all)
+    };
+    for (echo, top, others) in [(false, 2, 2), (false, 1, 1), (false, 0, 0), (true, 1, 1), (true, 2, 2)] {
+        let rig = Rig::new();
+        rig.engine.play([Play::Now(with_scores(true))]);
+        let mut body = json!({"prompt": "h\u{e9}!", "prompt_logprobs": top, "max_tokens": 1});
+        if echo {
+            body["echo"] = true.into();
+            body["logprobs"] = 1.into();
+        }
+        let answer = rig.post(COMPLETIONS, &completion(&body)).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let choice = &answer.json()["choices"][0];
+        let expect = json!([
+            null,
+            after(others, 3 + 0x68, "h", -1.0),
+            after(others, 198, "\u{fffd}", -2.0),
+            after(others, 3 + 0xa9, "\u{fffd}", -9_999.0),
+            after(others, 3 + 0x21, "!", -4.0),
+        ]);
+        assert_eq!(choice["prompt_logprobs"], expect, "{body}");
+        assert_eq!(choice["text"], if echo { "h\u{e9}!hello" } else { "hello" });
+        let told = &choice["logprobs"]["top_logprobs"];
+        assert_eq!(told[1].as_object().map(serde_json::Map::len), echo.then_some(1), "{told}");
+        assert_eq!(rig.engine.taken.lock().expect("unpoisoned")[0].prompt_logprobs, Some(top.max(u8::from(echo))));
+    }
+}
+
+#[tokio::test]
+async fn choices_of_a_prompt_share_what_is_said_of_it() {
+    let first = with_scores(true);
+    let second = [vec![first[0].clone()], first[2..].to_vec()].concat();
+    for stream in [false, true] {
+        // The second choice of each prompt has ended before that is scored.
+        let rig = Rig::new();
+        rig.engine.play([Play::Hold, Play::Now(second.clone()), Play::Hold, Play::Now(second.clone())]);
+        let body = json!({"prompt": ["h\u{e9}!", "h\u{e9}!"], "echo": true, "logprobs": 2, "max_tokens": 1, "n": 2,
+            "stream": stream});
+        let mut call = Box::pin(rig.open(request("POST", COMPLETIONS, &[], &completion(&body))));
+        while rig.engine.taken.lock().expect("unpoisoned").len() < 4 {
+            assert!(futures_pending(&mut call).await);
+        }
+        let asked: Vec<_> =
+            rig.engine.taken.lock().expect("unpoisoned").iter().map(|t| (t.id, t.prompt_logprobs)).collect();
+        assert_eq!(asked.iter().map(|(_, top)| *top).collect::<Vec<_>>(), [Some(2), None, Some(2), None]);
+        for (id, event) in [asked[0].0, asked[2].0].iter().flat_map(|id| first.iter().map(move |event| (*id, event))) {
+            assert_eq!(rig.engine.push(id, event.clone()), SinkState::Open);
+        }
+        let answer = Answer::of(call.await).await;
+        let events = if stream { answer.events() } else { vec![answer.json()] };
+        for index in 0..4 {
+            let choices = events.iter().filter_map(|event| event["choices"].as_array()).flatten();
+            let own: Vec<_> = choices.filter(|choice| choice["index"] == index).collect();
+            let all = |part: &str| -> Vec<Value> {
+                own.iter().filter_map(|choice| choice["logprobs"][part].as_array()).flatten().cloned().collect()
+            };
+            assert_eq!(Value::from(all("token_logprobs")), json!([null, -1.0, -2.0, -9_999.0, -4.0, -0.5]), "{index}");
+            assert_eq!(Value::from(all("text_offset")), json!([0, 0, 1, 1, 2, 3]), "{index}");
+            let text: String = own.iter().filter_map(|choice| choice["text"].as_str()).collect();
+            assert_eq!(text, "h\u{e9}!hello", "{index}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_said_of_prompts_is_bounded() {
+    // Of five tokens, with two others for each: 416 bytes a token and choice, of which a MiB holds 504 times five.
+    let rig =
+        Rig::with(ServerConfig { prompt_scores_mib: 1, max_choices: 600, max_rows: 600, ..ServerConfig::default() });
+    let body =
+        |n: u32| completion(&json!({"prompt": "h\u{e9}!", "echo": true, "logprobs": 2, "max_tokens": 1, "n": n}));
+    let large = rig.post(COMPLETIONS, &body(505)).await;
+    assert_eq!((large.status, &large.json()["error"]["param"]), (400, &json!("logprobs")), "{}", large.body);
+    assert!(large.body.contains("send fewer prompts in a request"), "{}", large.body);
+    rig.engine.takes.store(true, std::sync::atomic::Ordering::Relaxed);
+    rig.engine.play((0..400).map(|_| Play::Hold));
+    let mut call = Box::pin(rig.open(request("POST", COMPLETIONS, &[], &body(400))));
+    while rig.engine.taken.lock().expect("unpoisoned").len() < 400 {
+        assert!(futures_pending(&mut call).await);
+    }
+    let full = rig.post(COMPLETIONS, &body(200)).await;
+    assert_eq!((full.status, full.header("retry-after")), (429, "1"), "{}", full.body);
+    drop(call);
+    rig.engine.play([Play::Now(with_scores(true))]);
+    assert_eq!(rig.post(COMPLETIONS, &body(1)).await.status, 200);
+}
+
+#[tokio::test]
 async fn a_prompt_of_one_token_has_nothing_to_say() {
     for stream in [false, true] {
         let rig = Rig::new();
