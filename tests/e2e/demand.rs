@@ -278,3 +278,42 @@ fn operators_see_and_steer_what_requests_load() {
     let host = host.restart(&[]);
     assert_eq!((loaded(&host), status(&host, "b"), loaded(&host)), (String::new(), 200, "b".to_owned()));
 }
+
+#[test]
+fn a_variant_comes_by_its_own_name_beside_its_model_or_alone() {
+    let folder = folder();
+    let own = |name: &str| folder.path().join(name).display().to_string();
+    // Beside a model that is always there: requests for that load no variant, and one with other texts is refused.
+    let names = [("\"a:v2\"", "mini"), ("\"a:x\"", "foreign"), ("b", "mini")];
+    let resident = format!("max_loaded = 1\n[models]\na = {:?}\n", own("mini"));
+    let host = start(folder.path(), &names, &resident);
+    for (i, (model, expect)) in
+        [("a", "a"), ("a:v2", "a a:v2"), ("a", "a a:v2"), ("b", "a b"), ("a", "a b"), ("a:v2", "a a:v2")]
+            .into_iter()
+            .enumerate()
+    {
+        assert_eq!((status(&host, model), loaded(&host)), (200, expect.to_owned()), "{i}: {model}");
+    }
+    let refused = host.post("/v1/completions", &ask("a:x", 1));
+    let told = refused.body["error"]["message"].as_str().unwrap_or_default();
+    assert!(refused.status == 503 && told.contains("its tokenizer"), "{refused:?}");
+    let listed = host.get("/v1/models/a:x").body;
+    assert_eq!((&listed["state"], &listed["root"]), (&json!("failed"), &json!("a")), "{listed}");
+    // Where both come on demand, either may be there without the other.
+    let names = [("a", "mini"), ("\"a:v2\"", "mini"), ("b", "mini")];
+    let host = start(folder.path(), &names, "max_loaded = 2\n");
+    for (i, (model, expect)) in [
+        ("a:v2", "a:v2"),
+        ("a", "a a:v2"),
+        ("a:f16", "a a:v2"),
+        // Requests for the alias were for the variant too.
+        ("b", "a b"),
+        ("a:v2", "a:v2 b"),
+        ("a", "a a:v2"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!((status(&host, model), loaded(&host)), (200, expect.to_owned()), "{i}: {model}");
+    }
+}

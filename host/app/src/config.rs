@@ -630,15 +630,39 @@ impl Config {
         }
         for name in self.on_demand.keys() {
             let is_demo = self.engine.demo && DEMO_NAMES.contains(&name.as_str());
-            let is_elsewhere = self.upstreams.values().any(|upstream| upstream.model == *name);
-            if name.contains(':') || check_spelling(name).is_err() {
-                return bad("on_demand.<name>", name, "1 to 100 letters, digits, `-`, `_`, `.` or `/`");
+            let is_elsewhere = self.upstreams.values().any(|up| up.model == *name || up.variant() == *name);
+            if check_spelling(name).is_err() {
+                let rule = "1 to 100 letters, digits, `-`, `_`, `.` or `/`, and the same behind a `:` for a variant";
+                return bad("on_demand.<name>", name, rule);
             }
-            if is_demo || is_elsewhere || self.models.contains_key(name) {
+            if is_demo || is_elsewhere || self.models.contains_key(name) || self.is_made(name) {
                 return bad("on_demand.<name>", name, "a name that no other model, upstream or the demo has");
+            }
+            let is_known = |model: &str| {
+                let is_demo = self.engine.demo && DEMO_NAMES.contains(&model);
+                is_demo || self.models.contains_key(model) || self.on_demand.contains_key(model)
+            };
+            if let Some((model, _)) = name.split_once(':').filter(|(model, _)| !is_known(model)) {
+                let rule =
+                    format!("a variant of a model of [models] or [on_demand], or of the demo; `{model}` is in none");
+                return bad("on_demand.<name>", name, &rule);
             }
         }
         Ok(())
+    }
+
+    /// Whether a name is that of a variant that comes with its model.
+    fn is_made(&self, name: &str) -> bool {
+        let Some((model, variant)) = name.split_once(':') else { return false };
+        let of = |section: &BTreeMap<String, PathBuf>| {
+            section.get(model).is_some_and(|path| {
+                // What a GGUF file's is called shows when it is read.
+                let is_stored = variant == "f16" && path.extension().is_some_and(|extension| extension == "gguf");
+                self.engine.precisions.iter().any(|precision| precision == variant) && !is_stored
+            })
+        };
+        let is_demo = self.engine.demo && DEMO_NAMES.contains(&model) && ["f16", "q8_0"].contains(&variant);
+        is_demo || of(&self.models) || of(&self.on_demand)
     }
 
     /// A draft model is another one; the rest shows when they are loaded.
@@ -1032,7 +1056,13 @@ mod tests {
     #[test]
     fn models_on_demand_have_names_of_their_own_and_room() {
         for (text, expect) in [
-            ("[on_demand]\n\"m:v2\" = \"/m\"", "`on_demand.<name>` = m:v2: 1 to 100 letters"),
+            ("[on_demand]\n\"m:v:2\" = \"/m\"", "`on_demand.<name>` = m:v:2: 1 to 100 letters"),
+            (
+                "[on_demand]\n\"m:v2\" = \"/m\"",
+                "a variant of a model of [models] or [on_demand], or of the demo; `m` is in none",
+            ),
+            ("[on_demand]\n\"demo:q8_0\" = \"/m\"", "a name that no other model, upstream or the demo has"),
+            ("[on_demand]\n\"m:f16\" = \"/m\"\n[models]\nm = \"/m\"", "a name that no other model, upstream"),
             ("[on_demand]\ndemo-mini = \"/m\"", "a name that no other model, upstream or the demo has"),
             ("[on_demand]\nm = \"/m\"\n[models]\nm = \"/m\"", "a name that no other model, upstream or the demo has"),
             ("[on_demand]\nm = \"/m\"\n[engine]\nmax_loaded = 0", "`engine.max_loaded` = 0: at least 1"),

@@ -293,8 +293,10 @@ impl<'a> Loader<'a> {
         }
         let replicas: Vec<String> = self.loaded.replicas.iter().map(|r| r.replica.name.to_string()).collect();
         let replicas: Vec<String> = replicas.into_iter().chain(upstreams::replicas(self.config)).collect();
-        let may_come =
-            |name: &str| name.split(':').next().is_some_and(|model| self.config.on_demand.contains_key(model));
+        let may_come = |name: &str| {
+            let mut ids = [name.split('@').next(), name.split(':').next()].into_iter().flatten();
+            ids.any(|id| self.config.on_demand.contains_key(id))
+        };
         let mut named = self.config.replicas.keys();
         if let Some(unknown) = named.find(|name| !replicas.contains(name) && !may_come(name)) {
             bail!("replicas.\"{unknown}\" in the configuration names no replica; there are: {}", replicas.join(", "));
@@ -430,6 +432,9 @@ impl<'a> Loader<'a> {
     /// A model for embeddings: on the CPU, whatever devices serve the others, with threads of its own.
     fn load_encoder(&mut self, name: &str, (folder, source): From<'_>, text: &TextFiles<'_>) -> anyhow::Result<()> {
         self.check_name(name, source)?;
+        if name.contains(':') {
+            bail!("it makes embeddings, and such models have no variants: leave the `:` out of its name");
+        }
         let spec = EncoderSpec::open(folder)?;
         let text = Arc::new(TextModel::from_files(text)?);
         check_vocabulary(&text, spec.vocab)?;
@@ -475,8 +480,9 @@ impl<'a> Loader<'a> {
         let is_taken = match name.split_once(':') {
             Some((alias, _)) => {
                 let Some(joined) = all.clone().find(|v| *v.alias == *alias) else {
-                    // What it joined has been unloaded since: it stands for the name alone.
-                    if source == wire::ModelSource::Loaded && self.follower.is_none() {
+                    // What it joined has been unloaded since, or comes when it is asked for: it stands for the name alone.
+                    let comes = self.follower.is_none() || self.config.on_demand.contains_key(name);
+                    if source == wire::ModelSource::Loaded && comes {
                         return Ok(None);
                     }
                     bail!(
@@ -489,8 +495,17 @@ impl<'a> Loader<'a> {
                 true
             }
             None => {
+                // Those that come by themselves may be there before it.
+                let (mut own, others): (Vec<_>, Vec<_>) =
+                    all.filter(|v| *v.alias == *name).partition(|v| self.config.on_demand.contains_key(&*v.id));
                 let is_encoder = encoders.iter().any(|e| *e.model.name == *name);
-                is_encoder || upstreams::makes_embeddings(self.config, name) || all.any(|v| *v.alias == *name)
+                if !is_encoder
+                    && others.is_empty()
+                    && let Some(variant) = own.pop()
+                {
+                    return Ok(Some(&variant.text));
+                }
+                is_encoder || upstreams::makes_embeddings(self.config, name) || !others.is_empty()
             }
         };
         if is_taken {
@@ -504,7 +519,8 @@ impl<'a> Loader<'a> {
         if let Some(shared) = self.check_name(files.name, files.source)? {
             if !shared.reads_as(&text) {
                 bail!(
-                    "its tokenizer, chat template or stop tokens are not those of the model that it is to be a variant of"
+                    "its tokenizer, chat template or stop tokens are not those of the model that it is to be a variant of, or that \
+                     is there as a variant of it: give it a name of its own"
                 );
             }
             text = Arc::clone(shared);
@@ -524,6 +540,9 @@ impl<'a> Loader<'a> {
         for (precision, id) in &ids {
             if self.loaded.variants.iter().any(|variant| variant.id == *id) {
                 bail!("engine.precisions asks for {}, which is how the file has it; leave one out", precision.name());
+            }
+            if let Some(own) = self.known.iter().find(|variant| variant.id == *id) {
+                bail!("`{}` is there already, loaded on demand by that name: give it another in [on_demand]", own.id);
             }
             self.add_variant(alias, Source { id, spec: &spec, weights, precision: *precision }, &text)?;
             self.to_come = self.to_come.saturating_sub(1);

@@ -34,7 +34,7 @@ use pointsman_engine::{ComputePool, give_back_freed, lowest_priority};
 use pointsman_sched::ids::Micros;
 use pointsman_server::admin::wire::{self, LoadStage, ModelSource, ModelState};
 use pointsman_server::ports::{
-    self, AdminError, AdminErrorKind, AliasPort, Clock as _, EnginePort, LoadReport, ModelAdmin, Variant, Want,
+    self, AdminError, AdminErrorKind, AliasPort, Clock as _, EnginePort, Lease, LoadReport, ModelAdmin, Variant, Want,
 };
 use tokio::sync::watch;
 
@@ -277,6 +277,10 @@ impl ModelAdmin for Roster {
         self.demand(name, is_first)
     }
 
+    fn hold(&self, name: &str) -> Option<Lease> {
+        self.keep(name)
+    }
+
     fn state(&self, name: &str) -> Option<ModelState> {
         lock(&self.parts.entries).get(name).map(|entry| entry.state.shown())
     }
@@ -316,7 +320,8 @@ impl Parts {
         let alias = name.split(':').next().unwrap_or(name);
         if self.parts.config.on_demand.contains_key(alias) {
             return conflict(format!(
-                "`{alias}` is loaded on demand: it comes and goes, and no variant can join it; name it in [models]"
+                "`{alias}` is loaded on demand: it comes and goes, and no variant can join it; name `{alias}` in [models], or \
+                 `{name}` in [on_demand] too"
             ));
         }
         if alias != name && catalog.variants.iter().all(|variant| *variant.alias != *alias) {

@@ -68,7 +68,7 @@ pub(crate) struct Permit {
     /// Where it is charged; none for what is nobody's.
     bill: Option<Bill>,
     /// Keeps its model where it is, if that might go.
-    lease: Option<Lease>,
+    leases: Vec<Lease>,
 }
 
 // === impl Admission ===
@@ -97,7 +97,7 @@ impl Admission {
             return Err(ApiError::Saturated { what });
         }
         let admission = Arc::clone(self);
-        let permit = Permit { admission, tokens: 0, scores_kib: 0, ticket: None, bill: None, lease: None };
+        let permit = Permit { admission, tokens: 0, scores_kib: 0, ticket: None, bill: None, leases: Vec::new() };
         // A drain that began in between must not miss this request: it either sees the count or is seen here.
         if self.is_draining() { Err(ApiError::Draining) } else { Ok(permit) }
     }
@@ -195,7 +195,7 @@ impl Permit {
 
     /// Keeps a model for as long as the request is inside.
     pub(crate) fn keep(&mut self, lease: Lease) {
-        self.lease = Some(lease);
+        self.leases.push(lease);
     }
 
     /// Takes the tokens that the request may use from those of its API key.

@@ -15,7 +15,7 @@ use crate::admission::Permit;
 use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::keys::KeyDigest;
-use crate::ports::{Lease, Want};
+use crate::ports::{Catalog, Lease, Want};
 use crate::registry::Awaiting;
 use crate::state::ServerState;
 
@@ -44,7 +44,10 @@ pub(crate) async fn find(
     asking: Asking<'_>,
 ) -> Result<Target, ApiError> {
     let catalog = state.engine.catalog();
-    let Some(model) = catalog.demanded(name).cloned() else { return Target::find(&catalog, name) };
+    let Some(model) = catalog.demanded(name).cloned() else {
+        let target = Target::find(&catalog, name)?;
+        return hold(state, (&catalog, None), target, permit);
+    };
     // What it names may go while this waits.
     drop(catalog);
     let Asking { arrived, timeout_ms, .. } = asking;
@@ -52,11 +55,12 @@ pub(crate) async fn find(
     let passed_ms = state.clock.now().saturating_sub(arrived) / 1_000;
     let left_ms = timeout_ms.saturating_sub(passed_ms);
     let patience = Duration::from_millis(limit_ms.min(left_ms));
-    match tokio::time::timeout(patience, bring(state, (&model, name), asking)).await {
+    match tokio::time::timeout(patience, bring(state, &model, asking)).await {
         Ok(brought) => {
-            let (lease, target) = brought?;
+            let (lease, catalog) = brought?;
             permit.keep(lease);
-            Ok(target)
+            let target = Target::find(&catalog, name)?;
+            hold(state, (&catalog, Some(&model)), target, permit)
         }
         Err(_) if left_ms <= limit_ms => Err(ApiError::Deadline { limit_ms: timeout_ms }),
         Err(_) => {
@@ -66,18 +70,36 @@ pub(crate) async fn find(
     }
 }
 
-/// Holds a model and finds the name among what it is served as.
-async fn bring(
+/// Holds the variants of an alias that come and go by themselves, beside the model that was asked for. One that is to go is not
+/// offered: nobody waits for it, because the others serve the name as well.
+fn hold(
     state: &ServerState,
-    (model, name): (&Arc<str>, &str),
-    asking: Asking<'_>,
-) -> Result<(Lease, Target), ApiError> {
+    (catalog, asked): (&Catalog, Option<&Arc<str>>),
+    mut target: Target,
+    permit: &mut Permit,
+) -> Result<Target, ApiError> {
+    target.variants.retain(|variant| {
+        if asked == Some(&variant.id) || !catalog.on_demand.contains(&variant.id) {
+            return true;
+        }
+        let lease = state.models.hold(&variant.id);
+        lease.map(|lease| permit.keep(lease)).is_some()
+    });
+    if target.variants.is_empty() {
+        let why = "makes room for another model".to_owned();
+        return Err(ApiError::NotYet { model: target.name, why });
+    }
+    Ok(target)
+}
+
+/// Holds a model; what is served with it.
+async fn bring(state: &ServerState, model: &Arc<str>, asking: Asking<'_>) -> Result<(Lease, Arc<Catalog>), ApiError> {
     let mut is_first = true;
     loop {
         let lease = lease(state, (model, is_first), asking).await?;
         let catalog = state.engine.catalog();
         if catalog.unloaded().all(|unloaded| unloaded != model) {
-            return Ok((lease, Target::find(&catalog, name)?));
+            return Ok((lease, catalog));
         }
         // An operator has unloaded it since.
         is_first = false;

@@ -300,15 +300,20 @@ impl Catalog {
         self.variants.is_empty() && self.encoders.is_empty() && self.on_demand.is_empty()
     }
 
-    /// The model that a name needs, if it is loaded on demand: it, or one of its variants.
+    /// The model that a name needs, if it is loaded on demand: the one of that name, or the one whose variant it is.
     pub(crate) fn demanded(&self, name: &str) -> Option<&Arc<str>> {
-        let model = name.split(':').next().unwrap_or(name);
-        self.on_demand.iter().find(|demanded| ***demanded == *model)
+        let of = |name: &str| self.on_demand.iter().find(|demanded| ***demanded == *name);
+        of(name).or_else(|| of(name.split(':').next()?))
     }
 
     /// Those that are loaded on demand and not there.
     pub(crate) fn unloaded(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.on_demand.iter().filter(|name| self.variants.iter().all(|variant| variant.alias != **name))
+        self.on_demand.iter().filter(|name| !self.variants.iter().any(|variant| self.belongs(variant, name)))
+    }
+
+    /// Whether a variant is served because this model is there, and not because it is loaded on demand by itself.
+    fn belongs(&self, variant: &Variant, model: &str) -> bool {
+        if *variant.id == *model { true } else { *variant.alias == *model && !self.on_demand.contains(&variant.id) }
     }
 
     /// The encoder of this name.

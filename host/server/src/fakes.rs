@@ -23,8 +23,8 @@ use tower::ServiceExt;
 use crate::admin::wire;
 use crate::ports::{
     AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DoorQuestion, EmbedJob, Embedded,
-    Encoder, EnginePort, JournalLine, LoadReport, ModelAdmin, PolicyAdmin, Question, Replica, Shelf, SubmitError,
-    Upload, Uploaded, Variant, Want,
+    Encoder, EnginePort, JournalLine, Lease, LoadReport, ModelAdmin, PolicyAdmin, Question, Replica, Shelf,
+    SubmitError, Upload, Uploaded, Variant, Want,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -142,6 +142,8 @@ pub(crate) struct FakeAdmin {
     pub(crate) loads: Mutex<Option<watch::Receiver<LoadReport>>>,
     /// What requests for a model that is loaded on demand hear.
     pub(crate) wants: Mutex<VecDeque<Want>>,
+    /// Models that are there on demand, and what counts who has them.
+    pub(crate) held: Mutex<HashMap<String, Arc<()>>>,
 }
 
 /// Open until a test closes it.
@@ -620,6 +622,10 @@ impl ModelAdmin for FakeAdmin {
     /// What a test has put there, in its order.
     fn want(&self, _name: &str, _is_first: bool) -> Want {
         self.wants.lock().expect("unpoisoned").pop_front().expect("as many as are asked for")
+    }
+
+    fn hold(&self, name: &str) -> Option<Lease> {
+        self.held.lock().expect("unpoisoned").get(name).map(Lease::of)
     }
 
     fn state(&self, _name: &str) -> Option<wire::ModelState> {

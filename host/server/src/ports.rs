@@ -400,6 +400,9 @@ pub trait ModelAdmin: Send + Sync + Debug {
     /// `is_first`: it has not asked before.
     fn want(&self, name: &str, is_first: bool) -> Want;
 
+    /// Keeps a model that is loaded on demand, if it is there and nothing waits for its room. Answers at once.
+    fn hold(&self, name: &str) -> Option<Lease>;
+
     /// How a model is that is loaded on demand. Answers at once.
     fn state(&self, name: &str) -> Option<wire::ModelState>;
 }

@@ -50,8 +50,9 @@ pub(super) enum Files {
 
 /// Bytes of its files.
 fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
-    // One at a time, and without the demo, so that each is told its own fault.
-    let loaded = open(config, [(name.to_owned(), path.to_owned())].into(), false)?;
+    // One at a time, and without the demo, so that each is told its own fault; a variant as a model, since what it joins is not there.
+    let alone = name.split(':').next().unwrap_or(name);
+    let loaded = open(config, [(alone.to_owned(), path.to_owned())].into(), false)?;
     if !loaded.encoders.is_empty() && config.on_demand.contains_key(name) {
         bail!("it makes embeddings, and such models are loaded at the start: name it in [models]");
     }

@@ -113,6 +113,16 @@ impl Roster {
     }
 }
 
+impl Roster {
+    /// Keeps a model that is there, for a request for its alias: that counts as one for it.
+    pub(super) fn keep(&self, name: &str) -> Option<Lease> {
+        let request = self.parts.requests.fetch_add(1, Ordering::Relaxed);
+        let mut entries = lock(&self.parts.entries);
+        let entry = entries.get_mut(name).filter(|entry| entry.lent().is_some() && !entry.demand.is_asked_back)?;
+        Some(entry.demand.lease(request, true))
+    }
+}
+
 // === room ===
 
 impl Parts {

@@ -73,7 +73,7 @@ fn unloaded<'a>(state: &ServerState, name: &'a str) -> Model<'a> {
         object: "model",
         created: state.started,
         owned_by: "pointsman",
-        root: name,
+        root: name.split(':').next().unwrap_or(name),
         max_model_len: None,
         embedding_dimensions: None,
         state: state.models.state(name),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use pointsman_sched::route::Choice;
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -141,4 +142,45 @@ async fn models_that_are_not_there_are_listed_with_their_state() {
     rig.engine.unload();
     rig.engine.know(&["cold"]);
     assert_eq!(rig.send(request("GET", "/ready", &[], "")).await.status, 200, "a request would bring it");
+}
+
+#[tokio::test]
+async fn a_variant_that_comes_by_itself_is_held_by_requests_for_its_alias() {
+    let counted = Arc::new(());
+    // What is loaded on demand, whether `m:b` may be held, what is asked for, whether that asks for a model first; who answers,
+    // and how many had `m:b` meanwhile.
+    type Case = (&'static [&'static str], bool, &'static str, bool, &'static str, usize);
+    let cases: [Case; 6] = [
+        (&["m:b"], true, "m", false, "m:b", 1),
+        (&["m:b"], false, "m", false, "m:a", 0),
+        (&["m:b"], false, "m:b", true, "m:b", 0),
+        (&["m:b"], false, "m:a", false, "m:a", 0),
+        (&["m", "m:b"], true, "m", true, "m:b", 1),
+        (&["m", "m:b"], false, "m:a", true, "m:a", 0),
+    ];
+    for (i, (known, is_there, model, asks, variant, n_held)) in cases.into_iter().enumerate() {
+        let rig = Rig::new();
+        rig.engine.know(known);
+        *rig.router.choice.lock().expect("unpoisoned") = Choice::Rank(vec![1, 0]);
+        let held = is_there.then(|| ("m:b".to_owned(), Arc::clone(&counted)));
+        rig.admin.held.lock().expect("unpoisoned").extend(held);
+        rig.admin.wants.lock().expect("unpoisoned").extend(asks.then(|| Want::Here(Lease::default())));
+        rig.engine.play([crate::fakes::Play::Hold]);
+        let body = json!({"model": model, "prompt": "hello"}).to_string();
+        let json = ("content-type", "application/json");
+        let before = Arc::strong_count(&counted);
+        let mut running = Box::pin(rig.send(request("POST", COMPLETIONS, &[json], &body)));
+        assert!(tokio::time::timeout(Duration::ZERO, &mut running).await.is_err(), "{i}: it runs");
+        assert_eq!(Arc::strong_count(&counted) - before, n_held, "{i}");
+        drop(running);
+        assert_eq!(Arc::strong_count(&counted), before, "{i}: nobody has it");
+        rig.admin.wants.lock().expect("unpoisoned").extend(asks.then(|| Want::Here(Lease::default())));
+        let answer = rig.post(COMPLETIONS, &body).await;
+        assert_eq!((answer.status, answer.header("x-pointsman-variant")), (200, variant), "{i}: {}", answer.body);
+        assert!(rig.admin.wants.lock().expect("unpoisoned").is_empty(), "{i}: it asked no less");
+    }
+    let rig = Rig::new();
+    rig.engine.know(&["m:c"]);
+    let cold = rig.send(request("GET", "/v1/models/m:c", &[], "")).await.json();
+    assert_eq!((&cold["state"], &cold["root"]), (&json!("unloaded"), &json!("m")), "{cold}");
 }
