@@ -6,6 +6,7 @@ use std::process::Command;
 use pointsman_tests::{Host, raw};
 use serde_json::{Value, json};
 
+use crate::embeddings::tiny;
 use crate::journal;
 use crate::loads::{PROGRAM, ask, folder, load, unload};
 
@@ -316,4 +317,48 @@ fn a_variant_comes_by_its_own_name_beside_its_model_or_alone() {
     {
         assert_eq!((status(&host, model), loaded(&host)), (200, expect.to_owned()), "{i}: {model}");
     }
+}
+
+#[test]
+fn an_encoder_comes_and_goes_like_any_model() {
+    let (folder, tiny) = (folder(), tiny());
+    let own = tiny.path().display().to_string();
+    let host = start(folder.path(), &[("a", "mini"), ("e", &own)], "max_loaded = 1\n");
+    let embed = |host: &Host, model: &str| host.post("/v1/embeddings", &json!({"model": model, "input": "w5 w6"}));
+    assert_eq!(host.get("/ready").status, 200, "a request would bring one");
+    let tokens = host.post("/tokenize", &json!({"model": "e", "prompt": "w5 w6"}));
+    assert_eq!((tokens.status, &tokens.body["count"], loaded(&host)), (200, &json!(2), "e".to_owned()), "{tokens:?}");
+    let first = embed(&host, "e");
+    assert_eq!(first.status, 200, "{first:?}");
+    for round in 0..2 {
+        assert_eq!((status(&host, "a"), loaded(&host)), (200, "a".to_owned()), "{round}");
+        counts(&host, "pointsman_models_bytes", held(&host));
+        assert_eq!(host.get("/v1/models/e").body["state"], "unloaded", "{round}");
+        let again = embed(&host, "e");
+        assert_eq!((again.status, &again.body["data"]), (200, &first.body["data"]), "{round}: {again:?}");
+        assert_eq!(loaded(&host), "e", "{round}");
+        counts(&host, "pointsman_models_bytes", held(&host));
+    }
+    counts(&host, "pointsman_models_evicted_total", 4);
+    let listed = host.get("/v1/models/e").body;
+    assert!(listed["state"].is_null() && listed["embedding_dimensions"].is_u64(), "{listed}");
+    for (path, model, told) in
+        [("/v1/completions", "e", "use it with /v1/embeddings"), ("/v1/embeddings", "a", "generates text")]
+    {
+        let refused = host.post(path, &json!({"model": model, "input": "x", "prompt": "x"}));
+        assert!(refused.status == 400 && refused.body.to_string().contains(told), "{refused:?}");
+    }
+    // Operators load and unload them too, and a start brings them back.
+    let extra = load(&host, "extra", tiny.path());
+    assert_eq!((extra.status, &extra.body["variants"]), (201, &json!(["extra"])), "{extra:?}");
+    assert_eq!(embed(&host, "extra").body["data"], first.body["data"]);
+    let host = host.restart(&[]);
+    assert_eq!(embed(&host, "extra").body["data"], first.body["data"]);
+    let gone = unload(&host, "extra", "");
+    assert!(gone.status == 200 && gone.body["bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{gone:?}");
+    assert_eq!(embed(&host, "extra").status, 404);
+    assert!(!host.get("/metrics").body.to_string().contains("\"extra\""), "its series have gone");
+    let null = "devices = [\"null:0\"]\n";
+    let host = host.reconfigure(&configuration(folder.path(), &[("e", &own)], null));
+    assert_eq!(embed(&host, "e").status, 200, "whatever devices serve the others");
 }

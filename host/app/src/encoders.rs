@@ -3,14 +3,18 @@
 //! A thread and a compute pool of its own, beside the device drivers', so that a batch of texts takes turns with a step of a
 //! generation instead of holding it up. A batch takes an input of each waiting request in turn: one text does not wait
 //! behind a request of a thousand. An idle encoder may wait a little for more texts; under load batches fill by themselves.
+//!
+//! Models join and leave by messages in the same mailbox, taken between two batches. The thread is there also where no model is:
+//! it waits in its mailbox and costs nothing.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use pointsman_engine::ComputePool;
 use pointsman_sched::execute::ExecuteError;
 use pointsman_sched::ids::Micros;
 use pointsman_sched::request::Failure;
@@ -50,18 +54,45 @@ pub(crate) struct EncoderTerms {
     pub mailbox: usize,
 }
 
+/// Threads that compute for all encoders: their batches take turns, so they need one pool. Started for the first of them.
+#[derive(Debug, Default)]
+pub(crate) struct EncoderPool(Mutex<Option<ComputePool>>);
+
+/// An encoder that has left, to be dropped by whoever asked for that; with how many jobs were ended for it.
+pub(crate) struct GoneEncoder {
+    pub encoder: Box<dyn Encode>,
+    pub ended: u64,
+}
+
+/// What the driver's mailbox holds.
+enum Message {
+    Job(EmbedJob),
+    Join(NamedEncoder),
+    Leave(Leaving),
+    /// Ends a wait.
+    Wake,
+}
+
+/// A model that is to go.
+struct Leaving {
+    name: Arc<str>,
+    /// When its jobs must have ended.
+    end: Micros,
+    gone: Sender<GoneEncoder>,
+}
+
 /// The sending side of a running driver.
 #[derive(Debug)]
 pub(crate) struct EncodersHandle {
-    /// `None` wakes the thread.
-    jobs: SyncSender<Option<EmbedJob>>,
+    jobs: SyncSender<Message>,
     stop: Arc<AtomicBool>,
     join: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Driver {
     encoders: Vec<Served>,
-    jobs: Receiver<Option<EmbedJob>>,
+    leaving: Vec<Leaving>,
+    jobs: Receiver<Message>,
     stop: Arc<AtomicBool>,
     terms: EncoderTerms,
 }
@@ -85,6 +116,33 @@ struct Pending {
     queued_us: Option<Micros>,
 }
 
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Job(_) => "Job",
+            Self::Join(_) => "Join",
+            Self::Leave(_) => "Leave",
+            Self::Wake => "Wake",
+        })
+    }
+}
+
+// === impl EncoderPool ===
+
+impl EncoderPool {
+    /// Its threads have the priority of the thread that is the first to ask.
+    ///
+    /// # Errors
+    /// The system refuses to start them.
+    pub(crate) fn get(&self, n_threads: usize) -> anyhow::Result<ComputePool> {
+        let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*pool {
+            Some(pool) => Ok(pool.clone()),
+            None => Ok(pool.insert(ComputePool::start(n_threads)?).clone()),
+        }
+    }
+}
+
 // === impl EncodersHandle ===
 
 impl EncodersHandle {
@@ -95,14 +153,8 @@ impl EncodersHandle {
     pub(crate) fn start(encoders: Vec<NamedEncoder>, terms: EncoderTerms) -> std::io::Result<Self> {
         let (sender, jobs) = sync_channel(terms.mailbox.max(1));
         let stop = Arc::new(AtomicBool::new(false));
-        let served = |NamedEncoder { name, encoder }| Served {
-            metrics: terms.metrics.encoder(&name, "cpu"),
-            queue: VecDeque::new(),
-            name,
-            encoder,
-        };
-        let encoders = encoders.into_iter().map(served).collect();
-        let mut driver = Driver { encoders, jobs, stop: Arc::clone(&stop), terms };
+        let encoders = encoders.into_iter().map(|named| Served::new(named, &terms)).collect();
+        let mut driver = Driver { encoders, leaving: Vec::new(), jobs, stop: Arc::clone(&stop), terms };
         let join = std::thread::Builder::new().name("encoders".into()).spawn(move || driver.run())?;
         Ok(Self { jobs: sender, stop, join: Mutex::new(Some(join)) })
     }
@@ -112,10 +164,25 @@ impl EncodersHandle {
     /// # Errors
     /// The mailbox is full or the thread has ended.
     pub(crate) fn submit(&self, job: EmbedJob) -> Result<(), SubmitError> {
-        self.jobs.try_send(Some(job)).map_err(|error| match error {
+        self.jobs.try_send(Message::Job(job)).map_err(|error| match error {
             TrySendError::Full(_) => SubmitError::Full,
             TrySendError::Disconnected(_) => SubmitError::Stopped,
         })
+    }
+
+    /// Serves one more model. Waits for a place in the mailbox.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub(crate) fn join(&self, encoder: NamedEncoder) -> anyhow::Result<()> {
+        self.jobs.send(Message::Join(encoder)).map_err(|_| anyhow::anyhow!("the encoders' thread has ended"))
+    }
+
+    /// Has a model given back once its jobs have ended, or when it is time; nothing where it is not served. Waits for that.
+    pub(crate) fn leave(&self, name: &Arc<str>, end: Micros) -> Option<GoneEncoder> {
+        let (gone, coming) = channel();
+        self.jobs.send(Message::Leave(Leaving { name: Arc::clone(name), end, gone })).ok()?;
+        coming.recv().ok()
     }
 
     /// Whether the thread still runs; a panic ends it.
@@ -128,7 +195,7 @@ impl EncodersHandle {
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         // A full mailbox wakes it as well.
-        let _ = self.jobs.try_send(None);
+        let _ = self.jobs.try_send(Message::Wake);
         let join = self.join.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(join) = join
             && join.join().is_err()
@@ -143,7 +210,7 @@ impl Drop for EncodersHandle {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         // A full mailbox wakes it as well.
-        let _ = self.jobs.try_send(None);
+        let _ = self.jobs.try_send(Message::Wake);
     }
 }
 
@@ -161,14 +228,17 @@ impl Driver {
     /// Takes what the mailbox holds; waits for a job when there is none. False when it is time to stop.
     fn collect(&mut self) -> bool {
         if self.encoders.iter().all(|served| served.queue.is_empty()) {
-            let Ok(job) = self.jobs.recv() else { return false };
-            self.accept(job);
-            self.gather();
+            let Ok(message) = self.jobs.recv() else { return false };
+            self.accept(message);
+            if self.waiting() > 0 {
+                self.gather();
+            }
         }
         while self.waiting() < self.terms.mailbox.max(1) {
-            let Ok(job) = self.jobs.try_recv() else { break };
-            self.accept(job);
+            let Ok(message) = self.jobs.try_recv() else { break };
+            self.accept(message);
         }
+        self.let_go();
         !self.stop.load(Ordering::Acquire)
     }
 
@@ -181,18 +251,39 @@ impl Driver {
                 return;
             }
             match self.jobs.recv_timeout(Duration::from_micros(left)) {
-                Ok(job) => self.accept(job),
+                Ok(message) => self.accept(message),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
             }
         }
     }
 
-    fn accept(&mut self, job: Option<EmbedJob>) {
-        let Some(job) = job else { return };
+    fn accept(&mut self, message: Message) {
+        let job = match message {
+            Message::Job(job) => job,
+            Message::Join(named) => return self.encoders.push(Served::new(named, &self.terms)),
+            Message::Leave(leaving) => return self.leaving.push(leaving),
+            Message::Wake => return,
+        };
         match self.encoders.iter_mut().find(|served| served.name == job.encoder) {
             Some(served) => served.queue.push_back(Pending { job, vectors: Vec::new(), taken: 0, queued_us: None }),
-            None => tracing::error!("a job for `{}`, which is not served, was dropped", job.encoder),
+            // Its model has gone since: whoever asked hears of a driver that serves no more.
+            None => tracing::debug!("a job for `{}`, which is not served, was dropped", job.encoder),
         }
+    }
+
+    /// Gives back the models that are to go and have nothing to do, or no more time for it.
+    fn let_go(&mut self) {
+        let Self { encoders, leaving, terms, .. } = self;
+        leaving.retain(|leaving| {
+            let Some(at) = encoders.iter().position(|served| served.name == leaving.name) else { return false };
+            let is_over = encoders[at].queue.is_empty() || terms.clock.micros() >= leaving.end;
+            if is_over {
+                let Served { encoder, queue, .. } = encoders.remove(at);
+                // Whoever asked may have gone.
+                let _ = leaving.gone.send(GoneEncoder { encoder, ended: queue.len() as u64 });
+            }
+            !is_over
+        });
     }
 
     fn waiting(&self) -> usize {
@@ -242,6 +333,10 @@ fn count(n: usize) -> i64 {
 // === impl Served ===
 
 impl Served {
+    fn new(NamedEncoder { name, encoder }: NamedEncoder, terms: &EncoderTerms) -> Self {
+        Self { metrics: terms.metrics.encoder(&name, "cpu"), queue: VecDeque::new(), name, encoder }
+    }
+
     /// Whether what waits fills a batch.
     fn is_full(&self) -> bool {
         let inputs = self.queue.iter().flat_map(|pending| &pending.job.inputs);
@@ -350,7 +445,7 @@ mod tests {
     }
 
     /// A driver without a thread, with this in its mailbox.
-    fn driver(jobs: Vec<EmbedJob>) -> (Driver, Batches, SyncSender<Option<EmbedJob>>) {
+    fn driver(jobs: Vec<EmbedJob>) -> (Driver, Batches, SyncSender<Message>) {
         let batches = Batches::default();
         let metrics = Arc::new(Metrics::new());
         let served = Served {
@@ -360,10 +455,11 @@ mod tests {
             metrics: metrics.encoder("e", "cpu"),
         };
         let (sender, receiver) = sync_channel(16);
-        jobs.into_iter().for_each(|job| sender.try_send(Some(job)).expect("room"));
+        jobs.into_iter().for_each(|job| sender.try_send(Message::Job(job)).expect("room"));
         let terms =
             EncoderTerms { clock: Arc::new(SystemClock::start()), metrics, window: Duration::ZERO, mailbox: 16 };
-        (Driver { encoders: vec![served], jobs: receiver, stop: Arc::default(), terms }, batches, sender)
+        let (encoders, leaving) = (vec![served], Vec::new());
+        (Driver { encoders, leaving, jobs: receiver, stop: Arc::default(), terms }, batches, sender)
     }
 
     fn vectors(mut replied: Reply) -> Vec<f32> {
@@ -408,6 +504,33 @@ mod tests {
         assert_eq!(vectors(good_reply), [3.0]);
         assert!(late_reply.blocking_recv().is_err());
         assert!(driver.terms.metrics.render().contains(r#"pointsman_cancelled_total{stage="queued"} 2"#));
+    }
+
+    #[test]
+    fn a_model_joins_and_leaves_when_its_jobs_have_ended_or_its_time() {
+        // Until when its job may take; how many are ended, and whether that job is answered.
+        for (end, ended, is_answered) in [(Micros::MAX, 0, true), (0, 1, false)] {
+            let (own, reply) = job(&[(1, 1)]);
+            let (mut driver, batches, sender) = driver(Vec::new());
+            let encoder = Box::new(Fake { batches: Arc::clone(&batches) });
+            sender.try_send(Message::Join(NamedEncoder { name: "f".into(), encoder })).expect("room");
+            sender.try_send(Message::Job(EmbedJob { encoder: "f".into(), ..own })).expect("room");
+            let (gone, coming) = channel();
+            sender.try_send(Message::Leave(Leaving { name: "f".into(), end, gone })).expect("room");
+            assert!(driver.collect());
+            if is_answered {
+                assert!(coming.try_recv().is_err(), "it has a job");
+                driver.step(1);
+                driver.let_go();
+            }
+            assert_eq!(coming.try_recv().expect("it has left").ended, ended);
+            assert_eq!((driver.encoders.len(), driver.leaving.len()), (1, 0));
+            assert_eq!(reply.blocking_recv().is_ok(), is_answered);
+            let (late, late_reply) = job(&[(1, 1)]);
+            sender.try_send(Message::Job(EmbedJob { encoder: "f".into(), ..late })).expect("room");
+            assert!(driver.collect());
+            assert!(late_reply.blocking_recv().is_err(), "nobody serves it any more");
+        }
     }
 
     #[test]

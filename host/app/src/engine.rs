@@ -42,8 +42,7 @@ pub(crate) struct Engine {
     served: ArcSwap<Served>,
     clock: Arc<SystemClock>,
     devices: Vec<ServingDevice>,
-    /// Where there are any.
-    encoders: Option<EncodersHandle>,
+    encoders: EncodersHandle,
 }
 
 /// What is served now.
@@ -52,6 +51,8 @@ struct Served {
     catalog: Arc<Catalog>,
     /// Of each replica.
     homes: HashMap<ReplicaId, Home>,
+    /// What each model for embeddings took of the CPU, whatever devices serve the others.
+    encoders: HashMap<Arc<str>, wire::DeviceMemory>,
 }
 
 /// Where a replica is.
@@ -73,7 +74,11 @@ struct Home {
 pub(crate) struct Joined {
     variants: Vec<Arc<Variant>>,
     homes: Vec<(ReplicaId, Home)>,
+    encoders: Vec<SeenEncoder>,
 }
+
+/// A model for embeddings as the server sees it, and what it took.
+type SeenEncoder = (Arc<Encoder>, wire::DeviceMemory);
 
 /// What became of replicas that were to go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,8 +94,6 @@ pub(crate) struct Left {
 struct ServingDevice {
     place: Place,
     driver: DriverHandle,
-    /// What all but the replicas take.
-    memory: wire::DeviceMemory,
     /// Of a GPU, where the driver brings one.
     monitor: Option<GpuMonitor>,
 }
@@ -117,7 +120,7 @@ impl Engine {
         let in_flight = config.server.max_in_flight as usize;
         let engine_requests = in_flight.saturating_mul(config.server.max_rows as usize);
         let bounds = (in_flight, engine_requests.min(MAX_CANCELS));
-        let (encoders, encoder_models, encoder_memory) = start_encoders(config, shared, loaded.encoders)?;
+        let (handle, own_encoders) = start_encoders(config, shared, loaded.encoders)?;
         let mut left = loaded.replicas;
         let mut homes = HashMap::new();
         let mut devices = Vec::new();
@@ -131,18 +134,18 @@ impl Engine {
                 replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
             }
             let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
-            let (memory, monitor) = match &place {
-                Place::Cpu(_) => (encoder_memory, None),
-                Place::Null(_) => (wire::DeviceMemory::default(), None),
-                Place::Cuda(found) => (wire::DeviceMemory::default(), GpuMonitor::open(&found.bus_id)),
+            let monitor = match &place {
+                Place::Cpu(_) | Place::Null(_) => None,
+                Place::Cuda(found) => GpuMonitor::open(&found.bus_id),
             };
-            devices.push(ServingDevice { place, driver, memory, monitor });
+            devices.push(ServingDevice { place, driver, monitor });
         }
         let on_demand = config.on_demand.keys().map(|name| name.as_str().into()).collect();
-        let encoder_models = encoder_models.into_iter().chain(loaded.elsewhere).collect();
+        let encoders = own_encoders.iter().map(|(encoder, memory)| (Arc::clone(&encoder.name), *memory)).collect();
+        let encoder_models = own_encoders.into_iter().map(|(encoder, _)| encoder).chain(loaded.elsewhere).collect();
         let catalog = Arc::new(Catalog { variants: loaded.variants, encoders: encoder_models, on_demand });
-        let (served, clock) = (ArcSwap::from_pointee(Served { catalog, homes }), Arc::clone(&shared.clock));
-        Ok(Self { served, clock, devices, encoders })
+        let (served, clock) = (ArcSwap::from_pointee(Served { catalog, homes, encoders }), Arc::clone(&shared.clock));
+        Ok(Self { served, clock, devices, encoders: handle })
     }
 
     /// Hands loaded replicas to their drivers. All join or none does.
@@ -150,7 +153,11 @@ impl Engine {
     /// # Errors
     /// A policy's thread cannot be started, or a device serves no more.
     pub(crate) fn join(&self, shared: &Shared, deploy: &Deploy, loaded: Loaded) -> anyhow::Result<Joined> {
-        let mut joined = Joined { variants: loaded.variants, homes: Vec::new() };
+        let mut joined = Joined { variants: loaded.variants, homes: Vec::new(), encoders: Vec::new() };
+        for LoadedEncoder { model, named, memory } in loaded.encoders {
+            self.encoders.join(named)?;
+            joined.encoders.push((model, memory));
+        }
         for loaded in loaded.replicas {
             let (id, memory) = (loaded.replica.id, loaded.memory);
             let here = |device: &ServingDevice| loaded.replica.device == u64::from(device.place.index());
@@ -178,14 +185,18 @@ impl Engine {
             catalog.variants.extend(joined.variants.iter().cloned());
             let mut homes = served.homes.clone();
             homes.extend(joined.homes.iter().cloned());
-            Served { catalog: Arc::new(catalog), homes }
+            catalog.encoders.extend(joined.encoders.iter().map(|(encoder, _)| Arc::clone(encoder)));
+            let mut encoders = served.encoders.clone();
+            encoders.extend(joined.encoders.iter().map(|(encoder, memory)| (Arc::clone(&encoder.name), *memory)));
+            Served { catalog: Arc::new(catalog), homes, encoders }
         });
     }
 
     /// Takes replicas back that were not published.
     pub(crate) fn part(&self, joined: Joined, shared: &Shared) {
-        let Joined { variants, homes } = joined;
+        let Joined { variants, homes, encoders } = joined;
         self.take_back(&homes, 0);
+        encoders.iter().for_each(|(encoder, _)| drop(self.encoders.leave(&encoder.name, 0)));
         self.forget(&variants, false, shared);
     }
 
@@ -202,6 +213,29 @@ impl Engine {
             }
             next
         });
+    }
+
+    /// The same of a model for embeddings.
+    pub(crate) fn close_encoder(&self, encoder: &Encoder) {
+        self.served.rcu(|served| {
+            let mut catalog = Catalog::clone(&served.catalog);
+            catalog.encoders.retain(|served| served.name != encoder.name);
+            Served { catalog: Arc::new(catalog), ..Served::clone(served) }
+        });
+    }
+
+    /// Waits this long for the texts that a closed model for embeddings has, ends the rest, and frees what it held.
+    pub(crate) fn clear_encoder(&self, encoder: &Encoder, grace_us: Micros) -> Left {
+        let gone = self.encoders.leave(&encoder.name, self.clock.micros().saturating_add(grace_us));
+        let ended = gone.as_ref().map_or(0, |gone| gone.ended);
+        drop(gone.map(|gone| gone.encoder));
+        let bytes = self.served.load().encoders.get(&encoder.name).map_or(0, wire::DeviceMemory::held);
+        self.served.rcu(|served| {
+            let mut next = Served::clone(served);
+            next.encoders.remove(&encoder.name);
+            next
+        });
+        Left { ended, bytes }
     }
 
     /// Waits this long for what closed variants still run, ends the rest, and frees what they held.
@@ -298,14 +332,15 @@ impl Engine {
         let served = self.served.load();
         let counted = |place: usize| self.devices.get(place).is_some_and(|device| counts(&device.place));
         let replicas = served.homes.values().filter(|home| counted(home.device)).map(|home| home.memory.held());
-        let others = self.devices.iter().filter(|device| counts(&device.place)).map(|device| device.memory.held());
-        replicas.chain(others).sum()
+        let are_counted = counts(&Place::Cpu(0));
+        let encoders = served.encoders.values().filter(|_| are_counted).map(wire::DeviceMemory::held);
+        replicas.chain(encoders).sum()
     }
 
     /// Ends what still runs and waits for the drivers.
     pub(crate) fn stop(&self) {
         self.devices.iter().for_each(|device| device.driver.stop());
-        self.encoders.iter().for_each(EncodersHandle::stop);
+        self.encoders.stop();
     }
 }
 
@@ -316,8 +351,7 @@ impl EnginePort for Engine {
 
     /// While one device serves: requests for the others are offered to it. Nobody stands in for the encoders.
     fn is_alive(&self) -> bool {
-        let encoders = self.encoders.as_ref().is_none_or(EncodersHandle::is_alive);
-        encoders && self.devices.iter().any(|device| device.driver.is_alive())
+        self.encoders.is_alive() && self.devices.iter().any(|device| device.driver.is_alive())
     }
 
     fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
@@ -331,7 +365,7 @@ impl EnginePort for Engine {
     }
 
     fn embed(&self, job: EmbedJob) -> Result<(), SubmitError> {
-        self.encoders.as_ref().map_or(Err(SubmitError::Stopped), |encoders| encoders.submit(job))
+        self.encoders.submit(job)
     }
 
     fn cancel(&self, replica: ReplicaId, id: RequestId, cause: CancelCause) {
@@ -357,7 +391,10 @@ impl ServingDevice {
         let here = u64::from(self.place.index());
         let replicas = served.catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
         let replicas = replicas.filter(|(_, replica)| replica.device == here);
-        let mut memory = self.memory;
+        let mut memory = wire::DeviceMemory::default();
+        if matches!(self.place, Place::Cpu(_)) {
+            served.encoders.values().for_each(|encoder| add_memory(&mut memory, encoder));
+        }
         let here = served.homes.values().filter(|home| home.device == place);
         here.for_each(|home| add_memory(&mut memory, &home.memory));
         let seen = self.monitor.as_ref().map(GpuMonitor::look).unwrap_or_default();
@@ -421,26 +458,21 @@ fn elsewhere(catalog: &Catalog) -> impl Iterator<Item = wire::Device> + '_ {
 
 // === parts ===
 
-/// Starts the driver of the models for embeddings, if there are any; what the server sees of them, and their memory.
+/// Starts the driver of the models for embeddings; what the server sees of each, and what it took.
 fn start_encoders(
     config: &Config,
     shared: &Shared,
     loaded: Vec<LoadedEncoder>,
-) -> anyhow::Result<(Option<EncodersHandle>, Vec<Arc<Encoder>>, wire::DeviceMemory)> {
-    let (mut models, mut named, mut memory) = (Vec::new(), Vec::new(), wire::DeviceMemory::default());
-    for encoder in loaded {
-        add_memory(&mut memory, &encoder.memory);
-        models.push(encoder.model);
-        named.push(encoder.named);
-    }
+) -> anyhow::Result<(EncodersHandle, Vec<SeenEncoder>)> {
+    let split = |LoadedEncoder { model, named, memory }| ((model, memory), named);
+    let (seen, named) = loaded.into_iter().map(split).unzip();
     let terms = EncoderTerms {
         clock: Arc::clone(&shared.clock),
         metrics: Arc::clone(&shared.metrics),
         window: Duration::from_millis(config.engine.embed_window_ms.into()),
         mailbox: config.server.max_in_flight as usize,
     };
-    let handle = if named.is_empty() { None } else { Some(EncodersHandle::start(named, terms)?) };
-    Ok((handle, models, memory))
+    Ok((EncodersHandle::start(named, terms)?, seen))
 }
 
 fn driver_replica(

@@ -34,7 +34,7 @@ use crate::clock::SystemClock;
 use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
 use crate::draft_models::{self, DraftSources};
-use crate::encoders::{Encode, NamedEncoder};
+use crate::encoders::{Encode, EncoderPool, NamedEncoder};
 use crate::null::NullExecutor;
 use crate::upstreams;
 
@@ -157,6 +157,12 @@ pub(crate) trait Follow {
 
     /// Gives up one of them; whether there was one.
     fn make_room(&self) -> bool;
+
+    /// Has the threads for models of embeddings started by one whose priority they may have.
+    ///
+    /// # Errors
+    /// The system refuses to start them.
+    fn start_encoder_pool(&self) -> anyhow::Result<()>;
 }
 
 /// Where and when models are loaded.
@@ -173,6 +179,8 @@ pub(crate) struct LoadTerms<'a> {
     pub clock: &'a Arc<SystemClock>,
     /// Threads of the CPU.
     pub pool: &'a ComputePool,
+    /// Those for models of embeddings.
+    pub encoder_pool: &'a EncoderPool,
 }
 
 /// Loads models one after the other.
@@ -225,7 +233,8 @@ macro_rules! demo_file {
 impl Loaded {
     /// What the replicas took, all devices together.
     pub(crate) fn bytes(&self) -> u64 {
-        self.replicas.iter().map(|replica| replica.memory.held()).sum()
+        let encoders = self.encoders.iter().map(|encoder| encoder.memory.held());
+        self.replicas.iter().map(|replica| replica.memory.held()).chain(encoders).sum()
     }
 
     /// How much there is of everything.
@@ -419,9 +428,6 @@ impl<'a> Loader<'a> {
             ..TextFiles::default()
         };
         if EncoderSpec::describes(&config) {
-            if self.follower.is_some() {
-                bail!("it makes embeddings, and such models are loaded at the start: name it in [models] and restart");
-            }
             return self.load_encoder(name, (folder, source), &text);
         }
         let (spec, weights) = (ModelSpec::from_config(&config)?, Weights::open(folder)?);
@@ -439,9 +445,18 @@ impl<'a> Loader<'a> {
         let text = Arc::new(TextModel::from_files(text)?);
         check_vocabulary(&text, spec.vocab)?;
         let (max_tokens, dimensions) = (u32::try_from(spec.max_tokens)?, u32::try_from(spec.hidden)?);
-        let pool = ComputePool::start(self.terms.pool.n_threads())?;
         let batch_tokens = self.config.sched.max_batch_tokens as usize;
-        let encoder = Encoder::load(spec, &Weights::open(folder)?, pool, batch_tokens)?;
+        let weights = Weights::open(folder)?;
+        if let Some(follower) = self.follower {
+            follower.opened(weights.bytes());
+            follower.check_room(weights.packed_bytes(Precision::F16) + workspace_bytes(&spec, batch_tokens))?;
+            follower.start_encoder_pool()?;
+        }
+        let pool = self.terms.encoder_pool.get(self.terms.pool.n_threads())?;
+        let encoder = Encoder::load(spec, &weights, pool, batch_tokens)?;
+        if !self.packed(weights.bytes()) {
+            bail!("the load was stopped");
+        }
         let used = encoder.memory();
         let memory = wire::DeviceMemory {
             weights: used.weights as u64,
@@ -824,6 +839,12 @@ pub(crate) fn allowed(config: &Config, path: &Path) -> anyhow::Result<PathBuf> {
             bail!("{} is below none of engine.model_dirs ({})", path.display(), named.join(", "))
         }
     }
+}
+
+/// What the activations of an encoder's batch take, about.
+fn workspace_bytes(spec: &EncoderSpec, batch_tokens: usize) -> u64 {
+    let numbers = batch_tokens.max(spec.max_tokens) * (5 * spec.hidden + spec.ffn);
+    (numbers * size_of::<f32>()) as u64
 }
 
 /// Variants that a model of this name comes to.

@@ -44,6 +44,7 @@ use crate::deploy::{Deploy, lock};
 use crate::devices::Place;
 use crate::doctor::available_memory;
 use crate::draft_models::DraftSources;
+use crate::encoders::EncoderPool;
 use crate::engine::{Engine, Joined, Left};
 use crate::models::{Follow, LoadTerms, LoadedModel, Loader, LostModel, allowed, check_spelling, of};
 use crate::serve::Shared;
@@ -77,6 +78,8 @@ pub(crate) struct RosterParts {
     pub aliases: Arc<Aliases>,
     /// Threads of the CPU.
     pub pool: ComputePool,
+    /// Those for models of embeddings.
+    pub encoder_pool: EncoderPool,
     /// Where code for a GPU comes from.
     pub code: CodeOptions,
     /// Models that draft for others.
@@ -174,6 +177,8 @@ enum Ask {
     Held(String),
     /// Whether one of them has gone.
     Give,
+    /// For threads that compute for models of embeddings.
+    EncoderPool,
 }
 
 // === impl Roster ===
@@ -441,7 +446,7 @@ impl Parts {
     /// Loads a model and serves it.
     fn bring(&self, load: &Load, followed: &Followed<'_>) -> Result<wire::Model, AdminError> {
         let Load { name, path, actor, .. } = load;
-        let RosterParts { config, shared, deploy, engine, pool, code, .. } = &self.parts;
+        let RosterParts { config, shared, deploy, engine, pool, encoder_pool, code, .. } = &self.parts;
         followed.check_stop().map_err(|error| refused(AdminErrorKind::Conflict, None, error.to_string()))?;
         self.make_place(name, followed)?;
         let places = engine.places();
@@ -452,6 +457,7 @@ impl Parts {
             started: shared.clock.micros(),
             clock: &shared.clock,
             pool,
+            encoder_pool,
         };
         let known = engine.catalog();
         let loader = Loader::new(config, &shared.names, terms).drafted_by(&self.parts.draft_sources);
@@ -471,11 +477,12 @@ impl Parts {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
         let loaded = loaded.map_err(|error| refused(AdminErrorKind::Refused, None, format!("{error:#}")))?;
-        let (served, bytes) = (Served { variants: loaded.variants.clone(), encoder: None }, loaded.bytes());
+        let encoder = loaded.encoders.first().map(|encoder| (Arc::clone(&encoder.model), encoder.memory));
+        let (served, bytes) = (Served { variants: loaded.variants.clone(), encoder }, loaded.bytes());
         followed.report(LoadStage::Starting, (0, 0));
         let joined = engine.join(shared, deploy, loaded);
         let joined = joined.map_err(|error| refused(AdminErrorKind::Internal, None, format!("{error:#}")))?;
-        let variants = served.variants.iter().map(|variant| variant.id.to_string()).collect();
+        let variants = served.ids();
         let path = path.display().to_string();
         let loaded = self.settle(StoredModel { name: name.clone(), path: path.clone() }, (joined, served), followed)?;
         match actor {
@@ -535,9 +542,9 @@ impl Parts {
 
 impl Parts {
     fn unload(&self, name: &str, grace_ms: u64, actor: &str) -> Result<wire::Unloaded, AdminError> {
-        let RosterParts { shared, engine, deploy, .. } = &self.parts;
+        let RosterParts { shared, deploy, .. } = &self.parts;
         deploy.check_changeable(None)?;
-        let Some(Served { variants, .. }) = self.close(name)? else {
+        let Some(served) = self.close(name)? else {
             return Ok(wire::Unloaded {
                 name: name.to_owned(),
                 variants: Vec::new(),
@@ -547,12 +554,11 @@ impl Parts {
             });
         };
         let began = shared.clock.micros();
-        let Left { ended, bytes } = engine.clear(&variants, grace_ms.saturating_mul(1_000));
-        engine.forget(&variants, false, shared);
-        let ids = variants.iter().map(|variant| variant.id.to_string()).collect();
+        let Left { ended, bytes } = self.clear(&served, (grace_ms.saturating_mul(1_000), false));
+        let ids = served.ids();
         // Its tokenizer goes with the last of these.
         self.gone(name);
-        drop(variants);
+        drop(served);
         give_back_freed();
         deploy.note(actor, Happened::ModelUnloaded { model: name.to_owned(), ended, bytes });
         Ok(wire::Unloaded {
@@ -584,8 +590,31 @@ impl Parts {
             }
             return Err(error);
         }
-        self.parts.engine.close(&served.variants);
+        self.shut(&served);
         Ok(Some(served))
+    }
+
+    /// Takes a model out of the catalog.
+    fn shut(&self, served: &Served) {
+        let engine = &self.parts.engine;
+        engine.close(&served.variants);
+        served.encoder.iter().for_each(|(encoder, _)| engine.close_encoder(encoder));
+    }
+
+    /// Waits this long for what it still runs, ends the rest, and frees what it held; where it may return, its counters stay.
+    fn clear(&self, served: &Served, (grace_us, may_return): (Micros, bool)) -> Left {
+        let RosterParts { shared, engine, .. } = &self.parts;
+        if let Some((encoder, _)) = &served.encoder {
+            let left = engine.clear_encoder(encoder, grace_us);
+            match may_return {
+                true => shared.metrics.forget_gauges(&encoder.name, 0, 0),
+                false => shared.metrics.forget_replica(&encoder.name, "cpu", 0, 0),
+            }
+            return left;
+        }
+        let left = engine.clear(&served.variants, grace_us);
+        engine.forget(&served.variants, may_return, shared);
+        left
     }
 
     /// Marks a model as one that goes, if it may. The caller holds the weights of the aliases.
@@ -608,11 +637,6 @@ impl Parts {
             State::Failed(_) => return Ok(Leaving::Failed),
             State::Ready(served) => served.clone(),
         };
-        if served.encoder.is_some() {
-            return conflict(format!(
-                "`{name}` makes embeddings, and such models go with the host: restart without it"
-            ));
-        }
         if let Some((model, _)) = self.parts.config.draft_models.iter().find(|(_, draft)| is_of(draft, name)) {
             return conflict(format!(
                 "`{name}` drafts for `{model}`: it goes with the host; take it out of [draft_models] and restart"
@@ -684,16 +708,26 @@ impl Parts {
             State::Draining(served) | State::Ready(served) => served,
         };
         if let Some((encoder, memory)) = &served.encoder {
-            view.variants = vec![encoder.name.to_string()];
+            view.variants = served.ids();
             let (name, device) = (encoder.replica.to_string(), "cpu".to_owned());
             view.replicas = vec![wire::ModelReplica { name, device, memory: *memory }];
             return view;
         }
         let (replicas, used) = self.parts.engine.replicas_of(&served.variants);
-        view.variants = served.variants.iter().map(|variant| variant.id.to_string()).collect();
+        view.variants = served.ids();
         view.replicas = replicas;
         view.idle_ms = used.map(|used| self.parts.shared.clock.micros().saturating_sub(used) / 1_000);
         view
+    }
+}
+
+// === impl Served ===
+
+impl Served {
+    /// What it is called in answers and metrics.
+    fn ids(&self) -> Vec<String> {
+        let encoder = self.encoder.iter().map(|(encoder, _)| encoder.name.to_string());
+        self.variants.iter().map(|variant| variant.id.to_string()).chain(encoder).collect()
     }
 }
 
@@ -784,6 +818,10 @@ impl Followed<'_> {
             Ask::Room(bytes) => self.take_room(*bytes).map(|()| *bytes),
             Ask::Held(device) => Ok(self.roster.could_give(device)),
             Ask::Give => Ok(self.make_room().into()),
+            Ask::EncoderPool => {
+                let RosterParts { pool, encoder_pool, .. } = &self.roster.parts;
+                encoder_pool.get(pool.n_threads()).map(|_| 0)
+            }
         }
     }
 
@@ -865,6 +903,10 @@ impl Follow for Packing<'_> {
 
     fn make_room(&self) -> bool {
         self.ask(Ask::Give).is_ok_and(|given| given > 0)
+    }
+
+    fn start_encoder_pool(&self) -> anyhow::Result<()> {
+        self.ask(Ask::EncoderPool).map(drop)
     }
 }
 

@@ -30,6 +30,7 @@ use crate::clock::SystemClock;
 use crate::config::{BatchSection, Config, LogFormat, RoleName};
 use crate::deploy::{Deploy, HostParts, fault_queue};
 use crate::devices::{self, Place};
+use crate::encoders::EncoderPool;
 use crate::engine::Engine;
 use crate::keys;
 use crate::models::{LoadTerms, Loaded, Loader, compute_pool};
@@ -140,7 +141,9 @@ impl Assembled {
             tracing::error!("what was loaded while the host ran is not served: {error}");
             ModelsDocument::empty()
         });
-        let mut loaded = load_beside(config, &shared, &deploy, (&places, &code, &pool, &stored))?;
+        let encoder_pool = EncoderPool::default();
+        let pools = (&pool, &encoder_pool);
+        let mut loaded = load_beside(config, &shared, &deploy, (&places, &code, pools, &stored))?;
         let (models, lost) = (std::mem::take(&mut loaded.models), std::mem::take(&mut loaded.lost));
         let draft_sources = Arc::clone(&loaded.draft_sources);
         upstreams::add(config, &shared, &mut loaded)?;
@@ -160,6 +163,7 @@ impl Assembled {
             engine: Arc::clone(&engine),
             aliases: Arc::clone(&aliases),
             pool,
+            encoder_pool,
             code,
             draft_sources,
         };
@@ -426,12 +430,18 @@ fn load_beside(
     config: &Config,
     shared: &Shared,
     deploy: &Arc<Deploy>,
-    (places, code, pool, stored): (&[Place], &CodeOptions, &ComputePool, &ModelsDocument),
+    (places, code, (pool, encoder_pool), stored): (
+        &[Place],
+        &CodeOptions,
+        (&ComputePool, &EncoderPool),
+        &ModelsDocument,
+    ),
 ) -> anyhow::Result<Loaded> {
     let created = shared.clock.unix_millis() / 1_000;
     std::thread::scope(|scope| {
         let policies = scope.spawn(|| deploy.start(config));
-        let terms = LoadTerms { places, code, created, started: shared.clock.micros(), clock: &shared.clock, pool };
+        let (started, clock) = (shared.clock.micros(), &shared.clock);
+        let terms = LoadTerms { places, code, created, started, clock, pool, encoder_pool };
         let loaded = Loader::new(config, &shared.names, terms).load_all(stored);
         if policies.join().is_err() {
             bail!("bringing the policies back ended in a panic; --safe-mode serves without them");

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::error::ApiError;
 use crate::ports::Lease;
+use crate::registry::Known;
 use crate::usage::Bill;
 
 /// What may be inside at once.
@@ -69,6 +70,8 @@ pub(crate) struct Permit {
     bill: Option<Bill>,
     /// Keeps its model where it is, if that might go.
     leases: Vec<Lease>,
+    /// Of one that has waited for its model, until it is in flight.
+    known: Option<Known>,
 }
 
 // === impl Admission ===
@@ -97,7 +100,8 @@ impl Admission {
             return Err(ApiError::Saturated { what });
         }
         let admission = Arc::clone(self);
-        let permit = Permit { admission, tokens: 0, scores_kib: 0, ticket: None, bill: None, leases: Vec::new() };
+        let leases = Vec::new();
+        let permit = Permit { admission, tokens: 0, scores_kib: 0, ticket: None, bill: None, leases, known: None };
         // A drain that began in between must not miss this request: it either sees the count or is seen here.
         if self.is_draining() { Err(ApiError::Draining) } else { Ok(permit) }
     }
@@ -191,6 +195,26 @@ impl Permit {
     /// Says where the request is charged.
     pub(crate) fn bill(&mut self, bill: Bill) {
         self.bill = Some(bill);
+    }
+
+    /// The place by which it is known before it is in flight, taken where it has none.
+    pub(crate) fn known_by(&mut self, take: impl FnOnce() -> Result<Known, ApiError>) -> Result<&Known, ApiError> {
+        match &mut self.known {
+            Some(known) => Ok(known),
+            known => Ok(known.insert(take()?)),
+        }
+    }
+
+    pub(crate) fn take_known(&mut self) -> Option<Known> {
+        self.known.take()
+    }
+
+    /// Whether it has been cancelled by its id since it waited for its model.
+    pub(crate) fn check_cancelled(&self) -> Result<(), ApiError> {
+        match self.known.as_ref().is_some_and(Known::is_cancelled) {
+            true => Err(ApiError::Cancelled),
+            false => Ok(()),
+        }
     }
 
     /// Keeps a model for as long as the request is inside.

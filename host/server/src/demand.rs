@@ -3,7 +3,8 @@
 //! Most names need one look into the catalog. A model that is loaded on demand is asked for first: that begins its load, or keeps it
 //! from being given up while the request is inside. A request that waits holds its place in admission, so those that wait may have
 //! half of the places and no more: however slow a load is, the models that are there go on being served. It waits in its handler,
-//! which goes when its client does, or cancels it by its id; the load belongs to the host and goes on.
+//! which goes when its client does, or cancels it by its id; the load belongs to the host and goes on. Its id stays in use until it
+//! is in flight under it, or ends.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,7 +17,6 @@ use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::keys::KeyDigest;
 use crate::ports::{Catalog, Lease, Want};
-use crate::registry::Awaiting;
 use crate::state::ServerState;
 
 /// Who asks for a model.
@@ -24,30 +24,37 @@ use crate::state::ServerState;
 pub(crate) struct Asking<'a> {
     pub(crate) arrived: Micros,
     pub(crate) timeout_ms: u64,
-    /// The id and the API key by which it may be cancelled while it waits; none where it has none of its own.
-    pub(crate) id: Option<(&'a Arc<str>, Option<KeyDigest>)>,
+    /// The id and the API key by which it may be cancelled from when it begins to wait.
+    pub(crate) id: (&'a Arc<str>, Option<KeyDigest>),
 }
 
 /// A place among the requests that wait.
 #[derive(Debug)]
 struct Waiting<'a> {
     n_waiting: &'a AtomicU32,
-    /// Where a cancel finds it.
-    known: Option<Awaiting>,
 }
 
-/// Finds what a client named.
+/// Finds what a client named and generates text.
 pub(crate) async fn find(
     state: &ServerState,
     name: &str,
     permit: &mut Permit,
     asking: Asking<'_>,
 ) -> Result<Target, ApiError> {
+    let catalog = reach(state, name, permit, asking).await?;
+    let target = Target::find(&catalog, name)?;
+    hold(state, &catalog, target, permit)
+}
+
+/// What is served once the model is there that a name needs, of either kind; the request has it from now on.
+pub(crate) async fn reach(
+    state: &ServerState,
+    name: &str,
+    permit: &mut Permit,
+    asking: Asking<'_>,
+) -> Result<Arc<Catalog>, ApiError> {
     let catalog = state.engine.catalog();
-    let Some(model) = catalog.demanded(name).cloned() else {
-        let target = Target::find(&catalog, name)?;
-        return hold(state, (&catalog, None), target, permit);
-    };
+    let Some(model) = catalog.demanded(name).cloned() else { return Ok(catalog) };
     // What it names may go while this waits.
     drop(catalog);
     let Asking { arrived, timeout_ms, .. } = asking;
@@ -55,12 +62,11 @@ pub(crate) async fn find(
     let passed_ms = state.clock.now().saturating_sub(arrived) / 1_000;
     let left_ms = timeout_ms.saturating_sub(passed_ms);
     let patience = Duration::from_millis(limit_ms.min(left_ms));
-    match tokio::time::timeout(patience, bring(state, &model, asking)).await {
+    match tokio::time::timeout(patience, bring(state, &model, (asking, permit))).await {
         Ok(brought) => {
             let (lease, catalog) = brought?;
             permit.keep(lease);
-            let target = Target::find(&catalog, name)?;
-            hold(state, (&catalog, Some(&model)), target, permit)
+            Ok(catalog)
         }
         Err(_) if left_ms <= limit_ms => Err(ApiError::Deadline { limit_ms: timeout_ms }),
         Err(_) => {
@@ -72,12 +78,8 @@ pub(crate) async fn find(
 
 /// Holds the variants of an alias that come and go by themselves, beside the model that was asked for. One that is to go is not
 /// offered: nobody waits for it, because the others serve the name as well.
-fn hold(
-    state: &ServerState,
-    (catalog, asked): (&Catalog, Option<&Arc<str>>),
-    mut target: Target,
-    permit: &mut Permit,
-) -> Result<Target, ApiError> {
+fn hold(state: &ServerState, catalog: &Catalog, mut target: Target, permit: &mut Permit) -> Result<Target, ApiError> {
+    let asked = catalog.demanded(&target.name);
     target.variants.retain(|variant| {
         if asked == Some(&variant.id) || !catalog.on_demand.contains(&variant.id) {
             return true;
@@ -93,10 +95,14 @@ fn hold(
 }
 
 /// Holds a model; what is served with it.
-async fn bring(state: &ServerState, model: &Arc<str>, asking: Asking<'_>) -> Result<(Lease, Arc<Catalog>), ApiError> {
+async fn bring(
+    state: &ServerState,
+    model: &Arc<str>,
+    (asking, permit): (Asking<'_>, &mut Permit),
+) -> Result<(Lease, Arc<Catalog>), ApiError> {
     let mut is_first = true;
     loop {
-        let lease = lease(state, (model, is_first), asking).await?;
+        let lease = lease(state, (model, is_first), (asking, permit)).await?;
         let catalog = state.engine.catalog();
         if catalog.unloaded().all(|unloaded| unloaded != model) {
             return Ok((lease, catalog));
@@ -107,8 +113,12 @@ async fn bring(state: &ServerState, model: &Arc<str>, asking: Asking<'_>) -> Res
     }
 }
 
-/// Asks for a model until it is there.
-async fn lease(state: &ServerState, (model, is_first): (&str, bool), asking: Asking<'_>) -> Result<Lease, ApiError> {
+/// Asks for a model until it is there. From its first wait on the request's id is in use, without a gap until it is in flight.
+async fn lease(
+    state: &ServerState,
+    (model, is_first): (&str, bool),
+    (asking, permit): (Asking<'_>, &mut Permit),
+) -> Result<Lease, ApiError> {
     let mut want = state.models.want(model, is_first);
     if is_first {
         let metrics = state.metrics.models();
@@ -119,20 +129,20 @@ async fn lease(state: &ServerState, (model, is_first): (&str, bool), asking: Ask
         // What it holds on its way it gives up only when it has asked again.
         let (_held, mut changes) = match want {
             // A cancel that came with the model has been answered: it holds.
-            Want::Here(_) if place.as_ref().is_some_and(Waiting::is_cancelled) => return Err(ApiError::Cancelled),
-            Want::Here(lease) => return Ok(lease),
+            Want::Here(lease) => return permit.check_cancelled().map(|()| lease),
             Want::Failed { why, retry_after_ms } => {
                 return Err(ApiError::NotLoaded { model: model.to_owned(), why, retry_after_ms });
             }
             Want::Coming(lease, changes) => (lease, changes),
         };
-        let place = match &place {
-            Some(place) => place,
-            None => place.insert(Waiting::enter(state, model, asking)?),
-        };
+        if place.is_none() {
+            place = Some(Waiting::enter(state, model)?);
+        }
+        let (id, owner) = asking.id;
+        let known = permit.known_by(|| state.registry.know(id, owner))?;
         tokio::select! {
             biased;
-            () = place.cancelled() => return Err(ApiError::Cancelled),
+            () = known.cancel_asked() => return Err(ApiError::Cancelled),
             // It ends with the host alone.
             changed = changes.changed() => changed.map_err(|_| ApiError::Draining)?,
         }
@@ -143,28 +153,14 @@ async fn lease(state: &ServerState, (model, is_first): (&str, bool), asking: Ask
 // === impl Waiting ===
 
 impl<'a> Waiting<'a> {
-    fn enter(state: &'a ServerState, model: &str, asking: Asking<'_>) -> Result<Self, ApiError> {
+    fn enter(state: &'a ServerState, model: &str) -> Result<Self, ApiError> {
         let (waiting, most) = (&state.waiting_for_models, (state.config.max_requests / 2).max(1));
         if waiting.fetch_add(1, Ordering::Relaxed) < most {
-            let mut place = Self { n_waiting: waiting, known: None };
-            place.known = asking.id.map(|(id, owner)| state.registry.wait(id, owner)).transpose()?;
-            return Ok(place);
+            return Ok(Self { n_waiting: waiting });
         }
         waiting.fetch_sub(1, Ordering::Relaxed);
         let why = format!("{most} requests wait for models, half of server.max_in_flight and the most at once");
         Err(ApiError::NotYet { model: model.to_owned(), why })
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.known.as_ref().is_some_and(Awaiting::is_cancelled)
-    }
-
-    /// Completes when its client has cancelled it.
-    async fn cancelled(&self) {
-        match &self.known {
-            Some(known) => known.cancel_asked().await,
-            None => std::future::pending().await,
-        }
     }
 }
 

@@ -308,7 +308,8 @@ impl Catalog {
 
     /// Those that are loaded on demand and not there.
     pub(crate) fn unloaded(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.on_demand.iter().filter(|name| !self.variants.iter().any(|variant| self.belongs(variant, name)))
+        let is_there = |name: &str| self.variants.iter().any(|variant| self.belongs(variant, name));
+        self.on_demand.iter().filter(move |name| !is_there(name) && self.encoder(name).is_none())
     }
 
     /// Whether a variant is served because this model is there, and not because it is loaded on demand by itself.

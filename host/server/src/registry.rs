@@ -55,16 +55,14 @@ struct EngineRequest {
 /// the handler or the body, cancels whatever is still running.
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    registry: Arc<Registry>,
     engine: Arc<dyn EnginePort>,
-    id: Arc<str>,
-    live: Arc<Live>,
+    known: Known,
     pub(crate) permit: Permit,
 }
 
-/// A request that is not in flight yet and can be cancelled all the same. Dropping it forgets it.
+/// A request whose id is in use, and by which it can be cancelled, whether it is in flight yet or not. Dropping it forgets it.
 #[derive(Debug)]
-pub(crate) struct Awaiting {
+pub(crate) struct Known {
     registry: Arc<Registry>,
     id: Arc<str>,
     live: Arc<Live>,
@@ -82,22 +80,23 @@ pub(crate) fn draft_of(id: &str) -> String {
 // === impl Registry ===
 
 impl Registry {
-    /// Enters a request; refused while its id is in use.
+    /// Enters a request; refused while its id is in use. One that has waited for its model is known since then.
     pub(crate) fn enter(
         self: &Arc<Self>,
         id: &Arc<str>,
         owner: Option<KeyDigest>,
         engine: &Arc<dyn EnginePort>,
-        permit: Permit,
+        mut permit: Permit,
     ) -> Result<InFlight, ApiError> {
-        let live = self.insert(id, owner)?;
-        Ok(InFlight { registry: Arc::clone(self), engine: Arc::clone(engine), id: Arc::clone(id), live, permit })
+        permit.check_cancelled()?;
+        let known = permit.take_known().map_or_else(|| self.know(id, owner), Ok)?;
+        Ok(InFlight { engine: Arc::clone(engine), known, permit })
     }
 
-    /// Enters a request that waits for its model; it is entered again when that is there.
-    pub(crate) fn wait(self: &Arc<Self>, id: &Arc<str>, owner: Option<KeyDigest>) -> Result<Awaiting, ApiError> {
+    /// Makes a request known that is not in flight yet; refused while its id is in use.
+    pub(crate) fn know(self: &Arc<Self>, id: &Arc<str>, owner: Option<KeyDigest>) -> Result<Known, ApiError> {
         let live = self.insert(id, owner)?;
-        Ok(Awaiting { registry: Arc::clone(self), id: Arc::clone(id), live })
+        Ok(Known { registry: Arc::clone(self), id: Arc::clone(id), live })
     }
 
     fn insert(&self, id: &Arc<str>, owner: Option<KeyDigest>) -> Result<Arc<Live>, ApiError> {
@@ -167,27 +166,27 @@ impl Live {
 impl InFlight {
     /// The id that the client knows.
     pub(crate) fn id(&self) -> &Arc<str> {
-        &self.id
+        &self.known.id
     }
 
     /// Notes that it is the draft of another request.
     pub(crate) fn drafts_for(&self, id: &Arc<str>) {
         // It is entered once.
-        let _ = self.live.draft_of.set(Arc::clone(id));
+        let _ = self.known.live.draft_of.set(Arc::clone(id));
     }
 
     /// The client went away, or wants no draft any more: says so where somebody looks for it.
     pub(crate) fn abandoned(&self, trace: &Trace, now: Micros) {
-        if self.live.is_given_up.load(Ordering::Relaxed) {
+        if self.known.live.is_given_up.load(Ordering::Relaxed) {
             return trace.superseded(now);
         }
         trace.abandoned(now);
-        tracing::info!(request = &*self.id, status = 499, "the client went away");
+        tracing::info!(request = &*self.known.id, status = 499, "the client went away");
     }
 
     /// Notes that an engine request is running for this one.
     pub(crate) fn submitted(&self, replica: ReplicaId, id: RequestId) {
-        let mut running = self.live.running();
+        let mut running = self.known.live.running();
         running.requests.push(EngineRequest { replica, id, ended: false });
         let cancelled = running.cancelled;
         drop(running);
@@ -198,25 +197,25 @@ impl InFlight {
 
     /// Waits until the client asks for the end of its request.
     pub(crate) async fn cancel_asked(&self) {
-        self.live.cancel_asked.notified().await;
+        self.known.live.cancel_asked.notified().await;
     }
 
     /// The same for whoever outlives a borrow.
     pub(crate) fn told_to_cancel(&self) -> impl Future<Output = ()> + Send + use<> {
-        let live = Arc::clone(&self.live);
+        let live = Arc::clone(&self.known.live);
         async move { live.cancel_asked.notified().await }
     }
 
     /// Notes that the n-th engine request has ended.
     pub(crate) fn ended(&self, choice: usize) {
-        if let Some(request) = self.live.running().requests.get_mut(choice) {
+        if let Some(request) = self.known.live.running().requests.get_mut(choice) {
             request.ended = true;
         }
     }
 
     /// Cancels the n-th engine request and forgets it.
     pub(crate) fn cancel(&self, choice: usize, cause: CancelCause) {
-        let mut running = self.live.running();
+        let mut running = self.known.live.running();
         let Some(request) = running.requests.get_mut(choice).filter(|r| !r.ended) else { return };
         request.ended = true;
         let EngineRequest { replica, id, .. } = *request;
@@ -226,8 +225,8 @@ impl InFlight {
 
     /// Cancels every engine request that still runs and forgets them.
     pub(crate) fn cancel_all(&self, cause: CancelCause) {
-        self.live.cancel_rest(&*self.engine, cause);
-        for request in &mut self.live.running().requests {
+        self.known.live.cancel_rest(&*self.engine, cause);
+        for request in &mut self.known.live.running().requests {
             request.ended = true;
         }
     }
@@ -235,15 +234,14 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        let is_given_up = self.live.is_given_up.load(Ordering::Relaxed);
+        let is_given_up = self.known.live.is_given_up.load(Ordering::Relaxed);
         self.cancel_all(if is_given_up { CancelCause::Asked } else { CancelCause::ClientGone });
-        self.registry.remove(&self.id);
     }
 }
 
-// === impl Awaiting ===
+// === impl Known ===
 
-impl Awaiting {
+impl Known {
     pub(crate) fn is_cancelled(&self) -> bool {
         self.live.running().cancelled
     }
@@ -254,7 +252,7 @@ impl Awaiting {
     }
 }
 
-impl Drop for Awaiting {
+impl Drop for Known {
     fn drop(&mut self) {
         self.registry.remove(&self.id);
     }

@@ -681,7 +681,7 @@ impl Metrics {
         for (method, kind) in ["ngram", "draft_model"].iter().flat_map(|m| [(m, "proposed"), (m, "accepted")]) {
             let _ = self.drafts.remove_label_values(&[model_name, method, kind]);
         }
-        for phase in ["prefill", "decode", "draft"] {
+        for phase in ["prefill", "decode", "draft", "embed"] {
             let _ = self.tokens.remove_label_values(&[device, model_name, phase]);
         }
     }

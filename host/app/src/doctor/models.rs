@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::bail;
 use pointsman_control::ModelsDocument;
 use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::{Bytes, CodeOptions};
@@ -18,6 +17,7 @@ use super::report::Report;
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::devices::Place;
+use crate::encoders::EncoderPool;
 use crate::models::{LoadTerms, Loaded, Loader};
 
 pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
@@ -52,10 +52,7 @@ pub(super) enum Files {
 fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
     // One at a time, and without the demo, so that each is told its own fault; a variant as a model, since what it joins is not there.
     let alone = name.split(':').next().unwrap_or(name);
-    let loaded = open(config, [(alone.to_owned(), path.to_owned())].into(), false)?;
-    if !loaded.encoders.is_empty() && config.on_demand.contains_key(name) {
-        bail!("it makes embeddings, and such models are loaded at the start: name it in [models]");
-    }
+    open(config, [(alone.to_owned(), path.to_owned())].into(), false)?;
     Ok(size(path))
 }
 
@@ -63,7 +60,8 @@ fn load_aside(config: &Config, name: &str, path: &Path) -> anyhow::Result<u64> {
 pub(super) fn open(config: &Config, models: BTreeMap<String, PathBuf>, demo: bool) -> anyhow::Result<Loaded> {
     let (names, clock, code) = (Names::default(), Arc::new(SystemClock::start()), CodeOptions::default());
     let pool = &ComputePool::start(1)?;
-    let terms = LoadTerms { places: &[Place::Null(0)], code: &code, created: 0, started: 0, clock: &clock, pool };
+    let (places, encoder_pool) = (&[Place::Null(0)], &EncoderPool::default());
+    let terms = LoadTerms { places, code: &code, created: 0, started: 0, clock: &clock, pool, encoder_pool };
     let engine = crate::config::EngineSection { demo, ..config.engine.clone() };
     let (replicas, upstreams, on_demand, draft_models) = Default::default();
     let alone = Config { models, engine, replicas, upstreams, on_demand, draft_models, ..config.clone() };

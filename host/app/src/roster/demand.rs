@@ -18,7 +18,7 @@ use pointsman_server::admin::wire::ModelSource;
 use pointsman_server::ports::{Lease, LoadReport, Want};
 use tokio::sync::watch;
 
-use super::{Entry, Load, Parts, Roster, RosterParts, Served, State, beginning};
+use super::{Entry, Load, Parts, Roster, Served, State, beginning};
 use crate::deploy::lock;
 
 /// Between a failed load and the next.
@@ -129,17 +129,15 @@ impl Parts {
     /// Unloads the model that requests have loaded and that was asked for the longest time ago, of those that no request has;
     /// whether there was one.
     pub(super) fn evict(&self) -> bool {
-        let RosterParts { shared, engine, .. } = &self.parts;
         let Some((name, served)) = self.choose() else { return false };
         // Its name is free again whatever happens.
         let going = Going { parts: self, name: &name };
-        let left = engine.clear(&served.variants, PATIENCE);
-        engine.forget(&served.variants, true, shared);
+        let left = self.clear(&served, (PATIENCE, true));
         drop(going);
         // Its tokenizer goes with the last of these.
         drop(served);
         give_back_freed();
-        shared.metrics.models().evicted.inc();
+        self.parts.shared.metrics.models().evicted.inc();
         tracing::info!("`{name}` was unloaded for another model: {} bytes are free", left.bytes);
         true
     }
@@ -147,11 +145,13 @@ impl Parts {
     /// What models hold of a device that may be given up, though not now where they are in use.
     pub(super) fn could_give(&self, device: &str) -> u64 {
         let entries = lock(&self.entries);
-        let variants: Vec<_> =
-            entries.values().filter_map(Entry::lent).flat_map(|served| served.variants.clone()).collect();
+        let lent: Vec<Served> = entries.values().filter_map(Entry::lent).cloned().collect();
         drop(entries);
+        let variants: Vec<_> = lent.iter().flat_map(|served| served.variants.clone()).collect();
         let (replicas, _) = self.parts.engine.replicas_of(&variants);
-        replicas.iter().filter(|replica| replica.device == device).map(|replica| replica.memory.held()).sum()
+        let replicas = replicas.iter().filter(|replica| replica.device == device).map(|replica| replica.memory.held());
+        let encoders = lent.iter().filter(|_| device == "cpu").filter_map(|served| served.encoder.as_ref());
+        replicas.chain(encoders.map(|(_, memory)| memory.held())).sum()
     }
 
     /// Lets the model that is the next to go take no more requests; false where requests have loaded none.
@@ -190,7 +190,7 @@ impl Parts {
         let (name, served, entry) = idle.min_by_key(|(_, _, entry)| entry.demand.used)?;
         entry.state = State::Draining(served.clone());
         drop(entries);
-        self.parts.engine.close(&served.variants);
+        self.shut(&served);
         Some((name, served))
     }
 }

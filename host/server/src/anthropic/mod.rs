@@ -75,6 +75,7 @@ impl Shape for MessageShape {
 pub(crate) async fn count_tokens(
     State(state): State<Arc<ServerState>>,
     caller: Caller,
+    Extension(RequestTag(tag)): Extension<RequestTag>,
     request: Request,
 ) -> Result<Response, ApiError> {
     #[derive(Serialize)]
@@ -85,13 +86,14 @@ pub(crate) async fn count_tokens(
     let mut permit = state.enter(&caller)?;
     let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
     let mut fields = read_fields(&state, request).await?;
-    let target =
-        demand::find(&state, &model(&mut fields)?, &mut permit, Asking { arrived, timeout_ms, id: None }).await?;
+    let asking = Asking { arrived, timeout_ms, id: (&tag, caller.key) };
+    let target = demand::find(&state, &model(&mut fields)?, &mut permit, asking).await?;
     let mut conversation = request::conversation(&mut fields)?;
     if let Some(tools) = request::tools(&mut fields)? {
         tools.show(&mut conversation.template_kwargs);
     }
     let prompt = conversation.prompt(target.text(), state.clock.unix_seconds()).await?;
+    permit.check_cancelled()?;
     Ok(json(&Count { input_tokens: prompt.tokens.len() }))
 }
 

@@ -29,10 +29,11 @@ use super::generate::{Arrival, Held};
 use super::inputs::{Holder, Input, read_each, token_ids};
 use super::read_fields;
 use crate::admission::Permit;
+use crate::demand;
 use crate::dispatch::record_rejection;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
-use crate::ports::{EmbedJob, Embedded, Encoder, SubmitError};
+use crate::ports::{Catalog, EmbedJob, Embedded, Encoder, SubmitError};
 use crate::registry::InFlight;
 use crate::state::ServerState;
 use crate::text::TextModel;
@@ -107,9 +108,15 @@ pub(crate) async fn embeddings(
 }
 
 /// From a body to its vectors.
-pub(crate) async fn embed(arrival: &Arrival, permit: Permit, mut fields: Fields) -> Result<Vectors, ApiError> {
+pub(crate) async fn embed(arrival: &Arrival, mut permit: Permit, mut fields: Fields) -> Result<Vectors, ApiError> {
     let state = &arrival.state;
-    let asked = Asked::parse(&mut fields, state)?;
+    let name = super::params::model(&mut fields)?;
+    // Upstreams get it as it was sent; what they have is never loaded on demand.
+    let is_elsewhere = state.engine.catalog().encoder(&name).is_some_and(|encoder| !encoder.upstreams.is_empty());
+    let onward = is_elsewhere.then(|| Onward::whole("/v1/embeddings", fields.copied()));
+    let timeout_ms = timeout_ms(&mut fields, state)?;
+    let catalog = demand::reach(state, &name, &mut permit, arrival.asking(timeout_ms)).await?;
+    let asked = Asked::parse(&mut fields, (find(&catalog, name)?, onward), timeout_ms)?;
     let inputs = asked.inputs(fields.require("input")?).await?;
     let tokens = u32::try_from(inputs.iter().map(Vec::len).sum::<usize>()).unwrap_or(u32::MAX);
     let answered = answer(arrival, permit, asked, inputs, tokens).await;
@@ -199,18 +206,17 @@ fn refused(error: SubmitError, encoder: &Encoder) -> ApiError {
 // === impl Asked ===
 
 impl Asked {
-    fn parse(fields: &mut Fields, state: &ServerState) -> Result<Self, ApiError> {
-        let encoder = find(fields, state)?;
-        let is_elsewhere = !encoder.upstreams.is_empty();
-        let onward = is_elsewhere.then(|| Onward::whole("/v1/embeddings", fields.copied()));
+    fn parse(
+        fields: &mut Fields,
+        (encoder, onward): (Arc<Encoder>, Option<Onward>),
+        timeout_ms: u64,
+    ) -> Result<Self, ApiError> {
         let base64 = match fields.take("encoding_format") {
             None => false,
             Some(Value::String(format)) if format == "float" => false,
             Some(Value::String(format)) if format == "base64" => true,
             Some(other) => return Err(mismatch("encoding_format", "float or base64", &other)),
         };
-        let most = i64::try_from(state.config.max_timeout_ms).unwrap_or(i64::MAX);
-        let timeout_ms = fields.integer("timeout_ms", 1..=most)?.and_then(|ms| u64::try_from(ms).ok());
         // vLLM's name; -1 stands for all that the model takes.
         let cut = fields.integer("truncate_prompt_tokens", -1..=encoder.max_tokens.into())?;
         if cut == Some(0) {
@@ -225,7 +231,7 @@ impl Asked {
             onward,
             dimensions,
             cut: cut.map(|cut| u32::try_from(cut).unwrap_or(encoder.max_tokens)),
-            timeout_ms: timeout_ms.unwrap_or(state.config.default_timeout_ms),
+            timeout_ms,
             encoder,
         })
     }
@@ -257,9 +263,13 @@ impl Asked {
     }
 }
 
-fn find(fields: &mut Fields, state: &ServerState) -> Result<Arc<Encoder>, ApiError> {
-    let catalog = state.engine.catalog();
-    let name = super::params::model(fields)?;
+fn timeout_ms(fields: &mut Fields, state: &ServerState) -> Result<u64, ApiError> {
+    let most = i64::try_from(state.config.max_timeout_ms).unwrap_or(i64::MAX);
+    let ms = fields.integer("timeout_ms", 1..=most)?.and_then(|ms| u64::try_from(ms).ok());
+    Ok(ms.unwrap_or(state.config.default_timeout_ms))
+}
+
+fn find(catalog: &Catalog, name: String) -> Result<Arc<Encoder>, ApiError> {
     if let Some(encoder) = catalog.encoder(&name) {
         return Ok(Arc::clone(encoder));
     }
@@ -268,7 +278,7 @@ fn find(fields: &mut Fields, state: &ServerState) -> Result<Arc<Encoder>, ApiErr
         [] => "there is none here: serve one with --model NAME=FOLDER".to_owned(),
         _ => format!("there is {}", known.join(", ")),
     };
-    let generates = catalog.demanded(&name).is_some() || catalog.names().iter().any(|(known, _)| *known == name);
+    let generates = catalog.names().iter().any(|(known, _)| *known == name);
     match generates {
         true => Err(ApiError::invalid(
             "model",

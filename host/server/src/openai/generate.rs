@@ -200,7 +200,7 @@ impl Arrival {
 
     /// It asks for a model, and may be cancelled meanwhile.
     pub(crate) fn asking(&self, timeout_ms: u64) -> Asking<'_> {
-        Asking { arrived: self.arrived, timeout_ms, id: Some((&self.tag, self.caller.key)) }
+        Asking { arrived: self.arrived, timeout_ms, id: (&self.tag, self.caller.key) }
     }
 
     /// The body as it was sent, where an upstream may be sent it.

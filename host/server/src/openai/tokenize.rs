@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
@@ -13,8 +14,10 @@ use super::generate::tokenizing;
 use super::{json, read_fields};
 use crate::admission::Permit;
 use crate::demand::{self, Asking};
+use crate::dispatch::Target;
 use crate::error::ApiError;
-use crate::identity::Caller;
+use crate::identity::{Caller, RequestTag};
+use crate::keys::KeyDigest;
 use crate::state::ServerState;
 use crate::text::TextModel;
 
@@ -32,29 +35,31 @@ struct Detokenized {
     prompt: String,
 }
 
+/// Of a request, with its API key.
+type Id<'a> = (&'a Arc<str>, Option<KeyDigest>);
+
 /// Tokenizer and context of a model of either kind; without a model, of the first one.
 async fn target(
     fields: &mut Fields,
     state: &ServerState,
-    permit: &mut Permit,
+    (permit, id): (&mut Permit, Id<'_>),
 ) -> Result<(Arc<TextModel>, u32), ApiError> {
     let catalog = state.engine.catalog();
     let named = fields.string("model")?;
-    let encoder = match &named {
-        Some(name) => catalog.encoder(name),
-        None => catalog.encoders.first().filter(|_| catalog.variants.is_empty()),
-    };
+    let generator = || catalog.variants.first().map(|variant| &variant.alias);
+    let encoder = || catalog.encoders.first().map(|encoder| &encoder.name);
+    let first = || generator().or_else(encoder).or(catalog.on_demand.first()).map(ToString::to_string);
+    let name = named.or_else(first).unwrap_or_default();
+    let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
+    let catalog = demand::reach(state, &name, permit, Asking { arrived, timeout_ms, id }).await?;
     let what = "only they have its tokenizer: ask one of them";
-    if let Some(encoder) = encoder {
+    if let Some(encoder) = catalog.encoder(&name) {
         if encoder.text.is_estimate() {
             return Err(ApiError::NotOnward { model: encoder.name.to_string(), what });
         }
         return Ok((Arc::clone(&encoder.text), encoder.max_tokens));
     }
-    let first = catalog.variants.first().map(|variant| &variant.alias).or(catalog.on_demand.first());
-    let name = named.or(first.map(ToString::to_string)).unwrap_or_default();
-    let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
-    let target = demand::find(state, &name, permit, Asking { arrived, timeout_ms, id: None }).await?;
+    let target = Target::find(&catalog, &name)?;
     if target.text().is_estimate() {
         return Err(ApiError::NotOnward { model: target.name, what });
     }
@@ -65,12 +70,13 @@ async fn target(
 pub(crate) async fn tokenize(
     State(state): State<Arc<ServerState>>,
     caller: Caller,
+    Extension(RequestTag(tag)): Extension<RequestTag>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
     // Tokenizing is work like any other: it takes a place among the requests in flight.
     let mut permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
-    let (text, max_model_len) = target(&mut fields, &state, &mut permit).await?;
+    let (text, max_model_len) = target(&mut fields, &state, (&mut permit, (&tag, caller.key))).await?;
     let wants_strings = fields.bool("return_token_strs")?.unwrap_or(false);
     let tokens: Arc<[u32]> = match fields.string("prompt")? {
         None => conversation(&mut fields)?.prompt(&text, state.clock.unix_seconds()).await?.tokens,
@@ -83,6 +89,7 @@ pub(crate) async fn tokenize(
         }
     };
     let string = |id: &u32| String::from_utf8_lossy(&text.token_bytes(*id)).into_owned();
+    permit.check_cancelled()?;
     Ok(json(&Tokenized {
         count: tokens.len(),
         max_model_len,
@@ -95,11 +102,12 @@ pub(crate) async fn tokenize(
 pub(crate) async fn detokenize(
     State(state): State<Arc<ServerState>>,
     caller: Caller,
+    Extension(RequestTag(tag)): Extension<RequestTag>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
     let mut permit = state.enter(&caller)?;
     let mut fields = read_fields(&state, request).await?;
-    let (text, _) = target(&mut fields, &state, &mut permit).await?;
+    let (text, _) = target(&mut fields, &state, (&mut permit, (&tag, caller.key))).await?;
     let ids = match fields.require("tokens")? {
         Value::Array(ids) => ids,
         other => return Err(mismatch("tokens", "an array of token ids", &other)),
@@ -107,5 +115,6 @@ pub(crate) async fn detokenize(
     let vocabulary = text.vocabulary();
     let id = |(i, value): (usize, &Value)| token_id(&format!("tokens[{i}]"), value, vocabulary);
     let tokens: Vec<u32> = ids.iter().enumerate().map(id).collect::<Result<_, _>>()?;
+    permit.check_cancelled()?;
     Ok(json(&Detokenized { prompt: text.decode(&tokens, false) }))
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::ServerConfig;
+use crate::error::ApiError;
 use crate::fakes::{Rig, request};
 use crate::ports::{Lease, Want};
 
@@ -17,7 +18,7 @@ const COMPLETIONS: &str = "/v1/completions";
 /// A rig whose model `m` is loaded on demand, as is `cold`, which is not there.
 fn rig(load_wait_ms: u64) -> Rig {
     let rig = Rig::with(ServerConfig { load_wait_ms, max_requests: 8, ..ServerConfig::default() });
-    rig.engine.know(&["m", "cold"]);
+    rig.engine.know(&["m", "cold", "e"]);
     rig
 }
 
@@ -75,7 +76,15 @@ async fn who_waits_for_a_model_is_cancelled_by_its_id() {
     let json = ("content-type", "application/json");
     let body = r#"{"model": "m", "prompt": "hello"}"#;
     let chat = r#"{"model": "m", "messages": [{"role": "user", "content": "hello"}]}"#;
-    for (path, body) in [(COMPLETIONS, body), ("/v1/chat/completions", chat)].repeat(8) {
+    let routes = [
+        (COMPLETIONS, body),
+        ("/v1/chat/completions", chat),
+        ("/tokenize", body),
+        ("/detokenize", r#"{"model": "m", "tokens": [7]}"#),
+        ("/v1/messages/count_tokens", chat),
+        ("/v1/embeddings", r#"{"model": "e", "input": "hello"}"#),
+    ];
+    for (path, body) in routes.repeat(8) {
         rig.admin
             .wants
             .lock()
@@ -90,7 +99,8 @@ async fn who_waits_for_a_model_is_cancelled_by_its_id() {
         changed.send_replace(());
         let answer = waiting.await;
         rig.admin.wants.lock().expect("unpoisoned").clear();
-        assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (499, Some("cancelled")), "{path}");
+        assert_eq!(answer.status, 499, "{path}: {}", answer.body);
+        assert!(answer.body.contains("cancelled"), "{path}: {}", answer.body);
         assert_eq!((rig.state.waiting_for_models.load(Ordering::Relaxed), rig.state.in_flight()), (0, 0), "{path}");
         let gone = rig.send(request("DELETE", "/v1/requests/r", &[], "")).await;
         assert_eq!(gone.status, 404, "{path}: its id is free");
@@ -110,6 +120,8 @@ async fn a_model_is_held_until_the_last_byte() {
         ("/v1/messages/count_tokens", r#"{"model": "m", "messages": [{"role": "user", "content": "hello"}]}"#),
         ("/tokenize", r#"{"model": "m", "prompt": "hello"}"#),
         ("/detokenize", r#"{"model": "m", "tokens": [7]}"#),
+        ("/v1/embeddings", r#"{"model": "e", "input": "hello"}"#),
+        ("/tokenize", r#"{"model": "e", "prompt": "hello"}"#),
     ] {
         rig.admin.wants.lock().expect("unpoisoned").push_back(Want::Here(Lease::of(&counted)));
         assert_eq!(rig.post(path, body).await.status, 200, "{path}");
@@ -137,7 +149,8 @@ async fn models_that_are_not_there_are_listed_with_their_state() {
     assert_eq!(Some(&cold), list["data"].as_array().expect("a list").last());
     let unknown = rig.post(COMPLETIONS, r#"{"model": "other", "prompt": "x"}"#).await;
     assert!(unknown.status == 404 && unknown.body.contains("`cold`"), "{}", unknown.body);
-    let embedded = rig.post("/v1/embeddings", r#"{"model": "cold", "input": "x"}"#).await;
+    rig.admin.wants.lock().expect("unpoisoned").push_back(Want::Here(Lease::default()));
+    let embedded = rig.post("/v1/embeddings", r#"{"model": "m", "input": "x"}"#).await;
     assert!(embedded.status == 400 && embedded.body.contains("generates text"), "{}", embedded.body);
     rig.engine.unload();
     rig.engine.know(&["cold"]);
@@ -159,12 +172,18 @@ async fn a_variant_that_comes_by_itself_is_held_by_requests_for_its_alias() {
         (&["m", "m:b"], false, "m:a", true, "m:a", 0),
     ];
     for (i, (known, is_there, model, asks, variant, n_held)) in cases.into_iter().enumerate() {
-        let rig = Rig::new();
-        rig.engine.know(known);
-        *rig.router.choice.lock().expect("unpoisoned") = Choice::Rank(vec![1, 0]);
-        let held = is_there.then(|| ("m:b".to_owned(), Arc::clone(&counted)));
-        rig.admin.held.lock().expect("unpoisoned").extend(held);
-        rig.admin.wants.lock().expect("unpoisoned").extend(asks.then(|| Want::Here(Lease::default())));
+        let rig = || {
+            let rig = Rig::new();
+            rig.engine.know(known);
+            // `m:b` has the third replica.
+            *rig.router.choice.lock().expect("unpoisoned") = Choice::Pick(if n_held > 0 { 2 } else { 0 });
+            let held = is_there.then(|| ("m:b".to_owned(), Arc::clone(&counted)));
+            rig.admin.held.lock().expect("unpoisoned").extend(held);
+            rig.admin.wants.lock().expect("unpoisoned").extend(asks.then(|| Want::Here(Lease::default())));
+            rig
+        };
+        let answering = rig();
+        let rig = rig();
         rig.engine.play([crate::fakes::Play::Hold]);
         let body = json!({"model": model, "prompt": "hello"}).to_string();
         let json = ("content-type", "application/json");
@@ -174,13 +193,40 @@ async fn a_variant_that_comes_by_itself_is_held_by_requests_for_its_alias() {
         assert_eq!(Arc::strong_count(&counted) - before, n_held, "{i}");
         drop(running);
         assert_eq!(Arc::strong_count(&counted), before, "{i}: nobody has it");
-        rig.admin.wants.lock().expect("unpoisoned").extend(asks.then(|| Want::Here(Lease::default())));
-        let answer = rig.post(COMPLETIONS, &body).await;
+        drop(rig);
+        let answer = answering.post(COMPLETIONS, &body).await;
         assert_eq!((answer.status, answer.header("x-pointsman-variant")), (200, variant), "{i}: {}", answer.body);
-        assert!(rig.admin.wants.lock().expect("unpoisoned").is_empty(), "{i}: it asked no less");
+        assert!(answering.admin.wants.lock().expect("unpoisoned").is_empty(), "{i}: it asked no less");
     }
     let rig = Rig::new();
     rig.engine.know(&["m:c"]);
     let cold = rig.send(request("GET", "/v1/models/m:c", &[], "")).await.json();
     assert_eq!((&cold["state"], &cold["root"]), (&json!("unloaded"), &json!("m")), "{cold}");
+}
+
+#[tokio::test]
+async fn an_id_is_in_use_from_the_wait_until_the_end() {
+    let rig = rig(60_000);
+    let (registry, engine) = (&rig.state.registry, &rig.state.engine);
+    let id: Arc<str> = "r".into();
+    for is_cancelled in [false, true] {
+        // It has its model, and its prompt is made into tokens.
+        let mut permit = rig.state.admission.enter().expect("room");
+        permit.known_by(|| registry.know(&id, None)).expect("its id is free");
+        assert!(registry.know(&id, None).is_err(), "nobody else may have its id");
+        assert!(permit.check_cancelled().is_ok());
+        if is_cancelled {
+            assert!(registry.cancel(&id, None, &**engine), "a cancel finds it");
+        }
+        let entered = registry.enter(&id, None, engine, permit);
+        match is_cancelled {
+            true => assert!(matches!(entered, Err(ApiError::Cancelled))),
+            false => {
+                let in_flight = entered.expect("it is known by its own id");
+                assert!(registry.know(&id, None).is_err() && registry.cancel(&id, None, &**engine));
+                drop(in_flight);
+            }
+        }
+        assert!(!registry.cancel(&id, None, &**engine), "its id is free");
+    }
 }
