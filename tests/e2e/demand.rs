@@ -357,8 +357,27 @@ fn an_encoder_comes_and_goes_like_any_model() {
     let gone = unload(&host, "extra", "");
     assert!(gone.status == 200 && gone.body["bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{gone:?}");
     assert_eq!(embed(&host, "extra").status, 404);
-    assert!(!host.get("/metrics").body.to_string().contains("\"extra\""), "its series have gone");
+    let metrics = host.get("/metrics").body;
+    assert!(metrics.as_str().is_some_and(|text| !text.contains("\"extra\"")), "its series have gone");
     let null = "devices = [\"null:0\"]\n";
     let host = host.reconfigure(&configuration(folder.path(), &[("e", &own)], null));
     assert_eq!(embed(&host, "e").status, 200, "whatever devices serve the others");
+}
+
+#[test]
+fn events_tell_of_the_wait_from_its_beginning() {
+    let folder = folder();
+    let host = start(folder.path(), &[("a", "demo")], "");
+    for (round, expect) in ["loading", "queued"].into_iter().enumerate() {
+        let headers = [("content-type", "application/json"), ("accept", "application/x-ndjson")];
+        let answer =
+            host.send("POST", &format!("{}/v1/completions", host.data), &headers, ask("a", 4).to_string().as_bytes());
+        let text = answer.body.as_str().expect("text").to_owned();
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let (loading, rest): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line["event"] == "loading");
+        assert_eq!((answer.status, &lines[0]["event"]), (200, &json!(expect)), "{round}: {text}");
+        assert!(loading.is_sorted_by_key(|line| line["percent"].as_u64()), "{round}: {text}");
+        assert!(loading.iter().all(|line| line["model"] == "a"), "{round}: {text}");
+        assert_eq!((&rest[0]["event"], &rest[rest.len() - 1]["event"]), (&json!("queued"), &json!("done")), "{text}");
+    }
 }

@@ -282,6 +282,13 @@ impl ModelAdmin for Roster {
         self.demand(name, is_first)
     }
 
+    fn loading(&self, name: &str) -> Option<watch::Receiver<LoadReport>> {
+        match &lock(&self.parts.entries).get(name)?.state {
+            State::Loading { reports, .. } => Some(reports.clone()),
+            _ => None,
+        }
+    }
+
     fn hold(&self, name: &str) -> Option<Lease> {
         self.keep(name)
     }

@@ -11,12 +11,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use pointsman_sched::ids::Micros;
+use tokio::sync::watch;
 
 use crate::admission::Permit;
 use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::keys::KeyDigest;
-use crate::ports::{Catalog, Lease, Want};
+use crate::ports::{Catalog, Lease, LoadReport, Want};
 use crate::state::ServerState;
 
 /// Who asks for a model.
@@ -26,6 +27,16 @@ pub(crate) struct Asking<'a> {
     pub(crate) timeout_ms: u64,
     /// The id and the API key by which it may be cancelled from when it begins to wait.
     pub(crate) id: (&'a Arc<str>, Option<KeyDigest>),
+    /// Hears how the load gets on.
+    pub(crate) told: Option<&'a watch::Sender<Option<Loading>>>,
+}
+
+/// A model on its way.
+#[derive(Clone, Debug)]
+pub(crate) struct Loading {
+    pub(crate) model: Arc<str>,
+    /// None before its load has begun.
+    pub(crate) percent: Option<u8>,
 }
 
 /// A place among the requests that wait.
@@ -116,7 +127,7 @@ async fn bring(
 /// Asks for a model until it is there. From its first wait on the request's id is in use, without a gap until it is in flight.
 async fn lease(
     state: &ServerState,
-    (model, is_first): (&str, bool),
+    (model, is_first): (&Arc<str>, bool),
     (asking, permit): (Asking<'_>, &mut Permit),
 ) -> Result<Lease, ApiError> {
     let mut want = state.models.want(model, is_first);
@@ -131,7 +142,7 @@ async fn lease(
             // A cancel that came with the model has been answered: it holds.
             Want::Here(lease) => return permit.check_cancelled().map(|()| lease),
             Want::Failed { why, retry_after_ms } => {
-                return Err(ApiError::NotLoaded { model: model.to_owned(), why, retry_after_ms });
+                return Err(ApiError::NotLoaded { model: model.to_string(), why, retry_after_ms });
             }
             Want::Coming(lease, changes) => (lease, changes),
         };
@@ -140,13 +151,45 @@ async fn lease(
         }
         let (id, owner) = asking.id;
         let known = permit.known_by(|| state.registry.know(id, owner))?;
-        tokio::select! {
-            biased;
-            () = known.cancel_asked() => return Err(ApiError::Cancelled),
-            // It ends with the host alone.
-            changed = changes.changed() => changed.map_err(|_| ApiError::Draining)?,
+        let mut load = asking.told.and_then(|_| state.models.loading(model));
+        loop {
+            asking.tell(model, load.as_ref());
+            tokio::select! {
+                biased;
+                () = known.cancel_asked() => return Err(ApiError::Cancelled),
+                // It ends with the host alone.
+                changed = changes.changed() => {
+                    changed.map_err(|_| ApiError::Draining)?;
+                    break;
+                }
+                () = progress(&mut load) => {}
+            }
         }
         want = state.models.want(model, false);
+    }
+}
+
+/// Completes when there is news of a load.
+async fn progress(load: &mut Option<watch::Receiver<LoadReport>>) {
+    let is_over = match load {
+        Some(reports) => reports.changed().await.is_err(),
+        None => true,
+    };
+    if is_over {
+        std::future::pending::<()>().await;
+    }
+}
+
+// === impl Asking ===
+
+impl Asking<'_> {
+    fn tell(&self, model: &Arc<str>, load: Option<&watch::Receiver<LoadReport>>) {
+        let Some(told) = self.told else { return };
+        let percent = load.and_then(|reports| match &*reports.borrow() {
+            LoadReport::Progress(progress) => Some(progress.percent),
+            LoadReport::Ready(_) | LoadReport::Failed(_) => None,
+        });
+        told.send_replace(Some(Loading { model: Arc::clone(model), percent }));
     }
 }
 

@@ -624,6 +624,10 @@ impl ModelAdmin for FakeAdmin {
         self.wants.lock().expect("unpoisoned").pop_front().expect("as many as are asked for")
     }
 
+    fn loading(&self, _name: &str) -> Option<watch::Receiver<LoadReport>> {
+        self.loads.lock().expect("unpoisoned").clone()
+    }
+
     fn hold(&self, name: &str) -> Option<Lease> {
         self.held.lock().expect("unpoisoned").get(name).map(Lease::of)
     }

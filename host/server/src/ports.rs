@@ -400,6 +400,9 @@ pub trait ModelAdmin: Send + Sync + Debug {
     /// `is_first`: it has not asked before.
     fn want(&self, name: &str, is_first: bool) -> Want;
 
+    /// How the load of a model gets on, if it is under way or waits for its turn. Answers at once.
+    fn loading(&self, name: &str) -> Option<watch::Receiver<LoadReport>>;
+
     /// Keeps a model that is loaded on demand, if it is there and nothing waits for its room. Answers at once.
     fn hold(&self, name: &str) -> Option<Lease>;
 

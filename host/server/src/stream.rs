@@ -209,6 +209,7 @@ pub(crate) struct Telling {
 #[derive(Debug)]
 pub(crate) struct EventBody<T> {
     teller: T,
+    first: Vec<u8>,
     is_done: bool,
 }
 
@@ -554,7 +555,12 @@ impl Tell for Telling {
 
 impl<T> EventBody<T> {
     pub(crate) fn new(teller: T) -> Self {
-        Self { teller, is_done: false }
+        Self { teller, first: Vec::new(), is_done: false }
+    }
+
+    /// What has been told by now comes first.
+    pub(crate) fn beginning_with(self, first: Vec<u8>) -> Self {
+        Self { first, ..self }
     }
 }
 
@@ -567,7 +573,7 @@ impl<T: Tell> Body for EventBody<T> {
         if this.is_done {
             return Poll::Ready(None);
         }
-        let mut out = Vec::new();
+        let mut out = std::mem::take(&mut this.first);
         this.is_done = this.teller.tell(cx, &mut out);
         match (out.is_empty(), this.is_done) {
             (true, false) => Poll::Pending,

@@ -86,7 +86,7 @@ pub(crate) async fn count_tokens(
     let mut permit = state.enter(&caller)?;
     let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
     let mut fields = read_fields(&state, request).await?;
-    let asking = Asking { arrived, timeout_ms, id: (&tag, caller.key) };
+    let asking = Asking { arrived, timeout_ms, id: (&tag, caller.key), told: None };
     let target = demand::find(&state, &model(&mut fields)?, &mut permit, asking).await?;
     let mut conversation = request::conversation(&mut fields)?;
     if let Some(tools) = request::tools(&mut fields)? {

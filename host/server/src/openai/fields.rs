@@ -55,11 +55,9 @@ impl Fields {
         self.map.clone()
     }
 
-    /// A copy in which a field has this value.
-    pub(crate) fn with(&self, name: &str, value: Value) -> Self {
-        let mut map = self.map.clone();
-        map.insert(name.to_owned(), value);
-        Self { path: self.path.clone(), map }
+    /// Gives a field this value.
+    pub(crate) fn put(&mut self, name: &str, value: Value) {
+        self.map.insert(name.to_owned(), value);
     }
 
     /// The full name of a field.

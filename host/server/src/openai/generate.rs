@@ -12,6 +12,7 @@ use pointsman_sched::admit::{AdmitRequest, Verdict};
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::request::{Sampling, TokenLogprobs};
 use serde_json::{Map, Value};
+use tokio::sync::watch;
 
 use super::errand::Errand;
 use super::fields::Fields;
@@ -19,12 +20,12 @@ use super::ndjson::NdjsonEncoder;
 use super::params::Params;
 use super::progress::Progress;
 use super::progressive::{self, Turns};
-use super::read_fields;
+use super::{loading, read_json};
 use crate::admin::wire::calls::DoorSeen;
 use crate::admin::wire::decision::Line;
 use crate::admission::Permit;
 use crate::cache::{Feed, Served, Wish};
-use crate::demand::Asking;
+use crate::demand::{Asking, Loading};
 use crate::dispatch::{Assignment, Placement, Prompt, Submission, Target, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::grammar::Compiled;
@@ -61,6 +62,8 @@ pub(crate) struct Arrival {
     pub(super) turns: Option<Arc<Turns>>,
     /// Whose draft it is; of a draft.
     pub(super) drafts_for: Option<Arc<str>>,
+    /// Hears how the load gets on for which it waits.
+    pub(super) loading: Option<Arc<watch::Sender<Option<Loading>>>>,
 }
 
 /// A request whose body has been read and whose prompts are tokens.
@@ -157,11 +160,22 @@ where
     F: Future<Output = Result<Answer, ApiError>> + Send + 'static,
 {
     let permit = arrival.admit()?;
-    let mut fields = read_fields(&arrival.state, request).await?;
-    match progressive::draft(&arrival, &mut fields)? {
-        None => begin(arrival, permit, fields).await?.respond().await,
-        Some(draft) => Box::pin(progressive::respond(arrival, permit, (fields, draft), begin)).await,
+    let body = read_json(&arrival.state, request).await?;
+    let mut fields = Fields::parse(&body)?;
+    if let Some(draft) = progressive::draft(&arrival, &mut fields)? {
+        return Box::pin(progressive::respond(arrival, permit, (fields, draft, body), begin)).await;
     }
+    drop(body);
+    match arrival.ndjson && names_demanded(&arrival.state, &fields) {
+        true => Box::pin(loading::respond(arrival, permit, fields, begin)).await,
+        false => begin(arrival, permit, fields).await?.respond().await,
+    }
+}
+
+/// Whether the request may have to wait for its model.
+fn names_demanded(state: &ServerState, fields: &Fields) -> bool {
+    let model = fields.get("model").and_then(Value::as_str);
+    model.is_some_and(|model| state.engine.catalog().demanded(model).is_some())
 }
 
 /// Runs CPU work that may take long off the workers; short work runs here.
@@ -188,7 +202,7 @@ impl Arrival {
     pub(crate) fn within(state: &Arc<ServerState>, caller: Caller, tag: Arc<str>) -> Self {
         let (state, arrived) = (Arc::clone(state), state.clock.now());
         let (ndjson, shows_progress, wish) = (false, false, Wish::default());
-        Self { state, caller, tag, arrived, ndjson, shows_progress, wish, turns: None, drafts_for: None }
+        Self { state, caller, tag, arrived, ndjson, shows_progress, wish, turns: None, drafts_for: None, loading: None }
     }
 
     /// Takes a place in admission, before the body is read: a refusal costs nothing.
@@ -200,7 +214,7 @@ impl Arrival {
 
     /// It asks for a model, and may be cancelled meanwhile.
     pub(crate) fn asking(&self, timeout_ms: u64) -> Asking<'_> {
-        Asking { arrived: self.arrived, timeout_ms, id: (&self.tag, self.caller.key) }
+        Asking { arrived: self.arrived, timeout_ms, id: (&self.tag, self.caller.key), told: self.loading.as_deref() }
     }
 
     /// The body as it was sent, where an upstream may be sent it.

@@ -15,6 +15,7 @@ pub(crate) mod fields;
 pub(crate) mod format;
 pub(crate) mod generate;
 mod inputs;
+mod loading;
 mod logprobs;
 mod marked;
 mod models;
@@ -91,9 +92,13 @@ impl From<Totals> for Usage {
 
 /// Reads a JSON body within the bounds on size and time.
 pub(crate) async fn read_fields(state: &ServerState, request: axum::extract::Request) -> Result<Fields, ApiError> {
+    Fields::parse(&read_json(state, request).await?)
+}
+
+/// Reads what says that it is JSON, within the same bounds.
+pub(crate) async fn read_json(state: &ServerState, request: axum::extract::Request) -> Result<Bytes, ApiError> {
     check_content_type(request.headers())?;
-    let body = read_body(state, request, state.config.max_body_bytes).await?;
-    Fields::parse(&body)
+    read_body(state, request, state.config.max_body_bytes).await
 }
 
 /// Reads a body of at most `limit` bytes.

@@ -1,6 +1,6 @@
 //! Newline-delimited JSON events with stages and progress, for clients that want to show more than text.
 //!
-//! One object per line: `queued`, `started`, `prefill`, `prompt`, `token`, `finished`, `done`, `error`; each but the last says its stage and
+//! One object per line: `loading` while the model is loaded on demand, `queued`, `started`, `prefill`, `prompt`, `token`, `finished`, `done`, `error`; each but the last says its stage and
 //! how far the request is. An upstream's pieces have no token ids and are `text`. The same for every route that generates. Where
 //! a draft comes first, all its lines have the stage `draft`, it may have `failed`, and `replace` puts an end to what it said.
 
@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::Usage;
 use super::generate::Head;
 use super::progress::{Decoded, Progress};
+use crate::demand::Loading;
 use crate::dispatch::Origin;
 use crate::error::ApiError;
 use crate::stream::{Encode, Totals, Update};
@@ -63,6 +64,13 @@ struct Staged<'a> {
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 enum Line<'a> {
+    /// `percent` is of the load, where it has begun.
+    Loading {
+        id: &'a str,
+        created: u64,
+        model: &'a str,
+        percent: Option<u8>,
+    },
     Queued {
         id: &'a str,
         created: u64,
@@ -187,6 +195,13 @@ impl Encode for NdjsonEncoder {
     fn end(&mut self, out: &mut Vec<u8>, totals: Totals) {
         done(out, totals, None);
     }
+}
+
+/// A model is on its way for which the request waits.
+pub(super) fn loading(out: &mut Vec<u8>, (id, created): (&str, u64), loading: &Loading) {
+    let Loading { model, percent } = loading;
+    let line = Line::Loading { id, created, model, percent: *percent };
+    write(out, &Staged { line, stage: "loading", progress: 0 });
 }
 
 /// The last line of what went well.

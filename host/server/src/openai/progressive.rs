@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::response::Response;
 use pointsman_sched::ids::Micros;
 use serde_json::Value;
@@ -25,6 +25,7 @@ use tokio::sync::Notify;
 
 use super::fields::Fields;
 use super::generate::{Answer, Arrival, NDJSON, Running, streaming};
+use super::loading::Loads;
 use super::ndjson::{self, Both, DraftEnd, NdjsonEncoder, Times};
 use crate::admission::Permit;
 use crate::dispatch::Target;
@@ -50,12 +51,12 @@ pub(crate) struct Turns {
 /// The draft that a body asks for.
 #[derive(Debug)]
 pub(super) struct Draft {
-    fields: Fields,
+    model: String,
     lead: Duration,
 }
 
 /// A request until it is under way.
-type Beginning = Pin<Box<dyn Future<Output = Result<Answer, ApiError>> + Send>>;
+pub(super) type Beginning = Pin<Box<dyn Future<Output = Result<Answer, ApiError>> + Send>>;
 
 /// Tells a draft and the final answer.
 struct Progressive {
@@ -64,6 +65,9 @@ struct Progressive {
     tag: Arc<str>,
     arrived: Micros,
     turns: Arc<Turns>,
+    /// Of the models of both, and when the request came, in Unix seconds.
+    loads: Loads,
+    created: u64,
     draft: Side,
     /// How the draft ended; none until it has.
     outcome: Option<&'static str>,
@@ -133,20 +137,21 @@ pub(super) fn draft(arrival: &Arrival, fields: &mut Fields) -> Result<Option<Dra
     let device = draft.and_then(|draft| draft.only_device());
     let shares = device.is_some() && named.is_some_and(|named| named.only_device() == device);
     let lead = Duration::from_millis(if shares { state.config.draft_lead_ms } else { 0 });
-    Ok(Some(Draft { fields: fields.with("model", name.into()), lead }))
+    Ok(Some(Draft { model: name, lead }))
 }
 
 /// Answers with a draft and the final answer. What refuses the final one before the draft is under way has a status of its own.
 pub(super) async fn respond<F>(
     mut arrival: Arrival,
     permit: Permit,
-    (fields, draft): (Fields, Draft),
+    (fields, draft, body): (Fields, Draft, Bytes),
     begin: impl Fn(Arrival, Permit, Fields) -> F + Send + 'static,
 ) -> Result<Response, ApiError>
 where
     F: Future<Output = Result<Answer, ApiError>> + Send + 'static,
 {
     let (state, tag, arrived) = (Arc::clone(&arrival.state), Arc::clone(&arrival.tag), arrival.arrived);
+    let (loads, created) = (Loads::of(&mut arrival), state.clock.unix_seconds());
     let draft_arrival = Arrival { tag: draft_of(&tag).into(), drafts_for: Some(Arc::clone(&tag)), ..arrival.clone() };
     let turns = Arc::new(Turns { admitted: Notify::new(), drafted: Notify::new(), lead: draft.lead });
     arrival.turns = Some(Arc::clone(&turns));
@@ -155,18 +160,24 @@ where
     let drafting = async move {
         turn.admitted.notified().await;
         let permit = draft_arrival.admit()?;
-        begin(draft_arrival, permit, draft.fields).await
+        // The final answer has taken its own to pieces by now.
+        let mut fields = Fields::parse(&body)?;
+        drop(body);
+        fields.take("draft");
+        fields.put("model", draft.model.into());
+        begin(draft_arrival, permit, fields).await
     };
     let draft = Side::new(true, Box::pin(drafting));
     let (outcome, held, replaces) = (None, Vec::new(), false);
-    let mut told = Progressive { state, tag, arrived, turns, draft, outcome, answer, held, replaces };
-    poll_fn(|cx| told.poll_begun(cx)).await?;
+    let mut told = Progressive { state, tag, arrived, turns, loads, created, draft, outcome, answer, held, replaces };
+    let mut first = Vec::new();
+    poll_fn(|cx| told.poll_begun(cx, &mut first)).await?;
     let mut response = streaming(NDJSON);
     // They are of whoever answers first.
     if let (State::Live(live), _) | (_, State::Live(live)) = (&told.draft.state, &told.answer.state) {
         live.running.feed.origin().headers(response.headers_mut());
     }
-    *response.body_mut() = Body::new(EventBody::new(told));
+    *response.body_mut() = Body::new(EventBody::new(told).beginning_with(first));
     Ok(response)
 }
 
@@ -245,8 +256,8 @@ impl Side {
 // === impl Progressive ===
 
 impl Progressive {
-    /// Until one of them is under way, or the final one is refused.
-    fn poll_begun(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
+    /// Until one of them is under way or waits for its model, or the final one is refused.
+    fn poll_begun(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> Poll<Result<(), ApiError>> {
         let answer = self.answer.poll_begun(cx);
         if let Some(error) = self.answer.refusal() {
             return Poll::Ready(Err(error));
@@ -258,7 +269,14 @@ impl Progressive {
                 _ => self.turns.drafted.notify_one(),
             }
         }
+        if answer.is_pending() && self.tell_loads(cx, out) {
+            return Poll::Ready(Ok(()));
+        }
         answer.map(Ok)
+    }
+
+    fn tell_loads(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> bool {
+        self.loads.tell(cx, &(Arc::clone(&self.tag), self.created), out)
     }
 
     fn draft_heard(&mut self, heard: Heard, out: &mut Vec<u8>) {
@@ -349,6 +367,7 @@ impl Progressive {
 
 impl Tell for Progressive {
     fn tell(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> bool {
+        self.tell_loads(cx, out);
         // The draft first: what it has said by now is told before what takes its place.
         while self.outcome.is_none() && out.len() < FRAME_BYTES {
             let Poll::Ready(heard) = self.draft.poll(cx) else { break };

@@ -51,7 +51,7 @@ async fn target(
     let first = || generator().or_else(encoder).or(catalog.on_demand.first()).map(ToString::to_string);
     let name = named.or_else(first).unwrap_or_default();
     let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
-    let catalog = demand::reach(state, &name, permit, Asking { arrived, timeout_ms, id }).await?;
+    let catalog = demand::reach(state, &name, permit, Asking { arrived, timeout_ms, id, told: None }).await?;
     let what = "only they have its tokenizer: ask one of them";
     if let Some(encoder) = catalog.encoder(&name) {
         if encoder.text.is_estimate() {

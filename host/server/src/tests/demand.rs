@@ -8,10 +8,12 @@ use pointsman_sched::route::Choice;
 use serde_json::json;
 use tokio::sync::watch;
 
+use super::progressive::next_lines;
 use crate::ServerConfig;
+use crate::admin::wire::{LoadProgress, LoadStage};
 use crate::error::ApiError;
 use crate::fakes::{Rig, request};
-use crate::ports::{Lease, Want};
+use crate::ports::{Lease, LoadReport, Want};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -228,5 +230,55 @@ async fn an_id_is_in_use_from_the_wait_until_the_end() {
             }
         }
         assert!(!registry.cancel(&id, None, &**engine), "its id is free");
+    }
+}
+
+#[tokio::test]
+async fn events_tell_of_the_wait_for_a_model() {
+    let ndjson = [("content-type", "application/json"), ("accept", "application/x-ndjson"), ("x-request-id", "r")];
+    let percent = |percent| {
+        let (stage, bytes, total_bytes) = (LoadStage::Packing, 7, 9);
+        LoadReport::Progress(LoadProgress { stage, bytes, total_bytes, percent })
+    };
+    // What is asked for, and how the wait ends; what is told then.
+    for (extra, ends_well) in [(json!({}), true), (json!({}), false), (json!({"draft": "m:b"}), true)] {
+        let rig = rig(60_000);
+        let ((changed, _seen), (load, reports)) = (watch::channel(()), watch::channel(percent(3)));
+        *rig.admin.loads.lock().expect("unpoisoned") = Some(reports);
+        let end = match ends_well {
+            true => Want::Here(Lease::default()),
+            false => Want::Failed { why: "cannot read config.json".into(), retry_after_ms: 2_500 },
+        };
+        let wants = [Want::Coming(Lease::default(), changed.subscribe()), end, Want::Here(Lease::default())];
+        rig.admin.wants.lock().expect("unpoisoned").extend(wants);
+        let mut body = json!({"model": "m:a", "prompt": "hello", "max_tokens": 8});
+        body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+        let mut response = rig.open(request("POST", COMPLETIONS, &ndjson, &body.to_string())).await;
+        assert!(response.status() == 200 && response.headers()["content-type"] == "application/x-ndjson", "{extra}");
+        let line = |percent: u8| {
+            json!({"event": "loading", "stage": "loading", "progress": 0, "id": "r", "created": 1_700_000_000,
+                "model": "m", "percent": percent})
+        };
+        assert_eq!(next_lines(&mut response).await, [line(3)], "{extra}: before anything of it is there");
+        load.send_replace(percent(40));
+        assert_eq!(next_lines(&mut response).await, [line(40)], "{extra}");
+        changed.send_replace(());
+        let rest = crate::fakes::Answer::of(response).await.lines();
+        let events: Vec<&str> = rest.iter().filter_map(|line| line["event"].as_str()).collect();
+        match ends_well {
+            true => assert!(events.starts_with(&["queued"]) && events.ends_with(&["done"]), "{extra}: {events:?}"),
+            false => assert_eq!((events, &rest[0]["error"]["code"]), (vec!["error"], &json!("model_not_loaded"))),
+        }
+        assert_eq!(rig.state.in_flight(), 0, "{extra}");
+    }
+    // Who need not wait has a status and headers of its own.
+    let rig = rig(60_000);
+    for (want, status) in [
+        (Want::Here(Lease::default()), 200),
+        (Want::Failed { why: "cannot read config.json".into(), retry_after_ms: 2_500 }, 503),
+    ] {
+        rig.admin.wants.lock().expect("unpoisoned").push_back(want);
+        let answer = rig.send(request("POST", COMPLETIONS, &ndjson, r#"{"model": "m:a", "prompt": "hello"}"#)).await;
+        assert_eq!((answer.status, answer.header("x-pointsman-variant").is_empty()), (status, status != 200));
     }
 }

@@ -75,7 +75,7 @@ async fn remembered(rig: &Rig, id: &str) -> Value {
     found.unwrap_or_else(|| panic!("{id}: {list}")).clone()
 }
 
-async fn next_lines(response: &mut Response<Body>) -> Vec<Value> {
+pub(super) async fn next_lines(response: &mut Response<Body>) -> Vec<Value> {
     let frame = response.body_mut().frame().await.expect("a frame").expect("bodies do not fail");
     let text = String::from_utf8(frame.into_data().expect("data").to_vec()).expect("UTF-8");
     text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
