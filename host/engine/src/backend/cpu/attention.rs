@@ -1,7 +1,7 @@
 //! Causal attention over the pages: the query heads of one key head together, one row at a time.
 //!
 //! A row sees its window's positions up to its own in a fixed order: each score is one chain over the head's width; the weights'
-//! sum keeps a lane per position modulo 16; each output is four chains, by position modulo 4, joined at the end. Nothing
+//! sum keeps a lane per position modulo 16; each output is one chain over the positions. Nothing
 //! depends on the chunk a row came in, on other rows, or on where the pages lie. No flash-style running maximum: with all
 //! scores of a row at hand (4 bytes a position) it would only add roundings that depend on block boundaries.
 
@@ -12,6 +12,10 @@ use pointsman_sched::ids::BlockId;
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, stride};
 use super::kv::{KvPool, Strided};
 use super::math;
+
+/// Slabs or panels of all heads of a group at once, where there are 32 registers: a chain waits four cycles per step, and what is
+/// loaded should serve many.
+const TOGETHER: usize = 4;
 
 /// One token of the step: where it stands and where its sequence's pages are.
 #[derive(Clone, Copy, Debug)]
@@ -62,6 +66,12 @@ impl Attention<'_> {
     fn seen(&self, row: usize) -> Range<usize> {
         let end = self.tokens[row].position as usize + 1;
         end.saturating_sub(self.window.unwrap_or(end))..end
+    }
+
+    /// Whether nobody before this row has read its pages.
+    #[inline(always)]
+    fn is_first(&self, row: usize) -> bool {
+        row == 0 || self.tokens[row - 1].blocks != self.tokens[row].blocks
     }
 
     /// Vectors of one head's output.
@@ -134,69 +144,101 @@ impl<const G: usize> Group<'_, G> {
         }
     }
 
-    /// Fills `scores` for the slabs that a row sees; lanes after its last are what the page held before. Asks for the
-    /// values.
+    /// Fills `scores` for the slabs that a row sees; lanes after its last are what the page held before.
     #[inline(always)]
     fn scores_of<S: Simd>(&mut self, s: S, row: usize) {
+        let slabs = slabs(&self.shared.seen(row));
+        let mut slab = slabs.start;
+        while S::WIDE && slab + TOGETHER <= slabs.end {
+            self.scores_at::<S, TOGETHER>(s, row, slab);
+            slab += TOGETHER;
+        }
+        for slab in slab..slabs.end {
+            self.scores_at::<S, 1>(s, row, slab);
+        }
+    }
+
+    /// The scores of `N` slabs.
+    #[inline(always)]
+    fn scores_at<S: Simd, const N: usize>(&mut self, s: S, row: usize, first: usize) {
         let Attention { kv, layer, tokens, q, group, scale, cap, .. } = *self.shared;
         let (unit, step) = (self.shared.unit(), stride(tokens.len()));
         let queries: [_; G] =
             std::array::from_fn(|g| Strided { panels: &q[(self.first + g) * unit..], stride: step, row });
-        let scale = s.splat(scale);
         let blocks = tokens[row].blocks_in(self.shared.blocks);
-        for slab in slabs(&self.shared.seen(row)) {
-            let page = kv.slab(blocks, layer, self.first / group, slab);
-            page.values.iter().for_each(|line| s.prefetch(line));
-            let mut score = [s.zero(); G];
-            for (panel, keys) in page.keys.as_chunks::<LANES>().0.iter().enumerate() {
-                let q = queries.map(|query| query.panel(panel));
-                for (i, key) in keys.iter().enumerate() {
-                    let key = s.load(key);
-                    for (score, q) in score.iter_mut().zip(q) {
-                        *score = s.fma(s.splat(q[i]), key, *score);
+        let pages: [_; N] = std::array::from_fn(|n| kv.slab(blocks, layer, self.first / group, first + n));
+        if self.shared.is_first(row) {
+            pages.iter().for_each(|page| page.values.iter().for_each(|line| s.prefetch(line)));
+        }
+        let keys = pages.map(|page| page.keys.as_chunks::<LANES>().0);
+        let mut score = [[s.zero(); N]; G];
+        for panel in 0..keys[0].len() {
+            let (q, keys) = (queries.map(|query| query.panel(panel)), keys.map(|keys| &keys[panel]));
+            for i in 0..LANES {
+                let keys = keys.map(|keys| s.load(&keys[i]));
+                for (score, q) in score.iter_mut().zip(q) {
+                    let q = s.splat(q[i]);
+                    for (score, key) in score.iter_mut().zip(keys) {
+                        *score = s.fma(q, key, *score);
                     }
                 }
             }
-            for (score, out) in score.into_iter().zip(&mut self.scores) {
+        }
+        let scale = s.splat(scale);
+        for (score, out) in score.into_iter().zip(&mut self.scores) {
+            for (score, out) in score.into_iter().zip(&mut out[first..]) {
                 let score = s.mul(score, scale);
-                s.store(cap.map_or(score, |cap| math::cap(s, score, cap)), &mut out[slab]);
+                s.store(cap.map_or(score, |cap| math::cap(s, score, cap)), out);
             }
         }
     }
 
-    /// Writes the weighted sums of the values. Asks for the next row's keys.
+    /// Writes the weighted sums of the values. Asks for the next sequence's keys.
     #[inline(always)]
     fn mix<S: Simd>(&mut self, s: S, row: usize, scales: [f32; G]) {
         let Attention { kv, layer, tokens, head_dim, group, .. } = *self.shared;
-        let seen = self.shared.seen(row);
+        if row + 1 < tokens.len() && self.shared.is_first(row + 1) {
+            let blocks = tokens[row + 1].blocks_in(self.shared.blocks);
+            for slab in slabs(&self.shared.seen(row + 1)) {
+                kv.slab(blocks, layer, self.first / group, slab).keys.iter().for_each(|line| s.prefetch(line));
+            }
+        }
         let panels = head_dim / LANES;
+        let mut panel = 0;
+        while S::WIDE && panel + TOGETHER <= panels {
+            self.mix_panels::<S, TOGETHER>(s, (row, panel), scales);
+            panel += TOGETHER;
+        }
+        for panel in panel..panels {
+            self.mix_panels::<S, 1>(s, (row, panel), scales);
+        }
+    }
+
+    /// `P` panels of the weighted sums.
+    #[inline(always)]
+    fn mix_panels<S: Simd, const P: usize>(&mut self, s: S, (row, first): (usize, usize), scales: [f32; G]) {
+        let Attention { kv, layer, tokens, head_dim, group, .. } = *self.shared;
+        let (seen, panels) = (self.shared.seen(row), head_dim / LANES);
         let blocks = tokens[row].blocks_in(self.shared.blocks);
-        let next = if row + 1 < tokens.len() { slabs(&self.shared.seen(row + 1)) } else { 0..0 };
-        for panel in 0..panels {
-            let mut acc = [[s.zero(); G]; 4];
-            for slab in slabs(&seen) {
-                if panel == 0 && next.contains(&slab) {
-                    let blocks = tokens[row + 1].blocks_in(self.shared.blocks);
-                    kv.slab(blocks, layer, self.first / group, slab).keys.iter().for_each(|line| s.prefetch(line));
-                }
-                let values = kv.slab(blocks, layer, self.first / group, slab).values;
-                let weights: [_; G] = std::array::from_fn(|g| &self.scores[g][slab]);
-                // Beyond the last position a page may hold anything, so a zero weight is not enough.
-                let n = LANES.min(seen.end - slab * LANES);
-                for begin in (0..n).step_by(4) {
-                    // Four of them, always, so that the sums stay in registers.
-                    for (i, acc) in (begin..).zip(&mut acc) {
-                        if i < n {
-                            let value = s.load(&values[i * panels + panel]);
-                            for (acc, weights) in acc.iter_mut().zip(weights) {
-                                *acc = s.fma(s.splat(weights[i]), value, *acc);
-                            }
-                        }
+        let mut acc = [[s.zero(); P]; G];
+        for slab in slabs(&seen) {
+            let values = kv.slab(blocks, layer, self.first / group, slab).values;
+            let weights: [_; G] = std::array::from_fn(|g| &self.scores[g][slab]);
+            // Beyond the last position a page may hold anything, so a zero weight is not enough.
+            let n = LANES.min(seen.end - slab * LANES);
+            for (i, values) in values.chunks_exact(panels).take(n).enumerate() {
+                let Some(values) = values[first..].first_chunk::<P>() else { return };
+                let values = std::array::from_fn::<_, P, _>(|p| s.load(&values[p]));
+                for (acc, weights) in acc.iter_mut().zip(weights) {
+                    let weight = s.splat(weights[i]);
+                    for (acc, value) in acc.iter_mut().zip(values) {
+                        *acc = s.fma(weight, value, *acc);
                     }
                 }
             }
-            for (g, &scale) in scales.iter().enumerate() {
-                let sum = s.add(s.add(acc[0][g], acc[1][g]), s.add(acc[2][g], acc[3][g]));
+        }
+        for (g, (acc, scale)) in acc.into_iter().zip(scales).enumerate() {
+            for (panel, sum) in (first..).zip(acc) {
                 let at = (g * panels + panel) * stride(tokens.len()) + row;
                 s.store(s.mul(sum, s.splat(scale)), &mut self.out[at]);
             }

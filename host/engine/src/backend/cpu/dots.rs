@@ -70,6 +70,20 @@ impl<'a, X, B: QuantBlock> Dots<'a, X, B> {
         }
     }
 
+    /// Asks for the lines of the outputs of a group, which will be written.
+    #[inline(always)]
+    pub(super) fn prefetch_out<S: Simd>(&self, s: S, group: usize, panel: usize) {
+        let height = groups(self.part.rows).1;
+        let [low, high] = self.part.at(panel, group * height);
+        let out = self.out.as_ptr();
+        for row in 0..height {
+            s.prefetch_write(out.wrapping_add(low + row));
+            if high != low {
+                s.prefetch_write(out.wrapping_add(high + row));
+            }
+        }
+    }
+
     /// The outputs of a group.
     #[inline(always)]
     pub(super) fn finish<S: Simd>(&mut self, s: S, (group, panel): (usize, usize), gathered: &Gathered) {

@@ -17,7 +17,7 @@ use super::isa::{LANES, Lanes, stride};
 use super::kv::{KvPlan, KvPool, Position, Strided};
 use super::matrix::{Matrix, PANEL};
 use super::model::{Ffn, Layer, Model};
-use super::norm::{Norm, RopeTables, norm_heads, rms_norm, rms_norm_add};
+use super::norm::{Norm, Normed, RopeTables, norm_heads, rms_norm, rms_norm_add};
 use super::pool::{ComputePool, Units};
 use super::quant::Quantised;
 use super::rows;
@@ -54,6 +54,8 @@ pub struct CpuEngine {
 struct Workspace {
     hidden: Aligned<f32, LANES>,
     normed: Aligned<f32, LANES>,
+    /// By row, of the norm that is being computed.
+    scales: Vec<f32>,
     qkv: Aligned<f32, LANES>,
     mixed: Aligned<f32, LANES>,
     ffn: Aligned<f32, LANES>,
@@ -177,7 +179,7 @@ impl CpuEngine {
         self.project_heads(index, layer);
         self.write_heads(plan, index);
         let (pool, spec) = (&self.pool, &self.model.spec);
-        let Workspace { hidden, branch, qkv, mixed, quantised, scores, tokens, positions, .. } = &mut self.work;
+        let Workspace { hidden, branch, scales, qkv, mixed, quantised, scores, tokens, positions, .. } = &mut self.work;
         let rows = tokens.len();
         let head = spec.head_dim / LANES * stride(rows);
         let q_len = spec.heads * head;
@@ -200,7 +202,7 @@ impl CpuEngine {
         let units = Units { items: &mut mixed[..q_len], unit: head, scratch: scores, scratch_unit: scores_unit };
         pool.split_with(work, units, |first, mixed, scores| attention.heads(first, scores, mixed));
         let input = Input { x: mixed, rows, quantised };
-        join(pool, &layer.out, input, layer.post_attention_norm.as_ref(), (branch, hidden));
+        join(pool, &layer.out, input, layer.post_attention_norm.as_ref(), (branch, scales, hidden));
         if let Some(bias) = &layer.out_bias {
             rows::add_bias(pool.isa(), bias, hidden, rows);
         }
@@ -209,9 +211,9 @@ impl CpuEngine {
     /// Queries, keys and values of the step's tokens, turned to their positions.
     fn project_heads(&mut self, index: usize, layer: &Layer) {
         let (pool, isa, spec) = (&self.pool, self.pool.isa(), &self.model.spec);
-        let Workspace { hidden, normed, qkv, quantised, positions, .. } = &mut self.work;
+        let Workspace { hidden, normed, scales, qkv, quantised, positions, .. } = &mut self.work;
         let rows = positions.len();
-        rms_norm(isa, &layer.attention_norm, hidden, rows, normed);
+        rms_norm(pool, &layer.attention_norm, hidden, Normed { rows, scales, out: normed });
         matmul(pool, &layer.qkv, Input { x: normed, rows, quantised }, qkv, Epilogue::Store);
         if let Some(bias) = &layer.qkv_bias {
             rows::add_bias(isa, bias, qkv, rows);
@@ -248,18 +250,18 @@ impl CpuEngine {
 
     fn ffn_half(&mut self, layer: &Layer) {
         let (pool, spec) = (&self.pool, &self.model.spec);
-        let Workspace { hidden, normed, ffn, branch, experts, quantised, tokens, .. } = &mut self.work;
+        let Workspace { hidden, normed, scales, ffn, branch, experts, quantised, tokens, .. } = &mut self.work;
         let rows = tokens.len();
         let gated = match spec.activation {
             Activation::Silu => Epilogue::SiluMul,
             Activation::GeluTanh => Epilogue::GeluMul,
         };
-        rms_norm(pool.isa(), &layer.ffn_norm, hidden, rows, normed);
+        rms_norm(pool, &layer.ffn_norm, hidden, Normed { rows, scales, out: normed });
         match (&layer.ffn, experts, &spec.experts) {
             (Ffn::Dense(dense), ..) => {
                 matmul(pool, &dense.gate_up, Input { x: normed, rows, quantised }, ffn, gated);
                 let input = Input { x: ffn, rows, quantised };
-                join(pool, &dense.down, input, layer.post_ffn_norm.as_ref(), (branch, hidden));
+                join(pool, &dense.down, input, layer.post_ffn_norm.as_ref(), (branch, scales, hidden));
             }
             (Ffn::Sparse { router, experts }, Some(work), Some(choice)) => {
                 work.run(pool, Sparse { router, experts, choice, gated, ffn, quantised, rows }, normed, hidden);
@@ -270,7 +272,7 @@ impl CpuEngine {
 
     /// Final norm and output head, for the positions that choose a token.
     fn project(&mut self) {
-        let Workspace { hidden, normed, quantised, picked, logits, tokens, last, .. } = &mut self.work;
+        let Workspace { hidden, normed, scales, quantised, picked, logits, tokens, last, .. } = &mut self.work;
         let (rows, n_picked) = (tokens.len(), last.len());
         if n_picked == 0 {
             return;
@@ -280,7 +282,7 @@ impl CpuEngine {
                 picked[panel * stride(n_picked) + i] = hidden[panel * stride(rows) + token];
             }
         }
-        rms_norm(self.pool.isa(), &self.model.norm, picked, n_picked, normed);
+        rms_norm(&self.pool, &self.model.norm, picked, Normed { rows: n_picked, scales, out: normed });
         let input = Input { x: normed, rows: n_picked, quantised };
         matmul(&self.pool, &self.model.head, input, logits, Epilogue::Store);
         if let Some(cap) = self.model.spec.logit_cap {
@@ -327,14 +329,14 @@ fn join(
     w: &Matrix,
     input: Input<'_>,
     norm: Option<&Norm>,
-    (branch, hidden): (&mut [Lanes], &mut [Lanes]),
+    (branch, scales, hidden): (&mut [Lanes], &mut [f32], &mut [Lanes]),
 ) {
     let rows = input.rows;
     match norm {
         None => matmul(pool, w, input, hidden, Epilogue::Add),
         Some(norm) => {
             matmul(pool, w, input, branch, Epilogue::Store);
-            rms_norm_add(pool.isa(), norm, branch, rows, hidden);
+            rms_norm_add(pool, norm, branch, Normed { rows, scales, out: hidden });
         }
     }
 }
@@ -400,6 +402,7 @@ impl Workspace {
         Self {
             hidden: panels(spec.hidden, tokens),
             normed: panels(spec.hidden, most),
+            scales: vec![0.0; most],
             qkv: panels(spec.q_dim() + 2 * spec.kv_dim(), tokens),
             mixed: panels(spec.q_dim(), tokens),
             ffn: panels(ffn, tokens),
@@ -421,7 +424,11 @@ impl Workspace {
         let lanes = [hidden, normed, qkv, mixed, ffn, branch, scores, picked, logits].map(|v| v.len());
         let samplers: usize = self.samplers.iter().map(Sampler::bytes).sum();
         let experts = experts.as_ref().map_or(0, ExpertWork::bytes);
-        lanes.iter().sum::<usize>() * size_of::<Lanes>() + quantised.bytes() + samplers + experts
+        lanes.iter().sum::<usize>() * size_of::<Lanes>()
+            + 4 * self.scales.len()
+            + quantised.bytes()
+            + samplers
+            + experts
     }
 
     /// Lists the tokens of a step.

@@ -471,6 +471,24 @@ mod tests {
     }
 
     #[test]
+    fn what_passes_in_several_stretches_is_the_same() {
+        // More groups, panels and super-blocks than tiles take at once.
+        let (n, k) = (160, 2_560);
+        let x: Vec<Vec<f32>> = (0..520).map(|row| values(k, 100 + row)).collect();
+        for kind in [Kind::Q8_0, Kind::Q4K] {
+            let w = Matrix::pack(&[blocks(kind, n, k)], k, Join::Concat);
+            for n_threads in [1, 2] {
+                let pool = ComputePool::start(n_threads).unwrap();
+                let found = product(&pool, &w, &x, Epilogue::Add);
+                for row in [0, 255, 511, 512, 519] {
+                    let alone = product(&pool, &w, &x[row..=row], Epilogue::Add);
+                    assert!(found[row] == alone[0], "{kind:?}, row {row}, {n_threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn an_element_is_one_chain_over_k() {
         let (n, k) = (70, 64);
         let x = values(k, 9);

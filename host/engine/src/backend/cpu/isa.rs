@@ -134,6 +134,11 @@ pub(crate) trait Simd: Copy {
             (lower[i], upper[i]) = (product as i8, (product >> 8) as i8);
         }
     }
+    /// Sums of sixteen bytes each.
+    #[inline(always)]
+    fn sum_bytes(self, x: &[i8; 64]) -> [i32; 4] {
+        std::array::from_fn(|i| x[16 * i..][..16].iter().map(|x| i32::from(*x)).sum())
+    }
     /// Bytes as numbers of 16 bits.
     fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]);
     /// `acc + a * b`, in 32 bits.
@@ -151,6 +156,10 @@ pub(crate) trait Simd: Copy {
     /// The same for the nearest cache.
     #[inline(always)]
     fn prefetch_near<T>(self, _x: *const T) {}
+
+    /// The same for the nearest cache, for a line that will be written.
+    #[inline(always)]
+    fn prefetch_write<T>(self, _x: *const T) {}
 
     #[inline(always)]
     fn zero(self) -> Self::V {
@@ -351,6 +360,7 @@ mod tests {
             s.store_int(s.round_int(a), &mut ints);
             bits.extend(ints.map(i32::cast_unsigned));
             bits.extend([lower, upper].as_flattened().iter().map(|x| u32::from(x.cast_unsigned())));
+            bits.extend(s.sum_bytes(self.bytes).map(i32::cast_unsigned));
             bits.extend(wide.map(|x| u32::from(x.cast_unsigned())));
             bits.extend(
                 s.round_i8(s.min(s.max(a, s.splat(-127.0)), s.splat(127.0))).map(|q| u32::from(q.cast_unsigned())),

@@ -1,16 +1,28 @@
 //! Root-mean-square norm and rotary positions, on panel-major activations `[width / 16][stride(rows)][16]`.
 
 use super::isa::{Isa, Kernel, LANES, Lanes, Simd, stride};
+use super::pool::ComputePool;
 use crate::spec::Rope;
 
+/// Rows whose squares are summed at once: what they have of a panel lies together.
+const TOGETHER: usize = 8;
+
+/// Where a norm goes, with room for a number per row.
+#[derive(Debug)]
+pub(super) struct Normed<'a> {
+    pub(super) rows: usize,
+    pub(super) scales: &'a mut [f32],
+    pub(super) out: &'a mut [Lanes],
+}
+
 /// Writes `x / rms(x) * gain`, row by row.
-pub(super) fn rms_norm(isa: Isa, norm: &Norm, x: &[Lanes], rows: usize, out: &mut [Lanes]) {
-    isa.run(RmsNorm { norm, x, rows, out, add: false });
+pub(super) fn rms_norm(pool: &ComputePool, norm: &Norm, x: &[Lanes], to: Normed<'_>) {
+    norm.run(pool, x, to, false);
 }
 
 /// Adds `x / rms(x) * gain` to `out`, row by row.
-pub(super) fn rms_norm_add(isa: Isa, norm: &Norm, x: &[Lanes], rows: usize, out: &mut [Lanes]) {
-    isa.run(RmsNorm { norm, x, rows, out, add: true });
+pub(super) fn rms_norm_add(pool: &ComputePool, norm: &Norm, x: &[Lanes], to: Normed<'_>) {
+    norm.run(pool, x, to, true);
 }
 
 /// Norms each head in `x` in place.
@@ -25,10 +37,20 @@ pub(super) struct Norm {
     pub(super) eps: f32,
 }
 
-struct RmsNorm<'a> {
+/// What rows `first ..` are multiplied by.
+struct RowScales<'a> {
     norm: &'a Norm,
     x: &'a [Lanes],
-    rows: usize,
+    step: usize,
+    first: usize,
+    out: &'a mut [f32],
+}
+
+/// Panels `first ..` of all rows.
+struct Apply<'a> {
+    gain: &'a [Lanes],
+    x: &'a [Lanes],
+    scales: &'a [f32],
     out: &'a mut [Lanes],
     add: bool,
 }
@@ -44,32 +66,65 @@ impl Norm {
         size_of_val(self.gain.as_slice())
     }
 
-    /// What a row is multiplied by before the gain.
+    /// By rows, then by panels, which lie together: a thread owns what it writes.
+    fn run(&self, pool: &ComputePool, x: &[Lanes], to: Normed<'_>, add: bool) {
+        let (isa, step) = (pool.isa(), stride(to.rows));
+        let (scales, out) = (&mut to.scales[..to.rows], &mut to.out[..self.gain.len() * step]);
+        // A value costs about as much as four multiply-adds.
+        let work = 4 * out.len() * LANES;
+        pool.split(work, scales, 1, |first, out| isa.run(RowScales { norm: self, x, step, first, out }));
+        let scales = &*scales;
+        pool.split(work, out, step, |first, out| {
+            let panels = first..first + out.len() / step;
+            let x = &x[panels.start * step..panels.end * step];
+            isa.run(Apply { gain: &self.gain[panels], x, scales, out, add });
+        });
+    }
+
+    /// What each of `R` rows, the first of which begins `x`, is multiplied by before the gain.
     #[inline(always)]
-    fn scale<S: Simd>(&self, s: S, x: &[Lanes], step: usize, row: usize) -> S::V {
-        let mut squares = s.zero();
+    fn scales<S: Simd, const R: usize>(&self, s: S, x: &[Lanes], step: usize) -> [f32; R] {
+        let mut squares = [s.zero(); R];
         for panel in 0..self.gain.len() {
-            let v = s.load(&x[panel * step + row]);
-            squares = s.fma(v, v, squares);
+            for (squares, x) in squares.iter_mut().zip(&x[panel * step..]) {
+                let x = s.load(x);
+                *squares = s.fma(x, x, *squares);
+            }
         }
         let width = (self.gain.len() * LANES) as f32;
-        s.splat(1.0 / (s.sum(squares) / width + self.eps).sqrt())
+        squares.map(|squares| 1.0 / (s.sum(squares) / width + self.eps).sqrt())
     }
 }
 
-impl Kernel for RmsNorm<'_> {
+impl Kernel for RowScales<'_> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { norm, x, rows, out, add } = self;
-        let step = stride(rows);
-        for row in 0..rows {
-            let scale = norm.scale(s, x, step, row);
-            for (panel, gain) in norm.gain.iter().enumerate() {
-                let at = panel * step + row;
-                let v = s.mul(s.mul(s.load(&x[at]), scale), s.load(gain));
-                s.store(if add { s.add(s.load(&out[at]), v) } else { v }, &mut out[at]);
+        let Self { norm, x, step, first, out } = self;
+        let (several, rest) = out.as_chunks_mut::<TOGETHER>();
+        let n_rest = first + TOGETHER * several.len();
+        for (i, scales) in several.iter_mut().enumerate() {
+            *scales = norm.scales(s, &x[first + TOGETHER * i..], step);
+        }
+        for (i, scale) in rest.iter_mut().enumerate() {
+            [*scale] = norm.scales(s, &x[n_rest + i..], step);
+        }
+    }
+}
+
+impl Kernel for Apply<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { gain, x, scales, out, add } = self;
+        let step = out.len() / gain.len();
+        for ((out, x), gain) in out.chunks_exact_mut(step).zip(x.chunks_exact(step)).zip(gain) {
+            let gain = s.load(gain);
+            for ((out, x), &scale) in out.iter_mut().zip(x).zip(scales) {
+                let v = s.mul(s.mul(s.load(x), s.splat(scale)), gain);
+                s.store(if add { s.add(s.load(out), v) } else { v }, out);
             }
         }
     }
@@ -84,7 +139,8 @@ impl Kernel for NormHeads<'_> {
         let step = stride(rows);
         for head in x.chunks_exact_mut(norm.gain.len() * step) {
             for row in 0..rows {
-                let scale = norm.scale(s, head, step, row);
+                let [scale] = norm.scales(s, &head[row..], step);
+                let scale = s.splat(scale);
                 for (panel, gain) in norm.gain.iter().enumerate() {
                     let v = s.mul(s.load(&head[panel * step + row]), scale);
                     s.store(s.mul(v, s.load(gain)), &mut head[panel * step + row]);

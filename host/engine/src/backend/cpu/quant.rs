@@ -6,10 +6,13 @@
 //! order in which tiles read it. The scale stays `f32`: it is never stored, and a second rounding would buy nothing.
 
 use super::aligned::Aligned;
-use super::isa::{Kernel, Lanes, Quads, Simd, Stretch, TILE_ROWS, stride};
+use super::isa::{Kernel, LANES, Lanes, Quads, Simd, Stretch, TILE_ROWS, stride};
 use super::matrix::BLOCK;
 use super::pool::{ComputePool, Units};
 use super::supers::SUPER;
+
+/// Rows whose values are asked for before their turn.
+const AHEAD: usize = 4;
 
 /// Room for quantised activations.
 #[derive(Debug)]
@@ -190,8 +193,9 @@ impl Kernel for QuantiseBlocks<'_> {
             for (row, (quads, factor)) in (begin..).zip(quads.iter_mut().zip(factors)) {
                 (*quads, *factor) = Default::default();
                 if row < rows {
-                    let (scale, sums) = quantise(s, [&x[at + row], &x[at + step + row]], quads.as_chunks_mut().0);
-                    *factor = Factor { scale, offset: -128 * (sums[0] + sums[1]) };
+                    let scale = quantise(s, [&x[at + row], &x[at + step + row]], quads.as_chunks_mut().0);
+                    let sum: i32 = quads.as_flattened().iter().map(|x| i32::from(*x)).sum();
+                    *factor = Factor { scale, offset: -128 * sum };
                 }
             }
         }
@@ -222,11 +226,17 @@ impl Kernel for QuantiseSupers<'_> {
             let (begin, x) = (i % n_groups * height, &x[16 * (first + i / n_groups) * step..]);
             for (in_group, factor) in factors.iter_mut().enumerate() {
                 let row = begin + in_group;
-                let mut quads = [[[0; 4]; 4]; 16];
+                let mut quads = [[[0; 4]; 4]; SUPER / LANES];
                 *factor = SuperFactor::default();
                 if row < rows {
-                    let x: [&Lanes; 16] = std::array::from_fn(|i| &x[i * step + row]);
-                    let (scale, sums) = quantise(s, x, &mut quads);
+                    let x: [&Lanes; SUPER / LANES] = std::array::from_fn(|i| &x[i * step + row]);
+                    x.iter().for_each(|x| s.prefetch_near(std::ptr::from_ref(*x).wrapping_add(AHEAD)));
+                    let scale = quantise(s, x, &mut quads);
+                    let mut sums = [0; SUPER / LANES];
+                    let bytes = quads.as_flattened().as_flattened().as_chunks().0;
+                    for (sums, bytes) in sums.as_chunks_mut::<4>().0.iter_mut().zip(bytes) {
+                        *sums = s.sum_bytes(bytes);
+                    }
                     let of = |block: usize| (sums[2 * block] + sums[2 * block + 1]) as i16;
                     let pairs = std::array::from_fn(|pair| [of(2 * pair), of(2 * pair + 1)]);
                     *factor = SuperFactor { scale, sums: pairs, offsets: sums.map(|sum| -32 * sum) };
@@ -239,9 +249,9 @@ impl Kernel for QuantiseSupers<'_> {
     }
 }
 
-/// Quantises vectors by one scale: returns it, and the sum of each.
+/// Quantises vectors by one scale, which it returns.
 #[inline(always)]
-fn quantise<S: Simd, const N: usize>(s: S, x: [&Lanes; N], out: &mut [[[i8; 4]; 4]]) -> (f32, [i32; N]) {
+fn quantise<S: Simd, const N: usize>(s: S, x: [&Lanes; N], out: &mut [[[i8; 4]; 4]]) -> f32 {
     let (zero, mut magnitude) = (s.zero(), s.zero());
     for x in x {
         let x = s.load(x);
@@ -251,12 +261,8 @@ fn quantise<S: Simd, const N: usize>(s: S, x: [&Lanes; N], out: &mut [[[i8; 4]; 
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
     // A denormal maximum would make the inverse infinite.
     let inverse = s.splat(if inverse.is_finite() { inverse } else { 0.0 });
-    let mut sums = [0; N];
-    for (x, (sum, out)) in x.into_iter().zip(sums.iter_mut().zip(out)) {
-        let x = s.mul(s.load(x), inverse);
-        // At most 16 * 127: exact, in any order.
-        *sum = s.sum(s.round(x)) as i32;
-        out.copy_from_slice(s.round_i8(x).as_chunks().0);
+    for (x, out) in x.into_iter().zip(out) {
+        out.copy_from_slice(s.round_i8(s.mul(s.load(x), inverse)).as_chunks().0);
     }
-    (largest / 127.0, sums)
+    largest / 127.0
 }

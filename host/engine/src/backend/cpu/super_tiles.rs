@@ -14,50 +14,88 @@ use super::supers::{SUPER, SuperBlock, SuperFactors};
 /// Groups that share one opening of the weights: what they gather stays in the second cache.
 const TOGETHER: usize = 32;
 
-/// What is at hand while a panel passes.
+/// Panels that pass over a stretch of K before the next stretch, where there is more than one.
+const PANELS: usize = 4;
+
+/// Groups times super-blocks of K, 4 KiB each, that stay in the second cache while some panels pass.
+const NEAR: usize = 256;
+
+/// What is at hand while `P` panels pass.
 #[repr(align(64))]
-struct Room {
+struct Room<const P: usize> {
     planes: Planes,
     /// By byte of the weights, or by block of 32, and by half of the panel.
     sums: [[TileSums; 2]; SUPER / BLOCK],
     columns: SuperFactors,
-    /// By group.
-    gathered: [Gathered; TOGETHER],
+    /// By panel and group.
+    gathered: [[Gathered; TOGETHER]; P],
+}
+
+impl<const P: usize> Room<P> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            planes: [[[0; 4 * PANEL]; 64]; 2],
+            sums: [[[[0; LANES]; TILE_ROWS]; 2]; SUPER / BLOCK],
+            columns: SuperFactors::ZERO,
+            gathered: [[[[[0.0; LANES]; TILE_ROWS]; 2]; TOGETHER]; P],
+        }
+    }
 }
 
 impl<B: SuperBlock> Kernel for Tiled<SuperDots<'_, B>> {
     type Out = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let mut room = Room {
-            planes: [[[0; 4 * PANEL]; 64]; 2],
-            sums: [[[[0; LANES]; TILE_ROWS]; 2]; SUPER / BLOCK],
-            columns: SuperFactors::ZERO,
-            gathered: [[[[0.0; LANES]; TILE_ROWS]; 2]; TOGETHER],
-        };
-        let n_groups = self.dots.x.n_groups;
+    fn run<S: Simd>(self, s: S) {
+        let (n_groups, n_blocks) = (self.dots.x.n_groups, self.dots.part.k / SUPER);
         if SuperDots::<B>::is_plain(n_groups) {
-            return self.plain(s, &mut room);
-        }
-        for first in (0..n_groups).step_by(TOGETHER) {
-            let groups = first..n_groups.min(first + TOGETHER);
-            for panel in 0..self.dots.part.n_panels(self.dots.out.len()) {
-                self.panel(s, panel, groups.clone(), &mut room);
-            }
+            self.plain(s);
+        } else if n_groups.min(TOGETHER) * n_blocks <= NEAR {
+            self.pass::<S, 1>(s);
+        } else {
+            self.pass::<S, PANELS>(s);
         }
     }
 }
 
 impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
-    /// Some groups, by one panel.
+    /// All of it, `P` panels at a time.
     #[inline(always)]
-    fn panel<S: Simd>(&mut self, s: S, panel: usize, groups: Range<usize>, room: &mut Room) {
-        let Room { planes, sums, columns, gathered } = room;
-        let sums = sums.as_chunks_mut().0;
-        let sums = &mut sums[0];
-        gathered[..groups.len()].fill([[[0.0; LANES]; TILE_ROWS]; 2]);
-        for (b, block) in self.dots.panel(panel).iter().enumerate() {
+    fn pass<S: Simd, const P: usize>(mut self, s: S) {
+        let mut room = Room::<P>::new();
+        let (n_groups, n_blocks) = (self.dots.x.n_groups, self.dots.part.k / SUPER);
+        let n_panels = self.dots.part.n_panels(self.dots.out.len());
+        for first in (0..n_groups).step_by(TOGETHER) {
+            let groups = first..n_groups.min(first + TOGETHER);
+            let stretch = NEAR.div_ceil(groups.len());
+            for first in (0..n_panels).step_by(P) {
+                for begin in (0..n_blocks).step_by(stretch) {
+                    let blocks = begin..n_blocks.min(begin + stretch);
+                    for panel in first..n_panels.min(first + P) {
+                        self.panel(s, panel, (groups.clone(), blocks.clone()), &mut room);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Some groups, by some super-blocks of one panel.
+    #[inline(always)]
+    fn panel<S: Simd, const P: usize>(
+        &mut self,
+        s: S,
+        panel: usize,
+        (groups, blocks): (Range<usize>, Range<usize>),
+        Room { planes, sums, columns, gathered }: &mut Room<P>,
+    ) {
+        let (weights, gathered) = (self.dots.panel(panel), &mut gathered[panel % P][..groups.len()]);
+        let sums = &mut sums.as_chunks_mut().0[0];
+        if blocks.start == 0 {
+            gathered.fill([[[0.0; LANES]; TILE_ROWS]; 2]);
+        }
+        for b in blocks.clone() {
+            let block = &weights[b];
             block.factors(s, columns);
             for i in 0..SUPER / BLOCK {
                 // The rest while the first group is gathered: memory is slower than the opening, and should never rest.
@@ -66,20 +104,26 @@ impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
                 block.planes(s, i, columns, planes);
             }
             for (group, gathered) in groups.clone().zip(&mut *gathered) {
+                if b + 1 == weights.len() {
+                    self.dots.prefetch_out(s, group, panel);
+                }
                 self.tiles.planes(self.dots.x.block(group, b).0, planes, sums);
                 let ahead = if group == groups.start { Some(block) } else { None };
                 self.gather(s, (group, b), (sums, columns, ahead), gathered);
             }
         }
-        for (group, gathered) in groups.zip(&*gathered) {
-            self.dots.finish(s, (group, panel), gathered);
+        if blocks.end == weights.len() {
+            for (group, gathered) in groups.zip(&*gathered) {
+                self.dots.finish(s, (group, panel), gathered);
+            }
         }
     }
 
     /// One group, with the weights' bytes as they are.
     #[inline(always)]
-    fn plain<S: Simd>(&mut self, s: S, Room { planes, sums, columns, gathered }: &mut Room) {
-        let (opened, gathered) = (&mut planes[0].as_chunks_mut::<{ BLOCK / 4 }>().0[0], &mut gathered[0]);
+    fn plain<S: Simd>(mut self, s: S) {
+        let Room { planes, sums, columns, gathered } = &mut Room::<1>::new();
+        let (opened, gathered) = (&mut planes[0].as_chunks_mut::<{ BLOCK / 4 }>().0[0], &mut gathered[0][0]);
         let n_lines = lines::<B>().div_ceil(2 * SUPER / BLOCK);
         for panel in 0..self.dots.part.n_panels(self.dots.out.len()) {
             *gathered = [[[0.0; LANES]; TILE_ROWS]; 2];

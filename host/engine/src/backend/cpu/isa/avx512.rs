@@ -1,6 +1,7 @@
 //! Sixteen lanes in one 512-bit register.
 #![expect(unsafe_code, reason = "vector instructions; the token proves that the CPU has them")]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -208,6 +209,21 @@ impl Simd for Avx512 {
         }
     }
 
+    /// The instruction takes unsigned bytes: with the sign bit flipped they are 128 too large.
+    #[inline(always)]
+    fn sum_bytes(self, x: &[i8; 64]) -> [i32; 4] {
+        let mut sums = [0; 4];
+        // SAFETY: the token proves the instructions; `x` is 64 readable bytes and `sums` 16 writable ones, and neither access
+        // asks for alignment.
+        unsafe {
+            let x = _mm512_xor_si512(_mm512_loadu_si512(x.as_ptr().cast()), _mm512_set1_epi8(-128));
+            let eights = _mm512_cvtepi64_epi32(_mm512_sad_epu8(x, _mm512_setzero_si512()));
+            let sixteens = _mm_hadd_epi32(_mm256_castsi256_si128(eights), _mm256_extracti128_si256::<1>(eights));
+            _mm_storeu_si128(sums.as_mut_ptr().cast(), _mm_sub_epi32(sixteens, _mm_set1_epi32(16 * 128)));
+        }
+        sums
+    }
+
     #[inline(always)]
     fn widen_bytes(self, x: &[u8; 32], out: &mut [i16; 32]) {
         // SAFETY: the token proves the instructions; `x` is 32 readable bytes and `out` 64 writable ones, and neither access asks
@@ -243,6 +259,13 @@ impl Simd for Avx512 {
     fn prefetch_near<T>(self, x: *const T) {
         // SAFETY: every x86-64 CPU has the instruction; it reads no memory and faults on no address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_write<T>(self, x: *const T) {
+        // SAFETY: every CPU with AVX-512 has the instruction; it changes no memory and faults on no address. There is no
+        // intrinsic that emits it.
+        unsafe { asm!("prefetchw [{}]", in(reg) x, options(nostack, preserves_flags, readonly)) }
     }
 
     #[inline(always)]
