@@ -76,7 +76,7 @@ fn floats_give_the_bits_of_safetensors() {
             // What stretches their frequencies the converter rounded to 32 bits.
             match name {
                 "llama3" | "phi3-longrope" => {
-                    assert!(distance(&found, &expect) < 1e-6, "{dtype:?}: {}", distance(&found, &expect))
+                    assert!(distance(&found, &expect) < 3e-6, "{dtype:?}: {}", distance(&found, &expect))
                 }
                 _ => assert!(found.iter().zip(&expect).all(|(a, b)| a.to_bits() == b.to_bits()), "{name} {dtype:?}"),
             }
