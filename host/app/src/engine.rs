@@ -196,7 +196,10 @@ impl Engine {
     pub(crate) fn part(&self, joined: Joined, shared: &Shared) {
         let Joined { variants, homes, encoders } = joined;
         self.take_back(&homes, 0);
-        encoders.iter().for_each(|(encoder, _)| drop(self.encoders.leave(&encoder.name, 0)));
+        for (encoder, _) in &encoders {
+            drop(self.encoders.leave(&encoder.name, 0));
+            shared.metrics.forget_replica(&encoder.name, "cpu", 0, 0);
+        }
         self.forget(&variants, false, shared);
     }
 

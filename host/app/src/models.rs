@@ -437,8 +437,12 @@ impl<'a> Loader<'a> {
 
     /// A model for embeddings: on the CPU, whatever devices serve the others, with threads of its own.
     fn load_encoder(&mut self, name: &str, (folder, source): From<'_>, text: &TextFiles<'_>) -> anyhow::Result<()> {
-        self.check_name(name, source)?;
-        if name.contains(':') {
+        let joins = self.check_name(name, source)?.is_some();
+        let variant = |other: &&String| other.split_once(':').is_some_and(|(alias, _)| alias == name);
+        if let Some(other) = self.config.on_demand.keys().find(variant) {
+            bail!("it makes embeddings, and such models have no variants: name `{other}` of [on_demand] otherwise");
+        }
+        if joins || name.contains(':') {
             bail!("it makes embeddings, and such models have no variants: leave the `:` out of its name");
         }
         let spec = EncoderSpec::open(folder)?;

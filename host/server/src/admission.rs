@@ -175,8 +175,8 @@ impl Permit {
         if kib > limit_kib {
             let problem = format!(
                 "what is to be said of the prompts takes about {asked_mib} MiB, and all answers together have \
-                 {limit_mib} (server.prompt_scores_mib); send fewer prompts in a request, or ask for fewer `logprobs` \
-                 or choices"
+                 {limit_mib} (server.prompt_scores_mib); send fewer prompts in a request, or ask for fewer \
+                 `logprobs`, `prompt_logprobs` or choices"
             );
             return Err(ApiError::invalid("logprobs", problem));
         }

@@ -152,6 +152,9 @@ async fn lease(
         let (id, owner) = asking.id;
         let known = permit.known_by(|| state.registry.know(id, owner))?;
         let mut load = asking.told.and_then(|_| state.models.loading(model));
+        if let Some(reports) = &mut load {
+            reports.mark_unchanged();
+        }
         loop {
             asking.tell(model, load.as_ref());
             tokio::select! {
@@ -183,13 +186,23 @@ async fn progress(load: &mut Option<watch::Receiver<LoadReport>>) {
 // === impl Asking ===
 
 impl Asking<'_> {
+    /// Says how far the load is, where that is news; its end is told by what follows.
     fn tell(&self, model: &Arc<str>, load: Option<&watch::Receiver<LoadReport>>) {
         let Some(told) = self.told else { return };
-        let percent = load.and_then(|reports| match &*reports.borrow() {
-            LoadReport::Progress(progress) => Some(progress.percent),
-            LoadReport::Ready(_) | LoadReport::Failed(_) => None,
+        let percent = match load {
+            None => None,
+            Some(reports) => match &*reports.borrow() {
+                LoadReport::Progress(progress) => Some(progress.percent),
+                LoadReport::Ready(_) | LoadReport::Failed(_) => return,
+            },
+        };
+        told.send_if_modified(|last| {
+            let is_news = last.as_ref().is_none_or(|last| last.model != *model || last.percent != percent);
+            if is_news {
+                *last = Some(Loading { model: Arc::clone(model), percent });
+            }
+            is_news
         });
-        told.send_replace(Some(Loading { model: Arc::clone(model), percent }));
     }
 }
 

@@ -9,13 +9,18 @@ use std::path::PathBuf;
 use super::models::{Files, open};
 use super::report::Report;
 use crate::config::Config;
+use crate::devices::{self, Place};
 use crate::models::DEMO_NAMES;
 
 const SECTION: &str = "draft models";
 
 pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     let drafted = &config.draft_models;
-    if !drafted.is_empty() && !config.engine.devices.iter().any(|device| device == "cpu" || device == "auto") {
+    // What is wrong with the devices is told where they are examined.
+    let has_cpu = || {
+        devices::find(&config.engine).map_or(true, |places| places.iter().any(|place| matches!(place, Place::Cpu(_))))
+    };
+    if !drafted.is_empty() && !has_cpu() {
         let found = "the only device that drafts, the CPU, is not among engine.devices";
         return report.fault(SECTION, "devices", found, "add \"cpu\" to engine.devices, or leave [draft_models] out");
     }

@@ -56,8 +56,8 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     let mut own = Own::openai(&mut fields, &state.config, logprobs)?;
     own.max_tokens = own.max_tokens.or(is_prompt_alone.then_some(0));
     let mut params = Params::parse(&mut fields, &state.config, own)?;
-    if listed.is_some() && params.stream {
-        let problem = "`prompt_logprobs` are not told in a stream; leave `stream` out, or use `echo` with `logprobs`";
+    if listed.is_some() && (params.stream || arrival.ndjson) {
+        let problem = "`prompt_logprobs` are not told in a stream; ask for one answer, or use `echo` with `logprobs`";
         return Err(ApiError::invalid("prompt_logprobs", problem));
     }
     let echoed = logprobs.filter(|_| echo);

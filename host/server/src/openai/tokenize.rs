@@ -18,6 +18,7 @@ use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::identity::{Caller, RequestTag};
 use crate::keys::KeyDigest;
+use crate::ports::Variant;
 use crate::state::ServerState;
 use crate::text::TextModel;
 
@@ -46,9 +47,15 @@ async fn target(
 ) -> Result<(Arc<TextModel>, u32), ApiError> {
     let catalog = state.engine.catalog();
     let named = fields.string("model")?;
-    let generator = || catalog.variants.first().map(|variant| &variant.alias);
-    let encoder = || catalog.encoders.first().map(|encoder| &encoder.name);
-    let first = || generator().or_else(encoder).or(catalog.on_demand.first()).map(ToString::to_string);
+    // One that comes and goes by itself is named alone, so that nothing is loaded for a request that named no model.
+    let named_by = |variant: &Arc<Variant>| match catalog.on_demand.contains(&variant.id) {
+        true => Arc::clone(&variant.id),
+        false => Arc::clone(&variant.alias),
+    };
+    let generator = || catalog.variants.first().map(named_by);
+    let encoder = || catalog.encoders.first().map(|encoder| Arc::clone(&encoder.name));
+    let first = || generator().or_else(encoder).or_else(|| catalog.on_demand.first().cloned());
+    let first = || first().map(|name| name.to_string());
     let name = named.or_else(first).unwrap_or_default();
     let (arrived, timeout_ms) = (state.clock.now(), state.config.default_timeout_ms);
     let catalog = demand::reach(state, &name, permit, Asking { arrived, timeout_ms, id, told: None }).await?;

@@ -407,6 +407,10 @@ async fn ndjson_says_how_likely_a_prompt_is() {
     let lines = rig.send(request("POST", COMPLETIONS, &headers, &body)).await.lines();
     let prompt = lines.iter().find(|line| line["event"] == "prompt").expect("a line");
     assert_eq!((&prompt["logprobs"], &prompt["stage"]), (&json!([-1.0, -2.0, null, -4.0]), &json!("prefill")));
+    // A line has no place for all that this asks for.
+    let body = completion(&json!({"prompt": "h\u{e9}!", "prompt_logprobs": 2}));
+    let answer = rig.send(request("POST", COMPLETIONS, &headers, &body)).await;
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("prompt_logprobs")));
 }
 
 fn with_logprobs() -> Vec<SinkEvent> {
