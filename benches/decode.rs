@@ -1,6 +1,7 @@
 //! Steps of the CPU engine in process: decode at several batch sizes and a prefill, beside what the machine can do.
 //!
-//! `cargo bench --profile release -p pointsman-benches --bench decode -- [FOLDER] [--gguf FILE]... [--llama FOLDER]`
+//! `cargo bench --profile release -p pointsman-benches --bench decode -- [FOLDER] [--gguf FILE]... [--llama FOLDER] [--files-only]
+//! [--isa NAME]`
 //!
 //! First the small model in FOLDER, without one the demo model: throughput at 32 sequences over 1. Bar: 4x. Then a Llama of
 //! 1.1 billion parameters (16 layers, hidden 2048, feed-forward 8192, 32 query and 8 key heads of 64, 32,000 tokens): made
@@ -9,6 +10,9 @@
 //! The floor is the packed weights once and the KV of every row once, at the read bandwidth of the same run: all threads over
 //! 512 MB. The peak is two operations per multiply-add of 8-bit products in registers, likewise. Weights that fit a cache can
 //! beat the floor. Peak memory is that of the process since the model's load began.
+//!
+//! `--files-only` leaves out what needs no file. `--isa` takes the kernels of slower instructions than the fastest: `avx512-vnni`,
+//! `avx2-fma` or `portable`.
 //!
 //! With `--llama`, the programs `llama-bench` and `llama-batched-bench` in that folder run on the same GGUF files with as many
 //! threads, for comparison. llama.cpp is not part of this repository. Its AMX kernels need a compiler barrier before
@@ -21,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pointsman_benches::{Samples, header, now, plan, readable, synthetic};
+use pointsman_engine::backend::cpu::Isa;
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{Executor, StepOutput, StepPlan};
 use pointsman_sched::sampler::NoEdits;
@@ -48,19 +53,30 @@ struct Arguments {
     folder: PathBuf,
     files: Vec<PathBuf>,
     llama: Option<PathBuf>,
+    files_only: bool,
+    isa: Isa,
+}
+
+/// Threads with the kernels that were asked for.
+#[derive(Clone, Copy)]
+struct Threads {
+    n: usize,
+    isa: Isa,
 }
 
 fn main() -> Result<(), Error> {
     header("decode: steps of the CPU engine");
-    let arguments = Arguments::read();
-    let cores = std::thread::available_parallelism()?.get();
-    for threads in [1, cores] {
-        let limits = Limits::measure(&ComputePool::start(threads)?);
+    let arguments = Arguments::read()?;
+    let cores = Threads { n: std::thread::available_parallelism()?.get(), isa: arguments.isa };
+    let small_on = if arguments.files_only { vec![] } else { vec![Threads { n: 1, ..cores }, cores] };
+    for threads in small_on {
+        let limits = Limits::measure(&threads.pool()?);
         for precision in [Precision::F16, Precision::Q8_0] {
             small(&arguments.folder, precision, threads, limits)?;
         }
     }
-    for precision in [Precision::Q8_0, Precision::F16] {
+    let in_memory: &[_] = if arguments.files_only { &[] } else { &[Precision::Q8_0, Precision::F16] };
+    for &precision in in_memory {
         println!("\nLlama of 1.1 billion parameters in memory, as {precision:?}");
         reset_peak();
         large(Weights::from_bytes(synthetic::llama())?, precision, cores)?;
@@ -70,13 +86,13 @@ fn main() -> Result<(), Error> {
         reset_peak();
         large(Weights::open(file)?, Precision::F16, cores)?;
         if let Some(folder) = &arguments.llama {
-            llama(folder, file, cores)?;
+            llama(folder, file, cores.n)?;
         }
     }
     Ok(())
 }
 
-fn small(folder: &Path, precision: Precision, threads: usize, limits: Limits) -> Result<(), Error> {
+fn small(folder: &Path, precision: Precision, threads: Threads, limits: Limits) -> Result<(), Error> {
     let spec = ModelSpec::from_config(&std::fs::read(folder.join("config.json"))?)?;
     let mut engine = engine(Model::load(spec, &Weights::open(folder)?, precision)?, threads, 64, CONTEXT)?;
     println!("{precision:?}, {} bytes of weights", engine.model().bytes());
@@ -95,12 +111,12 @@ fn small(folder: &Path, precision: Precision, threads: usize, limits: Limits) ->
     Ok(())
 }
 
-fn large(weights: Weights, precision: Precision, threads: usize) -> Result<(), Error> {
+fn large(weights: Weights, precision: Precision, threads: Threads) -> Result<(), Error> {
     let start = now();
     let model = Model::load(ModelSpec::from_config(synthetic::CONFIG.as_bytes())?, &weights, precision)?;
     drop(weights);
     println!("  loaded in {:.1?}, {} MB of weights", start.elapsed(), model.bytes() >> 20);
-    let limits = Limits::measure(&ComputePool::start(threads)?);
+    let limits = Limits::measure(&threads.pool()?);
     let mut engine = engine(model, threads, 32, PREFILL)?;
     prefill(&mut engine, PREFILL, limits)?;
     let mut rate = [0.0; 3];
@@ -113,9 +129,9 @@ fn large(weights: Weights, precision: Precision, threads: usize) -> Result<(), E
     Ok(())
 }
 
-fn engine(model: Model, threads: usize, rows: usize, step: u32) -> Result<CpuEngine, Error> {
-    let pool = ComputePool::start(threads)?;
-    println!("{threads} threads, {}", pool.isa().name());
+fn engine(model: Model, threads: Threads, rows: usize, step: u32) -> Result<CpuEngine, Error> {
+    let pool = threads.pool()?;
+    println!("{} threads, {}", threads.n, pool.isa().name());
     let config = EngineConfig {
         n_blocks: rows * (CONTEXT as usize + 16).div_ceil(16) + step as usize / 16,
         block_tokens: 16,
@@ -205,6 +221,14 @@ fn peak_bytes() -> usize {
     line.trim().trim_end_matches(" kB").parse::<usize>().map_or(0, |kib| kib << 10)
 }
 
+// === impl Threads ===
+
+impl Threads {
+    fn pool(self) -> Result<ComputePool, Error> {
+        Ok(ComputePool::with_isa(self.n, self.isa)?)
+    }
+}
+
 // === impl Limits ===
 
 impl Limits {
@@ -240,18 +264,25 @@ fn best(mut run: impl FnMut() -> u64) -> f64 {
 
 impl Arguments {
     /// Reads the command line; `--bench`, which cargo adds, is passed over.
-    fn read() -> Self {
+    fn read() -> Result<Self, Error> {
         let demo = pointsman_tests::root().join("host/app/demo/demo");
-        let mut found = Self { folder: demo, files: Vec::new(), llama: None };
+        let mut found = Self { folder: demo, files: Vec::new(), llama: None, files_only: false, isa: Isa::best() };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--gguf" => found.files.extend(arguments.next().map(PathBuf::from)),
                 "--llama" => found.llama = arguments.next().map(PathBuf::from),
+                "--files-only" => found.files_only = true,
+                "--isa" => {
+                    let (wanted, has) = (arguments.next().unwrap_or_default(), Isa::available());
+                    let isa = has.iter().find(|isa| isa.name() == wanted);
+                    let names: Vec<&str> = has.iter().map(|isa| isa.name()).collect();
+                    found.isa = *isa.ok_or_else(|| format!("no `{wanted}` here: --isa takes one of {names:?}"))?;
+                }
                 flag if flag.starts_with("--") => {}
                 folder => found.folder = PathBuf::from(folder),
             }
         }
-        found
+        Ok(found)
     }
 }

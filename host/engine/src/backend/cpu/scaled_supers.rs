@@ -59,20 +59,22 @@ impl<B: ScaledBlock> SuperBlock for [B; 8] {
         let quads = self[block].quads(&mut room);
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
         let scales = &factors.integers[block];
-        for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(second)) {
-            if factors.are_bytes {
-                let out = first.as_chunks_mut().0.iter_mut().zip(second.as_chunks_mut().0);
-                for ((q, scales), (first, second)) in q.as_chunks().0.iter().zip(scales).zip(out) {
-                    s.scale_bytes(q, scales, [first, second]);
+        if factors.are_bytes {
+            for (half, scales) in scales.iter().enumerate() {
+                for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(&mut *second)) {
+                    let out = [first, second].map(|out| &mut out.as_chunks_mut().0[half]);
+                    s.scale_bytes(&q.as_chunks().0[half], scales, out);
                 }
-            } else {
-                let scales: [i16; 2 * PANEL] = std::array::from_fn(|c| scales[c / 2 / LANES][c / 2 % LANES] as i16);
-                let q = words(&q.map(i8::cast_unsigned)).map(u16::cast_signed);
-                let low: [i16; 2 * PANEL] = std::array::from_fn(|c| (q[c] << 8 >> 8) * scales[c]);
-                let high: [i16; 2 * PANEL] = std::array::from_fn(|c| (q[c] >> 8) * scales[c]);
-                put_words(first, |c| (low[c] & 255 | high[c] << 8).cast_unsigned());
-                put_words(second, |c| (low[c] >> 8 & 255 | high[c] & !255).cast_unsigned());
             }
+            return;
+        }
+        let scales: [i16; 2 * PANEL] = std::array::from_fn(|c| scales[c / 2 / LANES][c / 2 % LANES] as i16);
+        for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(second)) {
+            let q = words(&q.map(i8::cast_unsigned)).map(u16::cast_signed);
+            let low: [i16; 2 * PANEL] = std::array::from_fn(|c| (q[c] << 8 >> 8) * scales[c]);
+            let high: [i16; 2 * PANEL] = std::array::from_fn(|c| (q[c] >> 8) * scales[c]);
+            put_words(first, |c| (low[c] & 255 | high[c] << 8).cast_unsigned());
+            put_words(second, |c| (low[c] >> 8 & 255 | high[c] & !255).cast_unsigned());
         }
     }
 

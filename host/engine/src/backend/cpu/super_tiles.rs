@@ -97,19 +97,27 @@ impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
         for b in blocks.clone() {
             let block = &weights[b];
             block.factors(s, columns);
+            // Memory is slower than what is computed here and should never rest: a third of the next super-block but one is asked
+            // for while this one is opened, and a third with each of two groups, or the rest with one.
+            let mut asked = lines::<B>();
+            let mut ask = |n_lines| {
+                prefetch(s, block, asked, n_lines);
+                asked += n_lines;
+            };
+            let share = lines::<B>().div_ceil(1 + groups.len().min(2));
             for i in 0..SUPER / BLOCK {
-                // The rest while the first group is gathered: memory is slower than the opening, and should never rest.
-                let n_lines = lines::<B>().div_ceil(16);
-                prefetch(s, block, n_lines * i, n_lines);
+                ask(share.div_ceil(SUPER / BLOCK));
                 block.planes(s, i, columns, planes);
             }
             for (group, gathered) in groups.clone().zip(&mut *gathered) {
+                if group < groups.start + 2 {
+                    ask(share);
+                }
                 if b + 1 == weights.len() {
                     self.dots.prefetch_out(s, group, panel);
                 }
                 self.tiles.planes(self.dots.x.block(group, b).0, planes, sums);
-                let ahead = if group == groups.start { Some(block) } else { None };
-                self.gather(s, (group, b), (sums, columns, ahead), gathered);
+                self.gather(s, (group, b), (sums, columns), gathered);
             }
         }
         if blocks.end == weights.len() {
@@ -153,27 +161,23 @@ impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
         }
     }
 
-    /// Scales the sums of a group over a super-block and adds them; asks for the second half of the weights behind `ahead`.
+    /// Scales the sums of a group over a super-block and adds them.
     #[inline(always)]
     fn gather<S: Simd>(
         &self,
         s: S,
         (group, block): (usize, usize),
-        (sums, columns, ahead): (&[[TileSums; 2]; 2], &SuperFactors, Option<&B>),
+        (sums, columns): (&[[TileSums; 2]; 2], &SuperFactors),
         gathered: &mut Gathered,
     ) {
         let (x, factors) = self.dots.x.block(group, block);
         // What follows in memory comes next, mostly.
         let next = x.as_ptr().wrapping_add(x.len());
-        let (begin, n_lines) = (8 * lines::<B>().div_ceil(16), (lines::<B>() / 2).div_ceil(2 * factors.len()));
         for (half, gathered) in gathered.iter_mut().enumerate() {
             for (row, (gathered, factor)) in gathered.iter_mut().zip(factors).enumerate() {
                 let (first, second) = (s.load_int(&sums[0][half][row]), s.load_int(&sums[1][half][row]));
                 let sum = (s.shift_add(second, first, B::SHIFT), s.load(gathered));
                 s.store(columns.add::<S, B>(s, half, factor, sum), gathered);
-                if let Some(block) = ahead {
-                    prefetch(s, block, begin + n_lines * (half * factors.len() + row), n_lines);
-                }
                 (0..2).for_each(|line| s.prefetch_near(next.wrapping_add(4 * row + 2 * half + line)));
             }
         }

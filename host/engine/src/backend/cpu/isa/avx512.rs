@@ -198,12 +198,11 @@ impl Simd for Avx512 {
             let even = _mm512_or_si512(even, _mm512_slli_epi32::<16>(even));
             let odd = _mm512_slli_epi32::<8>(even);
             let (even, odd) = (_mm512_maddubs_epi16(even, w), _mm512_maddubs_epi16(odd, w));
-            // `a & b | c`.
-            const SELECT: i32 = 0xea;
-            let lower = _mm512_slli_epi16::<8>(odd);
-            let lower = _mm512_ternarylogic_epi32::<SELECT>(even, _mm512_set1_epi16(0x00ff), lower);
-            let upper = _mm512_srli_epi16::<8>(even);
-            let upper = _mm512_ternarylogic_epi32::<SELECT>(odd, _mm512_set1_epi16(-0x0100), upper);
+            // The bytes of each pair change places where they belong to the other's.
+            let swapped = _mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+            let swapped = _mm512_broadcast_i32x4(swapped);
+            let lower = _mm512_mask_shuffle_epi8(even, 0xaaaa_aaaa_aaaa_aaaa, odd, swapped);
+            let upper = _mm512_mask_shuffle_epi8(odd, 0x5555_5555_5555_5555, even, swapped);
             _mm512_storeu_si512(out[0].as_mut_ptr().cast(), lower);
             _mm512_storeu_si512(out[1].as_mut_ptr().cast(), upper);
         }
