@@ -189,15 +189,12 @@ impl Asking<'_> {
     /// Says how far the load is, where that is news; its end is told by what follows.
     fn tell(&self, model: &Arc<str>, load: Option<&watch::Receiver<LoadReport>>) {
         let Some(told) = self.told else { return };
-        let percent = match load {
-            None => None,
-            Some(reports) => match &*reports.borrow() {
-                LoadReport::Progress(progress) => Some(progress.percent),
-                LoadReport::Ready(_) | LoadReport::Failed(_) => return,
-            },
-        };
+        let percent = load.and_then(|reports| match &*reports.borrow() {
+            LoadReport::Progress(progress) => Some(progress.percent),
+            LoadReport::Ready(_) | LoadReport::Failed(_) => None,
+        });
         told.send_if_modified(|last| {
-            let is_news = last.as_ref().is_none_or(|last| last.model != *model || last.percent != percent);
+            let is_news = last.as_ref().is_none_or(|last| percent.is_some() && last.percent != percent);
             if is_news {
                 *last = Some(Loading { model: Arc::clone(model), percent });
             }

@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_in_several_stretches_is_the_same() {
+    fn what_passes_in_several_spans_is_the_same() {
         // More groups, panels and super-blocks than tiles take at once.
         let (n, k) = (160, 2_560);
         let x: Vec<Vec<f32>> = (0..520).map(|row| values(k, 100 + row)).collect();

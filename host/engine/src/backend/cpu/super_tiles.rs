@@ -1,7 +1,8 @@
 //! Products with weights in super-blocks, by tile registers.
 //!
 //! Scales are worked into the weights first (`SuperBlock::planes`), once for some groups of rows; then a tile adds up all 256
-//! values of a super-block before its sums leave through memory, the slowest part of a product by tiles.
+//! values of a super-block before its sums leave through memory, the slowest part of a product by tiles. Where the activations do not
+//! fit the second cache, K passes in spans that do, some panels for each.
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use super::supers::{SUPER, SuperBlock, SuperFactors};
 /// Groups that share one opening of the weights: what they gather stays in the second cache.
 const TOGETHER: usize = 32;
 
-/// Panels that pass over a stretch of K before the next stretch, where there is more than one.
+/// Panels that pass over a span of K before the next span, where there is more than one.
 const PANELS: usize = 4;
 
 /// Groups times super-blocks of K, 4 KiB each, that stay in the second cache while some panels pass.
@@ -68,10 +69,10 @@ impl<B: SuperBlock> Tiled<SuperDots<'_, B>> {
         let n_panels = self.dots.part.n_panels(self.dots.out.len());
         for first in (0..n_groups).step_by(TOGETHER) {
             let groups = first..n_groups.min(first + TOGETHER);
-            let stretch = NEAR.div_ceil(groups.len());
+            let span = NEAR.div_ceil(groups.len());
             for first in (0..n_panels).step_by(P) {
-                for begin in (0..n_blocks).step_by(stretch) {
-                    let blocks = begin..n_blocks.min(begin + stretch);
+                for begin in (0..n_blocks).step_by(span) {
+                    let blocks = begin..n_blocks.min(begin + span);
                     for panel in first..n_panels.min(first + P) {
                         self.panel(s, panel, (groups.clone(), blocks.clone()), &mut room);
                     }
