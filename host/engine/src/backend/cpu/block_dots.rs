@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::blocks::ScaledBlock;
-use super::dots::{Dots, Product};
+use super::dots::{Dots, Product, Rows, each_rows};
 use super::isa::{LANES, Simd};
 use super::matrix::{BLOCK, PANEL};
 use super::quant::BlockRows;
@@ -29,12 +29,26 @@ impl<B: ScaledBlock> Product for BlockDots<'_, B> {
     }
 
     #[inline(always)]
-    fn rows<S: Simd, const R: usize>(&mut self, s: S, (group, row): (usize, usize), panel: usize) {
-        let w = self.panel(panel);
+    fn group<S: Simd>(&mut self, s: S, (group, panel): (usize, usize)) {
+        each_rows(s, self.x.height, &mut BlockRun { dots: self, group, panel });
+    }
+}
+
+/// A group of rows by one panel.
+struct BlockRun<'r, 'a, B> {
+    dots: &'r mut BlockDots<'a, B>,
+    group: usize,
+    panel: usize,
+}
+
+impl<B: ScaledBlock> Rows for BlockRun<'_, '_, B> {
+    #[inline(always)]
+    fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
+        let (w, x) = (self.dots.panel(self.panel), self.dots.x);
         let (mut room, mut acc) = ([[0; 4 * PANEL]; BLOCK / 4], [[s.zero(); 2]; R]);
         for (b, block) in w.iter().enumerate() {
             prefetch(s, w, b, 0..8);
-            let (quads, factors) = self.x.block(group, b);
+            let (quads, factors) = x.block(self.group, b);
             let (Some(quads), Some(factors)) = (quads[row..].first_chunk::<R>(), factors[row..].first_chunk::<R>())
             else {
                 return;
@@ -59,6 +73,6 @@ impl<B: ScaledBlock> Product for BlockDots<'_, B> {
                 }
             }
         }
-        self.put(s, group * self.x.height + row, panel, &acc);
+        self.dots.put(s, self.group * x.height + row, self.panel, &acc);
     }
 }

@@ -29,11 +29,39 @@ pub(super) struct Tiled<D> {
 
 /// How rows are multiplied.
 pub(super) trait Product {
-    /// Values of K that a tile takes with so many groups of rows.
+    /// Values of K that a tile register takes with so many groups of rows.
     fn depth(n_groups: usize) -> usize;
 
-    /// `R` rows of a group, from a row on, by one panel, with vectors.
-    fn rows<S: Simd, const R: usize>(&mut self, s: S, at: (usize, usize), panel: usize);
+    /// A group of rows by one panel, with vectors.
+    fn group<S: Simd>(&mut self, s: S, at: (usize, usize));
+}
+
+/// What is done with the rows of a group, as many at once as registers allow.
+pub(super) trait Rows {
+    /// `R` rows from one on.
+    fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize);
+}
+
+/// Rows that registers allow at once.
+#[inline(always)]
+pub(super) fn most_rows<S: Simd>() -> usize {
+    if S::WIDE { 6 } else { 2 }
+}
+
+/// All rows of a group.
+#[inline(always)]
+pub(super) fn each_rows<S: Simd>(s: S, height: usize, rows: &mut impl Rows) {
+    for (row, len) in tiles(height, most_rows::<S>()) {
+        match len {
+            1 => rows.run::<S, 1>(s, row),
+            2 => rows.run::<S, 2>(s, row),
+            3 if S::WIDE => rows.run::<S, 3>(s, row),
+            4 if S::WIDE => rows.run::<S, 4>(s, row),
+            5 if S::WIDE => rows.run::<S, 5>(s, row),
+            _ if S::WIDE => rows.run::<S, 6>(s, row),
+            _ => {}
+        }
+    }
 }
 
 /// What the rows of a group have gathered, by half of the panel.
@@ -103,22 +131,11 @@ where
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let max = if S::WIDE { 6 } else { 2 };
-        let (n_groups, height) = groups(self.part.rows);
+        let n_groups = groups(self.part.rows).0;
         for panel in 0..self.part.n_panels(self.out.len()) {
+            // No closure: it would be compiled for every CPU.
             for group in 0..n_groups {
-                for (row, len) in tiles(height, max) {
-                    let at = (group, row);
-                    match len {
-                        1 => self.rows::<S, 1>(s, at, panel),
-                        2 => self.rows::<S, 2>(s, at, panel),
-                        3 if S::WIDE => self.rows::<S, 3>(s, at, panel),
-                        4 if S::WIDE => self.rows::<S, 4>(s, at, panel),
-                        5 if S::WIDE => self.rows::<S, 5>(s, at, panel),
-                        _ if S::WIDE => self.rows::<S, 6>(s, at, panel),
-                        _ => {}
-                    }
-                }
+                self.group(s, (group, panel));
             }
         }
     }

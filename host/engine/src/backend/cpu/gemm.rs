@@ -576,6 +576,31 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_weights_and_activations_overflow_nothing() {
+        // All bits of a weight set, scales included; the floats are one.
+        for (kind, bytes, ones) in [(Kind::Q4K, 144, 0), (Kind::Q5K, 176, 0), (Kind::Q6K, 210, 208)] {
+            let mut block = vec![255u8; bytes];
+            block[ones..ones + 2].copy_from_slice(&f16::ONE.to_le_bytes());
+            if kind != Kind::Q6K {
+                block[2..4].copy_from_slice(&f16::ZERO.to_le_bytes());
+            }
+            let w = Matrix::pack(&[Elements::owned(kind, block.repeat(64))], SUPER, Join::Concat);
+            for x in [1.0, -1.0] {
+                let x: Vec<Vec<f32>> = vec![vec![x; SUPER]; 9];
+                let mut sum = 0.0;
+                w.gather(0, |i, value| sum += value * x[0][i]);
+                for isa in Isa::available() {
+                    let found = product(&ComputePool::with_isa(1, isa).unwrap(), &w, &x, Epilogue::Store);
+                    for bits in found.concat() {
+                        let found = f32::from_bits(bits);
+                        assert!((found / sum - 1.0).abs() < 1e-5, "{kind:?}, {}: {found}, not {sum}", isa.name());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn packed_blocks_keep_their_values() {
         let (n, k) = (40, 512);
         for kind in [Kind::Q8_0, Kind::Q4_0, Kind::Q4K, Kind::Q5K, Kind::Q6K] {

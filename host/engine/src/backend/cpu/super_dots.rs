@@ -3,10 +3,10 @@
 //! The sum over a super-block is one exact integer (`supers`), its minima another; super-blocks are added as floats in
 //! ascending order, minima after the rest.
 
-use super::dots::{Dots, Product};
-use super::isa::{LANES, Simd};
+use super::dots::{Dots, Gathered, Product, Rows, each_rows, most_rows};
+use super::isa::{LANES, Simd, Stretch, TILE_ROWS, WeightQuads};
 use super::matrix::{BLOCK, PANEL};
-use super::quant::SuperRows;
+use super::quant::{SuperFactor, SuperRows};
 use super::supers::{SUPER, SuperBlock, SuperFactors};
 
 /// Panels of a product.
@@ -24,25 +24,37 @@ pub(super) fn prefetch<S: Simd, B>(s: S, block: &B, first: usize, n_lines: usize
     (0..n_lines).for_each(|line| s.prefetch(begin.wrapping_byte_add(64 * line)));
 }
 
+/// Room for an opened block, in whole cache lines.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Room(WeightQuads);
+
+const EMPTY: &Room = &Room([[0; 4 * PANEL]; BLOCK / 4]);
+
 impl<B: SuperBlock> Product for SuperDots<'_, B> {
     fn depth(n_groups: usize) -> usize {
         if Self::is_plain(n_groups) { BLOCK } else { 2 * BLOCK }
     }
 
     #[inline(always)]
-    fn rows<S: Simd, const R: usize>(&mut self, s: S, (group, row): (usize, usize), panel: usize) {
-        let (mut columns, mut acc) = (SuperFactors::ZERO, [[s.zero(); 2]; R]);
-        for (b, block) in self.panel(panel).iter().enumerate() {
-            let Some(factors) = self.x.block(group, b).1[row..].first_chunk::<R>() else { return };
-            block.factors(s, &mut columns);
-            let whole = self.integers::<S, R>(s, (group, row), (b, block), &columns);
-            for r in 0..R {
-                for half in 0..2 {
-                    acc[r][half] = columns.add::<S, B>(s, half, &factors[r], (whole[r][half], acc[r][half]));
-                }
-            }
+    fn group<S: Simd>(&mut self, s: S, (group, panel): (usize, usize)) {
+        if self.x.height <= most_rows::<S>() {
+            return each_rows(s, self.x.height, &mut FewRows { dots: self, group, panel });
         }
-        self.put(s, group * self.x.height + row, panel, &acc);
+        let mut room = [*EMPTY; SUPER / BLOCK];
+        let (mut columns, mut gathered) = (SuperFactors::ZERO, [[[0.0; LANES]; TILE_ROWS]; 2]);
+        for (b, block) in self.panel(panel).iter().enumerate() {
+            let mut opened = [&EMPTY.0; SUPER / BLOCK];
+            for (i, (opened, room)) in opened.iter_mut().zip(&mut room).enumerate() {
+                let n_lines = lines::<B>().div_ceil(8);
+                prefetch(s, block, n_lines * i, n_lines);
+                *opened = block.quads(i, &mut room.0);
+            }
+            block.factors(s, &mut columns);
+            let (x, gathered) = (self.x.block(group, b), &mut gathered);
+            each_rows(s, self.x.height, &mut ManyRows { block, opened, columns: &columns, x, gathered });
+        }
+        self.finish(s, (group, panel), &gathered);
     }
 }
 
@@ -52,48 +64,153 @@ impl<B: SuperBlock> SuperDots<'_, B> {
     pub(super) fn is_plain(n_groups: usize) -> bool {
         n_groups == 1 && B::PLAIN
     }
+}
 
-    /// Sums over a super-block.
+/// A group that one run takes, by one panel: weights are opened when they are multiplied.
+struct FewRows<'r, 'a, B> {
+    dots: &'r mut SuperDots<'a, B>,
+    group: usize,
+    panel: usize,
+}
+
+/// A group by one super-block, which is opened once for all.
+struct ManyRows<'a, B> {
+    block: &'a B,
+    opened: [&'a WeightQuads; SUPER / BLOCK],
+    columns: &'a SuperFactors,
+    x: (&'a [Stretch], &'a [SuperFactor]),
+    gathered: &'a mut Gathered,
+}
+
+impl<B: SuperBlock> Rows for FewRows<'_, '_, B> {
     #[inline(always)]
-    fn integers<S: Simd, const R: usize>(
-        &self,
-        s: S,
-        at: (usize, usize),
-        (b, block): (usize, &B),
-        columns: &SuperFactors,
-    ) -> [[S::I; 2]; R] {
-        let (mut room, mut whole) = ([[0; 4 * PANEL]; BLOCK / 4], [[s.splat_int(0); 2]; R]);
-        let (x, factors) = self.x.block(at.0, b);
-        let depth = SUPER / 4 / B::RUNS;
-        for i in 0..SUPER / BLOCK {
-            // As many for each eighth, so that the loop needs no branch.
-            let n_lines = lines::<B>().div_ceil(8);
-            prefetch(s, block, n_lines * i, n_lines);
-            let quads = block.quads(i, &mut room);
-            let (x, factors) = (&x[i / 2 * self.x.height + at.1..], &factors[at.1..]);
-            let (Some(x), Some(factors)) = (x.first_chunk::<R>(), factors.first_chunk::<R>()) else { return whole };
-            for (in_block, weights) in quads.chunks_exact(depth).enumerate() {
-                let run = i * B::RUNS / 8 + in_block;
-                let mut sums = [[s.splat_int(0); 2]; R];
-                for r in 0..R {
-                    sums[r] = [B::start(s, &factors[r], run); 2];
-                }
-                for (quad, weights) in weights.iter().enumerate() {
-                    let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
-                    for r in 0..R {
-                        let x = x[r][i % 2 * 8 + in_block * depth + quad];
-                        sums[r][0] = B::dot(s, sums[r][0], &halves[0], x);
-                        sums[r][1] = B::dot(s, sums[r][1], &halves[1], x);
-                    }
-                }
-                let scales = block.scales(run, columns);
-                for r in 0..R {
-                    for half in 0..2 {
-                        whole[r][half] = s.int_mul_add(whole[r][half], sums[r][half], &scales[half]);
-                    }
+    fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
+        let (mut columns, mut acc) = (SuperFactors::ZERO, [[s.zero(); 2]; R]);
+        for (b, block) in self.dots.panel(self.panel).iter().enumerate() {
+            let (x, factors) = self.dots.x.block(self.group, b);
+            let Some(factors) = factors[row..].first_chunk::<R>() else { return };
+            block.factors(s, &mut columns);
+            let (mut room, mut whole) = (*EMPTY, [[s.splat_int(0); 2]; R]);
+            for i in 0..SUPER / BLOCK {
+                // Of the super-block after the next, as many for each eighth, so that the loop needs no branch.
+                let n_lines = lines::<B>().div_ceil(8);
+                prefetch(s, block, lines::<B>() + n_lines * i, n_lines);
+                let quads = block.quads(i, &mut room.0);
+                let Some(x) = x[i / 2 * self.dots.x.height + row..].first_chunk::<R>() else { return };
+                add(s, (block, &columns), (i, quads), (x, factors), &mut whole);
+            }
+            for r in 0..R {
+                for half in 0..2 {
+                    acc[r][half] = columns.add::<S, B>(s, half, &factors[r], (whole[r][half], acc[r][half]));
                 }
             }
         }
-        whole
+        self.dots.put(s, self.group * self.dots.x.height + row, self.panel, &acc);
+    }
+}
+
+impl<B: SuperBlock> Rows for ManyRows<'_, B> {
+    #[inline(always)]
+    fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
+        let (x, factors) = self.x;
+        let height = factors.len();
+        let Some(factors) = factors[row..].first_chunk::<R>() else { return };
+        let mut whole = [[s.splat_int(0); 2]; R];
+        for (i, quads) in self.opened.into_iter().enumerate() {
+            let Some(x) = x[i / 2 * height + row..].first_chunk::<R>() else { return };
+            add(s, (self.block, self.columns), (i, quads), (x, factors), &mut whole);
+        }
+        for r in 0..R {
+            for (half, &whole) in whole[r].iter().enumerate() {
+                let out = &mut self.gathered[half][row + r];
+                let sum = self.columns.add::<S, B>(s, half, &factors[r], (whole, s.load(out)));
+                s.store(sum, out);
+            }
+        }
+    }
+}
+
+/// Adds the sums over a block of rows to those over the super-block.
+#[inline(always)]
+fn add<S: Simd, B: SuperBlock, const R: usize>(
+    s: S,
+    weights: (&B, &SuperFactors),
+    opened: (usize, &WeightQuads),
+    rows: (&[Stretch; R], &[SuperFactor; R]),
+    whole: &mut [[S::I; 2]; R],
+) {
+    if S::GATHERS && B::QUADS > 0 {
+        gather(s, weights, opened, rows, whole);
+    } else {
+        dot(s, weights, opened, rows, whole);
+    }
+}
+
+/// [`add`] by sums in 32 bits.
+#[inline(always)]
+fn dot<S: Simd, B: SuperBlock, const R: usize>(
+    s: S,
+    (super_block, columns): (&B, &SuperFactors),
+    (block, quads): (usize, &WeightQuads),
+    (x, factors): (&[Stretch; R], &[SuperFactor; R]),
+    whole: &mut [[S::I; 2]; R],
+) {
+    let depth = SUPER / 4 / B::RUNS;
+    for (in_block, weights) in quads.chunks_exact(depth).enumerate() {
+        let run = block * B::RUNS / 8 + in_block;
+        let mut sums = [[s.splat_int(0); 2]; R];
+        for r in 0..R {
+            sums[r] = [B::start(s, &factors[r], run); 2];
+        }
+        for (quad, weights) in weights.iter().enumerate() {
+            let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
+            for r in 0..R {
+                let x = x[r][block % 2 * 8 + in_block * depth + quad];
+                sums[r][0] = B::dot(s, sums[r][0], &halves[0], x);
+                sums[r][1] = B::dot(s, sums[r][1], &halves[1], x);
+            }
+        }
+        let scales = super_block.scales(run, columns);
+        for r in 0..R {
+            for half in 0..2 {
+                whole[r][half] = s.int_mul_add(whole[r][half], sums[r][half], &scales[half]);
+            }
+        }
+    }
+}
+
+/// [`dot`] by sums in 16 bits, which are scaled before they could overflow.
+#[inline(always)]
+fn gather<S: Simd, B: SuperBlock, const R: usize>(
+    s: S,
+    (super_block, columns): (&B, &SuperFactors),
+    (block, quads): (usize, &WeightQuads),
+    (x, factors): (&[Stretch; R], &[SuperFactor; R]),
+    whole: &mut [[S::I; 2]; R],
+) {
+    let depth = SUPER / 4 / B::RUNS;
+    for (part, weights) in quads.chunks_exact(B::QUADS.max(1)).enumerate() {
+        let first = part * B::QUADS;
+        let run = block * B::RUNS / 8 + first / depth;
+        let mut sums = [[s.splat_int(0); 2]; R];
+        for (quad, weights) in weights.iter().enumerate() {
+            let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
+            for r in 0..R {
+                let x = x[r][block % 2 * 8 + first + quad];
+                sums[r][0] = s.gather4(sums[r][0], &halves[0], x);
+                sums[r][1] = s.gather4(sums[r][1], &halves[1], x);
+            }
+        }
+        let scales = super_block.scales(run, columns);
+        for r in 0..R {
+            for half in 0..2 {
+                // What unsigned weights without minima are too large by.
+                if !B::MINIMA && first % depth == 0 {
+                    let start = B::start(s, &factors[r], run);
+                    whole[r][half] = s.int_mul_add(whole[r][half], start, &scales[half]);
+                }
+                whole[r][half] = s.add_scaled(whole[r][half], sums[r][half], &scales[half]);
+            }
+        }
     }
 }

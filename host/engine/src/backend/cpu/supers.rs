@@ -27,6 +27,8 @@ pub(super) trait SuperBlock: QuantBlock {
     /// Whether tiles take the bytes as they are where one group of rows is all there is, block by block: less work than opening
     /// them, where they lie ready.
     const PLAIN: bool = false;
+    /// Quads whose products add up in 16 bits, two of four to each half, where all weights are unsigned.
+    const QUADS: usize = 0;
     /// Bits that the second byte of [`planes`](Self::planes) stands above the first.
     const SHIFT: u32;
 
@@ -227,6 +229,7 @@ impl<const FIFTHS: usize> QuantBlock for MinimumBlock<FIFTHS> {
 impl<const FIFTHS: usize> SuperBlock for MinimumBlock<FIFTHS> {
     const RUNS: usize = 8;
     const MINIMA: bool = true;
+    const QUADS: usize = if FIFTHS == 0 { 8 } else { 4 };
     const SHIFT: u32 = if FIFTHS == 0 { 3 } else { 7 };
 
     #[inline(always)]
@@ -334,6 +337,7 @@ impl QuantBlock for Q6kBlock {
 impl SuperBlock for Q6kBlock {
     const RUNS: usize = 16;
     const MINIMA: bool = false;
+    const QUADS: usize = 2;
     const SHIFT: u32 = 7;
 
     #[inline(always)]

@@ -45,6 +45,7 @@ impl Simd for Avx2 {
     type I = [__m256i; 2];
 
     const WIDE: bool = false;
+    const GATHERS: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Pair {
@@ -211,6 +212,27 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn gather4(self, acc: [__m256i; 2], w: &[i8; 64], x: [i8; 4]) -> [__m256i; 2] {
+        // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
+        unsafe {
+            let x = _mm256_set1_epi32(word(x));
+            let (low, high) = (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast()));
+            let (low, high) = (_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, x));
+            [_mm256_add_epi16(acc[0], low), _mm256_add_epi16(acc[1], high)]
+        }
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, acc: [__m256i; 2], sums: [__m256i; 2], scales: &[i32; LANES]) -> [__m256i; 2] {
+        let scales = self.load_int(scales);
+        // A scale for each half of the sum.
+        let upper = both!(_mm256_slli_epi32::<16>; scales);
+        let scales = both!(_mm256_blend_epi16::<0b1010_1010>; scales, upper);
+        let products = both!(_mm256_madd_epi16; sums, scales);
+        both!(_mm256_add_epi32; acc, products)
+    }
+
+    #[inline(always)]
     fn dot2(self, acc: [__m256i; 2], w: &[i16; 32], x: [i16; 2]) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
         unsafe {
@@ -250,5 +272,17 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn int_to_f32(self, v: [__m256i; 2]) -> Pair {
         both!(_mm256_cvtepi32_ps; v)
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, x: *const T) {
+        // SAFETY: every x86-64 CPU has the instruction; it reads no memory and faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_near<T>(self, x: *const T) {
+        // SAFETY: every x86-64 CPU has the instruction; it reads no memory and faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast()) }
     }
 }
