@@ -3,10 +3,10 @@
 
 use std::ops::Range;
 
-use super::blocks::ScaledBlock;
+use super::blocks::{Opened, ScaledBlock};
 use super::dots::{Dots, Product, Rows, each_rows};
 use super::isa::{LANES, Simd};
-use super::matrix::{BLOCK, PANEL};
+use super::matrix::BLOCK;
 use super::quant::BlockRows;
 
 /// Blocks of K ahead for which weights are asked.
@@ -30,22 +30,22 @@ impl<B: ScaledBlock> Product for BlockDots<'_, B> {
 
     #[inline(always)]
     fn group<S: Simd>(&mut self, s: S, (group, panel): (usize, usize)) {
-        each_rows(s, self.x.height, &mut BlockRun { dots: self, group, panel });
+        each_rows(s, self.x.height, &mut BlockGroup { dots: self, group, panel });
     }
 }
 
 /// A group of rows by one panel.
-struct BlockRun<'r, 'a, B> {
+struct BlockGroup<'r, 'a, B> {
     dots: &'r mut BlockDots<'a, B>,
     group: usize,
     panel: usize,
 }
 
-impl<B: ScaledBlock> Rows for BlockRun<'_, '_, B> {
+impl<B: ScaledBlock> Rows for BlockGroup<'_, '_, B> {
     #[inline(always)]
     fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
         let (w, x) = (self.dots.panel(self.panel), self.dots.x);
-        let (mut room, mut acc) = ([[0; 4 * PANEL]; BLOCK / 4], [[s.zero(); 2]; R]);
+        let (mut room, mut acc) = (Opened::EMPTY, [[s.zero(); 2]; R]);
         for (b, block) in w.iter().enumerate() {
             prefetch(s, w, b, 0..8);
             let (quads, factors) = x.block(self.group, b);
@@ -57,7 +57,7 @@ impl<B: ScaledBlock> Rows for BlockRun<'_, '_, B> {
             for r in 0..R {
                 sums[r] = [s.dot_start(factors[r].offset); 2];
             }
-            for (i, weights) in block.quads(&mut room).iter().enumerate() {
+            for (i, weights) in block.quads(&mut room.0).iter().enumerate() {
                 let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
                 for r in 0..R {
                     sums[r][0] = s.dot4(sums[r][0], &halves[0], quads[r][i]);

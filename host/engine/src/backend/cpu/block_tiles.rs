@@ -5,10 +5,9 @@
 //! a few blocks stay in the nearest cache, and a row's accumulators in registers while these blocks are added.
 
 use super::block_dots::{BlockDots, prefetch};
-use super::blocks::ScaledBlock;
+use super::blocks::{Opened, ScaledBlock};
 use super::dots::{Gathered, Tiled};
-use super::isa::{Kernel, LANES, Lanes, Simd, TILE_ROWS, TileSums, WeightQuads};
-use super::matrix::{BLOCK, PANEL};
+use super::isa::{Kernel, LANES, Lanes, Simd, TILE_ROWS, TileSums};
 use super::quant::BlockRows;
 
 /// Products along K between two visits of an accumulator: their sums, 16 KiB for two groups, fit the nearest cache.
@@ -20,10 +19,6 @@ const NEAR_BYTES: usize = 1 << 20;
 /// Sums of two groups by both halves of a panel, for some products along K.
 #[repr(align(64))]
 struct Sums([[[TileSums; 2]; 2]; STEP]);
-
-/// Weights that were packed tighter than a byte.
-#[repr(align(64))]
-struct Opened(WeightQuads);
 
 impl<B: ScaledBlock> Kernel for Tiled<BlockDots<'_, B>> {
     type Out = ();
@@ -62,7 +57,7 @@ impl<B: ScaledBlock> Tiled<BlockDots<'_, B>> {
     #[inline(always)]
     fn groups<S: Simd, const G: usize>(&mut self, s: S, at: At, sums: &mut Sums) {
         let mut gathered = [[[[0.0; LANES]; TILE_ROWS]; 2]; G];
-        let (mut opened, mut scales) = (Opened([[0; 4 * PANEL]; BLOCK / 4]), [[[0.0; LANES]; 2]; STEP]);
+        let (mut opened, mut scales) = (Opened::EMPTY, [[[0.0; LANES]; 2]; STEP]);
         let w = self.dots.panel(at.panel);
         for begin in (0..w.len()).step_by(STEP) {
             let n = STEP.min(w.len() - begin);

@@ -52,6 +52,15 @@ pub(super) struct Q4Block {
     scales: [f16; PANEL],
 }
 
+/// Room for a block of 32 whose weights were packed tighter than a byte, in whole cache lines.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Opened(pub(super) WeightQuads);
+
+impl Opened {
+    pub(super) const EMPTY: Self = Self([[0; 4 * PANEL]; BLOCK / 4]);
+}
+
 /// Where value `i` of a column in a block of 32 is: its quad and the byte there.
 #[inline(always)]
 pub(super) fn at(column: usize, i: usize) -> (usize, usize) {

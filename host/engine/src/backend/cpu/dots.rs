@@ -33,10 +33,11 @@ pub(super) trait Product {
     fn depth(n_groups: usize) -> usize;
 
     /// A group of rows by one panel, with vectors.
-    fn group<S: Simd>(&mut self, s: S, at: (usize, usize));
+    fn group<S: Simd>(&mut self, s: S, group_and_panel: (usize, usize));
 }
 
-/// What is done with the rows of a group, as many at once as registers allow.
+/// What is done with the rows of a group, as many at once as registers allow. No closure, which cannot be generic over a number
+/// and would be compiled for every CPU where it is not inlined.
 pub(super) trait Rows {
     /// `R` rows from one on.
     fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize);
@@ -44,14 +45,14 @@ pub(super) trait Rows {
 
 /// Rows that registers allow at once.
 #[inline(always)]
-pub(super) fn most_rows<S: Simd>() -> usize {
+pub(super) fn rows_at_once<S: Simd>() -> usize {
     if S::WIDE { 6 } else { 2 }
 }
 
 /// All rows of a group.
 #[inline(always)]
 pub(super) fn each_rows<S: Simd>(s: S, height: usize, rows: &mut impl Rows) {
-    for (row, len) in tiles(height, most_rows::<S>()) {
+    for (row, len) in tiles(height, rows_at_once::<S>()) {
         match len {
             1 => rows.run::<S, 1>(s, row),
             2 => rows.run::<S, 2>(s, row),
@@ -133,7 +134,6 @@ where
     fn run<S: Simd>(mut self, s: S) {
         let n_groups = groups(self.part.rows).0;
         for panel in 0..self.part.n_panels(self.out.len()) {
-            // No closure: it would be compiled for every CPU.
             for group in 0..n_groups {
                 self.group(s, (group, panel));
             }

@@ -91,8 +91,8 @@ pub(crate) trait Simd: Copy {
 
     /// Whether there are registers for 24 accumulators of sixteen lanes.
     const WIDE: bool;
-    /// Whether products of bytes are best gathered in 16 bits first: see [`gather4`](Self::gather4).
-    const GATHERS: bool = false;
+    /// Whether products of bytes are best gathered in 16 bits first: see [`dot4_short`](Self::dot4_short).
+    const SHORT_SUMS: bool = false;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &Lanes) -> Self::V;
@@ -126,15 +126,15 @@ pub(crate) trait Simd: Copy {
     fn dot4(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
     /// The same for weights of which none is negative, which need no [`dot_start`](Self::dot_start).
     fn dot4_unsigned(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I;
-    /// As [`dot4_unsigned`](Self::dot4_unsigned), for sums on their way to [`add_scaled`](Self::add_scaled), where
-    /// [`GATHERS`](Self::GATHERS): in two halves for each lane, neither of which may leave 16 bits.
+    /// As [`dot4_unsigned`](Self::dot4_unsigned), for sums on their way to [`add_short`](Self::add_short), which alone can read
+    /// them: with [`SHORT_SUMS`](Self::SHORT_SUMS) a lane has two halves, neither of which may leave 16 bits.
     #[inline(always)]
-    fn gather4(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I {
+    fn dot4_short(self, acc: Self::I, w: &[i8; 64], x: [i8; 4]) -> Self::I {
         self.dot4_unsigned(acc, w, x)
     }
-    /// `acc + sums * scales` for what [`gather4`](Self::gather4) has summed up from zero, and scales of 16 bits.
+    /// `acc + sums * scales` for what [`dot4_short`](Self::dot4_short) has summed up from zero, and scales of 16 bits.
     #[inline(always)]
-    fn add_scaled(self, acc: Self::I, sums: Self::I, scales: &[i32; LANES]) -> Self::I {
+    fn add_short(self, acc: Self::I, sums: Self::I, scales: &[i32; LANES]) -> Self::I {
         self.int_mul_add(acc, sums, scales)
     }
     /// Lane `j` gains the dot product of `w[2j]` and `w[2j + 1]` with `x`.
@@ -341,7 +341,7 @@ mod tests {
             let unsigned = s.dot4_unsigned(s.splat_int(-77), self.unsigned, [-127, 127, 5, -1]);
             let words = s.dot2(dots, self.words, [-4_064, 31]);
             let products = s.int_mul_add(words, dots, self.ints);
-            let gathered = s.gather4(s.splat_int(0), self.unsigned, [-127, 127, 127, -1]);
+            let gathered = s.dot4_short(s.splat_int(0), self.unsigned, [-127, 127, 127, -1]);
             let mut wide = [0; 32];
             let [mut lower, mut upper] = [[0; 64]; 2];
             s.scale_bytes(self.bytes, &self.ints.map(|x| x & 255), [&mut lower, &mut upper]);
@@ -349,7 +349,7 @@ mod tests {
             let vectors = [
                 s.int_to_f32(words),
                 s.int_to_f32(products),
-                s.int_to_f32(s.add_scaled(words, gathered, self.ints)),
+                s.int_to_f32(s.add_short(words, gathered, self.ints)),
                 s.int_to_f32(s.shift_add(dots, words, 7)),
                 s.add(a, b),
                 s.sub(a, b),

@@ -3,9 +3,10 @@
 //! The sum over a super-block is one exact integer (`supers`), its minima another; super-blocks are added as floats in
 //! ascending order, minima after the rest.
 
-use super::dots::{Dots, Gathered, Product, Rows, each_rows, most_rows};
+use super::blocks::Opened;
+use super::dots::{Dots, Gathered, Product, Rows, each_rows, rows_at_once};
 use super::isa::{LANES, Simd, Stretch, TILE_ROWS, WeightQuads};
-use super::matrix::{BLOCK, PANEL};
+use super::matrix::BLOCK;
 use super::quant::{SuperFactor, SuperRows};
 use super::supers::{SUPER, SuperBlock, SuperFactors};
 
@@ -24,12 +25,13 @@ pub(super) fn prefetch<S: Simd, B>(s: S, block: &B, first: usize, n_lines: usize
     (0..n_lines).for_each(|line| s.prefetch(begin.wrapping_byte_add(64 * line)));
 }
 
-/// Room for an opened block, in whole cache lines.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Room(WeightQuads);
-
-const EMPTY: &Room = &Room([[0; 4 * PANEL]; BLOCK / 4]);
+/// Asks for an eighth of the super-block so many super-blocks behind the next: as many lines for each, so that the loop needs no
+/// branch.
+#[inline(always)]
+fn prefetch_eighth<S: Simd, B>(s: S, block: &B, behind: usize, eighth: usize) {
+    let n_lines = lines::<B>().div_ceil(SUPER / BLOCK);
+    prefetch(s, block, behind * lines::<B>() + n_lines * eighth, n_lines);
+}
 
 impl<B: SuperBlock> Product for SuperDots<'_, B> {
     fn depth(n_groups: usize) -> usize {
@@ -38,16 +40,15 @@ impl<B: SuperBlock> Product for SuperDots<'_, B> {
 
     #[inline(always)]
     fn group<S: Simd>(&mut self, s: S, (group, panel): (usize, usize)) {
-        if self.x.height <= most_rows::<S>() {
+        if self.x.height <= rows_at_once::<S>() {
             return each_rows(s, self.x.height, &mut FewRows { dots: self, group, panel });
         }
-        let mut room = [*EMPTY; SUPER / BLOCK];
+        let mut room = [Opened::EMPTY; SUPER / BLOCK];
         let (mut columns, mut gathered) = (SuperFactors::ZERO, [[[0.0; LANES]; TILE_ROWS]; 2]);
         for (b, block) in self.panel(panel).iter().enumerate() {
-            let mut opened = [&EMPTY.0; SUPER / BLOCK];
+            let mut opened = [&Opened::EMPTY.0; SUPER / BLOCK];
             for (i, (opened, room)) in opened.iter_mut().zip(&mut room).enumerate() {
-                let n_lines = lines::<B>().div_ceil(8);
-                prefetch(s, block, n_lines * i, n_lines);
+                prefetch_eighth(s, block, 0, i);
                 *opened = block.quads(i, &mut room.0);
             }
             block.factors(s, &mut columns);
@@ -85,16 +86,15 @@ struct ManyRows<'a, B> {
 impl<B: SuperBlock> Rows for FewRows<'_, '_, B> {
     #[inline(always)]
     fn run<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
-        let (mut columns, mut acc) = (SuperFactors::ZERO, [[s.zero(); 2]; R]);
+        let (mut room, mut columns, mut acc) = (Opened::EMPTY, SuperFactors::ZERO, [[s.zero(); 2]; R]);
         for (b, block) in self.dots.panel(self.panel).iter().enumerate() {
             let (x, factors) = self.dots.x.block(self.group, b);
             let Some(factors) = factors[row..].first_chunk::<R>() else { return };
             block.factors(s, &mut columns);
-            let (mut room, mut whole) = (*EMPTY, [[s.splat_int(0); 2]; R]);
+            let mut whole = [[s.splat_int(0); 2]; R];
             for i in 0..SUPER / BLOCK {
-                // Of the super-block after the next, as many for each eighth, so that the loop needs no branch.
-                let n_lines = lines::<B>().div_ceil(8);
-                prefetch(s, block, lines::<B>() + n_lines * i, n_lines);
+                // A few rows are done with the next before memory answers.
+                prefetch_eighth(s, block, 1, i);
                 let quads = block.quads(i, &mut room.0);
                 let Some(x) = x[i / 2 * self.dots.x.height + row..].first_chunk::<R>() else { return };
                 add(s, (block, &columns), (i, quads), (x, factors), &mut whole);
@@ -134,82 +134,45 @@ impl<B: SuperBlock> Rows for ManyRows<'_, B> {
 #[inline(always)]
 fn add<S: Simd, B: SuperBlock, const R: usize>(
     s: S,
-    weights: (&B, &SuperFactors),
-    opened: (usize, &WeightQuads),
-    rows: (&[Stretch; R], &[SuperFactor; R]),
-    whole: &mut [[S::I; 2]; R],
-) {
-    if S::GATHERS && B::QUADS > 0 {
-        gather(s, weights, opened, rows, whole);
-    } else {
-        dot(s, weights, opened, rows, whole);
-    }
-}
-
-/// [`add`] by sums in 32 bits.
-#[inline(always)]
-fn dot<S: Simd, B: SuperBlock, const R: usize>(
-    s: S,
     (super_block, columns): (&B, &SuperFactors),
     (block, quads): (usize, &WeightQuads),
     (x, factors): (&[Stretch; R], &[SuperFactor; R]),
     whole: &mut [[S::I; 2]; R],
 ) {
-    let depth = SUPER / 4 / B::RUNS;
-    for (in_block, weights) in quads.chunks_exact(depth).enumerate() {
-        let run = block * B::RUNS / 8 + in_block;
-        let mut sums = [[s.splat_int(0); 2]; R];
-        for r in 0..R {
-            sums[r] = [B::start(s, &factors[r], run); 2];
-        }
-        for (quad, weights) in weights.iter().enumerate() {
-            let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
-            for r in 0..R {
-                let x = x[r][block % 2 * 8 + in_block * depth + quad];
-                sums[r][0] = B::dot(s, sums[r][0], &halves[0], x);
-                sums[r][1] = B::dot(s, sums[r][1], &halves[1], x);
-            }
-        }
-        let scales = super_block.scales(run, columns);
-        for r in 0..R {
-            for half in 0..2 {
-                whole[r][half] = s.int_mul_add(whole[r][half], sums[r][half], &scales[half]);
-            }
-        }
-    }
-}
-
-/// [`dot`] by sums in 16 bits, which are scaled before they could overflow.
-#[inline(always)]
-fn gather<S: Simd, B: SuperBlock, const R: usize>(
-    s: S,
-    (super_block, columns): (&B, &SuperFactors),
-    (block, quads): (usize, &WeightQuads),
-    (x, factors): (&[Stretch; R], &[SuperFactor; R]),
-    whole: &mut [[S::I; 2]; R],
-) {
-    let depth = SUPER / 4 / B::RUNS;
-    for (part, weights) in quads.chunks_exact(B::QUADS.max(1)).enumerate() {
-        let first = part * B::QUADS;
+    let (depth, is_short) = (SUPER / 4 / B::RUNS, S::SHORT_SUMS && B::QUADS > 0);
+    const { assert!(B::QUADS == 0 || (SUPER / 4 / B::RUNS).is_multiple_of(B::QUADS), "short sums have one scale each") };
+    let step = if is_short { B::QUADS } else { depth };
+    for (part, weights) in quads.chunks_exact(step).enumerate() {
+        let first = part * step;
         let run = block * B::RUNS / 8 + first / depth;
         let mut sums = [[s.splat_int(0); 2]; R];
+        if !is_short {
+            for r in 0..R {
+                sums[r] = [B::start(s, &factors[r], run); 2];
+            }
+        }
         for (quad, weights) in weights.iter().enumerate() {
             let (halves, _) = weights.as_chunks::<{ 4 * LANES }>();
             for r in 0..R {
                 let x = x[r][block % 2 * 8 + first + quad];
-                sums[r][0] = s.gather4(sums[r][0], &halves[0], x);
-                sums[r][1] = s.gather4(sums[r][1], &halves[1], x);
+                for half in 0..2 {
+                    let (sum, w) = (&mut sums[r][half], &halves[half]);
+                    *sum = if is_short { s.dot4_short(*sum, w, x) } else { B::dot(s, *sum, w, x) };
+                }
             }
         }
         let scales = super_block.scales(run, columns);
         for r in 0..R {
             for half in 0..2 {
-                // What unsigned weights without minima are too large by.
-                if !B::MINIMA && first % depth == 0 {
-                    let start = B::start(s, &factors[r], run);
-                    whole[r][half] = s.int_mul_add(whole[r][half], start, &scales[half]);
-                }
-                whole[r][half] = s.add_scaled(whole[r][half], sums[r][half], &scales[half]);
+                let (whole, sums, scales) = (&mut whole[r][half], sums[r][half], &scales[half]);
+                *whole = match is_short {
+                    false => s.int_mul_add(*whole, sums, scales),
+                    // A run's start has no room in short sums.
+                    true if first.is_multiple_of(depth) => {
+                        s.add_short(s.int_mul_add(*whole, B::start(s, &factors[r], run), scales), sums, scales)
+                    }
+                    true => s.add_short(*whole, sums, scales),
+                };
             }
         }
     }

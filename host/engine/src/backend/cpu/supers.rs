@@ -2,9 +2,9 @@
 //! `scaled_supers`.
 //!
 //! A column's scale within a super-block is an integer times one float. So the sum over a super-block is an integer, whoever
-//! adds it: vectors multiply the sum of each run by its integer scale, tiles multiply weights that had their scales worked
-//! in, as two bytes each (`planes`). One float scale and one float addition are left for 256 values. Activations have one
-//! scale for 256 values for that reason, as they have in GGML.
+//! adds it: vectors multiply the sum of each run, or of as much of it as fits 16 bits, by its integer scale, tiles multiply
+//! weights that had their scales worked in, as two bytes each (`planes`). One float scale and one float addition are left for
+//! 256 values. Activations have one scale for 256 values for that reason, as they have in GGML.
 
 use half::f16;
 
@@ -27,7 +27,8 @@ pub(super) trait SuperBlock: QuantBlock {
     /// Whether tiles take the bytes as they are where one group of rows is all there is, block by block: less work than opening
     /// them, where they lie ready.
     const PLAIN: bool = false;
-    /// Quads whose products add up in 16 bits, two of four to each half, where all weights are unsigned.
+    /// Quads whose products add up in 16 bits, two of each four to either half of a lane, by activations of at most 127: 8 for
+    /// weights of at most 15 (30,480), 4 for 31 (31,496), 2 for 63 (32,004). None where weights are signed.
     const QUADS: usize = 0;
     /// Bits that the second byte of [`planes`](Self::planes) stands above the first.
     const SHIFT: u32;

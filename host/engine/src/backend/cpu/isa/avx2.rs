@@ -45,7 +45,7 @@ impl Simd for Avx2 {
     type I = [__m256i; 2];
 
     const WIDE: bool = false;
-    const GATHERS: bool = true;
+    const SHORT_SUMS: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Pair {
@@ -212,7 +212,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn gather4(self, acc: [__m256i; 2], w: &[i8; 64], x: [i8; 4]) -> [__m256i; 2] {
+    fn dot4_short(self, acc: [__m256i; 2], w: &[i8; 64], x: [i8; 4]) -> [__m256i; 2] {
         // SAFETY: the token proves the instructions; both loads lie in the 64 bytes of `w` and ask for no alignment.
         unsafe {
             let x = _mm256_set1_epi32(word(x));
@@ -223,7 +223,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn add_scaled(self, acc: [__m256i; 2], sums: [__m256i; 2], scales: &[i32; LANES]) -> [__m256i; 2] {
+    fn add_short(self, acc: [__m256i; 2], sums: [__m256i; 2], scales: &[i32; LANES]) -> [__m256i; 2] {
         let scales = self.load_int(scales);
         // A scale for each half of the sum.
         let upper = both!(_mm256_slli_epi32::<16>; scales);
