@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::Request;
 use axum::routing::{MethodRouter, delete, get, post};
 use axum::{Router, middleware};
+use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::{ApiError, panicked};
@@ -46,15 +47,14 @@ pub(crate) fn routes() -> Routes {
 
 /// The data plane. Every response carries `x-request-id`; unknown routes, wrong methods and panics answer in JSON.
 pub fn data_router(state: &Arc<ServerState>) -> Router {
-    let router = routes().into_iter().fold(Router::new(), |router, (path, _, route)| router.route(path, route));
-    router
-        .fallback(unknown_route)
-        .method_not_allowed_fallback(wrong_method)
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn_with_state(Arc::clone(state), keys::meter))
-        .layer(middleware::from_fn_with_state(Arc::clone(state), identity::tag))
+    // One layer of four: a route's service is cloned for each request, whole, and boxed for each layer.
+    let layers = ServiceBuilder::new()
         .layer(middleware::from_fn(anthropic::dress))
-        .with_state(Arc::clone(state))
+        .layer(middleware::from_fn_with_state(Arc::clone(state), identity::tag))
+        .layer(middleware::from_fn_with_state(Arc::clone(state), keys::meter))
+        .layer(CatchPanicLayer::custom(panicked));
+    let router = routes().into_iter().fold(Router::new(), |router, (path, _, route)| router.route(path, route));
+    router.fallback(unknown_route).method_not_allowed_fallback(wrong_method).layer(layers).with_state(Arc::clone(state))
 }
 
 pub(crate) async fn unknown_route(request: Request) -> ApiError {

@@ -273,8 +273,8 @@ pub struct PluginMetricSpec<'a> {
 pub struct PluginMetric {
     family: PluginFamily,
     name: String,
-    slot: String,
-    revision: String,
+    /// Slot and revision.
+    owner: (String, String),
     labelled: bool,
 }
 
@@ -838,8 +838,7 @@ impl Metrics {
         Some(PluginMetric {
             family,
             name: spec.name.to_owned(),
-            slot: slot.to_owned(),
-            revision: revision.to_owned(),
+            owner: (slot.to_owned(), revision.to_owned()),
             labelled: spec.label.is_some(),
         })
     }
@@ -852,16 +851,19 @@ impl Metrics {
         }
         let mut label = metric.labelled.then(|| shortened(label.unwrap_or_default()).to_owned());
         let mut plugin = self.plugin.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_revision = plugin.series.entry((metric.slot.clone(), metric.revision.clone())).or_default();
-        let n_series: usize = of_revision.values().map(BTreeSet::len).sum();
-        let labels = of_revision.entry(metric.name.clone()).or_default();
-        let full = labels.len() >= MAX_LABEL_VALUES || n_series >= MAX_SERIES;
-        if full && !labels.contains(&label) {
-            label = label.map(|_| "other".to_owned());
+        let labels = plugin.series.get(&metric.owner).and_then(|of_revision| of_revision.get(&metric.name));
+        if !labels.is_some_and(|labels| labels.contains(&label)) {
+            let of_revision = plugin.series.entry(metric.owner.clone()).or_default();
+            let n_series: usize = of_revision.values().map(BTreeSet::len).sum();
+            let labels = of_revision.entry(metric.name.clone()).or_default();
+            if labels.len() >= MAX_LABEL_VALUES || n_series >= MAX_SERIES {
+                label = label.map(|_| "other".to_owned());
+            }
+            labels.insert(label.clone());
         }
-        labels.insert(label.clone());
         drop(plugin);
-        metric.family.record(&metric.slot, &metric.revision, label.as_deref(), value);
+        let (slot, revision) = &metric.owner;
+        metric.family.record(slot, revision, label.as_deref(), value);
     }
 
     /// The text exposition of every family (Prometheus text format 0.0.4).

@@ -93,7 +93,7 @@ impl Fields {
     }
 
     pub(crate) fn bool(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
-        self.read(name, "a boolean", Value::as_bool)
+        self.read(name, || "a boolean".to_owned(), Value::as_bool)
     }
 
     pub(crate) fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
@@ -106,12 +106,12 @@ impl Fields {
 
     /// An integer; whole floats such as `1.0` count, because some clients send them.
     pub(crate) fn integer(&mut self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
-        let expect = match (*range.start(), *range.end()) {
+        let expect = || match (*range.start(), *range.end()) {
             (i64::MIN, i64::MAX) => "an integer".to_owned(),
             (low, i64::MAX) => format!("an integer of at least {low}"),
             (low, high) => format!("an integer from {low} to {high}"),
         };
-        self.read(name, &expect, |value| whole(value).filter(|n| range.contains(n)))
+        self.read(name, expect, |value| whole(value).filter(|n| range.contains(n)))
     }
 
     pub(crate) fn u32(&mut self, name: &str, range: RangeInclusive<u32>) -> Result<Option<u32>, ApiError> {
@@ -121,20 +121,20 @@ impl Fields {
 
     /// A number in a closed range.
     pub(crate) fn number(&mut self, name: &str, range: RangeInclusive<f32>) -> Result<Option<f32>, ApiError> {
-        let expect = format!("a number from {} to {}", range.start(), range.end());
+        let expect = || format!("a number from {} to {}", range.start(), range.end());
         #[expect(clippy::cast_possible_truncation, reason = "sampling computes in f32; the range is checked after")]
         let read = |value: &Value| value.as_f64().map(|n| n as f32).filter(|n| range.contains(n));
-        self.read(name, &expect, read)
+        self.read(name, expect, read)
     }
 
     fn read<T>(
         &mut self,
         name: &str,
-        expect: &str,
+        expect: impl FnOnce() -> String,
         read: impl FnOnce(&Value) -> Option<T>,
     ) -> Result<Option<T>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        read(&value).map(Some).ok_or_else(|| mismatch(&self.param(name), expect, &value))
+        read(&value).map(Some).ok_or_else(|| mismatch(&self.param(name), &expect(), &value))
     }
 }
 
