@@ -93,8 +93,8 @@ impl<B: SuperBlock> Rows for FewRows<'_, '_, B> {
             block.factors(s, &mut columns);
             let mut whole = [[s.splat_int(0); 2]; R];
             for i in 0..SUPER / BLOCK {
-                // A few rows are done with the next before memory answers.
-                prefetch_eighth(s, block, 1, i);
+                // Two rows of narrow vectors gain by asking earlier (`benches/RESULTS.md`), wide vectors lose a little.
+                prefetch_eighth(s, block, usize::from(!S::WIDE), i);
                 let quads = block.quads(i, &mut room.0);
                 let Some(x) = x[i / 2 * self.dots.x.height + row..].first_chunk::<R>() else { return };
                 add(s, (block, &columns), (i, quads), (x, factors), &mut whole);
