@@ -104,6 +104,10 @@ fn byte_levels() -> Vec<(&'static str, bool, TextModel)> {
     let written: Value = serde_json::from_slice(&file).expect("JSON");
     let gpt2 = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     let prefix = json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true });
+    let split = json!({ "type": "Split", "pattern": { "Regex": r"\b|\p{L}*|\s+(?!\S)|\s+" }, "behavior": "Isolated",
+        "invert": false });
+    let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let empty_words = json!({ "type": "Sequence", "pretokenizers": [split, bytes] });
     let stripped = json!({ "id": 332, "content": "<think>", "single_word": false, "lstrip": true, "rstrip": false,
         "normalized": true, "special": false });
     let form = |name, is_split, changes: &[(&str, &Value)]| {
@@ -121,6 +125,7 @@ fn byte_levels() -> Vec<(&'static str, bool, TextModel)> {
         form("GPT-2", true, &[("/normalizer", &Value::Null), ("/pre_tokenizer", &gpt2)]),
         form("without special tokens around", true, &[("/post_processor", &Value::Null)]),
         form("whole words", true, &[("/model/ignore_merges", &json!(true))]),
+        form("empty words", true, &[("/normalizer", &Value::Null), ("/pre_tokenizer", &empty_words)]),
         form("RoBERTa", false, &[("/pre_tokenizer", &prefix)]),
         form("another normalizer", false, &[("/normalizer", &json!({ "type": "NFKC" }))]),
         form("a token that takes spaces", false, &[("/added_tokens/4", &stripped)]),

@@ -139,7 +139,8 @@ impl Words {
             Splitter::Spaces(regex) => {
                 let mut at = 0;
                 while let Some(found) = next_word(regex, text, at) {
-                    at = word(found)?;
+                    // An expression may find empty words, and the same one for ever.
+                    at = word(found)?.max(at + 1);
                 }
             }
             Splitter::Other(regex) => regex.find_iter(text).try_for_each(|found| word(found).map(drop))?,
@@ -153,8 +154,7 @@ impl Words {
 impl Splitter {
     fn new(pattern: &str) -> Option<Self> {
         let plain = pattern.strip_suffix(SPACES).and_then(|words| Regex::new_many(&[words, r"\s+"]).ok());
-        // Empty words would be found for ever.
-        match plain.filter(|regex| !regex.is_match("")) {
+        match plain {
             Some(regex) => Some(Self::Spaces(regex)),
             None => Some(Self::Other(SysRegex::new(pattern).ok()?)),
         }
