@@ -31,6 +31,7 @@ mod rollouts;
 mod routers;
 mod sampler;
 mod shadow;
+mod signals;
 mod swaps;
 mod tls;
 mod tools;

@@ -1,7 +1,8 @@
 //! `pointsman serve`: wires the crates together, says what is served, and takes it all down again.
 //!
-//! Order matters twice. Up: the data directory's lock first, then ports (a taken port must not cost a model load), then
-//! models and policies side by side, then a driver per device, then HTTP. Down: HTTP stops admitting and lets requests finish,
+//! Order matters twice. Up: signals first, since nobody is killed by default as the first process of a container; then the data
+//! directory's lock, then ports (a taken port must not cost a model load), then models and policies side by side, then a driver per
+//! device, then HTTP. Down: HTTP stops admitting and lets requests finish,
 //! then the drivers end what is left, then the observer sees the last events.
 
 use std::io::{IsTerminal, Write};
@@ -23,6 +24,8 @@ use pointsman_server::{
 };
 use pointsman_telemetry::{Metrics, Names, Recorder};
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
 
 use crate::aliases::{AliasParts, Aliases};
 use crate::cli::ServeArgs;
@@ -98,16 +101,27 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     keep_little_freed();
     let workers = io_threads(&config);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    let mut signals = runtime.block_on(async { Signals::listen() })?;
     let store = Arc::new(Store::open(&data_dir(&config)?)?);
     let certificates = Certificates { data: config.server.tls.load()?, admin: config.admin.tls.load()? };
-    // From now on: a signal while models load must not end the host.
-    let hangups = runtime.block_on(async { hangups(&config, &certificates) })?;
     let listeners = runtime.block_on(async { listen(&config, &certificates) })?;
     warn_where_open(&config);
-    let host = Assembled::start(&config, &store, compile_aside(&config)?)?;
+    let compile = compile_aside(&config)?;
+    tracing::info!("the ports are bound, and answer when the models are loaded");
+    let starting = {
+        let config = config.clone();
+        runtime.spawn_blocking(move || Assembled::start(&config, &store, compile))
+    };
+    let Some(host) = runtime.block_on(start_until_signalled(starting, &mut signals))? else {
+        // A load may wait for a disk or a GPU; the data directory is as after a kill, which every start takes.
+        runtime.shutdown_background();
+        tracing::info!("stopped before it was ready");
+        return Ok(());
+    };
     banner(&listeners, &host.engine.catalog(), &host.deploy)?;
+    let Signals { ends, hangups } = signals;
     let served = runtime.block_on(serve_until_signalled(
-        listeners,
+        (listeners, ends),
         Arc::clone(&host.state),
         reload((&config, &certificates), (&host.state, &host.engine), hangups),
     ));
@@ -496,19 +510,29 @@ fn banner(listeners: &Listeners, catalog: &Catalog, deploy: &Deploy) -> anyhow::
     Ok(())
 }
 
+/// What was started; nothing where a signal came first.
+async fn start_until_signalled(
+    starting: JoinHandle<anyhow::Result<Assembled>>,
+    signals: &mut Signals,
+) -> anyhow::Result<Option<Assembled>> {
+    tokio::select! {
+        started = starting => started.context("the start ended in a panic; this is a bug of the host")?.map(Some),
+        () = signals.ends.next() => Ok(None),
+    }
+}
+
 /// Serves until a signal, then lets requests finish; a second signal ends them.
 async fn serve_until_signalled(
-    listeners: Listeners,
+    (listeners, mut ends): (Listeners, Ends),
     state: Arc<ServerState>,
     reloading: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let first = tokio::sync::Notify::new();
-    let mut signals = Signals::listen()?;
     let signalled = async {
-        signals.next().await;
+        ends.next().await;
         tracing::info!("stopping: requests in flight may finish; a second signal ends them");
         first.notify_one();
-        signals.next().await;
+        ends.next().await;
     };
     tokio::select! {
         served = pointsman_server::serve(listeners, state, first.notified()) => served.context("serving ended"),
@@ -517,25 +541,21 @@ async fn serve_until_signalled(
     }
 }
 
-/// SIGHUP, where there is a file to read again. Without one it ends the host, as it does where nobody listens for it.
-fn hangups(config: &Config, certificates: &Certificates) -> anyhow::Result<Option<tokio::signal::unix::Signal>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let has_certificates = certificates.data.is_some() || certificates.admin.is_some();
-    let has_authorities = config.upstreams.values().any(UpstreamSection::has_ca);
-    let listens = config.server.has_key_file() || has_certificates || has_authorities;
-    let hangups = listens.then(|| signal(SignalKind::hangup()));
-    hangups.transpose().context("cannot listen for SIGHUP")
-}
-
 /// Reads the file of API keys, the certificates and the authorities of upstreams again at each SIGHUP, for ever.
 async fn reload(
     (config, certificates): (&Config, &Certificates),
     (state, engine): (&ServerState, &Engine),
-    mut hangups: Option<tokio::signal::unix::Signal>,
+    mut hangups: Signal,
 ) {
-    while let Some(hangups) = &mut hangups
-        && hangups.recv().await.is_some()
-    {
+    let has_certificates = certificates.data.is_some() || certificates.admin.is_some();
+    let has_authorities = config.upstreams.values().any(UpstreamSection::has_ca);
+    let has_files = config.server.has_key_file() || has_certificates || has_authorities;
+    while hangups.recv().await.is_some() {
+        if !has_files {
+            tracing::warn!(
+                "SIGHUP changes nothing: the configuration names no file of API keys, certificate or `ca_file`"
+            );
+        }
         if config.server.has_key_file() {
             reload_keys(config, state).await;
         }
@@ -587,19 +607,27 @@ async fn reload_authorities(name: &str, section: &UpstreamSection, (state, engin
     }
 }
 
-/// SIGINT and SIGTERM.
+/// What the host listens to from its first moment on. SIGHUP always: unheard, it would end the host.
 struct Signals {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
+    ends: Ends,
+    hangups: Signal,
+}
+
+/// SIGINT and SIGTERM.
+struct Ends {
+    interrupt: Signal,
+    terminate: Signal,
 }
 
 impl Signals {
     fn listen() -> anyhow::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
         let listen = |kind| signal(kind).context("cannot listen for signals");
-        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+        let ends = Ends { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? };
+        Ok(Self { ends, hangups: listen(SignalKind::hangup())? })
     }
+}
 
+impl Ends {
     async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}

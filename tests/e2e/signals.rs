@@ -1,0 +1,57 @@
+//! Signals at moments when nothing waits for them: a start that has not ended, a host with nothing to read again.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use pointsman_tests::Host;
+
+use crate::trust::PROGRAM;
+
+/// Requests that are sent while waiting for a signal to be heard; each takes the host a millisecond.
+const PATIENCE: usize = 5_000;
+
+fn send(signal: &str, process: u32) {
+    let sent = Command::new("kill").args([signal, &process.to_string()]).status();
+    assert!(sent.is_ok_and(|status| status.success()), "kill is there");
+}
+
+#[test]
+fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
+    let host = Host::logged(PROGRAM, "");
+    let body = json!({ "model": "demo", "prompt": "Rust is", "max_tokens": 64, "ignore_eos": true });
+    let mut n_events = 0;
+    let streamed = host.stream_heard(&body, |_| {
+        n_events += 1;
+        if n_events == 3 {
+            send("-HUP", host.pid());
+        }
+    });
+    assert_eq!(streamed.map(|streamed| (streamed.tokens.len(), streamed.finish)), Ok((64, "length".into())));
+    let is_told = || host.get("/health").status == 200 && host.log().contains("SIGHUP changes nothing");
+    assert!((0..PATIENCE).any(|_| is_told()), "{}", host.log());
+}
+
+#[test]
+fn a_signal_during_the_start_ends_it_in_order() {
+    for signal in ["-TERM", "-INT"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        // Nobody ever writes to the list of models: who opens it waits.
+        let made = Command::new("mkfifo").arg(folder.path().join("models.json")).status();
+        assert!(made.is_ok_and(|status| status.success()), "mkfifo is there");
+        let mut host = Command::new(PROGRAM)
+            .args(["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir"])
+            .arg(folder.path())
+            .env("POINTSMAN_LOG__LEVEL", "info")
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the host starts");
+        let mut log = BufReader::new(host.stderr.take().expect("it is piped")).lines().map_while(Result::ok);
+        assert!(log.any(|line| line.contains("answer when the models are loaded")), "it starts");
+        send(signal, host.id());
+        assert!(log.any(|line| line.contains("stopped before it was ready")), "{signal} is heard");
+        assert_eq!(host.wait().expect("it ends").code(), Some(0), "{signal}");
+    }
+}
