@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::{drafts, host, loads};
 
 /// Exit code and JSON.
-fn doctor(data_dir: &Path, args: &[&str]) -> (i32, Value) {
+pub(super) fn doctor(data_dir: &Path, args: &[&str]) -> (i32, Value) {
     let command = &mut Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
     // Any port, where the arguments name none.
     command.env("POINTSMAN_SERVER__LISTEN", "127.0.0.1:0").env("POINTSMAN_ADMIN__LISTEN", "127.0.0.1:0");
@@ -32,7 +32,7 @@ fn prebuilt(name: &str) -> std::path::PathBuf {
     root().join(format!("plugins/prebuilt/{name}.wasm"))
 }
 
-fn finding<'a>(report: &'a Value, section: &str, name: &str) -> &'a Value {
+pub(super) fn finding<'a>(report: &'a Value, section: &str, name: &str) -> &'a Value {
     let findings = report["findings"].as_array().expect("findings");
     let found = findings.iter().find(|f| f["section"] == section && f["name"] == name);
     found.unwrap_or_else(|| panic!("nothing of {section}, {name}: {report:#}"))

@@ -11,7 +11,7 @@ use pointsman_tests::{Answer, Host};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::journal;
+use crate::{doctor, journal};
 
 pub(super) const PROGRAM: &str = env!("CARGO_BIN_EXE_pointsman-under-test");
 
@@ -274,6 +274,17 @@ fn what_was_loaded_is_there_after_a_restart_or_says_why_not() {
     assert_eq!(lost["state"], "failed");
     assert!(lost["error"].as_str().is_some_and(|error| error.contains("mini")), "{lost}");
     assert_eq!(host.post("/v1/completions", &ask("demo", 1)).status, 200, "the others are served");
+    let ready = host.get("/ready");
+    assert_eq!((ready.status, &ready.body["degraded"]), (200, &json!(["model demo:v2", "model m:v2"])));
+    let failed = "pointsman_models_loads_total{outcome=\"failed\"} 2\n";
+    assert!(host.get("/metrics").body.as_str().is_some_and(|metrics| metrics.contains(failed)), "{failed}");
+    // The same before a start, with the way out; a host that runs has nothing to do with it.
+    let config = host.folder().join("pointsman.toml");
+    let (code, report) = doctor::doctor(host.folder(), &["--config", config.to_str().expect("a path")]);
+    assert_eq!((code, &report["faults"]), (1, &json!(2)), "{report:#}");
+    let finding = doctor::finding(&report, "models", "m:v2");
+    let remedy = finding["remedy"].as_str().unwrap_or_default();
+    assert!(remedy.contains("/mini") && remedy.contains("pointsman model unload m:v2"), "{finding}");
     let host = host.restart(&[("ENGINE__DEMO", "false")]);
     assert_eq!(host.get("/ready").status, 503, "it waits for what is lost");
     assert_eq!(unload(&host, "m:v2", "").status, 200);

@@ -560,3 +560,17 @@ fn a_router_keeps_requests_here_until_the_queues_are_long() {
         assert_eq!(then.as_deref(), Some("demo:remote@east"));
     });
 }
+
+#[test]
+fn a_host_whose_only_upstream_is_down_is_not_ready() {
+    let (url, _) = server(Wire::Http1, Manner::Raw("HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"));
+    let lines = "model = \"m\"\nconnections = 0\nprobe_interval_ms = 10\nprobe_failures = 1".to_owned();
+    let near = near(&[("east", &url, lines)]);
+    metrics(&near, "up{upstream=\"east\"}", 0.0);
+    assert_eq!(post(&near, "one", &chat("m")).status, 503);
+    let ready = near.get("/ready");
+    assert_eq!((ready.status, &ready.body["error"]["code"]), (503, &json!("no_replica")), "{ready:?}");
+    assert!(ready.body["error"]["message"].as_str().is_some_and(|m| m.contains("upstream east")), "{ready:?}");
+    let health = near.get("/health");
+    assert_eq!((health.status, &health.body["degraded"]), (200, &json!(["upstream east"])));
+}

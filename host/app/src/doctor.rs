@@ -68,12 +68,12 @@ fn all(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     machine::examine(config, report)?;
     settings(config, report)?;
     serving_devices(config, report)?;
-    models::examine(config, report)?;
+    let root = serve::data_dir(config);
+    models::examine(config, root.as_deref().ok(), report)?;
     drafts::examine(config, report)?;
     let now_s = SystemClock::start().unix_millis() / 1_000;
     certificates::examine(config, now_s, report)?;
     upstreams::examine(config, now_s, report)?;
-    let root = serve::data_dir(config);
     let in_use = store::examine(&root, report)?;
     policies::examine(config, root.as_deref().ok(), report)?;
     let planes = [("data", "listen", config.server.listen), ("admin", "admin", config.admin.listen)];

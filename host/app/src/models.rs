@@ -275,10 +275,7 @@ impl<'a> Loader<'a> {
         }
         for StoredModel { name, path } in &stored.models {
             let path = PathBuf::from(path);
-            if self.config.on_demand.contains_key(name)
-                || self.config.models.get(name).is_some_and(|own| own.canonicalize().is_ok_and(|own| own == path))
-            {
-                // The configuration has it by now.
+            if is_configured(self.config, (name, &path)) {
                 continue;
             }
             let (before, to_come) = (self.loaded.marks(), self.to_come);
@@ -859,6 +856,12 @@ fn n_variants(name: &str, precisions: &[Precision]) -> u32 {
 /// Which model an error is about.
 pub(crate) fn of(name: &str, path: &Path) -> String {
     format!("model `{name}` in {}", path.display())
+}
+
+/// Whether the configuration has a stored model by now.
+pub(crate) fn is_configured(config: &Config, (name, path): (&str, &Path)) -> bool {
+    config.on_demand.contains_key(name)
+        || config.models.get(name).is_some_and(|own| own.canonicalize().is_ok_and(|own| own == *path))
 }
 
 /// Each once.

@@ -198,6 +198,7 @@ impl Roster {
         for LostModel { name, path, error } in lost {
             tracing::error!("not served, though it was loaded before: {error}");
             let (model, text) = (name.clone(), path.display().to_string());
+            parts.shared.metrics.models().failed.inc();
             parts.deploy.note("startup", Happened::ModelRefused { model, path: text, error: error.clone() });
             // One that the configuration has by now is served.
             let lost = Entry::new(ModelSource::Loaded, Some(path), State::Failed(error));

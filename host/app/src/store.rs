@@ -293,11 +293,7 @@ impl Store {
     /// # Errors
     /// The list cannot be read; what is in it must not be lost by writing another.
     pub(crate) fn models(&self) -> io::Result<ModelsDocument> {
-        match fs::read(self.root.join(MODELS)) {
-            Ok(bytes) => ModelsDocument::parse(&bytes).map_err(|error| io::Error::other(format!("{MODELS}: {error}"))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ModelsDocument::empty()),
-            Err(error) => Err(error),
-        }
+        stored_models(&self.root)
     }
 
     /// Stores them so that they survive a crash.
@@ -332,6 +328,18 @@ impl Store {
     #[must_use]
     pub(crate) fn knows(&self, slot: &SlotName) -> bool {
         self.root.join("slots").join(format!("{slot}.json")).exists()
+    }
+}
+
+/// Models that were loaded while a host ran on this data directory, which somebody may be using.
+///
+/// # Errors
+/// The list cannot be read.
+pub(crate) fn stored_models(root: &Path) -> io::Result<ModelsDocument> {
+    match fs::read(root.join(MODELS)) {
+        Ok(bytes) => ModelsDocument::parse(&bytes).map_err(|error| io::Error::other(format!("{MODELS}: {error}"))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ModelsDocument::empty()),
+        Err(error) => Err(error),
     }
 }
 

@@ -104,6 +104,9 @@ pub(crate) enum ApiError {
     Loading,
     #[error("a device has stopped working; restart the host")]
     DriverGone,
+    /// Of the host as a whole.
+    #[error("no model can be served now: {degraded}")]
+    Unserved { degraded: String },
     #[error("the host is draining and takes no new requests")]
     Draining,
     #[error("the model was unloaded before the request had ended; ask for another, or again where the name stays")]
@@ -246,7 +249,7 @@ impl ApiError {
             Self::Deadline { .. } => class(504, "timeout_error", "deadline_exceeded", true),
             Self::Loading | Self::NotYet { .. } => class(503, "server_error", "loading", true),
             Self::NotLoaded { .. } => class(503, "server_error", "model_not_loaded", true),
-            Self::DriverGone => class(503, "server_error", "no_replica", true),
+            Self::DriverGone | Self::Unserved { .. } => class(503, "server_error", "no_replica", true),
             Self::Draining => class(503, "server_error", "draining", true),
             Self::Unloaded => class(503, "server_error", "unloaded", true),
             Self::NoReplica { .. } => class(503, "server_error", "no_replica", true),

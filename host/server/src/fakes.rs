@@ -142,6 +142,8 @@ pub(crate) struct FakeAdmin {
     pub(crate) loads: Mutex<Option<watch::Receiver<LoadReport>>>,
     /// What requests for a model that is loaded on demand hear.
     pub(crate) wants: Mutex<VecDeque<Want>>,
+    /// Whether its device is gone, and a model could not be brought back.
+    pub(crate) is_degraded: AtomicBool,
     /// Models that are there on demand, and what counts who has them.
     pub(crate) held: Mutex<HashMap<String, Arc<()>>>,
 }
@@ -605,7 +607,11 @@ impl AliasPort for FakeAdmin {
 
 impl ModelAdmin for FakeAdmin {
     fn models(&self) -> Vec<wire::Model> {
-        vec![model("org/m")]
+        let state = match self.is_degraded.load(Ordering::Relaxed) {
+            true => wire::ModelState::Failed,
+            false => wire::ModelState::Ready,
+        };
+        vec![wire::Model { state, ..model("org/m") }]
     }
 
     /// What a test has put there.
@@ -641,7 +647,7 @@ impl ModelAdmin for FakeAdmin {
             index: 0,
             name: "cpu".into(),
             description: "a fake".into(),
-            state: "up".into(),
+            state: if self.is_degraded.load(Ordering::Relaxed) { "down" } else { "up" }.into(),
             memory: wire::DeviceMemory::default(),
             replicas: Vec::new(),
             utilization: None,

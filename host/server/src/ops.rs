@@ -8,9 +8,10 @@ use axum::response::{IntoResponse, Response};
 use pointsman_sched::request::Failure;
 use serde::Serialize;
 
-use crate::admin::wire::HealthState;
+use crate::admin::wire::{HealthState, ModelSource, ModelState};
 use crate::error::ApiError;
 use crate::openai::json;
+use crate::ports::Catalog;
 use crate::state::ServerState;
 
 /// The description of both planes' routes; a test compares it with the routers.
@@ -19,7 +20,7 @@ pub(crate) const OPENAPI: &str = include_str!("openapi.json");
 #[derive(Serialize)]
 struct Status {
     status: &'static str,
-    /// What does not work as it is deployed, as in `slot router` or `device cuda:1`; others stand in for it.
+    /// What does not work as it is deployed, as in `slot router`, `device cuda:1`, `upstream east` or `model llama`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     degraded: Vec<String>,
 }
@@ -34,16 +35,17 @@ pub(crate) async fn health(State(state): State<Arc<ServerState>>) -> Result<Resp
     if !state.engine.is_alive() {
         return Err(ApiError::DriverGone);
     }
-    Ok(json(&Status { status: "ok", degraded: degraded(&state) }))
+    Ok(json(&Status { status: "ok", degraded: degraded(&state, &state.engine.catalog()) }))
 }
 
-/// May get traffic: something is loaded, its drivers run, nothing drains, and no policy is missing without which nothing goes
-/// on.
+/// May get traffic: a model is served by a device or an upstream that works, or would be loaded for a request, nothing drains, and
+/// no policy is missing without which nothing goes on.
 pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
     if state.admission.is_draining() {
         return Err(ApiError::Draining);
     }
-    if state.engine.catalog().is_empty() {
+    let catalog = state.engine.catalog();
+    if catalog.is_empty() {
         return Err(ApiError::Loading);
     }
     if !state.engine.is_alive() {
@@ -52,15 +54,43 @@ pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Respo
     if state.policies.refuses_all() {
         return Err(ApiError::Failed(Failure::Unanswered));
     }
-    Ok(json(&Status { status: "ready", degraded: degraded(&state) }))
+    let degraded = degraded(&state, &catalog);
+    match can_serve(&state, &catalog) {
+        true => Ok(json(&Status { status: "ready", degraded })),
+        false => Err(ApiError::Unserved { degraded: degraded.join(", ") }),
+    }
 }
 
-/// Slots whose policy does not answer though it should, and devices that are gone.
-fn degraded(state: &ServerState) -> Vec<String> {
+/// Whether a request for some model would find a device or an upstream that takes it, or bring its model.
+fn can_serve(state: &ServerState, catalog: &Catalog) -> bool {
+    let devices = state.models.devices();
+    let is_up = |index: u64| devices.iter().all(|device| device.index != index || device.state == "up");
+    let mut replicas = catalog.variants.iter().flat_map(|variant| &variant.replicas);
+    let serves_texts = replicas.any(|replica| match &replica.upstream {
+        Some(upstream) => upstream.is_up(),
+        None => is_up(replica.device),
+    });
+    // The driver of the encoders here is alive, or the host was not.
+    let mut encoders = catalog.encoders.iter().map(|encoder| &encoder.upstreams);
+    let serves_inputs = encoders.any(|all| all.is_empty() || all.iter().any(|elsewhere| elsewhere.upstream.is_up()));
+    serves_texts || serves_inputs || !catalog.on_demand.is_empty()
+}
+
+/// Slots whose policy does not answer though it should, devices that are gone, upstreams that are sent nothing, and models that a start
+/// could not bring back.
+fn degraded(state: &ServerState, catalog: &Catalog) -> Vec<String> {
     let slots = state.policies.slots().into_iter();
     let slots = slots.filter(|slot| slot.health.state != HealthState::Closed && slot.health.reason.is_some());
-    let devices = state.models.devices().into_iter().filter(|device| device.state != "up");
-    slots.map(|slot| format!("slot {}", slot.slot)).chain(devices.map(|d| format!("device {}", d.name))).collect()
+    // Upstreams are listed among the devices too, and have names that no device has.
+    let upstreams: Vec<(&str, bool)> = catalog.upstreams().map(|(_, u)| (&**u.name(), u.is_up())).collect();
+    let is_upstream = |name: &str| upstreams.iter().any(|(upstream, _)| *upstream == name);
+    let devices = state.models.devices().into_iter().filter(|d| d.state != "up" && !is_upstream(&d.name));
+    let models = state.models.models().into_iter();
+    let models = models.filter(|model| model.state == ModelState::Failed && model.source == ModelSource::Loaded);
+    let down = upstreams.iter().filter(|(_, is_up)| !is_up);
+    let named = slots.map(|slot| format!("slot {}", slot.slot)).chain(devices.map(|d| format!("device {}", d.name)));
+    let named = named.chain(down.map(|(name, _)| format!("upstream {name}")));
+    named.chain(models.map(|model| format!("model {}", model.name))).collect()
 }
 
 pub(crate) async fn version(State(state): State<Arc<ServerState>>) -> Response {

@@ -29,8 +29,10 @@ impl ModelMetrics {
             |name: &str, help: &str| registered(registry, IntCounterVec::new(Opts::new(name, help), &["outcome"]));
         let name = "pointsman_models_requests_total";
         let requests = counters(name, "Requests for models that are loaded on demand, by whether they were there.");
-        let loads =
-            counters("pointsman_models_loads_total", "Loads of models while the host ran, by what they came to.");
+        let loads = counters(
+            "pointsman_models_loads_total",
+            "Loads of models while the host ran, and of those again at its start that failed, by what they came to.",
+        );
         let evicted = IntCounter::new("pointsman_models_evicted_total", "Models given up for room.");
         let bytes = "Weights, KV pools and workspaces of the models that are loaded, all devices together.";
         Self {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pointsman_control::ModelsDocument;
+use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::{Bytes, CodeOptions};
 use pointsman_telemetry::Names;
@@ -18,10 +18,14 @@ use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::devices::Place;
 use crate::encoders::EncoderPool;
-use crate::models::{LoadTerms, Loaded, Loader};
+use crate::models::{LoadTerms, Loaded, Loader, allowed, is_configured};
+use crate::store::stored_models;
 
-pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
+/// `root`: the data directory, which has a list of further models.
+pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<'_>) -> anyhow::Result<()> {
+    let stored = stored(config, root, report)?;
     let has_none = config.models.is_empty() && config.upstreams.is_empty() && config.on_demand.is_empty();
+    let has_none = has_none && stored.is_empty();
     if has_none && !config.engine.demo {
         let remedy = "engine.demo = true, or a model with --model NAME=PATH";
         report.fault("models", "none", "there is no model to serve", remedy)?;
@@ -37,7 +41,38 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
             }
         }
     }
-    room(config, report)
+    for (name, path) in &stored {
+        match allowed(config, path).and_then(|path| load_aside(config, name, &path)) {
+            Ok(bytes) => {
+                let found = format!("{}, {}, loaded while a host ran", path.display(), Bytes(bytes));
+                report.good("models", name, found)?;
+            }
+            Err(error) => {
+                let found = format!("loaded while a host ran, and would not be again: {error:#}");
+                let remedy = format!(
+                    "bring {} back below engine.model_dirs, or start without it and `pointsman model unload {name}`",
+                    path.display()
+                );
+                report.fault("models", name, found, &remedy)?;
+            }
+        }
+    }
+    room(config, &stored, report)
+}
+
+/// Models that a start would load again.
+fn stored(config: &Config, root: Option<&Path>, report: &mut Report<'_>) -> anyhow::Result<BTreeMap<String, PathBuf>> {
+    let models = match root.map_or(Ok(ModelsDocument::empty()), stored_models) {
+        Ok(stored) => stored.models,
+        Err(error) => {
+            let remedy =
+                "mend or delete models.json in the data directory; what it lists is served again once it can be read";
+            report.fault("models", "stored list", error.to_string(), remedy)?;
+            Vec::new()
+        }
+    };
+    let models = models.into_iter().map(|StoredModel { name, path }| (name, PathBuf::from(path)));
+    Ok(models.filter(|(name, path)| !is_configured(config, (name, path))).collect())
 }
 
 /// Where a model is.
@@ -80,7 +115,7 @@ fn size(path: &Path) -> u64 {
 
 /// Compares what the models and their pools on the CPU will take with what there is. On GPUs the memory is divided at the
 /// start, which says how.
-fn room(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
+fn room(config: &Config, stored: &BTreeMap<String, PathBuf>, report: &mut Report<'_>) -> anyhow::Result<()> {
     let Some(available) = available_memory() else { return Ok(()) };
     let on_cpu = config.engine.devices.iter().any(|device| device == "cpu");
     let variants = config.engine.precisions.len() as u64;
@@ -89,7 +124,8 @@ fn room(config: &Config, report: &mut Report<'_>) -> anyhow::Result<()> {
     let taken = |(name, path): (&String, &PathBuf)| (size(path) + pools(name)) * variants;
     // Of those on demand the largest must have room; the others may have to go for it.
     let largest = config.on_demand.iter().map(taken).max().unwrap_or(0);
-    let wanted = config.models.iter().map(taken).sum::<u64>() + largest;
+    let there = |(_, path): &(&String, &PathBuf)| path.exists();
+    let wanted = config.models.iter().chain(stored.iter().filter(there)).map(taken).sum::<u64>() + largest;
     if !on_cpu || wanted == 0 {
         return Ok(());
     }
