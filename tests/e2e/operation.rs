@@ -140,6 +140,16 @@ fn unit_and_manifest_fit_the_program() {
         .output()
         .expect("the program runs");
     assert!(doctor.status.success() && said(&doctor).contains("0 faults and 0 warnings"), "{}", said(&doctor));
+    // Pause and grace fit in what Kubernetes gives, and the unit's user is one that can be given a file.
+    let number = |after: &str| -> u32 {
+        let rest = manifest.split_once(after).unwrap_or_else(|| panic!("no {after}")).1;
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().expect("a number")
+    };
+    let taken = number("[\"sleep\", \"") + number("shutdown_grace_ms = ") / 1_000;
+    assert!(taken < number("terminationGracePeriodSeconds: "), "{taken} s");
+    let user = document("operation/sysusers.conf").contains("\nu pointsman ");
+    assert!(user && document("operation/pointsman.service").contains("\nUser=pointsman\n"), "made by sysusers.conf");
     if Command::new("systemd-analyze").arg("--version").output().is_err() && skip("systemd", "no systemd-analyze") {
         return;
     }
