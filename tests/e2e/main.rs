@@ -17,6 +17,7 @@ mod embeddings;
 mod explain;
 mod handover;
 mod hangups;
+mod hostile;
 mod javascript;
 mod keys;
 mod kills;

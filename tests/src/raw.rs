@@ -1,7 +1,7 @@
 //! A client as careless as clients are: plain bytes on a socket of its own, dropped whenever the caller likes. And whether a
 //! host has forgotten all of them.
 
-use std::io::{BufRead, BufReader, Result, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Result, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -67,6 +67,23 @@ pub fn send(host: &Host, path: &str, body: &Value) -> Result<TcpStream> {
         format!("POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\naccept: {accept}\r\n");
     socket.write_all(format!("{head}content-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()).as_bytes())?;
     Ok(socket)
+}
+
+/// Sends these bytes on a connection of its own; all that is said until the host closes it, a reset included.
+///
+/// # Panics
+/// The host does not close it.
+#[must_use]
+pub fn heard(host: &Host, sent: &[u8]) -> String {
+    let mut socket = TcpStream::connect(host.data.trim_start_matches("http://")).expect("it listens");
+    socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a time");
+    // It may have heard enough.
+    let _ = socket.write_all(sent);
+    let mut said = Vec::new();
+    let ended = socket.read_to_end(&mut said).map_err(|error| error.kind());
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(!matches!(ended, Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)), "the connection stays: {said}");
+    said
 }
 
 /// Waits until no replica has a request or holds a block.

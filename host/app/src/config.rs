@@ -82,6 +82,10 @@ pub(crate) struct ServerSection {
     pub prompt_scores_mib: u32,
     pub max_body_bytes: u64,
     pub max_connections: u32,
+    /// For the head of a request to come whole, and for its body; and for a client to take a byte of its answer.
+    pub header_timeout_ms: u64,
+    pub body_timeout_ms: u64,
+    pub write_timeout_ms: u64,
     /// Threads that serve HTTP; 0 for one to every two cores, since the others compute.
     pub io_threads: u32,
     pub max_choices: u32,
@@ -373,6 +377,9 @@ impl Default for ServerSection {
             prompt_scores_mib: 256,
             max_body_bytes: 8 << 20,
             max_connections: 1_024,
+            header_timeout_ms: 60_000,
+            body_timeout_ms: 30_000,
+            write_timeout_ms: 30_000,
             io_threads: 0,
             max_choices: 8,
             max_rows: 64,
@@ -539,7 +546,7 @@ impl Config {
     }
 
     /// Numbers as key, value, least, most and unit.
-    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 36] {
+    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 39] {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         [
@@ -558,6 +565,9 @@ impl Config {
             ("server.prompt_scores_mib", server.prompt_scores_mib.into(), 1, 1 << 20, "MiB"),
             ("server.max_body_bytes", server.max_body_bytes, 1_024, 1 << 30, "bytes"),
             ("server.max_connections", server.max_connections.into(), 1, 65_536, "connections"),
+            ("server.header_timeout_ms", server.header_timeout_ms, 1, 3_600_000, "milliseconds"),
+            ("server.body_timeout_ms", server.body_timeout_ms, 1, 3_600_000, "milliseconds"),
+            ("server.write_timeout_ms", server.write_timeout_ms, 1, 3_600_000, "milliseconds"),
             ("server.io_threads", server.io_threads.into(), 0, 256, "threads (0: one for every two cores)"),
             ("server.max_choices", server.max_choices.into(), 1, 1_024, "choices"),
             ("server.max_rows", server.max_rows.into(), 1, 4_096, "texts"),

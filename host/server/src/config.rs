@@ -27,7 +27,8 @@ pub struct ServerConfig {
     pub write_timeout_ms: u64,
     /// Size of the head of a request.
     pub max_header_bytes: usize,
-    /// Open connections per listener; the next ones wait in the kernel's backlog.
+    /// Open connections per listener; beyond, those that have waited longest for a request are closed, and while all have one,
+    /// new ones get 429.
     pub max_connections: usize,
     /// Time for running requests to finish once the host shuts down.
     pub grace_ms: u64,

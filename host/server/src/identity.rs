@@ -15,8 +15,8 @@ use pointsman_telemetry::NameKind;
 
 use crate::error::ApiError;
 use crate::keys::{self, Holder, KeyDigest};
+use crate::places::NoPlace;
 use crate::state::ServerState;
-use crate::streams::NoPlace;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TENANT_ID: &str = "x-tenant-id";
@@ -28,6 +28,9 @@ pub(crate) const ANONYMOUS: &str = "default";
 
 /// Longest id, tenant or session that a header may name.
 const MAX_NAME: usize = 128;
+
+/// What is asked of a host by those who look after it, and costs it little.
+const PROBES: [&str; 4] = ["/health", "/ready", "/version", "/metrics"];
 
 /// Most headers that a router may see of a request, and the longest; others are left out.
 const MAX_ATTRIBUTES: usize = 16;
@@ -206,7 +209,7 @@ pub(crate) async fn tag(
         Ok(None) => (new_id(&state, request.uri().path()), None),
         Err(error) => (new_id(&state, request.uri().path()), Some(error)),
     };
-    let refused = refused.or(request.extensions().get::<NoPlace>().copied().map(Into::into));
+    let refused = refused.or_else(|| no_place(&state, &request));
     request.extensions_mut().insert(RequestTag(Arc::clone(&tag)));
     let mut response = match refused {
         Some(error) => error.into_response(),
@@ -216,6 +219,16 @@ pub(crate) async fn tag(
         response.headers_mut().insert(REQUEST_ID, value);
     }
     response
+}
+
+/// The refusal of a request that has no place; probes need none, so that a full host is not taken for a dead one.
+fn no_place(state: &ServerState, request: &axum::extract::Request) -> Option<ApiError> {
+    let found = request.extensions().get::<NoPlace>()?;
+    if PROBES.contains(&request.uri().path()) {
+        return None;
+    }
+    state.metrics.rejected("queue");
+    Some((*found).into())
 }
 
 /// A fresh id with the prefix that clients know, and 96 random bits.

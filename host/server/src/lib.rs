@@ -24,6 +24,7 @@ mod identity;
 mod keys;
 mod openai;
 mod ops;
+mod places;
 pub mod ports;
 pub mod record;
 mod registry;

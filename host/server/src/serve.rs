@@ -3,6 +3,7 @@
 //! hyper directly and not `axum::serve`, which has no limit on connections, no header timeout and no bound on how long a
 //! graceful shutdown may take. Nor its detection of the protocol, which waits for the first bytes for ever.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -10,18 +11,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use crate::admin::guard::Peer;
+use crate::places::{Connection, Counted, NoPlace, Places};
 use crate::state::ServerState;
 use crate::streams;
 use crate::tls::{Chosen, Tls, Unshaken};
@@ -98,8 +103,10 @@ pub async fn serve(
     }
     let (phase, phases) = watch::channel(Phase::Serving);
     let mut planes = JoinSet::new();
-    for (plane, router) in [(listeners.data, data_router(&state)), (listeners.admin, admin_router(&state))] {
-        planes.spawn(accept(plane, router, Arc::clone(&state), phases.clone()));
+    let both = [("data", listeners.data, data_router(&state)), ("admin", listeners.admin, admin_router(&state))];
+    for (name, plane, router) in both {
+        let places = Places::new(name, state.config.max_connections, state.metrics.connections(name));
+        planes.spawn(accept(plane, router, (Arc::clone(&state), places), phases.clone()));
     }
     drop(phases);
     state.spawn(batch::run(Arc::clone(&state)));
@@ -121,32 +128,38 @@ pub async fn serve(
 }
 
 /// Accepts connections until told to stop, then waits for those it has.
-async fn accept(plane: Plane, router: Router, state: Arc<ServerState>, mut phase: watch::Receiver<Phase>) {
-    let room = Arc::new(Semaphore::new(state.config.max_connections));
+async fn accept(
+    plane: Plane,
+    router: Router,
+    (state, places): (Arc<ServerState>, Arc<Places>),
+    mut phase: watch::Receiver<Phase>,
+) {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         // One waits for a place here, the next ones in the kernel's backlog.
         let next = async {
-            let accepted = plane.socket.accept().await;
-            (Arc::clone(&room).acquire_owned().await, accepted)
+            let (stream, from) = plane.socket.accept().await?;
+            io::Result::Ok((stream, from, places.take().await))
         };
         let accepted = tokio::select! {
             accepted = next => accepted,
             () = reached(&mut phase, Phase::Closing) => break,
         };
         match accepted {
-            (Ok(place), Ok((stream, from))) => {
-                let (tls, room) = (plane.tls.clone(), Arc::clone(&room));
-                let accepted = Accepted { stream, from: from.ip(), tls, room };
+            Ok((stream, from, seat)) => {
+                let connected = Arc::clone(&seat.connection);
+                let accepted = Accepted { stream, from: from.ip(), tls: plane.tls.clone(), connected };
                 let connection = connection(accepted, router.clone(), &state, phase.clone());
                 connections.spawn(async move {
-                    connection.await;
-                    drop(place);
+                    tokio::select! {
+                        () = connection => {}
+                        () = seat.connection.is_told() => {}
+                    }
+                    drop(seat);
                 });
             }
-            (Err(_closed), _) => break,
-            (_, Err(error)) => {
+            Err(error) => {
                 tracing::warn!(%error, "accept failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -160,13 +173,12 @@ struct Accepted {
     stream: TcpStream,
     from: IpAddr,
     tls: Option<Arc<Tls>>,
-    /// Places of its listener; it has one.
-    room: Arc<Semaphore>,
+    connected: Arc<Connection>,
 }
 
 /// One connection, from its first byte to its last.
 fn connection(
-    Accepted { stream, from, tls, room }: Accepted,
+    Accepted { stream, from, tls, connected }: Accepted,
     router: Router,
     state: &ServerState,
     mut phase: watch::Receiver<Phase>,
@@ -189,13 +201,13 @@ fn connection(
         max_header_bytes: u32::try_from(max_header_bytes).unwrap_or(u32::MAX),
         idle: header_timeout,
         write_timeout,
-        room,
-        metrics: Arc::clone(&metrics),
+        connection: Arc::clone(&connected),
     };
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(max_header_bytes);
+    builder.keep_alive(!connected.is_spare());
     async move {
-        let service = router.map_request(move |mut request: axum::http::Request<Incoming>| {
+        let service = router.map_request(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(Peer(from));
             request.map(axum::body::Body::new)
         });
@@ -209,7 +221,7 @@ fn connection(
             let stream = TokioIo::new(timed(stream));
             return match is_http2 {
                 true => streams::serve(stream, service, terms, phase).await,
-                false => until_told(builder.serve_connection(stream, service), phase).await,
+                false => until_told(builder.serve_connection(stream, counted(service, connected)), phase).await,
             };
         };
         let shaken = tokio::select! {
@@ -219,6 +231,7 @@ fn connection(
         match shaken.unwrap_or(Err(Unshaken::Slow)) {
             Ok((stream, Chosen::Http2)) => streams::serve(TokioIo::new(stream), service, terms, phase).await,
             Ok((stream, Chosen::Http1)) => {
+                let service = counted(service, connected);
                 until_told(builder.serve_connection(TokioIo::new(stream), service), phase).await;
             }
             Err(error) => {
@@ -227,6 +240,25 @@ fn connection(
             }
         }
     }
+}
+
+/// A service of HTTP/1.1 whose connection is busy from the end of a head to that of its answer.
+fn counted<S>(
+    service: S,
+    connection: Arc<Connection>,
+) -> impl Service<Request<Incoming>, Response = Response<Counted>, Error = Infallible, Future: Send> + Send
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Send,
+    S::Future: Send,
+{
+    service_fn(move |mut request: Request<Incoming>| {
+        let under_way = connection.begin();
+        if under_way.is_none() {
+            request.extensions_mut().insert(NoPlace);
+        }
+        let answer = service.call(request);
+        async move { answer.await.map(|response| response.map(|body| Counted::new(body, under_way))) }
+    })
 }
 
 /// Whether a client begins with HTTP/2 without having asked: no method begins as that does (RFC 9113, 3.4). One that sends its

@@ -27,11 +27,10 @@ use hyper::server::conn::http2;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
-use pointsman_telemetry::Metrics;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
-use crate::error::ApiError;
+use crate::places::{Connection, NoPlace, UnderWay};
 use crate::serve::{Phase, reached};
 
 /// Streams of a connection.
@@ -70,19 +69,14 @@ pub(crate) struct Terms {
     pub(crate) idle: Duration,
     /// Time in which a client must take at least a byte of its answer.
     pub(crate) write_timeout: Duration,
-    /// Places of the listener that are left; the connection has one of its own.
-    pub(crate) room: Arc<Semaphore>,
-    pub(crate) metrics: Arc<Metrics>,
+    /// Has a place of its own, and asks for the others.
+    pub(crate) connection: Arc<Connection>,
 }
-
-/// Put on a request that finds its listener full: it is refused where requests get their ids, and goes no further.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NoPlace;
 
 /// The streams of a connection.
 #[derive(Debug)]
 struct Streams {
-    room: Arc<Semaphore>,
+    connection: Arc<Connection>,
     /// Whether a stream has the connection's own place.
     is_taken: AtomicBool,
     n_open: watch::Sender<u32>,
@@ -115,6 +109,7 @@ enum End {
 #[derive(Debug)]
 struct Stream {
     streams: Arc<Streams>,
+    _under_way: UnderWay,
     /// None for the one that has the connection's own.
     place: Option<OwnedSemaphorePermit>,
     since: Instant,
@@ -145,13 +140,12 @@ where
     S::Future: Send + 'static,
 {
     let (n_open, open) = watch::channel(0);
-    let streams = Arc::new(Streams::new(terms.room, n_open));
-    let (metrics, opened) = (terms.metrics, Arc::clone(&streams));
+    let streams = Arc::new(Streams::new(terms.connection, n_open));
+    let opened = Arc::clone(&streams);
     let service = service_fn(move |mut request: Request<Incoming>| {
         let stream = opened.open();
         if stream.is_none() {
             tracing::debug!("a request of an open connection finds no place");
-            metrics.rejected("queue");
             request.extensions_mut().insert(NoPlace);
         }
         let answer = service.call(request);
@@ -221,32 +215,26 @@ fn note(ended: hyper::Result<()>) {
     }
 }
 
-impl From<NoPlace> for ApiError {
-    fn from(NoPlace: NoPlace) -> Self {
-        let what = "as many requests and connections are open as this listener has places for (server.max_connections)";
-        Self::Saturated { what: what.to_owned() }
-    }
-}
-
 // === impl Streams ===
 
 impl Streams {
-    fn new(room: Arc<Semaphore>, n_open: watch::Sender<u32>) -> Self {
+    fn new(connection: Arc<Connection>, n_open: watch::Sender<u32>) -> Self {
         let (is_misused, is_cut_off) = (Notify::new(), Notify::new());
         let recent = Mutex::new(Recent::new(Instant::now()));
-        Self { room, is_taken: AtomicBool::new(false), n_open, recent, is_misused, is_cut_off }
+        Self { connection, is_taken: AtomicBool::new(false), n_open, recent, is_misused, is_cut_off }
     }
 
     /// A place for another stream; none where the listener is full.
     fn open(self: &Arc<Self>) -> Option<Stream> {
+        let under_way = self.connection.begin()?;
         let place = match self.is_taken.swap(true, Ordering::Relaxed) {
             false => None,
-            true => Some(Arc::clone(&self.room).try_acquire_owned().ok()?),
+            true => Some(self.connection.another_place()?),
         };
         self.n_open.send_modify(|n| *n += 1);
         let since = Instant::now();
         self.recent.lock().unwrap_or_else(PoisonError::into_inner).begun(since);
-        Some(Stream { streams: Arc::clone(self), place, since, is_answered: false })
+        Some(Stream { streams: Arc::clone(self), _under_way: under_way, place, since, is_answered: false })
     }
 
     /// A stream is gone that had no answer yet.

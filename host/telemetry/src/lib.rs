@@ -19,8 +19,8 @@ pub use arms::ArmMetrics;
 pub use event::{Event, EventKind, Micros};
 pub use forms::FormMetrics;
 pub use metrics::{
-    CacheMetrics, DraftMetrics, EncoderMetrics, Metrics, PluginMetric, PluginMetricKind, PluginMetricSpec,
-    ReplicaMetrics, RequestMetrics, SlotMetrics, TenantMetrics,
+    CacheMetrics, ConnectionMetrics, DraftMetrics, EncoderMetrics, Metrics, PluginMetric, PluginMetricKind,
+    PluginMetricSpec, ReplicaMetrics, RequestMetrics, SlotMetrics, TenantMetrics,
 };
 pub use models::ModelMetrics;
 pub use names::{NameKind, Names};

@@ -81,6 +81,8 @@ pub struct Metrics {
     batch_lines: IntCounterVec,
     tls_reloads: IntCounterVec,
     tls_failures: IntCounterVec,
+    connections: IntGaugeVec,
+    connections_evicted: IntCounterVec,
     safe_mode: IntGauge,
     events_dropped: IntCounter,
     cache: CacheMetrics,
@@ -202,6 +204,15 @@ pub struct TenantMetrics {
     pub cached_tokens: IntCounter,
     /// `pointsman_tenant_tokens_total{kind="completion"}`.
     pub completion_tokens: IntCounter,
+}
+
+/// Handles for the connections of one plane.
+#[derive(Clone, Debug)]
+pub struct ConnectionMetrics {
+    /// `pointsman_connections`.
+    pub open: IntGauge,
+    /// `pointsman_connections_evicted_total`.
+    pub evicted: IntCounter,
 }
 
 /// Handles of the response cache.
@@ -513,6 +524,12 @@ impl Metrics {
                 "Connections that ended in their TLS handshake, by why.",
                 &["reason"],
             ),
+            connections: gauge("pointsman_connections", "Open connections, by plane.", &["plane"]),
+            connections_evicted: counter(
+                "pointsman_connections_evicted_total",
+                "Connections closed for new ones: all places were taken, and these had waited longest for a request.",
+                &["plane"],
+            ),
             safe_mode: registered(
                 &registry,
                 IntGauge::new("pointsman_safe_mode", "1 while the native policy decides in every slot by one switch."),
@@ -568,6 +585,15 @@ impl Metrics {
     /// A connection ended in its handshake.
     pub fn tls_failure(&self, reason: &str) {
         self.tls_failures.with_label_values(&[reason]).inc();
+    }
+
+    /// Handles for the connections of a plane.
+    #[must_use]
+    pub fn connections(&self, plane: &str) -> ConnectionMetrics {
+        ConnectionMetrics {
+            open: self.connections.with_label_values(&[plane]),
+            evicted: self.connections_evicted.with_label_values(&[plane]),
+        }
     }
 
     /// So many batches have this status.

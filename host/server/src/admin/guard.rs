@@ -14,8 +14,8 @@ use axum::response::{IntoResponse, Response};
 use crate::config::{AdminRole, AdminToken};
 use crate::error::ApiError;
 use crate::identity::bearer;
+use crate::places::NoPlace;
 use crate::state::ServerState;
-use crate::streams::NoPlace;
 
 /// Who called, for the journal: the token's name (`loopback` where none is asked for) and the address, as in `ci@10.0.0.7`.
 #[derive(Clone, Debug)]
@@ -38,6 +38,7 @@ pub(super) async fn guard(State(state): State<Arc<ServerState>>, mut request: Re
 
 fn admit(state: &ServerState, request: &Request) -> Result<Actor, ApiError> {
     if let Some(refused) = request.extensions().get::<NoPlace>() {
+        state.metrics.rejected("queue");
         return Err((*refused).into());
     }
     let headers = request.headers();
