@@ -158,7 +158,7 @@ pub struct Scheduler {
     deadline_bound: Micros,
     /// Prompt tokens accepted and not yet computed.
     queued_tokens: u64,
-    /// Running sequences whose sink has closed outside of a completion.
+    /// Sequences whose sink has closed, which end before the next step.
     n_closed: u32,
     counters: Counters,
     /// Evictions that the counters have told of.

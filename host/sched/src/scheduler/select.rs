@@ -16,7 +16,7 @@ use crate::execute::{Row, Sample, Score, StepPlan};
 use crate::ids::Micros;
 use crate::kv::Chain;
 use crate::observe::Observer;
-use crate::request::{Request, SinkEvent, SinkState};
+use crate::request::{Request, SinkEvent};
 use crate::sequence::{Sequence, Slot};
 
 use super::{InFlight, Scheduler, count};
@@ -261,10 +261,8 @@ impl Scheduler {
         }
         sequence.first_admitted = Some((now, cached_tokens));
         let queued_us = now.saturating_sub(sequence.request.arrived);
-        if sequence.request.sink.push(SinkEvent::Started { queued_us, cached_tokens }) == SinkState::Closed {
-            sequence.closed = true;
-            self.n_closed += 1;
-        }
+        let state = sequence.request.sink.push(SinkEvent::Started { queued_us, cached_tokens });
+        self.heard(slot, state);
     }
 
     /// Gives a running sequence without one its part of what is left of the step: prefills, and a preempted decode of which

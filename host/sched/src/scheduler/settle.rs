@@ -122,6 +122,7 @@ impl Scheduler {
         self.advance(row.slot, known - u32::from(matches!(chosen, Chosen::Withheld)), now);
         let sequence = &mut self.sequences[row.slot];
         if sequence.closed {
+            // Before its first token: nobody had anything to say of the text.
             self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
         } else if matches!(chosen, Chosen::Nothing) && sequence.generated() == 0 {
             if sequence.request.max_new_tokens == 0 && sequence.computed == sequence.prompt_tokens() {
@@ -133,7 +134,7 @@ impl Scheduler {
             let drafted = Drafted { is_draft: came_true > 0, rejected: row.n_drafts - count(came_true) };
             self.emit(row.slot, (sampled, drafted), now, observer);
             for (i, next) in after[..came_true].iter_mut().enumerate() {
-                if !self.sequences.holds(row.slot, row.id) {
+                if !self.sequences.holds(row.slot, row.id) || self.sequences[row.slot].closed {
                     break;
                 }
                 self.advance(row.slot, 1, now);
@@ -161,10 +162,8 @@ impl Scheduler {
             return;
         }
         let told = SinkEvent::Scored(std::mem::take(&mut sequence.scores));
-        if sequence.request.sink.push(told) == SinkState::Closed && !sequence.closed {
-            sequence.closed = true;
-            self.n_closed += 1;
-        }
+        let state = sequence.request.sink.push(told);
+        self.heard(slot, state);
     }
 
     /// The next `n` tokens of a sequence are computed.
@@ -198,8 +197,17 @@ impl Scheduler {
         let state = sequence.request.sink.push(SinkEvent::Token { token, logprobs, drafted });
         if sequence.generated() >= sequence.request.max_new_tokens {
             self.end(slot, Ending::Finished(FinishReason::Length), now, observer);
-        } else if state == SinkState::Closed {
-            self.end(slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
+        } else {
+            self.heard(slot, state);
+        }
+    }
+
+    /// What a sink answers to anything but the last word. One that wants no more ends before the next step and not at once: whoever
+    /// closed it may have said why, and that lies in the driver's mailbox still.
+    pub(super) fn heard(&mut self, slot: Slot, state: SinkState) {
+        let sequence = &mut self.sequences[slot];
+        if state == SinkState::Closed && !std::mem::replace(&mut sequence.closed, true) {
+            self.n_closed += 1;
         }
     }
 }

@@ -182,6 +182,24 @@ fn a_stop_string_is_a_good_end() {
 }
 
 #[test]
+fn who_closes_a_sink_can_still_say_why() {
+    for (cause, stopped, cancelled) in [(CancelCause::StopString, 1, 0), (CancelCause::Asked, 0, 1)] {
+        let mut host = Host::new(CONFIG);
+        // Closed while the step computes that hands it the second token.
+        host.submit_closing(request(1, 4, 30), 3);
+        host.step(&mut NativeBatch);
+        host.step(&mut NativeBatch);
+        assert_eq!(host.sent(1).events.len(), 3, "started and two tokens");
+        assert_eq!(host.cancel(1, cause), Some(Stage::Decoding));
+        assert_eq!(host.sent(1).events.last(), Some(&SinkEvent::Cancelled(cause)));
+        let counters = host.scheduler.take_counters();
+        assert_eq!((counters.finished_stop, counters.cancelled.iter().sum::<u64>()), (stopped, cancelled), "{cause:?}");
+        assert!(!host.step(&mut NativeBatch));
+        assert!(host.scheduler.is_idle());
+    }
+}
+
+#[test]
 fn a_cancel_between_plan_and_completion_skips_the_row() {
     let mut host = Host::new(CONFIG);
     host.submit(request(1, 4, 5));
