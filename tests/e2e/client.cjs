@@ -27,6 +27,51 @@ async function chats() {
   assert.equal(final.choices[0].finish_reason, choice.finish_reason);
 }
 
+async function controls() {
+  const said = await client.chat.completions.create({ ...settings, messages, n: 2, logprobs: true, top_logprobs: 2 });
+  const [{ content: text }, { content: other }] = said.choices.map((choice) => choice.message);
+  assert.equal(text, other);
+  for (const token of said.choices[0].logprobs.content)
+    assert.equal(token.logprob, Math.max(...token.top_logprobs.map((top) => top.logprob)));
+  const stop = text.slice(text.length / 2).slice(0, 4);
+  const stopped = await client.chat.completions.create({ ...settings, messages, stop });
+  assert.equal(stopped.choices[0].message.content, text.slice(0, text.indexOf(stop)));
+  assert.equal(stopped.choices[0].finish_reason, "stop");
+  const seeded = () => client.completions.create({ ...settings, prompt: "A trait", temperature: 1, seed: 7 });
+  assert.equal((await seeded()).choices[0].text, (await seeded()).choices[0].text);
+}
+
+async function forms() {
+  const schema = { type: "object", properties: { n: { type: "integer" } }, required: ["n"], additionalProperties: false };
+  const response_format = { type: "json_schema", json_schema: { name: "count", schema, strict: true } };
+  const asked = { ...settings, messages, max_tokens: 64, response_format };
+  const formed = await client.chat.completions.create(asked);
+  if (formed.choices[0].finish_reason === "stop")
+    assert.ok(Number.isInteger(JSON.parse(formed.choices[0].message.content).n), formed.choices[0].message.content);
+  const chunks = await each(await client.chat.completions.create({ ...asked, stream: true }));
+  const text = chunks.map((chunk) => chunk.choices[0].delta.content ?? "").join("");
+  assert.equal(text, formed.choices[0].message.content);
+}
+
+async function calls() {
+  const parameters = { type: "object", properties: { on: { type: "boolean" } }, required: ["on"], additionalProperties: false };
+  const tools = [{ type: "function", function: { name: "light", description: "Turns it on or off.", parameters } }];
+  const tool_choice = { type: "function", function: { name: "light" } };
+  const asked = { ...settings, messages, max_tokens: 64, tools, tool_choice };
+  const whole = await client.chat.completions.create(asked);
+  const [{ message }] = whole.choices;
+  assert.equal(message.content, null);
+  assert.equal(message.tool_calls[0].function.name, "light");
+  const chunks = await each(await client.chat.completions.create({ ...asked, stream: true }));
+  const parts = chunks.flatMap((chunk) => chunk.choices[0].delta.tool_calls ?? []);
+  assert.equal(parts[0].function.name, "light");
+  const said = parts.map((part) => part.function.arguments ?? "").join("");
+  assert.equal(said, message.tool_calls[0].function.arguments);
+  // Cut in the midst of a call, there is nothing to read.
+  const cut = { ...asked, tool_choice: "required", max_tokens: 3 };
+  assert.equal((await client.chat.completions.create(cut)).choices[0].message.content, null);
+}
+
 async function completes() {
   const asked = { ...settings, prompt: "The borrow checker", max_tokens: 8 };
   const whole = await client.completions.create(asked);
@@ -61,7 +106,7 @@ async function refuses() {
 }
 
 (async () => {
-  for (const part of [chats, completes, embeds, responds, refuses]) await part();
+  for (const part of [chats, controls, forms, calls, completes, embeds, responds, refuses]) await part();
 })().catch((error) => {
   console.error(error);
   process.exitCode = 1;

@@ -52,6 +52,19 @@ for listed in client.completions.create(
 seeded = [client.completions.create(model="demo:f16", prompt="A trait", max_tokens=12, temperature=1, seed=7).choices[0].text for _ in range(2)]
 assert seeded[0] == seeded[1], seeded
 
+# What stops a text, how likely it was, and two of them.
+asked = {"model": "demo:f16", "messages": messages, "max_tokens": 24, "temperature": 0}
+said = client.chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2)
+assert [choice.message.content for choice in said.choices] == [chat.choices[0].message.content] * 2, said
+for one in said.choices[0].logprobs.content:
+    assert one.logprob == max(top.logprob for top in one.top_logprobs) and len(one.top_logprobs) == 2, one
+text = chat.choices[0].message.content
+stop = text[len(text) // 2 :][:4]
+stopped = client.chat.completions.create(**asked, stop=[stop]).choices[0]
+assert stopped.finish_reason == "stop" and stopped.message.content == text[: text.index(stop)], (stopped, text)
+chunks = client.chat.completions.create(**asked, stop=stop, stream=True)
+assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == stopped.message.content, stopped
+
 try:
     client.chat.completions.create(model="gpt-none", messages=messages)
     raise AssertionError("an unknown model was served")

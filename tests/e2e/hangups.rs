@@ -78,6 +78,13 @@ fn client(host: &Host, rng: &mut Rng, id: &str) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Requests that ended because somebody said so or went away.
+fn cancelled(host: &Host) -> u64 {
+    let metrics = host.get("/metrics").body;
+    let lines = metrics.as_str().unwrap_or_default().lines().filter(|l| l.starts_with("pointsman_cancelled_total{"));
+    lines.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
 #[test]
 fn a_thousand_clients_leave_at_any_moment_and_nothing_of_them_stays() {
     // Small pools, so that there is preemption too, and steps that take a while.
@@ -102,11 +109,31 @@ fn a_thousand_clients_leave_at_any_moment_and_nothing_of_them_stays() {
         line.starts_with("vllm:prompt_tokens_total{") && line.contains("\"demo-mini:") && !line.ends_with(" 0")
     };
     assert!(metrics.as_str().unwrap_or_default().lines().any(drafted), "drafts began");
-    let cancelled =
-        metrics.as_str().unwrap_or_default().lines().filter(|l| l.starts_with("pointsman_cancelled_total{"));
-    let cancelled: u64 = cancelled.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum();
+    let cancelled = cancelled(&host);
     assert!(cancelled >= CLIENTS / 10, "{cancelled} were cut short");
     // Everybody's place is free: a host that is drained says so.
     let drained = host.admin("POST", "/admin/v1/drain", &Value::Null).body;
     assert_eq!(drained, json!({ "drained": true, "in_flight": 0 }));
+}
+
+#[test]
+fn who_has_what_he_asked_for_has_not_gone_away() {
+    let host = host(&[]);
+    let ask = |extra: Value| {
+        let mut body = json!({ "model": "demo:f16", "prompt": "The borrow checker", "max_tokens": 60, "temperature": 0 });
+        let (Value::Object(body), Value::Object(extra)) = (&mut body, extra) else { panic!("objects") };
+        body.extend(extra);
+        let answer = host.post("/v1/completions", &json!(body));
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.body
+    };
+    let text = ask(json!({}))["choices"][0]["text"].as_str().map(str::to_owned).unwrap_or_default();
+    let stop: String = text.chars().skip(text.chars().count() / 2).take(4).collect();
+    for _ in 0..10 {
+        let answer = ask(json!({ "stop": stop, "n": 2 }));
+        assert!(answer["choices"].as_array().is_some_and(|c| c.iter().all(|c| c["finish_reason"] == "stop")), "{answer}");
+        ask(json!({ "stop": [stop], "stream": true }));
+    }
+    raw::rests(&host);
+    assert_eq!(cancelled(&host), 0, "a stop string is no client that went away");
 }

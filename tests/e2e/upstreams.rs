@@ -340,8 +340,52 @@ fn what_fails_alone_is_told_and_then_left_alone() {
     }
 }
 
-/// Begins a stream and returns when its first chunk is there.
-fn begin(host: &Host, id: &str, body: &Value) -> BufReader<TcpStream> {
+/// Sends a signal to a host.
+fn signal(host: &Host, name: &str) {
+    let sent = Command::new("kill").args([name, &host.pid().to_string()]).status();
+    assert!(sent.is_ok_and(|status| status.success()), "no signal {name}");
+}
+
+/// A process that is stopped keeps its sockets and says nothing; one that is killed in the middle of an answer resets them.
+#[test]
+fn another_process_hangs_comes_back_and_dies() {
+    let config = "[engine]\ndevices = [\"null:5000\"]\n";
+    let far = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), config);
+    let lines = "model = \"demo\"\nupstream_model = \"demo:f16\"\nconnections = 2\nprobe_interval_ms = 100\n\
+                 first_byte_timeout_ms = 2000\nidle_timeout_ms = 500\n"
+        .to_owned();
+    let near = near(&[("far", &far.data, lines)]);
+    let mut body = chat("demo");
+    (body["max_tokens"], body["ignore_eos"], body["stream"]) = (400.into(), true.into(), true.into());
+    let rest = |mut reader: BufReader<TcpStream>| {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).expect("the rest");
+        text
+    };
+
+    let reader = begin(&near, "hangs", &body, "\"content\"");
+    signal(&far, "-STOP");
+    let text = rest(reader);
+    assert!(text.contains("upstream_timeout") && !text.contains("[DONE]"), "{text}");
+    metrics(&near, "up{upstream=\"far\"}", 0.0);
+    let answer = post(&near, "down", &chat("demo"));
+    assert_eq!((answer.status, &answer.body["error"]["code"]), (503, &json!("no_replica")), "{answer:?}");
+
+    signal(&far, "-CONT");
+    metrics(&near, "up{upstream=\"far\"}", 1.0);
+    assert_eq!(post(&near, "again", &chat("demo")).status, 200);
+
+    let reader = begin(&near, "dies", &body, "\"content\"");
+    signal(&far, "-KILL");
+    let text = rest(reader);
+    assert!(text.contains("the upstream `far` broke off before") && !text.contains("[DONE]"), "{text}");
+    let metrics = metrics(&near, "up{upstream=\"far\"}", 0.0);
+    let of = |series: &str| metrics[&format!("{series}{{upstream=\"far\"}}")];
+    assert_eq!((of("in_flight"), of("connections")), (0.0, 0.0), "{metrics:?}");
+}
+
+/// Begins a stream and returns when a first chunk with this in it is there.
+fn begin(host: &Host, id: &str, body: &Value, first: &str) -> BufReader<TcpStream> {
     let address = host.data.trim_start_matches("http://");
     let mut stream = TcpStream::connect(address).expect("the host listens");
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
@@ -352,7 +396,7 @@ fn begin(host: &Host, id: &str, body: &Value) -> BufReader<TcpStream> {
     stream.write_all(request.as_bytes()).expect("it is taken");
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
-    while !line.contains("half") {
+    while !line.contains(first) {
         line.clear();
         assert!(reader.read_line(&mut line).expect("an answer") > 0, "it ended before its first chunk");
     }
@@ -377,17 +421,17 @@ fn ends(wire: Wire) {
         text
     };
 
-    drop(begin(&near, "gone", &body));
+    drop(begin(&near, "gone", &body, "half"));
     closed.recv_timeout(PATIENCE).expect("the client went away");
 
-    let reader = begin(&near, "cancelled", &body);
+    let reader = begin(&near, "cancelled", &body, "half");
     let url = format!("{}/v1/requests/cancelled", near.data);
     assert_eq!(near.send("DELETE", &url, &[], b"").status, 200);
     closed.recv_timeout(PATIENCE).expect("it was cancelled");
     assert!(rest(reader).contains("the request was cancelled"));
 
     body["timeout_ms"] = 200.into();
-    let reader = begin(&near, "late", &body);
+    let reader = begin(&near, "late", &body, "half");
     closed.recv_timeout(PATIENCE).expect("its deadline has passed");
     assert!(rest(reader).contains("the deadline of 200 ms has passed"));
 
@@ -444,8 +488,7 @@ fn an_upstream_over_tls_is_who_it_says_or_is_sent_nothing() {
 
     // A text that is no PEM changes nothing; the right one counts for the next connection.
     let hang_up = |outcome: &str, n: u32| {
-        let sent = Command::new("kill").args(["-HUP", &near.pid().to_string()]).status();
-        assert!(sent.is_ok_and(|status| status.success()), "kill is there");
+        signal(&near, "-HUP");
         let line = format!("pointsman_tls_reloads_total{{outcome=\"{outcome}\",plane=\"upstreams\"}} {n}\n");
         let seen = (0..10_000).any(|_| near.get("/metrics").body.as_str().is_some_and(|text| text.contains(&line)));
         assert!(seen, "{line}");

@@ -275,7 +275,7 @@ impl ServerState {
 
     /// The whole answers of many requests as they end, at most `at_most` of them under way, and no more than the host admits at
     /// once. A request is taken from `requests` when there is room for it, so there may be any number of them; one that is
-    /// refused because the host is full is asked again when that says so, until there is room.
+    /// refused because the host is full is asked again when that says so, until there is room or its timeout is over.
     pub fn submit_many<I>(self: &Arc<Self>, requests: I, at_most: usize) -> Many<I::IntoIter>
     where
         I: IntoIterator<Item = Request>,
@@ -446,10 +446,19 @@ impl<I: Iterator<Item = Request> + Unpin> Stream for Many<I> {
 }
 
 /// The answer to a request that is asked again for as long as the host is full: a refusal loses nothing.
+/// Its timeout, where it has one, is that of all tries together.
 async fn when_there_is_room(state: &Arc<ServerState>, request: Request) -> Result<Value, Fault> {
+    let begun = state.clock.now();
     loop {
-        match state.answer(request.clone()).await {
-            Err(Fault { kind: FaultKind::Saturated, retry_after: Some(delay), .. }) => tokio::time::sleep(delay).await,
+        let waited = Duration::from_micros(state.clock.now().saturating_sub(begun));
+        let left = request.timeout.map(|timeout| timeout.saturating_sub(waited));
+        match state.answer(Request { timeout: left, ..request.clone() }).await {
+            Err(fault @ Fault { kind: FaultKind::Saturated, retry_after: Some(delay), .. }) => {
+                if left.is_some_and(|left| left <= delay) {
+                    return Err(fault);
+                }
+                tokio::time::sleep(delay).await;
+            }
             answered => return answered,
         }
     }

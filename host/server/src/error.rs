@@ -40,6 +40,8 @@ pub(crate) enum ApiError {
     Utf8 { at: usize },
     #[error("the body must be sent as `application/json`, found `{found}`")]
     ContentType { found: String },
+    #[error("the body must be sent as it is, found the `content-encoding` `{found}`")]
+    ContentEncoding { found: String },
     #[error(
         "the context of this model is {limit} tokens; the prompt has {prompt} and {requested} more were requested: \
          shorten the prompt or lower the number of tokens to generate"
@@ -221,7 +223,7 @@ impl ApiError {
             Self::Json(_) | Self::Utf8 { .. } => class(400, INVALID, "invalid_json", false),
             Self::BodyBroken => class(400, INVALID, "incomplete_body", false),
             Self::Context { .. } | Self::InputTooLong { .. } => class(400, INVALID, "context_length_exceeded", false),
-            Self::ContentType { .. } => class(415, INVALID, "unsupported_media_type", false),
+            Self::ContentType { .. } | Self::ContentEncoding { .. } => class(415, INVALID, "unsupported_media_type", false),
             Self::Unauthorized { .. } | Self::ApiKey { .. } => {
                 class(401, "authentication_error", "invalid_api_key", false)
             }

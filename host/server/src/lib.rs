@@ -25,6 +25,7 @@ mod keys;
 mod openai;
 mod ops;
 mod places;
+mod path;
 pub mod ports;
 pub mod record;
 mod registry;

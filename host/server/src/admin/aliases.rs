@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::Response;
 
 use super::guard::Actor;
@@ -13,6 +13,7 @@ use super::wire::{Alias, AliasVariant, PutAlias};
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
+use crate::path::Path;
 use crate::ports::{AdminError, AdminErrorKind, Catalog, Variant};
 use crate::state::ServerState;
 

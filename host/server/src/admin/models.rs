@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::http::header::{ACCEPT, HeaderMap};
 use axum::response::{IntoResponse, Response};
@@ -22,6 +22,7 @@ use super::wire::{LoadModel, Model};
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body, sse, sse_error};
+use crate::path::Path;
 use crate::ports::{AdminError, AdminErrorKind, LoadReport};
 use crate::state::ServerState;
 

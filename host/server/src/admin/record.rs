@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::response::Response;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use super::journal::ndjson;
 use super::wire::decision::LastLine;
 use crate::error::ApiError;
+use crate::path::Path;
 use crate::ports::{AdminError, AdminErrorKind};
 use crate::record::Recording;
 use crate::state::ServerState;

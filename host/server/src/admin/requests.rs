@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::response::Response;
 use pointsman_sched::admit::Judged;
 use pointsman_sched::ids::RequestId;
@@ -19,6 +19,7 @@ use super::wire::decision::{Admission, Answer, Explained, Previous, PreviousVerd
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::json;
+use crate::path::Path;
 use crate::ports::{AdminError, AdminErrorKind, Catalog, DoorQuestion, Question};
 use crate::state::ServerState;
 use crate::trace::{Decided, Doored, Trace};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -21,6 +21,7 @@ use super::wire::{StartAliasRollout, StartRollout, Steer};
 use super::{blocking, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
+use crate::path::Path;
 use crate::ports::AdminError;
 use crate::state::ServerState;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, HeaderMap, HeaderName};
 use axum::response::{IntoResponse, Response};
@@ -19,6 +19,7 @@ use super::wire::{Budget, Handover, OnFault, PutSlot};
 use super::{blocking, blocking_in, list};
 use crate::error::ApiError;
 use crate::openai::{check_content_type, json, read_body};
+use crate::path::Path;
 use crate::ports::Upload;
 use crate::state::ServerState;
 

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Query, Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use axum::response::Response;
 use bytes::Bytes;
@@ -20,6 +20,7 @@ use super::{Page, Turn, upload as form};
 use crate::error::ApiError;
 use crate::identity::Caller;
 use crate::openai::json;
+use crate::path::Path;
 use crate::ports::Shelf;
 use crate::state::ServerState;
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Query, Request, State};
 use axum::response::Response;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -15,6 +15,7 @@ use crate::error::ApiError;
 use crate::identity::Caller;
 use crate::openai::fields::{Fields, mismatch};
 use crate::openai::{json, read_fields};
+use crate::path::Path;
 use crate::state::ServerState;
 
 /// Batches of one page.

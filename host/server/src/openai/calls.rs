@@ -169,8 +169,9 @@ impl CallReader {
         merged(std::mem::take(&mut self.said))
     }
 
+    /// Where a grammar leaves room for calls alone, what is none was cut off in the midst of one: nothing that a reader should see.
     fn text(&mut self, text: &str) {
-        if !text.is_empty() {
+        if !text.is_empty() && self.style != Style::Array {
             self.said.push(Said::Text(text.to_owned()));
         }
     }
@@ -585,6 +586,10 @@ pub(super) mod tests {
             (Style::Bare, "{\"name\": \"ti".into(), vec![vec![text("{\"name\": \"ti")]]),
             (Style::Array, format!("[{object}, {{\"name\": \"time\"}}]"), vec![weather(), time()]),
             (Style::Array, "[]".into(), vec![]),
+            // Cut short: nothing of it is text.
+            (Style::Array, "\n  { \"na".into(), vec![]),
+            (Style::Array, "[ { \"name\" :\n".into(), vec![]),
+            (Style::Array, format!("[{object}, \n {{ \"na"), vec![weather()]),
             // The arguments before the name, as a string, and cut short.
             (Style::Bare, r#"{"arguments": {"a": 1} , "name": "f"}"#.into(), vec![call("f", r#"{"a": 1}"#).to_vec()]),
             (

@@ -104,6 +104,7 @@ fn message(path: &str, value: Value) -> Result<ChatMessage, ApiError> {
     let content = match fields.take("content") {
         None if !tool_calls.is_empty() => String::new(),
         None => return Err(ApiError::invalid(&*param, format!("`{param}` is required"))),
+        Some(value) if role == "assistant" => content(&param, value, &["text", "refusal"])?,
         Some(value) => content(&param, value, &["text"])?,
     };
     Ok(ChatMessage { role, content, name, tool_calls, tool_call_id })

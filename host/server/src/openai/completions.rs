@@ -47,6 +47,10 @@ pub(crate) async fn begin(arrival: Arrival, mut permit: Permit, mut fields: Fiel
     let state = &arrival.state;
     let body = arrival.sent(&fields);
     let (echo, prompt) = (fields.bool("echo")?.unwrap_or(false), fields.require("prompt")?);
+    if fields.bool("add_special_tokens")? == Some(false) {
+        let what = "`add_special_tokens` false, other than by a `prompt` of token ids,";
+        return Err(ApiError::unsupported("add_special_tokens", what));
+    }
     let logprobs = fields.u32("logprobs", 0..=20)?.and_then(|n| u8::try_from(n).ok());
     let is_prompt_alone = echo && fields.get("max_tokens").and_then(whole) == Some(0);
     if is_prompt_alone {

@@ -134,7 +134,7 @@ pub(crate) fn content(param: &str, value: Value, kinds: &[&str]) -> Result<Strin
         let mut fields = Fields::of(&format!("{param}[{i}]"), value)?;
         let kind = fields.text("type")?;
         if kinds.contains(&&*kind) {
-            return fields.text("text");
+            return fields.text(if kind == "refusal" { "refusal" } else { "text" });
         }
         Err(ApiError::unsupported(fields.param("type"), format!("content of type `{kind}`")))
     };

@@ -109,6 +109,7 @@ impl Fields {
         let expect = || match (*range.start(), *range.end()) {
             (i64::MIN, i64::MAX) => "an integer".to_owned(),
             (low, i64::MAX) => format!("an integer of at least {low}"),
+            (low, high) if low == high => low.to_string(),
             (low, high) => format!("an integer from {low} to {high}"),
         };
         self.read(name, expect, |value| whole(value).filter(|n| range.contains(n)))

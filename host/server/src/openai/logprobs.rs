@@ -40,12 +40,17 @@ struct Entry {
 pub(super) struct CompletionLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
-    top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    top_logprobs: Vec<Option<Tops>>,
     text_offset: Vec<usize>,
     /// Characters of the text so far.
     #[serde(skip)]
     n_chars: usize,
 }
+
+/// Tokens and their log-probabilities, in this order, as an object. Not a map of values, which would make other numbers of them
+/// (64 bits) than those in the list beside it.
+#[derive(Debug)]
+struct Tops(Vec<(String, f32)>);
 
 /// `choices[].prompt_logprobs` of a completion, as vLLM has it: for each token an object of tokens by id, its own and the most likely.
 /// Written from the numbers at once: as values it would take several times what the answer does.
@@ -65,6 +70,12 @@ struct Ranked {
     /// 1 for the most likely; none for one that is not among those that were asked for.
     rank: Option<usize>,
     decoded_token: String,
+}
+
+impl Serialize for Tops {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
 }
 
 impl Serialize for PromptLogprobs<'_> {
@@ -145,13 +156,24 @@ impl CompletionLogprobs {
         }
     }
 
-    /// Adds a token that stands in the text as `said`.
+    /// Adds a token that stands in the text as `said`. It is among the most likely ones in any case, as the last of them at least.
     fn add(&mut self, (text, bytes): (&TextModel, &[u8]), score: Option<(f32, &[(u32, f32)])>, said: &[u8]) {
         let name = |id: u32| String::from_utf8_lossy(&text.token_bytes(id)).into_owned();
-        let one = |&(id, logprob): &(u32, f32)| (name(id), finite(logprob).into());
-        self.tokens.push(String::from_utf8_lossy(bytes).into_owned());
+        let own = String::from_utf8_lossy(bytes).into_owned();
+        let tops = |(chosen, top): (f32, &[(u32, f32)])| {
+            let mut tops: Vec<(String, f32)> = Vec::with_capacity(top.len() + 1);
+            let named = top.iter().map(|&(id, logprob)| (name(id), logprob));
+            // Parts of characters may have one name: the object has it once, for the most likely.
+            for (token, logprob) in named.chain([(own.clone(), chosen)]) {
+                if !tops.iter().any(|(other, _)| *other == token) {
+                    tops.push((token, finite(logprob)));
+                }
+            }
+            Tops(tops)
+        };
+        self.top_logprobs.push(score.map(tops));
         self.token_logprobs.push(score.map(|(chosen, _)| finite(chosen)));
-        self.top_logprobs.push(score.map(|(_, top)| top.iter().map(one).collect()));
+        self.tokens.push(own);
         // One that goes on with a character begins where that does.
         let is_inside = said.first().is_some_and(|byte| !begins_character(*byte));
         self.text_offset.push(self.n_chars.saturating_sub(is_inside.into()));

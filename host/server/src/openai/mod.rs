@@ -32,8 +32,8 @@ pub(crate) mod tools;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Path, State};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap};
+use axum::extract::State;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -48,6 +48,7 @@ pub(crate) use self::tokenize::{detokenize, tokenize};
 
 use crate::error::ApiError;
 use crate::identity::Caller;
+use crate::path::Path;
 use crate::state::ServerState;
 use crate::stream::Totals;
 use fields::Fields;
@@ -137,8 +138,11 @@ async fn discard(body: &mut Body, limit: usize) {
     }
 }
 
-/// A body without a type is taken for JSON.
+/// A body without a type is taken for JSON. None is unpacked: how large it becomes is not known before.
 pub(crate) fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
+        return Err(ApiError::ContentEncoding { found: String::from_utf8_lossy(encoding.as_bytes()).into_owned() });
+    }
     let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(()) };
     let text = String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase();
     let essence = text.split(';').next().unwrap_or_default().trim();

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
 
@@ -12,6 +12,7 @@ use crate::admin::wire::ModelState;
 use crate::dispatch::Target;
 use crate::error::ApiError;
 use crate::identity::Caller;
+use crate::path::Path;
 use crate::ports::{Encoder, Variant};
 use crate::state::ServerState;
 

@@ -37,9 +37,35 @@ const SCORE_BYTES: u64 = 160;
 const TOP_BYTES: u64 = 128;
 
 /// Fields of chat completions and completions that would change the answer and that this host does not implement.
-const UNSUPPORTED: [&str; 5] = ["functions", "audio", "suffix", "continue_final_message", "prompt_logprobs"];
+const UNSUPPORTED: [&str; 13] = [
+    "functions",
+    "audio",
+    "suffix",
+    "continue_final_message",
+    "prompt_logprobs",
+    "include_stop_str_in_output",
+    "truncate_prompt_tokens",
+    "chat_template",
+    "documents",
+    "allowed_token_ids",
+    "bad_words",
+    "add_special_tokens",
+    "echo",
+];
 /// The same, of every shape.
-const UNSUPPORTED_ANYWHERE: [&str; 2] = ["logits_processors", "use_beam_search"];
+const UNSUPPORTED_ANYWHERE: [&str; 3] = ["logits_processors", "use_beam_search", "grammar"];
+/// Other servers' samplers, of every shape, and the value at which each does nothing: clients send all that they know.
+const SAMPLERS: [(&str, f64); 9] = [
+    ("length_penalty", 1.0),
+    ("typical_p", 1.0),
+    ("top_a", 0.0),
+    ("tfs", 1.0),
+    ("tfs_z", 1.0),
+    ("top_n_sigma", -1.0),
+    ("mirostat", 0.0),
+    ("xtc_probability", 0.0),
+    ("dry_multiplier", 0.0),
+];
 
 /// Everything but the prompt.
 #[derive(Debug)]
@@ -119,6 +145,7 @@ impl Params {
     /// Reads the fields that all shapes have.
     pub(crate) fn parse(fields: &mut Fields, config: &ServerConfig, own: Own) -> Result<Self, ApiError> {
         refuse(fields, &UNSUPPORTED_ANYWHERE)?;
+        refuse_samplers(fields)?;
         if fields.take("draft").is_some() {
             // Where it has a meaning it has been taken.
             let problem = "`draft` needs `accept: application/x-ndjson`, whose events say to which answer they belong";
@@ -375,7 +402,20 @@ pub(crate) fn refuse(fields: &mut Fields, names: &[&str]) -> Result<(), ApiError
         match fields.take(name) {
             None | Some(Value::Bool(false)) => {}
             Some(Value::Array(list)) if list.is_empty() => {}
+            Some(Value::String(text)) if text.is_empty() => {}
             Some(_) => return Err(ApiError::unsupported(*name, format!("`{name}`"))),
+        }
+    }
+    Ok(())
+}
+
+/// Refuses other servers' samplers that are to do something.
+fn refuse_samplers(fields: &mut Fields) -> Result<(), ApiError> {
+    for (name, neutral) in SAMPLERS {
+        let value = fields.take(name);
+        if value.is_some_and(|value| value.as_f64() != Some(neutral)) {
+            let what = format!("`{name}`, other than {neutral}, which does nothing,");
+            return Err(ApiError::unsupported(name, what));
         }
     }
     Ok(())
@@ -506,6 +546,10 @@ mod tests {
                 "speculative_config.num_speculative_tokens",
                 "from 0 to 16",
             ),
+            (r#"{"model": "m", "bad_words": ["x"]}"#, "bad_words", "not supported"),
+            (r#"{"model": "m", "add_special_tokens": true}"#, "add_special_tokens", "not supported"),
+            (r#"{"model": "m", "mirostat": 2}"#, "mirostat", "other than 0"),
+            (r#"{"model": "m", "typical_p": 0.5}"#, "typical_p", "other than 1"),
             (r#"{"model": "m", "best_of": 2}"#, "best_of", "ask for `n` choices"),
             (r#"{"model": "m", "seed": "x"}"#, "seed", "an integer"),
         ] {
@@ -520,7 +564,8 @@ mod tests {
         let params = parse(
             r#"{"model": "m", "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "frobnicate": 1,
                 "max_tokens": 5, "max_completion_tokens": 7, "top_k": -1, "stop": "x", "priority": -1, "user": "u",
-                "seed": -1, "metadata": {"a": "b"}, "n": 2}"#,
+                "seed": -1, "metadata": {"a": "b"}, "n": 2, "bad_words": [], "grammar": "", "mirostat": 0, "typical_p": 1.0,
+                "echo": false}"#,
         )
         .expect("all of these are fine");
         assert_eq!((params.max_tokens, params.top_k, params.priority), (Some(7), Some(0), Some(Priority::High)));

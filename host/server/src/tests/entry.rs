@@ -157,6 +157,18 @@ async fn a_full_host_loses_none_of_many() {
 }
 
 #[tokio::test]
+async fn who_waits_for_room_waits_no_longer_than_his_timeout() {
+    let rig = Rig::with(ServerConfig { max_requests: 1, ..ServerConfig::default() });
+    rig.engine.play([Play::Hold]);
+    let other = rig.state.submit(completion(&json!({}))).await.expect("admitted");
+    let request = completion(&json!({})).timeout(Duration::from_millis(5));
+    let mut many = rig.state.submit_many([request], 1);
+    let (_, answer) = many.next().await.expect("one");
+    assert_eq!(answer.expect_err("the host says to wait longer").kind, FaultKind::Saturated);
+    drop(other);
+}
+
+#[tokio::test]
 async fn timeouts_are_rounded_into_what_a_request_may_have() {
     let rig = Rig::new();
     for (timeout, ms) in

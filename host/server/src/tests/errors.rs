@@ -180,6 +180,9 @@ async fn bad_requests() {
     let too_long = "i".repeat(129);
     for (request, status, expect) in [
         (request("POST", CHAT, &[("content-type", "text/plain")], "{}"), 415, "unsupported_media_type"),
+        (request("POST", CHAT, &[JSON, ("content-encoding", "gzip")], "{}"), 415, "unsupported_media_type"),
+        (request("GET", "/v1/models/%ff", &[], ""), 400, "invalid_value"),
+        (request("DELETE", "/v1/requests/%ff", &[], ""), 400, "invalid_value"),
         (request("POST", CHAT, &[JSON, ("content-length", "200")], &big), 413, "body_too_large"),
         (request("POST", CHAT, &[JSON], &big), 413, "body_too_large"),
         (request("GET", CHAT, &[], ""), 405, "method_not_allowed"),

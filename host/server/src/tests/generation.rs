@@ -256,7 +256,15 @@ async fn an_echo_says_how_likely_its_prompt_is() {
         let expect = json!({
             "tokens": cut(json!(["<|bos|>", "h", "\u{fffd}", "\u{fffd}", "!", "hello"])),
             "token_logprobs": cut(json!([null, -1.0, -2.0, -9_999.0, -4.0, -0.5])),
-            "top_logprobs": cut(json!([null, top(-1.0), top(-2.0), top(-9_999.0), top(-4.0), {}])),
+            // Each token is among those of its place.
+            "top_logprobs": cut(json!([
+                null,
+                {"hello": -0.125, "\u{fffd}": -1.0, "h": -1.0},
+                top(-2.0),
+                top(-9_999.0),
+                {"hello": -0.125, "\u{fffd}": -4.0, "!": -4.0},
+                {"hello": -0.5},
+            ])),
             "text_offset": cut(json!([0, 0, 1, 1, 2, 3])),
         });
         assert_eq!(choice["logprobs"], expect, "{prompt}");
@@ -320,7 +328,7 @@ async fn prompts_are_listed_as_vllm_lists_them() {
         assert_eq!(choice["prompt_logprobs"], expect, "{body}");
         assert_eq!(choice["text"], if echo { "h\u{e9}!hello" } else { "hello" });
         let told = &choice["logprobs"]["top_logprobs"];
-        assert_eq!(told[1].as_object().map(serde_json::Map::len), echo.then_some(1), "{told}");
+        assert_eq!(told[1].as_object().map(serde_json::Map::len), echo.then_some(2), "{told}");
         assert_eq!(rig.engine.taken.lock().expect("unpoisoned")[0].prompt_logprobs, Some(top.max(u8::from(echo))));
     }
 }

@@ -178,7 +178,7 @@ async fn what_is_wrong_is_told_in_anthropics_words() {
         (json!({"max_tokens": 0}), 400, "invalid_request_error", "`max_tokens` must be an integer from 1"),
         (json!({"max_tokens": 60}), 400, "invalid_request_error", "context of this model is 64 tokens"),
         (json!({"model": "gpt"}), 404, "not_found_error", "known models"),
-        (json!({"n": 2}), 400, "invalid_request_error", "`n` must be an integer from 1 to 1"),
+        (json!({"n": 2}), 400, "invalid_request_error", "`n` must be 1"),
         (json!({"messages": []}), 400, "invalid_request_error", "`messages` must be an array of 1 to 16384 messages"),
         (json!({"messages": [{"role": "tool"}]}), 400, "invalid_request_error", "user, assistant or system"),
         (

@@ -158,7 +158,7 @@ async fn what_cannot_be_done_is_named() {
         (json!({"top_logprobs": 2}), "top_logprobs", "which chat completions have"),
         (json!({"metadata": {"a": 1}}), "metadata", "an object of at most 16 texts"),
         (json!({"max_output_tokens": 0}), "max_output_tokens", "from 1"),
-        (json!({"n": 2}), "n", "from 1 to 1"),
+        (json!({"n": 2}), "n", "must be 1"),
         (json!({"text": {"format": {"type": "xml"}}}), "text.format.type", "a format of type `xml`"),
         (json!({"text": {"format": {"type": "json_schema", "schema": 1}}}), "text.format.schema", "a JSON schema"),
         (json!({"tools": [{"type": "web_search"}]}), "tools[0].type", "a tool of type `web_search`"),
