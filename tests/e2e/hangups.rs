@@ -120,7 +120,8 @@ fn a_thousand_clients_leave_at_any_moment_and_nothing_of_them_stays() {
 fn who_has_what_he_asked_for_has_not_gone_away() {
     let host = host(&[]);
     let ask = |extra: Value| {
-        let mut body = json!({ "model": "demo:f16", "prompt": "The borrow checker", "max_tokens": 60, "temperature": 0 });
+        let mut body =
+            json!({ "model": "demo:f16", "prompt": "The borrow checker", "max_tokens": 60, "temperature": 0 });
         let (Value::Object(body), Value::Object(extra)) = (&mut body, extra) else { panic!("objects") };
         body.extend(extra);
         let answer = host.post("/v1/completions", &json!(body));
@@ -131,7 +132,10 @@ fn who_has_what_he_asked_for_has_not_gone_away() {
     let stop: String = text.chars().skip(text.chars().count() / 2).take(4).collect();
     for _ in 0..10 {
         let answer = ask(json!({ "stop": stop, "n": 2 }));
-        assert!(answer["choices"].as_array().is_some_and(|c| c.iter().all(|c| c["finish_reason"] == "stop")), "{answer}");
+        assert!(
+            answer["choices"].as_array().is_some_and(|c| c.iter().all(|c| c["finish_reason"] == "stop")),
+            "{answer}"
+        );
         ask(json!({ "stop": [stop], "stream": true }));
     }
     raw::rests(&host);

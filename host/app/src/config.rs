@@ -101,6 +101,8 @@ pub(crate) struct ServerSection {
     pub shutdown_grace_ms: u64,
     /// Request headers that routers may ask for as `header.<name>`; a `*` at the end stands for any rest.
     pub route_headers: Vec<String>,
+    /// Origins of web pages that may read answers; `*` for all of them.
+    pub cors_origins: Vec<String>,
     /// File with further keys, read again at SIGHUP; empty for none.
     pub api_keys_file: PathBuf,
     /// API keys by name; with none here and no file, anybody is served.
@@ -391,6 +393,7 @@ impl Default for ServerSection {
             response_cache_ttl_s: 3_600,
             shutdown_grace_ms: 20_000,
             route_headers: vec!["x-*".to_owned()],
+            cors_origins: Vec::new(),
             api_keys_file: PathBuf::new(),
             api_keys: BTreeMap::new(),
             tls: TlsSection::default(),

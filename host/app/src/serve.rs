@@ -317,6 +317,7 @@ fn server_config(config: &Config, api_keys: Vec<ApiKey>) -> ServerConfig {
         admin_tokens: admin_tokens(config),
         load_wait_ms: config.engine.load_wait_ms,
         route_headers: server.route_headers.clone(),
+        cors_origins: server.cors_origins.clone(),
         admin_remote: !config.admin.listen.ip().is_loopback(),
         explain_requests: config.policy.explain_requests as usize,
         batch: batch_config(&config.batch),

@@ -62,6 +62,8 @@ pub struct ServerConfig {
     pub sink_events: usize,
     /// Request headers that routers may ask for as `header.<name>`, lower case; a `*` at the end stands for any rest.
     pub route_headers: Vec<String>,
+    /// Origins of web pages that may read answers, as browsers write them, or `*` for all of them; empty for none.
+    pub cors_origins: Vec<String>,
     /// API keys; empty leaves the data plane open.
     pub api_keys: Vec<ApiKey>,
     /// Bearer tokens of the admin plane; at least one is required when it listens beyond loopback.
@@ -150,6 +152,15 @@ pub enum ConfigError {
     /// A host that asks for keys and knows none.
     #[error("there are no API keys: nobody could send a request; make one with `pointsman key new`")]
     NoKeys,
+    /// No origin.
+    #[error(
+        "cors_origins: `{found}` is none: write `*` alone, or scheme and host in lower case with no path, as in \
+         `https://chat.example`"
+    )]
+    Origin {
+        /// As it was written.
+        found: String,
+    },
     /// The admin plane would be open to the network.
     #[error("the admin plane listens beyond loopback and has no token: set admin.token, or a token under admin.tokens")]
     OpenAdmin,
@@ -189,6 +200,7 @@ impl Default for ServerConfig {
             cache_ttl_ms: 3_600_000,
             sink_events: 4_096,
             route_headers: Vec::new(),
+            cors_origins: Vec::new(),
             api_keys: Vec::new(),
             admin_tokens: Vec::new(),
             admin_remote: false,
@@ -232,6 +244,9 @@ impl ServerConfig {
         }
         if self.max_header_bytes < 8_192 {
             return Err(ConfigError::HeaderBytes { found: self.max_header_bytes });
+        }
+        if let Some(found) = crate::cors::wrong(&self.cors_origins) {
+            return Err(ConfigError::Origin { found: found.to_owned() });
         }
         check_keys(&self.api_keys)?;
         if let Some(empty) = self.admin_tokens.iter().find(|token| token.token.expose().is_empty()) {

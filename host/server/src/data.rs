@@ -10,7 +10,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::{ApiError, panicked};
 use crate::state::ServerState;
-use crate::{anthropic, batch, identity, keys, openai, ops};
+use crate::{anthropic, batch, cors, identity, keys, openai, ops};
 
 /// Paths with the methods that they answer, for the description, and with their handlers.
 pub(crate) type Routes = Vec<(&'static str, &'static [&'static str], MethodRouter<Arc<ServerState>>)>;
@@ -54,7 +54,13 @@ pub fn data_router(state: &Arc<ServerState>) -> Router {
         .layer(middleware::from_fn_with_state(Arc::clone(state), keys::meter))
         .layer(CatchPanicLayer::custom(panicked));
     let router = routes().into_iter().fold(Router::new(), |router, (path, _, route)| router.route(path, route));
-    router.fallback(unknown_route).method_not_allowed_fallback(wrong_method).layer(layers).with_state(Arc::clone(state))
+    let router = router.fallback(unknown_route).method_not_allowed_fallback(wrong_method).layer(layers);
+    // Outermost: a browser asks whether it may ask without a key, and must be able to read refusals.
+    let router = match cors::layer(&state.config.cors_origins) {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.with_state(Arc::clone(state))
 }
 
 pub(crate) async fn unknown_route(request: Request) -> ApiError {

@@ -223,7 +223,9 @@ impl ApiError {
             Self::Json(_) | Self::Utf8 { .. } => class(400, INVALID, "invalid_json", false),
             Self::BodyBroken => class(400, INVALID, "incomplete_body", false),
             Self::Context { .. } | Self::InputTooLong { .. } => class(400, INVALID, "context_length_exceeded", false),
-            Self::ContentType { .. } | Self::ContentEncoding { .. } => class(415, INVALID, "unsupported_media_type", false),
+            Self::ContentType { .. } | Self::ContentEncoding { .. } => {
+                class(415, INVALID, "unsupported_media_type", false)
+            }
             Self::Unauthorized { .. } | Self::ApiKey { .. } => {
                 class(401, "authentication_error", "invalid_api_key", false)
             }

@@ -14,6 +14,7 @@ mod anthropic;
 mod batch;
 mod cache;
 mod config;
+mod cors;
 mod data;
 mod demand;
 mod dispatch;

@@ -194,7 +194,7 @@ impl CallReader {
                 }
             }
             Place::Behind => self.behind(c),
-            Place::Rest => self.said.push(Said::Text(c.into())),
+            Place::Rest => self.text(c.encode_utf8(&mut [0; 4])),
             Place::Arguments => self.said.push(Said::Arguments(c.into())),
         }
     }

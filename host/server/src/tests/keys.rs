@@ -167,6 +167,39 @@ async fn pages_on_the_web_may_read_nothing() {
 }
 
 #[tokio::test]
+async fn pages_of_listed_origins_may_ask_and_read() {
+    let listed = ["https://chat.example".to_owned(), "http://localhost:3000".to_owned()];
+    for (origins, origin, allowed) in [
+        (listed.to_vec(), "https://chat.example", Some("https://chat.example")),
+        (listed.to_vec(), "https://evil.example", None),
+        (vec!["*".to_owned()], "https://evil.example", Some("*")),
+    ] {
+        let config = ServerConfig {
+            cors_origins: origins,
+            api_keys: vec![key("k", Priority::Normal)],
+            ..ServerConfig::default()
+        };
+        let rig = Rig::with(config);
+        let asks = [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", "authorization,content-type"),
+        ];
+        // Browsers ask without a key, and read refusals too.
+        for (method, status) in [("OPTIONS", 200), ("POST", 401)] {
+            let answer = rig.send(request(method, COMPLETIONS, &asks, &body(1))).await;
+            assert_eq!(answer.status, status, "{method} from {origin}");
+            let found = answer.headers.get("access-control-allow-origin").and_then(|value| value.to_str().ok());
+            assert_eq!(found, allowed, "{method} from {origin}");
+            assert!(!answer.headers.contains_key("access-control-allow-credentials"));
+            if method == "OPTIONS" {
+                assert_eq!(answer.header("access-control-allow-headers"), "authorization,content-type");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn tenants_are_charged_for_what_they_were_served() {
     let rig = Rig::new();
     let fails = || Play::Now(vec![SinkEvent::Failed(Failure::Engine("boom".into()))]);
