@@ -29,13 +29,15 @@ pub(crate) fn layer(origins: &[String]) -> Option<CorsLayer> {
 /// The first origin that is none as browsers write it, where `*` is the only one or there is none of it.
 pub(crate) fn wrong(origins: &[String]) -> Option<&str> {
     let is_alone = origins.len() == 1;
-    origins.iter().map(String::as_str).find(|&origin| !is_origin(origin) && !(origin == "*" && is_alone))
+    origins.iter().map(String::as_str).find(|&origin| !is_origin(origin) && (origin != "*" || !is_alone))
 }
 
 fn is_origin(text: &str) -> bool {
     let Ok(uri) = text.parse::<Uri>() else { return false };
     let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return false };
-    text == format!("{scheme}://{authority}") && !authority.as_str().contains('@') && text == text.to_ascii_lowercase()
+    text == format!("{scheme}://{authority}")
+        && !authority.as_str().contains(['@', '*'])
+        && text == text.to_ascii_lowercase()
 }
 
 #[cfg(test)]
