@@ -137,6 +137,38 @@ fn every_fault_is_told_with_its_remedy() {
 }
 
 #[test]
+fn a_configuration_that_is_refused_says_what_to_change_and_each_cause_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let written = |i: usize, text: &str| {
+        let file = folder.path().join(format!("{i}.toml"));
+        fs::write(&file, text).expect("a file");
+        file.to_str().expect("a path").to_owned()
+    };
+    let none = folder.path().join("none.toml").to_str().expect("a path").to_owned();
+    let rows = [
+        ("[server]\nlissten = 1\n", "write `server.listen` in place of `server.lissten`"),
+        ("[server]\nzzzzzzzzzzzzzz = 1\n", "`server.zzzzzzzzzzzzzz`"),
+        ("[server\n", "at the line that is shown"),
+        ("[server]\napi_keys_file = \"/nowhere/keys.toml\"\n", "the file that server.api_keys_file names"),
+        ("[admin]\nlisten = \"0.0.0.0:0\"\n", "set admin.token"),
+        ("[sched]\nblock_tokens = 15\n", "change `sched.block_tokens` from 15"),
+        ("[server.tls]\ncert_file = \"/nowhere/a\"\n", "cert_file and key_file"),
+        ("[upstreams.cpu]\nurl = \"http://127.0.0.1:1\"\nmodel = \"m\"\n", "[upstreams]"),
+    ];
+    let files = rows.iter().enumerate().map(|(i, (text, remedy))| (written(i, text), *remedy));
+    for (file, says) in files.chain([(none.clone(), &*none)]) {
+        // In the environment it would come before the file.
+        let command = &mut Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
+        let output = command.args(["doctor", "--json", "--config", &file]).output().expect("the program runs");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let finding = finding(&report, "config", "file and environment");
+        let text = |member: &str| finding[member].as_str().unwrap_or_default().to_owned();
+        assert!(text("remedy").contains(says), "{says}: {finding}");
+        assert!(text("found").matches("os error").count() <= 1, "{finding}");
+    }
+}
+
+#[test]
 fn the_stored_deployment_of_a_running_host_is_tried_and_not_touched() {
     let host = host(&[]);
     let digest = host.upload(&fs::read(prebuilt("fixture-router")).expect("a fixture"));

@@ -9,6 +9,7 @@ mod drafts;
 mod machine;
 mod models;
 mod policies;
+mod remedy;
 mod report;
 mod store;
 mod upstreams;
@@ -19,6 +20,7 @@ use std::net::{SocketAddr, TcpListener};
 use anyhow::bail;
 use serde_json::json;
 
+use crate::causes::told;
 use crate::cli::DoctorArgs;
 use crate::clock::SystemClock;
 use crate::config::Config;
@@ -37,12 +39,8 @@ pub(crate) fn run(args: &DoctorArgs, out: &mut dyn Write) -> anyhow::Result<()> 
     match serve::configure(&args.serve) {
         Ok(config) => all(&config, &mut report)?,
         Err(error) => {
-            report.fault(
-                "config",
-                "file and environment",
-                format!("{error:#}"),
-                "what else there is needs a configuration",
-            )?;
+            let found = told(error.chain());
+            report.fault("config", "file and environment", found, &remedy::remedy(&error))?;
         }
     }
     let (faults, warnings) = (report.faults(), report.warnings());
@@ -102,7 +100,7 @@ fn serving_devices(config: &Config, report: &mut Report<'_>) -> anyhow::Result<(
             }
             places.iter().try_for_each(|place| report.good("devices", &place.name(), place.description()))
         }
-        Err(error) => report.fault("devices", "engine.devices", format!("{error:#}"), "ask for a device that is there"),
+        Err(error) => report.fault("devices", "engine.devices", told(error.chain()), "ask for a device that is there"),
     }
 }
 

@@ -8,6 +8,7 @@ mod anomaly;
 mod apply;
 mod bench;
 mod builtin;
+mod causes;
 mod cli;
 mod client;
 mod clock;
@@ -82,7 +83,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             #[expect(clippy::print_stderr, reason = "the fault that ends the program")]
             {
-                eprintln!("pointsman: {error:#}");
+                eprintln!("pointsman: {}", causes::told(error.chain()));
             }
             // A check that had nothing to check has not failed.
             ExitCode::from(if is_check && error.is::<NoGpu>() { 3 } else { 1 })

@@ -245,6 +245,12 @@ impl FakeEngine {
         *self.catalog.lock().expect("unpoisoned") = Arc::default();
     }
 
+    /// Serves texts alone.
+    pub(crate) fn forget_encoders(&self) {
+        let mut catalog = self.catalog.lock().expect("unpoisoned");
+        *catalog = Arc::new(Catalog { encoders: Vec::new(), ..Catalog::clone(&catalog) });
+    }
+
     /// Makes these models known; those of a variant are served.
     pub(crate) fn know(&self, names: &[&str]) {
         let mut catalog = self.catalog.lock().expect("unpoisoned");

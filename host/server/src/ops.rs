@@ -81,10 +81,8 @@ fn can_serve(state: &ServerState, catalog: &Catalog) -> bool {
 fn degraded(state: &ServerState, catalog: &Catalog) -> Vec<String> {
     let slots = state.policies.slots().into_iter();
     let slots = slots.filter(|slot| slot.health.state != HealthState::Closed && slot.health.reason.is_some());
-    // Upstreams are listed among the devices too, and have names that no device has.
     let upstreams: Vec<(&str, bool)> = catalog.upstreams().map(|(_, u)| (&**u.name(), u.is_up())).collect();
-    let is_upstream = |name: &str| upstreams.iter().any(|(upstream, _)| *upstream == name);
-    let devices = state.models.devices().into_iter().filter(|d| d.state != "up" && !is_upstream(&d.name));
+    let devices = state.own_devices().filter(|device| device.state != "up");
     let models = state.models.models().into_iter();
     let models = models.filter(|model| model.state == ModelState::Failed && model.source == ModelSource::Loaded);
     let down = upstreams.iter().filter(|(_, is_up)| !is_up);

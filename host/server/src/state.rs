@@ -13,6 +13,7 @@ use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
 use tokio::task::JoinSet;
 
 use crate::admin::places::Places;
+use crate::admin::wire;
 use crate::admission::{Admission, Bounds, Permit};
 use crate::batch::Desk;
 use crate::cache::ResponseCache;
@@ -234,6 +235,9 @@ impl ServerState {
         {
             return text.clone();
         }
+        for device in self.own_devices() {
+            self.metrics.device(&device.name, device.state == "up");
+        }
         let mut text = self.metrics.render();
         if self.keys.are_needed() {
             // The plane of those who have keys must not tell them of one another; the admin plane has the accounts.
@@ -242,6 +246,13 @@ impl ServerState {
         let text = Bytes::from(text);
         *last = Some((now, text.clone()));
         text
+    }
+
+    /// The devices here. Upstreams are listed among them, and have names that no device has.
+    pub(crate) fn own_devices(&self) -> impl Iterator<Item = wire::Device> {
+        let catalog = self.engine.catalog();
+        let is_here = move |device: &wire::Device| catalog.upstreams().all(|(_, u)| **u.name() != *device.name);
+        self.models.devices().into_iter().filter(is_here)
     }
 
     /// Runs a task that shutdown aborts; must be called inside the runtime.

@@ -79,6 +79,7 @@ pub struct Metrics {
     alerts: IntCounterVec,
     batches: IntGaugeVec,
     batch_lines: IntCounterVec,
+    device_up: IntGaugeVec,
     tls_reloads: IntCounterVec,
     tls_failures: IntCounterVec,
     connections: IntGaugeVec,
@@ -514,11 +515,17 @@ impl Metrics {
                 "Lines of batches, by what they came to.",
                 &["outcome"],
             ),
-            tls_reloads: counter(
-                "pointsman_tls_reloads_total",
-                "Certificates read again, by plane and by what came of it.",
-                &["plane", "outcome"],
-            ),
+            device_up: gauge("pointsman_device_up", "1 while the driver of a device runs.", &["device"]),
+            tls_reloads: {
+                let name = "pointsman_tls_reloads_total";
+                let reloads =
+                    counter(name, "Certificates read again, by plane and by what came of it.", &["plane", "outcome"]);
+                // There from the start, so that the first is an increase for who watches.
+                for plane in ["data", "admin", "upstreams"] {
+                    let _ = reloads.with_label_values(&[plane, "kept_old"]);
+                }
+                reloads
+            },
             tls_failures: counter(
                 "pointsman_tls_failures_total",
                 "Connections that ended in their TLS handshake, by why.",
@@ -580,6 +587,11 @@ impl Metrics {
     /// The certificate of a plane was read again; whether it is used.
     pub fn tls_reload(&self, plane: &str, is_used: bool) {
         self.tls_reloads.with_label_values(&[plane, if is_used { "used" } else { "kept_old" }]).inc();
+    }
+
+    /// Whether the driver of a device runs.
+    pub fn device(&self, device: &str, is_up: bool) {
+        self.device_up.with_label_values(&[device]).set(is_up.into());
     }
 
     /// A connection ended in its handshake.

@@ -2,6 +2,7 @@
 
 use pointsman_server::Validity;
 
+use crate::causes::told;
 use crate::config::Config;
 
 use super::report::Report;
@@ -19,7 +20,7 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
             }
             Err(error) => {
                 let remedy = "put files in their place that the host may read (docs/tls.md)";
-                report.fault("tls", name, chain(&error), remedy)?;
+                report.fault("tls", name, told(anyhow::Error::from(error).chain()), remedy)?;
             }
         }
     }
@@ -71,14 +72,6 @@ pub(super) fn left(Validity { from_s, until_s }: Validity, now_s: u64) -> Left {
         Some(_) if from_s > now_s => Left::NotYet { days: (from_s - now_s).div_ceil(DAY), expires: days },
         Some(left_s) if left_s < WARNING_S => Left::Little { days },
         Some(_) => Left::Enough { days },
-    }
-}
-
-/// An error with what caused it.
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
     }
 }
 

@@ -14,6 +14,7 @@ use pointsman_telemetry::Names;
 
 use super::machine::available_memory;
 use super::report::Report;
+use crate::causes::told;
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::devices::Place;
@@ -37,7 +38,8 @@ pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<
         match load_aside(config, name, path) {
             Ok(bytes) => report.good("models", name, format!("{}, {}", path.display(), Bytes(bytes)))?,
             Err(error) => {
-                report.fault("models", name, format!("{error:#}"), "bring what is named, or leave the model out")?;
+                let remedy = "bring what is named, or leave the model out";
+                report.fault("models", name, told(error.chain()), remedy)?;
             }
         }
     }
@@ -48,7 +50,7 @@ pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<
                 report.good("models", name, found)?;
             }
             Err(error) => {
-                let found = format!("loaded while a host ran, and would not be again: {error:#}");
+                let found = format!("loaded while a host ran, and would not be again: {}", told(error.chain()));
                 let remedy = format!(
                     "bring {} back below engine.model_dirs, or start without it and `pointsman model unload {name}`",
                     path.display()
@@ -62,7 +64,8 @@ pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<
 
 /// Models that a start would load again.
 fn stored(config: &Config, root: Option<&Path>, report: &mut Report<'_>) -> anyhow::Result<BTreeMap<String, PathBuf>> {
-    let models = match root.map_or(Ok(ModelsDocument::empty()), stored_models) {
+    // What is wrong with the folder itself is told where it is examined.
+    let models = match root.filter(|root| root.is_dir()).map_or(Ok(ModelsDocument::empty()), stored_models) {
         Ok(stored) => stored.models,
         Err(error) => {
             let remedy =

@@ -14,6 +14,7 @@ use pointsman_server::admin::wire::{self, HealthState};
 use tempfile::TempDir;
 
 use super::report::Report;
+use crate::causes::told;
 use crate::config::Config;
 use crate::serve;
 use crate::store::Store;
@@ -34,7 +35,7 @@ pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<
         Ok((false, slots)) => slots.into_iter().try_for_each(|slot| tell(slot, report)),
         Err(error) => {
             let remedy = "free memory or disk, or serve with --safe-mode";
-            report.fault("policies", "start", format!("{error:#}"), remedy)
+            report.fault("policies", "start", told(error.chain()), remedy)
         }
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use pointsman_engine::cuda::Bytes;
 
 use super::report::Report;
+use crate::causes::told;
 
 /// Room under which somebody should look: some components, their compiled code and a journal.
 const LITTLE_ROOM: u64 = 1 << 30;
@@ -16,7 +17,7 @@ pub(super) fn examine(root: &anyhow::Result<PathBuf>, report: &mut Report<'_>) -
     let root = match root {
         Ok(root) => root,
         Err(error) => {
-            report.fault("store", "data directory", format!("{error:#}"), "name a folder with --data-dir")?;
+            report.fault("store", "data directory", told(error.chain()), "name a folder with --data-dir")?;
             return Ok(false);
         }
     };

@@ -10,6 +10,7 @@ use pointsman_telemetry::Metrics;
 
 use super::certificates::{Left, left};
 use super::report::Report;
+use crate::causes::told;
 use crate::clock::SystemClock;
 use crate::config::Config;
 
@@ -36,7 +37,7 @@ pub(super) fn examine(config: &Config, now_s: u64, report: &mut Report<'_>) -> a
             },
             Err(error) => {
                 let remedy = "correct it, or leave the upstream out (docs/upstreams.md)";
-                report.fault("upstreams", name, format!("{error:#}"), remedy)?;
+                report.fault("upstreams", name, told(error.chain()), remedy)?;
             }
         }
         let file = section.ca_file.display();

@@ -293,12 +293,16 @@ async fn a_host_that_loads_or_drains_says_so() {
     // The only device with replicas is gone, and another without them is not: alive, and nothing to send it.
     let rig = Rig::new();
     rig.admin.is_degraded.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(rig.send(request("GET", "/ready", &[], "")).await.status, 200, "embeddings are made on");
+    rig.engine.forget_encoders();
     let health = rig.send(request("GET", "/health", &[], "")).await;
     let degraded = &serde_json::from_str::<serde_json::Value>(&health.body).expect("JSON")["degraded"];
     assert_eq!((health.status, degraded), (200, &json!(["device cpu", "model org/m"])));
     let ready = rig.send(request("GET", "/ready", &[], "")).await;
     assert_eq!((ready.status, code(&ready).as_str()), (503, "no_replica"));
     assert!(ready.body.contains("device cpu, model org/m"), "{}", ready.body);
+    let metrics = rig.send(request("GET", "/metrics", &[], "")).await.body;
+    assert!(metrics.contains("pointsman_device_up{device=\"cpu\"} 0\n"), "{metrics}");
     rig.engine.know(&["lazy"]);
     assert_eq!(rig.send(request("GET", "/ready", &[], "")).await.status, 200, "a request would bring one");
 }
