@@ -20,20 +20,20 @@ use crate::{Listeners, ServerConfig, serve};
 const ENHANCE_YOUR_CALM: u32 = 0xb;
 
 /// A host that serves, and what stops it.
-struct Served {
-    data: SocketAddr,
+pub(super) struct Served {
+    pub(super) data: SocketAddr,
     admin: SocketAddr,
-    stop: oneshot::Sender<()>,
-    serving: JoinSet<()>,
+    pub(super) stop: oneshot::Sender<()>,
+    pub(super) serving: JoinSet<()>,
 }
 
 /// A connection, and its end.
-struct Connected {
+pub(super) struct Connected {
     requests: SendRequest<Bytes>,
     ended: JoinSet<Result<(), h2::Error>>,
 }
 
-async fn served(config: ServerConfig) -> Served {
+pub(super) async fn served(config: ServerConfig) -> Served {
     let rig = Rig::with(config);
     let bind = async || tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let listeners = Listeners { data: bind().await.into(), admin: bind().await.into() };
@@ -48,7 +48,7 @@ async fn served(config: ServerConfig) -> Served {
     Served { data, admin, stop, serving }
 }
 
-async fn connect(at: SocketAddr, builder: &Builder) -> Connected {
+pub(super) async fn connect(at: SocketAddr, builder: &Builder) -> Connected {
     let stream = TcpStream::connect(at).await.expect("it listens");
     let (requests, connection) = builder.handshake(stream).await.expect("HTTP/2");
     let mut ended = JoinSet::new();
@@ -98,7 +98,7 @@ async fn goodbye_of(at: SocketAddr, sent: &[u8]) -> Option<u32> {
 }
 
 impl Connected {
-    fn get(&mut self, url: &str) -> ResponseFuture {
+    pub(super) fn get(&mut self, url: &str) -> ResponseFuture {
         let request = Request::get(url).body(()).expect("a request");
         self.requests.send_request(request, true).expect("a stream").0
     }
@@ -110,7 +110,7 @@ impl Connected {
     }
 
     /// As many requests at once as that find places, as soon as what came before has given them back.
-    async fn finds_places(&mut self, n_places: usize) {
+    pub(super) async fn finds_places(&mut self, n_places: usize) {
         for _ in 0..1_000 {
             let again: Vec<_> = std::iter::repeat_with(|| self.begin()).take(n_places).collect();
             let mut n_let_in = 0;

@@ -12,6 +12,7 @@ mod generation;
 mod http2;
 mod keys;
 mod messages;
+mod places;
 mod progressive;
 mod responses;
 mod routing;
