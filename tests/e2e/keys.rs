@@ -1,7 +1,6 @@
 //! API keys as an operator uses them: made, read again while the host runs, limited, accounted, and never logged.
 
 use std::path::Path;
-use std::process::Command;
 
 use pointsman_tests::{Answer, Host};
 use serde_json::{Value, json};
@@ -30,11 +29,6 @@ fn ask_until(host: &Host, key: &str, status: u16) -> bool {
         .any(|_| host.send("GET", &format!("{}/v1/models", host.data), &[("x-api-key", key)], b"").status == status)
 }
 
-fn hang_up(host: &Host) {
-    let sent = Command::new("kill").args(["-HUP", &host.pid().to_string()]).status();
-    assert!(sent.is_ok_and(|status| status.success()), "kill is there");
-}
-
 fn config(keys: &Path) -> String {
     format!("[server]\napi_keys_file = {:?}\n", keys.to_str().expect("UTF-8"))
 }
@@ -50,18 +44,18 @@ fn keys_are_read_again_and_a_broken_file_changes_nothing() {
     let statuses = |keys: &[&str]| keys.iter().map(|key| ask(&host, key, "Rust is").status).collect::<Vec<_>>();
     assert_eq!(statuses(&[&first, &second, ""]), [200, 401, 401]);
     std::fs::write(&file, format!("{first_lines}\n{second_lines}")).expect("a file");
-    hang_up(&host);
+    host.signal("-HUP");
     assert!(ask_until(&host, &second, 200), "{}", host.log());
     for broken in ["[keys", "[keys]\n", &format!("[keys.x]\nhash = \"{first}\"\n")] {
         std::fs::write(&file, broken).expect("a file");
         let before = host.log().matches("stay what they were").count();
-        hang_up(&host);
+        host.signal("-HUP");
         let told = || host.log().matches("stay what they were").count() > before;
         assert!((0..PATIENCE).any(|_| ask_until(&host, &first, 200) && told()), "{broken}: {}", host.log());
         assert_eq!(statuses(&[&first, &second]), [200, 200], "{broken}");
     }
     std::fs::write(&file, &second_lines).expect("a file");
-    hang_up(&host);
+    host.signal("-HUP");
     assert!(ask_until(&host, &first, 401), "{}", host.log());
     assert_eq!(statuses(&[&first, &second]), [401, 200]);
     let log = host.log();

@@ -6,7 +6,6 @@
 //! start nothing that was promised may be missing, and nothing may be there that nobody asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ed25519_compact::{KeyPair, Seed};
@@ -581,8 +580,7 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
             for _ in 0..spins {
                 std::hint::spin_loop();
             }
-            let killed = Command::new("kill").args(["-KILL", &host.pid().to_string()]).status();
-            assert!(killed.is_ok_and(|status| status.success()), "kill {kill}");
+            host.signal("-KILL");
         });
         host = host.restart(&[]);
         told.check(&host);

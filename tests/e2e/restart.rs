@@ -119,8 +119,7 @@ fn a_signal_lets_a_running_stream_end() {
                 .is_some_and(|t| t.lines().any(|l| l == "vllm:num_requests_running{model_name=\"demo:f16\"} 1"))
         };
         assert!((0..10_000).any(|_| running()), "the stream starts");
-        let killed = std::process::Command::new("kill").args(["-TERM", &host.pid().to_string()]).status();
-        assert!(killed.is_ok_and(|status| status.success()));
+        host.signal("-TERM");
         let streamed = stream.join().expect("no panic").expect("a stream that has begun ends");
         assert_eq!((streamed.tokens.len(), streamed.finish.as_str()), (400, "length"));
     });

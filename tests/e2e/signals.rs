@@ -5,17 +5,12 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use pointsman_tests::Host;
+use pointsman_tests::{Host, signal};
 
 use crate::trust::PROGRAM;
 
 /// Requests that are sent while waiting for a signal to be heard; each takes the host a millisecond.
 const PATIENCE: usize = 5_000;
-
-fn send(signal: &str, process: u32) {
-    let sent = Command::new("kill").args([signal, &process.to_string()]).status();
-    assert!(sent.is_ok_and(|status| status.success()), "kill is there");
-}
 
 #[test]
 fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
@@ -25,7 +20,7 @@ fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
     let streamed = host.stream_heard(&body, |_| {
         n_events += 1;
         if n_events == 3 {
-            send("-HUP", host.pid());
+            host.signal("-HUP");
         }
     });
     assert_eq!(streamed.map(|streamed| (streamed.tokens.len(), streamed.finish)), Ok((64, "length".into())));
@@ -35,7 +30,7 @@ fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
 
 #[test]
 fn a_signal_during_the_start_ends_it_in_order() {
-    for signal in ["-TERM", "-INT"] {
+    for name in ["-TERM", "-INT"] {
         let folder = tempfile::tempdir().expect("a folder");
         // Nobody ever writes to the list of models: who opens it waits.
         let made = Command::new("mkfifo").arg(folder.path().join("models.json")).status();
@@ -50,8 +45,8 @@ fn a_signal_during_the_start_ends_it_in_order() {
             .expect("the host starts");
         let mut log = BufReader::new(host.stderr.take().expect("it is piped")).lines().map_while(Result::ok);
         assert!(log.any(|line| line.contains("answer when the models are loaded")), "it starts");
-        send(signal, host.id());
-        assert!(log.any(|line| line.contains("stopped before it was ready")), "{signal} is heard");
-        assert_eq!(host.wait().expect("it ends").code(), Some(0), "{signal}");
+        signal(host.id(), name);
+        assert!(log.any(|line| line.contains("stopped before it was ready")), "{name} is heard");
+        assert_eq!(host.wait().expect("it ends").code(), Some(0), "{name}");
     }
 }

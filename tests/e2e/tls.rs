@@ -31,11 +31,6 @@ fn is_trusted(url: &str, trusted: &Path) -> bool {
     get(&client(trusted), url).is_some()
 }
 
-fn hang_up(host: &Host) {
-    let sent = Command::new("kill").args(["-HUP", &host.pid().to_string()]).status();
-    assert!(sent.is_ok_and(|status| status.success()), "kill is there");
-}
-
 /// Files of one plane, as an operator puts them there.
 fn place(from: &Path, to: &Path, mode: u32) {
     std::fs::copy(from, to).expect("a file");
@@ -91,13 +86,13 @@ fn both_planes_speak_tls_and_take_a_renewed_certificate() {
     for (n, (text, mode)) in [("no certificate", 0o600), ("", 0o644)].into_iter().enumerate() {
         std::fs::write(&served, text).expect("a file");
         std::fs::set_permissions(&served, std::fs::Permissions::from_mode(mode)).expect("a file of ours");
-        hang_up(&host);
+        host.signal("-HUP");
         let told = || host.log().matches("a certificate stays what it was").count() == 2 * (n + 1);
         assert!((0..PATIENCE).any(|_| get(&open, &data).is_some() && told()), "{}", host.log());
         assert!(is_trusted(&data, &old), "{text}");
     }
     place(&renewed, &served, 0o640);
-    hang_up(&host);
+    host.signal("-HUP");
     for url in [&data, &admin] {
         assert!((0..PATIENCE).any(|_| is_trusted(url, &renewed)), "{}", host.log());
         assert!(!is_trusted(url, &old), "{url}");

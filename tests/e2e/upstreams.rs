@@ -6,7 +6,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use pointsman_tests::{Answer, Host, root};
@@ -340,10 +339,11 @@ fn what_fails_alone_is_told_and_then_left_alone() {
     }
 }
 
-/// Sends a signal to a host.
-fn signal(host: &Host, name: &str) {
-    let sent = Command::new("kill").args([name, &host.pid().to_string()]).status();
-    assert!(sent.is_ok_and(|status| status.success()), "no signal {name}");
+/// What is left of a stream.
+fn rest(mut reader: BufReader<TcpStream>) -> String {
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("the rest");
+    text
 }
 
 /// A process that is stopped keeps its sockets and says nothing; one that is killed in the middle of an answer resets them.
@@ -357,26 +357,20 @@ fn another_process_hangs_comes_back_and_dies() {
     let near = near(&[("far", &far.data, lines)]);
     let mut body = chat("demo");
     (body["max_tokens"], body["ignore_eos"], body["stream"]) = (400.into(), true.into(), true.into());
-    let rest = |mut reader: BufReader<TcpStream>| {
-        let mut text = String::new();
-        reader.read_to_string(&mut text).expect("the rest");
-        text
-    };
-
     let reader = begin(&near, "hangs", &body, "\"content\"");
-    signal(&far, "-STOP");
+    far.signal("-STOP");
     let text = rest(reader);
     assert!(text.contains("upstream_timeout") && !text.contains("[DONE]"), "{text}");
     metrics(&near, "up{upstream=\"far\"}", 0.0);
     let answer = post(&near, "down", &chat("demo"));
     assert_eq!((answer.status, &answer.body["error"]["code"]), (503, &json!("no_replica")), "{answer:?}");
 
-    signal(&far, "-CONT");
+    far.signal("-CONT");
     metrics(&near, "up{upstream=\"far\"}", 1.0);
     assert_eq!(post(&near, "again", &chat("demo")).status, 200);
 
     let reader = begin(&near, "dies", &body, "\"content\"");
-    signal(&far, "-KILL");
+    far.signal("-KILL");
     let text = rest(reader);
     assert!(text.contains("the upstream `far` broke off before") && !text.contains("[DONE]"), "{text}");
     let metrics = metrics(&near, "up{upstream=\"far\"}", 0.0);
@@ -415,12 +409,6 @@ fn ends(wire: Wire) {
     let near = near(&[("begins", &url, line("begins")), ("hangs", &hangs, line("hangs"))]);
     let mut body = chat("begins");
     body["stream"] = true.into();
-    let rest = |mut reader: BufReader<TcpStream>| {
-        let mut text = String::new();
-        reader.read_to_string(&mut text).expect("the rest");
-        text
-    };
-
     drop(begin(&near, "gone", &body, "half"));
     closed.recv_timeout(PATIENCE).expect("the client went away");
 
@@ -488,7 +476,7 @@ fn an_upstream_over_tls_is_who_it_says_or_is_sent_nothing() {
 
     // A text that is no PEM changes nothing; the right one counts for the next connection.
     let hang_up = |outcome: &str, n: u32| {
-        signal(&near, "-HUP");
+        near.signal("-HUP");
         let line = format!("pointsman_tls_reloads_total{{outcome=\"{outcome}\",plane=\"upstreams\"}} {n}\n");
         let seen = (0..10_000).any(|_| near.get("/metrics").body.as_str().is_some_and(|text| text.contains(&line)));
         assert!(seen, "{line}");

@@ -151,6 +151,14 @@ impl Host {
         self.child.id()
     }
 
+    /// Sends it a signal, named as in `-HUP`.
+    ///
+    /// # Panics
+    /// It is gone, or there is no `kill`.
+    pub fn signal(&self, name: &str) {
+        signal(self.pid(), name);
+    }
+
     /// The data directory.
     #[must_use]
     pub fn folder(&self) -> &Path {
@@ -296,6 +304,15 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Sends a process a signal, named as in `-HUP`.
+///
+/// # Panics
+/// There is no such process, or no `kill`.
+pub fn signal(process: u32, name: &str) {
+    let sent = Command::new("kill").args([name, &process.to_string()]).status();
+    assert!(sent.is_ok_and(|status| status.success()), "no {name} for {process}");
 }
 
 /// Whether a tool is required: `POINTSMAN_REQUIRE=a,b`.

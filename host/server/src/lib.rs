@@ -21,6 +21,7 @@ mod dispatch;
 pub mod entry;
 mod error;
 mod grammar;
+mod held;
 mod identity;
 mod keys;
 mod openai;

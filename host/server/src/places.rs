@@ -7,20 +7,17 @@
 //! or goes, and looked through only while the listener is full.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
-use bytes::Bytes;
-use http_body::{Frame, SizeHint};
 use pointsman_telemetry::ConnectionMetrics;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::error::ApiError;
+use crate::held::Held;
 
 /// Connections beyond the bound, while every place is taken by a request: probes are answered, everybody else gets 429. The
 /// next ones wait in the kernel's backlog.
@@ -90,13 +87,8 @@ pub(crate) struct Seat {
 #[derive(Debug)]
 pub(crate) struct UnderWay(Arc<Connection>);
 
-/// An answer whose connection is busy until it has been handed over.
-#[derive(Debug)]
-pub(crate) struct Counted {
-    body: Body,
-    /// None for a refusal.
-    _under_way: Option<UnderWay>,
-}
+/// An answer whose connection is busy until it has been handed over; a refusal holds nothing.
+pub(crate) type Counted = Held<Body, Option<UnderWay>>;
 
 impl From<NoPlace> for ApiError {
     fn from(NoPlace: NoPlace) -> Self {
@@ -280,30 +272,5 @@ impl Drop for Seat {
         places.metrics.open.dec();
         self.connection.gone.notify_one();
         drop(place);
-    }
-}
-
-// === impl Counted ===
-
-impl Counted {
-    pub(crate) fn new(body: Body, under_way: Option<UnderWay>) -> Self {
-        Self { body, _under_way: under_way }
-    }
-}
-
-impl http_body::Body for Counted {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }

@@ -7,14 +7,11 @@
 //! races between a request and the end of its connection, hyper has solved.
 
 use std::error::Error as _;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::http::{Extensions, Request, Response};
 use bytes::Bytes;
-use http_body::{Frame, SizeHint};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::client::legacy::{Client, Error};
@@ -23,6 +20,7 @@ use pointsman_telemetry::UpstreamMetrics;
 
 use super::Protocol;
 use super::wire::{self, Connector};
+use crate::held::Held;
 
 /// Size of the head of a response.
 const MAX_HEAD_BYTES: u32 = 64 << 10;
@@ -56,7 +54,7 @@ pub(super) struct Pool {
 
 /// A request's place on a lane, until its answer has been read.
 #[derive(Debug)]
-struct Place {
+pub(super) struct Place {
     loads: Arc<Mutex<Vec<u32>>>,
     lane: usize,
     /// Whether there was no other on it.
@@ -64,11 +62,7 @@ struct Place {
 }
 
 /// The body of a response; dropping it gives up the rest.
-#[derive(Debug)]
-pub(super) struct Body {
-    incoming: Incoming,
-    _place: Place,
-}
+pub(super) type Body = Held<Incoming, Place>;
 
 /// What a failed request says of whether it was worked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +145,7 @@ impl Pool {
         let sent = self.lanes[place.lane].request(request).await;
         let response = sent.map_err(|error| (worked(&error, self.is_h2, !place.is_first), error))?;
         wire::arrived(response.extensions(), &self.metrics);
-        Ok(response.map(|incoming| Body { incoming, _place: place }))
+        Ok(response.map(|incoming| Body::new(incoming, place)))
     }
 
     fn place(&self) -> Place {
@@ -168,24 +162,5 @@ impl Pool {
 impl Drop for Place {
     fn drop(&mut self) {
         held(&self.loads)[self.lane] -= 1;
-    }
-}
-
-// === impl Body ===
-
-impl http_body::Body for Body {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.incoming).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! Work is split by output panel, never along a sum, so the number of threads changes no result. A step enters the pool
 //! once ([`ComputePool::run`]) and forks with `join` inside it: waking a thread costs microseconds, a fork between awake
-//! ones much less; below [`FORK_WORK`] even that is more than it saves. Within a step all threads stay awake ([`Team`]); between steps
-//! they sleep after a few looks around: an idle pool takes no time. Where the machine is its own, each thread may be kept on one core ([`ComputePool::pinned`]); the system
-//! moves them otherwise, and knows better as soon as others compute as well.
+//! ones much less; below [`FORK_WORK`] even that is more than it saves. Within a step all threads stay awake ([`Team`]); between
+//! steps they sleep after a few looks around: an idle pool takes no time. Where the machine is its own, each thread may be kept on
+//! one core ([`ComputePool::pinned`]); the system moves them otherwise, and knows better as soon as others compute as well.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
