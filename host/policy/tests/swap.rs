@@ -3,6 +3,7 @@
 mod support;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use pointsman_policy::{Maintenance, Slot};
 use pointsman_sched::route::{Choice, RoutePolicy};
@@ -47,9 +48,13 @@ fn readers_never_see_a_dropped_generation() {
     let status = slot.status();
     assert_eq!((status.swaps, status.generation), (SWAPS + 1, SWAPS + 1));
     assert_eq!((status.fallbacks, status.faults), (0, [0; 5]));
-    bench.runtime.maintain();
-    bench.runtime.maintain();
-    assert!(slot.status().draining <= 1, "at most one is still with the maintenance thread");
+    // The maintenance thread may hold several that it has taken and not dropped yet.
+    let patience = Instant::now() + Duration::from_secs(30);
+    while slot.status().draining > 0 && Instant::now() < patience {
+        bench.runtime.maintain();
+        std::thread::yield_now();
+    }
+    assert_eq!(slot.status().draining, 0, "every replaced generation is freed");
 }
 
 #[test]
