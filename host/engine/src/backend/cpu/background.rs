@@ -8,8 +8,9 @@
 
 use std::io;
 
-/// Values that are looked at, packed or quantised between two yields.
-pub(crate) const PIECE: usize = 32 << 10;
+/// Values that are looked at, packed or quantised between two yields: some ten microseconds of work. What a thread of a step that
+/// looks for work and finds none lends out, it has back after one piece.
+pub(crate) const PIECE: usize = 4 << 10;
 
 /// Work in pieces.
 #[derive(Debug, Default)]
