@@ -41,7 +41,7 @@ pub(super) enum Manner {
     Drops,
     /// Says this: status, content type, body.
     Says(u16, &'static str, &'static str),
-    /// These bytes, whatever was asked, and closes.
+    /// These bytes instead of an answer.
     Raw(&'static str),
     /// Begins an answer and waits.
     Begins,
@@ -111,23 +111,14 @@ pub(super) fn server(wire: Wire, manner: Manner) -> (String, Receiver<()>) {
             std::thread::spawn(move || {
                 let io = wire.shaken(connection);
                 // A client that goes away ends it.
-                let _ = match (manner, wire) {
-                    (Manner::Raw(text), _) => raw(io, text),
-                    (_, Wire::Http1) => http1(io, manner, &closed),
-                    _ => Http2::new(io).serve(manner, &closed),
+                let _ = match wire {
+                    Wire::Http1 => http1(io, manner, &closed),
+                    Wire::H2c | Wire::Tls => Http2::new(io).serve(manner, &closed),
                 };
             });
         }
     });
     (url, heard)
-}
-
-/// Says it and reads all that comes, so that nothing unread takes it away.
-fn raw(mut io: Box<dyn Io>, text: &str) -> Result<()> {
-    io.write_all(text.as_bytes())?;
-    io.flush()?;
-    while io.read(&mut [0; 4_096])? > 0 {}
-    Ok(())
 }
 
 // === HTTP/1.1 ===
@@ -152,7 +143,8 @@ fn http1(io: Box<dyn Io>, manner: Manner, closed: &Sender<()>) -> Result<()> {
         Manner::Says(status, kind, body) => full(status, kind, body),
         Manner::Begins | Manner::Dies => begin(),
         Manner::Once => full(200, "text/event-stream", WHOLE),
-        Manner::Raw(_) | Manner::Refuses | Manner::Leaves => unreachable!("not in HTTP/1.1"),
+        Manner::Raw(text) => text.to_owned(),
+        Manner::Refuses | Manner::Leaves => unreachable!("not in HTTP/1.1"),
     };
     // It may have heard enough.
     let _ = io.get_mut().write_all(text.as_bytes());
@@ -263,7 +255,11 @@ impl Http2 {
                 while self.read()?.kind != PING {}
                 return Ok(false);
             }
-            Manner::Drops | Manner::Raw(_) => return Ok(false),
+            Manner::Raw(text) => {
+                self.io.write_all(text.as_bytes())?;
+                self.io.flush()?;
+            }
+            Manner::Drops => return Ok(false),
         }
         Ok(true)
     }
