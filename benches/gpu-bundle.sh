@@ -26,11 +26,11 @@ out="${OUT:-$PWD}"
 budget="${BUDGET:-150}"
 parts=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do parts+=("$1"); shift; done
-[ ${#parts[@]} -gt 0 ] || parts=(kernels parity ladder memory)
+[ ${#parts[@]} -gt 0 ] || parts=(kernels parity memory ladder)
 # Where drivers are mounted into containers, and the libraries that came with a Python.
 [ -d /usr/local/nvidia/lib64 ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
 python="$(command -v "${PYTHON:-python3}" || true)"
-flags=(--budget "$budget" --cache "$here/cubin")
+flags=(--cache "$here/cubin")
 if [ -n "$python" ]; then
   flags+=(--peers "$python")
   while IFS= read -r folder; do flags+=(--cuda-lib-dir "$folder"); done < <(
@@ -40,15 +40,35 @@ fi
 say() { tee -a "$out/gpu-check.txt"; }
 { echo "commit $(cat "$here/COMMIT")"; date -u; nvidia-smi 2>/dev/null; } | say
 worst=0
-for part in "${parts[@]}"; do
-  only="$part"
-  # Side by side in one table.
-  [ "$part" != ladder ] || [ -z "$python" ] || only=ladder,peers
-  echo "== $part" | say
-  timeout -k 10 $((2 * budget + 60)) ${WRAP:-} "$here/pointsman" gpu-check --only "$only" --json "$out/gpu-check-$part.json" "${flags[@]}" "$@" 2>&1 | say
+# NAME of its lines and its file, seconds that it has, and flags.
+run() {
+  local name="$1" seconds="$2" status
+  shift 2
+  echo "== $name" | say
+  timeout -k 10 $((seconds + 60)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
   status="${PIPESTATUS[0]}"
-  [ "$status" = 0 ] || echo "== $part ends with status $status" | say
+  [ "$status" = 0 ] || echo "== $name ends with status $status" | say
   [ "$status" -le "$worst" ] || worst="$status"
+}
+# Kernels of one type. A kernel that takes the device with it is passed over in a second run, for the sake of the others.
+kernels_of() {
+  local kind="$1" lost
+  shift
+  run "kernels-$kind" $((budget / 4)) --only kernels --of "$kind" "$@"
+  lost="$(sed -n 's/.*"lost_at": "\(.*\)".*/\1/p' "$out/gpu-check-kernels-$kind.json" 2>/dev/null | tail -1)"
+  [ -z "$lost" ] || run "kernels-$kind-without-$lost" $((budget / 4)) --only kernels --of "$kind" --skip "$lost" "$@"
+}
+for part in "${parts[@]}"; do
+  case "$part" in
+    kernels)
+      case " $* " in
+        *" --small "*) run kernels "$budget" --only kernels "$@" ;;
+        *) for kind in none bf16 f16 f32; do kernels_of "$kind" "$@"; done ;;
+      esac ;;
+    # Side by side in one table.
+    ladder) run ladder "$budget" --only "ladder${python:+,peers}" "$@" ;;
+    *) run "$part" "$budget" --only "$part" "$@" ;;
+  esac
 done
 exit "$worst"
 EOF_SCRIPT

@@ -8,7 +8,7 @@ use pointsman_control::{Budget, SlotName};
 use ureq::tls::RootCerts;
 
 use crate::bench::Shape;
-use crate::gpu_check::Section;
+use crate::gpu_check::{KernelType, Section};
 use crate::keys::KeyCommand;
 use crate::oci::certificates;
 use crate::plugin::{Kind, Lang};
@@ -191,6 +191,12 @@ pub(crate) struct GpuCheckArgs {
     /// These parts alone, in the order in which they stand here [default: all].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "PART")]
     pub(crate) only: Vec<Section>,
+    /// Of the part `kernels`, those of these types, or without one, alone [default: all].
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "TYPE")]
+    pub(crate) of: Vec<KernelType>,
+    /// Pass over a kernel: one fault takes the device from the whole process, and with it what comes after.
+    #[arg(long, value_delimiter = ',', value_name = "KERNEL")]
+    pub(crate) skip: Vec<String>,
     /// Few cases of each kernel, with an allocation for each of their buffers: for NVIDIA's memory checker.
     #[arg(long)]
     pub(crate) small: bool,

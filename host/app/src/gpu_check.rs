@@ -38,12 +38,25 @@ pub(crate) enum Section {
     Peers,
 }
 
+/// What kernels compute in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KernelType {
+    /// Those of sampling and memory, which have no type.
+    None,
+    Bf16,
+    F16,
+    F32,
+}
+
 struct Check<'a> {
     report: Report<'a>,
     clock: SystemClock,
     gpu: FoundGpu,
     code: CodeOptions,
     small: bool,
+    types: Vec<KernelType>,
+    /// Kernels to pass over.
+    passed: Vec<String>,
     /// Whether a kernel may start while the one before it ends.
     overlaps: bool,
     /// The Python that has PyTorch.
@@ -69,14 +82,15 @@ pub(crate) fn run(args: &GpuCheckArgs, out: &mut dyn Write) -> anyhow::Result<()
         gpu,
         code: CodeOptions { folders, cache, ptx_only: args.ptx },
         small: args.small,
+        types: if args.of.is_empty() { KernelType::value_variants().to_vec() } else { args.of.clone() },
+        passed: args.skip.clone(),
         overlaps: false,
         python: args.peers.clone().unwrap_or_else(|| PathBuf::from("python3")),
         budget: args.budget * 1_000_000_000,
         until: 0,
     };
     check.all(&args.only)?;
-    check.report.table()?;
-    match check.report.faults() {
+    match check.report.verdict()? {
         0 => Ok(()),
         faults => bail!("{faults} checks failed"),
     }
@@ -116,6 +130,9 @@ impl Check<'_> {
                 Section::Ladder => self.ladder(),
                 Section::Peers => self.peers(),
             };
+            if matches!(section, Section::Ladder | Section::Peers) {
+                self.report.table()?;
+            }
             if let Err(error) = outcome {
                 self.report.judge(
                     false,
@@ -159,13 +176,18 @@ impl Check<'_> {
             }
         });
         let made = self.clock.nanos() - start;
+        // One that is refused fails where it is used, and the others are compared all the same.
         for unit in units {
-            gpu.load_unit(unit)?;
+            if let Err(error) = gpu.load_unit(unit) {
+                let name = unit.name();
+                self.report.judge(false, &format!("unit {name}: {error}"), json!({"unit": name}))?;
+            }
         }
         let loaded = self.clock.nanos() - start - made;
         let origins: Vec<(&str, Origin)> = gpu.origins().map(|(unit, origin)| (unit.name(), origin)).collect();
         let listed: Vec<String> = origins.iter().map(|(unit, origin)| format!("{unit} from {origin}")).collect();
-        self.overlaps = self.gpu.info.capability.0 >= 9 && origins.iter().all(|(_, origin)| *origin != Origin::Ptx);
+        let is_compiled = origins.iter().all(|(_, origin)| *origin != Origin::Ptx);
+        self.overlaps = is_compiled && self.open(true)?.overlaps();
         let words = format!(
             "kernels: {}; made in {:.1} s, loaded in {:.1} s",
             listed.join(", "),

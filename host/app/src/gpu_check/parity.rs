@@ -7,10 +7,13 @@ use pointsman_engine::cuda::cases::{self, Case, CaseError, CaseRunner, Placement
 use pointsman_engine::cuda::{Device, Element, ParityCase};
 use serde_json::json;
 
-use super::Check;
+use super::{Check, KernelType};
 
 /// Cases of each kernel in a small check, which NVIDIA's memory checker shall finish in a minute.
 const FEW: usize = 2;
+
+/// Of so many cases one is run with launches that overlap, too.
+const OVERLAPPING: usize = 3;
 
 /// Threads of the CPU that is compared with.
 const MOST_THREADS: usize = 16;
@@ -21,11 +24,20 @@ impl Check<'_> {
             let cases = few(cases::typed(Element::Bf16).into_iter().chain(cases::untyped()));
             return self.run_cases("kernels in bf16 and without a type, few of each", &cases, Placement::Apart);
         }
-        for element in Element::ALL {
+        for kind in self.types.clone() {
+            let element = match kind {
+                KernelType::None => {
+                    self.run_cases("kernels without a type", &cases::untyped(), Placement::Fenced)?;
+                    continue;
+                }
+                KernelType::Bf16 => Element::Bf16,
+                KernelType::F16 => Element::F16,
+                KernelType::F32 => Element::F32,
+            };
             self.run_cases(&format!("kernels in {element}"), &cases::typed(element), Placement::Fenced)?;
             self.run_cases(&format!("large kernels in {element}"), &cases::large(element), Placement::Fenced)?;
         }
-        self.run_cases("kernels without a type", &cases::untyped(), Placement::Fenced)
+        Ok(())
     }
 
     fn run_cases(&mut self, what: &str, cases: &[Case], placement: Placement) -> anyhow::Result<()> {
@@ -33,9 +45,15 @@ impl Check<'_> {
         gpu.enter()?;
         let mut runner = CaseRunner::new(&mut gpu, placement)?;
         let (mut n_good, mut n_run) = (BTreeMap::<&str, u32>::new(), 0);
-        for case in cases {
+        let (passed, cases): (Vec<&Case>, Vec<&Case>) =
+            cases.iter().partition(|case| self.passed.contains(&case.call.kernel));
+        if !passed.is_empty() {
+            let words = format!("{} cases of {what} are passed over, as asked", passed.len());
+            self.report.judge(false, &words, json!({"passed_over": what, "count": passed.len()}))?;
+        }
+        for case in &cases {
             if self.is_late() {
-                self.report.skip(what, cases.len() - n_run)?;
+                self.report.uncompared(what, cases.len() - n_run)?;
                 break;
             }
             n_run += 1;
@@ -45,7 +63,9 @@ impl Check<'_> {
                     let words = format!("{}: {error}", case.what);
                     self.report.judge(false, &words, json!({"case": case.what, "error": error.to_string()}))?;
                     if let CaseError::Device(fault) = error {
-                        // After most faults of a device nothing works any more.
+                        // After most faults of a device nothing works any more: the bundle's script begins again without it.
+                        self.report
+                            .say(&format!("lost at: {}", case.call.kernel), json!({"lost_at": case.call.kernel}))?;
                         return Err(fault.into());
                     }
                 }
@@ -62,14 +82,17 @@ impl Check<'_> {
         let of = |name: &'static str, overlap, cases: Vec<ParityCase>| {
             cases.into_iter().map(move |case| (name, overlap, case))
         };
-        let cases: Vec<_> = of("graphs", true, ParityCase::all())
+        // As a host serves them first.
+        let overlapping = of("overlapping launches in graphs", true, ParityCase::all()).step_by(OVERLAPPING);
+        let cases: Vec<_> = of("graphs", false, ParityCase::all())
             .chain(of("launched one by one", false, ParityCase::eager()))
+            .chain(overlapping)
             .chain(of("a long context", true, ParityCase::long()))
             .collect();
         let n_cases = cases.len();
         for (i, (name, overlap, case)) in cases.into_iter().enumerate() {
             if self.is_late() {
-                return self.report.skip("comparisons with the CPU", n_cases - i);
+                return self.report.uncompared("the comparisons with the CPU", n_cases - i);
             }
             let device = Box::new(self.open(overlap)?);
             let spec = case.spec()?;

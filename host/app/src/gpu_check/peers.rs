@@ -5,6 +5,8 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::{Value as Json, json};
@@ -23,17 +25,26 @@ impl Check<'_> {
         };
         // A child that ends early says why on its own standard error.
         let _ = child.stdin.take().map(|mut stdin| stdin.write_all(SCRIPT.as_bytes()));
-        let lines = child.stdout.take().context("a pipe")?;
-        for line in BufReader::new(lines).lines() {
-            self.line(&line?)?;
-            if self.is_late() {
-                // It may have ended by itself.
-                let _ = child.kill();
-                self.report.skip("figures of PyTorch", 1)?;
-                break;
+        let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
+        let (tell, told) = mpsc::channel();
+        // On a thread of its own: one that says nothing for long is not waited for longer than it has time.
+        let reader = std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| tell.send(line)));
+        loop {
+            let left = Duration::from_nanos(self.until.saturating_sub(self.clock.nanos()));
+            match told.recv_timeout(left) {
+                Ok(line) => self.line(&line)?,
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.report.skip("figures of PyTorch", 1)?;
+                    break;
+                }
             }
         }
+        // It may have ended by itself.
+        let _ = child.kill();
         child.wait()?;
+        drop(told);
+        let _ = reader.join();
         Ok(())
     }
 

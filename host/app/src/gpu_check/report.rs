@@ -42,17 +42,22 @@ pub(crate) struct Report<'a> {
     peers: Vec<PeerFigure>,
     faults: u32,
     skipped: u32,
+    good: u32,
 }
 
 // === impl Report ===
 
 impl<'a> Report<'a> {
     pub(crate) fn new(out: &'a mut dyn Write, path: Option<PathBuf>) -> Self {
-        Self { out, path, lines: Vec::new(), figures: Vec::new(), peers: Vec::new(), faults: 0, skipped: 0 }
+        Self { out, path, lines: Vec::new(), figures: Vec::new(), peers: Vec::new(), faults: 0, skipped: 0, good: 0 }
     }
 
-    pub(crate) fn faults(&self) -> u32 {
-        self.faults
+    /// The last line; how many checks failed.
+    pub(crate) fn verdict(&mut self) -> anyhow::Result<u32> {
+        let Self { good, faults, skipped, .. } = *self;
+        let words = format!("verdict: {good} good, {faults} failed, {skipped} figures left out for want of time");
+        self.say(&words, json!({"good": good, "faults": faults, "skipped": skipped}))?;
+        Ok(faults)
     }
 
     pub(crate) fn say(&mut self, words: &str, json: Json) -> anyhow::Result<()> {
@@ -65,12 +70,19 @@ impl<'a> Report<'a> {
     /// A line that is a fault where it is not good.
     pub(crate) fn judge(&mut self, good: bool, words: &str, mut json: Json) -> anyhow::Result<()> {
         self.faults += u32::from(!good);
+        self.good += u32::from(good);
         json["good"] = good.into();
         json["words"] = words.into();
         self.say(&format!("{} {words}", if good { "good  " } else { "FAILED" }), json)
     }
 
-    /// What there was no time for.
+    /// Comparisons that there was no time for, which is a fault: nothing is known of them.
+    pub(crate) fn uncompared(&mut self, what: &str, n: usize) -> anyhow::Result<()> {
+        let words = format!("{n} of {what} were not compared: the time is used up; give more by --budget");
+        self.judge(false, &words, json!({"uncompared": what, "count": n}))
+    }
+
+    /// Figures that there was no time for.
     pub(crate) fn skip(&mut self, what: &str, n: usize) -> anyhow::Result<()> {
         self.skipped += u32::try_from(n).unwrap_or(u32::MAX);
         self.say(&format!("skipped {n} of {what}: its time is used up"), json!({"skipped": what, "count": n}))
@@ -174,7 +186,7 @@ mod tests {
         report.skip("cases", 3).expect("written");
         let all = read();
         assert_eq!((&all["faults"], &all["skipped"], &all["lines"][2]["rows"]), (&json!(1), &json!(3), &json!(8)));
-        assert_eq!(report.faults(), 1);
+        assert_eq!(report.verdict().expect("a verdict"), 1);
         report.table().expect("written");
         let said = String::from_utf8(said).expect("text");
         assert!(said.starts_with(

@@ -25,7 +25,7 @@ mod weights;
 pub use bucket::{Buckets, StepShape};
 pub use check::{Flip, Parity, ParityCase, ParityError};
 pub use code::{COMPILE_OPTIONS, CodeOptions, Origin, Unit};
-pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value};
+pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Rows, Value};
 pub use element::{Element, Form};
 pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};
 pub use gpu::{FoundGpu, Gpu, NoGpu, discover};

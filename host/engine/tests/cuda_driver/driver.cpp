@@ -105,7 +105,7 @@ Result cuInit(unsigned) {
 }
 
 Result cuDriverGetVersion(int *version) {
-    *version = 12000;
+    *version = 12080;
     return SUCCESS;
 }
 
@@ -250,10 +250,39 @@ Result cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, Stream *stream
     return add(stream, [=] { memcpy(to, (const void *)from, bytes); });
 }
 
+struct Copy2D {
+    size_t from_x, from_y;
+    unsigned from_kind;
+    const char *from;
+    Address from_device;
+    void *from_array;
+    size_t from_pitch, to_x, to_y;
+    unsigned to_kind;
+    void *to;
+    Address to_device;
+    void *to_array;
+    size_t to_pitch, width, height;
+};
+
+Result cuMemcpy2DAsync_v2(const Copy2D *copy, Stream *stream) {
+    IN_CONTEXT;
+    const unsigned HOST = 1, DEVICE_KIND = 2;
+    Copy2D c = *copy;
+    if (c.from_kind != HOST || c.to_kind != DEVICE_KIND || c.from_x || c.from_y || c.to_x || c.to_y || !c.height)
+        return refuse(__func__, INVALID_VALUE);
+    INSIDE(c.to_device, (c.height - 1) * c.to_pitch + c.width);
+    return add(stream, [=] {
+        for (size_t i = 0; i < c.height; i++) memcpy((char *)c.to_device + i * c.to_pitch, c.from + i * c.from_pitch, c.width);
+    });
+}
+
 // === Code ===
 
-Result cuModuleLoadData(Module **to, const char *image) {
+Result cuModuleLoadDataEx(Module **to, const char *image, unsigned n_options, const int *options, void **values) {
     IN_CONTEXT;
+    const int ERROR_LOG = 5, ERROR_LOG_BYTES = 6;
+    if (n_options != 2 || options[0] != ERROR_LOG || options[1] != ERROR_LOG_BYTES) return refuse(__func__, INVALID_VALUE);
+    snprintf((char *)values[0], (size_t)values[1], "%s", strstr(image, ".version 8.0\n") ? "" : "unsupported version");
     if (!strstr(image, ".version 8.0\n")) return refuse(__func__, UNSUPPORTED_PTX_VERSION);
     *to = new Module{image, {}};
     others++;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use pointsman_engine::cuda::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Value, VramFree};
+use pointsman_engine::cuda::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Rows, Value, VramFree};
 
 use crate::shim::{Arg, Launch, Shim};
 
@@ -144,6 +144,15 @@ impl Device for ShimDevice {
         self.in_flight[lane as usize] = true;
         let bytes = bytes(&self.lanes[lane as usize][..words]);
         self.upload(to, &bytes)
+    }
+
+    fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError> {
+        self.in_flight[lane as usize] = true;
+        for i in 0..rows.n {
+            let row = bytes(&self.lanes[lane as usize][from + i * rows.words..][..rows.words]);
+            self.upload(to + 4 * (i * rows.pitch) as u64, &row)?;
+        }
+        Ok(())
     }
 
     fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {

@@ -199,7 +199,7 @@ impl CodeOptions {
         if self.ptx_only {
             return text("the kernels are taken from PTX, as asked: launches do not overlap".to_owned());
         }
-        let Some(compiler) = Nvrtc::find(&self.folders) else {
+        let Some(compiler) = Nvrtc::find(&self.folders, target.driver.0) else {
             return text(
                 "NVRTC was not found: the driver compiles the kernels from PTX for compute capability 8.0, and launches do not \
                  overlap; --cuda-lib-dir names a folder with libnvrtc.so"
@@ -285,13 +285,13 @@ mod tests {
 
     /// Parts of the names of instructions that PTX 8.0 has for compute capability 8.0: operations, then types and the rest. What
     /// is not here may be newer; look it up before it is added.
-    const KNOWN: &str = "abs add and atom bar bfe bfi bra brev call clz copysign cp cvt cvta div dp4a ex2 exit fma fns ld \
+    const KNOWN: &str = "abs add and atom bar bfe bfi bfind bra brev call clz copysign cp cvt cvta div dp4a ex2 exit fma fns ld \
         ldmatrix lg2 mad max membar min mma mov mul neg not or popc prmt rcp red rem ret rsqrt sad selp set setp shf shfl shl \
         shr slct sqrt st sub tanh trap vote xor \
         b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f16 f16x2 bf16 bf16x2 f32 f64 pred v2 v4 \
         rn rz rm rp rni rzi rmi rpi sat ftz approx full hi lo wide cc l r wrap clamp uni sync async aligned \
         eq ne lt le gt ge ltu leu gtu geu equ neu num nan ltu and or xor inc dec exch cas \
-        global shared local param const to nc cg ca cs volatile relaxed acquire release acq_rel cta gpu sys L1 L2 no_allocate \
+        shiftamt global shared local param const to nc cg ca cs volatile relaxed acquire release acq_rel cta gpu sys L1 L2 no_allocate \
         bfly idx up down ballot any all red arrive commit_group wait_group wait_all \
         m8n8 x1 x2 x4 trans row col m16n8k8 m16n8k16 m16n8k32 satfinite relu";
 

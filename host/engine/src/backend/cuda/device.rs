@@ -30,6 +30,17 @@ pub enum Lane {
     Outputs,
 }
 
+/// Rows of equal length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// How many.
+    pub n: usize,
+    /// Words of each.
+    pub words: usize,
+    /// Words from one to the next on the device.
+    pub pitch: usize,
+}
+
 /// One kernel on one grid, with its arguments as the kernel wants them.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceLaunch<'a> {
@@ -167,6 +178,12 @@ pub trait Device: Send + Debug {
     /// The driver's.
     fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError>;
 
+    /// Copies rows of words that lie side by side in a lane, from word `from` on, to rows on the device that lie a pitch apart.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError>;
+
     /// Copies words from the device into the output lane.
     ///
     /// # Errors
@@ -181,6 +198,12 @@ pub trait Device: Send + Debug {
 
     /// Whether launches can be captured.
     fn captures(&self) -> bool;
+
+    /// Gives up a recording that failed, and launches that start before the one before them has ended; whether there were
+    /// such, so that it may work now.
+    fn stop_overlap(&mut self) -> bool {
+        false
+    }
 
     /// Starts recording launches.
     ///

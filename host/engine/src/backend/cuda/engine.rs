@@ -191,16 +191,24 @@ impl CudaEngine {
     fn capture(&mut self) -> Result<(), DeviceError> {
         let before = self.device.memory()?.free;
         for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
-            self.device.begin_capture()?;
-            self.launch_forward(Extent::decode(rows))?;
-            let forward = self.device.end_capture()?;
-            self.device.begin_capture()?;
-            self.launch_choose(rows)?;
-            let choose = self.device.end_capture()?;
-            self.graphs.push((rows, Captured { forward, choose }));
+            let captured = match self.record(rows) {
+                Err(error) if !error.is_lost() && self.device.stop_overlap() => self.record(rows)?,
+                captured => captured?,
+            };
+            self.graphs.push((rows, captured));
         }
         self.used.graphs = before.saturating_sub(self.device.memory()?.free);
         Ok(())
+    }
+
+    fn record(&mut self, rows: usize) -> Result<Captured, DeviceError> {
+        self.device.begin_capture()?;
+        self.launch_forward(Extent::decode(rows))?;
+        let forward = self.device.end_capture()?;
+        self.device.begin_capture()?;
+        self.launch_choose(rows)?;
+        let choose = self.device.end_capture()?;
+        Ok(Captured { forward, choose })
     }
 
     fn launch_forward(&mut self, extent: Extent) -> Result<(), DeviceError> {
@@ -279,8 +287,10 @@ impl CudaEngine {
             }
             StepShape::Mixed { .. } => (extent_of(&self.sizes, plan), None),
         };
-        let words = write_inputs(&self.sizes, extent, plan, self.device.lane(Lane::Inputs));
-        self.device.send(Lane::Inputs, self.addresses[Buffer::StepInputs.index()], words)?;
+        let (words, tables) = write_inputs(&self.sizes, extent, plan, self.device.lane(Lane::Inputs));
+        let at = self.addresses[Buffer::StepInputs.index()];
+        self.device.send(Lane::Inputs, at, words)?;
+        self.device.send_rows(Lane::Inputs, words, at + 4 * words as u64, tables)?;
         self.last = Some((extent, graph));
         self.compute(extent, graph)?;
         // The device computes; meanwhile a policy may still say what it wants.

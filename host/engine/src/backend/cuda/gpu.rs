@@ -5,13 +5,13 @@
 //! context, a stream and everything on it; memory is a few allocations that live as long as the device.
 #![expect(unsafe_code, reason = "the driver API is a C interface")]
 
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::{DriverError, result, sys};
 
 use super::code::{CodeOptions, Origin, Target, Unit};
-use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane};
+use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Rows};
 use super::vram::VramFree;
 
 /// Dynamic shared memory beyond this must be asked for.
@@ -22,6 +22,15 @@ const MAX_ARGS: usize = 24;
 
 /// The oldest compute capability that the kernels run on.
 const OLDEST: (u32, u32) = (8, 0);
+
+/// The oldest driver that takes the PTX, by the CUDA that it knows.
+const OLDEST_DRIVER: (u32, u32) = (12, 0);
+
+/// The oldest driver whose graphs keep that a launch may start before the one before it has ended.
+const OVERLAP_IN_GRAPHS: (u32, u32) = (12, 3);
+
+/// Most bytes of what the driver says about code that it refuses.
+const JIT_LOG_BYTES: usize = 8 << 10;
 
 /// A GPU that answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +59,12 @@ pub enum NoGpu {
     /// The driver sees nothing.
     #[error("the NVIDIA driver sees no device; is one hidden by CUDA_VISIBLE_DEVICES?")]
     NoDevice,
+    /// A driver from before the kernels.
+    #[error("the NVIDIA driver is of CUDA {}.{}, and the kernels need one of 12.0 or later; update it", version.0, version.1)]
+    OldDriver {
+        /// The newest CUDA that it knows.
+        version: (u32, u32),
+    },
     /// Older than the kernels.
     #[error(
         "cuda:{ordinal} ({name}) has compute capability {}.{}, and the kernels need 8.0 (Ampere) or later",
@@ -111,8 +126,11 @@ impl FoundGpu {
     /// Itself, if the kernels run on it.
     ///
     /// # Errors
-    /// It is too old, in words for the operator.
+    /// It or its driver is too old, in words for the operator.
     pub fn supported(self) -> Result<Self, NoGpu> {
+        if self.driver < OLDEST_DRIVER {
+            return Err(NoGpu::OldDriver { version: self.driver });
+        }
         match self.info.capability {
             capability if capability >= OLDEST => Ok(self),
             capability => Err(NoGpu::TooOld { ordinal: self.ordinal, name: self.info.name, capability }),
@@ -212,6 +230,8 @@ fn is_lost(code: sys::CUresult) -> bool {
             | E::CUDA_ERROR_DEINITIALIZED
             | E::CUDA_ERROR_DEVICE_UNAVAILABLE
             | E::CUDA_ERROR_EXTERNAL_DEVICE
+            | E::CUDA_ERROR_CONTAINED
+            | E::CUDA_ERROR_TENSOR_MEMORY_LEAK
             | E::CUDA_ERROR_SYSTEM_NOT_READY
             | E::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
             | E::CUDA_ERROR_MPS_CONNECTION_FAILED
@@ -219,6 +239,36 @@ fn is_lost(code: sys::CUresult) -> bool {
             | E::CUDA_ERROR_MPS_CLIENT_TERMINATED
             | E::CUDA_ERROR_UNKNOWN
     )
+}
+
+/// Gives code to the driver, which says in words what is wrong with it.
+///
+/// # Safety
+/// The image is a whole CUBIN, or a text that ends in a zero byte.
+unsafe fn load_module(image: &[u8]) -> Result<sys::CUmodule, DeviceError> {
+    use sys::CUjit_option_enum as Option;
+    let (mut module, mut log) = (std::ptr::null_mut(), vec![0u8; JIT_LOG_BYTES]);
+    let mut options = [Option::CU_JIT_ERROR_LOG_BUFFER, Option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len())];
+    // SAFETY: the image is as the caller says and outlives the call, which copies it, and so do the options; the second value is
+    // the length of the first one's buffer.
+    let code = unsafe {
+        let n_options = options.len() as u32;
+        sys::cuModuleLoadDataEx(
+            &raw mut module,
+            image.as_ptr().cast(),
+            n_options,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    let log = CStr::from_bytes_until_nul(&log).map_or(String::new(), |log| log.to_string_lossy().trim().to_owned());
+    match (check("cuModuleLoadDataEx", code.result()), log.as_str()) {
+        (Err(DeviceError::Driver { call, code, text }), log) if !log.is_empty() => {
+            Err(DeviceError::Driver { call, code, text: format!("{text}: {log}").into() })
+        }
+        (result, _) => result.map(|()| module),
+    }
 }
 
 // === impl Gpu ===
@@ -233,7 +283,7 @@ impl Gpu {
         // SAFETY: the device is one that the driver has named; the context is given back on drop.
         let context = check("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
         let lane = || Pinned { at: std::ptr::NonNull::dangling().as_ptr(), words: 0 };
-        let overlap = overlap && found.info.capability.0 >= 9;
+        let overlap = overlap && found.info.capability.0 >= 9 && found.driver >= OVERLAP_IN_GRAPHS;
         let mut gpu = Self {
             found,
             device,
@@ -286,15 +336,14 @@ impl Gpu {
         self.notes.extend(code.note);
         let mut origin = code.origin;
         // SAFETY: the image is a CUBIN or a text that ends in a zero byte, and outlives the call, which copies it.
-        let mut loaded = unsafe { result::module::load_data(code.image.as_ptr().cast()) };
-        if let (Err(error), Some(ptx)) = (&loaded, &code.fallback) {
-            let why = fault("cuModuleLoadData", *error);
+        let mut loaded = unsafe { load_module(&code.image) };
+        if let (Err(why), Some(ptx)) = (&loaded, &code.fallback) {
             self.notes.push(format!("the driver refuses the compiled kernels, so it compiles them from PTX: {why}"));
             // SAFETY: as above.
-            loaded = unsafe { result::module::load_data(ptx.as_ptr().cast()) };
+            loaded = unsafe { load_module(ptx) };
             origin = Origin::Ptx;
         }
-        let module = check("cuModuleLoadData", loaded)?;
+        let module = loaded?;
         self.overlap &= origin != Origin::Ptx;
         self.modules.push((unit, module, origin));
         Ok(module)
@@ -342,7 +391,10 @@ impl Device for Gpu {
             let name = CString::new(entry.as_str()).map_err(|_| DeviceError::NoKernel { entry: entry.clone() })?;
             // SAFETY: the module stays loaded until drop.
             let function = unsafe { result::module::get_function(module, name) };
-            let function = function.map_err(|_| DeviceError::NoKernel { entry: entry.clone() })?;
+            let function = function.map_err(|error| match error.0 {
+                sys::CUresult::CUDA_ERROR_NOT_FOUND => DeviceError::NoKernel { entry: entry.clone() },
+                _ => fault("cuModuleGetFunction", error),
+            })?;
             self.functions.resize(self.functions.len().max(number + 1), None);
             self.functions[*number] = Some(function);
         }
@@ -386,10 +438,10 @@ impl Device for Gpu {
     }
 
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        // SAFETY: the caller's buffer at `to` holds that many bytes: both come from one table of sizes.
-        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(to, bytes) })?;
-        // From memory that is not pinned the call returns once the bytes are staged, and our stream waits for no other one.
-        check("cuCtxSynchronize", result::ctx::synchronize())
+        // On this stream, which waits for no other: models that serve share the context, and their steps are not waited for.
+        // SAFETY: the caller's buffer at `to` holds that many bytes: both come from one table of sizes; they outlive the wait.
+        check("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, bytes, self.stream) })?;
+        self.wait()
     }
 
     fn download(&mut self, from: u64, words: &mut [u32]) -> Result<(), DeviceError> {
@@ -406,6 +458,38 @@ impl Device for Gpu {
             result::memcpy_htod_async(to, from, self.stream)
         };
         check("cuMemcpyHtoDAsync", copied)
+    }
+
+    fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError> {
+        let Rows { n, words, pitch } = rows;
+        let Pinned { at, words: all } = self.lanes[lane as usize];
+        let n = n.min(all.saturating_sub(from).checked_div(words).unwrap_or(0));
+        if n == 0 {
+            return Ok(());
+        }
+        // SAFETY: within the lane.
+        let rows = unsafe { at.add(from) };
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: rows.cast_const().cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: 4 * words,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: 4 * pitch,
+            WidthInBytes: 4 * words,
+            Height: n,
+        };
+        // SAFETY: the rows lie within the lane, which is pinned and not touched before the next `wait`; the buffer at `to` has as
+        // many of that pitch.
+        check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.stream) }.result())
     }
 
     fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
@@ -443,6 +527,22 @@ impl Device for Gpu {
 
     fn captures(&self) -> bool {
         true
+    }
+
+    fn stop_overlap(&mut self) -> bool {
+        // What was recorded goes; outside a capture the driver refuses, and nothing is lost.
+        // SAFETY: the stream is ours; the graph, if there is one, was recorded just now and is used nowhere else.
+        unsafe {
+            if let Ok(graph) = result::stream::end_capture(self.stream)
+                && !graph.is_null()
+            {
+                let _ = result::graph::destroy(graph);
+            }
+        }
+        if self.overlap {
+            self.notes.push("the driver records no launches that overlap, so they do not".to_owned());
+        }
+        std::mem::take(&mut self.overlap)
     }
 
     fn begin_capture(&mut self) -> Result<(), DeviceError> {

@@ -68,12 +68,12 @@ type CreateFn = unsafe extern "C" fn(
 ) -> c_int;
 
 impl Nvrtc {
-    /// Looks in `folders`, then where the loader looks.
+    /// Looks in `folders`, then where the loader looks, for one of this major version at most: a driver takes no code of a later one.
     #[must_use]
-    pub fn find(folders: &[PathBuf]) -> Option<Self> {
+    pub fn find(folders: &[PathBuf], newest: u32) -> Option<Self> {
         let in_folders = folders.iter().flat_map(|folder| NAMES.iter().map(move |name| folder.join(name)));
         let candidates = in_folders.filter(|path| path.exists()).chain(NAMES.iter().map(PathBuf::from));
-        candidates.into_iter().find_map(|path| Self::open(&path))
+        candidates.into_iter().find_map(|path| Self::open(&path).filter(|compiler| compiler.version.0 <= newest))
     }
 
     fn open(path: &Path) -> Option<Self> {

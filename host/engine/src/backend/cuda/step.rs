@@ -9,6 +9,7 @@ use pointsman_sched::execute::{ExecuteError, Row, Sample, Sampled, StepOutput, S
 use pointsman_sched::request::TokenLogprobs;
 use pointsman_sched::sampler::Edit;
 
+use super::device::Rows;
 use super::launch::Extent;
 use super::layout::{MAX_BANS, MAX_POLICY_BIASES, MAX_REQUEST_BIASES, RULES_BYTES, Sizes, TOP_BYTES};
 
@@ -18,13 +19,17 @@ const NONE: u32 = u32::MAX;
 /// Most log-probabilities of a token.
 const MAX_LOGPROBS: usize = 20;
 
-/// Writes the inputs of a step; how many words of them there are.
-pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words: &mut [u32]) -> usize {
+/// Writes the inputs of a step: first what stands in one piece, whose words are told, then the block tables, as wide as the longest
+/// of them. On the device a table has room for the longest context, which for a few rows would be more to copy than all else.
+pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words: &mut [u32]) -> (usize, Rows) {
     let layout = sizes.inputs(extent);
     let at = |bytes: u64| (bytes / 4) as usize;
     let (tokens, rows, blocks) = (plan.tokens.len(), plan.rows.len(), sizes.max_blocks());
     words[at(layout.tokens)..][..tokens].copy_from_slice(&plan.tokens);
     let (mut sampled, mut tiles) = (0, 0);
+    // A row may bring a longer table than its context needs.
+    let table_of = |row| plan.blocks_of(row).get(..blocks).unwrap_or(plan.blocks_of(row));
+    let width = plan.rows.iter().map(|row| table_of(row).len()).max().unwrap_or(0);
     for (i, row) in plan.rows.iter().enumerate() {
         let (start, len) = (row.tokens.start as usize, row.tokens.len());
         for j in 0..len {
@@ -43,15 +48,13 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
                 tiles += 1;
             }
         }
-        // A row may bring a longer table than its context needs.
-        let table = plan.blocks_of(row);
-        let table = &table[..table.len().min(blocks)];
-        let to = &mut words[at(layout.tables) + i * blocks..][..table.len()];
+        let table = table_of(row);
+        let to = &mut words[at(layout.tables) + i * width..][..table.len()];
         to.iter_mut().zip(table).for_each(|(word, block)| *word = block.0);
     }
     words[at(layout.row_starts) + rows] = tokens as u32;
     words[..4].copy_from_slice(&[tokens as u32, rows as u32, sampled as u32, tiles as u32]);
-    at(layout.tables) + rows * blocks
+    (at(layout.tables), Rows { n: rows, words: width, pitch: blocks })
 }
 
 /// The extent of a step that is not captured: exactly what it has.
@@ -345,7 +348,9 @@ mod tests {
         assert_eq!(extent, Extent { rows: 3, tokens: 23, sampled: 2, tiles: 4 });
         let layout = sizes.inputs(extent);
         let mut words = vec![u32::MAX; layout.bytes as usize / 4];
-        assert_eq!(write_inputs(&sizes, extent, &plan, &mut words), words.len());
+        let tables = layout.tables as usize / 4;
+        let rows = Rows { n: 3, words: 2, pitch: (words.len() - tables) / 3 };
+        assert_eq!(write_inputs(&sizes, extent, &plan, &mut words), (tables, rows));
         let at = |bytes: u64, n: usize| &words[bytes as usize / 4..][..n];
         assert_eq!(&words[..4], [23, 3, 2, 4]);
         assert_eq!(at(layout.tokens, 3), [10, 10, 11]);
@@ -356,8 +361,7 @@ mod tests {
         assert_eq!(at(layout.lens, 3), [18, 20, 32]);
         assert_eq!(at(layout.pick, 2), [0, 20]);
         assert_eq!(at(layout.tiles, 8), [0, 0, 1, 0, 1, 16, 2, 0]);
-        assert_eq!(at(layout.tables, 2), [3, 8]);
-        assert_eq!(at(layout.tables + 16, 2), [1, 2]);
+        assert_eq!(at(layout.tables, 6), [3, 8, 1, 2, 4, 5], "side by side, as wide as the longest");
     }
 
     #[test]

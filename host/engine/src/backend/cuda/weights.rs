@@ -240,9 +240,11 @@ impl<'a> Packer<'a> {
                 self.piece.numbers.extend(((rope.magnitude * angle.cos()) as f32).to_le_bytes());
                 self.piece.numbers.extend(((rope.magnitude * angle.sin()) as f32).to_le_bytes());
             }
-            at = self.put(buffer, at)?;
+            if self.piece.numbers.len() >= PIECE {
+                at = self.put(buffer, at)?;
+            }
         }
-        Ok(())
+        self.put(buffer, at).map(drop)
     }
 
     /// Copies the numbers to `at` bytes into a buffer; where the next ones go.

@@ -297,3 +297,13 @@ template <class V> static inline V from_lane(V value, int lane) {
 }
 
 template <class V> static inline V from_lane_xor(V value, int mask) { return from_lane(value, (int)shim::current->lane ^ mask); }
+
+static inline unsigned lanes_where(bool it_is) {
+    const shim::Slot *all = shim::exchange(&it_is, sizeof it_is);
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; lane++) bits |= (unsigned)(all[lane].bytes[0] != 0) << lane;
+    return bits;
+}
+
+static inline unsigned lowest_bit(unsigned bits) { return (unsigned)__builtin_ctz(bits); }
+static inline unsigned count_bits(unsigned bits) { return (unsigned)__builtin_popcount(bits); }

@@ -46,8 +46,8 @@ fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
 
-fn add_rms_norm(element: Element, rng: &mut Rng) -> Case {
-    let (live, rows, hidden) = (2, 4, 520);
+fn add_rms_norm(element: Element, rng: &mut Rng, hidden: usize) -> Case {
+    let (live, rows) = (2, 4);
     let x = Element::F32.random(rng, live * hidden);
     let delta = element.random(rng, live * hidden);
     let gain = element.random(rng, hidden);
@@ -67,11 +67,11 @@ fn add_rms_norm(element: Element, rng: &mut Rng) -> Case {
         is_close(Element::F32, 1e-6, &sum, &outs[0])?;
         is_close(element, element.tolerance(), &expect, &outs[1])
     });
-    Case { what: format!("add_rms_norm {}", element), call, check }
+    Case { what: format!("add_rms_norm {element} {hidden}"), call, check }
 }
 
-fn norm_add(element: Element, rng: &mut Rng) -> Case {
-    let (live, rows, hidden) = (2, 4, 520);
+fn norm_add(element: Element, rng: &mut Rng, hidden: usize) -> Case {
+    let (live, rows) = (2, 4);
     let x = Element::F32.random(rng, live * hidden);
     let (delta, gain) = (element.random(rng, live * hidden), element.random(rng, hidden));
     let added: Vec<f64> = delta.chunks(hidden).flat_map(|row| normed(row, &gain, PLUS)).collect();
@@ -86,7 +86,7 @@ fn norm_add(element: Element, rng: &mut Rng) -> Case {
         .u32(hidden)
         .f32(EPS)
         .f32(PLUS);
-    Case { what: format!("norm_add {}", element), call, check: close(Element::F32, 1e-6, expect) }
+    Case { what: format!("norm_add {element} {hidden}"), call, check: close(Element::F32, 1e-6, expect) }
 }
 
 /// Rows of lengths that end within, at and past a page; their last tokens are in the step.
@@ -207,8 +207,12 @@ pub fn cases(element: Element) -> Vec<Case> {
         rms_norm(element, &mut rng, 8, None),
         rms_norm(element, &mut rng, 1_032, None),
         rms_norm(element, &mut rng, 256, Some([3, 1])),
-        add_rms_norm(element, &mut rng),
-        norm_add(element, &mut rng),
+        // More than a block keeps in registers.
+        rms_norm(element, &mut rng, 8_232, None),
+        add_rms_norm(element, &mut rng, 520),
+        add_rms_norm(element, &mut rng, 8_232),
+        norm_add(element, &mut rng, 520),
+        norm_add(element, &mut rng, 8_232),
         rope(4, 2, [64, 64], 16, false).case(element, &mut rng),
         rope(3, 1, [128, 128], 48, true).case(element, &mut rng),
         rope(7, 1, [64, 64], 16, true).case(element, &mut rng),

@@ -143,6 +143,13 @@ template <class V> DEVICE V from_lane_xor(V value, int mask) { return __shfl_xor
 // The value of lane `lane`.
 template <class V> DEVICE V from_lane(V value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+// A bit for each lane of the warp: whether it says so.
+DEVICE u32 lanes_where(bool it_is) { return __ballot_sync(0xffffffffu, it_is); }
+
+// The number of the lowest bit, and how many there are.
+DEVICE u32 lowest_bit(u32 bits) { return (u32)__ffs((int)bits) - 1; }
+DEVICE u32 count_bits(u32 bits) { return (u32)__popc(bits); }
+
 #endif
 
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }

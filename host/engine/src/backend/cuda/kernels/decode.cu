@@ -182,9 +182,11 @@ DEVICE void write_heads(const Decode &a, const Running<G, Lay<D>::MINE> &state, 
 template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
     const u32 LANES = Lay<D>::LANES, RUNS = Lay<D>::RUNS, M = Lay<D>::MINE, AT_ONCE = 32 / LANES;
     let_next_start();
-    wait_for_previous();
     u32 row = blockIdx.y;
-    if (row >= *a.n) return;
+    bool is_live = row < *a.n;
+    Span span = span_of(a, is_live ? a.lens[row] : 0);
+    wait_for_previous();
+    if (!is_live) return;
     u32 group = a.heads / a.pages.kv_heads, runs = ceil_div(group, G);
     u32 kv_head = blockIdx.x / runs, first = kv_head * group + blockIdx.x % runs * G;
     u32 count = least(G, (kv_head + 1) * group - first);
@@ -210,7 +212,6 @@ template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
 #pragma unroll
         for (u32 i = 0; i < M; i++) state.out[g][i] = 0.0f;
     }
-    Span span = span_of(a, a.lens[row]);
     u64 to_value = value_offset(a.pages);
     for (u32 base = span.begin + warp * 4 * AT_ONCE; base < span.end; base += 16 * AT_ONCE) {
         uint4 keys[4][RUNS], values[4][RUNS];
@@ -255,8 +256,9 @@ DECODE(decode_attention_d256_g4, 256, 4, 2)
 // A thread per element of a head.
 template <u32 D> DEVICE void combine(const u32 *n, const float *part, const float *stat, T *out, u32 heads, u32 splits) {
     let_next_start();
+    bool is_live = blockIdx.y < *n;
     wait_for_previous();
-    if (blockIdx.y >= *n) return;
+    if (!is_live) return;
     u64 head = (u64)blockIdx.y * heads + blockIdx.x;
     float highest = NO_SCORE, sum = 0.0f, total = 0.0f;
     for (u32 s = 0; s < splits; s++) highest = fmaxf(highest, stat[(head * splits + s) * 2]);

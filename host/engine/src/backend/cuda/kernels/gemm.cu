@@ -49,19 +49,20 @@ template <u32 M, u32 N, u32 WM, u32 WN, u32 STAGES>
 DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e) {
     const u32 THREADS = M / WM * (N / WN) * 32, STAGE = (M + N) * 64;
     let_next_start();
-    wait_for_previous();
     u32 live = *n, row0 = blockIdx.y * M, column0 = blockIdx.x * N;
-    if (row0 >= live) return;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / WN) * WM, wn = warp % (N / WN) * WN;
     u32 tiles = ceil_div(k, 64);
     float sums[WM / 16][WN / 8][4] = {};
+    // Weights are there before the kernel that makes x has ended. They belong to the first group of copies, all of them.
+#pragma unroll
+    for (u32 s = 0; s + 1 < STAGES; s++)
+        if (row0 < live && s < tiles) fetch<N, THREADS>(shared + s * STAGE + M * 64, w, column0, e.n_out, s * 64, k);
+    wait_for_previous();
+    if (row0 >= live) return;
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
-        if (s < tiles) {
-            fetch<M, THREADS>(shared + s * STAGE, x, row0, live, s * 64, k);
-            fetch<N, THREADS>(shared + s * STAGE + M * 64, w, column0, e.n_out, s * 64, k);
-        }
+        if (s < tiles) fetch<M, THREADS>(shared + s * STAGE, x, row0, live, s * 64, k);
         commit_copies();
     }
     for (u32 tile = 0; tile < tiles; tile++) {
@@ -135,8 +136,8 @@ template <u32 NT> DEVICE void gemm_few(const u32 *n, const T *w, const T *x, u32
     for (u32 u = 0; u < 2; u++)
 #pragma unroll
         for (u32 i = 0; i < 4; i++) held[u][i] = at + u * 32 < k ? load_once(rows[i] + at + u * 32) : zero_vec();
-    wait_for_previous();
     u32 live = least(*n, TOKENS);
+    wait_for_previous();
     if (live == 0) return;
     float sums[2][NT][4] = {};
     for (u32 base = warp * 64; base < k; base += 512) {

@@ -26,8 +26,8 @@ template <u32 B, u32 R> DEVICE void gemv(const u32 *n, const T *w, const T *x, u
     let_next_start();
 #pragma unroll
     for (u32 u = 0; u < U; u++) stream.load(u, lane * VEC + u * STEP);
-    wait_for_previous();
     u32 live = least(*n, B);
+    wait_for_previous();
     if (live == 0) return;
     float sums[R][B] = {};
     for (u32 base = lane * VEC; base < k; base += U * STEP) {

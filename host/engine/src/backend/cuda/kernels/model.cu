@@ -14,6 +14,17 @@ ENTRY(embed, 256, 4, (const u32 *n, const u32 *tokens, const T *table, float *x,
     }
 }
 
+// === Norms ===
+//
+// A block has a row, a thread groups of VEC neighbours of it, 256 groups apart: the first HELD in registers, all loaded before
+// any is used, which is a row of 8,192 elements; what lies beyond is read again. One group after the other would wait for memory
+// that many times over, in a kernel that does nothing else.
+
+static const u32 HELD = 32 / VEC;
+
+// The first element of a thread's `j`-th group.
+DEVICE u32 group(u32 j) { return (threadIdx.x + 256 * j) * VEC; }
+
 // What a row is multiplied by: `plus` is 1 in models that keep their gains less 1.
 struct Gain {
     const T *gain;
@@ -24,54 +35,156 @@ struct Gain {
     METHOD float scale(float sum, u32 width) const { return 1.0f / sqrtf(sum / (float)width + eps); }
 };
 
-// out = x / rms(x) * gain
-DEVICE void scale_row(const float *x, const Gain &gain, T *out, u32 hidden, float sum) {
-    float scale = gain.scale(sum, hidden);
-    for (u32 i = threadIdx.x; i < hidden; i += 256) out[i] = to_element(x[i] * scale * gain.of(i));
+// Nothing writes gains, so they are loaded while the kernel before this one still runs.
+DEVICE void hold_gains(uint4 (&held)[HELD], const T *gain, u32 hidden) {
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) held[j] = group(j) < hidden ? load_vec(gain + group(j)) : zero_vec();
 }
 
-ENTRY(rms_norm, 256, 4, (const u32 *n, const float *x, const u32 *pick, const T *gain, T *out, u32 hidden, float eps,
+// v * scale * gain
+DEVICE void scale_group(float (&v)[VEC], float scale, uint4 gains, float plus) {
+    float g[VEC];
+    widen(g, gains);
+#pragma unroll
+    for (u32 i = 0; i < VEC; i++) v[i] *= scale * (g[i] + plus);
+}
+
+DEVICE float squares(const float (&v)[VEC]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < VEC; i++) sum += v[i] * v[i];
+    return sum;
+}
+
+DEVICE void add_deltas(float (&v)[VEC], uint4 deltas) {
+    float d[VEC];
+    widen(d, deltas);
+#pragma unroll
+    for (u32 i = 0; i < VEC; i++) v[i] += d[i];
+}
+
+// to = v + delta * scale * gain
+DEVICE void add_group(float *to, float (&v)[VEC], uint4 deltas, float scale, uint4 gains, float plus) {
+    float d[VEC];
+    widen(d, deltas);
+    scale_group(d, scale, gains, plus);
+#pragma unroll
+    for (u32 i = 0; i < VEC; i++) v[i] += d[i];
+    store_floats(to, v);
+}
+
+// out = x / rms(x) * gain, of a row of which the first groups are in `x` and the rest at `from`, with `sum` its thread's squares.
+DEVICE void scale_row(float (&x)[HELD][VEC], const float *from, const Gain &g, const uint4 (&gains)[HELD], T *out, u32 hidden,
+        float sum) {
+    float scale = g.scale(block_sum_256(sum), hidden);
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) {
+        if (group(j) >= hidden) continue;
+        scale_group(x[j], scale, gains[j], g.plus);
+        store_vec(out + group(j), x[j]);
+    }
+    for (u32 j = HELD; group(j) < hidden; j++) {
+        float v[VEC];
+        load_floats(v, from + group(j));
+        scale_group(v, scale, load_vec(g.gain + group(j)), g.plus);
+        store_vec(out + group(j), v);
+    }
+}
+
+ENTRY(rms_norm, 256, 2, (const u32 *n, const float *x, const u32 *pick, const T *gain, T *out, u32 hidden, float eps,
         float plus)) {
     let_next_start();
-    wait_for_previous();
+    uint4 gains[HELD];
+    hold_gains(gains, gain, hidden);
     u32 row = blockIdx.x;
-    if (row >= *n) return;
-    const float *from = x + (u64)(pick ? pick[row] : row) * hidden;
-    float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < hidden; i += 256) sum += from[i] * from[i];
+    bool is_live = row < *n;
+    const float *from = x + (u64)(is_live && pick ? pick[row] : row) * hidden;
+    wait_for_previous();
+    if (!is_live) return;
+    float held[HELD][VEC] = {}, sum = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++)
+        if (group(j) < hidden) load_floats(held[j], from + group(j));
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) sum += squares(held[j]);
+    for (u32 j = HELD; group(j) < hidden; j++) {
+        float v[VEC];
+        load_floats(v, from + group(j));
+        sum += squares(v);
+    }
     Gain g = {gain, plus, eps};
-    scale_row(from, g, out + (u64)row * hidden, hidden, block_sum_256(sum));
+    scale_row(held, from, g, gains, out + (u64)row * hidden, hidden, sum);
 }
 
 // x += delta / rms(delta) * gain
-ENTRY(norm_add, 256, 4, (const u32 *n, float *x, const T *delta, const T *gain, u32 hidden, float eps, float plus)) {
+ENTRY(norm_add, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, u32 hidden, float eps, float plus)) {
     let_next_start();
-    wait_for_previous();
+    uint4 gains[HELD], deltas[HELD];
+    hold_gains(gains, gain, hidden);
     u32 row = blockIdx.x;
-    if (row >= *n) return;
+    bool is_live = row < *n;
+    wait_for_previous();
+    if (!is_live) return;
     const T *from = delta + (u64)row * hidden;
-    float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < hidden; i += 256) sum += to_float(from[i]) * to_float(from[i]);
+    float *to = x + (u64)row * hidden, held[HELD][VEC] = {}, sum = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) {
+        deltas[j] = group(j) < hidden ? load_vec(from + group(j)) : zero_vec();
+        if (group(j) < hidden) load_floats(held[j], to + group(j));
+    }
+    float v[VEC];
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) {
+        widen(v, deltas[j]);
+        sum += squares(v);
+    }
+    for (u32 j = HELD; group(j) < hidden; j++) {
+        widen(v, load_vec(from + group(j)));
+        sum += squares(v);
+    }
     Gain g = {gain, plus, eps};
     float scale = g.scale(block_sum_256(sum), hidden);
-    for (u32 i = threadIdx.x; i < hidden; i += 256) x[(u64)row * hidden + i] += to_float(from[i]) * scale * g.of(i);
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++)
+        if (group(j) < hidden) add_group(to + group(j), held[j], deltas[j], scale, gains[j], plus);
+    for (u32 j = HELD; group(j) < hidden; j++) {
+        load_floats(v, to + group(j));
+        add_group(to + group(j), v, load_vec(from + group(j)), scale, load_vec(gain + group(j)), plus);
+    }
 }
 
-ENTRY(add_rms_norm, 256, 4, (const u32 *n, float *x, const T *delta, const T *gain, T *out, u32 hidden, float eps)) {
+ENTRY(add_rms_norm, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, T *out, u32 hidden, float eps)) {
     let_next_start();
-    wait_for_previous();
+    uint4 gains[HELD], deltas[HELD];
+    hold_gains(gains, gain, hidden);
     u32 row = blockIdx.x;
-    if (row >= *n) return;
-    float *to = x + (u64)row * hidden;
-    float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < hidden; i += 256) {
-        float v = to[i] + to_float(delta[(u64)row * hidden + i]);
-        to[i] = v;
-        sum += v * v;
+    bool is_live = row < *n;
+    wait_for_previous();
+    if (!is_live) return;
+    const T *from = delta + (u64)row * hidden;
+    float *to = x + (u64)row * hidden, held[HELD][VEC] = {}, sum = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) {
+        deltas[j] = group(j) < hidden ? load_vec(from + group(j)) : zero_vec();
+        if (group(j) < hidden) load_floats(held[j], to + group(j));
+    }
+#pragma unroll
+    for (u32 j = 0; j < HELD; j++) {
+        if (group(j) >= hidden) continue;
+        add_deltas(held[j], deltas[j]);
+        store_floats(to + group(j), held[j]);
+        sum += squares(held[j]);
+    }
+    for (u32 j = HELD; group(j) < hidden; j++) {
+        float v[VEC];
+        load_floats(v, to + group(j));
+        add_deltas(v, load_vec(from + group(j)));
+        store_floats(to + group(j), v);
+        sum += squares(v);
     }
     // Each thread scales the elements that it added up itself.
     Gain g = {gain, 0.0f, eps};
-    scale_row(to, g, out + (u64)row * hidden, hidden, block_sum_256(sum));
+    scale_row(held, to, g, gains, out + (u64)row * hidden, hidden, sum);
 }
 
 // Where the pages of a layer are.
@@ -100,13 +213,28 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
         u64 page_stride, u32 heads, u32 kv_heads, u32 d, u32 block_tokens)) {
     const u32 PAIRS = 4;
     let_next_start();
-    wait_for_previous();
     u32 token = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (token >= *n || head >= heads + 2 * kv_heads) return;
-    T *x = qkv + ((u64)token * (heads + 2 * kv_heads) + head) * d;
-    bool is_q = head < heads, is_v = head >= heads + kv_heads;
-    u32 position = positions[token], half = turned / 2;
-    float low[PAIRS] = {}, high[PAIRS] = {};
+    bool is_live = token < *n && head < heads + 2 * kv_heads, is_q = head < heads, is_v = head >= heads + kv_heads;
+    T *x = qkv + ((u64)token * (heads + 2 * kv_heads) + head) * d, *to = x;
+    u32 half = turned / 2;
+    float cosines[PAIRS], sines[PAIRS], low[PAIRS] = {}, high[PAIRS] = {};
+    // All of this comes from the host, and is here when the kernel before this one has ended.
+    if (is_live) {
+        u32 position = positions[token];
+        Pages pages = {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, d};
+        if (!is_q) {
+            to = key_at(pages, row_of[token], (head - heads) % kv_heads, position) + (is_v ? value_offset(pages) : 0);
+        }
+#pragma unroll
+        for (u32 j = 0; j < PAIRS; j++) {
+            u32 i = lane + 32 * j;
+            bool is_turned = !is_v && i < half;
+            cosines[j] = is_turned ? rope[((u64)position * half + i) * 2] : 1.0f;
+            sines[j] = is_turned ? rope[((u64)position * half + i) * 2 + 1] : 0.0f;
+        }
+    }
+    wait_for_previous();
+    if (!is_live) return;
 #pragma unroll
     for (u32 j = 0; j < PAIRS; j++) {
         u32 i = lane + 32 * j;
@@ -128,21 +256,11 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
             high[j] *= scale * g.of(i < half ? i + half : 2 * i + 1);
         }
     }
-    Pages pages = {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, d};
-    T *to = x;
-    if (!is_q) {
-        to = key_at(pages, row_of[token], (head - heads) % kv_heads, position) + (is_v ? value_offset(pages) : 0);
-    }
 #pragma unroll
     for (u32 j = 0; j < PAIRS; j++) {
         u32 i = lane + 32 * j;
         if (i >= d / 2) continue;
-        float c = 1.0f, s = 0.0f;
-        if (!is_v && i < half) {
-            c = rope[((u64)position * half + i) * 2];
-            s = rope[((u64)position * half + i) * 2 + 1];
-        }
-        to[i < half ? i : 2 * i] = to_element(low[j] * c - high[j] * s);
-        to[i < half ? i + half : 2 * i + 1] = to_element(high[j] * c + low[j] * s);
+        to[i < half ? i : 2 * i] = to_element(low[j] * cosines[j] - high[j] * sines[j]);
+        to[i < half ? i + half : 2 * i + 1] = to_element(high[j] * cosines[j] + low[j] * sines[j]);
     }
 }

@@ -123,8 +123,8 @@ template <class W, u32 B> DEVICE void gemv_quantised(const u32 *n, const Quantis
     let_next_start();
 #pragma unroll
     for (u32 u = 0; u < U; u++) stream.load(u, lane * 16 + u * STEP);
-    wait_for_previous();
     u32 live = least(*n, B);
+    wait_for_previous();
     if (live == 0) return;
     float sums[R][B] = {};
     for (u32 base = lane * 16; base < q.k; base += U * STEP) {
@@ -300,8 +300,8 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
     let_next_start();
 #pragma unroll
     for (u32 u = 0; u < 2; u++) stream.load(u, warp * 128 + u * 64 + t * 16);
-    wait_for_previous();
     u32 live = least(*n, TOKENS);
+    wait_for_previous();
     if (live == 0) return;
     float sums[2][NT][4] = {};
     for (u32 base = warp * 128; base < q.k; base += 1024) {

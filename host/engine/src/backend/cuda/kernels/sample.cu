@@ -255,6 +255,32 @@ DEVICE void find_bin(const u64 *sums, u64 left, u32 *bin, u64 *above) {
     *above = before;
 }
 
+// Adds a candidate's weight to its bin. Called by whole warps: candidates that lie side by side often share a bin, all of them where
+// rank is by id, and a sum of 64 bits in shared memory is a loop that tries until nobody else was quicker. So the lanes of a bin
+// add up first and one of them speaks for all; once a bin has a single lane, the others do not look for company.
+DEVICE void add_to_bin(u64 *sums, u32 *counts, bool live, u32 digit, u64 weight) {
+    const u32 TURNS = 4;
+    u32 lane = threadIdx.x % 32, left = lanes_where(live);
+    for (u32 turn = 0; turn < TURNS && left != 0; turn++) {
+        u32 first = lowest_bit(left), shared = from_lane(digit, (int)first);
+        bool mine = live && digit == shared;
+        u32 company = lanes_where(mine);
+        u64 sum = mine ? weight : 0;
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) sum += from_lane_xor(sum, mask);
+        if (lane == first) {
+            atomicAdd(&sums[shared], sum);
+            atomicAdd(&counts[shared], count_bits(company));
+        }
+        live = live && !mine;
+        left &= ~company;
+        if (count_bits(company) == 1) break;
+    }
+    if (!live) return;
+    atomicAdd(&sums[digit], weight);
+    atomicAdd(&counts[digit], 1u);
+}
+
 // The rank at which the count of candidates, or the sum of their weights, reaches `left` (of 1 up to the total), best first.
 // The lowest bits are left at 0 where no other candidate shares the upper ones.
 DEVICE_CALL u64 rank_at(const Candidates &c, bool weights, u64 left) {
@@ -273,14 +299,12 @@ DEVICE_CALL u64 rank_at(const Candidates &c, bool weights, u64 left) {
             counts[i] = 0;
         }
         __syncthreads();
-        for (u32 token = threadIdx.x; token < c.vocab; token += 1024) {
-            float logit = c.logits[token];
-            if (!takes_part(c, token, logit)) continue;
+        for (u32 token = threadIdx.x; token - threadIdx.x < c.vocab; token += 1024) {
+            float logit = token < c.vocab ? c.logits[token] : -INFINITY;
             u64 rank = rank_of(c, token, logit);
-            if (shift < 64 && rank >> shift != prefix >> shift) continue;
+            bool live = takes_part(c, token, logit) && (shift == 64 || rank >> shift == prefix >> shift);
             u32 digit = (u32)(rank >> low) & ((1u << width) - 1);
-            atomicAdd(&sums[digit], weights ? weight(c, logit) : (u64)1);
-            atomicAdd(&counts[digit], 1u);
+            add_to_bin(sums, counts, live, digit, !live ? 0 : weights ? weight(c, logit) : 1);
         }
         __syncthreads();
         if (threadIdx.x < 32) find_bin(sums, left, bin, above);

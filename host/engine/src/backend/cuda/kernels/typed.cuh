@@ -48,6 +48,42 @@ DEVICE void widen(float (&to)[VEC], uint4 from) {
     }
 }
 
+// The same the other way.
+DEVICE void store_vec(T *to, const float (&from)[VEC]) {
+    u32 words[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+#if PM_T == 0
+        words[i] = __float_as_uint(from[i]);
+#else
+        words[i] = to_elements(from[2 * i], from[2 * i + 1]);
+#endif
+    }
+    uint4 v;
+    v.x = words[0], v.y = words[1], v.z = words[2], v.w = words[3];
+    *(uint4 *)to = v;
+}
+
+// As many floats as T have place in 16 bytes.
+DEVICE void load_floats(float (&to)[VEC], const float *from) {
+#pragma unroll
+    for (u32 i = 0; i < VEC; i += 4) {
+        uint4 v = *(const uint4 *)(from + i);
+        to[i] = __uint_as_float(v.x), to[i + 1] = __uint_as_float(v.y);
+        to[i + 2] = __uint_as_float(v.z), to[i + 3] = __uint_as_float(v.w);
+    }
+}
+
+DEVICE void store_floats(float *to, const float (&from)[VEC]) {
+#pragma unroll
+    for (u32 i = 0; i < VEC; i += 4) {
+        uint4 v;
+        v.x = __float_as_uint(from[i]), v.y = __float_as_uint(from[i + 1]);
+        v.z = __float_as_uint(from[i + 2]), v.w = __float_as_uint(from[i + 3]);
+        *(uint4 *)(to + i) = v;
+    }
+}
+
 // What becomes of a product: see README.md.
 static const u32 STORE = 0, STORE_FLOAT = 1, ADD_FLOAT = 2, SILU_MUL = 3, GELU_MUL = 4;
 
