@@ -62,6 +62,7 @@ pub(super) fn matmul(pool: &ComputePool, w: &Matrix, input: Input<'_>, out: &mut
                 (Packed::Q4(w), Some(x), _) => BlockDots { part, x, w, out }.run(isa),
                 (Packed::Q8(w), _, Some(x)) => SuperDots { part, x, w: w.as_chunks::<8>().0, out }.run(isa),
                 (Packed::Q4(w), _, Some(x)) => SuperDots { part, x, w: w.as_chunks::<8>().0, out }.run(isa),
+                (Packed::Q8Supers(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 (Packed::Q4k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 (Packed::Q5k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
                 (Packed::Q6k(w), _, Some(x)) => SuperDots { part, x, w, out }.run(isa),
@@ -365,7 +366,7 @@ impl<W: Weight> Gemm<'_, W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::blocks::ScaledBlock;
+    use crate::backend::cpu::blocks::{self, ScaledBlock};
     use crate::backend::cpu::matrix::Join;
     use crate::load::{Elements, Kind};
     use candle_core::quantized::{GgmlDType, QTensor};
@@ -555,11 +556,13 @@ mod tests {
             // Blocks of large, small and smaller weights, side by side.
             let spread = |(i, w): (usize, f32)| w * 0.1f32.powi((i / BLOCK % 3) as i32);
             let wide: Vec<f32> = values(n * k, 3).into_iter().enumerate().map(spread).collect();
-            let w = Matrix::pack(&[quantise(kind, wide, n, k)], k, Join::Concat);
+            let elements = [quantise(kind, wide, n, k)];
+            let (w, exact) =
+                (Matrix::pack(&elements, k, Join::Concat), Matrix::pack_as_stored(&elements, k, Join::Concat));
             let found = &product(&ComputePool::start(1).unwrap(), &w, std::slice::from_ref(&x), Epilogue::Store)[0];
             for (column, &bits) in found[..n].iter().enumerate() {
                 let (mut weights, mut most) = (vec![0f64; k], 0f64);
-                w.gather(column, |i, value| weights[i] = value.into());
+                exact.gather(column, |i, value| weights[i] = value.into());
                 let mut sum = 0f64;
                 for (x, weights) in x.chunks(SUPER).zip(weights.chunks(SUPER)) {
                     let scale = x.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
@@ -603,11 +606,39 @@ mod tests {
     }
 
     #[test]
+    fn integer_scales_of_the_load_are_those_of_the_products() {
+        let (n, k) = (64, 512);
+        let mut bytes = blocks(Kind::Q8_0, n, k).blocks::<34>().to_vec();
+        // Scales far apart, none at all, and negative ones.
+        for (i, block) in bytes.iter_mut().enumerate() {
+            let scale = match i % 11 {
+                3 => f16::ZERO,
+                5 | 6 => -blocks::half(block, 0),
+                n => f16::from_f32(blocks::half(block, 0).to_f32() / (1 << n) as f32),
+            };
+            block[..2].copy_from_slice(&scale.to_le_bytes());
+        }
+        let elements = [Elements::owned(Kind::Q8_0, bytes.into_flattened())];
+        let packed = Matrix::pack(&elements, k, Join::Concat);
+        let stored = Matrix::pack_as_stored(&elements, k, Join::Concat);
+        assert!(packed.bytes() < stored.bytes());
+        let x: Vec<Vec<f32>> = (0..35).map(|row| values(k, 100 + row)).collect();
+        for isa in Isa::available() {
+            let pool = ComputePool::with_isa(1, isa).unwrap();
+            for rows in [1, 2, 9, 35] {
+                let [found, expect] =
+                    [&packed, &stored].map(|w| product(&pool, w, &x[..rows], Epilogue::Store).concat());
+                assert_eq!(found, expect, "{rows} rows, {}", isa.name());
+            }
+        }
+    }
+
+    #[test]
     fn packed_blocks_keep_their_values() {
         let (n, k) = (40, 512);
         for kind in [Kind::Q8_0, Kind::Q4_0, Kind::Q4K, Kind::Q5K, Kind::Q6K] {
             let elements = blocks(kind, n, k);
-            let w = Matrix::pack(std::slice::from_ref(&elements), k, Join::Concat);
+            let w = Matrix::pack_as_stored(std::slice::from_ref(&elements), k, Join::Concat);
             for row in 0..n {
                 w.gather(row, |i, value| {
                     assert_eq!(value.to_bits(), elements.f32(row * k + i).to_bits(), "{kind:?} {row} {i}");

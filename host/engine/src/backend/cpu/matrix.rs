@@ -12,8 +12,9 @@ use super::background::Breath;
 use super::blocks::{Q4Block, Q8Block, QuantBlock};
 use super::heap::want_large_pages;
 use super::isa::{LANES, Weight};
+use super::scaled_supers::Q8SuperBlock;
 use super::supers::{Q4kBlock, Q5kBlock, Q6kBlock, SUPER};
-use crate::load::{Elements, Kind, LoadError, quantise_q8_0};
+use crate::load::{Elements, Kind};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 2 * LANES;
@@ -44,6 +45,8 @@ pub(super) enum Packed {
     F16(Aligned<f16, PANEL>),
     Bf16(Aligned<bf16, PANEL>),
     Q8(Vec<Q8Block>),
+    /// Q8_0 with integer scales.
+    Q8Supers(Vec<Q8SuperBlock>),
     Q4(Vec<Q4Block>),
     Q4k(Vec<Q4kBlock>),
     Q5k(Vec<Q5kBlock>),
@@ -60,23 +63,26 @@ pub(super) enum Join {
 }
 
 impl Matrix {
-    /// Packs the rows of `parts`, all of width `k`, as they are stored.
+    /// Packs the rows of `parts`, all of width `k`, for products.
     pub(super) fn pack(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
+        Self::packed(parts, k, join, Packed::for_products)
+    }
+
+    /// The same where rows are looked up as well: as they are stored.
+    pub(super) fn pack_as_stored(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
+        Self::packed(parts, k, join, Packed::as_stored)
+    }
+
+    fn packed(parts: &[Elements<'_>], k: usize, join: Join, pack: fn(&[Elements<'_>], usize, Join) -> Packed) -> Self {
         let whole = |part: &Elements<'_>| (part.len() / k).is_multiple_of(PANEL);
         let one = parts.iter().all(|part| part.kind == parts[0].kind);
         let mut matrix = Self { n: rows(parts, k).len(), k, segments: Vec::new() };
         if !one && join == Join::Concat && parts.iter().all(whole) {
-            parts.chunk_by(|a, b| a.kind == b.kind).for_each(|parts| matrix.push(parts, Packed::new(parts, k, join)));
+            parts.chunk_by(|a, b| a.kind == b.kind).for_each(|parts| matrix.push(parts, pack(parts, k, join)));
         } else {
-            matrix.push(parts, Packed::new(parts, k, join));
+            matrix.push(parts, pack(parts, k, join));
         }
         matrix
-    }
-
-    /// Packs the rows of `parts` as Q8_0.
-    pub(super) fn quantise(parts: &[Elements<'_>], k: usize, join: Join) -> Result<Self, LoadError> {
-        let parts = parts.iter().map(|part| quantise_q8_0(part, k)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self::pack(&parts, k, join))
     }
 
     fn push(&mut self, parts: &[Elements<'_>], packed: Packed) {
@@ -99,7 +105,8 @@ impl Matrix {
         !self.segments.iter().any(|segment| is_float(&segment.packed))
     }
 
-    /// Row `n` of the matrix as it was before packing: how an embedding is read from a tied head.
+    /// Row `n` of the matrix, as it was before packing where it is [packed as stored](Self::pack_as_stored): how an embedding is
+    /// read from a tied head.
     pub(super) fn gather(&self, n: usize, mut put: impl FnMut(usize, f32)) {
         let (panel, c) = (n / PANEL, n % PANEL);
         let at = self.segments.partition_point(|segment| segment.first_panel <= panel) - 1;
@@ -110,6 +117,7 @@ impl Matrix {
             Packed::F16(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c].to_f32())),
             Packed::Bf16(w) => (0..k).for_each(|i| put(i, w[panel * k + i][c].to_f32())),
             Packed::Q8(w) => column(panel_of(w, k, panel), c, put),
+            Packed::Q8Supers(w) => column(panel_of(w, k, panel), c, put),
             Packed::Q4(w) => column(panel_of(w, k, panel), c, put),
             Packed::Q4k(w) => column(panel_of(w, k, panel), c, put),
             Packed::Q5k(w) => column(panel_of(w, k, panel), c, put),
@@ -119,7 +127,14 @@ impl Matrix {
 }
 
 impl Packed {
-    fn new(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
+    fn for_products(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
+        if k.is_multiple_of(SUPER) && parts.iter().all(|part| part.kind == Kind::Q8_0) {
+            return Self::Q8Supers(pack_blocks(parts, k, join));
+        }
+        Self::as_stored(parts, k, join)
+    }
+
+    fn as_stored(parts: &[Elements<'_>], k: usize, join: Join) -> Self {
         let kind = parts.first().map(|part| part.kind).filter(|&kind| parts.iter().all(|part| part.kind == kind));
         match kind {
             Some(Kind::F16) => Self::F16(pack(parts, k, join, |part, i| part.f16(i))),
@@ -140,6 +155,7 @@ impl Packed {
             Self::F16(w) => size_of_val(&**w),
             Self::Bf16(w) => size_of_val(&**w),
             Self::Q8(w) => size_of_val(w.as_slice()),
+            Self::Q8Supers(w) => size_of_val(w.as_slice()),
             Self::Q4(w) => size_of_val(w.as_slice()),
             Self::Q4k(w) => size_of_val(w.as_slice()),
             Self::Q5k(w) => size_of_val(w.as_slice()),
@@ -204,7 +220,7 @@ fn pack<W: Weight>(
     packed
 }
 
-/// Quantised blocks as they are.
+/// Quantised blocks.
 fn pack_blocks<B: QuantBlock>(parts: &[Elements<'_>], k: usize, join: Join) -> Vec<B> {
     let per_row = k / (BLOCK * B::BLOCKS);
     let n = rows(parts, k).len().div_ceil(PANEL) * per_row;

@@ -6,7 +6,7 @@ use super::isa::{LANES, Lanes};
 use super::matrix::{Join, Matrix};
 use super::norm::Norm;
 use crate::layers::GatedParts;
-use crate::load::{Elements, LoadError, Weights};
+use crate::load::{Elements, LoadError, Weights, quantise_q8_0};
 use crate::spec::ModelSpec;
 
 /// What is larger is read from memory in every step.
@@ -132,10 +132,10 @@ impl Model {
         let loader = Loader { spec: &spec, weights, precision, progress: RefCell::new((&mut told, 0)) };
         let embedding = weights.get("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
         let (head, untied_embedding) = if spec.tied {
-            (loader.packed(&[embedding], spec.hidden, Join::Concat)?, None)
+            (loader.packed_by(Matrix::pack_as_stored, &[embedding], spec.hidden, Join::Concat)?, None)
         } else {
             let head = loader.matrix("lm_head.weight", spec.vocab, spec.hidden)?;
-            let table = Matrix::pack(std::slice::from_ref(&embedding), spec.hidden, Join::Concat);
+            let table = Matrix::pack_as_stored(std::slice::from_ref(&embedding), spec.hidden, Join::Concat);
             loader.packed_all(&[embedding])?;
             (head, Some(table))
         };
@@ -283,9 +283,22 @@ impl Loader<'_> {
     }
 
     fn packed(&self, parts: &[Elements<'_>], k: usize, join: Join) -> Result<Matrix, LoadError> {
+        self.packed_by(Matrix::pack, parts, k, join)
+    }
+
+    fn packed_by(
+        &self,
+        pack: fn(&[Elements<'_>], usize, Join) -> Matrix,
+        parts: &[Elements<'_>],
+        k: usize,
+        join: Join,
+    ) -> Result<Matrix, LoadError> {
         let packed = match self.precision {
-            Precision::F16 => Matrix::pack(parts, k, join),
-            Precision::Q8_0 => Matrix::quantise(parts, k, join)?,
+            Precision::F16 => pack(parts, k, join),
+            Precision::Q8_0 => {
+                let parts = parts.iter().map(|part| quantise_q8_0(part, k)).collect::<Result<Vec<_>, _>>()?;
+                pack(&parts, k, join)
+            }
             Precision::Fp8 => return Err(LoadError::NotOnCpu),
         };
         self.packed_all(parts)?;

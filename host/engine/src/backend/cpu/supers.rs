@@ -182,7 +182,7 @@ fn put_products(out: (&mut [i8; 4 * PANEL], &mut [i8; 4 * PANEL]), q: &Words, bi
 
 /// A panel's scales of a run, by half.
 #[inline(always)]
-fn integers<T: Copy + Into<i32>>(scales: &[T; PANEL]) -> [[i32; LANES]; 2] {
+pub(super) fn integers<T: Copy + Into<i32>>(scales: &[T; PANEL]) -> [[i32; LANES]; 2] {
     std::array::from_fn(|half| std::array::from_fn(|i| scales[half * LANES + i].into()))
 }
 

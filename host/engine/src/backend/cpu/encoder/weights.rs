@@ -44,8 +44,9 @@ impl Packed {
         let has = |prefix: &&str| weights.has(&format!("{prefix}embeddings.word_embeddings.weight"));
         let prefix = ["bert.", "roberta."].into_iter().find(has).unwrap_or_default();
         let loader = Loader { spec, weights, prefix };
+        let words = weights.get(&loader.full("embeddings.word_embeddings.weight"), &[spec.vocab, spec.hidden])?;
         Ok(Self {
-            words: loader.matrix("embeddings.word_embeddings.weight", spec.vocab, spec.hidden)?,
+            words: Matrix::pack_as_stored(&[words], spec.hidden, Join::Concat),
             positions: loader.positions()?,
             norm: loader.norm("embeddings.LayerNorm", None)?,
             layers: (0..spec.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
