@@ -18,8 +18,9 @@ cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 #!/usr/bin/env bash
 # Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then flags of
 # `pointsman gpu-check`. Each part is a process of its own, because a fault of a kernel takes the process's device with it, and is
-# killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and gpu-check-PART.json for each part.
-# Ends with 0 when all is well, 1 when a comparison failed, 2 after a wrong flag, 3 where there is no GPU to check.
+# killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and gpu-check-PART.json for each part, of the kernels
+# for each type. Ends with 0 when all is well, 1 when a comparison failed or did not end, 2 after a wrong flag, 3 where there is no
+# GPU to check.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
@@ -40,34 +41,42 @@ fi
 say() { tee -a "$out/gpu-check.txt"; }
 { echo "commit $(cat "$here/COMMIT")"; date -u; nvidia-smi 2>/dev/null; } | say
 worst=0
-# NAME of its lines and its file, seconds that it has, and flags.
+# NAME of its lines and its file, seconds that each of its parts has, how many there are, and flags. Code may have to be made first.
 run() {
-  local name="$1" seconds="$2" status
-  shift 2
+  local name="$1" seconds="$2" n="$3" status
+  shift 3
+  rm -f "$out/gpu-check-$name.json"
   echo "== $name" | say
-  timeout -k 10 $((seconds + 60)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
+  timeout -k 10 $((n * seconds + 120)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
   status="${PIPESTATUS[0]}"
   [ "$status" = 0 ] || echo "== $name ends with status $status" | say
+  # Killed.
+  [ "$status" -lt 124 ] || status=1
   [ "$status" -le "$worst" ] || worst="$status"
 }
-# Kernels of one type. A kernel that takes the device with it is passed over in a second run, for the sake of the others.
+# Kernels of one type. A kernel that takes the device with it, or never ends, is passed over in a second run, for the sake of the
+# others.
 kernels_of() {
-  local kind="$1" lost
+  local kind="$1" lost json="$out/gpu-check-kernels-$1.json"
   shift
-  run "kernels-$kind" $((budget / 4)) --only kernels --of "$kind" "$@"
-  lost="$(sed -n 's/.*"lost_at": "\(.*\)".*/\1/p' "$out/gpu-check-kernels-$kind.json" 2>/dev/null | tail -1)"
-  [ -z "$lost" ] || run "kernels-$kind-without-$lost" $((budget / 4)) --only kernels --of "$kind" --skip "$lost" "$@"
+  run "kernels-$kind" $((budget / 4)) 1 --only kernels --of "$kind" "$@"
+  lost="$(named lost_at "$json")"
+  # It was killed before it came to its verdict.
+  [ -n "$lost" ] || grep -q '"verdict"' "$json" 2>/dev/null || lost="$(named tried "$json")"
+  [ -z "$lost" ] || run "kernels-$kind-without-$lost" $((budget / 4)) 1 --only kernels --of "$kind" --skip "$lost" "$@"
 }
+# The last member of that NAME in a file.
+named() { sed -n "s/.*\"$1\": \"\(.*\)\".*/\1/p" "$2" 2>/dev/null | tail -1; }
 for part in "${parts[@]}"; do
   case "$part" in
     kernels)
       case " $* " in
-        *" --small "*) run kernels "$budget" --only kernels "$@" ;;
+        *" --small "*) run kernels "$budget" 1 --only kernels "$@" ;;
         *) for kind in none bf16 f16 f32; do kernels_of "$kind" "$@"; done ;;
       esac ;;
     # Side by side in one table.
-    ladder) run ladder "$budget" --only "ladder${python:+,peers}" "$@" ;;
-    *) run "$part" "$budget" --only "$part" "$@" ;;
+    ladder) run ladder "$budget" 2 --only "ladder${python:+,peers}" "$@" ;;
+    *) run "$part" "$budget" 1 --only "$part" "$@" ;;
   esac
 done
 exit "$worst"

@@ -200,7 +200,7 @@ pub(crate) struct GpuCheckArgs {
     /// Few cases of each kernel, with an allocation for each of their buffers: for NVIDIA's memory checker.
     #[arg(long)]
     pub(crate) small: bool,
-    /// Time for each part; what there is no time for is skipped, and said to be.
+    /// Time for each part. Comparisons that there is no time for count as failed, figures are left out.
     #[arg(long, value_name = "SECONDS", default_value_t = 150)]
     pub(crate) budget: u64,
     /// Python with PyTorch, whose decode loop is measured beside ours [default: python3].

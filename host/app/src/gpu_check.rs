@@ -48,6 +48,17 @@ pub(crate) enum KernelType {
     F32,
 }
 
+impl KernelType {
+    fn element(self) -> Option<Element> {
+        match self {
+            Self::None => None,
+            Self::Bf16 => Some(Element::Bf16),
+            Self::F16 => Some(Element::F16),
+            Self::F32 => Some(Element::F32),
+        }
+    }
+}
+
 struct Check<'a> {
     report: Report<'a>,
     clock: SystemClock,
@@ -117,7 +128,7 @@ impl Check<'_> {
         self.device()?;
         // Holds the context, which would otherwise be made anew for each model, and from outside of models sees their memory.
         let mut keeper = self.open(false)?;
-        self.units(&mut keeper)?;
+        self.units(&mut keeper, only == [Section::Kernels])?;
         for section in Section::value_variants() {
             if !(only.is_empty() || only.contains(section)) {
                 continue;
@@ -164,11 +175,20 @@ impl Check<'_> {
         self.report.say(&words, json)
     }
 
-    /// Makes the code, all units at once, and says where it came from.
-    fn units(&mut self, gpu: &mut Gpu) -> anyhow::Result<()> {
+    /// Makes the code, all units at once, and says where it came from. Kernels alone need those of their types.
+    fn units(&mut self, gpu: &mut Gpu, kernels_only: bool) -> anyhow::Result<()> {
         let start = self.clock.nanos();
         let few = [Unit::Model(Element::Bf16), Unit::Quantised(Element::Bf16), Unit::Step];
-        let is_needed = |unit: &Unit| !self.small || few.contains(unit);
+        let is_asked = |unit: &Unit| match unit {
+            Unit::Model(element) | Unit::Quantised(element) => {
+                self.types.iter().any(|kind| kind.element() == Some(*element))
+            }
+            Unit::Step => self.types.contains(&KernelType::None),
+        };
+        let is_needed = |unit: &Unit| match self.small {
+            true => few.contains(unit),
+            false => !kernels_only || is_asked(unit),
+        };
         let units: Vec<Unit> = Unit::ALL.into_iter().filter(is_needed).collect();
         std::thread::scope(|threads| {
             for unit in &units {

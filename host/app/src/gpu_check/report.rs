@@ -43,20 +43,32 @@ pub(crate) struct Report<'a> {
     faults: u32,
     skipped: u32,
     good: u32,
+    /// The kernel that runs now or ran last.
+    tried: Option<String>,
 }
 
 // === impl Report ===
 
 impl<'a> Report<'a> {
     pub(crate) fn new(out: &'a mut dyn Write, path: Option<PathBuf>) -> Self {
-        Self { out, path, lines: Vec::new(), figures: Vec::new(), peers: Vec::new(), faults: 0, skipped: 0, good: 0 }
+        Self {
+            out,
+            path,
+            lines: Vec::new(),
+            figures: Vec::new(),
+            peers: Vec::new(),
+            faults: 0,
+            skipped: 0,
+            good: 0,
+            tried: None,
+        }
     }
 
     /// The last line; how many checks failed.
     pub(crate) fn verdict(&mut self) -> anyhow::Result<u32> {
         let Self { good, faults, skipped, .. } = *self;
         let words = format!("verdict: {good} good, {faults} failed, {skipped} figures left out for want of time");
-        self.say(&words, json!({"good": good, "faults": faults, "skipped": skipped}))?;
+        self.say(&words, json!({"verdict": {"good": good, "faults": faults, "skipped": skipped}}))?;
         Ok(faults)
     }
 
@@ -64,6 +76,15 @@ impl<'a> Report<'a> {
         writeln!(self.out, "{words}")?;
         self.out.flush()?;
         self.lines.push(json);
+        self.write()
+    }
+
+    /// A kernel comes next: it is in the file before it runs, for whoever finds that it never ended.
+    pub(crate) fn tries(&mut self, kernel: &str) -> anyhow::Result<()> {
+        if self.tried.as_deref() == Some(kernel) {
+            return Ok(());
+        }
+        self.tried = Some(kernel.to_owned());
         self.write()
     }
 
@@ -121,7 +142,7 @@ impl<'a> Report<'a> {
     fn write(&self) -> anyhow::Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
         let all = json!({"version": env!("CARGO_PKG_VERSION"), "faults": self.faults, "skipped": self.skipped,
-            "lines": self.lines});
+            "tried": self.tried, "lines": self.lines});
         let aside = path.with_extension("part");
         std::fs::write(&aside, format!("{all:#}\n"))
             .and_then(|()| std::fs::rename(&aside, path))

@@ -1,9 +1,8 @@
 // A driver for a device that is the shim: the functions of libcuda.so.1 that the backend calls, as a library of that name.
 //
-// Whatever may be late is late: work on a stream is done when somebody waits for the stream, a copy from memory that is not
-// pinned when somebody waits for the context. So a wait that is missing shows as a wrong result. What a driver forbids fails: a
-// call without a context, waiting in a capture, memory outside of an allocation, a block of another size, shared memory that
-// was not asked for. What is left when the last context goes is told on standard error.
+// Whatever may be late is late: work on a stream is done when somebody waits for the stream. So a wait that is missing shows as a
+// wrong result. What a driver forbids fails: a call without a context, waiting in a capture, memory outside of an allocation, a
+// block of another size, shared memory that was not asked for. What is left when the last context goes is told on standard error.
 #include <functional>
 #include <map>
 
@@ -45,7 +44,6 @@ static bool is_initialised;
 static int retained;
 static char context;
 static void *current_context;
-static Work staged;
 static std::set<Stream *> streams;
 static std::map<Address, size_t> memory;
 static size_t taken;
@@ -65,7 +63,6 @@ static void finish(Work &work) {
 }
 
 static void finish_all() {
-    finish(staged);
     for (Stream *stream : streams) finish(stream->work);
 }
 
@@ -151,12 +148,6 @@ Result cuCtxSetCurrent(void *to) {
     return SUCCESS;
 }
 
-Result cuCtxSynchronize() {
-    NOT_CAPTURING;
-    finish_all();
-    return SUCCESS;
-}
-
 Result cuGetErrorName(Result code, const char **text) {
     static char name[32];
     snprintf(name, sizeof name, "SHIM_%d", code);
@@ -221,19 +212,10 @@ Result cuMemsetD8Async(Address at, unsigned char byte, size_t bytes, Stream *str
     return add(stream, [=] { memset((void *)at, byte, bytes); });
 }
 
-Result cuMemcpyHtoD_v2(Address to, const void *from, size_t bytes) {
-    NOT_CAPTURING;
-    INSIDE(to, bytes);
-    std::string copy((const char *)from, bytes);
-    staged.push_back([=] { memcpy((void *)to, copy.data(), bytes); });
-    return SUCCESS;
-}
-
-// Waits for other copies like it, and for no other stream.
+// Waits for no stream.
 Result cuMemcpyDtoH_v2(void *to, Address from, size_t bytes) {
     NOT_CAPTURING;
     INSIDE(from, bytes);
-    finish(staged);
     memcpy(to, (const void *)from, bytes);
     return SUCCESS;
 }
@@ -268,7 +250,8 @@ Result cuMemcpy2DAsync_v2(const Copy2D *copy, Stream *stream) {
     IN_CONTEXT;
     const unsigned HOST = 1, DEVICE_KIND = 2;
     Copy2D c = *copy;
-    if (c.from_kind != HOST || c.to_kind != DEVICE_KIND || c.from_x || c.from_y || c.to_x || c.to_y || !c.height)
+    if (c.from_kind != HOST || c.to_kind != DEVICE_KIND || c.from_x || c.from_y || c.to_x || c.to_y || !c.height ||
+        c.from_pitch < c.width || c.to_pitch < c.width)
         return refuse(__func__, INVALID_VALUE);
     INSIDE(c.to_device, (c.height - 1) * c.to_pitch + c.width);
     return add(stream, [=] {

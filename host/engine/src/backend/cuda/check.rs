@@ -357,7 +357,9 @@ impl Pair {
             let start = plan.tokens.len() as u32..(plan.tokens.len() + n) as u32;
             plan.tokens.extend(&tokens[*computed..computed + n]);
             let first = plan.blocks.len() as u32;
-            plan.blocks.extend((0..*pages).map(|page| BlockId((page * sequences.len() + i) as u32)));
+            // Those that are written so far: tables of neighbours differ in length.
+            let n_pages = (computed + n).div_ceil(BLOCK_TOKENS).min(*pages);
+            plan.blocks.extend((0..n_pages).map(|page| BlockId((page * sequences.len() + i) as u32)));
             let Rules { sampling, banned, .. } = &self.rules[i % self.rules.len()];
             let history = plan.history.len() as u32;
             if sampling.needs_history() {

@@ -201,7 +201,7 @@ pub trait Device: Send + Debug {
 
     /// Gives up a recording that failed, and launches that start before the one before them has ended; whether there were
     /// such, so that it may work now.
-    fn stop_overlap(&mut self) -> bool {
+    fn stop_overlap(&mut self, _why: &DeviceError) -> bool {
         false
     }
 

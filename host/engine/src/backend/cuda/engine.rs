@@ -1,4 +1,4 @@
-//! Computes step plans on a device: inputs in one copy, a graph, rules in a second copy, a graph, tokens back in one copy.
+//! Computes step plans on a device: inputs in one copy or two, a graph, rules in another, a graph, tokens back in one copy.
 //!
 //! The host's part of a step is writing words into pinned memory. Edits of a sampler policy are asked for while the forward
 //! pass runs, so a policy has that long. Everything is allocated when the engine is made; a step allocates nothing, and
@@ -10,7 +10,7 @@ use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 use pointsman_sched::sampler::{Edit, EditSource};
 
 use super::bucket::{Buckets, StepShape};
-use super::device::{Device, DeviceError, DeviceLaunch, GraphId, Lane, Value};
+use super::device::{Device, DeviceError, DeviceLaunch, GraphId, Lane, Rows, Value};
 use super::element::Form;
 use super::launch::{Arg, Extent, LaunchPlan};
 use super::layout::{ALIGN, Buffer, Owner, Sizes};
@@ -192,7 +192,7 @@ impl CudaEngine {
         let before = self.device.memory()?.free;
         for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
             let captured = match self.record(rows) {
-                Err(error) if !error.is_lost() && self.device.stop_overlap() => self.record(rows)?,
+                Err(error) if !error.is_lost() && self.device.stop_overlap(&error) => self.record(rows)?,
                 captured => captured?,
             };
             self.graphs.push((rows, captured));
@@ -289,6 +289,10 @@ impl CudaEngine {
         };
         let (words, tables) = write_inputs(&self.sizes, extent, plan, self.device.lane(Lane::Inputs));
         let at = self.addresses[Buffer::StepInputs.index()];
+        // Tables that are as wide as the buffer's follow the rest there as well.
+        let is_whole = tables.n <= 1 || tables.words == tables.pitch;
+        let (words, tables) =
+            if is_whole { (words + tables.n * tables.words, Rows { n: 0, ..tables }) } else { (words, tables) };
         self.device.send(Lane::Inputs, at, words)?;
         self.device.send_rows(Lane::Inputs, words, at + 4 * words as u64, tables)?;
         self.last = Some((extent, graph));

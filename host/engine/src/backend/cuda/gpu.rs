@@ -246,9 +246,9 @@ fn is_lost(code: sys::CUresult) -> bool {
 /// # Safety
 /// The image is a whole CUBIN, or a text that ends in a zero byte.
 unsafe fn load_module(image: &[u8]) -> Result<sys::CUmodule, DeviceError> {
-    use sys::CUjit_option_enum as Option;
+    use sys::CUjit_option_enum as JitOption;
     let (mut module, mut log) = (std::ptr::null_mut(), vec![0u8; JIT_LOG_BYTES]);
-    let mut options = [Option::CU_JIT_ERROR_LOG_BUFFER, Option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut options = [JitOption::CU_JIT_ERROR_LOG_BUFFER, JitOption::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len())];
     // SAFETY: the image is as the caller says and outlives the call, which copies it, and so do the options; the second value is
     // the length of the first one's buffer.
@@ -438,6 +438,9 @@ impl Device for Gpu {
     }
 
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         // On this stream, which waits for no other: models that serve share the context, and their steps are not waited for.
         // SAFETY: the caller's buffer at `to` holds that many bytes: both come from one table of sizes; they outlive the wait.
         check("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, bytes, self.stream) })?;
@@ -529,7 +532,7 @@ impl Device for Gpu {
         true
     }
 
-    fn stop_overlap(&mut self) -> bool {
+    fn stop_overlap(&mut self, why: &DeviceError) -> bool {
         // What was recorded goes; outside a capture the driver refuses, and nothing is lost.
         // SAFETY: the stream is ours; the graph, if there is one, was recorded just now and is used nowhere else.
         unsafe {
@@ -540,7 +543,7 @@ impl Device for Gpu {
             }
         }
         if self.overlap {
-            self.notes.push("the driver records no launches that overlap, so they do not".to_owned());
+            self.notes.push(format!("launches that overlap could not be recorded, so further ones do not: {why}"));
         }
         std::mem::take(&mut self.overlap)
     }
@@ -639,18 +642,20 @@ mod tests {
 
     #[test]
     fn devices_older_than_the_kernels_are_refused_by_name() {
-        for (capability, is_supported) in [((7, 5), false), ((8, 0), true), ((8, 9), true), ((12, 0), true)] {
+        let too_old = "cuda:3 (a GPU) has compute capability 7.5, and the kernels need 8.0 (Ampere) or later";
+        let old_driver = "the NVIDIA driver is of CUDA 11.8, and the kernels need one of 12.0 or later; update it";
+        for (capability, driver, refused) in [
+            ((7, 5), (12, 8), Some(too_old)),
+            ((8, 0), (11, 8), Some(old_driver)),
+            ((8, 0), (12, 0), None),
+            ((8, 9), (12, 8), None),
+            ((12, 0), (13, 0), None),
+        ] {
             let info = DeviceInfo { name: "a GPU".to_owned(), n_sms: 40, capability };
             let bus_id = "0000:01:00.0".to_owned();
-            let found = FoundGpu { ordinal: 3, info, total_bytes: 1, bus_id, driver: (12, 8) };
-            match found.supported() {
-                Ok(_) => assert!(is_supported, "{capability:?}"),
-                Err(error) => {
-                    let expect =
-                        "cuda:3 (a GPU) has compute capability 7.5, and the kernels need 8.0 (Ampere) or later";
-                    assert_eq!((is_supported, error.to_string().as_str()), (false, expect));
-                }
-            }
+            let found = FoundGpu { ordinal: 3, info, total_bytes: 1, bus_id, driver };
+            let error = found.supported().err().map(|error| error.to_string());
+            assert_eq!(error.as_deref(), refused, "{capability:?}, {driver:?}");
         }
     }
 }

@@ -1,7 +1,8 @@
 //! A step's inputs, rules and outputs as words in the layout that the kernels read and write.
 //!
 //! The seam has ranges into vectors; kernels want arrays of fixed places. Everything is written into host memory that is
-//! copied at once: many small copies would each cost as much as a kernel.
+//! copied at once, but for block tables that are shorter than their places: many small copies would each cost as much as a
+//! kernel.
 
 use std::sync::Arc;
 
