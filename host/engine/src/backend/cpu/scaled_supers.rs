@@ -30,6 +30,28 @@ pub(super) struct Q8SuperBlock {
     largest: [f16; PANEL],
 }
 
+/// Puts the bytes of a block times integer scales of at most 255 into rows of both planes.
+#[inline(always)]
+fn scale_bytes<S: Simd>(
+    s: S,
+    quads: &WeightQuads,
+    scales: &[[i32; LANES]; 2],
+    (first, second): (&mut [[i8; 4 * PANEL]], &mut [[i8; 4 * PANEL]]),
+) {
+    for (half, scales) in scales.iter().enumerate() {
+        for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(&mut *second)) {
+            let out = [first, second].map(|out| &mut out.as_chunks_mut().0[half]);
+            s.scale_bytes(&q.as_chunks().0[half], scales, out);
+        }
+    }
+}
+
+/// What a run of signed values begins with.
+#[inline(always)]
+fn start<S: Simd>(s: S, factor: &SuperFactor, run: usize) -> S::I {
+    s.dot_start(4 * (factor.offsets[2 * run] + factor.offsets[2 * run + 1]))
+}
+
 // === impl [B; 8] ===
 
 impl<B: ScaledBlock> QuantBlock for [B; 8] {
@@ -58,7 +80,7 @@ impl<B: ScaledBlock> SuperBlock for [B; 8] {
 
     #[inline(always)]
     fn start<S: Simd>(s: S, factor: &SuperFactor, run: usize) -> S::I {
-        s.dot_start(4 * (factor.offsets[2 * run] + factor.offsets[2 * run + 1]))
+        start(s, factor, run)
     }
 
     #[inline(always)]
@@ -78,13 +100,7 @@ impl<B: ScaledBlock> SuperBlock for [B; 8] {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
         let scales = &factors.integers[block];
         if factors.are_bytes {
-            for (half, scales) in scales.iter().enumerate() {
-                for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(&mut *second)) {
-                    let out = [first, second].map(|out| &mut out.as_chunks_mut().0[half]);
-                    s.scale_bytes(&q.as_chunks().0[half], scales, out);
-                }
-            }
-            return;
+            return scale_bytes(s, quads, scales, (first, second));
         }
         let scales: [i16; 2 * PANEL] = std::array::from_fn(|c| scales[c / 2 / LANES][c / 2 % LANES] as i16);
         for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(second)) {
@@ -160,7 +176,7 @@ impl SuperBlock for Q8SuperBlock {
 
     #[inline(always)]
     fn start<S: Simd>(s: S, factor: &SuperFactor, run: usize) -> S::I {
-        s.dot_start(4 * (factor.offsets[2 * run] + factor.offsets[2 * run + 1]))
+        start(s, factor, run)
     }
 
     #[inline(always)]
@@ -176,12 +192,7 @@ impl SuperBlock for Q8SuperBlock {
     #[inline(always)]
     fn planes<S: Simd>(&self, s: S, block: usize, _factors: &SuperFactors, [first, second]: &mut Planes) {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
-        for (half, scales) in integers(&self.integers[block]).iter().enumerate() {
-            for (q, (first, second)) in self.quants[block].iter().zip(first.iter_mut().zip(&mut *second)) {
-                let out = [first, second].map(|out| &mut out.as_chunks_mut().0[half]);
-                s.scale_bytes(&q.as_chunks().0[half], scales, out);
-            }
-        }
+        scale_bytes(s, &self.quants[block], &integers(&self.integers[block]), (first, second));
     }
 
     #[inline(always)]
