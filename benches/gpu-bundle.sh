@@ -16,8 +16,8 @@ git rev-parse HEAD >"$bundle/COMMIT"
 [ -z "$(git status --porcelain)" ] || echo "with changes that are not committed" >>"$bundle/COMMIT"
 cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 #!/usr/bin/env bash
-# Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then flags of
-# `pointsman gpu-check`. Each part is a process of its own, because a fault of a kernel takes the process's device with it, and is
+# Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then further flags of
+# `pointsman gpu-check`, but for --budget, which is $BUDGET, --json and --of. Each part is a process of its own, because a fault of a kernel takes the process's device with it, and is
 # killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and gpu-check-PART.json for each part, of the kernels
 # for each type. Ends with 0 when all is well, 1 when a comparison failed or did not end, 2 after a wrong flag, 3 where there is no
 # GPU to check.
@@ -50,7 +50,7 @@ run() {
   timeout -k 10 $((n * seconds + 120)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
   status="${PIPESTATUS[0]}"
   [ "$status" = 0 ] || echo "== $name ends with status $status" | say
-  # Killed.
+  # Killed, or not started.
   [ "$status" -lt 124 ] || status=1
   [ "$status" -le "$worst" ] || worst="$status"
 }
@@ -59,6 +59,7 @@ run() {
 kernels_of() {
   local kind="$1" lost json="$out/gpu-check-kernels-$1.json"
   shift
+  rm -f "$out/gpu-check-kernels-$kind"-without-*.json
   run "kernels-$kind" $((budget / 4)) 1 --only kernels --of "$kind" "$@"
   lost="$(named lost_at "$json")"
   # It was killed before it came to its verdict.

@@ -117,7 +117,7 @@ fn bare(runtime: &tokio::runtime::Runtime, host: &Host) -> anyhow::Result<String
 
 fn added() -> anyhow::Result<()> {
     let host = Host::start(&program()?, &[("ENGINE__DEVICES", "[\"null\"]")]);
-    // One thread, as the host has where there are few cores: a second one would slow so small a server down.
+    // One thread, as the host has on two cores.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let bare = bare(&runtime, &host)?;
     for rate in [1_000, 2_000, 5_000] {

@@ -207,7 +207,7 @@ impl Check<'_> {
         let origins: Vec<(&str, Origin)> = gpu.origins().map(|(unit, origin)| (unit.name(), origin)).collect();
         let listed: Vec<String> = origins.iter().map(|(unit, origin)| format!("{unit} from {origin}")).collect();
         let is_compiled = origins.iter().all(|(_, origin)| *origin != Origin::Ptx);
-        self.overlaps = is_compiled && self.open(true)?.overlaps();
+        self.overlaps = is_compiled && cuda::Device::overlaps(&self.open(true)?);
         let words = format!(
             "kernels: {}; made in {:.1} s, loaded in {:.1} s",
             listed.join(", "),

@@ -52,7 +52,7 @@ impl Check<'_> {
                 break;
             }
             n_run += 1;
-            self.report.tries(&case.call.kernel)?;
+            self.report.tries(Some(&case.call.kernel))?;
             match runner.run(case) {
                 Ok(()) => *n_good.entry(&case.call.kernel).or_default() += 1,
                 Err(error) => {
@@ -69,10 +69,11 @@ impl Check<'_> {
                 }
             }
         }
+        self.report.tries(None)?;
         let n: u32 = n_good.values().sum();
         let words = format!("{what}: {n} of {n_run} cases are right, of {} kernels", n_good.len());
         let json = json!({"kernels": what, "right": n_good, "run": n_run});
-        // Those that are not were judged one by one.
+        // Those that are wrong, or were not run, were judged one by one.
         if n as usize == n_run && n_run > 0 {
             self.report.judge(true, &words, json)
         } else {

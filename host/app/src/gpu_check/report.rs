@@ -43,7 +43,7 @@ pub(crate) struct Report<'a> {
     faults: u32,
     skipped: u32,
     good: u32,
-    /// The kernel that runs now or ran last.
+    /// The kernel that runs now.
     tried: Option<String>,
 }
 
@@ -79,12 +79,12 @@ impl<'a> Report<'a> {
         self.write()
     }
 
-    /// A kernel comes next: it is in the file before it runs, for whoever finds that it never ended.
-    pub(crate) fn tries(&mut self, kernel: &str) -> anyhow::Result<()> {
-        if self.tried.as_deref() == Some(kernel) {
+    /// A kernel comes next, or none: it is in the file before it runs, for whoever finds that it never ended.
+    pub(crate) fn tries(&mut self, kernel: Option<&str>) -> anyhow::Result<()> {
+        if self.tried.as_deref() == kernel {
             return Ok(());
         }
-        self.tried = Some(kernel.to_owned());
+        self.tried = kernel.map(str::to_owned);
         self.write()
     }
 
@@ -207,7 +207,13 @@ mod tests {
         report.skip("cases", 3).expect("written");
         let all = read();
         assert_eq!((&all["faults"], &all["skipped"], &all["lines"][2]["rows"]), (&json!(1), &json!(3), &json!(8)));
+        // What the bundle's script looks for.
+        report.tries(Some("a_kernel")).expect("written");
+        let has = |text: &str| std::fs::read_to_string(&path).expect("a file").contains(text);
+        assert!(has("\n  \"tried\": \"a_kernel\"") && !has("\"verdict\""));
+        report.tries(None).expect("written");
         assert_eq!(report.verdict().expect("a verdict"), 1);
+        assert!(has("\"verdict\"") && !has("a_kernel"));
         report.table().expect("written");
         let said = String::from_utf8(said).expect("text");
         assert!(said.starts_with(

@@ -22,7 +22,7 @@ fn spec(head_dim: usize, tied: bool) -> ModelSpec {
 }
 
 const CONFIG: EngineConfig =
-    EngineConfig { n_blocks: 32, block_tokens: 16, max_step_tokens: 96, max_rows: 12, context_tokens: 128 };
+    EngineConfig { n_blocks: 40, block_tokens: 16, max_step_tokens: 96, max_rows: 12, context_tokens: 128 };
 
 /// The same model on both backends; `None` without a C++ compiler.
 fn engines(spec: &ModelSpec, element: Element, graphs: bool) -> Option<(CpuEngine, CudaEngine)> {
@@ -82,8 +82,8 @@ fn serve(cpu: &mut CpuEngine, cuda: &mut CudaEngine, same_tokens: bool) -> f32 {
     let sequence = |(i, len): (usize, usize)| Sequence {
         tokens: rng.tokens(len, 203),
         computed: 0,
-        // Pages of different sequences alternate, and none is in order.
-        blocks: blocks((0..6).rev().map(|page| (page * 5 + i) as u32)),
+        // Pages of different sequences alternate, and none is in order; tables are as wide as they can be.
+        blocks: blocks((0..8).rev().map(|page| (page * 5 + i) as u32)),
     };
     let mut sequences: Vec<Sequence> = prompts.into_iter().enumerate().map(sequence).collect();
     let mut worst = 0.0f32;

@@ -366,7 +366,7 @@ impl<W: Weight> Gemm<'_, W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::blocks::{self, ScaledBlock};
+    use crate::backend::cpu::blocks::ScaledBlock;
     use crate::backend::cpu::matrix::Join;
     use crate::load::{Elements, Kind};
     use candle_core::quantized::{GgmlDType, QTensor};
@@ -422,6 +422,7 @@ mod tests {
         if n.is_multiple_of(PANEL) && all.len() == kinds.len() {
             all.push(Matrix::pack(&[Kind::Q4K, Kind::Q4K, Kind::Q6K].map(of), k, Join::Concat));
             assert_eq!(all[kinds.len()].segments.len(), 2);
+            all.push(Matrix::pack_as_stored(&[of(Kind::Q8_0)], k, Join::Concat));
         }
         all
     }
@@ -607,28 +608,33 @@ mod tests {
 
     #[test]
     fn integer_scales_of_the_load_are_those_of_the_products() {
-        let (n, k) = (64, 512);
-        let mut bytes = blocks(Kind::Q8_0, n, k).blocks::<34>().to_vec();
-        // Scales far apart, none at all, and negative ones.
-        for (i, block) in bytes.iter_mut().enumerate() {
-            let scale = match i % 11 {
-                3 => f16::ZERO,
-                5 | 6 => -blocks::half(block, 0),
-                n => f16::from_f32(blocks::half(block, 0).to_f32() / (1 << n) as f32),
-            };
-            block[..2].copy_from_slice(&scale.to_le_bytes());
-        }
-        let elements = [Elements::owned(Kind::Q8_0, bytes.into_flattened())];
-        let packed = Matrix::pack(&elements, k, Join::Concat);
-        let stored = Matrix::pack_as_stored(&elements, k, Join::Concat);
-        assert!(packed.bytes() < stored.bytes());
+        // The last panel is not full.
+        let (n, k) = (70, 512);
         let x: Vec<Vec<f32>> = (0..35).map(|row| values(k, 100 + row)).collect();
-        for isa in Isa::available() {
-            let pool = ComputePool::with_isa(1, isa).unwrap();
-            for rows in [1, 2, 9, 35] {
-                let [found, expect] =
-                    [&packed, &stored].map(|w| product(&pool, w, &x[..rows], Epilogue::Store).concat());
-                assert_eq!(found, expect, "{rows} rows, {}", isa.name());
+        for negative in [false, true] {
+            let mut bytes = blocks(Kind::Q8_0, n, k).blocks::<34>().to_vec();
+            // Scales far apart, some that are zero, and all of one column.
+            for (i, block) in bytes.iter_mut().enumerate() {
+                let scale = f16::from_le_bytes([block[0], block[1]]);
+                let scale = match i % 11 {
+                    3 => f16::ZERO,
+                    _ if i < 8 => f16::ZERO,
+                    5 | 6 if negative => -scale,
+                    part => f16::from_f32(scale.to_f32() / (1 << part) as f32),
+                };
+                block[..2].copy_from_slice(&scale.to_le_bytes());
+            }
+            let elements = [Elements::owned(Kind::Q8_0, bytes.into_flattened())];
+            let packed = Matrix::pack(&elements, k, Join::Concat);
+            let stored = Matrix::pack_as_stored(&elements, k, Join::Concat);
+            assert!(packed.bytes() < stored.bytes());
+            for isa in Isa::available() {
+                let pool = ComputePool::with_isa(1, isa).unwrap();
+                for rows in [1, 2, 9, 35] {
+                    let [found, expect] =
+                        [&packed, &stored].map(|w| product(&pool, w, &x[..rows], Epilogue::Store).concat());
+                    assert_eq!(found, expect, "{rows} rows, {}, negative: {negative}", isa.name());
+                }
             }
         }
     }

@@ -15,7 +15,8 @@ const LARGEST_CACHE: usize = 256 << 20;
 /// How weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
-    /// As the file has them, exactly: 16 bits (`f16` or `bf16`; `f32` stays `f32`), widened in register.
+    /// As the file has them: 16 bits (`f16` or `bf16`; `f32` stays `f32`), widened in register; blocks of a GGUF file in their bits,
+    /// scales of Q8_0 as integers where K is a multiple of 256.
     F16,
     /// 8 bits in blocks of 32 along K with an `f16` scale (GGML's Q8_0), made at load. The CPU multiplies them with 8-bit
     /// activations, a GPU with those of its type.

@@ -6,7 +6,7 @@
 //! that the 256 could have: half a step of the block with the largest scale, and more of the steps of blocks with small ones.
 //! Q8_0 is packed with its integers, which are a byte each, in the place of its scales ([`Q8SuperBlock`]): a product reads 2 % less
 //! and makes none. Where weights are also looked up, and for Q4_0, whose integers would be larger than its scales, blocks stay as
-//! they are, and the integers are made right before the products: the same ones.
+//! they are, and the integers are made right before the products: of finite scales the same ones.
 
 use half::f16;
 
@@ -32,7 +32,7 @@ pub(super) struct Q8SuperBlock {
 
 /// Puts the bytes of a block times integer scales of at most 255 into rows of both planes.
 #[inline(always)]
-fn scale_bytes<S: Simd>(
+fn put_scaled<S: Simd>(
     s: S,
     quads: &WeightQuads,
     scales: &[[i32; LANES]; 2],
@@ -100,7 +100,7 @@ impl<B: ScaledBlock> SuperBlock for [B; 8] {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
         let scales = &factors.integers[block];
         if factors.are_bytes {
-            return scale_bytes(s, quads, scales, (first, second));
+            return put_scaled(s, quads, scales, (first, second));
         }
         let scales: [i16; 2 * PANEL] = std::array::from_fn(|c| scales[c / 2 / LANES][c / 2 % LANES] as i16);
         for (q, (first, second)) in quads.iter().zip(first.iter_mut().zip(second)) {
@@ -192,7 +192,7 @@ impl SuperBlock for Q8SuperBlock {
     #[inline(always)]
     fn planes<S: Simd>(&self, s: S, block: usize, _factors: &SuperFactors, [first, second]: &mut Planes) {
         let (first, second) = (&mut first[8 * block..][..8], &mut second[8 * block..][..8]);
-        scale_bytes(s, &self.quants[block], &integers(&self.integers[block]), (first, second));
+        put_scaled(s, &self.quants[block], &integers(&self.integers[block]), (first, second));
     }
 
     #[inline(always)]

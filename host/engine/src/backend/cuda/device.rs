@@ -199,6 +199,11 @@ pub trait Device: Send + Debug {
     /// Whether launches can be captured.
     fn captures(&self) -> bool;
 
+    /// Whether a kernel may start while the one before it ends.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
     /// Gives up a recording that failed, and launches that start before the one before them has ended; whether there were
     /// such, so that it may work now.
     fn stop_overlap(&mut self, _why: &DeviceError) -> bool {

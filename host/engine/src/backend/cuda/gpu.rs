@@ -322,12 +322,6 @@ impl Gpu {
         self.module(unit).map(drop)
     }
 
-    /// Whether a kernel may start while the one before it ends.
-    #[must_use]
-    pub fn overlaps(&self) -> bool {
-        self.overlap
-    }
-
     fn module(&mut self, unit: Unit) -> Result<sys::CUmodule, DeviceError> {
         if let Some((_, module, _)) = self.modules.iter().find(|(loaded, ..)| *loaded == unit) {
             return Ok(*module);
@@ -530,6 +524,10 @@ impl Device for Gpu {
 
     fn captures(&self) -> bool {
         true
+    }
+
+    fn overlaps(&self) -> bool {
+        self.overlap
     }
 
     fn stop_overlap(&mut self, why: &DeviceError) -> bool {
