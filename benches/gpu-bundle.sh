@@ -17,10 +17,10 @@ git rev-parse HEAD >"$bundle/COMMIT"
 cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 #!/usr/bin/env bash
 # Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then further flags of
-# `pointsman gpu-check`, but for --budget, which is $BUDGET, --json and --of. Each part is a process of its own, because a fault of a kernel takes the process's device with it, and is
-# killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and gpu-check-PART.json for each part, of the kernels
-# for each type. Ends with 0 when all is well, 1 when a comparison failed or did not end, 2 after a wrong flag, 3 where there is no
-# GPU to check.
+# `pointsman gpu-check`, but for --budget, which is $BUDGET, --json and --of. Each part is a process of its own, because a fault of a
+# kernel takes the process's device with it, and is killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and
+# gpu-check-PART.json for each part, of the kernels for each type. Ends with 0 when all is well, 1 when a comparison failed or did
+# not end, 2 after a wrong flag, 3 where there is no GPU to check.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
