@@ -65,6 +65,20 @@ pub struct Streamed {
     pub router: String,
 }
 
+/// Budgets that no machine is too slow for: a call that was put aside while others computed would be a timeout.
+const BUDGETS: &str = "
+[slots.admission.budget]
+hard_ms = 1000
+[slots.router.budget]
+hard_ms = 1000
+[slots.scheduler.budget]
+hard_ms = 1000
+[slots.kv-retention.budget]
+hard_ms = 1000
+[slots.sampler.budget]
+hard_ms = 1000
+";
+
 impl Host {
     /// Starts `program` on an empty data directory. `settings` are environment variables such as `SCHED__MAX_RUNNING`.
     #[must_use]
@@ -115,9 +129,12 @@ impl Host {
         let mut command = Command::new(program);
         command.arg("serve").arg("--data-dir").arg(folder.path());
         let config = folder.path().join(CONFIG);
-        if config.is_file() {
-            command.arg("--config").arg(config);
+        let mut text = std::fs::read_to_string(&config).unwrap_or_default();
+        if !text.contains(".budget]") {
+            text += BUDGETS;
+            std::fs::write(&config, text).expect("a temporary file");
         }
+        command.arg("--config").arg(config);
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).env("POINTSMAN_LOG__LEVEL", "warn");
         for (key, value) in settings {
             command.env(format!("POINTSMAN_{key}"), value);

@@ -10,12 +10,13 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, nice, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, nice, setrlimit};
 use sha2::{Digest as _, Sha256};
 use wasmtime::Engine;
 use wasmtime::component::Component;
@@ -30,6 +31,8 @@ const GREETING: &str = "pointsman-compile-1";
 const MAX_GREETING: u64 = 200;
 /// Longest complaint of a child, in bytes.
 const MAX_COMPLAINT: u64 = 64 << 10;
+/// Wall-clock time that a child gets, in its limits of CPU time: it runs behind everybody else.
+const WALL_PER_CPU: u32 = 4;
 /// Bytes of the checksum at the head of a cached file.
 const CHECKSUM: usize = 32;
 
@@ -43,7 +46,9 @@ pub enum CompileError {
         waited: Duration,
     },
     /// Over the time limit; the child was killed.
-    #[error("the compilation took more than {limit:?} and was stopped; make the component smaller or raise the limit")]
+    #[error(
+        "the compilation took more than {limit:?} of CPU time, or {WALL_PER_CPU} times that, and was stopped; make the component smaller or raise the limit"
+    )]
     Timeout {
         /// The limit.
         limit: Duration,
@@ -284,6 +289,7 @@ fn compile_in_child(
     match status.code() {
         Some(0) => Ok(code),
         Some(_) => Err(CompileError::Refused { detail: shorten(&String::from_utf8_lossy(&complaint)) }),
+        None if status.signal() == Some(Signal::XCPU.as_raw()) => Err(CompileError::Timeout { limit: limits.time }),
         None => Err(CompileError::Killed { status, memory_bytes: limits.memory_bytes }),
     }
 }
@@ -298,6 +304,7 @@ fn talk(child: &mut Child, limits: CompileLimits, component: &[u8]) -> Result<(V
     let cpu_seconds = limits.time.as_secs().max(1);
     let greeting = format!("{GREETING} {} {} {cpu_seconds}\n", component.len(), limits.memory_bytes);
     let component = component.to_vec();
+    let patience = limits.time * WALL_PER_CPU;
     let (done, finished) = mpsc::channel();
     let output_limit = limits.max_output_bytes as u64;
     let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
@@ -314,11 +321,11 @@ fn talk(child: &mut Child, limits: CompileLimits, component: &[u8]) -> Result<(V
     start("compile-err", Box::new(move || drop(complain.send(read_up_to(stderr, MAX_COMPLAINT)))))?;
     start("compile-out", Box::new(move || drop(done.send(read_up_to(stdout, output_limit + 1)))))?;
     let late = |_| CompileError::Timeout { limit: limits.time };
-    let code = finished.recv_timeout(limits.time).map_err(late)?.map_err(CompileError::Io)?;
+    let code = finished.recv_timeout(patience).map_err(late)?.map_err(CompileError::Io)?;
     if code.len() > limits.max_output_bytes {
         return Err(CompileError::OutputTooLarge { limit: limits.max_output_bytes });
     }
-    let complaint = complaints.recv_timeout(limits.time).map_err(late)?.map_err(CompileError::Io)?;
+    let complaint = complaints.recv_timeout(patience).map_err(late)?.map_err(CompileError::Io)?;
     Ok((code, complaint))
 }
 
@@ -370,7 +377,8 @@ fn read_greeting(input: &mut impl BufRead) -> Result<(u64, u64, u64), String> {
 fn limit_self(memory_bytes: u64, cpu_seconds: u64) -> io::Result<()> {
     let limit = |resource, value| setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) });
     limit(Resource::As, memory_bytes)?;
-    limit(Resource::Cpu, cpu_seconds)?;
+    // The first limit ends it with a signal of its own, which the parent knows; the second with that of everything else.
+    setrlimit(Resource::Cpu, Rlimit { current: Some(cpu_seconds), maximum: Some(cpu_seconds + 1) })?;
     limit(Resource::Core, 0)?;
     nice(19)?;
     Ok(())

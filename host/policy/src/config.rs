@@ -164,7 +164,7 @@ pub struct CompileCommand {
 /// Limits of one compilation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompileLimits {
-    /// Wall-clock time, after which the child is killed; also its CPU time.
+    /// CPU time, after which the child is killed, as it is after four times that by the clock: it runs at the lowest priority.
     pub time: Duration,
     /// Address space of the child, in bytes.
     pub memory_bytes: u64,

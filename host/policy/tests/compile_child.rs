@@ -22,6 +22,11 @@ fn main() -> ExitCode {
                 std::thread::park();
             }
         }
+        Some("__expire") => {
+            let this = rustix::process::getpid();
+            rustix::process::kill_process(this, rustix::process::Signal::XCPU).expect("a signal to itself");
+            ExitCode::SUCCESS
+        }
         Some("--list") => ExitCode::SUCCESS,
         _ => {
             for (name, test) in TESTS {
@@ -36,6 +41,7 @@ fn main() -> ExitCode {
 const TESTS: &[(&str, fn())] = &[
     ("a_child_compiles_what_the_host_runs", a_child_compiles_what_the_host_runs),
     ("a_child_that_does_not_answer_is_killed", a_child_that_does_not_answer_is_killed),
+    ("a_child_over_its_cpu_time_took_too_long", a_child_over_its_cpu_time_took_too_long),
     ("a_child_without_memory_dies_alone", a_child_without_memory_dies_alone),
     ("the_output_is_bounded", the_output_is_bounded),
     ("a_program_that_does_not_exist_is_the_hosts_fault", a_program_that_does_not_exist_is_the_hosts_fault),
@@ -63,8 +69,13 @@ fn a_child_compiles_what_the_host_runs() {
 }
 
 fn a_child_that_does_not_answer_is_killed() {
-    let limits = CompileLimits { time: Duration::from_millis(200), ..CompileLimits::default() };
+    let limits = CompileLimits { time: Duration::from_millis(50), ..CompileLimits::default() };
     let bench = Bench::with(|config| child(config, "__linger", limits));
+    assert!(matches!(compile_error(&bench.runtime), CompileError::Timeout { .. }));
+}
+
+fn a_child_over_its_cpu_time_took_too_long() {
+    let bench = Bench::with(|config| child(config, "__expire", CompileLimits::default()));
     assert!(matches!(compile_error(&bench.runtime), CompileError::Timeout { .. }));
 }
 
@@ -90,7 +101,7 @@ fn a_program_that_does_not_exist_is_the_hosts_fault() {
 
 fn one_compilation_at_a_time() {
     let limits =
-        CompileLimits { time: Duration::from_millis(400), queue: Duration::from_millis(1), ..CompileLimits::default() };
+        CompileLimits { time: Duration::from_millis(100), queue: Duration::from_millis(1), ..CompileLimits::default() };
     let bench = Bench::with(|config| child(config, "__linger", limits));
     let outcomes: Vec<CompileError> = std::thread::scope(|scope| {
         let uploads: Vec<_> = (0..2).map(|_| scope.spawn(|| compile_error(&bench.runtime))).collect();
