@@ -57,6 +57,8 @@ pub(crate) struct UpstreamSection {
     pub connections: u32,
     pub connect_timeout_ms: u64,
     pub first_byte_timeout_ms: u64,
+    /// Until another is asked as well; 0: none is.
+    pub hedge_after_ms: u64,
     pub idle_timeout_ms: u64,
     pub max_answer_mib: u32,
     pub probe_path: String,
@@ -116,6 +118,7 @@ impl Default for UpstreamSection {
             connections: 2,
             connect_timeout_ms: 2_000,
             first_byte_timeout_ms: 30_000,
+            hedge_after_ms: 0,
             idle_timeout_ms: 30_000,
             max_answer_mib: 64,
             probe_path: "/health".to_owned(),
@@ -171,12 +174,13 @@ impl UpstreamSection {
             let rule = "only with a URL of https://: in the clear there is no certificate".to_owned();
             return fault("ca_file", self.ca_file.display().to_string(), rule);
         }
-        let bounds: [(&'static str, u64, u64, u64, &'static str); 9] = [
+        let bounds: [(&'static str, u64, u64, u64, &'static str); 10] = [
             ("max_in_flight", self.max_in_flight.into(), 1, 65_536, "requests"),
             ("context_tokens", self.context_tokens.into(), 1, 1 << 24, "tokens"),
             ("connections", self.connections.into(), 0, 1_024, "connections"),
             ("connect_timeout_ms", self.connect_timeout_ms, 1, 60_000, "milliseconds"),
             ("first_byte_timeout_ms", self.first_byte_timeout_ms, 1, 3_600_000, "milliseconds"),
+            ("hedge_after_ms", self.hedge_after_ms, 0, 3_600_000, "milliseconds (0: never)"),
             ("idle_timeout_ms", self.idle_timeout_ms, 1, 3_600_000, "milliseconds"),
             ("max_answer_mib", self.max_answer_mib.into(), 1, 1_024, "MiB"),
             ("probe_interval_ms", self.probe_interval_ms, 0, 3_600_000, "milliseconds (0: none)"),
@@ -255,6 +259,7 @@ impl UpstreamSection {
             connections: self.connections,
             connect_timeout: Duration::from_millis(self.connect_timeout_ms),
             first_byte_timeout: Duration::from_millis(self.first_byte_timeout_ms),
+            hedge_after: Duration::from_millis(self.hedge_after_ms),
             idle_timeout: Duration::from_millis(self.idle_timeout_ms),
             max_answer_bytes: (self.max_answer_mib as usize) << 20,
             probe_path: self.probe_path.clone(),

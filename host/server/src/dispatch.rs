@@ -25,7 +25,7 @@ use crate::ports::{Catalog, Encoder, Replica, SubmitError, Variant};
 use crate::state::ServerState;
 use crate::text::TextModel;
 use crate::trace::{Noted, Trace};
-use crate::upstream::{Seat, Upstream};
+use crate::upstream::{Begun, Mishap, Onward, Seat, Upstream};
 
 const REPLICA: HeaderName = HeaderName::from_static("x-pointsman-replica");
 const VARIANT: HeaderName = HeaderName::from_static("x-pointsman-variant");
@@ -121,8 +121,10 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) assigned: Option<&'a Assignment>,
     /// Whether an upstream may be offered: the request has a form in which it can be sent there.
     pub(crate) is_onward: bool,
-    /// Upstreams that have failed it.
+    /// Upstreams that have failed it, or have it.
     pub(crate) failed: &'a [ReplicaId],
+    /// Whether an upstream has it and is slow: another upstream may have it too, and no replica of this host.
+    pub(crate) is_hedge: bool,
 }
 
 /// Where the choices of a prompt went.
@@ -363,6 +365,16 @@ impl Origin {
     }
 }
 
+// === impl Sent ===
+
+impl Sent {
+    /// Sends it and waits for the first event of its answer; whoever drops this before closes the connection.
+    pub(crate) async fn ask(mut self, onward: &Onward, tag: &str) -> (Self, Result<Begun, Mishap>) {
+        let begun = self.seat.ask(onward, tag).await;
+        (self, begun)
+    }
+}
+
 // === impl Dispatch ===
 
 impl Dispatch<'_> {
@@ -491,6 +503,7 @@ impl Dispatch<'_> {
     fn health(&self, replica: &Replica) -> Option<u8> {
         match &replica.upstream {
             _ if self.terms.scores_prompt && !replica.scores_prompts => None,
+            None if self.is_hedge => None,
             None => Some(replica.health.load(Ordering::Relaxed)),
             Some(upstream) if self.is_onward && !self.failed.contains(&replica.id) => upstream.health(),
             Some(_) => None,

@@ -18,7 +18,7 @@ use crate::ports::{Authors, Clock};
 use crate::registry::InFlight;
 use crate::stream::{ChoiceParts, Events, Generation, GenerationParts, channel};
 use crate::trace::Trace;
-use crate::upstream::{Begun, Blame, Mishap, Relay, RelayParts};
+use crate::upstream::{Begun, Blame, Mishap, Onward, Relay, RelayParts, Upstream};
 
 /// What was let in.
 #[derive(Debug)]
@@ -55,6 +55,9 @@ enum Launched<T> {
     /// At an upstream, with how far it is there.
     There(T),
 }
+
+/// What came of asking an upstream, with the place there.
+type Asked = (Sent, Result<Begun, Mishap>);
 
 /// A client that may go away while an upstream is asked.
 struct Asking<'a> {
@@ -266,13 +269,18 @@ impl Errand {
         loop {
             // Who goes away from here on pays for the prompt that is being worked on.
             self.in_flight.permit.ended(Outcome::Cancelled, 0, 0);
-            let asked = self.ask(&mut sent).await;
-            let asked = asked.map_err(|error| self.unserved(error, sent.event))?;
-            let outcome = asked.as_ref().map_or_else(ToString::to_string, |_| "answered".to_owned());
-            self.trace.tried(&sent.placement.replica.name, outcome, self.arrival.state.clock.now());
+            let event = sent.event;
+            let asked = self.ask(sent, &mut failed).await.map_err(|error| self.unserved(error, event))?;
             let mishap = match asked {
-                Ok(begun) => return Ok(Launched::There((sent, begun))),
-                Err(mishap) => mishap,
+                (by, Ok(begun)) => {
+                    self.tried(&by, "answered".to_owned());
+                    return Ok(Launched::There((by, begun)));
+                }
+                (by, Err(mishap)) => {
+                    self.failed(&by, &mishap);
+                    sent = by;
+                    mishap
+                }
             };
             let blame = mishap.blame();
             self.in_flight.permit.ended(
@@ -281,7 +289,6 @@ impl Errand {
                 0,
             );
             let upstream = Arc::clone(sent.seat.upstream());
-            tracing::info!(request = &*self.arrival.tag, upstream = &**upstream.name(), %mishap, "an upstream failed a request");
             let error = ApiError::Upstream { upstream: Arc::clone(upstream.name()), mishap };
             failed.push(sent.placement.replica.id);
             let next = if blame == Blame::Client { None } else { self.submit(&failed).ok() };
@@ -294,9 +301,9 @@ impl Errand {
         }
     }
 
-    /// Sends it to an upstream and waits until that begins to answer. What ends it from this side is the outer error.
-    async fn ask(&self, sent: &mut Sent) -> Result<Result<Begun, Mishap>, ApiError> {
-        let Self { arrival: Arrival { state, tag, .. }, job, terms, in_flight, .. } = self;
+    /// Sends it to an upstream and waits until that, or another, begins to answer. What ends it from this side is the outer error.
+    async fn ask(&self, sent: Sent, failed: &mut Vec<ReplicaId>) -> Result<Asked, ApiError> {
+        let Self { arrival: Arrival { state, .. }, job, terms, in_flight, .. } = self;
         let Some(onward) = &job.onward else { return Err(ApiError::Internal) };
         let limit_ms = job.params.timeout_ms;
         let deadline = terms.first().map_or(0, |terms| terms.deadline);
@@ -306,11 +313,71 @@ impl Errand {
             biased;
             () = in_flight.cancel_asked() => Err(ApiError::Cancelled),
             () = tokio::time::sleep(left) => Err(ApiError::Deadline { limit_ms }),
-            begun = sent.seat.ask(onward, tag) => Ok(begun),
+            asked = self.race(onward, sent, failed) => Ok(asked),
         };
         asking.is_over = true;
         drop(asking);
         asked
+    }
+
+    /// Asks an upstream, and another beside it where that takes its time: who begins to answer first is kept, and the other let
+    /// go. Where one of the two fails, the other goes on alone.
+    async fn race(&self, onward: &Onward, sent: Sent, failed: &mut Vec<ReplicaId>) -> Asked {
+        let (tag, clock) = (&*self.arrival.tag, &self.arrival.state.clock);
+        let began = clock.now();
+        let (slow, slow_upstream) = (Arc::clone(&sent.placement.replica), Arc::clone(sent.seat.upstream()));
+        let mut first = Box::pin(sent.ask(onward, tag));
+        let Some(patience) = slow_upstream.hedge_after() else { return first.await };
+        if let Ok(asked) = tokio::time::timeout(patience, &mut first).await {
+            return asked;
+        }
+        let Some(hedge) = self.hedge(slow.id, &slow_upstream, failed) else { return first.await };
+        let other = Arc::clone(&hedge.placement.replica);
+        let mut second = Box::pin(hedge.ask(onward, tag));
+        let (asked, left, behind) = tokio::select! {
+            biased;
+            asked = &mut first => (asked, second, other),
+            asked = &mut second => (asked, first, slow.clone()),
+        };
+        let (by, begun) = &asked;
+        match begun {
+            Ok(_) if by.placement.replica.id != slow.id => slow_upstream.outrun(clock.now().saturating_sub(began)),
+            _ => slow_upstream.not_outrun(),
+        }
+        match begun {
+            Err(mishap) if mishap.blame() != Blame::Client => {
+                self.failed(by, mishap);
+                by.seat.upstream().retried();
+                failed.push(by.placement.replica.id);
+                left.await
+            }
+            _ => {
+                self.trace.tried(&behind.name, "slower than another".to_owned(), clock.now());
+                asked
+            }
+        }
+    }
+
+    /// Another upstream for a request that one is slow to begin, where there is one that the router chooses.
+    fn hedge(&self, slow: ReplicaId, upstream: &Upstream, failed: &[ReplicaId]) -> Option<Sent> {
+        if !upstream.may_hedge() {
+            return None;
+        }
+        match self.offer(&[failed, &[slow]].concat(), true) {
+            Ok(Launched::There(sent)) => Some(sent),
+            _ => None,
+        }
+    }
+
+    fn failed(&self, sent: &Sent, mishap: &Mishap) {
+        let upstream = &**sent.seat.upstream().name();
+        tracing::info!(request = &*self.arrival.tag, upstream, %mishap, "an upstream failed a request");
+        self.tried(sent, mishap.to_string());
+    }
+
+    /// Keeps what came of asking an upstream for whoever asks why.
+    fn tried(&self, sent: &Sent, outcome: String) {
+        self.trace.tried(&sent.placement.replica.name, outcome, self.arrival.state.clock.now());
     }
 
     /// Notes that no upstream has served it; a refusal is noted elsewhere.
@@ -339,8 +406,13 @@ impl Errand {
         if !std::mem::replace(&mut self.has_room, true) {
             self.in_flight.permit.queue_tokens(self.prompt_tokens)?;
         }
+        self.offer(failed, false)
+    }
+
+    /// Submits it to whomever the router chooses; as a hedge, to upstreams alone.
+    fn offer(&self, failed: &[ReplicaId], is_hedge: bool) -> Result<Launched<Sent>, ApiError> {
         let is_onward = self.job.onward.is_some();
-        let Self { arrival, job, sampling, terms, assigned, in_flight, trace, .. } = &*self;
+        let Self { arrival, job, sampling, terms, assigned, in_flight, trace, .. } = self;
         let Arrival { state, caller, .. } = arrival;
         let Job { params, target, prompts, .. } = job;
         let mut first_id = Some(self.id);
@@ -349,7 +421,8 @@ impl Errand {
         let (mut choices, mut placements) = (Vec::new(), Vec::new());
         for (prompt, terms) in prompts.iter().zip(terms) {
             let assigned = assigned.as_ref();
-            let dispatch = Dispatch { state, caller, target, prompt, terms, trace, assigned, is_onward, failed };
+            let dispatch =
+                Dispatch { state, caller, target, prompt, terms, trace, assigned, is_onward, failed, is_hedge };
             let submissions =
                 arrival.submissions((sampling, job.grammar.as_deref()), &sinks, choices.len(), &mut first_id);
             let placed = match dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))? {

@@ -8,6 +8,7 @@
 mod answer;
 mod body;
 mod circuit;
+mod hedge;
 mod load;
 mod mishap;
 mod pool;
@@ -32,6 +33,7 @@ use rustls::pki_types::ServerName;
 
 use self::answer::{Answer, Said};
 use self::circuit::{Circuit, Gate};
+use self::hedge::Allowance;
 use self::load::Load;
 use self::pool::{Body, Pool, Worked};
 use self::trust::Trust;
@@ -79,6 +81,8 @@ pub struct UpstreamTerms {
     pub connect_timeout: Duration,
     /// Time until the first event of an answer.
     pub first_byte_timeout: Duration,
+    /// Time without that until another upstream is asked as well; zero: none is.
+    pub hedge_after: Duration,
     /// Time without a byte in the middle of an answer.
     pub idle_timeout: Duration,
     /// Size of an answer.
@@ -141,6 +145,7 @@ pub struct Upstream {
     gauges: Arc<ReplicaGauges>,
     metrics: UpstreamMetrics,
     circuit: Mutex<Circuit>,
+    hedges: Allowance,
     /// Probes that failed in a row.
     failed_probes: AtomicU32,
 }
@@ -207,6 +212,7 @@ impl Upstream {
             gauges,
             metrics,
             circuit,
+            hedges: Allowance::default(),
             failed_probes,
         }))
     }
@@ -293,6 +299,28 @@ impl Upstream {
     /// Whether it has room, as far as one can see.
     pub(crate) fn has_room(&self) -> bool {
         self.gauges.running.load(Ordering::Relaxed) < self.terms.max_in_flight && self.is_up()
+    }
+
+    /// How long a request waits for it until another is asked as well; none where none is.
+    pub(crate) fn hedge_after(&self) -> Option<Duration> {
+        Some(self.terms.hedge_after).filter(|after| !after.is_zero())
+    }
+
+    /// Whether one more of its requests may be sent to another as well.
+    pub(crate) fn may_hedge(&self) -> bool {
+        self.hedges.take()
+    }
+
+    /// A request was sent to another as well, which began to answer first, so long after this one was asked.
+    pub(crate) fn outrun(&self, after: Micros) {
+        self.metrics.hedges_won.inc();
+        // At least so long would it have taken: who is always outrun must not look quick.
+        self.began_after(after);
+    }
+
+    /// A request was sent to another as well, in vain.
+    pub(crate) fn not_outrun(&self) {
+        self.metrics.hedges_lost.inc();
     }
 
     /// It failed a request that somebody else took.
@@ -459,6 +487,7 @@ impl Seat {
     /// Sends a request there and waits for the first event of its answer.
     pub(crate) async fn ask(&mut self, onward: &Onward, tag: &str) -> Result<Begun, Mishap> {
         let terms = &self.upstream.terms;
+        self.upstream.hedges.earn();
         let limit = terms.first_byte_timeout;
         let began = self.upstream.clock.now();
         let silent = Err(Mishap::Silent { limit_ms: millis(limit) });
