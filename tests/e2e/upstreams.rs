@@ -268,24 +268,24 @@ fn a_request_that_waits_is_sent_to_another_as_well() {
         let (slow, let_go) = server(wire, Manner::Hangs);
         let rest = format!("model = \"m\"\nconnections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
         let quick = format!("{rest}upstream_model = \"demo:f16\"\n[replicas.\"m:remote@quick\"]\nweight = 0");
-        let slow_lines = format!("{rest}hedge_after_ms = 50\nfirst_byte_timeout_ms = 400");
-        let near = near(&[("slow", &slow, slow_lines), ("quick", &far.data, quick)]);
+        let near = near(&[("slow", &slow, format!("{rest}hedge_after_ms = 50")), ("quick", &far.data, quick)]);
         let answer = post(&near, "hedged", &chat("m"));
         assert_eq!((answer.status, header(&answer, "x-pointsman-replica")), (200, "m:remote@quick"), "{answer:?}");
         let_go.recv_timeout(PATIENCE).expect("nobody waits for it");
         let why = near.admin("GET", "/admin/v1/requests/hedged", &Value::Null).body;
         let tried: Vec<_> = [0, 1].map(|n| &why["upstreams"][n]["outcome"]).to_vec();
         assert_eq!(tried, ["slower than another", "answered"], "{why}");
-        // One of ten is hedged; this one is the second, and followed by another when its time is up.
-        let answer = post(&near, "not-hedged", &chat("m"));
-        assert_eq!((answer.status, header(&answer, "x-pointsman-replica")), (200, "m:remote@quick"), "{answer:?}");
-        let metrics = metrics(&near, "retries_total{upstream=\"slow\"}", 1.0);
+        assert_eq!(far.admin("GET", "/admin/v1/requests/hedged.hedge", &Value::Null).status, 200, "its id there");
+        // One of ten is hedged; this one is the second.
+        let mut body = chat("m");
+        body["timeout_ms"] = 300.into();
+        assert_eq!(post(&near, "not-hedged", &body).status, 504);
+        let metrics = metrics(&near, "requests_total{outcome=\"cancelled\",upstream=\"slow\"}", 2.0);
         for (series, expect) in [
-            ("hedges_total{outcome=\"won\",upstream=\"slow\"}", 1.0),
-            ("hedges_total{outcome=\"lost\",upstream=\"slow\"}", 0.0),
-            ("requests_total{outcome=\"cancelled\",upstream=\"slow\"}", 1.0),
-            ("requests_total{outcome=\"timeout\",upstream=\"slow\"}", 1.0),
-            ("requests_total{outcome=\"answered\",upstream=\"quick\"}", 2.0),
+            ("hedges_total{upstream=\"slow\"}", 1.0),
+            ("hedges_won_total{upstream=\"slow\"}", 1.0),
+            ("retries_total{upstream=\"slow\"}", 0.0),
+            ("requests_total{outcome=\"answered\",upstream=\"quick\"}", 1.0),
             ("in_flight{upstream=\"slow\"}", 0.0),
         ] {
             assert_eq!(metrics.get(series), Some(&expect), "{wire:?}: {series} {metrics:?}");
@@ -295,62 +295,91 @@ fn a_request_that_waits_is_sent_to_another_as_well() {
 
 #[test]
 fn where_one_of_two_fails_the_other_goes_on_alone() {
-    let error = Manner::Says(500, "application/json", r#"{"error":{"message":"out of memory"}}"#);
-    let refused = Manner::Says(400, "application/json", r#"{"error":{"message":"too long for it"}}"#);
-    let rest = "connections = 0\nprobe_interval_ms = 0";
-    let slow = |model: &str| format!("model = \"{model}\"\nhedge_after_ms = 50\nfirst_byte_timeout_ms = 400\n{rest}");
-    let other = |model: &str, name: &str| {
-        format!("model = \"{model}\"\n{rest}\n[replicas.\"{model}:remote@{name}\"]\nweight = 0")
-    };
+    let late = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), "[engine]\ndevices = [\"null:1000000\"]\n");
+    let refused =
+        || server(Wire::Http1, Manner::Says(400, "application/json", r#"{"error":{"message":"too long"}}"#)).0;
     let hangs = || server(Wire::Http1, Manner::Hangs).0;
+    let first = |model: &str, limit: u32| {
+        format!(
+            "model = \"{model}\"\nupstream_model = \"demo:f16\"\nconnections = 0\nprobe_interval_ms = 0\n\
+             hedge_after_ms = 20\nfirst_byte_timeout_ms = {limit}"
+        )
+    };
+    let second = |model: &str, name: &str| {
+        format!(
+            "model = \"{model}\"\nupstream_model = \"demo:f16\"\nconnections = 0\nprobe_interval_ms = 0\n\
+             [replicas.\"{model}:remote@{name}\"]\nweight = 0"
+        )
+    };
     let near = near(&[
-        ("slow-a", &hangs(), slow("a")),
-        ("error", &server(Wire::Http1, error).0, other("a", "error")),
-        ("slow-b", &hangs(), slow("b")),
-        ("refused", &server(Wire::Http1, refused).0, other("b", "refused")),
-        ("alone", &hangs(), slow("c")),
+        ("a-late", &late.data, first("a", 30_000)),
+        ("a-refuses", &refused(), second("a", "a-refuses")),
+        ("b-hangs", &hangs(), first("b", 500)),
+        ("b-late", &late.data, second("b", "b-late")),
+        ("c-hangs", &hangs(), first("c", 500)),
+        ("c-refuses", &refused(), second("c", "c-refuses")),
+        ("d-hangs", &hangs(), first("d", 400)),
     ]);
-    for (model, status, expect) in [
-        (
-            "a",
-            504,
-            &[("a:remote@error", "answered 500"), ("a:remote@slow-a", "did not begin to answer within 400 ms")][..],
-        ),
-        // The client's fault: nobody else is waited for.
-        ("b", 400, &[("b:remote@slow-b", "slower than another"), ("b:remote@refused", "answered 400")]),
-        ("c", 504, &[("c:remote@alone", "did not begin")]),
-    ] {
-        let answer = post(&near, model, &chat(model));
-        let why = near.admin("GET", &format!("/admin/v1/requests/{model}"), &Value::Null).body;
-        assert_eq!((answer.status, why["upstreams"].as_array().map(Vec::len)), (status, Some(expect.len())), "{why}");
-        for (n, (replica, outcome)) in expect.iter().enumerate() {
-            let tried = &why["upstreams"][n];
-            let is_told = tried["outcome"].as_str().is_some_and(|said| said.contains(outcome));
-            assert!(tried["replica"] == *replica && is_told, "{why}");
+    let silent = "did not begin to answer within 500 ms";
+    std::thread::scope(|scope| {
+        for (model, status, hedges, expect) in [
+            ("a", 200, 1.0, vec![("a-refuses", "answered 400"), ("a-late", "answered")]),
+            ("b", 200, 1.0, vec![("b-hangs", silent), ("b-late", "answered")]),
+            ("c", 504, 1.0, vec![("c-refuses", "answered 400"), ("c-hangs", silent)]),
+            ("d", 504, 0.0, vec![("d-hangs", "did not begin to answer within 400 ms")]),
+        ] {
+            let near = &near;
+            scope.spawn(move || {
+                let mut body = chat(model);
+                body["max_tokens"] = 1.into();
+                let answer = post(near, model, &body);
+                let why = near.admin("GET", &format!("/admin/v1/requests/{model}"), &Value::Null).body;
+                let tried = why["upstreams"].as_array().map(Vec::len);
+                assert_eq!((answer.status, tried), (status, Some(expect.len())), "{why}");
+                for (n, (name, outcome)) in expect.iter().enumerate() {
+                    let tried = &why["upstreams"][n];
+                    let is_told = tried["outcome"].as_str().is_some_and(|said| said.contains(outcome));
+                    assert!(tried["replica"] == format!("{model}:remote@{name}") && is_told, "{why}");
+                }
+                let first = if model == "a" { "a-late".to_owned() } else { format!("{model}-hangs") };
+                let metrics = metrics(near, &format!("hedges_total{{upstream=\"{first}\"}}"), hedges);
+                let won = f64::from(u8::from(model == "b"));
+                assert_eq!(metrics[&format!("hedges_won_total{{upstream=\"{first}\"}}")], won, "{metrics:?}");
+            });
         }
-    }
-    let metrics = metrics(&near, "hedges_total{outcome=\"lost\",upstream=\"slow-a\"}", 1.0);
-    assert_eq!(metrics["hedges_total{outcome=\"lost\",upstream=\"slow-b\"}"], 1.0, "{metrics:?}");
-    assert_eq!(metrics["hedges_total{outcome=\"lost\",upstream=\"alone\"}"], 0.0, "nobody else was there: {metrics:?}");
+    });
 }
 
 #[test]
-fn a_replica_of_this_host_is_no_hedge_and_takes_what_fails() {
+fn a_hedge_stays_within_the_variant_and_away_from_the_replicas_of_this_host() {
+    let far = host(&[]);
     let config = format!(
-        "[engine]\ndevices = [\"null\"]\n[slots.router]\ncomponent = \"native\"\n\
-         [upstreams.slow]\nurl = \"{}\"\nmodel = \"demo\"\nhedge_after_ms = 10\nfirst_byte_timeout_ms = 300\n\
-         connections = 0\nprobe_interval_ms = 0\n[replicas.\"demo:f16@null\"]\nweight = 0\n\
-         [replicas.\"demo:q8_0@null\"]\nweight = 0\n",
-        server(Wire::Http1, Manner::Hangs).0
+        "[engine]\ndevices = [\"null\"]\n\
+         [upstreams.slow]\nurl = \"{}\"\nmodel = \"demo\"\nhedge_after_ms = 10\nfirst_byte_timeout_ms = 500\n\
+         connections = 0\nprobe_interval_ms = 0\n\
+         [upstreams.other]\nurl = \"{}\"\nmodel = \"demo\"\nvariant = \"other\"\nupstream_model = \"demo:f16\"\n\
+         connections = 0\nprobe_interval_ms = 0\n",
+        server(Wire::Http1, Manner::Hangs).0,
+        far.data,
     );
     let near = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config);
-    let answer = post(&near, "mixed", &chat("demo"));
-    let why = near.admin("GET", "/admin/v1/requests/mixed", &Value::Null).body;
-    let tried = (why["upstreams"].as_array().map(Vec::len), &why["upstreams"][0]["replica"]);
-    assert_eq!((answer.status, tried), (200, (Some(1), &json!("demo:remote@slow"))), "{why}");
-    assert!(header(&answer, "x-pointsman-replica").ends_with("@null"), "{answer:?}");
+    let weights = json!({ "weights": { "demo:remote": 100 } });
+    let put = near.admin("PUT", "/admin/v1/aliases/demo", &weights);
+    assert_eq!(put.status, 200, "{put:?}");
+    let calls = || {
+        let slot = near.admin("GET", "/admin/v1/slots/router", &Value::Null).body;
+        slot["counters"]["calls"].as_u64().expect("a count")
+    };
+    let before = calls();
+    let answer = post(&near, "assigned", &chat("demo"));
+    let why = near.admin("GET", "/admin/v1/requests/assigned", &Value::Null).body;
+    let first = &why["upstreams"][0];
+    assert_eq!((answer.status, &first["replica"]), (200, &json!("demo:remote@slow")), "{why}");
+    assert!(first["outcome"].as_str().is_some_and(|said| said.contains("within 500 ms")), "{why}");
+    // A hedge has no row, so that the router is not asked for it.
+    assert_eq!(calls() - before, 2, "{why}");
     let metrics = metrics(&near, "retries_total{upstream=\"slow\"}", 1.0);
-    assert_eq!(metrics["requests_total{outcome=\"timeout\",upstream=\"slow\"}"], 1.0, "{metrics:?}");
+    assert_eq!(metrics["hedges_total{upstream=\"slow\"}"], 0.0, "{metrics:?}");
 }
 
 /// On a kept connection that ends, and on a stream that was not begun: the client sees nothing, and nothing counts as failed.

@@ -166,7 +166,7 @@ pub(crate) struct Admin {
 }
 
 /// Longest time for an answer: a pull and a compilation may stand before it.
-const PATIENCE: Duration = Duration::from_secs(900);
+const PATIENCE: Duration = Duration::from_secs(3_600);
 /// Longest time for a connection.
 const CONNECT: Duration = Duration::from_secs(5);
 

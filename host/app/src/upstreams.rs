@@ -174,6 +174,10 @@ impl UpstreamSection {
             let rule = "only with a URL of https://: in the clear there is no certificate".to_owned();
             return fault("ca_file", self.ca_file.display().to_string(), rule);
         }
+        if self.hedge_after_ms >= self.first_byte_timeout_ms {
+            let rule = "less than first_byte_timeout_ms, or 0 for never".to_owned();
+            return fault("hedge_after_ms", self.hedge_after_ms.to_string(), rule);
+        }
         let bounds: [(&'static str, u64, u64, u64, &'static str); 10] = [
             ("max_in_flight", self.max_in_flight.into(), 1, 65_536, "requests"),
             ("context_tokens", self.context_tokens.into(), 1, 1 << 24, "tokens"),

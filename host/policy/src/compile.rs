@@ -33,6 +33,8 @@ const MAX_GREETING: u64 = 200;
 const MAX_COMPLAINT: u64 = 64 << 10;
 /// Wall-clock time that a child gets, in its limits of CPU time: it runs behind everybody else.
 const WALL_PER_CPU: u32 = 4;
+/// Wall-clock time in which a child that has closed its output ends.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 /// Bytes of the checksum at the head of a cached file.
 const CHECKSUM: usize = 32;
 
@@ -301,7 +303,7 @@ fn talk(child: &mut Child, limits: CompileLimits, component: &[u8]) -> Result<(V
     let mut stdin = child.stdin.take().ok_or_else(missing)?;
     let stdout = child.stdout.take().ok_or_else(missing)?;
     let stderr = child.stderr.take().ok_or_else(missing)?;
-    let cpu_seconds = limits.time.as_secs().max(1);
+    let cpu_seconds = limits.time.as_millis().div_ceil(1_000).max(1);
     let greeting = format!("{GREETING} {} {} {cpu_seconds}\n", component.len(), limits.memory_bytes);
     let component = component.to_vec();
     let patience = limits.time * WALL_PER_CPU;
@@ -325,7 +327,7 @@ fn talk(child: &mut Child, limits: CompileLimits, component: &[u8]) -> Result<(V
     if code.len() > limits.max_output_bytes {
         return Err(CompileError::OutputTooLarge { limit: limits.max_output_bytes });
     }
-    let complaint = complaints.recv_timeout(patience).map_err(late)?.map_err(CompileError::Io)?;
+    let complaint = complaints.recv_timeout(LAST_WORDS).map_err(late)?.map_err(CompileError::Io)?;
     Ok((code, complaint))
 }
 

@@ -122,7 +122,7 @@ pub(crate) struct Dispatch<'a> {
     /// Whether an upstream may be offered: the request has a form in which it can be sent there.
     pub(crate) is_onward: bool,
     /// Upstreams that have failed it, or have it.
-    pub(crate) failed: &'a [ReplicaId],
+    pub(crate) without: &'a [ReplicaId],
     /// Whether an upstream has it and is slow: another upstream may have it too, and no replica of this host.
     pub(crate) is_hedge: bool,
 }
@@ -459,7 +459,9 @@ impl Dispatch<'_> {
         if let Some(assigned) = self.assigned {
             self.fill(scratch, hashes, Some(&assigned.variant));
             let weights = &scratch.columns.weight;
-            if scratch.rows.iter().zip(weights).any(|(row, weight)| *weight > 0 && self.has_room(*row)) {
+            // Somebody there has it already, where this is a hedge.
+            if self.is_hedge || scratch.rows.iter().zip(weights).any(|(row, weight)| *weight > 0 && self.has_room(*row))
+            {
                 return;
             }
         }
@@ -505,7 +507,7 @@ impl Dispatch<'_> {
             _ if self.terms.scores_prompt && !replica.scores_prompts => None,
             None if self.is_hedge => None,
             None => Some(replica.health.load(Ordering::Relaxed)),
-            Some(upstream) if self.is_onward && !self.failed.contains(&replica.id) => upstream.health(),
+            Some(upstream) if self.is_onward && !self.without.contains(&replica.id) => upstream.health(),
             Some(_) => None,
         }
     }
@@ -730,7 +732,7 @@ impl Dispatch<'_> {
         let (assigned, unit) = self.assigned.map_or((0, 0), |assigned| (assigned.number, assigned.unit));
         let prompt = self.prompt.tokens.len() as u64;
         // Another try of the same request is no other request.
-        if self.failed.is_empty() {
+        if self.without.is_empty() {
             self.state.recorder.record(Event {
                 kind: EventKind::Admitted,
                 a: prompt,

@@ -73,8 +73,16 @@ const MAX_ID: usize = 128;
 
 /// The id of a request's draft.
 pub(crate) fn draft_of(id: &str) -> String {
-    const SUFFIX: &str = ".draft";
-    format!("{}{SUFFIX}", &id[..id.floor_char_boundary(MAX_ID - SUFFIX.len())])
+    part_of(id, ".draft")
+}
+
+/// The id under which a second upstream knows a request: it may be the same server.
+pub(crate) fn hedge_of(id: &str) -> String {
+    part_of(id, ".hedge")
+}
+
+fn part_of(id: &str, suffix: &str) -> String {
+    format!("{}{suffix}", &id[..id.floor_char_boundary(MAX_ID - suffix.len())])
 }
 
 // === impl Registry ===

@@ -64,10 +64,10 @@ pub struct UpstreamMetrics {
     requests: [IntCounter; 9],
     /// `pointsman_upstream_retries_total`: requests that were sent elsewhere after it failed them.
     pub retries: IntCounter,
-    /// `pointsman_upstream_hedges_total{outcome="won"}`: requests that another began to answer first, asked because it was slow.
+    /// `pointsman_upstream_hedges_total`: requests that were sent to another as well because it was slow.
+    pub hedges: IntCounter,
+    /// `pointsman_upstream_hedges_won_total`: those of them that the other answered.
     pub hedges_won: IntCounter,
-    /// `pointsman_upstream_hedges_total{outcome="lost"}`: the same where it began to answer first after all, or the other failed.
-    pub hedges_lost: IntCounter,
     /// `pointsman_upstream_in_flight`.
     pub in_flight: IntGauge,
     /// `pointsman_upstream_connections_opened_total`.
@@ -96,6 +96,7 @@ pub(crate) struct UpstreamFamilies {
     requests: IntCounterVec,
     retries: IntCounterVec,
     hedges: IntCounterVec,
+    hedges_won: IntCounterVec,
     in_flight: IntGaugeVec,
     opened: IntCounterVec,
     reused: IntCounterVec,
@@ -121,8 +122,13 @@ impl UpstreamFamilies {
             ),
             hedges: counter(
                 "pointsman_upstream_hedges_total",
-                "Requests sent to another as well because the upstream was slow to begin, by whether that one began first.",
-                by_outcome,
+                "Requests sent to another as well because the upstream was slow to begin.",
+                name,
+            ),
+            hedges_won: counter(
+                "pointsman_upstream_hedges_won_total",
+                "Hedged requests that the other answered.",
+                name,
             ),
             in_flight: gauge("pointsman_upstream_in_flight", "Requests at an upstream."),
             opened: counter("pointsman_upstream_connections_opened_total", "Connections opened.", name),
@@ -143,8 +149,8 @@ impl UpstreamFamilies {
         UpstreamMetrics {
             requests: UpstreamOutcome::ALL.map(ended),
             retries: self.retries.with_label_values(name),
-            hedges_won: self.hedges.with_label_values(&[upstream, "won"]),
-            hedges_lost: self.hedges.with_label_values(&[upstream, "lost"]),
+            hedges: self.hedges.with_label_values(name),
+            hedges_won: self.hedges_won.with_label_values(name),
             in_flight: self.in_flight.with_label_values(name),
             opened: self.opened.with_label_values(name),
             reused: self.reused.with_label_values(name),

@@ -15,7 +15,7 @@ use crate::cache::{self, Feed, Flight, Found, Key, Lead, Seat, Served, Subject};
 use crate::dispatch::{Assignment, Dispatch, Placed, Placement, Prompt, Sent, Terms, record_rejection};
 use crate::error::ApiError;
 use crate::ports::{Authors, Clock};
-use crate::registry::InFlight;
+use crate::registry::{InFlight, hedge_of};
 use crate::stream::{ChoiceParts, Events, Generation, GenerationParts, channel};
 use crate::trace::Trace;
 use crate::upstream::{Begun, Blame, Mishap, Onward, Relay, RelayParts, Upstream};
@@ -273,11 +273,11 @@ impl Errand {
             let asked = self.ask(sent, &mut failed).await.map_err(|error| self.unserved(error, event))?;
             let mishap = match asked {
                 (by, Ok(begun)) => {
-                    self.tried(&by, "answered".to_owned());
+                    self.note_tried(&by, "answered".to_owned());
                     return Ok(Launched::There((by, begun)));
                 }
                 (by, Err(mishap)) => {
-                    self.failed(&by, &mishap);
+                    self.note_failed(&by, &mishap);
                     sent = by;
                     mishap
                 }
@@ -302,7 +302,7 @@ impl Errand {
     }
 
     /// Sends it to an upstream and waits until that, or another, begins to answer. What ends it from this side is the outer error.
-    async fn ask(&self, sent: Sent, failed: &mut Vec<ReplicaId>) -> Result<Asked, ApiError> {
+    async fn ask(&self, sent: Sent, without: &mut Vec<ReplicaId>) -> Result<Asked, ApiError> {
         let Self { arrival: Arrival { state, .. }, job, terms, in_flight, .. } = self;
         let Some(onward) = &job.onward else { return Err(ApiError::Internal) };
         let limit_ms = job.params.timeout_ms;
@@ -313,7 +313,7 @@ impl Errand {
             biased;
             () = in_flight.cancel_asked() => Err(ApiError::Cancelled),
             () = tokio::time::sleep(left) => Err(ApiError::Deadline { limit_ms }),
-            asked = self.race(onward, sent, failed) => Ok(asked),
+            asked = self.race(onward, sent, without) => Ok(asked),
         };
         asking.is_over = true;
         drop(asking);
@@ -321,62 +321,68 @@ impl Errand {
     }
 
     /// Asks an upstream, and another beside it where that takes its time: who begins to answer first is kept, and the other let
-    /// go. Where one of the two fails, the other goes on alone.
-    async fn race(&self, onward: &Onward, sent: Sent, failed: &mut Vec<ReplicaId>) -> Asked {
+    /// go. Where one of the two fails, the other goes on alone, unless the first finds the request itself at fault.
+    async fn race(&self, onward: &Onward, sent: Sent, without: &mut Vec<ReplicaId>) -> Asked {
         let (tag, clock) = (&*self.arrival.tag, &self.arrival.state.clock);
-        let began = clock.now();
-        let (slow, slow_upstream) = (Arc::clone(&sent.placement.replica), Arc::clone(sent.seat.upstream()));
+        let upstream = Arc::clone(sent.seat.upstream());
+        // A request has one hedge, and a trial is to show how it ends.
+        let patience = upstream.hedge_after().filter(|_| without.is_empty() && !sent.seat.is_trial());
+        let Some(patience) = patience else { return sent.ask(onward, tag).await };
+        let (slow, hedge_tag, began) = (Arc::clone(&sent.placement.replica), hedge_of(tag), clock.now());
         let mut first = Box::pin(sent.ask(onward, tag));
-        let Some(patience) = slow_upstream.hedge_after() else { return first.await };
         if let Ok(asked) = tokio::time::timeout(patience, &mut first).await {
             return asked;
         }
-        let Some(hedge) = self.hedge(slow.id, &slow_upstream, failed) else { return first.await };
+        let Some(hedge) = self.hedge(slow.id, &upstream) else { return first.await };
         let other = Arc::clone(&hedge.placement.replica);
-        let mut second = Box::pin(hedge.ask(onward, tag));
-        let (asked, left, behind) = tokio::select! {
+        let mut second = Box::pin(hedge.ask(onward, &hedge_tag));
+        let ((by, begun), left, behind) = tokio::select! {
             biased;
             asked = &mut first => (asked, second, other),
-            asked = &mut second => (asked, first, slow.clone()),
+            asked = &mut second => (asked, first, Arc::clone(&slow)),
         };
-        let (by, begun) = &asked;
-        match begun {
-            Ok(_) if by.placement.replica.id != slow.id => slow_upstream.outrun(clock.now().saturating_sub(began)),
-            _ => slow_upstream.not_outrun(),
-        }
-        match begun {
-            Err(mishap) if mishap.blame() != Blame::Client => {
-                self.failed(by, mishap);
-                by.seat.upstream().retried();
-                failed.push(by.placement.replica.id);
-                left.await
+        let is_first = by.placement.replica.id == slow.id;
+        match &begun {
+            Err(mishap) if !is_first || mishap.blame() != Blame::Client => {
+                self.note_failed(&by, mishap);
+                without.push(by.placement.replica.id);
+                if !is_first {
+                    return left.await;
+                }
+                upstream.retried();
+                let asked = left.await;
+                if asked.1.is_ok() {
+                    upstream.hedge_won();
+                }
+                asked
             }
             _ => {
+                if !is_first {
+                    upstream.hedge_won();
+                    upstream.outrun(clock.now().saturating_sub(began));
+                }
                 self.trace.tried(&behind.name, "slower than another".to_owned(), clock.now());
-                asked
+                (by, begun)
             }
         }
     }
 
     /// Another upstream for a request that one is slow to begin, where there is one that the router chooses.
-    fn hedge(&self, slow: ReplicaId, upstream: &Upstream, failed: &[ReplicaId]) -> Option<Sent> {
-        if !upstream.may_hedge() {
-            return None;
-        }
-        match self.offer(&[failed, &[slow]].concat(), true) {
+    fn hedge(&self, slow: ReplicaId, upstream: &Upstream) -> Option<Sent> {
+        upstream.hedged(|| match self.submit_to_all_but(&[slow], true) {
             Ok(Launched::There(sent)) => Some(sent),
             _ => None,
-        }
+        })
     }
 
-    fn failed(&self, sent: &Sent, mishap: &Mishap) {
+    fn note_failed(&self, sent: &Sent, mishap: &Mishap) {
         let upstream = &**sent.seat.upstream().name();
         tracing::info!(request = &*self.arrival.tag, upstream, %mishap, "an upstream failed a request");
-        self.tried(sent, mishap.to_string());
+        self.note_tried(sent, mishap.to_string());
     }
 
     /// Keeps what came of asking an upstream for whoever asks why.
-    fn tried(&self, sent: &Sent, outcome: String) {
+    fn note_tried(&self, sent: &Sent, outcome: String) {
         self.trace.tried(&sent.placement.replica.name, outcome, self.arrival.state.clock.now());
     }
 
@@ -406,11 +412,11 @@ impl Errand {
         if !std::mem::replace(&mut self.has_room, true) {
             self.in_flight.permit.queue_tokens(self.prompt_tokens)?;
         }
-        self.offer(failed, false)
+        self.submit_to_all_but(failed, false)
     }
 
-    /// Submits it to whomever the router chooses; as a hedge, to upstreams alone.
-    fn offer(&self, failed: &[ReplicaId], is_hedge: bool) -> Result<Launched<Sent>, ApiError> {
+    /// Submits it to whomever the router chooses among all others; as a hedge, to upstreams alone.
+    fn submit_to_all_but(&self, without: &[ReplicaId], is_hedge: bool) -> Result<Launched<Sent>, ApiError> {
         let is_onward = self.job.onward.is_some();
         let Self { arrival, job, sampling, terms, assigned, in_flight, trace, .. } = self;
         let Arrival { state, caller, .. } = arrival;
@@ -422,7 +428,7 @@ impl Errand {
         for (prompt, terms) in prompts.iter().zip(terms) {
             let assigned = assigned.as_ref();
             let dispatch =
-                Dispatch { state, caller, target, prompt, terms, trace, assigned, is_onward, failed, is_hedge };
+                Dispatch { state, caller, target, prompt, terms, trace, assigned, is_onward, without, is_hedge };
             let submissions =
                 arrival.submissions((sampling, job.grammar.as_deref()), &sinks, choices.len(), &mut first_id);
             let placed = match dispatch.run(submissions, |to, id| in_flight.submitted(to.replica.id, id))? {

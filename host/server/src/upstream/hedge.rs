@@ -29,6 +29,12 @@ impl Allowance {
     pub(super) fn take(&self) -> bool {
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |saved| saved.checked_sub(PER_HEDGE)).is_ok()
     }
+
+    /// It was not sent after all.
+    pub(super) fn give_back(&self) {
+        let back = |saved: u32| Some(MOST.min(saved + PER_HEDGE));
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, back);
+    }
 }
 
 #[cfg(test)]
@@ -46,5 +52,7 @@ mod tests {
         assert_eq!(taken(5), 1);
         (0..1_000).for_each(|_| allowance.earn());
         assert_eq!(taken(1_000), 10);
+        allowance.give_back();
+        assert_eq!(taken(5), 1);
     }
 }

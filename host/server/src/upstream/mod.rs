@@ -306,21 +306,28 @@ impl Upstream {
         Some(self.terms.hedge_after).filter(|after| !after.is_zero())
     }
 
-    /// Whether one more of its requests may be sent to another as well.
-    pub(crate) fn may_hedge(&self) -> bool {
-        self.hedges.take()
+    /// Asks for another upstream for one more of its requests, where so many may be hedged.
+    pub(crate) fn hedged<T>(&self, other: impl FnOnce() -> Option<T>) -> Option<T> {
+        if !self.hedges.take() {
+            return None;
+        }
+        let other = other();
+        match other.is_some() {
+            true => self.metrics.hedges.inc(),
+            false => self.hedges.give_back(),
+        }
+        other
     }
 
-    /// A request was sent to another as well, which began to answer first, so long after this one was asked.
-    pub(crate) fn outrun(&self, after: Micros) {
+    /// The other answered it.
+    pub(crate) fn hedge_won(&self) {
         self.metrics.hedges_won.inc();
+    }
+
+    /// The other began to answer first, so long after this one was asked.
+    pub(crate) fn outrun(&self, after: Micros) {
         // At least so long would it have taken: who is always outrun must not look quick.
         self.began_after(after);
-    }
-
-    /// A request was sent to another as well, in vain.
-    pub(crate) fn not_outrun(&self) {
-        self.metrics.hedges_lost.inc();
     }
 
     /// It failed a request that somebody else took.
@@ -482,6 +489,11 @@ impl Seat {
     /// Where it is.
     pub(crate) fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream
+    }
+
+    /// Whether it shows if the upstream is well again.
+    pub(crate) fn is_trial(&self) -> bool {
+        self.is_trial
     }
 
     /// Sends a request there and waits for the first event of its answer.
