@@ -3,15 +3,12 @@
 use std::path::Path;
 use std::process::Command;
 
-use pointsman_tests::{Host, raw};
+use pointsman_tests::{Host, looks, raw};
 use serde_json::{Value, json};
 
 use crate::embeddings::tiny;
 use crate::journal;
 use crate::loads::{PROGRAM, ask, folder, load, unload};
-
-/// Looks at something before it is said not to come.
-const LOOKS: usize = 20_000;
 
 /// A host that knows `names`, each from a folder of the models, and beside them what `more` says.
 fn start(folder: &Path, names: &[(&str, &str)], more: &str) -> Host {
@@ -58,7 +55,7 @@ fn metric(host: &Host, name: &str) -> Option<u64> {
 /// Waits until a metric has this value.
 fn counts(host: &Host, name: &str, expect: u64) {
     let mut found = None;
-    for _ in 0..LOOKS {
+    for _ in looks() {
         found = metric(host, name);
         if found == Some(expect) {
             return;
@@ -141,8 +138,7 @@ fn many_who_ask_share_one_load_and_one_who_leaves_stops_nothing() {
     });
     counts(&host, &outcome("loads", "loaded"), 1);
     let waiting = raw::send(&host, "/v1/completions", &ask("b", 4)).expect("a request");
-    let comes_to =
-        |states: &[&str]| (0..LOOKS).any(|_| states.iter().any(|state| shown(&host, "b")["state"] == *state));
+    let comes_to = |states: &[&str]| looks().any(|_| states.iter().any(|state| shown(&host, "b")["state"] == *state));
     assert!(comes_to(&["loading", "ready"]), "it has been asked for");
     drop(waiting);
     assert!(comes_to(&["ready"]), "whoever hangs up stops nothing");
@@ -165,7 +161,7 @@ fn a_model_in_use_is_waited_for_and_not_taken() {
         assert!(running.event().expect("an event").is_some());
         running
     };
-    let comes_to = |host: &Host, name: &str, expect: &str| (0..LOOKS).any(|_| shown(host, name)["state"] == expect);
+    let comes_to = |host: &Host, name: &str, expect: &str| looks().any(|_| shown(host, name)["state"] == expect);
     let running = long(&host);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| status(&host, "b"));
@@ -196,13 +192,13 @@ fn a_model_in_use_is_waited_for_and_not_taken() {
     let refused = host.post("/v1/completions", &ask("b", 1));
     // Before the load has failed, or after it: it is told at once.
     assert_eq!((refused.status, refused.headers["retry-after"].as_bytes()), (503, &b"1"[..]), "{refused:?}");
-    assert!((0..LOOKS).any(|_| ["failed", "unloaded"].iter().any(|state| shown(&host, "b")["state"] == *state)));
+    assert!(looks().any(|_| ["failed", "unloaded"].iter().any(|state| shown(&host, "b")["state"] == *state)));
     let guest = load(&host, "guest", &folder.path().join("mini"));
     assert!(guest.status == 422 || guest.body.to_string().contains("raise engine.max_loaded"), "{guest:?}");
     assert_eq!(loaded(&host), "a");
     drop(running);
     // An operator's model takes the place of one that nobody has any more; until that is so it is refused.
-    assert!((0..LOOKS).any(|_| load(&host, "guest", &folder.path().join("mini")).status == 201), "its place is free");
+    assert!(looks().any(|_| load(&host, "guest", &folder.path().join("mini")).status == 201), "its place is free");
     assert_eq!(loaded(&host), "guest");
 }
 

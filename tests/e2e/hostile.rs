@@ -4,12 +4,10 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use pointsman_tests::{Host, raw};
+use pointsman_tests::{Host, looks, raw};
 
 use super::host;
 
-/// Looks at the open connections before they are said to stay.
-const LOOKS: usize = 5_000;
 /// Places of the listeners below.
 const PLACES: usize = 8;
 
@@ -20,7 +18,12 @@ fn statuses(said: &str) -> Vec<u16> {
 }
 
 fn get(host: &Host, path: &str) -> String {
-    raw::heard(host, format!("GET {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").as_bytes())
+    heard(host, &format!("GET {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"))
+}
+
+/// What a host answers. A connection whose client is put aside before it has written is closed without a word, in its time.
+fn heard(host: &Host, sent: &str) -> String {
+    looks().map(|_| raw::heard(host, sent.as_bytes())).find(|said| !said.is_empty()).unwrap_or_default()
 }
 
 /// A metric of the data plane.
@@ -33,7 +36,7 @@ fn metric(host: &Host, name: &str) -> u64 {
 /// Waits until no request and no connection is left but the one that asks.
 fn forgets_them(host: &Host) {
     raw::rests(host);
-    assert!((0..LOOKS).any(|_| metric(host, "pointsman_connections") == 1), "connections stay");
+    assert!(looks().any(|_| metric(host, "pointsman_connections") == 1), "connections stay");
 }
 
 #[test]
@@ -72,7 +75,7 @@ fn who_speaks_no_http_gets_an_answer_and_an_end() {
         ("a second request behind a refused one", refused, &[400, 200]),
     ];
     for (what, sent, expect) in rows {
-        let said = raw::heard(&host, sent.as_bytes());
+        let said = if expect.is_empty() { raw::heard(&host, sent.as_bytes()) } else { heard(&host, &sent) };
         assert_eq!(statuses(&said), expect, "{what}: {said}");
         assert_eq!(statuses(&get(&host, "/health")), [200], "after {what}");
     }

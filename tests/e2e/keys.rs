@@ -2,13 +2,10 @@
 
 use std::path::Path;
 
-use pointsman_tests::{Answer, Host};
+use pointsman_tests::{Answer, Host, looks};
 use serde_json::{Value, json};
 
 use crate::trust::{PROGRAM, pointsman};
-
-/// Requests that are sent while waiting for a signal to be heard; each takes the host a millisecond.
-const PATIENCE: usize = 5_000;
 
 /// Makes a key: itself, and what the host is told of it.
 fn make(arguments: &[&str]) -> (String, String) {
@@ -25,8 +22,7 @@ fn ask(host: &Host, key: &str, prompt: &str) -> Answer {
 
 /// Asks until the answer has this status.
 fn ask_until(host: &Host, key: &str, status: u16) -> bool {
-    (0..PATIENCE)
-        .any(|_| host.send("GET", &format!("{}/v1/models", host.data), &[("x-api-key", key)], b"").status == status)
+    looks().any(|_| host.send("GET", &format!("{}/v1/models", host.data), &[("x-api-key", key)], b"").status == status)
 }
 
 fn config(keys: &Path) -> String {
@@ -51,7 +47,7 @@ fn keys_are_read_again_and_a_broken_file_changes_nothing() {
         let before = host.log().matches("stay what they were").count();
         host.signal("-HUP");
         let told = || host.log().matches("stay what they were").count() > before;
-        assert!((0..PATIENCE).any(|_| ask_until(&host, &first, 200) && told()), "{broken}: {}", host.log());
+        assert!(looks().any(|_| ask_until(&host, &first, 200) && told()), "{broken}: {}", host.log());
         assert_eq!(statuses(&[&first, &second]), [200, 200], "{broken}");
     }
     std::fs::write(&file, &second_lines).expect("a file");
@@ -85,7 +81,7 @@ fn a_key_is_limited_and_its_tenant_is_charged() {
     let account = || host.admin("GET", "/admin/v1/usage", &Value::Null).body["data"].clone();
     let told = |account: &Value| account[0]["requests"] == 2;
     // An answer is whole before its place is free.
-    let account = (0..PATIENCE).map(|_| account()).find(told).expect("two requests have ended");
+    let account = looks().map(|_| account()).find(told).expect("two requests have ended");
     assert_eq!(account.as_array().map(Vec::len), Some(1), "{account}");
     let row = &account[0];
     assert_eq!((&row["tenant"], &row["prompt_tokens"]), (&json!("acme"), &json!(prompt)));

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use pointsman_tests::large::{self, Sizes};
 use pointsman_tests::rng::Rng;
-use pointsman_tests::{Answer, Host};
+use pointsman_tests::{Answer, Host, raw};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -117,13 +117,7 @@ fn models_come_and_go_while_streams_run_and_are_cancelled() {
     });
     assert!(n_done.load(Ordering::Relaxed) > 3);
     // The last of those who went away may not have been noticed yet.
-    while ["demo:f16@cpu", "demo:q8_0@cpu"].iter().any(|replica| running_on(&host, replica) > 0) {
-        std::thread::yield_now();
-    }
-    let devices = host.admin("GET", "/admin/v1/devices", &Value::Null).body;
-    for replica in devices["data"][0]["replicas"].as_array().expect("a list") {
-        assert_eq!((&replica["running"], &replica["kv_free_blocks"]), (&json!(0), &replica["kv_blocks"]), "{replica}");
-    }
+    raw::rests(&host);
     let lines = journal(&host);
     let count = |event: &str| lines.iter().filter(|line| line["event"] == event).count();
     assert_eq!((count("model-loaded"), count("model-unloaded"), count("model-refused")), (3, 3, 0), "{lines:?}");
@@ -235,11 +229,12 @@ fn traffic_moves_by_alias_to_a_variant_that_was_loaded() {
 #[test]
 fn requests_that_take_longer_than_they_are_given_are_ended_and_told() {
     let folder = folder();
-    let host = start(folder.path(), "");
+    // So slow that they are not over when they are to end.
+    let host = start(folder.path(), "devices = [\"null:20000\"]\n");
     assert_eq!(load(&host, "copy", &folder.path().join("demo")).status, 201);
     std::thread::scope(|scope| {
         let running = scope.spawn(|| host.stream(&ask("copy", 1_000)));
-        while running_on(&host, "copy:f16@cpu") == 0 && !running.is_finished() {
+        while running_on(&host, "copy:f16@null") == 0 && !running.is_finished() {
             std::thread::yield_now();
         }
         let gone = unload(&host, "copy", "?grace_ms=0");

@@ -1,5 +1,6 @@
 //! What is active survives a restart, also one without warning.
 
+use pointsman_tests::looks;
 use serde_json::{Value, json};
 
 use crate::{host, journal};
@@ -118,7 +119,7 @@ fn a_signal_lets_a_running_stream_end() {
             text.as_str()
                 .is_some_and(|t| t.lines().any(|l| l == "vllm:num_requests_running{model_name=\"demo:f16\"} 1"))
         };
-        assert!((0..10_000).any(|_| running()), "the stream starts");
+        assert!(looks().any(|_| running()), "the stream starts");
         host.signal("-TERM");
         let streamed = stream.join().expect("no panic").expect("a stream that has begun ends");
         assert_eq!((streamed.tokens.len(), streamed.finish.as_str()), (400, "length"));

@@ -5,12 +5,9 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use pointsman_tests::{Host, signal};
+use pointsman_tests::{Host, looks, signal};
 
 use crate::trust::PROGRAM;
-
-/// Requests that are sent while waiting for a signal to be heard; each takes the host a millisecond.
-const PATIENCE: usize = 5_000;
 
 #[test]
 fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
@@ -25,7 +22,7 @@ fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
     });
     assert_eq!(streamed.map(|streamed| (streamed.tokens.len(), streamed.finish)), Ok((64, "length".into())));
     let is_told = || host.get("/health").status == 200 && host.log().contains("SIGHUP changes nothing");
-    assert!((0..PATIENCE).any(|_| is_told()), "{}", host.log());
+    assert!(looks().any(|_| is_told()), "{}", host.log());
 }
 
 #[test]

@@ -6,13 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use pointsman_tests::{Host, root, skip};
+use pointsman_tests::{Host, looks, root, skip};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::trust::PROGRAM;
-
-/// Requests that are sent while waiting for a signal to be heard.
-const PATIENCE: usize = 5_000;
 
 /// A client that trusts one certificate.
 fn client(trusted: &Path) -> ureq::Agent {
@@ -88,13 +85,13 @@ fn both_planes_speak_tls_and_take_a_renewed_certificate() {
         std::fs::set_permissions(&served, std::fs::Permissions::from_mode(mode)).expect("a file of ours");
         host.signal("-HUP");
         let told = || host.log().matches("a certificate stays what it was").count() == 2 * (n + 1);
-        assert!((0..PATIENCE).any(|_| get(&open, &data).is_some() && told()), "{}", host.log());
+        assert!(looks().any(|_| get(&open, &data).is_some() && told()), "{}", host.log());
         assert!(is_trusted(&data, &old), "{text}");
     }
     place(&renewed, &served, 0o640);
     host.signal("-HUP");
     for url in [&data, &admin] {
-        assert!((0..PATIENCE).any(|_| is_trusted(url, &renewed)), "{}", host.log());
+        assert!(looks().any(|_| is_trusted(url, &renewed)), "{}", host.log());
         assert!(!is_trusted(url, &old), "{url}");
     }
     let metrics = counted();

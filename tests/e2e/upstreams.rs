@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use pointsman_tests::{Answer, Host, root};
+use pointsman_tests::{Answer, Host, looks, root};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -77,7 +77,7 @@ fn uncached(member: &Value) -> Value {
 /// Values of the upstreams' metrics by series, once one of them is what it must be: they are rendered now and then.
 fn metrics(host: &Host, series: &str, expect: f64) -> BTreeMap<String, f64> {
     let mut metrics = BTreeMap::new();
-    for _ in 0..10_000 {
+    for _ in looks() {
         let text = host.get("/metrics").body;
         let lines = text.as_str().expect("text").lines().filter_map(|line| line.strip_prefix("pointsman_upstream_"));
         let values = lines.filter_map(|line| line.rsplit_once(' '));
@@ -144,7 +144,7 @@ fn another_host_answers_as_if_it_were_here() {
     assert_eq!(tried, (&json!("demo:remote@east"), &json!("answered"), &json!("finished")), "{why}");
     assert!(far.admin("GET", "/admin/v1/requests/one", &Value::Null).status == 200, "it has the same id there");
     let listed = || near.admin("GET", "/admin/v1/devices", &Value::Null).body.to_string();
-    let read = (0..10_000).any(|_| listed().contains(r#""kv_blocks":1000"#));
+    let read = looks().any(|_| listed().contains(r#""kv_blocks":1000"#));
     assert!(read, "the other host's own load is shown: {}", listed());
     let devices = listed();
     assert!(devices.contains("demo:remote@east") && devices.contains("upstream at http://"), "{devices}");
@@ -263,39 +263,43 @@ fn follows(far: &Host, wire: Wire) {
 
 #[test]
 fn a_request_that_waits_is_sent_to_another_as_well() {
-    for wire in Wire::ALL {
-        let (far, _folder) = far(wire);
-        let (slow, let_go) = server(wire, Manner::Hangs);
-        let rest = format!("model = \"m\"\nconnections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
-        let quick = format!("{rest}upstream_model = \"demo:f16\"\n[replicas.\"m:remote@quick\"]\nweight = 0");
-        let near = near(&[("slow", &slow, format!("{rest}hedge_after_ms = 50")), ("quick", &far.data, quick)]);
-        let answer = post(&near, "hedged", &chat("m"));
-        assert_eq!((answer.status, header(&answer, "x-pointsman-replica")), (200, "m:remote@quick"), "{answer:?}");
-        let_go.recv_timeout(PATIENCE).expect("nobody waits for it");
-        let why = near.admin("GET", "/admin/v1/requests/hedged", &Value::Null).body;
-        let tried: Vec<_> = [0, 1].map(|n| &why["upstreams"][n]["outcome"]).to_vec();
-        assert_eq!(tried, ["slower than another", "answered"], "{why}");
-        assert_eq!(far.admin("GET", "/admin/v1/requests/hedged.hedge", &Value::Null).status, 200, "its id there");
-        // One of ten is hedged; this one is the second.
-        let mut body = chat("m");
-        body["timeout_ms"] = 300.into();
-        assert_eq!(post(&near, "not-hedged", &body).status, 504);
-        let metrics = metrics(&near, "requests_total{outcome=\"cancelled\",upstream=\"slow\"}", 2.0);
-        for (series, expect) in [
-            ("hedges_total{upstream=\"slow\"}", 1.0),
-            ("hedges_won_total{upstream=\"slow\"}", 1.0),
-            ("retries_total{upstream=\"slow\"}", 0.0),
-            ("requests_total{outcome=\"answered\",upstream=\"quick\"}", 1.0),
-            ("in_flight{upstream=\"slow\"}", 0.0),
-        ] {
-            assert_eq!(metrics.get(series), Some(&expect), "{wire:?}: {series} {metrics:?}");
-        }
+    on_each_wire(hedged);
+}
+
+fn hedged(wire: Wire) {
+    let (far, _folder) = far(wire);
+    let (slow, let_go) = server(wire, Manner::Hangs);
+    let rest = format!("model = \"m\"\nconnections = 0\nprobe_interval_ms = 0\n{}", wire.lines());
+    let quick = format!("{rest}upstream_model = \"demo:f16\"\n[replicas.\"m:remote@quick\"]\nweight = 0");
+    let near = near(&[("slow", &slow, format!("{rest}hedge_after_ms = 50")), ("quick", &far.data, quick)]);
+    let answer = post(&near, "hedged", &chat("m"));
+    assert_eq!((answer.status, header(&answer, "x-pointsman-replica")), (200, "m:remote@quick"), "{answer:?}");
+    let_go.recv_timeout(PATIENCE).expect("nobody waits for it");
+    let why = near.admin("GET", "/admin/v1/requests/hedged", &Value::Null).body;
+    let tried: Vec<_> = [0, 1].map(|n| &why["upstreams"][n]["outcome"]).to_vec();
+    assert_eq!(tried, ["slower than another", "answered"], "{why}");
+    assert_eq!(far.admin("GET", "/admin/v1/requests/hedged.hedge", &Value::Null).status, 200, "its id there");
+    // One of ten is hedged; this one is the second.
+    let mut body = chat("m");
+    body["timeout_ms"] = 1_500.into();
+    assert_eq!(post(&near, "not-hedged", &body).status, 504);
+    let metrics = metrics(&near, "requests_total{outcome=\"cancelled\",upstream=\"slow\"}", 2.0);
+    for (series, expect) in [
+        ("hedges_total{upstream=\"slow\"}", 1.0),
+        ("hedges_won_total{upstream=\"slow\"}", 1.0),
+        ("retries_total{upstream=\"slow\"}", 0.0),
+        ("requests_total{outcome=\"answered\",upstream=\"quick\"}", 1.0),
+        ("in_flight{upstream=\"slow\"}", 0.0),
+    ] {
+        assert_eq!(metrics.get(series), Some(&expect), "{wire:?}: {series} {metrics:?}");
     }
 }
 
 #[test]
 fn where_one_of_two_fails_the_other_goes_on_alone() {
-    let late = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), "[engine]\ndevices = [\"null:1000000\"]\n");
+    // A second for each sixteen tokens of a prompt.
+    let config = "[engine]\ndevices = [\"null:1000000\"]\n[sched]\nmax_batch_tokens = 16\n";
+    let late = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), config);
     let refused =
         || server(Wire::Http1, Manner::Says(400, "application/json", r#"{"error":{"message":"too long"}}"#)).0;
     let hangs = || server(Wire::Http1, Manner::Hangs).0;
@@ -314,24 +318,24 @@ fn where_one_of_two_fails_the_other_goes_on_alone() {
     let near = near(&[
         ("a-late", &late.data, first("a", 30_000)),
         ("a-refuses", &refused(), second("a", "a-refuses")),
-        ("b-hangs", &hangs(), first("b", 500)),
+        ("b-hangs", &hangs(), first("b", 1_500)),
         ("b-late", &late.data, second("b", "b-late")),
-        ("c-hangs", &hangs(), first("c", 500)),
+        ("c-hangs", &hangs(), first("c", 1_500)),
         ("c-refuses", &refused(), second("c", "c-refuses")),
-        ("d-hangs", &hangs(), first("d", 400)),
+        ("d-hangs", &hangs(), first("d", 1_500)),
     ]);
-    let silent = "did not begin to answer within 500 ms";
+    let silent = "did not begin to answer within 1500 ms";
     std::thread::scope(|scope| {
         for (model, status, hedges, expect) in [
             ("a", 200, 1.0, vec![("a-refuses", "answered 400"), ("a-late", "answered")]),
             ("b", 200, 1.0, vec![("b-hangs", silent), ("b-late", "answered")]),
             ("c", 504, 1.0, vec![("c-refuses", "answered 400"), ("c-hangs", silent)]),
-            ("d", 504, 0.0, vec![("d-hangs", "did not begin to answer within 400 ms")]),
+            ("d", 504, 0.0, vec![("d-hangs", silent)]),
         ] {
             let near = &near;
             scope.spawn(move || {
-                let mut body = chat(model);
-                body["max_tokens"] = 1.into();
+                let messages = json!([{ "role": "user", "content": "What is ownership? ".repeat(12) }]);
+                let body = json!({ "model": model, "messages": messages, "max_tokens": 1 });
                 let answer = post(near, model, &body);
                 let why = near.admin("GET", &format!("/admin/v1/requests/{model}"), &Value::Null).body;
                 let tried = why["upstreams"].as_array().map(Vec::len);
@@ -353,33 +357,38 @@ fn where_one_of_two_fails_the_other_goes_on_alone() {
 #[test]
 fn a_hedge_stays_within_the_variant_and_away_from_the_replicas_of_this_host() {
     let far = host(&[]);
+    let rest = "connections = 0\nprobe_interval_ms = 0\nupstream_model = \"demo:f16\"";
+    let slow = format!(
+        "url = \"{}\"\nhedge_after_ms = 10\nfirst_byte_timeout_ms = 500\n{rest}",
+        server(Wire::Http1, Manner::Hangs).0
+    );
     let config = format!(
         "[engine]\ndevices = [\"null\"]\n\
-         [upstreams.slow]\nurl = \"{}\"\nmodel = \"demo\"\nhedge_after_ms = 10\nfirst_byte_timeout_ms = 500\n\
-         connections = 0\nprobe_interval_ms = 0\n\
-         [upstreams.other]\nurl = \"{}\"\nmodel = \"demo\"\nvariant = \"other\"\nupstream_model = \"demo:f16\"\n\
-         connections = 0\nprobe_interval_ms = 0\n",
-        server(Wire::Http1, Manner::Hangs).0,
+         [upstreams.slow]\nmodel = \"demo\"\n{slow}\n[upstreams.slow-m]\nmodel = \"m\"\n{slow}\n\
+         [upstreams.other]\nmodel = \"m\"\nvariant = \"other\"\nurl = \"{}\"\n{rest}\n\
+         [replicas.\"demo:f16@null\"]\nweight = 0\n[replicas.\"demo:q8_0@null\"]\nweight = 0\n",
         far.data,
     );
     let near = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config);
-    let weights = json!({ "weights": { "demo:remote": 100 } });
-    let put = near.admin("PUT", "/admin/v1/aliases/demo", &weights);
+    let put = near.admin("PUT", "/admin/v1/aliases/m", &json!({ "weights": { "m:remote": 1 } }));
     assert_eq!(put.status, 200, "{put:?}");
     let calls = || {
         let slot = near.admin("GET", "/admin/v1/slots/router", &Value::Null).body;
         slot["counters"]["calls"].as_u64().expect("a count")
     };
-    let before = calls();
-    let answer = post(&near, "assigned", &chat("demo"));
-    let why = near.admin("GET", "/admin/v1/requests/assigned", &Value::Null).body;
-    let first = &why["upstreams"][0];
-    assert_eq!((answer.status, &first["replica"]), (200, &json!("demo:remote@slow")), "{why}");
-    assert!(first["outcome"].as_str().is_some_and(|said| said.contains("within 500 ms")), "{why}");
-    // A hedge has no row, so that the router is not asked for it.
-    assert_eq!(calls() - before, 2, "{why}");
-    let metrics = metrics(&near, "retries_total{upstream=\"slow\"}", 1.0);
-    assert_eq!(metrics["hedges_total{upstream=\"slow\"}"], 0.0, "{metrics:?}");
+    for (model, first, then) in [("demo", "slow", "@null"), ("m", "slow-m", "m:other@other")] {
+        let before = calls();
+        let answer = post(&near, model, &chat(model));
+        let why = near.admin("GET", &format!("/admin/v1/requests/{model}"), &Value::Null).body;
+        let tried = &why["upstreams"][0];
+        assert_eq!((answer.status, &tried["replica"]), (200, &json!(format!("{model}:remote@{first}"))), "{why}");
+        assert!(tried["outcome"].as_str().is_some_and(|said| said.contains("within 500 ms")), "{why}");
+        assert!(header(&answer, "x-pointsman-replica").ends_with(then), "{answer:?}");
+        // A hedge had no row, so that the router was not asked for it.
+        assert_eq!(calls() - before, 2, "{why}");
+        let metrics = metrics(&near, &format!("retries_total{{upstream=\"{first}\"}}"), 1.0);
+        assert_eq!(metrics[&format!("hedges_total{{upstream=\"{first}\"}}")], 0.0, "{metrics:?}");
+    }
 }
 
 /// On a kept connection that ends, and on a stream that was not begun: the client sees nothing, and nothing counts as failed.
@@ -452,8 +461,12 @@ fn what_fails_alone_is_told_and_then_left_alone() {
             let answer = post(&near, &format!("{n}"), &chat("resets"));
             assert_eq!((answer.status, &answer.body["error"]["code"]), (502, &json!("upstream_failed")), "{answer:?}");
         }
-        let answer = post(&near, "open", &chat("resets"));
-        assert_eq!((answer.status, &answer.body["error"]["code"]), (503, &json!("no_replica")), "{answer:?}");
+        // A second after that, a request would be its trial; one that fails doubles the wait.
+        let is_left_alone = |n: usize| {
+            let answer = post(&near, &format!("open-{n}"), &chat("resets"));
+            (answer.status, &answer.body["error"]["code"]) == (503, &json!("no_replica"))
+        };
+        assert!((0..4).any(is_left_alone), "{wire:?}");
         let metrics = metrics(&near, "up{upstream=\"resets\"}", 0.0);
         assert_eq!(metrics["up{upstream=\"dies\"}"], 1.0, "{metrics:?}");
         assert_eq!(metrics["requests_total{outcome=\"broken\",upstream=\"done\"}"], 1.0, "{metrics:?}");
@@ -473,11 +486,11 @@ fn another_process_hangs_comes_back_and_dies() {
     let config = "[engine]\ndevices = [\"null:5000\"]\n";
     let far = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), config);
     let lines = "model = \"demo\"\nupstream_model = \"demo:f16\"\nconnections = 2\nprobe_interval_ms = 100\n\
-                 first_byte_timeout_ms = 2000\nidle_timeout_ms = 500\n"
+                 first_byte_timeout_ms = 5000\nidle_timeout_ms = 2000\n"
         .to_owned();
     let near = near(&[("far", &far.data, lines)]);
     let mut body = chat("demo");
-    (body["max_tokens"], body["ignore_eos"], body["stream"]) = (400.into(), true.into(), true.into());
+    (body["max_tokens"], body["ignore_eos"], body["stream"]) = (900.into(), true.into(), true.into());
     let reader = begin(&near, "hangs", &body, "\"content\"");
     far.signal("-STOP");
     let text = rest(reader);
@@ -520,7 +533,12 @@ fn begin(host: &Host, id: &str, body: &Value, first: &str) -> BufReader<TcpStrea
 
 #[test]
 fn whoever_ends_it_here_ends_it_there() {
-    Wire::ALL.into_iter().for_each(ends);
+    on_each_wire(ends);
+}
+
+/// Side by side, because most of it is waiting.
+fn on_each_wire(test: fn(Wire)) {
+    std::thread::scope(|scope| Wire::ALL.into_iter().for_each(|wire| drop(scope.spawn(move || test(wire)))));
 }
 
 fn ends(wire: Wire) {
@@ -539,13 +557,13 @@ fn ends(wire: Wire) {
     closed.recv_timeout(PATIENCE).expect("it was cancelled");
     assert!(rest(reader).contains("the request was cancelled"));
 
-    body["timeout_ms"] = 200.into();
+    body["timeout_ms"] = 1_500.into();
     let reader = begin(&near, "late", &body, "half");
     closed.recv_timeout(PATIENCE).expect("its deadline has passed");
-    assert!(rest(reader).contains("the deadline of 200 ms has passed"));
+    assert!(rest(reader).contains("the deadline of 1500 ms has passed"));
 
     let mut body = chat("hangs");
-    body["timeout_ms"] = 200.into();
+    body["timeout_ms"] = 1_500.into();
     assert_eq!(post(&near, "unanswered", &body).status, 504);
     waiting.recv_timeout(PATIENCE).expect("nobody waits for it");
     for (id, state) in
@@ -599,7 +617,7 @@ fn an_upstream_over_tls_is_who_it_says_or_is_sent_nothing() {
     let hang_up = |outcome: &str, n: u32| {
         near.signal("-HUP");
         let line = format!("pointsman_tls_reloads_total{{outcome=\"{outcome}\",plane=\"upstreams\"}} {n}\n");
-        let seen = (0..10_000).any(|_| near.get("/metrics").body.as_str().is_some_and(|text| text.contains(&line)));
+        let seen = looks().any(|_| near.get("/metrics").body.as_str().is_some_and(|text| text.contains(&line)));
         assert!(seen, "{line}");
     };
     std::fs::write(&ca, "nothing").expect("a file");
@@ -654,7 +672,7 @@ fn embeddings_are_made_where_the_model_is() {
     assert_eq!((more.status, &more.body["error"]["code"]), (502, &json!("upstream_failed")), "{more:?}");
     let long = ask(&near, &json!({"model": "words", "input": "w1 ".repeat(1_000)}));
     assert_eq!((long.status, &long.body["error"]["code"]), (400, &json!("refused_by_upstream")), "{long:?}");
-    let late = ask(&near, &json!({"model": "slow", "input": "w1", "timeout_ms": 200}));
+    let late = ask(&near, &json!({"model": "slow", "input": "w1", "timeout_ms": 1_500}));
     assert_eq!(late.status, 504, "{late:?}");
     ended.recv_timeout(PATIENCE).expect("nobody waits for it");
     let metrics = metrics(&near, "requests_total{outcome=\"answered\",upstream=\"east\"}", 3.0);

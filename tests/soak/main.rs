@@ -28,8 +28,6 @@ const WARM_UP: u32 = 40;
 /// Growth after the warm-up, in bytes, over a run long enough to tell: beyond what pools and heaps of models that come and go may
 /// add in minutes. The growth itself is printed; of an hour 10 MB are expected.
 const MAX_GROWTH: i64 = 32_000_000;
-/// The budgets of a host that nobody has configured, in the place of those of other tests: no policy may be too slow.
-const BUDGET: &str = "[slots.router.budget]\nhard_ms = 10\n";
 const LONG_ENOUGH: Duration = Duration::from_secs(60);
 
 #[expect(clippy::disallowed_methods, reason = "how long it runs is told from outside")]
@@ -118,7 +116,7 @@ fn a_host_lives_through_mixed_traffic_and_swaps() {
     let folder = folder();
     // Small pools and caches: they are full before memory counts. Of three models that come and go there are two at a time.
     let config = format!(
-        "{BUDGET}[engine]\nkv_mib = 8\nmodel_dirs = [{0:?}]\nmax_loaded = 2\nload_wait_ms = 600000\n[server]\nresponse_cache_mib = 1\n\
+        "[engine]\nkv_mib = 8\nmodel_dirs = [{0:?}]\nmax_loaded = 2\nload_wait_ms = 600000\n[server]\nresponse_cache_mib = 1\n\
          [policy]\nexplain_requests = 64\n[on_demand]\n{1} = {0:?}\n{2} = {0:?}\n",
         folder.path().display().to_string(),
         LAZY[0],

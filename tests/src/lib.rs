@@ -2,7 +2,7 @@
 //! simulated [`fleet`] of replicas, which the benchmarks run on the real engine.
 //!
 //! A real process on real sockets, because that is what users run; a temporary data directory and ports chosen by the
-//! system, so that tests run side by side. Nothing here sleeps: the host says on its first lines when it listens.
+//! system, so that tests run side by side. The host says on its first lines when it listens; for the rest there is [`looks`].
 #![expect(
     clippy::missing_panics_doc,
     clippy::expect_used,
@@ -18,7 +18,7 @@ pub mod rng;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -65,19 +65,36 @@ pub struct Streamed {
     pub router: String,
 }
 
-/// Budgets that no machine is too slow for: a call that was put aside while others computed would be a timeout.
+/// Ten times what policies have: a call from which somebody takes the core must not be a timeout. No more, because what a guest
+/// that spins keeps waiting has its own bounds.
 const BUDGETS: &str = "
 [slots.admission.budget]
-hard_ms = 1000
+hard_ms = 100
 [slots.router.budget]
-hard_ms = 1000
+hard_ms = 100
 [slots.scheduler.budget]
-hard_ms = 1000
+hard_ms = 100
 [slots.kv-retention.budget]
-hard_ms = 1000
+hard_ms = 100
 [slots.sampler.budget]
-hard_ms = 1000
+hard_ms = 100
+[slots.\"telemetry.slo-log\".budget]
+hard_ms = 500
 ";
+/// Longest wait for what must happen.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Numbers to look with for what must happen; they end when it should have long ago. Counts of looks would run out on a machine
+/// that looks faster than it works.
+#[expect(clippy::disallowed_methods, reason = "a wait for another process, whose end is told by looking")]
+pub fn looks() -> impl Iterator<Item = usize> {
+    let until = Instant::now() + PATIENCE;
+    (0..).take_while(move |n| {
+        // What is waited for may be that of a thread behind all others.
+        std::thread::sleep(Duration::from_millis(u64::from(*n > 0)));
+        Instant::now() < until
+    })
+}
 
 impl Host {
     /// Starts `program` on an empty data directory. `settings` are environment variables such as `SCHED__MAX_RUNNING`.
@@ -158,7 +175,7 @@ impl Host {
         // Keep reading, so that the host never blocks on a full pipe.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         let config =
-            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(120)));
+            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(600)));
         Self { child, data, admin, folder, program: program.to_owned(), agent: config.build().into() }
     }
 

@@ -7,10 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::Host;
-
-/// Looks at a host before it is said not to come to rest.
-const LOOKS: usize = 20_000;
+use crate::{Host, looks};
 
 /// A request whose answer is read line by line. Dropping it closes the connection.
 #[derive(Debug)]
@@ -92,7 +89,7 @@ pub fn heard(host: &Host, sent: &[u8]) -> String {
 /// It does not come to that.
 pub fn rests(host: &Host) {
     let mut devices = Value::Null;
-    for _ in 0..LOOKS {
+    for _ in looks() {
         devices = host.admin("GET", "/admin/v1/devices", &Value::Null).body;
         let replicas = devices["data"].as_array().into_iter().flatten().flat_map(|d| d["replicas"].as_array());
         let idle = |r: &Value| r["running"] == 0 && r["waiting"] == 0 && r["kv_free_blocks"] == r["kv_blocks"];

@@ -70,11 +70,15 @@ fn a_step_allocates_nothing_after_the_first() {
             let mut engine = CpuEngine::new(Arc::clone(&model), pool, config).unwrap();
             let mut out = StepOutput::default();
             plans.iter().for_each(|plan| engine.execute(plan, &mut NoEdits, &mut out).unwrap());
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            for _ in 0..N_ROUNDS {
-                plans.iter().for_each(|plan| engine.execute(plan, &mut NoEdits, &mut out).unwrap());
-            }
-            let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            let mut allocations = || {
+                let before = ALLOCATIONS.load(Ordering::Relaxed);
+                for _ in 0..N_ROUNDS {
+                    plans.iter().for_each(|plan| engine.execute(plan, &mut NoEdits, &mut out).unwrap());
+                }
+                ALLOCATIONS.load(Ordering::Relaxed) - before
+            };
+            // The thread of the test harness may come to its turn in the middle of one; what steps allocate, all do.
+            let allocated = (0..5).map(|_| allocations()).min().unwrap();
             // The queues through which work reaches other threads take a block now and then, whatever the work.
             let allowed = if n_threads == 1 { 0 } else { N_ROUNDS };
             assert!(allocated <= allowed, "{allocated} allocations, {precision:?}, {n_threads} threads");

@@ -176,6 +176,8 @@ fn flips_under_load_lose_no_call() {
     let bench = Bench::with(|config| {
         config.maintenance = Maintenance::Thread;
         config.router_instances = 4;
+        // None wears out while the maintenance thread is put aside.
+        config.recycle_calls = u64::MAX;
     });
     let slot = bench.runtime.router_slot("router");
     let component = bench.admit("route-least-loaded");

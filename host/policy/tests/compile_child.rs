@@ -103,10 +103,15 @@ fn one_compilation_at_a_time() {
     let limits =
         CompileLimits { time: Duration::from_millis(100), queue: Duration::from_millis(1), ..CompileLimits::default() };
     let bench = Bench::with(|config| child(config, "__linger", limits));
-    let outcomes: Vec<CompileError> = std::thread::scope(|scope| {
-        let uploads: Vec<_> = (0..2).map(|_| scope.spawn(|| compile_error(&bench.runtime))).collect();
-        uploads.into_iter().map(|upload| upload.join().expect("no panic")).collect()
-    });
-    let busy = outcomes.iter().filter(|error| matches!(error, CompileError::Busy { .. })).count();
-    assert_eq!(busy, 1, "{outcomes:?}");
+    let n_busy = || {
+        let outcomes: Vec<CompileError> = std::thread::scope(|scope| {
+            let uploads: Vec<_> = (0..2).map(|_| scope.spawn(|| compile_error(&bench.runtime))).collect();
+            uploads.into_iter().map(|upload| upload.join().expect("no panic")).collect()
+        });
+        let n_busy = outcomes.iter().filter(|error| matches!(error, CompileError::Busy { .. })).count();
+        assert!(n_busy <= 1, "{outcomes:?}");
+        n_busy
+    };
+    // One whose thread is put aside may come when the other is over.
+    assert!((0..20).any(|_| n_busy() == 1), "both compiled at once");
 }

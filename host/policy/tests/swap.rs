@@ -15,6 +15,8 @@ fn readers_never_see_a_dropped_generation() {
         config.maintenance = Maintenance::Thread;
         config.router_instances = 4;
         config.max_instances = 256;
+        // None wears out while the maintenance thread is put aside.
+        config.recycle_calls = u64::MAX;
     });
     let slot = bench.runtime.router_slot("router");
     let component = bench.admit("route-least-loaded");
@@ -48,14 +50,10 @@ fn readers_never_see_a_dropped_generation() {
     assert_eq!((status.swaps, status.generation), (SWAPS + 1, SWAPS + 1));
     assert_eq!((status.fallbacks, status.faults), (0, [0; 5]));
     // The maintenance thread may hold several that it has taken and not dropped yet.
-    for _ in 0..1_000_000 {
-        if slot.status().draining == 0 {
-            break;
-        }
+    while slot.status().draining > 0 {
         bench.runtime.maintain();
         std::thread::yield_now();
     }
-    assert_eq!(slot.status().draining, 0, "every replaced generation is freed");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use pointsman_policy::{Activation, Component, Maintenance, Prepared, Runtime, RuntimeConfig};
+use pointsman_policy::{Activation, Budget, Budgets, Component, Maintenance, Prepared, Runtime, RuntimeConfig};
 use pointsman_telemetry::{Metrics, Recorder};
 
 use super::project::trial_slot;
@@ -48,8 +48,25 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}: give a plugin folder or a .wasm file", path.display()))
 }
 
+fn patient() -> Budgets {
+    let wide = |budget: Budget| Budget { hard: Budget::MOST, ..budget };
+    let Budgets { admit, settle, route, step, resync, on_events, rank, edit, init } = Budgets::default();
+    Budgets {
+        admit: wide(admit),
+        settle: wide(settle),
+        route: wide(route),
+        step: wide(step),
+        resync: wide(resync),
+        on_events: wide(on_events),
+        rank: wide(rank),
+        edit: wide(edit),
+        init: wide(init),
+    }
+}
+
 impl Trial {
-    /// A runtime with the host's default limits, and these labels of replicas.
+    /// A runtime with the host's default limits, and these labels of replicas. Calls have all the time that a budget can give:
+    /// a machine that is busy otherwise must not look like a policy that is at fault.
     ///
     /// # Errors
     /// wasmtime refuses this machine.
@@ -62,6 +79,7 @@ impl Trial {
             router_instances: 1,
             recycle_calls: u64::MAX,
             replica_labels: labels.to_vec(),
+            budgets: patient(),
             ..RuntimeConfig::default()
         };
         let metrics = Arc::new(Metrics::new());
