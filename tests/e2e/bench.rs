@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use pointsman_tests::Host;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::host;
 
@@ -55,12 +55,23 @@ fn a_step_takes_as_long_as_it_is_told() {
 }
 
 #[test]
+fn goodput_is_what_keeps_its_promise() {
+    let host = host(&[("ENGINE__DEVICES", "[\"null:5000\"]")]);
+    let run = ["--requests", "4", "--concurrency", "1", "--shape", "8:4"];
+    for (ttft, tpot, is_kept) in [("60000", "60000", true), ("60000", "1", false), ("1", "60000", false)] {
+        let report = measured(&host, &[&run[..], &["--slo-ttft-ms", ttft, "--slo-tpot-ms", tpot]].concat());
+        let expect = if is_kept { report["requests_per_second"].clone() } else { json!(0.0) };
+        assert_eq!(report["goodput_per_second"], expect, "{report}");
+    }
+}
+
+#[test]
 fn rejections_are_told_from_failures() {
     let host = host(&[("ENGINE__DEVICES", "[\"null:20000\"]"), ("SERVER__MAX_IN_FLIGHT", "2")]);
     let report = measured(&host, &["--requests", "40", "--concurrency", "20", "--shape", "8:4"]);
     let rejected = report["rejected"]["queue"].as_u64().expect("some are rejected");
     assert_eq!(report["answered"].as_u64().expect("a number") + rejected, 40, "{report}");
-    assert_eq!(report["failed"], serde_json::json!({}));
+    assert_eq!(report["failed"], json!({}));
 }
 
 #[test]

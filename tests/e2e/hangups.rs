@@ -4,9 +4,9 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pointsman_tests::Host;
 use pointsman_tests::raw::{self, Raw};
 use pointsman_tests::rng::Rng;
+use pointsman_tests::{Host, looks};
 use serde_json::{Value, json};
 
 use super::host;
@@ -25,6 +25,8 @@ enum Leaves {
     After(u64),
     /// By asking for the end from another connection.
     Cancelling,
+    /// When the time is over that it has given.
+    Late,
 }
 
 fn request(rng: &mut Rng, id: &str) -> Value {
@@ -37,14 +39,18 @@ fn request(rng: &mut Rng, id: &str) -> Value {
         "stream": true, "ignore_eos": true, "user": id, "temperature": 1, "draft": draft })
 }
 
-fn client(host: &Host, rng: &mut Rng, id: &str) -> std::io::Result<()> {
+fn client((host, is_relay): (&Host, bool), rng: &mut Rng, id: &str) -> std::io::Result<()> {
     let leaves = match rng.below(8) {
         0 => Leaves::Asking,
         1 | 2 => Leaves::Asked,
         3 => Leaves::Cancelling,
+        4 => Leaves::Late,
         _ => Leaves::After(rng.below(60)),
     };
-    let body = request(rng, id);
+    let mut body = request(rng, id);
+    if is_relay {
+        (body["model"], body["draft"]) = ("demo".into(), Value::Null);
+    }
     match leaves {
         Leaves::Asking => {
             let mut socket = std::net::TcpStream::connect(host.data.trim_start_matches("http://"))?;
@@ -65,6 +71,12 @@ fn client(host: &Host, rng: &mut Rng, id: &str) -> std::io::Result<()> {
                 let answer = host.send("DELETE", &format!("{}/v1/requests/{id}", host.data), &[], b"");
                 assert!(matches!(answer.status, 200 | 404), "{answer:?}");
             });
+        }
+        Leaves::Late => {
+            body["timeout_ms"] = (1 + rng.below(30)).into();
+            let mut answer = Raw::ask(host, "/v1/completions", &body)?;
+            assert!(matches!(answer.status, 200 | 429 | 504), "{answer:?}");
+            while answer.event()?.is_some() {}
         }
         Leaves::After(events) => {
             let mut answer = Raw::ask(host, "/v1/completions", &body)?;
@@ -89,20 +101,42 @@ fn cancelled(host: &Host) -> u64 {
 fn a_thousand_clients_leave_at_any_moment_and_nothing_of_them_stays() {
     // Small pools, so that there is preemption too, and steps that take a while.
     let host = host(&[("ENGINE__DEVICES", "[\"null:300\"]"), ("ENGINE__KV_MIB", "8"), ("SCHED__MAX_RUNNING", "16")]);
+    // Another host, which sends on to it what a quarter of them ask.
+    let relay = Host::configured(
+        env!("CARGO_BIN_EXE_pointsman-under-test"),
+        &format!(
+            "[engine]\ndemo = false\n[upstreams.far]\nurl = \"{}\"\nmodel = \"demo\"\nupstream_model = \"demo:f16\"\n",
+            host.data
+        ),
+    );
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
-            let (host, next) = (&host, &next);
+            let (host, relay, next) = (&host, &relay, &next);
             scope.spawn(move || {
                 let mut rng = Rng::new(0x5eed + thread);
                 while next.fetch_add(1, Ordering::Relaxed) < CLIENTS as usize {
                     let id = format!("c{thread}-{}", rng.next());
                     // A connection that the host has closed is one of the moments.
-                    let _ = client(host, &mut rng, &id);
+                    let is_relay = rng.below(4) == 0;
+                    let _ = client((if is_relay { relay } else { host }, is_relay), &mut rng, &id);
                 }
             });
         }
     });
+    // Nothing of them is left there either, nor has the one failed the other.
+    let there = |name: &str| {
+        let metrics = relay.get("/metrics").body;
+        let lines = metrics.as_str().unwrap_or_default().lines().filter(|l| l.starts_with(name));
+        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
+    };
+    assert!(looks().any(|_| there("pointsman_upstream_in_flight{") == 0), "requests stay at the upstream");
+    assert!(
+        there("pointsman_upstream_requests_total{outcome=\"cancelled\"") >= CLIENTS / 40,
+        "some left while it was asked"
+    );
+    let drained = relay.admin("POST", "/admin/v1/drain", &Value::Null).body;
+    assert_eq!(drained, json!({ "drained": true, "in_flight": 0 }), "the relay");
     raw::rests(&host);
     let metrics = host.get("/metrics").body;
     let drafted = |line: &str| {

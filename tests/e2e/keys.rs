@@ -1,11 +1,13 @@
 //! API keys as an operator uses them: made, read again while the host runs, limited, accounted, and never logged.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use pointsman_tests::{Answer, Host, looks};
 use serde_json::{Value, json};
 
 use crate::trust::{PROGRAM, pointsman};
+use crate::wires::{Manner, Wire, server};
 
 /// Makes a key: itself, and what the host is told of it.
 fn make(arguments: &[&str]) -> (String, String) {
@@ -106,8 +108,20 @@ fn no_key_and_no_prompt_is_logged() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("keys.toml");
     std::fs::write(&file, lines).expect("a file");
-    let host = Host::logged(PROGRAM, &config(&file));
     let (secret, guess) = ("marmalade", "pm-stolen");
+    // Servers elsewhere, which may say again what they were asked.
+    let mut config = config(&file);
+    for (name, status, kind, said) in [
+        ("refuses", 400, "application/json", r#"{"error":{"message":"marmalade is too long"}}"#),
+        ("fails", 500, "application/json", r#"{"error":{"message":"marmalade is too much"}}"#),
+        ("garbles", 200, "text/event-stream", "data: marmalade\n\n"),
+        ("tells", 200, "text/event-stream", "data: {\"error\":{\"message\":\"no marmalade\"}}\n\n"),
+    ] {
+        let url = server(Wire::Http1, Manner::Says(status, kind, said)).0;
+        let rest = "connections = 0\nprobe_interval_ms = 0";
+        write!(config, "[upstreams.{name}]\nurl = \"{url}\"\nmodel = \"{name}\"\n{rest}\n").expect("it grows");
+    }
+    let host = Host::logged(PROGRAM, &config);
     let long = format!("{secret} ").repeat(2_000);
     let message = |text: &str| json!([{"role": "user", "content": text}]);
     let broken = format!("{{\"model\": \"demo\", \"prompt\": {secret}}}");
@@ -125,17 +139,21 @@ fn no_key_and_no_prompt_is_logged() {
         ("/v1/embeddings", json!({"model": "demo", "input": secret}).to_string()),
         ("/v1/completions", json!({"model": "demo", "prompt": secret, "max_tokens": 400, "timeout_ms": 1}).to_string()),
         ("/tokenize", json!({"model": "demo", "prompt": secret}).to_string()),
+        ("/v1/completions", json!({"model": "refuses", "prompt": secret}).to_string()),
+        ("/v1/completions", json!({"model": "fails", "prompt": secret}).to_string()),
+        ("/v1/completions", json!({"model": "garbles", "prompt": secret}).to_string()),
+        ("/v1/completions", json!({"model": "tells", "prompt": secret}).to_string()),
     ] {
         let url = format!("{}{path}", host.data);
         let bearer = format!("Bearer {key}");
         let answer = host.send("POST", &url, &[json, ("authorization", bearer.as_str())], body.as_bytes());
-        assert!(matches!(answer.status, 200 | 400 | 404 | 504), "{path} {answer:?}");
+        assert!(matches!(answer.status, 200 | 400 | 404 | 502 | 504), "{path} {answer:?}");
         let streamed = body.replacen('{', "{\"stream\": true, ", 1);
         drop(host.send("POST", &url, &[json, ("x-api-key", key.as_str())], streamed.as_bytes()));
         assert_eq!(host.send("POST", &url, &[json, ("x-api-key", guess)], body.as_bytes()).status, 401);
     }
     let log = host.log();
-    assert!(log.contains("DEBUG"), "it is told to log: {log}");
+    assert!(log.contains("DEBUG") && log.contains("an upstream failed a request"), "it is told to log: {log}");
     for text in [&*key, &key[3..], secret, guess] {
         assert!(!log.contains(text), "`{text}` is in the log");
     }

@@ -3,11 +3,20 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use pointsman_tests::{Host, looks, signal};
 
 use crate::trust::PROGRAM;
+
+/// The status of an answer, whether it says when to try again, and its body.
+fn asked(url: &str) -> (u16, bool, Value) {
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let mut answer = agent.get(url).call().expect("an answer");
+    let may_retry = answer.headers().contains_key("retry-after");
+    let text = answer.body_mut().read_to_string().expect("text");
+    (answer.status().as_u16(), may_retry, serde_json::from_str(&text).expect("JSON"))
+}
 
 #[test]
 fn a_hangup_with_nothing_to_read_again_leaves_streams_alone() {
@@ -41,7 +50,21 @@ fn a_signal_during_the_start_ends_it_in_order() {
             .spawn()
             .expect("the host starts");
         let mut log = BufReader::new(host.stderr.take().expect("it is piped")).lines().map_while(Result::ok);
-        assert!(log.any(|line| line.contains("answer when the models are loaded")), "it starts");
+        let line = log.find(|line| line.contains("when the models are loaded")).expect("it starts");
+        let at = |plane: &str| {
+            let rest = line.split_once(&format!("{plane}=")).expect("an address").1;
+            format!("http://{}", rest.split(' ').next().unwrap_or_default())
+        };
+        assert_eq!(asked(&format!("{}/health", at("data"))), (200, false, json!({ "status": "ok" })));
+        assert_eq!(asked(&format!("{}/version", at("data"))).0, 200);
+        for url in [
+            format!("{}/ready", at("data")),
+            format!("{}/v1/models", at("data")),
+            format!("{}/admin/v1/slots", at("admin")),
+        ] {
+            let (status, may_retry, body) = asked(&url);
+            assert_eq!((status, may_retry, &body["error"]["code"]), (503, true, &json!("loading")), "{url}: {body}");
+        }
         signal(host.id(), name);
         assert!(log.any(|line| line.contains("stopped before it was ready")), "{name} is heard");
         assert_eq!(host.wait().expect("it ends").code(), Some(0), "{name}");

@@ -107,12 +107,18 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let listeners = runtime.block_on(async { listen(&config, &certificates) })?;
     warn_where_open(&config);
     let compile = compile_aside(&config)?;
-    tracing::info!("the ports are bound, and answer when the models are loaded");
+    tracing::info!(
+        data = %listeners.data.socket.local_addr()?,
+        admin = %listeners.admin.socket.local_addr()?,
+        "the ports are bound; requests are served when the models are loaded"
+    );
     let starting = {
         let config = config.clone();
         runtime.spawn_blocking(move || Assembled::start(&config, &store, compile))
     };
-    let Some(host) = runtime.block_on(start_until_signalled(starting, &mut signals))? else {
+    let started = start_until_signalled(starting, &mut signals);
+    let bounds = server_config(&config, Vec::new());
+    let Some(host) = runtime.block_on(pointsman_server::answer_until(&listeners, &bounds, started))? else {
         // A load may wait for a disk or a GPU; the data directory is as after a kill, which every start takes.
         runtime.shutdown_background();
         tracing::info!("stopped before it was ready");

@@ -81,8 +81,8 @@ pub(crate) enum Found {
     Hit(Arc<Flight>, Micros),
     /// An equal request is being computed.
     Joined(Arc<Flight>),
-    /// Nothing: this request computes, for others too. With the epoch in which it began.
-    Lead(Arc<Flight>, u64),
+    /// Nothing, or nothing new enough: this request computes, for others too. With the epoch in which it began.
+    Lead(Arc<Flight>, u64, Served),
 }
 
 /// How the cache served a request, for its header and for counting.
@@ -92,6 +92,8 @@ pub(crate) enum Served {
     Hit { age_s: u64 },
     /// Computed.
     Miss,
+    /// Computed, because what was kept is too old.
+    Stale,
     /// From an equal request.
     Joined,
     /// Not looked up.
@@ -174,7 +176,7 @@ impl ResponseCache {
             || {
                 let flight = Arc::new(Flight::new(priority));
                 inner.flights.insert(key, Arc::clone(&flight));
-                Found::Lead(flight, inner.epoch)
+                Found::Lead(flight, inner.epoch, if old.is_some() { Served::Stale } else { Served::Miss })
             },
             Found::Joined,
         );
@@ -235,7 +237,7 @@ impl ResponseCache {
         let CacheMetrics { hits, misses, joined, bypassed, .. } = &self.metrics;
         match served {
             Served::Hit { .. } => hits.inc(),
-            Served::Miss => misses.inc(),
+            Served::Miss | Served::Stale => misses.inc(),
             Served::Joined => joined.inc(),
             Served::Bypass => bypassed.inc(),
         }
@@ -287,6 +289,7 @@ impl Served {
         match self {
             Self::Hit { .. } => "hit",
             Self::Miss => "miss",
+            Self::Stale => "stale",
             Self::Joined => "joined",
             Self::Bypass => "bypass",
         }

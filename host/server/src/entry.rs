@@ -237,7 +237,7 @@ impl Request {
     }
 
     /// After which time it ends with a fault, instead of what its body says: in whole milliseconds, at least one and at most
-    /// `server.max_timeout_ms`.
+    /// an hour ([`ServerConfig::max_timeout_ms`](crate::ServerConfig::max_timeout_ms)).
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);

@@ -32,6 +32,7 @@ pub mod ports;
 pub mod record;
 mod registry;
 mod serve;
+mod starting;
 mod state;
 mod stream;
 mod streams;
@@ -47,6 +48,7 @@ pub use config::{AdminRole, AdminToken, ConfigError, Secret, ServerConfig};
 pub use data::data_router;
 pub use keys::{ApiKey, BadDigest, KeyDigest, KeyLimits, check_keys, is_key_name};
 pub use serve::{Listeners, Plane, ServeError, serve};
+pub use starting::answer_until;
 pub use state::{ServerParts, ServerState};
 pub use tls::{Tls, TlsError, Validity, validity};
 

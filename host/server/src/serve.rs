@@ -19,6 +19,7 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use hyper_util::service::TowerToHyperService;
+use pointsman_telemetry::Metrics;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -26,6 +27,7 @@ use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use crate::admin::guard::Peer;
+use crate::config::ServerConfig;
 use crate::places::{Connection, Counted, NoPlace, Places};
 use crate::state::ServerState;
 use crate::streams;
@@ -34,6 +36,9 @@ use crate::{admin_router, batch, data_router};
 
 /// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A last moment for connections that are still sending.
+pub(crate) const GOODBYE: Duration = Duration::from_secs(1);
 
 /// How long a TLS handshake may take, and no longer than the head of a request: a few round trips on the slowest of links.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -104,9 +109,10 @@ pub async fn serve(
     let (phase, phases) = watch::channel(Phase::Serving);
     let mut planes = JoinSet::new();
     let both = [("data", listeners.data, data_router(&state)), ("admin", listeners.admin, admin_router(&state))];
+    let bounds = Bounds::new(&state.config, &state.metrics);
     for (name, plane, router) in both {
-        let places = Places::new(name, state.config.max_connections, state.metrics.connections(name));
-        planes.spawn(accept(plane, router, (Arc::clone(&state), places), phases.clone()));
+        let (terms, phases) = (bounds.of(name), phases.clone());
+        planes.spawn(async move { accept(&plane, router, terms, phases).await });
     }
     drop(phases);
     state.spawn(batch::run(Arc::clone(&state)));
@@ -122,16 +128,43 @@ pub async fn serve(
     // Idle connections end at once; one that is still sending gets a last moment for its bytes.
     let _ = phase.send(Phase::Closing);
     let goodbye = async { while planes.join_next().await.is_some() {} };
-    let _ = tokio::time::timeout(Duration::from_secs(1), goodbye).await;
+    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
     planes.shutdown().await;
     Ok(())
 }
 
+/// What connections are held to.
+#[derive(Clone, Debug)]
+pub(crate) struct Bounds {
+    n_places: usize,
+    header_timeout: Duration,
+    write_timeout: Duration,
+    max_header_bytes: usize,
+    metrics: Arc<Metrics>,
+}
+
+impl Bounds {
+    pub(crate) fn new(config: &ServerConfig, metrics: &Arc<Metrics>) -> Self {
+        Self {
+            n_places: config.max_connections,
+            header_timeout: Duration::from_millis(config.header_timeout_ms),
+            write_timeout: Duration::from_millis(config.write_timeout_ms),
+            max_header_bytes: config.max_header_bytes,
+            metrics: Arc::clone(metrics),
+        }
+    }
+
+    /// With the places of a plane.
+    pub(crate) fn of(&self, plane: &'static str) -> (Self, Arc<Places>) {
+        (self.clone(), Places::new(plane, self.n_places, self.metrics.connections(plane)))
+    }
+}
+
 /// Accepts connections until told to stop, then waits for those it has.
-async fn accept(
-    plane: Plane,
+pub(crate) async fn accept(
+    plane: &Plane,
     router: Router,
-    (state, places): (Arc<ServerState>, Arc<Places>),
+    (bounds, places): (Bounds, Arc<Places>),
     mut phase: watch::Receiver<Phase>,
 ) {
     let mut connections = JoinSet::new();
@@ -150,7 +183,7 @@ async fn accept(
             Ok((stream, from, seat)) => {
                 let connected = Arc::clone(&seat.connection);
                 let accepted = Accepted { stream, from: from.ip(), tls: plane.tls.clone(), connected };
-                let connection = connection(accepted, router.clone(), &state, phase.clone());
+                let connection = connection(accepted, router.clone(), bounds.clone(), phase.clone());
                 connections.spawn(async move {
                     tokio::select! {
                         () = connection => {}
@@ -180,7 +213,7 @@ struct Accepted {
 fn connection(
     Accepted { stream, from, tls, connected }: Accepted,
     router: Router,
-    state: &ServerState,
+    Bounds { header_timeout, write_timeout, max_header_bytes, metrics, .. }: Bounds,
     mut phase: watch::Receiver<Phase>,
 ) -> impl Future<Output = ()> + use<> {
     // Tokens are small writes that must not wait for an acknowledgement.
@@ -188,15 +221,11 @@ fn connection(
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
     // A client that stops reading must not hold its request's place for as long as it likes.
-    let write_timeout = Duration::from_millis(state.config.write_timeout_ms);
     let timed = move |stream: TcpStream| {
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(write_timeout));
         Box::pin(stream)
     };
-    let header_timeout = Duration::from_millis(state.config.header_timeout_ms);
-    let metrics = Arc::clone(&state.metrics);
-    let max_header_bytes = state.config.max_header_bytes;
     let terms = streams::Terms {
         max_header_bytes: u32::try_from(max_header_bytes).unwrap_or(u32::MAX),
         idle: header_timeout,

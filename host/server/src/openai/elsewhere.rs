@@ -71,7 +71,12 @@ pub(super) async fn ask<'a>(
             Ok((vectors, tokens)) => return Ok(Made { by, vectors, tokens }),
             Err(mishap) => mishap,
         };
-        tracing::info!(request = tag, upstream = &**by.upstream.name(), %mishap, "an upstream failed a request");
+        tracing::info!(
+            request = tag,
+            upstream = &**by.upstream.name(),
+            mishap = mishap.logged(),
+            "an upstream failed a request"
+        );
         let is_clients = mishap.blame() == Blame::Client;
         failed = Some((by, mishap));
         if is_clients {

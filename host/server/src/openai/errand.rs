@@ -88,10 +88,10 @@ impl Errand {
                 continue;
             }
             let (flight, served) = match state.cache.find(key, self.asks()) {
-                Found::Lead(flight, epoch) => {
+                Found::Lead(flight, epoch, served) => {
                     let lead = Lead::new(&state, key, (flight, epoch), (authors, self.is_open()));
-                    state.cache.count(Served::Miss);
-                    return self.launch(Some(lead)).await.map(|feed| (feed, Some(Served::Miss)));
+                    state.cache.count(served);
+                    return self.launch(Some(lead)).await.map(|feed| (feed, Some(served)));
                 }
                 Found::Hit(flight, age) => (flight, Served::Hit { age_s: age / 1_000_000 }),
                 Found::Joined(flight) => {
@@ -377,7 +377,12 @@ impl Errand {
 
     fn note_failed(&self, sent: &Sent, mishap: &Mishap) {
         let upstream = &**sent.seat.upstream().name();
-        tracing::info!(request = &*self.arrival.tag, upstream, %mishap, "an upstream failed a request");
+        tracing::info!(
+            request = &*self.arrival.tag,
+            upstream,
+            mishap = mishap.logged(),
+            "an upstream failed a request"
+        );
         self.note_tried(sent, mishap.to_string());
     }
 

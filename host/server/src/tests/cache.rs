@@ -229,7 +229,7 @@ async fn a_client_says_what_it_wants_of_the_cache() {
         (8, &control("no-cache"), json!({}), "miss"),
         (17, &[], json!({}), "hit"),
         // It lives for 10 s.
-        (18, &[], json!({}), "miss"),
+        (18, &[], json!({}), "stale"),
     ] {
         rig.clock.now.store(at * SECOND, Ordering::Relaxed);
         assert_eq!(served(&rig, headers, &extra).await, expect, "at {at}: {headers:?} {extra}");

@@ -69,6 +69,15 @@ impl Mishap {
         Self::Status { status, words: words(body), retry_after_ms }
     }
 
+    /// For the log: without the upstream's own words, which may be those of the prompt or of the answer. Explanations have them.
+    pub(crate) fn logged(&self) -> String {
+        match self {
+            Self::Status { status, .. } => format!("answered {status}"),
+            Self::Said(_) | Self::Garbled(_) => self.told(),
+            other => other.to_string(),
+        }
+    }
+
     /// For the client. What an upstream says of itself, or of this host's key, is for the log and for explanations.
     pub(crate) fn told(&self) -> String {
         match self {

@@ -124,7 +124,8 @@ impl Relay {
                 Err(mishap) => {
                     self.seat.ended(mishap.outcome());
                     let request = &**self.parts.in_flight.id();
-                    tracing::info!(request, upstream = &**self.seat.upstream().name(), %mishap, "an upstream failed a request");
+                    let upstream = &**self.seat.upstream().name();
+                    tracing::info!(request, upstream, mishap = mishap.logged(), "an upstream failed a request");
                     let upstream = Arc::clone(self.seat.upstream().name());
                     return Poll::Ready(Some(Err(self.failed(ApiError::Upstream { upstream, mishap }))));
                 }
