@@ -298,7 +298,7 @@ fn hedged(wire: Wire) {
 #[test]
 fn where_one_of_two_fails_the_other_goes_on_alone() {
     // A second for each sixteen tokens of a prompt.
-    let config = "[engine]\ndevices = [\"null:1000000\"]\n[sched]\nmax_batch_tokens = 16\n";
+    let config = "[engine]\ndevices = [\"null:1000000\"]\n[sched]\nmax_running = 16\nmax_batch_tokens = 16\nprefill_chunk_tokens = 16\n";
     let late = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), config);
     let refused =
         || server(Wire::Http1, Manner::Says(400, "application/json", r#"{"error":{"message":"too long"}}"#)).0;
