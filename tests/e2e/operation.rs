@@ -120,7 +120,7 @@ fn unit_and_manifest_fit_the_program() {
     let manifest = document("operation/kubernetes.yaml");
     let probes: Vec<&str> =
         manifest.lines().filter_map(|l| l.trim().strip_prefix("httpGet: { path: ")?.split(',').next()).collect();
-    assert_eq!(probes, ["/health", "/health", "/ready"]);
+    assert_eq!(probes, ["/metrics", "/health", "/ready"]);
     probes.iter().for_each(|path| assert_eq!(host.get(path).status, 200, "{path}"));
     // The configuration and the keys in it are taken as they are, but for the place of the keys and a port that is free here.
     let block = |name: &str| -> String {

@@ -59,6 +59,7 @@ fn a_signal_during_the_start_ends_it_in_order() {
         assert_eq!(asked(&format!("{}/version", at("data"))).0, 200);
         for url in [
             format!("{}/ready", at("data")),
+            format!("{}/metrics", at("data")),
             format!("{}/v1/models", at("data")),
             format!("{}/admin/v1/slots", at("admin")),
         ] {

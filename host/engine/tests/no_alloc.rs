@@ -77,8 +77,10 @@ fn a_step_allocates_nothing_after_the_first() {
                 }
                 ALLOCATIONS.load(Ordering::Relaxed) - before
             };
-            // The thread of the test harness may come to its turn in the middle of one; what steps allocate, all do.
-            let allocated = (0..5).map(|_| allocations()).min().unwrap();
+            // The thread of the test harness may come to its turn in the middle of one; what steps allocate, most do.
+            let mut counted: Vec<u64> = (0..5).map(|_| allocations()).collect();
+            counted.sort_unstable();
+            let allocated = counted[2];
             // The queues through which work reaches other threads take a block now and then, whatever the work.
             let allowed = if n_threads == 1 { 0 } else { N_ROUNDS };
             assert!(allocated <= allowed, "{allocated} allocations, {precision:?}, {n_threads} threads");

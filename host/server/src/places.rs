@@ -23,7 +23,7 @@ use crate::held::Held;
 /// next ones wait in the kernel's backlog.
 const SPARE: usize = 16;
 /// How long each of them may last: a probe and its answer.
-const SPARE_LIFE: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 2 });
+const SPARE_LIFE: Duration = Duration::from_secs(2);
 /// How long a connection is left alone that has no request: the first may be on its way, as may the next one of a busy client.
 /// So also how long a new connection waits for a place, unless the one before has waited in vain.
 const LEFT_ALONE: Duration = Duration::from_secs(1);

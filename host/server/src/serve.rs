@@ -112,7 +112,7 @@ pub async fn serve(
     let bounds = Bounds::new(&state.config, &state.metrics);
     for (name, plane, router) in both {
         let (terms, phases) = (bounds.of(name), phases.clone());
-        planes.spawn(async move { accept(&plane, router, terms, phases).await });
+        planes.spawn(async move { accept(&plane, router, terms, phases, Phase::Closing).await });
     }
     drop(phases);
     state.spawn(batch::run(Arc::clone(&state)));
@@ -160,12 +160,13 @@ impl Bounds {
     }
 }
 
-/// Accepts connections until told to stop, then waits for those it has.
+/// Accepts connections until the phase `last`, then waits for those it has.
 pub(crate) async fn accept(
     plane: &Plane,
     router: Router,
     (bounds, places): (Bounds, Arc<Places>),
     mut phase: watch::Receiver<Phase>,
+    last: Phase,
 ) {
     let mut connections = JoinSet::new();
     loop {
@@ -176,8 +177,9 @@ pub(crate) async fn accept(
             io::Result::Ok((stream, from, places.take().await))
         };
         let accepted = tokio::select! {
+            biased;
+            () = reached(&mut phase, last) => break,
             accepted = next => accepted,
-            () = reached(&mut phase, Phase::Closing) => break,
         };
         match accepted {
             Ok((stream, from, seat)) => {

@@ -63,7 +63,7 @@ struct Bench<'a> {
 /// # Errors
 /// The component is refused, or faults on these inputs.
 pub(crate) fn bench(path: &Path, with: &TrialArgs, calls: u32, out: &mut dyn Write) -> anyhow::Result<()> {
-    let trial = Trial::new(&with.labels)?;
+    let trial = Trial::patient(&with.labels)?;
     let component = trial.runtime.admit(&read(path)?)?;
     let mut bench = Bench { trial, clock: SystemClock::start(), component, with, calls, generation: 0, out };
     let budgets = CallBudgets::default();

@@ -65,12 +65,24 @@ fn patient() -> Budgets {
 }
 
 impl Trial {
-    /// A runtime with the host's default limits, and these labels of replicas. Calls have all the time that a budget can give:
-    /// a machine that is busy otherwise must not look like a policy that is at fault.
+    /// A runtime with the host's default limits, and these labels of replicas.
     ///
     /// # Errors
     /// wasmtime refuses this machine.
     pub(crate) fn new(labels: &[String]) -> anyhow::Result<Self> {
+        Self::within(Budgets::default(), labels)
+    }
+
+    /// One whose calls have all the time that a budget can give: what is measured in thousands of them must not be stopped by
+    /// what else the machine does.
+    ///
+    /// # Errors
+    /// wasmtime refuses this machine.
+    pub(crate) fn patient(labels: &[String]) -> anyhow::Result<Self> {
+        Self::within(patient(), labels)
+    }
+
+    fn within(budgets: Budgets, labels: &[String]) -> anyhow::Result<Self> {
         let clock = SystemClock::start();
         // Instances stay for the whole trial, so that numbers are those of one warm instance.
         let config = RuntimeConfig {
@@ -79,7 +91,7 @@ impl Trial {
             router_instances: 1,
             recycle_calls: u64::MAX,
             replica_labels: labels.to_vec(),
-            budgets: patient(),
+            budgets,
             ..RuntimeConfig::default()
         };
         let metrics = Arc::new(Metrics::new());

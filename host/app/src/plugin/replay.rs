@@ -322,7 +322,7 @@ fn ids(list: Vec<u64>) -> String {
 
 impl Guest {
     fn start(wasm: &Path, with: &TrialArgs) -> anyhow::Result<Self> {
-        let trial = Trial::new(&with.labels)?;
+        let trial = Trial::patient(&with.labels)?;
         let component = trial.runtime.admit(&read(wasm)?).with_context(|| format!("{} is refused", wasm.display()))?;
         let (router, scheduler) = (trial.runtime.router_slot("router"), trial.runtime.scheduler_slot("scheduler"));
         let prepared = trial.prepare(&component, &with.config, 1)?;

@@ -78,7 +78,7 @@ impl Mishap {
         }
     }
 
-    /// For the client. What an upstream says of itself, or of this host's key, is for the log and for explanations.
+    /// For the client. What an upstream says of itself, or of this host's key, is for explanations.
     pub(crate) fn told(&self) -> String {
         match self {
             Self::Status { status, .. } if self.blame() == Blame::Upstream => format!("answered {status}"),

@@ -395,7 +395,8 @@ impl Upstream {
                 let failed = self.failed_probes.load(Ordering::Relaxed).saturating_add(1);
                 self.failed_probes.store(failed, Ordering::Relaxed);
                 if failed == most {
-                    tracing::warn!(upstream = &*self.terms.name, %mishap, "an upstream fails its probes and is sent nothing");
+                    let (upstream, mishap) = (&*self.terms.name, mishap.logged());
+                    tracing::warn!(upstream, mishap, "an upstream fails its probes and is sent nothing");
                 }
             }
         }
