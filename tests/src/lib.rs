@@ -66,7 +66,7 @@ pub struct Streamed {
 }
 
 /// Ten times what policies have: a call from which somebody takes the core must not be a timeout. No more, because what a guest
-/// that spins keeps waiting has its own bounds.
+/// that spins keeps waiting has its own bounds. No scheduler is so slow that it computes aside.
 const BUDGETS: &str = "
 [slots.admission.budget]
 hard_ms = 100
@@ -74,6 +74,7 @@ hard_ms = 100
 hard_ms = 100
 [slots.scheduler.budget]
 hard_ms = 100
+soft_us = 100000
 [slots.kv-retention.budget]
 hard_ms = 100
 [slots.sampler.budget]
