@@ -116,7 +116,7 @@ fn bare(runtime: &tokio::runtime::Runtime, host: &Host) -> anyhow::Result<String
 // === the loads ===
 
 fn added() -> anyhow::Result<()> {
-    let host = Host::start(&program()?, &[("ENGINE__DEVICES", "[\"null\"]")]);
+    let host = Host::shipped(&program()?, "", &[("ENGINE__DEVICES", "[\"null\"]")]);
     // One thread, as the host has on two cores.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let bare = bare(&runtime, &host)?;
@@ -163,7 +163,7 @@ fn streams() -> anyhow::Result<()> {
         ("SCHED__MAX_WAITING", "2048"),
         ("SCHED__MAX_BATCH_TOKENS", "4096"),
     ];
-    let host = Host::start(&program()?, &settings);
+    let host = Host::shipped(&program()?, "", &settings);
     // Everything that is allocated once has been.
     load(&host.data, "--concurrency 32 --requests 64 --shape 16:8 --warm-up 0")?;
     let idle = host.resident_bytes();
@@ -197,7 +197,7 @@ fn streams() -> anyhow::Result<()> {
 fn overload() -> anyhow::Result<()> {
     let settings =
         [("ENGINE__DEVICES", "[\"null:5000\"]"), ("SERVER__MAX_IN_FLIGHT", "64"), ("SCHED__MAX_RUNNING", "32")];
-    let host = Host::start(&program()?, &settings);
+    let host = Host::shipped(&program()?, "", &settings);
     // As many clients as it admits: its peak, and what a request takes when everything is full.
     let peak = load(&host.data, "--concurrency 64 --requests 1000 --shape 16:20")?;
     let capacity = peak["requests_per_second"].as_f64().context("a rate")?;

@@ -51,7 +51,7 @@ fn start_up() -> Host {
             let start = now();
             let started = match host.take() {
                 Some(host) if !fresh => Host::restart(host, &[]),
-                _ => Host::start(&program(), &[]),
+                _ => Host::shipped(&program(), "", &[]),
             };
             assert_eq!(started.get("/ready").status, 200, "ready means ready");
             samples.add(start.elapsed());
@@ -156,7 +156,7 @@ fn loading() {
     std::fs::create_dir(&path).unwrap_or_else(|e| panic!("{e}"));
     // 185 MB.
     large::write(&path, Sizes { hidden: 1_024, ffn: 2_816, layers: 8 });
-    let host = Host::configured(&program(), &format!("[engine]\nmodel_dirs = [{:?}]\n", folder.path()));
+    let host = Host::shipped(&program(), &format!("[engine]\nmodel_dirs = [{:?}]\n", folder.path()), &[]);
     let quiet_work = || {
         throughput(&host, "demo:f16", 1, 40);
     };

@@ -130,7 +130,7 @@ fn a_host_lives_through_mixed_traffic_and_swaps() {
         LAZY[0],
         LAZY[1]
     );
-    let host = Host::configured(env!("CARGO_BIN_EXE_pointsman-under-test"), &config);
+    let host = Host::shipped(env!("CARGO_BIN_EXE_pointsman-under-test"), &config, &[]);
     let (tally, changes, growth) = run(&host, folder.path(), duration);
     tally.print(changes, growth);
     let (found, routed) = (plans_found(&host), routes_found(&host, tally.done));

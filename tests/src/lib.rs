@@ -97,11 +97,28 @@ pub fn looks() -> impl Iterator<Item = usize> {
     })
 }
 
+/// Writes a configuration, with [`BUDGETS`] where it has none.
+fn configure(folder: &Path, config: &str) {
+    let budgets = if config.contains(".budget]") { "" } else { BUDGETS };
+    std::fs::write(folder.join(CONFIG), format!("{config}{budgets}")).expect("a temporary file");
+}
+
 impl Host {
     /// Starts `program` on an empty data directory. `settings` are environment variables such as `SCHED__MAX_RUNNING`.
     #[must_use]
     pub fn start(program: &str, settings: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
+        configure(folder.path(), "");
+        Self::start_in(Path::new(program), folder, settings)
+    }
+
+    /// As a user starts it, with the budgets that policies have by themselves: for what is measured.
+    #[must_use]
+    pub fn shipped(program: &str, config: &str, settings: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        if !config.is_empty() {
+            std::fs::write(folder.path().join(CONFIG), config).expect("a temporary file");
+        }
         Self::start_in(Path::new(program), folder, settings)
     }
 
@@ -109,7 +126,7 @@ impl Host {
     #[must_use]
     pub fn configured(program: &str, config: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        std::fs::write(folder.path().join(CONFIG), config).expect("a temporary file");
+        configure(folder.path(), config);
         Self::start_in(Path::new(program), folder, &[])
     }
 
@@ -117,7 +134,7 @@ impl Host {
     #[must_use]
     pub fn logged(program: &str, config: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        std::fs::write(folder.path().join(CONFIG), config).expect("a temporary file");
+        configure(folder.path(), config);
         std::fs::write(folder.path().join(LOG), "").expect("a temporary file");
         Self::start_in(Path::new(program), folder, &[("LOG__LEVEL", "debug")])
     }
@@ -131,7 +148,7 @@ impl Host {
     /// Kills the host and starts it again with another configuration file.
     #[must_use]
     pub fn reconfigure(self, config: &str) -> Self {
-        std::fs::write(self.folder().join(CONFIG), config).expect("a temporary file");
+        configure(self.folder(), config);
         self.restart(&[])
     }
 
@@ -147,12 +164,9 @@ impl Host {
         let mut command = Command::new(program);
         command.arg("serve").arg("--data-dir").arg(folder.path());
         let config = folder.path().join(CONFIG);
-        let mut text = std::fs::read_to_string(&config).unwrap_or_default();
-        if !text.contains(".budget]") {
-            text += BUDGETS;
-            std::fs::write(&config, text).expect("a temporary file");
+        if config.is_file() {
+            command.arg("--config").arg(config);
         }
-        command.arg("--config").arg(config);
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).env("POINTSMAN_LOG__LEVEL", "warn");
         for (key, value) in settings {
             command.env(format!("POINTSMAN_{key}"), value);
