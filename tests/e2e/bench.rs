@@ -52,6 +52,9 @@ fn a_step_takes_as_long_as_it_is_told() {
     // Whole requests: a client that is put aside reads tokens together, and none of them early.
     let fastest = report["latency"]["e2e_ms"]["p50"].as_f64().expect("a number");
     assert!(fastest >= 19.0 * 4.9, "{report}");
+    let device = &host.admin("GET", "/admin/v1/devices", &Value::Null).body["data"][0];
+    let share = device["utilization"].as_f64().expect("a number");
+    assert!(share > 0.0 && share <= 1.0, "of the last second: {device}");
 }
 
 #[test]
@@ -72,6 +75,13 @@ fn rejections_are_told_from_failures() {
     let rejected = report["rejected"]["queue"].as_u64().expect("some are rejected");
     assert_eq!(report["answered"].as_u64().expect("a number") + rejected, 40, "{report}");
     assert_eq!(report["failed"], json!({}));
+    // Refusals have times of their own.
+    let refusals = &report["latency"]["rejected_ms"];
+    assert_eq!(refusals["count"], rejected, "{report}");
+    assert!(
+        refusals["p50"].as_f64() > Some(0.0) && report["latency"]["e2e_ms"]["count"] == report["answered"],
+        "{report}"
+    );
 }
 
 #[test]

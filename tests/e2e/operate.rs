@@ -56,6 +56,7 @@ fn one_switch_makes_every_slot_native_and_back() {
         let slots: Vec<_> = answer.body["degraded"].as_array().into_iter().flatten().collect();
         assert_eq!((answer.status, &answer.body["status"]), (200, &json!(status)));
         assert!(slots.contains(&&json!("slot router")) && slots.contains(&&json!("slot scheduler")), "{slots:?}");
+        assert!(!slots.contains(&&json!("slot sampler")), "it is to be native: {slots:?}");
     }
     assert!(host.get("/metrics").body.as_str().is_some_and(|m| m.contains("pointsman_safe_mode 1")));
     // What is activated meanwhile is kept, and answers when the switch is off.

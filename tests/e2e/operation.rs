@@ -84,32 +84,188 @@ fn every_example_for_clients_works_as_it_stands() {
     }
 }
 
-/// Names of metrics in a text.
-fn metrics(text: &str) -> BTreeSet<String> {
+/// Names of series that an expression asks for.
+fn asked(text: &str) -> BTreeSet<String> {
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
     let words = text.split(|c| !is_part(c)).filter(|word| word.starts_with("vllm:") || word.starts_with("pointsman_"));
-    words.map(|word| word.trim_end_matches("_bucket").to_owned()).collect()
+    words.map(str::to_owned).collect()
+}
+
+/// Names of the series that the host declares. What takes seconds is a histogram, which is three series.
+fn declared() -> BTreeSet<String> {
+    let sources = fs::read_dir(root().join("host/telemetry/src")).expect("a folder");
+    let mut names = BTreeSet::new();
+    for source in sources {
+        let text = fs::read_to_string(source.expect("an entry").path()).expect("the source");
+        for literal in text.split('"').filter(|literal| asked(literal).contains(*literal)) {
+            match literal.ends_with("_seconds") && !literal.ends_with("_timestamp_seconds") {
+                true => names.extend(["bucket", "sum", "count"].map(|part| format!("{literal}_{part}"))),
+                false => names.extend([literal.to_owned()]),
+            }
+        }
+    }
+    names
 }
 
 #[test]
 fn dashboards_and_alerts_ask_for_metrics_that_there_are() {
-    let source = |file: &str| fs::read_to_string(root().join("host/telemetry/src").join(file)).expect("the source");
-    let known = metrics(&(source("metrics.rs") + &source("models.rs") + &source("upstreams.rs")));
-    for (file, least) in [("operation/dashboard.json", 24), ("operation/alerts.yaml", 7)] {
-        let asked = metrics(&document(file));
+    let known = declared();
+    // What a host shows is what is declared: by the source it is known also where nobody has asked for it yet.
+    let scraped = host(&[]).get("/metrics").body;
+    let lines = scraped.as_str().expect("text").lines().filter(|line| !line.starts_with('#'));
+    let shown: BTreeSet<String> =
+        lines.map(|line| line.split(['{', ' ']).next().unwrap_or_default().to_owned()).collect();
+    let undeclared: Vec<_> = shown.difference(&known).filter(|name| !name.starts_with("pointsman_plugin_")).collect();
+    assert!(shown.len() > 30 && undeclared.is_empty(), "{undeclared:?} of {shown:?}");
+    for (file, least) in [("operation/dashboard.json", 50), ("operation/alerts.yaml", 17)] {
+        let asked = asked(&document(file));
         assert!(asked.len() >= least, "{file}: {asked:?}");
         let unknown: Vec<_> = asked.difference(&known).collect();
         assert!(unknown.is_empty(), "{file} asks for {unknown:?}");
     }
+}
+
+#[test]
+fn panels_of_the_dashboard_are_whole() {
     let dashboard: Value = serde_json::from_str(&document("operation/dashboard.json")).expect("JSON");
     assert_eq!(dashboard["title"], "Pointsman");
-    // Each alert says where to read on.
+    let (mut ids, mut places) = (BTreeSet::new(), BTreeSet::new());
+    for panel in dashboard["panels"].as_array().expect("a list") {
+        let title = panel["title"].as_str().expect("a title");
+        assert!(ids.insert(panel["id"].as_u64().expect("an id")), "{title}: the id is another's");
+        let [x, y, w, h] = ["x", "y", "w", "h"].map(|key| panel["gridPos"][key].as_u64().expect("a number"));
+        let is_free = (y..y + h).all(|y| (x..x + w).all(|x| x < 24 && places.insert((x, y))));
+        assert!(is_free, "{title} lies on another panel or beyond the edge");
+        if panel["type"] == "row" {
+            continue;
+        }
+        assert!(panel["fieldConfig"]["defaults"]["unit"].is_string(), "{title} has no unit");
+        let targets = panel["targets"].as_array().expect("a list");
+        assert!(!targets.is_empty(), "{title} shows nothing");
+        for target in targets {
+            let [asks, legend] = ["expr", "legendFormat"].map(|key| target[key].as_str().expect("a text"));
+            // Every series is of the jobs that were chosen, and a label that is gone by the sum is in no legend.
+            assert_eq!(
+                asks.matches("{job=~\"$job\"").count(),
+                asks.matches("pointsman_").count() + asks.matches("vllm:").count()
+            );
+            let kept = asks.split_once("sum by (").and_then(|(_, rest)| rest.split_once(')'));
+            for label in legend.split("{{").skip(1).filter_map(|rest| rest.split("}}").next()) {
+                assert!(kept.is_none_or(|(by, _)| by.split(", ").any(|word| word == label)), "{title}: {label}");
+            }
+        }
+    }
+}
+
+#[test]
+fn alerts_say_what_how_long_how_bad_and_where_to_read_on() {
     let (alerts, runbook) = (document("operation/alerts.yaml"), document("runbook.md"));
-    let headings: Vec<&str> =
-        alerts.lines().filter_map(|line| line.trim().strip_prefix("runbook: docs/runbook.md, ")).collect();
-    assert_eq!(headings.len(), alerts.matches("- alert:").count());
-    for heading in headings {
-        assert!(runbook.contains(&format!("\n## {}", heading.trim_matches('"'))), "the runbook has no {heading}");
+    let mut names = BTreeSet::new();
+    for rule in alerts.split("- alert: ").skip(1) {
+        let name = rule.lines().next().unwrap_or_default();
+        assert!(names.insert(name), "{name} is there twice");
+        let field = |key: &str| -> &str {
+            let found = rule.lines().find_map(|line| line.trim_start().strip_prefix(key));
+            found.unwrap_or_else(|| panic!("{name} has no {key}")).trim()
+        };
+        let asks = rule.split_once("expr: ").and_then(|(_, rest)| rest.split_once("for: ")).map(|(asks, _)| asks);
+        let asks = asks.unwrap_or_else(|| panic!("{name} has no expr before its for"));
+        assert!(asks.contains(['>', '=']), "{name} has no threshold: {asks}");
+        for (opens, closes) in [('(', ')'), ('{', '}'), ('[', ']')] {
+            assert_eq!(asks.matches(opens).count(), asks.matches(closes).count(), "{name}: {opens}{closes} in {asks}");
+        }
+        let (number, unit) = field("for:").split_at(field("for:").len() - 1);
+        assert!(number.parse::<u32>().is_ok() && ["m", "h"].contains(&unit), "{name} waits for {number}{unit}");
+        let severities =
+            ["{ severity: warning }", "{ severity: critical }", "{ severity: \"{{ $labels.severity }}\" }"];
+        assert!(severities.contains(&field("labels:")), "{name}: {}", field("labels:"));
+        assert!(field("summary:").len() > 10, "{name} says too little");
+        let heading = field("runbook: docs/runbook.md, ").trim_matches('"');
+        assert!(runbook.contains(&format!("\n## {heading}\n")), "the runbook has no {heading}");
+    }
+    if Command::new("promtool").arg("--version").output().is_err() && skip("promtool", "no promtool") {
+        return;
+    }
+    let file = root().join("docs/operation/alerts.yaml");
+    let checked = Command::new("promtool").args(["check", "rules"]).arg(file).output().expect("it runs");
+    assert!(checked.status.success(), "{}", said(&checked));
+}
+
+/// What stands behind the beginning of a line, of which a file has one.
+fn line<'a>(document: &'a str, begins: &str) -> &'a str {
+    let mut found = document.lines().filter_map(|line| line.trim_start().strip_prefix(begins));
+    let first = found.next().unwrap_or_else(|| panic!("no line begins with {begins}"));
+    assert_eq!(found.next(), None, "a second line begins with {begins}");
+    first
+}
+
+/// Runs the program with the words of a command that names it first, and some more.
+fn run(words: &[String], more: &[&str]) -> Output {
+    assert!(words[0] == "pointsman" || words[0] == "/usr/local/bin/pointsman", "{words:?}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman-under-test"));
+    command.args(&words[1..]).args(more).output().expect("the program runs")
+}
+
+#[test]
+fn container_fits_the_program_and_the_workspace() {
+    let (file, manifest) = (document("operation/Containerfile"), document("operation/kubernetes.yaml"));
+    let read = |path: &str| fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let workspace: toml::Table = read("Cargo.toml").parse().expect("TOML");
+    // It is built by the compiler of the workspace, on the system that it runs on.
+    let image = line(&file, "FROM rust:").strip_suffix(" AS build").expect("a stage");
+    let (version, system) = image.split_once("-slim-").expect("a version and a system");
+    assert_eq!(Some(version), workspace["workspace"]["package"]["rust-version"].as_str());
+    assert_eq!(line(&file, "FROM debian:"), format!("{system}-slim"));
+    assert!(line(&file, "RUN POINTSMAN_COMMIT=$COMMIT cargo build ").ends_with(" -p pointsman"));
+    for copied in file.lines().filter_map(|line| line.strip_prefix("COPY ")) {
+        let source = copied.split(' ').find(|word| !word.starts_with("--")).expect("a source");
+        let is_there = match copied.starts_with("--from=build ") {
+            true => source == "/src/target/release/pointsman",
+            false => root().join(source).exists(),
+        };
+        assert!(is_there, "COPY {copied}");
+    }
+    let (left_out, ignored) = (document("operation/Containerfile.dockerignore"), read(".gitignore"));
+    for pattern in ignored.lines().chain(["/.git"]).map(|pattern| pattern.trim_end_matches('/')) {
+        let anywhere = format!("**/{pattern}");
+        assert!(left_out.lines().any(|line| line == pattern || line == anywhere), "{pattern} is sent to the builder");
+    }
+    // Its command, with what the manifest puts behind it, and its user and port.
+    let words = |text: &str| -> Vec<String> { serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}")) };
+    let entry = words(line(&file, "ENTRYPOINT "));
+    for more in [vec![], words(line(&manifest, "args: "))] {
+        let output = run(&[entry.clone(), more].concat(), &["--help"]);
+        assert!(output.status.success(), "{}", said(&output));
+    }
+    let (user, port) = (line(&file, "USER "), line(&file, "EXPOSE "));
+    assert!(file.contains(&format!("--uid {user} ")) && line(&manifest, "runAsUser: ") == user);
+    assert!(entry.contains(&format!("0.0.0.0:{port}")) && manifest.contains(&format!("containerPort: {port} ")));
+    assert_eq!(line(&file, "STOPSIGNAL "), "SIGTERM");
+    // Its probe asks a host that is well, and one that is not.
+    let host = host(&[]);
+    let own = host.data.rsplit(':').next().expect("a port");
+    let probe = line(&file, "HEALTHCHECK ").split_once("CMD ").expect("a command").1.replace(port, own);
+    for (path, is_well) in [("/health", true), ("/nothing", false)] {
+        let words = words(&probe.replace("/health", path));
+        let status = Command::new(&words[0]).args(&words[1..]).status().expect("it runs");
+        assert_eq!(status.success(), is_well, "{path}");
+    }
+}
+
+#[test]
+fn commands_of_the_unit_are_taken() {
+    let (unit, folder) = (document("operation/pointsman.service"), tempfile::tempdir().expect("a folder"));
+    let config = folder.path().join("pointsman.toml");
+    fs::copy(root().join("pointsman.example.toml"), &config).expect("a file");
+    let places = [("/etc/pointsman/pointsman.toml", config), ("%S/pointsman", folder.path().join("data"))];
+    let free = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+    for (begins, more) in [("ExecStartPre=-", &free[..]), ("ExecStart=", &["--help"][..])] {
+        let words = line(&unit, begins).split(' ').map(|word| {
+            let place = places.iter().find(|(name, _)| *name == word);
+            place.map_or(word.to_owned(), |(_, path)| path.display().to_string())
+        });
+        let output = run(&words.collect::<Vec<_>>(), more);
+        assert!(output.status.success(), "{begins}: {}", said(&output));
     }
 }
 

@@ -116,8 +116,9 @@ fn a_signal_lets_a_running_stream_end() {
         let stream = scope.spawn(|| host.stream(&body));
         let running = || {
             let text = host.get("/metrics").body;
-            text.as_str()
-                .is_some_and(|t| t.lines().any(|l| l == "vllm:num_requests_running{model_name=\"demo:f16\"} 1"))
+            text.as_str().is_some_and(|t| {
+                t.lines().any(|l| l == "vllm:num_requests_running{engine=\"cpu\",model_name=\"demo:f16\"} 1")
+            })
         };
         assert!(looks().any(|_| running()), "the stream starts");
         host.signal("-TERM");

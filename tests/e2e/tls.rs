@@ -99,6 +99,9 @@ fn both_planes_speak_tls_and_take_a_renewed_certificate() {
         "pointsman_tls_reloads_total{outcome=\"kept_old\",plane=\"data\"} 2",
         "pointsman_tls_reloads_total{outcome=\"used\",plane=\"admin\"} 1",
         "pointsman_tls_failures_total{reason=\"plain_http\"} 1",
+        // 2120-01-01.
+        "pointsman_tls_not_after_timestamp_seconds{plane=\"data\"} 4733510400",
+        "pointsman_tls_not_after_timestamp_seconds{plane=\"admin\"} 4733510400",
     ] {
         assert!(metrics.contains(line), "{line}: {metrics}");
     }

@@ -1,7 +1,7 @@
-//! A host under mixed traffic for as long as it is told: streams, whole answers, choices, forms, clients that leave and some that
-//! ask for models which come and go, while an operator swaps policies, reweighs the alias, loads a model and unloads it. At the end
-//! nothing is held, nothing was refused without a reason, no policy was at fault, and memory with the same models is what it was
-//! after the warm-up. Times are printed, not asserted: they are the machine's.
+//! A host under mixed traffic for as long as it is told: streams, whole answers, choices, forms, clients that leave or cancel, and
+//! some that ask for models which come and go, while an operator swaps policies, reweighs the alias, loads a model and unloads it.
+//! At the end nothing is held, nothing was refused without a reason, no policy was at fault, and memory with the same models is what
+//! it was after the warm-up. Times are printed, not asserted: they are the machine's.
 //!
 //! `SOAK_SECONDS` says how long, 20 s where it says nothing.
 

@@ -88,11 +88,31 @@ fn one(host: &Host, rng: &mut Rng, tally: &mut Tally) -> Result<()> {
                 json!({ "model": "demo", "prompt": "Yes or no? ", "max_tokens": 8, "guided_choice": ["yes", "no"] });
             whole(host, "/v1/completions", &body, tally);
         }
-        84..95 => stream(host, &completion(rng, true), Some(rng.below(30)), tally)?,
+        84..93 => stream(host, &completion(rng, true), Some(rng.below(30)), tally)?,
+        93..95 => cancelled(host, &completion(rng, true), tally)?,
         _ => {
             drop(raw::send(host, "/v1/completions", &completion(rng, true))?);
             tally.left += 1;
         }
+    }
+    Ok(())
+}
+
+/// Begins to read, and ends the request by its id: it is told so, or had ended.
+fn cancelled(host: &Host, body: &Value, tally: &mut Tally) -> Result<()> {
+    let mut answer = Raw::ask(host, "/v1/completions", body)?;
+    let first: Value = serde_json::from_str(&answer.event()?.unwrap_or_default())?;
+    let id = first["id"].as_str().unwrap_or_default().trim_start_matches("cmpl-");
+    let deleted = host.send("DELETE", &format!("{}/v1/requests/{id}", host.data), &[], b"").status;
+    let mut last = first.clone();
+    while let Some(event) = answer.event()? {
+        last = serde_json::from_str(&event)?;
+    }
+    match (deleted, last["error"]["code"].as_str()) {
+        (200, Some("cancelled")) => tally.left += 1,
+        // It ended meanwhile.
+        (200 | 404, None) => tally.done += 1,
+        _ => tally.failures.push(format!("{deleted} to its DELETE, and at last {last}")),
     }
     Ok(())
 }

@@ -284,7 +284,7 @@ impl Engine {
                 let device = device.map(|device| device.place.name()).unwrap_or_default();
                 let n_blocks = replica.gauges.total_blocks.load(Ordering::Relaxed);
                 match may_return {
-                    true => shared.metrics.forget_gauges(&variant.id, variant.block_tokens, n_blocks),
+                    true => shared.metrics.forget_gauges(&variant.id, &device, variant.block_tokens, n_blocks),
                     false => shared.metrics.forget_replica(&variant.id, &device, variant.block_tokens, n_blocks),
                 }
             }
@@ -393,7 +393,7 @@ impl ServingDevice {
     fn report(&self, place: usize, served: &Served) -> wire::Device {
         let here = u64::from(self.place.index());
         let replicas = served.catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
-        let replicas = replicas.filter(|(_, replica)| replica.device == here);
+        let replicas: Vec<_> = replicas.filter(|(_, replica)| replica.device == here).collect();
         let mut memory = wire::DeviceMemory::default();
         if matches!(self.place, Place::Cpu(_)) {
             served.encoders.values().for_each(|encoder| add_memory(&mut memory, encoder));
@@ -405,14 +405,17 @@ impl ServingDevice {
             Place::Cpu(_) | Place::Null(_) => None,
             Place::Cuda(found) => Some(found.total_bytes),
         };
+        // Its replicas compute in turns, so that their shares add up.
+        let busy = replicas.iter().map(|(_, replica)| replica.gauges.busy_ppm.load(Ordering::Relaxed));
+        let busy = (busy.map(f64::from).sum::<f64>() / 1e6).min(1.0);
         wire::Device {
             index: self.place.index().into(),
             name: self.place.name(),
             description: self.place.description(),
             state: if self.driver.is_alive() { "up" } else { "down" }.into(),
             memory: wire::DeviceMemory { free: seen.free_bytes, total, ..memory },
-            replicas: replicas.map(|(variant, replica)| device_replica(variant, replica)).collect(),
-            utilization: seen.utilization,
+            replicas: replicas.into_iter().map(|(variant, replica)| device_replica(variant, replica)).collect(),
+            utilization: Some(seen.utilization.unwrap_or(busy)),
             temperature: seen.temperature,
             power_watts: seen.power_watts,
         }

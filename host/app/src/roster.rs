@@ -615,7 +615,7 @@ impl Parts {
         if let Some((encoder, _)) = &served.encoder {
             let left = engine.clear_encoder(encoder, grace_us);
             match may_return {
-                true => shared.metrics.forget_gauges(&encoder.name, 0, 0),
+                true => shared.metrics.forget_gauges(&encoder.name, "cpu", 0, 0),
                 false => shared.metrics.forget_replica(&encoder.name, "cpu", 0, 0),
             }
             return left;

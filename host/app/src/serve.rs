@@ -560,6 +560,11 @@ async fn reload(
     let has_certificates = certificates.data.is_some() || certificates.admin.is_some();
     let has_authorities = config.upstreams.values().any(UpstreamSection::has_ca);
     let has_files = config.server.has_key_file() || has_certificates || has_authorities;
+    for (plane, certificate) in [("data", &certificates.data), ("admin", &certificates.admin)] {
+        if let Some(certificate) = certificate {
+            state.certificate_until(plane, certificate.valid.map(|valid| valid.until_s));
+        }
+    }
     while hangups.recv().await.is_some() {
         if !has_files {
             tracing::warn!(
@@ -596,7 +601,10 @@ async fn reload_certificate(plane: &str, certificate: Certificate, state: &Serve
     let read = read.map_err(anyhow::Error::from).and_then(|read| Ok(read?));
     state.certificate_read(plane, read.is_ok());
     match read {
-        Ok(()) => tracing::info!(plane, "a certificate has been read again"),
+        Ok(valid) => {
+            state.certificate_until(plane, valid.map(|valid| valid.until_s));
+            tracing::info!(plane, "a certificate has been read again");
+        }
         Err(error) => tracing::error!(plane, %error, "a certificate stays what it was"),
     }
 }

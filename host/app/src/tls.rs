@@ -80,12 +80,13 @@ impl TlsSection {
 // === impl Certificate ===
 
 impl Certificate {
-    /// Reads the files again; connections to come get what is in them.
+    /// Reads the files again; connections to come get what is in them, which is valid as said.
     ///
     /// # Errors
     /// They cannot be read or used, and the certificate stays what it was.
-    pub(crate) fn reload(&self) -> Result<(), CertificateError> {
+    pub(crate) fn reload(&self) -> Result<Option<Validity>, CertificateError> {
         let (chain, key) = self.files.read()?;
-        self.tls.replace(&chain, &key).map_err(|source| self.files.unusable(source))
+        self.tls.replace(&chain, &key).map_err(|source| self.files.unusable(source))?;
+        Ok(validity(&chain))
     }
 }

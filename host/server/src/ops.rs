@@ -25,9 +25,15 @@ struct Status {
     degraded: Vec<String>,
 }
 
+/// What was built.
 #[derive(Serialize)]
 struct Version<'a> {
     version: &'a str,
+    /// As in `x86_64-linux`.
+    target: String,
+    /// Where the builder said it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    commit: Option<&'static str>,
 }
 
 /// Alive: the process answers, and has not lost every device. Those come back with a new process alone.
@@ -96,7 +102,9 @@ pub(crate) async fn version(State(state): State<Arc<ServerState>>) -> Response {
 }
 
 pub(crate) fn version_of(version: &str) -> Response {
-    json(&Version { version })
+    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    let commit = option_env!("POINTSMAN_COMMIT").filter(|commit| !commit.is_empty());
+    json(&Version { version, target, commit })
 }
 
 /// What `/health` says of a host that has nothing to complain of.

@@ -183,6 +183,11 @@ impl ServerState {
         self.metrics.tls_reload(plane, is_used);
     }
 
+    /// Shows until when a plane's certificate can be used, in Unix seconds; none where it does not say so.
+    pub fn certificate_until(&self, plane: &str, until_s: Option<u64>) {
+        self.metrics.tls_until(plane, until_s);
+    }
+
     /// Lets a request in, within the limits of the host and of its caller's key.
     pub(crate) fn enter(&self, caller: &Caller) -> Result<Permit, ApiError> {
         let mut permit = self.admission.enter()?;

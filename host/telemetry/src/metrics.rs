@@ -81,6 +81,7 @@ pub struct Metrics {
     batch_lines: IntCounterVec,
     device_up: IntGaugeVec,
     tls_reloads: IntCounterVec,
+    tls_until: IntGaugeVec,
     tls_failures: IntCounterVec,
     connections: IntGaugeVec,
     connections_evicted: IntCounterVec,
@@ -376,10 +377,12 @@ impl Metrics {
             registered(&registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
         };
         let model = &["model_name"][..];
+        // As vLLM tells its engines apart: a model may have one on every device.
+        let engine = &["engine", "model_name"][..];
         Self {
-            running: gauge("vllm:num_requests_running", "Requests in the running batch.", model),
-            waiting: gauge("vllm:num_requests_waiting", "Requests accepted and not yet running.", model),
-            kv_usage: ratio("vllm:kv_cache_usage_perc", "Used share of the KV blocks; 1 is full.", model),
+            running: gauge("vllm:num_requests_running", "Requests in the running batch.", engine),
+            waiting: gauge("vllm:num_requests_waiting", "Requests accepted and not yet running.", engine),
+            kv_usage: ratio("vllm:kv_cache_usage_perc", "Used share of the KV blocks; 1 is full.", engine),
             prefix_queries: counter(
                 "vllm:prefix_cache_queries_total",
                 "Prompt tokens looked up in the prefix cache.",
@@ -391,8 +394,8 @@ impl Metrics {
                 "Cached KV blocks that were given up for room.",
                 model,
             ),
-            kv_cached: gauge("pointsman_kv_cached_blocks", "KV blocks that are free and hold a prefix.", model),
-            kv_slack: ratio("pointsman_kv_slack_ratio", "Places of held KV blocks without a token, 0 to 1.", model),
+            kv_cached: gauge("pointsman_kv_cached_blocks", "KV blocks that are free and hold a prefix.", engine),
+            kv_slack: ratio("pointsman_kv_slack_ratio", "Places of held KV blocks without a token, 0 to 1.", engine),
             prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens computed.", model),
             generation_tokens: counter("vllm:generation_tokens_total", "Tokens generated.", model),
             draft_tokens: counter(
@@ -449,7 +452,7 @@ impl Metrics {
             cache_config: gauge(
                 "vllm:cache_config_info",
                 "Shape of the KV cache; the value is 1.",
-                &["model_name", "block_size", "num_gpu_blocks"],
+                &["engine", "model_name", "block_size", "num_gpu_blocks"],
             ),
             policy_call: histogram(
                 "pointsman_policy_call_seconds",
@@ -526,6 +529,11 @@ impl Metrics {
                 }
                 reloads
             },
+            tls_until: gauge(
+                "pointsman_tls_not_after_timestamp_seconds",
+                "When the first certificate of a plane's chain expires, in Unix time.",
+                &["plane"],
+            ),
             tls_failures: counter(
                 "pointsman_tls_failures_total",
                 "Connections that ended in their TLS handshake, by why.",
@@ -589,6 +597,15 @@ impl Metrics {
         self.tls_reloads.with_label_values(&[plane, if is_used { "used" } else { "kept_old" }]).inc();
     }
 
+    /// When the certificate of a plane expires, in Unix seconds; none where it does not say so.
+    pub fn tls_until(&self, plane: &str, until_s: Option<u64>) {
+        match until_s {
+            Some(until_s) => self.tls_until.with_label_values(&[plane]).set(until_s.cast_signed()),
+            // One that was never written is not there either.
+            None => drop(self.tls_until.remove_label_values(&[plane])),
+        }
+    }
+
     /// Whether the driver of a device runs.
     pub fn device(&self, device: &str, is_up: bool) {
         self.device_up.with_label_values(&[device]).set(is_up.into());
@@ -640,17 +657,18 @@ impl Metrics {
     /// Handles for one replica: a variant on a device. Also publishes `vllm:cache_config_info`.
     #[must_use]
     pub fn replica(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) -> ReplicaMetrics {
-        let m = &[model_name];
-        self.cache_config.with_label_values(&[model_name, &block_tokens.to_string(), &total_blocks.to_string()]).set(1);
+        let (m, engine) = (&[model_name], &[device, model_name]);
+        let shape = [device, model_name, &block_tokens.to_string(), &total_blocks.to_string()];
+        self.cache_config.with_label_values(&shape).set(1);
         ReplicaMetrics {
-            running: self.running.with_label_values(m),
-            waiting: self.waiting.with_label_values(m),
-            kv_usage: self.kv_usage.with_label_values(m),
+            running: self.running.with_label_values(engine),
+            waiting: self.waiting.with_label_values(engine),
+            kv_usage: self.kv_usage.with_label_values(engine),
             prefix_queries: self.prefix_queries.with_label_values(m),
             prefix_hits: self.prefix_hits.with_label_values(m),
             kv_evicted: self.kv_evicted.with_label_values(m),
-            kv_cached: self.kv_cached.with_label_values(m),
-            kv_slack: self.kv_slack.with_label_values(m),
+            kv_cached: self.kv_cached.with_label_values(engine),
+            kv_slack: self.kv_slack.with_label_values(engine),
             prompt_tokens: self.prompt_tokens.with_label_values(m),
             generation_tokens: self.generation_tokens.with_label_values(m),
             draft_tokens: self.draft_tokens.with_label_values(m),
@@ -681,11 +699,11 @@ impl Metrics {
     /// Handles for a model that makes embeddings, on a device.
     #[must_use]
     pub fn encoder(&self, model_name: &str, device: &str) -> EncoderMetrics {
-        let m = &[model_name];
+        let engine = &[device, model_name];
         EncoderMetrics {
-            running: self.running.with_label_values(m),
-            waiting: self.waiting.with_label_values(m),
-            prompt_tokens: self.prompt_tokens.with_label_values(m),
+            running: self.running.with_label_values(engine),
+            waiting: self.waiting.with_label_values(engine),
+            prompt_tokens: self.prompt_tokens.with_label_values(&[model_name]),
             step: self.step.with_label_values(&[device, "embed"]),
             tokens: self.tokens.with_label_values(&[device, model_name, "embed"]),
         }
@@ -694,7 +712,7 @@ impl Metrics {
     /// Removes every series of a variant whose replica has gone: those of [`Metrics::replica`] with the same arguments, and those
     /// of its requests. Series of the device itself stay.
     pub fn forget_replica(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) {
-        self.forget_gauges(model_name, block_tokens, total_blocks);
+        self.forget_gauges(model_name, device, block_tokens, total_blocks);
         let m = &[model_name];
         for counter in [
             &self.prefix_queries,
@@ -725,16 +743,16 @@ impl Metrics {
     }
 
     /// Removes what says how a replica is now. What it has counted stays, as for one that comes back.
-    pub fn forget_gauges(&self, model_name: &str, block_tokens: u32, total_blocks: u32) {
-        let m = &[model_name];
+    pub fn forget_gauges(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) {
+        let engine = &[device, model_name];
         // Removing a series that was never written is not an error worth telling.
         for gauge in [&self.running, &self.waiting, &self.kv_cached] {
-            let _ = gauge.remove_label_values(m);
+            let _ = gauge.remove_label_values(engine);
         }
         for ratio in [&self.kv_usage, &self.kv_slack] {
-            let _ = ratio.remove_label_values(m);
+            let _ = ratio.remove_label_values(engine);
         }
-        let shape = [model_name, &block_tokens.to_string(), &total_blocks.to_string()];
+        let shape = [device, model_name, &block_tokens.to_string(), &total_blocks.to_string()];
         let _ = self.cache_config.remove_label_values(&shape);
     }
 
@@ -1045,12 +1063,15 @@ mod tests {
     fn vllm_names_are_exposed_as_they_are() {
         let metrics = Metrics::new();
         metrics.request("demo:f16").ttft.observe(0.015);
-        metrics.replica("demo:f16", "cpu", 16, 512).kv_usage.set(0.25);
+        for (device, usage) in [("cpu", 0.25), ("cuda:0", 0.5)] {
+            metrics.replica("demo:f16", device, 16, 512).kv_usage.set(usage);
+        }
         let text = metrics.render();
         for line in [
             r#"vllm:time_to_first_token_seconds_count{model_name="demo:f16"} 1"#,
-            r#"vllm:kv_cache_usage_perc{model_name="demo:f16"} 0.25"#,
-            r#"vllm:cache_config_info{block_size="16",model_name="demo:f16",num_gpu_blocks="512"} 1"#,
+            r#"vllm:kv_cache_usage_perc{engine="cpu",model_name="demo:f16"} 0.25"#,
+            r#"vllm:kv_cache_usage_perc{engine="cuda:0",model_name="demo:f16"} 0.5"#,
+            r#"vllm:cache_config_info{block_size="16",engine="cpu",model_name="demo:f16",num_gpu_blocks="512"} 1"#,
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

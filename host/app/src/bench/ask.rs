@@ -45,8 +45,8 @@ pub(super) struct Target {
 pub(super) enum Outcome {
     /// It was answered.
     Done(Times),
-    /// The server would not take it, and said why: `x-pointsman-reason`, or the status.
-    Rejected(String),
+    /// The server would not take it, and said why: `x-pointsman-reason`, or the status; in so many microseconds.
+    Rejected(String, Micros),
     /// It went wrong.
     Failed(String),
 }
@@ -180,7 +180,8 @@ impl Target {
                 Outcome::Done(Times { whole, usage: said.usage.unwrap_or_default(), ..Times::default() })
             }
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                Outcome::Rejected(reason.unwrap_or_else(|| status.as_str().to_owned()))
+                let reason = reason.unwrap_or_else(|| status.as_str().to_owned());
+                Outcome::Rejected(reason, self.clock.micros() - due)
             }
             _ => Outcome::Failed(refused(status, &body)),
         })

@@ -31,15 +31,16 @@ pub(super) struct Tally {
     cached_tokens: u64,
     output_tokens: u64,
     /// In microseconds.
-    times: [Histogram<u64>; 4],
+    times: [Histogram<u64>; 5],
 }
 
-/// Names of the histograms: time to first token, between two, per token after the first, whole request.
-const NAMES: [&str; 4] = ["ttft", "itl", "tpot", "e2e"];
+/// Names of the histograms: time to first token, between two, per token after the first, whole request, a refusal.
+const NAMES: [&str; 5] = ["ttft", "itl", "tpot", "e2e", "rejected"];
 const TTFT: usize = 0;
 const ITL: usize = 1;
 const TPOT: usize = 2;
 const E2E: usize = 3;
+const REJECTED: usize = 4;
 /// Percentiles of the table.
 const PERCENTILES: [f64; 4] = [50.0, 90.0, 95.0, 99.0];
 
@@ -58,7 +59,7 @@ impl Tally {
             prompt_tokens: 0,
             cached_tokens: 0,
             output_tokens: 0,
-            times: [histogram(), histogram(), histogram(), histogram()],
+            times: std::array::from_fn(|_| histogram()),
         }
     }
 
@@ -66,7 +67,10 @@ impl Tally {
     pub(super) fn add(&mut self, outcome: Outcome, args: &BenchArgs) {
         match outcome {
             Outcome::Done(times) => self.add_done(&times, args),
-            Outcome::Rejected(reason) => count(&mut self.rejected, reason),
+            Outcome::Rejected(reason, time) => {
+                count(&mut self.rejected, reason);
+                self.times[REJECTED].saturating_record(time);
+            }
             Outcome::Failed(why) => count(&mut self.failed, why),
         }
     }

@@ -260,7 +260,7 @@ impl Deploy {
             previous: state.and_then(|s| s.previous.as_ref()).map(|p| self.revision_view(slot, p)),
             candidate: state.and_then(SlotState::candidate).map(|c| self.revision_view(slot, c)),
             health: self
-                .safe_health()
+                .safe_health(slot, state)
                 .or_else(|| self.failed_health(slot))
                 .or(status.as_ref().map(|s| self.health(s)))
                 .unwrap_or_else(native_health),
@@ -282,9 +282,13 @@ impl Deploy {
         }
     }
 
-    /// In safe mode no slot runs what is stored for it.
-    fn safe_health(&self) -> Option<wire::Health> {
-        self.safe_reason().map(|reason| wire::Health { reason: Some(reason), ..native_health() })
+    /// In safe mode no slot runs what is stored for it; one that is to be native does.
+    fn safe_health(&self, slot: &SlotName, state: Option<&SlotState>) -> Option<wire::Health> {
+        let has_guest =
+            |state: &SlotState| state.active.component != ComponentRef::Native || state.candidate().is_some();
+        let is_bypassed = state.is_some_and(has_guest) || lock(&self.failed).contains_key(slot);
+        let reason = self.safe_reason().filter(|_| is_bypassed)?;
+        Some(wire::Health { reason: Some(reason), ..native_health() })
     }
 
     /// A slot that does not run what is stored for it says why.

@@ -65,8 +65,10 @@ mod tests {
             vllm:num_requests_waiting{engine=\"0\",model_name=\"m\"} 3.0\n\
             vllm:num_requests_waiting{engine=\"0\",model_name=\"m2\"} 9.0\n\
             vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"m\"} 0.25\n";
-        let pointsman = "vllm:num_requests_waiting{model_name=\"m:f16\"} 1\nvllm:num_requests_waiting{model_name=\"m:q8_0\"} 2\n\
-            vllm:kv_cache_usage_perc{model_name=\"m:f16\"} 0.1\nvllm:kv_cache_usage_perc{model_name=\"m:q8_0\"} 0.5\n";
+        let pointsman = "vllm:num_requests_waiting{engine=\"cpu\",model_name=\"m:f16\"} 1\n\
+            vllm:num_requests_waiting{engine=\"cpu\",model_name=\"m:q8_0\"} 2\n\
+            vllm:kv_cache_usage_perc{engine=\"cpu\",model_name=\"m:f16\"} 0.1\n\
+            vllm:kv_cache_usage_perc{engine=\"cpu\",model_name=\"m:q8_0\"} 0.5\n";
         for (text, waiting, blocks) in [
             (vllm, 3, (750, 1_000)),
             (pointsman, 3, (500, 1_000)),
