@@ -170,7 +170,7 @@ fn alerts_say_what_how_long_how_bad_and_where_to_read_on() {
         };
         let asks = rule.split_once("expr: ").and_then(|(_, rest)| rest.split_once("for: ")).map(|(asks, _)| asks);
         let asks = asks.unwrap_or_else(|| panic!("{name} has no expr before its for"));
-        assert!(asks.contains(['>', '=']), "{name} has no threshold: {asks}");
+        assert!(asks.contains(['>', '<', '=']), "{name} has no threshold: {asks}");
         for (opens, closes) in [('(', ')'), ('{', '}'), ('[', ']')] {
             assert_eq!(asks.matches(opens).count(), asks.matches(closes).count(), "{name}: {opens}{closes} in {asks}");
         }
