@@ -46,30 +46,6 @@ fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
 
-fn add_rms_norm(element: Element, rng: &mut Rng, hidden: usize) -> Case {
-    let (live, rows) = (2, 4);
-    let x = Element::F32.random(rng, live * hidden);
-    let delta = element.random(rng, live * hidden);
-    let gain = element.random(rng, hidden);
-    let sum: Vec<f64> = x.iter().zip(&delta).map(|(x, d)| x + d).collect();
-    let expect: Vec<f64> = sum.chunks(hidden).flat_map(|row| normed(row, &gain, 0.0)).collect();
-    let mut initial = Element::F32.encode(&x);
-    initial.resize(rows * hidden * 4, POISON);
-    let call = Call::typed("add_rms_norm", element, [rows, 1, 1], 256)
-        .count(live)
-        .output(initial)
-        .input(element, &delta)
-        .input(element, &gain)
-        .poisoned(rows * hidden * element.bytes())
-        .u32(hidden)
-        .f32(EPS);
-    let check: Check = Box::new(move |outs| {
-        is_close(Element::F32, 1e-6, &sum, &outs[0])?;
-        is_close(element, element.tolerance(), &expect, &outs[1])
-    });
-    Case { what: format!("add_rms_norm {element} {hidden}"), call, check }
-}
-
 fn norm_add(element: Element, rng: &mut Rng, hidden: usize) -> Case {
     let (live, rows) = (2, 4);
     let x = Element::F32.random(rng, live * hidden);
@@ -209,8 +185,6 @@ pub fn cases(element: Element) -> Vec<Case> {
         rms_norm(element, &mut rng, 256, Some([3, 1])),
         // More than a block keeps in registers.
         rms_norm(element, &mut rng, 8_232, None),
-        add_rms_norm(element, &mut rng, 520),
-        add_rms_norm(element, &mut rng, 8_232),
         norm_add(element, &mut rng, 520),
         norm_add(element, &mut rng, 8_232),
         rope(4, 2, [64, 64], 16, false).case(element, &mut rng),

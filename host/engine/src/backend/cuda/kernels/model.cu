@@ -56,13 +56,6 @@ DEVICE float squares(const float (&v)[VEC]) {
     return sum;
 }
 
-DEVICE void add_deltas(float (&v)[VEC], uint4 deltas) {
-    float d[VEC];
-    widen(d, deltas);
-#pragma unroll
-    for (u32 i = 0; i < VEC; i++) v[i] += d[i];
-}
-
 // to = v + delta * scale * gain
 DEVICE void add_group(float *to, float (&v)[VEC], uint4 deltas, float scale, uint4 gains, float plus) {
     float d[VEC];
@@ -151,40 +144,6 @@ ENTRY(norm_add, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, 
         load_floats(v, to + group(j));
         add_group(to + group(j), v, load_vec(from + group(j)), scale, load_vec(gain + group(j)), plus);
     }
-}
-
-ENTRY(add_rms_norm, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, T *out, u32 hidden, float eps)) {
-    let_next_start();
-    uint4 gains[HELD], deltas[HELD];
-    hold_gains(gains, gain, hidden);
-    u32 row = blockIdx.x;
-    bool is_live = row < *n;
-    wait_for_previous();
-    if (!is_live) return;
-    const T *from = delta + (u64)row * hidden;
-    float *to = x + (u64)row * hidden, held[HELD][VEC] = {}, sum = 0.0f;
-#pragma unroll
-    for (u32 j = 0; j < HELD; j++) {
-        deltas[j] = group(j) < hidden ? load_vec(from + group(j)) : zero_vec();
-        if (group(j) < hidden) load_floats(held[j], to + group(j));
-    }
-#pragma unroll
-    for (u32 j = 0; j < HELD; j++) {
-        if (group(j) >= hidden) continue;
-        add_deltas(held[j], deltas[j]);
-        store_floats(to + group(j), held[j]);
-        sum += squares(held[j]);
-    }
-    for (u32 j = HELD; group(j) < hidden; j++) {
-        float v[VEC];
-        load_floats(v, to + group(j));
-        add_deltas(v, load_vec(from + group(j)));
-        store_floats(to + group(j), v);
-        sum += squares(v);
-    }
-    // Each thread scales the elements that it added up itself.
-    Gain g = {gain, 0.0f, eps};
-    scale_row(held, to, g, gains, out + (u64)row * hidden, hidden, sum);
 }
 
 // Where the pages of a layer are.
