@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use pointsman_tests::Host;
+use pointsman_tests::{Host, looks};
 use serde_json::{Value, json};
 
 use super::host;
@@ -52,9 +52,20 @@ fn a_step_takes_as_long_as_it_is_told() {
     // Whole requests: a client that is put aside reads tokens together, and none of them early.
     let fastest = report["latency"]["e2e_ms"]["p50"].as_f64().expect("a number");
     assert!(fastest >= 19.0 * 4.9, "{report}");
-    let device = &host.admin("GET", "/admin/v1/devices", &Value::Null).body["data"][0];
-    let share = device["utilization"].as_f64().expect("a number");
-    assert!(share > 0.0 && share <= 1.0, "of the last second: {device}");
+}
+
+#[test]
+fn a_device_says_how_busy_it_is_and_forgets() {
+    let host = host(&[("ENGINE__DEVICES", "[\"null:5000\"]")]);
+    let share = || {
+        let devices = host.admin("GET", "/admin/v1/devices", &Value::Null).body;
+        devices["data"][0]["utilization"].as_f64().expect("a number")
+    };
+    assert!(share() < 0.01, "nobody has asked yet");
+    measured(&host, &["--requests", "4", "--concurrency", "1", "--shape", "8:20"]);
+    let busy = share();
+    assert!(busy > 0.01, "{busy}");
+    assert!(looks().any(|_| share() < busy), "it fades");
 }
 
 #[test]
@@ -76,7 +87,7 @@ fn rejections_are_told_from_failures() {
     assert_eq!(report["answered"].as_u64().expect("a number") + rejected, 40, "{report}");
     assert_eq!(report["failed"], json!({}));
     // Refusals have times of their own.
-    let refusals = &report["latency"]["rejected_ms"];
+    let refusals = &report["latency"]["refusal_ms"];
     assert_eq!(refusals["count"], rejected, "{report}");
     assert!(
         refusals["p50"].as_f64() > Some(0.0) && report["latency"]["e2e_ms"]["count"] == report["answered"],

@@ -161,6 +161,7 @@ async function calls() {
     }
   }
   for (const one of await both(chat, { ...asked, max_tokens: 8, tool_choice: "none" })) assert.deepEqual(one.calls, []);
+  assert.equal((await chat({ ...asked, tool_choice: named })).choices[0].message.content, null);
   // What the client itself adds up.
   const final = await client.chat.completions.stream({ ...asked, tool_choice: named }).finalChatCompletion();
   assert.deepEqual(heard([final]), heard([await chat({ ...asked, tool_choice: named })]));

@@ -56,7 +56,13 @@ fn a_signal_during_the_start_ends_it_in_order() {
             format!("http://{}", rest.split(' ').next().unwrap_or_default())
         };
         assert_eq!(asked(&format!("{}/health", at("data"))), (200, false, json!({ "status": "ok" })));
-        assert_eq!(asked(&format!("{}/version", at("data"))).0, 200);
+        let (status, _, build) = asked(&format!("{}/version", at("data")));
+        let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+        assert_eq!(
+            (status, &build["version"], &build["target"]),
+            (200, &json!(env!("CARGO_PKG_VERSION")), &json!(target))
+        );
+        assert_ne!(build["commit"], "", "it is told or not there");
         for url in [
             format!("{}/ready", at("data")),
             format!("{}/metrics", at("data")),

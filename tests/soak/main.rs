@@ -136,6 +136,7 @@ fn a_host_lives_through_mixed_traffic_and_swaps() {
     let (found, routed) = (plans_found(&host), routes_found(&host, tally.done));
     assert!(tally.failures.is_empty(), "{:?}", tally.failures);
     assert!(tally.done > 0 && tally.left > 0 && changes > 0, "{} requests, {} left", tally.done, tally.left);
+    assert!(tally.cancelled > 0, "no DELETE has ended its request");
     for name in [
         "pointsman_policy_faults_total",
         "pointsman_rejected_total",

@@ -20,6 +20,8 @@ pub(super) struct Tally {
     pub done: u64,
     /// Clients that went before the end.
     pub left: u64,
+    /// Of those, requests that their clients ended by id.
+    pub cancelled: u64,
     pub failures: Vec<String>,
 }
 
@@ -27,21 +29,22 @@ impl Tally {
     pub(super) fn new() -> Self {
         // From a microsecond to a minute.
         let times = || Histogram::new_with_bounds(1, 60_000_000, 3).expect("bounds and digits");
-        Self { firsts: times(), gaps: times(), done: 0, left: 0, failures: Vec::new() }
+        Self { firsts: times(), gaps: times(), done: 0, left: 0, cancelled: 0, failures: Vec::new() }
     }
 
     pub(super) fn add(&mut self, other: Self) {
         self.firsts.add(other.firsts).expect("of one kind");
         self.gaps.add(other.gaps).expect("of one kind");
         (self.done, self.left) = (self.done + other.done, self.left + other.left);
+        self.cancelled += other.cancelled;
         self.failures.extend(other.failures);
     }
 
     #[expect(clippy::print_stdout, reason = "the figures are what a soak is for")]
     pub(super) fn print(&self, changes: u64, growth: i64) {
         println!(
-            "{} requests done, {} left before their end, {changes} changes of policies, weights and models",
-            self.done, self.left
+            "{} requests done, {} left before their end ({} cancelled by id), {changes} changes of policies, weights and models",
+            self.done, self.left, self.cancelled
         );
         for (name, times) in [("first event", &self.firsts), ("between events", &self.gaps)] {
             let ms = |us: u64| us as f64 / 1_000.0;
@@ -101,17 +104,20 @@ fn one(host: &Host, rng: &mut Rng, tally: &mut Tally) -> Result<()> {
 /// Begins to read, and ends the request by its id: it is told so, or had ended.
 fn cancelled(host: &Host, body: &Value, tally: &mut Tally) -> Result<()> {
     let mut answer = Raw::ask(host, "/v1/completions", body)?;
-    let first: Value = serde_json::from_str(&answer.event()?.unwrap_or_default())?;
-    let id = first["id"].as_str().unwrap_or_default().trim_start_matches("cmpl-");
-    let deleted = host.send("DELETE", &format!("{}/v1/requests/{id}", host.data), &[], b"").status;
-    let mut last = first.clone();
+    if answer.status != 200 {
+        tally.failures.push(format!("{} instead of a stream", answer.status));
+        return Ok(());
+    }
+    let mut last: Value = serde_json::from_str(&answer.event()?.unwrap_or_default())?;
+    let url = format!("{}/v1/requests/{}", host.data, last["id"].as_str().unwrap_or_default());
+    let deleted = host.send("DELETE", &url, &[], b"").status;
     while let Some(event) = answer.event()? {
         last = serde_json::from_str(&event)?;
     }
-    match (deleted, last["error"]["code"].as_str()) {
-        (200, Some("cancelled")) => tally.left += 1,
+    match (deleted, last["error"]["code"].as_str(), last["choices"][0]["finish_reason"].as_str()) {
+        (200, Some("cancelled"), _) => (tally.left, tally.cancelled) = (tally.left + 1, tally.cancelled + 1),
         // It ended meanwhile.
-        (200 | 404, None) => tally.done += 1,
+        (200 | 404, None, Some("stop" | "length")) => tally.done += 1,
         _ => tally.failures.push(format!("{deleted} to its DELETE, and at last {last}")),
     }
     Ok(())

@@ -485,7 +485,7 @@ mod tests {
         let text = driver.terms.metrics.render();
         for line in [
             r#"vllm:prompt_tokens_total{model_name="e"} 30"#,
-            r#"vllm:num_requests_running{model_name="e"} 0"#,
+            r#"vllm:num_requests_running{engine="cpu",model_name="e"} 0"#,
             r#"pointsman_tokens_total{device="cpu",phase="embed",variant="e"} 30"#,
         ] {
             assert!(text.contains(line), "{line} is not in {text}");

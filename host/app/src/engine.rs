@@ -405,14 +405,15 @@ impl ServingDevice {
             Place::Cpu(_) | Place::Null(_) => None,
             Place::Cuda(found) => Some(found.total_bytes),
         };
-        // Its replicas compute in turns, so that their shares add up.
+        // Its replicas compute in turns, so that their shares add up; who is gone leaves its last share behind.
+        let is_alive = self.driver.is_alive();
         let busy = replicas.iter().map(|(_, replica)| replica.gauges.busy_ppm.load(Ordering::Relaxed));
-        let busy = (busy.map(f64::from).sum::<f64>() / 1e6).min(1.0);
+        let busy = if is_alive { (busy.map(f64::from).sum::<f64>() / 1e6).min(1.0) } else { 0.0 };
         wire::Device {
             index: self.place.index().into(),
             name: self.place.name(),
             description: self.place.description(),
-            state: if self.driver.is_alive() { "up" } else { "down" }.into(),
+            state: if is_alive { "up" } else { "down" }.into(),
             memory: wire::DeviceMemory { free: seen.free_bytes, total, ..memory },
             replicas: replicas.into_iter().map(|(variant, replica)| device_replica(variant, replica)).collect(),
             utilization: Some(seen.utilization.unwrap_or(busy)),

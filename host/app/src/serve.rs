@@ -124,6 +124,9 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         tracing::info!("stopped before it was ready");
         return Ok(());
     };
+    for (plane, certificate) in certificates.each() {
+        host.state.certificate_until(plane, certificate.valid.map(|valid| valid.until_s));
+    }
     banner(&listeners, &host.engine.catalog(), &host.deploy)?;
     let Signals { ends, hangups } = signals;
     let served = runtime.block_on(serve_until_signalled(
@@ -395,6 +398,16 @@ fn listen(config: &Config, certificates: &Certificates) -> anyhow::Result<Listen
     Ok(Listeners { data: plane(data, &certificates.data), admin: plane(admin, &certificates.admin) })
 }
 
+// === impl Certificates ===
+
+impl Certificates {
+    /// Those that there are, by plane.
+    fn each(&self) -> impl Iterator<Item = (&'static str, &Certificate)> {
+        let both = [("data", &self.data), ("admin", &self.admin)];
+        both.into_iter().filter_map(|(plane, certificate)| Some((plane, certificate.as_ref()?)))
+    }
+}
+
 // === parts ===
 
 /// Policies are compiled by this program again, in a child that can be killed.
@@ -560,11 +573,6 @@ async fn reload(
     let has_certificates = certificates.data.is_some() || certificates.admin.is_some();
     let has_authorities = config.upstreams.values().any(UpstreamSection::has_ca);
     let has_files = config.server.has_key_file() || has_certificates || has_authorities;
-    for (plane, certificate) in [("data", &certificates.data), ("admin", &certificates.admin)] {
-        if let Some(certificate) = certificate {
-            state.certificate_until(plane, certificate.valid.map(|valid| valid.until_s));
-        }
-    }
     while hangups.recv().await.is_some() {
         if !has_files {
             tracing::warn!(
@@ -574,10 +582,8 @@ async fn reload(
         if config.server.has_key_file() {
             reload_keys(config, state).await;
         }
-        for (plane, certificate) in [("data", &certificates.data), ("admin", &certificates.admin)] {
-            if let Some(certificate) = certificate {
-                reload_certificate(plane, certificate.clone(), state).await;
-            }
+        for (plane, certificate) in certificates.each() {
+            reload_certificate(plane, certificate.clone(), state).await;
         }
         for (name, section) in config.upstreams.iter().filter(|(_, section)| section.has_ca()) {
             reload_authorities(name, section, (state, engine)).await;

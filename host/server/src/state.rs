@@ -183,7 +183,7 @@ impl ServerState {
         self.metrics.tls_reload(plane, is_used);
     }
 
-    /// Shows until when a plane's certificate can be used, in Unix seconds; none where it does not say so.
+    /// Shows until when a plane's chain can be used, in Unix seconds; none where it does not say so.
     pub fn certificate_until(&self, plane: &str, until_s: Option<u64>) {
         self.metrics.tls_until(plane, until_s);
     }

@@ -531,7 +531,7 @@ impl Metrics {
             },
             tls_until: gauge(
                 "pointsman_tls_not_after_timestamp_seconds",
-                "When the first certificate of a plane's chain expires, in Unix time.",
+                "Earliest end of a certificate in a plane's chain, in Unix time.",
                 &["plane"],
             ),
             tls_failures: counter(
@@ -597,12 +597,14 @@ impl Metrics {
         self.tls_reloads.with_label_values(&[plane, if is_used { "used" } else { "kept_old" }]).inc();
     }
 
-    /// When the certificate of a plane expires, in Unix seconds; none where it does not say so.
+    /// The earliest end of a certificate in the chain of a plane, in Unix seconds; none where it does not say so.
     pub fn tls_until(&self, plane: &str, until_s: Option<u64>) {
         match until_s {
             Some(until_s) => self.tls_until.with_label_values(&[plane]).set(until_s.cast_signed()),
             // One that was never written is not there either.
-            None => drop(self.tls_until.remove_label_values(&[plane])),
+            None => {
+                let _ = self.tls_until.remove_label_values(&[plane]);
+            }
         }
     }
 
@@ -1057,6 +1059,26 @@ mod tests {
         let metric = metrics.plugin("router", "r@1+0", &per_zone).expect("a good name");
         metrics.record_plugin(&metric, 1.0, Some(&long));
         assert!(metrics.render().contains(&format!("zone=\"{}\"}} 1", "\u{e9}".repeat(64))), "128 bytes are kept");
+    }
+
+    #[test]
+    fn a_replica_that_is_gone_takes_its_own_gauges_along() {
+        let metrics = Metrics::new();
+        for device in ["cpu", "cuda:0"] {
+            let replica = metrics.replica("m:f16", device, 16, 512);
+            replica.running.set(1);
+            replica.prompt_tokens.inc();
+        }
+        metrics.forget_gauges("m:f16", "cpu", 16, 512);
+        let text = metrics.render();
+        assert!(!text.contains(r#"engine="cpu""#), "{text}");
+        for line in [
+            r#"vllm:num_requests_running{engine="cuda:0",model_name="m:f16"} 1"#,
+            r#"vllm:cache_config_info{block_size="16",engine="cuda:0",model_name="m:f16",num_gpu_blocks="512"} 1"#,
+            r#"vllm:prompt_tokens_total{model_name="m:f16"} 2"#,
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub(super) struct Tally {
 }
 
 /// Names of the histograms: time to first token, between two, per token after the first, whole request, a refusal.
-const NAMES: [&str; 5] = ["ttft", "itl", "tpot", "e2e", "rejected"];
+const NAMES: [&str; 5] = ["ttft", "itl", "tpot", "e2e", "refusal"];
 const TTFT: usize = 0;
 const ITL: usize = 1;
 const TPOT: usize = 2;

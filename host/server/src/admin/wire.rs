@@ -472,8 +472,8 @@ pub struct Device {
     pub memory: DeviceMemory,
     /// Replicas on it, in the order of their creation.
     pub replicas: Vec<DeviceReplica>,
-    /// Share of the last second in which it computed, 0 to 1: as its monitoring says, else as the driver of its replicas does (models
-    /// for embeddings are not counted); absent for upstreams.
+    /// Share of about the last second in which it computed, 0 to 1: as its monitoring says, else as its replicas that take requests
+    /// do, without models for embeddings; absent for upstreams.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub utilization: Option<f64>,
     /// Degrees Celsius; absent where nobody measures.
