@@ -291,7 +291,7 @@ mod tests {
         b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f16 f16x2 bf16 bf16x2 f32 f64 pred v2 v4 \
         rn rz rm rp rni rzi rmi rpi sat ftz approx full hi lo wide cc l r wrap clamp uni sync async aligned \
         eq ne lt le gt ge ltu leu gtu geu equ neu num nan ltu and or xor inc dec exch cas \
-        shiftamt global shared local param const to nc cg ca cs volatile relaxed acquire release acq_rel cta gpu sys L1 L2 no_allocate \
+        shiftamt global shared local param const to nc cg ca cs volatile relaxed acquire release acq_rel warp cta gl gpu sys L1 L2 no_allocate \
         bfly idx up down ballot any all red arrive commit_group wait_group wait_all \
         m8n8 x1 x2 x4 trans row col m16n8k8 m16n8k16 m16n8k32 satfinite relu";
 

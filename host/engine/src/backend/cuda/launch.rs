@@ -35,6 +35,7 @@ pub(crate) enum Kernel {
     Gemm8,
     Gemm16,
     Gemm32,
+    Gemm64,
     Gemm128,
     DecodeAttention,
     Combine,
@@ -103,7 +104,7 @@ struct Product {
 // === impl Kernel ===
 
 impl Kernel {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::Embed,
         Self::RmsNorm,
         Self::NormAdd,
@@ -116,6 +117,7 @@ impl Kernel {
         Self::Gemm8,
         Self::Gemm16,
         Self::Gemm32,
+        Self::Gemm64,
         Self::Gemm128,
         Self::DecodeAttention,
         Self::Combine,
@@ -132,16 +134,16 @@ impl Kernel {
         match self {
             Self::Gemv4 | Self::Gemv8 => !is_quantised,
             Self::Gemm8 => is_quantised && form.element != Element::F32,
-            Self::Gemm16 | Self::Gemm32 | Self::Gemm128 => form.element != Element::F32,
+            Self::Gemm16 | Self::Gemm32 | Self::Gemm64 | Self::Gemm128 => form.element != Element::F32,
             _ => true,
         }
     }
 
     /// Whether it reads a matrix.
     fn reads_matrix(self, sizes: &Sizes) -> bool {
-        use Kernel::{Embed, Gemm, Gemm8, Gemm16, Gemm32, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+        use Kernel::{Embed, Gemm, Gemm8, Gemm16, Gemm32, Gemm64, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
         match self {
-            Gemv1 | Gemv2 | Gemv4 | Gemv8 | Gemm | Gemm8 | Gemm16 | Gemm32 | Gemm128 => true,
+            Gemv1 | Gemv2 | Gemv4 | Gemv8 | Gemm | Gemm8 | Gemm16 | Gemm32 | Gemm64 | Gemm128 => true,
             Embed => sizes.spec.tied,
             _ => false,
         }
@@ -158,6 +160,7 @@ impl Kernel {
             3..=8 if has(Self::Gemm8) => Self::Gemm8,
             9..=16 if has(Self::Gemm16) => Self::Gemm16,
             17..=32 if has(Self::Gemm32) => Self::Gemm32,
+            33..=64 if has(Self::Gemm64) => Self::Gemm64,
             65.. if has(Self::Gemm128) => Self::Gemm128,
             _ => Self::Gemm,
         }
@@ -179,6 +182,7 @@ impl Kernel {
             Self::Gemm8 => "gemm_m8",
             Self::Gemm16 => "gemm_m16",
             Self::Gemm32 => "gemm_m32",
+            Self::Gemm64 => "gemm_m64",
             Self::Gemm128 => "gemm_m128",
             Self::DecodeAttention => {
                 return format!("decode_attention_d{head_dim}_g{}_{element}", sizes.cluster_heads());
@@ -376,15 +380,25 @@ impl LaunchPlan {
             Kernel::Gemv1 | Kernel::Gemv2 => (8, rows, 128),
             Kernel::Gemv4 | Kernel::Gemv8 => (16, rows, 128),
             Kernel::Gemm8 | Kernel::Gemm16 | Kernel::Gemm32 => (32, rows, 256),
+            Kernel::Gemm64 => (128, 64, 256),
             Kernel::Gemm128 => (128, 128, 256),
             _ => (64, 64, 128),
         };
+        let grid = [n.div_ceil(columns), rows.div_ceil(at_once)];
         let from = [Arg::At(Buffer::StepInputs, count), Arg::At(weight, 0)].into_iter();
         let to = [Arg::At(x, 0), bias, Arg::At(y, 0), u32_arg(k), u32_arg(n), Arg::U32(epilogue as u32)];
-        let grid = [n.div_ceil(columns), rows.div_ceil(at_once), 1];
-        self.push(kernel, grid, block, from.chain(scales(sizes, weight, n, k)).chain(to));
-        if let (Kernel::Gemm128, Some(launch)) = (kernel, self.launches.last_mut()) {
-            launch.shared = if sizes.form.suffix().is_some() { 76_800 } else { 98_304 };
+        let args = from.chain(scales(sizes, weight, n, k)).chain(to);
+        let (Kernel::Gemm64 | Kernel::Gemm128) = kernel else {
+            return self.push(kernel, [grid[0], grid[1], 1], block, args);
+        };
+        let cut = [Arg::At(Buffer::ProductParts, 0), Arg::At(Buffer::ProductCounts, 0)];
+        self.push(kernel, [grid[0], grid[1], sizes.runs(grid[0] * grid[1], k)], block, args.chain(cut));
+        if let Some(launch) = self.launches.last_mut() {
+            launch.shared = match (kernel, sizes.form.suffix()) {
+                (_, None) => 98_304,
+                (Kernel::Gemm64, _) => 69_632,
+                _ => 76_800,
+            };
         }
     }
 
@@ -635,7 +649,7 @@ mod tests {
 
     #[test]
     fn products_take_the_kernel_for_their_rows() {
-        use Kernel::{Gemm, Gemm8, Gemm16, Gemm32, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+        use Kernel::{Gemm, Gemm8, Gemm16, Gemm32, Gemm64, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
         for (rows, expect, expect_q8, expect_f32, grid) in [
             (1, Gemv1, Gemv1, Gemv1, [768, 1, 1]),
             (2, Gemv2, Gemv2, Gemv2, [768, 1, 1]),
@@ -643,8 +657,9 @@ mod tests {
             (8, Gemv8, Gemm8, Gemv8, [384, 1, 1]),
             (16, Gemm16, Gemm16, Gemm, [192, 1, 1]),
             (32, Gemm32, Gemm32, Gemm, [192, 1, 1]),
-            (64, Gemm, Gemm, Gemm, [96, 1, 1]),
-            (96, Gemm128, Gemm128, Gemm, [48, 1, 1]),
+            (48, Gemm64, Gemm64, Gemm, [48, 1, 2]),
+            (64, Gemm64, Gemm64, Gemm, [48, 1, 2]),
+            (96, Gemm128, Gemm128, Gemm, [48, 1, 2]),
         ] {
             let of = |form: Form| launched(&sizes(form), Extent::decode(rows)).launches[2].clone();
             let plain = of(Element::Bf16.into());
@@ -731,8 +746,9 @@ mod tests {
                 let parts = 8 * sampled * u32_at(4);
                 vec![4, 96 * sampled, logits, parts, 0, 4 * sampled, 168 * sampled]
             }
-            _ => {
-                let last = args.len() - 1;
+            kernel => {
+                let is_cut = matches!(kernel, Kernel::Gemm64 | Kernel::Gemm128);
+                let last = args.len() - if is_cut { 3 } else { 1 };
                 let (k, n) = (u32_at(last - 2), u32_at(last - 1));
                 let rows = if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens };
                 let y = match u32_at(last) {
@@ -740,7 +756,10 @@ mod tests {
                     3 | 4 => rows * n / 2 * size,
                     _ => rows * n * 4,
                 };
-                [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y]].concat()
+                let runs = launch.grid.map(u64::from).iter().product::<u64>();
+                let cut =
+                    if is_cut && splits > 1 { vec![0, 0, 0, runs * 4 * 128 * 128, runs * 8 * 4] } else { Vec::new() };
+                [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y], cut].concat()
             }
         };
         args.iter().copied().zip(lengths).collect()

@@ -4,7 +4,7 @@
 //! written down twice come apart. Nothing here depends on a step; nothing is allocated after the start.
 
 use super::bucket::Buckets;
-use super::element::Form;
+use super::element::{Element, Form};
 use super::launch::{Extent, Kernel, LaunchPlan};
 use super::vram::{Footprint, GRAPH_NODE_BYTES};
 use crate::backend::EngineConfig;
@@ -25,6 +25,14 @@ pub(crate) const MAX_BANS: usize = 512;
 
 /// Most parts of a row in which the largest logit is looked for.
 const MAX_BEST_PARTS: u64 = 64;
+
+/// Most runs into which a product is cut, and the fewest tiles of k that one has.
+const MAX_RUNS: usize = 8;
+const LEAST_RUN: usize = 4;
+
+/// Bytes of the sums of the largest tile, and warps that have them.
+const PARTS_BYTES: u64 = 4 * 128 * 128;
+const WARPS: u64 = 8;
 
 /// Most runs into which a row's context is cut.
 const MAX_SPLITS: u64 = 64;
@@ -50,6 +58,9 @@ pub(crate) enum Buffer {
     /// Partial results of attention that is cut into runs, and their maxima and sums.
     Partial,
     PartialStat,
+    /// Sums of products that are cut into runs, and how many warps have brought theirs: zero between launches.
+    ProductParts,
+    ProductCounts,
     Logits,
     Best,
     /// Counts of tokens, zero between steps.
@@ -129,7 +140,7 @@ pub(crate) const N_TILES: u64 = 12;
 
 impl Buffer {
     const LAYER_PARTS: usize = 12;
-    const OTHERS: usize = 19;
+    const OTHERS: usize = 21;
 
     /// A number below [`Buffer::count`].
     pub(crate) fn index(self) -> usize {
@@ -153,6 +164,8 @@ impl Buffer {
             Self::Rules => 16,
             Self::Outputs => 17,
             Self::WindowRope => 18,
+            Self::ProductParts => 19,
+            Self::ProductCounts => 20,
             Self::Layer(layer, part) => Self::OTHERS + usize::from(layer) * Self::LAYER_PARTS + part as usize,
         }
     }
@@ -225,6 +238,8 @@ impl Sizes {
         let piece = |buffer, bytes: u64| Piece::plain(buffer, Owner::Workspace, bytes);
         let typed = |buffer, n: usize| piece(buffer, (n * size) as u64);
         let split_rows = self.most_split_rows();
+        // Products are cut only as far as the device has multiprocessors.
+        let run_tiles = if self.form.element == Element::F32 { 0 } else { self.n_sms.into() };
         vec![
             piece(Buffer::Residual, (tokens * spec.hidden * 4) as u64),
             typed(Buffer::Normed, most * spec.hidden),
@@ -233,6 +248,8 @@ impl Sizes {
             typed(Buffer::Ffn, tokens * spec.ffn),
             piece(Buffer::Partial, split_rows * (spec.q_dim() * 4) as u64),
             piece(Buffer::PartialStat, split_rows * (spec.heads * 8) as u64),
+            piece(Buffer::ProductParts, run_tiles * PARTS_BYTES),
+            piece(Buffer::ProductCounts, run_tiles * WARPS * 4),
             piece(Buffer::Logits, (rows * spec.vocab * 4) as u64),
             piece(Buffer::Best, rows as u64 * MAX_BEST_PARTS * BEST_BYTES),
             piece(Buffer::Seen, (rows * spec.vocab * 4) as u64),
@@ -310,6 +327,11 @@ impl Sizes {
         let blocks = (self.clusters() * rows) as u64;
         let wanted = (2 * u64::from(self.n_sms)).div_ceil(blocks.max(1));
         wanted.clamp(1, MAX_SPLITS.min(self.max_blocks() as u64))
+    }
+
+    /// Runs into which k of a product with so many tiles is cut, so that each multiprocessor has a tile; each run has some work.
+    pub(crate) fn runs(&self, tiles: usize, k: usize) -> usize {
+        (self.n_sms as usize / tiles.max(1)).min(k / (64 * LEAST_RUN)).clamp(1, MAX_RUNS)
     }
 
     /// Parts in which the largest of a row's logits is looked for.

@@ -191,6 +191,17 @@ static inline uint4 load_once(const void *from) {
 
 static inline uint4 load_once_written(const void *from) { return load_once(from); }
 
+static inline uint4 load_announced(const void *from) { return load_once(from); }
+
+// Blocks run one after another: whoever comes sees what those before it have written. A warp's lanes come together.
+static inline bool is_last_warp(unsigned *count, unsigned n) {
+    unsigned before = *count;
+    shim::exchange(&before, 4);
+    if (shim::current->lane == 0) *count = before + 1 == n ? 0 : before + 1;
+    shim::exchange(&before, 4);
+    return before + 1 == n;
+}
+
 static inline float bf16_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
 
 // To nearest, ties to even.

@@ -15,7 +15,7 @@ pub(super) enum Epilogue {
 
 use Epilogue::{AddFloat, GeluMul, SiluMul, Store, StoreFloat};
 
-/// An entry: columns and rows of a block, its threads, its dynamic shared memory.
+/// An entry: columns and rows of a block, its threads, its dynamic shared memory, and the runs into which k is cut where it can be.
 struct Entry {
     name: &'static str,
     columns: usize,
@@ -23,10 +23,11 @@ struct Entry {
     block: u32,
     shared: u32,
     only_16_bit: bool,
+    runs: Option<usize>,
 }
 
 const fn gemv(name: &'static str, columns: usize, rows: usize) -> Entry {
-    Entry { name, columns, rows, block: 128, shared: 0, only_16_bit: false }
+    Entry { name, columns, rows, block: 128, shared: 0, only_16_bit: false, runs: None }
 }
 
 const GEMV_1: Entry = gemv("gemv_b1", 8, 1);
@@ -36,21 +37,33 @@ const GEMV_8: Entry = gemv("gemv_b8", 16, 8);
 const GEMM: Entry = gemv("gemm", 64, 64);
 const GEMM_16: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m16", 32, 16) };
 const GEMM_32: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m32", 32, 32) };
-const GEMM_128: Entry = Entry { block: 256, shared: 98_304, only_16_bit: true, ..gemv("gemm_m128", 128, 128) };
+const GEMM_64: Entry = in_runs(gemv("gemm_m64", 128, 64), 1);
+const GEMM_64_CUT: Entry = in_runs(GEMM_64, 3);
+const GEMM_128: Entry = in_runs(gemv("gemm_m128", 128, 128), 1);
+const GEMM_128_CUT: Entry = in_runs(GEMM_128, 2);
+
+const fn in_runs(entry: Entry, runs: usize) -> Entry {
+    Entry { block: 256, shared: 98_304, only_16_bit: true, runs: Some(runs), ..entry }
+}
 
 /// The same for [`large`].
-const LARGE: [(Entry, [usize; 4]); 7] = [
+const LARGE: [(Entry, [usize; 4]); 9] = [
     (GEMV_1, [1, 1, 14_336, 512]),
     (GEMV_2, [2, 2, 4_096, 1_024]),
     (GEMV_4, [4, 4, 4_096, 1_024]),
     (GEMV_8, [8, 8, 14_336, 256]),
     (GEMM_16, [16, 16, 14_336, 96]),
     (GEMM_32, [32, 32, 4_096, 128]),
+    (GEMM_64_CUT, [64, 64, 14_336, 256]),
     (GEMM_128, [300, 384, 4_096, 256]),
+    (GEMM_128_CUT, [96, 128, 4_096, 256]),
 ];
 
+/// Of the sums of a run of the largest tile.
+const PARTS_BYTES: usize = 4 * 128 * 128;
+
 /// Entry, live rows, rows of the bucket, k, `n_out`.
-const SHAPES: [(Entry, [usize; 4]); 22] = [
+const SHAPES: [(Entry, [usize; 4]); 27] = [
     (GEMV_1, [1, 1, 8, 1]),
     (GEMV_1, [1, 1, 1_048, 34]),
     (GEMV_1, [0, 1, 64, 8]),
@@ -70,7 +83,13 @@ const SHAPES: [(Entry, [usize; 4]); 22] = [
     (GEMM_16, [1, 16, 8, 5]),
     (GEMM_32, [17, 32, 584, 34]),
     (GEMM_32, [32, 32, 64, 64]),
+    (GEMM_64, [33, 64, 72, 130]),
+    (GEMM_64_CUT, [64, 64, 584, 128]),
+    // Runs without a tile of their own.
+    (GEMM_64_CUT, [40, 48, 128, 66]),
+    (GEMM_64_CUT, [0, 64, 256, 64]),
     (GEMM_128, [130, 140, 136, 130]),
+    (GEMM_128_CUT, [130, 140, 200, 130]),
     (GEMM_128, [7, 128, 328, 128]),
     (GEMM_128, [128, 128, 64, 66]),
 ];
@@ -94,8 +113,9 @@ impl Epilogue {
 }
 
 impl Product {
-    /// Completes a call that has its weights, and says what must come of it; `w` are the numbers that the weights stand for.
-    pub(super) fn case(&self, call: Call, w: &[f64], what: String, rng: &mut Rng) -> Case {
+    /// Completes a call that has its weights, and says what must come of it; `w` are the numbers that the weights stand for. One that
+    /// may be cut into runs has room for their sums, and counts that are zero again afterwards.
+    pub(super) fn case(&self, call: Call, w: &[f64], (runs, what): (Option<usize>, String), rng: &mut Rng) -> Case {
         let &Self { element, epilogue, shape: [live, rows, k, n_out], biased } = self;
         let x = element.random(rng, live * k);
         let bias = biased.then(|| element.random(rng, n_out));
@@ -126,7 +146,16 @@ impl Product {
             .u32(n_out)
             .u32(epilogue as usize);
         // Sums are in float whatever the type, so a float result of exact inputs is as exact as that.
-        let check: Check = Box::new(move |outs| is_close(to, to.tolerance(), &expect, &outs[0]));
+        let [columns, in_y, _] = call.grid.map(|n| n as usize);
+        let call = match runs {
+            Some(runs) => call.poisoned(columns * in_y * runs * PARTS_BYTES).output(vec![0; columns * in_y * 8 * 4]),
+            None => call,
+        };
+        let check: Check = Box::new(move |outs| {
+            let is_reset = outs.get(2).is_none_or(|counts| counts.iter().all(|byte| *byte == 0));
+            is_close(to, to.tolerance(), &expect, &outs[0])?;
+            if is_reset { Ok(()) } else { Err("the counts of runs are not zero again".to_owned()) }
+        });
         Case { what, call, check }
     }
 
@@ -134,10 +163,10 @@ impl Product {
     fn whole(&self, entry: &Entry, rng: &mut Rng) -> Case {
         let &Self { element, epilogue, shape: [live, rows, k, n_out], .. } = self;
         let w = element.random(rng, n_out * k);
-        let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
+        let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), entry.runs.unwrap_or(1)];
         let call = Call::typed(entry.name, element, grid, entry.block).shared(entry.shared).count(live);
-        let what = format!("{} {} {epilogue:?} {:?}", entry.name, element, self.shape);
-        self.case(call.input(element, &w), &w, what, rng)
+        let what = format!("{} {} {epilogue:?} {:?} {:?}", entry.name, element, self.shape, entry.runs);
+        self.case(call.input(element, &w), &w, (entry.runs, what), rng)
     }
 }
 

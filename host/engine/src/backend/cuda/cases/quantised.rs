@@ -33,20 +33,25 @@ struct Entry {
     rows: usize,
     block: u32,
     shared: u32,
+    /// Into which k is cut, where it can be.
+    runs: Option<usize>,
     /// Its weights go through the matrix units, as the element type.
     rounds: bool,
 }
 
-const GEMV_1: Entry = Entry { name: "gemv_b1", columns: 8, rows: 1, block: 128, shared: 0, rounds: false };
+const GEMV_1: Entry = Entry { name: "gemv_b1", columns: 8, rows: 1, block: 128, shared: 0, runs: None, rounds: false };
 const GEMV_2: Entry = Entry { name: "gemv_b2", rows: 2, ..GEMV_1 };
 const GEMM: Entry = Entry { name: "gemm", columns: 64, rows: 64, rounds: true, ..GEMV_1 };
 const GEMM_8: Entry = Entry { name: "gemm_m8", columns: 32, rows: 8, block: 256, ..GEMM };
 const GEMM_16: Entry = Entry { name: "gemm_m16", rows: 16, ..GEMM_8 };
 const GEMM_32: Entry = Entry { name: "gemm_m32", rows: 32, ..GEMM_8 };
-const GEMM_128: Entry = Entry { name: "gemm_m128", columns: 128, rows: 128, block: 256, shared: 76_800, rounds: true };
+const GEMM_64: Entry = Entry { name: "gemm_m64", columns: 128, block: 256, shared: 69_632, runs: Some(1), ..GEMM };
+const GEMM_64_CUT: Entry = Entry { runs: Some(3), ..GEMM_64 };
+const GEMM_128: Entry = Entry { name: "gemm_m128", rows: 128, shared: 76_800, ..GEMM_64 };
+const GEMM_128_CUT: Entry = Entry { runs: Some(2), ..GEMM_128 };
 
 /// Entry, live rows, rows of the bucket, k, `n_out`.
-const SHAPES: [(Entry, [usize; 4]); 18] = [
+const SHAPES: [(Entry, [usize; 4]); 22] = [
     (GEMV_1, [1, 1, 32, 1]),
     (GEMV_1, [1, 1, 2_592, 35]),
     (GEMV_1, [0, 1, 64, 8]),
@@ -62,7 +67,11 @@ const SHAPES: [(Entry, [usize; 4]); 18] = [
     (GEMM, [65, 70, 224, 70]),
     (GEMM, [1, 1, 32, 2]),
     (GEMM, [0, 64, 64, 64]),
+    (GEMM_64, [33, 64, 96, 130]),
+    (GEMM_64_CUT, [64, 64, 608, 128]),
+    (GEMM_64_CUT, [40, 48, 128, 66]),
     (GEMM_128, [130, 140, 160, 130]),
+    (GEMM_128_CUT, [130, 140, 224, 130]),
     (GEMM_128, [7, 128, 352, 128]),
     (GEMM_128, [128, 128, 32, 66]),
 ];
@@ -125,11 +134,11 @@ fn product(form: Form, entry: Entry, product: &Product, rng: &mut Rng) -> Case {
         (Q8, true) => element.decode(&element.encode(&w.values)),
         _ => w.values,
     };
-    let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), 1];
+    let grid = [n_out.div_ceil(entry.columns), rows.div_ceil(entry.rows), entry.runs.unwrap_or(1)];
     let name = format!("{}_{}", entry.name, form.name());
     let call = Call::typed(&name, element, grid, entry.block).shared(entry.shared).count(live);
-    let what = format!("{name} {} {epilogue:?} {:?}", element.name(), product.shape);
-    product.case(call.bytes(w.bytes).bytes(w.scales), &values, what, rng)
+    let what = format!("{name} {} {epilogue:?} {:?} {:?}", element.name(), product.shape, entry.runs);
+    product.case(call.bytes(w.bytes).bytes(w.scales), &values, (entry.runs, what), rng)
 }
 
 fn embed(element: Element, form: Form, rng: &mut Rng) -> Case {

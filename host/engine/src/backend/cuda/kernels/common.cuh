@@ -67,6 +67,34 @@ DEVICE uint4 load_once_written(const void *from) {
     return v;
 }
 
+// The same of what another block of this kernel has written and announced: not from this multiprocessor's own cache.
+DEVICE uint4 load_announced(const void *from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+// Announces what this warp has written, one of `n` that come to this count. True for the last, which sees what all of them have
+// written; it sets the count back for the next kernel.
+DEVICE bool is_last_warp(u32 *count, u32 n) {
+    // What the warp has written is before its first lane's fence, and what that lane sees after its second before the warp's loads.
+    __syncwarp();
+    u32 before = 0;
+    if (threadIdx.x % 32 == 0) {
+        __threadfence();
+        before = atomicAdd(count, 1u);
+        __threadfence();
+    }
+    __syncwarp();
+    before = __shfl_sync(0xffffffffu, before, 0);
+    if (before + 1 != n) return false;
+    if (threadIdx.x % 32 == 0) *count = 0;
+    return true;
+}
+
 DEVICE float bf16_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
 DEVICE u32 floats_to_bf16x2(float low, float high) {

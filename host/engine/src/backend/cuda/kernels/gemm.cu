@@ -1,6 +1,7 @@
 // Products of a weight with many rows.
 //
-// `gemm` serves any number of rows. For 16-bit types `gemm_m128` is its larger twin for prefill, and `gemm_m16` and `gemm_m32` are
+// `gemm` serves any number of rows. For 16-bit types `gemm_m64` and `gemm_m128` are its larger twins, for large decode batches and for
+// prefill, which cut k into runs where their tiles are too few for the device, and `gemm_m16` and `gemm_m32` are
 // for decode batches, where the reading of the weight is what takes time. The f32 unit is there for exact checks against
 // the CPU, so its product is a plain one.
 
@@ -46,23 +47,23 @@ ENTRY(gemm, 128, 3, (const u32 *n, const T *w, const T *x, const T *bias, void *
 
 // M tokens by N columns of the weight, in warps of WM by WN; a ring of tiles in shared memory is filled ahead of use.
 template <u32 M, u32 N, u32 WM, u32 WN, u32 STAGES>
-DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e) {
+DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e, Runs runs) {
     const u32 THREADS = M / WM * (N / WN) * 32, STAGE = (M + N) * 64;
     let_next_start();
     u32 live = *n, row0 = blockIdx.y * M, column0 = blockIdx.x * N;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / WN) * WM, wn = warp % (N / WN) * WN;
-    u32 tiles = ceil_div(k, 64);
+    u32 first = run_start(ceil_div(k, 64), blockIdx.z), tiles = run_start(ceil_div(k, 64), blockIdx.z + 1) - first;
     float sums[WM / 16][WN / 8][4] = {};
     // Weights are there before the kernel that makes x has ended. They belong to the first group of copies, all of them.
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++)
-        if (row0 < live && s < tiles) fetch<N, THREADS>(shared + s * STAGE + M * 64, w, column0, e.n_out, s * 64, k);
+        if (row0 < live && s < tiles) fetch<N, THREADS>(shared + s * STAGE + M * 64, w, column0, e.n_out, (first + s) * 64, k);
     wait_for_previous();
     if (row0 >= live) return;
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
-        if (s < tiles) fetch<M, THREADS>(shared + s * STAGE, x, row0, live, s * 64, k);
+        if (s < tiles) fetch<M, THREADS>(shared + s * STAGE, x, row0, live, (first + s) * 64, k);
         commit_copies();
     }
     for (u32 tile = 0; tile < tiles; tile++) {
@@ -72,8 +73,8 @@ DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Ep
         u32 ahead = tile + STAGES - 1;
         if (ahead < tiles) {
             T *slot = shared + ahead % STAGES * STAGE;
-            fetch<M, THREADS>(slot, x, row0, live, ahead * 64, k);
-            fetch<N, THREADS>(slot + M * 64, w, column0, e.n_out, ahead * 64, k);
+            fetch<M, THREADS>(slot, x, row0, live, (first + ahead) * 64, k);
+            fetch<N, THREADS>(slot + M * 64, w, column0, e.n_out, (first + ahead) * 64, k);
         }
         commit_copies();
         T *xs = shared + tile % STAGES * STAGE, *ws = xs + M * 64;
@@ -95,6 +96,7 @@ DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Ep
                 }
         }
     }
+    if (!join_runs<THREADS / 32>(sums, runs)) return;
 #pragma unroll
     for (u32 i = 0; i < WM / 16; i++)
 #pragma unroll
@@ -108,13 +110,23 @@ DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Ep
 ENTRY(gemm, 128, 3, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
     SHARED(T, shared, 3 * 128 * 64);
     Epilogue e = {y, bias, n_out, epilogue};
-    gemm_tile<64, 64, 32, 32, 3>(shared, n, w, x, k, e);
+    gemm_tile<64, 64, 32, 32, 3>(shared, n, w, x, k, e, {});
 }
 
-ENTRY(gemm_m128, 256, 1, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+ENTRY(gemm_m64, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue,
+        float *parts, u32 *counts)) {
     DYNAMIC_SHARED(shared);
     Epilogue e = {y, bias, n_out, epilogue};
-    gemm_tile<128, 128, 64, 32, 3>((T *)shared, n, w, x, k, e);
+    Runs runs = {parts, counts};
+    gemm_tile<64, 128, 32, 32, 4>((T *)shared, n, w, x, k, e, runs);
+}
+
+ENTRY(gemm_m128, 256, 1, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue,
+        float *parts, u32 *counts)) {
+    DYNAMIC_SHARED(shared);
+    Epilogue e = {y, bias, n_out, epilogue};
+    Runs runs = {parts, counts};
+    gemm_tile<128, 128, 64, 32, 3>((T *)shared, n, w, x, k, e, runs);
 }
 
 // 32 rows of the weight by 8 * NT tokens; the eight warps each take every eighth run of 64 elements of k.

@@ -220,7 +220,7 @@ template <class W, u32 N> DEVICE float tile_scale(const Quantised &q, u32 column
 
 // M tokens by N columns, in warps of WM by 32: gemm.cu's ring of tiles, with the weight in bytes and its scales beside it.
 template <class W, u32 M, u32 N, u32 WM, u32 STAGES>
-DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T *x, Epilogue e) {
+DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T *x, Epilogue e, Runs runs) {
     // Each thread brings one scale of a tile.
     const u32 THREADS = M / WM * (N / 32) * 32, STAGE = M * 128 + N * 64 + N * 8;
     static_assert(THREADS == 2 * N, "a scale for each thread");
@@ -230,17 +230,17 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
     if (row0 >= live) return;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / 32) * WM, wn = warp % (N / 32) * 32;
-    u32 tiles = ceil_div(q.k, 64);
+    u32 first = run_start(ceil_div(q.k, 64), blockIdx.z), tiles = run_start(ceil_div(q.k, 64), blockIdx.z + 1) - first;
     float sums[WM / 16][4][4] = {};
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
         u8 *slot = shared + s * STAGE;
         if (s < tiles) {
-            fetch<M, THREADS>((T *)slot, x, row0, live, s * 64, q.k);
-            fetch_bytes<N, THREADS>(slot + M * 128, q, column0, s * 64);
+            fetch<M, THREADS>((T *)slot, x, row0, live, (first + s) * 64, q.k);
+            fetch_bytes<N, THREADS>(slot + M * 128, q, column0, (first + s) * 64);
         }
         commit_copies();
-        ((float *)(slot + M * 128 + N * 64))[threadIdx.x] = tile_scale<W, N>(q, column0, s * 64);
+        ((float *)(slot + M * 128 + N * 64))[threadIdx.x] = tile_scale<W, N>(q, column0, (first + s) * 64);
     }
     for (u32 tile = 0; tile < tiles; tile++) {
         await_copies<STAGES - 2>();
@@ -249,11 +249,11 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
         u32 ahead = tile + STAGES - 1;
         u8 *next = shared + ahead % STAGES * STAGE;
         if (ahead < tiles) {
-            fetch<M, THREADS>((T *)next, x, row0, live, ahead * 64, q.k);
-            fetch_bytes<N, THREADS>(next + M * 128, q, column0, ahead * 64);
+            fetch<M, THREADS>((T *)next, x, row0, live, (first + ahead) * 64, q.k);
+            fetch_bytes<N, THREADS>(next + M * 128, q, column0, (first + ahead) * 64);
         }
         commit_copies();
-        float next_scale = tile_scale<W, N>(q, column0, ahead * 64);
+        float next_scale = tile_scale<W, N>(q, column0, (first + ahead) * 64);
         u8 *slot = shared + tile % STAGES * STAGE;
         const float *scales = (const float *)(slot + M * 128 + N * 64) + wn + lane / 4;
 #pragma unroll
@@ -274,6 +274,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
         // Read after two barriers more; nobody read it since the last one.
         ((float *)(next + M * 128 + N * 64))[threadIdx.x] = next_scale;
     }
+    if (!join_runs<THREADS / 32>(sums, runs)) return;
 #pragma unroll
     for (u32 j = 0; j < 4; j++) {
         u32 column = column0 + wn + j * 8 + lane % 4 * 2;
@@ -373,6 +374,17 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
         __VA_ARGS__;                                                                                                              \
     }
 
+// One that may be cut into runs of k.
+#define CUT_PRODUCT(name, threads, per_sm, ...)                                                                                  \
+    ENTRY(name, threads, per_sm, (const u32 *n, const u8 *w, const void *scales, const T *x, const T *bias, void *y, u32 k,       \
+            u32 n_out, u32 epilogue, float *parts, u32 *counts)) {                                                                \
+        DYNAMIC_SHARED(shared);                                                                                                   \
+        Quantised q = {w, scales, k, n_out};                                                                                      \
+        Epilogue e = {y, bias, n_out, epilogue};                                                                                  \
+        Runs runs = {parts, counts};                                                                                              \
+        __VA_ARGS__;                                                                                                              \
+    }
+
 #define EMBED(name, W)                                                                                                            \
     ENTRY(name, 256, 4, (const u32 *n, const u32 *tokens, const u8 *table, const void *scales, float *x, u32 hidden,             \
             float scale)) {                                                                                                       \
@@ -402,9 +414,11 @@ PRODUCT(gemm_m16_q8, 256, 1, gemm_few_quantised<Q8, 2>(n, q, x, e))
 PRODUCT(gemm_m16_fp8, 256, 1, gemm_few_quantised<Fp8, 2>(n, q, x, e))
 PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(n, q, x, e))
 PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(n, q, x, e))
-PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, n, q, x, e))
-PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, n, q, x, e))
-PRODUCT(gemm_m128_q8, 256, 1, DYNAMIC_SHARED(shared); gemm_quantised<Q8, 128, 128, 64, 3>(shared, n, q, x, e))
-PRODUCT(gemm_m128_fp8, 256, 1, DYNAMIC_SHARED(shared); gemm_quantised<Fp8, 128, 128, 64, 3>(shared, n, q, x, e))
+PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, n, q, x, e, {}))
+PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, n, q, x, e, {}))
+CUT_PRODUCT(gemm_m64_q8, 256, 2, gemm_quantised<Q8, 64, 128, 32, 4>(shared, n, q, x, e, runs))
+CUT_PRODUCT(gemm_m64_fp8, 256, 2, gemm_quantised<Fp8, 64, 128, 32, 4>(shared, n, q, x, e, runs))
+CUT_PRODUCT(gemm_m128_q8, 256, 1, gemm_quantised<Q8, 128, 128, 64, 3>(shared, n, q, x, e, runs))
+CUT_PRODUCT(gemm_m128_fp8, 256, 1, gemm_quantised<Fp8, 128, 128, 64, 3>(shared, n, q, x, e, runs))
 
 #endif

@@ -16,4 +16,45 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 f
     }
 }
 
+// A product whose k is cut into gridDim.z runs, for grids that would not fill the device: where the sums of each run go, and how many
+// warps have brought theirs.
+struct Runs {
+    float *parts;
+    u32 *counts;
+};
+
+// Where this block's run of `tiles` tiles of k begins; the next one's is its end.
+DEVICE u32 run_start(u32 tiles, u32 run) { return (u32)((u64)tiles * run / gridDim.z); }
+
+// Brings this warp's sums together with those of the other runs. True for the warp that comes last: it has the sums of all then,
+// added in the order of the runs, whoever that is. Every thread keeps its own numbers in the same places.
+template <u32 WARPS, u32 I, u32 J> DEVICE bool join_runs(float (&sums)[I][J][4], const Runs &r) {
+    u32 runs = gridDim.z;
+    if (runs == 1) return true;
+    u64 place = (u64)(blockIdx.y * gridDim.x + blockIdx.x) * WARPS + threadIdx.x / 32;
+    float *parts = r.parts + place * runs * (I * J * 128) + threadIdx.x % 32 * 4, *own = parts + blockIdx.z * (I * J * 128);
+#pragma unroll
+    for (u32 i = 0; i < I; i++)
+#pragma unroll
+        for (u32 j = 0; j < J; j++) {
+            uint4 v;
+            v.x = __float_as_uint(sums[i][j][0]), v.y = __float_as_uint(sums[i][j][1]);
+            v.z = __float_as_uint(sums[i][j][2]), v.w = __float_as_uint(sums[i][j][3]);
+            *(uint4 *)(own + (i * J + j) * 128) = v;
+            sums[i][j][0] = sums[i][j][1] = sums[i][j][2] = sums[i][j][3] = 0.0f;
+        }
+    if (!is_last_warp(r.counts + place, runs)) return false;
+#pragma unroll 2
+    for (u32 run = 0; run < runs; run++)
+#pragma unroll
+        for (u32 i = 0; i < I; i++)
+#pragma unroll
+            for (u32 j = 0; j < J; j++) {
+                uint4 v = load_announced(parts + (u64)run * (I * J * 128) + (i * J + j) * 128);
+                sums[i][j][0] += __uint_as_float(v.x), sums[i][j][1] += __uint_as_float(v.y);
+                sums[i][j][2] += __uint_as_float(v.z), sums[i][j][3] += __uint_as_float(v.w);
+            }
+    return true;
+}
+
 #endif
