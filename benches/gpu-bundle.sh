@@ -27,7 +27,7 @@ out="${OUT:-$PWD}"
 budget="${BUDGET:-150}"
 parts=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do parts+=("$1"); shift; done
-[ ${#parts[@]} -gt 0 ] || parts=(kernels parity memory ladder)
+[ ${#parts[@]} -gt 0 ] || parts=(kernels parity products memory ladder)
 # Where drivers are mounted into containers, and the libraries that came with a Python.
 [ -d /usr/local/nvidia/lib64 ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
 python="$(command -v "${PYTHON:-python3}" || true)"

@@ -6,6 +6,7 @@
 
 mod parity;
 mod peers;
+mod products;
 mod report;
 mod speed;
 
@@ -30,6 +31,8 @@ pub(crate) enum Section {
     Kernels,
     /// Steps of small random models against the CPU.
     Parity,
+    /// Products of an 8B model by each kernel that can compute them.
+    Products,
     /// Loading and unloading an 8B model.
     Memory,
     /// Decode steps of an 8B model, one by one and in batches.
@@ -137,6 +140,7 @@ impl Check<'_> {
             let outcome = match section {
                 Section::Kernels => self.kernels(),
                 Section::Parity => self.parity(),
+                Section::Products => self.products(),
                 Section::Memory => self.memory(&mut keeper),
                 Section::Ladder => self.ladder(),
                 Section::Peers => self.peers(),

@@ -38,7 +38,7 @@ const CURVE: [(usize, usize); 9] =
 const IN_8_BITS: [(usize, usize); 3] = [(1, 128), (8, 1_024), (32, 1_024)];
 
 /// Activations and pages in two bytes, and weights too.
-const BF16: Form = Form { element: Element::Bf16, precision: Precision::F16 };
+pub(super) const BF16: Form = Form { element: Element::Bf16, precision: Precision::F16 };
 
 /// Llama-3.1-8B.
 const LLAMA_8B: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
@@ -157,7 +157,7 @@ impl Check<'_> {
     }
 
     /// Bytes a second of a kernel that does nothing but read.
-    fn stream(&mut self) -> anyhow::Result<f64> {
+    pub(super) fn stream(&mut self) -> anyhow::Result<f64> {
         let mut gpu = self.open(false)?;
         let most = self.gpu.info.n_sms * STREAM_BLOCKS.into_iter().max().unwrap_or(1);
         let (from, out) = (gpu.allocate(STREAM_BYTES)?, gpu.allocate(u64::from(most) * 4)?);
@@ -278,7 +278,7 @@ impl Check<'_> {
 }
 
 /// In seconds, of nanoseconds.
-fn median(nanos: &mut [u64]) -> f64 {
+pub(super) fn median(nanos: &mut [u64]) -> f64 {
     nanos.sort_unstable();
     nanos.get(nanos.len() / 2).copied().unwrap_or(0) as f64 * 1e-9
 }

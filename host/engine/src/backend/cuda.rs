@@ -19,6 +19,7 @@ mod layout;
 mod monitor;
 mod nvrtc;
 mod step;
+mod trial;
 mod vram;
 mod weights;
 
@@ -31,5 +32,6 @@ pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};
 pub use gpu::{FoundGpu, Gpu, NoGpu, discover};
 pub use monitor::{GpuMonitor, Seen};
 pub use nvrtc::{Nvrtc, NvrtcError, Output};
+pub use trial::{Shape, Trial, Way, ways, weight_bytes};
 pub use vram::{Advice, Bytes, Footprint, KvWish, VramError, VramFree, VramPlan, VramUse};
 pub use weights::Source;

@@ -12,3 +12,4 @@ mod device;
 #[path = "../cuda_kernels/shim.rs"]
 mod shim;
 mod steps;
+mod trials;

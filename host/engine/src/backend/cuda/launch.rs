@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::element::{Element, Form};
-use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes};
+use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes, runs};
 use crate::spec::{Activation, ModelSpec};
 
 /// What a product does with its result.
@@ -139,18 +139,48 @@ impl Kernel {
         }
     }
 
-    /// Whether it reads a matrix.
-    fn reads_matrix(self, sizes: &Sizes) -> bool {
-        use Kernel::{Embed, Gemm, Gemm8, Gemm16, Gemm32, Gemm64, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+    /// Whether it computes a product of so many rows.
+    pub(super) fn computes(self, rows: usize) -> bool {
         match self {
-            Gemv1 | Gemv2 | Gemv4 | Gemv8 | Gemm | Gemm8 | Gemm16 | Gemm32 | Gemm64 | Gemm128 => true,
-            Embed => sizes.spec.tied,
+            Self::Gemv1 => rows == 1,
+            Self::Gemv2 => rows <= 2,
+            Self::Gemv4 => rows <= 4,
+            Self::Gemv8 | Self::Gemm8 => rows <= 8,
+            Self::Gemm16 => rows <= 16,
+            Self::Gemm32 => rows <= 32,
+            Self::Gemm | Self::Gemm64 | Self::Gemm128 => true,
             _ => false,
         }
     }
 
+    /// Whether k may be cut into runs.
+    pub(super) fn may_be_cut(self) -> bool {
+        matches!(self, Self::Gemm64 | Self::Gemm128)
+    }
+
+    /// Columns and rows of a block of a product of so many rows, its threads, and its dynamic shared memory in bytes.
+    fn block(self, rows: usize, form: Form) -> (usize, usize, u32, u32) {
+        let is_quantised = form.suffix().is_some();
+        match self {
+            Self::Gemv1 | Self::Gemv2 => (8, rows, 128, 0),
+            Self::Gemv4 | Self::Gemv8 => (16, rows, 128, 0),
+            Self::Gemm8 | Self::Gemm16 | Self::Gemm32 => (32, rows, 256, 0),
+            Self::Gemm64 => (128, 64, 256, if is_quantised { 69_632 } else { 98_304 }),
+            Self::Gemm128 => (128, 128, 256, if is_quantised { 76_800 } else { 98_304 }),
+            _ => (64, 64, 128, 0),
+        }
+    }
+
+    /// Grid, threads and dynamic shared memory for a product of so many rows, k and columns.
+    pub(super) fn grid(self, form: Form, n_sms: u32, [rows, k, n]: [usize; 3]) -> ([usize; 3], u32, u32) {
+        let (columns, at_once, block, shared) = self.block(rows, form);
+        let (in_x, in_y) = (n.div_ceil(columns), rows.div_ceil(at_once));
+        let runs = if self.may_be_cut() { runs(n_sms, in_x * in_y, k) } else { 1 };
+        ([in_x, in_y, runs], block, shared)
+    }
+
     /// The one for a product of so many rows.
-    fn of_product(rows: usize, form: Form) -> Self {
+    pub(super) fn of_product(rows: usize, form: Form) -> Self {
         let has = |kernel: Self| kernel.exists(form);
         match rows {
             1 => Self::Gemv1,
@@ -166,6 +196,24 @@ impl Kernel {
         }
     }
 
+    /// The entry point of one that computes a product.
+    pub(super) fn product_entry(self, form: Form) -> String {
+        let name = match self {
+            Self::Gemv1 => "gemv_b1",
+            Self::Gemv2 => "gemv_b2",
+            Self::Gemv4 => "gemv_b4",
+            Self::Gemv8 => "gemv_b8",
+            Self::Gemm8 => "gemm_m8",
+            Self::Gemm16 => "gemm_m16",
+            Self::Gemm32 => "gemm_m32",
+            Self::Gemm64 => "gemm_m64",
+            Self::Gemm128 => "gemm_m128",
+            _ => "gemm",
+        };
+        let element = form.element;
+        form.suffix().map_or_else(|| format!("{name}_{element}"), |suffix| format!("{name}_{suffix}_{element}"))
+    }
+
     /// Its entry point.
     pub(crate) fn entry(self, sizes: &Sizes) -> String {
         let (element, head_dim) = (sizes.form.element, sizes.spec.head_dim);
@@ -174,16 +222,6 @@ impl Kernel {
             Self::RmsNorm => "rms_norm",
             Self::NormAdd => "norm_add",
             Self::RopeStore => "qk_rope_store",
-            Self::Gemv1 => "gemv_b1",
-            Self::Gemv2 => "gemv_b2",
-            Self::Gemv4 => "gemv_b4",
-            Self::Gemv8 => "gemv_b8",
-            Self::Gemm => "gemm",
-            Self::Gemm8 => "gemm_m8",
-            Self::Gemm16 => "gemm_m16",
-            Self::Gemm32 => "gemm_m32",
-            Self::Gemm64 => "gemm_m64",
-            Self::Gemm128 => "gemm_m128",
             Self::DecodeAttention => {
                 return format!("decode_attention_d{head_dim}_g{}_{element}", sizes.cluster_heads());
             }
@@ -193,8 +231,9 @@ impl Kernel {
             Self::SampleRules => return "sample_rules".to_owned(),
             Self::ArgmaxParts => return "argmax_parts".to_owned(),
             Self::SampleChoose => return "sample_choose".to_owned(),
+            product => return product.product_entry(sizes.form),
         };
-        match sizes.form.suffix().filter(|_| self.reads_matrix(sizes)) {
+        match sizes.form.suffix().filter(|_| self == Self::Embed && sizes.spec.tied) {
             Some(suffix) => format!("{name}_{suffix}_{element}"),
             None => format!("{name}_{element}"),
         }
@@ -376,29 +415,15 @@ impl LaunchPlan {
     fn product(&mut self, sizes: &Sizes, product: &Product) {
         let Product { count, rows, weight, bias, x, y, k, n, epilogue } = *product;
         let kernel = Kernel::of_product(rows, sizes.form);
-        let (columns, at_once, block) = match kernel {
-            Kernel::Gemv1 | Kernel::Gemv2 => (8, rows, 128),
-            Kernel::Gemv4 | Kernel::Gemv8 => (16, rows, 128),
-            Kernel::Gemm8 | Kernel::Gemm16 | Kernel::Gemm32 => (32, rows, 256),
-            Kernel::Gemm64 => (128, 64, 256),
-            Kernel::Gemm128 => (128, 128, 256),
-            _ => (64, 64, 128),
-        };
-        let grid = [n.div_ceil(columns), rows.div_ceil(at_once)];
+        let ([columns, in_y, runs], block, shared) = kernel.grid(sizes.form, sizes.n_sms, [rows, k, n]);
         let from = [Arg::At(Buffer::StepInputs, count), Arg::At(weight, 0)].into_iter();
         let to = [Arg::At(x, 0), bias, Arg::At(y, 0), u32_arg(k), u32_arg(n), Arg::U32(epilogue as u32)];
         let args = from.chain(scales(sizes, weight, n, k)).chain(to);
-        let (Kernel::Gemm64 | Kernel::Gemm128) = kernel else {
-            return self.push(kernel, [grid[0], grid[1], 1], block, args);
-        };
-        let cut = [Arg::At(Buffer::ProductParts, 0), Arg::At(Buffer::ProductCounts, 0)];
-        self.push(kernel, [grid[0], grid[1], sizes.runs(grid[0] * grid[1], k)], block, args.chain(cut));
+        let cut = [Arg::At(Buffer::ProductParts, 0), Arg::At(Buffer::ProductCounts, 0)].into_iter();
+        let cut = cut.filter(|_| kernel.may_be_cut());
+        self.push(kernel, [columns, in_y, runs], block, args.chain(cut));
         if let Some(launch) = self.launches.last_mut() {
-            launch.shared = match (kernel, sizes.form.suffix()) {
-                (_, None) => 98_304,
-                (Kernel::Gemm64, _) => 69_632,
-                _ => 76_800,
-            };
+            launch.shared = shared;
         }
     }
 
@@ -747,7 +772,7 @@ mod tests {
                 vec![4, 96 * sampled, logits, parts, 0, 4 * sampled, 168 * sampled]
             }
             kernel => {
-                let is_cut = matches!(kernel, Kernel::Gemm64 | Kernel::Gemm128);
+                let is_cut = kernel.may_be_cut();
                 let last = args.len() - if is_cut { 3 } else { 1 };
                 let (k, n) = (u32_at(last - 2), u32_at(last - 1));
                 let rows = if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens };

@@ -27,12 +27,12 @@ pub(crate) const MAX_BANS: usize = 512;
 const MAX_BEST_PARTS: u64 = 64;
 
 /// Most runs into which a product is cut, and the fewest tiles of k that one has.
-const MAX_RUNS: usize = 8;
+pub(crate) const MAX_RUNS: usize = 8;
 const LEAST_RUN: usize = 4;
 
 /// Bytes of the sums of the largest tile, and warps that have them.
-const PARTS_BYTES: u64 = 4 * 128 * 128;
-const WARPS: u64 = 8;
+pub(crate) const PARTS_BYTES: u64 = 4 * 128 * 128;
+pub(crate) const WARPS: u64 = 8;
 
 /// Most runs into which a row's context is cut.
 const MAX_SPLITS: u64 = 64;
@@ -137,6 +137,11 @@ pub(crate) const N_TOKENS: u64 = 0;
 pub(crate) const N_ROWS: u64 = 4;
 pub(crate) const N_SAMPLED: u64 = 8;
 pub(crate) const N_TILES: u64 = 12;
+
+/// Runs into which k of a product with so many tiles is cut, so that each multiprocessor has a tile; each run has some work.
+pub(crate) fn runs(n_sms: u32, tiles: usize, k: usize) -> usize {
+    (n_sms as usize / tiles.max(1)).min(k / (64 * LEAST_RUN)).clamp(1, MAX_RUNS)
+}
 
 impl Buffer {
     const LAYER_PARTS: usize = 12;
@@ -327,11 +332,6 @@ impl Sizes {
         let blocks = (self.clusters() * rows) as u64;
         let wanted = (2 * u64::from(self.n_sms)).div_ceil(blocks.max(1));
         wanted.clamp(1, MAX_SPLITS.min(self.max_blocks() as u64))
-    }
-
-    /// Runs into which k of a product with so many tiles is cut, so that each multiprocessor has a tile; each run has some work.
-    pub(crate) fn runs(&self, tiles: usize, k: usize) -> usize {
-        (self.n_sms as usize / tiles.max(1)).min(k / (64 * LEAST_RUN)).clamp(1, MAX_RUNS)
     }
 
     /// Parts in which the largest of a row's logits is looked for.

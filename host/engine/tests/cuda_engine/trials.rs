@@ -1,0 +1,37 @@
+//! Every way to compute a product, as `gpu-check` launches it: with the arguments that its kernel has, and to one result.
+
+use pointsman_engine::Precision;
+use pointsman_engine::cuda::{Element, Form, Trial, ways};
+
+use crate::device::ShimDevice;
+
+#[test]
+fn every_way_to_compute_a_product_comes_to_the_same() {
+    for (element, precision) in [
+        (Element::F32, Precision::F16),
+        (Element::Bf16, Precision::F16),
+        (Element::F16, Precision::Q8_0),
+        (Element::Bf16, Precision::Fp8),
+    ] {
+        let Some(mut device) = ShimDevice::start() else { return };
+        let form = Form { element, precision };
+        // Four bytes that are a number of the size of 1 in every form.
+        let mut trial = Trial::new(&mut device, form, [130, 576, 66], (1 << 17, 0x3c11_3b27)).expect("room");
+        let mut cut = 0;
+        for rows in [1, 2, 7, 16, 33, 130] {
+            let shape = [rows, 576, 66];
+            let ways = ways(form, 4, shape);
+            assert_eq!(ways.iter().filter(|way| way.is_taken).count(), 1, "{ways:?}");
+            let mut first: Option<Vec<f32>> = None;
+            for way in ways {
+                trial.run(&way, shape, 2).unwrap_or_else(|error| panic!("{way:?}: {error}"));
+                let found = trial.result(shape).expect("it is there");
+                let expect = first.get_or_insert_with(|| found.clone());
+                let is_close = |(a, b): (&f32, &f32)| a.is_finite() && *a != 0.0 && (a - b).abs() <= 1e-2 * b.abs();
+                assert!(found.iter().zip(expect.iter()).all(is_close), "{way:?}: {:?}", &found[..4]);
+                cut += usize::from(way.grid[2] > 1);
+            }
+        }
+        assert!(cut > 0 || element == Element::F32, "{form}: none was cut into runs");
+    }
+}
