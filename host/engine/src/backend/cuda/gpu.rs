@@ -157,7 +157,12 @@ pub fn discover() -> Result<Vec<FoundGpu>, NoGpu> {
     if count == 0 {
         return Err(NoGpu::NoDevice);
     }
-    (0..count).map(|ordinal| describe(ordinal).map_err(NoGpu::Driver)).collect()
+    // One that does not answer hides no other.
+    let (found, silent): (Vec<_>, Vec<_>) = (0..count).map(describe).partition(Result::is_ok);
+    match silent.into_iter().find_map(Result::err) {
+        Some(fault) if found.is_empty() => Err(NoGpu::Driver(fault)),
+        _ => Ok(found.into_iter().flatten().collect()),
+    }
 }
 
 fn describe(ordinal: i32) -> Result<FoundGpu, DeviceError> {

@@ -179,8 +179,9 @@ impl Kernel {
         ([in_x, in_y, runs], block, shared)
     }
 
-    /// The one for a product of so many rows.
-    pub(super) fn of_product(rows: usize, form: Form) -> Self {
+    /// The one for a product of so many rows and columns. Each block of `gemm_m32` reads all of the rows: where columns fill the device
+    /// with wide tiles, fewer blocks read them.
+    pub(super) fn of_product([rows, _, n]: [usize; 3], form: Form, n_sms: u32) -> Self {
         let has = |kernel: Self| kernel.exists(form);
         match rows {
             1 => Self::Gemv1,
@@ -189,6 +190,7 @@ impl Kernel {
             5..=8 if has(Self::Gemv8) => Self::Gemv8,
             3..=8 if has(Self::Gemm8) => Self::Gemm8,
             9..=16 if has(Self::Gemm16) => Self::Gemm16,
+            17..=32 if has(Self::Gemm64) && n >= 128 * n_sms as usize => Self::Gemm64,
             17..=32 if has(Self::Gemm32) => Self::Gemm32,
             33..=64 if has(Self::Gemm64) => Self::Gemm64,
             65.. if has(Self::Gemm128) => Self::Gemm128,
@@ -414,7 +416,7 @@ impl LaunchPlan {
 
     fn product(&mut self, sizes: &Sizes, product: &Product) {
         let Product { count, rows, weight, bias, x, y, k, n, epilogue } = *product;
-        let kernel = Kernel::of_product(rows, sizes.form);
+        let kernel = Kernel::of_product([rows, k, n], sizes.form, sizes.n_sms);
         let ([columns, in_y, runs], block, shared) = kernel.grid(sizes.form, sizes.n_sms, [rows, k, n]);
         let from = [Arg::At(Buffer::StepInputs, count), Arg::At(weight, 0)].into_iter();
         let to = [Arg::At(x, 0), bias, Arg::At(y, 0), u32_arg(k), u32_arg(n), Arg::U32(epilogue as u32)];
@@ -692,6 +694,10 @@ mod tests {
             assert_eq!(of(Q8_0).kernel, expect_q8, "{rows} rows");
             assert_eq!(of(Element::F32.into()).kernel, expect_f32, "{rows} rows");
         }
+        // Gate and up of 32 layers, and the head: enough columns for wide tiles.
+        let at_32 = launched(&sizes(Element::Bf16), Extent::decode(32)).launches;
+        let count = |kernel| at_32.iter().filter(|launch| launch.kernel == kernel).count();
+        assert_eq!([Gemm64, Gemm32].map(count), [33, 3 * 32]);
         let names = |form: Form| Gemm16.entry(&sizes(form)) + " " + &Kernel::Embed.entry(&sizes(form));
         assert_eq!(names(Q8_0), "gemm_m16_q8_bf16 embed_bf16");
         assert_eq!(names(Element::Bf16.into()), "gemm_m16_bf16 embed_bf16");

@@ -52,7 +52,7 @@ pub struct Trial<'a> {
 #[must_use]
 pub fn ways(form: Form, n_sms: u32, shape: Shape) -> Vec<Way> {
     let [rows, k, _] = shape;
-    let taken = Kernel::of_product(rows, form);
+    let taken = Kernel::of_product(shape, form, n_sms);
     let can = Kernel::ALL.into_iter().filter(|kernel| kernel.computes(rows) && kernel.exists(form));
     let of = |kernel: Kernel| {
         let ([columns, in_y, own], block, shared) = kernel.grid(form, n_sms, shape);
@@ -172,6 +172,7 @@ mod tests {
     fn one_way_of_each_product_is_a_steps() {
         for (precision, rows, expect) in [
             (Precision::F16, 1, "gemv_b1_bf16"),
+            (Precision::F16, 16, "gemm_m16_bf16"),
             (Precision::F16, 64, "gemm_m64_bf16"),
             (Precision::Q8_0, 8, "gemm_m8_q8_bf16"),
             (Precision::Fp8, 96, "gemm_m128_fp8_bf16"),
