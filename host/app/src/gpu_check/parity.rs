@@ -74,7 +74,9 @@ impl Check<'_> {
         let words = format!("{what}: {n} of {n_run} cases are right, of {} kernels", n_good.len());
         let json = json!({"kernels": what, "right": n_good, "run": n_run});
         // Those that are wrong, or were not run, were judged one by one.
-        if n as usize == n_run && n_run > 0 {
+        if cases.is_empty() && passed.is_empty() {
+            self.report.judge(false, &format!("{what}: there are no cases"), json)
+        } else if n as usize == n_run && n_run > 0 {
             self.report.judge(true, &words, json)
         } else {
             self.report.say(&words, json)
@@ -89,6 +91,7 @@ impl Check<'_> {
         };
         // As a host serves them first.
         let mut cases: Vec<_> = of("graphs", false, ParityCase::all())
+            .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
             .chain(of("launched one by one", false, ParityCase::eager()))
             .chain(of("a long context", false, ParityCase::long()))
             .collect();
@@ -105,7 +108,7 @@ impl Check<'_> {
             let spec = case.spec()?;
             let what = format!(
                 "{} as on the CPU, {name}: {} heads of {} on {}",
-                case.element, spec.heads, spec.head_dim, spec.kv_heads
+                case.form, spec.heads, spec.head_dim, spec.kv_heads
             );
             match case.run(device, &pool) {
                 Ok(parity) => {

@@ -24,7 +24,7 @@ mod vram;
 mod weights;
 
 pub use bucket::{Buckets, StepShape};
-pub use check::{Flip, Parity, ParityCase, ParityError};
+pub use check::{Flip, Parity, ParityCase, ParityError, put_on_grid};
 pub use code::{COMPILE_OPTIONS, CodeOptions, Origin, Unit};
 pub use device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Rows, Value};
 pub use element::{Element, Form};

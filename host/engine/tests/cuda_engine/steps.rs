@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use half::f16;
 use pointsman_engine::cuda::cases::{self, Call, Case, CaseRunner, Given, Placement};
-use pointsman_engine::cuda::{CudaEngine, CudaError, CudaOptions, Element, Form, Parity, ParityCase, Source};
+use pointsman_engine::cuda::{
+    CudaEngine, CudaError, CudaOptions, Element, Form, Parity, ParityCase, Source, put_on_grid,
+};
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::RequestId;
@@ -142,21 +143,7 @@ fn sixteen_bits_stay_close_to_the_cpu() {
 fn on_grid(spec: &ModelSpec, precision: Precision) -> Weights {
     let mut tensors = tensors(spec, Dtype::F32, 7);
     for tensor in tensors.iter_mut().filter(|tensor| tensor.shape.len() == 2) {
-        let (width, largest) = match precision {
-            Precision::Q8_0 => (32, 127.0),
-            _ => (tensor.shape[1], 448.0),
-        };
-        for run in tensor.values.chunks_mut(width) {
-            let scale = run.iter().fold(0.0f32, |max, x| max.max(x.abs())) / largest;
-            let scale = if precision == Precision::Q8_0 { f16::from_f32(scale).to_f32() } else { scale };
-            // Of an e4m3 number, the step is an eighth of its power of two, and of 2^-6 below that.
-            let step = |x: f32| match precision {
-                Precision::Q8_0 => 1.0,
-                _ => x.abs().log2().floor().max(-6.0).exp2() / 8.0,
-            };
-            let rounded = |x: f32| ((x / step(x)).round_ties_even() * step(x)).clamp(-largest, largest);
-            run.iter_mut().for_each(|x| *x = rounded(*x / scale) * scale);
-        }
+        put_on_grid(precision, tensor.shape[1], &mut tensor.values);
     }
     Weights::from_bytes(serialize(&tensors, Dtype::F32)).unwrap()
 }
@@ -346,7 +333,7 @@ fn the_check_for_a_gpu_passes_on_the_shim() {
     let chosen = [0, 4, 8, 9, 12, 17, 18, 19, 23];
     let all = ParityCase::all().into_iter().enumerate().filter(|(i, _)| chosen.contains(i)).map(|(_, case)| case);
     let long = ParityCase::long().into_iter().take(1).map(|case| ParityCase { prompts: vec![90, 3], ..case });
-    for mut case in all.chain(long) {
+    for mut case in all.chain(long).chain(ParityCase::in_8_bits()) {
         let Some(device) = ShimDevice::start() else { return };
         case.rows.retain(|rows| *rows < 4);
         let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();

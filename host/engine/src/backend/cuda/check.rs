@@ -17,7 +17,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError};
 
 use super::device::{Device, DeviceError};
-use super::element::Element;
+use super::element::{Element, Form};
 use super::engine::{CudaEngine, CudaError, CudaOptions};
 use super::weights::Source;
 use crate::backend::cpu::{ComputePool, CpuEngine, Model, Precision};
@@ -30,8 +30,8 @@ use crate::spec::{ModelSpec, Naming, SpecError};
 pub struct ParityCase {
     /// The model's `config.json`.
     pub config: String,
-    /// The type to compute in.
-    pub element: Element,
+    /// The type to compute in, and how matrices are kept.
+    pub form: Form,
     /// Tokens of each sequence's prompt; with what is generated they stay within the model's context.
     pub prompts: Vec<usize>,
     /// Rows of the decode steps, one after the other.
@@ -156,10 +156,10 @@ fn config((architecture, head_dim, heads, kv_heads, more): Shape, context: usize
 // === impl ParityCase ===
 
 impl ParityCase {
-    fn short(shape: Shape, element: Element, graphs: bool) -> Self {
+    fn short(shape: Shape, form: impl Into<Form>, graphs: bool) -> Self {
         Self {
             config: config(shape, 80),
-            element,
+            form: form.into(),
             prompts: (0..96).map(|i| 1 + i * 7 % 41).collect(),
             rows: vec![1, 2, 3, 7, 9, 17, 33, 64, 70, 96],
             graphs,
@@ -192,6 +192,15 @@ impl ParityCase {
         [Element::F32, Element::Bf16].map(of).into()
     }
 
+    /// Matrices in 8 bits, of numbers that those hold exactly: one that is tied and one that is not.
+    #[must_use]
+    pub fn in_8_bits() -> Vec<Self> {
+        use Element::{Bf16, F16, F32};
+        use Precision::{Fp8, Q8_0};
+        let of = |(shape, element, precision)| Self::short(shape, Form { element, precision }, true);
+        [(SHAPES[0], F32, Q8_0), (SHAPES[1], F32, Fp8), (SHAPES[1], Bf16, Q8_0), (SHAPES[0], F16, Fp8)].map(of).into()
+    }
+
     /// Compares the device with the CPU.
     ///
     /// # Errors
@@ -206,15 +215,15 @@ impl ParityCase {
             max_rows: n_rows,
             context_tokens: spec.context,
         };
-        let weights = Weights::from_bytes(random_weights(&spec, self.element, self.seed)?)?;
+        let weights = Weights::from_bytes(random_weights(&spec, self.form, self.seed)?)?;
         let model = Arc::new(Model::load(spec.clone(), &weights, Precision::F16)?);
-        let options = CudaOptions { form: self.element.into(), graphs: self.graphs };
+        let options = CudaOptions { form: self.form, graphs: self.graphs };
         let source = (spec.clone(), Source::Files(&weights));
         let mut pair = Pair {
             cpu: CpuEngine::new(model, pool.clone(), config)?,
             cuda: CudaEngine::load(device, source, config, options, &mut |_| {})?,
             rules: rules(),
-            parity: Parity::of(self.element),
+            parity: Parity::of(self.form.element),
         };
         let mut sequences: Vec<Sequence> =
             self.prompts.iter().enumerate().map(|(i, &len)| Sequence::new(i, len, spec.context)).collect();
@@ -456,8 +465,8 @@ impl fmt::Display for Parity {
     }
 }
 
-/// Random weights of a model as a safetensors file.
-fn random_weights(spec: &ModelSpec, element: Element, seed: u64) -> Result<Vec<u8>, SafeTensorError> {
+/// Random weights of a model as a safetensors file; in `f32`, on the grid of its precision, where matrices have 8 bits.
+fn random_weights(spec: &ModelSpec, form: Form, seed: u64) -> Result<Vec<u8>, SafeTensorError> {
     let (hidden, q_dim, kv_dim, ffn) = (spec.hidden, spec.q_dim(), spec.kv_dim(), spec.ffn);
     let of = |name: &str, shape: &[usize]| (format!("model.{name}"), shape.to_vec());
     let mut named = vec![of("embed_tokens.weight", &[spec.vocab, hidden]), of("norm.weight", &[hidden])];
@@ -489,18 +498,23 @@ fn random_weights(spec: &ModelSpec, element: Element, seed: u64) -> Result<Vec<u
     if !spec.tied {
         named.push(("lm_head.weight".to_owned(), vec![spec.vocab, hidden]));
     }
+    let element = if form.precision == Precision::F16 { form.element } else { Element::F32 };
     let (dtype, mut random) = (dtype(element), seed);
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = named
         .into_iter()
         .map(|(name, shape)| {
             let n = shape.iter().product();
             let (offset, scale) = if shape.len() == 1 { (1.0, 0.2) } else { (0.0, 1.7 / (shape[1] as f32).sqrt()) };
-            let mut bytes = Vec::with_capacity(n * element.bytes());
-            for _ in 0..n {
+            let mut next = || {
                 random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let uniform = (random >> 40) as f32 / (1u32 << 23) as f32 - 1.0;
-                write(element, offset + uniform * scale, &mut bytes);
+                offset + ((random >> 40) as f32 / (1u32 << 23) as f32 - 1.0) * scale
+            };
+            let mut values: Vec<f32> = (0..n).map(|_| next()).collect();
+            if shape.len() == 2 {
+                put_on_grid(form.precision, shape[1], &mut values);
             }
+            let mut bytes = Vec::with_capacity(n * element.bytes());
+            values.into_iter().for_each(|x| write(element, x, &mut bytes));
             (name, shape, bytes)
         })
         .collect();
@@ -509,6 +523,27 @@ fn random_weights(spec: &ModelSpec, element: Element, seed: u64) -> Result<Vec<u
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(dtype, shape.clone(), bytes)?)))
         .collect();
     safetensors::serialize(views?, None)
+}
+
+/// Rounds a matrix with rows of `k` to numbers that a precision of 8 bits holds, so that quantising it loses nothing and the CPU can be
+/// asked for the same product.
+pub fn put_on_grid(precision: Precision, k: usize, values: &mut [f32]) {
+    let (width, largest) = match precision {
+        Precision::F16 => return,
+        Precision::Q8_0 => (32, 127.0),
+        Precision::Fp8 => (k, 448.0),
+    };
+    for run in values.chunks_mut(width) {
+        let scale = run.iter().fold(0.0f32, |max, x| max.max(x.abs())) / largest;
+        let scale = if precision == Precision::Q8_0 { f16::from_f32(scale).to_f32() } else { scale };
+        // Of an e4m3 number, the step is an eighth of its power of two, and of 2^-6 below that.
+        let step = |x: f32| match precision {
+            Precision::Q8_0 => 1.0,
+            _ => x.abs().log2().floor().max(-6.0).exp2() / 8.0,
+        };
+        let rounded = |x: f32| ((x / step(x)).round_ties_even() * step(x)).clamp(-largest, largest);
+        run.iter_mut().for_each(|x| *x = rounded(*x / scale) * scale);
+    }
 }
 
 fn dtype(element: Element) -> Dtype {
