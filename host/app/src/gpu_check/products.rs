@@ -20,7 +20,7 @@ const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 512];
 const LARGEST: Shape = [512, 14_336, 128_256];
 /// A figure is the median of so many runs of so many launches.
 const RUNS: usize = 7;
-const LAUNCHES: u64 = 48;
+const LAUNCHES: u64 = 128;
 /// Bytes of weights that are gone through: many times what a device's cache holds.
 const POOL_BYTES: u64 = 2 << 30;
 /// What weights are made of: any numbers that are none of the special ones, in every form.

@@ -175,14 +175,16 @@ impl Kernel {
     pub(super) fn grid(self, form: Form, n_sms: u32, [rows, k, n]: [usize; 3]) -> ([usize; 3], u32, u32) {
         let (columns, at_once, block, shared) = self.block(rows, form);
         let (in_x, in_y) = (n.div_ceil(columns), rows.div_ceil(at_once));
-        let runs = if self.may_be_cut() { runs(n_sms, in_x * in_y, k) } else { 1 };
+        // Two blocks of the smaller tiles are on a multiprocessor at once, and one of the larger.
+        let wanted = if self == Self::Gemm64 { 2 * n_sms } else { n_sms };
+        let runs = if self.may_be_cut() { runs(wanted, in_x * in_y, k) } else { 1 };
         ([in_x, in_y, runs], block, shared)
     }
 
     /// The one for a product of so many rows and columns. Each block of `gemm_m32` reads all of the rows: where columns fill the device
     /// with wide tiles, fewer blocks read them.
     pub(super) fn of_product([rows, _, n]: [usize; 3], form: Form, n_sms: u32) -> Self {
-        let has = |kernel: Self| kernel.exists(form);
+        let (has, is_whole) = (|kernel: Self| kernel.exists(form), form.suffix().is_none());
         match rows {
             1 => Self::Gemv1,
             2 => Self::Gemv2,
@@ -190,7 +192,7 @@ impl Kernel {
             5..=8 if has(Self::Gemv8) => Self::Gemv8,
             3..=8 if has(Self::Gemm8) => Self::Gemm8,
             9..=16 if has(Self::Gemm16) => Self::Gemm16,
-            17..=32 if has(Self::Gemm64) && n >= 128 * n_sms as usize => Self::Gemm64,
+            17..=32 if is_whole && has(Self::Gemm64) && n >= 128 * n_sms as usize => Self::Gemm64,
             17..=32 if has(Self::Gemm32) => Self::Gemm32,
             33..=64 if has(Self::Gemm64) => Self::Gemm64,
             65.. if has(Self::Gemm128) => Self::Gemm128,
@@ -684,8 +686,8 @@ mod tests {
             (8, Gemv8, Gemm8, Gemv8, [384, 1, 1]),
             (16, Gemm16, Gemm16, Gemm, [192, 1, 1]),
             (32, Gemm32, Gemm32, Gemm, [192, 1, 1]),
-            (48, Gemm64, Gemm64, Gemm, [48, 1, 2]),
-            (64, Gemm64, Gemm64, Gemm, [48, 1, 2]),
+            (48, Gemm64, Gemm64, Gemm, [48, 1, 4]),
+            (64, Gemm64, Gemm64, Gemm, [48, 1, 4]),
             (96, Gemm128, Gemm128, Gemm, [48, 1, 2]),
         ] {
             let of = |form: Form| launched(&sizes(form), Extent::decode(rows)).launches[2].clone();
@@ -720,6 +722,31 @@ mod tests {
             Precision::Q8_0 => vec![n * k, n * k / 16],
             Precision::Fp8 => vec![n * k, n * 4],
         }
+    }
+
+    /// The same of a product.
+    fn product_spans(sizes: &Sizes, extent: Extent, launch: &Launch, args: &[Arg]) -> Vec<u64> {
+        let size = sizes.form.element.bytes() as u64;
+        let is_cut = launch.kernel.may_be_cut();
+        let last = args.len() - if is_cut { 3 } else { 1 };
+        let [k, n, epilogue] = [last - 2, last - 1, last].map(|i| match args[i] {
+            Arg::U32(n) => u64::from(n),
+            ref other => panic!("argument {i} of {:?} is {other:?}", launch.kernel),
+        });
+        let is_head = args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED);
+        let rows = if is_head { extent.sampled } else { extent.tokens } as u64;
+        let y = match epilogue {
+            0 => rows * n * size,
+            3 | 4 => rows * n / 2 * size,
+            _ => rows * n * 4,
+        };
+        let tiles = launch.grid.map(u64::from).iter().product::<u64>();
+        let (columns, at_once, ..) = launch.kernel.block(1, sizes.form);
+        let cut = match is_cut && launch.grid[2] > 1 {
+            true => vec![0, 0, 0, tiles * (4 * columns * at_once) as u64, tiles * 8 * 4],
+            false => Vec::new(),
+        };
+        [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y], cut].concat()
     }
 
     /// What a kernel reads or writes at most through its arguments, so that no launch can reach beyond a buffer.
@@ -777,21 +804,7 @@ mod tests {
                 let parts = 8 * sampled * u32_at(4);
                 vec![4, 96 * sampled, logits, parts, 0, 4 * sampled, 168 * sampled]
             }
-            kernel => {
-                let is_cut = kernel.may_be_cut();
-                let last = args.len() - if is_cut { 3 } else { 1 };
-                let (k, n) = (u32_at(last - 2), u32_at(last - 1));
-                let rows = if args[0] == Arg::At(Buffer::StepInputs, N_SAMPLED) { sampled } else { tokens };
-                let y = match u32_at(last) {
-                    0 => rows * n * size,
-                    3 | 4 => rows * n / 2 * size,
-                    _ => rows * n * 4,
-                };
-                let runs = launch.grid.map(u64::from).iter().product::<u64>();
-                let cut =
-                    if is_cut && splits > 1 { vec![0, 0, 0, runs * 4 * 128 * 128, runs * 8 * 4] } else { Vec::new() };
-                [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y], cut].concat()
-            }
+            _ => product_spans(sizes, extent, launch, args),
         };
         args.iter().copied().zip(lengths).collect()
     }

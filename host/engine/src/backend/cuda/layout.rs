@@ -28,7 +28,7 @@ const MAX_BEST_PARTS: u64 = 64;
 
 /// Most runs into which a product is cut, and the fewest tiles of k that one has.
 pub(crate) const MAX_RUNS: usize = 8;
-const LEAST_RUN: usize = 4;
+const LEAST_RUN: usize = 16;
 
 /// Bytes of the sums of the largest tile, and warps that have them.
 pub(crate) const PARTS_BYTES: u64 = 4 * 128 * 128;
@@ -138,9 +138,9 @@ pub(crate) const N_ROWS: u64 = 4;
 pub(crate) const N_SAMPLED: u64 = 8;
 pub(crate) const N_TILES: u64 = 12;
 
-/// Runs into which k of a product with so many tiles is cut, so that each multiprocessor has a tile; each run has some work.
-pub(crate) fn runs(n_sms: u32, tiles: usize, k: usize) -> usize {
-    (n_sms as usize / tiles.max(1)).min(k / (64 * LEAST_RUN)).clamp(1, MAX_RUNS)
+/// Runs into which k of a product with so many tiles is cut, for at most so many blocks; each run has some work.
+pub(crate) fn runs(blocks: u32, tiles: usize, k: usize) -> usize {
+    (blocks as usize / tiles.max(1)).min(k / (64 * LEAST_RUN)).clamp(1, MAX_RUNS)
 }
 
 impl Buffer {
@@ -243,7 +243,7 @@ impl Sizes {
         let piece = |buffer, bytes: u64| Piece::plain(buffer, Owner::Workspace, bytes);
         let typed = |buffer, n: usize| piece(buffer, (n * size) as u64);
         let split_rows = self.most_split_rows();
-        // Products are cut only as far as the device has multiprocessors.
+        // One block of the larger tiles is on a multiprocessor at once, or two of half the size.
         let run_tiles = if self.form.element == Element::F32 { 0 } else { self.n_sms.into() };
         vec![
             piece(Buffer::Residual, (tokens * spec.hidden * 4) as u64),
@@ -254,7 +254,7 @@ impl Sizes {
             piece(Buffer::Partial, split_rows * (spec.q_dim() * 4) as u64),
             piece(Buffer::PartialStat, split_rows * (spec.heads * 8) as u64),
             piece(Buffer::ProductParts, run_tiles * PARTS_BYTES),
-            piece(Buffer::ProductCounts, run_tiles * WARPS * 4),
+            piece(Buffer::ProductCounts, 2 * run_tiles * WARPS * 4),
             piece(Buffer::Logits, (rows * spec.vocab * 4) as u64),
             piece(Buffer::Best, rows as u64 * MAX_BEST_PARTS * BEST_BYTES),
             piece(Buffer::Seen, (rows * spec.vocab * 4) as u64),

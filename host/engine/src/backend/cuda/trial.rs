@@ -46,6 +46,8 @@ pub struct Trial<'a> {
     entries: Vec<String>,
     /// Launches so far: each reads other weights.
     turn: u64,
+    /// What stands at `count`.
+    rows: u32,
 }
 
 /// Every way to compute a product on a device with so many multiprocessors.
@@ -57,7 +59,8 @@ pub fn ways(form: Form, n_sms: u32, shape: Shape) -> Vec<Way> {
     let of = |kernel: Kernel| {
         let ([columns, in_y, own], block, shared) = kernel.grid(form, n_sms, shape);
         let fits = |runs: &usize| columns * in_y * runs <= MOST_TILES * n_sms as usize && *runs <= k / 64;
-        let mut runs: Vec<usize> = [2, 4, MAX_RUNS].into_iter().filter(|_| kernel.may_be_cut()).filter(fits).collect();
+        let mut runs: Vec<usize> =
+            [2, 3, 4, 5, 6, MAX_RUNS].into_iter().filter(|_| kernel.may_be_cut()).filter(fits).collect();
         runs.extend([1, own]);
         runs.sort_unstable();
         runs.dedup();
@@ -106,15 +109,28 @@ impl<'a> Trial<'a> {
             device,
             entries: Vec::new(),
             turn: 0,
+            rows: 0,
         };
-        let fill = trial.number_of("fill_words")?;
-        for (to, bytes) in [(trial.weights, pool), (trial.x, x_bytes)] {
-            let args = [Value::Address(to), Value::U64(bytes / 4), Value::U32(word)];
-            let launch = DeviceLaunch { kernel: fill, grid: [FILL_BLOCKS, 1, 1], block: 256, shared: 0, args: &args };
-            trial.device.launch(&launch)?;
-        }
-        trial.device.wait()?;
+        trial.fill(trial.weights, pool, word)?;
+        trial.fill(trial.x, x_bytes, word)?;
         Ok(trial)
+    }
+
+    fn fill(&mut self, to: u64, bytes: u64, word: u32) -> Result<(), DeviceError> {
+        let kernel = self.number_of("fill_words")?;
+        let args = [Value::Address(to), Value::U64(bytes / 4), Value::U32(word)];
+        let launch = DeviceLaunch { kernel, grid: [FILL_BLOCKS, 1, 1], block: 256, shared: 0, args: &args };
+        self.device.launch(&launch)?;
+        self.device.wait()
+    }
+
+    /// Puts other activations in their place, in the type of the form, and no number where results go.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn ask(&mut self, [rows, _, n]: Shape, x: &[u8]) -> Result<(), DeviceError> {
+        self.device.upload(self.x, x)?;
+        self.fill(self.y, (rows * n * 4) as u64, f32::NAN.to_bits())
     }
 
     fn number_of(&mut self, entry: &str) -> Result<usize, DeviceError> {
@@ -134,7 +150,10 @@ impl<'a> Trial<'a> {
     pub fn run(&mut self, way: &Way, shape: Shape, launches: u64) -> Result<(), DeviceError> {
         let [rows, k, n] = shape.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let kernel = self.number_of(&way.entry)?;
-        self.device.upload(self.count, &rows.to_le_bytes())?;
+        if self.rows != rows {
+            self.device.upload(self.count, &rows.to_le_bytes())?;
+            self.rows = rows;
+        }
         let bytes = weight_bytes(self.form, shape).next_multiple_of(256);
         for _ in 0..launches {
             let weight = self.weights + self.turn % (self.pool / bytes).max(1) * bytes;
@@ -189,7 +208,7 @@ mod tests {
         let cut = |n| ways(form, 132, [64, 4_096, n]).into_iter().filter(|way| way.entry == "gemm_m64_bf16");
         assert_eq!(
             cut(4_096).map(|way| (way.grid[2], way.is_taken)).collect::<Vec<_>>(),
-            [(1, false), (2, false), (4, true), (8, false)]
+            [(1, false), (2, false), (3, false), (4, true), (5, false), (6, false), (8, false)]
         );
         assert_eq!(cut(128_256).map(|way| (way.grid[2], way.is_taken)).collect::<Vec<_>>(), [(1, true)]);
     }

@@ -80,14 +80,11 @@ DEVICE uint4 load_announced(const void *from) {
 // Announces what this warp has written, one of `n` that come to this count. True for the last, which sees what all of them have
 // written; it sets the count back for the next kernel.
 DEVICE bool is_last_warp(u32 *count, u32 n) {
-    // What the warp has written is before its first lane's fence, and what that lane sees after its second before the warp's loads.
+    // What the warp has written is released by its first lane, and what that lane acquires is there for the warp's loads.
     __syncwarp();
     u32 before = 0;
-    if (threadIdx.x % 32 == 0) {
-        __threadfence();
-        before = atomicAdd(count, 1u);
-        __threadfence();
-    }
+    if (threadIdx.x % 32 == 0)
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
     __syncwarp();
     before = __shfl_sync(0xffffffffu, before, 0);
     if (before + 1 != n) return false;

@@ -46,14 +46,14 @@ ENTRY(gemm, 128, 3, (const u32 *n, const T *w, const T *x, const T *bias, void *
 #else
 
 // M tokens by N columns of the weight, in warps of WM by WN; a ring of tiles in shared memory is filled ahead of use.
-template <u32 M, u32 N, u32 WM, u32 WN, u32 STAGES>
-DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e, Runs runs) {
+template <u32 M, u32 N, u32 WM, u32 WN, u32 STAGES, class R>
+DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e, R runs) {
     const u32 THREADS = M / WM * (N / WN) * 32, STAGE = (M + N) * 64;
     let_next_start();
     u32 live = *n, row0 = blockIdx.y * M, column0 = blockIdx.x * N;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / WN) * WM, wn = warp % (N / WN) * WN;
-    u32 first = run_start(ceil_div(k, 64), blockIdx.z), tiles = run_start(ceil_div(k, 64), blockIdx.z + 1) - first;
+    u32 first = R::start(ceil_div(k, 64), blockIdx.z), tiles = R::start(ceil_div(k, 64), blockIdx.z + 1) - first;
     float sums[WM / 16][WN / 8][4] = {};
     // Weights are there before the kernel that makes x has ended. They belong to the first group of copies, all of them.
 #pragma unroll
@@ -110,7 +110,7 @@ DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Ep
 ENTRY(gemm, 128, 3, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
     SHARED(T, shared, 3 * 128 * 64);
     Epilogue e = {y, bias, n_out, epilogue};
-    gemm_tile<64, 64, 32, 32, 3>(shared, n, w, x, k, e, {});
+    gemm_tile<64, 64, 32, 32, 3>(shared, n, w, x, k, e, Whole());
 }
 
 ENTRY(gemm_m64, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue,

@@ -219,8 +219,8 @@ template <class W, u32 N> DEVICE float tile_scale(const Quantised &q, u32 column
 }
 
 // M tokens by N columns, in warps of WM by 32: gemm.cu's ring of tiles, with the weight in bytes and its scales beside it.
-template <class W, u32 M, u32 N, u32 WM, u32 STAGES>
-DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T *x, Epilogue e, Runs runs) {
+template <class W, u32 M, u32 N, u32 WM, u32 STAGES, class R>
+DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T *x, Epilogue e, R runs) {
     // Each thread brings one scale of a tile.
     const u32 THREADS = M / WM * (N / 32) * 32, STAGE = M * 128 + N * 64 + N * 8;
     static_assert(THREADS == 2 * N, "a scale for each thread");
@@ -230,7 +230,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
     if (row0 >= live) return;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / 32) * WM, wn = warp % (N / 32) * 32;
-    u32 first = run_start(ceil_div(q.k, 64), blockIdx.z), tiles = run_start(ceil_div(q.k, 64), blockIdx.z + 1) - first;
+    u32 first = R::start(ceil_div(q.k, 64), blockIdx.z), tiles = R::start(ceil_div(q.k, 64), blockIdx.z + 1) - first;
     float sums[WM / 16][4][4] = {};
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
@@ -271,7 +271,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
                 for (u32 i = 0; i < WM / 16; i++) mma(sums[i][j], a[i], pairs[0], pairs[1]);
             }
         }
-        // Read after two barriers more; nobody read it since the last one.
+        // Read after as many barriers as there are stages ahead; nobody read it since the last one.
         ((float *)(next + M * 128 + N * 64))[threadIdx.x] = next_scale;
     }
     if (!join_runs<THREADS / 32>(sums, runs)) return;
@@ -414,8 +414,8 @@ PRODUCT(gemm_m16_q8, 256, 1, gemm_few_quantised<Q8, 2>(n, q, x, e))
 PRODUCT(gemm_m16_fp8, 256, 1, gemm_few_quantised<Fp8, 2>(n, q, x, e))
 PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(n, q, x, e))
 PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(n, q, x, e))
-PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, n, q, x, e, {}))
-PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, n, q, x, e, {}))
+PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, n, q, x, e, Whole()))
+PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, n, q, x, e, Whole()))
 CUT_PRODUCT(gemm_m64_q8, 256, 2, gemm_quantised<Q8, 64, 128, 32, 4>(shared, n, q, x, e, runs))
 CUT_PRODUCT(gemm_m64_fp8, 256, 2, gemm_quantised<Fp8, 64, 128, 32, 4>(shared, n, q, x, e, runs))
 CUT_PRODUCT(gemm_m128_q8, 256, 1, gemm_quantised<Q8, 128, 128, 64, 3>(shared, n, q, x, e, runs))

@@ -21,10 +21,16 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 f
 struct Runs {
     float *parts;
     u32 *counts;
+    // Where this block's run of `tiles` tiles begins; the next one's is its end.
+    METHOD static u32 start(u32 tiles, u32 run) { return tiles * run / gridDim.z; }
 };
 
-// Where this block's run of `tiles` tiles of k begins; the next one's is its end.
-DEVICE u32 run_start(u32 tiles, u32 run) { return (u32)((u64)tiles * run / gridDim.z); }
+// A product that is never cut.
+struct Whole {
+    METHOD static u32 start(u32 tiles, u32 run) { return tiles * run; }
+};
+
+template <u32 WARPS, u32 I, u32 J> DEVICE bool join_runs(float (&)[I][J][4], const Whole &) { return true; }
 
 // Brings this warp's sums together with those of the other runs. True for the warp that comes last: it has the sums of all then,
 // added in the order of the runs, whoever that is. Every thread keeps its own numbers in the same places.
@@ -44,7 +50,7 @@ template <u32 WARPS, u32 I, u32 J> DEVICE bool join_runs(float (&sums)[I][J][4],
             sums[i][j][0] = sums[i][j][1] = sums[i][j][2] = sums[i][j][3] = 0.0f;
         }
     if (!is_last_warp(r.counts + place, runs)) return false;
-#pragma unroll 2
+#pragma unroll(I * J > 8 ? 1 : 2)
     for (u32 run = 0; run < runs; run++)
 #pragma unroll
         for (u32 i = 0; i < I; i++)
