@@ -6,24 +6,21 @@ use pointsman_engine::cuda::{Element, Form, Trial, ways};
 
 use crate::device::ShimDevice;
 
-/// Of k: enough for a cut in two.
-const LONG: usize = 2_048;
+/// Of k: nine tiles, for cuts into two to eight.
+const LONG: usize = 576;
 
 #[test]
 fn every_way_to_compute_a_product_comes_to_the_same() {
-    for (element, precision) in [
-        (Element::F32, Precision::F16),
-        (Element::Bf16, Precision::F16),
-        (Element::F16, Precision::Q8_0),
-        (Element::Bf16, Precision::Fp8),
-    ] {
+    for (element, precision) in
+        [(Element::Bf16, Precision::F16), (Element::F16, Precision::Q8_0), (Element::Bf16, Precision::Fp8)]
+    {
         let Some(mut device) = ShimDevice::start() else { return };
         let form = Form { element, precision };
         // Four bytes that are a number of the size of 1 in every form.
-        let mut trial = Trial::new(&mut device, form, [130, LONG, 66], (1 << 20, 0x3c11_3b27)).expect("room");
-        let x = element.encode(&element.random(&mut Rng(5), 130 * LONG));
+        let mut trial = Trial::new(&mut device, form, [33, LONG, 66], (1 << 20, 0x3c11_3b27)).expect("room");
+        let x = element.encode(&element.random(&mut Rng(5), 33 * LONG));
         let mut cut = 0;
-        for rows in [1, 2, 7, 16, 33, 130] {
+        for rows in [2, 33] {
             let shape = [rows, LONG, 66];
             let ways = ways(form, 4, shape);
             assert_eq!(ways.iter().filter(|way| way.is_taken).count(), 1, "{ways:?}");
@@ -41,6 +38,6 @@ fn every_way_to_compute_a_product_comes_to_the_same() {
                 cut += usize::from(way.grid[2] > 1);
             }
         }
-        assert!(cut > 0 || element == Element::F32, "{form}: none was cut into runs");
+        assert!(cut > 0, "{form}: none was cut into runs");
     }
 }
