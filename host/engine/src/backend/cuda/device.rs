@@ -235,6 +235,23 @@ pub trait Device: Send + Debug {
     fn wait(&mut self) -> Result<(), DeviceError>;
 }
 
+/// Entry points that were loaded one by one, by number.
+#[derive(Debug, Default)]
+pub(super) struct Entries(Vec<String>);
+
+impl Entries {
+    /// The number of one, which is loaded where it has not been.
+    pub(super) fn number_of(&mut self, device: &mut dyn Device, entry: &str) -> Result<usize, DeviceError> {
+        if let Some(number) = self.0.iter().position(|loaded| loaded == entry) {
+            return Ok(number);
+        }
+        let number = self.0.len();
+        device.load(&[(number, entry.to_owned())])?;
+        self.0.push(entry.to_owned());
+        Ok(number)
+    }
+}
+
 impl Value {
     /// Its bits; those of a narrow one are the low ones, which come first in memory.
     #[must_use]

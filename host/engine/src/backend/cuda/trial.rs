@@ -3,7 +3,7 @@
 //! A step takes the kernel of [`Kernel::of_product`] and as many runs as multiprocessors want. Both are guesses until they
 //! are measured beside the others, on the same device and with weights that no cache holds.
 
-use super::device::{Device, DeviceError, DeviceLaunch, Value};
+use super::device::{Device, DeviceError, DeviceLaunch, Entries, Value};
 use super::element::Form;
 use super::launch::Kernel;
 use super::layout::{MAX_RUNS, PARTS_BYTES, WARPS};
@@ -43,7 +43,7 @@ pub struct Trial<'a> {
     count: u64,
     parts: u64,
     counts: u64,
-    entries: Vec<String>,
+    entries: Entries,
     /// Launches so far: each reads other weights.
     turn: u64,
     /// What stands at `count`.
@@ -107,7 +107,7 @@ impl<'a> Trial<'a> {
             parts: device.allocate(tiles * PARTS_BYTES)?,
             counts: device.allocate(tiles * WARPS * 4)?,
             device,
-            entries: Vec::new(),
+            entries: Entries::default(),
             turn: 0,
             rows: 0,
         };
@@ -117,7 +117,7 @@ impl<'a> Trial<'a> {
     }
 
     fn fill(&mut self, to: u64, bytes: u64, word: u32) -> Result<(), DeviceError> {
-        let kernel = self.number_of("fill_words")?;
+        let kernel = self.entries.number_of(self.device, "fill_words")?;
         let args = [Value::Address(to), Value::U64(bytes / 4), Value::U32(word)];
         let launch = DeviceLaunch { kernel, grid: [FILL_BLOCKS, 1, 1], block: 256, shared: 0, args: &args };
         self.device.launch(&launch)?;
@@ -133,23 +133,13 @@ impl<'a> Trial<'a> {
         self.fill(self.y, (rows * n * 4) as u64, f32::NAN.to_bits())
     }
 
-    fn number_of(&mut self, entry: &str) -> Result<usize, DeviceError> {
-        if let Some(number) = self.entries.iter().position(|loaded| loaded == entry) {
-            return Ok(number);
-        }
-        let number = self.entries.len();
-        self.device.load(&[(number, entry.to_owned())])?;
-        self.entries.push(entry.to_owned());
-        Ok(number)
-    }
-
     /// Launches it so often, each time with other weights, and waits.
     ///
     /// # Errors
     /// The driver's.
     pub fn run(&mut self, way: &Way, shape: Shape, launches: u64) -> Result<(), DeviceError> {
         let [rows, k, n] = shape.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        let kernel = self.number_of(&way.entry)?;
+        let kernel = self.entries.number_of(self.device, &way.entry)?;
         if self.rows != rows {
             self.device.upload(self.count, &rows.to_le_bytes())?;
             self.rows = rows;

@@ -5,7 +5,7 @@
 //! allocations that stay until the device goes.
 
 use super::{Call, Case, Given, POISON};
-use crate::backend::cuda::device::{Device, DeviceError, DeviceLaunch, Value};
+use crate::backend::cuda::device::{Device, DeviceError, DeviceLaunch, Entries, Value};
 
 /// Bytes between buffers, and what they are aligned to.
 const FENCE: usize = 256;
@@ -28,8 +28,7 @@ pub struct CaseRunner<'a> {
     device: &'a mut dyn Device,
     /// The stretch, where there is one.
     stretch: Option<u64>,
-    /// Entry points that were loaded, by number.
-    entries: Vec<String>,
+    entries: Entries,
 }
 
 /// Why a case failed.
@@ -69,7 +68,7 @@ impl<'a> CaseRunner<'a> {
             Placement::Fenced => Some(device.allocate(STRETCH as u64)?),
             Placement::Apart => None,
         };
-        Ok(Self { device, stretch, entries: Vec::new() })
+        Ok(Self { device, stretch, entries: Entries::default() })
     }
 
     /// Runs one.
@@ -77,22 +76,12 @@ impl<'a> CaseRunner<'a> {
     /// # Errors
     /// The device failed, or the kernel is wrong.
     pub fn run(&mut self, case: &Case) -> Result<(), CaseError> {
-        let kernel = self.number_of(&case.call.kernel)?;
+        let kernel = self.entries.number_of(self.device, &case.call.kernel)?;
         let outs = match self.stretch {
             Some(stretch) => self.fenced(&case.call, kernel, stretch)?,
             None => self.apart(&case.call, kernel)?,
         };
         (case.check)(&outs).map_err(CaseError::Wrong)
-    }
-
-    fn number_of(&mut self, entry: &str) -> Result<usize, DeviceError> {
-        if let Some(number) = self.entries.iter().position(|loaded| loaded == entry) {
-            return Ok(number);
-        }
-        let number = self.entries.len();
-        self.device.load(&[(number, entry.to_owned())])?;
-        self.entries.push(entry.to_owned());
-        Ok(number)
     }
 
     fn fenced(&mut self, call: &Call, kernel: usize, stretch: u64) -> Result<Vec<Vec<u8>>, CaseError> {
