@@ -21,7 +21,7 @@ use llguidance::ParserFactory;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::models::bpe::BPE;
-use tokenizers::{PostProcessor as _, Tokenizer, TruncationDirection};
+use tokenizers::{ModelWrapper, PostProcessor as _, Tokenizer, TruncationDirection};
 
 pub use self::detokenize::Detokenizer;
 pub use self::stop::StopMatcher;
@@ -173,6 +173,7 @@ impl TextModel {
         };
         // Some files keep what their training did: every text cut and padded to one length.
         tokenizer.with_padding(None).with_truncation(None).map_err(TextError::Tokenizer)?;
+        keep_no_words(&mut tokenizer);
         let config: TokenizerConfig = json("tokenizer_config.json", parts.tokenizer_config)?;
         let generation: GenerationConfig = json("generation_config.json", parts.generation_config)?;
         let special = special_tokens(&tokenizer);
@@ -402,6 +403,16 @@ fn template_source(value: Value) -> Option<String> {
             default["template"].as_str().map(str::to_owned)
         }
         _ => None,
+    }
+}
+
+/// Takes the cache of words off a model: the library has it in each thread that encodes, by model, and forgets none of a model that
+/// has gone. [`Words`] has its own.
+fn keep_no_words(tokenizer: &mut Tokenizer) {
+    if let ModelWrapper::BPE(model) = tokenizer.get_model() {
+        let mut model = model.clone();
+        model.resize_cache(0);
+        tokenizer.with_model(model);
     }
 }
 

@@ -8,8 +8,15 @@
 //! Such expressions end in a lookahead, for spaces before a word, and mostly need an engine that backtracks for its sake alone:
 //! a fifth of the allocations of a short request. So where that end stands it is taken off, and its meaning is three lines of
 //! `next_word`.
+//!
+//! The words of a language are few, so what became of each is kept, and goes with the model: the library keeps them in every
+//! thread that has ever encoded, and there they would stay.
+
+use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, MatchKind};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
 use regex_automata::Input;
 use regex_automata::meta::Regex;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -26,8 +33,16 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 /// How such an expression ends: spaces before a word are left to it but for the last, which the word may take.
 const SPACES: &str = r"|\s+(?!\S)|\s+";
 
+/// What words that are kept may take, in bytes: some twenty thousand of a usual length.
+const KEPT_BYTES: u64 = 2 << 20;
+
+/// The longest word that is kept, in bytes.
+const MAX_KEPT: usize = 256;
+
 /// What a byte-level tokenizer does before its model.
 pub(super) struct Words {
+    /// Tokens by word, of words that were seen.
+    kept: Cache<Box<str>, Arc<[u32]>, Size>,
     splitter: Splitter,
     /// Tokens that are found in the text before anything else, in the order in which they are looked for.
     added: Vec<Added>,
@@ -38,6 +53,10 @@ pub(super) struct Words {
     /// What is put around a text, before it and after it.
     around: [Vec<u32>; 2],
 }
+
+/// What a word that is kept takes, in bytes.
+#[derive(Clone)]
+struct Size;
 
 /// Finds words.
 enum Splitter {
@@ -73,6 +92,7 @@ impl Words {
         let of_kind = |normalized| Added::new(tokens.iter().filter(move |(_, token)| token.normalized == normalized));
         let added = [of_kind(false)?, of_kind(true)?];
         Some(Self {
+            kept: Cache::with_weighter(KEPT_BYTES as usize / 100, KEPT_BYTES, Size),
             splitter: Splitter::new(pattern(tokenizer.get_pre_tokenizer()?)?)?,
             added: added.into_iter().filter(|added| !added.ids.is_empty()).collect(),
             alphabet: std::array::from_fn(|byte| byte_char(byte as u8)),
@@ -120,14 +140,7 @@ impl Words {
     /// A part without added tokens: the pieces that the expression finds, and what is between them.
     fn split(&self, tokenizer: &Tokenizer, text: &str, ids: &mut Vec<u32>) -> tokenizers::Result<()> {
         let mut written = String::new();
-        let mut piece = |start: usize, end: usize| -> tokenizers::Result<()> {
-            if start < end {
-                written.clear();
-                written.extend(text.as_bytes()[start..end].iter().map(|byte| self.alphabet[usize::from(*byte)]));
-                ids.extend(tokenizer.get_model().tokenize(&written)?.iter().map(|token| token.id));
-            }
-            Ok(())
-        };
+        let mut piece = |start: usize, end: usize| self.piece(tokenizer, &text[start..end], &mut written, ids);
         let mut done = 0;
         let mut word = |(start, end): (usize, usize)| {
             piece(done, start)?;
@@ -146,6 +159,40 @@ impl Words {
             Splitter::Other(regex) => regex.find_iter(text).try_for_each(|found| word(found).map(drop))?,
         }
         piece(done, text.len())
+    }
+
+    /// The model's tokens of a piece. `written` is room for how the model has it written.
+    fn piece(
+        &self,
+        tokenizer: &Tokenizer,
+        piece: &str,
+        written: &mut String,
+        ids: &mut Vec<u32>,
+    ) -> tokenizers::Result<()> {
+        if piece.is_empty() {
+            return Ok(());
+        }
+        if let Some(kept) = self.kept.get(piece) {
+            ids.extend_from_slice(&kept);
+            return Ok(());
+        }
+        written.clear();
+        written.extend(piece.bytes().map(|byte| self.alphabet[usize::from(byte)]));
+        let from = ids.len();
+        ids.extend(tokenizer.get_model().tokenize(written)?.iter().map(|token| token.id));
+        if piece.len() <= MAX_KEPT {
+            self.kept.insert(piece.into(), ids[from..].into());
+        }
+        Ok(())
+    }
+}
+
+// === impl Size ===
+
+impl Weighter<Box<str>, Arc<[u32]>> for Size {
+    fn weight(&self, word: &Box<str>, tokens: &Arc<[u32]>) -> u64 {
+        // What the two point to, with the counts of the latter, and their place in the cache.
+        (word.len() + size_of_val(&**tokens) + 16 + 64) as u64
     }
 }
 
@@ -205,4 +252,28 @@ fn around(tokenizer: &Tokenizer) -> Option<[Vec<u32>; 2]> {
     let (text, whole): (Vec<u32>, Vec<u32>) = (ids(false)?, ids(true)?);
     let at = whole.windows(text.len().max(1)).position(|part| part == text)?;
     Some([whole[..at].to_vec(), whole[at + text.len()..].to_vec()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::model;
+    use super::{KEPT_BYTES, MAX_KEPT};
+
+    #[test]
+    fn words_that_are_kept_are_bounded_and_have_the_same_tokens() {
+        let model = model();
+        let words = model.words.as_ref().expect("it is byte-level");
+        let text: String = (0..60_000).map(|n| format!("hello{n} ")).collect();
+        let first = model.encode(&text, false).expect("every byte has a token");
+        let kept = words.kept.weight();
+        assert!((KEPT_BYTES / 2..=KEPT_BYTES).contains(&kept), "{kept}");
+        assert_eq!(model.encode(&text, false).expect("encodes"), first);
+        assert_eq!(model.encode_as_library(&text, false).expect("encodes"), first);
+
+        let long = "a".repeat(MAX_KEPT + 1);
+        for word in [&long[1..], &long] {
+            model.encode(word, false).expect("encodes");
+            assert_eq!(words.kept.get(word).is_some(), word.len() <= MAX_KEPT, "{}", word.len());
+        }
+    }
 }
