@@ -209,15 +209,18 @@ fn join(part: &[f64], stat: &[f64], splits: usize, d: usize) -> Vec<f64> {
         let max = stat.iter().step_by(2).copied().fold(f64::NEG_INFINITY, f64::max);
         let weight = |s: usize| (stat[2 * s] - max).exp2();
         let sum: f64 = (0..splits).map(|s| stat[2 * s + 1] * weight(s)).sum();
-        (0..d).map(|i| (0..splits).map(|s| part[s * d + i] * weight(s)).sum::<f64>() / sum).collect::<Vec<_>>()
+        let saw = |s: &usize| stat[2 * s + 1] > 0.0;
+        let joined = |i: usize| (0..splits).filter(saw).map(|s| part[s * d + i] * weight(s)).sum::<f64>() / sum;
+        (0..d).map(joined).collect::<Vec<_>>()
     };
     part.chunks(splits * d).zip(stat.chunks(splits * 2)).flat_map(head).collect()
 }
 
 fn combine(element: Element, d: usize, splits: usize, rng: &mut Rng) -> Case {
     let (heads, live, rows) = (3, 2, 3);
-    let part = Element::F32.random(rng, live * heads * splits * d);
-    // The last split of each head saw nothing.
+    // The last split of each head saw nothing, and wrote no part.
+    let mut part = Element::F32.random(rng, live * heads * splits * d);
+    part.chunks_exact_mut(splits * d).for_each(|head| head[(splits - 1) * d..].fill(f64::NAN));
     let stat = |i: usize| if i % splits == splits - 1 { [-1e30, 0.0] } else { [(i % 5) as f64, 1.0 + i as f64] };
     let stat: Vec<f64> = (0..live * heads * splits).flat_map(stat).collect();
     let expect = join(&part, &stat, splits, d);

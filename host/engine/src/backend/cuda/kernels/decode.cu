@@ -190,6 +190,15 @@ template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
     u32 group = a.heads / a.pages.kv_heads, runs = ceil_div(group, G);
     u32 kv_head = blockIdx.x / runs, first = kv_head * group + blockIdx.x % runs * G;
     u32 count = least(G, (kv_head + 1) * group - first);
+    if (gridDim.z > 1 && span.begin >= span.end) {
+        // Nothing to see: `combine` reads no `part` of it.
+        if (threadIdx.x < count) {
+            u64 split = ((u64)row * a.heads + first + threadIdx.x) * gridDim.z + blockIdx.z;
+            a.stat[split * 2] = NO_SCORE;
+            a.stat[split * 2 + 1] = 0.0f;
+        }
+        return;
+    }
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float q[G][M];
 #pragma unroll
@@ -261,12 +270,15 @@ template <u32 D> DEVICE void combine(const u32 *n, const float *part, const floa
     if (!is_live) return;
     u64 head = (u64)blockIdx.y * heads + blockIdx.x;
     float highest = NO_SCORE, sum = 0.0f, total = 0.0f;
+#pragma unroll 16
     for (u32 s = 0; s < splits; s++) highest = fmaxf(highest, stat[(head * splits + s) * 2]);
+#pragma unroll 8
     for (u32 s = 0; s < splits; s++) {
         u64 split = head * splits + s;
-        float weight = exp2f(stat[split * 2] - highest);
-        sum += stat[split * 2 + 1] * weight;
-        total += part[split * D + threadIdx.x] * weight;
+        float weight = exp2f(stat[split * 2] - highest), own = stat[split * 2 + 1];
+        sum += own * weight;
+        // A split that saw nothing wrote no part.
+        total += own > 0.0f ? part[split * D + threadIdx.x] * weight : 0.0f;
     }
     out[head * D + threadIdx.x] = to_element(total / sum);
 }

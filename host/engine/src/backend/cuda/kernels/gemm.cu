@@ -50,7 +50,7 @@ template <u32 M, u32 N, u32 WM, u32 WN, u32 STAGES, class R>
 DEVICE void gemm_tile(T *shared, const u32 *n, const T *w, const T *x, u32 k, Epilogue e, R runs) {
     const u32 THREADS = M / WM * (N / WN) * 32, STAGE = (M + N) * 64;
     let_next_start();
-    u32 live = *n, row0 = blockIdx.y * M, column0 = blockIdx.x * N;
+    u32 live = *n, row0 = tile_row() * M, column0 = tile_column() * N;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / WN) * WM, wn = warp % (N / WN) * WN;
     u32 first = R::start(ceil_div(k, 64), blockIdx.z), tiles = R::start(ceil_div(k, 64), blockIdx.z + 1) - first;

@@ -50,13 +50,16 @@ template <u32 B, u32 R> DEVICE void gemv(const u32 *n, const T *w, const T *x, u
             }
         }
     }
+    // Each lane keeps its own pair, so that all finish at once.
+    float even = 0.0f, odd = 0.0f;
 #pragma unroll
     for (u32 r = 0; r < R; r += 2)
 #pragma unroll
         for (u32 b = 0; b < B; b++) {
-            float even = warp_sum(sums[r][b]), odd = warp_sum(sums[r + 1][b]);
-            if (lane == r / 2 * B + b && b < live) finish(e, b, first + r, even, odd);
+            float one = warp_sum(sums[r][b]), other = warp_sum(sums[r + 1][b]);
+            if (lane == r / 2 * B + b) even = one, odd = other;
         }
+    if (lane < R / 2 * B && lane % B < live) finish(e, lane % B, first + lane / B * 2, even, odd);
 }
 
 #define GEMV(name, rows, per_warp, per_sm)                                                                                        \

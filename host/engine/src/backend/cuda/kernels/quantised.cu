@@ -155,11 +155,13 @@ template <class W, u32 B> DEVICE void gemv_quantised(const u32 *n, const Quantis
             }
         }
     }
+    float even = 0.0f, odd = 0.0f;
 #pragma unroll
     for (u32 b = 0; b < B; b++) {
-        float even = warp_sum(sums[0][b]) * W::row_scale(q, first), odd = warp_sum(sums[1][b]) * W::row_scale(q, first + 1);
-        if (lane == b && b < live) finish(e, b, first, even, odd);
+        float one = warp_sum(sums[0][b]), other = warp_sum(sums[1][b]);
+        if (lane == b) even = one, odd = other;
     }
+    if (lane < live) finish(e, lane, first, even * W::row_scale(q, first), odd * W::row_scale(q, first + 1));
 }
 
 #if PM_T == 0
@@ -225,22 +227,24 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
     const u32 THREADS = M / WM * (N / 32) * 32, STAGE = M * 128 + N * 64 + N * 8;
     static_assert(THREADS == 2 * N, "a scale for each thread");
     let_next_start();
-    wait_for_previous();
-    u32 live = *n, row0 = blockIdx.y * M, column0 = blockIdx.x * N;
-    if (row0 >= live) return;
+    u32 live = *n, row0 = tile_row() * M, column0 = tile_column() * N;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / 32) * WM, wn = warp % (N / 32) * 32;
     u32 first = R::start(ceil_div(q.k, 64), blockIdx.z), tiles = R::start(ceil_div(q.k, 64), blockIdx.z + 1) - first;
     float sums[WM / 16][4][4] = {};
+    // As in gemm.cu, the weight comes before the kernel that makes x has ended.
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
-        u8 *slot = shared + s * STAGE;
-        if (s < tiles) {
-            fetch<M, THREADS>((T *)slot, x, row0, live, (first + s) * 64, q.k);
-            fetch_bytes<N, THREADS>(slot + M * 128, q, column0, (first + s) * 64);
-        }
+        u8 *slot = shared + s * STAGE + M * 128;
+        if (row0 < live && s < tiles) fetch_bytes<N, THREADS>(slot, q, column0, (first + s) * 64);
+        ((float *)(slot + N * 64))[threadIdx.x] = tile_scale<W, N>(q, column0, (first + s) * 64);
+    }
+    wait_for_previous();
+    if (row0 >= live) return;
+#pragma unroll
+    for (u32 s = 0; s + 1 < STAGES; s++) {
+        if (s < tiles) fetch<M, THREADS>((T *)(shared + s * STAGE), x, row0, live, (first + s) * 64, q.k);
         commit_copies();
-        ((float *)(slot + M * 128 + N * 64))[threadIdx.x] = tile_scale<W, N>(q, column0, (first + s) * 64);
     }
     for (u32 tile = 0; tile < tiles; tile++) {
         await_copies<STAGES - 2>();

@@ -102,7 +102,7 @@ DEVICE bool apply_mask(const Row &row, const u32 *mask) {
 DEVICE void ban(const Row &row, const u32 *banned, u32 len, bool masked) {
     if (len == 0) return;
     int any = !masked;
-    for (u32 token = threadIdx.x; masked && token < row.vocab; token += 1024)
+    for (u32 token = threadIdx.x; masked && !any && token < row.vocab; token += 1024)
         any |= is_finite(row.logits[token]) && !is_in(banned, len, token);
     if (!__syncthreads_or(any)) return;
     for (u32 i = threadIdx.x; i < len; i += 1024)
@@ -189,7 +189,7 @@ struct Candidates {
     float max;
     float per_degree;  // 1 / temperature
     float min_p;
-    bool by_id;        // ranked by id alone
+    u32 id_bits;       // of ranks by id alone, which have so many; else 0
     u64 floor;         // the least rank that takes part
 };
 
@@ -202,7 +202,7 @@ DEVICE u64 weight(const Candidates &c, float logit) { return (u64)(share(c, logi
 
 // Better candidates have greater ranks: by logit as floats are ordered, then by descending id.
 DEVICE u64 rank_of(const Candidates &c, u32 token, float logit) {
-    if (c.by_id) return ~token;
+    if (c.id_bits != 0) return (1u << c.id_bits) - 1 - token;
     u32 bits = __float_as_uint(logit);
     u32 key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
     return (u64)key << 32 | (u32)~token;
@@ -289,7 +289,7 @@ DEVICE_CALL u64 rank_at(const Candidates &c, bool weights, u64 left) {
     SHARED(u64, above, 1);
     SHARED(u32, bin, 1);
     u64 prefix = 0;
-    u32 shift = c.by_id ? 32 : 64;
+    u32 shift = c.id_bits != 0 ? c.id_bits : 64;
     while (shift > 0) {
         u32 width = least(DIGIT, shift), low = shift - width;
         // Nobody needs what is cleared: in a loop that goes on, whoever is late to read its bin's count finds it is not 1 either
@@ -336,7 +336,7 @@ DEVICE u32 worst_from(Candidates c, u64 rank) {
     if (threadIdx.x % 32 == 0) ranks[threadIdx.x / 32] = least_rank;
     __syncthreads();
     for (u32 i = 0; i < 32; i++) least_rank = ranks[i] < least_rank ? ranks[i] : least_rank;
-    return ~(u32)least_rank;
+    return c.id_bits != 0 ? (1u << c.id_bits) - 1 - (u32)least_rank : ~(u32)least_rank;
 }
 
 // The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
@@ -359,15 +359,23 @@ DEVICE u64 bounded(double sum, u64 all) {
     return v < 1 ? 1 : v > all ? all : v;
 }
 
+// Bits of the ids of so many tokens. No more, so that few ids share a bin of the first digit: those that do are added one after
+// another.
+DEVICE u32 bits_of_ids(u32 vocab) {
+    u32 bits = 1;
+    while (bits < 31 && (1u << bits) < vocab) bits++;
+    return bits;
+}
+
 DEVICE u32 draw(const float *logits, u32 vocab, float max, const Rules &r) {
-    Candidates c = {logits, vocab, max, 1.0f / r.temperature, 0.0f, false, 0};
+    Candidates c = {logits, vocab, max, 1.0f / r.temperature, 0.0f, 0, 0};
     bool cut = r.top_k > 0 && r.top_k < total(c, false);
     if (cut) c.floor = rank_at(c, false, r.top_k);
     if (r.top_p < 1.0f) {
         u64 all = total(c, true);
         c.floor = rank_at(c, true, bounded(ceil((double)r.top_p * (double)all), all));
     }
-    c.by_id = !cut && r.top_p >= 1.0f;
+    c.id_bits = cut || r.top_p < 1.0f ? 0 : bits_of_ids(vocab);
     c.min_p = r.min_p;
     u64 all = total(c, true);
     return worst_from(c, rank_at(c, true, bounded(floor(uniform(r.seed, r.index) * (double)all) + 1.0, all)));
@@ -377,7 +385,7 @@ DEVICE u32 draw(const float *logits, u32 vocab, float max, const Rules &r) {
 DEVICE void report(const float *logits, u32 vocab, float max, u32 chosen, u32 wanted, Top *top) {
     SHARED(Best, kept, MOST_LOGPROBS);
     SHARED(u32, count, 1);
-    Candidates c = {logits, vocab, max, 1.0f, 0.0f, false, 0};
+    Candidates c = {logits, vocab, max, 1.0f, 0.0f, 0, 0};
     // The barriers of `total` are this counter's too.
     if (threadIdx.x == 0) *count = 0;
     double log_sum = log((double)total(c, true) / 17592186044416.0);

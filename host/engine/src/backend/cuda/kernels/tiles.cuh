@@ -16,6 +16,11 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 f
     }
 }
 
+// Which tile a block computes. Blocks begin in the order of their numbers, and those of one tile of columns follow each other, for the
+// sake of the cache: the weight is larger than that, and x is not.
+DEVICE u32 tile_row() { return (blockIdx.y * gridDim.x + blockIdx.x) % gridDim.y; }
+DEVICE u32 tile_column() { return (blockIdx.y * gridDim.x + blockIdx.x) / gridDim.y; }
+
 // A product whose k is cut into gridDim.z runs, for grids that would not fill the device: where the sums of each run go, and how many
 // warps have brought theirs.
 struct Runs {
