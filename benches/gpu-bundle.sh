@@ -24,12 +24,17 @@ cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
+mkdir -p "$out"
 budget="${BUDGET:-150}"
 parts=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do parts+=("$1"); shift; done
 [ ${#parts[@]} -gt 0 ] || parts=(kernels parity products memory ladder)
 # Where drivers are mounted into containers, and the libraries that came with a Python.
-[ -d /usr/local/nvidia/lib64 ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
+for folder in /usr/local/nvidia/lib64 /usr/local/nvidia/lib /usr/lib/wsl/lib; do
+  [ -d "$folder" ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder"
+done
+# Where a driver keeps what it compiles from PTX: a home may not be there.
+export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$here/jit}"
 python="$(command -v "${PYTHON:-python3}" || true)"
 flags=(--cache "$here/cubin")
 if [ -n "$python" ]; then
@@ -41,30 +46,46 @@ fi
 say() { tee -a "$out/gpu-check.txt"; }
 { echo "commit $(cat "$here/COMMIT")"; date -u; nvidia-smi 2>/dev/null; } | say
 worst=0
-# NAME of its lines and its file, seconds that each of its parts has, how many there are, and flags. Code may have to be made first.
+# Beside its parts, for a run to start; the first one makes the kernels' code for all.
+starts=120
+# NAME of its lines and its file, seconds that each of its parts has, how many there are, and flags.
 run() {
   local name="$1" seconds="$2" n="$3" status
   shift 3
   rm -f "$out/gpu-check-$name.json"
   echo "== $name" | say
-  timeout -k 10 $((n * seconds + 120)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
+  timeout -k 10 $((n * seconds + starts)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
   status="${PIPESTATUS[0]}"
+  starts=40
   [ "$status" = 0 ] || echo "== $name ends with status $status" | say
   # Killed, or not started.
   [ "$status" -lt 124 ] || status=1
   [ "$status" -le "$worst" ] || worst="$status"
 }
-# Kernels of one type. A kernel that takes the device with it, or never ends, is passed over in a second run, for the sake of the
-# others.
+# Kernels of one type. One that takes the device with it, or never ends, is passed over in a further run, for the sake of the others.
 kernels_of() {
-  local kind="$1" lost json="$out/gpu-check-kernels-$1.json"
+  local kind="$1" name="kernels-$1" passed="" lost json
   shift
-  rm -f "$out/gpu-check-kernels-$kind"-without-*.json
-  run "kernels-$kind" $((budget / 4)) 1 --only kernels --of "$kind" "$@"
-  lost="$(named lost_at "$json")"
-  # It was killed before it came to its verdict.
-  [ -n "$lost" ] || grep -q '"verdict"' "$json" 2>/dev/null || lost="$(named tried "$json")"
-  [ -z "$lost" ] || run "kernels-$kind-without-$lost" $((budget / 4)) 1 --only kernels --of "$kind" --skip "$lost" "$@"
+  rm -f "$out/gpu-check-$name"-without-*.json
+  for _ in 1 2 3 4; do
+    json="$out/gpu-check-$name.json"
+    run "$name" $((budget / 4)) 1 --only kernels --of "$kind" ${passed:+--skip "$passed"} "$@"
+    lost="$(named lost_at "$json")"
+    # It was killed before it came to its verdict.
+    [ -n "$lost" ] || grep -q '"verdict"' "$json" 2>/dev/null || lost="$(named tried "$json")"
+    [ -n "$lost" ] || return
+    passed="${passed:+$passed,}$lost"
+    name="kernels-$kind-without-${passed//,/-}"
+  done
+}
+# The same once more without launches that overlap, where the device was lost: they come last, or after the first figures.
+again_without_overlap() {
+  local name="$1"
+  rm -f "$out/gpu-check-$name-without-overlap.json"
+  run "$@"
+  grep -q 'device is lost' "$out/gpu-check-$name.json" 2>/dev/null || return
+  shift
+  run "$name-without-overlap" "$@" --no-overlap
 }
 # The last member of that NAME in a file.
 named() { sed -n "s/.*\"$1\": \"\(.*\)\".*/\1/p" "$2" 2>/dev/null | tail -1; }
@@ -76,7 +97,9 @@ for part in "${parts[@]}"; do
         *) for kind in none bf16 f16 f32; do kernels_of "$kind" "$@"; done ;;
       esac ;;
     # Side by side in one table.
-    ladder) run ladder "$budget" 2 --only "ladder${python:+,peers}" "$@" ;;
+    ladder) again_without_overlap ladder "$budget" 2 --only "ladder${python:+,peers}" "$@" ;;
+    # Of each type on its own, as kernels are.
+    parity) for kind in bf16 f16 f32; do again_without_overlap "parity-$kind" $((budget / 3)) 1 --only parity --of "$kind" "$@"; done ;;
     *) run "$part" "$budget" 1 --only "$part" "$@" ;;
   esac
 done

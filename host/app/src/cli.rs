@@ -191,12 +191,15 @@ pub(crate) struct GpuCheckArgs {
     /// These parts alone, in the order in which they stand here [default: all].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "PART")]
     pub(crate) only: Vec<Section>,
-    /// Of the part `kernels`, those of these types, or without one, alone [default: all].
+    /// Of the parts `kernels` and `parity`, what computes in these types, or without one, alone [default: all].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "TYPE")]
     pub(crate) of: Vec<KernelType>,
     /// Pass over a kernel: one fault takes the device from the whole process, and with it what comes after.
     #[arg(long, value_delimiter = ',', value_name = "KERNEL")]
     pub(crate) skip: Vec<String>,
+    /// Start no kernel before the end of the one before it: for what is left when such launches take the device.
+    #[arg(long)]
+    pub(crate) no_overlap: bool,
     /// Few cases of each kernel, with an allocation for each of their buffers: for NVIDIA's memory checker.
     #[arg(long)]
     pub(crate) small: bool,

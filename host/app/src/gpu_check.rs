@@ -71,7 +71,9 @@ struct Check<'a> {
     types: Vec<KernelType>,
     /// Kernels to pass over.
     passed: Vec<String>,
-    /// Whether a kernel may start while the one before it ends.
+    /// Whether a kernel is to start while the one before it ends, where it can.
+    may_overlap: bool,
+    /// Whether it does.
     overlaps: bool,
     /// The Python that has PyTorch.
     python: PathBuf,
@@ -98,6 +100,7 @@ pub(crate) fn run(args: &GpuCheckArgs, out: &mut dyn Write) -> anyhow::Result<()
         small: args.small,
         types: if args.of.is_empty() { KernelType::value_variants().to_vec() } else { args.of.clone() },
         passed: args.skip.clone(),
+        may_overlap: !args.no_overlap,
         overlaps: false,
         python: args.peers.clone().unwrap_or_else(|| PathBuf::from("python3")),
         budget: args.budget * 1_000_000_000,
@@ -179,7 +182,8 @@ impl Check<'_> {
         self.report.say(&words, json)
     }
 
-    /// Makes the code, all units at once, and says where it came from. Kernels alone need those of their types.
+    /// Makes the code and says where it came from. Kernels alone need those of their types; all units are made, at once, where a run
+    /// after this one finds them.
     fn units(&mut self, gpu: &mut Gpu, kernels_only: bool) -> anyhow::Result<()> {
         let start = self.clock.nanos();
         let few = [Unit::Model(Element::Bf16), Unit::Quantised(Element::Bf16), Unit::Step];
@@ -194,9 +198,10 @@ impl Check<'_> {
             false => !kernels_only || is_asked(unit),
         };
         let units: Vec<Unit> = Unit::ALL.into_iter().filter(is_needed).collect();
+        let (code, found) = (&self.code, &self.gpu);
         std::thread::scope(|threads| {
-            for unit in &units {
-                threads.spawn(|| self.code.prepare(*unit, &self.gpu));
+            for unit in Unit::ALL.into_iter().filter(|unit| code.cache.is_some() || units.contains(unit)) {
+                threads.spawn(move || code.prepare(unit, found));
             }
         });
         let made = self.clock.nanos() - start;
@@ -211,7 +216,7 @@ impl Check<'_> {
         let origins: Vec<(&str, Origin)> = gpu.origins().map(|(unit, origin)| (unit.name(), origin)).collect();
         let listed: Vec<String> = origins.iter().map(|(unit, origin)| format!("{unit} from {origin}")).collect();
         let is_compiled = origins.iter().all(|(_, origin)| *origin != Origin::Ptx);
-        self.overlaps = is_compiled && cuda::Device::overlaps(&self.open(true)?);
+        self.overlaps = self.may_overlap && is_compiled && cuda::Device::overlaps(&self.open(true)?);
         let words = format!(
             "kernels: {}; made in {:.1} s, loaded in {:.1} s",
             listed.join(", "),
@@ -219,7 +224,13 @@ impl Check<'_> {
             loaded as f64 * 1e-9
         );
         self.report.say(&words, json!({"kernels": listed, "made_ns": made, "loaded_ns": loaded}))?;
-        cuda::Device::notes(gpu).iter().try_for_each(|note| self.report.say(note, json!({"note": note})))
+        cuda::Device::notes(gpu).iter().try_for_each(|note| self.report.say(note, json!({"note": note})))?;
+        // Without a compiler that is how it is; with one, most of what is to be seen here would not be.
+        if !is_compiled && !self.code.ptx_only && self.code.compiler(self.gpu.driver).is_ok() {
+            let words = "NVRTC is there, and the kernels are from PTX all the same";
+            self.report.judge(false, words, json!({"compiled": false}))?;
+        }
+        Ok(())
     }
 
     fn open(&self, overlap: bool) -> anyhow::Result<Gpu> {

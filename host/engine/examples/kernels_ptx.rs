@@ -11,7 +11,7 @@ use pointsman_engine::cuda::{COMPILE_OPTIONS, Nvrtc, Output, Unit};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folders: Vec<PathBuf> = std::env::args().skip(1).map(PathBuf::from).collect();
-    let compiler = Nvrtc::find(&folders, u32::MAX).ok_or("no libnvrtc.so found: name its folder as an argument")?;
+    let compiler = Nvrtc::find(&folders, u32::MAX).map_err(|none| format!("{none}: name its folder as an argument"))?;
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda/kernels/ptx");
     let options: Vec<&str> = ["--gpu-architecture=compute_80"].into_iter().chain(COMPILE_OPTIONS).collect();
     for unit in Unit::ALL {

@@ -20,7 +20,7 @@ const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 512];
 const LARGEST: Shape = [512, 14_336, 128_256];
 /// A figure is the median of so many runs of so many launches.
 const RUNS: usize = 7;
-const LAUNCHES: u64 = 128;
+const LAUNCHES: u64 = 32;
 /// Bytes of weights that are gone through: many times what a device's cache holds.
 const POOL_BYTES: u64 = 2 << 30;
 /// What weights are made of: any numbers that are none of the special ones, in every form.
@@ -39,24 +39,22 @@ impl Check<'_> {
         let mut gpu = self.open(self.overlaps)?;
         let n_sms = self.gpu.info.n_sms;
         let mut trial = Trial::new(&mut gpu, form, LARGEST, (POOL_BYTES, WORD))?;
-        for (name, k, n) in PRODUCTS {
-            for rows in ROWS {
-                if self.is_late() {
-                    return self.report.skip("products", 1);
-                }
-                let shape = [rows, k, n];
-                let floor = cuda::weight_bytes(form, shape) as f64 / bandwidth;
-                let ways = cuda::ways(form, n_sms, shape);
-                let times = ways.iter().map(|way| self.time_way(&mut trial, way, shape));
-                let times = times.collect::<anyhow::Result<Vec<f64>>>()?;
-                let listed: Vec<String> = ways.iter().zip(&times).map(|(way, s)| shown(way, *s, floor)).collect();
-                let json: Vec<Value> = ways.iter().zip(&times).map(|(way, s)| told(way, *s)).collect();
-                let words =
-                    format!("{name} in {form}, {rows} rows, floor {:.1} us: {}", floor * 1e6, listed.join(", "));
-                let json = json!({"product": name, "form": form.to_string(), "rows": rows, "floor_seconds": floor,
-                    "ways": json});
-                self.report.say(&words, json)?;
+        let products = PRODUCTS.into_iter().flat_map(|product| ROWS.map(|rows| (product, rows)));
+        for (i, ((name, k, n), rows)) in products.enumerate() {
+            if self.is_late() {
+                return self.report.skip("products", PRODUCTS.len() * ROWS.len() - i);
             }
+            let shape = [rows, k, n];
+            let floor = cuda::weight_bytes(form, shape) as f64 / bandwidth;
+            let ways = cuda::ways(form, n_sms, shape);
+            let times = ways.iter().map(|way| self.time_way(&mut trial, way, shape));
+            let times = times.collect::<anyhow::Result<Vec<f64>>>()?;
+            let listed: Vec<String> = ways.iter().zip(&times).map(|(way, s)| shown(way, *s, floor)).collect();
+            let json: Vec<Value> = ways.iter().zip(&times).map(|(way, s)| told(way, *s)).collect();
+            let words = format!("{name} in {form}, {rows} rows, floor {:.1} us: {}", floor * 1e6, listed.join(", "));
+            let json = json!({"product": name, "form": form.to_string(), "rows": rows, "floor_seconds": floor,
+                "ways": json});
+            self.report.say(&words, json)?;
         }
         Ok(())
     }

@@ -103,6 +103,12 @@ impl<'a> Report<'a> {
         self.judge(false, &words, json!({"uncompared": what, "count": n}))
     }
 
+    /// Comparisons that could not be begun, which is a fault as well.
+    pub(crate) fn uncompared_after(&mut self, what: &str, n: usize, error: &anyhow::Error) -> anyhow::Result<()> {
+        let words = format!("{n} of {what} were not compared: {error:#}");
+        self.judge(false, &words, json!({"uncompared": what, "count": n}))
+    }
+
     /// Figures that there was no time for.
     pub(crate) fn skip(&mut self, what: &str, n: usize) -> anyhow::Result<()> {
         self.skipped += u32::try_from(n).unwrap_or(u32::MAX);

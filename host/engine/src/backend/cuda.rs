@@ -31,7 +31,7 @@ pub use element::{Element, Form};
 pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};
 pub use gpu::{FoundGpu, Gpu, NoGpu, discover};
 pub use monitor::{GpuMonitor, Seen};
-pub use nvrtc::{Nvrtc, NvrtcError, Output};
+pub use nvrtc::{NoNvrtc, Nvrtc, NvrtcError, Output};
 pub use trial::{Shape, Trial, Way, ways, weight_bytes};
 pub use vram::{Advice, Bytes, Footprint, KvWish, VramError, VramFree, VramPlan, VramUse};
 pub use weights::Source;

@@ -14,7 +14,9 @@ use std::process::Command;
 
 use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::cases::{self, CaseRunner, Placement};
-use pointsman_engine::cuda::{self, CodeOptions, Device, DeviceError, FoundGpu, Gpu, Origin, ParityCase, Unit};
+use pointsman_engine::cuda::{
+    self, CodeOptions, Device, DeviceError, FoundGpu, Gpu, Lane, NoNvrtc, Nvrtc, Origin, ParityCase, Rows, Unit,
+};
 
 /// The device's name in the library.
 const NAME: &str = "the shim";
@@ -33,6 +35,18 @@ fn the_backend_works_on_a_driver_that_is_late() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.contains(DONE) && !said.contains("something is left"), "{said}");
+}
+
+#[test]
+fn a_compiler_that_is_newer_than_the_driver_is_named() {
+    let Some(folder) = library::late_compiler() else { return };
+    // As if the driver were older than any, whatever else this machine has.
+    let none = Nvrtc::find(std::slice::from_ref(&folder), 0).err();
+    let found = folder.join("libnvrtc.so").display().to_string();
+    assert_eq!(none, Some(NoNvrtc::TooNew { found, version: (99, 1), newest: 0 }));
+    let told = none.unwrap().to_string();
+    assert!(told.contains("is of CUDA 99.1, and the driver takes no code of CUDA 1 or later"), "{told}");
+    assert_eq!(Nvrtc::find(&[folder], 99).unwrap().version(), (99, 1));
 }
 
 /// Does nothing unless the driver is the library, which it is in the process that the test above starts.
@@ -98,6 +112,12 @@ fn refusals(found: &FoundGpu) {
     let mut words = [0; 16];
     gpu.download(at, &mut words).unwrap();
     assert_eq!(words, [0x0707_0707; 16]);
+    gpu.allocate_lane(Lane::Inputs, 4).unwrap();
+    for beyond in [gpu.send(Lane::Inputs, at, 5), gpu.send_rows(Lane::Inputs, 1, at, Rows { n: 2, words: 2, pitch: 4 })]
+    {
+        let told = beyond.unwrap_err().to_string();
+        assert!(told.contains("5 words of a lane of 4"), "{told}");
+    }
     let lost = gpu.upload(at, &[7; 65]).unwrap_err();
     assert!(lost.is_lost() && lost.to_string().contains("restart the host"), "{lost}");
 }

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::element::Element;
 use super::gpu::FoundGpu;
-use super::nvrtc::{Nvrtc, NvrtcError, Output};
+use super::nvrtc::{NoNvrtc, Nvrtc, NvrtcError, Output};
 
 /// A translation unit of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +187,14 @@ impl Unit {
 }
 
 impl CodeOptions {
+    /// The compiler, for a driver that knows CUDA up to this version.
+    ///
+    /// # Errors
+    /// There is none that would do.
+    pub fn compiler(&self, driver: (u32, u32)) -> Result<Nvrtc, NoNvrtc> {
+        Nvrtc::find(&self.folders, driver.0)
+    }
+
     /// Makes a unit's code for this device ahead of time, so that it is in the cache when it is asked for. Several may be made at
     /// once.
     pub fn prepare(&self, unit: Unit, found: &FoundGpu) {
@@ -199,15 +207,16 @@ impl CodeOptions {
         if self.ptx_only {
             return text("the kernels are taken from PTX, as asked: launches do not overlap".to_owned());
         }
-        let Some(compiler) = Nvrtc::find(&self.folders, target.driver.0) else {
-            return text(
-                "NVRTC was not found: the driver compiles the kernels from PTX for compute capability 8.0, and launches do not \
-                 overlap; --cuda-lib-dir names a folder with libnvrtc.so"
-                    .to_owned(),
-            );
+        let compiler = match self.compiler(target.driver) {
+            Ok(compiler) => compiler,
+            Err(none) => {
+                return text(format!(
+                    "{none}. The driver compiles the kernels from PTX for compute capability 8.0, and launches do not overlap"
+                ));
+            }
         };
         match self.compiled(&compiler, unit, target) {
-            Ok((image, origin)) => Code { image, origin, fallback: Some(ptx()), note: None },
+            Ok((image, origin, note)) => Code { image, origin, fallback: Some(ptx()), note },
             Err(error) => text(format!(
                 "{} does not compile the kernels, the driver does, from PTX, and launches do not overlap: {error}",
                 compiler.found()
@@ -215,8 +224,13 @@ impl CodeOptions {
         }
     }
 
-    /// From the cache, or from the compiler and into the cache.
-    fn compiled(&self, compiler: &Nvrtc, unit: Unit, target: Target) -> Result<(Vec<u8>, Origin), NvrtcError> {
+    /// From the cache, or from the compiler and into the cache; with a note where it cannot be kept.
+    fn compiled(
+        &self,
+        compiler: &Nvrtc,
+        unit: Unit,
+        target: Target,
+    ) -> Result<(Vec<u8>, Origin, Option<String>), NvrtcError> {
         let source = unit.source();
         let (major, minor) = target.capability;
         let arch = format!("--gpu-architecture=sm_{major}{minor}");
@@ -227,13 +241,16 @@ impl CodeOptions {
         if let Some(image) =
             path.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|kept| opened(kept, &label))
         {
-            return Ok((image, Origin::Cache));
+            return Ok((image, Origin::Cache, None));
         }
         let options: Vec<&str> = [arch.as_str()].into_iter().chain(COMPILE_OPTIONS).collect();
         let (image, _) = compiler.compile(&source, &options, Output::Cubin)?;
-        // A cache that cannot be written costs the next start a few seconds and nothing else.
-        let _ = path.map(|path| keep(&path, &sealed(&image, &label)));
-        Ok((image, Origin::Nvrtc))
+        // That costs the next start a few seconds and nothing else.
+        let unkept = path.and_then(|path| Some((keep(&path, &sealed(&image, &label)).err()?, path)));
+        let note = unkept.map(|(error, path)| {
+            format!("compiled kernels cannot be kept in {}, so each load compiles them: {error}", path.display())
+        });
+        Ok((image, Origin::Nvrtc, note))
     }
 }
 

@@ -214,6 +214,15 @@ fn fault(call: &'static str, error: DriverError) -> DeviceError {
     if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
 }
 
+/// Refuses a copy beyond a lane: a fault of this program, which the driver cannot see.
+fn within(call: &'static str, words: usize, lane: usize) -> Result<(), DeviceError> {
+    if words <= lane {
+        return Ok(());
+    }
+    let text = format!("{words} words of a lane of {lane}").into();
+    Err(DeviceError::Driver { call, code: "CUDA_ERROR_INVALID_VALUE".into(), text })
+}
+
 /// Whether the driver answers nothing but the same error for this context from now on, or nothing at all.
 fn is_lost(code: sys::CUresult) -> bool {
     use sys::CUresult as E;
@@ -454,9 +463,10 @@ impl Device for Gpu {
 
     fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError> {
         let Pinned { at, words: all } = self.lanes[lane as usize];
+        within("cuMemcpyHtoDAsync", words, all)?;
         // SAFETY: within the lane, which is pinned and not touched before the next `wait`; the buffer at `to` is as long.
         let copied = unsafe {
-            let from = std::slice::from_raw_parts(at, words.min(all));
+            let from = std::slice::from_raw_parts(at, words);
             result::memcpy_htod_async(to, from, self.stream)
         };
         check("cuMemcpyHtoDAsync", copied)
@@ -465,10 +475,10 @@ impl Device for Gpu {
     fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError> {
         let Rows { n, words, pitch } = rows;
         let Pinned { at, words: all } = self.lanes[lane as usize];
-        let n = n.min(all.saturating_sub(from).checked_div(words).unwrap_or(0));
-        if n == 0 {
+        if n == 0 || words == 0 {
             return Ok(());
         }
+        within("cuMemcpy2DAsync", from + n * words, all)?;
         // SAFETY: within the lane.
         let rows = unsafe { at.add(from) };
         let copy = sys::CUDA_MEMCPY2D {
@@ -497,7 +507,7 @@ impl Device for Gpu {
     fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
         let stream = self.stream;
         let lane = self.lane(Lane::Outputs);
-        let words = words.min(lane.len());
+        within("cuMemcpyDtoHAsync", words, lane.len())?;
         // SAFETY: within the lane, which is pinned and not touched before the next `wait`.
         check("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(&mut lane[..words], from, stream) })
     }

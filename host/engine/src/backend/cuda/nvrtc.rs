@@ -22,6 +22,29 @@ pub struct Nvrtc {
     version: (u32, u32),
 }
 
+/// Why there is no compiler.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoNvrtc {
+    /// Nowhere.
+    #[error("NVRTC was not found (libnvrtc.so, in the folders of --cuda-lib-dir, the usual ones and the loader's)")]
+    NotFound,
+    /// A driver takes no code of a later major version than its own.
+    #[error(
+        "{found} is of CUDA {}.{}, and the driver takes no code of CUDA {} or later; install NVRTC {newest}, or a newer driver",
+        version.0,
+        version.1,
+        newest.saturating_add(1)
+    )]
+    TooNew {
+        /// Where it was found.
+        found: String,
+        /// Its version.
+        version: (u32, u32),
+        /// The newest major version that would do.
+        newest: u32,
+    },
+}
+
 /// Why something did not compile.
 #[derive(Debug, thiserror::Error)]
 pub enum NvrtcError {
@@ -68,12 +91,25 @@ type CreateFn = unsafe extern "C" fn(
 ) -> c_int;
 
 impl Nvrtc {
-    /// Looks in `folders`, then where the loader looks, for one of this major version at most: a driver takes no code of a later one.
-    #[must_use]
-    pub fn find(folders: &[PathBuf], newest: u32) -> Option<Self> {
+    /// Looks in `folders`, then where the loader looks, for one of the major version `newest` at most.
+    ///
+    /// # Errors
+    /// There is none, or what was found first is newer.
+    pub fn find(folders: &[PathBuf], newest: u32) -> Result<Self, NoNvrtc> {
         let in_folders = folders.iter().flat_map(|folder| NAMES.iter().map(move |name| folder.join(name)));
         let candidates = in_folders.filter(|path| path.exists()).chain(NAMES.iter().map(PathBuf::from));
-        candidates.into_iter().find_map(|path| Self::open(&path).filter(|compiler| compiler.version.0 <= newest))
+        let mut none = NoNvrtc::NotFound;
+        for compiler in candidates.filter_map(|path| Self::open(&path)) {
+            let Self { found, version, .. } = &compiler;
+            match (version.0 <= newest, &none) {
+                (true, _) => return Ok(compiler),
+                (false, NoNvrtc::NotFound) => {
+                    none = NoNvrtc::TooNew { found: found.clone(), version: *version, newest };
+                }
+                (false, NoNvrtc::TooNew { .. }) => {}
+            }
+        }
+        Err(none)
     }
 
     fn open(path: &Path) -> Option<Self> {
