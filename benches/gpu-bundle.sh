@@ -19,8 +19,8 @@ cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 # Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then further flags of
 # `pointsman gpu-check`, but for --budget, which is $BUDGET, --json and --of. Each part is a process of its own, because a fault of a
 # kernel takes the process's device with it, and is killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and
-# gpu-check-PART.json for each part, of the kernels for each type. Ends with 0 when all is well, 1 when a comparison failed or did
-# not end, 2 after a wrong flag, 3 where there is no GPU to check.
+# gpu-check-PART.json for each part, of kernels and parity for each type, and -without-THIS for what was run again. Ends with 0 when
+# all is well, 1 when a comparison failed or did not end or NVRTC was of no use, 2 after a wrong flag, 3 where there is no GPU to check.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
@@ -46,7 +46,7 @@ fi
 say() { tee -a "$out/gpu-check.txt"; }
 { echo "commit $(cat "$here/COMMIT")"; date -u; nvidia-smi 2>/dev/null; } | say
 worst=0
-# Beside its parts, for a run to start; the first one makes the kernels' code for all.
+# Beside its parts, for a run to start; most of it for kernels to be compiled, which the first run does for all where it can keep them.
 starts=120
 # NAME of its lines and its file, seconds that each of its parts has, how many there are, and flags.
 run() {
@@ -56,7 +56,7 @@ run() {
   echo "== $name" | say
   timeout -k 10 $((n * seconds + starts)) ${WRAP:-} "$here/pointsman" gpu-check --budget "$seconds" --json "$out/gpu-check-$name.json" "${flags[@]}" "$@" 2>&1 | say
   status="${PIPESTATUS[0]}"
-  starts=40
+  grep -q 'from the cache' "$out/gpu-check-$name.json" 2>/dev/null && starts=40
   [ "$status" = 0 ] || echo "== $name ends with status $status" | say
   # Killed, or not started.
   [ "$status" -lt 124 ] || status=1
@@ -78,14 +78,17 @@ kernels_of() {
     name="kernels-$kind-without-${passed//,/-}"
   done
 }
-# The same once more without launches that overlap, where the device was lost: they come last, or after the first figures.
+# Parts, as `--only` has them, whose launches that overlap come last or after the first figures: without those once more, where the
+# device was lost or the run never ended.
 again_without_overlap() {
-  local name="$1"
+  local name="$1" seconds="$2" n="$3" parts="$4" json="$out/gpu-check-$1.json"
+  shift 4
   rm -f "$out/gpu-check-$name-without-overlap.json"
-  run "$@"
-  grep -q 'device is lost' "$out/gpu-check-$name.json" 2>/dev/null || return
-  shift
-  run "$name-without-overlap" "$@" --no-overlap
+  run "$name" "$seconds" "$n" --only "$parts" "$@"
+  case " $* " in *" --no-overlap "*) return ;; esac
+  if grep -q 'device is lost' "$json" 2>/dev/null || { [ -f "$json" ] && ! grep -q '"verdict"' "$json"; }; then
+    run "$name-without-overlap" "$seconds" 1 --only "${parts%,peers}" "$@" --no-overlap
+  fi
 }
 # The last member of that NAME in a file.
 named() { sed -n "s/.*\"$1\": \"\(.*\)\".*/\1/p" "$2" 2>/dev/null | tail -1; }
@@ -97,9 +100,10 @@ for part in "${parts[@]}"; do
         *) for kind in none bf16 f16 f32; do kernels_of "$kind" "$@"; done ;;
       esac ;;
     # Side by side in one table.
-    ladder) again_without_overlap ladder "$budget" 2 --only "ladder${python:+,peers}" "$@" ;;
+    ladder) again_without_overlap ladder "$budget" 2 "ladder${python:+,peers}" "$@" ;;
     # Of each type on its own, as kernels are.
-    parity) for kind in bf16 f16 f32; do again_without_overlap "parity-$kind" $((budget / 3)) 1 --only parity --of "$kind" "$@"; done ;;
+    parity) for kind in bf16 f16 f32; do again_without_overlap "parity-$kind" $((budget / 3)) 1 parity --of "$kind" "$@"; done ;;
+    products) again_without_overlap products "$budget" 1 products "$@" ;;
     *) run "$part" "$budget" 1 --only "$part" "$@" ;;
   esac
 done

@@ -2,7 +2,8 @@
 //!
 //! One command for a machine that is at hand for minutes: it needs a driver and nothing else, says what it finds as it goes and
 //! keeps the same as JSON. Figures stand beside the floor that a plain streaming read reaches in the same run. The models are
-//! random: speed depends on shapes alone. It ends with a fault when a comparison fails, never because of a figure.
+//! random: speed depends on shapes alone. It ends with a fault when a comparison fails or kernels are not compiled though NVRTC is
+//! there, never because of a figure.
 
 mod parity;
 mod peers;
@@ -199,8 +200,9 @@ impl Check<'_> {
         };
         let units: Vec<Unit> = Unit::ALL.into_iter().filter(is_needed).collect();
         let (code, found) = (&self.code, &self.gpu);
+        let is_kept = code.cache.is_some() && !self.small;
         std::thread::scope(|threads| {
-            for unit in Unit::ALL.into_iter().filter(|unit| code.cache.is_some() || units.contains(unit)) {
+            for unit in Unit::ALL.into_iter().filter(|unit| is_kept || units.contains(unit)) {
                 threads.spawn(move || code.prepare(unit, found));
             }
         });

@@ -101,6 +101,10 @@ impl Check<'_> {
         }
         cases.retain(|(.., case)| self.types.iter().any(|kind| kind.element() == Some(case.form.element)));
         let n_cases = cases.len();
+        if cases.is_empty() {
+            let words = "there are no comparisons with the CPU of these types";
+            return self.report.judge(false, words, json!({"parity": null}));
+        }
         for (i, (name, overlap, case)) in cases.into_iter().enumerate() {
             if self.is_late() {
                 return self.report.uncompared("the comparisons with the CPU", n_cases - i);

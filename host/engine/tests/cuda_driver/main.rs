@@ -113,8 +113,12 @@ fn refusals(found: &FoundGpu) {
     gpu.download(at, &mut words).unwrap();
     assert_eq!(words, [0x0707_0707; 16]);
     gpu.allocate_lane(Lane::Inputs, 4).unwrap();
-    for beyond in [gpu.send(Lane::Inputs, at, 5), gpu.send_rows(Lane::Inputs, 1, at, Rows { n: 2, words: 2, pitch: 4 })]
-    {
+    gpu.allocate_lane(Lane::Outputs, 4).unwrap();
+    for beyond in [
+        gpu.receive(at, 5),
+        gpu.send(Lane::Inputs, at, 5),
+        gpu.send_rows(Lane::Inputs, 1, at, Rows { n: 2, words: 2, pitch: 4 }),
+    ] {
         let told = beyond.unwrap_err().to_string();
         assert!(told.contains("5 words of a lane of 4"), "{told}");
     }

@@ -406,8 +406,9 @@ fn template_source(value: Value) -> Option<String> {
     }
 }
 
-/// Takes the cache of words off a model: the library has it in each thread that encodes, by model, and forgets none of a model that
-/// has gone. [`Words`] has its own.
+/// Has the library keep no words of a model: it does so in each thread that encodes, and forgets none of a model that has gone (an
+/// empty table of each, of some tens of bytes, is left). [`Words`] keeps its own; a text that it does not split, such as one that
+/// is yet to be composed, is worked out word by word.
 fn keep_no_words(tokenizer: &mut Tokenizer) {
     if let ModelWrapper::BPE(model) = tokenizer.get_model() {
         let mut model = model.clone();

@@ -3,7 +3,7 @@
 //! The library keeps the way back from every piece to the original text, for callers that mark words; a prompt does not need
 //! it, and it was a quarter of what the host spent on a short request. So the splitting is done here, on slices of the text,
 //! with the library's expression, and each piece is given to the library's model. Tokenizers of any other form, and texts that
-//! a normalizer may change, go through the library as they are; tests hold both ways to the same tokens.
+//! their normalizer may change, go through the library as they are; tests hold both ways to the same tokens.
 //!
 //! Such expressions end in a lookahead, for spaces before a word, and mostly need an engine that backtracks for its sake alone:
 //! a fifth of the allocations of a short request. So where that end stands it is taken off, and its meaning is three lines of
@@ -25,6 +25,8 @@ use tokenizers::{
     AddedToken, Model as _, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
 };
 
+use unicode_normalization_alignments::{IsNormalized, is_nfc_quick};
+
 use super::detokenize::byte_char;
 
 /// How GPT-2 splits words, where a tokenizer says only that it is byte-level.
@@ -33,10 +35,11 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 /// How such an expression ends: spaces before a word are left to it but for the last, which the word may take.
 const SPACES: &str = r"|\s+(?!\S)|\s+";
 
-/// What words that are kept may take, in bytes: some twenty thousand of a usual length.
+/// What words that are kept may take, in bytes, by an estimate of what each takes: some twenty thousand of a usual length. Beyond it
+/// the least used go.
 const KEPT_BYTES: u64 = 2 << 20;
 
-/// The longest word that is kept, in bytes.
+/// The longest word that is kept, in bytes; the tokens of a longer one are worked out each time.
 const MAX_KEPT: usize = 256;
 
 /// What a byte-level tokenizer does before its model.
@@ -48,8 +51,8 @@ pub(super) struct Words {
     added: Vec<Added>,
     /// The characters that write bytes.
     alphabet: [char; 256],
-    /// Whether text beyond ASCII may be changed first.
-    only_ascii: bool,
+    /// Whether text is brought into NFC first.
+    composes: bool,
     /// What is put around a text, before it and after it.
     around: [Vec<u32>; 2],
 }
@@ -76,7 +79,7 @@ impl Words {
     /// `None` for a tokenizer of another form.
     pub(super) fn of(tokenizer: &Tokenizer) -> Option<Self> {
         let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
-        let only_ascii = match tokenizer.get_normalizer() {
+        let composes = match tokenizer.get_normalizer() {
             None => false,
             Some(NormalizerWrapper::NFC(_)) => true,
             Some(_) => return None,
@@ -96,7 +99,7 @@ impl Words {
             splitter: Splitter::new(pattern(tokenizer.get_pre_tokenizer()?)?)?,
             added: added.into_iter().filter(|added| !added.ids.is_empty()).collect(),
             alphabet: std::array::from_fn(|byte| byte_char(byte as u8)),
-            only_ascii,
+            composes,
             around: around(tokenizer)?,
         })
     }
@@ -108,7 +111,9 @@ impl Words {
         text: &str,
         add_special: bool,
     ) -> Option<tokenizers::Result<Vec<u32>>> {
-        if text.is_empty() || (self.only_ascii && !text.is_ascii()) {
+        // Parts of a text in NFC are in NFC as well.
+        let stays = || is_nfc_quick(text.chars()) == IsNormalized::Yes;
+        if text.is_empty() || (self.composes && !stays()) {
             return None;
         }
         let mut ids = Vec::with_capacity(text.len() / 3 + 4);
@@ -140,7 +145,9 @@ impl Words {
     /// A part without added tokens: the pieces that the expression finds, and what is between them.
     fn split(&self, tokenizer: &Tokenizer, text: &str, ids: &mut Vec<u32>) -> tokenizers::Result<()> {
         let mut written = String::new();
-        let mut piece = |start: usize, end: usize| self.piece(tokenizer, &text[start..end], &mut written, ids);
+        // An expression may find a word that begins behind its end.
+        let of = |start: usize, end: usize| text.get(start..end).unwrap_or_default();
+        let mut piece = |start: usize, end: usize| self.piece(tokenizer, of(start, end), &mut written, ids);
         let mut done = 0;
         let mut word = |(start, end): (usize, usize)| {
             piece(done, start)?;
@@ -191,7 +198,7 @@ impl Words {
 
 impl Weighter<Box<str>, Arc<[u32]>> for Size {
     fn weight(&self, word: &Box<str>, tokens: &Arc<[u32]>) -> u64 {
-        // What the two point to, with the counts of the latter, and their place in the cache.
+        // What the two point to, with the counts of the latter, and about what their place in the cache takes.
         (word.len() + size_of_val(&**tokens) + 16 + 64) as u64
     }
 }

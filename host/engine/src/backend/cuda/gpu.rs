@@ -214,7 +214,7 @@ fn fault(call: &'static str, error: DriverError) -> DeviceError {
     if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
 }
 
-/// Refuses a copy beyond a lane: a fault of this program, which the driver cannot see.
+/// Refuses a copy beyond a lane, as the driver would if it knew where that ends: a fault of this program.
 fn within(call: &'static str, words: usize, lane: usize) -> Result<(), DeviceError> {
     if words <= lane {
         return Ok(());

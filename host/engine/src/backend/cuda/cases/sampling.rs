@@ -393,7 +393,7 @@ fn choose_cases(rng: &mut Rng) -> Vec<Case> {
         Rules { temperature: 0.0, logprobs: 5, ..Rules::default() },
     ];
     let mut cases = Vec::new();
-    for vocab in [5, 1_000, 5_003] {
+    for vocab in [1, 5, 1_000, 2_048, 5_003] {
         let mut row = |i: usize| {
             let seed = rng.next();
             (random_logits(rng, vocab), Rules { seed, index: i as u32, ..kinds[i % kinds.len()].clone() })

@@ -236,7 +236,8 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
         u8 *slot = shared + s * STAGE + M * 128;
-        if (row0 < live && s < tiles) fetch_bytes<N, THREADS>(slot, q, column0, (first + s) * 64);
+        if (row0 >= live) continue;
+        if (s < tiles) fetch_bytes<N, THREADS>(slot, q, column0, (first + s) * 64);
         ((float *)(slot + N * 64))[threadIdx.x] = tile_scale<W, N>(q, column0, (first + s) * 64);
     }
     wait_for_previous();

@@ -255,8 +255,8 @@ DEVICE void find_bin(const u64 *sums, u64 left, u32 *bin, u64 *above) {
     *above = before;
 }
 
-// Adds a candidate's weight to its bin. Called by whole warps: candidates that lie side by side often share a bin, all of them where
-// rank is by id, and a sum of 64 bits in shared memory is a loop that tries until nobody else was quicker. So the lanes of a bin
+// Adds a candidate's weight to its bin. Called by whole warps: candidates that lie side by side often share a bin, mostly where rank is
+// by id, and a sum of 64 bits in shared memory is a loop that tries until nobody else was quicker. So the lanes of a bin
 // add up first and one of them speaks for all; once a bin has a single lane, the others do not look for company.
 DEVICE void add_to_bin(u64 *sums, u32 *counts, bool live, u32 digit, u64 weight) {
     const u32 TURNS = 4;

@@ -17,7 +17,7 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 f
 }
 
 // Which tile a block computes. Blocks begin in the order of their numbers, and those of one tile of columns follow each other, for the
-// sake of the cache: the weight is larger than that, and x is not.
+// sake of the cache: they read the same weight, which is the larger of the two matrices.
 DEVICE u32 tile_row() { return (blockIdx.y * gridDim.x + blockIdx.x) % gridDim.y; }
 DEVICE u32 tile_column() { return (blockIdx.y * gridDim.x + blockIdx.x) / gridDim.y; }
 
