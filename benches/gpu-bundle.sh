@@ -71,8 +71,7 @@ kernels_of() {
     json="$out/gpu-check-$name.json"
     run "$name" $((budget / 4)) 1 --only kernels --of "$kind" ${passed:+--skip "$passed"} "$@"
     lost="$(named lost_at "$json")"
-    # It was killed before it came to its verdict.
-    [ -n "$lost" ] || grep -q '"verdict"' "$json" 2>/dev/null || lost="$(named tried "$json")"
+    [ -n "$lost" ] || has_ended "$json" || lost="$(named tried "$json")"
     [ -n "$lost" ] || return
     passed="${passed:+$passed,}$lost"
     name="kernels-$kind-without-${passed//,/-}"
@@ -86,10 +85,12 @@ again_without_overlap() {
   rm -f "$out/gpu-check-$name-without-overlap.json"
   run "$name" "$seconds" "$n" --only "$parts" "$@"
   case " $* " in *" --no-overlap "*) return ;; esac
-  if grep -q 'device is lost' "$json" 2>/dev/null || { [ -f "$json" ] && ! grep -q '"verdict"' "$json"; }; then
+  if grep -q 'device is lost' "$json" 2>/dev/null || { [ -f "$json" ] && ! has_ended "$json"; }; then
     run "$name-without-overlap" "$seconds" 1 --only "${parts%,peers}" "$@" --no-overlap
   fi
 }
+# Whether the run of a file came to its verdict, and was not killed before.
+has_ended() { grep -q '"verdict"' "$1" 2>/dev/null; }
 # The last member of that NAME in a file.
 named() { sed -n "s/.*\"$1\": \"\(.*\)\".*/\1/p" "$2" 2>/dev/null | tail -1; }
 for part in "${parts[@]}"; do

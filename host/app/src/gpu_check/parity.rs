@@ -113,7 +113,8 @@ impl Check<'_> {
                 Ok(gpu) => Box::new(gpu),
                 // After a fault that took it.
                 Err(error) => {
-                    return self.report.uncompared_after("the comparisons with the CPU", n_cases - i, &error);
+                    let why = format!("{error:#}");
+                    return self.report.uncompared_because("the comparisons with the CPU", n_cases - i, &why);
                 }
             };
             let spec = case.spec()?;

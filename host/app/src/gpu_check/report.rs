@@ -97,15 +97,14 @@ impl<'a> Report<'a> {
         self.say(&format!("{} {words}", if good { "good  " } else { "FAILED" }), json)
     }
 
-    /// Comparisons that there was no time for, which is a fault: nothing is known of them.
+    /// Comparisons that there was no time for.
     pub(crate) fn uncompared(&mut self, what: &str, n: usize) -> anyhow::Result<()> {
-        let words = format!("{n} of {what} were not compared: the time is used up; give more by --budget");
-        self.judge(false, &words, json!({"uncompared": what, "count": n}))
+        self.uncompared_because(what, n, "the time is used up; give more by --budget")
     }
 
-    /// Comparisons that could not be begun, which is a fault as well.
-    pub(crate) fn uncompared_after(&mut self, what: &str, n: usize, error: &anyhow::Error) -> anyhow::Result<()> {
-        let words = format!("{n} of {what} were not compared: {error:#}");
+    /// Comparisons that were not made, which is a fault: nothing is known of them.
+    pub(crate) fn uncompared_because(&mut self, what: &str, n: usize, why: &str) -> anyhow::Result<()> {
+        let words = format!("{n} of {what} were not compared: {why}");
         self.judge(false, &words, json!({"uncompared": what, "count": n}))
     }
 

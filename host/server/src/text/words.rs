@@ -24,7 +24,6 @@ use tokenizers::utils::SysRegex;
 use tokenizers::{
     AddedToken, Model as _, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
 };
-
 use unicode_normalization_alignments::{IsNormalized, is_nfc_quick};
 
 use super::detokenize::byte_char;

@@ -216,7 +216,7 @@ impl CodeOptions {
             }
         };
         match self.compiled(&compiler, unit, target) {
-            Ok((image, origin, note)) => Code { image, origin, fallback: Some(ptx()), note },
+            Ok(code) => Code { fallback: Some(ptx()), ..code },
             Err(error) => text(format!(
                 "{} does not compile the kernels, the driver does, from PTX, and launches do not overlap: {error}",
                 compiler.found()
@@ -225,12 +225,7 @@ impl CodeOptions {
     }
 
     /// From the cache, or from the compiler and into the cache; with a note where it cannot be kept.
-    fn compiled(
-        &self,
-        compiler: &Nvrtc,
-        unit: Unit,
-        target: Target,
-    ) -> Result<(Vec<u8>, Origin, Option<String>), NvrtcError> {
+    fn compiled(&self, compiler: &Nvrtc, unit: Unit, target: Target) -> Result<Code, NvrtcError> {
         let source = unit.source();
         let (major, minor) = target.capability;
         let arch = format!("--gpu-architecture=sm_{major}{minor}");
@@ -241,7 +236,7 @@ impl CodeOptions {
         if let Some(image) =
             path.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|kept| opened(kept, &label))
         {
-            return Ok((image, Origin::Cache, None));
+            return Ok(Code { image, origin: Origin::Cache, fallback: None, note: None });
         }
         let options: Vec<&str> = [arch.as_str()].into_iter().chain(COMPILE_OPTIONS).collect();
         let (image, _) = compiler.compile(&source, &options, Output::Cubin)?;
@@ -250,7 +245,7 @@ impl CodeOptions {
         let note = unkept.map(|(error, path)| {
             format!("compiled kernels cannot be kept in {}, so each load compiles them: {error}", path.display())
         });
-        Ok((image, Origin::Nvrtc, note))
+        Ok(Code { image, origin: Origin::Nvrtc, fallback: None, note })
     }
 }
 
