@@ -36,6 +36,8 @@ use crate::{admin_router, batch, data_router};
 
 /// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that are accepted between two turns of those that there are.
+const ACCEPTED_AT_ONCE: usize = 4;
 
 /// A last moment for connections that are still sending.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(1);
@@ -160,7 +162,8 @@ impl Bounds {
     }
 }
 
-/// Accepts connections until the phase `last`, then waits for those it has.
+/// Accepts connections until the phase `last`, then waits for those it has. A thousand clients that come at once let whoever is
+/// served have a turn after every few of them: else no stream would go on before each of the thousand has been listened to.
 pub(crate) async fn accept(
     plane: &Plane,
     router: Router,
@@ -169,8 +172,11 @@ pub(crate) async fn accept(
     last: Phase,
 ) {
     let mut connections = JoinSet::new();
-    loop {
+    for n in 1usize.. {
         while connections.try_join_next().is_some() {}
+        if n.is_multiple_of(ACCEPTED_AT_ONCE) {
+            tokio::task::yield_now().await;
+        }
         // One waits for a place here, the next ones in the kernel's backlog.
         let next = async {
             let (stream, from) = plane.socket.accept().await?;
