@@ -87,3 +87,35 @@ async fn streams_take_the_places_of_silent_connections() {
         assert_eq!(status(stream).await, "", "it is closed");
     }
 }
+
+#[tokio::test]
+async fn who_is_served_has_turns_while_many_come_at_once() {
+    const N: usize = 64;
+    let Served { data, serving: _serving, stop: _stop, .. } = places(N).await;
+    // The kernel takes them before the host has looked.
+    let clients = (0..N).map(|_| {
+        let mut client = std::net::TcpStream::connect(data).expect("it listens");
+        std::io::Write::write_all(&mut client, HEALTH.as_bytes()).expect("room");
+        client.set_nonblocking(true).expect("a socket");
+        TcpStream::from_std(client).expect("a runtime")
+    });
+    let mut clients: Vec<TcpStream> = clients.collect();
+    let answers = async {
+        for client in &mut clients {
+            assert_eq!(status(client).await, "200");
+        }
+    };
+    let mut turns = 0;
+    let others = async {
+        loop {
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        () = answers => {}
+        () = others => {}
+    }
+    // One after every four of them.
+    assert!(turns >= N / 4, "{turns}");
+}
