@@ -195,6 +195,8 @@ pub(crate) struct EngineSection {
     pub gpu_kv_mib: u32,
     /// Folders to look for NVIDIA's libraries in before the usual ones.
     pub cuda_lib_dirs: Vec<PathBuf>,
+    /// Whether cuBLASLt computes the products of long prompts on a GPU, where it is found and faster than the kernels.
+    pub cublaslt: bool,
     /// How the weights of configured models are kept: `f16`, `q8_0`, `fp8`; each is a variant.
     pub precisions: Vec<String>,
     /// How long an idle encoder waits for more inputs to share a batch.
@@ -437,6 +439,7 @@ impl Default for EngineSection {
             devices: vec!["cpu".to_owned()],
             gpu_kv_mib: 0,
             cuda_lib_dirs: Vec::new(),
+            cublaslt: true,
             precisions: vec!["f16".to_owned()],
             embed_window_ms: 0,
             model_dirs: Vec::new(),

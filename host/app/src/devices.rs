@@ -169,7 +169,7 @@ pub(crate) fn code_options(engine: &EngineSection, data_dir: &Path) -> anyhow::R
     }
     let mut folders = engine.cuda_lib_dirs.clone();
     folders.extend(usual_folders());
-    Ok(CodeOptions { folders, cache: Some(data_dir.join("cuda")), ptx_only: false })
+    Ok(CodeOptions { folders, cache: Some(data_dir.join("cuda")), ptx_only: false, cublaslt: engine.cublaslt })
 }
 
 /// The toolkit's folder, and those of NVIDIA's Python packages.

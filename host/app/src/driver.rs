@@ -372,6 +372,9 @@ impl Driver {
         let scheduled = clock.micros();
         let executed = replica.executor.execute(plan, &mut replica.sampler, output);
         let done = clock.micros();
+        if let Some(note) = replica.executor.take_note() {
+            tracing::warn!(replica = replica.id.0, "{note}");
+        }
         if executed.is_ok() {
             replica.sampler.sampled(plan, output);
         }

@@ -97,7 +97,7 @@ pub(crate) fn run(args: &GpuCheckArgs, out: &mut dyn Write) -> anyhow::Result<()
         report: Report::new(out, args.json.clone()),
         clock: SystemClock::start(),
         gpu,
-        code: CodeOptions { folders, cache, ptx_only: args.ptx },
+        code: CodeOptions { folders, cache, ptx_only: args.ptx, cublaslt: true },
         small: args.small,
         types: if args.of.is_empty() { KernelType::value_variants().to_vec() } else { args.of.clone() },
         passed: args.skip.clone(),

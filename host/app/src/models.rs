@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use anyhow::{Context, bail};
 use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
-    self, CodeOptions, CudaEngine, CudaOptions, Device, Element, Form, FoundGpu, Gpu, KvWish, VramFree,
+    self, CodeOptions, CudaEngine, CudaOptions, Device, DeviceRoom, Element, Form, FoundGpu, Gpu, KvWish, LibraryUse,
+    VramFree,
 };
 use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
@@ -710,22 +711,23 @@ impl<'a> Loader<'a> {
         let name = format!("{}@cuda:{}", source.id, found.ordinal);
         let mut gpu = Gpu::open(found.clone(), self.terms.code.clone(), false).with_context(|| name.clone())?;
         let plan = loop {
-            let free = gpu.memory()?;
-            let plan = |free| cuda::plan_memory(source.spec, &forms, config, (free, found.info.n_sms), wish);
-            let error = match plan(free) {
+            let room = gpu.room()?;
+            let plan = |room| cuda::plan_memory(source.spec, &forms, config, room, wish);
+            let error = match plan(room) {
                 Ok(plan) => break plan,
                 Err(error) => error,
             };
             // Others go for one that fits without them, and for no other.
             let given = self.follower.map_or(0, |follower| follower.could_give(&format!("cuda:{}", found.ordinal)));
-            let fits = plan(VramFree { free: free.free + given, ..free }).is_ok();
+            let memory = VramFree { free: room.memory.free + given, ..room.memory };
+            let fits = plan(DeviceRoom { memory, ..room }).is_ok();
             if given == 0 || !fits || !self.follower.is_some_and(Follow::make_room) {
                 return Err(error).with_context(|| name.clone());
             }
         };
         tracing::info!("{name}: {plan}");
         let config = EngineConfig { n_blocks: plan.n_blocks as usize, ..config };
-        let options = CudaOptions { form: plan.footprint.form, graphs: true };
+        let options = CudaOptions { form: plan.footprint.form, graphs: true, library: LibraryUse::Faster };
         let (all, mut told) = (plan.bytes.weights.max(1), 0);
         let in_file = source.weights.bytes();
         let mut progress = |done: u64| {
@@ -740,6 +742,9 @@ impl<'a> Loader<'a> {
         let mut engine =
             CudaEngine::load(Box::new(gpu), model, config, options, &mut progress).with_context(|| name.clone())?;
         engine.device().notes().iter().for_each(|note| tracing::warn!("{name}: {note}"));
+        if let Some(words) = cuda::GemmChoice::summary(engine.gemm_choices()) {
+            tracing::info!("{name}: by cuBLASLt in long prompts: {words}");
+        }
         let used = engine.memory();
         let memory = wire::DeviceMemory {
             weights: used.weights,

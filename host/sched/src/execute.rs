@@ -122,6 +122,11 @@ pub trait Executor: Send {
         false
     }
 
+    /// What is worth a line in the log, once: a step took a slower way from now on.
+    fn take_note(&mut self) -> Option<String> {
+        None
+    }
+
     /// Whether the device is gone for this process, so that no step will ever succeed again.
     fn is_lost(&self) -> bool {
         false

@@ -83,6 +83,17 @@ impl Check<'_> {
         }
     }
 
+    /// Whether there is cuBLASLt; where it is not, or no GPU any more, that is said.
+    fn has_library(&mut self) -> anyhow::Result<bool> {
+        let why = match self.open(false) {
+            Ok(gpu) if gpu.has_library() => return Ok(true),
+            Ok(gpu) => gpu.notes().join("; "),
+            Err(error) => format!("{error:#}"),
+        };
+        self.report.say(&format!("nothing is compared by cuBLASLt: {why}"), json!({"cublaslt": false, "why": why}))?;
+        Ok(false)
+    }
+
     pub(super) fn parity(&mut self) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = ComputePool::start(cores.min(MOST_THREADS))?;
@@ -94,6 +105,11 @@ impl Check<'_> {
             .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
             .chain(of("launched one by one", false, ParityCase::eager()))
             .chain(of("a long context", false, ParityCase::long()))
+            .chain(of(
+                "prompts by cuBLASLt",
+                false,
+                if self.has_library()? { ParityCase::by_library() } else { Vec::new() },
+            ))
             .collect();
         if self.overlaps {
             cases.extend(of("overlapping launches in graphs", true, ParityCase::all()).step_by(OVERLAPPING));

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use anyhow::bail;
 use pointsman_engine::cuda::{
-    self, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, Form, Gpu, KvWish, Source, Value,
+    self, CudaEngine, CudaOptions, Device, DeviceLaunch, Element, Form, GemmChoice, Gpu, KvWish, LibraryUse, Source,
+    Value,
 };
 use pointsman_engine::{EngineConfig, ModelSpec, Precision};
 use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
@@ -192,15 +193,28 @@ impl Check<'_> {
         let start = self.clock.nanos();
         let spec = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
         let mut gpu = self.open(overlap)?;
-        let place = (gpu.memory()?, self.gpu.info.n_sms);
-        let plan = cuda::plan_memory(&spec, &[form], config(1), place, KvWish::Share(1))?;
-        let options = CudaOptions { form, graphs };
+        let plan = cuda::plan_memory(&spec, &[form], config(1), gpu.room()?, KvWish::Share(1))?;
+        let options = CudaOptions { form, graphs, library: LibraryUse::Faster };
         let config = config(plan.n_blocks as usize);
         let engine = CudaEngine::load(Box::new(gpu), (spec, Source::Random(1)), config, options, &mut |_| {})?;
         let seconds = (self.clock.nanos() - start) as f64 * 1e-9;
+        self.tell_choices(engine.gemm_choices())?;
         let words = format!("8B in {form} is loaded in {seconds:.1} s: {plan}");
         self.report.say(&words, json!({"loaded": {"seconds": seconds, "bytes": engine.memory().sum()}}))?;
         Ok(engine)
+    }
+
+    /// Who computes the products of prompts, and what that was chosen by: `*` is cuBLASLt.
+    fn tell_choices(&mut self, choices: &[GemmChoice]) -> anyhow::Result<()> {
+        let measured = choices.iter().filter(|choice| choice.library.is_some());
+        let (words, json): (Vec<String>, Vec<_>) = measured.map(shown_choice).unzip();
+        if words.is_empty() {
+            return self.report.say("cuBLASLt computes nothing here", json!({"cublaslt": []}));
+        }
+        self.report.say(
+            &format!("products of prompts by cuBLASLt and by kernels, * where cuBLASLt is taken: {}", words.join(", ")),
+            json!({"cublaslt": json}),
+        )
     }
 
     /// The median of a few runs, in seconds.
@@ -275,6 +289,13 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+fn shown_choice(choice: &GemmChoice) -> (String, serde_json::Value) {
+    let mark = if choice.is_library { "*" } else { "" };
+    let GemmChoice { product, up_to, kernels, library, is_library, .. } = choice;
+    let json = json!({"product": product, "up_to": up_to, "seconds": library, "kernels": kernels, "taken": is_library});
+    (format!("{choice}{mark}"), json)
 }
 
 /// In seconds, of nanoseconds.

@@ -13,7 +13,7 @@ typedef unsigned long long Address;
 typedef std::vector<std::function<void()>> Work;
 
 enum : Result { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-    UNSUPPORTED_PTX_VERSION = 222, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, IN_A_CAPTURE = 900 };
+    UNSUPPORTED_PTX_VERSION = 222, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700, IN_A_CAPTURE = 900 };
 
 struct Stream {
     Work work;
@@ -47,9 +47,9 @@ static void *current_context;
 static std::set<Stream *> streams;
 static std::map<Address, size_t> memory;
 static size_t taken;
-// Modules, graphs and pinned memory that exist.
+// Modules, graphs, events, pinned memory and what the library of products has made, that exist.
 static int others;
-static uint64_t n_launches;
+static uint64_t n_launches, n_done;
 
 static Result refuse(const char *what, Result code) {
     fprintf(stderr, "driver: %s: %d\n", what, code);
@@ -59,7 +59,10 @@ static Result refuse(const char *what, Result code) {
 static void finish(Work &work) {
     Work now;
     std::swap(now, work);
-    for (auto &one : now) one();
+    for (auto &one : now) {
+        one();
+        n_done++;
+    }
 }
 
 static void finish_all() {
@@ -357,6 +360,42 @@ Result cuGraphLaunch(Work *graph, Stream *stream) {
     stream->work.insert(stream->work.end(), graph->begin(), graph->end());
     return SUCCESS;
 }
+
+// === Events ===
+//
+// Time is what has been done on any stream.
+
+struct Event {
+    uint64_t at;
+};
+
+Result cuEventCreate(Event **to, unsigned) {
+    NOT_CAPTURING;
+    *to = new Event{~0ull};
+    others++;
+    return SUCCESS;
+}
+
+Result cuEventDestroy_v2(Event *event) {
+    others--;
+    delete event;
+    return SUCCESS;
+}
+
+Result cuEventRecord(Event *event, Stream *stream) {
+    IN_CONTEXT;
+    event->at = ~0ull;
+    return add(stream, [=] { event->at = n_done; });
+}
+
+Result cuEventElapsedTime(float *milliseconds, Event *start, Event *end) {
+    IN_CONTEXT;
+    if (start->at == ~0ull || end->at == ~0ull) return refuse(__func__, NOT_READY);
+    *milliseconds = (float)(end->at - start->at);
+    return SUCCESS;
+}
+
+// === Launches ===
 
 Result cuLaunchKernelEx(const LaunchConfig *c, Function *function, void **parameters, void **) {
     IN_CONTEXT;

@@ -1,6 +1,8 @@
-//! Libraries with the names of NVIDIA's: a driver whose device is the shim, and a compiler of a later version.
+//! Libraries with the names of NVIDIA's: a driver whose device is the shim, with products that a library computes on it, and a
+//! compiler of a later version.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
 use crate::shim::{built, lined, program};
@@ -19,9 +21,26 @@ const OPTIONS: [&str; 9] = [
 
 /// The folder of the driver; `None`, and a line that says so, without a C++ compiler.
 pub(crate) fn folder() -> Option<PathBuf> {
-    let text = program() + &lined(&("driver.cpp", include_str!("driver.cpp")));
+    let parts = [("driver.cpp", include_str!("driver.cpp")), ("cublaslt.cpp", include_str!("cublaslt.cpp"))];
+    let text = program() + &parts.iter().map(lined).collect::<String>();
     // The name that the loader is asked for.
-    as_library("cuda-driver", &text, "libcuda.so.1")
+    let folder = as_library("cuda-driver", &text, "libcuda.so.1")?;
+    // The same file, so that the loader has one of them: both know the same streams.
+    let products = folder.join("libcublasLt.so.13");
+    let _ = fs::remove_file(&products);
+    symlink("libcuda.so.1", products).unwrap();
+    Some(folder)
+}
+
+/// Products that the library has been asked for, in the process that has it.
+#[expect(unsafe_code, reason = "the library's own count of them")]
+pub(crate) fn multiplied() -> u64 {
+    // SAFETY: the file is the one made above, where it is already loaded, and its function takes nothing.
+    unsafe {
+        let library = libloading::Library::new("libcublasLt.so.13").unwrap();
+        let count = library.get::<unsafe extern "C" fn() -> u64>(b"shim_multiplied\0").unwrap();
+        count()
+    }
 }
 
 /// The folder of an NVRTC of CUDA 99.1, which can say that and nothing else.

@@ -15,7 +15,8 @@ use std::process::Command;
 use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::cases::{self, CaseRunner, Placement};
 use pointsman_engine::cuda::{
-    self, CodeOptions, Device, DeviceError, FoundGpu, Gpu, Lane, NoNvrtc, Nvrtc, Origin, ParityCase, Rows, Unit,
+    self, CodeOptions, Device, DeviceError, FoundGpu, Gemm, GemmOutput, Gpu, Lane, NoNvrtc, Nvrtc, Origin, ParityCase,
+    Rows, Unit,
 };
 
 /// The device's name in the library.
@@ -59,6 +60,7 @@ fn in_the_other_process() {
     let before = free(&mut keeper);
     kernels(&found);
     steps(&found);
+    products(&found);
     refusals(&found);
     assert_eq!(free(&mut keeper), before);
     say_done();
@@ -70,7 +72,7 @@ fn say_done() {
 }
 
 fn open(found: &FoundGpu) -> Gpu {
-    let code = CodeOptions { ptx_only: true, ..CodeOptions::default() };
+    let code = CodeOptions { ptx_only: true, cublaslt: true, ..CodeOptions::default() };
     Gpu::open(found.clone().supported().unwrap(), code, true).unwrap()
 }
 
@@ -98,6 +100,29 @@ fn steps(found: &FoundGpu) {
         let parity = case.run(Box::new(open(found)), &pool).unwrap();
         assert!(parity.is_good(), "{parity}");
     }
+}
+
+/// Prompts whose products a library computes.
+fn products(found: &FoundGpu) {
+    let pool = ComputePool::start(1).unwrap();
+    let run = |case: &ParityCase, rows: &[usize]| {
+        let before = library::multiplied();
+        let case = ParityCase { rows: rows.to_vec(), prompts: vec![41; 3], step_tokens: 128, ..case.clone() };
+        let parity = case.run(Box::new(open(found)), &pool).unwrap();
+        assert!(parity.is_good(), "{parity}");
+        library::multiplied() - before
+    };
+    for case in ParityCase::by_library().into_iter().take(3) {
+        // Four products of two layers, in one step of three prompts: what a load alone tries is the same.
+        assert_eq!(run(&case, &[3]), run(&case, &[1]) + 8);
+    }
+    let mut gpu = open(found);
+    gpu.enter().unwrap();
+    let gemm = Gemm { element: cuda::Element::Bf16, k: 64, n: 32, output: GemmOutput::AddToF32 };
+    assert_eq!(gpu.gemms(&gemm, 100, 1 << 20).unwrap().len(), 2, "the third cannot be taken");
+    assert!(gpu.notes().is_empty(), "{:?}", gpu.notes());
+    gpu.start_timer().unwrap();
+    assert_eq!(gpu.stop_timer().unwrap(), 0.001, "the event itself");
 }
 
 /// Faults that leave the device usable, and one that says it is lost.

@@ -1,8 +1,13 @@
 //! The kernels' shim as a device: a process that keeps the memory and runs launches at once, in order.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use pointsman_engine::cuda::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Rows, Value, VramFree};
+use pointsman_engine::cuda::{
+    Device, DeviceError, DeviceInfo, DeviceLaunch, Element, Gemm, GemmAddresses, GemmId, GemmOutput, GraphId, Lane,
+    Rows, Value, VramFree,
+};
 
 use crate::shim::{Arg, Launch, Shim};
 
@@ -29,6 +34,30 @@ pub(crate) struct ShimDevice {
     pub(crate) refuses: Option<u64>,
     /// Lanes that a copy reads or writes until the next wait.
     in_flight: [bool; 3],
+    pub(crate) library: Option<ShimLibrary>,
+    /// What has been computed since the timer was started; a launch counts 1.
+    work: f64,
+}
+
+/// A library of products that computes them number by number.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ShimLibrary {
+    /// Of a product by each algorithm that it advises, in launches; none is of one that is refused.
+    cost: Vec<Option<f64>>,
+    /// Products computed.
+    pub(crate) computed: Arc<AtomicUsize>,
+    /// The algorithm of the last of them.
+    pub(crate) last: Arc<AtomicUsize>,
+    /// It computes no more.
+    pub(crate) refuses: Arc<AtomicBool>,
+    /// All that it was asked for.
+    gemms: Vec<Gemm>,
+}
+
+impl ShimLibrary {
+    pub(crate) fn of(cost: &[Option<f64>]) -> Self {
+        Self { cost: cost.to_vec(), ..Self::default() }
+    }
 }
 
 impl ShimDevice {
@@ -47,7 +76,34 @@ impl ShimDevice {
             fails_after: None,
             refuses: None,
             in_flight: [false; 3],
+            library: None,
+            work: 0.0,
         })
+    }
+
+    fn numbers(&mut self, at: u64, element: Element, n: usize) -> Vec<f64> {
+        let mut bytes = vec![0; n * element.bytes()];
+        self.shim.read(at, &mut bytes);
+        element.decode(&bytes)
+    }
+
+    /// The product, from memory to memory.
+    fn compute(&mut self, gemm: &Gemm, rows: usize, at: GemmAddresses) {
+        let Gemm { element, k, n, output } = *gemm;
+        let to = if output == GemmOutput::Store { element } else { Element::F32 };
+        let (w, x) = (self.numbers(at.w, element, n * k), self.numbers(at.x, element, rows * k));
+        let mut y = match output {
+            GemmOutput::AddToF32 => self.numbers(at.y, to, rows * n),
+            _ => vec![0.0; rows * n],
+        };
+        for (y, x) in y.chunks_mut(n).zip(x.chunks(k)) {
+            for (y, w) in y.iter_mut().zip(w.chunks(k)) {
+                *y += w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
+            }
+        }
+        self.shim.write(at.y, &to.encode(&y));
+        // It may write all that it was given.
+        self.shim.write(at.workspace, &vec![0xff; at.workspace_bytes as usize]);
     }
 
     fn lost(text: &str) -> DeviceError {
@@ -56,6 +112,7 @@ impl ShimDevice {
 
     fn run(&mut self, (kernel, grid, block, shared, args): &Recorded) -> Result<(), DeviceError> {
         self.seed += 1;
+        self.work += 1.0;
         if self.fails_after.is_some_and(|last| self.seed > last) {
             return Err(Self::lost("as asked"));
         }
@@ -170,6 +227,42 @@ impl Device for ShimDevice {
             None => self.run(&recorded)?,
         }
         Ok(())
+    }
+
+    fn has_library(&self) -> bool {
+        self.library.is_some()
+    }
+
+    fn gemms(&mut self, gemm: &Gemm, _: usize, _: u64) -> Result<Vec<GemmId>, DeviceError> {
+        let Some(library) = &mut self.library else { return Ok(Vec::new()) };
+        let first = library.gemms.len() * library.cost.len();
+        library.gemms.push(*gemm);
+        Ok((first..first + library.cost.len()).map(GemmId).collect())
+    }
+
+    fn multiply(&mut self, id: GemmId, rows: usize, at: GemmAddresses) -> Result<(), DeviceError> {
+        assert!(self.capturing.is_none(), "the library's products are not captured");
+        let library = self.library.clone().expect("it advised an algorithm");
+        let algorithm = id.0 % library.cost.len();
+        let refused = library.refuses.load(Ordering::Relaxed);
+        let Some(cost) = library.cost[algorithm].filter(|_| !refused) else {
+            return Err(DeviceError::Library { call: "multiply", code: 15, text: "as asked" });
+        };
+        self.compute(&library.gemms[id.0 / library.cost.len()], rows, at);
+        self.work += cost;
+        library.computed.fetch_add(1, Ordering::Relaxed);
+        library.last.store(algorithm, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn start_timer(&mut self) -> Result<(), DeviceError> {
+        self.work = 0.0;
+        Ok(())
+    }
+
+    fn stop_timer(&mut self) -> Result<f64, DeviceError> {
+        self.wait()?;
+        Ok(self.work)
     }
 
     fn captures(&self) -> bool {

@@ -9,6 +9,7 @@
 #[path = "../engine/common.rs"]
 mod common;
 mod device;
+mod library;
 #[path = "../cuda_kernels/shim.rs"]
 mod shim;
 mod steps;

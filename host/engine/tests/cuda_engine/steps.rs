@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pointsman_engine::cuda::cases::{self, Call, Case, CaseRunner, Given, Placement};
 use pointsman_engine::cuda::{
-    CudaEngine, CudaError, CudaOptions, Element, Form, Parity, ParityCase, Source, put_on_grid,
+    CudaEngine, CudaError, CudaOptions, Element, Form, LibraryUse, Parity, ParityCase, Source, put_on_grid,
 };
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
 use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
@@ -18,20 +18,24 @@ use crate::common::{Rng, Sequence, Step, blocks, serialize, tensors, with_heads}
 use crate::device::ShimDevice;
 
 /// Small, with everything that has a shape of its own: grouped heads, a vocabulary and a width of odd sizes, a head of its own.
-fn spec(head_dim: usize, tied: bool) -> ModelSpec {
+pub(crate) fn spec(head_dim: usize, tied: bool) -> ModelSpec {
     ModelSpec { layers: 2, context: 128, tied, ..with_heads(6, 2, head_dim) }
 }
 
-const CONFIG: EngineConfig =
+pub(crate) const CONFIG: EngineConfig =
     EngineConfig { n_blocks: 40, block_tokens: 16, max_step_tokens: 96, max_rows: 12, context_tokens: 128 };
 
-/// The same model on both backends; `None` without a C++ compiler.
-fn engines(spec: &ModelSpec, element: Element, graphs: bool) -> Option<(CpuEngine, CudaEngine)> {
-    let dtype = match element {
+pub(crate) fn dtype_of(element: Element) -> Dtype {
+    match element {
         Element::F32 => Dtype::F32,
         Element::F16 => Dtype::F16,
         Element::Bf16 => Dtype::BF16,
-    };
+    }
+}
+
+/// The same model on both backends; `None` without a C++ compiler.
+fn engines(spec: &ModelSpec, element: Element, graphs: bool) -> Option<(CpuEngine, CudaEngine)> {
+    let dtype = dtype_of(element);
     let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, 7), dtype)).unwrap();
     assert_eq!(weights.stored(), Some(element));
     engines_of(spec, &weights, (element.into(), Precision::F16), graphs)
@@ -45,7 +49,7 @@ fn engines_of(
     graphs: bool,
 ) -> Option<(CpuEngine, CudaEngine)> {
     let device = Box::new(ShimDevice::start()?);
-    let options = CudaOptions { form, graphs };
+    let options = CudaOptions { form, graphs, library: LibraryUse::Faster };
     let mut seen = 0;
     let cuda =
         CudaEngine::load(device, (spec.clone(), Source::Files(weights)), CONFIG, options, &mut |done| seen = done)
@@ -57,18 +61,18 @@ fn engines_of(
     Some((cpu, cuda))
 }
 
-fn execute(engine: &mut dyn Executor, plan: &StepPlan, edits: &mut dyn EditSource) -> Vec<Sampled> {
+pub(crate) fn execute(engine: &mut dyn Executor, plan: &StepPlan, edits: &mut dyn EditSource) -> Vec<Sampled> {
     let mut out = StepOutput::default();
     engine.execute(plan, edits, &mut out).unwrap();
     out.sampled
 }
 
-fn tokens(sampled: &[Sampled]) -> Vec<u32> {
+pub(crate) fn tokens(sampled: &[Sampled]) -> Vec<u32> {
     sampled.iter().map(|sampled| sampled.token).collect()
 }
 
 /// Largest difference of the logits of the last step's row `i`, relative to the largest of them.
-fn difference(cpu: &CpuEngine, cuda: &mut CudaEngine, i: usize) -> f32 {
+pub(crate) fn difference(cpu: &CpuEngine, cuda: &mut CudaEngine, i: usize) -> f32 {
     let (expect, found) = (cpu.logits(i), cuda.logits(i).unwrap());
     assert_eq!(expect.len(), found.len());
     let largest = expect.iter().fold(0.0f32, |max, x| max.max(x.abs()));
@@ -271,7 +275,7 @@ fn rules_edits_and_log_probabilities_are_those_of_the_cpu() {
 fn without_graphs(device: ShimDevice) -> (CudaEngine, Step) {
     let spec = spec(64, true);
     let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
-    let options = CudaOptions { form: Element::F32.into(), graphs: false };
+    let options = CudaOptions { form: Element::F32.into(), graphs: false, library: LibraryUse::Faster };
     let model = (spec, Source::Files(&weights));
     let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
     let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
@@ -310,7 +314,7 @@ fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
     let Some(device) = ShimDevice::start() else { return };
     let odd = spec(160, true);
     let weights = Weights::from_bytes(serialize(&tensors(&odd, Dtype::F32, 7), Dtype::F32)).unwrap();
-    let options = CudaOptions { form: Element::F32.into(), graphs: true };
+    let options = CudaOptions { form: Element::F32.into(), graphs: true, library: LibraryUse::Faster };
     let error =
         CudaEngine::load(Box::new(device), (odd, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap_err();
     assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
@@ -381,7 +385,8 @@ fn single_kernels_are_checked_on_a_device() {
 fn random_numbers_fill_every_matrix() {
     for (tied, precision) in [(false, Precision::F16), (true, Precision::Q8_0), (false, Precision::Fp8)] {
         let Some(device) = ShimDevice::start() else { return };
-        let options = CudaOptions { form: Form { element: Element::Bf16, precision }, graphs: true };
+        let options =
+            CudaOptions { form: Form { element: Element::Bf16, precision }, graphs: true, library: LibraryUse::Faster };
         let model = (spec(64, tied), Source::Random(3));
         let mut cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
         let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };

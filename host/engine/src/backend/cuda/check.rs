@@ -19,6 +19,7 @@ use safetensors::{Dtype, SafeTensorError};
 use super::device::{Device, DeviceError};
 use super::element::{Element, Form};
 use super::engine::{CudaEngine, CudaError, CudaOptions};
+use super::tune::LibraryUse;
 use super::weights::Source;
 use crate::backend::cpu::{ComputePool, CpuEngine, Model, Precision};
 use crate::backend::{ConfigError, EngineConfig};
@@ -36,8 +37,12 @@ pub struct ParityCase {
     pub prompts: Vec<usize>,
     /// Rows of the decode steps, one after the other.
     pub rows: Vec<usize>,
+    /// Tokens of a step, at most.
+    pub step_tokens: usize,
     /// Replay captured graphs.
     pub graphs: bool,
+    /// Products of many rows by the device's library.
+    pub library: LibraryUse,
     /// Of the random weights.
     pub seed: u64,
 }
@@ -101,13 +106,17 @@ pub enum ParityError {
     /// A step failed.
     #[error(transparent)]
     Step(#[from] ExecuteError),
+    /// The device's library was to compute products, and computes none.
+    #[error("cuBLASLt computes nothing: {0}")]
+    NoLibrary(String),
     /// Logits could not be read.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
 
-/// Most tokens of a step, and positions of a page.
+/// Most tokens of a step; of one whose products are computed in parts; positions of a page.
 const STEP_TOKENS: usize = 512;
+const LONG_STEP_TOKENS: usize = 1_536;
 const BLOCK_TOKENS: usize = 16;
 
 /// Rows that are prefilled together.
@@ -162,7 +171,9 @@ impl ParityCase {
             form: form.into(),
             prompts: (0..96).map(|i| 1 + i * 7 % 41).collect(),
             rows: vec![1, 2, 3, 7, 9, 17, 33, 64, 70, 96],
+            step_tokens: STEP_TOKENS,
             graphs,
+            library: LibraryUse::Faster,
             seed: 7,
         }
     }
@@ -201,6 +212,19 @@ impl ParityCase {
         [(SHAPES[0], F32, Q8_0), (SHAPES[1], F32, Fp8), (SHAPES[1], Bf16, Q8_0), (SHAPES[0], F16, Fp8)].map(of).into()
     }
 
+    /// Steps with prompts whose products the device's library computes, some in parts.
+    #[must_use]
+    pub fn by_library() -> Vec<Self> {
+        let of = |(shape, element)| Self {
+            prompts: vec![66; TOGETHER],
+            step_tokens: LONG_STEP_TOKENS,
+            library: LibraryUse::Always,
+            ..Self::short(shape, element, true)
+        };
+        use Element::{Bf16, F16, F32};
+        [(SHAPES[0], F32), (SHAPES[0], F16), (SHAPES[1], Bf16), (SHAPES[2], Bf16), (SHAPES[7], F16)].map(of).into()
+    }
+
     /// Compares the device with the CPU.
     ///
     /// # Errors
@@ -211,13 +235,13 @@ impl ParityCase {
         let config = EngineConfig {
             n_blocks: n_rows * spec.context.div_ceil(BLOCK_TOKENS),
             block_tokens: BLOCK_TOKENS,
-            max_step_tokens: STEP_TOKENS,
+            max_step_tokens: self.step_tokens,
             max_rows: n_rows,
             context_tokens: spec.context,
         };
         let weights = Weights::from_bytes(random_weights(&spec, self.form, self.seed)?)?;
         let model = Arc::new(Model::load(spec.clone(), &weights, Precision::F16)?);
-        let options = CudaOptions { form: self.form, graphs: self.graphs };
+        let options = CudaOptions { form: self.form, graphs: self.graphs, library: self.library };
         let source = (spec.clone(), Source::Files(&weights));
         let mut pair = Pair {
             cpu: CpuEngine::new(model, pool.clone(), config)?,
@@ -225,6 +249,10 @@ impl ParityCase {
             rules: rules(),
             parity: Parity::of(self.form.element),
         };
+        let is_by_library = pair.cuda.gemm_choices().iter().any(|choice| choice.is_library);
+        if self.library == LibraryUse::Always && !is_by_library {
+            return Err(ParityError::NoLibrary(pair.cuda.take_note().unwrap_or_default()));
+        }
         let mut sequences: Vec<Sequence> =
             self.prompts.iter().enumerate().map(|(i, &len)| Sequence::new(i, len, spec.context)).collect();
         let most = self.rows.iter().copied().max().unwrap_or(1).min(n_rows);
@@ -359,7 +387,7 @@ impl Pair {
     /// The tokens of these sequences that are not computed yet, as many as fit; pages of neighbours alternate.
     fn plan(&self, rows: Range<usize>, sequences: &[Sequence]) -> StepPlan {
         let mut plan = StepPlan::default();
-        let share = STEP_TOKENS / rows.len().max(1);
+        let share = self.cuda.config().max_step_tokens / rows.len().max(1);
         for i in rows {
             let Sequence { tokens, prompt, computed, pages } = &sequences[i];
             let n = (tokens.len() - computed).min(share);

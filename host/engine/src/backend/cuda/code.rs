@@ -27,12 +27,14 @@ pub enum Unit {
 /// Where code comes from.
 #[derive(Clone, Debug, Default)]
 pub struct CodeOptions {
-    /// Folders in which NVRTC is looked for before the loader's.
+    /// Folders in which NVIDIA's libraries are looked for before the loader's.
     pub folders: Vec<PathBuf>,
     /// Where compiled code is kept.
     pub cache: Option<PathBuf>,
     /// Take the text in the binary even where there is a compiler.
     pub ptx_only: bool,
+    /// Look for cuBLASLt, for products of long prompts.
+    pub cublaslt: bool,
 }
 
 /// Where a unit's code came from.

@@ -4,8 +4,9 @@
 //! the CPU. Everything with a lifetime (allocations, pinned memory, graphs) belongs to the device and goes with it.
 
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::element::Element;
 use super::vram::VramFree;
 
 /// A device's description.
@@ -17,6 +18,17 @@ pub struct DeviceInfo {
     pub n_sms: u32,
     /// Compute capability.
     pub capability: (u32, u32),
+}
+
+/// What a device has for a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceRoom {
+    /// Its memory.
+    pub memory: VramFree,
+    /// Multiprocessors.
+    pub n_sms: u32,
+    /// Whether it has a library of products.
+    pub has_library: bool,
 }
 
 /// Host memory from which and into which a step is copied.
@@ -69,6 +81,47 @@ pub enum Value {
     F32(f32),
 }
 
+/// What a library does with the result of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GemmOutput {
+    /// Stores it in the type of its inputs.
+    Store,
+    /// Adds it to what is there, in `f32`.
+    AddToF32,
+}
+
+/// A product `y = x * w^T`: `x` of some rows by `k`, `w` of `n` by `k`, `y` of as many rows by `n`, all row-major and without gaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gemm {
+    /// Type of `x` and `w`. Sums are in `f32`.
+    pub element: Element,
+    /// What is summed over.
+    pub k: usize,
+    /// Rows of the weight.
+    pub n: usize,
+    /// Where the result goes.
+    pub output: GemmOutput,
+}
+
+/// An algorithm of a device's library for a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemmId(pub usize);
+
+/// Addresses of a product's matrices, and bytes that a library may write beside them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemmAddresses {
+    /// The weight.
+    pub w: u64,
+    /// What it is multiplied by.
+    pub x: u64,
+    /// The result.
+    pub y: u64,
+    /// Aligned to 256 bytes.
+    pub workspace: u64,
+    /// Of these, so many.
+    pub workspace_bytes: u64,
+}
+
 /// A captured sequence of launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GraphId(pub usize);
@@ -107,6 +160,16 @@ pub enum DeviceError {
         code: Arc<str>,
         /// The same in words.
         text: Arc<str>,
+    },
+    /// NVIDIA's library refused a product, which was not computed.
+    #[error("cuBLASLt: {call} failed with {code} ({text})")]
+    Library {
+        /// The library's function.
+        call: &'static str,
+        /// Its status.
+        code: i32,
+        /// The same in words.
+        text: &'static str,
     },
     /// A kernel is not in the code that was loaded: a fault of the build.
     #[error("the kernels that were loaded lack {entry}; rebuild them")]
@@ -196,6 +259,48 @@ pub trait Device: Send + Debug {
     /// The driver's.
     fn launch(&mut self, launch: &DeviceLaunch<'_>) -> Result<(), DeviceError>;
 
+    /// Whether it has a library of products.
+    fn has_library(&self) -> bool {
+        false
+    }
+
+    /// What a model has to share.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn room(&mut self) -> Result<DeviceRoom, DeviceError> {
+        Ok(DeviceRoom { memory: self.memory()?, n_sms: self.info().n_sms, has_library: self.has_library() })
+    }
+
+    /// A library's algorithms for a product of up to so many rows, the likeliest first; each needs at most so many bytes of
+    /// workspace. None where the device has no library.
+    ///
+    /// # Errors
+    /// The library's.
+    fn gemms(&mut self, _gemm: &Gemm, _rows: usize, _workspace_bytes: u64) -> Result<Vec<GemmId>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    /// Computes a product of exactly so many rows by one of these algorithms. Never while a capture is on.
+    ///
+    /// # Errors
+    /// The library's.
+    fn multiply(&mut self, id: GemmId, _rows: usize, _at: GemmAddresses) -> Result<(), DeviceError> {
+        Err(DeviceError::NoKernel { entry: format!("product {}", id.0) })
+    }
+
+    /// From here on the device looks at its clock.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn start_timer(&mut self) -> Result<(), DeviceError>;
+
+    /// Waits for everything, and tells the seconds that what was launched since `start_timer` took on the device.
+    ///
+    /// # Errors
+    /// The driver's, and a fault of anything before.
+    fn stop_timer(&mut self) -> Result<f64, DeviceError>;
+
     /// Whether launches can be captured.
     fn captures(&self) -> bool;
 
@@ -233,6 +338,13 @@ pub trait Device: Send + Debug {
     /// # Errors
     /// A fault of anything before.
     fn wait(&mut self) -> Result<(), DeviceError>;
+}
+
+/// Held by who records launches, and by who waits for all that a context does, as a library does when it goes: the driver refuses
+/// such a wait while anybody records, and ends the recording.
+pub(super) fn in_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Entry points that were loaded one by one, by number.

@@ -10,12 +10,15 @@ use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 use pointsman_sched::sampler::{Edit, EditSource};
 
 use super::bucket::{Buckets, StepShape};
-use super::device::{Device, DeviceError, DeviceLaunch, GraphId, Lane, Rows, Value};
+use super::device::{
+    Device, DeviceError, DeviceLaunch, DeviceRoom, GemmAddresses, GemmId, GraphId, Lane, Rows, Value, in_turn,
+};
 use super::element::Form;
-use super::launch::{Arg, Extent, LaunchPlan};
+use super::launch::{Arg, Extent, Kernel, LaunchPlan};
 use super::layout::{ALIGN, Buffer, Owner, Sizes};
 use super::step::{check_lists, extent_of, output_words, read_outputs, write_inputs, write_rules};
-use super::vram::{Footprint, KvWish, VramError, VramFree, VramPlan, VramUse, recommend};
+use super::tune::{GemmChoice, GemmChoices, LibraryUse, Tuner};
+use super::vram::{Footprint, KvWish, VramError, VramPlan, VramUse, recommend};
 use super::weights::{Packer, Source};
 use crate::backend::cpu::Precision;
 use crate::backend::{ConfigError, EngineConfig};
@@ -64,6 +67,8 @@ pub struct CudaOptions {
     pub form: Form,
     /// Capture the decode step of each bucket as a graph, where the device can.
     pub graphs: bool,
+    /// Products of many rows by the device's library.
+    pub library: LibraryUse,
 }
 
 /// Computes step plans on a device.
@@ -83,6 +88,8 @@ pub struct CudaEngine {
     used: VramUse,
     /// The first fault after which nothing works.
     lost: Option<Arc<str>>,
+    /// For the log.
+    note: Option<String>,
 }
 
 /// A bucket's graphs: the forward pass and the choice of tokens.
@@ -108,7 +115,8 @@ impl CudaEngine {
     ) -> Result<Self, CudaError> {
         config.check(&spec)?;
         check_spec(&spec)?;
-        let sizes = Sizes { spec, form: options.form, config, n_sms: device.info().n_sms };
+        let (n_sms, has_library, choices) = (device.info().n_sms, device.has_library(), GemmChoices::default());
+        let sizes = Sizes { spec, form: options.form, config, n_sms, has_library, choices };
         device.enter()?;
         let entries: Vec<(usize, String)> = sizes.entries().map(|(kernel, entry)| (kernel as usize, entry)).collect();
         device.load(&entries)?;
@@ -126,9 +134,11 @@ impl CudaEngine {
             last: None,
             used,
             lost: None,
+            note: None,
             sizes,
         };
         engine.warm_up()?;
+        engine.tune(options.library)?;
         if options.graphs && engine.device.captures() {
             engine.capture()?;
         }
@@ -159,6 +169,12 @@ impl CudaEngine {
         self.sizes.form
     }
 
+    /// What computes the products of prompts, where the device has a library for them.
+    #[must_use]
+    pub fn gemm_choices(&self) -> &[GemmChoice] {
+        self.sizes.choices.all()
+    }
+
     /// The device.
     pub fn device(&mut self) -> &mut dyn Device {
         &mut *self.device
@@ -187,8 +203,19 @@ impl CudaEngine {
         self.device.wait()
     }
 
+    /// Gives the device's library the products that it shall compute.
+    fn tune(&mut self, how: LibraryUse) -> Result<(), DeviceError> {
+        let Self { device, addresses, launches, sizes, .. } = self;
+        let mut tuner = Tuner { device: &mut **device, addresses, launches, sizes: sizes.clone(), how, refused: None };
+        sizes.choices = tuner.tune()?;
+        let refused = tuner.refused.map(|why| format!("a product of long prompts stays with the kernels: {why}"));
+        self.note = self.note.take().or(refused);
+        Ok(())
+    }
+
     /// Records the decode step of every bucket, the largest first.
     fn capture(&mut self) -> Result<(), DeviceError> {
+        let _nobody_waits = in_turn();
         let before = self.device.memory()?.free;
         for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
             let captured = match self.record(rows) {
@@ -214,43 +241,27 @@ impl CudaEngine {
     fn launch_forward(&mut self, extent: Extent) -> Result<(), DeviceError> {
         self.launches.clear();
         self.launches.forward(&self.sizes, extent);
-        self.launch_all()
+        launch_all(&mut *self.device, &self.addresses, &self.launches)
     }
 
     fn launch_choose(&mut self, rows: usize) -> Result<(), DeviceError> {
         self.launches.clear();
         self.launches.choose(&self.sizes, rows);
-        self.launch_all()
-    }
-
-    fn launch_all(&mut self) -> Result<(), DeviceError> {
-        let mut args = [Value::U64(0); MAX_ARGS];
-        for launch in &self.launches.launches {
-            let given = self.launches.args_of(launch);
-            for (to, arg) in args.iter_mut().zip(given) {
-                *to = match *arg {
-                    Arg::At(buffer, offset) => Value::Address(self.addresses[buffer.index()] + offset),
-                    Arg::U32(n) => Value::U32(n),
-                    Arg::U64(n) => Value::U64(n),
-                    Arg::F32(x) => Value::F32(x),
-                    Arg::Null => Value::Address(0),
-                };
-            }
-            self.device.launch(&DeviceLaunch {
-                kernel: launch.kernel as usize,
-                grid: launch.grid,
-                block: launch.block,
-                shared: launch.shared,
-                args: &args[..given.len()],
-            })?;
-        }
-        Ok(())
+        launch_all(&mut *self.device, &self.addresses, &self.launches)
     }
 
     fn compute(&mut self, extent: Extent, graph: Option<Captured>) -> Result<(), DeviceError> {
         match graph {
             Some(Captured { forward, .. }) => self.device.replay(forward),
-            None => self.launch_forward(extent),
+            None => match self.launch_forward(extent) {
+                // Begun anew: nothing of a forward pass depends on what one before it left.
+                Err(why @ DeviceError::Library { .. }) => {
+                    self.sizes.choices = GemmChoices::default();
+                    self.note = Some(format!("{why}; from now on the kernels compute all of a prompt"));
+                    self.launch_forward(extent)
+                }
+                launched => launched,
+            },
         }
     }
 
@@ -352,6 +363,10 @@ impl Executor for CudaEngine {
     fn is_lost(&self) -> bool {
         self.lost.is_some()
     }
+
+    fn take_note(&mut self) -> Option<String> {
+        self.note.take()
+    }
 }
 
 /// How a device's memory would be divided, and in which form: that of `forms` (best first) which leaves room for a full
@@ -364,13 +379,16 @@ pub fn plan_memory(
     spec: &ModelSpec,
     forms: &[Form],
     config: EngineConfig,
-    (memory, n_sms): (VramFree, u32),
+    room: DeviceRoom,
     wish: KvWish,
 ) -> Result<VramPlan, CudaError> {
     let config = EngineConfig { n_blocks: 1, ..config };
     config.check(spec)?;
     check_spec(spec)?;
-    let footprint = |form: Form| Sizes { spec: spec.clone(), form, config, n_sms }.footprint();
+    let DeviceRoom { memory, n_sms, has_library } = room;
+    let choices = GemmChoices::default;
+    let sizes = |form: Form| Sizes { spec: spec.clone(), form, config, n_sms, has_library, choices: choices() };
+    let footprint = |form: Form| sizes(form).footprint();
     let footprints: Vec<Footprint> = forms.iter().copied().map(footprint).collect();
     let last = forms.last().filter(|form| form.precision == Precision::F16);
     let smaller = last.map(|form| footprint(Form { precision: Precision::Q8_0, ..*form }));
@@ -391,6 +409,46 @@ fn check_spec(spec: &ModelSpec) -> Result<(), CudaError> {
         Some((_, what, found, supported)) => Err(CudaError::Unsupported { what, found, supported }),
         None => Ok(()),
     }
+}
+
+/// Launches a list on a device, whose buffers are at these addresses.
+pub(super) fn launch_all(device: &mut dyn Device, addresses: &[u64], plan: &LaunchPlan) -> Result<(), DeviceError> {
+    let mut args = [Value::U64(0); MAX_ARGS];
+    for launch in &plan.launches {
+        let given = plan.args_of(launch);
+        for (to, arg) in args.iter_mut().zip(given) {
+            *to = match *arg {
+                Arg::At(buffer, offset) => Value::Address(addresses[buffer.index()] + offset),
+                Arg::U32(n) => Value::U32(n),
+                Arg::U64(n) => Value::U64(n),
+                Arg::F32(x) => Value::F32(x),
+                Arg::Null => Value::Address(0),
+            };
+        }
+        let args = &args[..given.len()];
+        if launch.kernel == Kernel::LibraryGemm {
+            multiply(device, args)?;
+            continue;
+        }
+        device.launch(&DeviceLaunch {
+            kernel: launch.kernel as usize,
+            grid: launch.grid,
+            block: launch.block,
+            shared: launch.shared,
+            args,
+        })?;
+    }
+    Ok(())
+}
+
+/// Has the device's library compute a product.
+fn multiply(device: &mut dyn Device, args: &[Value]) -> Result<(), DeviceError> {
+    use Value::{Address, U32, U64};
+    let &[U32(id), U32(rows), Address(w), Address(x), Address(y), Address(workspace), U64(workspace_bytes)] = args
+    else {
+        return Err(DeviceError::NoKernel { entry: format!("a product with {args:?}") });
+    };
+    device.multiply(GemmId(id as usize), rows as usize, GemmAddresses { w, x, y, workspace, workspace_bytes })
 }
 
 /// One allocation per owner, and the lanes; the address of each buffer.

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::code::{CodeOptions, Origin, Target, Unit};
-use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, GraphId, Lane, Rows};
+use super::cublaslt::{CublasLt, LtPlan};
+use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, Gemm, GemmAddresses, GemmId, GraphId, Lane, Rows};
 use super::vram::VramFree;
 
 /// Dynamic shared memory beyond this must be asked for.
@@ -103,6 +104,10 @@ pub struct Gpu {
     allocations: Vec<sys::CUdeviceptr>,
     lanes: [Pinned; 3],
     graphs: Vec<sys::CUgraphExec>,
+    library: Option<CublasLt>,
+    gemm_plans: Vec<LtPlan>,
+    /// Around what is timed.
+    events: Option<[sys::CUevent; 2]>,
     /// Lets a kernel start while the one before it ends. Never with code from PTX: that is for compute capability 8.0, which has
     /// no instruction to wait for the kernel before.
     overlap: bool,
@@ -309,11 +314,17 @@ impl Gpu {
             allocations: Vec::new(),
             lanes: [lane(), lane(), lane()],
             graphs: Vec::new(),
+            library: None,
+            gemm_plans: Vec::new(),
+            events: None,
             overlap,
             notes: Vec::new(),
         };
         gpu.enter()?;
         gpu.stream = check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        if gpu.code.cublaslt {
+            gpu.find_library();
+        }
         Ok(gpu)
     }
 
@@ -355,6 +366,22 @@ impl Gpu {
         self.overlap &= origin != Origin::Ptx;
         self.modules.push((unit, module, origin));
         Ok(module)
+    }
+
+    /// Takes NVIDIA's library of products, where there is one. Before memory is divided: it takes some of its own.
+    fn find_library(&mut self) {
+        match CublasLt::find(&self.code.folders, self.found.driver.0) {
+            Ok(library) => self.library = Some(library),
+            Err(why) => self.notes.push(format!("long prompts may take longer: {why}")),
+        }
+    }
+
+    fn events(&mut self) -> Result<[sys::CUevent; 2], DeviceError> {
+        if let Some(events) = self.events {
+            return Ok(events);
+        }
+        let make = || check("cuEventCreate", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(*self.events.insert([make()?, make()?]))
     }
 
     fn launch_config(&self, launch: &DeviceLaunch<'_>, attribute: &mut sys::CUlaunchAttribute) -> sys::CUlaunchConfig {
@@ -537,6 +564,42 @@ impl Device for Gpu {
         check("cuLaunchKernelEx", code.result())
     }
 
+    fn has_library(&self) -> bool {
+        self.library.is_some()
+    }
+
+    fn gemms(&mut self, gemm: &Gemm, rows: usize, workspace_bytes: u64) -> Result<Vec<GemmId>, DeviceError> {
+        let Some(library) = &self.library else { return Ok(Vec::new()) };
+        let first = self.gemm_plans.len();
+        self.gemm_plans.extend(library.plans(gemm, rows, workspace_bytes)?);
+        Ok((first..self.gemm_plans.len()).map(GemmId).collect())
+    }
+
+    fn multiply(&mut self, id: GemmId, rows: usize, at: GemmAddresses) -> Result<(), DeviceError> {
+        let (Some(library), Some(plan)) = (&self.library, self.gemm_plans.get(id.0)) else {
+            return Err(DeviceError::NoKernel { entry: format!("product {}", id.0) });
+        };
+        // SAFETY: the stream is ours, and its context this thread's since `enter`. The addresses are of buffers that live as long as
+        // the device; they come from the launch plan, as the sizes do for which the algorithm was asked.
+        unsafe { library.multiply(plan, rows, at, self.stream.cast()) }
+    }
+
+    fn start_timer(&mut self) -> Result<(), DeviceError> {
+        let [start, _] = self.events()?;
+        // SAFETY: the event and the stream are ours.
+        check("cuEventRecord", unsafe { result::event::record(start, self.stream) })
+    }
+
+    fn stop_timer(&mut self) -> Result<f64, DeviceError> {
+        let [start, end] = self.events()?;
+        // SAFETY: as in `start_timer`.
+        check("cuEventRecord", unsafe { result::event::record(end, self.stream) })?;
+        self.wait()?;
+        // SAFETY: both were recorded, and the stream has come past them.
+        let milliseconds = check("cuEventElapsedTime", unsafe { result::event::elapsed(start, end) })?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
     fn captures(&self) -> bool {
         true
     }
@@ -608,15 +671,22 @@ impl Pinned {
 impl Drop for Gpu {
     /// Gives everything back. Errors are passed over: on a lost device each of these calls fails, and the process ends soon.
     fn drop(&mut self) {
+        let (plans, library) = (std::mem::take(&mut self.gemm_plans), self.library.take());
         if self.enter().is_err() {
+            // They belong to a context that is gone.
+            std::mem::forget((plans, library));
             return;
         }
         let _ = self.wait();
+        drop((plans, library));
         // SAFETY: the stream is idle, so nothing uses what is freed; each handle is freed once, and in the order in which one
         // may need another.
         unsafe {
             for graph in self.graphs.drain(..) {
                 let _ = result::graph::exec_destroy(graph);
+            }
+            for event in self.events.take().into_iter().flatten() {
+                let _ = result::event::destroy(event);
             }
             for (_, module, _) in self.modules.drain(..) {
                 let _ = result::module::unload(module);

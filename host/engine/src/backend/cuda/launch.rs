@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::device::{Gemm, GemmId, GemmOutput};
 use super::element::{Element, Form};
 use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes, runs};
 use crate::spec::{Activation, ModelSpec};
@@ -44,6 +45,10 @@ pub(crate) enum Kernel {
     SampleRules,
     ArgmaxParts,
     SampleChoose,
+    Gated,
+    /// None of ours: a product that the device's library computes. Its arguments are the library's algorithm, the rows, and the
+    /// addresses of the weight, of what it is multiplied by, of the result and of its workspace, with the bytes of that.
+    LibraryGemm,
 }
 
 /// Upper bounds of what a launch computes: the sizes of its grids.
@@ -89,6 +94,7 @@ pub(crate) struct LaunchPlan {
 }
 
 /// A product `y = x * w^T` of up to `rows` rows; `count` says where their number stands.
+#[derive(Clone, Copy)]
 struct Product {
     count: u64,
     rows: usize,
@@ -99,12 +105,15 @@ struct Product {
     k: usize,
     n: usize,
     epilogue: Epilogue,
+    /// Whether `rows` is their number.
+    is_exact: bool,
 }
 
 // === impl Kernel ===
 
 impl Kernel {
-    pub(crate) const ALL: [Self; 21] = [
+    /// Those with an entry point.
+    pub(crate) const ALL: [Self; 22] = [
         Self::Embed,
         Self::RmsNorm,
         Self::NormAdd,
@@ -126,6 +135,7 @@ impl Kernel {
         Self::SampleRules,
         Self::ArgmaxParts,
         Self::SampleChoose,
+        Self::Gated,
     ];
 
     /// Whether there is one for this form: tensor cores have no plain `f32`, and give 8-bit weights a product of few rows.
@@ -135,6 +145,7 @@ impl Kernel {
             Self::Gemv4 | Self::Gemv8 => !is_quantised,
             Self::Gemm8 => is_quantised && form.element != Element::F32,
             Self::Gemm16 | Self::Gemm32 | Self::Gemm64 | Self::Gemm128 => form.element != Element::F32,
+            Self::Gated | Self::LibraryGemm => !is_quantised,
             _ => true,
         }
     }
@@ -235,12 +246,50 @@ impl Kernel {
             Self::SampleRules => return "sample_rules".to_owned(),
             Self::ArgmaxParts => return "argmax_parts".to_owned(),
             Self::SampleChoose => return "sample_choose".to_owned(),
+            Self::Gated => "gated",
             product => return product.product_entry(sizes.form),
         };
         match sizes.form.suffix().filter(|_| self == Self::Embed && sizes.spec.tied) {
             Some(suffix) => format!("{name}_{suffix}_{element}"),
             None => format!("{name}_{element}"),
         }
+    }
+}
+
+impl Product {
+    /// That of a layer's matrix.
+    fn of(sizes: &Sizes, extent: Extent, layer: usize, part: LayerPart) -> Self {
+        let ModelSpec { hidden, ffn, activation, post_norms, .. } = sizes.spec;
+        let (q_dim, kv_dim) = (sizes.spec.q_dim(), sizes.spec.kv_dim());
+        let gated = match activation {
+            Activation::Silu => Epilogue::SiluMul,
+            Activation::GeluTanh => Epilogue::GeluMul,
+        };
+        // The result of a half goes to the residual stream, or to a norm on its way there.
+        let half_ends = match post_norms {
+            true => (Buffer::Normed, Epilogue::Store),
+            false => (Buffer::Residual, Epilogue::AddToF32),
+        };
+        let bias = |part| optional(sizes, layer, part);
+        let (bias, x, k, n, (y, epilogue)) = match part {
+            LayerPart::Out => (bias(LayerPart::OutBias), Buffer::Mixed, q_dim, hidden, half_ends),
+            LayerPart::GateUp => (Arg::Null, Buffer::Normed, hidden, 2 * ffn, (Buffer::Ffn, gated)),
+            LayerPart::Down => (Arg::Null, Buffer::Ffn, ffn, hidden, half_ends),
+            _ => {
+                let to = (Buffer::Qkv, Epilogue::Store);
+                (bias(LayerPart::QkvBias), Buffer::Normed, hidden, q_dim + 2 * kv_dim, to)
+            }
+        };
+        let weight = Buffer::Layer(layer as u16, part);
+        let (rows, is_exact) = (extent.tokens, extent.tiles > 0);
+        Self { count: N_TOKENS, rows, weight, bias, x, y, k, n, epilogue, is_exact }
+    }
+
+    /// The algorithm of the device's library that computes it, if one shall.
+    fn by_library(&self, sizes: &Sizes) -> Option<(LayerPart, GemmId)> {
+        let Buffer::Layer(_, part) = self.weight else { return None };
+        let may_be = self.is_exact && self.bias == Arg::Null;
+        sizes.choices.gemm(part, self.rows).filter(|_| may_be).map(|gemm| (part, gemm))
     }
 }
 
@@ -303,6 +352,7 @@ impl LaunchPlan {
             k: hidden,
             n: vocab,
             epilogue: Epilogue::StoreF32,
+            is_exact: false,
         };
         self.product(sizes, &product);
         if let Some(cap) = sizes.spec.logit_cap {
@@ -313,49 +363,17 @@ impl LaunchPlan {
     }
 
     fn attention_half(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
-        let spec = &sizes.spec;
         let part = |part| Buffer::Layer(layer as u16, part);
-        let product = |(weight, bias), x, y, (k, n), epilogue| Product {
-            count: N_TOKENS,
-            rows: extent.tokens,
-            weight: part(weight),
-            bias: optional(sizes, layer, bias),
-            x,
-            y,
-            k,
-            n,
-            epilogue,
-        };
-        let qkv = spec.q_dim() + 2 * spec.kv_dim();
         self.norm(sizes, (extent.tokens, N_TOKENS), None, part(LayerPart::AttentionNorm));
-        self.product(
-            sizes,
-            &product(
-                (LayerPart::Qkv, LayerPart::QkvBias),
-                Buffer::Normed,
-                Buffer::Qkv,
-                (spec.hidden, qkv),
-                Epilogue::Store,
-            ),
-        );
+        self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Qkv));
         self.rope_store(sizes, extent, layer);
         if extent.tiles == 0 {
             self.decode_attention(sizes, extent, layer);
         } else {
             self.prefill_attention(sizes, extent, layer);
         }
-        let (to, epilogue) = Self::half_ends(sizes);
-        let out = (LayerPart::Out, LayerPart::OutBias);
-        self.product(sizes, &product(out, Buffer::Mixed, to, (spec.q_dim(), spec.hidden), epilogue));
+        self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Out));
         self.post_norm(sizes, extent.tokens, part(LayerPart::PostAttentionNorm));
-    }
-
-    /// Where the result of a half goes: to the residual stream, or to a norm on its way there.
-    fn half_ends(sizes: &Sizes) -> (Buffer, Epilogue) {
-        match sizes.spec.post_norms {
-            true => (Buffer::Normed, Epilogue::Store),
-            false => (Buffer::Residual, Epilogue::AddToF32),
-        }
     }
 
     /// Adds the norm of a half's result to the residual stream, in models that have one.
@@ -370,30 +388,17 @@ impl LaunchPlan {
     }
 
     fn ffn_half(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
-        let spec = &sizes.spec;
         let part = |part| Buffer::Layer(layer as u16, part);
-        let (count, rows) = (N_TOKENS, extent.tokens);
-        self.norm(sizes, (rows, count), None, part(LayerPart::FfnNorm));
-        let up = Product {
-            count,
-            rows,
-            weight: part(LayerPart::GateUp),
-            bias: Arg::Null,
-            x: Buffer::Normed,
-            y: Buffer::Ffn,
-            k: spec.hidden,
-            n: 2 * spec.ffn,
-            epilogue: match spec.activation {
-                Activation::Silu => Epilogue::SiluMul,
-                Activation::GeluTanh => Epilogue::GeluMul,
-            },
-        };
-        self.product(sizes, &up);
-        let (y, epilogue) = Self::half_ends(sizes);
-        let down =
-            Product { weight: part(LayerPart::Down), x: Buffer::Ffn, y, k: spec.ffn, n: spec.hidden, epilogue, ..up };
-        self.product(sizes, &down);
-        self.post_norm(sizes, rows, part(LayerPart::PostFfnNorm));
+        self.norm(sizes, (extent.tokens, N_TOKENS), None, part(LayerPart::FfnNorm));
+        self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::GateUp));
+        self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Down));
+        self.post_norm(sizes, extent.tokens, part(LayerPart::PostFfnNorm));
+    }
+
+    /// A layer's product alone, of so many rows of a step with prompts.
+    pub(super) fn product_of(&mut self, sizes: &Sizes, rows: usize, (layer, part): (usize, LayerPart)) {
+        let extent = Extent { rows: 1, tokens: rows, sampled: 0, tiles: 1 };
+        self.product(sizes, &Product::of(sizes, extent, layer, part));
     }
 
     /// Norm of the residual stream, of all rows or of picked ones.
@@ -417,7 +422,10 @@ impl LaunchPlan {
     }
 
     fn product(&mut self, sizes: &Sizes, product: &Product) {
-        let Product { count, rows, weight, bias, x, y, k, n, epilogue } = *product;
+        let Product { count, rows, weight, bias, x, y, k, n, epilogue, .. } = *product;
+        if let Some(gemm) = product.by_library(sizes) {
+            return self.product_by_library(sizes, product, gemm);
+        }
         let kernel = Kernel::of_product([rows, k, n], sizes.form, sizes.n_sms);
         let ([columns, in_y, runs], block, shared) = kernel.grid(sizes.form, sizes.n_sms, [rows, k, n]);
         let from = [Arg::At(Buffer::StepInputs, count), Arg::At(weight, 0)].into_iter();
@@ -428,6 +436,30 @@ impl LaunchPlan {
         self.push(kernel, [columns, in_y, runs], block, args.chain(cut));
         if let Some(launch) = self.launches.last_mut() {
             launch.shared = shared;
+        }
+    }
+
+    /// The library does not gate what it computes.
+    fn product_by_library(&mut self, sizes: &Sizes, product: &Product, (part, gemm): (LayerPart, GemmId)) {
+        let Product { count, rows, weight, x, y, k, n, epilogue, .. } = *product;
+        let (size, ffn, is_gated) = (sizes.form.element.bytes(), n / 2, part == LayerPart::GateUp);
+        let at_once = sizes.rows_at_once(part, rows);
+        for first in (0..rows).step_by(at_once) {
+            let n_rows = at_once.min(rows - first);
+            let to = match epilogue {
+                _ if is_gated => Arg::At(Buffer::GateUp, 0),
+                Epilogue::AddToF32 => Arg::At(y, (first * n * 4) as u64),
+                _ => Arg::At(y, (first * n * size) as u64),
+            };
+            let from = Arg::At(x, (first * k * size) as u64);
+            let workspace = [Arg::At(Buffer::GemmWorkspace, 0), Arg::U64(sizes.gemm_workspace_bytes())];
+            let args = [u32_arg(gemm.0), u32_arg(n_rows), Arg::At(weight, 0), from, to];
+            self.push(Kernel::LibraryGemm, [1, 1, 1], 1, args.into_iter().chain(workspace));
+            if is_gated {
+                let grid = [ffn.div_ceil(256 * 16 / size), n_rows, 1];
+                let args = [Arg::At(Buffer::StepInputs, count), to, Arg::At(y, 0), u32_arg(first), u32_arg(ffn)];
+                self.push(Kernel::Gated, grid, 256, args.into_iter().chain([Arg::U32(epilogue as u32)]));
+            }
         }
     }
 
@@ -573,6 +605,22 @@ impl LaunchPlan {
     }
 }
 
+/// What a library is asked for in place of a layer's product; `None` of one that it cannot compute.
+pub(super) fn gemm_of(sizes: &Sizes, part: LayerPart) -> Option<Gemm> {
+    let Product { bias, k, n, epilogue, .. } = Product::of(sizes, sizes.largest(), 0, part);
+    let output = match epilogue {
+        Epilogue::AddToF32 => GemmOutput::AddToF32,
+        _ => GemmOutput::Store,
+    };
+    (bias == Arg::Null).then_some(Gemm { element: sizes.form.element, k, n, output })
+}
+
+/// What a layer's product multiplies its weight by, and the numbers in a row of it.
+pub(super) fn input_of(sizes: &Sizes, part: LayerPart) -> (Buffer, usize) {
+    let Product { x, k, .. } = Product::of(sizes, sizes.largest(), 0, part);
+    (x, k)
+}
+
 fn u32_arg(n: usize) -> Arg {
     Arg::U32(u32::try_from(n).unwrap_or(u32::MAX))
 }
@@ -603,6 +651,7 @@ mod tests {
     use crate::backend::EngineConfig;
     use crate::backend::cpu::Precision;
     use crate::backend::cuda::layout::Piece;
+    use crate::backend::cuda::tune::GemmChoices;
 
     const Q8_0: Form = Form { element: Element::Bf16, precision: Precision::Q8_0 };
     const FP8: Form = Form { element: Element::F16, precision: Precision::Fp8 };
@@ -624,6 +673,8 @@ mod tests {
                 context_tokens: 8_192,
             },
             n_sms: 132,
+            has_library: true,
+            choices: GemmChoices::default(),
         }
     }
 
@@ -674,6 +725,35 @@ mod tests {
         ] {
             assert_eq!(launched(&sizes(Element::Bf16), extent).launches.len(), expect, "{extent:?}");
         }
+    }
+
+    #[test]
+    fn a_library_computes_products_of_prompts() {
+        let plain = Sizes { choices: GemmChoices::of_all(4_096), ..sizes(Element::Bf16) };
+        let mut biased = plain.clone();
+        biased.spec.qkv_bias = true;
+        // Of each layer, 1,500 rows of gate and up are gated in two parts; of more than 4,096 all products are computed in parts.
+        for (sizes, extent, products, gated) in [
+            (&plain, mixed(3, 1_500), 5, 2),
+            (&plain, mixed(3, 1_024), 4, 1),
+            (&plain, mixed(3, 65), 4, 1),
+            (&plain, mixed(3, 5_000), 3 * 2 + 5, 5),
+            (&biased, mixed(3, 65), 3, 1),
+            (&plain, mixed(3, 64), 0, 0),
+            (&plain, Extent::decode(128), 0, 0),
+        ] {
+            let launches = launched(sizes, extent).launches;
+            let count = |kernel| launches.iter().filter(|launch| launch.kernel == kernel).count();
+            assert_eq!([Kernel::LibraryGemm, Kernel::Gated].map(count), [32 * products, 32 * gated], "{extent:?}");
+        }
+        let rows = |part, rows| plain.rows_at_once(part, rows);
+        assert_eq!([65, 1_024, 1_025, 1_500, 5_000].map(|n| rows(LayerPart::GateUp, n)), [65, 1_024, 640, 768, 1_024]);
+        assert_eq!([65, 4_096, 5_000].map(|n| rows(LayerPart::Down, n)), [65, 4_096, 2_560]);
+        let of = |part| gemm_of(&plain, part).map(|gemm| (gemm.k, gemm.n, gemm.output));
+        assert_eq!(of(LayerPart::GateUp), Some((4_096, 28_672, GemmOutput::Store)));
+        assert_eq!(of(LayerPart::Down), Some((14_336, 4_096, GemmOutput::AddToF32)));
+        assert_eq!(gemm_of(&gemma(), LayerPart::Down).map(|gemm| gemm.output), Some(GemmOutput::Store));
+        assert_eq!(gemm_of(&biased, LayerPart::Qkv), None);
     }
 
     #[test]
@@ -798,6 +878,18 @@ mod tests {
                 let tiles = 8 * extent.tiles as u64;
                 vec![4, tiles, qkv, pages, 0, tables, 0, 4 * (rows + 1), 4 * rows, tokens * q_dim * size]
             }
+            Kernel::Gated => {
+                let (live, ffn) = (u64::from(launch.grid[1]), u32_at(4));
+                vec![4, live * 2 * ffn * size, (u32_at(3) + live) * ffn * size]
+            }
+            Kernel::LibraryGemm => {
+                let Arg::At(Buffer::Layer(_, part), 0) = args[2] else { panic!("of no layer: {args:?}") };
+                let Gemm { k, n, output, .. } = gemm_of(sizes, part).expect("it was asked for");
+                let (rows, k, n) = (u32_at(1), k as u64, n as u64);
+                let y = rows * n * if output == GemmOutput::Store { size } else { 4 };
+                let Arg::U64(beside) = args[6] else { panic!("no size: {args:?}") };
+                vec![0, 0, n * k * size, rows * k * size, y, beside]
+            }
             Kernel::SampleRules => vec![4, 96 * sampled, logits, 0, 0, logits],
             Kernel::ArgmaxParts => vec![4, logits, 8 * sampled * u64::from(launch.grid[0])],
             Kernel::SampleChoose => {
@@ -816,7 +908,9 @@ mod tests {
             sizes
         };
         let plain = Element::ALL.map(sizes);
+        let by_library = |sizes: Sizes| Sizes { choices: GemmChoices::of_all(2_048), ..sizes };
         let more = [sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8)), gemma()];
+        let more = more.into_iter().chain([by_library(sizes(Element::Bf16)), by_library(gemma())]);
         for sizes in plain.into_iter().chain(more) {
             let pieces = sizes.pieces();
             let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain([mixed(3, 700), sizes.largest()]);

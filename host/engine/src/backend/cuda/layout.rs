@@ -6,6 +6,7 @@
 use super::bucket::Buckets;
 use super::element::{Element, Form};
 use super::launch::{Extent, Kernel, LaunchPlan};
+use super::tune::GemmChoices;
 use super::vram::{Footprint, GRAPH_NODE_BYTES};
 use crate::backend::EngineConfig;
 use crate::spec::{ModelSpec, Rope};
@@ -34,6 +35,12 @@ const LEAST_RUN: usize = 16;
 pub(crate) const PARTS_BYTES: u64 = 4 * 128 * 128;
 pub(crate) const WARPS: u64 = 8;
 
+/// Most rows of gate and up that stand beside each other before they are gated.
+const MOST_GATED_ROWS: usize = 1_024;
+
+/// Most bytes that a library may write beside a product's matrices: what NVIDIA advises for the architectures of today.
+const MOST_GEMM_WORKSPACE: u64 = 32 << 20;
+
 /// Most runs into which a row's context is cut.
 const MAX_SPLITS: u64 = 64;
 
@@ -61,6 +68,9 @@ pub(crate) enum Buffer {
     /// Sums of products that are cut into runs, and how many warps have brought theirs: zero between launches.
     ProductParts,
     ProductCounts,
+    /// Gate and up in pairs, where a library computes them, and what a library writes beside a product.
+    GateUp,
+    GemmWorkspace,
     Logits,
     Best,
     /// Counts of tokens, zero between steps.
@@ -108,7 +118,7 @@ pub(crate) struct Piece {
     pub(crate) numbers: u64,
 }
 
-/// Everything that sizes depend on.
+/// Everything that sizes and launches depend on.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Sizes {
     pub(crate) spec: ModelSpec,
@@ -116,6 +126,10 @@ pub(crate) struct Sizes {
     pub(crate) config: EngineConfig,
     /// Multiprocessors of the device.
     pub(crate) n_sms: u32,
+    /// Whether the device has a library of products.
+    pub(crate) has_library: bool,
+    /// Which of them it computes.
+    pub(crate) choices: GemmChoices,
 }
 
 /// Where the parts of a step's inputs stand in their buffer; counts come first.
@@ -145,7 +159,7 @@ pub(crate) fn runs(blocks: u32, tiles: usize, k: usize) -> usize {
 
 impl Buffer {
     const LAYER_PARTS: usize = 12;
-    const OTHERS: usize = 21;
+    const OTHERS: usize = 23;
 
     /// A number below [`Buffer::count`].
     pub(crate) fn index(self) -> usize {
@@ -171,6 +185,8 @@ impl Buffer {
             Self::WindowRope => 18,
             Self::ProductParts => 19,
             Self::ProductCounts => 20,
+            Self::GateUp => 21,
+            Self::GemmWorkspace => 22,
             Self::Layer(layer, part) => Self::OTHERS + usize::from(layer) * Self::LAYER_PARTS + part as usize,
         }
     }
@@ -245,7 +261,12 @@ impl Sizes {
         let split_rows = self.most_split_rows();
         // One block of the larger tiles is on a multiprocessor at once, or two of half the size.
         let run_tiles = if self.form.element == Element::F32 { 0 } else { self.n_sms.into() };
-        vec![
+        let library = [
+            typed(Buffer::GateUp, tokens.min(MOST_GATED_ROWS) * 2 * spec.ffn),
+            piece(Buffer::GemmWorkspace, self.gemm_workspace_bytes()),
+        ];
+        let library = library.into_iter().filter(|_| self.may_use_library());
+        let always = [
             piece(Buffer::Residual, (tokens * spec.hidden * 4) as u64),
             typed(Buffer::Normed, most * spec.hidden),
             typed(Buffer::Qkv, tokens * (spec.q_dim() + 2 * spec.kv_dim())),
@@ -261,7 +282,28 @@ impl Sizes {
             piece(Buffer::StepInputs, self.inputs(self.largest()).bytes),
             piece(Buffer::Rules, self.rules_bytes()),
             piece(Buffer::Outputs, self.outputs_bytes(rows as u64)),
-        ]
+        ];
+        always.into_iter().chain(library).collect()
+    }
+
+    /// Whether a library may compute products: of plain numbers, in steps that are long enough.
+    pub(crate) fn may_use_library(&self) -> bool {
+        let is_long = self.config.max_step_tokens >= GemmChoices::LEAST_ROWS;
+        self.has_library && self.form.suffix().is_none() && is_long
+    }
+
+    /// Rows of a product that a library computes at once: of gate and up fewer, for they stand somewhere before they are gated. Parts
+    /// are as long as each other, since each reads the whole weight.
+    pub(crate) fn rows_at_once(&self, part: LayerPart, rows: usize) -> usize {
+        let most = if part == LayerPart::GateUp { MOST_GATED_ROWS } else { GemmChoices::MOST_ROWS };
+        rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(128).min(rows)
+    }
+
+    /// Bytes that a library may write beside a product's matrices: room for a few runs of the widest one.
+    pub(crate) fn gemm_workspace_bytes(&self) -> u64 {
+        let ModelSpec { ffn, hidden, .. } = self.spec;
+        let widest = (2 * ffn).max(hidden).max(self.spec.q_dim() + 2 * self.spec.kv_dim());
+        MOST_GEMM_WORKSPACE.min((4 * 4 * self.config.max_step_tokens * widest) as u64)
     }
 
     /// Whether the model has this part.

@@ -285,6 +285,7 @@ mod tests {
     use super::*;
     use crate::backend::EngineConfig;
     use crate::backend::cuda::element::Element;
+    use crate::backend::cuda::tune::GemmChoices;
     use crate::spec::ModelSpec;
     use pointsman_sched::execute::Score;
     use pointsman_sched::ids::{BlockId, RequestId};
@@ -306,6 +307,8 @@ mod tests {
                 context_tokens: 64,
             },
             n_sms: 4,
+            has_library: false,
+            choices: GemmChoices::default(),
         }
     }
 

@@ -65,6 +65,29 @@ fn norm_add(element: Element, rng: &mut Rng, hidden: usize) -> Case {
     Case { what: format!("norm_add {element} {hidden}"), call, check: close(Element::F32, 1e-6, expect) }
 }
 
+/// Of 2 live rows after the first, in a launch of 3.
+fn gated(element: Element, rng: &mut Rng, ffn: usize, kind: usize) -> Case {
+    let (first, live, rows) = (1, 2, 3);
+    let pairs = element.random(rng, live * 2 * ffn);
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let of = |x: f64| if kind == 3 { x } else { 1.595_769_121_605_731 * (x + 0.044_715 * x * x * x) };
+    let made = pairs.chunks(2).map(|pair| pair[0] * sigmoid(of(pair[0])) * pair[1]);
+    // Nothing writes the first row, nor what follows the live ones.
+    let mut initial = element.encode(&vec![0.5; first * ffn]);
+    initial.resize((first + rows) * ffn * element.bytes(), POISON);
+    let expect = vec![0.5; first * ffn].into_iter().chain(made).collect();
+    let in_x = ffn.div_ceil(256 * 16 / element.bytes());
+    let call = Call::typed("gated", element, [in_x, rows, 1], 256)
+        .count(first + live)
+        .input(element, &pairs)
+        .output(initial)
+        .u32(first)
+        .u32(ffn)
+        .u32(kind);
+    let what = format!("gated {element} {ffn} as {kind}");
+    Case { what, call, check: close(element, element.tolerance(), expect) }
+}
+
 /// Rows of lengths that end within, at and past a page; their last tokens are in the step.
 struct Rope {
     heads: usize,
@@ -187,6 +210,8 @@ pub fn cases(element: Element) -> Vec<Case> {
         rms_norm(element, &mut rng, 8_232, None),
         norm_add(element, &mut rng, 520),
         norm_add(element, &mut rng, 8_232),
+        gated(element, &mut rng, 8, 3),
+        gated(element, &mut rng, 2_056, 4),
         rope(4, 2, [64, 64], 16, false).case(element, &mut rng),
         rope(3, 1, [128, 128], 48, true).case(element, &mut rng),
         rope(7, 1, [64, 64], 16, true).case(element, &mut rng),

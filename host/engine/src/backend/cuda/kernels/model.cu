@@ -146,6 +146,33 @@ ENTRY(norm_add, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, 
     }
 }
 
+// A number that was too large for T is the largest, so that nothing becomes a NaN which would be none had it stayed a float.
+DEVICE float finite(float v) {
+#if PM_T == 1
+    return v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
+#else
+    return v;
+#endif
+}
+
+// Ends a product of gate and up that a library stored as it is, in pairs: of the rows from `first` on, which are all of `pairs`.
+ENTRY(gated, 256, 4, (const u32 *n, const T *pairs, T *out, u32 first, u32 ffn, u32 kind)) {
+    let_next_start();
+    wait_for_previous();
+    u32 row = blockIdx.y, i = (blockIdx.x * 256 + threadIdx.x) * VEC;
+    if (first + row >= *n || i >= ffn) return;
+    const T *from = pairs + 2 * ((u64)row * ffn + i);
+    float v[VEC];
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        float pair[VEC];
+        widen(pair, load_vec(from + half * VEC));
+#pragma unroll
+        for (u32 j = 0; j < VEC; j += 2) v[(half * VEC + j) / 2] = gated_by(kind, finite(pair[j]), finite(pair[j + 1]));
+    }
+    store_vec(out + (u64)(first + row) * ffn + i, v);
+}
+
 // Where the pages of a layer are.
 struct Pages {
     T *kv;

@@ -107,6 +107,12 @@ DEVICE void put(const Epilogue &e, u32 row, u32 column, float v) {
     }
 }
 
+// Up, times the activation of gate. The tanh form of GELU is a sigmoid, too.
+DEVICE float gated_by(u32 kind, float gate, float up) {
+    float z = kind == SILU_MUL ? gate : 1.59576912f * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1.0f + expf(-z)) * up;
+}
+
 // Finishes columns `column` (even) and the one after it; columns past the end are dropped.
 DEVICE void finish(const Epilogue &e, u32 row, u32 column, float a, float b) {
     if (column >= e.n_out) return;
@@ -116,9 +122,7 @@ DEVICE void finish(const Epilogue &e, u32 row, u32 column, float a, float b) {
         if (both) b += to_float(e.bias[column + 1]);
     }
     if (e.kind >= SILU_MUL) {
-        // The tanh form of GELU is a sigmoid, too.
-        float z = e.kind == SILU_MUL ? a : 1.59576912f * (a + 0.044715f * a * a * a);
-        ((T *)e.y)[(u64)row * (e.n_out / 2) + column / 2] = to_element(a / (1.0f + expf(-z)) * b);
+        ((T *)e.y)[(u64)row * (e.n_out / 2) + column / 2] = to_element(gated_by(e.kind, a, b));
         return;
     }
     put(e, row, column, a);
