@@ -292,9 +292,10 @@ impl Check<'_> {
 }
 
 fn shown_choice(choice: &GemmChoice) -> (String, serde_json::Value) {
-    let mark = if choice.is_library { "*" } else { "" };
-    let GemmChoice { product, up_to, kernels, library, is_library, .. } = choice;
-    let json = json!({"product": product, "up_to": up_to, "seconds": library, "kernels": kernels, "taken": is_library});
+    let mark = if choice.is_library() { "*" } else { "" };
+    let GemmChoice { product, up_to, kernels, library, .. } = choice;
+    let taken = choice.is_library();
+    let json = json!({"product": product, "up_to": up_to, "seconds": library, "kernels": kernels, "taken": taken});
     (format!("{choice}{mark}"), json)
 }
 

@@ -19,6 +19,7 @@ mod launch;
 mod layout;
 mod monitor;
 mod nvrtc;
+mod search;
 mod step;
 mod trial;
 mod tune;

@@ -61,32 +61,23 @@ static bool fits(const Desc *desc, const Layout *w, const Layout *x, const Layou
     return desc->is_w_transposed && is_kind && w->rows == x->rows && w->columns == y->rows && x->columns == y->columns;
 }
 
-template <typename M> static int made(M **to, M value) {
-    if (!current_context) return refuse("the library without a context", 1);
-    *to = new M(value);
-    others++;
-    return 0;
-}
-
-template <typename M> static int unmade(M *one) {
-    others--;
-    delete one;
-    return 0;
+template <typename M> static int described(M **to, M value) {
+    return current_context ? made(to, value) : refuse("the library without a context", 1);
 }
 
 extern "C" {
 
 size_t cublasLtGetVersion() { return 120804; }
-int cublasLtCreate(Preference **to) { return made(to, Preference{}); }
+int cublasLtCreate(Preference **to) { return described(to, Preference{}); }
 int cublasLtDestroy(Preference *handle) { return unmade(handle); }
 int cublasLtMatmulDescDestroy(Desc *desc) { return unmade(desc); }
 int cublasLtMatrixLayoutDestroy(Layout *layout) { return unmade(layout); }
-int cublasLtMatmulPreferenceCreate(Preference **to) { return made(to, Preference{}); }
+int cublasLtMatmulPreferenceCreate(Preference **to) { return described(to, Preference{}); }
 int cublasLtMatmulPreferenceDestroy(Preference *preference) { return unmade(preference); }
 
 int cublasLtMatmulDescCreate(Desc **to, int compute, int scale) {
     if (compute != COMPUTE_32F || scale != R_32F) return refuse(__func__, LT_INVALID_VALUE);
-    return made(to, Desc{false});
+    return described(to, Desc{false});
 }
 
 int cublasLtMatmulDescSetAttribute(Desc *desc, int which, const void *from, size_t bytes) {
@@ -97,7 +88,7 @@ int cublasLtMatmulDescSetAttribute(Desc *desc, int which, const void *from, size
 
 int cublasLtMatrixLayoutCreate(Layout **to, int kind, uint64_t rows, uint64_t columns, int64_t pitch) {
     if (!rows || !columns || pitch < (int64_t)rows) return refuse(__func__, LT_INVALID_VALUE);
-    return made(to, Layout{kind, rows, columns, pitch});
+    return described(to, Layout{kind, rows, columns, pitch});
 }
 
 int cublasLtMatrixLayoutSetAttribute(Layout *layout, int which, const void *from, size_t bytes) {

@@ -51,6 +51,18 @@ static size_t taken;
 static int others;
 static uint64_t n_launches, n_done;
 
+template <typename M> static Result made(M **to, M value) {
+    *to = new M(value);
+    others++;
+    return SUCCESS;
+}
+
+template <typename M> static Result unmade(M *one) {
+    others--;
+    delete one;
+    return SUCCESS;
+}
+
 static Result refuse(const char *what, Result code) {
     fprintf(stderr, "driver: %s: %d\n", what, code);
     return code;
@@ -270,16 +282,12 @@ Result cuModuleLoadDataEx(Module **to, const char *image, unsigned n_options, co
     if (n_options != 2 || options[0] != ERROR_LOG || options[1] != ERROR_LOG_BYTES) return refuse(__func__, INVALID_VALUE);
     snprintf((char *)values[0], (size_t)values[1], "%s", strstr(image, ".version 8.0\n") ? "" : "unsupported version");
     if (!strstr(image, ".version 8.0\n")) return refuse(__func__, UNSUPPORTED_PTX_VERSION);
-    *to = new Module{image, {}};
-    others++;
-    return SUCCESS;
+    return made(to, Module{image, {}});
 }
 
 Result cuModuleUnload(Module *module) {
     IN_CONTEXT;
-    others--;
-    delete module;
-    return SUCCESS;
+    return unmade(module);
 }
 
 Result cuModuleGetFunction(Function **to, Module *module, const char *name) {
@@ -326,9 +334,7 @@ Result cuStreamSynchronize(Stream *stream) {
 
 Result cuStreamBeginCapture_v2(Stream *stream, int) {
     NOT_CAPTURING;
-    stream->captured = new Work;
-    others++;
-    return SUCCESS;
+    return made(&stream->captured, Work{});
 }
 
 Result cuStreamEndCapture(Stream *stream, Work **graph) {
@@ -340,16 +346,10 @@ Result cuStreamEndCapture(Stream *stream, Work **graph) {
 
 Result cuGraphInstantiateWithFlags(Work **to, Work *graph, unsigned long long) {
     IN_CONTEXT;
-    *to = new Work(*graph);
-    others++;
-    return SUCCESS;
+    return made(to, *graph);
 }
 
-Result cuGraphDestroy(Work *graph) {
-    others--;
-    delete graph;
-    return SUCCESS;
-}
+Result cuGraphDestroy(Work *graph) { return unmade(graph); }
 
 Result cuGraphExecDestroy(Work *graph) { return cuGraphDestroy(graph); }
 
@@ -371,16 +371,10 @@ struct Event {
 
 Result cuEventCreate(Event **to, unsigned) {
     NOT_CAPTURING;
-    *to = new Event{~0ull};
-    others++;
-    return SUCCESS;
+    return made(to, Event{~0ull});
 }
 
-Result cuEventDestroy_v2(Event *event) {
-    others--;
-    delete event;
-    return SUCCESS;
-}
+Result cuEventDestroy_v2(Event *event) { return unmade(event); }
 
 Result cuEventRecord(Event *event, Stream *stream) {
     IN_CONTEXT;

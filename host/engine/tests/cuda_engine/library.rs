@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use pointsman_engine::cuda::{CudaEngine, CudaOptions, Element, LibraryUse, Source};
-use pointsman_engine::{Activation, ComputePool, CpuEngine, Model, ModelSpec, Precision, Weights};
+use pointsman_engine::cuda::{CudaEngine, CudaOptions, Element, LibraryUse};
+use pointsman_engine::{Activation, CpuEngine, ModelSpec, Precision};
 use pointsman_sched::execute::Executor;
 use pointsman_sched::sampler::NoEdits;
 
-use crate::common::{Sequence, Step, blocks, serialize, tensors};
+use crate::common::{Sequence, Step, blocks};
 use crate::device::{ShimDevice, ShimLibrary};
-use crate::steps::{CONFIG, difference, dtype_of, execute, spec, tokens};
+use crate::steps::{difference, engines_on, execute, spec, tokens, weights_of};
 
 /// A prompt that a library computes, one that the kernels do, and decodes of both; what each step chose, and the worst difference from
 /// the CPU.
@@ -40,15 +40,10 @@ fn engines(
     library: ShimLibrary,
     how: LibraryUse,
 ) -> Option<(CpuEngine, CudaEngine)> {
-    let dtype = dtype_of(element);
-    let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, 7), dtype)).unwrap();
     let mut device = ShimDevice::start()?;
     device.library = Some(library);
     let options = CudaOptions { form: element.into(), graphs: true, library: how };
-    let model = (spec.clone(), Source::Files(&weights));
-    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
-    let model = Arc::new(Model::load(spec.clone(), &weights, Precision::F16).unwrap());
-    Some((CpuEngine::new(model, ComputePool::start(1).unwrap(), CONFIG).unwrap(), cuda))
+    Some(engines_on(device, spec, &weights_of(spec, element), options, Precision::F16))
 }
 
 #[test]

@@ -25,19 +25,21 @@ pub(crate) fn spec(head_dim: usize, tied: bool) -> ModelSpec {
 pub(crate) const CONFIG: EngineConfig =
     EngineConfig { n_blocks: 40, block_tokens: 16, max_step_tokens: 96, max_rows: 12, context_tokens: 128 };
 
-pub(crate) fn dtype_of(element: Element) -> Dtype {
-    match element {
+/// Random weights of this type.
+pub(crate) fn weights_of(spec: &ModelSpec, element: Element) -> Weights {
+    let dtype = match element {
         Element::F32 => Dtype::F32,
         Element::F16 => Dtype::F16,
         Element::Bf16 => Dtype::BF16,
-    }
+    };
+    let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, 7), dtype)).unwrap();
+    assert_eq!(weights.stored(), Some(element));
+    weights
 }
 
 /// The same model on both backends; `None` without a C++ compiler.
 fn engines(spec: &ModelSpec, element: Element, graphs: bool) -> Option<(CpuEngine, CudaEngine)> {
-    let dtype = dtype_of(element);
-    let weights = Weights::from_bytes(serialize(&tensors(spec, dtype, 7), dtype)).unwrap();
-    assert_eq!(weights.stored(), Some(element));
+    let weights = weights_of(spec, element);
     engines_of(spec, &weights, (element.into(), Precision::F16), graphs)
 }
 
@@ -48,17 +50,25 @@ fn engines_of(
     (form, on_cpu): (Form, Precision),
     graphs: bool,
 ) -> Option<(CpuEngine, CudaEngine)> {
-    let device = Box::new(ShimDevice::start()?);
     let options = CudaOptions { form, graphs, library: LibraryUse::Faster };
-    let mut seen = 0;
-    let cuda =
-        CudaEngine::load(device, (spec.clone(), Source::Files(weights)), CONFIG, options, &mut |done| seen = done)
-            .unwrap();
+    Some(engines_on(ShimDevice::start()?, spec, weights, options, on_cpu))
+}
+
+/// The same, on this device.
+pub(crate) fn engines_on(
+    device: ShimDevice,
+    spec: &ModelSpec,
+    weights: &Weights,
+    options: CudaOptions,
+    on_cpu: Precision,
+) -> (CpuEngine, CudaEngine) {
+    let (model, mut seen) = ((spec.clone(), Source::Files(weights)), 0);
+    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |done| seen = done).unwrap();
     let used = cuda.memory();
     assert!(seen > 0 && seen <= used.weights, "progress ends at {seen} of {}", used.weights);
     let model = Arc::new(Model::load(spec.clone(), weights, on_cpu).unwrap());
     let cpu = CpuEngine::new(model, ComputePool::start(1).unwrap(), CONFIG).unwrap();
-    Some((cpu, cuda))
+    (cpu, cuda)
 }
 
 pub(crate) fn execute(engine: &mut dyn Executor, plan: &StepPlan, edits: &mut dyn EditSource) -> Vec<Sampled> {

@@ -249,7 +249,7 @@ impl ParityCase {
             rules: rules(),
             parity: Parity::of(self.form.element),
         };
-        let is_by_library = pair.cuda.gemm_choices().iter().any(|choice| choice.is_library);
+        let is_by_library = pair.cuda.gemm_choices().iter().any(|choice| choice.is_library());
         if self.library == LibraryUse::Always && !is_by_library {
             return Err(ParityError::NoLibrary(pair.cuda.take_note().unwrap_or_default()));
         }

@@ -14,6 +14,7 @@ use libloading::Library;
 
 use super::device::{DeviceError, Gemm, GemmAddresses, GemmOutput, in_turn};
 use super::element::Element;
+use super::search;
 
 /// Names under which the library is looked for, the newest first.
 const NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
@@ -232,11 +233,9 @@ impl Calls {
     }
 
     fn layout(&self, kind: c_int, rows: usize, columns: usize) -> Result<Owned, DeviceError> {
-        let mut at = std::ptr::null_mut();
         // SAFETY: the address is of a local, which the call fills.
-        let code = unsafe { (self.create_layout)(&raw mut at, kind, rows as u64, columns as u64, rows as i64) };
-        check("cublasLtMatrixLayoutCreate", code)?;
-        Ok(Owned { at, destroy: self.destroy_layout })
+        let create = |at| unsafe { (self.create_layout)(at, kind, rows as u64, columns as u64, rows as i64) };
+        Owned::make("cublasLtMatrixLayoutCreate", self.destroy_layout, create)
     }
 
     fn shape(&self, gemm: &Gemm, rows: usize) -> Result<Shape, DeviceError> {
@@ -247,14 +246,11 @@ impl Calls {
             Element::Bf16 => TYPE_BF16,
         };
         let y_kind = if output == GemmOutput::Store { kind } else { TYPE_F32 };
-        let mut at = std::ptr::null_mut();
         // SAFETY: as in `layout`.
-        check("cublasLtMatmulDescCreate", unsafe { (self.create_desc)(&raw mut at, COMPUTE_32F, TYPE_F32) })?;
-        let desc = Owned { at, destroy: self.destroy_desc };
-        let transposed = TRANSPOSED;
-        // SAFETY: the attribute is a 32-bit number, which the call copies.
-        let code = unsafe { (self.set_desc)(at, DESC_TRANSA, (&raw const transposed).cast(), size_of::<c_int>()) };
-        check("cublasLtMatmulDescSetAttribute", code)?;
+        let create = |at| unsafe { (self.create_desc)(at, COMPUTE_32F, TYPE_F32) };
+        let desc = Owned::make("cublasLtMatmulDescCreate", self.destroy_desc, create)?;
+        // SAFETY: the attribute is a 32-bit number.
+        unsafe { desc.set("cublasLtMatmulDescSetAttribute", self.set_desc, DESC_TRANSA, TRANSPOSED) }?;
         // Row-major n by k is column-major k by n.
         Ok(Shape {
             desc,
@@ -265,23 +261,40 @@ impl Calls {
     }
 
     fn preference(&self, workspace_bytes: u64) -> Result<Owned, DeviceError> {
-        let mut at = std::ptr::null_mut();
         // SAFETY: as in `layout`.
-        check("cublasLtMatmulPreferenceCreate", unsafe { (self.create_preference)(&raw mut at) })?;
-        let preference = Owned { at, destroy: self.destroy_preference };
-        let most = workspace_bytes as usize;
-        // SAFETY: the attribute is a `size_t`, which the call copies.
-        let code = unsafe {
-            (self.set_preference)(at, PREFERENCE_MAX_WORKSPACE, (&raw const most).cast(), size_of::<usize>())
-        };
-        check("cublasLtMatmulPreferenceSetAttribute", code)?;
-        let reductions = REDUCTION_COMPUTE_TYPE;
-        // SAFETY: the attribute is a 32-bit number, which the call copies.
-        let code = unsafe {
-            (self.set_preference)(at, PREFERENCE_REDUCTIONS, (&raw const reductions).cast(), size_of::<u32>())
-        };
-        check("cublasLtMatmulPreferenceSetAttribute", code)?;
+        let create = |at| unsafe { (self.create_preference)(at) };
+        let preference = Owned::make("cublasLtMatmulPreferenceCreate", self.destroy_preference, create)?;
+        let (call, set) = ("cublasLtMatmulPreferenceSetAttribute", self.set_preference);
+        // SAFETY: the attributes are a `size_t` and a 32-bit number.
+        unsafe {
+            preference.set(call, set, PREFERENCE_MAX_WORKSPACE, workspace_bytes as usize)?;
+            preference.set(call, set, PREFERENCE_REDUCTIONS, REDUCTION_COMPUTE_TYPE)?;
+        }
         Ok(preference)
+    }
+}
+
+// === impl Owned ===
+
+impl Owned {
+    /// What a call puts at the address that it is given.
+    fn make(
+        call: &'static str,
+        destroy: Destroy,
+        create: impl FnOnce(*mut Descriptor) -> c_int,
+    ) -> Result<Self, DeviceError> {
+        let mut at = std::ptr::null_mut();
+        check(call, create(&raw mut at))?;
+        Ok(Self { at, destroy })
+    }
+
+    /// Sets an attribute, which the call copies.
+    ///
+    /// # Safety
+    /// `set` is the function for what this is, and `T` the type of that attribute.
+    unsafe fn set<T>(&self, call: &'static str, set: SetAttribute, which: c_int, value: T) -> Result<(), DeviceError> {
+        // SAFETY: the value lives through the call, and is what the caller says.
+        check(call, unsafe { set(self.at, which, (&raw const value).cast(), size_of::<T>()) })
     }
 }
 
@@ -301,17 +314,8 @@ impl CublasLt {
     /// # Errors
     /// There is none that would do.
     pub(crate) fn find(folders: &[PathBuf], newest: u32) -> Result<Self, NoCublasLt> {
-        let in_folders = folders.iter().flat_map(|folder| NAMES.iter().map(move |name| folder.join(name)));
-        let candidates = in_folders.filter(|path| path.exists()).chain(NAMES.iter().map(PathBuf::from));
-        let mut none = NoCublasLt::NotFound;
-        for found in candidates.filter_map(|path| Self::open(&path, newest)) {
-            match (found, &none) {
-                (Ok(library), _) => return Ok(library),
-                (Err(why), NoCublasLt::NotFound) => none = why,
-                (Err(_), _) => {}
-            }
-        }
-        Err(none)
+        let found = search::first(folders, &NAMES, |path| Self::open(path, newest));
+        found.map_err(|none| none.unwrap_or(NoCublasLt::NotFound))
     }
 
     fn open(path: &Path, newest: u32) -> Option<Result<Self, NoCublasLt>> {
@@ -377,12 +381,10 @@ impl CublasLt {
         let address = |at: u64| std::ptr::without_provenance_mut::<c_void>(at as usize);
         let (one, Shape { desc, w, x, y }) = (1.0f32, &plan.shape);
         for layout in [x, y] {
-            let columns = rows as u64;
-            // SAFETY: the attribute is a 64-bit number, which the call copies.
-            let code = unsafe {
-                (self.calls.set_layout)(layout.at, LAYOUT_COLUMNS, (&raw const columns).cast(), size_of::<u64>())
-            };
-            check("cublasLtMatrixLayoutSetAttribute", code)?;
+            // SAFETY: the attribute is a 64-bit number.
+            unsafe {
+                layout.set("cublasLtMatrixLayoutSetAttribute", self.calls.set_layout, LAYOUT_COLUMNS, rows as u64)
+            }?;
         }
         // SAFETY: the descriptors are alive; the scalars are read during the call, as `f32` in host memory; what lies on the device
         // is the caller's promise.

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use libloading::{Library, Symbol};
 
+use super::search;
+
 /// Names under which the library is looked for, the newest first.
 const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 
@@ -96,20 +98,15 @@ impl Nvrtc {
     /// # Errors
     /// There is none, or what was found first is newer.
     pub fn find(folders: &[PathBuf], newest: u32) -> Result<Self, NoNvrtc> {
-        let in_folders = folders.iter().flat_map(|folder| NAMES.iter().map(move |name| folder.join(name)));
-        let candidates = in_folders.filter(|path| path.exists()).chain(NAMES.iter().map(PathBuf::from));
-        let mut none = NoNvrtc::NotFound;
-        for compiler in candidates.filter_map(|path| Self::open(&path)) {
-            let Self { found, version, .. } = &compiler;
-            match (version.0 <= newest, &none) {
-                (true, _) => return Ok(compiler),
-                (false, NoNvrtc::NotFound) => {
-                    none = NoNvrtc::TooNew { found: found.clone(), version: *version, newest };
-                }
-                (false, NoNvrtc::TooNew { .. }) => {}
+        let that_would_do = |path: &Path| {
+            let compiler = Self::open(path)?;
+            if compiler.version.0 <= newest {
+                return Some(Ok(compiler));
             }
-        }
-        Err(none)
+            let Self { found, version, .. } = &compiler;
+            Some(Err(NoNvrtc::TooNew { found: found.clone(), version: *version, newest }))
+        };
+        search::first(folders, &NAMES, that_would_do).map_err(|none| none.unwrap_or(NoNvrtc::NotFound))
     }
 
     fn open(path: &Path) -> Option<Self> {

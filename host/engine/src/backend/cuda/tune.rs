@@ -7,8 +7,8 @@
 
 use std::fmt;
 
+use super::cases::Rng;
 use super::device::{Device, DeviceError, Gemm, GemmId};
-use super::element::Element;
 use super::engine::launch_all;
 use super::launch::{LaunchPlan, gemm_of, input_of};
 use super::layout::{Buffer, LayerPart, N_TOKENS, Sizes};
@@ -23,7 +23,7 @@ const UNCACHED_BYTES: usize = 256 << 20;
 const WORTH_IT: f64 = 0.97;
 
 /// Bytes of random numbers that are copied at once.
-const RANDOM_BYTES: usize = 1 << 20;
+const RANDOM_BYTES: usize = 1 << 18;
 
 /// What a library computes, where the device has one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,13 +42,12 @@ pub struct GemmChoice {
     pub product: &'static str,
     /// Rows, at most.
     pub up_to: usize,
-    /// Whether the library does.
-    pub is_library: bool,
     /// Seconds of the product by the kernels, where that was measured.
     pub kernels: Option<f64>,
     /// The same by the library's fastest algorithm, where it has one.
     pub library: Option<f64>,
     part: LayerPart,
+    /// The library's algorithm, where it is taken.
     gemm: Option<GemmId>,
 }
 
@@ -115,18 +114,23 @@ impl GemmChoices {
             return None;
         }
         let rows = rows.min(Self::MOST_ROWS);
-        let choice = self.0.iter().find(|choice| choice.part == part && rows <= choice.up_to)?;
-        choice.gemm.filter(|_| choice.is_library)
+        self.0.iter().find(|choice| choice.part == part && rows <= choice.up_to)?.gemm
     }
 }
 
 // === impl GemmChoice ===
 
 impl GemmChoice {
+    /// Whether the library computes it.
+    #[must_use]
+    pub fn is_library(&self) -> bool {
+        self.gemm.is_some()
+    }
+
     /// What a library computes, in words; `None` where that is nothing.
     #[must_use]
     pub fn summary(choices: &[Self]) -> Option<String> {
-        let by_library = choices.iter().filter(|choice| choice.is_library);
+        let by_library = choices.iter().filter(|choice| choice.is_library());
         let words: Vec<String> = by_library.map(|choice| format!("{} to {}", choice.product, choice.up_to)).collect();
         (!words.is_empty()).then(|| format!("{} rows", words.join(", ")))
     }
@@ -139,9 +143,9 @@ impl GemmChoice {
             LayerPart::Down => "down",
             _ => "qkv",
         };
-        let is_faster = |(seconds, _)| kernels.is_none_or(|kernels| seconds < kernels * WORTH_IT);
-        let (is_library, gemm) = (library.is_some_and(is_faster), library.map(|(_, gemm)| gemm));
-        Self { product, up_to, is_library, kernels, library: library.map(|(seconds, _)| seconds), part, gemm }
+        let is_faster = |(seconds, _): &(f64, GemmId)| kernels.is_none_or(|kernels| *seconds < kernels * WORTH_IT);
+        let gemm = library.filter(is_faster).map(|(_, gemm)| gemm);
+        Self { product, up_to, kernels, library: library.map(|(seconds, _)| seconds), part, gemm }
     }
 }
 
@@ -167,9 +171,11 @@ impl Tuner<'_> {
         if !self.sizes.may_use_library() {
             return Ok(choices);
         }
+        let element = self.sizes.form.element;
+        let numbers = element.encode(&element.random(&mut Rng(1), RANDOM_BYTES / element.bytes()));
         for part in [LayerPart::Qkv, LayerPart::Out, LayerPart::GateUp, LayerPart::Down] {
             let Some(gemm) = gemm_of(&self.sizes, part) else { continue };
-            self.fill_input(part)?;
+            self.fill_input(part, &numbers)?;
             let mut from = GemmChoices::LEAST_ROWS;
             for up_to in GemmChoices::steps(self.sizes.config.max_step_tokens) {
                 choices.0.push(self.choose(Measured { part, from, up_to }, &gemm)?);
@@ -180,15 +186,14 @@ impl Tuner<'_> {
     }
 
     /// Puts numbers where the product's input is. No step depends on what it finds there.
-    fn fill_input(&mut self, part: LayerPart) -> Result<(), DeviceError> {
+    fn fill_input(&mut self, part: LayerPart, numbers: &[u8]) -> Result<(), DeviceError> {
         let (buffer, width) = input_of(&self.sizes, part);
         let Sizes { form, config, .. } = &self.sizes;
         let bytes = width * config.max_step_tokens * form.element.bytes();
         let (mut at, end) = (self.addresses[buffer.index()], self.addresses[buffer.index()] + bytes as u64);
-        let block = random(form.element, RANDOM_BYTES.min(bytes));
         while at < end {
-            let n = (block.len() as u64).min(end - at);
-            self.device.upload(at, &block[..n as usize])?;
+            let n = (numbers.len() as u64).min(end - at);
+            self.device.upload(at, &numbers[..n as usize])?;
             at += n;
         }
         Ok(())
@@ -268,20 +273,6 @@ impl Tuner<'_> {
     }
 }
 
-/// Bytes of numbers between -1 and 1, the same each time.
-fn random(element: Element, bytes: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut next = || {
-        // Xorshift: nothing depends on how good these are.
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f64 / f64::from(1 << 23) - 1.0
-    };
-    let numbers: Vec<f64> = (0..bytes / element.bytes()).map(|_| next()).collect();
-    element.encode(&numbers)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,12 +310,5 @@ mod tests {
         assert_eq!(GemmChoice::summary(&[choice(Out, 256, None, None)]), None);
         let shown = choices.all()[0].to_string();
         assert_eq!(shown, "out to 128 rows 2000000.0 us, kernels 2100000.0 us");
-    }
-
-    #[test]
-    fn what_is_multiplied_is_random() {
-        let numbers = Element::Bf16.decode(&random(Element::Bf16, 2_000));
-        let mean = numbers.iter().sum::<f64>() / 1_000.0;
-        assert!(numbers.iter().all(|x| x.abs() <= 1.0) && mean.abs() < 0.1, "{mean}");
     }
 }
