@@ -709,7 +709,10 @@ impl<'a> Loader<'a> {
             mib => KvWish::Bytes(u64::from(mib) << 20),
         };
         let name = format!("{}@cuda:{}", source.id, found.ordinal);
-        let mut gpu = Gpu::open(found.clone(), self.terms.code.clone(), false).with_context(|| name.clone())?;
+        // The library multiplies plain numbers alone.
+        let cublaslt = self.terms.code.cublaslt && precision == Precision::F16;
+        let code = CodeOptions { cublaslt, ..self.terms.code.clone() };
+        let mut gpu = Gpu::open(found.clone(), code, false).with_context(|| name.clone())?;
         let plan = loop {
             let room = gpu.room()?;
             let plan = |room| cuda::plan_memory(source.spec, &forms, config, room, wish);
@@ -742,6 +745,7 @@ impl<'a> Loader<'a> {
         let mut engine =
             CudaEngine::load(Box::new(gpu), model, config, options, &mut progress).with_context(|| name.clone())?;
         engine.device().notes().iter().for_each(|note| tracing::warn!("{name}: {note}"));
+        engine.take_note().into_iter().for_each(|note| tracing::warn!("{name}: {note}"));
         if let Some(words) = cuda::GemmChoice::summary(engine.gemm_choices()) {
             tracing::info!("{name}: by cuBLASLt in long prompts: {words}");
         }

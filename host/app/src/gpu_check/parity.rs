@@ -105,15 +105,15 @@ impl Check<'_> {
             .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
             .chain(of("launched one by one", false, ParityCase::eager()))
             .chain(of("a long context", false, ParityCase::long()))
-            .chain(of(
-                "prompts by cuBLASLt",
-                false,
-                if self.has_library()? { ParityCase::by_library() } else { Vec::new() },
-            ))
             .collect();
         if self.overlaps {
             cases.extend(of("overlapping launches in graphs", true, ParityCase::all()).step_by(OVERLAPPING));
             cases.extend(of("a long context, overlapping launches", true, ParityCase::long()));
+        }
+        if self.has_library()? {
+            cases.extend(of("prompts by cuBLASLt", false, ParityCase::by_library()));
+            let overlapping = of("prompts by cuBLASLt, overlapping launches", true, ParityCase::by_library());
+            cases.extend(overlapping.step_by(OVERLAPPING).filter(|_| self.overlaps));
         }
         cases.retain(|(.., case)| self.types.iter().any(|kind| kind.element() == Some(case.form.element)));
         let n_cases = cases.len();

@@ -183,7 +183,8 @@ impl Check<'_> {
         let mut engine = self.large(form, graphs, overlap)?;
         let device = engine.device();
         if overlap && !device.overlaps() {
-            bail!("{}", device.notes().last().map_or("launches do not overlap", String::as_str));
+            let why = device.notes().iter().rfind(|note| !note.contains("cuBLASLt"));
+            bail!("{}", why.map_or("launches do not overlap", String::as_str));
         }
         Ok(engine)
     }
@@ -196,9 +197,12 @@ impl Check<'_> {
         let plan = cuda::plan_memory(&spec, &[form], config(1), gpu.room()?, KvWish::Share(1))?;
         let options = CudaOptions { form, graphs, library: LibraryUse::Faster };
         let config = config(plan.n_blocks as usize);
-        let engine = CudaEngine::load(Box::new(gpu), (spec, Source::Random(1)), config, options, &mut |_| {})?;
+        let mut engine = CudaEngine::load(Box::new(gpu), (spec, Source::Random(1)), config, options, &mut |_| {})?;
         let seconds = (self.clock.nanos() - start) as f64 * 1e-9;
         self.tell_choices(engine.gemm_choices())?;
+        if let Some(note) = engine.take_note() {
+            self.report.say(&note, json!({"note": note}))?;
+        }
         let words = format!("8B in {form} is loaded in {seconds:.1} s: {plan}");
         self.report.say(&words, json!({"loaded": {"seconds": seconds, "bytes": engine.memory().sum()}}))?;
         Ok(engine)

@@ -69,7 +69,13 @@ extern "C" {
 
 size_t cublasLtGetVersion() { return 120804; }
 int cublasLtCreate(Preference **to) { return described(to, Preference{}); }
-int cublasLtDestroy(Preference *handle) { return unmade(handle); }
+
+// Waits for everything.
+int cublasLtDestroy(Preference *handle) {
+    if (!current_context || is_capturing()) return refuse(__func__, 1);
+    return unmade(handle);
+}
+
 int cublasLtMatmulDescDestroy(Desc *desc) { return unmade(desc); }
 int cublasLtMatrixLayoutDestroy(Layout *layout) { return unmade(layout); }
 int cublasLtMatmulPreferenceCreate(Preference **to) { return described(to, Preference{}); }

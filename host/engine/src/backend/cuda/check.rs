@@ -19,7 +19,7 @@ use safetensors::{Dtype, SafeTensorError};
 use super::device::{Device, DeviceError};
 use super::element::{Element, Form};
 use super::engine::{CudaEngine, CudaError, CudaOptions};
-use super::tune::LibraryUse;
+use super::tune::{GemmChoice, LibraryUse};
 use super::weights::Source;
 use crate::backend::cpu::{ComputePool, CpuEngine, Model, Precision};
 use crate::backend::{ConfigError, EngineConfig};
@@ -249,10 +249,7 @@ impl ParityCase {
             rules: rules(),
             parity: Parity::of(self.form.element),
         };
-        let is_by_library = pair.cuda.gemm_choices().iter().any(|choice| choice.is_library());
-        if self.library == LibraryUse::Always && !is_by_library {
-            return Err(ParityError::NoLibrary(pair.cuda.take_note().unwrap_or_default()));
-        }
+        self.check_library(&mut pair.cuda)?;
         let mut sequences: Vec<Sequence> =
             self.prompts.iter().enumerate().map(|(i, &len)| Sequence::new(i, len, spec.context)).collect();
         let most = self.rows.iter().copied().max().unwrap_or(1).min(n_rows);
@@ -266,7 +263,18 @@ impl ParityCase {
         for &rows in &self.rows {
             pair.step(0..rows.min(most), &mut sequences)?;
         }
+        self.check_library(&mut pair.cuda)?;
         Ok(pair.parity)
+    }
+
+    /// Whether the library computes all that it was to compute: before the steps, and still after them.
+    fn check_library(&self, cuda: &mut CudaEngine) -> Result<(), ParityError> {
+        let choices = cuda.gemm_choices();
+        let is_asked = self.library == LibraryUse::Always;
+        if is_asked && (choices.is_empty() || !choices.iter().all(GemmChoice::is_library)) {
+            return Err(ParityError::NoLibrary(cuda.take_note().unwrap_or_default()));
+        }
+        Ok(())
     }
 
     /// The model.

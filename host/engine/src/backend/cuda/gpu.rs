@@ -107,7 +107,7 @@ pub struct Gpu {
     library: Option<CublasLt>,
     gemm_plans: Vec<LtPlan>,
     /// Around what is timed.
-    events: Option<[sys::CUevent; 2]>,
+    events: Vec<sys::CUevent>,
     /// Lets a kernel start while the one before it ends. Never with code from PTX: that is for compute capability 8.0, which has
     /// no instruction to wait for the kernel before.
     overlap: bool,
@@ -316,7 +316,7 @@ impl Gpu {
             graphs: Vec::new(),
             library: None,
             gemm_plans: Vec::new(),
-            events: None,
+            events: Vec::new(),
             overlap,
             notes: Vec::new(),
         };
@@ -377,11 +377,11 @@ impl Gpu {
     }
 
     fn events(&mut self) -> Result<[sys::CUevent; 2], DeviceError> {
-        if let Some(events) = self.events {
-            return Ok(events);
-        }
         let make = || check("cuEventCreate", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT));
-        Ok(*self.events.insert([make()?, make()?]))
+        while self.events.len() < 2 {
+            self.events.push(make()?);
+        }
+        Ok([self.events[0], self.events[1]])
     }
 
     fn launch_config(&self, launch: &DeviceLaunch<'_>, attribute: &mut sys::CUlaunchAttribute) -> sys::CUlaunchConfig {
@@ -677,15 +677,17 @@ impl Drop for Gpu {
             std::mem::forget((plans, library));
             return;
         }
-        let _ = self.wait();
-        drop((plans, library));
+        match self.wait() {
+            Err(fault) if fault.is_lost() => std::mem::forget((plans, library)),
+            _ => drop((plans, library)),
+        }
         // SAFETY: the stream is idle, so nothing uses what is freed; each handle is freed once, and in the order in which one
         // may need another.
         unsafe {
             for graph in self.graphs.drain(..) {
                 let _ = result::graph::exec_destroy(graph);
             }
-            for event in self.events.take().into_iter().flatten() {
+            for event in self.events.drain(..) {
                 let _ = result::event::destroy(event);
             }
             for (_, module, _) in self.modules.drain(..) {

@@ -443,9 +443,9 @@ impl LaunchPlan {
     fn product_by_library(&mut self, sizes: &Sizes, product: &Product, (part, gemm): (LayerPart, GemmId)) {
         let Product { count, rows, weight, x, y, k, n, epilogue, .. } = *product;
         let (size, ffn, is_gated) = (sizes.form.element.bytes(), n / 2, part == LayerPart::GateUp);
-        let at_once = sizes.rows_at_once(part, rows);
-        for first in (0..rows).step_by(at_once) {
-            let n_rows = at_once.min(rows - first);
+        let mut first = 0;
+        while first < rows {
+            let n_rows = sizes.rows_at_once(part, rows - first);
             let to = match epilogue {
                 _ if is_gated => Arg::At(Buffer::GateUp, 0),
                 Epilogue::AddToF32 => Arg::At(y, (first * n * 4) as u64),
@@ -460,6 +460,7 @@ impl LaunchPlan {
                 let args = [Arg::At(Buffer::StepInputs, count), to, Arg::At(y, 0), u32_arg(first), u32_arg(ffn)];
                 self.push(Kernel::Gated, grid, 256, args.into_iter().chain([Arg::U32(epilogue as u32)]));
             }
+            first += n_rows;
         }
     }
 
@@ -738,6 +739,7 @@ mod tests {
             (&plain, mixed(3, 1_024), 4, 1),
             (&plain, mixed(3, 65), 4, 1),
             (&plain, mixed(3, 5_000), 3 * 2 + 5, 5),
+            (&plain, mixed(3, 7_169), 3 * 2 + 8, 8),
             (&biased, mixed(3, 65), 3, 1),
             (&plain, mixed(3, 64), 0, 0),
             (&plain, Extent::decode(128), 0, 0),
@@ -749,6 +751,14 @@ mod tests {
         let rows = |part, rows| plain.rows_at_once(part, rows);
         assert_eq!([65, 1_024, 1_025, 1_500, 5_000].map(|n| rows(LayerPart::GateUp, n)), [65, 1_024, 640, 768, 1_024]);
         assert_eq!([65, 4_096, 5_000].map(|n| rows(LayerPart::Down, n)), [65, 4_096, 2_560]);
+        // However long a step is, no part of it is short.
+        let parts = launched(&plain, mixed(3, 7_169));
+        let products = parts.launches.iter().filter(|launch| launch.kernel == Kernel::LibraryGemm);
+        let shortest = products.map(|launch| match parts.args_of(launch)[1] {
+            Arg::U32(rows) => rows,
+            ref other => panic!("{other:?} rows"),
+        });
+        assert_eq!(shortest.min(), Some(769));
         let of = |part| gemm_of(&plain, part).map(|gemm| (gemm.k, gemm.n, gemm.output));
         assert_eq!(of(LayerPart::GateUp), Some((4_096, 28_672, GemmOutput::Store)));
         assert_eq!(of(LayerPart::Down), Some((14_336, 4_096, GemmOutput::AddToF32)));

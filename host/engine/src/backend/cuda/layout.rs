@@ -292,8 +292,8 @@ impl Sizes {
         self.has_library && self.form.suffix().is_none() && is_long
     }
 
-    /// Rows of a product that a library computes at once: of gate and up fewer, for they stand somewhere before they are gated. Parts
-    /// are as long as each other, since each reads the whole weight.
+    /// Rows, of so many that are left of a product, that a library computes at once: of gate and up fewer, for they stand somewhere before
+    /// they are gated. Parts are about as long as each other, since each reads the whole weight.
     pub(crate) fn rows_at_once(&self, part: LayerPart, rows: usize) -> usize {
         let most = if part == LayerPart::GateUp { MOST_GATED_ROWS } else { GemmChoices::MOST_ROWS };
         rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(128).min(rows)

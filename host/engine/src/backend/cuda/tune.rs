@@ -8,7 +8,7 @@
 use std::fmt;
 
 use super::cases::Rng;
-use super::device::{Device, DeviceError, Gemm, GemmId};
+use super::device::{Device, DeviceError, Gemm, GemmId, in_turn};
 use super::engine::launch_all;
 use super::launch::{LaunchPlan, gemm_of, input_of};
 use super::layout::{Buffer, LayerPart, N_TOKENS, Sizes};
@@ -35,12 +35,14 @@ pub enum LibraryUse {
     Always,
 }
 
-/// What computes a product of up to so many rows of a step with prompts, and what that was chosen by.
+/// What computes a product of so many rows of a step with prompts, and what that was chosen by.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GemmChoice {
     /// The product's name.
     pub product: &'static str,
-    /// Rows, at most.
+    /// Rows, at least.
+    pub from: usize,
+    /// Rows, at most; of the longest that were measured, more as well.
     pub up_to: usize,
     /// Seconds of the product by the kernels, where that was measured.
     pub kernels: Option<f64>,
@@ -63,12 +65,12 @@ pub(super) struct Tuner<'a> {
     /// As they are while a candidate is tried.
     pub(super) sizes: Sizes,
     pub(super) how: LibraryUse,
-    /// The first product that the library refused.
+    /// Why the first product that the library computes by no algorithm is not computed.
     pub(super) refused: Option<DeviceError>,
 }
 
 /// The product that is measured, for `up_to` rows and not fewer than `from`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Measured {
     part: LayerPart,
     from: usize,
@@ -92,15 +94,16 @@ impl GemmChoices {
     }
 
     /// The library's algorithm for a product, and nothing else.
-    fn of(part: LayerPart, up_to: usize, gemm: GemmId) -> Self {
-        Self(vec![GemmChoice::new(part, up_to, None, Some((0.0, gemm)))])
+    fn of(of: Measured, gemm: GemmId) -> Self {
+        Self(vec![GemmChoice::new(of, None, Some((0.0, gemm)))])
     }
 
     /// Every product by some algorithm.
     #[cfg(test)]
     pub(crate) fn of_all(up_to: usize) -> Self {
         let parts = [LayerPart::Qkv, LayerPart::Out, LayerPart::GateUp, LayerPart::Down];
-        Self(parts.into_iter().flat_map(|part| Self::of(part, up_to, GemmId(part as usize)).0).collect())
+        let of = |part| Measured { part, from: Self::LEAST_ROWS, up_to };
+        Self(parts.into_iter().flat_map(|part| Self::of(of(part), GemmId(part as usize)).0).collect())
     }
 
     /// Everything that was chosen.
@@ -130,13 +133,24 @@ impl GemmChoice {
     /// What a library computes, in words; `None` where that is nothing.
     #[must_use]
     pub fn summary(choices: &[Self]) -> Option<String> {
-        let by_library = choices.iter().filter(|choice| choice.is_library());
-        let words: Vec<String> = by_library.map(|choice| format!("{} to {}", choice.product, choice.up_to)).collect();
+        let mut runs: Vec<Self> = Vec::new();
+        for choice in choices.iter().filter(|choice| choice.is_library()) {
+            match runs.last_mut().filter(|run| run.part == choice.part && run.up_to + 1 == choice.from) {
+                Some(run) => run.up_to = choice.up_to,
+                None => runs.push(*choice),
+            }
+        }
+        let words: Vec<String> = runs.iter().map(Self::rows).collect();
         (!words.is_empty()).then(|| format!("{} rows", words.join(", ")))
     }
 
+    fn rows(&self) -> String {
+        format!("{} {}-{}", self.product, self.from, self.up_to)
+    }
+
     /// The library where the kernels were not measured, or take longer.
-    fn new(part: LayerPart, up_to: usize, kernels: Option<f64>, library: Option<(f64, GemmId)>) -> Self {
+    fn new(of: Measured, kernels: Option<f64>, library: Option<(f64, GemmId)>) -> Self {
+        let Measured { part, from, up_to } = of;
         let product = match part {
             LayerPart::Out => "out",
             LayerPart::GateUp => "gate and up",
@@ -145,13 +159,13 @@ impl GemmChoice {
         };
         let is_faster = |(seconds, _): &(f64, GemmId)| kernels.is_none_or(|kernels| *seconds < kernels * WORTH_IT);
         let gemm = library.filter(is_faster).map(|(_, gemm)| gemm);
-        Self { product, up_to, kernels, library: library.map(|(seconds, _)| seconds), part, gemm }
+        Self { product, from, up_to, kernels, library: library.map(|(seconds, _)| seconds), part, gemm }
     }
 }
 
 impl fmt::Display for GemmChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} to {} rows", self.product, self.up_to)?;
+        write!(f, "{} rows", self.rows())?;
         match (self.kernels, self.library) {
             (Some(kernels), Some(library)) => write!(f, " {:.1} us, kernels {:.1} us", library * 1e6, kernels * 1e6),
             _ => Ok(()),
@@ -200,55 +214,66 @@ impl Tuner<'_> {
     }
 
     fn choose(&mut self, of: Measured, gemm: &Gemm) -> Result<GemmChoice, DeviceError> {
-        let Measured { part, up_to, .. } = of;
-        let at_once = self.sizes.rows_at_once(part, up_to);
-        let advised = self.device.gemms(gemm, at_once, self.sizes.gemm_workspace_bytes());
-        let mut candidates: Vec<(GemmId, f64)> = Vec::new();
-        for gemm in self.unless_refused(advised)?.unwrap_or_default() {
-            let tried = self.try_out(of, gemm);
-            if self.unless_refused(tried)?.is_some() {
-                candidates.push((gemm, f64::INFINITY));
-            }
-        }
+        let at_once = self.sizes.rows_at_once(of.part, of.up_to);
+        let (advised, mut refused) = match self.device.gemms(gemm, at_once, self.sizes.gemm_workspace_bytes()) {
+            Err(error @ DeviceError::Library { .. }) => (Vec::new(), Some(error)),
+            advised => (advised?, None),
+        };
+        let mut candidates: Vec<(GemmId, f64)> = advised.into_iter().map(|gemm| (gemm, f64::INFINITY)).collect();
+        refused = self.retain(&mut candidates, Self::try_out, of)?.or(refused);
         let mut kernels = None;
         for _ in 0..TRIALS {
             if self.how == LibraryUse::Faster && !candidates.is_empty() {
                 let seconds = self.time(of, GemmChoices::default())?;
                 kernels = Some(kernels.map_or(seconds, |least: f64| least.min(seconds)));
             }
-            for (gemm, least) in &mut candidates {
-                *least = least.min(self.time(of, GemmChoices::of(part, up_to, *gemm))?);
-            }
+            refused = self
+                .retain(&mut candidates, |tuner, of, gemm| tuner.time(of, GemmChoices::of(of, gemm)), of)?
+                .or(refused);
+        }
+        if candidates.is_empty() {
+            self.refused = self.refused.take().or(refused);
         }
         let fastest = candidates.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b));
-        Ok(GemmChoice::new(part, up_to, kernels, fastest.map(|(gemm, seconds)| (seconds, gemm))))
+        Ok(GemmChoice::new(of, kernels, fastest.map(|(gemm, seconds)| (seconds, gemm))))
     }
 
-    /// Nothing where the library refused, which is kept.
-    fn unless_refused<T>(&mut self, result: Result<T, DeviceError>) -> Result<Option<T>, DeviceError> {
-        match result {
-            Err(error @ DeviceError::Library { .. }) => {
-                self.refused.get_or_insert(error);
-                Ok(None)
+    /// Tries each candidate, which keeps its least seconds, and leaves out those that the library refuses; the last refusal.
+    fn retain(
+        &mut self,
+        candidates: &mut Vec<(GemmId, f64)>,
+        seconds: impl Fn(&mut Self, Measured, GemmId) -> Result<f64, DeviceError>,
+        of: Measured,
+    ) -> Result<Option<DeviceError>, DeviceError> {
+        let mut refused = None;
+        for (gemm, least) in std::mem::take(candidates) {
+            match seconds(self, of, gemm) {
+                Ok(seconds) => candidates.push((gemm, least.min(seconds))),
+                Err(error @ DeviceError::Library { .. }) => refused = Some(error),
+                Err(error) => return Err(error),
             }
-            result => result.map(Some),
         }
+        Ok(refused)
     }
 
-    /// Computes it once with the fewest rows and once with the most: what the library advises for some, it may refuse for others.
-    fn try_out(&mut self, of: Measured, gemm: GemmId) -> Result<(), DeviceError> {
-        for rows in [of.from, of.up_to] {
-            self.prepare(of.part, rows, 1, GemmChoices::of(of.part, of.up_to, gemm))?;
+    /// Computes it once with the fewest rows and once with the most, for what the library advises for some it may refuse for others,
+    /// and with the smallest parts of a longer step. The first use of code loads it, for which the driver may wait for everything.
+    fn try_out(&mut self, of: Measured, gemm: GemmId) -> Result<f64, DeviceError> {
+        let _nobody_records = in_turn();
+        let in_parts = GemmChoices::MOST_ROWS + 1;
+        let is_longest = of.up_to == GemmChoices::MOST_ROWS && self.sizes.config.max_step_tokens >= in_parts;
+        for rows in [of.from, of.up_to].into_iter().chain(is_longest.then_some(in_parts)) {
+            self.prepare((of.part, rows), 1, GemmChoices::of(of, gemm))?;
             launch_all(self.device, self.addresses, self.launches)?;
         }
-        self.device.wait()
+        self.device.wait()?;
+        Ok(f64::INFINITY)
     }
 
-    /// Lists the product in so many layers.
+    /// Lists the product of so many rows in so many layers.
     fn prepare(
         &mut self,
-        part: LayerPart,
-        rows: usize,
+        (part, rows): (LayerPart, usize),
         layers: usize,
         choices: GemmChoices,
     ) -> Result<(), DeviceError> {
@@ -265,7 +290,7 @@ impl Tuner<'_> {
     fn time(&mut self, of: Measured, choices: GemmChoices) -> Result<f64, DeviceError> {
         let weight = gemm_of(&self.sizes, of.part).map_or(1, |gemm| gemm.k * gemm.n * gemm.element.bytes());
         let layers = UNCACHED_BYTES.div_ceil(weight.max(1)).min(self.sizes.spec.layers);
-        self.prepare(of.part, of.up_to, layers, choices)?;
+        self.prepare((of.part, of.up_to), layers, choices)?;
         launch_all(self.device, self.addresses, self.launches)?;
         self.device.start_timer()?;
         launch_all(self.device, self.addresses, self.launches)?;
@@ -284,14 +309,15 @@ mod tests {
         assert_eq!((steps(96), steps(128), steps(9_000).last().copied()), (vec![96], vec![128], Some(4_096)));
         use LayerPart::{Down, Out, Qkv};
         // The library takes 2 s by this algorithm, or has none.
-        let choice = |part, up_to, gemm: Option<usize>, kernels| {
-            GemmChoice::new(part, up_to, kernels, gemm.map(|gemm| (2.0, GemmId(gemm))))
+        let choice = |part, (from, up_to), gemm: Option<usize>, kernels| {
+            GemmChoice::new(Measured { part, from, up_to }, kernels, gemm.map(|gemm| (2.0, GemmId(gemm))))
         };
         let choices = GemmChoices(vec![
-            choice(Out, 128, Some(3), Some(2.1)),
-            choice(Out, 256, Some(4), Some(2.01)),
-            choice(Down, 4_096, Some(5), None),
-            choice(Qkv, 256, None, None),
+            choice(Out, (65, 128), Some(3), Some(2.1)),
+            choice(Out, (129, 256), Some(4), Some(2.01)),
+            choice(Down, (65, 128), Some(5), None),
+            choice(Down, (129, 4_096), Some(6), None),
+            choice(Qkv, (65, 256), None, None),
         ]);
         for (part, rows, expect) in [
             (Out, 64, None),
@@ -299,16 +325,16 @@ mod tests {
             (Out, 128, Some(3)),
             (Out, 129, None),
             (Down, 65, Some(5)),
-            (Down, 4_096, Some(5)),
-            (Down, 9_000, Some(5)),
+            (Down, 4_096, Some(6)),
+            (Down, 9_000, Some(6)),
             (Qkv, 100, None),
         ] {
             assert_eq!(choices.gemm(part, rows), expect.map(GemmId), "{part:?} {rows}");
         }
         let words = GemmChoice::summary(choices.all());
-        assert_eq!(words.as_deref(), Some("out to 128, down to 4096 rows"));
-        assert_eq!(GemmChoice::summary(&[choice(Out, 256, None, None)]), None);
+        assert_eq!(words.as_deref(), Some("out 65-128, down 65-4096 rows"));
+        assert_eq!(GemmChoice::summary(&[choice(Out, (65, 256), None, None)]), None);
         let shown = choices.all()[0].to_string();
-        assert_eq!(shown, "out to 128 rows 2000000.0 us, kernels 2100000.0 us");
+        assert_eq!(shown, "out 65-128 rows 2000000.0 us, kernels 2100000.0 us");
     }
 }

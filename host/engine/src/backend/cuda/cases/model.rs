@@ -68,10 +68,17 @@ fn norm_add(element: Element, rng: &mut Rng, hidden: usize) -> Case {
 /// Of 2 live rows after the first, in a launch of 3.
 fn gated(element: Element, rng: &mut Rng, ffn: usize, kind: usize) -> Case {
     let (first, live, rows) = (1, 2, 3);
-    let pairs = element.random(rng, live * 2 * ffn);
+    let mut pairs = element.random(rng, live * 2 * ffn);
+    if element == Element::F16 {
+        // Gate of one and up of another have been too large for it.
+        (pairs[0], pairs[3]) = (f64::NEG_INFINITY, f64::INFINITY);
+    }
+    let largest = if element == Element::F16 { 65_504.0 } else { f64::INFINITY };
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let of = |x: f64| if kind == 3 { x } else { 1.595_769_121_605_731 * (x + 0.044_715 * x * x * x) };
-    let made = pairs.chunks(2).map(|pair| pair[0] * sigmoid(of(pair[0])) * pair[1]);
+    let finite = |x: f64| x.clamp(-largest, largest);
+    let made = pairs.chunks(2).map(|pair| (finite(pair[0]), finite(pair[1])));
+    let made = made.map(|(gate, up)| gate * sigmoid(of(gate)) * up);
     // Nothing writes the first row, nor what follows the live ones.
     let mut initial = element.encode(&vec![0.5; first * ffn]);
     initial.resize((first + rows) * ffn * element.bytes(), POISON);
