@@ -11,6 +11,8 @@ use pointsman_sched::sampler::EditSource;
 pub(crate) struct ModelEngine {
     cells: Vec<u64>,
     block_tokens: usize,
+    /// What the last step sampled.
+    sampled: Vec<u32>,
     /// Fails the next step, and spoils every block that it could have touched.
     pub(crate) fails_next: bool,
 }
@@ -18,7 +20,7 @@ pub(crate) struct ModelEngine {
 impl ModelEngine {
     pub(crate) fn new(n_blocks: u32, block_tokens: u32) -> Self {
         let n_cells = n_blocks as usize * block_tokens as usize;
-        Self { cells: vec![0; n_cells], block_tokens: block_tokens as usize, fails_next: false }
+        Self { cells: vec![0; n_cells], block_tokens: block_tokens as usize, sampled: Vec::new(), fails_next: false }
     }
 
     fn spoil(&mut self, plan: &StepPlan) {
@@ -41,15 +43,20 @@ impl Executor for ModelEngine {
         out.scores.clear();
         if std::mem::take(&mut self.fails_next) {
             self.spoil(plan);
+            // What follows it goes on from anything.
+            self.sampled = vec![1; plan.rows.len()];
             return Err(ExecuteError::Device { what: "simulated".into() });
         }
         let n = self.block_tokens;
+        let follows: Vec<u32> = plan.follows.iter().map(|&place| self.sampled[place as usize]).collect();
+        assert!(follows.is_empty() || follows.len() == plan.tokens.len(), "each row follows with one token");
+        let all = if follows.is_empty() { &plan.tokens } else { &follows };
         for row in &plan.rows {
             let table = plan.blocks_of(row);
             let cell = |position: usize| table[position / n].0 as usize * n + position % n;
             let position = row.position as usize;
             let mut state = position.checked_sub(1).map_or(0, |before| self.cells[cell(before)]);
-            let tokens = plan.tokens_of(row);
+            let tokens = &all[row.tokens.start as usize..row.tokens.end as usize];
             let n_known = tokens.len() - row.drafts as usize;
             for (i, &token) in tokens.iter().enumerate() {
                 state = chain_hash(state, &[token]);
@@ -60,6 +67,8 @@ impl Executor for ModelEngine {
                 chosen.push(Sampled { token, logprobs: None });
             }
         }
+        self.sampled.clear();
+        self.sampled.extend(out.sampled.iter().map(|sampled| sampled.token));
         Ok(())
     }
 }

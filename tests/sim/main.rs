@@ -107,6 +107,16 @@ fn without_faults_and_cancels_every_request_finishes() {
 }
 
 #[test]
+fn steps_planned_ahead_change_no_answer() {
+    for kind in Kind::ALL {
+        let total = sweep(kind, |options| Options { ahead: true, ..options });
+        println!("{kind:?}: {} of {} steps were planned ahead", total.steps_ahead, total.steps);
+        assert!(total.steps_ahead > total.steps / 20, "{kind:?} {total:?}");
+        assert!(total.preemptions > 0 && total.failed > 0 && total.cancelled > 0, "{kind:?} {total:?}");
+    }
+}
+
+#[test]
 fn drafts_change_no_answer() {
     // With faults, cancels, preemptions and whatever a policy says; each answer is what the request alone would have got.
     for kind in Kind::ALL {

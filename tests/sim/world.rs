@@ -1,13 +1,13 @@
 //! The world around one scheduler: when requests come and go, what fails, when a policy is swapped, and the loop that a
 //! driver thread would turn, on a virtual clock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use pointsman_sched::batch::BatchPolicy;
 use pointsman_sched::config::Config;
 use pointsman_sched::draft::DraftMethod;
-use pointsman_sched::execute::{Executor, StepOutput};
+use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
 use pointsman_sched::ids::{Micros, Priority, RequestId};
 use pointsman_sched::prefix::{chain_hash, chain_hashes};
 use pointsman_sched::publish::{PrefixSketch, ReplicaGauges};
@@ -40,6 +40,8 @@ pub(crate) struct Options {
     pub(crate) swap_ppm: u64,
     /// Texts repeat themselves, and requests have drafts.
     pub(crate) drafts: bool,
+    /// Steps are planned while the ones before them compute.
+    pub(crate) ahead: bool,
 }
 
 /// What a history came to.
@@ -52,6 +54,8 @@ pub(crate) struct Report {
     pub(crate) failed: u64,
     pub(crate) dropped: u64,
     pub(crate) steps: u64,
+    /// Of those, the ones that were planned ahead.
+    pub(crate) steps_ahead: u64,
     pub(crate) preemptions: u64,
     pub(crate) cached_tokens: u64,
     pub(crate) policy_calls: u64,
@@ -133,6 +137,7 @@ impl Options {
             fault_ppm: 4_000,
             swap_ppm: 0,
             drafts: false,
+            ahead: rng.chance(500_000),
         }
     }
 }
@@ -148,6 +153,7 @@ impl Report {
             (&mut self.failed, other.failed),
             (&mut self.dropped, other.dropped),
             (&mut self.steps, other.steps),
+            (&mut self.steps_ahead, other.steps_ahead),
             (&mut self.preemptions, other.preemptions),
             (&mut self.cached_tokens, other.cached_tokens),
             (&mut self.policy_calls, other.policy_calls),
@@ -186,6 +192,8 @@ struct World<'a> {
     now: Micros,
     scheduler: Scheduler,
     engine: ModelEngine,
+    /// Steps that are begun and not finished, and how long each takes.
+    begun: VecDeque<(Result<(), ExecuteError>, StepOutput, Micros)>,
     policy: Audited,
     retention: Box<dyn RetentionPolicy>,
     pending: Pending,
@@ -211,6 +219,7 @@ impl<'a> World<'a> {
             now: 1,
             scheduler: scheduler.expect("the options make a good configuration"),
             engine: ModelEngine::new(config.n_blocks, config.block_tokens),
+            begun: VecDeque::new(),
             policy: Audited::new(slot, Arc::clone(&truth)),
             retention: retention::of_seed(seed),
             pending,
@@ -224,15 +233,14 @@ impl<'a> World<'a> {
     }
 
     fn live(&mut self) -> Report {
-        let mut out = StepOutput::default();
-        while self.n_arrived < self.options.n_requests || !self.scheduler.is_idle() {
+        while self.n_arrived < self.options.n_requests || !self.scheduler.is_idle() || !self.begun.is_empty() {
             self.deliver();
             if self.rng.chance(self.options.swap_ppm) {
                 let kind = self.rng.pick(&Kind::ALL);
                 *self.pending.lock().expect("one thread") = Some(kind.policy(self.rng.next()));
                 self.report.swaps += 1;
             }
-            if !self.step(&mut out) {
+            if !self.step() {
                 self.sleep();
             }
             self.scheduler.assert_consistent();
@@ -241,7 +249,26 @@ impl<'a> World<'a> {
     }
 
     /// One turn of the crank; false when there was nothing to compute.
-    fn step(&mut self, out: &mut StepOutput) -> bool {
+    fn step(&mut self) -> bool {
+        if self.begun.is_empty() && !self.begin() {
+            return false;
+        }
+        if self.options.ahead {
+            self.begin_ahead();
+        }
+        let Some((result, mut out, took)) = self.begun.pop_front() else { return false };
+        // What happens while the step is in flight reaches the scheduler before the step's end.
+        self.now += took;
+        self.deliver();
+        let digest = &mut self.report.digest;
+        match result {
+            Ok(()) => self.scheduler.complete(self.now, &mut out, &mut |event| note(digest, event)),
+            Err(error) => self.scheduler.fail_step(self.now, &error, &mut |event| note(digest, event)),
+        }
+        true
+    }
+
+    fn begin(&mut self) -> bool {
         self.scheduler.review_cache(self.now, &mut *self.retention);
         if self.options.drafts {
             // Some may have none, as if they were masked.
@@ -251,21 +278,18 @@ impl<'a> World<'a> {
         let queued = checks::queued(&self.scheduler, &self.truth.lock().expect("one thread").live, self.now);
         let plan = self.scheduler.schedule(self.now, &mut self.policy, &mut |event| note(digest, event));
         let Some(plan) = plan else { return false };
-        checks::plan_is_feasible(plan, &self.options.config);
         let planned: Vec<RequestId> = plan.rows.iter().map(|row| row.request).collect();
-        let took = self.options.cost.of(plan);
-        self.engine.fails_next = self.rng.chance(self.options.fault_ppm);
-        let result = self.engine.execute(plan, &mut NoEdits, out);
+        self.begun.push_back(compute(&mut self.engine, plan, self.options, &mut self.rng));
         self.report.overdue_served += checks::nobody_passes_the_overdue(&self.scheduler, &planned, &queued, self.now);
-        // What happens while the step is in flight reaches the scheduler before the step's end.
-        self.now += took;
-        self.deliver();
-        let digest = &mut self.report.digest;
-        match result {
-            Ok(()) => self.scheduler.complete(self.now, out, &mut |event| note(digest, event)),
-            Err(error) => self.scheduler.fail_step(self.now, &error, &mut |event| note(digest, event)),
-        }
         true
+    }
+
+    fn begin_ahead(&mut self) {
+        // As above.
+        let may = |id: RequestId| !id.0.is_multiple_of(11);
+        let Some(plan) = self.scheduler.schedule_ahead(self.now, &mut self.policy, may) else { return };
+        assert!(!plan.follows.is_empty());
+        self.begun.push_back(compute(&mut self.engine, plan, self.options, &mut self.rng));
     }
 
     /// Nothing to compute: time goes on to the next thing that can change that.
@@ -384,7 +408,7 @@ impl<'a> World<'a> {
             *count += 1;
         }
         let counters = self.scheduler.take_counters();
-        self.report.steps = counters.steps;
+        (self.report.steps, self.report.steps_ahead) = (counters.steps, counters.steps_ahead);
         self.report.preemptions = counters.preemptions;
         self.report.cached_tokens = counters.prefix_hit_tokens;
         self.report.plans_refused = counters.plans_refused;
@@ -397,6 +421,20 @@ impl<'a> World<'a> {
         assert_eq!(counted, self.report.finished, "the counters agree with the sinks");
         std::mem::take(&mut self.report)
     }
+}
+
+/// Computes a checked plan, unless it fails; and how long that takes.
+fn compute(
+    engine: &mut ModelEngine,
+    plan: &StepPlan,
+    options: &Options,
+    rng: &mut Rng,
+) -> (Result<(), ExecuteError>, StepOutput, Micros) {
+    checks::plan_is_feasible(plan, &options.config);
+    let mut out = StepOutput::default();
+    engine.fails_next = rng.chance(options.fault_ppm);
+    let result = engine.execute(plan, &mut NoEdits, &mut out);
+    (result, out, options.cost.of(plan))
 }
 
 /// Folds an event into the digest of a history.

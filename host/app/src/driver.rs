@@ -5,7 +5,11 @@
 //! in and gives an idle one back whole, so that neither packing nor freeing memory ever takes a step's time. The thread parks
 //! when every replica is idle or waits for the masks of its requests; senders and masks unpark it. Not a tokio task: a step
 //! computes for milliseconds and would stall the HTTP workers.
+//!
+//! Where a device computes on its own, the next step is begun while one computes, if nothing is to be decided in it: so the device
+//! does not wait for tokens to be handed out. Mail is read between any two.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,9 +18,10 @@ use std::time::Duration;
 
 use pointsman_sched::batch::BatchPolicy;
 use pointsman_sched::draft::model::DraftCounters;
-use pointsman_sched::execute::{Executor, StepOutput};
+use pointsman_sched::execute::{ExecuteError, Executor, StepOutput};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::observe::Observer;
+use pointsman_sched::predict::StepSize;
 use pointsman_sched::publish::ReplicaGauges;
 use pointsman_sched::request::{CancelCause, Request, SinkEvent};
 use pointsman_sched::retention::RetentionPolicy;
@@ -55,6 +60,20 @@ pub(crate) struct DriverReplica {
     pub variant: u32,
     /// How it does.
     pub pace: Pace,
+    /// Steps that are begun and not finished; a second one only where the executor computes in halves.
+    pub begun: VecDeque<Begun>,
+}
+
+/// A step that is begun and not finished.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    /// When the device, or planning it, came to it, and when its plan was made.
+    start: Micros,
+    scheduled: Micros,
+    n_tokens: usize,
+    size: StepSize,
+    /// Of beginning it, or of all of it where it was computed whole.
+    outcome: Result<(), ExecuteError>,
 }
 
 /// What every driver shares with the host.
@@ -286,7 +305,8 @@ impl Driver {
         leaving.retain(|(id, gone)| {
             let Some(at) = replicas.iter().position(|replica| replica.id == *id) else { return false };
             let replica = &replicas[at];
-            let is_idle = replica.scheduler.is_idle() && replica.gauges.reserved_requests.load(Ordering::SeqCst) == 0;
+            let is_still = replica.scheduler.is_idle() && replica.begun.is_empty();
+            let is_idle = is_still && replica.gauges.reserved_requests.load(Ordering::SeqCst) == 0;
             if !is_idle && !must(*id) {
                 return true;
             }
@@ -349,64 +369,15 @@ impl Driver {
     fn step(&mut self, index: usize) -> bool {
         let Self { replicas, context, output, stop, .. } = self;
         let replica = &mut replicas[index];
-        let clock = &context.clock;
-        let start = clock.micros();
-        replica.sampler.attend(start, &replica.scheduler);
-        end_failed(replica, context, start);
-        if replica.sampler.is_stalled(start, &replica.scheduler) {
-            replica.pace.idled(start);
-            publish(replica, &context.metrics);
+        if replica.begun.is_empty() && !replica.begin(context, output) {
             return false;
         }
-        replica.scheduler.review_cache(start, &mut *replica.retention);
-        let has_drafted = replica.scheduler.propose(replica.executor.draft_places(), |id| replica.sampler.is_free(id));
-        let drafted = if has_drafted { clock.micros() } else { start };
-        let mut observe =
-            Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
-        let Some(plan) = replica.scheduler.schedule(start, &mut *replica.policy, &mut observe) else {
-            replica.pace.idled(start);
-            publish(replica, &context.metrics);
-            return false;
-        };
-        let (n_tokens, size) = (plan.tokens.len(), size_of(plan));
-        let scheduled = clock.micros();
-        let executed = replica.executor.execute(plan, &mut replica.sampler, output);
-        let done = clock.micros();
-        if let Some(note) = replica.executor.take_note() {
-            tracing::warn!(replica = replica.id.0, "{note}");
+        replica.begin_ahead(context);
+        replica.finish(context, output);
+        if replica.executor.is_lost() {
+            tracing::error!("this device serves no more; other devices go on");
+            stop.store(true, Ordering::Release);
         }
-        if executed.is_ok() {
-            replica.sampler.sampled(plan, output);
-        }
-        let failed = replica.sampler.take_failed();
-        let mut observe =
-            Watch::new(&context.recorder, (replica.id, replica.variant), (&mut replica.sampler, &mut replica.pace));
-        match executed {
-            Ok(()) => replica.scheduler.complete(done, output, &mut observe),
-            Err(error) => {
-                tracing::error!(replica = replica.id.0, "a step failed: {error}");
-                replica.scheduler.fail_step(done, &error, &mut observe);
-                if replica.executor.is_lost() {
-                    tracing::error!("this device serves no more; other devices go on");
-                    stop.store(true, Ordering::Release);
-                }
-            }
-        }
-        for (id, failure) in failed {
-            replica.scheduler.fail(id, failure, done, &mut observe);
-        }
-        // What was sampled is looked at while the next step runs.
-        replica.sampler.hand_over(done);
-        replica.pace.stepped(size, start, done);
-        let seconds = |from: Micros, to: Micros| to.saturating_sub(from) as f64 * 1e-6;
-        if has_drafted {
-            replica.metrics.drafts.step.observe(seconds(start, drafted));
-        }
-        replica.metrics.step_schedule.observe(seconds(drafted, scheduled));
-        replica.metrics.step_execute.observe(seconds(scheduled, done));
-        let step_tokens = replica.scheduler.config().step_tokens;
-        replica.metrics.step_fill.set(n_tokens as f64 / f64::from(step_tokens.max(1)));
-        publish(replica, &context.metrics);
         true
     }
 
@@ -416,6 +387,99 @@ impl Driver {
         let next = self.replicas.iter().filter_map(|r| r.scheduler.next_deadline()).min();
         next.map_or(IDLE, |at| Duration::from_micros(at.saturating_sub(now)).clamp(SHORTEST_IDLE, IDLE))
     }
+}
+
+// === impl DriverReplica ===
+
+impl DriverReplica {
+    /// Plans a step with everything known, and begins it; false where there is none.
+    fn begin(&mut self, context: &DriverContext, output: &mut StepOutput) -> bool {
+        let clock = &context.clock;
+        let start = clock.micros();
+        self.sampler.attend(start, &self.scheduler);
+        end_failed(self, context, start);
+        if self.sampler.is_stalled(start, &self.scheduler) {
+            self.pace.idled(start);
+            publish(self, &context.metrics);
+            return false;
+        }
+        self.scheduler.review_cache(start, &mut *self.retention);
+        let has_drafted = self.scheduler.propose(self.executor.draft_places(), |id| self.sampler.is_free(id));
+        let drafted = if has_drafted { clock.micros() } else { start };
+        let mut observe = Watch::new(&context.recorder, (self.id, self.variant), (&mut self.sampler, &mut self.pace));
+        let Some(plan) = self.scheduler.schedule(start, &mut *self.policy, &mut observe) else {
+            self.pace.idled(start);
+            publish(self, &context.metrics);
+            return false;
+        };
+        let scheduled = clock.micros();
+        let outcome = match self.executor.in_halves() {
+            Some(halves) => halves.begin(plan, &mut self.sampler),
+            None => self.executor.execute(plan, &mut self.sampler, output),
+        };
+        self.begun.push_back(Begun { start, scheduled, n_tokens: plan.tokens.len(), size: size_of(plan), outcome });
+        if has_drafted {
+            self.metrics.drafts.step.observe(seconds(start, drafted));
+        }
+        self.metrics.step_schedule.observe(seconds(drafted, scheduled));
+        true
+    }
+
+    /// Begins the step behind the one that computes, where the executor can and nothing is to be decided.
+    fn begin_ahead(&mut self, context: &DriverContext) {
+        let is_alone = self.begun.len() == 1 && self.begun.iter().all(|begun| begun.outcome.is_ok());
+        let Some(halves) = self.executor.in_halves().filter(|_| is_alone) else { return };
+        let start = context.clock.micros();
+        self.sampler.attend(start, &self.scheduler);
+        self.scheduler.review_cache(start, &mut *self.retention);
+        let may = |id| self.sampler.is_free(id);
+        let Some(plan) = self.scheduler.schedule_ahead(start, &mut *self.policy, may) else { return };
+        let scheduled = context.clock.micros();
+        let outcome = halves.begin(plan, &mut self.sampler);
+        self.begun.push_back(Begun { start, scheduled, n_tokens: plan.tokens.len(), size: size_of(plan), outcome });
+        self.metrics.step_schedule.observe(seconds(start, scheduled));
+    }
+
+    /// Waits for the step that was begun first, whose results are in `output` where it was computed whole.
+    fn finish(&mut self, context: &DriverContext, output: &mut StepOutput) {
+        let (Some(begun), Some(plan)) = (self.begun.pop_front(), self.scheduler.in_flight()) else { return };
+        let halves = self.executor.in_halves();
+        let outcome = begun.outcome.and_then(|()| halves.map_or(Ok(()), |halves| halves.finish(plan, output)));
+        let done = context.clock.micros();
+        if outcome.is_ok() {
+            self.sampler.sampled(plan, output);
+        }
+        if let Some(note) = self.executor.take_note() {
+            tracing::warn!(replica = self.id.0, "{note}");
+        }
+        let failed = self.sampler.take_failed();
+        let mut observe = Watch::new(&context.recorder, (self.id, self.variant), (&mut self.sampler, &mut self.pace));
+        match outcome {
+            Ok(()) => self.scheduler.complete(done, output, &mut observe),
+            Err(error) => {
+                tracing::error!(replica = self.id.0, "a step failed: {error}");
+                self.scheduler.fail_step(done, &error, &mut observe);
+            }
+        }
+        for (id, failure) in failed {
+            self.scheduler.fail(id, failure, done, &mut observe);
+        }
+        // What was sampled is looked at while the next step runs.
+        self.sampler.hand_over(done);
+        self.pace.stepped(begun.size, begun.start, done);
+        self.metrics.step_execute.observe(seconds(begun.scheduled, done));
+        let step_tokens = self.scheduler.config().step_tokens;
+        self.metrics.step_fill.set(begun.n_tokens as f64 / f64::from(step_tokens.max(1)));
+        publish(self, &context.metrics);
+        // The device has come to it only now.
+        for next in &mut self.begun {
+            (next.start, next.scheduled) = (done, done);
+        }
+    }
+}
+
+fn seconds(from: Micros, to: Micros) -> f64 {
+    to.saturating_sub(from) as f64 * 1e-6
 }
 
 /// Records a replica's events under its name, and tells its sampler and its pace of requests that end.
@@ -491,6 +555,7 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     m.draft_tokens.inc_by(counted.draft_tokens);
     m.accepted_tokens.inc_by(counted.accepted_tokens);
     m.preemptions.inc_by(counted.preemptions);
+    m.steps_ahead.inc_by(counted.steps_ahead);
     m.tokens_prefill.inc_by(counted.prefill_tokens);
     m.tokens_decode.inc_by(counted.decode_tokens);
     for (stage, n) in [Stage::Queued, Stage::Prefilling, Stage::Decoding].into_iter().zip(counted.cancelled) {
@@ -593,7 +658,7 @@ mod tests {
         }
     }
 
-    fn replica(id: u32, context: &DriverContext, text: &TextModel) -> DriverReplica {
+    fn replica(id: u32, step: Micros, context: &DriverContext, text: &TextModel) -> DriverReplica {
         let (gauges, sketch) = (Arc::<ReplicaGauges>::default(), Arc::new(PrefixSketch::new(64)));
         let config = Config {
             block_tokens: 16,
@@ -608,7 +673,7 @@ mod tests {
         DriverReplica {
             id: ReplicaId(id),
             scheduler: Scheduler::new(config, 1, Arc::clone(&gauges), sketch).expect("good sizes"),
-            executor: Box::new(NullExecutor::new(text, 0, Arc::clone(&context.clock))),
+            executor: Box::new(NullExecutor::new(text, step, Arc::clone(&context.clock))),
             policy: Box::new(NativeBatch),
             retention: Box::new(NativeRetention),
             sampler: Desk::new(Box::new(NativeSampler)),
@@ -616,6 +681,7 @@ mod tests {
             metrics: context.metrics.replica("m:f16", "cpu", 16, 64),
             variant: 1,
             pace: Pace::new(64),
+            begun: VecDeque::new(),
         }
     }
 
@@ -635,11 +701,13 @@ mod tests {
         let (mut next, ends) = (0, Ends::default());
         for seed in 0..4 {
             let mut rng = StdRng::seed_from_u64(seed);
-            let resident = replica(1, &context, &text);
+            // Steps that take time are computed in halves.
+            let step = 20 * (seed % 2);
+            let resident = replica(1, step, &context, &text);
             let stays = Arc::clone(&resident.gauges);
             let driver = DriverHandle::start("test", vec![resident], (256, 512), context.clone()).expect("a thread");
             for round in 0..12 {
-                let joins = replica(2, &context, &text);
+                let joins = replica(2, step, &context, &text);
                 let gauges = Arc::clone(&joins.gauges);
                 driver.join(joins).expect("it runs");
                 for _ in 0..16 {
@@ -675,5 +743,6 @@ mod tests {
             assert_eq!(stays.reserved_requests.load(Ordering::Relaxed), 0);
         }
         assert_eq!(u64::from(ends.all.load(Ordering::Relaxed)), next, "each request ended, and once");
+        assert!(context.metrics.replica("m:f16", "cpu", 16, 64).steps_ahead.get() > 100, "steps are begun ahead");
     }
 }

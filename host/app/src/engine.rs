@@ -5,6 +5,7 @@
 //! has stopped, and goes to the next row. A lock around the catalog would be held by every request for as long as it routes.
 
 use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -506,6 +507,7 @@ fn driver_replica(
         metrics: shared.metrics.replica(&variant, device, sched.block_tokens, sched.n_blocks),
         variant: u32::try_from(replica.variant).unwrap_or(0),
         pace: Pace::new(sched.step_tokens),
+        begun: VecDeque::new(),
     })
 }
 

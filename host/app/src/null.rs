@@ -1,13 +1,14 @@
 //! An executor that computes nothing: every other part of the host under load, without a model's time.
 //!
 //! It answers each row with a plain word of the vocabulary, at once or after a fixed time per step, so that the host's own cost, its
-//! queues and its behaviour under overload can be measured on any machine. Here and not in the engine: it needs a clock and
-//! knows no tensors.
+//! queues and its behaviour under overload can be measured on any machine. A step that takes time is computed in halves, as on a
+//! GPU. Here and not in the engine: it needs a clock and knows no tensors.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pointsman_sched::execute::{ExecuteError, Executor, Row, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::request::TokenLogprobs;
 use pointsman_sched::sampler::{Edit, EditSource};
@@ -24,6 +25,12 @@ pub(crate) struct NullExecutor {
     /// Time of a step.
     step: Micros,
     clock: Arc<SystemClock>,
+    /// When the last step that was begun is done.
+    done: Micros,
+    /// What steps come to that are not finished, and when they are done.
+    begun: VecDeque<(StepOutput, Micros)>,
+    /// What the last of them samples.
+    sampled: Vec<u32>,
 }
 
 impl NullExecutor {
@@ -39,12 +46,11 @@ impl NullExecutor {
         if words.is_empty() {
             words.push(0);
         }
-        Self { words, vocabulary, step, clock }
+        Self { words, vocabulary, step, clock, done: 0, begun: VecDeque::new(), sampled: Vec::new() }
     }
 
     /// A word that follows from the row alone, unless an edit or a ban says otherwise.
-    fn choose(&self, plan: &StepPlan, row: &Row, sample: &Sample, edits: &mut dyn EditSource) -> Option<Sampled> {
-        let last = plan.tokens_of(row).last().copied().unwrap_or_default();
+    fn choose(&self, last: u32, row: &Row, sample: &Sample, edits: &mut dyn EditSource) -> Option<Sampled> {
         let start = (row.position as usize).wrapping_mul(31).wrapping_add(last as usize) % self.words.len();
         let mut words = self.words[start..].iter().chain(&self.words[..start]).copied();
         let banned = |token: u32| sample.banned.as_ref().is_some_and(|banned| banned.contains(&token));
@@ -76,33 +82,56 @@ impl Executor for NullExecutor {
         true
     }
 
-    #[expect(clippy::disallowed_methods, reason = "waiting is what a paced step consists of")]
     fn execute(
         &mut self,
         plan: &StepPlan,
         edits: &mut dyn EditSource,
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError> {
-        let due = self.clock.micros() + self.step;
-        out.sampled.clear();
-        out.after_drafts.clear();
-        out.scores.clear();
-        for row in &plan.rows {
+        self.begin(plan, edits)?;
+        self.finish(plan, out)
+    }
+
+    fn in_halves(&mut self) -> Option<&mut dyn InHalves> {
+        if self.step > 0 { Some(self) } else { None }
+    }
+}
+
+impl InHalves for NullExecutor {
+    fn begin(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<(), ExecuteError> {
+        let done = self.clock.micros().max(self.done) + self.step;
+        let mut out = StepOutput::default();
+        for (at, row) in plan.rows.iter().enumerate() {
             if row.drafts > 0 {
                 return Err(ExecuteError::Malformed {
                     what: "a row with drafts, for which this executor has no places",
                 });
             }
             if let Some(sample) = &row.sample {
-                let chosen = self.choose(plan, row, sample, edits);
+                let follows = plan.follows.get(at).and_then(|&place| self.sampled.get(place as usize));
+                let last = follows.or(plan.tokens_of(row).last()).copied().unwrap_or_default();
+                let chosen = self.choose(last, row, sample, edits);
                 out.sampled.push(chosen.ok_or(ExecuteError::Device { what: "every token is forbidden".into() })?);
             }
         }
         for score in &plan.scores {
             out.scores.extend(score.next.clone().map(|_| self.even(score.top)));
         }
+        self.sampled.clear();
+        self.sampled.extend(out.sampled.iter().map(|sampled| sampled.token));
+        self.done = done;
+        self.begun.push_back((out, done));
+        Ok(())
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "waiting is what a paced step consists of")]
+    fn finish(&mut self, _plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
+        let begun = self.begun.pop_front().ok_or(ExecuteError::Malformed { what: "a step that was not begun" })?;
+        let StepOutput { sampled, scores, .. } = begun.0;
+        (out.sampled, out.scores) = (sampled, scores);
+        out.after_drafts.clear();
         if self.step > 0 {
-            std::thread::sleep(Duration::from_micros(due.saturating_sub(self.clock.micros())));
+            std::thread::sleep(Duration::from_micros(begun.1.saturating_sub(self.clock.micros())));
         }
         Ok(())
     }

@@ -26,6 +26,9 @@ pub struct StepPlan {
     pub scores: Vec<Score>,
     /// Tokens that [`Score::next`] names.
     pub scored: Vec<u32>,
+    /// Of a step that is planned while the one before it computes, where each row's only token stands among the tokens that that
+    /// one samples: what `tokens` says of it is void, and it comes after all of the row's history. Else empty.
+    pub follows: Vec<u32>,
 }
 
 /// How likely a run of prompt tokens was, each after all tokens before it.
@@ -111,6 +114,11 @@ pub trait Executor: Send {
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError>;
 
+    /// The same in halves, so that a step can be begun while the one before it computes; `None` where a step is computed whole.
+    fn in_halves(&mut self) -> Option<&mut dyn InHalves> {
+        None
+    }
+
     /// Up to how many tokens of a step, those after drafts included, are chosen for hardly more than the price of one: no row
     /// has drafts beyond it. 0 where rows may not end with drafts.
     fn draft_places(&self) -> u32 {
@@ -131,6 +139,23 @@ pub trait Executor: Send {
     fn is_lost(&self) -> bool {
         false
     }
+}
+
+/// Computes step plans while their driver does something else: at most two are begun and not finished.
+pub trait InHalves {
+    /// Begins `plan`, which may [follow](StepPlan::follows) one that is not finished. Edits are asked for as by
+    /// [`execute`](Executor::execute). On an error it is not begun; what was begun before it is still to be finished.
+    ///
+    /// # Errors
+    /// A device or engine fault, in words for the log.
+    fn begin(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<(), ExecuteError>;
+
+    /// Waits for what was begun first, which is `plan`, and replaces the contents of `out`. On an error nothing of it counts as
+    /// computed, nor of one that follows it.
+    ///
+    /// # Errors
+    /// A device or engine fault, in words for the log.
+    fn finish(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError>;
 }
 
 /// A fault of the engine or its device.
@@ -172,6 +197,7 @@ impl StepPlan {
         self.history.clear();
         self.scores.clear();
         self.scored.clear();
+        self.follows.clear();
     }
 
     /// Token ids of a row.

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! submit / cancel  ->  schedule  ->  (the engine runs the plan)  ->  complete | fail_step  ->  ...
+//!                                    [schedule_ahead meanwhile]
 //! ```
 //!
 //! Invariants that a newcomer may lean on:
@@ -25,6 +26,7 @@
 //! Why not asynchronous, or a thread with locks: the decision takes microseconds and the engine wants the whole plan at
 //! once, so a plain `&mut self` is both the fastest and the only form that a simulation can replay.
 
+mod ahead;
 mod consult;
 mod drafting;
 mod ending;
@@ -53,6 +55,7 @@ pub use crate::sequence::Stage;
 use crate::sequence::{Sequence, Slab, Slot, count};
 use crate::told::Told;
 use crate::waiting::WaitingQueue;
+use ahead::Ahead;
 use ending::Ending;
 use review::Review;
 
@@ -61,6 +64,8 @@ use review::Review;
 pub struct Counters {
     /// Steps that were completed.
     pub steps: u64,
+    /// Of those, the ones that were planned while the step before them computed.
+    pub steps_ahead: u64,
     /// Sequences put back into the queue.
     pub preemptions: u64,
     /// Known tokens at admission of sequences that may use the prefix cache.
@@ -141,8 +146,9 @@ pub struct Scheduler {
     generation: u64,
     step: StepPlan,
     rows: Vec<InFlight>,
-    /// Between a plan and its completion: no second plan, for the engine writes the blocks of the first.
+    /// Between a plan and its completion: no second plan, for the engine writes the blocks of the first, but one that follows it.
     in_flight: bool,
+    ahead: Ahead,
     step_started: Micros,
     last_step: LastStep,
     /// Tokens left in the step that is being planned.
@@ -207,6 +213,7 @@ impl Scheduler {
             step,
             rows: Vec::with_capacity(max_running),
             in_flight: false,
+            ahead: Ahead::new(&config),
             step_started: 0,
             last_step: LastStep::default(),
             budget: 0,
@@ -292,7 +299,7 @@ impl Scheduler {
         policy: &mut dyn BatchPolicy,
         observer: &mut dyn Observer,
     ) -> Option<&StepPlan> {
-        assert!(!self.in_flight, "the previous step is still in flight");
+        assert!(!self.in_flight, "the step before it is still in flight");
         self.n_steps += 1;
         self.step.clear();
         self.expire(now, observer);
@@ -309,6 +316,12 @@ impl Scheduler {
         self.in_flight = true;
         self.step_started = now;
         Some(&self.step)
+    }
+
+    /// The step that was planned first of those in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> Option<&StepPlan> {
+        self.in_flight.then_some(&self.step)
     }
 
     /// Cancels everything that lives.

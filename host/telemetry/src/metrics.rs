@@ -71,6 +71,7 @@ pub struct Metrics {
     swap: HistogramVec,
     step: HistogramVec,
     step_fill: GaugeVec,
+    steps_ahead: IntCounterVec,
     tokens: IntCounterVec,
     rejected: IntCounterVec,
     cancelled: IntCounterVec,
@@ -155,6 +156,8 @@ pub struct ReplicaMetrics {
     pub step_execute: Histogram,
     /// `pointsman_step_fill_ratio`: tokens computed over the step budget.
     pub step_fill: Gauge,
+    /// `pointsman_steps_ahead_total`.
+    pub steps_ahead: IntCounter,
     /// `pointsman_tokens_total{phase="prefill"}`.
     pub tokens_prefill: IntCounter,
     /// `pointsman_tokens_total{phase="decode"}`.
@@ -498,6 +501,11 @@ impl Metrics {
                 "Tokens computed in the last step over the step budget.",
                 &["device"],
             ),
+            steps_ahead: counter(
+                "pointsman_steps_ahead_total",
+                "Steps that were begun while the step before them computed.",
+                &["device"],
+            ),
             tokens: counter("pointsman_tokens_total", "Tokens computed.", &["device", "variant", "phase"]),
             rejected: counter("pointsman_rejected_total", "Requests refused, by reason.", &["reason"]),
             cancelled: counter(
@@ -680,6 +688,7 @@ impl Metrics {
             step_schedule: self.step.with_label_values(&[device, "schedule"]),
             step_execute: self.step.with_label_values(&[device, "execute"]),
             step_fill: self.step_fill.with_label_values(&[device]),
+            steps_ahead: self.steps_ahead.with_label_values(&[device]),
             tokens_prefill: self.tokens.with_label_values(&[device, model_name, "prefill"]),
             tokens_decode: self.tokens.with_label_values(&[device, model_name, "decode"]),
         }

@@ -104,10 +104,12 @@ impl Check<'_> {
         let mut cases: Vec<_> = of("graphs", false, ParityCase::all())
             .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
             .chain(of("launched one by one", false, ParityCase::eager()))
+            .chain(of("steps begun behind others", false, ParityCase::ahead()))
             .chain(of("a long context", false, ParityCase::long()))
             .collect();
         if self.overlaps {
             cases.extend(of("overlapping launches in graphs", true, ParityCase::all()).step_by(OVERLAPPING));
+            cases.extend(of("steps begun behind others, overlapping launches", true, ParityCase::ahead()));
             cases.extend(of("a long context, overlapping launches", true, ParityCase::long()));
         }
         if self.has_library()? {

@@ -31,7 +31,7 @@ pub use check::{Flip, Parity, ParityCase, ParityError, put_on_grid};
 pub use code::{COMPILE_OPTIONS, CodeOptions, Origin, Unit};
 pub use device::{
     Device, DeviceError, DeviceInfo, DeviceLaunch, DeviceRoom, Gemm, GemmAddresses, GemmId, GemmOutput, GraphId, Lane,
-    Rows, Value,
+    Rows, Turn, Value,
 };
 pub use element::{Element, Form};
 pub use engine::{CudaEngine, CudaError, CudaOptions, plan_memory};

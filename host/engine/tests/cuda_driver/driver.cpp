@@ -77,6 +77,13 @@ static void finish(Work &work) {
     }
 }
 
+static void do_first(Work &work) {
+    auto one = work.front();
+    work.erase(work.begin());
+    one();
+    n_done++;
+}
+
 static void finish_all() {
     for (Stream *stream : streams) finish(stream->work);
 }
@@ -380,6 +387,14 @@ Result cuEventRecord(Event *event, Stream *stream) {
     IN_CONTEXT;
     event->at = ~0ull;
     return add(stream, [=] { event->at = n_done; });
+}
+
+// What comes after it stays undone.
+Result cuEventSynchronize(Event *event) {
+    NOT_CAPTURING;
+    for (Stream *stream : streams)
+        while (event->at == ~0ull && !stream->work.empty()) do_first(stream->work);
+    return event->at == ~0ull ? refuse(__func__, NOT_READY) : SUCCESS;
 }
 
 Result cuEventElapsedTime(float *milliseconds, Event *start, Event *end) {

@@ -16,7 +16,7 @@ use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::cases::{self, CaseRunner, Placement};
 use pointsman_engine::cuda::{
     self, CodeOptions, Device, DeviceError, FoundGpu, Gemm, GemmOutput, Gpu, Lane, NoNvrtc, Nvrtc, Origin, ParityCase,
-    Rows, Unit,
+    Rows, Turn, Unit,
 };
 
 /// The device's name in the library.
@@ -93,8 +93,9 @@ fn kernels(found: &FoundGpu) {
 /// Steps of a model, through graphs and one by one.
 fn steps(found: &FoundGpu) {
     let pool = ComputePool::start(1).unwrap();
-    let [with_graphs, without] = [ParityCase::all().remove(2), ParityCase::eager().remove(0)];
-    for mut case in [with_graphs, without] {
+    let [with_graphs, without, ahead] =
+        [ParityCase::all().remove(2), ParityCase::eager().remove(0), ParityCase::ahead().remove(0)];
+    for mut case in [with_graphs, without, ahead] {
         case.prompts.truncate(3);
         case.rows = vec![1, 2, 3, 3];
         let parity = case.run(Box::new(open(found)), &pool).unwrap();
@@ -137,12 +138,13 @@ fn refusals(found: &FoundGpu) {
     let mut words = [0; 16];
     gpu.download(at, &mut words).unwrap();
     assert_eq!(words, [0x0707_0707; 16]);
-    gpu.allocate_lane(Lane::Inputs, 4).unwrap();
-    gpu.allocate_lane(Lane::Outputs, 4).unwrap();
+    let (inputs, outputs) = (Lane::Inputs(Turn::Odd), Lane::Outputs(Turn::Even));
+    gpu.allocate_lane(inputs, 4).unwrap();
+    gpu.allocate_lane(outputs, 4).unwrap();
     for beyond in [
-        gpu.receive(at, 5),
-        gpu.send(Lane::Inputs, at, 5),
-        gpu.send_rows(Lane::Inputs, 1, at, Rows { n: 2, words: 2, pitch: 4 }),
+        gpu.receive(outputs, at, 5),
+        gpu.send(inputs, at, 5),
+        gpu.send_rows(inputs, 1, at, Rows { n: 2, words: 2, pitch: 4 }),
     ] {
         let told = beyond.unwrap_err().to_string();
         assert!(told.contains("5 words of a lane of 4"), "{told}");

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use pointsman_engine::cuda::{
     Device, DeviceError, DeviceInfo, DeviceLaunch, Element, Gemm, GemmAddresses, GemmId, GemmOutput, GraphId, Lane,
-    Rows, Value, VramFree,
+    Rows, Turn, Value, VramFree,
 };
 
 use crate::shim::{Arg, Launch, Shim};
@@ -22,7 +22,7 @@ pub(crate) struct ShimDevice {
     info: DeviceInfo,
     shim: Shim,
     entries: HashMap<usize, String>,
-    lanes: [Vec<u32>; 3],
+    lanes: [Vec<u32>; Lane::COUNT],
     taken: u64,
     capturing: Option<Vec<Recorded>>,
     graphs: Vec<Vec<Recorded>>,
@@ -32,8 +32,9 @@ pub(crate) struct ShimDevice {
     pub(crate) fails_after: Option<u64>,
     /// This launch alone is refused.
     pub(crate) refuses: Option<u64>,
-    /// Lanes that a copy reads or writes until the next wait.
-    in_flight: [bool; 3],
+    /// Lanes that a copy reads or writes until their turn is reached, and turns that have ended since they were.
+    in_flight: [bool; Lane::COUNT],
+    ended: [bool; 2],
     pub(crate) library: Option<ShimLibrary>,
     /// What has been computed since the timer was started; a launch counts 1.
     work: f64,
@@ -75,10 +76,17 @@ impl ShimDevice {
             seed: 1,
             fails_after: None,
             refuses: None,
-            in_flight: [false; 3],
+            in_flight: [false; Lane::COUNT],
+            ended: [false; 2],
             library: None,
             work: 0.0,
         })
+    }
+
+    /// Notes that a copy is on its way.
+    fn copies(&mut self, lane: Lane) {
+        self.in_flight[lane.index()] = true;
+        self.ended[lane.turn() as usize] = false;
     }
 
     fn numbers(&mut self, at: u64, element: Element, n: usize) -> Vec<f64> {
@@ -175,13 +183,13 @@ impl Device for ShimDevice {
     }
 
     fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError> {
-        self.lanes[lane as usize] = vec![0; words];
+        self.lanes[lane.index()] = vec![0; words];
         Ok(())
     }
 
     fn lane(&mut self, lane: Lane) -> &mut [u32] {
-        assert!(!self.in_flight[lane as usize], "{lane:?} is touched before a wait");
-        &mut self.lanes[lane as usize]
+        assert!(!self.in_flight[lane.index()], "{lane:?} is touched before a wait");
+        &mut self.lanes[lane.index()]
     }
 
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
@@ -198,25 +206,25 @@ impl Device for ShimDevice {
     }
 
     fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError> {
-        self.in_flight[lane as usize] = true;
-        let bytes = bytes(&self.lanes[lane as usize][..words]);
+        self.copies(lane);
+        let bytes = bytes(&self.lanes[lane.index()][..words]);
         self.upload(to, &bytes)
     }
 
     fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError> {
-        self.in_flight[lane as usize] = true;
+        self.copies(lane);
         for i in 0..rows.n {
-            let row = bytes(&self.lanes[lane as usize][from + i * rows.words..][..rows.words]);
+            let row = bytes(&self.lanes[lane.index()][from + i * rows.words..][..rows.words]);
             self.upload(to + 4 * (i * rows.pitch) as u64, &row)?;
         }
         Ok(())
     }
 
-    fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
-        self.in_flight[Lane::Outputs as usize] = true;
+    fn receive(&mut self, lane: Lane, from: u64, words: usize) -> Result<(), DeviceError> {
+        self.copies(lane);
         let mut read = vec![0; words];
         self.download(from, &mut read)?;
-        self.lanes[Lane::Outputs as usize][..words].copy_from_slice(&read);
+        self.lanes[lane.index()][..words].copy_from_slice(&read);
         Ok(())
     }
 
@@ -288,9 +296,22 @@ impl Device for ShimDevice {
         Ok(())
     }
 
+    fn mark(&mut self, turn: Turn) -> Result<(), DeviceError> {
+        self.ended[turn as usize] = true;
+        Ok(())
+    }
+
+    fn reach(&mut self, turn: Turn) -> Result<(), DeviceError> {
+        assert!(self.ended[turn as usize], "{turn:?} has not ended");
+        for lane in [Lane::Inputs(turn), Lane::Rules(turn), Lane::Outputs(turn)] {
+            self.in_flight[lane.index()] = false;
+        }
+        Ok(())
+    }
+
     fn wait(&mut self) -> Result<(), DeviceError> {
         assert!(self.capturing.is_none(), "waiting ends a capture");
-        self.in_flight = [false; 3];
+        self.in_flight = [false; Lane::COUNT];
         Ok(())
     }
 }

@@ -347,7 +347,8 @@ fn the_check_for_a_gpu_passes_on_the_shim() {
     let chosen = [0, 4, 8, 9, 12, 17, 18, 19, 23];
     let all = ParityCase::all().into_iter().enumerate().filter(|(i, _)| chosen.contains(i)).map(|(_, case)| case);
     let long = ParityCase::long().into_iter().take(1).map(|case| ParityCase { prompts: vec![90, 3], ..case });
-    for mut case in all.chain(long).chain(ParityCase::in_8_bits()) {
+    let ahead = ParityCase::ahead().into_iter();
+    for mut case in all.chain(long).chain(ParityCase::in_8_bits()).chain(ahead) {
         let Some(device) = ShimDevice::start() else { return };
         case.rows.retain(|rows| *rows < 4);
         let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
@@ -357,13 +358,19 @@ fn the_check_for_a_gpu_passes_on_the_shim() {
 
 #[test]
 fn every_rule_of_the_check_is_met_on_the_shim() {
-    let Some(device) = ShimDevice::start() else { return };
     let mut case = ParityCase::eager().remove(0);
-    case.prompts.truncate(12);
+    case.prompts.truncate(13);
     case.prompts.iter_mut().for_each(|tokens| *tokens = (*tokens).min(6));
-    case.rows = vec![12];
-    let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
-    assert!(parity.is_good() && parity.tokens == 24 && parity.worst_logprob > 0.0, "{parity}");
+    case.rows = vec![13];
+    let run = |case: &ParityCase| {
+        let device = ShimDevice::start()?;
+        let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
+        assert!(parity.is_good() && parity.other_tokens == 0 && parity.worst_logprob > 0.0, "{parity}");
+        Some(parity)
+    };
+    let Some(parity) = run(&case) else { return };
+    let behind = run(&ParityCase { ahead: true, ..case }).unwrap();
+    assert_eq!((parity.tokens, behind.tokens), (26, 39));
     let broken = Parity { other_tokens: 2, ..parity.clone() };
     let wrong = Parity { worst: f64::INFINITY, ..parity };
     assert!(!broken.is_good() && !wrong.is_good(), "{broken} {wrong}");

@@ -19,20 +19,7 @@ impl Scheduler {
         self.plan.clear();
         self.preempt_cursor = 0;
         self.generation = 0;
-        let attention = policy.attend(now);
-        let may_be_asked = match attention {
-            Attention::Native => {
-                self.told.forget();
-                false
-            }
-            Attention::Busy => false,
-            Attention::Following | Attention::NeedsView => {
-                if attention == Attention::NeedsView || !self.told.following {
-                    self.resync(now, policy);
-                }
-                true
-            }
-        };
+        let may_be_asked = self.attend(now, policy);
         if self.waiting.is_empty() && self.growth() <= self.kv.pool.available() {
             return;
         }
@@ -48,6 +35,24 @@ impl Scheduler {
         for (&id, &tokens) in self.plan.prefill_id.iter().zip(&self.plan.prefill_tokens) {
             if let Some(slot) = self.sequences.find(id) {
                 self.sequences[slot].wish = Some(tokens);
+            }
+        }
+    }
+
+    /// Lets the policy pick up a swap. Whether it may be asked.
+    pub(super) fn attend(&mut self, now: Micros, policy: &mut dyn BatchPolicy) -> bool {
+        let attention = policy.attend(now);
+        match attention {
+            Attention::Native => {
+                self.told.forget();
+                false
+            }
+            Attention::Busy => false,
+            Attention::Following | Attention::NeedsView => {
+                if attention == Attention::NeedsView || !self.told.following {
+                    self.resync(now, policy);
+                }
+                true
             }
         }
     }

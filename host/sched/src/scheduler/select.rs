@@ -251,6 +251,7 @@ impl Scheduler {
         let with_history = running.filter(|request| request.sampling.needs_history());
         let bound = with_history.map(|request| request.prompt.len() + request.max_new_tokens as usize).sum();
         self.step.history.reserve(bound);
+        self.ahead.plan.history.reserve(bound);
     }
 
     /// Tells the sink of the first admission.
@@ -358,26 +359,31 @@ impl Scheduler {
         let blocks = append(&mut step.blocks, &sequence.table[..n_blocks]);
         let samples = end as usize == sequence.tokens.len() && sequence.request.max_new_tokens > 0;
         let sample = samples.then(|| {
-            let request = &sequence.request;
-            let index = sequence.generated();
-            let history: &[u32] = if request.sampling.needs_history() { &sequence.tokens } else { &[] };
-            let may_stop = index >= request.min_new_tokens || request.stop_tokens.is_empty();
-            let known = append(&mut step.history, history);
-            if !history.is_empty() {
+            let sample = sample_of(sequence, 0, step);
+            if !sample.history.is_empty() {
                 append(&mut step.history, drafts);
             }
-            Sample {
-                sampling: request.sampling.clone(),
-                index,
-                history: known,
-                history_prompt: if history.is_empty() { 0 } else { sequence.prompt_tokens() },
-                banned: (!may_stop).then(|| request.stop_tokens.clone()),
-            }
+            sample
         });
         let (id, n_tokens, is_decode) = (sequence.request.id, sequence.chunk, sequence.is_decoding());
         let n_scores = score(sequence, tokens.start, step);
         step.rows.push(Row { request: id, tokens, position: first, blocks, sample, drafts: n_drafts });
         self.rows.push(InFlight { slot, id, n_tokens, n_drafts, n_scores, samples, is_decode });
+    }
+}
+
+/// How to choose the next token of a sequence, after so many that are not known yet.
+pub(super) fn sample_of(sequence: &Sequence, n_unknown: u32, step: &mut StepPlan) -> Sample {
+    let request = &sequence.request;
+    let index = sequence.generated() + n_unknown;
+    let history: &[u32] = if request.sampling.needs_history() { &sequence.tokens } else { &[] };
+    let may_stop = index >= request.min_new_tokens || request.stop_tokens.is_empty();
+    Sample {
+        sampling: request.sampling.clone(),
+        index,
+        history: append(&mut step.history, history),
+        history_prompt: if history.is_empty() { 0 } else { sequence.prompt_tokens() },
+        banned: (!may_stop).then(|| request.stop_tokens.clone()),
     }
 }
 
@@ -395,7 +401,7 @@ fn score(sequence: &Sequence, start: u32, step: &mut StepPlan) -> u32 {
 }
 
 /// Appends and says where.
-fn append<T: Copy>(to: &mut Vec<T>, items: &[T]) -> std::ops::Range<u32> {
+pub(super) fn append<T: Copy>(to: &mut Vec<T>, items: &[T]) -> std::ops::Range<u32> {
     let start = count(to.len());
     to.extend_from_slice(items);
     start..count(to.len())

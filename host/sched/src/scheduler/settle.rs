@@ -76,11 +76,12 @@ impl Scheduler {
         self.counters.steps += 1;
         let (a, b) = (self.last_step.took, u64::from(tokens));
         observer.observe(Event { generation: self.generation, a, b, ..Event::new(now, EventKind::Step) });
+        self.take_off(now);
         self.publish_gauges();
     }
 
     /// The step in flight has failed: its sequences fail once, and nothing that its blocks hold is trusted again. Others
-    /// that share such a block are put back into the queue.
+    /// that share such a block are put back into the queue. Of a step that follows it nothing is used: its sequences are among them.
     pub fn fail_step(&mut self, now: Micros, error: &ExecuteError, observer: &mut dyn Observer) {
         let mut rows = self.land();
         let what: Arc<str> = error.to_string().into();
@@ -105,6 +106,7 @@ impl Scheduler {
             self.preempt(slot, now, observer);
         }
         (self.found, self.slots) = (spoiled, slots);
+        self.take_off(now);
         self.publish_gauges();
     }
 

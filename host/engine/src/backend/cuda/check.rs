@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use pointsman_sched::execute::{ExecuteError, Executor, Row, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
 use pointsman_sched::sampler::{Edit, EditSource};
@@ -43,6 +43,8 @@ pub struct ParityCase {
     pub graphs: bool,
     /// Products of many rows by the device's library.
     pub library: LibraryUse,
+    /// Decode twice as often, each second step begun before the one before it is finished.
+    pub ahead: bool,
     /// Of the random weights.
     pub seed: u64,
 }
@@ -174,6 +176,7 @@ impl ParityCase {
             step_tokens: STEP_TOKENS,
             graphs,
             library: LibraryUse::Faster,
+            ahead: false,
             seed: 7,
         }
     }
@@ -189,6 +192,14 @@ impl ParityCase {
     #[must_use]
     pub fn eager() -> Vec<Self> {
         vec![Self::short(SHAPES[1], Element::F32, false), Self::short(SHAPES[2], Element::Bf16, false)]
+    }
+
+    /// Steps that are begun behind one that is under way, and take its tokens on the device.
+    #[must_use]
+    pub fn ahead() -> Vec<Self> {
+        let eager = Self::eager().into_iter();
+        let cases = [Self::short(SHAPES[0], Element::F32, true), Self::short(SHAPES[1], Element::Bf16, true)];
+        cases.into_iter().chain(eager).map(|case| Self { ahead: true, ..case }).collect()
     }
 
     /// A context of more than 8,000 tokens beside a short one, so that decodes are cut into many splits.
@@ -260,8 +271,11 @@ impl ParityCase {
                 pair.step(rows.clone(), &mut sequences)?;
             }
         }
-        for &rows in &self.rows {
-            pair.step(0..rows.min(most), &mut sequences)?;
+        for rows in self.rows.iter().map(|&rows| 0..rows.min(most)) {
+            match self.ahead {
+                true => pair.two_steps(rows, &mut sequences)?,
+                false => pair.step(rows, &mut sequences)?,
+            }
         }
         self.check_library(&mut pair.cuda)?;
         Ok(pair.parity)
@@ -289,6 +303,7 @@ impl ParityCase {
 // === Sequences and their rules ===
 
 /// One of the sequences that are computed on both.
+#[derive(Clone, Debug)]
 struct Sequence {
     tokens: Vec<u32>,
     prompt: usize,
@@ -342,6 +357,13 @@ fn rules() -> Vec<Rules> {
         of(Sampling { repetition_penalty: 1.3, ..greedy() }),
         of(Sampling { presence_penalty: 0.6, frequency_penalty: 0.3, ..drawn(0.7) }),
         of(Sampling { logit_bias: vec![(3, 5.0), (4, -2.0), (1_002, 1.0)], logprobs: Some(0), ..greedy() }),
+        // Each token makes the other one the next.
+        of(Sampling {
+            presence_penalty: 2.0,
+            frequency_penalty: 2.0,
+            logit_bias: vec![(3, 100.0), (4, 100.0)],
+            ..greedy()
+        }),
         edited(drawn(0.9), Edit::Allow(allowed)),
         edited(greedy(), Edit::Forbid(forbidden)),
         edited(Sampling { top_k: 40, top_p: 0.8, ..drawn(1.0) }, Edit::Bias(biases)),
@@ -374,20 +396,70 @@ impl Pair {
         let (mut expect, mut found) = (StepOutput::default(), StepOutput::default());
         self.cpu.execute(&plan, &mut Edits(&self.rules), &mut expect)?;
         self.cuda.execute(&plan, &mut Edits(&self.rules), &mut found)?;
+        self.settle(&plan, (&expect, &found), Some(&[]), sequences)
+    }
+
+    /// Two steps, of which the device is given the second one before it has finished the first. It goes on with its own tokens: where
+    /// such a one is not the CPU's, the second step counts for nothing.
+    fn two_steps(&mut self, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
+        let (mut expect, mut found) = (StepOutput::default(), StepOutput::default());
+        let first = self.plan(rows.clone(), sequences);
+        let behind = self.plan_behind(&first, rows.clone(), sequences);
+        self.cuda.begin(&first, &mut Edits(&self.rules))?;
+        self.cuda.begin(&behind, &mut Edits(&self.rules))?;
+        self.cpu.execute(&first, &mut Edits(&self.rules), &mut expect)?;
+        self.cuda.finish(&first, &mut found)?;
+        let others: Vec<bool> = expect.sampled.iter().zip(&found.sampled).map(|(a, b)| a.token != b.token).collect();
+        self.settle(&first, (&expect, &found), None, sequences)?;
+        let second = self.plan(rows, sequences);
+        self.cpu.execute(&second, &mut Edits(&self.rules), &mut expect)?;
+        self.cuda.finish(&behind, &mut found)?;
+        self.settle(&second, (&expect, &found), Some(&others), sequences)
+    }
+
+    /// The step after one in which each of these sequences gets a token, with that left open.
+    fn plan_behind(&self, first: &StepPlan, rows: Range<usize>, sequences: &[Sequence]) -> StepPlan {
+        let mut later = sequences.to_vec();
+        for (sequence, row) in later[rows.clone()].iter_mut().zip(&first.rows) {
+            sequence.computed += row.tokens.len();
+            sequence.tokens.push(0);
+        }
+        let mut plan = self.plan(rows, &later);
+        let samples = plan.rows.iter_mut().filter_map(|row| row.sample.as_mut());
+        samples.filter(|sample| !sample.history.is_empty()).for_each(|sample| sample.history.end -= 1);
+        plan.follows = (0..plan.rows.len() as u32).collect();
+        plan
+    }
+
+    /// Compares what a step came to and goes on from it, but for the rows that are of no account. Logits are compared where those of
+    /// the step are still there, which is where such rows are named.
+    fn settle(
+        &mut self,
+        plan: &StepPlan,
+        (expect, found): (&StepOutput, &StepOutput),
+        of_no_account: Option<&[bool]>,
+        sequences: &mut [Sequence],
+    ) -> Result<(), ParityError> {
         self.parity.steps += 1;
         let mut sampled = expect.sampled.iter().zip(&found.sampled).enumerate();
-        for row in &plan.rows {
+        for (at, row) in plan.rows.iter().enumerate() {
             let index = row.request.0 as usize - 1;
             let sequence = &mut sequences[index];
-            sequence.computed += row.tokens.len();
-            if row.sample.is_none() {
+            let chosen = if row.sample.is_some() { sampled.next() } else { None };
+            if of_no_account.is_some_and(|rows| rows.get(at) == Some(&true)) {
                 continue;
             }
-            let Some((i, (expect, found))) = sampled.next() else {
-                return Err(ExecuteError::Malformed { what: "a row has no token" }.into());
-            };
-            self.compare((i, index), expect, found)?;
-            sequence.tokens.push(expect.token);
+            sequence.computed += row.tokens.len();
+            match chosen {
+                Some((i, (expect, found))) => {
+                    self.compare((i, index), (expect, found), of_no_account.is_some())?;
+                    sequence.tokens.push(expect.token);
+                }
+                None if row.sample.is_some() => {
+                    return Err(ExecuteError::Malformed { what: "a row has no token" }.into());
+                }
+                None => {}
+            }
         }
         Ok(())
     }
@@ -430,7 +502,12 @@ impl Pair {
     }
 
     /// The `i`-th token of a step, which is that of a sequence.
-    fn compare(&mut self, (i, index): (usize, usize), expect: &Sampled, found: &Sampled) -> Result<(), ParityError> {
+    fn compare(
+        &mut self,
+        (i, index): (usize, usize),
+        (expect, found): (&Sampled, &Sampled),
+        has_logits: bool,
+    ) -> Result<(), ParityError> {
         let Self { cpu, cuda, rules, parity } = self;
         let logits = cpu.logits(i);
         parity.tokens += 1;
@@ -445,7 +522,7 @@ impl Pair {
             let worst = pairs.map(|(a, b)| apart(a, b, 1.0)).fold(parity.worst_logprob, f64::max);
             parity.worst_logprob = if a.top.len() == b.top.len() { worst } else { f64::INFINITY };
         }
-        if rules[index % rules.len()].leave_logits() {
+        if has_logits && rules[index % rules.len()].leave_logits() {
             let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
             let found = cuda.logits(i)?;
             parity.worst = logits.iter().zip(&found).map(|(&a, &b)| apart(a, b, largest)).fold(parity.worst, f64::max);

@@ -31,15 +31,25 @@ pub struct DeviceRoom {
     pub has_library: bool,
 }
 
-/// Host memory from which and into which a step is copied.
+/// Host memory from which and into which a step is copied, of one turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
     /// Tokens, positions, block tables.
-    Inputs,
+    Inputs(Turn),
     /// Sampling rules and the lists that they point into.
-    Rules,
+    Rules(Turn),
     /// Sampled tokens and log-probabilities.
-    Outputs,
+    Outputs(Turn),
+}
+
+/// Steps take turns, so that one is written while the one before it is under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Turn {
+    /// The first step's, and every other one's.
+    #[default]
+    Odd,
+    /// The second one's.
+    Even,
 }
 
 /// Rows of equal length.
@@ -179,7 +189,7 @@ pub enum DeviceError {
     },
 }
 
-/// Memory, copies, launches and graphs. Calls other than `upload`, `download`, `wait` and `allocate` may return before they are
+/// Memory, copies, launches and graphs. Calls other than `upload`, `download`, `wait`, `reach` and `allocate` may return before they are
 /// done; they are done in the order in which they were made.
 pub trait Device: Send + Debug {
     /// What it is.
@@ -220,7 +230,7 @@ pub trait Device: Send + Debug {
     /// There is not enough.
     fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError>;
 
-    /// The host memory of a lane. Not to be touched between a copy and the next `wait`.
+    /// The host memory of a lane. Not to be touched between a copy and the next `wait`, or `reach` of its turn.
     fn lane(&mut self, lane: Lane) -> &mut [u32];
 
     /// Copies from any host memory; done on return.
@@ -247,11 +257,11 @@ pub trait Device: Send + Debug {
     /// The driver's.
     fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError>;
 
-    /// Copies words from the device into the output lane.
+    /// Copies words from the device into a lane.
     ///
     /// # Errors
     /// The driver's.
-    fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError>;
+    fn receive(&mut self, lane: Lane, from: u64, words: usize) -> Result<(), DeviceError>;
 
     /// Launches a kernel. While a capture is on, it is recorded instead.
     ///
@@ -333,6 +343,18 @@ pub trait Device: Send + Debug {
     /// The driver's.
     fn replay(&mut self, graph: GraphId) -> Result<(), DeviceError>;
 
+    /// Ends a turn: what comes later is of another one.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn mark(&mut self, turn: Turn) -> Result<(), DeviceError>;
+
+    /// Waits for everything up to the last end of a turn, and for nothing later.
+    ///
+    /// # Errors
+    /// A fault of anything before.
+    fn reach(&mut self, turn: Turn) -> Result<(), DeviceError>;
+
     /// Waits for everything.
     ///
     /// # Errors
@@ -361,6 +383,42 @@ impl Entries {
         device.load(&[(number, entry.to_owned())])?;
         self.0.push(entry.to_owned());
         Ok(number)
+    }
+}
+
+impl Lane {
+    /// How many there are.
+    pub const COUNT: usize = 6;
+
+    /// A number below [`COUNT`](Self::COUNT).
+    #[must_use]
+    pub fn index(self) -> usize {
+        match self {
+            Self::Inputs(turn) => turn as usize,
+            Self::Rules(turn) => 2 + turn as usize,
+            Self::Outputs(turn) => 4 + turn as usize,
+        }
+    }
+
+    /// Whose it is.
+    #[must_use]
+    pub fn turn(self) -> Turn {
+        let (Self::Inputs(turn) | Self::Rules(turn) | Self::Outputs(turn)) = self;
+        turn
+    }
+}
+
+impl Turn {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Odd, Self::Even];
+
+    /// The one after it.
+    #[must_use]
+    pub fn next(self) -> Self {
+        match self {
+            Self::Odd => Self::Even,
+            Self::Even => Self::Odd,
+        }
     }
 }
 

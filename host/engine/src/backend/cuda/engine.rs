@@ -1,22 +1,25 @@
 //! Computes step plans on a device: inputs in one copy or two, a graph, rules in another, a graph, tokens back in one copy.
 //!
 //! The host's part of a step is writing words into pinned memory. Edits of a sampler policy are asked for while the forward
-//! pass runs, so a policy has that long. Everything is allocated when the engine is made; a step allocates nothing, and
-//! leaves nothing running: a fault belongs to the step that it happened in.
+//! pass runs, so a policy has that long. Everything is allocated when the engine is made; a step allocates nothing.
+//!
+//! A step can be begun behind one that is under way: it has pinned memory of its own, the stream keeps them in order, and what
+//! one samples the other takes on the device. A fault that stays belongs to the step that is waited for when it shows.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use pointsman_sched::execute::{ExecuteError, Executor, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, StepOutput, StepPlan};
 use pointsman_sched::sampler::{Edit, EditSource};
 
 use super::bucket::{Buckets, StepShape};
 use super::device::{
-    Device, DeviceError, DeviceLaunch, DeviceRoom, GemmAddresses, GemmId, GraphId, Lane, Rows, Value, in_turn,
+    Device, DeviceError, DeviceLaunch, DeviceRoom, GemmAddresses, GemmId, GraphId, Lane, Rows, Turn, Value, in_turn,
 };
 use super::element::Form;
 use super::launch::{Arg, Extent, Kernel, LaunchPlan};
-use super::layout::{ALIGN, Buffer, Owner, Sizes};
-use super::step::{check_lists, extent_of, output_words, read_outputs, write_inputs, write_rules};
+use super::layout::{ALIGN, Buffer, Owner, Piece, Sizes};
+use super::step::{check_follows, check_lists, extent_of, output_words, read_outputs, write_inputs, write_rules};
 use super::tune::{GemmChoice, GemmChoices, LibraryUse, Tuner};
 use super::vram::{Footprint, KvWish, VramError, VramPlan, VramUse, recommend};
 use super::weights::{Packer, Source};
@@ -27,6 +30,9 @@ use crate::spec::ModelSpec;
 
 /// Widths of heads that attention is compiled for.
 const WIDTHS: [usize; 5] = [32, 64, 96, 128, 256];
+
+/// Steps that are under way at once.
+const UNDER_WAY: usize = 2;
 
 /// Most arguments of a kernel.
 const MAX_ARGS: usize = 24;
@@ -83,6 +89,8 @@ pub struct CudaEngine {
     graphs: Vec<(usize, Captured)>,
     launches: LaunchPlan,
     edits: Vec<Option<Arc<Edit>>>,
+    /// Steps that are begun and not finished.
+    begun: VecDeque<Begun>,
     /// What the last step launched.
     last: Option<(Extent, Option<Captured>)>,
     used: VramUse,
@@ -90,6 +98,16 @@ pub struct CudaEngine {
     lost: Option<Arc<str>>,
     /// For the log.
     note: Option<String>,
+}
+
+/// A step that is under way.
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    turn: Turn,
+    /// Rows of the launch that chooses its tokens.
+    rows: usize,
+    /// Tokens that it samples.
+    n_sampled: usize,
 }
 
 /// A bucket's graphs: the forward pass and the choice of tokens.
@@ -131,6 +149,7 @@ impl CudaEngine {
             graphs: Vec::new(),
             launches: LaunchPlan::default(),
             edits: Vec::with_capacity(rows),
+            begun: VecDeque::with_capacity(UNDER_WAY),
             last: None,
             used,
             lost: None,
@@ -193,13 +212,15 @@ impl CudaEngine {
 
     /// Runs every launch once with counts of zero: the driver loads code lazily, and a capture must not be the first use.
     fn warm_up(&mut self) -> Result<(), DeviceError> {
-        self.device.lane(Lane::Inputs)[..4].fill(0);
-        self.device.send(Lane::Inputs, self.addresses[Buffer::StepInputs.index()], 4)?;
+        let lane = Lane::Inputs(Turn::default());
+        self.device.lane(lane)[..4].fill(0);
+        self.device.send(lane, self.addresses[Buffer::StepInputs.index()], 4)?;
         for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
             self.launch_forward(Extent::decode(rows))?;
             self.launch_choose(rows)?;
         }
         self.launch_forward(self.sizes.largest())?;
+        self.take_sampled(self.sizes.largest())?;
         self.device.wait()
     }
 
@@ -250,6 +271,12 @@ impl CudaEngine {
         launch_all(&mut *self.device, &self.addresses, &self.launches)
     }
 
+    fn take_sampled(&mut self, extent: Extent) -> Result<(), DeviceError> {
+        self.launches.clear();
+        self.launches.take_sampled(&self.sizes, extent);
+        launch_all(&mut *self.device, &self.addresses, &self.launches)
+    }
+
     fn compute(&mut self, extent: Extent, graph: Option<Captured>) -> Result<(), DeviceError> {
         match graph {
             Some(Captured { forward, .. }) => self.device.replay(forward),
@@ -288,8 +315,8 @@ impl CudaEngine {
         self.device.wait()
     }
 
-    /// The step in the device's terms; the rows of the launch that chose its tokens.
-    fn run(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<usize, DeviceError> {
+    /// The step in the device's terms, in this turn; the rows of the launch that chooses its tokens.
+    fn run(&mut self, plan: &StepPlan, edits: &mut dyn EditSource, turn: Turn) -> Result<usize, DeviceError> {
         self.device.enter()?;
         let (extent, graph) = match self.buckets.shape(plan) {
             StepShape::Decode { bucket } => {
@@ -298,14 +325,18 @@ impl CudaEngine {
             }
             StepShape::Mixed { .. } => (extent_of(&self.sizes, plan), None),
         };
-        let (words, tables) = write_inputs(&self.sizes, extent, plan, self.device.lane(Lane::Inputs));
+        let (inputs, rules) = (Lane::Inputs(turn), Lane::Rules(turn));
+        let (words, tables) = write_inputs(&self.sizes, extent, plan, self.device.lane(inputs));
         let at = self.addresses[Buffer::StepInputs.index()];
         // Tables that are as wide as the buffer's follow the rest there as well.
         let is_whole = tables.n <= 1 || tables.words == tables.pitch;
         let (words, tables) =
             if is_whole { (words + tables.n * tables.words, Rows { n: 0, ..tables }) } else { (words, tables) };
-        self.device.send(Lane::Inputs, at, words)?;
-        self.device.send_rows(Lane::Inputs, words, at + 4 * words as u64, tables)?;
+        self.device.send(inputs, at, words)?;
+        self.device.send_rows(inputs, words, at + 4 * words as u64, tables)?;
+        if !plan.follows.is_empty() {
+            self.take_sampled(extent)?;
+        }
         self.last = Some((extent, graph));
         self.compute(extent, graph)?;
         // The device computes; meanwhile a policy may still say what it wants.
@@ -314,14 +345,18 @@ impl CudaEngine {
         self.edits.extend(sampling.map(|row| edits.edit(row.request)));
         let n_sampled = self.edits.len();
         if n_sampled > 0 {
-            let words = write_rules(&self.sizes, extent.sampled, plan, &self.edits, self.device.lane(Lane::Rules));
-            self.device.send(Lane::Rules, self.addresses[Buffer::Rules.index()], words)?;
+            let words = write_rules(&self.sizes, extent.sampled, plan, &self.edits, self.device.lane(rules));
+            self.device.send(rules, self.addresses[Buffer::Rules.index()], words)?;
             self.choose(extent, graph)?;
             let words = output_words(extent.sampled, n_sampled, plan);
-            self.device.receive(self.addresses[Buffer::Outputs.index()], words)?;
+            self.device.receive(Lane::Outputs(turn), self.addresses[Buffer::Outputs.index()], words)?;
         }
-        self.device.wait()?;
+        self.device.mark(turn)?;
         Ok(extent.sampled)
+    }
+
+    fn check_lost(&self) -> Result<(), ExecuteError> {
+        self.lost.as_ref().map_or(Ok(()), |what| Err(ExecuteError::Device { what: Arc::clone(what) }))
     }
 
     /// After a fault in the middle of a step.
@@ -344,20 +379,12 @@ impl Executor for CudaEngine {
         edits: &mut dyn EditSource,
         out: &mut StepOutput,
     ) -> Result<(), ExecuteError> {
-        out.sampled.clear();
-        out.after_drafts.clear();
-        out.scores.clear();
-        if let Some(what) = &self.lost {
-            return Err(ExecuteError::Device { what: Arc::clone(what) });
-        }
-        let vocab = self.sizes.spec.vocab;
-        self.sizes.config.check_plan(plan, vocab)?;
-        check_lists(plan)?;
-        if plan.rows.is_empty() {
-            return Ok(());
-        }
-        let rows = self.run(plan, edits).map_err(|error| self.failed(error))?;
-        read_outputs((rows, vocab), plan, self.device.lane(Lane::Outputs), out)
+        self.begin(plan, edits)?;
+        self.finish(plan, out)
+    }
+
+    fn in_halves(&mut self) -> Option<&mut dyn InHalves> {
+        Some(self)
     }
 
     fn is_lost(&self) -> bool {
@@ -366,6 +393,41 @@ impl Executor for CudaEngine {
 
     fn take_note(&mut self) -> Option<String> {
         self.note.take()
+    }
+}
+
+impl InHalves for CudaEngine {
+    fn begin(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<(), ExecuteError> {
+        self.check_lost()?;
+        self.sizes.config.check_plan(plan, self.sizes.spec.vocab)?;
+        check_lists(plan)?;
+        if self.begun.len() == UNDER_WAY {
+            return Err(ExecuteError::Malformed { what: "a third step, where two can be under way" });
+        }
+        let before = self.begun.back();
+        check_follows(plan, before.map_or(0, |before| before.n_sampled))?;
+        let turn = before.map_or_else(Turn::default, |before| before.turn.next());
+        let rows = match plan.rows.is_empty() {
+            true => 0,
+            false => self.run(plan, edits, turn).map_err(|error| self.failed(error))?,
+        };
+        let n_sampled = plan.rows.iter().filter(|row| row.sample.is_some()).count();
+        self.begun.push_back(Begun { turn, rows, n_sampled });
+        Ok(())
+    }
+
+    fn finish(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
+        out.sampled.clear();
+        out.after_drafts.clear();
+        out.scores.clear();
+        let begun = self.begun.pop_front().ok_or(ExecuteError::Malformed { what: "a step that was not begun" })?;
+        self.check_lost()?;
+        if plan.rows.is_empty() {
+            return Ok(());
+        }
+        self.device.reach(begun.turn).map_err(|error| self.failed(error))?;
+        let words = self.device.lane(Lane::Outputs(begun.turn));
+        read_outputs((begun.rows, self.sizes.spec.vocab), plan, words, out)
     }
 }
 
@@ -463,9 +525,9 @@ fn allocate(device: &mut dyn Device, sizes: &Sizes, used: &mut VramUse) -> Resul
             addresses[piece.buffer.index()] = at;
             at += piece.bytes.next_multiple_of(ALIGN);
             match piece.buffer {
-                Buffer::StepInputs => device.allocate_lane(Lane::Inputs, piece.bytes as usize / 4)?,
-                Buffer::Rules => device.allocate_lane(Lane::Rules, piece.bytes as usize / 4)?,
-                Buffer::Outputs => device.allocate_lane(Lane::Outputs, piece.bytes as usize / 4)?,
+                Buffer::StepInputs => allocate_lanes(device, Lane::Inputs, piece)?,
+                Buffer::Rules => allocate_lanes(device, Lane::Rules, piece)?,
+                Buffer::Outputs => allocate_lanes(device, Lane::Outputs, piece)?,
                 _ => {}
             }
         }
@@ -476,4 +538,9 @@ fn allocate(device: &mut dyn Device, sizes: &Sizes, used: &mut VramUse) -> Resul
         }
     }
     Ok(addresses)
+}
+
+/// A buffer's lanes: one for each step that is under way.
+fn allocate_lanes(device: &mut dyn Device, of: fn(Turn) -> Lane, piece: &Piece) -> Result<(), DeviceError> {
+    Turn::ALL.into_iter().try_for_each(|turn| device.allocate_lane(of(turn), piece.bytes as usize / 4))
 }

@@ -12,7 +12,9 @@ use cudarc::driver::{DriverError, result, sys};
 
 use super::code::{CodeOptions, Origin, Target, Unit};
 use super::cublaslt::{CublasLt, LtPlan};
-use super::device::{Device, DeviceError, DeviceInfo, DeviceLaunch, Gemm, GemmAddresses, GemmId, GraphId, Lane, Rows};
+use super::device::{
+    Device, DeviceError, DeviceInfo, DeviceLaunch, Gemm, GemmAddresses, GemmId, GraphId, Lane, Rows, Turn,
+};
 use super::vram::VramFree;
 
 /// Dynamic shared memory beyond this must be asked for.
@@ -102,12 +104,14 @@ pub struct Gpu {
     /// By number.
     functions: Vec<Option<sys::CUfunction>>,
     allocations: Vec<sys::CUdeviceptr>,
-    lanes: [Pinned; 3],
+    lanes: [Pinned; Lane::COUNT],
     graphs: Vec<sys::CUgraphExec>,
     library: Option<CublasLt>,
     gemm_plans: Vec<LtPlan>,
     /// Around what is timed.
     events: Vec<sys::CUevent>,
+    /// Where a turn ends, by turn.
+    marks: Vec<sys::CUevent>,
     /// Lets a kernel start while the one before it ends. Never with code from PTX: that is for compute capability 8.0, which has
     /// no instruction to wait for the kernel before.
     overlap: bool,
@@ -312,16 +316,21 @@ impl Gpu {
             modules: Vec::new(),
             functions: Vec::new(),
             allocations: Vec::new(),
-            lanes: [lane(), lane(), lane()],
+            lanes: std::array::from_fn(|_| lane()),
             graphs: Vec::new(),
             library: None,
             gemm_plans: Vec::new(),
             events: Vec::new(),
+            marks: Vec::new(),
             overlap,
             notes: Vec::new(),
         };
         gpu.enter()?;
         gpu.stream = check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        for _ in Turn::ALL {
+            let made = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+            gpu.marks.push(check("cuEventCreate", made)?);
+        }
         if gpu.code.cublaslt {
             gpu.find_library();
         }
@@ -460,15 +469,15 @@ impl Device for Gpu {
         let at = check("cuMemHostAlloc", unsafe { result::malloc_host(words.max(1) * 4, 0) })?.cast::<u32>();
         // SAFETY: the allocation has that many words and nobody else knows it yet.
         unsafe { std::ptr::write_bytes(at, 0, words) };
-        self.lanes[lane as usize].free();
-        self.lanes[lane as usize] = Pinned { at, words };
+        self.lanes[lane.index()].free();
+        self.lanes[lane.index()] = Pinned { at, words };
         Ok(())
     }
 
     fn lane(&mut self, lane: Lane) -> &mut [u32] {
-        let Pinned { at, words } = self.lanes[lane as usize];
+        let Pinned { at, words } = self.lanes[lane.index()];
         // SAFETY: the lane owns `words` initialised words at `at` (none at a dangling address) until drop, and is borrowed
-        // through `&mut self`. The device may read or write it between a copy and the next `wait`, when the trait forbids use.
+        // through `&mut self`. The device may read or write it between a copy and the next `wait` or `reach`, when the trait forbids use.
         unsafe { std::slice::from_raw_parts_mut(at, words) }
     }
 
@@ -489,9 +498,9 @@ impl Device for Gpu {
     }
 
     fn send(&mut self, lane: Lane, to: u64, words: usize) -> Result<(), DeviceError> {
-        let Pinned { at, words: all } = self.lanes[lane as usize];
+        let Pinned { at, words: all } = self.lanes[lane.index()];
         within("cuMemcpyHtoDAsync", words, all)?;
-        // SAFETY: within the lane, which is pinned and not touched before the next `wait`; the buffer at `to` is as long.
+        // SAFETY: within the lane, which is pinned and not touched before it is done; the buffer at `to` is as long.
         let copied = unsafe {
             let from = std::slice::from_raw_parts(at, words);
             result::memcpy_htod_async(to, from, self.stream)
@@ -501,7 +510,7 @@ impl Device for Gpu {
 
     fn send_rows(&mut self, lane: Lane, from: usize, to: u64, rows: Rows) -> Result<(), DeviceError> {
         let Rows { n, words, pitch } = rows;
-        let Pinned { at, words: all } = self.lanes[lane as usize];
+        let Pinned { at, words: all } = self.lanes[lane.index()];
         if n == 0 || words == 0 {
             return Ok(());
         }
@@ -526,16 +535,16 @@ impl Device for Gpu {
             WidthInBytes: 4 * words,
             Height: n,
         };
-        // SAFETY: the rows lie within the lane, which is pinned and not touched before the next `wait`; the buffer at `to` has as
+        // SAFETY: the rows lie within the lane, which is pinned and not touched before it is done; the buffer at `to` has as
         // many of that pitch.
         check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.stream) }.result())
     }
 
-    fn receive(&mut self, from: u64, words: usize) -> Result<(), DeviceError> {
+    fn receive(&mut self, lane: Lane, from: u64, words: usize) -> Result<(), DeviceError> {
         let stream = self.stream;
-        let lane = self.lane(Lane::Outputs);
+        let lane = self.lane(lane);
         within("cuMemcpyDtoHAsync", words, lane.len())?;
-        // SAFETY: within the lane, which is pinned and not touched before the next `wait`.
+        // SAFETY: within the lane, which is pinned and not touched before it is done.
         check("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(&mut lane[..words], from, stream) })
     }
 
@@ -652,6 +661,16 @@ impl Device for Gpu {
         check("cuGraphLaunch", unsafe { result::graph::launch(self.graphs[graph.0], self.stream) })
     }
 
+    fn mark(&mut self, turn: Turn) -> Result<(), DeviceError> {
+        // SAFETY: the event and the stream are ours.
+        check("cuEventRecord", unsafe { result::event::record(self.marks[turn as usize], self.stream) })
+    }
+
+    fn reach(&mut self, turn: Turn) -> Result<(), DeviceError> {
+        // SAFETY: the event is ours.
+        check("cuEventSynchronize", unsafe { result::event::synchronize(self.marks[turn as usize]) })
+    }
+
     fn wait(&mut self) -> Result<(), DeviceError> {
         // SAFETY: the stream is ours.
         check("cuStreamSynchronize", unsafe { result::stream::synchronize(self.stream) })
@@ -687,7 +706,7 @@ impl Drop for Gpu {
             for graph in self.graphs.drain(..) {
                 let _ = result::graph::exec_destroy(graph);
             }
-            for event in self.events.drain(..) {
+            for event in self.events.drain(..).chain(self.marks.drain(..)) {
                 let _ = result::event::destroy(event);
             }
             for (_, module, _) in self.modules.drain(..) {

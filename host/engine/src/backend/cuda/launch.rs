@@ -45,6 +45,7 @@ pub(crate) enum Kernel {
     SampleRules,
     ArgmaxParts,
     SampleChoose,
+    TakeSampled,
     Gated,
     /// None of ours: a product that the device's library computes. Its arguments are the library's algorithm, the rows, and the
     /// addresses of the weight, of what it is multiplied by, of the result and of its workspace, with the bytes of that.
@@ -113,7 +114,7 @@ struct Product {
 
 impl Kernel {
     /// Those with an entry point.
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::Embed,
         Self::RmsNorm,
         Self::NormAdd,
@@ -135,6 +136,7 @@ impl Kernel {
         Self::SampleRules,
         Self::ArgmaxParts,
         Self::SampleChoose,
+        Self::TakeSampled,
         Self::Gated,
     ];
 
@@ -246,6 +248,7 @@ impl Kernel {
             Self::SampleRules => return "sample_rules".to_owned(),
             Self::ArgmaxParts => return "argmax_parts".to_owned(),
             Self::SampleChoose => return "sample_choose".to_owned(),
+            Self::TakeSampled => return "take_sampled".to_owned(),
             Self::Gated => "gated",
             product => return product.product_entry(sizes.form),
         };
@@ -317,6 +320,14 @@ impl LaunchPlan {
         self.args.extend(args);
         let grid = grid.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         self.launches.push(Launch { kernel, grid, block, shared: 0, args: start..self.args.len() });
+    }
+
+    /// From the tokens of the step before to the token ids of one that follows it.
+    pub(crate) fn take_sampled(&mut self, sizes: &Sizes, extent: Extent) {
+        let inputs = sizes.inputs(extent);
+        let input = |at: u64| Arg::At(Buffer::StepInputs, at);
+        let args = [input(N_ROWS), input(inputs.follows), Arg::At(Buffer::Outputs, 0), input(inputs.tokens)];
+        self.push(Kernel::TakeSampled, [extent.rows.div_ceil(256), 1, 1], 256, args);
     }
 
     /// From token ids to the logits of the rows that sample.
@@ -594,7 +605,7 @@ impl LaunchPlan {
             Kernel::SampleRules,
             [rows, 1, 1],
             1_024,
-            [n, rules, logits, lists, Arg::Null, Arg::At(Buffer::Seen, 0), lists, lists, lists, vocab],
+            [n, rules, logits, lists, sampled, Arg::At(Buffer::Seen, 0), lists, lists, lists, vocab],
         );
         self.push(Kernel::ArgmaxParts, [parts as usize, rows, 1], 256, [n, logits, best, vocab]);
         self.push(
@@ -900,7 +911,8 @@ mod tests {
                 let Arg::U64(beside) = args[6] else { panic!("no size: {args:?}") };
                 vec![0, 0, n * k * size, rows * k * size, y, beside]
             }
-            Kernel::SampleRules => vec![4, 96 * sampled, logits, 0, 0, logits],
+            Kernel::SampleRules => vec![4, 96 * sampled, logits, 0, 4 * sampled, logits],
+            Kernel::TakeSampled => vec![4, 4 * rows, 4 * rows, 4 * rows],
             Kernel::ArgmaxParts => vec![4, logits, 8 * sampled * u64::from(launch.grid[0])],
             Kernel::SampleChoose => {
                 let parts = 8 * sampled * u32_at(4);

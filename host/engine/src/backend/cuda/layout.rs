@@ -142,6 +142,8 @@ pub(crate) struct InputLayout {
     pub(crate) lens: u64,
     pub(crate) pick: u64,
     pub(crate) tiles: u64,
+    /// Of a step that follows another, where each row's token stands among those that the other one samples.
+    pub(crate) follows: u64,
     pub(crate) tables: u64,
     pub(crate) bytes: u64,
 }
@@ -406,6 +408,7 @@ impl Sizes {
             lens: place(rows),
             pick: place(sampled),
             tiles: place(2 * tiles),
+            follows: place(rows),
             tables: place(rows * self.max_blocks()),
             bytes: next,
         }

@@ -54,6 +54,7 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
         to.iter_mut().zip(table).for_each(|(word, block)| *word = block.0);
     }
     words[at(layout.row_starts) + rows] = tokens as u32;
+    words[at(layout.follows)..][..plan.follows.len()].copy_from_slice(&plan.follows);
     words[..4].copy_from_slice(&[tokens as u32, rows as u32, sampled as u32, tiles as u32]);
     (at(layout.tables), Rows { n: rows, words: width, pitch: blocks })
 }
@@ -66,6 +67,17 @@ pub(crate) fn extent_of(sizes: &Sizes, plan: &StepPlan) -> Extent {
         tokens: plan.tokens.len(),
         sampled: plan.rows.iter().filter(|row| row.sample.is_some()).count(),
         tiles: plan.rows.iter().map(tiles).sum(),
+    }
+}
+
+/// Rows that follow nothing, of a step behind one that samples so many tokens: 0 where none is under way.
+pub(crate) fn check_follows(plan: &StepPlan, n_before: usize) -> Result<(), ExecuteError> {
+    let follows =
+        |(row, place): (&Row, &u32)| row.tokens.len() == 1 && row.sample.is_some() && (*place as usize) < n_before;
+    let is_whole = plan.follows.len() == plan.rows.len() && plan.rows.iter().zip(&plan.follows).all(follows);
+    match plan.follows.is_empty() || is_whole {
+        true => Ok(()),
+        false => Err(ExecuteError::Malformed { what: "a row that follows no token of a step under way" }),
     }
 }
 
@@ -114,8 +126,15 @@ pub(crate) fn write_rules(
     for ((rule, sample), edit) in rules.chunks_exact_mut(rule_words).zip(samples).zip(edits) {
         write_rule(rule, &mut lists, (sample, &plan.history), edit.as_deref());
     }
+    // Each row of a step that follows samples; its history ends with the token that it follows with.
+    for (rule, place) in rules.chunks_exact_mut(rule_words).zip(&plan.follows) {
+        rule[PREVIOUS] = *place;
+    }
     lists_at + lists.taken
 }
+
+/// Word of a rule that says where the last token of its history stands among those of the step before; none for none.
+const PREVIOUS: usize = 13;
 
 /// Word of a rule that names its mask.
 const MASK: usize = 18;

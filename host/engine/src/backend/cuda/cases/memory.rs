@@ -16,10 +16,10 @@ pub fn cases() -> Vec<Case> {
     let mut rng = Rng(11);
     let mut cases = Vec::new();
 
-    let (from, sampled, tokens) = ([1, u32::MAX, 0, u32::MAX], [70, 71], [1, 2, 3, 4, 5]);
+    let (from, sampled, tokens) = ([1, u32::MAX, 0, u32::MAX, 2], [70, 71, u32::MAX], [1, 2, 3, 4, 5, 6]);
     let call =
-        Call::new("take_sampled", [2, 1, 1], 256).count(4).words(&from).words(&sampled).output(words_to_bytes(&tokens));
-    cases.push(Case { what: "take_sampled".to_owned(), call, check: exactly(words_to_bytes(&[71, 2, 70, 4, 5])) });
+        Call::new("take_sampled", [2, 1, 1], 256).count(5).words(&from).words(&sampled).output(words_to_bytes(&tokens));
+    cases.push(Case { what: "take_sampled".to_owned(), call, check: exactly(words_to_bytes(&[71, 2, 70, 4, 5, 6])) });
 
     let page = 16 * 37;
     let before: Vec<u8> = words_to_bytes(&words(&mut rng, 6 * page / 4));

@@ -49,7 +49,10 @@ ENTRY(take_sampled, 256, 4, (const u32 *n, const u32 *from, const u32 *sampled, 
     let_next_start();
     wait_for_previous();
     u32 i = blockIdx.x * 256 + threadIdx.x;
-    if (i < *n && from[i] != NONE) tokens[i] = sampled[from[i]];
+    if (i >= *n || from[i] == NONE) return;
+    // A row without a token fails with its own step; until then the row after it takes any.
+    u32 token = sampled[from[i]];
+    if (token != NONE) tokens[i] = token;
 }
 
 // === Rules ===

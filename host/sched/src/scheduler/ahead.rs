@@ -1,0 +1,132 @@
+//! A step that is planned while the one before it computes, so that the device need not wait for the host in between.
+//!
+//! Only where nothing is to be decided: everybody decodes, nobody waits, nobody's time is up and there is memory that nobody
+//! uses. Then the next step is known but for the tokens, which stay on the device: those who come with the step in flight, one
+//! token further. A policy is not asked in such a step anyway, and where there is something to decide, it is decided as ever,
+//! with everything known. What ends with the step in flight is computed once for nothing, and whoever comes meanwhile waits
+//! for two steps instead of one, both of them decodes.
+
+use crate::batch::BatchPolicy;
+use crate::config::Config;
+use crate::execute::{Row, StepPlan};
+use crate::ids::{Micros, RequestId};
+
+use super::select::{append, sample_of};
+use super::{InFlight, Scheduler, Slot, count};
+
+/// The step behind the one in flight.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    pub(super) plan: StepPlan,
+    /// Empty where none is planned.
+    rows: Vec<InFlight>,
+}
+
+impl Ahead {
+    pub(super) fn new(config: &Config) -> Self {
+        let max_running = config.max_running as usize;
+        let plan = StepPlan {
+            rows: Vec::with_capacity(max_running),
+            tokens: Vec::with_capacity(config.step_tokens as usize),
+            blocks: Vec::with_capacity(config.n_blocks as usize),
+            follows: Vec::with_capacity(max_running),
+            ..StepPlan::default()
+        };
+        Self { plan, rows: Vec::with_capacity(max_running) }
+    }
+}
+
+impl Scheduler {
+    /// Plans the step after the one in flight, which it [follows](StepPlan::follows), where there is nothing to decide; `None` where
+    /// there is, or where one is planned already. `may` says whose token after next depends on nothing but what the scheduler knows.
+    pub fn schedule_ahead(
+        &mut self,
+        now: Micros,
+        policy: &mut dyn BatchPolicy,
+        may: impl Fn(RequestId) -> bool,
+    ) -> Option<&StepPlan> {
+        let is_due = self.n_closed > 0 || now >= self.deadline_bound;
+        if !self.in_flight || !self.ahead.rows.is_empty() || !self.waiting.is_empty() || is_due || !self.all_decode(may)
+        {
+            return None;
+        }
+        self.attend(now, policy);
+        // Never a block that is still good for a prefix: what goes first is asked before a step.
+        let missing = self.follow().map(|(slot, _)| self.missing_ahead(slot)).sum::<u32>();
+        if missing > self.kv.pool.counts().free {
+            return None;
+        }
+        self.build_ahead();
+        if self.ahead.rows.is_empty() {
+            return None;
+        }
+        self.n_steps += 1;
+        self.counters.steps_ahead += 1;
+        self.publish_gauges();
+        Some(&self.ahead.plan)
+    }
+
+    /// Whether everybody who runs gets a token by the step in flight that nobody else has a word in.
+    fn all_decode(&self, may: impl Fn(RequestId) -> bool) -> bool {
+        let lives = |row: &&InFlight| self.sequences.holds(row.slot, row.id);
+        let decodes = |row: &InFlight| row.samples && row.n_drafts == 0 && row.n_scores == 0 && may(row.id);
+        let mut n_alive = 0;
+        self.rows.iter().filter(lives).inspect(|_| n_alive += 1).all(decodes) && n_alive == self.running.len()
+    }
+
+    /// Whoever goes on after the step in flight, as far as is known, and the place of its token there.
+    fn follow(&self) -> impl Iterator<Item = (Slot, u32)> + '_ {
+        let sampling = self.rows.iter().filter(|row| row.samples).zip(0..);
+        let goes_on = |slot| {
+            let sequence = &self.sequences[slot];
+            sequence.generated() + 1 < sequence.request.max_new_tokens
+        };
+        let here = sampling.filter(move |(row, _)| self.sequences.holds(row.slot, row.id) && goes_on(row.slot));
+        here.map(|(row, place)| (row.slot, place))
+    }
+
+    /// Blocks that it needs beyond its table for the token that it is about to get.
+    fn missing_ahead(&self, slot: Slot) -> u32 {
+        let sequence = &self.sequences[slot];
+        self.config.blocks_for(sequence.n_tokens() + 1).saturating_sub(count(sequence.table.len()))
+    }
+
+    fn build_ahead(&mut self) {
+        let mut ahead = std::mem::take(&mut self.ahead);
+        ahead.plan.clear();
+        for (slot, place) in self.follow() {
+            let id = self.sequences[slot].request.id;
+            let row = InFlight { slot, id, n_tokens: 1, n_drafts: 0, n_scores: 0, samples: true, is_decode: true };
+            ahead.rows.push(row);
+            ahead.plan.follows.push(place);
+        }
+        for row in &ahead.rows {
+            for _ in 0..self.missing_ahead(row.slot) {
+                self.push_block(row.slot);
+            }
+            let (sequence, plan) = (&self.sequences[row.slot], &mut ahead.plan);
+            let position = sequence.n_tokens();
+            let n_blocks = self.config.blocks_for(position + 1) as usize;
+            let blocks = append(&mut plan.blocks, &sequence.table[..n_blocks]);
+            let tokens = append(&mut plan.tokens, &[0]);
+            let sample = Some(sample_of(sequence, 1, plan));
+            plan.rows.push(Row { request: row.id, tokens, position, blocks, sample, drafts: 0 });
+        }
+        self.ahead = ahead;
+    }
+
+    /// The step behind the one that has landed is now the one in flight.
+    pub(super) fn take_off(&mut self, now: Micros) {
+        if self.ahead.rows.is_empty() {
+            return;
+        }
+        std::mem::swap(&mut self.step, &mut self.ahead.plan);
+        std::mem::swap(&mut self.rows, &mut self.ahead.rows);
+        for row in &self.rows {
+            if self.sequences.holds(row.slot, row.id) {
+                self.sequences[row.slot].chunk = row.n_tokens;
+            }
+        }
+        (self.in_flight, self.step_started, self.generation) = (true, now, 0);
+    }
+}
