@@ -16,8 +16,10 @@ pub(crate) struct Figure {
     pub(crate) what: String,
     pub(crate) rows: usize,
     pub(crate) context: usize,
-    /// A whole step.
+    /// A step as a host serves it: begun behind the one before it.
     pub(crate) seconds: f64,
+    /// A step that is begun when the one before it is finished.
+    pub(crate) alone: f64,
     /// The device's part of it.
     pub(crate) device: f64,
     /// What reading the same bytes takes.
@@ -115,17 +117,18 @@ impl<'a> Report<'a> {
     }
 
     pub(crate) fn figure(&mut self, figure: Figure) -> anyhow::Result<()> {
-        let Figure { what, rows, context, seconds, device, floor } = &figure;
+        let Figure { what, rows, context, seconds, alone, device, floor } = &figure;
         let words = format!(
-            "{what}, {rows} x {context}: {:.3} ms ({:.3} on the device), {:.0} tokens/s, {:.1} % of the floor ({:.3} ms)",
+            "{what}, {rows} x {context}: {:.3} ms (alone {:.3}, {:.3} on the device), {:.0} tokens/s, {:.1} % of the floor ({:.3} ms)",
             seconds * 1e3,
+            alone * 1e3,
             device * 1e3,
             *rows as f64 / seconds,
             floor / seconds * 100.0,
             floor * 1e3
         );
-        let json = json!({"figure": what, "rows": rows, "context": context, "seconds": seconds, "device_seconds": device,
-            "floor_seconds": floor});
+        let json = json!({"figure": what, "rows": rows, "context": context, "seconds": seconds, "alone_seconds": alone,
+            "device_seconds": device, "floor_seconds": floor});
         self.figures.push(figure);
         self.say(&words, json)
     }
@@ -157,10 +160,10 @@ impl<'a> Report<'a> {
 
 fn table(figures: &[Figure], peers: &[PeerFigure]) -> String {
     let mut text = String::from(
-        "\n| decode step, 8B | rows x context | ms | on the device | host us | tokens/s | of the floor | beside |\n\
-         |---|---|---|---|---|---|---|---|\n",
+        "\n| decode step, 8B | rows x context | ms | alone | on the device | host us | tokens/s | of the floor | beside |\n\
+         |---|---|---|---|---|---|---|---|---|\n",
     );
-    for Figure { what, rows, context, seconds, device, floor } in figures {
+    for Figure { what, rows, context, seconds, alone, device, floor } in figures {
         let same = peers.iter().filter(|peer| (peer.rows, peer.context) == (*rows, *context));
         let beside: Vec<String> = same
             .map(|peer| format!("{}: {:.3} ms, {:.2} of it", peer.name, peer.seconds * 1e3, seconds / peer.seconds))
@@ -168,10 +171,11 @@ fn table(figures: &[Figure], peers: &[PeerFigure]) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
-            "| {what} | {rows} x {context} | {:.3} | {:.3} | {:.0} | {:.0} | {:.1} % | {} |",
+            "| {what} | {rows} x {context} | {:.3} | {:.3} | {:.3} | {:.0} | {:.0} | {:.1} % | {} |",
             seconds * 1e3,
+            alone * 1e3,
             device * 1e3,
-            (seconds - device) * 1e6,
+            (alone - device) * 1e6,
             *rows as f64 / seconds,
             floor / seconds * 100.0,
             beside.join("; ")
@@ -186,7 +190,7 @@ mod tests {
 
     fn figure() -> Figure {
         let what = "graph".to_owned();
-        Figure { what, rows: 8, context: 1_024, seconds: 0.005, device: 0.004_98, floor: 0.004 }
+        Figure { what, rows: 8, context: 1_024, seconds: 0.005, alone: 0.005_01, device: 0.004_98, floor: 0.004 }
     }
 
     #[test]
@@ -194,7 +198,7 @@ mod tests {
         let peer = |rows| PeerFigure { name: "torch".to_owned(), rows, context: 1_024, seconds: 0.01 };
         let text = table(&[figure()], &[peer(8), peer(9)]);
         let last = text.lines().last().unwrap_or_default();
-        let expect = "| graph | 8 x 1024 | 5.000 | 4.980 | 20 | 1600 | 80.0 % | torch: 10.000 ms, 0.50 of it |";
+        let expect = "| graph | 8 x 1024 | 5.000 | 5.010 | 4.980 | 30 | 1600 | 80.0 % | torch: 10.000 ms, 0.50 of it |";
         assert_eq!(last, expect);
     }
 
@@ -222,7 +226,7 @@ mod tests {
         report.table().expect("written");
         let said = String::from_utf8(said).expect("text");
         assert!(said.starts_with(
-            "good   one\nFAILED two\ngraph, 8 x 1024: 5.000 ms (4.980 on the device), 1600 tokens/s, 80.0 %"
+            "good   one\nFAILED two\ngraph, 8 x 1024: 5.000 ms (alone 5.010, 4.980 on the device), 1600 tokens/s, 80.0 %"
         ));
     }
 }

@@ -8,7 +8,7 @@ use pointsman_engine::cuda::{
     Value,
 };
 use pointsman_engine::{EngineConfig, ModelSpec, Precision};
-use pointsman_sched::execute::{Executor, Row, Sample, StepOutput, StepPlan};
+use pointsman_sched::execute::{Executor, InHalves, Row, Sample, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
 use pointsman_sched::request::Sampling;
 use pointsman_sched::sampler::NoEdits;
@@ -236,7 +236,7 @@ impl Check<'_> {
         Ok(median(&mut times))
     }
 
-    /// A decode step, and the device's part of it.
+    /// A decode step behind another and alone, and the device's part of it.
     fn decode(
         &mut self,
         stage: &str,
@@ -246,12 +246,20 @@ impl Check<'_> {
     ) -> anyhow::Result<()> {
         let plan = decode_plan(rows, context, engine.config().n_blocks);
         let mut out = StepOutput::default();
-        let seconds = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
+        let alone = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
         let start = self.clock.nanos();
         engine.repeat_last(STEPS)?;
         let device = (self.clock.nanos() - start) as f64 * 1e-9 / STEPS as f64;
+        let follows = (0..rows as u32).collect();
+        let behind = StepPlan { follows, ..decode_plan(rows, context, engine.config().n_blocks) };
+        engine.begin(&plan, &mut NoEdits)?;
+        let seconds = self.time(|| {
+            engine.begin(&behind, &mut NoEdits)?;
+            Ok(engine.finish(&behind, &mut out)?)
+        })?;
+        engine.finish(&behind, &mut out)?;
         let floor = bytes_of(engine.spec(), engine.form().precision, rows, context) as f64 / bandwidth;
-        self.report.figure(Figure { what: stage.to_owned(), rows, context, seconds, device, floor })
+        self.report.figure(Figure { what: stage.to_owned(), rows, context, seconds, alone, device, floor })
     }
 
     fn prefill(&mut self, engine: &mut CudaEngine) -> anyhow::Result<()> {
