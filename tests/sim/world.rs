@@ -285,6 +285,7 @@ impl<'a> World<'a> {
     }
 
     fn begin_ahead(&mut self) {
+        self.scheduler.review_cache(self.now, &mut *self.retention);
         // As above.
         let may = |id: RequestId| !id.0.is_multiple_of(11);
         let Some(plan) = self.scheduler.schedule_ahead(self.now, &mut self.policy, may) else { return };

@@ -159,7 +159,7 @@ pub enum BadPlan {
 
 /// Orders the work of one replica. Owned by the replica's driver thread.
 pub trait BatchPolicy: Send {
-    /// Asked at every step boundary, before anything else: picks up a swap, a restart or an open circuit.
+    /// Asked before every step is planned: picks up a swap, a restart or an open circuit.
     fn attend(&mut self, now: Micros) -> Attention;
 
     /// Generation that answers now, 0 for native; stamped on events.

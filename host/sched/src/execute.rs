@@ -101,7 +101,7 @@ pub struct Sampled {
 
 /// Computes step plans. Owned by one driver thread.
 pub trait Executor: Send {
-    /// Computes `plan` and replaces the contents of `out`. `edits` is asked once for every row with a `sample`, after the
+    /// Computes `plan`, which follows nothing, and replaces the contents of `out`. `edits` is asked once for every row with a `sample`, after the
     /// forward pass. On an error nothing of the plan counts as computed, and the KV contents of the plan's blocks are
     /// unspecified.
     ///

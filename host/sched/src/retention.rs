@@ -58,7 +58,7 @@ pub enum BadRanking {
 
 /// Ranks what the prefix cache of one replica holds. Owned by the replica's driver thread.
 pub trait RetentionPolicy: Send {
-    /// Asked at every step boundary while something is cached: picks up a swap, a restart or an open circuit. A policy that
+    /// Asked before every step while something is cached: picks up a swap, a restart or an open circuit. A policy that
     /// [needs the view](Attention::NeedsView) knows no tenant by name, and no ranking of its is followed; one that is
     /// [busy](Attention::Busy) is not asked at this boundary, and its last ranking holds on.
     fn attend(&mut self, now: Micros) -> Attention;

@@ -175,7 +175,7 @@ impl EditSource for NoEdits {
 
 /// Runs a sampler policy away from the driver thread. One batch is in its hands at a time.
 pub trait SamplerWorker: Send {
-    /// Generation of the active policy, if there is one. Asked at every step boundary: picks up a swap.
+    /// Generation of the active policy, if there is one. Asked before every step: picks up a swap.
     fn attend(&mut self, now: Micros) -> Option<u64>;
 
     /// Takes a batch, to be answered by one reply sooner or later, whatever happens to the worker. Never blocks.
@@ -414,7 +414,7 @@ impl<W: SamplerWorker> Desk<W> {
             out_of_patience: false,
             withheld: Vec::new(),
             masks: IntMap::default(),
-            waits: 0,
+            waits: WAITS,
             stalled: Vec::new(),
             stalled_since: None,
             failed: Vec::new(),
@@ -423,8 +423,8 @@ impl<W: SamplerWorker> Desk<W> {
         }
     }
 
-    /// Opens a step: picks up swaps and hands over what has gathered. Without a policy every request is free at once; a policy
-    /// that was not there before is told of all requests that it does not know.
+    /// Before a step is planned: picks up swaps and hands over what has gathered. Without a policy every request is free at once; a
+    /// policy that was not there before is told of all requests that it does not know. What a step that computes has been told holds.
     pub fn attend(&mut self, now: Micros, scheduler: &Scheduler) {
         let before = std::mem::replace(&mut self.active, self.worker.attend(now));
         self.receive();
@@ -432,7 +432,7 @@ impl<W: SamplerWorker> Desk<W> {
         if is_interrupted || self.active != before {
             self.begin_anew(scheduler);
         }
-        self.hand_over(now);
+        self.pass_on(now);
     }
 
     /// Tells whoever is there now of all requests, with what they have got. Of what was said before only the edits are kept, for as
@@ -473,10 +473,14 @@ impl<W: SamplerWorker> Desk<W> {
         self.is_active() || self.worker.follows(id)
     }
 
-    /// Whether nobody has a word in a request's next token, neither the policy nor a mask, and nobody follows it token by token.
+    /// Whether nobody has a word in a request's next token, neither the policy nor a mask, and nobody follows it token by token. Of one
+    /// whose token in the step that computes is withheld, the next is that one.
     #[must_use]
     pub fn is_free(&self, id: RequestId) -> bool {
-        !self.entries.contains_key(&id.0) && !self.masks.contains_key(&id.0) && !self.followed.contains(&id.0)
+        !self.withheld.contains(&id)
+            && !self.entries.contains_key(&id.0)
+            && !self.masks.contains_key(&id.0)
+            && !self.followed.contains(&id.0)
     }
 
     /// A request has been accepted.
@@ -573,6 +577,10 @@ impl<W: SamplerWorker> Desk<W> {
     pub fn hand_over(&mut self, now: Micros) {
         (self.out_of_patience, self.waits) = (false, WAITS);
         self.withheld.clear();
+        self.pass_on(now);
+    }
+
+    fn pass_on(&mut self, now: Micros) {
         self.receive();
         self.send(now);
         if !self.heard.is_empty() && !self.worker.overhear(Overheard { now, ..std::mem::take(&mut self.heard) }) {

@@ -64,7 +64,7 @@ use review::Review;
 pub struct Counters {
     /// Steps that were completed.
     pub steps: u64,
-    /// Of those, the ones that were planned while the step before them computed.
+    /// Steps that were planned while the one before them computed.
     pub steps_ahead: u64,
     /// Sequences put back into the queue.
     pub preemptions: u64,
@@ -195,6 +195,7 @@ impl Scheduler {
             rows: Vec::with_capacity(max_running),
             tokens: Vec::with_capacity(config.step_tokens as usize),
             blocks: Vec::with_capacity(config.n_blocks as usize),
+            follows: Vec::with_capacity(max_running),
             ..StepPlan::default()
         };
         let scheduler = Self {

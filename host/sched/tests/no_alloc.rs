@@ -261,6 +261,31 @@ fn a_thousand_steady_steps_allocate_nothing() {
 }
 
 #[test]
+fn a_thousand_steps_ahead_allocate_nothing() {
+    for sampling in [Sampling::default(), Sampling { repetition_penalty: 1.1, ..Sampling::default() }] {
+        let (mut scheduler, sampling) = (scheduler(), Arc::new(sampling));
+        for id in 1..=u64::from(MAX_RUNNING) {
+            scheduler.submit(request(id, &sampling), 0).map_err(|(_, failure)| failure).expect("room");
+        }
+        let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize), ..StepOutput::default() };
+        let (mut before, mut n_ahead) = (0, 0);
+        for step in 0..WARM_UP + STEADY {
+            if step == WARM_UP {
+                (before, n_ahead) = (ALLOCATIONS.get(), 0);
+            }
+            if scheduler.in_flight().is_none() {
+                scheduler.schedule(step.into(), &mut NativeBatch, &mut |_| {}).expect("work");
+            }
+            n_ahead += u32::from(scheduler.schedule_ahead(step.into(), &mut NativeBatch, |_| true).is_some());
+            let rows = scheduler.in_flight().into_iter().flat_map(|plan| &plan.rows);
+            out.sampled.extend(rows.filter(|row| row.sample.is_some()).map(|row| said(row.position)));
+            scheduler.complete(step.into(), &mut out, &mut |_| {});
+        }
+        assert_eq!((ALLOCATIONS.get() - before, n_ahead), (0, STEADY));
+    }
+}
+
+#[test]
 fn ranking_a_cache_under_pressure_allocates_nothing() {
     let (mut scheduler, sampling) = (scheduler(), Arc::new(Sampling::default()));
     let mut out = StepOutput { sampled: Vec::with_capacity(MAX_RUNNING as usize), ..StepOutput::default() };

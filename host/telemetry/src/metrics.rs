@@ -503,7 +503,7 @@ impl Metrics {
             ),
             steps_ahead: counter(
                 "pointsman_steps_ahead_total",
-                "Steps that were begun while the step before them computed.",
+                "Steps that were planned while the step before them computed.",
                 &["device"],
             ),
             tokens: counter("pointsman_tokens_total", "Tokens computed.", &["device", "variant", "phase"]),

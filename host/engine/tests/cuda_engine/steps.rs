@@ -7,7 +7,7 @@ use pointsman_engine::cuda::{
     CudaEngine, CudaError, CudaOptions, Element, Form, LibraryUse, Parity, ParityCase, Source, put_on_grid,
 };
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
-use pointsman_sched::execute::{ExecuteError, Executor, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::RequestId;
 use pointsman_sched::mask::TokenSet;
 use pointsman_sched::request::Sampling;
@@ -319,6 +319,62 @@ fn a_refused_launch_fails_one_step_and_leaves_nothing_under_way() {
     assert!(!cuda.is_lost() && outcomes[39]);
 }
 
+/// A step's plan, and that of a step behind it, of a sequence whose prompt has 20 tokens.
+fn two_plans() -> [StepPlan; 2] {
+    [(20, vec![]), (21, vec![0])].map(|(n, follows)| {
+        let sequence = Sequence { tokens: vec![7; n], computed: if n > 20 { 20 } else { 0 }, blocks: blocks([3, 2]) };
+        let mut step = Step::default();
+        step.push(&sequence, n - sequence.computed, &Arc::default());
+        StepPlan { follows, ..step.plan }
+    })
+}
+
+#[test]
+fn steps_are_begun_behind_one_and_finished_in_order() {
+    let Some(device) = ShimDevice::start() else { return };
+    let (mut cuda, _) = without_graphs(device);
+    let [first, behind] = two_plans();
+    let mut out = StepOutput::default();
+    let malformed = |what| Err(ExecuteError::Malformed { what });
+    assert_eq!(cuda.finish(&first, &mut out), malformed("a step that was not begun"));
+    let alone = malformed("a row that follows no token of a step under way");
+    assert_eq!(cuda.begin(&behind, &mut NoEdits), alone);
+    cuda.begin(&first, &mut NoEdits).unwrap();
+    let [_, mut beyond] = two_plans();
+    beyond.follows = vec![1];
+    assert_eq!(cuda.begin(&beyond, &mut NoEdits), alone);
+    cuda.begin(&behind, &mut NoEdits).unwrap();
+    assert_eq!(cuda.begin(&behind, &mut NoEdits), malformed("a third step, where two can be under way"));
+    cuda.finish(&first, &mut out).unwrap();
+    cuda.finish(&behind, &mut out).unwrap();
+    assert_eq!(out.sampled.len(), 1);
+    assert_eq!(cuda.finish(&behind, &mut out), malformed("a step that was not begun"));
+}
+
+#[test]
+fn a_step_that_cannot_be_begun_leaves_the_one_before_it() {
+    // A launch of a first step, and one of a step behind it: each has some 28.
+    let mut refused = Vec::new();
+    for at in [400, 428] {
+        let Some(mut device) = ShimDevice::start() else { return };
+        device.refuses = Some(at);
+        let (mut cuda, _) = without_graphs(device);
+        let [first, behind] = two_plans();
+        let mut out = StepOutput::default();
+        for _ in 0..40 {
+            let begun = cuda.begin(&first, &mut NoEdits).is_ok();
+            let two = begun && cuda.begin(&behind, &mut NoEdits).is_ok();
+            refused.extend((!two).then_some(begun));
+            for plan in [begun.then_some(&first), two.then_some(&behind)].into_iter().flatten() {
+                cuda.finish(plan, &mut out).unwrap();
+            }
+        }
+        assert!(!cuda.is_lost());
+    }
+    refused.sort_unstable();
+    assert_eq!(refused, [false, true], "one of each");
+}
+
 #[test]
 fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
     let Some(device) = ShimDevice::start() else { return };
@@ -370,7 +426,7 @@ fn every_rule_of_the_check_is_met_on_the_shim() {
     };
     let Some(parity) = run(&case) else { return };
     let behind = run(&ParityCase { ahead: true, ..case }).unwrap();
-    assert_eq!((parity.tokens, behind.tokens), (26, 39));
+    assert_eq!((parity.tokens, behind.tokens), (26, 50));
     let broken = Parity { other_tokens: 2, ..parity.clone() };
     let wrong = Parity { worst: f64::INFINITY, ..parity };
     assert!(!broken.is_good() && !wrong.is_good(), "{broken} {wrong}");

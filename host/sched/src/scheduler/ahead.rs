@@ -1,10 +1,12 @@
 //! A step that is planned while the one before it computes, so that the device need not wait for the host in between.
 //!
-//! Only where nothing is to be decided: everybody decodes, nobody waits, nobody's time is up and there is memory that nobody
-//! uses. Then the next step is known but for the tokens, which stay on the device: those who come with the step in flight, one
-//! token further. A policy is not asked in such a step anyway, and where there is something to decide, it is decided as ever,
-//! with everything known. What ends with the step in flight is computed once for nothing, and whoever comes meanwhile waits
-//! for two steps instead of one, both of them decodes.
+//! Only where nothing is to be decided: everybody who runs gets a token by the step in flight, nobody waits, nobody's time is up
+//! and memory suffices. Then the next step is known but for the tokens, which stay on the device: the same sequences, one token
+//! further. A policy is not asked in such a step anyway, and where there is something to decide, it is decided as ever, with
+//! everything known. What turns out to have ended with the step in flight is computed once for nothing, and whoever comes meanwhile
+//! waits for a decode step more.
+
+use std::sync::atomic::Ordering;
 
 use crate::batch::BatchPolicy;
 use crate::config::Config;
@@ -34,11 +36,17 @@ impl Ahead {
         };
         Self { plan, rows: Vec::with_capacity(max_running) }
     }
+
+    /// Whether it computes a token of a request.
+    pub(super) fn computes(&self, id: RequestId) -> bool {
+        self.rows.iter().any(|row| row.id == id)
+    }
 }
 
 impl Scheduler {
     /// Plans the step after the one in flight, which it [follows](StepPlan::follows), where there is nothing to decide; `None` where
-    /// there is, or where one is planned already. `may` says whose token after next depends on nothing but what the scheduler knows.
+    /// there is, or where one is planned already. `may` says whose tokens depend on nothing but what the scheduler knows. To be called
+    /// after [`review_cache`](Self::review_cache), like [`schedule`](Self::schedule).
     pub fn schedule_ahead(
         &mut self,
         now: Micros,
@@ -46,14 +54,13 @@ impl Scheduler {
         may: impl Fn(RequestId) -> bool,
     ) -> Option<&StepPlan> {
         let is_due = self.n_closed > 0 || now >= self.deadline_bound;
-        if !self.in_flight || !self.ahead.rows.is_empty() || !self.waiting.is_empty() || is_due || !self.all_decode(may)
+        if !self.in_flight || !self.ahead.rows.is_empty() || !self.waiting.is_empty() || is_due || !self.all_sample(may)
         {
             return None;
         }
         self.attend(now, policy);
-        // Never a block that is still good for a prefix: what goes first is asked before a step.
         let missing = self.follow().map(|(slot, _)| self.missing_ahead(slot)).sum::<u32>();
-        if missing > self.kv.pool.counts().free {
+        if missing > self.kv.pool.available() {
             return None;
         }
         self.build_ahead();
@@ -63,15 +70,16 @@ impl Scheduler {
         self.n_steps += 1;
         self.counters.steps_ahead += 1;
         self.publish_gauges();
+        self.gauges.slack_tokens.store(self.slack_tokens(), Ordering::Relaxed);
         Some(&self.ahead.plan)
     }
 
     /// Whether everybody who runs gets a token by the step in flight that nobody else has a word in.
-    fn all_decode(&self, may: impl Fn(RequestId) -> bool) -> bool {
+    fn all_sample(&self, may: impl Fn(RequestId) -> bool) -> bool {
         let lives = |row: &&InFlight| self.sequences.holds(row.slot, row.id);
-        let decodes = |row: &InFlight| row.samples && row.n_drafts == 0 && row.n_scores == 0 && may(row.id);
+        let samples = |row: &InFlight| row.samples && row.n_drafts == 0 && row.n_scores == 0 && may(row.id);
         let mut n_alive = 0;
-        self.rows.iter().filter(lives).inspect(|_| n_alive += 1).all(decodes) && n_alive == self.running.len()
+        self.rows.iter().filter(lives).inspect(|_| n_alive += 1).all(samples) && n_alive == self.running.len()
     }
 
     /// Whoever goes on after the step in flight, as far as is known, and the place of its token there.

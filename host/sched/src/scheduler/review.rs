@@ -71,12 +71,13 @@ impl Scheduler {
         }
     }
 
-    /// Blocks that the decodes and as many waiting requests as have a place would take now, if nothing of them is cached.
+    /// Blocks that the decodes (behind a step in flight, one each at most) and as many waiting requests as have a place would take now, if nothing of them is cached.
     fn blocks_needed(&self) -> u32 {
         let places = (self.config.max_running as usize).saturating_sub(self.running.len());
         let waiting = self.waiting.tickets().iter().take(places);
         let blocks = waiting.map(|ticket| self.config.blocks_for(self.sequences[ticket.slot].n_tokens()));
-        blocks.fold(self.growth(), u32::saturating_add)
+        let ahead = if self.in_flight { count(self.running.len()) } else { 0 };
+        blocks.fold(self.growth() + ahead, u32::saturating_add)
     }
 
     fn rank_cached(&mut self, now: Micros, wanted: u32, policy: &mut dyn RetentionPolicy) {

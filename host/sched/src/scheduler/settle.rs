@@ -52,7 +52,10 @@ impl Scheduler {
             let after = after_drafts.split_off_mut(..row.n_drafts as usize).unwrap_or_default();
             let chosen = match sampled.next_if(|_| row.samples) {
                 None => Chosen::Nothing,
-                Some(_) if withheld.contains(&row.id) => Chosen::Withheld,
+                Some(_) if withheld.contains(&row.id) => {
+                    assert!(!self.ahead.computes(row.id), "{:?} goes on from a token that is withheld", row.id);
+                    Chosen::Withheld
+                }
                 Some(sampled) => Chosen::Token(sampled, after),
             };
             tokens += row.n_tokens;
@@ -124,7 +127,7 @@ impl Scheduler {
         self.advance(row.slot, known - u32::from(matches!(chosen, Chosen::Withheld)), now);
         let sequence = &mut self.sequences[row.slot];
         if sequence.closed {
-            // Before its first token: nobody had anything to say of the text.
+            // Whoever closed it had time to say why.
             self.end(row.slot, Ending::Cancelled(CancelCause::ClientGone), now, observer);
         } else if matches!(chosen, Chosen::Nothing) && sequence.generated() == 0 {
             if sequence.request.max_new_tokens == 0 && sequence.computed == sequence.prompt_tokens() {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::batch::{BadPlan, NativeBatch, Plan, Rest};
 use crate::config::Config;
-use crate::execute::{ExecuteError, StepOutput, StepPlan};
+use crate::execute::{ExecuteError, Sampled, StepOutput, StepPlan};
 use crate::ids::{Micros, Priority, RequestId};
 use crate::request::{CancelCause, Failure, FinishReason, Request, ResourceExhausted, Sampling, SinkEvent};
 
@@ -68,6 +68,42 @@ fn decodes_come_first_and_prefills_fill_the_step() {
     assert_eq!(host.tokens(1), reference(&request(1, 3, 8)));
     assert_eq!(host.tokens(2), reference(&request(2, 18, 2)));
     assert_eq!((host.sent(1).prefilled.clone(), host.sent(2).prefilled.clone()), (vec![], vec![8, 16]));
+}
+
+#[test]
+fn a_step_is_planned_ahead_where_nothing_is_to_be_decided() {
+    let mut host = Host::new(CONFIG);
+    host.submit(request(1, 3, 2));
+    host.submit(Request { deadline: 50, ..request(2, 3, 8) });
+    let ahead = |host: &mut Host, may: fn(RequestId) -> bool| {
+        let plan = host.scheduler.schedule_ahead(host.now, &mut NativeBatch, may)?;
+        Some((rows(plan), plan.follows.clone()))
+    };
+    assert_eq!(ahead(&mut host, |_| true), None, "nothing is in flight");
+    let mut out = StepOutput::default();
+    assert_eq!(host.begin(&mut NativeBatch, &mut out), [1, 2]);
+    assert_eq!(ahead(&mut host, |id| id.0 != 2), None, "somebody has a word in it");
+    host.now = 50;
+    assert_eq!(ahead(&mut host, |_| true), None, "a deadline has passed");
+    host.now = 0;
+    let both = (vec![(1, 3, 1, 1, true), (2, 3, 1, 1, true)], vec![0, 1]);
+    assert_eq!(ahead(&mut host, |_| true), Some(both));
+    assert_eq!(ahead(&mut host, |_| true), None, "one is planned already");
+    host.finish(&mut out);
+    // The first one ends with the step in flight.
+    assert_eq!(ahead(&mut host, |_| true), Some((vec![(2, 4, 1, 2, true)], vec![1])));
+    out.sampled = vec![Sampled { token: 5, logprobs: None }; 2];
+    host.finish(&mut out);
+    assert_eq!((host.tokens(1).len(), host.tokens(2).len(), host.ended.clone()), (2, 2, vec![1]));
+    host.submit(request(3, 3, 8));
+    assert_eq!(ahead(&mut host, |_| true), None, "somebody waits");
+    host.cancel(3, CancelCause::Asked);
+    host.cancel(2, CancelCause::Asked);
+    assert_eq!(ahead(&mut host, |_| true), None, "nobody is left");
+    out.sampled = vec![Sampled { token: 5, logprobs: None }];
+    host.finish(&mut out);
+    assert!(host.scheduler.in_flight().is_none() && host.scheduler.is_idle());
+    assert_eq!(host.scheduler.block_counts().held, 0);
 }
 
 #[test]

@@ -268,14 +268,11 @@ impl ParityCase {
             let rows = first..most.min(first + TOGETHER);
             // Rows whose prompt ends earlier decode beside the others' chunks.
             while sequences[rows.clone()].iter().any(Sequence::is_prefilling) {
-                pair.step(rows.clone(), &mut sequences)?;
+                pair.steps(self.ahead, rows.clone(), &mut sequences)?;
             }
         }
         for rows in self.rows.iter().map(|&rows| 0..rows.min(most)) {
-            match self.ahead {
-                true => pair.two_steps(rows, &mut sequences)?,
-                false => pair.step(rows, &mut sequences)?,
-            }
+            pair.steps(self.ahead, rows, &mut sequences)?;
         }
         self.check_library(&mut pair.cuda)?;
         Ok(pair.parity)
@@ -390,6 +387,15 @@ struct Pair {
 }
 
 impl Pair {
+    /// One step of these sequences, or two where the first gives each of them a token and that is asked for.
+    fn steps(&mut self, ahead: bool, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
+        let first = self.plan(rows.clone(), sequences);
+        match ahead && first.rows.iter().all(|row| row.sample.is_some()) {
+            true => self.two_steps(rows, sequences),
+            false => self.step(rows, sequences),
+        }
+    }
+
     /// One step of these sequences on both; they go on with the CPU's tokens.
     fn step(&mut self, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
         let plan = self.plan(rows, sequences);
@@ -400,34 +406,38 @@ impl Pair {
     }
 
     /// Two steps, of which the device is given the second one before it has finished the first. It goes on with its own tokens: where
-    /// such a one is not the CPU's, the second step counts for nothing.
+    /// such a one is not the CPU's, the second step counts for nothing. The first of several rows is not in the second step.
     fn two_steps(&mut self, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
         let (mut expect, mut found) = (StepOutput::default(), StepOutput::default());
         let first = self.plan(rows.clone(), sequences);
-        let behind = self.plan_behind(&first, rows.clone(), sequences);
+        let left_out = usize::from(rows.len() > 1);
+        let going_on = rows.start + left_out..rows.end;
+        let behind = self.plan_behind(&first, left_out, going_on.clone(), sequences);
         self.cuda.begin(&first, &mut Edits(&self.rules))?;
         self.cuda.begin(&behind, &mut Edits(&self.rules))?;
         self.cpu.execute(&first, &mut Edits(&self.rules), &mut expect)?;
         self.cuda.finish(&first, &mut found)?;
-        let others: Vec<bool> = expect.sampled.iter().zip(&found.sampled).map(|(a, b)| a.token != b.token).collect();
+        let pairs = expect.sampled.iter().zip(&found.sampled).skip(left_out);
+        let others: Vec<bool> = pairs.map(|(a, b)| a.token != b.token).collect();
         self.settle(&first, (&expect, &found), None, sequences)?;
-        let second = self.plan(rows, sequences);
+        let second = self.plan(going_on, sequences);
         self.cpu.execute(&second, &mut Edits(&self.rules), &mut expect)?;
         self.cuda.finish(&behind, &mut found)?;
         self.settle(&second, (&expect, &found), Some(&others), sequences)
     }
 
-    /// The step after one in which each of these sequences gets a token, with that left open.
-    fn plan_behind(&self, first: &StepPlan, rows: Range<usize>, sequences: &[Sequence]) -> StepPlan {
+    /// The step of these sequences after one in which each gets a token, with that left open. In the first one so many rows come before
+    /// theirs.
+    fn plan_behind(&self, first: &StepPlan, n_before: usize, rows: Range<usize>, sequences: &[Sequence]) -> StepPlan {
         let mut later = sequences.to_vec();
-        for (sequence, row) in later[rows.clone()].iter_mut().zip(&first.rows) {
+        for (sequence, row) in later[rows.clone()].iter_mut().zip(&first.rows[n_before..]) {
             sequence.computed += row.tokens.len();
             sequence.tokens.push(0);
         }
         let mut plan = self.plan(rows, &later);
         let samples = plan.rows.iter_mut().filter_map(|row| row.sample.as_mut());
         samples.filter(|sample| !sample.history.is_empty()).for_each(|sample| sample.history.end -= 1);
-        plan.follows = (0..plan.rows.len() as u32).collect();
+        plan.follows = (n_before as u32..).take(plan.rows.len()).collect();
         plan
     }
 

@@ -45,10 +45,10 @@ pub enum Lane {
 /// Steps take turns, so that one is written while the one before it is under way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Turn {
-    /// The first step's, and every other one's.
+    /// Of a step that is begun while none is under way, and of every other one behind it.
     #[default]
     Odd,
-    /// The second one's.
+    /// Of the others.
     Even,
 }
 

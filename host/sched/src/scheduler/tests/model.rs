@@ -129,6 +129,12 @@ pub(super) struct Host {
     pub(super) now: Micros,
     /// Of the executor.
     pub(super) draft_places: u32,
+    /// Steps are begun behind others where that may be.
+    pub(super) ahead: bool,
+    /// What such a step comes to.
+    pub(super) behind: Option<StepOutput>,
+    /// Those in whose tokens of the step that computes, or of the one behind it, nobody had a word.
+    pub(super) free: [Vec<u64>; 2],
     /// Ids in the order in which they ended.
     pub(super) ended: Vec<u64>,
     sinks: BTreeMap<u64, Arc<Mutex<Sent>>>,
@@ -150,6 +156,9 @@ impl Host {
             gauges,
             now: 0,
             draft_places: u32::MAX,
+            ahead: false,
+            behind: None,
+            free: Default::default(),
             ended: Vec::new(),
             sinks: BTreeMap::new(),
             cells: vec![0; (config.n_blocks * config.block_tokens) as usize],
@@ -192,29 +201,57 @@ impl Host {
 
     /// Plans and computes; the scheduler has not heard of the result yet. Says whose rows there are.
     pub(super) fn begin(&mut self, policy: &mut dyn BatchPolicy, out: &mut StepOutput) -> Vec<u64> {
-        self.begin_with(policy, out, |_| ())
+        self.begin_with(policy, out, ids).unwrap_or_default()
     }
 
     /// The same, with a look at the plan.
-    pub(super) fn begin_with(
+    pub(super) fn begin_with<T>(
         &mut self,
         policy: &mut dyn BatchPolicy,
         out: &mut StepOutput,
-        look: impl Fn(&StepPlan),
-    ) -> Vec<u64> {
+        look: impl Fn(&StepPlan) -> T,
+    ) -> Option<T> {
+        match self.behind.take() {
+            Some(behind) => *out = behind,
+            None => self.compute(policy, out)?,
+        }
+        self.free.swap(0, 1);
+        if self.ahead {
+            self.compute_behind(policy, out);
+        }
+        let plan = self.scheduler.in_flight()?;
+        self.touched.clone_from(&plan.blocks);
+        self.desk.sampled(plan, out);
+        Some(look(plan))
+    }
+
+    fn compute(&mut self, policy: &mut dyn BatchPolicy, out: &mut StepOutput) -> Option<()> {
         self.attend();
         self.scheduler.review_cache(self.now, &mut *self.retention);
         self.scheduler.propose(self.draft_places, |id| self.desk.is_free(id));
         let (ended, desk) = (&mut self.ended, &mut self.desk);
-        let Some(plan) = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))
-        else {
-            return Vec::new();
-        };
-        look(plan);
-        self.touched.clone_from(&plan.blocks);
+        let plan = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))?;
         execute(plan, (&mut self.cells, self.block_tokens), desk, out);
-        desk.sampled(plan, out);
-        plan.rows.iter().map(|row| row.request.0).collect()
+        self.free[1] = ids(plan).into_iter().filter(|id| desk.is_free(RequestId(*id))).collect();
+        Some(())
+    }
+
+    /// The step after the one that computes, whose result is `out`, as the driver begins it where it can.
+    fn compute_behind(&mut self, policy: &mut dyn BatchPolicy, out: &StepOutput) {
+        self.desk.attend(self.now, &self.scheduler);
+        self.scheduler.review_cache(self.now, &mut *self.retention);
+        let desk = &mut self.desk;
+        let Some(plan) = self.scheduler.schedule_ahead(self.now, policy, |id| desk.is_free(id)) else { return };
+        let token = |place: &u32| out.sampled[*place as usize].token;
+        let known = StepPlan {
+            rows: plan.rows.clone(),
+            tokens: plan.follows.iter().map(token).collect(),
+            blocks: plan.blocks.clone(),
+            ..StepPlan::default()
+        };
+        let mut behind = StepOutput::default();
+        execute(&known, (&mut self.cells, self.block_tokens), desk, &mut behind);
+        (self.behind, self.free[1]) = (Some(behind), ids(plan));
     }
 
     pub(super) fn finish(&mut self, out: &mut StepOutput) {
@@ -257,22 +294,15 @@ impl Host {
 
     /// A whole step, with a look at its plan.
     pub(super) fn step_with<T>(&mut self, policy: &mut dyn BatchPolicy, look: impl Fn(&StepPlan) -> T) -> Option<T> {
-        self.attend();
-        self.scheduler.review_cache(self.now, &mut *self.retention);
-        self.scheduler.propose(self.draft_places, |id| self.desk.is_free(id));
-        let (ended, desk) = (&mut self.ended, &mut self.desk);
-        let plan = self.scheduler.schedule(self.now, policy, &mut |event| note((&mut *ended, &mut *desk), event))?;
-        let seen = look(plan);
         let mut out = StepOutput::default();
-        execute(plan, (&mut self.cells, self.block_tokens), desk, &mut out);
-        desk.sampled(plan, &mut out);
+        let seen = self.begin_with(policy, &mut out, look)?;
         self.finish(&mut out);
         Some(seen)
     }
 
     pub(super) fn run_until_idle(&mut self, policy: &mut dyn BatchPolicy) {
         for _ in 0..10_000 {
-            if self.scheduler.is_idle() {
+            if self.scheduler.is_idle() && self.behind.is_none() {
                 let counts = self.scheduler.block_counts();
                 assert_eq!(counts.held, 0, "{counts:?}");
                 return;
@@ -295,6 +325,10 @@ impl Host {
         self.scheduler.shutdown(CancelCause::Shutdown, self.now, &mut |event| note((&mut *ended, &mut *desk), event));
         self.scheduler.assert_consistent();
     }
+}
+
+fn ids(plan: &StepPlan) -> Vec<u64> {
+    plan.rows.iter().map(|row| row.request.0).collect()
 }
 
 type TestDesk = Desk<Box<dyn SamplerWorker>>;

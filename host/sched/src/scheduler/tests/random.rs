@@ -248,6 +248,7 @@ impl History {
     fn new(seed: u64) -> Self {
         let policy = Adversary { random: seed, needs_view: true, ..Adversary::default() };
         let mut host = Host::new(CONFIG);
+        host.ahead = !seed.is_multiple_of(3);
         // Half of the histories evict in the host's own order.
         if seed.is_multiple_of(2) {
             host.retention = Box::new(Mover { random: mix(seed), ..Mover::default() });
@@ -303,7 +304,11 @@ impl History {
                     .map(|(id, ..)| *id)
                     .filter(|id| self.stage(*id).0 == Some(Stage::Queued))
                     .collect();
-                let planned = self.host.begin_with(&mut self.policy, &mut out, check_bounds);
+                let planned = self.host.begin_with(&mut self.policy, &mut out, |plan| {
+                    check_bounds(plan);
+                    plan.rows.iter().map(|row| row.request.0).collect::<Vec<_>>()
+                });
+                let planned = planned.unwrap_or_default();
                 self.check_starvation(&queued, &planned);
                 if !planned.is_empty() {
                     self.host.finish(&mut out);
@@ -349,7 +354,7 @@ impl History {
 
     fn finish(mut self) {
         for _ in 0..4_000 {
-            if self.host.scheduler.is_idle() {
+            if self.host.scheduler.is_idle() && self.host.behind.is_none() {
                 break;
             }
             self.apply(Operation::Step);
