@@ -49,9 +49,10 @@ impl NullExecutor {
         Self { words, vocabulary, step, clock, done: 0, begun: VecDeque::new(), sampled: Vec::new() }
     }
 
-    /// A word that follows from the row alone, unless an edit or a ban says otherwise.
+    /// A word that follows from the last token and its place alone, unless an edit or a ban says otherwise.
     fn choose(&self, last: u32, row: &Row, sample: &Sample, edits: &mut dyn EditSource) -> Option<Sampled> {
-        let start = (row.position as usize).wrapping_mul(31).wrapping_add(last as usize) % self.words.len();
+        let position = row.position as usize + row.tokens.len();
+        let start = position.wrapping_mul(31).wrapping_add(last as usize) % self.words.len();
         let mut words = self.words[start..].iter().chain(&self.words[..start]).copied();
         let banned = |token: u32| sample.banned.as_ref().is_some_and(|banned| banned.contains(&token));
         let token = match edits.edit(row.request).as_deref() {
