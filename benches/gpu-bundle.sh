@@ -18,7 +18,8 @@ cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 #!/usr/bin/env bash
 # Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then further flags of
 # `pointsman gpu-check`, but for --budget, which is $BUDGET, --json and --of. Each part is a process of its own, because a fault of a
-# kernel takes the process's device with it, and is killed where it hangs. Results as they come, in $OUT or here: gpu-check.txt, and
+# kernel takes the process's device with it, and is killed where it hangs. `host` serves the demo model ($DEVICE, or cuda:0) under load:
+# with the native scheduler, with a guest, and while guests are swapped. Results as they come, in $OUT or here: gpu-check.txt, and
 # gpu-check-PART.json for each part, of kernels and parity for each type, and -without-THIS for what was run again. Ends with 0 when
 # all is well, 1 when a comparison failed or did not end or NVRTC was of no use, 2 after a wrong flag, 3 where there is no GPU to check.
 set -uo pipefail
@@ -28,7 +29,7 @@ mkdir -p "$out"
 budget="${BUDGET:-150}"
 parts=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do parts+=("$1"); shift; done
-[ ${#parts[@]} -gt 0 ] || parts=(kernels parity products memory ladder)
+[ ${#parts[@]} -gt 0 ] || parts=(kernels parity products memory ladder host)
 # Where drivers are mounted into containers, and the libraries that came with a Python.
 for folder in /usr/local/nvidia/lib64 /usr/local/nvidia/lib /usr/lib/wsl/lib; do
   [ -d "$folder" ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder"
@@ -37,11 +38,13 @@ done
 export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$here/jit}"
 python="$(command -v "${PYTHON:-python3}" || true)"
 flags=(--cache "$here/cubin")
+libraries=()
 if [ -n "$python" ]; then
   flags+=(--peers "$python")
-  while IFS= read -r folder; do flags+=(--cuda-lib-dir "$folder"); done < <(
+  while IFS= read -r folder; do libraries+=(--cuda-lib-dir "$folder"); done < <(
     "$python" -c 'import glob, sys; [print(found) for path in sys.path for found in glob.glob(path + "/nvidia/*/lib")]' 2>/dev/null
   )
+  flags+=("${libraries[@]}")
 fi
 say() { tee -a "$out/gpu-check.txt"; }
 { echo "commit $(cat "$here/COMMIT")"; date -u; nvidia-smi 2>/dev/null; } | say
@@ -93,8 +96,66 @@ again_without_overlap() {
 has_ended() { grep -q '"verdict"' "$1" 2>/dev/null; }
 # The last member of that NAME in a file.
 named() { sed -n "s/.*\"$1\": \"\(.*\)\".*/\1/p" "$2" 2>/dev/null | tail -1; }
+# Sum and count of what the host says of its steps: the part of PHASE.
+steps() {
+  exec 3<>"/dev/tcp/127.0.0.1/$port" || return
+  printf 'GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' >&3
+  grep -a "^pointsman_step_seconds_[sc].*phase=\"$1\"" <&3 | sort -r | sed 's/.* //' | tr '\n' ' '
+  exec 3>&-
+}
+# Load on the host, as its clients see it, and what planning a step took meanwhile. Fails where a request was not answered.
+load() {
+  local before after result
+  before="$(steps schedule)"
+  result="$("$here/pointsman" bench --model demo-mini --concurrency 8 --requests 200 --shape 64:256)" || return 1
+  after="$(steps schedule)"
+  echo "-- $1"
+  grep -E '^(requests|output|failed|rejected|milliseconds|ttft|itl)' <<<"$result"
+  awk -v before="$before" -v after="$after" 'BEGIN { split(before, b); split(after, a); n = a[2] - b[2]
+    printf "planning a step        %.1f us on average, %d steps\n", n ? (a[1] - b[1]) / n * 1e6 : 0, n }'
+  grep -q '^requests .* 200 sent, 200 answered' <<<"$result"
+}
+swaps() {
+  while sleep 0.1; do
+    for guest in sched-shortest-first sched-fcfs; do "$here/pointsman" policy activate scheduler "$guest" >&4 || return; done
+  done
+}
+host() {
+  local folder pid swapper status=0 port=18080 device="${DEVICE:-cuda:0}"
+  folder="$(mktemp -d)"
+  export POINTSMAN_URL="http://127.0.0.1:$port" POINTSMAN_ADMIN_URL="http://127.0.0.1:$((port + 1))"
+  "$here/pointsman" serve --device "$device" --data-dir "$folder" --listen "127.0.0.1:$port" --admin "127.0.0.1:$((port + 1))" \
+    "${libraries[@]}" >"$out/gpu-check-host.log" 2>&1 &
+  pid=$!
+  for _ in $(seq "$starts"); do { kill -0 "$pid" && ! steps schedule | grep -q .; } 2>/dev/null && sleep 1 || break; done
+  if ! kill -0 "$pid" 2>/dev/null; then
+    tail -3 "$out/gpu-check-host.log"
+    rm -rf "$folder"
+    return 1
+  fi
+  exec 4>"$folder/swaps"
+  load warm-up >/dev/null || status=1
+  load "the native scheduler" || status=1
+  "$here/pointsman" policy activate scheduler sched-fcfs >&4 || status=1
+  load "a guest" || status=1
+  swaps &
+  swapper=$!
+  load "guests that are swapped" || status=1
+  kill "$swapper"
+  echo "swaps                  $(grep -c . "$folder/swaps")"
+  kill "$pid"
+  wait "$pid"
+  rm -rf "$folder"
+  return "$status"
+}
 for part in "${parts[@]}"; do
   case "$part" in
+    host)
+      echo "== host" | say
+      host 2>&1 | say
+      status="${PIPESTATUS[0]}"
+      [ "$status" = 0 ] || echo "== host ends with status $status" | say
+      [ "$status" -le "$worst" ] || worst="$status" ;;
     kernels)
       case " $* " in
         *" --small "*) run kernels "$budget" 1 --only kernels "$@" ;;

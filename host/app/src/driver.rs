@@ -6,8 +6,8 @@
 //! when every replica is idle or waits for the masks of its requests; senders and masks unpark it. Not a tokio task: a step
 //! computes for milliseconds and would stall the HTTP workers.
 //!
-//! Where a device computes on its own, the next step is begun while one computes, if nothing is to be decided in it: so the device
-//! does not wait for tokens to be handed out. Mail is read between any two.
+//! Where a device computes on its own, the next step is begun shortly before the end of the one that computes, if nothing is to be
+//! decided in it: so the device does not wait for tokens to be handed out. Until then requests are taken.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,6 +37,10 @@ use crate::pace::{Pace, size_of};
 const IDLE: Duration = Duration::from_millis(100);
 /// ... and at least, so that a deadline that is due already does not make it spin.
 const SHORTEST_IDLE: Duration = Duration::from_micros(200);
+
+/// How long before the end of a step the one behind it is begun: a share of the step, and at least so many microseconds.
+const NOTICE_SHARE: Micros = 4;
+const LEAST_NOTICE: Micros = 300;
 
 /// A replica as its driver owns it.
 pub(crate) struct DriverReplica {
@@ -323,6 +327,11 @@ impl Driver {
     /// that such a cancel names is in the other mailbox by now.
     fn take_mail(&mut self) {
         self.take_changes();
+        self.take_requests();
+    }
+
+    /// The same without replicas.
+    fn take_requests(&mut self) {
         self.to_cancel.extend(self.cancels.try_iter());
         while let Ok((id, request)) = self.submits.try_recv() {
             self.take_request(id, request);
@@ -367,13 +376,15 @@ impl Driver {
 
     /// One step of one replica; false when it had nothing to do, or only masks to wait for.
     fn step(&mut self, index: usize) -> bool {
-        let Self { replicas, context, output, stop, .. } = self;
-        // Replicas of one device compute in turns: a step begun behind another would take the turn of the next one.
-        let is_alone = replicas.iter().filter(|replica| !replica.scheduler.is_idle()).count() <= 1;
+        let Self { replicas, context, output, .. } = self;
         let replica = &mut replicas[index];
         if replica.begun.is_empty() && !replica.begin(context, output) {
             return false;
         }
+        self.listen(index);
+        let is_alone = self.is_alone();
+        let Self { replicas, context, output, stop, .. } = self;
+        let replica = &mut replicas[index];
         if is_alone {
             replica.begin_ahead(context);
         }
@@ -383,6 +394,28 @@ impl Driver {
             stop.store(true, Ordering::Release);
         }
         true
+    }
+
+    /// Whether one replica at most has work. Those of one device compute in turns: a step begun behind another would take the turn of
+    /// the next one.
+    fn is_alone(&self) -> bool {
+        self.replicas.iter().filter(|replica| !replica.scheduler.is_idle()).count() <= 1
+    }
+
+    /// Takes requests until it is time to begin the step behind the one that computes: who comes until then waits for one step and
+    /// not for two.
+    fn listen(&mut self, index: usize) {
+        loop {
+            let now = self.context.clock.micros();
+            let is_over = self.stop.load(Ordering::Acquire) || !self.is_alone();
+            let replica = &mut self.replicas[index];
+            let left = replica.due_ahead().saturating_sub(now);
+            if left == 0 || is_over || replica.scheduler.n_waiting() > 0 {
+                return;
+            }
+            std::thread::park_timeout(Duration::from_micros(left));
+            self.take_requests();
+        }
     }
 
     /// Until the next deadline of a waiting request, at most [`IDLE`].
@@ -427,6 +460,15 @@ impl DriverReplica {
         }
         self.metrics.step_schedule.observe(seconds(drafted, scheduled));
         true
+    }
+
+    /// When to begin the step behind the one that computes: shortly before its end, where that can be told, else at once.
+    fn due_ahead(&mut self) -> Micros {
+        let Some(begun) = self.begun.front().filter(|begun| begun.outcome.is_ok()) else { return 0 };
+        match (self.pace.expects(begun.size), self.executor.in_halves()) {
+            (Some(took), Some(_)) => begun.start + took.saturating_sub(LEAST_NOTICE.max(took / NOTICE_SHARE)),
+            _ => 0,
+        }
     }
 
     /// Begins the step behind the one that computes, where the executor can and nothing is to be decided.

@@ -85,6 +85,12 @@ impl Pace {
         (self.last, self.last_started, self.last_took, self.in_a_row) = (size, started, took, true);
     }
 
+    /// How long a step of this size should take; `None` while too few were seen.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the cast saturates")]
+    pub(crate) fn expects(&self, size: StepSize) -> Option<Micros> {
+        self.times.estimate(size).map(|micros| micros as Micros)
+    }
+
     /// There was nothing to compute.
     pub(crate) fn idled(&mut self, now: Micros) {
         self.spend(now, 0.0);

@@ -3,8 +3,8 @@
 //! Only where nothing is to be decided: everybody who runs gets a token by the step in flight, nobody waits, nobody's time is up
 //! and memory suffices. Then the next step is known but for the tokens, which stay on the device: the same sequences, one token
 //! further. A policy is not asked in such a step anyway, and where there is something to decide, it is decided as ever, with
-//! everything known. What turns out to have ended with the step in flight is computed once for nothing, and whoever comes meanwhile
-//! waits for a decode step more.
+//! everything known. What turns out to have ended with the step in flight is computed once for nothing, and whoever comes before
+//! that one's end waits for a decode step more: so the driver calls shortly before it.
 
 use std::sync::atomic::Ordering;
 
