@@ -19,9 +19,9 @@ cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 # Compares the GPU with the CPU and measures it: `gpu-check`, or `gpu-check kernels ladder` for some parts, and then further flags of
 # `pointsman gpu-check`, but for --budget, which is $BUDGET, --json and --of. Each part is a process of its own, because a fault of a
 # kernel takes the process's device with it, and is killed where it hangs. `host` serves the demo model ($DEVICE, or cuda:0) under load:
-# with the native scheduler, with a guest, and while guests are swapped. Results as they come, in $OUT or here: gpu-check.txt, and
-# gpu-check-PART.json for each part, of kernels and parity for each type, and -without-THIS for what was run again. Ends with 0 when
-# all is well, 1 when a comparison failed or did not end or NVRTC was of no use, 2 after a wrong flag, 3 where there is no GPU to check.
+# with the native scheduler, with a guest, and while guests are swapped; its log is gpu-check-host.log. Results as they come, in $OUT
+# or here: gpu-check.txt, and gpu-check-PART.json for each other part, of kernels and parity for each type, and -without-THIS for what
+# was run again. Ends with 0 when all is well, 1 when a comparison failed or did not end or NVRTC was of no use, 2 after a wrong flag, 3 where there is no GPU to check.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${OUT:-$PWD}"
@@ -107,7 +107,7 @@ steps() {
 load() {
   local before after result
   before="$(steps schedule)"
-  result="$("$here/pointsman" bench --model demo-mini --concurrency 8 --requests 200 --shape 64:256)" || return 1
+  result="$(timeout "$budget" "$here/pointsman" bench --model demo-mini --concurrency 8 --requests 200 --shape 64:256)" || return 1
   after="$(steps schedule)"
   echo "-- $1"
   grep -E '^(requests|output|failed|rejected|milliseconds|ttft|itl)' <<<"$result"
@@ -115,44 +115,51 @@ load() {
     printf "planning a step        %.1f us on average, %d steps\n", n ? (a[1] - b[1]) / n * 1e6 : 0, n }'
   grep -q '^requests .* 200 sent, 200 answered' <<<"$result"
 }
+scheduler() { timeout 30 "$here/pointsman" policy activate scheduler "$1"; }
 swaps() {
   while sleep 0.1; do
-    for guest in sched-shortest-first sched-fcfs; do "$here/pointsman" policy activate scheduler "$guest" >&4 || return; done
+    for guest in sched-shortest-first sched-fcfs; do scheduler "$guest" >>"$folder/swaps" || return; done
   done
 }
+# In a shell of its own, which leaves nothing behind.
 host() {
-  local folder pid swapper status=0 port=18080 device="${DEVICE:-cuda:0}"
-  folder="$(mktemp -d)"
-  export POINTSMAN_URL="http://127.0.0.1:$port" POINTSMAN_ADMIN_URL="http://127.0.0.1:$((port + 1))"
-  "$here/pointsman" serve --device "$device" --data-dir "$folder" --listen "127.0.0.1:$port" --admin "127.0.0.1:$((port + 1))" \
-    "${libraries[@]}" >"$out/gpu-check-host.log" 2>&1 &
-  pid=$!
-  for _ in $(seq "$starts"); do { kill -0 "$pid" && ! steps schedule | grep -q .; } 2>/dev/null && sleep 1 || break; done
-  if ! kill -0 "$pid" 2>/dev/null; then
-    tail -3 "$out/gpu-check-host.log"
-    rm -rf "$folder"
+  folder="" pid="" swapper="" status=0 port=18080
+  if steps schedule 2>/dev/null | grep -q .; then
+    echo "port $port is in use"
     return 1
   fi
-  exec 4>"$folder/swaps"
+  folder="$(mktemp -d)"
+  trap 'kill $swapper $pid 2>/dev/null; wait; rm -rf "$folder"' EXIT
+  ln -s "$here/cubin" "$folder/cuda"
+  export POINTSMAN_URL="http://127.0.0.1:$port" POINTSMAN_ADMIN_URL="http://127.0.0.1:$((port + 1))"
+  timeout -k 10 $((4 * budget + starts)) "$here/pointsman" serve --device "${DEVICE:-cuda:0}" --data-dir "$folder" \
+    --listen "127.0.0.1:$port" --admin "127.0.0.1:$((port + 1))" "${libraries[@]}" >"$out/gpu-check-host.log" 2>&1 &
+  pid=$!
+  for _ in $(seq 120); do { kill -0 "$pid" && ! steps schedule | grep -q .; } 2>/dev/null && sleep 1 || break; done
+  if ! steps schedule 2>/dev/null | grep -q .; then
+    echo "it serves nothing:"
+    tail -3 "$out/gpu-check-host.log"
+    return 1
+  fi
+  scheduler native >/dev/null || status=1
   load warm-up >/dev/null || status=1
   load "the native scheduler" || status=1
-  "$here/pointsman" policy activate scheduler sched-fcfs >&4 || status=1
+  scheduler sched-fcfs >/dev/null || status=1
   load "a guest" || status=1
   swaps &
   swapper=$!
   load "guests that are swapped" || status=1
-  kill "$swapper"
-  echo "swaps                  $(grep -c . "$folder/swaps")"
-  kill "$pid"
-  wait "$pid"
-  rm -rf "$folder"
+  kill "$swapper" 2>/dev/null || { echo "a swap failed"; status=1; }
+  swapper=""
+  echo "swaps                  $(grep -c ';g=' "$folder/swaps")"
+  kill -0 "$pid" || status=1
   return "$status"
 }
 for part in "${parts[@]}"; do
   case "$part" in
     host)
       echo "== host" | say
-      host 2>&1 | say
+      (host) 2>&1 | say
       status="${PIPESTATUS[0]}"
       [ "$status" = 0 ] || echo "== host ends with status $status" | say
       [ "$status" -le "$worst" ] || worst="$status" ;;

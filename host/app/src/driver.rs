@@ -409,8 +409,8 @@ impl Driver {
             let now = self.context.clock.micros();
             let is_over = self.stop.load(Ordering::Acquire) || !self.is_alone();
             let replica = &mut self.replicas[index];
-            let left = replica.due_ahead().saturating_sub(now);
-            if left == 0 || is_over || replica.scheduler.n_waiting() > 0 {
+            let left = if replica.may_go_ahead(now) { replica.due_ahead().saturating_sub(now) } else { 0 };
+            if left == 0 || is_over {
                 return;
             }
             std::thread::park_timeout(Duration::from_micros(left));
@@ -462,22 +462,24 @@ impl DriverReplica {
         true
     }
 
-    /// When to begin the step behind the one that computes: shortly before its end, where that can be told, else at once.
-    fn due_ahead(&mut self) -> Micros {
-        let Some(begun) = self.begun.front().filter(|begun| begun.outcome.is_ok()) else { return 0 };
-        match (self.pace.expects(begun.size), self.executor.in_halves()) {
-            (Some(took), Some(_)) => begun.start + took.saturating_sub(LEAST_NOTICE.max(took / NOTICE_SHARE)),
-            _ => 0,
-        }
+    /// Whether a step can be begun behind the one that computes. Drafts are looked for when everything is known.
+    fn may_go_ahead(&mut self, now: Micros) -> bool {
+        let is_one = self.begun.len() == 1 && self.begun.iter().all(|begun| begun.outcome.is_ok());
+        let is_able = self.executor.draft_places() == 0 && self.executor.in_halves().is_some();
+        is_one && is_able && self.scheduler.may_go_ahead(now, |id| self.sampler.is_free(id))
+    }
+
+    /// When to begin it: shortly before the end of the one that computes, where that can be told, else at once.
+    fn due_ahead(&self) -> Micros {
+        let expected = self.begun.front().and_then(|begun| Some((begun.start, self.pace.expects(begun.size)?)));
+        expected.map_or(0, |(start, took)| start + took.saturating_sub(LEAST_NOTICE.max(took / NOTICE_SHARE)))
     }
 
     /// Begins the step behind the one that computes, where the executor can and nothing is to be decided.
     fn begin_ahead(&mut self, context: &DriverContext) {
-        // Drafts are looked for when everything is known.
-        let has_drafts = self.executor.draft_places() > 0;
-        let is_one = self.begun.len() == 1 && self.begun.iter().all(|begun| begun.outcome.is_ok());
-        let Some(halves) = self.executor.in_halves().filter(|_| is_one && !has_drafts) else { return };
         let start = context.clock.micros();
+        let may_go_ahead = self.may_go_ahead(start);
+        let Some(halves) = self.executor.in_halves().filter(|_| may_go_ahead) else { return };
         self.sampler.attend(start, &self.scheduler);
         self.scheduler.review_cache(start, &mut *self.retention);
         let may = |id| self.sampler.is_free(id);
@@ -769,8 +771,8 @@ mod tests {
         let (mut next, ends) = (0, Ends::default());
         for seed in 0..4 {
             let mut rng = StdRng::seed_from_u64(seed / 2);
-            // Steps that take time are computed in halves.
-            let step = 20 * (seed % 2);
+            // Steps that take time are computed in halves, long ones with an ear for who comes.
+            let step = [0, 20, 0, 700][seed as usize];
             let resident = replica(1, step, &context, &text);
             let stays = Arc::clone(&resident.gauges);
             let driver = DriverHandle::start("test", vec![resident], (256, 512), context.clone()).expect("a thread");

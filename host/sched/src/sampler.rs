@@ -283,6 +283,8 @@ pub struct Desk<W> {
     /// Requests that are followed beside the policy, by id, and what is not told yet.
     followed: IntSet<u64>,
     heard: Overheard,
+    /// The policy's edits of those in the step that computes.
+    edits_heard: Vec<(RequestId, Option<Arc<Edit>>)>,
 }
 
 #[derive(Debug, Default)]
@@ -420,6 +422,7 @@ impl<W: SamplerWorker> Desk<W> {
             failed: Vec::new(),
             followed: IntSet::default(),
             heard: Overheard::default(),
+            edits_heard: Vec::new(),
         }
     }
 
@@ -539,7 +542,8 @@ impl<W: SamplerWorker> Desk<W> {
             }
             let request = row.request;
             if self.followed.contains(&request.0) {
-                let edit = self.entries.get(&request.0).and_then(|entry| entry.edit.clone());
+                let held = self.edits_heard.iter_mut().find(|(id, _)| *id == request);
+                let edit = held.and_then(|(_, edit)| edit.take());
                 self.heard.chosen.push(Chosen { request, token: sampled.token, edit });
             }
             if let Some(entry) = self.entries.get_mut(&request.0) {
@@ -577,6 +581,7 @@ impl<W: SamplerWorker> Desk<W> {
     pub fn hand_over(&mut self, now: Micros) {
         (self.out_of_patience, self.waits) = (false, WAITS);
         self.withheld.clear();
+        self.edits_heard.clear();
         self.pass_on(now);
     }
 
@@ -700,6 +705,9 @@ impl<W: SamplerWorker> Desk<W> {
 impl<W: SamplerWorker> EditSource for Desk<W> {
     fn edit(&mut self, request: RequestId) -> Option<Arc<Edit>> {
         let policy = self.policy_edit(request);
+        if self.followed.contains(&request.0) {
+            self.edits_heard.push((request, policy.clone()));
+        }
         if self.masks.is_empty() { policy } else { self.masked(request, policy) }
     }
 }

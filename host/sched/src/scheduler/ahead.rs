@@ -53,9 +53,7 @@ impl Scheduler {
         policy: &mut dyn BatchPolicy,
         may: impl Fn(RequestId) -> bool,
     ) -> Option<&StepPlan> {
-        let is_due = self.n_closed > 0 || now >= self.deadline_bound;
-        if !self.in_flight || !self.ahead.rows.is_empty() || !self.waiting.is_empty() || is_due || !self.all_sample(may)
-        {
+        if !self.may_go_ahead(now, may) {
             return None;
         }
         self.attend(now, policy);
@@ -64,14 +62,19 @@ impl Scheduler {
             return None;
         }
         self.build_ahead();
-        if self.ahead.rows.is_empty() {
-            return None;
-        }
         self.n_steps += 1;
         self.counters.steps_ahead += 1;
         self.publish_gauges();
         self.gauges.slack_tokens.store(self.slack_tokens(), Ordering::Relaxed);
         Some(&self.ahead.plan)
+    }
+
+    /// Whether [`schedule_ahead`](Self::schedule_ahead) has something to plan, if there is memory for it.
+    #[must_use]
+    pub fn may_go_ahead(&self, now: Micros, may: impl Fn(RequestId) -> bool) -> bool {
+        let is_first = self.in_flight && self.ahead.rows.is_empty();
+        let is_due = self.n_closed > 0 || now >= self.deadline_bound;
+        is_first && self.waiting.is_empty() && !is_due && self.all_sample(may) && self.follow().next().is_some()
     }
 
     /// Whether everybody who runs gets a token by the step in flight that nobody else has a word in.
