@@ -469,9 +469,9 @@ impl DriverReplica {
         is_one && is_able && self.scheduler.may_go_ahead(now, |id| self.sampler.is_free(id))
     }
 
-    /// When to begin it: shortly before the end of the one that computes, where that can be told, else at once.
+    /// When to begin it: shortly before the one that computes can end, as far as that is known, else at once.
     fn due_ahead(&self) -> Micros {
-        let expected = self.begun.front().and_then(|begun| Some((begun.start, self.pace.expects(begun.size)?)));
+        let expected = self.begun.front().map(|begun| (begun.start, self.pace.expects(begun.size)));
         expected.map_or(0, |(start, took)| start + took.saturating_sub(LEAST_NOTICE.max(took / NOTICE_SHARE)))
     }
 

@@ -19,6 +19,8 @@ const TURN_WEIGHT: f64 = 1.0 / 16.0;
 /// A pause between two steps that is no longer a turn of others on the device.
 const MOST_TURN: f64 = 64.0;
 const PPM: f64 = 1e6;
+/// Steps whose least duration bounds what is expected of the next one.
+const RECENT: usize = 8;
 
 /// One replica's pace.
 #[derive(Debug)]
@@ -28,6 +30,9 @@ pub(crate) struct Pace {
     last: StepSize,
     last_started: Micros,
     last_took: Micros,
+    /// What the last steps took, in no order.
+    recent: [Micros; RECENT],
+    n_steps: usize,
     /// Whether the previous pass of the driver computed something here.
     in_a_row: bool,
     /// Time from step to step over the time of a step.
@@ -62,6 +67,8 @@ impl Pace {
             last: StepSize::default(),
             last_started: 0,
             last_took: 0,
+            recent: [0; RECENT],
+            n_steps: 0,
             in_a_row: false,
             turn: 1.0,
             busy: 0.0,
@@ -80,15 +87,19 @@ impl Pace {
         }
         let took = done.saturating_sub(started);
         self.times.learn(size, took);
+        self.recent[self.n_steps % RECENT] = took;
+        self.n_steps += 1;
         self.spend(started, 0.0);
         self.spend(done, 1.0);
         (self.last, self.last_started, self.last_took, self.in_a_row) = (size, started, took, true);
     }
 
-    /// How long a step of this size should take; `None` while too few were seen.
+    /// What a step of this size takes at least, as far as steps tell: no longer than the shortest of the last ones, since an estimate
+    /// alone may be far too long where few steps had a prompt.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the cast saturates")]
-    pub(crate) fn expects(&self, size: StepSize) -> Option<Micros> {
-        self.times.estimate(size).map(|micros| micros as Micros)
+    pub(crate) fn expects(&self, size: StepSize) -> Micros {
+        let least = self.recent.iter().copied().min().unwrap_or(0);
+        self.times.estimate(size).map_or(0, |micros| least.min(micros as Micros))
     }
 
     /// There was nothing to compute.
@@ -131,6 +142,23 @@ mod tests {
         let gauges = ReplicaGauges::default();
         pace.publish(&gauges);
         (gauges.busy_ppm.load(Ordering::Relaxed), gauges.failed_ppm.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn a_step_is_expected_to_take_what_the_shortest_of_the_last_ones_did() {
+        let mut pace = Pace::new(512);
+        let decode = StepSize { decode_sequences: 8, ..StepSize::default() };
+        let prompt = StepSize { prefill_tokens: 400, ..decode };
+        assert_eq!(pace.expects(decode), 0, "nothing is known");
+        for step in 0..40 {
+            let (size, took) = if step % 5 == 0 { (prompt, 20_000) } else { (decode, 5_000) };
+            pace.stepped(size, step * 50_000, step * 50_000 + took);
+        }
+        for size in [decode, prompt] {
+            assert!((4_000..=5_000).contains(&pace.expects(size)), "{}", pace.expects(size));
+        }
+        (40..48).for_each(|step| pace.stepped(prompt, step * 50_000, step * 50_000 + 20_000));
+        assert!((18_000..=20_000).contains(&pace.expects(prompt)) && pace.expects(decode) < 8_000);
     }
 
     #[test]
