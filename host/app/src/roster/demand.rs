@@ -84,8 +84,10 @@ impl Roster {
     /// What a request for a model hears; begins its load where nobody has.
     pub(super) fn demand(&self, name: &str, is_first: bool) -> Want {
         let parts = &self.parts;
-        let (now, request) = (parts.parts.shared.clock.micros(), parts.requests.fetch_add(1, Ordering::Relaxed));
+        let request = parts.requests.fetch_add(1, Ordering::Relaxed);
         let mut entries = lock(&parts.entries);
+        // Not before the lock: a load that failed meanwhile would be later than now.
+        let now = parts.parts.shared.clock.micros();
         let Some(entry) = entries.get_mut(name) else { return Want::Here(Lease::default()) };
         if is_first && entry.demand.is_asked_back {
             return Want::Coming(Lease::default(), parts.changes.subscribe());
