@@ -74,7 +74,6 @@ pub(crate) struct Begun {
     /// When the device, or planning it, came to it, and when its plan was made.
     start: Micros,
     scheduled: Micros,
-    n_tokens: usize,
     size: StepSize,
     /// Of beginning it, or of all of it where it was computed whole.
     outcome: Result<(), ExecuteError>,
@@ -381,11 +380,10 @@ impl Driver {
         if replica.begun.is_empty() && !replica.begin(context, output) {
             return false;
         }
-        self.listen(index);
-        let is_alone = self.is_alone();
+        let may_go_ahead = self.listen(index);
         let Self { replicas, context, output, stop, .. } = self;
         let replica = &mut replicas[index];
-        if is_alone {
+        if may_go_ahead {
             replica.begin_ahead(context);
         }
         replica.finish(context, output);
@@ -403,15 +401,18 @@ impl Driver {
     }
 
     /// Takes requests until it is time to begin the step behind the one that computes: who comes until then waits for one step and
-    /// not for two.
-    fn listen(&mut self, index: usize) {
+    /// not for two. Whether it can be begun.
+    fn listen(&mut self, index: usize) -> bool {
         loop {
             let now = self.context.clock.micros();
             let is_over = self.stop.load(Ordering::Acquire) || !self.is_alone();
             let replica = &mut self.replicas[index];
-            let left = if replica.may_go_ahead(now) { replica.due_ahead().saturating_sub(now) } else { 0 };
-            if left == 0 || is_over {
-                return;
+            if is_over || !replica.may_go_ahead(now) {
+                return false;
+            }
+            let left = replica.due_ahead().saturating_sub(now);
+            if left == 0 {
+                return true;
             }
             std::thread::park_timeout(Duration::from_micros(left));
             self.take_requests();
@@ -454,7 +455,7 @@ impl DriverReplica {
             Some(halves) => halves.begin(plan, &mut self.sampler),
             None => self.executor.execute(plan, &mut self.sampler, output),
         };
-        self.begun.push_back(Begun { start, scheduled, n_tokens: plan.tokens.len(), size: size_of(plan), outcome });
+        self.begun.push_back(Begun { start, scheduled, size: size_of(plan), outcome });
         if has_drafted {
             self.metrics.drafts.step.observe(seconds(start, drafted));
         }
@@ -475,18 +476,17 @@ impl DriverReplica {
         expected.map_or(0, |(start, took)| start + took.saturating_sub(LEAST_NOTICE.max(took / NOTICE_SHARE)))
     }
 
-    /// Begins the step behind the one that computes, where the executor can and nothing is to be decided.
+    /// Begins the step behind the one that computes, unless a swap that is picked up now leaves something to decide.
     fn begin_ahead(&mut self, context: &DriverContext) {
         let start = context.clock.micros();
-        let may_go_ahead = self.may_go_ahead(start);
-        let Some(halves) = self.executor.in_halves().filter(|_| may_go_ahead) else { return };
+        let Some(halves) = self.executor.in_halves() else { return };
         self.sampler.attend(start, &self.scheduler);
         self.scheduler.review_cache(start, &mut *self.retention);
         let may = |id| self.sampler.is_free(id);
         let Some(plan) = self.scheduler.schedule_ahead(start, &mut *self.policy, may) else { return };
         let scheduled = context.clock.micros();
         let outcome = halves.begin(plan, &mut self.sampler);
-        self.begun.push_back(Begun { start, scheduled, n_tokens: plan.tokens.len(), size: size_of(plan), outcome });
+        self.begun.push_back(Begun { start, scheduled, size: size_of(plan), outcome });
         self.metrics.step_schedule.observe(seconds(start, scheduled));
     }
 
@@ -519,7 +519,8 @@ impl DriverReplica {
         self.pace.stepped(begun.size, begun.start, done);
         self.metrics.step_execute.observe(seconds(begun.scheduled, done));
         let step_tokens = self.scheduler.config().step_tokens;
-        self.metrics.step_fill.set(begun.n_tokens as f64 / f64::from(step_tokens.max(1)));
+        let n_tokens = begun.size.prefill_tokens + begun.size.decode_sequences;
+        self.metrics.step_fill.set(f64::from(n_tokens) / f64::from(step_tokens.max(1)));
         publish(self, &context.metrics);
         // The device has come to it only now.
         for next in &mut self.begun {

@@ -25,8 +25,6 @@ pub(crate) struct NullExecutor {
     /// Time of a step.
     step: Micros,
     clock: Arc<SystemClock>,
-    /// When the last step that was begun is done.
-    done: Micros,
     /// What steps come to that are not finished, and when they are done.
     begun: VecDeque<(StepOutput, Micros)>,
     /// What the last of them samples.
@@ -46,7 +44,7 @@ impl NullExecutor {
         if words.is_empty() {
             words.push(0);
         }
-        Self { words, vocabulary, step, clock, done: 0, begun: VecDeque::new(), sampled: Vec::new() }
+        Self { words, vocabulary, step, clock, begun: VecDeque::new(), sampled: Vec::new() }
     }
 
     /// A word that follows from the last token and its place alone, unless an edit or a ban says otherwise.
@@ -100,7 +98,8 @@ impl Executor for NullExecutor {
 
 impl InHalves for NullExecutor {
     fn begin(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<(), ExecuteError> {
-        let done = self.clock.micros().max(self.done) + self.step;
+        let before = self.begun.back().map_or(0, |(_, done)| *done);
+        let done = self.clock.micros().max(before) + self.step;
         let mut out = StepOutput::default();
         for (at, row) in plan.rows.iter().enumerate() {
             if row.drafts > 0 {
@@ -120,19 +119,18 @@ impl InHalves for NullExecutor {
         }
         self.sampled.clear();
         self.sampled.extend(out.sampled.iter().map(|sampled| sampled.token));
-        self.done = done;
         self.begun.push_back((out, done));
         Ok(())
     }
 
     #[expect(clippy::disallowed_methods, reason = "waiting is what a paced step consists of")]
     fn finish(&mut self, _plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
-        let begun = self.begun.pop_front().ok_or(ExecuteError::Malformed { what: "a step that was not begun" })?;
-        let StepOutput { sampled, scores, .. } = begun.0;
-        (out.sampled, out.scores) = (sampled, scores);
+        let begun = self.begun.pop_front();
+        let (found, done) = begun.ok_or(ExecuteError::Malformed { what: "a step that was not begun" })?;
+        (out.sampled, out.scores) = (found.sampled, found.scores);
         out.after_drafts.clear();
         if self.step > 0 {
-            std::thread::sleep(Duration::from_micros(begun.1.saturating_sub(self.clock.micros())));
+            std::thread::sleep(Duration::from_micros(done.saturating_sub(self.clock.micros())));
         }
         Ok(())
     }

@@ -101,9 +101,9 @@ pub struct Sampled {
 
 /// Computes step plans. Owned by one driver thread.
 pub trait Executor: Send {
-    /// Computes `plan`, which follows nothing, and replaces the contents of `out`. `edits` is asked once for every row with a `sample`, after the
-    /// forward pass. On an error nothing of the plan counts as computed, and the KV contents of the plan's blocks are
-    /// unspecified.
+    /// Computes `plan`, which follows nothing, and replaces the contents of `out`. `edits` is asked once for every row with a
+    /// `sample`, after the forward pass. On an error nothing of the plan counts as computed, and the KV contents of the plan's
+    /// blocks are unspecified.
     ///
     /// # Errors
     /// A device or engine fault, in words for the log.
@@ -189,6 +189,17 @@ impl Sample {
 }
 
 impl StepPlan {
+    /// An empty plan with room for so many rows, tokens and blocks.
+    pub(crate) fn with_room(rows: u32, tokens: u32, blocks: u32) -> Self {
+        Self {
+            rows: Vec::with_capacity(rows as usize),
+            tokens: Vec::with_capacity(tokens as usize),
+            blocks: Vec::with_capacity(blocks as usize),
+            follows: Vec::with_capacity(rows as usize),
+            ..Self::default()
+        }
+    }
+
     /// Empties the plan and keeps its memory.
     pub fn clear(&mut self) {
         self.rows.clear();

@@ -191,13 +191,6 @@ impl Scheduler {
         config.validate()?;
         let (max_running, max_waiting) = (config.max_running as usize, config.max_waiting as usize);
         let capacity = max_running + max_waiting;
-        let step = StepPlan {
-            rows: Vec::with_capacity(max_running),
-            tokens: Vec::with_capacity(config.step_tokens as usize),
-            blocks: Vec::with_capacity(config.n_blocks as usize),
-            follows: Vec::with_capacity(max_running),
-            ..StepPlan::default()
-        };
         let scheduler = Self {
             config,
             seed,
@@ -211,7 +204,7 @@ impl Scheduler {
             plan: Plan::default(),
             preempt_cursor: 0,
             generation: 0,
-            step,
+            step: StepPlan::with_room(config.max_running, config.step_tokens, config.n_blocks),
             rows: Vec::with_capacity(max_running),
             in_flight: false,
             ahead: Ahead::new(&config),

@@ -114,14 +114,8 @@ impl DraftModel {
     /// One that computes with this executor, whose sizes are those of the terms.
     #[must_use]
     pub fn new(executor: Box<dyn Executor>, terms: DraftTerms) -> Self {
-        let (rows, tokens) = (terms.max_rows as usize, terms.step_tokens as usize);
-        let plan = StepPlan {
-            rows: Vec::with_capacity(rows),
-            tokens: Vec::with_capacity(tokens),
-            blocks: Vec::with_capacity(terms.n_blocks as usize),
-            history: Vec::new(),
-            ..StepPlan::default()
-        };
+        let rows = terms.max_rows as usize;
+        let plan = StepPlan::with_room(terms.max_rows, terms.step_tokens, terms.n_blocks);
         let out = StepOutput { sampled: Vec::with_capacity(rows), ..StepOutput::default() };
         Self {
             executor,

@@ -26,15 +26,9 @@ pub(super) struct Ahead {
 
 impl Ahead {
     pub(super) fn new(config: &Config) -> Self {
-        let max_running = config.max_running as usize;
-        let plan = StepPlan {
-            rows: Vec::with_capacity(max_running),
-            tokens: Vec::with_capacity(config.step_tokens as usize),
-            blocks: Vec::with_capacity(config.n_blocks as usize),
-            follows: Vec::with_capacity(max_running),
-            ..StepPlan::default()
-        };
-        Self { plan, rows: Vec::with_capacity(max_running) }
+        let Config { max_running, step_tokens, n_blocks, .. } = *config;
+        let plan = StepPlan::with_room(max_running, step_tokens, n_blocks);
+        Self { plan, rows: Vec::with_capacity(max_running as usize) }
     }
 
     /// Whether it computes a token of a request.
