@@ -31,7 +31,6 @@ pub(crate) enum Kernel {
     Gemv1,
     Gemv2,
     Gemv4,
-    Gemv8,
     Gemm,
     Gemm8,
     Gemm16,
@@ -114,7 +113,7 @@ struct Product {
 
 impl Kernel {
     /// Those with an entry point.
-    pub(crate) const ALL: [Self; 23] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::Embed,
         Self::RmsNorm,
         Self::NormAdd,
@@ -122,7 +121,6 @@ impl Kernel {
         Self::Gemv1,
         Self::Gemv2,
         Self::Gemv4,
-        Self::Gemv8,
         Self::Gemm,
         Self::Gemm8,
         Self::Gemm16,
@@ -140,14 +138,12 @@ impl Kernel {
         Self::Gated,
     ];
 
-    /// Whether there is one for this form: tensor cores have no plain `f32`, and give 8-bit weights a product of few rows.
+    /// Whether there is one for this form: tensor cores have no plain `f32`, and give 8-bit weights a product of three rows.
     pub(crate) fn exists(self, form: Form) -> bool {
         let is_quantised = form.suffix().is_some();
         match self {
-            Self::Gemv4 | Self::Gemv8 => !is_quantised,
-            Self::Gemm8 => is_quantised && form.element != Element::F32,
-            Self::Gemm16 | Self::Gemm32 | Self::Gemm64 | Self::Gemm128 => form.element != Element::F32,
-            Self::Gated | Self::LibraryGemm => !is_quantised,
+            Self::Gemm8 | Self::Gemm16 | Self::Gemm32 | Self::Gemm64 | Self::Gemm128 => form.element != Element::F32,
+            Self::Gemv4 | Self::Gated | Self::LibraryGemm => !is_quantised,
             _ => true,
         }
     }
@@ -158,7 +154,7 @@ impl Kernel {
             Self::Gemv1 => rows == 1,
             Self::Gemv2 => rows <= 2,
             Self::Gemv4 => rows <= 4,
-            Self::Gemv8 | Self::Gemm8 => rows <= 8,
+            Self::Gemm8 => rows <= 8,
             Self::Gemm16 => rows <= 16,
             Self::Gemm32 => rows <= 32,
             Self::Gemm | Self::Gemm64 | Self::Gemm128 => true,
@@ -176,7 +172,7 @@ impl Kernel {
         let is_quantised = form.suffix().is_some();
         match self {
             Self::Gemv1 | Self::Gemv2 => (8, rows, 128, 0),
-            Self::Gemv4 | Self::Gemv8 => (16, rows, 128, 0),
+            Self::Gemv4 => (16, rows, 128, 0),
             Self::Gemm8 | Self::Gemm16 | Self::Gemm32 => (32, rows, 256, 0),
             Self::Gemm64 => (128, 64, 256, if is_quantised { 69_632 } else { 98_304 }),
             Self::Gemm128 => (128, 128, 256, if is_quantised { 76_800 } else { 98_304 }),
@@ -202,7 +198,6 @@ impl Kernel {
             1 => Self::Gemv1,
             2 => Self::Gemv2,
             3..=4 if has(Self::Gemv4) => Self::Gemv4,
-            5..=8 if has(Self::Gemv8) => Self::Gemv8,
             3..=8 if has(Self::Gemm8) => Self::Gemm8,
             9..=16 if has(Self::Gemm16) => Self::Gemm16,
             17..=32 if is_whole && has(Self::Gemm64) && n >= 128 * n_sms as usize => Self::Gemm64,
@@ -219,7 +214,6 @@ impl Kernel {
             Self::Gemv1 => "gemv_b1",
             Self::Gemv2 => "gemv_b2",
             Self::Gemv4 => "gemv_b4",
-            Self::Gemv8 => "gemv_b8",
             Self::Gemm8 => "gemm_m8",
             Self::Gemm16 => "gemm_m16",
             Self::Gemm32 => "gemm_m32",
@@ -239,9 +233,7 @@ impl Kernel {
             Self::RmsNorm => "rms_norm",
             Self::NormAdd => "norm_add",
             Self::RopeStore => "qk_rope_store",
-            Self::DecodeAttention => {
-                return format!("decode_attention_d{head_dim}_g{}_{element}", sizes.cluster_heads());
-            }
+            Self::DecodeAttention => return format!("decode_attention_d{head_dim}_{element}"),
             Self::Combine => return format!("combine_d{head_dim}_{element}"),
             Self::PrefillAttention => return format!("prefill_attention_d{head_dim}_{element}"),
             Self::CapLogits => return "cap_logits".to_owned(),
@@ -709,7 +701,7 @@ mod tests {
         let tables: Vec<Arg> = turned.map(|launch| plan.args_of(launch)[6]).collect();
         let expect = (1..=7).map(|i| if i % 6 == 0 { Buffer::Rope } else { Buffer::WindowRope });
         assert_eq!(tables, expect.map(|buffer| Arg::At(buffer, 0)).collect::<Vec<_>>());
-        assert_eq!(Kernel::DecodeAttention.entry(&sizes), "decode_attention_d256_g4_bf16");
+        assert_eq!(Kernel::DecodeAttention.entry(&sizes), "decode_attention_d256_bf16");
         let prefill = launched(&sizes, mixed(3, 700));
         let shared = prefill.launches.iter().find(|launch| launch.kernel == Kernel::PrefillAttention);
         assert_eq!(shared.map(|launch| launch.shared), Some(65_536));
@@ -779,12 +771,12 @@ mod tests {
 
     #[test]
     fn products_take_the_kernel_for_their_rows() {
-        use Kernel::{Gemm, Gemm8, Gemm16, Gemm32, Gemm64, Gemm128, Gemv1, Gemv2, Gemv4, Gemv8};
+        use Kernel::{Gemm, Gemm8, Gemm16, Gemm32, Gemm64, Gemm128, Gemv1, Gemv2, Gemv4};
         for (rows, expect, expect_q8, expect_f32, grid) in [
             (1, Gemv1, Gemv1, Gemv1, [768, 1, 1]),
             (2, Gemv2, Gemv2, Gemv2, [768, 1, 1]),
             (4, Gemv4, Gemm8, Gemv4, [384, 1, 1]),
-            (8, Gemv8, Gemm8, Gemv8, [384, 1, 1]),
+            (8, Gemm8, Gemm8, Gemm, [192, 1, 1]),
             (16, Gemm16, Gemm16, Gemm, [192, 1, 1]),
             (32, Gemm32, Gemm32, Gemm, [192, 1, 1]),
             (48, Gemm64, Gemm64, Gemm, [48, 1, 4]),

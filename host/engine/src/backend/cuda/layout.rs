@@ -332,8 +332,8 @@ impl Sizes {
 
     /// Query heads that a block of decode attention takes at most, so that keys are read once for all of them.
     pub(crate) fn cluster_heads(&self) -> usize {
-        // Eight wide heads would not fit a thread's registers.
-        if self.group() <= 4 || self.spec.head_dim > 128 { 4 } else { 8 }
+        // As many columns as matrix units have; without them, a warp each.
+        if self.form.element == Element::F32 { 4 } else { 8 }
     }
 
     /// Blocks of decode attention for a row that is not cut.

@@ -189,8 +189,6 @@ static inline uint4 load_once(const void *from) {
     return *(const uint4 *)from;
 }
 
-static inline uint4 load_once_written(const void *from) { return load_once(from); }
-
 static inline uint4 load_announced(const void *from) { return load_once(from); }
 
 // Blocks run one after another: whoever comes sees what those before it have written. A warp's lanes come together.
@@ -240,6 +238,11 @@ static inline unsigned floats_to_f16x2(float low, float high) { return float_to_
 
 static inline float reciprocal(float v) { return 1.0f / v; }
 
+static inline float power_of_two(float v) {
+    float power = exp2f(v);
+    return power < 1.17549435e-38f ? 0.0f : power;
+}
+
 static inline unsigned pick_bytes(unsigned low, unsigned high, unsigned which) {
     uint64_t all = (uint64_t)high << 32 | low;
     unsigned picked = 0;
@@ -275,6 +278,14 @@ static inline void load_matrices_transposed(unsigned (&r)[4], const void *row) {
         memcpy(&high, rows[m * 8 + lane % 4 * 2 + 1].bytes + lane / 4 * 2, 2);
         r[m] = low | (unsigned)high << 16;
     }
+}
+
+static inline unsigned transposed(unsigned pair) {
+    const shim::Slot *pairs = shim::exchange(&pair, 4);
+    unsigned lane = shim::current->lane, rows[2];
+    for (unsigned i = 0; i < 2; i++) memcpy(&rows[i], pairs[(lane % 4 * 2 + i) * 4 + lane / 8].bytes, 4);
+    unsigned half = lane / 4 % 2 * 16;
+    return (rows[0] >> half & 0xffff) | (rows[1] >> half & 0xffff) << 16;
 }
 
 // The element of a fragment: of `a` at (row, k), of `b` at (k, column).

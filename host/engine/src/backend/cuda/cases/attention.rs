@@ -3,7 +3,7 @@
 use super::{Call, Case, Check, POISON, Rng, close, is_close};
 use crate::backend::cuda::element::Element;
 
-/// A batch of rows with their keys and values in shuffled pages. Whatever is not a row's is NaN.
+/// A batch of rows with their keys and values in shuffled pages. Whatever no token of a row sees is NaN.
 struct Batch {
     element: Element,
     heads: usize,
@@ -55,7 +55,8 @@ impl Batch {
             qkv: Vec::new(),
         };
         for (row, [len, computed]) in rows.iter().enumerate() {
-            for position in 0..*len {
+            let before = if window == 0 { 0 } else { (len - computed + 1).saturating_sub(window) };
+            for position in before..*len {
                 for (part, head) in (0..2).flat_map(|part| (0..kv_heads).map(move |head| (part, head))) {
                     let at = batch.at(row, position, part, head);
                     batch.pages[at..at + d].copy_from_slice(&element.random(rng, d));
@@ -126,11 +127,11 @@ impl Batch {
 
     fn decode(&self, splits: usize) -> Case {
         let (element, live, group) = (self.element, self.rows.len(), self.heads / self.kv_heads);
-        let together = if group <= 4 || self.d > 128 { 4 } else { 8 };
+        let together = if element == Element::F32 { 4 } else { 8 };
         let padded = live + 1;
         let (n_out, n_part) = (padded * self.heads * self.d, padded * self.heads * splits);
         let grid = [self.kv_heads * group.div_ceil(together), padded, splits];
-        let call = Call::typed(&format!("decode_attention_d{}_g{together}", self.d), element, grid, 128)
+        let call = Call::typed(&format!("decode_attention_d{}", self.d), element, grid, 128)
             .count(live)
             .input(element, &self.qkv)
             .input(element, &self.pages)
@@ -254,6 +255,8 @@ pub fn cases(element: Element) -> Vec<Case> {
         (shape(3, 3, 128, 16, 20), 1),
         (shape(5, 1, 128, 16, 33), 3),
         (shape(2, 2, 64, 48, 1), 8),
+        (shape(10, 1, 32, 16, 20), 2),
+        (shape(4, 2, 32, 48, 0), 1),
         (shape(4, 2, 96, 16, 0), 1),
         (shape(6, 1, 96, 32, 20), 3),
         (shape(4, 2, 256, 16, 0), 2),
@@ -274,6 +277,7 @@ pub fn cases(element: Element) -> Vec<Case> {
         (shape(16, 1, 64, 16, 0), &[[19, 6]]),
         (shape(2, 2, 128, 32, 20), &[[100, 40], [1, 1]]),
         (shape(3, 1, 64, 16, 1), &[[45, 25]]),
+        (shape(3, 1, 32, 16, 0), &[[50, 40], [33, 1]]),
         (shape(2, 1, 96, 16, 0), &[[50, 40], [33, 1]]),
         (shape(2, 1, 256, 16, 0), &[[70, 45], [1, 1]]),
         (Shape { cap: 1.5, ..shape(2, 2, 256, 16, 20) }, &[[40, 30]]),

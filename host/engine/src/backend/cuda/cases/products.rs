@@ -33,8 +33,8 @@ const fn gemv(name: &'static str, columns: usize, rows: usize) -> Entry {
 const GEMV_1: Entry = gemv("gemv_b1", 8, 1);
 const GEMV_2: Entry = gemv("gemv_b2", 8, 2);
 const GEMV_4: Entry = gemv("gemv_b4", 16, 4);
-const GEMV_8: Entry = gemv("gemv_b8", 16, 8);
 const GEMM: Entry = gemv("gemm", 64, 64);
+const GEMM_8: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m8", 32, 8) };
 const GEMM_16: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m16", 32, 16) };
 const GEMM_32: Entry = Entry { block: 256, only_16_bit: true, ..gemv("gemm_m32", 32, 32) };
 const GEMM_64: Entry = in_runs(gemv("gemm_m64", 128, 64), 1);
@@ -51,7 +51,7 @@ const LARGE: [(Entry, [usize; 4]); 9] = [
     (GEMV_1, [1, 1, 14_336, 512]),
     (GEMV_2, [2, 2, 4_096, 1_024]),
     (GEMV_4, [4, 4, 4_096, 1_024]),
-    (GEMV_8, [8, 8, 14_336, 256]),
+    (GEMM_8, [8, 8, 14_336, 96]),
     (GEMM_16, [16, 16, 14_336, 96]),
     (GEMM_32, [32, 32, 4_096, 128]),
     (GEMM_64_CUT, [64, 64, 14_336, 256]),
@@ -66,7 +66,7 @@ const MATRIX_UNITS: f64 = 3e-5;
 const PARTS_BYTES: usize = 4 * 128 * 128;
 
 /// Entry, live rows, rows of the bucket, k, `n_out`.
-const SHAPES: [(Entry, [usize; 4]); 27] = [
+const SHAPES: [(Entry, [usize; 4]); 28] = [
     (GEMV_1, [1, 1, 8, 1]),
     (GEMV_1, [1, 1, 1_048, 34]),
     (GEMV_1, [0, 1, 64, 8]),
@@ -74,13 +74,14 @@ const SHAPES: [(Entry, [usize; 4]); 27] = [
     (GEMV_2, [2, 2, 1_304, 7]),
     (GEMV_4, [3, 4, 520, 33]),
     (GEMV_4, [4, 4, 16, 18]),
-    (GEMV_8, [5, 8, 776, 50]),
-    (GEMV_8, [8, 8, 1_032, 17]),
     (GEMM, [1, 1, 8, 2]),
     (GEMM, [3, 64, 72, 66]),
     (GEMM, [65, 70, 200, 70]),
     (GEMM, [64, 64, 328, 64]),
     (GEMM, [0, 64, 64, 64]),
+    (GEMM_8, [5, 8, 776, 50]),
+    (GEMM_8, [8, 8, 1_032, 18]),
+    (GEMM_8, [0, 8, 64, 8]),
     (GEMM_16, [9, 16, 1_096, 70]),
     (GEMM_16, [16, 16, 520, 32]),
     (GEMM_16, [1, 16, 8, 5]),

@@ -46,19 +46,9 @@ DEVICE void let_next_start() {
 #endif
 }
 
-// 16 bytes that are read once and that nothing writes while the model is loaded, such as weights: they should not displace what
-// is read again.
+// 16 bytes that are read once: they should not displace what is read again. Not by the path for constants, whose loads the
+// assembler moves behind the wait for the kernel before.
 DEVICE uint4 load_once(const void *from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-    return v;
-}
-
-// The same of what a kernel of this step may have written: not by the path for constants, which need not see what was written
-// after this kernel had begun, and it begins before the one before it ends.
-DEVICE uint4 load_once_written(const void *from) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -119,6 +109,13 @@ DEVICE float reciprocal(float v) {
     return r;
 }
 
+// 2^v, to about its last bits; 0 where that is too small for a whole fraction.
+DEVICE float power_of_two(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
 // Four of the eight bytes of `low` and then `high`, by their numbers in the digits of `which`, the last byte's first.
 DEVICE u32 pick_bytes(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
 
@@ -147,6 +144,13 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], const void *row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"((u32)__cvta_generic_to_shared(row))
                  : "memory");
+}
+
+// An 8x8 matrix of 16-bit elements, of which lane i has row i/4, columns 2(i%4) and the next, with its rows for columns.
+DEVICE u32 transposed(u32 pair) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+    return r;
 }
 
 // c += a * b for a of 16x16, b of 16x8.
@@ -182,7 +186,9 @@ DEVICE u32 least(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE u32 most(u32 a, u32 b) { return a > b ? a : b; }
 
 // cap * tanh(v / cap)
-DEVICE float soft_cap(float v, float cap) { return cap - 2.0f * cap * reciprocal(1.0f + exp2f(2.88539008f * v * reciprocal(cap))); }
+DEVICE float soft_cap(float v, float cap) {
+    return cap - 2.0f * cap * reciprocal(1.0f + power_of_two(2.88539008f * v * reciprocal(cap)));
+}
 
 DEVICE float warp_sum(float v) {
 #pragma unroll

@@ -1,11 +1,11 @@
 // Attention of one token per row over its pages, cut into splits so that a few long rows occupy the whole device.
 //
-// A block serves up to eight query heads of one key head, so that each key and value is read once. The D elements of a key are
-// spread over a power of two of lanes, in runs of 16 bytes: a warp reads several positions at once, and four such loads of keys
-// and four of values are under way per thread. Where D is no power of two, some lanes have nothing to read. Every lane group keeps its own running maximum; they meet at the end. Scores are
-// in units of log 2, so that exponentials are single instructions.
+// A block serves up to HEADS query heads of one key head, so that each key and value is read once. For 16-bit types the matrix units
+// compute eight heads at once: a warp takes sixteen positions at a time, from memory into registers and from there into the units, and
+// has all of their keys and values under way before it uses the first. The f32 unit is there for exact checks against the CPU, so its
+// attention is a plain one, a warp per head. Scores are in units of log 2, so that exponentials are single instructions.
 
-static const float NO_SCORE = -1e30f;
+static const float NO_SCORE = -1e30f, LOG2_E = 1.44269504f;
 
 struct Decode {
     const u32 *n;
@@ -21,23 +21,12 @@ struct Decode {
     float cap;
 };
 
-// How a key of D elements lies over lanes: a lane has `RUNS` runs of VEC elements, `LANES * VEC` apart.
-template <u32 D> struct Lay {
-    static const u32 WANTED = D / VEC;
-    static const u32 LANES = WANTED > 16 ? 32 : WANTED > 8 ? 16 : WANTED > 4 ? 8 : 4;
-    static const u32 RUNS = (WANTED + LANES - 1) / LANES;
-    static const u32 MINE = RUNS * VEC;
-
-    METHOD static u32 column(u32 run) { return (run * LANES + threadIdx.x % LANES) * VEC; }
-    // Whether this lane has elements of the key at all.
-    METHOD static bool has(u32 run) { return WANTED % LANES == 0 || column(run) < D; }
-};
-
-// The positions of this block's split.
+// Positions.
 struct Span {
     u32 begin, end;
 };
 
+// Those of this block's split.
 DEVICE Span span_of(const Decode &a, u32 len) {
     u32 tokens = a.pages.block_tokens, low = a.window && len > a.window ? len - a.window : 0;
     u32 first = low / tokens, per = ceil_div(ceil_div(len, tokens) - first, gridDim.z);
@@ -45,222 +34,305 @@ DEVICE Span span_of(const Decode &a, u32 len) {
     return span;
 }
 
-// M elements of each of G heads.
-template <u32 G, u32 M> struct Running {
-    float top[G], sum[G], out[G][M];
+// A block's row and heads: `count` query heads from `first`, which share a key head.
+struct Cluster {
+    u32 row, kv_head, first, count;
+};
 
-    // Takes another's state of the same heads.
-    METHOD void join(u32 g, float other_top, float other_sum, const float (&other)[M]) {
-        float highest = fmaxf(top[g], other_top);
-        float mine = exp2f(top[g] - highest), its = exp2f(other_top - highest);
-        top[g] = highest;
-        sum[g] = sum[g] * mine + other_sum * its;
+// Where the result of one of its heads belongs among all.
+DEVICE u64 head_at(const Decode &a, const Cluster &c, u32 head) { return (u64)c.row * a.heads + c.first + head; }
+
+DEVICE const T *query_of(const Decode &a, const Cluster &c, u32 head, u32 d) {
+    return a.qkv + ((u64)c.row * (a.heads + 2 * a.pages.kv_heads) + c.first + head) * d;
+}
+
+// Element `i` of a head of `d`: `out` is the sum of values by their weights, which are relative to 2^top, and `sum` that of the weights.
+DEVICE void write_element(const Decode &a, u64 head, u32 d, u32 i, float top, float sum, float out) {
+    if (gridDim.z == 1) {
+        a.out[head * d + i] = to_element(out / sum);
+        return;
+    }
+    u64 split = head * gridDim.z + blockIdx.z;
+    a.part[split * d + i] = out;
+    if (i == 0) {
+        a.stat[split * 2] = top;
+        a.stat[split * 2 + 1] = sum;
+    }
+}
+
+#if PM_T == 0
+
+static const u32 HEADS = 4;
+
+// One query head, by one warp: lanes are positions for the scores, and elements of the head for the sum.
+template <u32 D> struct Plain {
+    float top, sum, out[D / 32];
+
+    template <class A> METHOD void see(const A &a, u32 row, u32 kv_head, const T *q, Span span) {
+        u32 lane = threadIdx.x % 32;
+        u64 to_value = value_offset(a.pages);
+        top = NO_SCORE;
+        sum = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < M; i++) out[g][i] = out[g][i] * mine + other[i] * its;
+        for (u32 j = 0; j < D / 32; j++) out[j] = 0.0f;
+        for (u32 base = span.begin; base < span.end; base += 32) {
+            const T *key = key_at(a.pages, row, kv_head, least(base + lane, span.end - 1));
+            float score = 0.0f;
+            for (u32 i = 0; i < D; i++) score += q[i] * key[i];
+            score *= a.scale * LOG2_E;
+            if (a.cap != 0.0f) score = soft_cap(score, a.cap);
+            if (base + lane >= span.end) score = -INFINITY;
+            float highest = score;
+#pragma unroll
+            for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, from_lane_xor(highest, mask));
+            highest = fmaxf(highest, top);
+            float shrink = power_of_two(top - highest), weight = power_of_two(score - highest);
+            top = highest;
+            sum = sum * shrink + warp_sum(weight);
+#pragma unroll
+            for (u32 j = 0; j < D / 32; j++) out[j] *= shrink;
+            for (u32 i = 0; i < least(32, span.end - base); i++) {
+                const T *value = key_at(a.pages, row, kv_head, base + i) + to_value;
+                float w = from_lane(weight, (int)i);
+#pragma unroll
+                for (u32 j = 0; j < D / 32; j++) out[j] += w * value[j * 32 + lane];
+            }
+        }
     }
 };
 
-// This lane's runs as floats.
-template <u32 RUNS> DEVICE void widen_runs(float (&to)[RUNS * VEC], const uint4 (&from)[RUNS]) {
+template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span) {
+    u32 warp = threadIdx.x / 32;
+    if (warp >= c.count) return;
+    Plain<D> head;
+    head.see(a, c.row, c.kv_head, query_of(a, c, warp, D), span);
 #pragma unroll
-    for (u32 run = 0; run < RUNS; run++) {
-        float v[VEC];
-        widen(v, from[run]);
-#pragma unroll
-        for (u32 i = 0; i < VEC; i++) to[run * VEC + i] = v[i];
+    for (u32 j = 0; j < D / 32; j++)
+        write_element(a, head_at(a, c, warp), D, j * 32 + threadIdx.x % 32, head.top, head.sum, head.out[j]);
+}
+
+#else
+
+static const u32 HEADS = 8;
+
+// 2 * N elements that a kernel of this step may have written.
+template <u32 N> DEVICE void load_words(u32 (&to)[N], const T *from) {
+    if constexpr (N == 4) {
+        uint4 v = load_once(from);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    } else {
+        u64 v = *(const u64 *)from;
+        to[0] = (u32)v, to[1] = (u32)(v >> 32);
     }
 }
 
-// Four positions of this lane group: `keys` and `values` are its runs of each.
-template <u32 G, u32 D>
-DEVICE void attend(const Decode &a, Running<G, Lay<D>::MINE> &state, const float (&q)[G][Lay<D>::MINE],
-                   const uint4 (&keys)[4][Lay<D>::RUNS], const uint4 (&values)[4][Lay<D>::RUNS], const bool (&live)[4]) {
-    const u32 M = Lay<D>::MINE;
-    float scores[4][G] = {};
-#pragma unroll
-    for (u32 u = 0; u < 4; u++) {
-        float key[M];
-        widen_runs<Lay<D>::RUNS>(key, keys[u]);
-#pragma unroll
-        for (u32 g = 0; g < G; g++) {
-#pragma unroll
-            for (u32 i = 0; i < M; i++) scores[u][g] += q[g][i] * key[i];
-#pragma unroll
-            for (int mask = Lay<D>::LANES / 2; mask > 0; mask /= 2) scores[u][g] += from_lane_xor(scores[u][g], mask);
-            if (!live[u]) scores[u][g] = -INFINITY;
-        }
-    }
-    if (a.cap != 0.0f) {
-#pragma unroll
-        for (u32 u = 0; u < 4; u++)
-#pragma unroll
-            for (u32 g = 0; g < G; g++)
-                if (live[u]) scores[u][g] = soft_cap(scores[u][g], a.cap);
-    }
-#pragma unroll
-    for (u32 g = 0; g < G; g++) {
-        float highest = state.top[g];
-#pragma unroll
-        for (u32 u = 0; u < 4; u++) highest = fmaxf(highest, scores[u][g]);
-        float shrink = exp2f(state.top[g] - highest);
-        state.top[g] = highest;
-        state.sum[g] *= shrink;
-#pragma unroll
-        for (u32 i = 0; i < M; i++) state.out[g][i] *= shrink;
-#pragma unroll
-        for (u32 u = 0; u < 4; u++) {
-            scores[u][g] = exp2f(scores[u][g] - highest);
-            state.sum[g] += scores[u][g];
-        }
-    }
-#pragma unroll
-    for (u32 u = 0; u < 4; u++) {
-        float value[M];
-        widen_runs<Lay<D>::RUNS>(value, values[u]);
-#pragma unroll
-        for (u32 g = 0; g < G; g++)
-#pragma unroll
-            for (u32 i = 0; i < M; i++) state.out[g][i] += scores[u][g] * value[i];
-    }
-}
+// A warp's view of eight heads. Keys are the left operand of the scores' product and values, turned, that of the result's, so
+// that heads are columns in both: this lane has heads `2t` and `2t + 1`, with t its number in its group of four, g.
+//
+// Of a key, a lane loads 16 bytes, whose words go to two products: which elements of the head the two pair up differs from the
+// layout that the instruction names, for both operands alike, and a sum does not mind. Of values it
+// loads those of the positions that it has as columns of the operand, and pairs up neighbours in position.
+template <u32 D> struct Eight {
+    // A value is taken in parts, so that a wide one fits the registers. Words of a part that a lane loads at once, and how often; what all
+    // g load at once lies together.
+    static const u32 PARTS = D > 128 ? 2 : 1, WORDS = D % 64 == 0 ? 4 : 2, LOADS = D / (16 * WORDS * PARTS);
+    uint4 q[D / 32];
+    float top[2], sum[2], out[D / 16][4];
 
-// Joins the lane groups of a warp: every lane has the result for its elements.
-template <u32 G, u32 M, u32 LANES> DEVICE void join_groups(Running<G, M> &state) {
+    METHOD void begin(const Decode &a, const Cluster &c) {
+        // Heads past the last are computed from it again and dropped.
+        const T *from = query_of(a, c, least(threadIdx.x % 32 / 4, c.count - 1), D) + threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int mask = 16; mask >= (int)LANES; mask /= 2)
+        for (u32 j = 0; j < D / 32; j++) q[j] = load_vec(from + 32 * j);
+        top[0] = top[1] = NO_SCORE;
+        sum[0] = sum[1] = 0.0f;
 #pragma unroll
-        for (u32 g = 0; g < G; g++) {
-            float top = from_lane_xor(state.top[g], mask), sum = from_lane_xor(state.sum[g], mask), out[M];
-#pragma unroll
-            for (u32 i = 0; i < M; i++) out[i] = from_lane_xor(state.out[g][i], mask);
-            state.join(g, top, sum, out);
-        }
-}
+        for (u32 m = 0; m < D / 16; m++) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.0f;
+    }
 
-// Joins the warps and writes heads `first ..`, `count` of them.
-template <u32 D, u32 G>
-DEVICE void write_heads(const Decode &a, const Running<G, Lay<D>::MINE> &state, u32 row, u32 first, u32 count) {
-    SHARED(float, tops, 4 * G);
-    SHARED(float, sums, 4 * G);
-    SHARED(float, outs, 4 * G * D);
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (lane < Lay<D>::LANES) {
+    // Sixteen positions from `base`, which lie in one page, as far as they are of the span.
+    METHOD void see(const Decode &a, const Cluster &c, u32 base, Span span) {
+        u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        u32 low = most(span.begin, base) - base, high = least(span.end - base, 16) - 1;
+        const T *page = key_at(a.pages, c.row, c.kv_head, base), *value_page = page + value_offset(a.pages);
+        // Past either end of the span lies what nobody wrote: its nearest position instead.
+        uint4 keys[2][D / 32];
 #pragma unroll
-        for (u32 g = 0; g < G; g++) {
-            tops[warp * G + g] = state.top[g];
-            sums[warp * G + g] = state.sum[g];
+        for (u32 h = 0; h < 2; h++) {
+            const T *key = page + least(most(g + 8 * h, low), high) * D + t * 8;
 #pragma unroll
-            for (u32 i = 0; i < Lay<D>::MINE; i++)
-                if (Lay<D>::has(i / VEC)) outs[(warp * G + g) * D + Lay<D>::column(i / VEC) + i % VEC] = state.out[g][i];
+            for (u32 j = 0; j < D / 32; j++) keys[h][j] = load_once(key + 32 * j);
+        }
+        const T *of_values[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) of_values[i] = value_page + least(most(2 * t + i % 2 + i / 2 * 8, low), high) * D + g * 2 * WORDS;
+        u32 values[PARTS][4][LOADS][WORDS];
+        fetch(values[0], of_values, 0);
+        // Of position g and head `2t`, then of the next head, then the same of position `g + 8`.
+        float weights[4];
+        score(weights, a.scale * LOG2_E, keys);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 at = g + i / 2 * 8;
+            if (a.cap != 0.0f) weights[i] = soft_cap(weights[i], a.cap);
+            if (at < low || at > high) weights[i] = -INFINITY;
+        }
+        soften(weights);
+        // The registers of the keys are free again.
+#pragma unroll
+        for (u32 p = 1; p < PARTS; p++) fetch(values[p], of_values, p);
+        // Positions become rows of the right operand, and heads columns.
+        u32 first = transposed(to_elements(weights[0], weights[1])), second = transposed(to_elements(weights[2], weights[3]));
+#pragma unroll
+        for (u32 p = 0; p < PARTS; p++) mix(p, values[p], first, second);
+    }
+
+    // Part `p` of the values at four positions.
+    METHOD static void fetch(u32 (&values)[4][LOADS][WORDS], const T *const (&from)[4], u32 p) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+#pragma unroll
+            for (u32 j = 0; j < LOADS; j++) load_words(values[i][j], from[i] + (p * LOADS + j) * 16 * WORDS);
+    }
+
+    METHOD void score(float (&scores)[4], float scale, const uint4 (&keys)[2][D / 32]) const {
+        float halves[2][4] = {};
+#pragma unroll
+        for (u32 j = 0; j < D / 32; j++) {
+            const u32 first[4] = {keys[0][j].x, keys[1][j].x, keys[0][j].y, keys[1][j].y};
+            const u32 second[4] = {keys[0][j].z, keys[1][j].z, keys[0][j].w, keys[1][j].w};
+            mma(halves[0], first, q[j].x, q[j].y);
+            mma(halves[1], second, q[j].z, q[j].w);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) scores[i] = (halves[0][i] + halves[1][i]) * scale;
+    }
+
+    // Turns scores into weights relative to the running maximum, which seldom rises.
+    METHOD void soften(float (&scores)[4]) {
+        float highest[2];
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            highest[i] = fmaxf(top[i], fmaxf(scores[i], scores[i + 2]));
+#pragma unroll
+            for (int mask = 16; mask > 2; mask /= 2) highest[i] = fmaxf(highest[i], from_lane_xor(highest[i], mask));
+        }
+        if (lanes_where(highest[0] > top[0] || highest[1] > top[1])) {
+            float shrink[2];
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                shrink[i] = power_of_two(top[i] - highest[i]);
+                top[i] = highest[i];
+                sum[i] *= shrink[i];
+            }
+#pragma unroll
+            for (u32 m = 0; m < D / 16; m++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) out[m][i] *= shrink[i % 2];
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            scores[i] = power_of_two(scores[i] - top[i % 2]);
+            sum[i % 2] += scores[i];
         }
     }
+
+    // out += values * weights
+    METHOD void mix(u32 p, const u32 (&values)[4][LOADS][WORDS], u32 first, u32 second) {
+#pragma unroll
+        for (u32 j = 0; j < LOADS; j++)
+#pragma unroll
+            for (u32 i = 0; i < WORDS; i++) {
+                const u32 v[4] = {pick_bytes(values[0][j][i], values[1][j][i], 0x5410), pick_bytes(values[0][j][i], values[1][j][i], 0x7632),
+                                  pick_bytes(values[2][j][i], values[3][j][i], 0x5410), pick_bytes(values[2][j][i], values[3][j][i], 0x7632)};
+                mma(out[(p * LOADS + j) * WORDS + i], v, first, second);
+            }
+    }
+
+    // The element of the head that `out[m][i]` belongs to.
+    METHOD static u32 element(u32 m, u32 i) { return (m / WORDS * 8 + threadIdx.x % 32 / 4) * 2 * WORDS + m % WORDS * 2 + i / 2; }
+};
+
+// Joins the warps' sums and writes the heads.
+template <u32 D> DEVICE void write_heads(const Decode &a, const Cluster &c, Eight<D> &state) {
+    SHARED(float, tops, 4 * HEADS);
+    SHARED(float, sums, 4 * HEADS);
+    SHARED(float, outs, 4 * HEADS * D);
+    u32 warp = threadIdx.x / 32, t = threadIdx.x % 4;
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        // Each g saw its own positions.
+#pragma unroll
+        for (int mask = 16; mask > 2; mask /= 2) state.sum[i] += from_lane_xor(state.sum[i], mask);
+        if (threadIdx.x % 32 >= 4) continue;
+        tops[warp * HEADS + 2 * t + i] = state.top[i];
+        sums[warp * HEADS + 2 * t + i] = state.sum[i];
+    }
+#pragma unroll
+    for (u32 m = 0; m < D / 16; m++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) outs[(warp * HEADS + 2 * t + i % 2) * D + Eight<D>::element(m, i)] = state.out[m][i];
     __syncthreads();
-    for (u32 at = threadIdx.x; at < count * D; at += 128) {
-        u32 g = at / D, i = at % D;
-        float highest = fmaxf(fmaxf(tops[g], tops[G + g]), fmaxf(tops[2 * G + g], tops[3 * G + g]));
+    for (u32 at = threadIdx.x; at < c.count * D; at += 128) {
+        u32 head = at / D, i = at % D;
+        float highest = fmaxf(fmaxf(tops[head], tops[HEADS + head]), fmaxf(tops[2 * HEADS + head], tops[3 * HEADS + head]));
         float sum = 0.0f, out = 0.0f;
 #pragma unroll
         for (u32 from = 0; from < 4; from++) {
-            float weight = exp2f(tops[from * G + g] - highest);
-            sum += sums[from * G + g] * weight;
-            out += outs[(from * G + g) * D + i] * weight;
+            float weight = power_of_two(tops[from * HEADS + head] - highest);
+            sum += sums[from * HEADS + head] * weight;
+            out += outs[(from * HEADS + head) * D + i] * weight;
         }
-        u64 head = (u64)row * a.heads + first + g;
-        if (gridDim.z == 1) {
-            a.out[head * D + i] = to_element(out / sum);
-            continue;
-        }
-        u64 split = head * gridDim.z + blockIdx.z;
-        a.part[split * D + i] = out;
-        if (i == 0) {
-            a.stat[split * 2] = highest;
-            a.stat[split * 2 + 1] = sum;
-        }
+        write_element(a, head_at(a, c, head), D, i, highest, sum, out);
     }
 }
 
-template <u32 D, u32 G> DEVICE void decode_attention(const Decode &a) {
-    const u32 LANES = Lay<D>::LANES, RUNS = Lay<D>::RUNS, M = Lay<D>::MINE, AT_ONCE = 32 / LANES;
+template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span) {
+    Eight<D> state;
+    state.begin(a, c);
+    // The warps take turns.
+    for (u32 base = (span.begin / 16 + threadIdx.x / 32) * 16; base < span.end; base += 64) state.see(a, c, base, span);
+    write_heads<D>(a, c, state);
+}
+
+#endif
+
+template <u32 D> DEVICE void decode_attention(const Decode &a) {
     let_next_start();
     u32 row = blockIdx.y;
     bool is_live = row < *a.n;
     Span span = span_of(a, is_live ? a.lens[row] : 0);
     wait_for_previous();
     if (!is_live) return;
-    u32 group = a.heads / a.pages.kv_heads, runs = ceil_div(group, G);
-    u32 kv_head = blockIdx.x / runs, first = kv_head * group + blockIdx.x % runs * G;
-    u32 count = least(G, (kv_head + 1) * group - first);
+    u32 group = a.heads / a.pages.kv_heads, per_key = ceil_div(group, HEADS);
+    u32 kv_head = blockIdx.x / per_key, first = kv_head * group + blockIdx.x % per_key * HEADS;
+    Cluster c = {row, kv_head, first, least(HEADS, (kv_head + 1) * group - first)};
     if (gridDim.z > 1 && span.begin >= span.end) {
         // Nothing to see: `combine` reads no `part` of it.
-        if (threadIdx.x < count) {
-            u64 split = ((u64)row * a.heads + first + threadIdx.x) * gridDim.z + blockIdx.z;
+        if (threadIdx.x < c.count) {
+            u64 split = head_at(a, c, threadIdx.x) * gridDim.z + blockIdx.z;
             a.stat[split * 2] = NO_SCORE;
             a.stat[split * 2 + 1] = 0.0f;
         }
         return;
     }
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float q[G][M];
-#pragma unroll
-    for (u32 g = 0; g < G; g++) {
-        // Heads past the last are computed from it again and dropped.
-        u64 head = (u64)row * (a.heads + 2 * a.pages.kv_heads) + first + least(g, count - 1);
-        uint4 held[RUNS];
-#pragma unroll
-        for (u32 run = 0; run < RUNS; run++)
-            held[run] = Lay<D>::has(run) ? load_vec(a.qkv + head * D + Lay<D>::column(run)) : zero_vec();
-        widen_runs<RUNS>(q[g], held);
-#pragma unroll
-        for (u32 i = 0; i < M; i++) q[g][i] *= a.scale * 1.44269504f;
-    }
-    Running<G, M> state;
-#pragma unroll
-    for (u32 g = 0; g < G; g++) {
-        state.top[g] = NO_SCORE;
-        state.sum[g] = 0.0f;
-#pragma unroll
-        for (u32 i = 0; i < M; i++) state.out[g][i] = 0.0f;
-    }
-    u64 to_value = value_offset(a.pages);
-    for (u32 base = span.begin + warp * 4 * AT_ONCE; base < span.end; base += 16 * AT_ONCE) {
-        uint4 keys[4][RUNS], values[4][RUNS];
-        bool live[4];
-#pragma unroll
-        for (u32 u = 0; u < 4; u++) {
-            u32 position = base + u * AT_ONCE + lane / LANES;
-            live[u] = position < span.end;
-            const T *key = key_at(a.pages, row, kv_head, least(position, span.end - 1));
-#pragma unroll
-            for (u32 run = 0; run < RUNS; run++) {
-                const T *mine = key + Lay<D>::column(run);
-                keys[u][run] = Lay<D>::has(run) ? load_once_written(mine) : zero_vec();
-                values[u][run] = Lay<D>::has(run) ? load_once_written(mine + to_value) : zero_vec();
-            }
-        }
-        attend<G, D>(a, state, q, keys, values, live);
-    }
-    join_groups<G, M, LANES>(state);
-    write_heads<D, G>(a, state, row, first, count);
+    attend<D>(a, c, span);
 }
 
-#define DECODE(name, width, most_heads, per_sm)                                                                                   \
+#define DECODE(name, width, per_sm)                                                                                               \
     ENTRY(name, 128, per_sm, (const u32 *n, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables, u32 max_blocks,        \
             const u32 *lens, T *out, float *part, float *stat, u32 heads, u32 kv_heads, u32 block_tokens, u32 window,             \
             float scale, float cap)) {                                                                                            \
         Decode a = {n, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, lens, out, part, stat,    \
-                    heads, window, scale, cap * 1.44269504f};                                                                     \
-        decode_attention<width, most_heads>(a);                                                                                   \
+                    heads, window, scale, cap * LOG2_E};                                                                          \
+        decode_attention<width>(a);                                                                                               \
     }
 
-DECODE(decode_attention_d32_g4, 32, 4, 3)
-DECODE(decode_attention_d32_g8, 32, 8, 2)
-DECODE(decode_attention_d64_g4, 64, 4, 4)
-DECODE(decode_attention_d64_g8, 64, 8, 2)
-DECODE(decode_attention_d96_g4, 96, 4, 3)
-DECODE(decode_attention_d96_g8, 96, 8, 2)
-DECODE(decode_attention_d128_g4, 128, 4, 4)
-DECODE(decode_attention_d128_g8, 128, 8, 2)
-DECODE(decode_attention_d256_g4, 256, 4, 2)
+DECODE(decode_attention_d32, 32, 4)
+DECODE(decode_attention_d64, 64, 4)
+DECODE(decode_attention_d96, 96, 3)
+DECODE(decode_attention_d128, 128, 3)
+DECODE(decode_attention_d256, 256, 2)
 
 // A thread per element of a head.
 template <u32 D> DEVICE void combine(const u32 *n, const float *part, const float *stat, T *out, u32 heads, u32 splits) {
@@ -275,7 +347,7 @@ template <u32 D> DEVICE void combine(const u32 *n, const float *part, const floa
 #pragma unroll 8
     for (u32 s = 0; s < splits; s++) {
         u64 split = head * splits + s;
-        float weight = exp2f(stat[split * 2] - highest), own = stat[split * 2 + 1];
+        float weight = power_of_two(stat[split * 2] - highest), own = stat[split * 2 + 1];
         sum += own * weight;
         // A split that saw nothing wrote no part.
         total += own > 0.0f ? part[split * D + threadIdx.x] * weight : 0.0f;

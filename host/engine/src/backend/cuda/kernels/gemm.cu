@@ -1,8 +1,8 @@
 // Products of a weight with many rows.
 //
 // `gemm` serves any number of rows. For 16-bit types `gemm_m64` and `gemm_m128` are its larger twins, for large decode batches and for
-// prefill, which cut k into runs where their tiles are too few for the device, and `gemm_m16` and `gemm_m32` are
-// for decode batches, where the reading of the weight is what takes time. The f32 unit is there for exact checks against
+// prefill, which cut k into runs where their tiles are too few for the device, and `gemm_m8`, `gemm_m16` and
+// `gemm_m32` are for decode batches, where the reading of the weight is what takes time. The f32 unit is there for exact checks against
 // the CPU, so its product is a plain one.
 
 #if PM_T == 0
@@ -197,6 +197,11 @@ template <u32 NT> DEVICE void gemm_few(const u32 *n, const T *w, const T *x, u32
         }
         finish(e, token, row0 + pair, even, odd);
     }
+}
+
+ENTRY(gemm_m8, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
+    Epilogue e = {y, bias, n_out, epilogue};
+    gemm_few<1>(n, w, x, k, e);
 }
 
 ENTRY(gemm_m16, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {

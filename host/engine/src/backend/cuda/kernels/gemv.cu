@@ -1,4 +1,4 @@
-// Products of a weight with one to eight rows: bound by the reading of the weight.
+// Products of a weight with one to four rows: bound by the reading of the weight.
 //
 // A warp computes R rows of the weight over all of k and keeps eight 16-byte loads per thread in flight, the first of
 // them before it waits for the kernel that makes x. x is read through L1: with R rows per warp each of its bytes serves R
@@ -71,4 +71,3 @@ template <u32 B, u32 R> DEVICE void gemv(const u32 *n, const T *w, const T *x, u
 GEMV(gemv_b1, 1, 2, 6)
 GEMV(gemv_b2, 2, 2, 5)
 GEMV(gemv_b4, 4, 4, 4)
-GEMV(gemv_b8, 8, 4, 2)

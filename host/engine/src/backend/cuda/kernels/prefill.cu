@@ -38,6 +38,27 @@ DEVICE Tile tile_of(const Prefill &a) {
     return t;
 }
 
+#if PM_T == 0
+
+// A warp per pair.
+template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.x >= *a.n) return;
+    Tile t = tile_of(a);
+    for (u32 pair = threadIdx.x / 32; pair < t.tokens * t.group; pair += 4) {
+        u32 token = t.token0 + pair / t.group, end = t.position0 + pair / t.group + 1, head = blockIdx.y * t.group + pair % t.group;
+        Span span = {a.window && end > a.window ? end - a.window : 0, end};
+        Plain<D> state;
+        state.see(a, t.row, blockIdx.y, a.qkv + ((u64)token * (a.heads + 2 * a.pages.kv_heads) + head) * D, span);
+#pragma unroll
+        for (u32 j = 0; j < D / 32; j++)
+            a.out[((u64)token * a.heads + head) * D + j * 32 + threadIdx.x % 32] = state.out[j] / state.sum;
+    }
+}
+
+#else
+
 // The first position that the tile's first token sees.
 DEVICE u32 lowest_seen(const Prefill &a, const Tile &t) {
     return a.window && t.position0 + 1 > a.window ? t.position0 + 1 - a.window : 0;
@@ -46,52 +67,6 @@ DEVICE u32 lowest_seen(const Prefill &a, const Tile &t) {
 DEVICE bool sees(const Prefill &a, u32 position, u32 other) {
     return other <= position && (a.window == 0 || other + a.window > position);
 }
-
-#if PM_T == 0
-
-// A warp per pair: lanes are positions for the scores, and elements of the head for the sum.
-template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
-    let_next_start();
-    wait_for_previous();
-    if (blockIdx.x >= *a.n) return;
-    Tile t = tile_of(a);
-    u32 lane = threadIdx.x % 32;
-    u64 to_value = value_offset(a.pages);
-    for (u32 pair = threadIdx.x / 32; pair < t.tokens * t.group; pair += 4) {
-        u32 token = t.token0 + pair / t.group, position = t.position0 + pair / t.group;
-        u32 head = blockIdx.y * t.group + pair % t.group;
-        const T *q = a.qkv + ((u64)token * (a.heads + 2 * a.pages.kv_heads) + head) * D;
-        float top = NO_SCORE, sum = 0.0f, out[D / 32] = {};
-        for (u32 base = lowest_seen(a, t); base <= position; base += 32) {
-            u32 other = least(base + lane, position);
-            const T *key = key_at(a.pages, t.row, blockIdx.y, other);
-            float score = 0.0f;
-            for (u32 i = 0; i < D; i++) score += q[i] * key[i];
-            score *= a.scale * 1.44269504f;
-            if (a.cap != 0.0f) score = soft_cap(score, a.cap);
-            if (base + lane > position || !sees(a, position, other)) score = -INFINITY;
-            float highest = score;
-#pragma unroll
-            for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, from_lane_xor(highest, mask));
-            highest = fmaxf(highest, top);
-            float shrink = exp2f(top - highest), weight = exp2f(score - highest);
-            top = highest;
-            sum = sum * shrink + warp_sum(weight);
-#pragma unroll
-            for (u32 i = 0; i < D / 32; i++) out[i] *= shrink;
-            for (u32 i = 0; i < least(32, position - base + 1); i++) {
-                const T *value = key_at(a.pages, t.row, blockIdx.y, base + i) + to_value;
-                float w = from_lane(weight, (int)i);
-#pragma unroll
-                for (u32 j = 0; j < D / 32; j++) out[j] += w * value[j * 32 + lane];
-            }
-        }
-#pragma unroll
-        for (u32 j = 0; j < D / 32; j++) a.out[((u64)token * a.heads + head) * D + j * 32 + lane] = out[j] / sum;
-    }
-}
-
-#else
 
 // Elements of a position in shared memory: whole lines of banks.
 template <u32 D> struct Pitch {
@@ -178,7 +153,7 @@ template <u32 D> struct Pairs {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 bool seen = live[i / 2] && sees(a, position[i / 2], base + j * 8 + lane % 4 * 2 + i % 2);
-                float score = scores[j][i] * a.scale * 1.44269504f;
+                float score = scores[j][i] * a.scale * LOG2_E;
                 if (a.cap != 0.0f) score = soft_cap(score, a.cap);
                 scores[j][i] = seen ? score : -INFINITY;
             }
@@ -193,13 +168,13 @@ template <u32 D> struct Pairs {
             for (u32 j = 0; j < 4; j++) highest = fmaxf(highest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
             highest = fmaxf(highest, from_lane_xor(highest, 1));
             highest = fmaxf(highest, from_lane_xor(highest, 2));
-            float shrink = exp2f(top[h] - highest);
+            float shrink = power_of_two(top[h] - highest);
             top[h] = highest;
 #pragma unroll
             for (u32 j = 0; j < 4; j++)
 #pragma unroll
                 for (u32 i = 2 * h; i < 2 * h + 2; i++) {
-                    scores[j][i] = exp2f(scores[j][i] - highest);
+                    scores[j][i] = power_of_two(scores[j][i] - highest);
                     run += scores[j][i];
                 }
             sum[h] = sum[h] * shrink + run;
@@ -294,7 +269,7 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
             u32 max_blocks, const u32 *row_starts, const u32 *lens, T *out, u32 heads, u32 kv_heads, u32 block_tokens,            \
             u32 window, float scale, float cap)) {                                                                                \
         Prefill a = {n, tiles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, row_starts, lens, \
-                     out, heads, window, scale, cap * 1.44269504f};                                                               \
+                     out, heads, window, scale, cap * LOG2_E};                                                               \
         attend(width);                                                                                                            \
     }
 
