@@ -119,7 +119,7 @@ DEVICE float power_of_two(float v) {
 // Four of the eight bytes of `low` and then `high`, by their numbers in the digits of `which`, the last byte's first.
 DEVICE u32 pick_bytes(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
 
-// Starts to copy 16 bytes to shared memory, or zeros where `live` is false (`from` must be a valid address all the same).
+// Starts to copy 16 bytes to shared memory, or zeros where `live` is false; nothing is read then.
 DEVICE void copy_async(void *to, const void *from, bool live) {
     u32 shared = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(live ? 16 : 0) : "memory");

@@ -85,8 +85,8 @@ template <u32 D> DEVICE T *kv_chunk(T *run, u32 position, u32 column) {
 template <u32 D> DEVICE void fetch_run(const Prefill &a, const Tile &t, T *keys, u32 base, u32 end) {
     u64 to_value = value_offset(a.pages);
 #pragma unroll
-    for (u32 i = threadIdx.x; i < 32 * D / 8; i += 128) {
-        u32 position = i / (D / 8), column = i % (D / 8);
+    for (u32 j = 0; j < D / 32; j++) {
+        u32 i = threadIdx.x % 128 + 128 * j, position = i / (D / 8), column = i % (D / 8);
         bool live = base + position < end;
         const T *key = key_at(a.pages, t.row, blockIdx.y, least(base + position, end - 1)) + column * 8;
         copy_async(kv_chunk<D>(keys, position, column), key, live);
@@ -153,37 +153,43 @@ template <u32 D> struct Pairs {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 bool seen = live[i / 2] && sees(a, position[i / 2], base + j * 8 + lane % 4 * 2 + i % 2);
-                float score = scores[j][i] * a.scale * LOG2_E;
+                float score = scores[j][i] * (a.scale * LOG2_E);
                 if (a.cap != 0.0f) score = soft_cap(score, a.cap);
                 scores[j][i] = seen ? score : -INFINITY;
             }
     }
 
-    // Turns scores into weights relative to the running maximum.
+    // Turns scores into weights relative to the running maximum, which seldom rises.
     METHOD void soften(float (&scores)[4][4]) {
+        float highest[2];
 #pragma unroll
         for (u32 h = 0; h < 2; h++) {
-            float highest = top[h], run = 0.0f;
+            highest[h] = top[h];
 #pragma unroll
-            for (u32 j = 0; j < 4; j++) highest = fmaxf(highest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
-            highest = fmaxf(highest, from_lane_xor(highest, 1));
-            highest = fmaxf(highest, from_lane_xor(highest, 2));
-            float shrink = power_of_two(top[h] - highest);
-            top[h] = highest;
+            for (u32 j = 0; j < 4; j++) highest[h] = fmaxf(highest[h], fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
+            highest[h] = fmaxf(highest[h], from_lane_xor(highest[h], 1));
+            highest[h] = fmaxf(highest[h], from_lane_xor(highest[h], 2));
+        }
+        if (lanes_where(highest[0] > top[0] || highest[1] > top[1])) {
 #pragma unroll
-            for (u32 j = 0; j < 4; j++)
+            for (u32 h = 0; h < 2; h++) {
+                float shrink = power_of_two(top[h] - highest[h]);
+                top[h] = highest[h];
+                sum[h] *= shrink;
 #pragma unroll
-                for (u32 i = 2 * h; i < 2 * h + 2; i++) {
-                    scores[j][i] = power_of_two(scores[j][i] - highest);
-                    run += scores[j][i];
+                for (u32 i = 0; i < D / 8; i++) {
+                    out[i][2 * h] *= shrink;
+                    out[i][2 * h + 1] *= shrink;
                 }
-            sum[h] = sum[h] * shrink + run;
-#pragma unroll
-            for (u32 i = 0; i < D / 8; i++) {
-                out[i][2 * h] *= shrink;
-                out[i][2 * h + 1] *= shrink;
             }
         }
+#pragma unroll
+        for (u32 j = 0; j < 4; j++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                scores[j][i] = power_of_two(scores[j][i] - top[i / 2]);
+                sum[i / 2] += scores[j][i];
+            }
     }
 
     // out += weights * values

@@ -206,12 +206,12 @@ template <class W> DEVICE void gemm_quantised(const u32 *n, const Quantised &q, 
 DEVICE u8 *byte_chunk(u8 *tile, u32 row, u32 column) { return tile + row * 64 + ((column ^ row / 2) & 3) * 16; }
 
 template <u32 ROWS, u32 THREADS> DEVICE void fetch_bytes(u8 *tile, const Quantised &q, u32 first, u32 at) {
+    u32 row = threadIdx.x / 4, column = threadIdx.x % 4;
+    bool inside = at + column * 16 < q.k;
+    u8 *to = byte_chunk(tile, row, column);
+    const u8 *from = q.w + (u64)(first + row) * q.k + at + column * 16;
 #pragma unroll
-    for (u32 i = threadIdx.x; i < ROWS * 4; i += THREADS) {
-        u32 row = i / 4, column = i % 4;
-        bool live = first + row < q.n_out && at + column * 16 < q.k;
-        copy_async(byte_chunk(tile, row, column), live ? q.w + (u64)(first + row) * q.k + at + column * 16 : q.w, live);
-    }
+    for (u32 i = 0; i < ROWS; i += THREADS / 4) copy_async(to + i * 64, from + (u64)i * q.k, inside && first + row + i < q.n_out);
 }
 
 // The scale that this thread brings for a tile: of one column, for the first 32 or the last 32 elements of k. Zero past either end.

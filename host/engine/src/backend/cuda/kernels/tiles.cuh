@@ -6,14 +6,14 @@
 // the eight rows of a matrix lie in different banks.
 DEVICE T *chunk(T *tile, u32 row, u32 column) { return tile + row * 64 + ((column ^ row) & 7) * 8; }
 
-// Rows `first ..` of a matrix with `rows` of them, elements `at .. at + 64` of each.
+// Rows `first ..` of a matrix with `rows` of them, elements `at .. at + 64` of each; zeros past either end. A warp copies four rows.
 template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 first, u32 rows, u32 at, u32 k) {
+    u32 row = threadIdx.x / 8, column = threadIdx.x % 8;
+    bool inside = at + column * 8 < k;
+    T *to = chunk(tile, row, column);
+    from += (u64)(first + row) * k + at + column * 8;
 #pragma unroll
-    for (u32 i = threadIdx.x; i < ROWS * 8; i += THREADS) {
-        u32 row = i / 8, column = i % 8;
-        bool live = first + row < rows && at + column * 8 < k;
-        copy_async(chunk(tile, row, column), live ? from + (u64)(first + row) * k + at + column * 8 : from, live);
-    }
+    for (u32 i = 0; i < ROWS; i += THREADS / 8) copy_async(to + i * 64, from + (u64)i * k, inside && first + row + i < rows);
 }
 
 // Which tile a block computes. Blocks begin in the order of their numbers, and those of one tile of columns follow each other, for the
