@@ -174,7 +174,8 @@ impl Kernel {
             Self::Gemv1 | Self::Gemv2 => (8, rows, 128, 0),
             Self::Gemv4 => (16, rows, 128, 0),
             Self::Gemm8 | Self::Gemm16 | Self::Gemm32 => (32, rows, 256, 0),
-            Self::Gemm64 => (128, 64, 256, if is_quantised { 69_632 } else { 98_304 }),
+            Self::Gemm64 if is_quantised => (128, 64, 128, 69_632),
+            Self::Gemm64 => (128, 64, 256, 98_304),
             Self::Gemm128 => (128, 128, 256, if is_quantised { 76_800 } else { 98_304 }),
             _ => (64, 64, 128, 0),
         }

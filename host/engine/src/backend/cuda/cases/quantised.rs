@@ -45,9 +45,9 @@ const GEMM: Entry = Entry { name: "gemm", columns: 64, rows: 64, rounds: true, .
 const GEMM_8: Entry = Entry { name: "gemm_m8", columns: 32, rows: 8, block: 256, ..GEMM };
 const GEMM_16: Entry = Entry { name: "gemm_m16", rows: 16, ..GEMM_8 };
 const GEMM_32: Entry = Entry { name: "gemm_m32", rows: 32, ..GEMM_8 };
-const GEMM_64: Entry = Entry { name: "gemm_m64", columns: 128, block: 256, shared: 69_632, runs: Some(1), ..GEMM };
+const GEMM_64: Entry = Entry { name: "gemm_m64", columns: 128, block: 128, shared: 69_632, runs: Some(1), ..GEMM };
 const GEMM_64_CUT: Entry = Entry { runs: Some(3), ..GEMM_64 };
-const GEMM_128: Entry = Entry { name: "gemm_m128", rows: 128, shared: 76_800, ..GEMM_64 };
+const GEMM_128: Entry = Entry { name: "gemm_m128", rows: 128, block: 256, shared: 76_800, ..GEMM_64 };
 const GEMM_128_CUT: Entry = Entry { runs: Some(2), ..GEMM_128 };
 
 /// Entry, live rows, rows of the bucket, k, `n_out`.

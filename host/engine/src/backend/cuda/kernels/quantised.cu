@@ -30,9 +30,11 @@ struct Q8 {
 #if PM_T != 0
     METHOD static void narrow(u32 (&to)[2], u32 bytes, float scale) {
         float v[4];
-        widen(v, bytes);
-        to[0] = to_elements(v[0] * scale, v[1] * scale);
-        to[1] = to_elements(v[2] * scale, v[3] * scale);
+#pragma unroll
+        // 2^15 + byte has few enough digits for all of this to be exact: a scale has eleven.
+        for (u32 i = 0; i < 4; i++) v[i] = fmaf(__uint_as_float(pick_bytes(bytes, 0x47000000, 0x7404 | i << 4)), scale, -32896.0f * scale);
+        to[0] = to_elements(v[0], v[1]);
+        to[1] = to_elements(v[2], v[3]);
     }
 #endif
 };
@@ -214,18 +216,25 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch_bytes(u8 *tile, const Quantis
     for (u32 i = 0; i < ROWS; i += THREADS / 4) copy_async(to + i * 64, from + (u64)i * q.k, inside && first + row + i < q.n_out);
 }
 
-// The scale that this thread brings for a tile: of one column, for the first 32 or the last 32 elements of k. Zero past either end.
-template <class W, u32 N> DEVICE float tile_scale(const Quantised &q, u32 column0, u32 at) {
-    u32 column = column0 + threadIdx.x % N, from = at + threadIdx.x / N * 32;
-    return column < q.n_out && from < q.k ? W::scale(W::stored_scale(q, column, from)) : 0.0f;
+// The scales that this thread brings for a tile: each of one column, for the first 32 or the last 32 elements of k. Zero past either end.
+template <class W, u32 N, u32 THREADS> DEVICE void tile_scales(float (&to)[2 * N / THREADS], const Quantised &q, u32 column0, u32 at) {
+#pragma unroll
+    for (u32 i = 0; i < 2 * N / THREADS; i++) {
+        u32 place = threadIdx.x + i * THREADS, column = column0 + place % N, from = at + place / N * 32;
+        to[i] = column < q.n_out && from < q.k ? W::scale(W::stored_scale(q, column, from)) : 0.0f;
+    }
+}
+
+template <u32 SCALES, u32 THREADS> DEVICE void put_scales(u8 *slot, const float (&scales)[SCALES]) {
+#pragma unroll
+    for (u32 i = 0; i < SCALES; i++) ((float *)slot)[threadIdx.x + i * THREADS] = scales[i];
 }
 
 // M tokens by N columns, in warps of WM by 32: gemm.cu's ring of tiles, with the weight in bytes and its scales beside it.
 template <class W, u32 M, u32 N, u32 WM, u32 STAGES, class R>
 DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T *x, Epilogue e, R runs) {
-    // Each thread brings one scale of a tile.
-    const u32 THREADS = M / WM * (N / 32) * 32, STAGE = M * 128 + N * 64 + N * 8;
-    static_assert(THREADS == 2 * N, "a scale for each thread");
+    const u32 THREADS = M / WM * (N / 32) * 32, STAGE = M * 128 + N * 64 + N * 8, SCALES = 2 * N / THREADS;
+    static_assert(SCALES * THREADS == 2 * N, "as many scales for each thread");
     let_next_start();
     u32 live = *n, row0 = tile_row() * M, column0 = tile_column() * N;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -238,7 +247,9 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
         u8 *slot = shared + s * STAGE + M * 128;
         if (row0 >= live) continue;
         if (s < tiles) fetch_bytes<N, THREADS>(slot, q, column0, (first + s) * 64);
-        ((float *)(slot + N * 64))[threadIdx.x] = tile_scale<W, N>(q, column0, (first + s) * 64);
+        float scales[SCALES];
+        tile_scales<W, N, THREADS>(scales, q, column0, (first + s) * 64);
+        put_scales<SCALES, THREADS>(slot + N * 64, scales);
     }
     wait_for_previous();
     if (row0 >= live) return;
@@ -258,7 +269,8 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
             fetch_bytes<N, THREADS>(next + M * 128, q, column0, (first + ahead) * 64);
         }
         commit_copies();
-        float next_scale = tile_scale<W, N>(q, column0, (first + ahead) * 64);
+        float next_scales[SCALES];
+        tile_scales<W, N, THREADS>(next_scales, q, column0, (first + ahead) * 64);
         u8 *slot = shared + tile % STAGES * STAGE;
         const float *scales = (const float *)(slot + M * 128 + N * 64) + wn + lane / 4;
 #pragma unroll
@@ -277,7 +289,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
             }
         }
         // Read after as many barriers as there are stages ahead; nobody read it since the last one.
-        ((float *)(next + M * 128 + N * 64))[threadIdx.x] = next_scale;
+        put_scales<SCALES, THREADS>(next + M * 128 + N * 64, next_scales);
     }
     if (!join_runs<THREADS / 32>(sums, runs)) return;
 #pragma unroll
@@ -421,8 +433,8 @@ PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(n, q, x, e))
 PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(n, q, x, e))
 PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, n, q, x, e, Whole()))
 PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, n, q, x, e, Whole()))
-CUT_PRODUCT(gemm_m64_q8, 256, 2, gemm_quantised<Q8, 64, 128, 32, 4>(shared, n, q, x, e, runs))
-CUT_PRODUCT(gemm_m64_fp8, 256, 2, gemm_quantised<Fp8, 64, 128, 32, 4>(shared, n, q, x, e, runs))
+CUT_PRODUCT(gemm_m64_q8, 128, 3, gemm_quantised<Q8, 64, 128, 64, 4>(shared, n, q, x, e, runs))
+CUT_PRODUCT(gemm_m64_fp8, 128, 3, gemm_quantised<Fp8, 64, 128, 64, 4>(shared, n, q, x, e, runs))
 CUT_PRODUCT(gemm_m128_q8, 256, 1, gemm_quantised<Q8, 128, 128, 64, 3>(shared, n, q, x, e, runs))
 CUT_PRODUCT(gemm_m128_fp8, 256, 1, gemm_quantised<Fp8, 128, 128, 64, 3>(shared, n, q, x, e, runs))
 
