@@ -105,6 +105,7 @@ impl Check<'_> {
             .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
             .chain(of("launched one by one", false, ParityCase::eager()))
             .chain(of("steps begun behind others", false, ParityCase::ahead()))
+            .chain(of("decodes beside chunks", false, ParityCase::beside()))
             .chain(of("a long context", false, ParityCase::long()))
             .collect();
         if self.overlaps {

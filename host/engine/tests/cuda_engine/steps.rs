@@ -404,9 +404,10 @@ fn the_check_for_a_gpu_passes_on_the_shim() {
     let all = ParityCase::all().into_iter().enumerate().filter(|(i, _)| chosen.contains(i)).map(|(_, case)| case);
     let long = ParityCase::long().into_iter().take(1).map(|case| ParityCase { prompts: vec![90, 3], ..case });
     let ahead = ParityCase::ahead().into_iter();
-    for mut case in all.chain(long).chain(ParityCase::in_8_bits()).chain(ahead) {
+    let beside = ParityCase::beside().into_iter();
+    for mut case in all.chain(long).chain(ParityCase::in_8_bits()).chain(ahead).chain(beside) {
         let Some(device) = ShimDevice::start() else { return };
-        case.rows.retain(|rows| *rows < 4);
+        case.rows.retain(|rows| *rows <= 4);
         let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
         assert!(parity.is_good(), "{case:?}: {parity}");
     }

@@ -202,6 +202,19 @@ impl ParityCase {
         cases.into_iter().chain(eager).map(|case| Self { ahead: true, ..case }).collect()
     }
 
+    /// Prompts that come in several chunks, while rows before and behind them decode.
+    #[must_use]
+    pub fn beside() -> Vec<Self> {
+        let of = |(shape, element)| Self {
+            prompts: vec![40, 3, 33, 9],
+            rows: vec![4],
+            step_tokens: 48,
+            ..Self::short(shape, element, true)
+        };
+        use Element::{Bf16, F16, F32};
+        [(SHAPES[0], F32), (SHAPES[1], Bf16), (SHAPES[4], F16), (SHAPES[6], Bf16)].map(of).into()
+    }
+
     /// A context of more than 8,000 tokens beside a short one, so that decodes are cut into many splits.
     #[must_use]
     pub fn long() -> Vec<Self> {

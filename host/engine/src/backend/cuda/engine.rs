@@ -18,7 +18,7 @@ use super::device::{
 };
 use super::element::Form;
 use super::launch::{Arg, Extent, Kernel, LaunchPlan};
-use super::layout::{ALIGN, Buffer, Owner, Piece, Sizes};
+use super::layout::{ALIGN, Buffer, N_COUNTS, Owner, Piece, Sizes};
 use super::step::{check_follows, check_lists, extent_of, output_words, read_outputs, write_inputs, write_rules};
 use super::tune::{GemmChoice, GemmChoices, LibraryUse, Tuner};
 use super::vram::{Footprint, KvWish, VramError, VramPlan, VramUse, recommend};
@@ -213,8 +213,8 @@ impl CudaEngine {
     /// Runs every launch once with counts of zero: the driver loads code lazily, and a capture must not be the first use.
     fn warm_up(&mut self) -> Result<(), DeviceError> {
         let lane = Lane::Inputs(Turn::default());
-        self.device.lane(lane)[..4].fill(0);
-        self.device.send(lane, self.addresses[Buffer::StepInputs.index()], 4)?;
+        self.device.lane(lane)[..N_COUNTS].fill(0);
+        self.device.send(lane, self.addresses[Buffer::StepInputs.index()], N_COUNTS)?;
         for rows in Buckets::up_to(self.sizes.config.max_rows).largest_first() {
             self.launch_forward(Extent::decode(rows))?;
             self.launch_choose(rows)?;

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::device::{Gemm, GemmId, GemmOutput};
 use super::element::{Element, Form};
-use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_TILES, N_TOKENS, Sizes, runs};
+use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_SINGLES, N_TILES, N_TOKENS, Sizes, runs};
 use crate::spec::{Activation, ModelSpec};
 
 /// What a product does with its result.
@@ -58,7 +58,9 @@ pub(crate) struct Extent {
     pub(crate) tokens: usize,
     /// Rows whose logits are wanted.
     pub(crate) sampled: usize,
-    /// Tiles of prefill attention; 0 for a step of decodes.
+    /// Rows of one token, whose attention is that of decodes.
+    pub(crate) singles: usize,
+    /// Tiles of prefill attention, of the other rows; 0 where there are none.
     pub(crate) tiles: usize,
 }
 
@@ -292,7 +294,7 @@ impl Product {
 impl Extent {
     /// A step of at most `rows` decodes.
     pub(crate) fn decode(rows: usize) -> Self {
-        Self { rows, tokens: rows, sampled: rows, tiles: 0 }
+        Self { rows, tokens: rows, sampled: rows, singles: rows, tiles: 0 }
     }
 }
 
@@ -371,9 +373,10 @@ impl LaunchPlan {
         self.norm(sizes, (extent.tokens, N_TOKENS), None, part(LayerPart::AttentionNorm));
         self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Qkv));
         self.rope_store(sizes, extent, layer);
-        if extent.tiles == 0 {
+        if extent.singles > 0 {
             self.decode_attention(sizes, extent, layer);
-        } else {
+        }
+        if extent.tiles > 0 {
             self.prefill_attention(sizes, extent, layer);
         }
         self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Out));
@@ -401,7 +404,7 @@ impl LaunchPlan {
 
     /// A layer's product alone, of so many rows of a step with prompts.
     pub(super) fn product_of(&mut self, sizes: &Sizes, rows: usize, (layer, part): (usize, LayerPart)) {
-        let extent = Extent { rows: 1, tokens: rows, sampled: 0, tiles: 1 };
+        let extent = Extent { rows: 1, tokens: rows, sampled: 0, singles: 0, tiles: 1 };
         self.product(sizes, &Product::of(sizes, extent, layer, part));
     }
 
@@ -506,14 +509,20 @@ impl LaunchPlan {
     fn decode_attention(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
         let (spec, inputs) = (&sizes.spec, sizes.inputs(extent));
         let input = |at: u64| Arg::At(Buffer::StepInputs, at);
-        let splits = sizes.splits(extent.rows);
+        let splits = sizes.splits(extent.singles);
         let scratch = |buffer| if splits == 1 { Arg::Null } else { Arg::At(buffer, 0) };
+        // Where all rows have one token, each token is its row's.
+        let (count, singles) = match extent.tiles {
+            0 => (input(N_ROWS), Arg::Null),
+            _ => (input(N_SINGLES), input(inputs.singles)),
+        };
         self.push(
             Kernel::DecodeAttention,
-            [sizes.clusters(), extent.rows, splits as usize],
+            [sizes.clusters(), extent.singles, splits as usize],
             128,
             [
-                input(N_ROWS),
+                count,
+                singles,
                 Arg::At(Buffer::Qkv, 0),
                 pages(sizes, layer),
                 Arg::U64(sizes.page_elements()),
@@ -534,10 +543,11 @@ impl LaunchPlan {
         if splits > 1 {
             self.push(
                 Kernel::Combine,
-                [spec.heads, extent.rows, 1],
+                [spec.heads, extent.singles, 1],
                 spec.head_dim as u32,
                 [
-                    input(N_ROWS),
+                    count,
+                    singles,
                     Arg::At(Buffer::Partial, 0),
                     Arg::At(Buffer::PartialStat, 0),
                     Arg::At(Buffer::Mixed, 0),
@@ -709,7 +719,7 @@ mod tests {
     }
 
     fn mixed(rows: usize, tokens: usize) -> Extent {
-        Extent { rows, tokens, sampled: rows, tiles: tokens.div_ceil(16) + rows }
+        Extent { rows, tokens, sampled: rows, singles: rows - 1, tiles: tokens.div_ceil(16) + 1 }
     }
 
     fn launched(sizes: &Sizes, extent: Extent) -> LaunchPlan {
@@ -725,7 +735,9 @@ mod tests {
             (Extent::decode(1), 1 + 32 * 9 + 2 + 3),
             (Extent::decode(8), 1 + 32 * 9 + 2 + 3),
             (Extent::decode(64), 1 + 32 * 8 + 2 + 3),
-            (mixed(3, 700), 1 + 32 * 8 + 2 + 3),
+            (mixed(3, 700), 1 + 32 * 10 + 2 + 3),
+            (mixed(65, 700), 1 + 32 * 9 + 2 + 3),
+            (mixed(1, 700), 1 + 32 * 8 + 2 + 3),
             (Extent { sampled: 0, ..mixed(1, 256) }, 1 + 32 * 8 + 3),
         ] {
             assert_eq!(launched(&sizes(Element::Bf16), extent).launches.len(), expect, "{extent:?}");
@@ -850,7 +862,8 @@ mod tests {
             Arg::U32(n) => u64::from(n),
             ref other => panic!("argument {i} of {:?} is {other:?}", launch.kernel),
         };
-        let (tokens, rows, sampled) = (extent.tokens as u64, extent.rows as u64, extent.sampled as u64);
+        let [tokens, rows, sampled, singles] =
+            [extent.tokens, extent.rows, extent.sampled, extent.singles].map(|n| n as u64);
         let spec = &sizes.spec;
         let (q_dim, heads) = (spec.q_dim() as u64, spec.heads as u64);
         let qkv = tokens * (spec.q_dim() + 2 * spec.kv_dim()) as u64 * size;
@@ -880,13 +893,13 @@ mod tests {
             }
             Kernel::CapLogits => vec![4, 4 * sampled * u32_at(2)],
             Kernel::DecodeAttention => {
-                let part = rows * heads * splits;
-                let (out, part) = (rows * q_dim * size, [part * spec.head_dim as u64 * 4, part * 8]);
-                vec![4, qkv, pages, 0, tables, 0, 4 * rows, out, part[0], part[1]]
+                let part = singles * heads * splits;
+                let (out, part) = (tokens * q_dim * size, [part * spec.head_dim as u64 * 4, part * 8]);
+                vec![4, 8 * singles, qkv, pages, 0, tables, 0, 4 * rows, out, part[0], part[1]]
             }
             Kernel::Combine => {
-                let part = rows * heads * u32_at(5);
-                vec![4, part * spec.head_dim as u64 * 4, part * 8, rows * q_dim * size]
+                let part = singles * heads * u32_at(6);
+                vec![4, 8 * singles, part * spec.head_dim as u64 * 4, part * 8, tokens * q_dim * size]
             }
             Kernel::PrefillAttention => {
                 let tiles = 8 * extent.tiles as u64;

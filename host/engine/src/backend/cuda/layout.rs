@@ -141,6 +141,8 @@ pub(crate) struct InputLayout {
     pub(crate) row_starts: u64,
     pub(crate) lens: u64,
     pub(crate) pick: u64,
+    /// Row and token of each row of one, in a step that has others.
+    pub(crate) singles: u64,
     pub(crate) tiles: u64,
     /// Of a step that follows another, where each row's token stands among those that the other one samples.
     pub(crate) follows: u64,
@@ -153,6 +155,10 @@ pub(crate) const N_TOKENS: u64 = 0;
 pub(crate) const N_ROWS: u64 = 4;
 pub(crate) const N_SAMPLED: u64 = 8;
 pub(crate) const N_TILES: u64 = 12;
+pub(crate) const N_SINGLES: u64 = 16;
+
+/// How many counts there are.
+pub(crate) const N_COUNTS: usize = 5;
 
 /// Runs into which k of a product with so many tiles is cut, for at most so many blocks; each run has some work.
 pub(crate) fn runs(blocks: u32, tiles: usize, k: usize) -> usize {
@@ -322,7 +328,7 @@ impl Sizes {
     /// The largest step.
     pub(crate) fn largest(&self) -> Extent {
         let EngineConfig { max_step_tokens: tokens, max_rows: rows, .. } = self.config;
-        Extent { rows, tokens, sampled: rows, tiles: tokens.div_ceil(self.tile_tokens()) + rows }
+        Extent { rows, tokens, sampled: rows, singles: rows, tiles: tokens.div_ceil(self.tile_tokens()) + rows }
     }
 
     /// Query heads per key head.
@@ -389,12 +395,12 @@ impl Sizes {
             1 => 0,
             splits => rows as u64 * splits,
         };
-        Buckets::up_to(self.config.max_rows).largest_first().map(rows_of).max().unwrap_or(0)
+        (1..=self.config.max_rows).map(rows_of).max().unwrap_or(0)
     }
 
     pub(crate) fn inputs(&self, extent: Extent) -> InputLayout {
-        let Extent { rows, tokens, sampled, tiles } = extent;
-        let mut next = 16;
+        let Extent { rows, tokens, sampled, singles, tiles } = extent;
+        let mut next = (4 * N_COUNTS as u64).next_multiple_of(16);
         let mut place = |words: usize| {
             let at = next;
             next += (4 * words as u64).next_multiple_of(16);
@@ -407,6 +413,7 @@ impl Sizes {
             row_starts: place(rows + 1),
             lens: place(rows),
             pick: place(sampled),
+            singles: place(if tiles > 0 { 2 * singles } else { 0 }),
             tiles: place(2 * tiles),
             follows: place(rows),
             tables: place(rows * self.max_blocks()),

@@ -12,7 +12,7 @@ use pointsman_sched::sampler::Edit;
 
 use super::device::Rows;
 use super::launch::Extent;
-use super::layout::{MAX_BANS, MAX_POLICY_BIASES, MAX_REQUEST_BIASES, RULES_BYTES, Sizes, TOP_BYTES};
+use super::layout::{MAX_BANS, MAX_POLICY_BIASES, MAX_REQUEST_BIASES, N_COUNTS, RULES_BYTES, Sizes, TOP_BYTES};
 
 /// Stands for no token, no mask, no log-probabilities.
 const NONE: u32 = u32::MAX;
@@ -27,7 +27,7 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
     let at = |bytes: u64| (bytes / 4) as usize;
     let (tokens, rows, blocks) = (plan.tokens.len(), plan.rows.len(), sizes.max_blocks());
     words[at(layout.tokens)..][..tokens].copy_from_slice(&plan.tokens);
-    let (mut sampled, mut tiles) = (0, 0);
+    let (mut sampled, mut singles, mut tiles) = (0, 0, 0);
     // A row may bring a longer table than its context needs.
     let table_of = |row| plan.blocks_of(row).get(..blocks).unwrap_or(plan.blocks_of(row));
     let width = plan.rows.iter().map(|row| table_of(row).len()).max().unwrap_or(0);
@@ -43,7 +43,10 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
             words[at(layout.pick) + sampled] = row.tokens.end - 1;
             sampled += 1;
         }
-        if extent.tiles > 0 {
+        if extent.tiles > 0 && len == 1 {
+            words[at(layout.singles) + 2 * singles..][..2].copy_from_slice(&[i as u32, start as u32]);
+            singles += 1;
+        } else if extent.tiles > 0 {
             for first in (0..len).step_by(sizes.tile_tokens()) {
                 words[at(layout.tiles) + 2 * tiles..][..2].copy_from_slice(&[i as u32, first as u32]);
                 tiles += 1;
@@ -55,18 +58,21 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
     }
     words[at(layout.row_starts) + rows] = tokens as u32;
     words[at(layout.follows)..][..plan.follows.len()].copy_from_slice(&plan.follows);
-    words[..4].copy_from_slice(&[tokens as u32, rows as u32, sampled as u32, tiles as u32]);
+    let counts = [tokens, rows, sampled, tiles, singles].map(|n| n as u32);
+    words[..N_COUNTS].copy_from_slice(&counts);
     (at(layout.tables), Rows { n: rows, words: width, pitch: blocks })
 }
 
 /// The extent of a step that is not captured: exactly what it has.
 pub(crate) fn extent_of(sizes: &Sizes, plan: &StepPlan) -> Extent {
+    let is_single = |row: &&Row| row.tokens.len() == 1;
     let tiles = |row: &Row| row.tokens.len().div_ceil(sizes.tile_tokens());
     Extent {
         rows: plan.rows.len(),
         tokens: plan.tokens.len(),
         sampled: plan.rows.iter().filter(|row| row.sample.is_some()).count(),
-        tiles: plan.rows.iter().map(tiles).sum(),
+        singles: plan.rows.iter().filter(is_single).count(),
+        tiles: plan.rows.iter().filter(|row| !is_single(row)).map(tiles).sum(),
     }
 }
 
@@ -367,15 +373,15 @@ mod tests {
     fn inputs_stand_where_the_kernels_look() {
         let (sizes, plan) = (sizes(), plan());
         let extent = extent_of(&sizes, &plan);
-        // 64 / 4 tokens a tile: 1, 2 and 1 tiles.
-        assert_eq!(extent, Extent { rows: 3, tokens: 23, sampled: 2, tiles: 4 });
+        // 64 / 4 tokens a tile: one token alone, 2 tiles and 1.
+        assert_eq!(extent, Extent { rows: 3, tokens: 23, sampled: 2, singles: 1, tiles: 3 });
         let layout = sizes.inputs(extent);
         let mut words = vec![u32::MAX; layout.bytes as usize / 4];
         let tables = layout.tables as usize / 4;
         let rows = Rows { n: 3, words: 2, pitch: (words.len() - tables) / 3 };
         assert_eq!(write_inputs(&sizes, extent, &plan, &mut words), (tables, rows));
         let at = |bytes: u64, n: usize| &words[bytes as usize / 4..][..n];
-        assert_eq!(&words[..4], [23, 3, 2, 4]);
+        assert_eq!(&words[..5], [23, 3, 2, 3, 1]);
         assert_eq!(at(layout.tokens, 3), [10, 10, 11]);
         assert_eq!(at(layout.positions, 3), [17, 0, 1]);
         assert_eq!(&at(layout.positions, 23)[20..], [19, 30, 31]);
@@ -383,7 +389,8 @@ mod tests {
         assert_eq!(at(layout.row_starts, 4), [0, 1, 21, 23]);
         assert_eq!(at(layout.lens, 3), [18, 20, 32]);
         assert_eq!(at(layout.pick, 2), [0, 20]);
-        assert_eq!(at(layout.tiles, 8), [0, 0, 1, 0, 1, 16, 2, 0]);
+        assert_eq!(at(layout.singles, 2), [0, 0]);
+        assert_eq!(at(layout.tiles, 6), [1, 0, 1, 16, 2, 0]);
         assert_eq!(at(layout.tables, 6), [3, 8, 1, 2, 4, 5], "side by side, as wide as the longest");
     }
 

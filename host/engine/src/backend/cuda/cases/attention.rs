@@ -125,29 +125,52 @@ impl Batch {
         )
     }
 
+    /// Row and token of each row of one token.
+    fn singles(&self) -> Vec<[u32; 2]> {
+        let mut token = 0;
+        let mut singles = Vec::new();
+        for (row, [_, computed]) in self.rows.iter().enumerate() {
+            if *computed == 1 {
+                singles.push([row as u32, token]);
+            }
+            token += *computed as u32;
+        }
+        singles
+    }
+
+    /// Of the rows of one token, which are listed where there are others.
     fn decode(&self, splits: usize) -> Case {
-        let (element, live, group) = (self.element, self.rows.len(), self.heads / self.kv_heads);
+        let (element, group, width) = (self.element, self.heads / self.kv_heads, self.heads * self.d);
         let together = if element == Element::F32 { 4 } else { 8 };
-        let padded = live + 1;
-        let (n_out, n_part) = (padded * self.heads * self.d, padded * self.heads * splits);
+        let singles = self.singles();
+        let n_tokens: usize = self.rows.iter().map(|row| row[1]).sum();
+        let (live, padded) = (singles.len(), singles.len() + 1);
+        let n_part = padded * self.heads * splits;
         let grid = [self.kv_heads * group.div_ceil(together), padded, splits];
-        let call = Call::typed(&format!("decode_attention_d{}", self.d), element, grid, 128)
-            .count(live)
+        let call = Call::typed(&format!("decode_attention_d{}", self.d), element, grid, 128).count(live);
+        let call = if live == self.rows.len() { call.null() } else { call.words(singles.as_flattened()) };
+        let call = call
             .input(element, &self.qkv)
             .input(element, &self.pages)
             .u64(2 * self.kv_heads * self.block_tokens * self.d)
             .words(&self.tables)
             .u32(self.max_blocks)
             .words(&self.lens())
-            .poisoned(n_out * element.bytes());
+            .poisoned((n_tokens + 1) * width * element.bytes());
         let call =
             if splits == 1 { call.null().null() } else { call.poisoned(n_part * self.d * 4).poisoned(n_part * 8) };
         let call = call.u32(self.heads).u32(self.kv_heads).u32(self.block_tokens).u32(self.window);
         let call = call.f32(1.0 / (self.d as f64).sqrt()).f32(self.cap);
         let what = format!("{} in {splits}", self.what("decode_attention"));
-        let expect = self.expect();
+        let tokens: Vec<usize> = singles.iter().map(|single| single[1] as usize).collect();
+        let all = self.expect();
+        let expect: Vec<f64> = tokens.iter().flat_map(|token| &all[token * width..][..width]).copied().collect();
         if splits == 1 {
-            return Case { what, call, check: close(element, element.tolerance(), expect) };
+            let check: Check = Box::new(move |outs| {
+                let found = picked(&outs[0], width * element.bytes(), &tokens);
+                is_close(element, element.tolerance(), &expect, &found)
+            });
+            return Case { what, call, check };
         }
         let (d, heads) = (self.d, live * self.heads);
         let check: Check = Box::new(move |outs| {
@@ -204,6 +227,12 @@ impl Batch {
     }
 }
 
+/// Those pieces of so many bytes that are asked for, and then all others.
+fn picked(bytes: &[u8], size: usize, which: &[usize]) -> Vec<u8> {
+    let others = (0..bytes.len() / size).filter(|i| !which.contains(i));
+    which.iter().copied().chain(others).flat_map(|i| &bytes[i * size..][..size]).copied().collect()
+}
+
 /// The splits' sums put together, for every head.
 fn join(part: &[f64], stat: &[f64], splits: usize, d: usize) -> Vec<f64> {
     let head = |(part, stat): (&[f64], &[f64])| {
@@ -217,7 +246,8 @@ fn join(part: &[f64], stat: &[f64], splits: usize, d: usize) -> Vec<f64> {
     part.chunks(splits * d).zip(stat.chunks(splits * 2)).flat_map(head).collect()
 }
 
-fn combine(element: Element, d: usize, splits: usize, rng: &mut Rng) -> Case {
+/// Of two rows, of which each token is its row's, or the second comes later.
+fn combine(element: Element, d: usize, splits: usize, tokens: Option<[usize; 2]>, rng: &mut Rng) -> Case {
     let (heads, live, rows) = (3, 2, 3);
     // The last split of each head saw nothing, and wrote no part.
     let mut part = Element::F32.random(rng, live * heads * splits * d);
@@ -225,15 +255,23 @@ fn combine(element: Element, d: usize, splits: usize, rng: &mut Rng) -> Case {
     let stat = |i: usize| if i % splits == splits - 1 { [-1e30, 0.0] } else { [(i % 5) as f64, 1.0 + i as f64] };
     let stat: Vec<f64> = (0..live * heads * splits).flat_map(stat).collect();
     let expect = join(&part, &stat, splits, d);
-    let call = Call::typed(&format!("combine_d{d}"), element, [heads, rows, 1], d as u32)
-        .count(live)
+    let call = Call::typed(&format!("combine_d{d}"), element, [heads, rows, 1], d as u32).count(live);
+    let call = match tokens {
+        Some([first, second]) => call.words(&[4, first as u32, 7, second as u32]),
+        None => call.null(),
+    };
+    let call = call
         .input(Element::F32, &part)
         .input(Element::F32, &stat)
-        .poisoned(rows * heads * d * element.bytes())
+        .poisoned(2 * rows * heads * d * element.bytes())
         .u32(heads)
         .u32(splits);
-    let what = format!("combine {} d {d} of {splits}", element);
-    Case { what, call, check: close(element, element.tolerance(), expect) }
+    let what = format!("combine {element} d {d} of {splits} for {tokens:?}");
+    let check: Check = Box::new(move |outs| {
+        let found = picked(&outs[0], heads * d * element.bytes(), &tokens.unwrap_or([0, 1]));
+        is_close(element, element.tolerance(), &expect, &found)
+    });
+    Case { what, call, check }
 }
 
 fn shape(heads: usize, kv_heads: usize, d: usize, block_tokens: usize, window: usize) -> Shape {
@@ -265,11 +303,15 @@ pub fn cases(element: Element) -> Vec<Case> {
     ] {
         cases.push(Batch::random(element, shape, &lens, &mut rng).decode(splits));
     }
-    cases.push(combine(element, 64, 2, &mut rng));
-    cases.push(combine(element, 64, 4, &mut rng));
-    cases.push(combine(element, 128, 7, &mut rng));
-    cases.push(combine(element, 96, 3, &mut rng));
-    cases.push(combine(element, 256, 2, &mut rng));
+    let beside = [[40, 20], [50, 1], [16, 16], [100, 1], [1, 1]];
+    for (shape, splits) in [(shape(5, 1, 64, 16, 0), 1), (shape(4, 2, 128, 16, 20), 3)] {
+        cases.push(Batch::random(element, shape, &beside, &mut rng).decode(splits));
+    }
+    for (d, splits, tokens) in
+        [(64, 2, None), (64, 4, Some([1, 4])), (128, 7, None), (96, 3, Some([3, 5])), (256, 2, Some([0, 2]))]
+    {
+        cases.push(combine(element, d, splits, tokens, &mut rng));
+    }
     for (shape, rows) in [
         (shape(4, 2, 64, 16, 0), &[[1, 1], [70, 70], [33, 1], [50, 17]][..]),
         (shape(4, 1, 128, 16, 0), &[[40, 23]]),

@@ -9,6 +9,7 @@ static const float NO_SCORE = -1e30f, LOG2_E = 1.44269504f;
 
 struct Decode {
     const u32 *n;
+    const u32 *singles;
     const T *qkv;
     Pages pages;
     const u32 *lens;
@@ -34,25 +35,39 @@ DEVICE Span span_of(const Decode &a, u32 len) {
     return span;
 }
 
-// A block's row and heads: `count` query heads from `first`, which share a key head.
-struct Cluster {
-    u32 row, kv_head, first, count;
+// A row of one token, and its token.
+struct Single {
+    u32 row, token;
 };
 
-// Where the result of one of its heads belongs among all.
-DEVICE u64 head_at(const Decode &a, const Cluster &c, u32 head) { return (u64)c.row * a.heads + c.first + head; }
+// The `i`-th of them; without a list, each token is its row's.
+DEVICE Single single_of(const u32 *singles, u32 i) {
+    Single s = {singles ? singles[2 * i] : i, singles ? singles[2 * i + 1] : i};
+    return s;
+}
+
+// A block's row and heads: `count` query heads from `first`, which share a key head.
+struct Cluster {
+    Single single;
+    u32 kv_head, first, count;
+};
 
 DEVICE const T *query_of(const Decode &a, const Cluster &c, u32 head, u32 d) {
-    return a.qkv + ((u64)c.row * (a.heads + 2 * a.pages.kv_heads) + c.first + head) * d;
+    return a.qkv + ((u64)c.single.token * (a.heads + 2 * a.pages.kv_heads) + c.first + head) * d;
+}
+
+// Which of the splits' results is that of one of its heads.
+DEVICE u64 split_of(const Decode &a, const Cluster &c, u32 head) {
+    return ((u64)blockIdx.y * a.heads + c.first + head) * gridDim.z + blockIdx.z;
 }
 
 // Element `i` of a head of `d`: `out` is the sum of values by their weights, which are relative to 2^top, and `sum` that of the weights.
-DEVICE void write_element(const Decode &a, u64 head, u32 d, u32 i, float top, float sum, float out) {
+DEVICE void write_element(const Decode &a, const Cluster &c, u32 head, u32 d, u32 i, float top, float sum, float out) {
     if (gridDim.z == 1) {
-        a.out[head * d + i] = to_element(out / sum);
+        a.out[((u64)c.single.token * a.heads + c.first + head) * d + i] = to_element(out / sum);
         return;
     }
-    u64 split = head * gridDim.z + blockIdx.z;
+    u64 split = split_of(a, c, head);
     a.part[split * d + i] = out;
     if (i == 0) {
         a.stat[split * 2] = top;
@@ -105,10 +120,10 @@ template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span
     u32 warp = threadIdx.x / 32;
     if (warp >= c.count) return;
     Plain<D> head;
-    head.see(a, c.row, c.kv_head, query_of(a, c, warp, D), span);
+    head.see(a, c.single.row, c.kv_head, query_of(a, c, warp, D), span);
 #pragma unroll
     for (u32 j = 0; j < D / 32; j++)
-        write_element(a, head_at(a, c, warp), D, j * 32 + threadIdx.x % 32, head.top, head.sum, head.out[j]);
+        write_element(a, c, warp, D, j * 32 + threadIdx.x % 32, head.top, head.sum, head.out[j]);
 }
 
 #else
@@ -154,7 +169,7 @@ template <u32 D> struct Eight {
     METHOD void see(const Decode &a, const Cluster &c, u32 base, Span span) {
         u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         u32 low = most(span.begin, base) - base, high = least(span.end - base, 16) - 1;
-        const T *page = key_at(a.pages, c.row, c.kv_head, base), *value_page = page + value_offset(a.pages);
+        const T *page = key_at(a.pages, c.single.row, c.kv_head, base), *value_page = page + value_offset(a.pages);
         // Past either end of the span lies what nobody wrote: its nearest position instead.
         uint4 keys[2][D / 32];
 #pragma unroll
@@ -283,7 +298,7 @@ template <u32 D> DEVICE void write_heads(const Decode &a, const Cluster &c, Eigh
             sum += sums[from * HEADS + head] * weight;
             out += outs[(from * HEADS + head) * D + i] * weight;
         }
-        write_element(a, head_at(a, c, head), D, i, highest, sum, out);
+        write_element(a, c, head, D, i, highest, sum, out);
     }
 }
 
@@ -299,18 +314,19 @@ template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span
 
 template <u32 D> DEVICE void decode_attention(const Decode &a) {
     let_next_start();
-    u32 row = blockIdx.y;
-    bool is_live = row < *a.n;
-    Span span = span_of(a, is_live ? a.lens[row] : 0);
+    bool is_live = blockIdx.y < *a.n;
+    Single single = {0, 0};
+    if (is_live) single = single_of(a.singles, blockIdx.y);
+    Span span = span_of(a, is_live ? a.lens[single.row] : 0);
     wait_for_previous();
     if (!is_live) return;
     u32 group = a.heads / a.pages.kv_heads, per_key = ceil_div(group, HEADS);
     u32 kv_head = blockIdx.x / per_key, first = kv_head * group + blockIdx.x % per_key * HEADS;
-    Cluster c = {row, kv_head, first, least(HEADS, (kv_head + 1) * group - first)};
+    Cluster c = {single, kv_head, first, least(HEADS, (kv_head + 1) * group - first)};
     if (gridDim.z > 1 && span.begin >= span.end) {
         // Nothing to see: `combine` reads no `part` of it.
         if (threadIdx.x < c.count) {
-            u64 split = head_at(a, c, threadIdx.x) * gridDim.z + blockIdx.z;
+            u64 split = split_of(a, c, threadIdx.x);
             a.stat[split * 2] = NO_SCORE;
             a.stat[split * 2 + 1] = 0.0f;
         }
@@ -320,11 +336,11 @@ template <u32 D> DEVICE void decode_attention(const Decode &a) {
 }
 
 #define DECODE(name, width, per_sm)                                                                                               \
-    ENTRY(name, 128, per_sm, (const u32 *n, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables, u32 max_blocks,        \
-            const u32 *lens, T *out, float *part, float *stat, u32 heads, u32 kv_heads, u32 block_tokens, u32 window,             \
-            float scale, float cap)) {                                                                                            \
-        Decode a = {n, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, lens, out, part, stat,    \
-                    heads, window, scale, cap * LOG2_E};                                                                          \
+    ENTRY(name, 128, per_sm, (const u32 *n, const u32 *singles, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables,    \
+            u32 max_blocks, const u32 *lens, T *out, float *part, float *stat, u32 heads, u32 kv_heads, u32 block_tokens,         \
+            u32 window, float scale, float cap)) {                                                                                \
+        Decode a = {n, singles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, lens, out, part, \
+                    stat, heads, window, scale, cap * LOG2_E};                                                                    \
         decode_attention<width>(a);                                                                                               \
     }
 
@@ -335,9 +351,11 @@ DECODE(decode_attention_d128, 128, 3)
 DECODE(decode_attention_d256, 256, 2)
 
 // A thread per element of a head.
-template <u32 D> DEVICE void combine(const u32 *n, const float *part, const float *stat, T *out, u32 heads, u32 splits) {
+template <u32 D>
+DEVICE void combine(const u32 *n, const u32 *singles, const float *part, const float *stat, T *out, u32 heads, u32 splits) {
     let_next_start();
     bool is_live = blockIdx.y < *n;
+    u32 token = is_live ? single_of(singles, blockIdx.y).token : 0;
     wait_for_previous();
     if (!is_live) return;
     u64 head = (u64)blockIdx.y * heads + blockIdx.x;
@@ -352,12 +370,13 @@ template <u32 D> DEVICE void combine(const u32 *n, const float *part, const floa
         // A split that saw nothing wrote no part.
         total += own > 0.0f ? part[split * D + threadIdx.x] * weight : 0.0f;
     }
-    out[head * D + threadIdx.x] = to_element(total / sum);
+    out[((u64)token * heads + blockIdx.x) * D + threadIdx.x] = to_element(total / sum);
 }
 
 #define COMBINE(name, width)                                                                                                      \
-    ENTRY(name, width, 4, (const u32 *n, const float *part, const float *stat, T *out, u32 heads, u32 splits)) {                  \
-        combine<width>(n, part, stat, out, heads, splits);                                                                        \
+    ENTRY(name, width, 4, (const u32 *n, const u32 *singles, const float *part, const float *stat, T *out, u32 heads,             \
+            u32 splits)) {                                                                                                        \
+        combine<width>(n, singles, part, stat, out, heads, splits);                                                               \
     }
 
 COMBINE(combine_d32, 32)
