@@ -81,14 +81,19 @@ template <u32 D> DEVICE T *kv_chunk(T *run, u32 position, u32 column) {
     return run + position * Pitch<D>::OF + ((column & ~(TURNED - 1)) | ((column ^ turn) & (TURNED - 1))) * 8;
 }
 
-// Starts to copy the keys and values of positions `base .. base + 32`; those at `end` or later become zeros.
-template <u32 D> DEVICE void fetch_run(const Prefill &a, const Tile &t, T *keys, u32 base, u32 end) {
+// Starts to copy the keys and values of positions `base .. base + 32`; those outside of the span become zeros. Sixteen positions from a
+// multiple of that lie in one page.
+template <u32 D> DEVICE void fetch_run(const Prefill &a, const Tile &t, T *keys, u32 base, Span span) {
     u64 to_value = value_offset(a.pages);
+    const T *halves[2];
 #pragma unroll
+    for (u32 h = 0; h < 2; h++) halves[h] = key_at(a.pages, t.row, blockIdx.y, least(base + 16 * h, (span.end - 1) / 16 * 16));
+    // All addresses of the widest heads at once would not fit the registers.
+#pragma unroll(4)
     for (u32 j = 0; j < D / 32; j++) {
         u32 i = threadIdx.x % 128 + 128 * j, position = i / (D / 8), column = i % (D / 8);
-        bool live = base + position < end;
-        const T *key = key_at(a.pages, t.row, blockIdx.y, least(base + position, end - 1)) + column * 8;
+        bool live = base + position >= span.begin && base + position < span.end;
+        const T *key = (position < 16 ? halves[0] : halves[1]) + position % 16 * D + column * 8;
         copy_async(kv_chunk<D>(keys, position, column), key, live);
         copy_async(kv_chunk<D>(keys + 32 * Pitch<D>::OF, position, column), key + to_value, live);
     }
@@ -236,16 +241,17 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
     if (blockIdx.x >= *a.n) return;
     Tile t = tile_of(a);
     if (t.tokens == 0) return;
-    u32 begin = lowest_seen(a, t), end = t.position0 + t.tokens, slot = 0;
-    fetch_run<D>(a, t, shared, begin, end);
+    Span span = {lowest_seen(a, t), t.position0 + t.tokens};
+    u32 begin = span.begin / 16 * 16, slot = 0;
+    fetch_run<D>(a, t, shared, begin, span);
     commit_copies();
     Pairs<D> pairs;
     pairs.begin(a, t);
-    for (u32 base = begin; base < end; base += 32, slot ^= 1) {
+    for (u32 base = begin; base < span.end; base += 32, slot ^= 1) {
         await_copies<0>();
         // Also: nobody reads the other slot any more.
         __syncthreads();
-        if (base + 32 < end) fetch_run<D>(a, t, shared + (slot ^ 1) * RUN, base + 32, end);
+        if (base + 32 < span.end) fetch_run<D>(a, t, shared + (slot ^ 1) * RUN, base + 32, span);
         commit_copies();
         T *keys = shared + slot * RUN;
         float scores[4][4] = {};
