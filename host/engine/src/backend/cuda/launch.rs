@@ -140,7 +140,7 @@ impl Kernel {
         Self::Gated,
     ];
 
-    /// Whether there is one for this form: tensor cores have no plain `f32`, and give 8-bit weights a product of three rows.
+    /// Whether there is one for this form: tensor cores have no plain `f32`, and 8-bit weights take `gemm_m8` from three rows on.
     pub(crate) fn exists(self, form: Form) -> bool {
         let is_quantised = form.suffix().is_some();
         match self {
@@ -187,7 +187,7 @@ impl Kernel {
     pub(super) fn grid(self, form: Form, n_sms: u32, [rows, k, n]: [usize; 3]) -> ([usize; 3], u32, u32) {
         let (columns, at_once, block, shared) = self.block(rows, form);
         let (in_x, in_y) = (n.div_ceil(columns), rows.div_ceil(at_once));
-        // Two blocks of the smaller tiles are on a multiprocessor at once, and one of the larger.
+        // Two blocks of the smaller tiles are on a multiprocessor at once at least, and one of the larger.
         let wanted = if self == Self::Gemm64 { 2 * n_sms } else { n_sms };
         let runs = if self.may_be_cut() { runs(wanted, in_x * in_y, k) } else { 1 };
         ([in_x, in_y, runs], block, shared)
@@ -938,10 +938,13 @@ mod tests {
         let plain = Element::ALL.map(sizes);
         let by_library = |sizes: Sizes| Sizes { choices: GemmChoices::of_all(2_048), ..sizes };
         let more = [sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8)), gemma()];
-        let more = more.into_iter().chain([by_library(sizes(Element::Bf16)), by_library(gemma())]);
+        let smaller = Sizes { n_sms: 114, ..sizes(Element::Bf16) };
+        let more = more.into_iter().chain([by_library(sizes(Element::Bf16)), by_library(gemma()), smaller]);
         for sizes in plain.into_iter().chain(more) {
             let pieces = sizes.pieces();
-            let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain([mixed(3, 700), sizes.largest()]);
+            // With 28 rows of one token, a device of 114 multiprocessors has more parts than with any bucket's number.
+            let beside = [mixed(3, 700), mixed(29, 700), sizes.largest()];
+            let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain(beside);
             for extent in extents {
                 let plan = launched(&sizes, extent);
                 for launch in &plan.launches {

@@ -267,7 +267,7 @@ impl Sizes {
         let piece = |buffer, bytes: u64| Piece::plain(buffer, Owner::Workspace, bytes);
         let typed = |buffer, n: usize| piece(buffer, (n * size) as u64);
         let split_rows = self.most_split_rows();
-        // One block of the larger tiles is on a multiprocessor at once, or two of half the size.
+        // For one block of the larger tiles on each multiprocessor, or two of half the size.
         let run_tiles = if self.form.element == Element::F32 { 0 } else { self.n_sms.into() };
         let library = [
             typed(Buffer::GateUp, tokens.min(MOST_GATED_ROWS) * 2 * spec.ffn),

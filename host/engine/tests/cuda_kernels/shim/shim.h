@@ -189,6 +189,11 @@ static inline uint4 load_once(const void *from) {
     return *(const uint4 *)from;
 }
 
+static inline unsigned long long load_once_8(const void *from) {
+    if ((uintptr_t)from % 8 != 0) shim::fail("an 8-byte access is not aligned", "", 0);
+    return *(const unsigned long long *)from;
+}
+
 static inline uint4 load_announced(const void *from) { return load_once(from); }
 
 // Blocks run one after another: whoever comes sees what those before it have written. A warp's lanes come together.

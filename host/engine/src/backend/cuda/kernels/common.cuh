@@ -57,7 +57,14 @@ DEVICE uint4 load_once(const void *from) {
     return v;
 }
 
-// The same of what another block of this kernel has written and announced: not from this multiprocessor's own cache.
+// Eight bytes likewise.
+DEVICE u64 load_once_8(const void *from) {
+    u64 v;
+    asm volatile("ld.global.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+    return v;
+}
+
+// 16 bytes of what another block of this kernel has written and announced: not from this multiprocessor's own cache.
 DEVICE uint4 load_announced(const void *from) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -2,8 +2,9 @@
 //
 // A block serves up to HEADS query heads of one key head, so that each key and value is read once. For 16-bit types the matrix units
 // compute eight heads at once: a warp takes sixteen positions at a time, from memory into registers and from there into the units, and
-// has all of their keys and values under way before it uses the first. The f32 unit is there for exact checks against the CPU, so its
-// attention is a plain one, a warp per head. Scores are in units of log 2, so that exponentials are single instructions.
+// has their keys and values under way before it uses the first, as far as registers suffice. The f32 unit is there for exact checks
+// against the CPU, so its attention is a plain one, a warp per head, here and in prefill.cu. Scores are in units of log 2, so that
+// exponentials are single instructions.
 
 static const float NO_SCORE = -1e30f, LOG2_E = 1.44269504f;
 
@@ -54,6 +55,14 @@ struct Cluster {
 
 DEVICE const T *query_of(const Decode &a, const Cluster &c, u32 head, u32 d) {
     return a.qkv + ((u64)c.single.token * (a.heads + 2 * a.pages.kv_heads) + c.first + head) * d;
+}
+
+// The first of the sixteen positions that a warp begins with: the warps take turns.
+DEVICE u32 first_of(Span span) { return (span.begin / 16 + threadIdx.x / 32) * 16; }
+
+// Where the key of position `base` is; past the span, some key.
+DEVICE const T *run_at(const Decode &a, const Cluster &c, u32 base, Span span) {
+    return key_at(a.pages, c.single.row, c.kv_head, base < span.end ? base : 0);
 }
 
 // Which of the splits' results is that of one of its heads.
@@ -116,7 +125,7 @@ template <u32 D> struct Plain {
     }
 };
 
-template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span) {
+template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span, const T *) {
     u32 warp = threadIdx.x / 32;
     if (warp >= c.count) return;
     Plain<D> head;
@@ -130,13 +139,13 @@ template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span
 
 static const u32 HEADS = 8;
 
-// 2 * N elements that a kernel of this step may have written.
+// 2 * N elements.
 template <u32 N> DEVICE void load_words(u32 (&to)[N], const T *from) {
     if constexpr (N == 4) {
         uint4 v = load_once(from);
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     } else {
-        u64 v = *(const u64 *)from;
+        u64 v = load_once_8(from);
         to[0] = (u32)v, to[1] = (u32)(v >> 32);
     }
 }
@@ -165,11 +174,11 @@ template <u32 D> struct Eight {
         for (u32 m = 0; m < D / 16; m++) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.0f;
     }
 
-    // Sixteen positions from `base`, which lie in one page, as far as they are of the span.
-    METHOD void see(const Decode &a, const Cluster &c, u32 base, Span span) {
+    // Sixteen positions from `base`, which lie in one page, as far as they are of the span; `page` is where the key of the first is.
+    METHOD void see(const Decode &a, u32 base, Span span, const T *page) {
         u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         u32 low = most(span.begin, base) - base, high = least(span.end - base, 16) - 1;
-        const T *page = key_at(a.pages, c.single.row, c.kv_head, base), *value_page = page + value_offset(a.pages);
+        const T *value_page = page + value_offset(a.pages);
         // Past either end of the span lies what nobody wrote: its nearest position instead.
         uint4 keys[2][D / 32];
 #pragma unroll
@@ -270,9 +279,11 @@ template <u32 D> struct Eight {
 
 // Joins the warps' sums and writes the heads.
 template <u32 D> DEVICE void write_heads(const Decode &a, const Cluster &c, Eight<D> &state) {
+    // Against bank conflicts.
+    const u32 PITCH = D + 1;
     SHARED(float, tops, 4 * HEADS);
     SHARED(float, sums, 4 * HEADS);
-    SHARED(float, outs, 4 * HEADS * D);
+    SHARED(float, outs, 4 * HEADS * (D + 1));
     u32 warp = threadIdx.x / 32, t = threadIdx.x % 4;
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
@@ -286,7 +297,7 @@ template <u32 D> DEVICE void write_heads(const Decode &a, const Cluster &c, Eigh
 #pragma unroll
     for (u32 m = 0; m < D / 16; m++)
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) outs[(warp * HEADS + 2 * t + i % 2) * D + Eight<D>::element(m, i)] = state.out[m][i];
+        for (u32 i = 0; i < 4; i++) outs[(warp * HEADS + 2 * t + i % 2) * PITCH + Eight<D>::element(m, i)] = state.out[m][i];
     __syncthreads();
     for (u32 at = threadIdx.x; at < c.count * D; at += 128) {
         u32 head = at / D, i = at % D;
@@ -296,17 +307,21 @@ template <u32 D> DEVICE void write_heads(const Decode &a, const Cluster &c, Eigh
         for (u32 from = 0; from < 4; from++) {
             float weight = power_of_two(tops[from * HEADS + head] - highest);
             sum += sums[from * HEADS + head] * weight;
-            out += outs[(from * HEADS + head) * D + i] * weight;
+            out += outs[(from * HEADS + head) * PITCH + i] * weight;
         }
         write_element(a, c, head, D, i, highest, sum, out);
     }
 }
 
-template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span) {
+template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span, const T *page) {
     Eight<D> state;
     state.begin(a, c);
-    // The warps take turns.
-    for (u32 base = (span.begin / 16 + threadIdx.x / 32) * 16; base < span.end; base += 64) state.see(a, c, base, span);
+    for (u32 base = first_of(span); base < span.end; base += 64) {
+        // Looked up while this one's keys are under way.
+        const T *next = run_at(a, c, base + 64, span);
+        state.see(a, base, span, page);
+        page = next;
+    }
     write_heads<D>(a, c, state);
 }
 
@@ -318,11 +333,13 @@ template <u32 D> DEVICE void decode_attention(const Decode &a) {
     Single single = {0, 0};
     if (is_live) single = single_of(a.singles, blockIdx.y);
     Span span = span_of(a, is_live ? a.lens[single.row] : 0);
-    wait_for_previous();
-    if (!is_live) return;
     u32 group = a.heads / a.pages.kv_heads, per_key = ceil_div(group, HEADS);
     u32 kv_head = blockIdx.x / per_key, first = kv_head * group + blockIdx.x % per_key * HEADS;
     Cluster c = {single, kv_head, first, least(HEADS, (kv_head + 1) * group - first)};
+    // What is known without the kernel before, and to the first page's place that is much, is found out while it runs.
+    const T *page = run_at(a, c, first_of(span), span);
+    wait_for_previous();
+    if (!is_live) return;
     if (gridDim.z > 1 && span.begin >= span.end) {
         // Nothing to see: `combine` reads no `part` of it.
         if (threadIdx.x < c.count) {
@@ -332,7 +349,7 @@ template <u32 D> DEVICE void decode_attention(const Decode &a) {
         }
         return;
     }
-    attend<D>(a, c, span);
+    attend<D>(a, c, span, page);
 }
 
 #define DECODE(name, width, per_sm)                                                                                               \

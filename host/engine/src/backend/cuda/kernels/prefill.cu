@@ -1,7 +1,8 @@
 // Attention of chunks of many tokens over the pages of their rows, causal; a chunk may have one token.
 //
 // A tile is up to 64 (token, query head) pairs that share one key head, so a key is read once for the heads of a group and for the
-// tokens of a tile. Keys and values come in runs of 32 positions. Scores are in units of log 2.
+// tokens of a tile. Keys and values come in runs of 32 positions. Scores are in units of log 2. The plain attention of the f32 unit is
+// decode.cu's.
 
 struct Prefill {
     const u32 *n;
@@ -281,7 +282,7 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
             u32 max_blocks, const u32 *row_starts, const u32 *lens, T *out, u32 heads, u32 kv_heads, u32 block_tokens,            \
             u32 window, float scale, float cap)) {                                                                                \
         Prefill a = {n, tiles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, row_starts, lens, \
-                     out, heads, window, scale, cap * LOG2_E};                                                               \
+                     out, heads, window, scale, cap * LOG2_E};                                                                    \
         attend(width);                                                                                                            \
     }
 
