@@ -39,6 +39,7 @@ mod streams;
 pub mod text;
 mod tls;
 mod trace;
+mod unread;
 pub mod upstream;
 mod usage;
 

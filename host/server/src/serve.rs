@@ -32,7 +32,7 @@ use crate::places::{Connection, Counted, NoPlace, Places};
 use crate::state::ServerState;
 use crate::streams;
 use crate::tls::{Chosen, Tls, Unshaken};
-use crate::{admin_router, batch, data_router};
+use crate::{admin_router, batch, data_router, unread};
 
 /// How long to wait after `accept` failed, as it does when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -142,6 +142,7 @@ pub(crate) struct Bounds {
     header_timeout: Duration,
     write_timeout: Duration,
     max_header_bytes: usize,
+    unread: unread::Limits,
     metrics: Arc<Metrics>,
 }
 
@@ -152,6 +153,7 @@ impl Bounds {
             header_timeout: Duration::from_millis(config.header_timeout_ms),
             write_timeout: Duration::from_millis(config.write_timeout_ms),
             max_header_bytes: config.max_header_bytes,
+            unread: unread::Limits::of(config),
             metrics: Arc::clone(metrics),
         }
     }
@@ -221,7 +223,7 @@ struct Accepted {
 fn connection(
     Accepted { stream, from, tls, connected }: Accepted,
     router: Router,
-    Bounds { header_timeout, write_timeout, max_header_bytes, metrics, .. }: Bounds,
+    Bounds { header_timeout, write_timeout, max_header_bytes, unread, metrics, .. }: Bounds,
     mut phase: watch::Receiver<Phase>,
 ) -> impl Future<Output = ()> + use<> {
     // Tokens are small writes that must not wait for an acknowledgement.
@@ -244,9 +246,9 @@ fn connection(
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(max_header_bytes);
     builder.keep_alive(!connected.is_spare());
     async move {
-        let service = router.map_request(move |mut request: Request<Incoming>| {
+        let service = router.map_request(move |mut request: Request<Body>| {
             request.extensions_mut().insert(Peer(from));
-            request.map(axum::body::Body::new)
+            request
         });
         let service = TowerToHyperService::new(service);
         let Some(tls) = tls else {
@@ -258,7 +260,10 @@ fn connection(
             let stream = TokioIo::new(timed(stream));
             return match is_http2 {
                 true => streams::serve(stream, service, terms, phase).await,
-                false => until_told(builder.serve_connection(stream, counted(service, connected)), phase).await,
+                false => {
+                    let service = counted(service, connected, unread);
+                    until_told(builder.serve_connection(stream, service), phase).await;
+                }
             };
         };
         let shaken = tokio::select! {
@@ -268,7 +273,7 @@ fn connection(
         match shaken.unwrap_or(Err(Unshaken::Slow)) {
             Ok((stream, Chosen::Http2)) => streams::serve(TokioIo::new(stream), service, terms, phase).await,
             Ok((stream, Chosen::Http1)) => {
-                let service = counted(service, connected);
+                let service = counted(service, connected, unread);
                 until_told(builder.serve_connection(TokioIo::new(stream), service), phase).await;
             }
             Err(error) => {
@@ -283,9 +288,10 @@ fn connection(
 fn counted<S>(
     service: S,
     connection: Arc<Connection>,
+    unread: unread::Limits,
 ) -> impl Service<Request<Incoming>, Response = Response<Counted>, Error = Infallible, Future: Send> + Send
 where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Send,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Send,
     S::Future: Send,
 {
     service_fn(move |mut request: Request<Incoming>| {
@@ -293,8 +299,13 @@ where
         if under_way.is_none() {
             request.extensions_mut().insert(NoPlace);
         }
-        let answer = service.call(request);
-        async move { answer.await.map(|response| response.map(|body| Counted::new(body, under_way))) }
+        let (request, rest) = unread::lend(request);
+        let answer = service.call(request.map(Body::new));
+        async move {
+            let response = answer.await?;
+            rest.discard(response.status(), unread).await;
+            Ok(response.map(|body| Counted::new(body, under_way)))
+        }
     })
 }
 

@@ -136,7 +136,7 @@ struct Runner {
 pub(crate) async fn serve<I, S>(io: I, service: S, terms: Terms, phase: watch::Receiver<Phase>)
 where
     I: Read + Write + Unpin + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Send + 'static,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Send + 'static,
     S::Future: Send + 'static,
 {
     let (n_open, open) = watch::channel(0);
@@ -148,7 +148,7 @@ where
             tracing::debug!("a request of an open connection finds no place");
             request.extensions_mut().insert(NoPlace);
         }
-        let answer = service.call(request);
+        let answer = service.call(request.map(Body::new));
         async move { answer.await.map(|response| response.map(|body| Answer::new(body, stream))) }
     });
     let mut builder = http2::Builder::new(Runner { write_timeout: terms.write_timeout });

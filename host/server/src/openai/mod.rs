@@ -31,12 +31,11 @@ pub(crate) mod tools;
 
 use std::sync::Arc;
 
-use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Collected, LengthLimitError, Limited};
 use serde::Serialize;
 
 pub(crate) use self::chat::chat;
@@ -109,33 +108,18 @@ pub(crate) async fn read_body(
     limit: usize,
 ) -> Result<Bytes, ApiError> {
     let announced = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    let mut body = request.into_body();
+    if announced.is_some_and(|n| n > limit as u64) {
+        return Err(ApiError::TooLarge { limit });
+    }
     let read = async {
-        let announced_too_large = announced.is_some_and(|n| n > limit as u64);
-        if !announced_too_large {
-            match Limited::new(&mut body, limit).collect().await {
-                Ok(collected) => return Ok(collected.to_bytes()),
-                Err(error) if error.is::<LengthLimitError>() => {}
-                Err(_) => return Err(ApiError::BodyBroken),
-            }
-        }
-        discard(&mut body, limit).await;
-        Err(ApiError::TooLarge { limit })
+        let collected = Limited::new(request.into_body(), limit).collect().await;
+        collected.map(Collected::to_bytes).map_err(|error| match error.is::<LengthLimitError>() {
+            true => ApiError::TooLarge { limit },
+            false => ApiError::BodyBroken,
+        })
     };
     let timeout = ApiError::BodyTimeout { limit_ms: state.config.body_timeout_ms };
     tokio::time::timeout(state.config.body_timeout(), read).await.unwrap_or(Err(timeout))
-}
-
-/// Reads a few times what was allowed and throws it away: a client that is still sending when the connection closes sees a
-/// broken pipe instead of the 413. The body timeout bounds it in time.
-async fn discard(body: &mut Body, limit: usize) {
-    let mut left = limit.saturating_mul(4);
-    while let Some(Ok(frame)) = body.frame().await {
-        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
-        if left == 0 {
-            break;
-        }
-    }
 }
 
 /// A body without a type is taken for JSON. None is unpacked: how large it becomes is not known before.
