@@ -127,37 +127,49 @@ fn requests_on_every_place_let_probes_through_and_end_as_they_would_have() {
     forgets_them(&host);
 }
 
-/// Sends a head and a body of so many bytes; what is said until the connection ends, once all of that was taken.
-fn told(host: &Host, head: &str, n: usize) -> Option<String> {
-    let mut socket = TcpStream::connect(host.data.trim_start_matches("http://")).expect("it listens");
-    let head = format!("POST {head}\r\nhost: h\r\nconnection: close\r\ncontent-length: {n}\r\n\r\n");
-    socket.write_all(head.as_bytes()).expect("a head is taken");
-    let mut said = String::new();
-    socket.write_all(&vec![b'x'; n]).and_then(|()| socket.read_to_string(&mut said)).ok().map(|_| said)
-}
-
 #[test]
 fn an_early_answer_reaches_a_client_that_is_still_sending() {
     // More than sockets hold: who does not read all of it ends the connection while the client sends.
     let large = 24 << 20;
     let host = host(&[("SERVER__MAX_BODY_BYTES", "8388608")]);
     let json = "content-type: application/json";
-    for (head, status) in [
-        ("/v1/nothing HTTP/1.1".to_owned(), 404),
-        ("/v1/models HTTP/1.1".to_owned(), 405),
-        ("/v1/completions HTTP/1.1\r\ncontent-type: text/csv".to_owned(), 415),
-        (format!("/v1/completions HTTP/1.1\r\n{json}"), 413),
+    for (at, head, status) in [
+        (&host.data, "/v1/nothing HTTP/1.1".to_owned(), 404),
+        (&host.data, "/v1/models HTTP/1.1".to_owned(), 405),
+        (&host.data, "/v1/completions HTTP/1.1\r\ncontent-type: text/csv".to_owned(), 415),
+        (&host.data, format!("/v1/completions HTTP/1.1\r\n{json}"), 413),
+        (&host.data, format!("/v1/completions HTTP/1.1\r\n{json}\r\ntransfer-encoding: chunked"), 413),
+        // By a name that is not this machine's.
+        (&host.admin, "/admin/v1/slots HTTP/1.1".to_owned(), 403),
     ] {
-        let said = told(&host, &head, large);
+        let said = raw::told(at, &head, large);
         assert_eq!(said.as_deref().map(statuses), Some(vec![status]), "{head}: {said:?}");
     }
-    // Within limits.
-    assert_eq!(told(&host, "/v1/nothing HTTP/1.1", 64 << 20), None);
-    // Who asks first whether to send is told at once, and the connection goes on.
+    // Within limits: four times the larger of what a body and a component may have.
+    assert_eq!(raw::told(&host.data, "/v1/nothing HTTP/1.1", 160 << 20), None);
+    // Who asks first whether to send is told at once.
     let asks = "POST /v1/nothing HTTP/1.1\r\nhost: h\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n";
     assert_eq!(statuses(&heard(&host, asks)), [404]);
-    let next = "POST /v1/nothing HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\nwhat ever";
+    // A connection goes on after what was read for nobody.
+    let next =
+        format!("POST /v1/nothing HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n{}", 3 << 20, "x".repeat(3 << 20));
     let health = "GET /health HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
     assert_eq!(statuses(&heard(&host, &format!("{next}{health}"))), [404, 200]);
+    forgets_them(&host);
+}
+
+#[test]
+fn who_is_refused_and_goes_on_sending_keeps_no_place() {
+    let host = host(&[("SERVER__MAX_CONNECTIONS", "8")]);
+    let owes = |_| {
+        let mut socket = TcpStream::connect(host.data.trim_start_matches("http://")).expect("it listens");
+        socket
+            .write_all(b"POST /v1/nothing HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\n")
+            .expect("a head is taken");
+        socket
+    };
+    let owing: Vec<TcpStream> = (0..PLACES).map(owes).collect();
+    assert_eq!(statuses(&get(&host, "/v1/models")), [200]);
+    drop(owing);
     forgets_them(&host);
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use pointsman_tests::{Answer, Host, looks};
+use pointsman_tests::{Answer, Host, looks, raw};
 use serde_json::{Value, json};
 
 use crate::trust::{PROGRAM, pointsman};
@@ -100,6 +100,16 @@ fn a_key_is_limited_and_its_tenant_is_charged() {
         metrics.as_str().is_some_and(|text| !text.contains("acme")),
         "tenants hear nothing of one another: {metrics}"
     );
+}
+
+#[test]
+fn a_client_with_a_wrong_key_hears_so_however_much_it_sends() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("keys.toml");
+    std::fs::write(&file, make(&["ci"]).1).expect("a file");
+    let host = Host::logged(PROGRAM, &config(&file));
+    let said = raw::told(&host.data, "/v1/completions HTTP/1.1\r\nx-api-key: pm-stolen", 24 << 20);
+    assert!(said.as_deref().is_some_and(|said| said.starts_with("HTTP/1.1 401 ")), "{said:?}");
 }
 
 #[test]

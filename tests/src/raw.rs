@@ -83,6 +83,27 @@ pub fn heard(host: &Host, sent: &[u8]) -> String {
     said
 }
 
+/// Sends a head and a body of so many bytes, in chunks where the head says so; what is said until the connection ends, once all of that
+/// was taken.
+///
+/// # Panics
+/// Nobody listens.
+#[must_use]
+pub fn told(address: &str, head: &str, n: usize) -> Option<String> {
+    let mut socket = TcpStream::connect(address.trim_start_matches("http://")).expect("it listens");
+    socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a time");
+    let is_chunked = head.contains("chunked");
+    let length = if is_chunked { String::new() } else { format!("content-length: {n}\r\n") };
+    let head = format!("POST {head}\r\nhost: h\r\nconnection: close\r\n{length}\r\n");
+    let (before, after) = if is_chunked { (format!("{n:x}\r\n"), "\r\n0\r\n\r\n") } else { (String::new(), "") };
+    let body = vec![b'x'; n];
+    let mut said = String::new();
+    let sent = [head.as_bytes(), before.as_bytes(), &body, after.as_bytes()]
+        .into_iter()
+        .try_for_each(|part| socket.write_all(part));
+    sent.and_then(|()| socket.read_to_string(&mut said)).ok().map(|_| said)
+}
+
 /// Waits until no replica has a request or holds a block.
 ///
 /// # Panics

@@ -241,6 +241,7 @@ fn connection(
         idle: header_timeout,
         write_timeout,
         connection: Arc::clone(&connected),
+        unread,
     };
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout).max_buf_size(max_header_bytes);
@@ -261,7 +262,7 @@ fn connection(
             return match is_http2 {
                 true => streams::serve(stream, service, terms, phase).await,
                 false => {
-                    let service = counted(service, connected, unread);
+                    let service = counted(service, connected, (unread, phase.clone()));
                     until_told(builder.serve_connection(stream, service), phase).await;
                 }
             };
@@ -273,7 +274,7 @@ fn connection(
         match shaken.unwrap_or(Err(Unshaken::Slow)) {
             Ok((stream, Chosen::Http2)) => streams::serve(TokioIo::new(stream), service, terms, phase).await,
             Ok((stream, Chosen::Http1)) => {
-                let service = counted(service, connected, unread);
+                let service = counted(service, connected, (unread, phase.clone()));
                 until_told(builder.serve_connection(TokioIo::new(stream), service), phase).await;
             }
             Err(error) => {
@@ -288,22 +289,28 @@ fn connection(
 fn counted<S>(
     service: S,
     connection: Arc<Connection>,
-    unread: unread::Limits,
+    (unread, phase): (unread::Limits, watch::Receiver<Phase>),
 ) -> impl Service<Request<Incoming>, Response = Response<Counted>, Error = Infallible, Future: Send> + Send
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Send,
     S::Future: Send,
 {
     service_fn(move |mut request: Request<Incoming>| {
-        let under_way = connection.begin();
+        let mut under_way = connection.begin();
         if under_way.is_none() {
             request.extensions_mut().insert(NoPlace);
         }
         let (request, rest) = unread::lend(request);
         let answer = service.call(request.map(Body::new));
+        let (connection, phase) = (Arc::clone(&connection), phase.clone());
         async move {
             let response = answer.await?;
-            rest.discard(response.status(), unread).await;
+            if let Some(left) = rest.of_refusal(response.status()).filter(|_| under_way.is_some()) {
+                // The place may be somebody else's meanwhile.
+                drop(under_way.take());
+                unread::discard(left, unread, phase).await;
+                under_way = connection.begin();
+            }
             Ok(response.map(|body| Counted::new(body, under_way)))
         }
     })

@@ -32,6 +32,7 @@ use tokio::time::Instant;
 
 use crate::places::{Connection, NoPlace, UnderWay};
 use crate::serve::{Phase, reached};
+use crate::unread;
 
 /// Streams of a connection.
 const MAX_STREAMS: u32 = 128;
@@ -71,6 +72,8 @@ pub(crate) struct Terms {
     pub(crate) write_timeout: Duration,
     /// Has a place of its own, and asks for the others.
     pub(crate) connection: Arc<Connection>,
+    /// Of the rest of a body whose request is refused.
+    pub(crate) unread: unread::Limits,
 }
 
 /// The streams of a connection.
@@ -141,15 +144,25 @@ where
 {
     let (n_open, open) = watch::channel(0);
     let streams = Arc::new(Streams::new(terms.connection, n_open));
-    let opened = Arc::clone(&streams);
+    let (opened, ending, unread) = (Arc::clone(&streams), phase.clone(), terms.unread);
     let service = service_fn(move |mut request: Request<Incoming>| {
-        let stream = opened.open();
+        let mut stream = opened.open();
         if stream.is_none() {
             tracing::debug!("a request of an open connection finds no place");
             request.extensions_mut().insert(NoPlace);
         }
+        let (request, rest) = unread::lend(request);
         let answer = service.call(request.map(Body::new));
-        async move { answer.await.map(|response| response.map(|body| Answer::new(body, stream))) }
+        let phase = ending.clone();
+        async move {
+            let response = answer.await?;
+            if let Some(left) = rest.of_refusal(response.status()).filter(|_| stream.is_some()) {
+                // The place may be somebody else's meanwhile.
+                stream.take().into_iter().for_each(Stream::refused);
+                unread::discard(left, unread, phase).await;
+            }
+            Ok::<_, Infallible>(response.map(|body| Answer::new(body, stream)))
+        }
     });
     let mut builder = http2::Builder::new(Runner { write_timeout: terms.write_timeout });
     builder
@@ -273,6 +286,13 @@ impl Recent {
         }
         self.is_goodbye_said = self.n_given_up > MAX_GIVEN_UP && self.n_given_up > self.n_begun / 2;
         self.is_goodbye_said.then_some(End::Goodbye)
+    }
+}
+
+impl Stream {
+    /// Its client has an answer, which takes no place.
+    fn refused(mut self) {
+        self.is_answered = true;
     }
 }
 
