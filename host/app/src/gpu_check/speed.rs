@@ -35,6 +35,9 @@ const STAGE: [(usize, usize); 2] = [(1, 128), (32, 1_024)];
 const CURVE: [(usize, usize); 9] =
     [(1, 1_024), (8, 1_024), (64, 1_024), (2, 1_024), (4, 1_024), (16, 1_024), (128, 1_024), (8, 4_096), (64, 4_096)];
 
+/// Rows and their mean context, of which one has half of all: as much to read as where they are as long as each other.
+const UNEVEN: (usize, usize) = (32, 256);
+
 /// What the same is measured with where weights have 8 bits.
 const IN_8_BITS: [(usize, usize); 3] = [(1, 128), (8, 1_024), (32, 1_024)];
 
@@ -51,19 +54,30 @@ fn config(n_blocks: usize) -> EngineConfig {
     EngineConfig { n_blocks, block_tokens: 16, max_step_tokens: 2_048, max_rows: 128, context_tokens: 4_224 }
 }
 
-/// `rows` decodes of sequences with `context` positions; pages are shared where there are too few.
-fn decode_plan(rows: usize, context: usize, n_blocks: usize) -> StepPlan {
+/// So many rows of so many positions each.
+fn even((rows, context): (usize, usize)) -> Vec<usize> {
+    vec![context; rows]
+}
+
+/// The same with one row that has half of all positions.
+fn uneven((rows, context): (usize, usize)) -> Vec<usize> {
+    let half = rows * context / 2;
+    [vec![half], vec![half / (rows - 1); rows - 1]].concat()
+}
+
+/// Decodes of sequences with these positions; pages are shared where there are too few.
+fn decode_plan(contexts: &[usize], n_blocks: usize) -> StepPlan {
     let mut plan = StepPlan::default();
-    let pages = (context + 1).div_ceil(16);
-    for row in 0..rows {
-        let (token, first) = (plan.tokens.len() as u32, plan.blocks.len() as u32);
+    for (row, &context) in contexts.iter().enumerate() {
+        let (token, first) = (plan.tokens.len() as u32, plan.blocks.len());
         plan.tokens.push((row * 97 + 11) as u32);
-        plan.blocks.extend((0..pages).map(|page| BlockId(((row * pages + page) % n_blocks) as u32)));
+        let pages = first..first + (context + 1).div_ceil(16);
+        plan.blocks.extend(pages.map(|page| BlockId((page % n_blocks) as u32)));
         plan.rows.push(Row {
             request: RequestId(1 + row as u64),
             tokens: token..token + 1,
             position: context as u32,
-            blocks: first..plan.blocks.len() as u32,
+            blocks: first as u32..plan.blocks.len() as u32,
             sample: Some(Sample {
                 sampling: Arc::new(Sampling::default()),
                 index: 0,
@@ -79,7 +93,7 @@ fn decode_plan(rows: usize, context: usize, n_blocks: usize) -> StepPlan {
 
 /// One prompt of `tokens`.
 fn prefill_plan(tokens: usize, n_blocks: usize) -> StepPlan {
-    let mut plan = decode_plan(1, tokens - 1, n_blocks);
+    let mut plan = decode_plan(&[tokens - 1], n_blocks);
     plan.tokens = (0..tokens as u32).map(|i| i * 37 % 1_000).collect();
     plan.rows[0].tokens = 0..tokens as u32;
     plan.rows[0].position = 0;
@@ -91,8 +105,8 @@ fn layer_weights(spec: &ModelSpec) -> usize {
     spec.layers * spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn)
 }
 
-/// Bytes that a decode step must read: weights (of the embedding a row each, which is nothing), keys and values.
-fn bytes_of(spec: &ModelSpec, precision: Precision, rows: usize, context: usize) -> u64 {
+/// Bytes that a decode step must read: weights (of the embedding a row each, which is nothing), keys and values of so many positions.
+fn bytes_of(spec: &ModelSpec, precision: Precision, positions: usize) -> u64 {
     let weights = layer_weights(spec) + spec.vocab * spec.hidden;
     let scaled = match precision {
         Precision::F16 => 2 * weights,
@@ -101,7 +115,7 @@ fn bytes_of(spec: &ModelSpec, precision: Precision, rows: usize, context: usize)
         // One for each row.
         Precision::Fp8 => weights,
     };
-    (scaled + 2 * rows * context * spec.layers * spec.kv_dim() * 2) as u64
+    (scaled + 2 * positions * spec.layers * spec.kv_dim() * 2) as u64
 }
 
 impl Check<'_> {
@@ -129,7 +143,7 @@ impl Check<'_> {
 
     fn stage(&mut self, stage: &str, (graphs, overlap): (bool, bool), bandwidth: f64) -> anyhow::Result<()> {
         let mut engine = self.asked(BF16, (graphs, overlap))?;
-        STAGE.into_iter().try_for_each(|shape| self.decode(stage, &mut engine, shape, bandwidth))
+        STAGE.into_iter().try_for_each(|shape| self.decode(stage, &mut engine, &even(shape), bandwidth))
     }
 
     fn in_8_bits(&mut self, (stage, graphs, overlap): (&str, bool, bool), bandwidth: f64) -> anyhow::Result<()> {
@@ -140,7 +154,7 @@ impl Check<'_> {
             let mut engine = self.asked(Form { precision, ..BF16 }, (graphs, overlap))?;
             let what = format!("{} weights, {stage}", precision.name());
             for shape in IN_8_BITS {
-                self.decode(&what, &mut engine, shape, bandwidth)?;
+                self.decode(&what, &mut engine, &even(shape), bandwidth)?;
             }
         }
         Ok(())
@@ -148,11 +162,13 @@ impl Check<'_> {
 
     fn curves(&mut self, stage: &str, engine: &mut CudaEngine, bandwidth: f64) -> anyhow::Result<()> {
         self.prefill(engine)?;
-        for (i, shape) in CURVE.into_iter().enumerate() {
+        let mut steps: Vec<(String, Vec<usize>)> = CURVE.map(|shape| (stage.to_owned(), even(shape))).into();
+        steps.insert(3, (format!("{stage}, half of all in one row"), uneven(UNEVEN)));
+        for (i, (what, contexts)) in steps.iter().enumerate() {
             if self.is_late() {
-                return self.report.skip("decode figures", CURVE.len() - i);
+                return self.report.skip("decode figures", steps.len() - i);
             }
-            self.decode(stage, engine, shape, bandwidth)?;
+            self.decode(what, engine, contexts, bandwidth)?;
         }
         Ok(())
     }
@@ -241,25 +257,27 @@ impl Check<'_> {
         &mut self,
         stage: &str,
         engine: &mut CudaEngine,
-        (rows, context): (usize, usize),
+        contexts: &[usize],
         bandwidth: f64,
     ) -> anyhow::Result<()> {
-        let plan = decode_plan(rows, context, engine.config().n_blocks);
+        let plan = decode_plan(contexts, engine.config().n_blocks);
         let mut out = StepOutput::default();
         let alone = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
         let start = self.clock.nanos();
         engine.repeat_last(STEPS)?;
         let device = (self.clock.nanos() - start) as f64 * 1e-9 / STEPS as f64;
+        let (rows, all) = (contexts.len(), contexts.iter().sum::<usize>());
         let follows = (0..rows as u32).collect();
-        let behind = StepPlan { follows, ..decode_plan(rows, context, engine.config().n_blocks) };
+        let behind = StepPlan { follows, ..decode_plan(contexts, engine.config().n_blocks) };
         engine.begin(&plan, &mut NoEdits)?;
         let seconds = self.time(|| {
             engine.begin(&behind, &mut NoEdits)?;
             Ok(engine.finish(&behind, &mut out)?)
         })?;
         engine.finish(&behind, &mut out)?;
-        let floor = bytes_of(engine.spec(), engine.form().precision, rows, context) as f64 / bandwidth;
-        self.report.figure(Figure { what: stage.to_owned(), rows, context, seconds, alone, device, floor })
+        let floor = bytes_of(engine.spec(), engine.form().precision, all) as f64 / bandwidth;
+        let (what, context) = (stage.to_owned(), all / rows);
+        self.report.figure(Figure { what, rows, context, seconds, alone, device, floor })
     }
 
     fn prefill(&mut self, engine: &mut CudaEngine) -> anyhow::Result<()> {
@@ -325,8 +343,8 @@ mod tests {
     fn plans_of_the_figures_are_within_the_engines_bounds() {
         for n_blocks in [300, 40_000] {
             let config = config(n_blocks);
-            let shapes = STAGE.into_iter().chain(CURVE).chain(IN_8_BITS);
-            let decodes = shapes.map(|(rows, context)| decode_plan(rows, context, n_blocks));
+            let shapes = STAGE.into_iter().chain(CURVE).chain(IN_8_BITS).map(even).chain([uneven(UNEVEN)]);
+            let decodes = shapes.map(|contexts| decode_plan(&contexts, n_blocks));
             for plan in decodes.chain([prefill_plan(config.max_step_tokens, n_blocks)]) {
                 assert!(plan.rows.len() <= config.max_rows && plan.tokens.len() <= config.max_step_tokens);
                 for row in &plan.rows {
@@ -349,7 +367,7 @@ mod tests {
             (Precision::Fp8, 32, 1_024, 7_504_658_432 + kv),
             (Precision::Q8_0, 1, 0, 7_504_658_432 + 469_041_152),
         ] {
-            assert_eq!(bytes_of(&spec, precision, rows, context), expect, "{precision:?} {rows} x {context}");
+            assert_eq!(bytes_of(&spec, precision, rows * context), expect, "{precision:?} {rows} x {context}");
         }
     }
 

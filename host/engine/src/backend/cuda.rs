@@ -1,6 +1,6 @@
 //! The CUDA backend: always built, and used where a driver and a device are found when the program runs.
 //!
-//! Read in this order: what fits (`vram`, `layout`), what is launched (`bucket`, `launch`, `step`), who runs it (`tune`, `engine`), and
+//! Read in this order: what fits (`vram`, `layout`), what is launched (`bucket`, `launch`, `splits`, `step`), who runs it (`tune`, `engine`), and
 //! on what (`device`, `gpu`, `code`, `nvrtc`, `cublaslt`). All but the last four is plain arithmetic and is tested without a GPU: the engine
 //! runs the same launches through the kernels compiled for the CPU and must choose the CPU backend's tokens.
 //!
@@ -20,6 +20,7 @@ mod layout;
 mod monitor;
 mod nvrtc;
 mod search;
+mod splits;
 mod step;
 mod trial;
 mod tune;

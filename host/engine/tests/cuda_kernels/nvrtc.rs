@@ -60,7 +60,7 @@ const READ_AHEAD: [(&str, &str, usize); 13] = [
     ("gemm_q8", "", 7),
     ("gemm_fp8", "", 5),
     ("gemm_m128", "", 9),
-    ("decode_attention", "16", 5),
+    ("decode_attention", "16", 4),
     ("gem", "_q8_f32,_q8_f16,_q8_bf16", 17),
     ("gem", "", 9),
 ];

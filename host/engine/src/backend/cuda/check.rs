@@ -215,16 +215,19 @@ impl ParityCase {
         [(SHAPES[0], F32), (SHAPES[1], Bf16), (SHAPES[4], F16), (SHAPES[6], Bf16)].map(of).into()
     }
 
-    /// A context of more than 8,000 tokens beside a short one, so that decodes are cut into many splits.
+    /// A context of more than 8,000 tokens beside a short one, so that decodes are cut into many splits; where a window leaves less of
+    /// it, into a few.
     #[must_use]
     pub fn long() -> Vec<Self> {
-        let of = |element| Self {
-            config: config(("LlamaForCausalLM", 128, 4, 1, ""), 8_448),
+        let of = |(shape, element)| Self {
+            config: config(shape, 8_448),
             prompts: vec![8_250, 3],
             rows: vec![1, 2, 2, 1, 2],
-            ..Self::short(SHAPES[0], element, true)
+            ..Self::short(shape, element, true)
         };
-        [Element::F32, Element::Bf16].map(of).into()
+        let (all, windowed) =
+            (("LlamaForCausalLM", 128, 4, 1, ""), ("MistralForCausalLM", 64, 4, 2, r#", "sliding_window": 150"#));
+        [(all, Element::F32), (all, Element::Bf16), (windowed, Element::F16)].map(of).into()
     }
 
     /// Matrices in 8 bits, of numbers that those hold exactly: one that is tied and one that is not.

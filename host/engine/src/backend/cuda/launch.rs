@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::device::{Gemm, GemmId, GemmOutput};
 use super::element::{Element, Form};
-use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_SINGLES, N_TILES, N_TOKENS, Sizes, runs};
+use super::layout::{Buffer, LayerPart, N_ROWS, N_SAMPLED, N_SPLITS, N_TILES, N_TOKENS, N_WINDOW_SPLITS, Sizes, runs};
 use crate::spec::{Activation, ModelSpec};
 
 /// What a product does with its result.
@@ -38,7 +38,6 @@ pub(crate) enum Kernel {
     Gemm64,
     Gemm128,
     DecodeAttention,
-    Combine,
     PrefillAttention,
     CapLogits,
     SampleRules,
@@ -115,7 +114,7 @@ struct Product {
 
 impl Kernel {
     /// Those with an entry point.
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::Embed,
         Self::RmsNorm,
         Self::NormAdd,
@@ -130,7 +129,6 @@ impl Kernel {
         Self::Gemm64,
         Self::Gemm128,
         Self::DecodeAttention,
-        Self::Combine,
         Self::PrefillAttention,
         Self::CapLogits,
         Self::SampleRules,
@@ -237,7 +235,6 @@ impl Kernel {
             Self::NormAdd => "norm_add",
             Self::RopeStore => "qk_rope_store",
             Self::DecodeAttention => return format!("decode_attention_d{head_dim}_{element}"),
-            Self::Combine => return format!("combine_d{head_dim}_{element}"),
             Self::PrefillAttention => return format!("prefill_attention_d{head_dim}_{element}"),
             Self::CapLogits => return "cap_logits".to_owned(),
             Self::SampleRules => return "sample_rules".to_owned(),
@@ -509,53 +506,32 @@ impl LaunchPlan {
     fn decode_attention(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
         let (spec, inputs) = (&sizes.spec, sizes.inputs(extent));
         let input = |at: u64| Arg::At(Buffer::StepInputs, at);
-        let splits = sizes.splits(extent.singles);
-        let scratch = |buffer| if splits == 1 { Arg::Null } else { Arg::At(buffer, 0) };
-        // Where all rows have one token, each token is its row's.
-        let (count, singles) = match extent.tiles {
-            0 => (input(N_ROWS), Arg::Null),
-            _ => (input(N_SINGLES), input(inputs.singles)),
+        let (count, splits) = match spec.window_of(layer) {
+            Some(_) => (N_WINDOW_SPLITS, inputs.window_splits),
+            None => (N_SPLITS, inputs.splits),
         };
         self.push(
             Kernel::DecodeAttention,
-            [sizes.clusters(), extent.singles, splits as usize],
+            [sizes.clusters(), sizes.most_splits(extent.singles), 1],
             128,
             [
-                count,
-                singles,
+                input(count),
+                input(splits),
                 Arg::At(Buffer::Qkv, 0),
                 pages(sizes, layer),
                 Arg::U64(sizes.page_elements()),
                 input(inputs.tables),
                 u32_arg(sizes.max_blocks()),
-                input(inputs.lens),
                 Arg::At(Buffer::Mixed, 0),
-                scratch(Buffer::Partial),
-                scratch(Buffer::PartialStat),
+                Arg::At(Buffer::AttentionParts, 0),
+                Arg::At(Buffer::AttentionCounts, 0),
                 u32_arg(spec.heads),
                 u32_arg(spec.kv_heads),
                 u32_arg(sizes.config.block_tokens),
-                u32_arg(spec.window_of(layer).unwrap_or(0)),
                 Arg::F32(spec.score_scale),
                 Arg::F32(spec.score_cap.unwrap_or(0.0)),
             ],
         );
-        if splits > 1 {
-            self.push(
-                Kernel::Combine,
-                [spec.heads, extent.singles, 1],
-                spec.head_dim as u32,
-                [
-                    count,
-                    singles,
-                    Arg::At(Buffer::Partial, 0),
-                    Arg::At(Buffer::PartialStat, 0),
-                    Arg::At(Buffer::Mixed, 0),
-                    u32_arg(spec.heads),
-                    Arg::U32(splits as u32),
-                ],
-            );
-        }
     }
 
     fn prefill_attention(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
@@ -708,6 +684,13 @@ mod tests {
         let plan = launched(&sizes, Extent::decode(1));
         let count = |kernel: Kernel| plan.launches.iter().filter(|launch| launch.kernel == kernel).count();
         assert_eq!([Kernel::NormAdd, Kernel::RmsNorm, Kernel::CapLogits].map(count), [14, 15, 1]);
+        let inputs = sizes.inputs(Extent::decode(1));
+        let attention = plan.launches.iter().filter(|launch| launch.kernel == Kernel::DecodeAttention);
+        let lists: Vec<&[Arg]> = attention.map(|launch| &plan.args_of(launch)[..2]).collect();
+        let input = |at| Arg::At(Buffer::StepInputs, at);
+        let in_window = [input(N_WINDOW_SPLITS), input(inputs.window_splits)];
+        let of_all = [input(N_SPLITS), input(inputs.splits)];
+        assert_eq!(lists, [&in_window[..], &in_window, &in_window, &in_window, &in_window, &of_all, &in_window]);
         let turned = plan.launches.iter().filter(|launch| launch.kernel == Kernel::RopeStore);
         let tables: Vec<Arg> = turned.map(|launch| plan.args_of(launch)[6]).collect();
         let expect = (1..=7).map(|i| if i % 6 == 0 { Buffer::Rope } else { Buffer::WindowRope });
@@ -730,13 +713,11 @@ mod tests {
     }
 
     #[test]
-    fn a_decode_step_has_nine_kernels_a_layer_and_eight_where_rows_fill_the_device() {
+    fn a_step_has_eight_kernels_a_layer_and_nine_where_some_rows_have_more_than_a_token() {
         for (extent, expect) in [
-            (Extent::decode(1), 1 + 32 * 9 + 2 + 3),
-            (Extent::decode(8), 1 + 32 * 9 + 2 + 3),
+            (Extent::decode(1), 1 + 32 * 8 + 2 + 3),
             (Extent::decode(64), 1 + 32 * 8 + 2 + 3),
-            (mixed(3, 700), 1 + 32 * 10 + 2 + 3),
-            (mixed(65, 700), 1 + 32 * 9 + 2 + 3),
+            (mixed(3, 700), 1 + 32 * 9 + 2 + 3),
             (mixed(1, 700), 1 + 32 * 8 + 2 + 3),
             (Extent { sampled: 0, ..mixed(1, 256) }, 1 + 32 * 8 + 3),
         ] {
@@ -814,10 +795,9 @@ mod tests {
     }
 
     #[test]
-    fn contexts_are_cut_until_the_device_is_full() {
+    fn grids_have_room_for_what_makes_a_device_busy() {
         let sizes = sizes(Element::Bf16);
-        let found: Vec<u64> = [1, 2, 4, 8, 16, 24, 32, 48, 64, 128].map(|rows| sizes.splits(rows)).into();
-        assert_eq!(found, [33, 17, 9, 5, 3, 2, 2, 1, 1, 1]);
+        assert_eq!([1, 8, 64].map(|rows| sizes.most_splits(rows)), [34, 41, 97]);
         assert_eq!([1, 8, 128].map(|rows| sizes.best_parts(rows)), [64, 33, 3]);
     }
 
@@ -862,14 +842,12 @@ mod tests {
             Arg::U32(n) => u64::from(n),
             ref other => panic!("argument {i} of {:?} is {other:?}", launch.kernel),
         };
-        let [tokens, rows, sampled, singles] =
-            [extent.tokens, extent.rows, extent.sampled, extent.singles].map(|n| n as u64);
-        let spec = &sizes.spec;
-        let (q_dim, heads) = (spec.q_dim() as u64, spec.heads as u64);
+        let [tokens, rows, sampled] = [extent.tokens, extent.rows, extent.sampled].map(|n| n as u64);
+        let (spec, q_dim) = (&sizes.spec, sizes.spec.q_dim() as u64);
         let qkv = tokens * (spec.q_dim() + 2 * spec.kv_dim()) as u64 * size;
         let tables = rows * sizes.max_blocks() as u64 * 4;
         let pages = (sizes.config.n_blocks as u64 - 1) * sizes.page_bytes() + sizes.layer_elements() * size;
-        let (splits, logits) = (u64::from(launch.grid[2]), 4 * sampled * spec.vocab as u64);
+        let logits = 4 * sampled * spec.vocab as u64;
         let lengths: Vec<u64> = match launch.kernel {
             Kernel::Embed => {
                 let hidden = u32_at(args.len() - 2);
@@ -893,13 +871,11 @@ mod tests {
             }
             Kernel::CapLogits => vec![4, 4 * sampled * u32_at(2)],
             Kernel::DecodeAttention => {
-                let part = singles * heads * splits;
-                let (out, part) = (tokens * q_dim * size, [part * spec.head_dim as u64 * 4, part * 8]);
-                vec![4, 8 * singles, qkv, pages, 0, tables, 0, 4 * rows, out, part[0], part[1]]
-            }
-            Kernel::Combine => {
-                let part = singles * heads * u32_at(6);
-                vec![4, 8 * singles, part * spec.head_dim as u64 * 4, part * 8, tokens * q_dim * size]
+                let (splits, out) = (u64::from(launch.grid[1]), tokens * q_dim * size);
+                // That no more of them are joined is asserted where they are made.
+                let warps = 4 * u64::from(launch.grid[0]) * splits.min(sizes.most_joined_splits() as u64);
+                let parts = warps * sizes.attention_part_bytes();
+                vec![4, 32 * splits, qkv, pages, 0, tables, 0, out, parts, 4 * warps]
             }
             Kernel::PrefillAttention => {
                 let tiles = 8 * extent.tiles as u64;
@@ -938,12 +914,10 @@ mod tests {
         let plain = Element::ALL.map(sizes);
         let by_library = |sizes: Sizes| Sizes { choices: GemmChoices::of_all(2_048), ..sizes };
         let more = [sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8)), gemma()];
-        let smaller = Sizes { n_sms: 114, ..sizes(Element::Bf16) };
-        let more = more.into_iter().chain([by_library(sizes(Element::Bf16)), by_library(gemma()), smaller]);
+        let more = more.into_iter().chain([by_library(sizes(Element::Bf16)), by_library(gemma())]);
         for sizes in plain.into_iter().chain(more) {
             let pieces = sizes.pieces();
-            // With 28 rows of one token, a device of 114 multiprocessors has more parts than with any bucket's number.
-            let beside = [mixed(3, 700), mixed(29, 700), sizes.largest()];
+            let beside = [mixed(3, 700), sizes.largest()];
             let extents = [1, 2, 24, 48, 128].map(Extent::decode).into_iter().chain(beside);
             for extent in extents {
                 let plan = launched(&sizes, extent);

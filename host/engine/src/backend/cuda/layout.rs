@@ -6,6 +6,7 @@
 use super::bucket::Buckets;
 use super::element::{Element, Form};
 use super::launch::{Extent, Kernel, LaunchPlan};
+use super::splits::SPLIT_WORDS;
 use super::tune::GemmChoices;
 use super::vram::{Footprint, GRAPH_NODE_BYTES};
 use crate::backend::EngineConfig;
@@ -41,9 +42,6 @@ const MOST_GATED_ROWS: usize = 1_024;
 /// Most bytes that a library may write beside a product's matrices: what NVIDIA advises for the architectures of today.
 const MOST_GEMM_WORKSPACE: u64 = 32 << 20;
 
-/// Most runs into which a row's context is cut.
-const MAX_SPLITS: u64 = 64;
-
 /// A piece of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Buffer {
@@ -62,9 +60,9 @@ pub(crate) enum Buffer {
     Qkv,
     Mixed,
     Ffn,
-    /// Partial results of attention that is cut into runs, and their maxima and sums.
-    Partial,
-    PartialStat,
+    /// Results of splits that are joined, and how many warps have brought theirs: zero between launches.
+    AttentionParts,
+    AttentionCounts,
     /// Sums of products that are cut into runs, and how many warps have brought theirs: zero between launches.
     ProductParts,
     ProductCounts,
@@ -141,8 +139,9 @@ pub(crate) struct InputLayout {
     pub(crate) row_starts: u64,
     pub(crate) lens: u64,
     pub(crate) pick: u64,
-    /// Row and token of each row of one, in a step that has others.
-    pub(crate) singles: u64,
+    /// Of the rows of one token, for layers that see all and for those with a window.
+    pub(crate) splits: u64,
+    pub(crate) window_splits: u64,
     pub(crate) tiles: u64,
     /// Of a step that follows another, where each row's token stands among those that the other one samples.
     pub(crate) follows: u64,
@@ -155,10 +154,11 @@ pub(crate) const N_TOKENS: u64 = 0;
 pub(crate) const N_ROWS: u64 = 4;
 pub(crate) const N_SAMPLED: u64 = 8;
 pub(crate) const N_TILES: u64 = 12;
-pub(crate) const N_SINGLES: u64 = 16;
+pub(crate) const N_SPLITS: u64 = 16;
+pub(crate) const N_WINDOW_SPLITS: u64 = 20;
 
 /// How many counts there are.
-pub(crate) const N_COUNTS: usize = 5;
+pub(crate) const N_COUNTS: usize = 6;
 
 /// Runs into which k of a product with so many tiles is cut, for at most so many blocks; each run has some work.
 pub(crate) fn runs(blocks: u32, tiles: usize, k: usize) -> usize {
@@ -182,8 +182,8 @@ impl Buffer {
             Self::Qkv => 7,
             Self::Mixed => 8,
             Self::Ffn => 9,
-            Self::Partial => 10,
-            Self::PartialStat => 11,
+            Self::AttentionParts => 10,
+            Self::AttentionCounts => 11,
             Self::Logits => 12,
             Self::Best => 13,
             Self::Seen => 14,
@@ -266,7 +266,8 @@ impl Sizes {
         let most = tokens.max(rows);
         let piece = |buffer, bytes: u64| Piece::plain(buffer, Owner::Workspace, bytes);
         let typed = |buffer, n: usize| piece(buffer, (n * size) as u64);
-        let split_rows = self.most_split_rows();
+        // Of the four warps of each block.
+        let joined = (4 * self.most_joined_splits() * self.clusters()) as u64;
         // For one block of the larger tiles on each multiprocessor, or two of half the size.
         let run_tiles = if self.form.element == Element::F32 { 0 } else { self.n_sms.into() };
         let library = [
@@ -280,8 +281,8 @@ impl Sizes {
             typed(Buffer::Qkv, tokens * (spec.q_dim() + 2 * spec.kv_dim())),
             typed(Buffer::Mixed, tokens * spec.q_dim()),
             typed(Buffer::Ffn, tokens * spec.ffn),
-            piece(Buffer::Partial, split_rows * (spec.q_dim() * 4) as u64),
-            piece(Buffer::PartialStat, split_rows * (spec.heads * 8) as u64),
+            piece(Buffer::AttentionParts, joined * self.attention_part_bytes()),
+            piece(Buffer::AttentionCounts, joined * 4),
             piece(Buffer::ProductParts, run_tiles * PARTS_BYTES),
             piece(Buffer::ProductCounts, 2 * run_tiles * WARPS * 4),
             piece(Buffer::Logits, (rows * spec.vocab * 4) as u64),
@@ -347,6 +348,12 @@ impl Sizes {
         self.spec.kv_heads * self.group().div_ceil(self.cluster_heads())
     }
 
+    /// Bytes that a warp brings of a split that is joined: for each lane's four elements of heads those, and their maxima and sums.
+    pub(super) fn attention_part_bytes(&self) -> u64 {
+        let quads = (self.cluster_heads() * self.spec.head_dim).div_ceil(512);
+        (quads * (32 + 2) * 16) as u64
+    }
+
     /// Tokens that a tile of prefill attention holds.
     pub(crate) fn tile_tokens(&self) -> usize {
         64 / self.group()
@@ -376,30 +383,15 @@ impl Sizes {
         self.spec.vocab.div_ceil(32)
     }
 
-    /// Runs into which each row's context is cut, so that about two blocks of threads run on each multiprocessor. By the
-    /// number of rows alone, never by the length of a context: a captured graph cannot change its grid.
-    pub(crate) fn splits(&self, rows: usize) -> u64 {
-        let blocks = (self.clusters() * rows) as u64;
-        let wanted = (2 * u64::from(self.n_sms)).div_ceil(blocks.max(1));
-        wanted.clamp(1, MAX_SPLITS.min(self.max_blocks() as u64))
-    }
-
     /// Parts in which the largest of a row's logits is looked for.
     pub(crate) fn best_parts(&self, rows: usize) -> u64 {
         let wanted = (2 * u64::from(self.n_sms)).div_ceil(rows.max(1) as u64);
         wanted.min((self.spec.vocab as u64).div_ceil(1_024)).clamp(1, MAX_BEST_PARTS)
     }
 
-    fn most_split_rows(&self) -> u64 {
-        let rows_of = |rows: usize| match self.splits(rows) {
-            1 => 0,
-            splits => rows as u64 * splits,
-        };
-        (1..=self.config.max_rows).map(rows_of).max().unwrap_or(0)
-    }
-
     pub(crate) fn inputs(&self, extent: Extent) -> InputLayout {
         let Extent { rows, tokens, sampled, singles, tiles } = extent;
+        let splits = SPLIT_WORDS * self.most_splits(singles);
         let mut next = (4 * N_COUNTS as u64).next_multiple_of(16);
         let mut place = |words: usize| {
             let at = next;
@@ -413,7 +405,8 @@ impl Sizes {
             row_starts: place(rows + 1),
             lens: place(rows),
             pick: place(sampled),
-            singles: place(if tiles > 0 { 2 * singles } else { 0 }),
+            splits: place(splits),
+            window_splits: place(if self.spec.window.is_some() { splits } else { 0 }),
             tiles: place(2 * tiles),
             follows: place(rows),
             tables: place(rows * self.max_blocks()),

@@ -13,6 +13,8 @@ use pointsman_sched::sampler::Edit;
 use super::device::Rows;
 use super::launch::Extent;
 use super::layout::{MAX_BANS, MAX_POLICY_BIASES, MAX_REQUEST_BIASES, N_COUNTS, RULES_BYTES, Sizes, TOP_BYTES};
+use super::splits::Single;
+use crate::spec::Window;
 
 /// Stands for no token, no mask, no log-probabilities.
 const NONE: u32 = u32::MAX;
@@ -27,7 +29,7 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
     let at = |bytes: u64| (bytes / 4) as usize;
     let (tokens, rows, blocks) = (plan.tokens.len(), plan.rows.len(), sizes.max_blocks());
     words[at(layout.tokens)..][..tokens].copy_from_slice(&plan.tokens);
-    let (mut sampled, mut singles, mut tiles) = (0, 0, 0);
+    let (mut sampled, mut tiles) = (0, 0);
     // A row may bring a longer table than its context needs.
     let table_of = |row| plan.blocks_of(row).get(..blocks).unwrap_or(plan.blocks_of(row));
     let width = plan.rows.iter().map(|row| table_of(row).len()).max().unwrap_or(0);
@@ -43,10 +45,7 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
             words[at(layout.pick) + sampled] = row.tokens.end - 1;
             sampled += 1;
         }
-        if extent.tiles > 0 && len == 1 {
-            words[at(layout.singles) + 2 * singles..][..2].copy_from_slice(&[i as u32, start as u32]);
-            singles += 1;
-        } else if extent.tiles > 0 {
+        if len > 1 {
             for first in (0..len).step_by(sizes.tile_tokens()) {
                 words[at(layout.tiles) + 2 * tiles..][..2].copy_from_slice(&[i as u32, first as u32]);
                 tiles += 1;
@@ -58,9 +57,24 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
     }
     words[at(layout.row_starts) + rows] = tokens as u32;
     words[at(layout.follows)..][..plan.follows.len()].copy_from_slice(&plan.follows);
-    let counts = [tokens, rows, sampled, tiles, singles].map(|n| n as u32);
+    let splits = sizes.write_splits(singles_of(plan), None, &mut words[at(layout.splits)..at(layout.window_splits)]);
+    let in_window = |window: &Window| {
+        let words = &mut words[at(layout.window_splits)..at(layout.tiles)];
+        sizes.write_splits(singles_of(plan), Some(window.positions), words)
+    };
+    let window_splits = sizes.spec.window.as_ref().map_or(0, in_window);
+    let counts = [tokens, rows, sampled, tiles, splits, window_splits].map(|n| n as u32);
     words[..N_COUNTS].copy_from_slice(&counts);
     (at(layout.tables), Rows { n: rows, words: width, pitch: blocks })
+}
+
+/// The rows of one token.
+fn singles_of(plan: &StepPlan) -> impl Iterator<Item = Single> + Clone {
+    let single = |(row, of): (usize, &Row)| {
+        let (token, len) = (of.tokens.start as usize, of.position as usize + 1);
+        (of.tokens.len() == 1).then_some(Single { row, token, len })
+    };
+    plan.rows.iter().enumerate().filter_map(single)
 }
 
 /// The extent of a step that is not captured: exactly what it has.
@@ -381,7 +395,7 @@ mod tests {
         let rows = Rows { n: 3, words: 2, pitch: (words.len() - tables) / 3 };
         assert_eq!(write_inputs(&sizes, extent, &plan, &mut words), (tables, rows));
         let at = |bytes: u64, n: usize| &words[bytes as usize / 4..][..n];
-        assert_eq!(&words[..5], [23, 3, 2, 3, 1]);
+        assert_eq!(&words[..6], [23, 3, 2, 3, 1, 0]);
         assert_eq!(at(layout.tokens, 3), [10, 10, 11]);
         assert_eq!(at(layout.positions, 3), [17, 0, 1]);
         assert_eq!(&at(layout.positions, 23)[20..], [19, 30, 31]);
@@ -389,7 +403,7 @@ mod tests {
         assert_eq!(at(layout.row_starts, 4), [0, 1, 21, 23]);
         assert_eq!(at(layout.lens, 3), [18, 20, 32]);
         assert_eq!(at(layout.pick, 2), [0, 20]);
-        assert_eq!(at(layout.singles, 2), [0, 0]);
+        assert_eq!(at(layout.splits, 8), [0, 0, 0, 18, 0, 1, 0, 0]);
         assert_eq!(at(layout.tiles, 6), [1, 0, 1, 16, 2, 0]);
         assert_eq!(at(layout.tables, 6), [3, 8, 1, 2, 4, 5], "side by side, as wide as the longest");
     }

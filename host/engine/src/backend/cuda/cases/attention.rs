@@ -1,4 +1,4 @@
-//! Attention over pages: decode in splits and their combination, and chunks of many tokens.
+//! Attention over pages: one token a row, in splits that are joined, and chunks of many tokens.
 
 use super::{Call, Case, Check, POISON, Rng, close, is_close};
 use crate::backend::cuda::element::Element;
@@ -125,65 +125,78 @@ impl Batch {
         )
     }
 
-    /// Row and token of each row of one token.
-    fn singles(&self) -> Vec<[u32; 2]> {
+    /// Row, token and length of each row of one token.
+    fn singles(&self) -> Vec<[usize; 3]> {
         let mut token = 0;
         let mut singles = Vec::new();
-        for (row, [_, computed]) in self.rows.iter().enumerate() {
+        for (row, [len, computed]) in self.rows.iter().enumerate() {
             if *computed == 1 {
-                singles.push([row as u32, token]);
+                singles.push([row, token, *len]);
             }
-            token += *computed as u32;
+            token += computed;
         }
         singles
     }
 
-    /// Of the rows of one token, which are listed where there are others.
-    fn decode(&self, splits: usize) -> Case {
+    /// The splits of those rows, as many as given for each or as many as it has runs of 16 positions.
+    fn splits(&self, most: usize) -> Vec<[u32; 8]> {
+        let mut splits = Vec::new();
+        for [row, token, len] in self.singles() {
+            let first = if self.window == 0 { 0 } else { len.saturating_sub(self.window) };
+            let (base, first_split) = (first / 16 * 16, splits.len());
+            let each = (len - base).div_ceil(16).div_ceil(most) * 16;
+            let count = (len - base).div_ceil(each);
+            let split = |i: usize| {
+                let (begin, end) = (first.max(base + i * each), len.min(base + (i + 1) * each));
+                [row, token, begin, end, first_split, count, 0, 0].map(|n| n as u32)
+            };
+            splits.extend((0..count).map(split));
+        }
+        splits
+    }
+
+    /// Of the rows of one token.
+    fn decode(&self, most: usize) -> Case {
         let (element, group, width) = (self.element, self.heads / self.kv_heads, self.heads * self.d);
         let together = if element == Element::F32 { 4 } else { 8 };
-        let singles = self.singles();
+        let splits = self.splits(most);
         let n_tokens: usize = self.rows.iter().map(|row| row[1]).sum();
-        let (live, padded) = (singles.len(), singles.len() + 1);
-        let n_part = padded * self.heads * splits;
-        let grid = [self.kv_heads * group.div_ceil(together), padded, splits];
-        let call = Call::typed(&format!("decode_attention_d{}", self.d), element, grid, 128).count(live);
-        let call = if live == self.rows.len() { call.null() } else { call.words(singles.as_flattened()) };
-        let call = call
+        let clusters = self.kv_heads * group.div_ceil(together);
+        let (live, padded) = (splits.len(), splits.len() + 1);
+        // Four warps, each with quads of elements of 32 lanes, and of their maxima and sums.
+        let parts = clusters * 4 * (together * self.d).div_ceil(512) * 34 * 16;
+        let call = Call::typed(&format!("decode_attention_d{}", self.d), element, [clusters, padded, 1], 128)
+            .count(live)
+            .words(splits.as_flattened())
             .input(element, &self.qkv)
             .input(element, &self.pages)
             .u64(2 * self.kv_heads * self.block_tokens * self.d)
             .words(&self.tables)
             .u32(self.max_blocks)
-            .words(&self.lens())
-            .poisoned((n_tokens + 1) * width * element.bytes());
-        let call =
-            if splits == 1 { call.null().null() } else { call.poisoned(n_part * self.d * 4).poisoned(n_part * 8) };
-        let call = call.u32(self.heads).u32(self.kv_heads).u32(self.block_tokens).u32(self.window);
-        let call = call.f32(1.0 / (self.d as f64).sqrt()).f32(self.cap);
-        let what = format!("{} in {splits}", self.what("decode_attention"));
-        let tokens: Vec<usize> = singles.iter().map(|single| single[1] as usize).collect();
+            .poisoned((n_tokens + 1) * width * element.bytes())
+            .poisoned(padded * parts)
+            .output(vec![0; padded * clusters * 4 * 4])
+            .u32(self.heads)
+            .u32(self.kv_heads)
+            .u32(self.block_tokens)
+            .f32(1.0 / (self.d as f64).sqrt())
+            .f32(self.cap);
+        let what = format!("{} in {most}", self.what("decode_attention"));
+        let tokens: Vec<usize> = self.singles().iter().map(|single| single[1]).collect();
         let all = self.expect();
         let expect: Vec<f64> = tokens.iter().flat_map(|token| &all[token * width..][..width]).copied().collect();
-        if splits == 1 {
-            let check: Check = Box::new(move |outs| {
-                let found = picked(&outs[0], width * element.bytes(), &tokens);
-                is_close(element, element.tolerance(), &expect, &found)
-            });
-            return Case { what, call, check };
-        }
-        let (d, heads) = (self.d, live * self.heads);
         let check: Check = Box::new(move |outs| {
-            if outs[0].iter().any(|&byte| byte != POISON) {
-                return Err("splits wrote the output".to_owned());
+            let found = picked(&outs[0], width * element.bytes(), &tokens);
+            is_close(element, element.tolerance(), &expect, &found)?;
+            if outs[2].iter().any(|byte| *byte != 0) {
+                return Err("the counts of splits are not zero again".to_owned());
             }
-            let (part, rest) = outs[1].split_at(heads * splits * d * 4);
-            let (stat, rest_of_stat) = outs[2].split_at(heads * splits * 8);
-            if rest.iter().chain(rest_of_stat).any(|&byte| byte != POISON) {
-                return Err("a padding row was written".to_owned());
+            let is_joined = |i: usize| splits.get(i).is_some_and(|split| split[5] > 1);
+            let wrote = |part: &[u8]| part.iter().any(|byte| *byte != POISON);
+            match outs[1].chunks(parts).enumerate().find(|(i, part)| wrote(part) != is_joined(*i)) {
+                Some((i, _)) => Err(format!("split {i} of {splits:?} is joined, or not, as it should not be")),
+                None => Ok(()),
             }
-            let joined = join(&Element::F32.decode(part), &Element::F32.decode(stat), splits, d);
-            is_close(Element::F32, element.tolerance(), &expect, &Element::F32.encode(&joined))
         });
         Case { what, call, check }
     }
@@ -233,47 +246,6 @@ fn picked(bytes: &[u8], size: usize, which: &[usize]) -> Vec<u8> {
     which.iter().copied().chain(others).flat_map(|i| &bytes[i * size..][..size]).copied().collect()
 }
 
-/// The splits' sums put together, for every head.
-fn join(part: &[f64], stat: &[f64], splits: usize, d: usize) -> Vec<f64> {
-    let head = |(part, stat): (&[f64], &[f64])| {
-        let max = stat.iter().step_by(2).copied().fold(f64::NEG_INFINITY, f64::max);
-        let weight = |s: usize| (stat[2 * s] - max).exp2();
-        let sum: f64 = (0..splits).map(|s| stat[2 * s + 1] * weight(s)).sum();
-        let saw = |s: &usize| stat[2 * s + 1] > 0.0;
-        let joined = |i: usize| (0..splits).filter(saw).map(|s| part[s * d + i] * weight(s)).sum::<f64>() / sum;
-        (0..d).map(joined).collect::<Vec<_>>()
-    };
-    part.chunks(splits * d).zip(stat.chunks(splits * 2)).flat_map(head).collect()
-}
-
-/// Of two rows, of which each token is its row's, or the second comes later.
-fn combine(element: Element, d: usize, splits: usize, tokens: Option<[usize; 2]>, rng: &mut Rng) -> Case {
-    let (heads, live, rows) = (3, 2, 3);
-    // The last split of each head saw nothing, and wrote no part.
-    let mut part = Element::F32.random(rng, live * heads * splits * d);
-    part.chunks_exact_mut(splits * d).for_each(|head| head[(splits - 1) * d..].fill(f64::NAN));
-    let stat = |i: usize| if i % splits == splits - 1 { [-1e30, 0.0] } else { [(i % 5) as f64, 1.0 + i as f64] };
-    let stat: Vec<f64> = (0..live * heads * splits).flat_map(stat).collect();
-    let expect = join(&part, &stat, splits, d);
-    let call = Call::typed(&format!("combine_d{d}"), element, [heads, rows, 1], d as u32).count(live);
-    let call = match tokens {
-        Some([first, second]) => call.words(&[4, first as u32, 7, second as u32]),
-        None => call.null(),
-    };
-    let call = call
-        .input(Element::F32, &part)
-        .input(Element::F32, &stat)
-        .poisoned(2 * rows * heads * d * element.bytes())
-        .u32(heads)
-        .u32(splits);
-    let what = format!("combine {element} d {d} of {splits} for {tokens:?}");
-    let check: Check = Box::new(move |outs| {
-        let found = picked(&outs[0], heads * d * element.bytes(), &tokens.unwrap_or([0, 1]));
-        is_close(element, element.tolerance(), &expect, &found)
-    });
-    Case { what, call, check }
-}
-
 fn shape(heads: usize, kv_heads: usize, d: usize, block_tokens: usize, window: usize) -> Shape {
     Shape { heads, kv_heads, d, block_tokens, window, cap: 0.0 }
 }
@@ -298,19 +270,19 @@ pub fn cases(element: Element) -> Vec<Case> {
         (shape(4, 2, 96, 16, 0), 1),
         (shape(6, 1, 96, 32, 21), 3),
         (shape(4, 2, 256, 16, 0), 2),
+        (shape(8, 1, 256, 16, 0), 3),
         (Shape { cap: 1.5, ..shape(5, 1, 256, 16, 30) }, 1),
         (Shape { cap: 3.0, ..shape(4, 1, 128, 16, 0) }, 2),
     ] {
         cases.push(Batch::random(element, shape, &lens, &mut rng).decode(splits));
     }
+    // More splits of a row than a warp has lanes, of which later ones raise maxima.
+    for shape in [shape(16, 1, 64, 16, 0), shape(8, 1, 128, 16, 0)] {
+        cases.push(Batch::random(element, shape, &[[20, 1], [640, 1]], &mut rng).decode(40));
+    }
     let beside = [[40, 20], [50, 1], [16, 16], [100, 1], [1, 1]];
     for (shape, splits) in [(shape(5, 1, 64, 16, 0), 1), (shape(4, 2, 128, 16, 20), 3), (shape(2, 1, 96, 16, 9), 2)] {
         cases.push(Batch::random(element, shape, &beside, &mut rng).decode(splits));
-    }
-    for (d, splits, tokens) in
-        [(64, 2, None), (64, 4, Some([1, 4])), (128, 7, None), (96, 3, Some([3, 5])), (256, 2, Some([0, 2]))]
-    {
-        cases.push(combine(element, d, splits, tokens, &mut rng));
     }
     for (shape, rows) in [
         (shape(4, 2, 64, 16, 0), &[[1, 1], [70, 70], [33, 1], [50, 17]][..]),

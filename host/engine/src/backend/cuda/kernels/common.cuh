@@ -203,6 +203,12 @@ DEVICE float warp_sum(float v) {
     return v;
 }
 
+DEVICE float warp_max(float v) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, from_lane_xor(v, mask));
+    return v;
+}
+
 // The sum over a block of 256 threads, for all of them.
 DEVICE float block_sum_256(float v) {
     SHARED(float, sums, 8);

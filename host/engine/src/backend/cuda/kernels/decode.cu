@@ -1,24 +1,30 @@
 // Attention of one token per row over its pages, cut into splits so that a few long rows occupy the whole device.
 //
-// A block serves up to HEADS query heads of one key head, so that each key and value is read once. For 16-bit types the matrix units
-// compute eight heads at once: a warp takes sixteen positions at a time, from memory into registers and from there into the units, and
-// has their keys and values under way before it uses the first, as far as registers suffice. The f32 unit is there for exact checks
-// against the CPU, so its attention is a plain one, a warp per head, here and in prefill.cu. Scores are in units of log 2, so that
-// exponentials are single instructions.
+// The host lists the splits of each step, by how long its rows are. What the warps at the same place of a row's splits found is joined by
+// the one that ends last. A block serves up to HEADS query heads of one key head, so that each key and value is read once. For 16-bit
+// types the matrix units compute eight heads at once: a warp takes sixteen positions at a time, from memory into registers and from
+// there into the units, and has their keys and values under way before it uses the first, as far as registers suffice. The f32 unit is
+// there for exact checks against the CPU, so its attention is a plain one, a warp per head, here and in prefill.cu. Scores are in units
+// of log 2, so that exponentials are single instructions.
 
 static const float NO_SCORE = -1e30f, LOG2_E = 1.44269504f;
 
+// Query heads that a block serves at most: as many columns as matrix units have, or a warp each.
+#if PM_T == 0
+static const u32 HEADS = 4;
+#else
+static const u32 HEADS = 8;
+#endif
+
 struct Decode {
     const u32 *n;
-    const u32 *singles;
+    const uint4 *splits;
     const T *qkv;
     Pages pages;
-    const u32 *lens;
     T *out;
-    float *part;
-    float *stat;
+    uint4 *parts;
+    u32 *counts;
     u32 heads;
-    u32 window;
     float scale;
     float cap;
 };
@@ -28,65 +34,130 @@ struct Span {
     u32 begin, end;
 };
 
-// Those of this block's split.
-DEVICE Span span_of(const Decode &a, u32 len) {
-    u32 tokens = a.pages.block_tokens, low = a.window && len > a.window ? len - a.window : 0;
-    u32 first = low / tokens, per = ceil_div(ceil_div(len, tokens) - first, gridDim.z);
-    Span span = {most(low, (first + blockIdx.z * per) * tokens), least(len, (first + (blockIdx.z + 1) * per) * tokens)};
-    return span;
-}
-
-// A row of one token, and its token.
-struct Single {
+// A stretch of a row's context, one of `count`, of which the first is split `first` of the list.
+struct Split {
     u32 row, token;
+    Span span;
+    u32 first, count;
 };
 
-// The `i`-th of them; without a list, each token is its row's.
-DEVICE Single single_of(const u32 *singles, u32 i) {
-    Single s = {singles ? singles[2 * i] : i, singles ? singles[2 * i + 1] : i};
+// This block's; none past the last.
+DEVICE Split this_split(const Decode &a) {
+    Split s = {};
+    if (blockIdx.y >= *a.n) return s;
+    uint4 what = a.splits[2 * blockIdx.y], among = a.splits[2 * blockIdx.y + 1];
+    s.row = what.x, s.token = what.y, s.span.begin = what.z, s.span.end = what.w, s.first = among.x, s.count = among.y;
     return s;
 }
 
-// A block's row and heads: `count` query heads from `first`, which share a key head.
+// What a block computes: `count` query heads from `first`, which share a key head, over a split.
 struct Cluster {
-    Single single;
+    Split split;
     u32 kv_head, first, count;
 };
 
 DEVICE const T *query_of(const Decode &a, const Cluster &c, u32 head, u32 d) {
-    return a.qkv + ((u64)c.single.token * (a.heads + 2 * a.pages.kv_heads) + c.first + head) * d;
+    return a.qkv + ((u64)c.split.token * (a.heads + 2 * a.pages.kv_heads) + c.first + head) * d;
+}
+
+DEVICE T *result_of(const Decode &a, const Cluster &c, u32 head, u32 d) {
+    return a.out + ((u64)c.split.token * a.heads + c.first + head) * d;
 }
 
 // The first of the sixteen positions that a warp begins with: the warps take turns.
 DEVICE u32 first_of(Span span) { return (span.begin / 16 + threadIdx.x / 32) * 16; }
 
 // Where the key of position `base` is; past the span, some key.
-DEVICE const T *run_at(const Decode &a, const Cluster &c, u32 base, Span span) {
-    return key_at(a.pages, c.single.row, c.kv_head, base < span.end ? base : 0);
+DEVICE const T *run_at(const Decode &a, const Cluster &c, u32 base) {
+    return key_at(a.pages, c.split.row, c.kv_head, base < c.split.span.end ? base : 0);
 }
 
-// Which of the splits' results is that of one of its heads.
-DEVICE u64 split_of(const Decode &a, const Cluster &c, u32 head) {
-    return ((u64)blockIdx.y * a.heads + c.first + head) * gridDim.z + blockIdx.z;
+DEVICE uint4 pack(const float *v) {
+    uint4 r;
+    r.x = __float_as_uint(v[0]), r.y = __float_as_uint(v[1]), r.z = __float_as_uint(v[2]), r.w = __float_as_uint(v[3]);
+    return r;
 }
 
-// Element `i` of a head of `d`: `out` is the sum of values by their weights, which are relative to 2^top, and `sum` that of the weights.
-DEVICE void write_element(const Decode &a, const Cluster &c, u32 head, u32 d, u32 i, float top, float sum, float out) {
-    if (gridDim.z == 1) {
-        a.out[((u64)c.single.token * a.heads + c.first + head) * d + i] = to_element(out / sum);
-        return;
-    }
-    u64 split = split_of(a, c, head);
-    a.part[split * d + i] = out;
-    if (i == 0) {
-        a.stat[split * 2] = top;
-        a.stat[split * 2 + 1] = sum;
-    }
+DEVICE void unpack(float (&v)[4], uint4 from) {
+    v[0] = __uint_as_float(from.x), v[1] = __uint_as_float(from.y), v[2] = __uint_as_float(from.z), v[3] = __uint_as_float(from.w);
 }
+
+// A lane's elements of its block's heads, in whichever order: `out` is a sum of values by their weights, which are relative to 2^top,
+// and `sum` that of the weights. Each lane of a warp has the same tops and sums.
+template <u32 D> struct Sums {
+    static const u32 QUADS = (HEADS * D + 511) / 512, N = 4 * QUADS;
+    float top[N], sum[N], out[N];
+
+    // Joins the first `live` of them with those of the row's other splits. True for the warp that comes last: it has the sums of all then,
+    // added in the order of the splits, whoever that is. Every lane has its own elements in the same places.
+    METHOD bool join(const Decode &a, const Split &s, u32 live) {
+        if (s.count == 1) return true;
+        const u32 SIZE = 34 * QUADS;
+        u32 lane = threadIdx.x % 32, warp = blockIdx.x * 4 + threadIdx.x / 32, warps = gridDim.x * 4;
+        uint4 *own = a.parts + ((u64)blockIdx.y * warps + warp) * SIZE;
+#pragma unroll
+        for (u32 q = 0; q < QUADS; q++) {
+            if (4 * q >= live) continue;
+            own[32 * q + lane] = pack(out + 4 * q);
+            if (lane == 0) own[32 * QUADS + 2 * q] = pack(top + 4 * q), own[32 * QUADS + 2 * q + 1] = pack(sum + 4 * q);
+        }
+        u64 first = (u64)s.first * warps + warp;
+        if (!is_last_warp(a.counts + first, s.count)) return false;
+#pragma unroll
+        for (u32 i = 0; i < N; i++) top[i] = NO_SCORE, sum[i] = out[i] = 0.0f;
+        const uint4 *parts = a.parts + first * SIZE;
+        for (u32 i = 0; i < s.count; i += 32) add(parts + (u64)i * warps * SIZE, warps * SIZE, least(s.count - i, 32), live);
+        return true;
+    }
+
+    // Adds what `n` splits wrote, at most 32: from `parts` on, each so much further.
+    METHOD void add(const uint4 *parts, u32 pitch, u32 n, u32 live) {
+        u32 lane = threadIdx.x % 32;
+        // Of the lane's split.
+        float weights[N];
+#pragma unroll
+        for (u32 q = 0; q < QUADS; q++) {
+            float tops[4] = {NO_SCORE, NO_SCORE, NO_SCORE, NO_SCORE}, sums[4] = {};
+            if (lane < n && 4 * q < live) {
+                const uint4 *stat = parts + (u64)lane * pitch + 32 * QUADS + 2 * q;
+                unpack(tops, load_announced(stat));
+                unpack(sums, load_announced(stat + 1));
+            }
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) {
+                u32 i = 4 * q + j;
+                float highest = fmaxf(top[i], warp_max(tops[j])), shrink = power_of_two(top[i] - highest);
+                weights[i] = power_of_two(tops[j] - highest);
+                top[i] = highest;
+                sum[i] = sum[i] * shrink + warp_sum(sums[j] * weights[i]);
+                out[i] *= shrink;
+            }
+        }
+        // Several are under way at once. Past the last, weights are zero.
+        const u32 AHEAD = 8 / QUADS;
+        for (u32 k = 0; k < n; k += AHEAD) {
+            uint4 read[AHEAD][QUADS];
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; i++)
+#pragma unroll
+                for (u32 q = 0; q < QUADS; q++) {
+                    read[i][q] = zero_vec();
+                    if (k + i < n && 4 * q < live) read[i][q] = load_announced(parts + (u64)(k + i) * pitch + 32 * q + lane);
+                }
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; i++)
+#pragma unroll
+                for (u32 q = 0; q < QUADS; q++) {
+                    float part[4];
+                    unpack(part, read[i][q]);
+#pragma unroll
+                    for (u32 j = 0; j < 4; j++) out[4 * q + j] += from_lane(weights[4 * q + j], (int)(k + i)) * part[j];
+                }
+        }
+    }
+};
 
 #if PM_T == 0
-
-static const u32 HEADS = 4;
 
 // One query head, by one warp: lanes are positions for the scores, and elements of the head for the sum.
 template <u32 D> struct Plain {
@@ -106,10 +177,7 @@ template <u32 D> struct Plain {
             score *= a.scale * LOG2_E;
             if (a.cap != 0.0f) score = soft_cap(score, a.cap);
             if (base + lane >= span.end) score = -INFINITY;
-            float highest = score;
-#pragma unroll
-            for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, from_lane_xor(highest, mask));
-            highest = fmaxf(highest, top);
+            float highest = fmaxf(warp_max(score), top);
             float shrink = power_of_two(top - highest), weight = power_of_two(score - highest);
             top = highest;
             sum = sum * shrink + warp_sum(weight);
@@ -125,19 +193,20 @@ template <u32 D> struct Plain {
     }
 };
 
-template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span, const T *) {
-    u32 warp = threadIdx.x / 32;
+template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, const T *) {
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp >= c.count) return;
     Plain<D> head;
-    head.see(a, c.single.row, c.kv_head, query_of(a, c, warp, D), span);
+    head.see(a, c.split.row, c.kv_head, query_of(a, c, warp, D), c.split.span);
+    Sums<D> own;
 #pragma unroll
-    for (u32 j = 0; j < D / 32; j++)
-        write_element(a, c, warp, D, j * 32 + threadIdx.x % 32, head.top, head.sum, head.out[j]);
+    for (u32 i = 0; i < Sums<D>::N; i++) own.top[i] = head.top, own.sum[i] = head.sum, own.out[i] = i < D / 32 ? head.out[i] : 0.0f;
+    if (!own.join(a, c.split, D / 32)) return;
+#pragma unroll
+    for (u32 i = 0; i < D / 32; i++) result_of(a, c, warp, D)[i * 32 + lane] = own.out[i] / own.sum[i];
 }
 
 #else
-
-static const u32 HEADS = 8;
 
 // 2 * N elements.
 template <u32 N> DEVICE void load_words(u32 (&to)[N], const T *from) {
@@ -299,26 +368,35 @@ template <u32 D> DEVICE void write_heads(const Decode &a, const Cluster &c, Eigh
 #pragma unroll
         for (u32 i = 0; i < 4; i++) outs[(warp * HEADS + 2 * t + i % 2) * PITCH + Eight<D>::element(m, i)] = state.out[m][i];
     __syncthreads();
-    for (u32 at = threadIdx.x; at < c.count * D; at += 128) {
-        u32 head = at / D, i = at % D;
-        float highest = fmaxf(fmaxf(tops[head], tops[HEADS + head]), fmaxf(tops[2 * HEADS + head], tops[3 * HEADS + head]));
-        float sum = 0.0f, out = 0.0f;
+    Sums<D> own;
+#pragma unroll
+    for (u32 i = 0; i < Sums<D>::N; i++) {
+        // Those of heads past the last are dropped.
+        u32 at = threadIdx.x + 128 * i, head = least(at / D, HEADS - 1);
+        own.sum[i] = own.out[i] = 0.0f;
+        own.top[i] = fmaxf(fmaxf(tops[head], tops[HEADS + head]), fmaxf(tops[2 * HEADS + head], tops[3 * HEADS + head]));
 #pragma unroll
         for (u32 from = 0; from < 4; from++) {
-            float weight = power_of_two(tops[from * HEADS + head] - highest);
-            sum += sums[from * HEADS + head] * weight;
-            out += outs[(from * HEADS + head) * PITCH + i] * weight;
+            float weight = power_of_two(tops[from * HEADS + head] - own.top[i]);
+            own.sum[i] += sums[from * HEADS + head] * weight;
+            own.out[i] += outs[(from * HEADS + head) * PITCH + at % D] * weight;
         }
-        write_element(a, c, head, D, i, highest, sum, out);
+    }
+    if (!own.join(a, c.split, ceil_div(c.count * D, 128))) return;
+#pragma unroll
+    for (u32 i = 0; i < Sums<D>::N; i++) {
+        u32 at = threadIdx.x + 128 * i, head = at / D;
+        if (head < c.count) result_of(a, c, head, D)[at % D] = to_element(own.out[i] / own.sum[i]);
     }
 }
 
-template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span, const T *page) {
+template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, const T *page) {
+    Span span = c.split.span;
     Eight<D> state;
     state.begin(a, c);
     for (u32 base = first_of(span); base < span.end; base += 64) {
         // Looked up while this one's keys are under way.
-        const T *next = run_at(a, c, base + 64, span);
+        const T *next = run_at(a, c, base + 64);
         state.see(a, base, span, page);
         page = next;
     }
@@ -329,35 +407,21 @@ template <u32 D> DEVICE void attend(const Decode &a, const Cluster &c, Span span
 
 template <u32 D> DEVICE void decode_attention(const Decode &a) {
     let_next_start();
-    bool is_live = blockIdx.y < *a.n;
-    Single single = {0, 0};
-    if (is_live) single = single_of(a.singles, blockIdx.y);
-    Span span = span_of(a, is_live ? a.lens[single.row] : 0);
     u32 group = a.heads / a.pages.kv_heads, per_key = ceil_div(group, HEADS);
     u32 kv_head = blockIdx.x / per_key, first = kv_head * group + blockIdx.x % per_key * HEADS;
-    Cluster c = {single, kv_head, first, least(HEADS, (kv_head + 1) * group - first)};
+    Cluster c = {this_split(a), kv_head, first, least(HEADS, (kv_head + 1) * group - first)};
     // What is known without the kernel before, and to the first page's place that is much, is found out while it runs.
-    const T *page = run_at(a, c, first_of(span), span);
+    const T *page = run_at(a, c, first_of(c.split.span));
     wait_for_previous();
-    if (!is_live) return;
-    if (gridDim.z > 1 && span.begin >= span.end) {
-        // Nothing to see: `combine` reads no `part` of it.
-        if (threadIdx.x < c.count) {
-            u64 split = split_of(a, c, threadIdx.x);
-            a.stat[split * 2] = NO_SCORE;
-            a.stat[split * 2 + 1] = 0.0f;
-        }
-        return;
-    }
-    attend<D>(a, c, span, page);
+    if (c.split.count > 0) attend<D>(a, c, page);
 }
 
 #define DECODE(name, width, per_sm)                                                                                               \
-    ENTRY(name, 128, per_sm, (const u32 *n, const u32 *singles, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables,    \
-            u32 max_blocks, const u32 *lens, T *out, float *part, float *stat, u32 heads, u32 kv_heads, u32 block_tokens,         \
-            u32 window, float scale, float cap)) {                                                                                \
-        Decode a = {n, singles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, lens, out, part, \
-                    stat, heads, window, scale, cap * LOG2_E};                                                                    \
+    ENTRY(name, 128, per_sm, (const u32 *n, const uint4 *splits, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables,   \
+            u32 max_blocks, T *out, uint4 *parts, u32 *counts, u32 heads, u32 kv_heads, u32 block_tokens, float scale,            \
+            float cap)) {                                                                                                         \
+        Decode a = {n, splits, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, out, parts,       \
+                    counts, heads, scale, cap * LOG2_E};                                                                          \
         decode_attention<width>(a);                                                                                               \
     }
 
@@ -366,38 +430,3 @@ DECODE(decode_attention_d64, 64, 4)
 DECODE(decode_attention_d96, 96, 3)
 DECODE(decode_attention_d128, 128, 3)
 DECODE(decode_attention_d256, 256, 2)
-
-// A thread per element of a head.
-template <u32 D>
-DEVICE void combine(const u32 *n, const u32 *singles, const float *part, const float *stat, T *out, u32 heads, u32 splits) {
-    let_next_start();
-    bool is_live = blockIdx.y < *n;
-    u32 token = is_live ? single_of(singles, blockIdx.y).token : 0;
-    wait_for_previous();
-    if (!is_live) return;
-    u64 head = (u64)blockIdx.y * heads + blockIdx.x;
-    float highest = NO_SCORE, sum = 0.0f, total = 0.0f;
-#pragma unroll 16
-    for (u32 s = 0; s < splits; s++) highest = fmaxf(highest, stat[(head * splits + s) * 2]);
-#pragma unroll 8
-    for (u32 s = 0; s < splits; s++) {
-        u64 split = head * splits + s;
-        float weight = power_of_two(stat[split * 2] - highest), own = stat[split * 2 + 1];
-        sum += own * weight;
-        // A split that saw nothing wrote no part.
-        total += own > 0.0f ? part[split * D + threadIdx.x] * weight : 0.0f;
-    }
-    out[((u64)token * heads + blockIdx.x) * D + threadIdx.x] = to_element(total / sum);
-}
-
-#define COMBINE(name, width)                                                                                                      \
-    ENTRY(name, width, 4, (const u32 *n, const u32 *singles, const float *part, const float *stat, T *out, u32 heads,             \
-            u32 splits)) {                                                                                                        \
-        combine<width>(n, singles, part, stat, out, heads, splits);                                                               \
-    }
-
-COMBINE(combine_d32, 32)
-COMBINE(combine_d64, 64)
-COMBINE(combine_d96, 96)
-COMBINE(combine_d128, 128)
-COMBINE(combine_d256, 256)
