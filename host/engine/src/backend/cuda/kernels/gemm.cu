@@ -152,6 +152,7 @@ template <u32 NT> DEVICE void gemm_few(const u32 *n, const T *w, const T *x, u32
     wait_for_previous();
     if (live == 0) return;
     float sums[2][NT][4] = {};
+#pragma unroll(TURNS)
     for (u32 base = warp * 64; base < k; base += 512) {
 #pragma unroll
         for (u32 u = 0; u < 2; u++) {

@@ -30,6 +30,7 @@ template <u32 B, u32 R> DEVICE void gemv(const u32 *n, const T *w, const T *x, u
     wait_for_previous();
     if (live == 0) return;
     float sums[R][B] = {};
+#pragma unroll(TURNS)
     for (u32 base = lane * VEC; base < k; base += U * STEP) {
 #pragma unroll
         for (u32 u = 0; u < U; u++) {
@@ -69,5 +70,5 @@ template <u32 B, u32 R> DEVICE void gemv(const u32 *n, const T *w, const T *x, u
     }
 
 GEMV(gemv_b1, 1, 2, 6)
-GEMV(gemv_b2, 2, 2, 5)
-GEMV(gemv_b4, 4, 4, 4)
+GEMV(gemv_b2, 2, 2, 4)
+GEMV(gemv_b4, 4, 4, 3)

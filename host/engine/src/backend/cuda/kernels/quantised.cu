@@ -129,6 +129,7 @@ template <class W, u32 B> DEVICE void gemv_quantised(const u32 *n, const Quantis
     wait_for_previous();
     if (live == 0) return;
     float sums[R][B] = {};
+#pragma unroll(TURNS)
     for (u32 base = lane * 16; base < q.k; base += U * STEP) {
 #pragma unroll
         for (u32 u = 0; u < U; u++) {
@@ -322,6 +323,7 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
     wait_for_previous();
     if (live == 0) return;
     float sums[2][NT][4] = {};
+#pragma unroll(TURNS)
     for (u32 base = warp * 128; base < q.k; base += 1024) {
 #pragma unroll
         for (u32 u = 0; u < 2; u++) {
@@ -411,8 +413,8 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
 
 EMBED(embed_q8, Q8)
 EMBED(embed_fp8, Fp8)
-PRODUCT(gemv_b1_q8, 128, 5, gemv_quantised<Q8, 1>(n, q, x, e))
-PRODUCT(gemv_b1_fp8, 128, 5, gemv_quantised<Fp8, 1>(n, q, x, e))
+PRODUCT(gemv_b1_q8, 128, 4, gemv_quantised<Q8, 1>(n, q, x, e))
+PRODUCT(gemv_b1_fp8, 128, 4, gemv_quantised<Fp8, 1>(n, q, x, e))
 
 #if PM_T == 0
 

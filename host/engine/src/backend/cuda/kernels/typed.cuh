@@ -64,6 +64,10 @@ DEVICE void store_vec(T *to, const float (&from)[VEC]) {
     *(uint4 *)to = v;
 }
 
+// Turns of a loop that become one, where each loads what the next one uses: of a single turn the assembler would move what it
+// loaded to where the next expects it, and a move waits for the load.
+static const u32 TURNS = PM_T == 0 ? 1 : 2;
+
 // As many floats as T have place in 16 bytes.
 DEVICE void load_floats(float (&to)[VEC], const float *from) {
 #pragma unroll
