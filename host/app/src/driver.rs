@@ -23,7 +23,7 @@ use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::observe::Observer;
 use pointsman_sched::predict::StepSize;
 use pointsman_sched::publish::ReplicaGauges;
-use pointsman_sched::request::{CancelCause, Request, SinkEvent};
+use pointsman_sched::request::{CancelCause, Failure, Request, SinkEvent};
 use pointsman_sched::retention::RetentionPolicy;
 use pointsman_sched::sampler::{Desk, SamplerWorker, Started};
 use pointsman_sched::scheduler::{Counters, Scheduler, Stage};
@@ -124,18 +124,22 @@ pub(crate) struct DriverHandle {
     changes: SyncSender<Change>,
     cancel: SyncSender<(ReplicaId, RequestId, CancelCause)>,
     stop: Arc<AtomicBool>,
+    lost: Arc<AtomicBool>,
     thread: Thread,
     join: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Driver {
-    replicas: Vec<DriverReplica>,
+    // Mailboxes go first: whoever waits for an answer hears that none comes before a device that may not answer either is given back.
     submits: Receiver<(ReplicaId, Request)>,
     cancels: Receiver<(ReplicaId, RequestId, CancelCause)>,
     changes: Receiver<Change>,
+    replicas: Vec<DriverReplica>,
     /// Those that come back when they are idle, and to whom.
     leaving: Vec<(ReplicaId, SyncSender<Gone>)>,
     stop: Arc<AtomicBool>,
+    /// The device computes nothing any more.
+    lost: Arc<AtomicBool>,
     context: DriverContext,
     output: StepOutput,
     /// Cancels taken from their mailbox and not yet carried out; as bounded as the mailbox.
@@ -165,7 +169,7 @@ impl DriverHandle {
         // Two causes at most race for one request (client gone, asked): room for both.
         let (cancel, cancels) = sync_channel(2 * max_in_flight.max(1));
         let (change, changes) = sync_channel(MAX_CHANGES);
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, lost) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let mut driver = Driver {
             replicas,
             submits,
@@ -173,13 +177,14 @@ impl DriverHandle {
             changes,
             leaving: Vec::new(),
             stop: Arc::clone(&stop),
+            lost: Arc::clone(&lost),
             context,
             output: StepOutput::default(),
             to_cancel: Vec::new(),
         };
         let join = std::thread::Builder::new().name(format!("driver-{device}")).spawn(move || driver.run())?;
         let thread = join.thread().clone();
-        Ok(Self { submit, cancel, changes: change, stop, thread, join: Mutex::new(Some(join)) })
+        Ok(Self { submit, cancel, changes: change, stop, lost, thread, join: Mutex::new(Some(join)) })
     }
 
     /// Hands the driver another replica, and waits until it takes requests.
@@ -222,6 +227,9 @@ impl DriverHandle {
     /// # Errors
     /// The mailbox is full or the driver has stopped; the request comes back.
     pub(crate) fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
+        if self.lost.load(Ordering::Acquire) {
+            return Err((Box::new(request), SubmitError::Stopped));
+        }
         let sent = self.submit.try_send((replica, request)).map_err(|error| match error {
             TrySendError::Full((_, request)) => (Box::new(request), SubmitError::Full),
             TrySendError::Disconnected((_, request)) => (Box::new(request), SubmitError::Stopped),
@@ -237,10 +245,11 @@ impl DriverHandle {
         self.thread.unpark();
     }
 
-    /// Whether the thread still runs; a panic ends it.
+    /// Whether the thread still runs, and for more than to end; a panic ends it.
     pub(crate) fn is_alive(&self) -> bool {
         let join = self.join.lock().unwrap_or_else(PoisonError::into_inner);
-        join.as_ref().is_some_and(|join| !join.is_finished())
+        let runs = join.as_ref().is_some_and(|join| !join.is_finished());
+        runs && !self.lost.load(Ordering::Acquire)
     }
 
     /// Ends what still runs and waits for the thread.
@@ -264,6 +273,13 @@ impl Drop for DriverHandle {
     }
 }
 
+impl Drop for Driver {
+    /// However it ends, routers look for others.
+    fn drop(&mut self) {
+        self.replicas.iter().for_each(|replica| replica.gauges.gone.store(true, Ordering::Release));
+    }
+}
+
 // === impl Driver ===
 
 impl Driver {
@@ -280,8 +296,10 @@ impl Driver {
             }
         }
         self.take_mail();
+        let is_lost = self.lost.load(Ordering::Acquire);
         for replica in &mut self.replicas {
-            end_all(replica, CancelCause::Shutdown, &self.context);
+            let end = if is_lost { End::Lost } else { End::Cancelled(CancelCause::Shutdown) };
+            end_all(replica, end, &self.context);
         }
         self.let_go(|_| true);
     }
@@ -315,7 +333,7 @@ impl Driver {
             }
             let mut replica = Box::new(replicas.remove(at));
             let ended = replica.scheduler.live().count() as u64;
-            end_all(&mut replica, CancelCause::Unloaded, context);
+            end_all(&mut replica, End::Cancelled(CancelCause::Unloaded), context);
             // Where nobody waits for it any more, it is dropped here.
             let _ = gone.try_send(Gone { replica, ended });
             false
@@ -381,7 +399,7 @@ impl Driver {
             return false;
         }
         let may_go_ahead = self.listen(index);
-        let Self { replicas, context, output, stop, .. } = self;
+        let Self { replicas, context, output, stop, lost, .. } = self;
         let replica = &mut replicas[index];
         if may_go_ahead {
             replica.begin_ahead(context);
@@ -389,6 +407,8 @@ impl Driver {
         replica.finish(context, output);
         if replica.executor.is_lost() {
             tracing::error!("this device serves no more; other devices go on");
+            lost.store(true, Ordering::Release);
+            replicas.iter().for_each(|replica| replica.gauges.gone.store(true, Ordering::Release));
             stop.store(true, Ordering::Release);
         }
         true
@@ -565,11 +585,22 @@ impl Observer for Watch<'_> {
 }
 
 /// Ends whatever a replica still runs.
-fn end_all(replica: &mut DriverReplica, cause: CancelCause, context: &DriverContext) {
+/// Why all that a replica runs ends.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Cancelled(CancelCause),
+    /// Its device computes nothing any more.
+    Lost,
+}
+
+fn end_all(replica: &mut DriverReplica, end: End, context: &DriverContext) {
     let now = context.clock.micros();
     let (sampler, pace) = (&mut replica.sampler, &mut replica.pace);
     let mut observe = Watch::new(&context.recorder, (replica.id, replica.variant), (sampler, pace));
-    replica.scheduler.shutdown(cause, now, &mut observe);
+    match end {
+        End::Cancelled(cause) => replica.scheduler.shutdown(cause, now, &mut observe),
+        End::Lost => replica.scheduler.fail_all(&Failure::DeviceLost, now, &mut observe),
+    }
     // Whoever follows requests beside the policy hears of their end.
     replica.sampler.hand_over(now);
     publish(replica, &context.metrics);
@@ -639,12 +670,13 @@ mod tests {
     use pointsman_sched::batch::NativeBatch;
     use pointsman_sched::config::Config;
     use pointsman_sched::draft::DraftMethod;
+    use pointsman_sched::execute::StepPlan;
     use pointsman_sched::ids::Priority;
     use pointsman_sched::prefix::chain_hashes;
     use pointsman_sched::publish::PrefixSketch;
     use pointsman_sched::request::{Sampling, SinkState, TokenSink};
     use pointsman_sched::retention::NativeRetention;
-    use pointsman_sched::sampler::NativeSampler;
+    use pointsman_sched::sampler::{EditSource, NativeSampler};
     use pointsman_server::text::{TextFiles, TextModel};
     use rand::rngs::StdRng;
     use rand::{Rng as _, SeedableRng as _};
@@ -657,6 +689,7 @@ mod tests {
     struct Ends {
         all: Arc<AtomicU32>,
         unloaded: Arc<AtomicU32>,
+        lost: Arc<AtomicU32>,
         texts: Arc<Mutex<HashMap<u64, Vec<u32>>>>,
     }
 
@@ -675,6 +708,8 @@ mod tests {
             self.ends.all.fetch_add(is_end.into(), Ordering::Relaxed);
             let unloaded = event == SinkEvent::Cancelled(CancelCause::Unloaded);
             self.ends.unloaded.fetch_add(unloaded.into(), Ordering::Relaxed);
+            let lost = event == SinkEvent::Failed(Failure::DeviceLost);
+            self.ends.lost.fetch_add(lost.into(), Ordering::Relaxed);
             if let SinkEvent::Token { token, .. } = event {
                 self.ends.texts.lock().expect("no panic").entry(self.id).or_default().push(token);
             }
@@ -685,6 +720,21 @@ mod tests {
     impl Drop for Sink {
         fn drop(&mut self) {
             assert!(self.has_ended || std::thread::panicking(), "a request was lost");
+        }
+    }
+
+    fn text() -> TextModel {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tokenizer.json");
+        let tokenizer = std::fs::read(folder).expect("a file of the demo");
+        let text = TextModel::from_files(&TextFiles { tokenizer: &tokenizer, ..TextFiles::default() });
+        text.expect("a tokenizer")
+    }
+
+    fn context() -> DriverContext {
+        DriverContext {
+            clock: Arc::new(SystemClock::start()),
+            recorder: Recorder::new(1_024),
+            metrics: Arc::new(Metrics::new()),
         }
     }
 
@@ -755,20 +805,66 @@ mod tests {
         same.sum()
     }
 
+    /// Serves a few steps.
+    struct Dying {
+        inner: NullExecutor,
+        steps: u32,
+    }
+
+    impl Executor for Dying {
+        fn execute(
+            &mut self,
+            plan: &StepPlan,
+            edits: &mut dyn EditSource,
+            out: &mut StepOutput,
+        ) -> Result<(), ExecuteError> {
+            self.steps = self.steps.saturating_sub(1);
+            match self.is_lost() {
+                true => Err(ExecuteError::Lost { what: "it fell off the bus".into() }),
+                false => self.inner.execute(plan, edits, out),
+            }
+        }
+
+        fn is_lost(&self) -> bool {
+            self.steps == 0
+        }
+    }
+
+    /// Those of its step, those beside it and those that wait; whoever comes later is told at once.
+    #[test]
+    fn all_requests_of_a_lost_device_end_as_such() {
+        let text = text();
+        let context = context();
+        let ends = Ends::default();
+        let mut rng = StdRng::seed_from_u64(1);
+        let mut replica = replica(1, 0, &context, &text);
+        let inner = NullExecutor::new(&text, 0, Arc::clone(&context.clock));
+        replica.executor = Box::new(Dying { inner, steps: 3 });
+        let gauges = Arc::clone(&replica.gauges);
+        // More than run at once, and none of them is done in three steps.
+        for id in 0..20 {
+            let request = Request { max_new_tokens: 100, ..request(id, &mut rng, &ends) };
+            replica.scheduler.submit(request, 0).expect("there is room");
+        }
+        let driver = DriverHandle::start("test", vec![replica], (256, 512), context).expect("a thread");
+        while driver.is_alive() {
+            std::thread::yield_now();
+        }
+        let mut late = request(99, &mut rng, &ends);
+        late.sink.push(SinkEvent::Failed(Failure::DeviceLost));
+        let (_, error) = driver.submit(ReplicaId(1), late).expect_err("nobody takes it");
+        assert_eq!(error, SubmitError::Stopped);
+        driver.stop();
+        assert!(gauges.gone.load(Ordering::Acquire));
+        assert_eq!([&ends.lost, &ends.all].map(|n| n.load(Ordering::Relaxed)), [21, 21]);
+    }
+
     /// Replicas come and go under load, with cancels wherever they fall: each request ends once, and what comes back holds
     /// nothing. Two hosts are asked for the same, one of which begins steps behind others: the texts are the same as far as they
     /// go. The threads race as they like; none of this depends on who wins.
     #[test]
     fn replicas_come_and_go_and_no_request_or_block_is_lost() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tokenizer.json");
-        let tokenizer = std::fs::read(folder).expect("a file of the demo");
-        let text = TextModel::from_files(&TextFiles { tokenizer: &tokenizer, ..TextFiles::default() });
-        let text = text.expect("a tokenizer");
-        let context = DriverContext {
-            clock: Arc::new(SystemClock::start()),
-            recorder: Recorder::new(1_024),
-            metrics: Arc::new(Metrics::new()),
-        };
+        let (text, context) = (text(), context());
         let (mut next, ends) = (0, Ends::default());
         for seed in 0..4 {
             let mut rng = StdRng::seed_from_u64(seed / 2);

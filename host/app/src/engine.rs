@@ -319,9 +319,10 @@ impl Engine {
         (homes.map(replica).collect(), used.filter(|used| *used > 0))
     }
 
-    /// The devices that serve.
+    /// The devices that serve still.
     pub(crate) fn places(&self) -> Vec<Place> {
-        self.devices.iter().map(|device| device.place.clone()).collect()
+        let alive = |device: &&ServingDevice| device.driver.is_alive();
+        self.devices.iter().filter(alive).map(|device| device.place.clone()).collect()
     }
 
     /// Per device: memory by owner, KV pool, batch, variants.

@@ -173,6 +173,12 @@ pub enum ExecuteError {
         /// In words.
         what: Arc<str>,
     },
+    /// The device computes nothing any more.
+    #[error("the device serves no more: {what}")]
+    Lost {
+        /// In words.
+        what: Arc<str>,
+    },
 }
 
 impl Sample {

@@ -4,7 +4,7 @@
 //! gauge older than another; routing needs no more. The prefix sketch is a hint: it may miss, and after an eviction it may
 //! promise too much for the length of one step; the index itself confirms by tokens before a block is reused.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::predict::Outlook;
 
@@ -38,6 +38,8 @@ pub struct ReplicaGauges {
     pub step_ns: AtomicU64,
     pub token_ns: AtomicU64,
     pub step_tokens: AtomicU32,
+    /// Its driver has ended, or ends: nobody takes requests any more.
+    pub gone: AtomicBool,
 }
 
 impl ReplicaGauges {

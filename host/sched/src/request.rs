@@ -195,6 +195,9 @@ pub enum Failure {
     /// The executor failed; the host's fault.
     #[error("the engine failed while computing this request: {0}")]
     Engine(Arc<str>),
+    /// Its device computes nothing any more; another replica may do.
+    #[error("the device that computed this request serves no more; retry it")]
+    DeviceLost,
 }
 
 /// A limit that a request ran into, with the numbers that say what would fit.

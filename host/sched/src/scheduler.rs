@@ -320,7 +320,13 @@ impl Scheduler {
 
     /// Cancels everything that lives.
     pub fn shutdown(&mut self, cause: CancelCause, now: Micros, observer: &mut dyn Observer) {
-        self.end_all(|_| true, cause, now, observer);
+        self.end_all(|_| true, &Ending::Cancelled(cause), now, observer);
+        self.publish_gauges();
+    }
+
+    /// Fails everything that lives.
+    pub fn fail_all(&mut self, failure: &Failure, now: Micros, observer: &mut dyn Observer) {
+        self.end_all(|_| true, &Ending::Failed(failure.clone()), now, observer);
         self.publish_gauges();
     }
 
@@ -453,7 +459,7 @@ impl Scheduler {
         }
         self.end_all(
             |sequence| sequence.request.deadline != 0 && sequence.request.deadline <= now,
-            CancelCause::Deadline,
+            &Ending::Cancelled(CancelCause::Deadline),
             now,
             observer,
         );
@@ -464,14 +470,14 @@ impl Scheduler {
     /// Cancels what nobody listens to any more.
     fn reap(&mut self, now: Micros, observer: &mut dyn Observer) {
         if self.n_closed > 0 {
-            self.end_all(|sequence| sequence.closed, CancelCause::ClientGone, now, observer);
+            self.end_all(|sequence| sequence.closed, &Ending::Cancelled(CancelCause::ClientGone), now, observer);
         }
     }
 
     fn end_all(
         &mut self,
         which: impl Fn(&Sequence) -> bool,
-        cause: CancelCause,
+        ending: &Ending,
         now: Micros,
         observer: &mut dyn Observer,
     ) {
@@ -479,7 +485,7 @@ impl Scheduler {
         slots.clear();
         slots.extend(self.sequences.iter().filter(|(_, sequence)| which(sequence)).map(|(slot, _)| slot));
         for &slot in &slots {
-            self.end(slot, Ending::Cancelled(cause), now, observer);
+            self.end(slot, ending.clone(), now, observer);
         }
         self.slots = slots;
     }

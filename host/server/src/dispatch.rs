@@ -475,12 +475,23 @@ impl Dispatch<'_> {
         let c = &mut scratch.columns;
         let now = self.state.clock.now();
         let needed = self.prompt.tokens.len() as u64 + u64::from(self.terms.max_new_tokens);
-        for (v, variant) in self.target.variants.iter().enumerate() {
-            if needed > u64::from(variant.context_tokens) || only.is_some_and(|only| *variant.id != *only) {
-                continue;
-            }
+        let fits = |variant: &&Arc<Variant>| {
+            needed <= u64::from(variant.context_tokens) && only.is_none_or(|only| *variant.id == *only)
+        };
+        // Some pools may be too small for it, as those of CPUs beside GPUs; where all are, one of them says so.
+        let holds = |variant: &Variant, replica: &Replica| {
+            let blocks = needed.saturating_sub(1).div_ceil(u64::from(variant.block_tokens.max(1)));
+            replica.upstream.is_some() || blocks <= u64::from(load(&replica.gauges.total_blocks))
+        };
+        let offered = |replica: &&Arc<Replica>| self.health(replica).is_some();
+        let any_holds = |variant: &Arc<Variant>| variant.replicas.iter().filter(offered).any(|r| holds(variant, r));
+        let one_holds = self.target.variants.iter().filter(fits).any(any_holds);
+        for (v, variant) in self.target.variants.iter().enumerate().filter(|(_, variant)| fits(variant)) {
             for (r, replica) in variant.replicas.iter().enumerate() {
                 let Some(health) = self.health(replica) else { continue };
+                if one_holds && !holds(variant, replica) {
+                    continue;
+                }
                 let gauges = &replica.gauges;
                 c.id.push(replica.id.0);
                 c.key.push(replica.key);
@@ -505,7 +516,7 @@ impl Dispatch<'_> {
     fn health(&self, replica: &Replica) -> Option<u8> {
         match &replica.upstream {
             _ if self.terms.scores_prompt && !replica.scores_prompts => None,
-            None if self.is_hedge => None,
+            None if self.is_hedge || replica.gauges.gone.load(Ordering::Acquire) => None,
             None => Some(replica.health.load(Ordering::Relaxed)),
             Some(upstream) if self.is_onward && !self.without.contains(&replica.id) => upstream.health(),
             Some(_) => None,

@@ -371,6 +371,7 @@ fn failure_class(failure: &Failure) -> Class {
         Failure::Mask(MaskError::Disjoint) => class(403, "permission_error", "not_allowed", false),
         Failure::Unanswered => class(503, "server_error", "sampler_failed", true),
         Failure::Engine(_) => class(500, "server_error", "engine_fault", true),
+        Failure::DeviceLost => class(503, "server_error", "no_replica", true),
     }
 }
 
@@ -471,6 +472,7 @@ mod tests {
                 (429, some("1"), some("queue"), None),
             ),
             (ApiError::Failed(Failure::Engine("boom".into())), (500, None, None, None)),
+            (ApiError::Failed(Failure::DeviceLost), (503, some("1"), None, None)),
             (ApiError::Deadline { limit_ms: 5 }, (504, None, None, None)),
             (ApiError::Draining, (503, some("1"), None, None)),
             (ApiError::NotYet { model: "m".into(), why: "x".into() }, (503, some("1"), None, None)),

@@ -302,10 +302,10 @@ fn a_lost_device_fails_its_steps_and_says_so() {
     device.fails_after = Some(400);
     let (mut cuda, step) = without_graphs(device);
     let fault = (0..40).find_map(|_| cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default()).err());
-    let Some(ExecuteError::Device { what }) = fault else { panic!("{fault:?}") };
+    let Some(ExecuteError::Lost { what }) = fault else { panic!("{fault:?}") };
     assert!(what.contains("the device is lost") && what.contains("restart"), "{what}");
     let again = cuda.execute(&step.plan, &mut NoEdits, &mut StepOutput::default());
-    assert_eq!(again, Err(ExecuteError::Device { what }));
+    assert_eq!(again, Err(ExecuteError::Lost { what }));
 }
 
 #[test]

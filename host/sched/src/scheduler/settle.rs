@@ -3,8 +3,6 @@
 //! A sequence may have been cancelled while its step was in flight; its row is then skipped. Blocks enter the prefix index
 //! here and nowhere else, after the step that filled them has succeeded.
 
-use std::sync::Arc;
-
 use pointsman_telemetry::{Event, EventKind};
 
 use crate::execute::{ExecuteError, Sampled, StepOutput};
@@ -87,7 +85,10 @@ impl Scheduler {
     /// that share such a block are put back into the queue. Of a step that follows it nothing is used: its sequences are among them.
     pub fn fail_step(&mut self, now: Micros, error: &ExecuteError, observer: &mut dyn Observer) {
         let mut rows = self.land();
-        let what: Arc<str> = error.to_string().into();
+        let failure = match error {
+            ExecuteError::Lost { .. } => Failure::DeviceLost,
+            other => Failure::Engine(other.to_string().into()),
+        };
         let mut spoiled = std::mem::take(&mut self.found);
         spoiled.clear();
         spoiled.extend_from_slice(&self.step.blocks);
@@ -97,7 +98,7 @@ impl Scheduler {
         }
         for row in rows.drain(..) {
             if self.sequences.holds(row.slot, row.id) {
-                self.end(row.slot, Ending::Failed(Failure::Engine(Arc::clone(&what))), now, observer);
+                self.end(row.slot, Ending::Failed(failure.clone()), now, observer);
             }
         }
         self.rows = rows;

@@ -181,6 +181,34 @@ async fn full_and_dead_replicas() {
 }
 
 #[tokio::test]
+async fn replicas_that_are_gone_and_pools_that_are_too_small_are_not_offered() {
+    let rig = Rig::new();
+    let catalog = rig.state.engine.catalog();
+    let replicas: Vec<_> = catalog.variants.iter().flat_map(|variant| &variant.replicas).collect();
+    let offered = || rig.router.calls.lock().expect("unpoisoned").last().map(|call| call.3.id.clone());
+    let total = |blocks: [u32; 3]| {
+        replicas.iter().zip(blocks).for_each(|(replica, n)| replica.gauges.total_blocks.store(n, Ordering::Relaxed));
+    };
+    // 9 tokens and 4 to come, of which the last one needs no place: three blocks of 4.
+    for (blocks, expect) in [([0, 0, 0], [0, 1, 2].as_slice()), ([2, 3, 2], &[1]), ([3, 2, 9], &[0, 2])] {
+        total(blocks);
+        rig.post(COMPLETIONS, &body(&json!({}))).await;
+        assert_eq!(offered().as_deref(), Some(expect), "{blocks:?}");
+    }
+    total([9, 9, 2]);
+    replicas[0].gauges.gone.store(true, Ordering::Relaxed);
+    rig.post(COMPLETIONS, &body(&json!({}))).await;
+    assert_eq!(offered(), Some(vec![1]));
+    // Where those that live are too small, one of them says so.
+    replicas[1].gauges.gone.store(true, Ordering::Relaxed);
+    rig.post(COMPLETIONS, &body(&json!({}))).await;
+    assert_eq!(offered(), Some(vec![2]));
+    replicas[2].gauges.gone.store(true, Ordering::Relaxed);
+    let answer = rig.post(COMPLETIONS, &body(&json!({}))).await;
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &json!("no_replica")));
+}
+
+#[tokio::test]
 async fn half_submitted_requests_are_taken_back() {
     let rig = Rig::new();
     rig.engine.play([

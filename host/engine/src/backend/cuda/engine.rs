@@ -356,7 +356,7 @@ impl CudaEngine {
     }
 
     fn check_lost(&self) -> Result<(), ExecuteError> {
-        self.lost.as_ref().map_or(Ok(()), |what| Err(ExecuteError::Device { what: Arc::clone(what) }))
+        self.lost.as_ref().map_or(Ok(()), |what| Err(ExecuteError::Lost { what: Arc::clone(what) }))
     }
 
     /// After a fault in the middle of a step.
@@ -365,10 +365,11 @@ impl CudaEngine {
         // why a later call was refused, shows here.
         let error = self.device.wait().err().filter(DeviceError::is_lost).unwrap_or(error);
         let what: Arc<str> = error.to_string().into();
-        if error.is_lost() {
-            self.lost = Some(Arc::clone(&what));
+        if !error.is_lost() {
+            return ExecuteError::Device { what };
         }
-        ExecuteError::Device { what }
+        self.lost = Some(Arc::clone(&what));
+        ExecuteError::Lost { what }
     }
 }
 
