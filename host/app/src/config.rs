@@ -193,6 +193,8 @@ pub(crate) struct EngineSection {
     pub devices: Vec<String>,
     /// KV pool of each replica on a GPU; 0 for a fair share of what is free.
     pub gpu_kv_mib: u32,
+    /// Most tokens of a sequence; 0 for what the model can. A GPU must hold one of them at least.
+    pub max_context: u32,
     /// Folders to look for NVIDIA's libraries in before the usual ones.
     pub cuda_lib_dirs: Vec<PathBuf>,
     /// Whether cuBLASLt computes the products of long prompts on a GPU, where it is found and faster than the kernels.
@@ -438,6 +440,7 @@ impl Default for EngineSection {
             demo: true,
             devices: vec!["cpu".to_owned()],
             gpu_kv_mib: 0,
+            max_context: 0,
             cuda_lib_dirs: Vec::new(),
             cublaslt: true,
             precisions: vec!["f16".to_owned()],
@@ -552,7 +555,7 @@ impl Config {
     }
 
     /// Numbers as key, value, least, most and unit.
-    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 39] {
+    fn bounds(&self) -> [(&'static str, u64, u64, u64, &'static str); 40] {
         let (sched, server, policy, files) = (&self.sched, &self.server, &self.policy, &self.batch);
         let batch = u64::from(sched.max_batch_tokens);
         [
@@ -565,6 +568,7 @@ impl Config {
             ("sched.starvation_ms", sched.starvation_ms, 1, 86_400_000, "milliseconds"),
             ("engine.threads", self.engine.threads as u64, 0, 256, "threads (0: one per core)"),
             ("engine.kv_mib", self.engine.kv_mib.into(), 1, 1 << 20, "MiB"),
+            ("engine.max_context", self.engine.max_context.into(), 0, 1 << 24, "tokens (0: what the model can)"),
             ("engine.max_loaded", self.engine.max_loaded.into(), 0, 64, "models (0: none while the host runs)"),
             ("server.max_in_flight", server.max_in_flight.into(), 1, 65_536, "requests"),
             ("server.max_queued_tokens", server.max_queued_tokens.into(), 1, 1 << 30, "tokens"),

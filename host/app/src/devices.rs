@@ -3,6 +3,8 @@
 //! `cpu` is always there. A GPU is looked for when the program runs, because one binary serves machines with and without one;
 //! what is missing is said in words, and only `auto` goes on without it.
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -38,6 +40,9 @@ pub(crate) enum Place {
 
 /// Longest step that can be pretended: a second.
 const MAX_NULL_STEP: Micros = 1_000_000;
+
+/// Entries of `PATH` that are looked at, and folders of libraries that are kept; what comes after them is passed over.
+const MAX_FOLDERS: usize = 64;
 
 /// No such device.
 #[derive(Debug, thiserror::Error)]
@@ -123,13 +128,17 @@ fn places(
             (Wanted::Auto, Ok(found)) => {
                 let mut usable = usable(found).map(Place::Cuda).peekable();
                 if usable.peek().is_none() {
-                    tracing::info!("no GPU that the kernels run on; serving on the CPU");
+                    tracing::warn!("no GPU that the kernels run on; serving on the CPU");
                     places.push(cpu());
                 }
                 places.extend(usable);
             }
             (Wanted::Auto, Err(why)) => {
-                tracing::info!("no GPU: {why}; serving on the CPU");
+                if why.is_usual() {
+                    tracing::info!("no GPU: {why}; serving on the CPU");
+                } else {
+                    tracing::warn!("no GPU: {why}; serving on the CPU");
+                }
                 places.push(cpu());
             }
             (Wanted::Cuda(ordinal), Ok(found)) => {
@@ -172,28 +181,52 @@ pub(crate) fn code_options(engine: &EngineSection, data_dir: &Path) -> anyhow::R
     Ok(CodeOptions { folders, cache: Some(data_dir.join("cuda")), ptx_only: false, cublaslt: engine.cublaslt })
 }
 
-/// The toolkit's folder, and those of NVIDIA's Python packages.
+/// The toolkits' folders, and those of NVIDIA's packages for Python and Conda.
 #[expect(clippy::disallowed_methods, reason = "where a toolkit or a virtual environment is, only the environment says")]
 pub(crate) fn usual_folders() -> Vec<PathBuf> {
-    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-    let toolkits = toolkits.chain([PathBuf::from("/usr/local/cuda")]);
-    let mut folders: Vec<PathBuf> = toolkits.map(|toolkit| toolkit.join("lib64")).collect();
-    let pythons = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from).into_iter();
-    for prefix in pythons.chain(["/usr", "/usr/local"].map(PathBuf::from)) {
-        let versions = subfolders(&prefix.join("lib"));
-        for python in versions.iter().filter(|path| path.to_string_lossy().contains("/python3")) {
-            let packages = ["site-packages", "dist-packages"].map(|kind| python.join(kind).join("nvidia"));
-            let libraries = packages.iter().flat_map(|folder| subfolders(folder)).map(|package| package.join("lib"));
-            folders.extend(libraries);
-        }
-    }
-    folders.retain(|folder| folder.is_dir());
+    library_folders(|name| std::env::var_os(name), Path::new("/usr"))
+}
+
+/// What was chosen comes first: the toolkit of the environment or `local/cuda`, then packages, then what else is installed.
+fn library_folders(variable: impl Fn(&str) -> Option<OsString>, usr: &Path) -> Vec<PathBuf> {
+    let named = |name: &str| variable(name).map(PathBuf::from);
+    let (local, conda) = (usr.join("local"), named("CONDA_PREFIX"));
+    let toolkits = [named("CUDA_HOME"), named("CUDA_PATH"), Some(local.join("cuda"))];
+    let mut folders: Vec<PathBuf> = toolkits.into_iter().flatten().map(|toolkit| toolkit.join("lib64")).collect();
+    let path = variable("PATH").unwrap_or_default();
+    let pythons = std::env::split_paths(&path).take(MAX_FOLDERS).filter_map(|programs| python_prefix(&programs));
+    let prefixes = [named("VIRTUAL_ENV"), conda.clone()].into_iter().flatten().chain(pythons);
+    folders.extend(prefixes.chain([usr.to_owned(), local.clone()]).flat_map(|prefix| package_folders(&prefix)));
+    folders.extend(conda.map(|prefix| prefix.join("lib")));
+    // Those of a later version first.
+    let others = subfolders_named(&local, "cuda").into_iter().rev();
+    folders.extend(others.map(|toolkit| toolkit.join("lib64")));
+    let mut known = HashSet::new();
+    // Absolute ones alone: a library of the working folder is nobody's choice.
+    folders.retain(|folder| folder.is_absolute() && folder.is_dir());
+    folders.retain(|folder| folder.canonicalize().is_ok_and(|real| known.insert(real)));
+    folders.truncate(MAX_FOLDERS);
     folders
 }
 
-/// In the order of their names; none where the folder cannot be read.
-fn subfolders(folder: &Path) -> Vec<PathBuf> {
+/// Where the Python of a folder of programs has its packages. The program itself may be a link, which is not followed: that of a
+/// virtual environment leads to the Python that it was made with, which knows nothing of its packages.
+fn python_prefix(programs: &Path) -> Option<PathBuf> {
+    let is_there = programs.join("python3").is_file();
+    programs.parent().filter(|_| is_there).map(Path::to_owned)
+}
+
+/// The folders of libraries in NVIDIA's packages.
+fn package_folders(prefix: &Path) -> Vec<PathBuf> {
+    let versions = subfolders_named(&prefix.join("lib"), "python3").into_iter();
+    let kinds = versions.flat_map(|python| ["site-packages", "dist-packages"].map(|kind| python.join(kind)));
+    kinds.flat_map(|kind| subfolders_named(&kind.join("nvidia"), "")).map(|package| package.join("lib")).collect()
+}
+
+/// Those whose names begin so, in the order of their names; none where the folder cannot be read.
+fn subfolders_named(folder: &Path, start: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let entries = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(start));
     let mut found: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
     found.sort();
     found
@@ -254,6 +287,86 @@ mod tests {
             }
         }
         assert_eq!((Place::Cuda(gpu(1)).name(), Place::Cpu(2).description()), ("cuda:1".into(), "CPU, 2 cores".into()));
+    }
+
+    #[test]
+    fn libraries_are_looked_for_in_toolkits_and_in_the_packages_of_each_python() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path();
+        let make = |path: &str| std::fs::create_dir_all(root.join(path)).expect("made");
+        let link = |to: &str, at: &str| std::os::unix::fs::symlink(root.join(to), root.join(at)).expect("linked");
+        for path in [
+            "usr/bin",
+            "usr/local/cuda-12.4/lib64",
+            "usr/local/cuda-12.8/lib64",
+            "usr/local/cuda-13.0/lib64",
+            "usr/local/cudnn/lib64",
+            "usr/lib/python3/dist-packages/nvidia/cublas/lib",
+            "usr/lib/python2/site-packages/nvidia/cublas/lib",
+            "usr/local/lib/python3.12/dist-packages/nvidia/cuda_nvrtc/lib",
+            "venv/bin",
+            "venv/lib/python3.12/site-packages/nvidia/cu13/lib",
+            "venv/lib/python3.12/site-packages/nvidia/cu13/include",
+            "conda/bin",
+            "conda/lib/python3.11/site-packages/nvidia/cublas/lib",
+            "none/bin",
+            "none/lib/python3.11/site-packages/nvidia/cublas/lib",
+            "home/lib64",
+        ] {
+            make(path);
+        }
+        link("usr/local/cuda-12.4", "usr/local/cuda");
+        link("usr/bin", "bin");
+        link("usr/lib", "lib");
+        for python in ["usr/bin/python3", "conda/bin/python3"] {
+            std::fs::write(root.join(python), "").expect("written");
+        }
+        link("usr/bin/python3", "venv/bin/python3");
+        let here = std::env::current_dir().expect("a folder");
+        let up = "../".repeat(here.components().count() - 1);
+        let relative = |part: &str| OsString::from(format!("{up}{}", root.join(part).display()).replace("//", "/"));
+        let path = |parts: &[&str]| std::env::join_paths(parts.iter().map(|part| root.join(part))).expect("a path");
+        let usual = [
+            "usr/local/cuda/lib64",
+            "usr/lib/python3/dist-packages/nvidia/cublas/lib",
+            "usr/local/lib/python3.12/dist-packages/nvidia/cuda_nvrtc/lib",
+            "usr/local/cuda-13.0/lib64",
+            "usr/local/cuda-12.8/lib64",
+        ];
+        let (venv, conda) = (
+            "venv/lib/python3.12/site-packages/nvidia/cu13/lib",
+            "conda/lib/python3.11/site-packages/nvidia/cublas/lib",
+        );
+        let (first, rest) = usual.split_at(1);
+        let with = |more: &[&'static str]| [first, more, rest].concat();
+        for (variables, expect) in [
+            (vec![], usual.to_vec()),
+            (vec![("CUDA_HOME", path(&["home"]))], [&["home/lib64"], &usual[..]].concat()),
+            (vec![("CUDA_PATH", path(&["usr/local/cuda-13.0"]))], [&usual[3..4], &usual[..3], &usual[4..]].concat()),
+            (vec![("CUDA_HOME", "".into()), ("VIRTUAL_ENV", relative("venv"))], usual.to_vec()),
+            (vec![("VIRTUAL_ENV", path(&["venv"]))], with(&[venv])),
+            (vec![("PATH", path(&["none/bin", "venv/bin", "conda/bin", "usr/bin", "bin"]))], with(&[venv, conda])),
+            (vec![("PATH", path(&["venv/bin/", "conda/bin"])), ("VIRTUAL_ENV", path(&["venv"]))], with(&[venv, conda])),
+            (
+                vec![("PATH", path(&["venv/bin"])), ("CONDA_PREFIX", path(&["conda"]))],
+                [first, &[conda, venv], &rest[..2], &["conda/lib"], &rest[2..]].concat(),
+            ),
+        ] {
+            let variable =
+                |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone());
+            let found = library_folders(variable, &root.join("usr"));
+            let expect: Vec<PathBuf> = expect.into_iter().map(|path| root.join(path)).collect();
+            assert_eq!(found, expect, "{variables:?}");
+        }
+    }
+
+    #[test]
+    fn further_folders_are_passed_over() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for version in 0..=MAX_FOLDERS {
+            std::fs::create_dir_all(folder.path().join(format!("local/cuda-{version}/lib64"))).expect("made");
+        }
+        assert_eq!(library_folders(|_| None, folder.path()).len(), MAX_FOLDERS);
     }
 
     #[test]

@@ -228,7 +228,7 @@ impl Check<'_> {
         self.report.say(&words, json!({"kernels": listed, "made_ns": made, "loaded_ns": loaded}))?;
         cuda::Device::notes(gpu).iter().try_for_each(|note| self.report.say(note, json!({"note": note})))?;
         // Without a compiler that is how it is; with one, most of what is to be seen here would not be.
-        if !is_compiled && !self.code.ptx_only && self.code.compiler(self.gpu.driver).is_ok() {
+        if !is_compiled && !self.code.ptx_only && self.code.compiler(&self.gpu).is_ok() {
             let words = "NVRTC is there, and the kernels are from PTX all the same";
             self.report.judge(false, words, json!({"compiled": false}))?;
         }

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use anyhow::{Context, bail};
 use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
-    self, CodeOptions, CudaEngine, CudaOptions, Device, DeviceRoom, Element, Form, FoundGpu, Gpu, KvWish, LibraryUse,
-    VramFree,
+    self, CodeOptions, CudaEngine, CudaError, CudaOptions, Device, DeviceRoom, Element, Form, FoundGpu, Gpu, KvWish,
+    LibraryUse, VramFree,
 };
 use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
@@ -587,15 +587,17 @@ impl<'a> Loader<'a> {
     /// A variant with one replica on every device that can serve it.
     fn add_variant(&mut self, alias: &str, source: Source<'_>, text: &Arc<TextModel>) -> anyhow::Result<()> {
         let section = &self.config.sched;
+        let most = Some(self.config.engine.max_context as usize).filter(|most| *most > 0);
+        let context = most.map_or(source.spec.context, |most| source.spec.context.min(most));
         let config = EngineConfig {
             n_blocks: 0,
             block_tokens: section.block_tokens as usize,
             max_step_tokens: section.max_batch_tokens as usize,
             max_rows: section.max_running as usize,
-            context_tokens: source.spec.context,
+            context_tokens: context,
         };
-        let context_tokens = u32::try_from(source.spec.context).context("the model's context is too long")?;
-        let mut replicas = Vec::new();
+        let context_tokens = u32::try_from(context).context("the model's context is too long")?;
+        let (mut replicas, mut unfit) = (Vec::new(), None);
         for place in self.terms.places {
             self.check_number(source.id, place)?;
             let made = match place {
@@ -605,7 +607,14 @@ impl<'a> Loader<'a> {
                     continue;
                 }
                 Place::Cpu(_) => self.on_cpu(source, config)?,
-                Place::Cuda(found) => self.on_gpu(source, config, found)?,
+                Place::Cuda(found) => match self.on_gpu(source, config, found) {
+                    Err(error) if is_unfit(&error) => {
+                        tracing::warn!("not served there: {error:#}");
+                        unfit = Some(error);
+                        continue;
+                    }
+                    made => made?,
+                },
                 Place::Null(step) => Made {
                     executor: Box::new(NullExecutor::new(text, *step, Arc::clone(self.terms.clock))),
                     model: None,
@@ -633,6 +642,9 @@ impl<'a> Loader<'a> {
             let draft_model = None;
             let loaded = LoadedReplica { replica, variant, executor, model, draft_model, memory, vocabulary, sched };
             self.loaded.replicas.push(loaded);
+        }
+        if let Some(error) = unfit.filter(|_| replicas.is_empty()) {
+            return Err(error);
         }
         if !replicas.is_empty() {
             self.loaded.variants.push(Arc::new(Variant {
@@ -695,12 +707,11 @@ impl<'a> Loader<'a> {
 
     /// Says how the memory will be divided, or what would fit, before anything is allocated.
     fn on_gpu(&self, source: Source<'_>, config: EngineConfig, found: &FoundGpu) -> anyhow::Result<Made> {
-        // 16 bits as they are; 32 bits where they fit, else half of them.
+        // 16 bits as they are; 32 bits where they fit, else half of them, which is more than enough for what was in fewer bits.
         let elements = match source.weights.stored() {
             Some(Element::F16) => &[Element::F16][..],
-            Some(Element::Bf16) => &[Element::Bf16],
-            Some(Element::F32) | None if source.precision != Precision::F16 => &[Element::Bf16],
-            Some(Element::F32) | None => &[Element::F32, Element::Bf16],
+            Some(Element::F32) if source.precision == Precision::F16 => &[Element::F32, Element::Bf16],
+            Some(Element::F32 | Element::Bf16) | None => &[Element::Bf16],
         };
         let precision = source.precision;
         let forms: Vec<Form> = elements.iter().map(|&element| Form { element, precision }).collect();
@@ -887,6 +898,12 @@ fn precisions(names: &[String]) -> anyhow::Result<Vec<Precision>> {
         bail!("engine.precisions is empty; name at least one of f16, q8_0 and fp8");
     }
     Ok(found)
+}
+
+/// Whether a device cannot serve a model that others may.
+fn is_unfit(error: &anyhow::Error) -> bool {
+    let is_unfit = |error: &CudaError| matches!(error, CudaError::Unsupported { .. } | CudaError::Vram(_));
+    error.downcast_ref::<CudaError>().is_some_and(is_unfit)
 }
 
 fn check_vocabulary(text: &TextModel, known: usize) -> anyhow::Result<()> {

@@ -32,6 +32,8 @@ pub(crate) struct ShimDevice {
     pub(crate) fails_after: Option<u64>,
     /// This launch alone is refused.
     pub(crate) refuses: Option<u64>,
+    /// So many captures end well, and none after them.
+    pub(crate) captures: usize,
     /// Lanes that a copy reads or writes until their turn is reached, and turns that have ended since they were.
     in_flight: [bool; Lane::COUNT],
     ended: [bool; 2],
@@ -76,6 +78,7 @@ impl ShimDevice {
             seed: 1,
             fails_after: None,
             refuses: None,
+            captures: usize::MAX,
             in_flight: [false; Lane::COUNT],
             ended: [false; 2],
             library: None,
@@ -284,7 +287,15 @@ impl Device for ShimDevice {
     }
 
     fn end_capture(&mut self) -> Result<GraphId, DeviceError> {
-        self.graphs.push(self.capturing.take().expect("a capture was begun"));
+        let captured = self.capturing.take().expect("a capture was begun");
+        if self.graphs.len() == self.captures {
+            return Err(DeviceError::Driver {
+                call: "cuStreamEndCapture",
+                code: "901".into(),
+                text: "as asked".into(),
+            });
+        }
+        self.graphs.push(captured);
         Ok(GraphId(self.graphs.len() - 1))
     }
 

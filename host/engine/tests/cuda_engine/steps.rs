@@ -145,6 +145,19 @@ fn f32_steps_choose_the_tokens_of_the_cpu() {
 }
 
 #[test]
+fn what_cannot_be_captured_is_launched() {
+    let Some(mut device) = ShimDevice::start() else { return };
+    device.captures = 3;
+    let spec = spec(64, true);
+    let options = CudaOptions { form: Element::F32.into(), graphs: true, library: LibraryUse::Faster };
+    let (mut cpu, mut cuda) = engines_on(device, &spec, &weights_of(&spec, Element::F32), options, Precision::F16);
+    let note = cuda.take_note().unwrap_or_default();
+    assert!(note.contains("launched one by one") && note.contains("as asked"), "{note}");
+    let worst = serve(&mut cpu, &mut cuda, true);
+    assert!(worst < 1e-4, "logits differ by {worst}");
+}
+
+#[test]
 fn sixteen_bits_stay_close_to_the_cpu() {
     for (element, head_dim) in [(Element::Bf16, 64), (Element::F16, 64), (Element::Bf16, 32), (Element::F16, 128)] {
         let Some((mut cpu, mut cuda)) = engines(&spec(head_dim, true), element, true) else { return };

@@ -189,12 +189,16 @@ impl Unit {
 }
 
 impl CodeOptions {
-    /// The compiler, for a driver that knows CUDA up to this version.
+    /// The compiler, for a GPU and its driver.
     ///
     /// # Errors
     /// There is none that would do.
-    pub fn compiler(&self, driver: (u32, u32)) -> Result<Nvrtc, NoNvrtc> {
-        Nvrtc::find(&self.folders, driver.0)
+    pub fn compiler(&self, found: &FoundGpu) -> Result<Nvrtc, NoNvrtc> {
+        self.compiler_for(Target { capability: found.info.capability, driver: found.driver })
+    }
+
+    fn compiler_for(&self, target: Target) -> Result<Nvrtc, NoNvrtc> {
+        Nvrtc::find_for(&self.folders, target.driver.0, target.capability)
     }
 
     /// Makes a unit's code for this device ahead of time, so that it is in the cache when it is asked for. Several may be made at
@@ -209,7 +213,7 @@ impl CodeOptions {
         if self.ptx_only {
             return text("the kernels are taken from PTX, as asked: launches do not overlap".to_owned());
         }
-        let compiler = match self.compiler(target.driver) {
+        let compiler = match self.compiler_for(target) {
             Ok(compiler) => compiler,
             Err(none) => {
                 return text(format!(

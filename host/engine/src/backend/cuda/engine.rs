@@ -159,7 +159,7 @@ impl CudaEngine {
         engine.warm_up()?;
         engine.tune(options.library)?;
         if options.graphs && engine.device.captures() {
-            engine.capture()?;
+            engine.capture_or_launch()?;
         }
         Ok(engine)
     }
@@ -231,6 +231,20 @@ impl CudaEngine {
         sizes.choices = tuner.tune()?;
         let refused = tuner.refused.map(|why| format!("a product of long prompts stays with the kernels: {why}"));
         self.note = self.note.take().or(refused);
+        Ok(())
+    }
+
+    /// Where the driver records nothing, each step launches its kernels one by one.
+    fn capture_or_launch(&mut self) -> Result<(), DeviceError> {
+        let Err(why) = self.capture() else { return Ok(()) };
+        if why.is_lost() {
+            return Err(why);
+        }
+        self.device.stop_overlap(&why);
+        self.device.wait()?;
+        self.graphs.clear();
+        let note = format!("steps could not be captured as graphs, so their kernels are launched one by one: {why}");
+        self.note = Some(self.note.take().map_or_else(|| note.clone(), |other| format!("{other}; {note}")));
         Ok(())
     }
 

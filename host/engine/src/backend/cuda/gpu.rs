@@ -129,6 +129,16 @@ struct Pinned {
 // thread that has made the context its own; `enter` does that before a step. `Gpu` is not `Sync`: one thread at a time uses it.
 unsafe impl Send for Gpu {}
 
+// === impl NoGpu ===
+
+impl NoGpu {
+    /// Whether a machine without a GPU looks like this, so that there is nothing to repair.
+    #[must_use]
+    pub fn is_usual(&self) -> bool {
+        matches!(self, Self::NoDriver | Self::NoDevice)
+    }
+}
+
 // === impl FoundGpu ===
 
 impl FoundGpu {
@@ -160,9 +170,9 @@ pub fn discover() -> Result<Vec<FoundGpu>, NoGpu> {
     }
     result::init().map_err(|error| match error.0 {
         sys::CUresult::CUDA_ERROR_NO_DEVICE => NoGpu::NoDevice,
-        _ => NoGpu::Driver(fault("cuInit", error)),
+        _ => NoGpu::Driver(start_fault("cuInit", error)),
     })?;
-    let count = result::device::get_count().map_err(|error| NoGpu::Driver(fault("cuDeviceGetCount", error)))?;
+    let count = result::device::get_count().map_err(|error| NoGpu::Driver(start_fault("cuDeviceGetCount", error)))?;
     if count == 0 {
         return Err(NoGpu::NoDevice);
     }
@@ -176,11 +186,11 @@ pub fn discover() -> Result<Vec<FoundGpu>, NoGpu> {
 
 fn describe(ordinal: i32) -> Result<FoundGpu, DeviceError> {
     use sys::CUdevice_attribute_enum as Attribute;
-    let device = result::device::get(ordinal).map_err(|error| fault("cuDeviceGet", error))?;
+    let device = check_start("cuDeviceGet", result::device::get(ordinal))?;
     let attribute = |which| {
         // SAFETY: the device is one that the driver has just named.
         let value = unsafe { result::device::get_attribute(device, which) };
-        value.map(|n| u32::try_from(n).unwrap_or(0)).map_err(|error| fault("cuDeviceGetAttribute", error))
+        check_start("cuDeviceGetAttribute", value).map(|n| u32::try_from(n).unwrap_or(0))
     };
     let capability = (
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -192,14 +202,14 @@ fn describe(ordinal: i32) -> Result<FoundGpu, DeviceError> {
     let mut version = 0;
     // SAFETY: the version is written to a local.
     let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-    check("cuDriverGetVersion", code.result())?;
+    check_start("cuDriverGetVersion", code.result())?;
     let version = u32::try_from(version).unwrap_or(0);
     // SAFETY: as above.
-    let total = check("cuDeviceTotalMem", unsafe { result::device::total_mem(device) })?;
+    let total = check_start("cuDeviceTotalMem", unsafe { result::device::total_mem(device) })?;
     Ok(FoundGpu {
         ordinal: u32::try_from(ordinal).unwrap_or(0),
         info: DeviceInfo {
-            name: check("cuDeviceGetName", result::device::get_name(device))?,
+            name: check_start("cuDeviceGetName", result::device::get_name(device))?,
             n_sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             capability,
         },
@@ -216,11 +226,60 @@ fn check<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, Dev
 }
 
 fn fault(call: &'static str, error: DriverError) -> DeviceError {
-    let words = |text: Result<&std::ffi::CStr, DriverError>| -> Arc<str> {
+    let (code, text) = words(error);
+    if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
+}
+
+/// Of a call from before anything was computed, when there is no device yet that could be lost.
+fn check_start<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+    result.map_err(|error| start_fault(call, error))
+}
+
+fn start_fault(call: &'static str, error: DriverError) -> DeviceError {
+    let repairable = remedy(error.0).map(|remedy| repairable(call, words(error), remedy));
+    repairable.unwrap_or_else(|| fault(call, error))
+}
+
+fn repairable(call: &'static str, (code, text): (Arc<str>, Arc<str>), remedy: &str) -> DeviceError {
+    DeviceError::Driver { call, code, text: format!("{text}; {remedy}").into() }
+}
+
+/// An error's name and what the driver says of it; its number where the driver, a stub say, does not know it.
+fn words(error: DriverError) -> (Arc<str>, Arc<str>) {
+    let words = |text: Result<&CStr, DriverError>| -> Arc<str> {
         text.map_or_else(|_| format!("error {}", error.0 as u32).into(), |text| text.to_string_lossy().into())
     };
-    let (code, text) = (words(error.error_name()), words(error.error_string()));
-    if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
+    (words(error.error_name()), words(error.error_string()))
+}
+
+/// What to repair on the machine where the driver does not start or gives no device; nothing for faults that are none of those.
+fn remedy(code: sys::CUresult) -> Option<&'static str> {
+    use sys::CUresult as E;
+    match code {
+        E::CUDA_ERROR_STUB_LIBRARY => Some(
+            "a toolkit's stub was loaded for libcuda: take its `stubs` folder out of the library path, or put the folder of the \
+            driver's own libcuda before it",
+        ),
+        E::CUDA_ERROR_DEVICE_UNAVAILABLE => Some(
+            "another process has the GPU in exclusive compute mode: end that one, or change the mode, which `nvidia-smi -q -d \
+            COMPUTE` shows",
+        ),
+        E::CUDA_ERROR_SYSTEM_NOT_READY => Some(
+            "the device is not ready: a machine with NVSwitch needs nvidia-fabricmanager, of the driver's version; start it",
+        ),
+        E::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => Some(
+            "libcuda and the kernel module are of different versions: restart the machine after an update of the driver, or take a \
+            `compat` libcuda out of the library path",
+        ),
+        E::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => Some(
+            "the libcuda for forward compatibility does not support this GPU: take its `compat` folder out of the library path",
+        ),
+        E::CUDA_ERROR_UNKNOWN => Some(
+            "often /dev/nvidia-uvm is missing: give it to the container, or make it with `nvidia-modprobe -u -c 0`; where it is \
+            there, look at the kernel log for lines of NVRM and Xid",
+        ),
+        _ => None,
+    }
 }
 
 /// Refuses a copy beyond a lane, as the driver would if it knew where that ends: a fault of this program.
@@ -302,9 +361,9 @@ impl Gpu {
     /// # Errors
     /// The driver's.
     pub fn open(found: FoundGpu, code: CodeOptions, overlap: bool) -> Result<Self, DeviceError> {
-        let device = check("cuDeviceGet", result::device::get(i32::try_from(found.ordinal).unwrap_or(i32::MAX)))?;
+        let device = check_start("cuDeviceGet", result::device::get(i32::try_from(found.ordinal).unwrap_or(i32::MAX)))?;
         // SAFETY: the device is one that the driver has named; the context is given back on drop.
-        let context = check("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
+        let context = check_start("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
         let lane = || Pinned { at: std::ptr::NonNull::dangling().as_ptr(), words: 0 };
         let overlap = overlap && found.info.capability.0 >= 9 && found.driver >= OVERLAP_IN_GRAPHS;
         let mut gpu = Self {
@@ -741,6 +800,47 @@ mod tests {
             (E::CUDA_ERROR_UNKNOWN, true),
         ] {
             assert_eq!(is_lost(code), expect, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_driver_that_does_not_start_is_told_with_its_remedy() {
+        use sys::CUresult as E;
+        for (code, expect) in [
+            (E::CUDA_ERROR_STUB_LIBRARY, Some("`stubs` folder")),
+            (E::CUDA_ERROR_DEVICE_UNAVAILABLE, Some("`nvidia-smi -q -d COMPUTE`")),
+            (E::CUDA_ERROR_SYSTEM_NOT_READY, Some("nvidia-fabricmanager, of the driver's version")),
+            (E::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, Some("restart the machine after an update of the driver")),
+            (E::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE, Some("take its `compat` folder out of the library path")),
+            (E::CUDA_ERROR_UNKNOWN, Some("/dev/nvidia-uvm is missing")),
+            // Told as before: the second of them as a device that is lost.
+            (E::CUDA_ERROR_OUT_OF_MEMORY, None),
+            (E::CUDA_ERROR_ECC_UNCORRECTABLE, None),
+        ] {
+            let told = remedy(code).map(|remedy| repairable("cuInit", ("NAME".into(), "what it is".into()), remedy));
+            assert!(!told.as_ref().is_some_and(DeviceError::is_lost), "{code:?}: {told:?}");
+            let told = told.map(|told| NoGpu::Driver(told).to_string());
+            let begins = "the NVIDIA driver does not start: cuInit failed: NAME (what it is; ";
+            match (&told, expect) {
+                (Some(told), Some(words)) => assert!(told.starts_with(begins) && told.contains(words), "{told}"),
+                (told, expect) => assert_eq!(told.as_deref(), expect, "{code:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_machine_without_a_gpu_has_nothing_to_repair() {
+        let fault = repairable("cuInit", ("NAME".into(), "what it is".into()), "repair it");
+        let (version, capability) = ((11, 8), (7, 5));
+        for (why, expect) in [
+            (NoGpu::NoDriver, true),
+            (NoGpu::NoDevice, true),
+            (NoGpu::Driver(fault), false),
+            (NoGpu::OldDriver { version }, false),
+            (NoGpu::TooOld { ordinal: 0, name: "a GPU".to_owned(), capability }, false),
+            (NoGpu::NoSuch { asked: 1, count: 1 }, false),
+        ] {
+            assert_eq!(why.is_usual(), expect, "{why}");
         }
     }
 

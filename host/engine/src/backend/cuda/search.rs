@@ -23,3 +23,17 @@ pub(super) fn first<T, E>(
     }
     Err(none)
 }
+
+/// Makes a library from C++ text; `false`, and a line that says so, without a compiler.
+#[cfg(test)]
+pub(super) fn stand_in(path: &Path, text: &str) -> bool {
+    let (source, name) = (path.with_extension("cpp"), path.file_name().unwrap_or_default().to_string_lossy());
+    std::fs::write(&source, text).expect("the test's folder is writable");
+    let name = format!("-Wl,-soname,{name}");
+    let made = std::process::Command::new("c++").args(["-shared", "-fPIC", &name, "-o"]).args([path, &source]).output();
+    match made {
+        Ok(made) => assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr)),
+        Err(error) => eprintln!("skipped: no C++ compiler: {error}"),
+    }
+    path.exists()
+}

@@ -215,7 +215,11 @@ impl Tuner<'_> {
 
     fn choose(&mut self, of: Measured, gemm: &Gemm) -> Result<GemmChoice, DeviceError> {
         let at_once = self.sizes.rows_at_once(of.part, of.up_to);
-        let (advised, mut refused) = match self.device.gemms(gemm, at_once, self.sizes.gemm_workspace_bytes()) {
+        let asked = {
+            let _nobody_records = in_turn();
+            self.device.gemms(gemm, at_once, self.sizes.gemm_workspace_bytes())
+        };
+        let (advised, mut refused) = match asked {
             Err(error @ DeviceError::Library { .. }) => (Vec::new(), Some(error)),
             advised => (advised?, None),
         };

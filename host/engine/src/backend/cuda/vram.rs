@@ -7,6 +7,7 @@
 use std::fmt;
 
 use super::element::{Element, Form};
+use crate::backend::cpu::Precision;
 
 /// Least that is left to the driver, and the share of the device that is left where that is more: graphs, local memory of
 /// kernels and a second process that looks at the device need some.
@@ -87,9 +88,9 @@ pub struct VramPlan {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the model does not fit on this device: weights {weights} ({form}), workspace {workspace}, graphs {graphs}, \
-     reserve {reserve} and a KV pool of at least {kv} (one full context) are {needed}, and {free} of {total} are free; {advice}",
+     reserve {reserve} and {kv} are {needed}, and {free} of {total} are free; {advice}",
     weights = Bytes(needs.weights), workspace = Bytes(needs.workspace),
-    graphs = Bytes(needs.graphs), reserve = Bytes(needs.reserve), kv = Bytes(needs.kv), needed = Bytes(needs.sum()),
+    graphs = Bytes(needs.graphs), reserve = Bytes(needs.reserve), kv = wish.of(Bytes(needs.kv)), needed = Bytes(needs.sum()),
     free = Bytes(memory.free), total = Bytes(memory.total)
 )]
 pub struct VramError {
@@ -97,6 +98,8 @@ pub struct VramError {
     pub form: Form,
     /// The least that it needs.
     pub needs: VramUse,
+    /// How large the KV pool was to be.
+    pub wish: KvWish,
     /// What there is.
     pub memory: VramFree,
     /// What would fit.
@@ -110,6 +113,8 @@ pub enum Advice {
     Form(Form),
     /// Sequences of at most so many positions.
     Context(u32),
+    /// A KV pool of at most so many bytes.
+    Pool(u64),
     /// Nothing on this device: so many bytes are missing even for the shortest context.
     Larger(u64),
 }
@@ -135,6 +140,27 @@ impl VramUse {
     }
 }
 
+impl KvWish {
+    /// Pools that it takes so many bytes for.
+    fn of(self, kv: Bytes) -> String {
+        match self {
+            Self::Share(0 | 1) => format!("a KV pool of at least {kv} (one full context)"),
+            Self::Share(engines) => {
+                format!("KV pools of at least {kv} (one full context for each of {engines} engines)")
+            }
+            Self::Bytes(_) => format!("a KV pool of {kv} (engine.gpu_kv_mib)"),
+        }
+    }
+
+    /// Engines that share what is left.
+    fn parts(self) -> u64 {
+        match self {
+            Self::Share(parts) => parts.max(1).into(),
+            Self::Bytes(_) => 1,
+        }
+    }
+}
+
 impl Footprint {
     /// Pages of one sequence of `tokens` positions.
     fn blocks_for(&self, tokens: u32) -> u64 {
@@ -156,9 +182,9 @@ impl Footprint {
         let left = memory.free.saturating_sub(fixed.sum());
         let context = self.blocks_for(self.context_tokens);
         let n_blocks = match wish {
-            KvWish::Share(parts) => {
+            KvWish::Share(_) => {
                 let useful = context * u64::from(self.max_rows);
-                (left / u64::from(parts.max(1)) / self.block_bytes).min(useful)
+                (left / wish.parts() / self.block_bytes).min(useful)
             }
             KvWish::Bytes(bytes) => bytes / self.block_bytes,
         };
@@ -169,23 +195,25 @@ impl Footprint {
             KvWish::Bytes(_) => n_blocks.max(1),
         };
         if n_blocks < least || least * self.block_bytes > left {
-            let needs = VramUse { kv: least * self.block_bytes, ..fixed };
-            return Err(VramError { form: self.form, needs, memory, advice: self.advise(memory, others) });
+            let needs = VramUse { kv: least * self.block_bytes * wish.parts(), ..fixed };
+            return Err(VramError { form: self.form, needs, wish, memory, advice: self.advise(memory, wish, others) });
         }
         let bytes = VramUse { kv: n_blocks * self.block_bytes, ..fixed };
         Ok(VramPlan { footprint: *self, bytes, n_blocks: n_blocks as u32 })
     }
 
-    fn advise(&self, memory: VramFree, others: &[Self]) -> Advice {
-        let fits = |other: &&Self| other.weights < self.weights && other.plan(memory, KvWish::Share(1), &[]).is_ok();
+    fn advise(&self, memory: VramFree, wish: KvWish, others: &[Self]) -> Advice {
+        let fits = |other: &&Self| other.weights < self.weights && other.plan(memory, wish, &[]).is_ok();
         if let Some(other) = others.iter().filter(fits).max_by_key(|other| other.weights) {
             return Advice::Form(other.form);
         }
         let fixed = self.fixed(memory).sum();
-        let blocks = memory.free.saturating_sub(fixed) / self.block_bytes;
-        match u32::try_from(blocks * u64::from(self.block_tokens)).unwrap_or(u32::MAX) {
-            0 => Advice::Larger((fixed + self.block_bytes).saturating_sub(memory.free)),
-            tokens => Advice::Context(tokens),
+        let blocks = memory.free.saturating_sub(fixed) / wish.parts() / self.block_bytes;
+        let tokens = u32::try_from(blocks * u64::from(self.block_tokens)).unwrap_or(u32::MAX);
+        match wish {
+            _ if blocks == 0 => Advice::Larger((fixed + self.block_bytes * wish.parts()).saturating_sub(memory.free)),
+            KvWish::Share(_) => Advice::Context(tokens),
+            KvWish::Bytes(_) => Advice::Pool(blocks * self.block_bytes),
         }
     }
 }
@@ -219,7 +247,7 @@ pub(super) fn recommend(
         }
     }
     let nothing =
-        || VramError { form: Element::F32.into(), needs: VramUse::default(), memory, advice: Advice::Larger(0) };
+        || VramError { form: Element::F32.into(), needs: VramUse::default(), wish, memory, advice: Advice::Larger(0) };
     Err(last.unwrap_or_else(nothing))
 }
 
@@ -246,10 +274,20 @@ impl fmt::Display for VramPlan {
 impl fmt::Display for Advice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Form(form) if form.precision != Precision::F16 => {
+                write!(f, "as {form} it fits (--precision {})", form.precision.name())
+            }
             Self::Form(form) => write!(f, "as {form} it fits"),
-            Self::Context(tokens) => write!(f, "with sequences of at most {tokens} tokens it fits"),
+            Self::Context(tokens) => {
+                write!(f, "with sequences of at most {tokens} tokens it fits (engine.max_context = {tokens})")
+            }
+            Self::Pool(bytes) => write!(f, "with engine.gpu_kv_mib = {} it fits", bytes >> 20),
             Self::Larger(missing) => {
-                write!(f, "{} are missing even for the shortest context: choose another device", Bytes(*missing))
+                let missing = Bytes(*missing);
+                write!(
+                    f,
+                    "{missing} are missing even for the shortest context: choose another device, or free some of this one's"
+                )
             }
         }
     }
@@ -267,7 +305,6 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::Precision;
 
     const GIB: u64 = 1 << 30;
 
@@ -316,16 +353,28 @@ mod tests {
     fn a_model_that_does_not_fit_is_told_what_would() {
         let (f32, bf16) = (llama_8b(Element::F32), llama_8b(Element::Bf16));
         let q8_0 = llama_8b(Form { element: Element::Bf16, precision: Precision::Q8_0 });
-        let others = [f32, bf16, q8_0];
+        let bf16_128k = Footprint { context_tokens: 131_072, ..bf16 };
+        let others = [f32, bf16];
         for (footprint, memory, wish, expect) in [
             (f32, device(24, 24), KvWish::Share(1), "as bf16 it fits"),
             (bf16, device(16, 16), KvWish::Share(1), "as q8_0 with bf16 it fits"),
+            (bf16, device(16, 16), KvWish::Share(1), "(--precision q8_0)"),
             (q8_0, device(9, 9), KvWish::Share(1), "with sequences of at most 2"),
+            // As the model comes: 8.05 GiB are left for 16 GiB of one sequence.
+            (bf16_128k, device(24, 24), KvWish::Share(1), "tokens it fits (engine.max_context = 65920)"),
             (bf16, device(8, 8), KvWish::Share(1), "choose another device"),
             (bf16, device(80, 10), KvWish::Share(1), "10.00 GiB of 80.00 GiB are free"),
-            (bf16, device(24, 24), KvWish::Bytes(20 * GIB), "a KV pool of at least 20.00 GiB"),
+            (bf16, device(24, 24), KvWish::Bytes(20 * GIB), "a KV pool of 20.00 GiB (engine.gpu_kv_mib) are"),
+            (bf16, device(24, 24), KvWish::Bytes(20 * GIB), "with engine.gpu_kv_mib = 8240 it fits"),
+            (bf16, device(15, 15), KvWish::Bytes(20 * GIB), "are missing"),
             // Three engines are to share what is left: too little for each.
-            (bf16, device(17, 17), KvWish::Share(3), "(one full context)"),
+            (
+                bf16,
+                device(17, 17),
+                KvWish::Share(3),
+                "KV pools of at least 3.00 GiB (one full context for each of 3 engines)",
+            ),
+            (bf16, device(17, 17), KvWish::Share(3), "engine.max_context = 3"),
         ] {
             let error = footprint.plan(memory, wish, &others).expect_err("too large").to_string();
             assert!(error.contains(expect), "{error}");
