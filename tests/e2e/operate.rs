@@ -431,3 +431,17 @@ fn a_file_sets_aliases_and_starts_rollouts_once() {
     let nobody = text.replace("demo:q8_0", "demo:f32");
     apply(&nobody, &["--dry-run"], 1, &["`demo:f32` is not one of its variants"]);
 }
+
+#[test]
+fn a_context_may_be_shorter_than_the_model_can() {
+    let host = host(&[("ENGINE__MAX_CONTEXT", "48")]);
+    let listed = host.get("/v1/models/demo").body;
+    assert_eq!(listed["max_model_len"], json!(48), "{listed}");
+    let ask = |tokens: u32| {
+        let prompt = vec![5; 40];
+        host.post("/v1/completions", &json!({"model": "demo", "prompt": prompt, "max_tokens": tokens}))
+    };
+    assert_eq!(ask(8).status, 200);
+    let refused = ask(9);
+    assert_eq!((refused.status, &refused.body["error"]["code"]), (400, &json!("context_length_exceeded")));
+}

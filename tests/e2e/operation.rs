@@ -126,6 +126,38 @@ fn dashboards_and_alerts_ask_for_metrics_that_there_are() {
 }
 
 #[test]
+fn gauges_of_devices_are_what_the_admin_api_says() {
+    let host = host(&[("ENGINE__DEVICES", "[\"cpu\", \"null\"]")]);
+    let listed = host.admin("GET", "/admin/v1/devices", &Value::Null).body;
+    let scraped = host.get("/metrics").body;
+    let gauge = |series: &str| -> Option<f64> {
+        let begins = format!("pointsman_device_{series}}} ");
+        let mut lines = scraped.as_str().expect("text").lines();
+        lines.find_map(|line| line.strip_prefix(begins.as_str())?.parse().ok())
+    };
+    for (device, name) in listed["data"].as_array().expect("a list").iter().zip(["cpu", "null"]) {
+        assert_eq!((&device["name"], &device["state"]), (&json!(name), &json!("up")));
+        assert_eq!(gauge(&format!("up{{device=\"{name}\"")), Some(1.0));
+        let memory = &device["memory"];
+        for owner in ["weights", "kv", "workspace", "drafts", "graphs"] {
+            let held = gauge(&format!("memory_bytes{{device=\"{name}\",owner=\"{owner}\""));
+            assert_eq!(held, memory[owner].as_f64(), "{name} {owner}: {scraped}");
+        }
+        assert_eq!(memory["weights"].as_u64() > Some(0), name == "cpu", "{device}");
+        // Neither has a monitor; what they compute, the host knows itself.
+        for family in ["memory_free_bytes", "memory_total_bytes", "temperature_celsius", "power_watts"] {
+            assert_eq!(gauge(&format!("{family}{{device=\"{name}\"")), None, "{scraped}");
+        }
+        for missing in [&memory["free"], &memory["total"], &device["temperature"], &device["power_watts"]] {
+            assert!(missing.is_null(), "{device}");
+        }
+        let share = gauge(&format!("utilization_ratio{{device=\"{name}\""));
+        assert!(share.is_some_and(|share| (0.0..=1.0).contains(&share)), "{scraped}");
+    }
+    assert_eq!(listed["data"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
 fn panels_of_the_dashboard_are_whole() {
     let dashboard: Value = serde_json::from_str(&document("operation/dashboard.json")).expect("JSON");
     assert_eq!(dashboard["title"], "Pointsman");

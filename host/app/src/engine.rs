@@ -20,7 +20,9 @@ use pointsman_sched::request::{CancelCause, Request};
 use pointsman_sched::sampler::Desk;
 use pointsman_sched::scheduler::Scheduler;
 use pointsman_server::admin::wire;
-use pointsman_server::ports::{Catalog, Clock as _, EmbedJob, Encoder, EnginePort, Replica, SubmitError, Variant};
+use pointsman_server::ports::{
+    Catalog, Clock as _, DeviceState, EmbedJob, Encoder, EnginePort, Replica, SubmitError, Variant,
+};
 
 use crate::clock::SystemClock;
 use crate::config::Config;
@@ -29,6 +31,7 @@ use crate::devices::Place;
 use crate::driver::{DriverContext, DriverHandle, DriverReplica, Gone};
 use crate::encoders::{EncoderTerms, EncodersHandle};
 use crate::models::{Loaded, LoadedEncoder, LoadedReplica};
+use crate::monitor::Monitor;
 use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
 use crate::serve::Shared;
@@ -96,7 +99,7 @@ struct ServingDevice {
     place: Place,
     driver: DriverHandle,
     /// Of a GPU, where the driver brings one.
-    monitor: Option<GpuMonitor>,
+    monitor: Option<Monitor>,
 }
 
 // === impl Engine ===
@@ -135,10 +138,7 @@ impl Engine {
                 replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
             }
             let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
-            let monitor = match &place {
-                Place::Cpu(_) | Place::Null(_) => None,
-                Place::Cuda(found) => GpuMonitor::open(&found.bus_id),
-            };
+            let monitor = watch(&place, &shared.clock)?;
             devices.push(ServingDevice { place, driver, monitor });
         }
         let on_demand = config.on_demand.keys().map(|name| name.as_str().into()).collect();
@@ -325,11 +325,16 @@ impl Engine {
         self.devices.iter().filter(alive).map(|device| device.place.clone()).collect()
     }
 
-    /// Per device: memory by owner, KV pool, batch, variants.
+    /// Per device: memory by owner, KV pool, batch, variants. Answers at once, by what monitors said last.
     pub(crate) fn report(&self) -> Vec<wire::Device> {
-        let served = self.served.load();
-        let devices = self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served));
+        let (served, now) = (self.served.load(), self.clock.micros());
+        let devices = self.devices.iter().enumerate().map(|(place, device)| device.report(place, &served, now));
         devices.chain(elsewhere(&served.catalog)).collect()
+    }
+
+    /// Whether the devices here serve.
+    pub(crate) fn states(&self) -> Vec<DeviceState> {
+        self.devices.iter().map(ServingDevice::state).collect()
     }
 
     /// What models hold of the devices at these places.
@@ -342,9 +347,10 @@ impl Engine {
         replicas.chain(encoders).sum()
     }
 
-    /// Ends what still runs and waits for the drivers.
+    /// Ends what still runs and waits for the drivers; for a monitor that hangs, a moment.
     pub(crate) fn stop(&self) {
         self.devices.iter().for_each(|device| device.driver.stop());
+        self.devices.iter().filter_map(|device| device.monitor.as_ref()).for_each(Monitor::stop);
         self.encoders.stop();
     }
 }
@@ -391,8 +397,13 @@ impl Home {
 // === impl ServingDevice ===
 
 impl ServingDevice {
+    /// Whether it serves, and nothing that would have to be added up.
+    fn state(&self) -> DeviceState {
+        DeviceState { index: self.place.index().into(), name: self.place.name(), is_up: self.driver.is_alive() }
+    }
+
     /// Of the device at this place among the engine's.
-    fn report(&self, place: usize, served: &Served) -> wire::Device {
+    fn report(&self, place: usize, served: &Served, now: Micros) -> wire::Device {
         let here = u64::from(self.place.index());
         let replicas = served.catalog.variants.iter().flat_map(|v| v.replicas.iter().map(move |r| (v, r)));
         let replicas: Vec<_> = replicas.filter(|(_, replica)| replica.device == here).collect();
@@ -402,7 +413,7 @@ impl ServingDevice {
         }
         let here = served.homes.values().filter(|home| home.device == place);
         here.for_each(|home| add_memory(&mut memory, &home.memory));
-        let seen = self.monitor.as_ref().map(GpuMonitor::look).unwrap_or_default();
+        let seen = self.monitor.as_ref().map(|monitor| monitor.seen(now)).unwrap_or_default();
         let total = match &self.place {
             Place::Cpu(_) | Place::Null(_) => None,
             Place::Cuda(found) => Some(found.total_bytes),
@@ -410,7 +421,7 @@ impl ServingDevice {
         // Its replicas compute in turns, so that their shares add up; who is gone leaves its last share behind.
         let is_alive = self.driver.is_alive();
         let busy = replicas.iter().map(|(_, replica)| replica.gauges.busy_ppm.load(Ordering::Relaxed));
-        let busy = if is_alive { (busy.map(f64::from).sum::<f64>() / 1e6).min(1.0) } else { 0.0 };
+        let busy = if is_alive { (busy.map(u64::from).sum::<u64>() as f64 / 1e6).min(1.0) } else { 0.0 };
         wire::Device {
             index: self.place.index().into(),
             name: self.place.name(),
@@ -467,6 +478,15 @@ fn elsewhere(catalog: &Catalog) -> impl Iterator<Item = wire::Device> + '_ {
 
 // === parts ===
 
+/// Watches a device that is a GPU, where the driver brings a monitor.
+fn watch(place: &Place, clock: &Arc<SystemClock>) -> std::io::Result<Option<Monitor>> {
+    let gpu = match place {
+        Place::Cpu(_) | Place::Null(_) => None,
+        Place::Cuda(found) => GpuMonitor::open(&found.bus_id),
+    };
+    gpu.map(|gpu| Monitor::start(&place.name(), Arc::clone(clock), move || gpu.look())).transpose()
+}
+
 /// Starts the driver of the models for embeddings; what the server sees of each, and what it took.
 fn start_encoders(
     config: &Config,
@@ -518,4 +538,65 @@ fn add_memory(sum: &mut wire::DeviceMemory, part: &wire::DeviceMemory) {
     sum.workspace += part.workspace;
     sum.drafts = sum.drafts.or(part.drafts.map(|_| 0)).map(|drafts| drafts + part.drafts.unwrap_or(0));
     sum.graphs = sum.graphs.or(part.graphs.map(|_| 0)).map(|graphs| graphs + part.graphs.unwrap_or(0));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use pointsman_engine::cuda::{DeviceInfo, FoundGpu, Seen};
+    use pointsman_telemetry::{Metrics, Recorder};
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+
+    fn gpu() -> Place {
+        Place::Cuda(FoundGpu {
+            ordinal: 1,
+            info: DeviceInfo { name: "a GPU".to_owned(), n_sms: 132, capability: (9, 0) },
+            total_bytes: 80 << 30,
+            bus_id: "0000:01:00.0".to_owned(),
+            driver: (12, 8),
+        })
+    }
+
+    #[test]
+    fn reports_read_what_the_monitor_has_said_and_never_ask_it() {
+        let clock = Arc::new(SystemClock::start());
+        let now = clock.micros();
+        let figures =
+            Seen { free_bytes: Some(7), utilization: Some(0.25), temperature: Some(40), power_watts: Some(300.5) };
+        let n_looks = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&n_looks);
+        let look = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            figures
+        };
+        let context =
+            DriverContext { clock: Arc::clone(&clock), recorder: Recorder::new(16), metrics: Arc::new(Metrics::new()) };
+        let driver = DriverHandle::start("test", Vec::new(), (1, 1), context).expect("a thread");
+        let monitor = Monitor::start_every(HOUR, "test", clock, look).expect("a thread");
+        let device = ServingDevice { place: gpu(), driver, monitor: Some(monitor) };
+        let served = Served { catalog: Arc::default(), homes: HashMap::new(), encoders: HashMap::new() };
+        // The first look is on its way.
+        while device.report(0, &served, now).temperature.is_none() {
+            std::thread::yield_now();
+        }
+        for _ in 0..100 {
+            let report = device.report(0, &served, now);
+            assert_eq!((report.memory.free, report.memory.total), (Some(7), Some(80 << 30)));
+            let shown = (report.utilization, report.temperature, report.power_watts);
+            assert_eq!(shown, (Some(0.25), Some(40), Some(300.5)));
+            assert_eq!(device.state(), DeviceState { index: 2, name: "cuda:1".to_owned(), is_up: true });
+        }
+        assert_eq!(n_looks.load(Ordering::Relaxed), 1);
+        device.driver.stop();
+        assert!(!device.state().is_up);
+        // Who has no monitor has the share that its replicas say, and what the device is known to have.
+        let device = ServingDevice { monitor: None, ..device };
+        let report = device.report(0, &served, now);
+        assert_eq!((report.memory.free, report.memory.total), (None, Some(80 << 30)));
+        assert_eq!((report.utilization, report.temperature, report.power_watts), (Some(0.0), None, None));
+    }
 }

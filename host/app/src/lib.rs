@@ -27,6 +27,7 @@ pub mod host;
 mod keys;
 mod loading;
 mod models;
+mod monitor;
 mod null;
 mod observer;
 mod oci;

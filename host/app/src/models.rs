@@ -587,16 +587,8 @@ impl<'a> Loader<'a> {
     /// A variant with one replica on every device that can serve it.
     fn add_variant(&mut self, alias: &str, source: Source<'_>, text: &Arc<TextModel>) -> anyhow::Result<()> {
         let section = &self.config.sched;
-        let most = Some(self.config.engine.max_context as usize).filter(|most| *most > 0);
-        let context = most.map_or(source.spec.context, |most| source.spec.context.min(most));
-        let config = EngineConfig {
-            n_blocks: 0,
-            block_tokens: section.block_tokens as usize,
-            max_step_tokens: section.max_batch_tokens as usize,
-            max_rows: section.max_running as usize,
-            context_tokens: context,
-        };
-        let context_tokens = u32::try_from(context).context("the model's context is too long")?;
+        let config = self.engine_config(source.spec);
+        let context_tokens = u32::try_from(config.context_tokens).context("the model's context is too long")?;
         let (mut replicas, mut unfit) = (Vec::new(), None);
         for place in self.terms.places {
             self.check_number(source.id, place)?;
@@ -659,6 +651,19 @@ impl<'a> Loader<'a> {
             }));
         }
         Ok(())
+    }
+
+    /// The sizes of an engine, but for its pool.
+    fn engine_config(&self, spec: &ModelSpec) -> EngineConfig {
+        let section = &self.config.sched;
+        let most = Some(self.config.engine.max_context as usize).filter(|most| *most > 0);
+        EngineConfig {
+            n_blocks: 0,
+            block_tokens: section.block_tokens as usize,
+            max_step_tokens: section.max_batch_tokens as usize,
+            max_rows: section.max_running as usize,
+            context_tokens: most.map_or(spec.context, |most| spec.context.min(most)),
+        }
     }
 
     /// Past the bound of the names a replica would share its number with others, and be taken for one of them.

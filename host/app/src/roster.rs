@@ -34,7 +34,8 @@ use pointsman_engine::{ComputePool, give_back_freed, lowest_priority};
 use pointsman_sched::ids::Micros;
 use pointsman_server::admin::wire::{self, LoadStage, ModelSource, ModelState};
 use pointsman_server::ports::{
-    self, AdminError, AdminErrorKind, AliasPort, Clock as _, EnginePort, Lease, LoadReport, ModelAdmin, Variant, Want,
+    self, AdminError, AdminErrorKind, AliasPort, Clock as _, DeviceState, EnginePort, Lease, LoadReport, ModelAdmin,
+    Variant, Want,
 };
 use tokio::sync::watch;
 
@@ -258,6 +259,10 @@ impl Roster {
 impl ModelAdmin for Roster {
     fn devices(&self) -> Vec<wire::Device> {
         self.parts.parts.engine.report()
+    }
+
+    fn device_states(&self) -> Vec<DeviceState> {
+        self.parts.parts.engine.states()
     }
 
     fn models(&self) -> Vec<wire::Model> {

@@ -22,9 +22,9 @@ use tower::ServiceExt;
 
 use crate::admin::wire;
 use crate::ports::{
-    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DoorQuestion, EmbedJob, Embedded,
-    Encoder, EnginePort, JournalLine, Lease, LoadReport, ModelAdmin, PolicyAdmin, Question, Replica, Shelf,
-    SubmitError, Upload, Uploaded, Variant, Want,
+    AdminError, AdminErrorKind, AliasPort, Asker, Assigned, Authors, Catalog, Clock, DeviceState, DoorQuestion,
+    EmbedJob, Embedded, Encoder, EnginePort, JournalLine, Lease, LoadReport, ModelAdmin, PolicyAdmin, Question,
+    Replica, Shelf, SubmitError, Upload, Uploaded, Variant, Want,
 };
 use crate::record::Taps;
 use crate::text::TextModel;
@@ -144,6 +144,8 @@ pub(crate) struct FakeAdmin {
     pub(crate) wants: Mutex<VecDeque<Want>>,
     /// Whether its device is gone, and a model could not be brought back.
     pub(crate) is_degraded: AtomicBool,
+    /// How often somebody has asked what its devices hold.
+    pub(crate) n_reports: AtomicUsize,
     /// Models that are there on demand, and what counts who has them.
     pub(crate) held: Mutex<HashMap<String, Arc<()>>>,
 }
@@ -648,7 +650,13 @@ impl ModelAdmin for FakeAdmin {
         Some(wire::ModelState::Unloaded)
     }
 
+    fn device_states(&self) -> Vec<DeviceState> {
+        let is_up = !self.is_degraded.load(Ordering::Relaxed);
+        vec![DeviceState { index: 0, name: "cpu".into(), is_up }]
+    }
+
     fn devices(&self) -> Vec<wire::Device> {
+        self.n_reports.fetch_add(1, Ordering::Relaxed);
         vec![wire::Device {
             index: 0,
             name: "cpu".into(),

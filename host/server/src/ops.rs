@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::admin::wire::{HealthState, ModelSource, ModelState};
 use crate::error::ApiError;
 use crate::openai::json;
-use crate::ports::Catalog;
+use crate::ports::{Catalog, DeviceState};
 use crate::state::ServerState;
 
 /// The description of both planes' routes; a test compares it with the routers.
@@ -41,7 +41,8 @@ pub(crate) async fn health(State(state): State<Arc<ServerState>>) -> Result<Resp
     if !state.engine.is_alive() {
         return Err(ApiError::DriverGone);
     }
-    Ok(json(&Status { status: "ok", degraded: degraded(&state, &state.engine.catalog()) }))
+    let degraded = degraded(&state, &state.engine.catalog(), &state.models.device_states());
+    Ok(json(&Status { status: "ok", degraded }))
 }
 
 /// May get traffic: a model is served by a device or an upstream that works, or would be loaded for a request, nothing drains, and
@@ -60,17 +61,17 @@ pub(crate) async fn ready(State(state): State<Arc<ServerState>>) -> Result<Respo
     if state.policies.refuses_all() {
         return Err(ApiError::Failed(Failure::Unanswered));
     }
-    let degraded = degraded(&state, &catalog);
-    match can_serve(&state, &catalog) {
+    let devices = state.models.device_states();
+    let degraded = degraded(&state, &catalog, &devices);
+    match can_serve(&catalog, &devices) {
         true => Ok(json(&Status { status: "ready", degraded })),
         false => Err(ApiError::Unserved { degraded: degraded.join(", ") }),
     }
 }
 
 /// Whether a request for some model would find a device or an upstream that takes it, or bring its model.
-fn can_serve(state: &ServerState, catalog: &Catalog) -> bool {
-    let devices = state.models.devices();
-    let is_up = |index: u64| devices.iter().all(|device| device.index != index || device.state == "up");
+fn can_serve(catalog: &Catalog, devices: &[DeviceState]) -> bool {
+    let is_up = |index: u64| devices.iter().all(|device| device.index != index || device.is_up);
     let mut replicas = catalog.variants.iter().flat_map(|variant| &variant.replicas);
     let serves_texts = replicas.any(|replica| match &replica.upstream {
         Some(upstream) => upstream.is_up(),
@@ -84,11 +85,11 @@ fn can_serve(state: &ServerState, catalog: &Catalog) -> bool {
 
 /// Slots whose policy does not answer though it should, devices that are gone, upstreams that are sent nothing, and models that a start
 /// could not bring back.
-fn degraded(state: &ServerState, catalog: &Catalog) -> Vec<String> {
+fn degraded(state: &ServerState, catalog: &Catalog, devices: &[DeviceState]) -> Vec<String> {
     let slots = state.policies.slots().into_iter();
     let slots = slots.filter(|slot| slot.health.state != HealthState::Closed && slot.health.reason.is_some());
     let upstreams: Vec<(&str, bool)> = catalog.upstreams().map(|(_, u)| (&**u.name(), u.is_up())).collect();
-    let devices = state.own_devices().filter(|device| device.state != "up");
+    let devices = devices.iter().filter(|device| !device.is_up);
     let models = state.models.models().into_iter();
     let models = models.filter(|model| model.state == ModelState::Failed && model.source == ModelSource::Loaded);
     let down = upstreams.iter().filter(|(_, is_up)| !is_up);

@@ -375,10 +375,24 @@ pub struct Asker<'a> {
     pub request: u64,
 }
 
+/// A device of this host, and whether it serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceState {
+    /// Its index in columns and events.
+    pub index: u64,
+    /// As in `cpu` or `cuda:0`.
+    pub name: String,
+    /// Whether its driver runs.
+    pub is_up: bool,
+}
+
 /// Models and devices.
 pub trait ModelAdmin: Send + Sync + Debug {
-    /// Per device: memory by owner, KV pool, batch, variants.
+    /// Per device, upstreams among them: memory by owner, KV pool, batch, variants. Answers at once: no device is asked for it.
     fn devices(&self) -> Vec<wire::Device>;
+
+    /// The devices here, in the same order. What probes ask, which anybody may send: it adds nothing up.
+    fn device_states(&self) -> Vec<DeviceState>;
 
     /// Every model that is served, comes, goes, or was to be served and cannot be.
     fn models(&self) -> Vec<wire::Model>;

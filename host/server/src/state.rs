@@ -9,7 +9,7 @@ use bytes::Bytes;
 use pointsman_sched::admit::AdmitPolicy;
 use pointsman_sched::ids::{Micros, RequestId};
 use pointsman_sched::route::RoutePolicy;
-use pointsman_telemetry::{Metrics, Names, Recorder, RequestMetrics};
+use pointsman_telemetry::{DeviceFigures, Metrics, Names, Recorder, RequestMetrics};
 use tokio::task::JoinSet;
 
 use crate::admin::places::Places;
@@ -240,9 +240,7 @@ impl ServerState {
         {
             return text.clone();
         }
-        for device in self.own_devices() {
-            self.metrics.device(&device.name, device.state == "up");
-        }
+        self.show_devices();
         let mut text = self.metrics.render();
         if self.keys.are_needed() {
             // The plane of those who have keys must not tell them of one another; the admin plane has the accounts.
@@ -253,11 +251,11 @@ impl ServerState {
         text
     }
 
-    /// The devices here. Upstreams are listed among them, and have names that no device has.
-    pub(crate) fn own_devices(&self) -> impl Iterator<Item = wire::Device> {
-        let catalog = self.engine.catalog();
-        let is_here = move |device: &wire::Device| catalog.upstreams().all(|(_, u)| **u.name() != *device.name);
-        self.models.devices().into_iter().filter(is_here)
+    /// Gauges of the devices here. Upstreams are listed among them, and have names that no device has.
+    fn show_devices(&self) {
+        let (catalog, devices) = (self.engine.catalog(), self.models.devices());
+        let is_here = |device: &&wire::Device| catalog.upstreams().all(|(_, u)| **u.name() != *device.name);
+        self.metrics.devices(devices.iter().filter(is_here).map(|device| (&*device.name, figures(device))));
     }
 
     /// Runs a task that shutdown aborts; must be called inside the runtime.
@@ -271,5 +269,70 @@ impl ServerState {
     pub(crate) async fn stop_tasks(&self) {
         let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
+    }
+}
+
+/// What the gauges of a device show of its report.
+fn figures(device: &wire::Device) -> DeviceFigures {
+    let wire::DeviceMemory { weights, kv, workspace, drafts, graphs, free, total } = device.memory;
+    DeviceFigures {
+        is_up: device.state == "up",
+        weights_bytes: weights,
+        kv_bytes: kv,
+        workspace_bytes: workspace,
+        drafts_bytes: drafts,
+        graphs_bytes: graphs,
+        free_bytes: free,
+        total_bytes: total,
+        utilization: device.utilization,
+        temperature_celsius: device.temperature,
+        power_watts: device.power_watts,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gauges_show_all_that_a_report_says() {
+        let memory = wire::DeviceMemory {
+            weights: 1,
+            kv: 2,
+            workspace: 3,
+            drafts: Some(4),
+            graphs: Some(5),
+            free: Some(6),
+            total: Some(7),
+        };
+        let device = wire::Device {
+            index: 1,
+            name: "cuda:0".to_owned(),
+            description: "a GPU".to_owned(),
+            state: "up".to_owned(),
+            memory,
+            replicas: Vec::new(),
+            utilization: Some(0.5),
+            temperature: Some(40),
+            power_watts: Some(300.5),
+        };
+        let metrics = Metrics::new();
+        metrics.devices([("cuda:0", figures(&device))]);
+        let text = metrics.render();
+        let owners = [("weights", 1), ("kv", 2), ("workspace", 3), ("drafts", 4), ("graphs", 5)];
+        let of = |owner: &str| format!("memory_bytes{{device=\"cuda:0\",owner=\"{owner}\"}}");
+        let held = owners.map(|(owner, bytes)| (of(owner), f64::from(bytes)));
+        let others = [
+            ("up", 1.0),
+            ("memory_free_bytes", 6.0),
+            ("memory_total_bytes", 7.0),
+            ("utilization_ratio", 0.5),
+            ("temperature_celsius", 40.0),
+            ("power_watts", 300.5),
+        ];
+        let others = others.map(|(family, value)| (format!("{family}{{device=\"cuda:0\"}}"), value));
+        for (series, value) in held.into_iter().chain(others) {
+            assert!(text.contains(&format!("pointsman_device_{series} {value}\n")), "{series} {value}\n{text}");
+        }
     }
 }

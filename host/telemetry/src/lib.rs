@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 
 mod arms;
+mod devices;
 mod event;
 mod forms;
 mod metrics;
@@ -16,6 +17,7 @@ mod recorder;
 mod upstreams;
 
 pub use arms::ArmMetrics;
+pub use devices::DeviceFigures;
 pub use event::{Event, EventKind, Micros};
 pub use forms::FormMetrics;
 pub use metrics::{

@@ -14,6 +14,7 @@ use prometheus::{
 };
 
 use crate::arms::{ArmFamilies, ArmMetrics};
+use crate::devices::{DeviceFamilies, DeviceFigures};
 use crate::forms::FormMetrics;
 use crate::models::ModelMetrics;
 use crate::upstreams::{UpstreamFamilies, UpstreamMetrics};
@@ -80,7 +81,7 @@ pub struct Metrics {
     alerts: IntCounterVec,
     batches: IntGaugeVec,
     batch_lines: IntCounterVec,
-    device_up: IntGaugeVec,
+    devices: DeviceFamilies,
     tls_reloads: IntCounterVec,
     tls_until: IntGaugeVec,
     tls_failures: IntCounterVec,
@@ -526,7 +527,7 @@ impl Metrics {
                 "Lines of batches, by what they came to.",
                 &["outcome"],
             ),
-            device_up: gauge("pointsman_device_up", "1 while the driver of a device runs.", &["device"]),
+            devices: DeviceFamilies::new(&registry),
             tls_reloads: {
                 let name = "pointsman_tls_reloads_total";
                 let reloads =
@@ -616,9 +617,9 @@ impl Metrics {
         }
     }
 
-    /// Whether the driver of a device runs.
-    pub fn device(&self, device: &str, is_up: bool) {
-        self.device_up.with_label_values(&[device]).set(is_up.into());
+    /// Shows these devices by name, and no others; what is not said of one is shown no more. For one caller at a time.
+    pub fn devices<'a>(&self, devices: impl IntoIterator<Item = (&'a str, DeviceFigures)>) {
+        self.devices.show(devices);
     }
 
     /// A connection ended in its handshake.

@@ -301,8 +301,16 @@ async fn a_host_that_loads_or_drains_says_so() {
     let ready = rig.send(request("GET", "/ready", &[], "")).await;
     assert_eq!((ready.status, code(&ready).as_str()), (503, "no_replica"));
     assert!(ready.body.contains("device cpu, model org/m"), "{}", ready.body);
+    let n_reports = || rig.admin.n_reports.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(n_reports(), 0, "anybody may probe: it adds nothing up");
     let metrics = rig.send(request("GET", "/metrics", &[], "")).await.body;
+    assert_eq!(n_reports(), 1);
     assert!(metrics.contains("pointsman_device_up{device=\"cpu\"} 0\n"), "{metrics}");
+    assert!(metrics.contains("pointsman_device_memory_bytes{device=\"cpu\",owner=\"weights\"} 0\n"), "{metrics}");
+    for unknown in ["\"graphs\"", "_free_bytes", "_total_bytes", "_utilization_", "_temperature_", "_power_watts"] {
+        let is_device = |line: &str| line.starts_with("pointsman_device_") && line.contains(unknown);
+        assert!(!metrics.lines().any(is_device), "{unknown}: {metrics}");
+    }
     rig.engine.know(&["lazy"]);
     assert_eq!(rig.send(request("GET", "/ready", &[], "")).await.status, 200, "a request would bring one");
 }

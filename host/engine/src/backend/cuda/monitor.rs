@@ -1,4 +1,5 @@
-//! What NVIDIA's monitoring library says of a GPU: memory, use, temperature and power. Asked when somebody looks.
+//! What NVIDIA's monitoring library says of a GPU: memory, use, temperature and power. Each look asks the driver,
+//! which may take its time or hang: look from a thread that nobody waits for.
 //!
 //! It comes with the driver and is a library of its own, so it may be missing where CUDA works (in a container, say): then
 //! nothing is said. Not from CUDA itself: CUDA knows no temperature, and asking it for free memory from another thread

@@ -353,15 +353,12 @@ mod tests {
     fn a_model_that_does_not_fit_is_told_what_would() {
         let (f32, bf16) = (llama_8b(Element::F32), llama_8b(Element::Bf16));
         let q8_0 = llama_8b(Form { element: Element::Bf16, precision: Precision::Q8_0 });
-        let bf16_128k = Footprint { context_tokens: 131_072, ..bf16 };
-        let others = [f32, bf16];
+        let others = [f32, bf16, q8_0];
         for (footprint, memory, wish, expect) in [
             (f32, device(24, 24), KvWish::Share(1), "as bf16 it fits"),
             (bf16, device(16, 16), KvWish::Share(1), "as q8_0 with bf16 it fits"),
             (bf16, device(16, 16), KvWish::Share(1), "(--precision q8_0)"),
             (q8_0, device(9, 9), KvWish::Share(1), "with sequences of at most 2"),
-            // As the model comes: 8.05 GiB are left for 16 GiB of one sequence.
-            (bf16_128k, device(24, 24), KvWish::Share(1), "tokens it fits (engine.max_context = 65920)"),
             (bf16, device(8, 8), KvWish::Share(1), "choose another device"),
             (bf16, device(80, 10), KvWish::Share(1), "10.00 GiB of 80.00 GiB are free"),
             (bf16, device(24, 24), KvWish::Bytes(20 * GIB), "a KV pool of 20.00 GiB (engine.gpu_kv_mib) are"),
@@ -374,11 +371,15 @@ mod tests {
                 KvWish::Share(3),
                 "KV pools of at least 3.00 GiB (one full context for each of 3 engines)",
             ),
-            (bf16, device(17, 17), KvWish::Share(3), "engine.max_context = 3"),
+            (q8_0, device(9, 9), KvWish::Share(3), "engine.max_context = "),
         ] {
             let error = footprint.plan(memory, wish, &others).expect_err("too large").to_string();
             assert!(error.contains(expect), "{error}");
         }
+        // As the model comes: 8.05 GiB are left for 16 GiB of one sequence.
+        let long = Footprint { context_tokens: 131_072, ..bf16 };
+        let error = long.plan(device(24, 24), KvWish::Share(1), &[]).expect_err("too long").to_string();
+        assert!(error.ends_with("at most 65920 tokens it fits (engine.max_context = 65920)"), "{error}");
     }
 
     #[test]
