@@ -78,9 +78,20 @@ fn a_wrong_product_is_seen() {
         (vec![1.0, 2.0, 3.0], true),
         (vec![1.0, 2.0, 3.1], false),
         (vec![1.0, f64::NAN, 3.0], false),
+        (vec![1.0, 2.0, 3.0 + 2e-5], true),
         (vec![1.0, 2.0, 3.0, 0.0], false),
     ] {
         let outs = [Element::F32.encode(&found)];
         assert_eq!(close(Element::F32, 1e-5, expect.clone())(&outs).is_ok(), is_right, "{found:?}");
     }
+}
+
+#[test]
+fn one_wrong_value_among_many_is_seen() {
+    let expect: Vec<f64> = (0..100_000).map(|i| f64::from(i % 7) - 3.0).collect();
+    let check = close(Element::Bf16, 1e-2, expect.clone());
+    assert_eq!(check(&[Element::Bf16.encode(&expect)]), Ok(()));
+    let mut found = expect;
+    found[70_001] += 1.0;
+    assert!(check(&[Element::Bf16.encode(&found)]).is_err_and(|said| said.contains("value 70001")));
 }
