@@ -63,6 +63,11 @@ impl Check<'_> {
         if let Some(figure) = figure() {
             self.report.peer(figure);
         }
+        if let (Some(name), Some(seconds), true) =
+            (json["name"].as_str(), json["seconds"].as_f64(), json["job"].is_object())
+        {
+            self.report.job(name, seconds);
+        }
         self.report.say(&format!("beside: {line}"), json!({"peer": json}))
     }
 }

@@ -42,6 +42,8 @@ pub(crate) struct Report<'a> {
     lines: Vec<Json>,
     figures: Vec<Figure>,
     peers: Vec<PeerFigure>,
+    /// Who did the job, and in how many seconds.
+    jobs: Vec<(String, f64)>,
     faults: u32,
     skipped: u32,
     good: u32,
@@ -59,6 +61,7 @@ impl<'a> Report<'a> {
             lines: Vec::new(),
             figures: Vec::new(),
             peers: Vec::new(),
+            jobs: Vec::new(),
             faults: 0,
             skipped: 0,
             good: 0,
@@ -133,6 +136,11 @@ impl<'a> Report<'a> {
         self.say(&words, json)
     }
 
+    /// Somebody did a whole job of prompts and tokens in so many seconds: us first.
+    pub(crate) fn job(&mut self, who: &str, seconds: f64) {
+        self.jobs.push((who.to_owned(), seconds));
+    }
+
     pub(crate) fn peer(&mut self, figure: PeerFigure) {
         self.peers.push(figure);
     }
@@ -143,7 +151,7 @@ impl<'a> Report<'a> {
             return Ok(());
         }
         let table = table(&self.figures, &self.peers);
-        write!(self.out, "{table}")?;
+        write!(self.out, "{table}{}", beside(&self.jobs))?;
         Ok(self.out.flush()?)
     }
 
@@ -156,6 +164,15 @@ impl<'a> Report<'a> {
             .and_then(|()| std::fs::rename(&aside, path))
             .with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// The jobs of others beside ours, which is the first.
+fn beside(jobs: &[(String, f64)]) -> String {
+    let Some(((own, seconds), others)) = jobs.split_first() else { return String::new() };
+    let line = |(who, theirs): &(String, f64)| {
+        format!("the same prompts by {who}: {theirs:.3} s; {own} takes {:.2} of it\n", seconds / theirs)
+    };
+    others.iter().map(line).collect()
 }
 
 fn table(figures: &[Figure], peers: &[PeerFigure]) -> String {
@@ -200,6 +217,15 @@ mod tests {
         let last = text.lines().last().unwrap_or_default();
         let expect = "| graph | 8 x 1024 | 5.000 | 5.010 | 4.980 | 30 | 1600 | 80.0 % | torch: 10.000 ms, 0.50 of it |";
         assert_eq!(last, expect);
+    }
+
+    #[test]
+    fn jobs_of_others_stand_beside_ours() {
+        let jobs =
+            |all: &[(&str, f64)]| beside(&all.iter().map(|(who, s)| ((*who).to_owned(), *s)).collect::<Vec<_>>());
+        assert_eq!(jobs(&[]) + &jobs(&[("ours", 1.0)]), "");
+        let expect = "the same prompts by theirs: 4.000 s; ours takes 0.25 of it\n";
+        assert_eq!(jobs(&[("ours", 1.0), ("theirs", 4.0)]), expect);
     }
 
     #[test]

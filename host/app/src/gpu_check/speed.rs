@@ -38,6 +38,10 @@ const CURVE: [(usize, usize); 9] =
 /// Rows and their mean context, of which one has half of all: as much to read as where they are as long as each other.
 const UNEVEN: (usize, usize) = (32, 256);
 
+/// A job as `peers.py` has it: prompts, their tokens, and the tokens that each gets; and how often it is done.
+const JOB: (usize, usize, usize) = (32, 1_024, 128);
+const JOBS: usize = 2;
+
 /// What the same is measured with where weights have 8 bits.
 const IN_8_BITS: [(usize, usize); 3] = [(1, 128), (8, 1_024), (32, 1_024)];
 
@@ -91,13 +95,28 @@ fn decode_plan(contexts: &[usize], n_blocks: usize) -> StepPlan {
     plan
 }
 
-/// One prompt of `tokens`.
-fn prefill_plan(tokens: usize, n_blocks: usize) -> StepPlan {
-    let mut plan = decode_plan(&[tokens - 1], n_blocks);
-    plan.tokens = (0..tokens as u32).map(|i| i * 37 % 1_000).collect();
-    plan.rows[0].tokens = 0..tokens as u32;
-    plan.rows[0].position = 0;
+/// So many prompts of `tokens` each.
+fn prefill_plan(prompts: usize, tokens: usize, n_blocks: usize) -> StepPlan {
+    let mut plan = decode_plan(&vec![tokens - 1; prompts], n_blocks);
+    plan.tokens = (0..(prompts * tokens) as u32).map(|i| i * 37 % 1_000).collect();
+    for (i, row) in plan.rows.iter_mut().enumerate() {
+        row.tokens = (i * tokens) as u32..((i + 1) * tokens) as u32;
+        row.position = 0;
+    }
     plan
+}
+
+/// The steps of a job: its prompts, as many at once as a step has tokens for, and one token of each after another.
+fn job_plans((prompts, tokens, new): (usize, usize, usize), config: &EngineConfig) -> (Vec<StepPlan>, Vec<StepPlan>) {
+    let at_once = (config.max_step_tokens / tokens).clamp(1, prompts);
+    let prefills = (0..prompts).step_by(at_once);
+    let prefills = prefills.map(|first| prefill_plan(at_once.min(prompts - first), tokens, config.n_blocks)).collect();
+    // The first token of each comes with its prompt.
+    let decode = |i: usize| StepPlan {
+        follows: if i == 0 { Vec::new() } else { (0..prompts as u32).collect() },
+        ..decode_plan(&vec![tokens + i; prompts], config.n_blocks)
+    };
+    (prefills, (0..new - 1).map(decode).collect())
 }
 
 /// Weights of all layers.
@@ -162,6 +181,7 @@ impl Check<'_> {
 
     fn curves(&mut self, stage: &str, engine: &mut CudaEngine, bandwidth: f64) -> anyhow::Result<()> {
         self.prefill(engine)?;
+        self.job(engine)?;
         let mut steps: Vec<(String, Vec<usize>)> = CURVE.map(|shape| (stage.to_owned(), even(shape))).into();
         steps.insert(3, (format!("{stage}, half of all in one row"), uneven(UNEVEN)));
         for (i, (what, contexts)) in steps.iter().enumerate() {
@@ -282,7 +302,7 @@ impl Check<'_> {
 
     fn prefill(&mut self, engine: &mut CudaEngine) -> anyhow::Result<()> {
         let EngineConfig { max_step_tokens: tokens, n_blocks, .. } = *engine.config();
-        let plan = prefill_plan(tokens, n_blocks);
+        let plan = prefill_plan(1, tokens, n_blocks);
         let mut out = StepOutput::default();
         let seconds = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
         // Two operations for each weight of a layer; attention and the head are left out.
@@ -294,6 +314,33 @@ impl Check<'_> {
             flops / 1e12
         );
         self.report.say(&words, json!({"prefill_tokens": tokens, "seconds": seconds}))
+    }
+
+    /// Prompts and what they get, from the first to the last token, as a host does it that has them all at once.
+    fn job(&mut self, engine: &mut CudaEngine) -> anyhow::Result<()> {
+        let (prompts, tokens, new) = JOB;
+        let (prefills, decodes) = job_plans(JOB, engine.config());
+        let mut out = StepOutput::default();
+        let mut seconds = f64::INFINITY;
+        for _ in 0..JOBS {
+            let start = self.clock.nanos();
+            for plan in &prefills {
+                engine.execute(plan, &mut NoEdits, &mut out)?;
+            }
+            engine.begin(&decodes[0], &mut NoEdits)?;
+            for (before, plan) in decodes.iter().zip(&decodes[1..]) {
+                engine.begin(plan, &mut NoEdits)?;
+                engine.finish(before, &mut out)?;
+            }
+            engine.finish(&decodes[decodes.len() - 1], &mut out)?;
+            seconds = seconds.min((self.clock.nanos() - start) as f64 * 1e-9);
+        }
+        let job = json!({"prompts": prompts, "prompt_tokens": tokens, "new_tokens": new});
+        let rate = (prompts * new) as f64 / seconds;
+        let words =
+            format!("{prompts} prompts of {tokens} and {new} tokens for each: {seconds:.3} s, {rate:.0} tokens/s");
+        self.report.job("the engine", seconds);
+        self.report.say(&words, json!({"job": job, "seconds": seconds, "tokens_per_s": rate}))
     }
 
     /// What is free before a model is loaded, with it and after, twice: what is lost the first time may be the driver's own.
@@ -345,7 +392,10 @@ mod tests {
             let config = config(n_blocks);
             let shapes = STAGE.into_iter().chain(CURVE).chain(IN_8_BITS).map(even).chain([uneven(UNEVEN)]);
             let decodes = shapes.map(|contexts| decode_plan(&contexts, n_blocks));
-            for plan in decodes.chain([prefill_plan(config.max_step_tokens, n_blocks)]) {
+            let (prefills, steps) = job_plans(JOB, &config);
+            assert_eq!((prefills.len(), steps.len()), (16, 127));
+            let prompts = prefills.into_iter().chain([prefill_plan(1, config.max_step_tokens, n_blocks)]);
+            for plan in decodes.chain(prompts).chain(steps) {
                 assert!(plan.rows.len() <= config.max_rows && plan.tokens.len() <= config.max_step_tokens);
                 for row in &plan.rows {
                     let end = row.position as usize + row.tokens.len();
