@@ -58,7 +58,7 @@ if [ -n "$python" ]; then
   flags+=("${libraries[@]}")
 fi
 say() { tee -a "$out/gpu-check.txt"; }
-kept="$(mktemp -d)" child=""
+child="" kept="$(mktemp -d)" || exit 1
 mkdir "$kept/all" && touch "$kept/start" && mkfifo "$kept/pipe" || exit 1
 trap 'pack; rm -rf "$kept"' EXIT
 trap stopped TERM INT HUP

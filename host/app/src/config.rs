@@ -193,7 +193,7 @@ pub(crate) struct EngineSection {
     pub devices: Vec<String>,
     /// KV pool of each replica on a GPU; 0 for a fair share of what is free.
     pub gpu_kv_mib: u32,
-    /// Most tokens of a sequence; 0 for what the model can. A GPU must hold one of them at least.
+    /// Most tokens of a sequence; 0 for what the model can.
     pub max_context: u32,
     /// Folders to look for NVIDIA's libraries in before the usual ones.
     pub cuda_lib_dirs: Vec<PathBuf>,

@@ -198,7 +198,7 @@ fn library_folders(variable: impl Fn(&str) -> Option<OsString>, usr: &Path) -> V
     let prefixes = [named("VIRTUAL_ENV"), conda.clone()].into_iter().flatten().chain(pythons);
     folders.extend(prefixes.chain([usr.to_owned(), local.clone()]).flat_map(|prefix| package_folders(&prefix)));
     folders.extend(conda.map(|prefix| prefix.join("lib")));
-    // Those of a later version first.
+    // By name, the last first: mostly those of later versions.
     let others = subfolders_named(&local, "cuda").into_iter().rev();
     folders.extend(others.map(|toolkit| toolkit.join("lib64")));
     let mut known = HashSet::new();

@@ -134,9 +134,9 @@ struct Driver {
     submits: Receiver<(ReplicaId, Request)>,
     cancels: Receiver<(ReplicaId, RequestId, CancelCause)>,
     changes: Receiver<Change>,
-    replicas: Vec<DriverReplica>,
     /// Those that come back when they are idle, and to whom.
     leaving: Vec<(ReplicaId, SyncSender<Gone>)>,
+    replicas: Vec<DriverReplica>,
     stop: Arc<AtomicBool>,
     /// The device computes nothing any more.
     lost: Arc<AtomicBool>,
@@ -584,7 +584,6 @@ impl Observer for Watch<'_> {
     }
 }
 
-/// Ends whatever a replica still runs.
 /// Why all that a replica runs ends.
 #[derive(Clone, Copy, Debug)]
 enum End {
@@ -593,6 +592,7 @@ enum End {
     Lost,
 }
 
+/// Ends whatever a replica still runs.
 fn end_all(replica: &mut DriverReplica, end: End, context: &DriverContext) {
     let now = context.clock.micros();
     let (sampler, pace) = (&mut replica.sampler, &mut replica.pace);

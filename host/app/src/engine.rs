@@ -350,7 +350,9 @@ impl Engine {
     /// Ends what still runs and waits for the drivers; for a monitor that hangs, a moment.
     pub(crate) fn stop(&self) {
         self.devices.iter().for_each(|device| device.driver.stop());
-        self.devices.iter().filter_map(|device| device.monitor.as_ref()).for_each(Monitor::stop);
+        let monitors = || self.devices.iter().filter_map(|device| device.monitor.as_ref());
+        monitors().for_each(Monitor::end);
+        monitors().for_each(Monitor::stop);
         self.encoders.stop();
     }
 }

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use anyhow::{Context, bail};
 use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
-    self, CodeOptions, CudaEngine, CudaError, CudaOptions, Device, DeviceRoom, Element, Form, FoundGpu, Gpu, KvWish,
-    LibraryUse, VramFree,
+    self, CodeOptions, CudaEngine, CudaError, CudaOptions, Device, DeviceError, DeviceRoom, Element, Form, FoundGpu,
+    Gpu, KvWish, LibraryUse, VramFree,
 };
 use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
@@ -635,21 +635,23 @@ impl<'a> Loader<'a> {
             let loaded = LoadedReplica { replica, variant, executor, model, draft_model, memory, vocabulary, sched };
             self.loaded.replicas.push(loaded);
         }
-        if let Some(error) = unfit.filter(|_| replicas.is_empty()) {
-            return Err(error);
+        match unfit {
+            Some(error) if replicas.is_empty() => return Err(error),
+            None if self.terms.places.is_empty() => bail!("no device serves any more; restart the host"),
+            // One precision may be for other devices alone.
+            _ if replicas.is_empty() => return Ok(()),
+            _ => {}
         }
-        if !replicas.is_empty() {
-            self.loaded.variants.push(Arc::new(Variant {
-                id: Arc::clone(source.id),
-                alias: alias.into(),
-                text: Arc::clone(text),
-                context_tokens,
-                block_tokens: section.block_tokens,
-                draft_model: self.config.draft_models.get(alias).map(|draft| draft.as_str().into()),
-                created: self.terms.created,
-                replicas,
-            }));
-        }
+        self.loaded.variants.push(Arc::new(Variant {
+            id: Arc::clone(source.id),
+            alias: alias.into(),
+            text: Arc::clone(text),
+            context_tokens,
+            block_tokens: section.block_tokens,
+            draft_model: self.config.draft_models.get(alias).map(|draft| draft.as_str().into()),
+            created: self.terms.created,
+            replicas,
+        }));
         Ok(())
     }
 
@@ -740,8 +742,12 @@ impl<'a> Loader<'a> {
             let given = self.follower.map_or(0, |follower| follower.could_give(&format!("cuda:{}", found.ordinal)));
             let memory = VramFree { free: room.memory.free + given, ..room.memory };
             let fits = plan(DeviceRoom { memory, ..room }).is_ok();
-            if given == 0 || !fits || !self.follower.is_some_and(Follow::make_room) {
+            if given == 0 || !fits {
                 return Err(error).with_context(|| name.clone());
+            }
+            // It may fit later, so this is no device that cannot serve the model.
+            if !self.follower.is_some_and(Follow::make_room) {
+                bail!("{name}: {error}");
             }
         };
         tracing::info!("{name}: {plan}");
@@ -907,8 +913,13 @@ fn precisions(names: &[String]) -> anyhow::Result<Vec<Precision>> {
 
 /// Whether a device cannot serve a model that others may.
 fn is_unfit(error: &anyhow::Error) -> bool {
-    let is_unfit = |error: &CudaError| matches!(error, CudaError::Unsupported { .. } | CudaError::Vram(_));
-    error.downcast_ref::<CudaError>().is_some_and(is_unfit)
+    let is_lost = |error: &DeviceError| matches!(error, DeviceError::Lost { .. });
+    let is_unfit = |error: &CudaError| match error {
+        CudaError::Unsupported { .. } | CudaError::Vram(_) => true,
+        CudaError::Device(error) => is_lost(error),
+        _ => false,
+    };
+    error.downcast_ref().is_some_and(is_unfit) || error.downcast_ref().is_some_and(is_lost)
 }
 
 fn check_vocabulary(text: &TextModel, known: usize) -> anyhow::Result<()> {

@@ -91,7 +91,8 @@ impl Monitor {
         tracing::warn!("{name} still waits for the GPU's driver; it ends with the process");
     }
 
-    fn end(&self) {
+    /// Tells the thread to end.
+    pub(crate) fn end(&self) {
         self.board.is_over.store(true, Ordering::Release);
         self.thread.thread().unpark();
     }

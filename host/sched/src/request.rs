@@ -196,7 +196,7 @@ pub enum Failure {
     #[error("the engine failed while computing this request: {0}")]
     Engine(Arc<str>),
     /// Its device computes nothing any more; another replica may do.
-    #[error("the device that computed this request serves no more; retry it")]
+    #[error("the device that had this request serves no more; retry it")]
     DeviceLost,
 }
 

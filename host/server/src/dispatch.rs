@@ -475,18 +475,19 @@ impl Dispatch<'_> {
         let c = &mut scratch.columns;
         let now = self.state.clock.now();
         let needed = self.prompt.tokens.len() as u64 + u64::from(self.terms.max_new_tokens);
-        let fits = |variant: &&Arc<Variant>| {
-            needed <= u64::from(variant.context_tokens) && only.is_none_or(|only| *variant.id == *only)
-        };
+        let fits = |variant: &&Arc<Variant>| needed <= u64::from(variant.context_tokens);
+        let is_meant = |variant: &Variant| only.is_none_or(|only| *variant.id == *only);
         // Some pools may be too small for it, as those of CPUs beside GPUs; where all are, one of them says so.
         let holds = |variant: &Variant, replica: &Replica| {
-            let blocks = needed.saturating_sub(1).div_ceil(u64::from(variant.block_tokens.max(1)));
+            // The last token that is generated is never computed.
+            let computed = needed - u64::from(self.terms.max_new_tokens.min(1));
+            let blocks = computed.div_ceil(u64::from(variant.block_tokens.max(1)));
             replica.upstream.is_some() || blocks <= u64::from(load(&replica.gauges.total_blocks))
         };
         let offered = |replica: &&Arc<Replica>| self.health(replica).is_some();
         let any_holds = |variant: &Arc<Variant>| variant.replicas.iter().filter(offered).any(|r| holds(variant, r));
         let one_holds = self.target.variants.iter().filter(fits).any(any_holds);
-        for (v, variant) in self.target.variants.iter().enumerate().filter(|(_, variant)| fits(variant)) {
+        for (v, variant) in self.target.variants.iter().enumerate().filter(|(_, v)| fits(v) && is_meant(v)) {
             for (r, replica) in variant.replicas.iter().enumerate() {
                 let Some(health) = self.health(replica) else { continue };
                 if one_holds && !holds(variant, replica) {

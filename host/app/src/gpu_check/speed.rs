@@ -217,6 +217,9 @@ impl Check<'_> {
     /// The 8B model for figures, which stand under the name of what was asked for.
     fn asked(&mut self, form: Form, (graphs, overlap): (bool, bool)) -> anyhow::Result<CudaEngine> {
         let mut engine = self.large(form, graphs, overlap)?;
+        if graphs && !engine.has_graphs() {
+            bail!("no step is captured as a graph");
+        }
         let device = engine.device();
         if overlap && !device.overlaps() {
             let why = device.notes().iter().rfind(|note| !note.contains("cuBLASLt"));

@@ -153,6 +153,7 @@ fn what_cannot_be_captured_is_launched() {
     let (mut cpu, mut cuda) = engines_on(device, &spec, &weights_of(&spec, Element::F32), options, Precision::F16);
     let note = cuda.take_note().unwrap_or_default();
     assert!(note.contains("launched one by one") && note.contains("as asked"), "{note}");
+    assert!(!cuda.has_graphs());
     let worst = serve(&mut cpu, &mut cuda, true);
     assert!(worst < 1e-4, "logits differ by {worst}");
 }
@@ -485,4 +486,13 @@ fn random_numbers_fill_every_matrix() {
         let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         assert!(logits.iter().all(|x| x.is_finite()) && largest > 1e-3, "{precision:?}: {largest}");
     }
+}
+
+#[test]
+fn a_check_of_graphs_fails_where_there_are_none() {
+    let Some(mut device) = ShimDevice::start() else { return };
+    device.captures = 0;
+    let case = ParityCase { prompts: vec![3], rows: vec![1], ..ParityCase::all().remove(0) };
+    let error = case.run(Box::new(device), &ComputePool::start(1).unwrap()).expect_err("nothing is captured");
+    assert!(error.to_string().contains("nothing is captured"), "{error}");
 }

@@ -227,7 +227,9 @@ impl Runner {
         let state = &self.state;
         let catalog = state.engine.catalog();
         let waits = |gauge: &std::sync::atomic::AtomicU32| gauge.load(Ordering::Relaxed) > 0;
-        let mut replicas = catalog.variants.iter().flat_map(|variant| &variant.replicas);
+        // What was on its way to a driver that ended is counted there for ever.
+        let replicas = catalog.variants.iter().flat_map(|variant| &variant.replicas);
+        let mut replicas = replicas.filter(|replica| !replica.gauges.gone.load(Ordering::Acquire));
         !state.admission.is_draining()
             && state.admission.in_flight() <= state.config.max_requests / 2
             && !waits(&state.embeddings)

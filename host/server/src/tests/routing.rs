@@ -96,6 +96,13 @@ async fn an_assigned_variant_is_all_that_a_router_is_offered_while_it_has_room()
         let calls = rig.router.calls.lock().expect("unpoisoned");
         assert_eq!(calls.last().expect("a call").3.id, offered, "{tenant} {model} {full}");
     }
+    // A variant whose pool is too small is no more use than one that is full.
+    for (replica, blocks) in catalog.variants.iter().flat_map(|variant| &variant.replicas).zip([3, 3, 2]) {
+        replica.gauges.total_blocks.store(blocks, Ordering::Relaxed);
+    }
+    catalog.variants[1].replicas[0].gauges.waiting.store(0, Ordering::Relaxed);
+    rig.send(request("POST", COMPLETIONS, &[("x-tenant-id", "odd")], &body(&json!({})))).await;
+    assert_eq!(rig.router.calls.lock().expect("unpoisoned").last().expect("a call").3.id, [0, 1]);
     // A weight of a variant that is not loaded keeps nobody from being served.
     let weights = [("m:gone".to_owned(), 1)].into();
     *rig.admin.weights.lock().expect("unpoisoned") = crate::admin::wire::Weights { weights, ..Default::default() };

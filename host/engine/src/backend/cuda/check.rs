@@ -108,6 +108,9 @@ pub enum ParityError {
     /// A step failed.
     #[error(transparent)]
     Step(#[from] ExecuteError),
+    /// Steps were to be captured as graphs, and are not.
+    #[error("nothing is captured: {0}")]
+    NoGraphs(String),
     /// The device's library was to compute products, and computes none.
     #[error("cuBLASLt computes nothing: {0}")]
     NoLibrary(String),
@@ -276,6 +279,9 @@ impl ParityCase {
             rules: rules(),
             parity: Parity::of(self.form.element),
         };
+        if self.graphs && pair.cuda.device().captures() && !pair.cuda.has_graphs() {
+            return Err(ParityError::NoGraphs(pair.cuda.take_note().unwrap_or_default()));
+        }
         self.check_library(&mut pair.cuda)?;
         let mut sequences: Vec<Sequence> =
             self.prompts.iter().enumerate().map(|(i, &len)| Sequence::new(i, len, spec.context)).collect();

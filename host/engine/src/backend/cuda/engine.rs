@@ -194,6 +194,12 @@ impl CudaEngine {
         self.sizes.choices.all()
     }
 
+    /// Whether decode steps are graphs.
+    #[must_use]
+    pub fn has_graphs(&self) -> bool {
+        !self.graphs.is_empty()
+    }
+
     /// The device.
     pub fn device(&mut self) -> &mut dyn Device {
         &mut *self.device
@@ -242,6 +248,7 @@ impl CudaEngine {
         }
         self.device.stop_overlap(&why);
         self.device.wait()?;
+        // Those that were captured go with the device.
         self.graphs.clear();
         let note = format!("steps could not be captured as graphs, so their kernels are launched one by one: {why}");
         self.note = Some(self.note.take().map_or_else(|| note.clone(), |other| format!("{other}; {note}")));

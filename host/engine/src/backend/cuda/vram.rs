@@ -213,7 +213,11 @@ impl Footprint {
         match wish {
             _ if blocks == 0 => Advice::Larger((fixed + self.block_bytes * wish.parts()).saturating_sub(memory.free)),
             KvWish::Share(_) => Advice::Context(tokens),
-            KvWish::Bytes(_) => Advice::Pool(blocks * self.block_bytes),
+            KvWish::Bytes(_) => {
+                // In whole MiB, as it is configured, and one block at least.
+                let mib = blocks * self.block_bytes >> 20;
+                Advice::Pool((mib << 20).max(self.block_bytes.next_multiple_of(1 << 20)))
+            }
         }
     }
 }
