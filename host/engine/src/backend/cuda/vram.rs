@@ -215,7 +215,7 @@ impl Footprint {
             KvWish::Share(_) => Advice::Context(tokens),
             KvWish::Bytes(_) => {
                 // In whole MiB, as it is configured, and one block at least.
-                let mib = blocks * self.block_bytes >> 20;
+                let mib = (blocks * self.block_bytes) >> 20;
                 Advice::Pool((mib << 20).max(self.block_bytes.next_multiple_of(1 << 20)))
             }
         }
