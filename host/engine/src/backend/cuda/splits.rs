@@ -81,11 +81,11 @@ impl Sizes {
         let most = share.next_multiple_of(GRAIN).max(LEAST);
         let mut n_splits = 0;
         let of = |is_cut| rows.clone().filter(move |row| (row.len() > most) == is_cut);
-        for Seen { single, first, base } in of(true).chain(of(false)) {
+        for row in of(true).chain(of(false)) {
+            let Seen { single, first, base } = row;
             // As long as each other, but for the last.
-            let len = single.len - base;
-            let count = len.div_ceil(most);
-            let each = len.div_ceil(count).next_multiple_of(GRAIN);
+            let count = row.len().div_ceil(most);
+            let each = row.len().div_ceil(count).next_multiple_of(GRAIN);
             let words = &mut words[n_splits * SPLIT_WORDS..][..count * SPLIT_WORDS];
             for (i, words) in words.chunks_exact_mut(SPLIT_WORDS).enumerate() {
                 let (begin, end) = (first.max(base + i * each), single.len.min(base + (i + 1) * each));
