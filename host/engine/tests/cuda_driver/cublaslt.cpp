@@ -62,7 +62,7 @@ static bool fits(const Desc *desc, const Layout *w, const Layout *x, const Layou
 }
 
 template <typename M> static int described(M **to, M value) {
-    return current_context ? made(to, value) : refuse("the library without a context", 1);
+    return here ? made(to, value) : refuse("the library without a context", 1);
 }
 
 extern "C" {
@@ -72,7 +72,8 @@ int cublasLtCreate(Preference **to) { return described(to, Preference{}); }
 
 // Waits for everything.
 int cublasLtDestroy(Preference *handle) {
-    if (!current_context || is_capturing()) return refuse(__func__, 1);
+    std::lock_guard<std::recursive_mutex> own_turn(turn);
+    if (!here || n_recorded) return refuse(__func__, 1);
     return unmade(handle);
 }
 

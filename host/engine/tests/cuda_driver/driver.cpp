@@ -3,8 +3,14 @@
 // Whatever may be late is late: work on a stream is done when somebody waits for the stream. So a wait that is missing shows as a
 // wrong result. What a driver forbids fails: a call without a context, waiting in a capture, memory outside of an allocation, a
 // block of another size, shared memory that was not asked for. What is left when the last context goes is told on standard error.
+//
+// PM_DRIVER_DEVICES says how many devices there are, PM_DRIVER_MIB how much memory each has. PM_DRIVER_MISHAPS names a file that may be
+// written at any time: `lost N` in a line of it is the end of device N, `taken N BYTES` what other processes have of its memory.
+#include <atomic>
+#include <fstream>
 #include <functional>
 #include <map>
+#include <mutex>
 
 namespace shim {
 
@@ -13,7 +19,7 @@ typedef unsigned long long Address;
 typedef std::vector<std::function<void()>> Work;
 
 enum : Result { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-    UNSUPPORTED_PTX_VERSION = 222, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700, IN_A_CAPTURE = 900 };
+    UNSUPPORTED_PTX_VERSION = 222, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, IN_A_CAPTURE = 900 };
 
 struct Stream {
     Work work;
@@ -37,19 +43,52 @@ struct LaunchConfig {
     unsigned n_attributes;
 };
 
-static const size_t ALL = (size_t)1 << 30;
+struct Device {
+    int retained;
+    std::map<Address, size_t> memory;
+    size_t taken;
+    std::set<Stream *> streams;
+    bool is_lost;
+};
+
+static const int MOST_DEVICES = 8;
 static const unsigned ATTRIBUTE_WORDS = 18, STREAM_SERIALIZATION = 6, MOST_SHARED = 8;
 
+// Held during each call: a device has one thread of each host that uses it, and the shim is one for all devices.
+static std::recursive_mutex turn;
 static bool is_initialised;
-static int retained;
-static char context;
-static void *current_context;
-static std::set<Stream *> streams;
-static std::map<Address, size_t> memory;
-static size_t taken;
+static Device devices[MOST_DEVICES];
+static thread_local Device *here;
+static thread_local Stream *recorded;
 // Modules, graphs, events, pinned memory and what the library of products has made, that exist.
-static int others;
+static std::atomic<int> others;
+// Streams whose launches are recorded, of all devices.
+static int n_recorded;
 static uint64_t n_launches, n_done;
+
+static uint64_t setting(const char *name, uint64_t otherwise) {
+    const char *text = getenv(name);
+    return text ? strtoull(text, nullptr, 10) : otherwise;
+}
+
+static int n_devices() { return std::min((int)setting("PM_DRIVER_DEVICES", 1), MOST_DEVICES); }
+
+static size_t all_memory() { return setting("PM_DRIVER_MIB", 1 << 10) << 20; }
+
+// What others have of a device's memory. Sees to it that a device is lost whose end has come.
+static size_t mishaps(Device *of) {
+    const char *path = getenv("PM_DRIVER_MISHAPS");
+    if (!path) return 0;
+    std::ifstream file(path);
+    std::string what;
+    size_t device, bytes, taken = 0;
+    while (file >> what >> device) {
+        bool is_here = device < MOST_DEVICES && &devices[device] == of;
+        if (what == "lost" && is_here) of->is_lost = true;
+        if (what == "taken" && file >> bytes && is_here) taken = bytes;
+    }
+    return taken;
+}
 
 template <typename M> static Result made(M **to, M value) {
     *to = new M(value);
@@ -84,33 +123,27 @@ static void do_first(Work &work) {
     n_done++;
 }
 
-static void finish_all() {
-    for (Stream *stream : streams) finish(stream->work);
-}
-
-static bool is_capturing() {
-    return std::any_of(streams.begin(), streams.end(), [](Stream *stream) { return stream->captured; });
-}
-
 static bool is_inside(Address at, size_t bytes) {
-    auto next = memory.upper_bound(at);
-    if (next == memory.begin()) return false;
+    auto next = here->memory.upper_bound(at);
+    if (next == here->memory.begin()) return false;
     --next;
     return at + bytes <= next->first + next->second;
 }
 
 static Result add(Stream *stream, std::function<void()> one) {
-    if (!streams.count(stream)) return refuse("no stream", INVALID_HANDLE);
+    if (!here->streams.count(stream)) return refuse("no stream", INVALID_HANDLE);
     (stream->captured ? *stream->captured : stream->work).push_back(one);
     return SUCCESS;
 }
 
 #define IN_CONTEXT                                                          \
+    std::lock_guard<std::recursive_mutex> own_turn(turn);                   \
     if (!is_initialised) return refuse(__func__, NOT_INITIALIZED);          \
-    if (!current_context) return refuse(__func__, INVALID_CONTEXT)
+    if (!here) return refuse(__func__, INVALID_CONTEXT);                    \
+    if (here->is_lost) return LAUNCH_FAILED
 #define NOT_CAPTURING                                                       \
     IN_CONTEXT;                                                             \
-    if (is_capturing()) return refuse(__func__, IN_A_CAPTURE)
+    if (recorded) return refuse(__func__, IN_A_CAPTURE)
 #define INSIDE(at, bytes)                                                   \
     if (!is_inside(at, bytes)) return refuse(__func__, ILLEGAL_ADDRESS)
 
@@ -129,13 +162,13 @@ Result cuDriverGetVersion(int *version) {
 }
 
 Result cuDeviceGetCount(int *count) {
-    *count = 1;
+    *count = n_devices();
     return SUCCESS;
 }
 
 Result cuDeviceGet(int *device, int ordinal) {
-    *device = 0;
-    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+    *device = ordinal;
+    return 0 <= ordinal && ordinal < n_devices() ? SUCCESS : INVALID_DEVICE;
 }
 
 Result cuDeviceGetName(char *name, int size, int) {
@@ -144,7 +177,7 @@ Result cuDeviceGetName(char *name, int size, int) {
 }
 
 Result cuDeviceTotalMem_v2(size_t *bytes, int) {
-    *bytes = ALL;
+    *bytes = all_memory();
     return SUCCESS;
 }
 
@@ -154,19 +187,25 @@ Result cuDeviceGetAttribute(int *value, int which, int) {
     return SUCCESS;
 }
 
-Result cuDevicePrimaryCtxRetain(void **to, int) {
-    retained++;
-    *to = &context;
+Result cuDevicePrimaryCtxRetain(Device **to, int device) {
+    std::lock_guard<std::recursive_mutex> own_turn(turn);
+    *to = &devices[device];
+    (*to)->retained++;
     return SUCCESS;
 }
 
-Result cuDevicePrimaryCtxRelease_v2(int) {
-    if (--retained == 0 && (!memory.empty() || !streams.empty() || others != 0)) refuse("something is left", others);
+// What belongs to no device is counted with the last one that goes.
+Result cuDevicePrimaryCtxRelease_v2(int device) {
+    std::lock_guard<std::recursive_mutex> own_turn(turn);
+    Device &of = devices[device];
+    bool is_last = --of.retained == 0 && std::none_of(devices, devices + MOST_DEVICES, [](Device &d) { return d.retained; });
+    bool is_left = !of.memory.empty() || !of.streams.empty();
+    if (of.retained == 0 && !of.is_lost && (is_left || (is_last && others != 0))) refuse("something is left", (int)others);
     return SUCCESS;
 }
 
-Result cuCtxSetCurrent(void *to) {
-    current_context = to;
+Result cuCtxSetCurrent(Device *to) {
+    here = to;
     return SUCCESS;
 }
 
@@ -186,29 +225,29 @@ Result cuGetErrorString(Result, const char **text) {
 
 Result cuMemGetInfo_v2(size_t *free, size_t *total) {
     IN_CONTEXT;
-    *free = ALL - taken;
-    *total = ALL;
+    *free = all_memory() - std::min(all_memory(), here->taken + mishaps(here));
+    *total = all_memory();
     return SUCCESS;
 }
 
 Result cuMemAlloc_v2(Address *to, size_t bytes) {
     NOT_CAPTURING;
     if (bytes == 0) return refuse(__func__, INVALID_VALUE);
-    if (taken + bytes > ALL) return OUT_OF_MEMORY;
+    if (here->taken + bytes + mishaps(here) > all_memory()) return OUT_OF_MEMORY;
     void *at = aligned_alloc(256, (bytes + 255) / 256 * 256);
     memset(at, 0xff, bytes);
     *to = (Address)at;
-    memory[*to] = bytes;
-    taken += bytes;
+    here->memory[*to] = bytes;
+    here->taken += bytes;
     return SUCCESS;
 }
 
 Result cuMemFree_v2(Address at) {
     NOT_CAPTURING;
-    if (!memory.count(at)) return refuse(__func__, INVALID_VALUE);
-    finish_all();
-    taken -= memory[at];
-    memory.erase(at);
+    if (!here->memory.count(at)) return refuse(__func__, INVALID_VALUE);
+    for (Stream *stream : here->streams) finish(stream->work);
+    here->taken -= here->memory[at];
+    here->memory.erase(at);
     free((void *)at);
     return SUCCESS;
 }
@@ -322,33 +361,43 @@ Result cuFuncSetAttribute(Function *function, int which, int value) {
 Result cuStreamCreate(Stream **to, unsigned) {
     NOT_CAPTURING;
     *to = new Stream{};
-    streams.insert(*to);
+    here->streams.insert(*to);
     return SUCCESS;
 }
 
 Result cuStreamDestroy_v2(Stream *stream) {
     NOT_CAPTURING;
-    if (!streams.erase(stream)) return refuse(__func__, INVALID_HANDLE);
+    if (!here->streams.erase(stream)) return refuse(__func__, INVALID_HANDLE);
     delete stream;
     return SUCCESS;
 }
 
 Result cuStreamSynchronize(Stream *stream) {
     NOT_CAPTURING;
+    mishaps(here);
+    if (here->is_lost) return LAUNCH_FAILED;
     finish(stream->work);
     return SUCCESS;
 }
 
-Result cuStreamBeginCapture_v2(Stream *stream, int) {
+// Of the mode in which a thread forbids itself and nobody else what cannot be recorded.
+Result cuStreamBeginCapture_v2(Stream *stream, int mode) {
     NOT_CAPTURING;
+    const int THREAD_LOCAL = 1;
+    if (mode != THREAD_LOCAL) return refuse(__func__, INVALID_VALUE);
+    recorded = stream;
+    n_recorded++;
     return made(&stream->captured, Work{});
 }
 
 Result cuStreamEndCapture(Stream *stream, Work **graph) {
     IN_CONTEXT;
     *graph = stream->captured;
+    if (!*graph) return refuse(__func__, INVALID_HANDLE);
     stream->captured = nullptr;
-    return *graph ? SUCCESS : refuse(__func__, INVALID_HANDLE);
+    recorded = nullptr;
+    n_recorded--;
+    return SUCCESS;
 }
 
 Result cuGraphInstantiateWithFlags(Work **to, Work *graph, unsigned long long) {
@@ -356,7 +405,10 @@ Result cuGraphInstantiateWithFlags(Work **to, Work *graph, unsigned long long) {
     return made(to, *graph);
 }
 
-Result cuGraphDestroy(Work *graph) { return unmade(graph); }
+Result cuGraphDestroy(Work *graph) {
+    IN_CONTEXT;
+    return unmade(graph);
+}
 
 Result cuGraphExecDestroy(Work *graph) { return cuGraphDestroy(graph); }
 
@@ -381,7 +433,10 @@ Result cuEventCreate(Event **to, unsigned) {
     return made(to, Event{~0ull});
 }
 
-Result cuEventDestroy_v2(Event *event) { return unmade(event); }
+Result cuEventDestroy_v2(Event *event) {
+    IN_CONTEXT;
+    return unmade(event);
+}
 
 Result cuEventRecord(Event *event, Stream *stream) {
     IN_CONTEXT;
@@ -392,7 +447,9 @@ Result cuEventRecord(Event *event, Stream *stream) {
 // What comes after it stays undone.
 Result cuEventSynchronize(Event *event) {
     NOT_CAPTURING;
-    for (Stream *stream : streams)
+    mishaps(here);
+    if (here->is_lost) return LAUNCH_FAILED;
+    for (Stream *stream : here->streams)
         while (event->at == ~0ull && !stream->work.empty()) do_first(stream->work);
     return event->at == ~0ull ? refuse(__func__, NOT_READY) : SUCCESS;
 }
