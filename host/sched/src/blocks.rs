@@ -53,10 +53,12 @@ pub enum Standing {
     Last,
 }
 
-/// The pool. Capacity is fixed; nothing allocates after construction.
+/// The pool. Nothing allocates after construction, but for [`resize`](Self::resize).
 #[derive(Debug)]
 pub struct BlockPool {
+    /// All that it was made with; it has the first `n_blocks` of them.
     blocks: Vec<Block>,
+    n_blocks: u32,
     /// Used as a stack: the block freed last is the one most likely still in a cache.
     free: Vec<u32>,
     /// Ends of the intrusive list of evictable blocks.
@@ -83,6 +85,7 @@ impl BlockPool {
         let block = Block { references: 0, cached: false, standing: Standing::InTurn, older: NIL, newer: NIL };
         Self {
             blocks: vec![block; n_blocks as usize],
+            n_blocks,
             free: (0..n_blocks).rev().collect(),
             oldest: NIL,
             newest: NIL,
@@ -221,7 +224,18 @@ impl BlockPool {
     /// Blocks in the pool.
     #[must_use]
     pub fn n_blocks(&self) -> u32 {
-        u32::try_from(self.blocks.len()).unwrap_or(NIL)
+        self.n_blocks
+    }
+
+    /// Has the first so many blocks from now on, of those that it was made with. Blocks that go must be free; those that come are handed
+    /// out after all others.
+    pub fn resize(&mut self, n_blocks: u32) {
+        assert!(n_blocks as usize <= self.blocks.len(), "the pool was not made with {n_blocks} blocks");
+        let gone = self.blocks.iter().skip(n_blocks as usize);
+        assert!(gone.clone().all(|block| block.references == 0 && !block.cached), "a block that goes is not free");
+        self.free.retain(|&block| block < n_blocks);
+        self.free.splice(0..0, (self.n_blocks..n_blocks).rev());
+        self.n_blocks = n_blocks;
     }
 
     fn n_free(&self) -> u32 {
@@ -313,6 +327,13 @@ mod tests {
             }
         }
 
+        fn resize(&mut self, n: u32, before: u32) {
+            self.free.retain(|&index| index < n);
+            for index in before..n {
+                self.free.insert(0, index);
+            }
+        }
+
         fn uncache(&mut self, index: u32) {
             self.cached[index as usize] = false;
             self.standing[index as usize] = Standing::InTurn;
@@ -332,6 +353,7 @@ mod tests {
         Uncache(u32),
         Evict(u32),
         Rank(Vec<(u32, Standing)>),
+        Resize(u32),
     }
 
     fn operations(n: u32) -> impl Strategy<Value = Vec<Operation>> {
@@ -344,6 +366,7 @@ mod tests {
             (0..n).prop_map(Operation::Uncache),
             (0..n).prop_map(Operation::Evict),
             prop::collection::vec((0..n, standing), 0..4).prop_map(Operation::Rank),
+            (0..=n).prop_map(Operation::Resize),
         ];
         prop::collection::vec(operation, 0..200)
     }
@@ -390,6 +413,13 @@ mod tests {
                             }
                         }
                         pool.standings_changed();
+                    }
+                    Operation::Resize(n) => {
+                        let is_free = |i| naive.references[i as usize] == 0 && !naive.cached[i as usize];
+                        if (n..5).all(is_free) {
+                            naive.resize(n, pool.n_blocks());
+                            pool.resize(n);
+                        }
                     }
                     Operation::Retain(_) | Operation::Release(_) | Operation::Cache(_) | Operation::Evict(_) => {}
                 }

@@ -277,6 +277,31 @@ impl Kv {
         }
     }
 
+    /// Forgets what all blocks hold; how many that were. Those of sequences stay with them.
+    pub(crate) fn forget_all(&mut self) -> u32 {
+        self.forget_from(0)
+    }
+
+    /// Blocks that it was made with.
+    pub(crate) fn most_blocks(&self) -> u32 {
+        u32::try_from(self.uses.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Has the first so many blocks from now on. No sequence holds one of those that go.
+    pub(crate) fn resize(&mut self, n_blocks: u32) {
+        self.forget_from(n_blocks);
+        self.pool.resize(n_blocks);
+    }
+
+    fn forget_from(&mut self, first: u32) -> u32 {
+        let mut n = 0;
+        for index in first..self.pool.n_blocks() {
+            n += u32::from(self.pool.is_cached(BlockId(index)));
+            self.forget(BlockId(index));
+        }
+        n
+    }
+
     /// Blocks of a table that nobody else holds. Sharing is by prefix, so they are its end and bisection finds them.
     pub(crate) fn n_private(&self, table: &[BlockId]) -> u32 {
         let shared = table.partition_point(|&block| self.pool.references(block) > 1);

@@ -15,7 +15,8 @@
 //!   only the growth of decodes can run out of memory; then the weakest sequence is preempted: its blocks go back, and its
 //!   prompt and output are computed again as one longer prefill (mostly found in the prefix cache). Its token stream and
 //!   the sampling index go on as if nothing had happened.
-//! - One request alone always fits the pool (`submit` refuses others), so the strongest running sequence always moves.
+//! - One request alone always fits the pool (`submit` refuses others, `resize` leaves room), so the strongest running sequence
+//!   always moves.
 //! - A step never exceeds `step_tokens`, `max_running`, `prefill_chunk` or the pool, whatever a policy proposes.
 //! - A request that has stood still for longer than `starvation_us` (all its waits together, so that it cannot be admitted
 //!   and preempted in turn for ever) is *overdue*: it goes before everything in order of age, no policy can hold, pause or
@@ -30,6 +31,7 @@ mod ahead;
 mod consult;
 mod drafting;
 mod ending;
+mod resize;
 mod review;
 mod select;
 mod settle;
@@ -128,6 +130,7 @@ struct LastStep {
 /// See the [module documentation](self).
 #[derive(Debug)]
 pub struct Scheduler {
+    /// As it was made, but for `n_blocks`, which is what the pool has now.
     config: Config,
     seed: u64,
     gauges: Arc<ReplicaGauges>,
@@ -380,7 +383,7 @@ impl Scheduler {
         count(self.running.len())
     }
 
-    /// The configuration it was made with.
+    /// The configuration it was made with, and the blocks that its pool has now.
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
@@ -439,9 +442,7 @@ impl Scheduler {
         if tokens > limit {
             return Err(ResourceExhausted::Context { tokens, limit }.into());
         }
-        // The last token that is generated is never computed, so it needs no place.
-        let n_computed = tokens - request.max_new_tokens.min(1);
-        let (needed, total) = (self.config.blocks_for(n_computed), self.config.n_blocks);
+        let (needed, total) = (self.most_blocks_of(request), self.config.n_blocks);
         if needed > total {
             return Err(ResourceExhausted::KvPool { needed, total }.into());
         }
@@ -450,6 +451,13 @@ impl Scheduler {
             return Err(ResourceExhausted::Queue { waiting, limit }.into());
         }
         Ok(())
+    }
+
+    /// Blocks that a request comes to hold at most.
+    fn most_blocks_of(&self, request: &Request) -> u32 {
+        let tokens = count(request.prompt.len()).saturating_add(request.max_new_tokens);
+        // The last token that is generated is never computed, so it needs no place.
+        self.config.blocks_for(tokens - request.max_new_tokens.min(1))
     }
 
     /// Cancels what has passed its deadline.

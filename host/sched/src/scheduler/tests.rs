@@ -107,6 +107,61 @@ fn a_step_is_planned_ahead_where_nothing_is_to_be_decided() {
 }
 
 #[test]
+fn a_pool_that_shrinks_preempts_who_is_in_the_way_and_keeps_who_needs_room() {
+    let mut host = Host::new(CONFIG);
+    // Of 3, 6 and 4 blocks when they are done; each has its prompt's blocks, from number 0 up.
+    for (id, n_prompt, max_new) in [(1, 8, 5), (2, 8, 17), (3, 8, 9)] {
+        host.submit(request(id, n_prompt, max_new));
+    }
+    (0..3).for_each(|_| drop(host.step_with(&mut NativeBatch, rows)));
+    let running = |host: &Host| {
+        let runs = |id: &u64| host.scheduler.inspect(RequestId(*id), 0).is_some_and(|(stage, _)| stage != Stage::Queued);
+        (1..=3).filter(runs).collect::<Vec<u64>>()
+    };
+    assert_eq!(running(&host), [1, 2, 3]);
+    // The second one needs 6 blocks, whoever asks for fewer; the third is beyond them, or shares them.
+    host.resize(2);
+    let total = |host: &Host| host.gauges.total_blocks.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!((host.scheduler.config().n_blocks, total(&host)), (6, 6));
+    assert!(running(&host).len() < 3, "nobody made room");
+    host.scheduler.assert_consistent();
+    let refused = host.try_submit(request(4, 20, 8)).expect_err("it needs 7");
+    assert_eq!(refused, ResourceExhausted::KvPool { needed: 7, total: 6 }.into());
+    host.run_until_idle(&mut NativeBatch);
+    host.resize(99);
+    assert_eq!(host.scheduler.config().n_blocks, CONFIG.n_blocks, "no more than it was made with");
+    host.submit(request(4, 20, 8));
+    host.run_until_idle(&mut NativeBatch);
+    for (id, n_prompt, max_new) in [(1, 8, 5), (2, 8, 17), (3, 8, 9), (4, 20, 8)] {
+        assert_eq!(host.tokens(id), reference(&request(id, n_prompt, max_new)), "request {id}");
+    }
+}
+
+#[test]
+fn a_cache_that_is_cleared_is_found_empty_and_fills_again() {
+    let mut host = Host::new(CONFIG);
+    let ask = |host: &mut Host, id: u64| {
+        host.submit(model::request(id, (500..510).collect(), 3, CONFIG.block_tokens));
+        host.run_until_idle(&mut NativeBatch);
+        host.sent(id).events[0].clone()
+    };
+    let started = |cached_tokens| SinkEvent::Started { queued_us: 0, cached_tokens };
+    assert_eq!(ask(&mut host, 1), started(0));
+    assert_eq!(ask(&mut host, 2), started(8));
+    // The prompt's two blocks, and one that the answer has filled.
+    assert_eq!((host.scheduler.clear_cache(), host.scheduler.clear_cache()), (3, 0));
+    assert_eq!(ask(&mut host, 3), started(0));
+    assert_eq!(ask(&mut host, 4), started(8));
+    // One that runs goes on, and what it holds is known again.
+    host.submit(model::request(5, (500..510).collect(), 8, CONFIG.block_tokens));
+    drop(host.step_with(&mut NativeBatch, rows));
+    assert!(host.scheduler.clear_cache() > 0);
+    host.run_until_idle(&mut NativeBatch);
+    assert_eq!(host.tokens(5), reference(&model::request(5, (500..510).collect(), 8, CONFIG.block_tokens)));
+    assert_eq!(ask(&mut host, 6), started(8));
+}
+
+#[test]
 fn prefixes_are_reused_by_whole_blocks_and_the_last_token_is_computed() {
     for (n_first, n_second, expect_cached) in [(10, 10, 8), (8, 8, 4), (9, 12, 8), (4, 3, 0), (3, 10, 0)] {
         let mut host = Host::new(CONFIG);

@@ -177,6 +177,20 @@ impl Host {
         Ok(())
     }
 
+    /// What blocks held that go is lost.
+    pub(super) fn resize(&mut self, n_blocks: u32) {
+        let (ended, desk) = (&mut self.ended, &mut self.desk);
+        let observe = &mut |event| note((&mut *ended, &mut *desk), event);
+        let n_blocks = self.scheduler.resize(n_blocks, self.now, observe);
+        let kept = (n_blocks as usize * self.block_tokens).min(self.cells.len());
+        self.cells[kept..].fill(u64::MAX);
+    }
+
+    pub(super) fn clear_cache(&mut self) {
+        self.scheduler.clear_cache();
+        assert_eq!(self.scheduler.block_counts().cached, 0);
+    }
+
     pub(super) fn submit(&mut self, request: Request) {
         self.try_submit(request).expect("room");
     }

@@ -33,6 +33,8 @@ enum Operation {
     Cancel(u64),
     Step,
     Fail,
+    Resize(u32),
+    ClearCache,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -52,6 +54,8 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => (1u64..40).prop_map(Operation::Cancel),
         12 => Just(Operation::Step),
         1 => Just(Operation::Fail),
+        1 => (0..2 * CONFIG.n_blocks).prop_map(Operation::Resize),
+        1 => Just(Operation::ClearCache),
     ]
 }
 
@@ -283,7 +287,7 @@ impl History {
                 let accepted = match closes_after {
                     None => self.host.try_submit(request).is_ok(),
                     Some(_) if self.host.scheduler.n_waiting() >= CONFIG.max_waiting => false,
-                    Some(_) if n_prompt + max_new > CONFIG.context_tokens => false,
+                    Some(_) if n_prompt + max_new > CONFIG.context_tokens.min(self.pool_tokens()) => false,
                     Some(after) => {
                         self.host.submit_closing(request, after);
                         true
@@ -320,8 +324,30 @@ impl History {
                     self.host.fail(&ExecuteError::Device { what: "random".into() });
                 }
             }
+            // Not while the engine computes.
+            Operation::Resize(_) if self.host.behind.is_some() => {}
+            Operation::Resize(n_blocks) => {
+                let before = self.host.scheduler.config().n_blocks;
+                self.host.resize(n_blocks);
+                self.check_resized(n_blocks, before);
+            }
+            Operation::ClearCache => self.host.clear_cache(),
         }
         self.host.scheduler.assert_consistent();
+    }
+
+    /// The pool has as many blocks as asked for, or what those who live need.
+    fn check_resized(&self, asked: u32, before: u32) {
+        let asked = asked.clamp(1, CONFIG.n_blocks);
+        let now = self.host.scheduler.config().n_blocks;
+        assert!(now == asked || (asked..=before).contains(&now), "{asked} blocks instead of {before}: {now}");
+        let needs = |(request, _): (&Request, _)| (request.prompt.len() as u32 + request.max_new_tokens).div_ceil(4);
+        let needed = self.host.scheduler.live().map(needs).max().unwrap_or(0);
+        assert!(now == asked || now <= needed, "{now} blocks, and {needed} are needed");
+    }
+
+    fn pool_tokens(&self) -> u32 {
+        self.host.scheduler.config().n_blocks * CONFIG.block_tokens
     }
 
     fn stage(&self, id: u64) -> (Option<Stage>, bool) {
