@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, PoolSize, StepOutput, StepPlan};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::request::TokenLogprobs;
 use pointsman_sched::sampler::{Edit, EditSource};
@@ -89,6 +89,10 @@ impl Executor for NullExecutor {
     ) -> Result<(), ExecuteError> {
         self.begin(plan, edits)?;
         self.finish(plan, out)
+    }
+
+    fn resize_pool(&mut self, n_blocks: u32) -> Result<Option<PoolSize>, ExecuteError> {
+        Ok(Some(PoolSize { n_blocks, bytes: 0 }))
     }
 
     fn in_halves(&mut self) -> Option<&mut dyn InHalves> {

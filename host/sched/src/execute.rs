@@ -130,6 +130,16 @@ pub trait Executor: Send {
         false
     }
 
+    /// Keeps memory for the first so many blocks of the pool, and gives the rest of it back, or takes memory for so many again; what it
+    /// has now, which may be less where its device has no more. `None` where the pool stays as it was made. Not while a step is
+    /// begun.
+    ///
+    /// # Errors
+    /// A device fault, in words for the log.
+    fn resize_pool(&mut self, _n_blocks: u32) -> Result<Option<PoolSize>, ExecuteError> {
+        Ok(None)
+    }
+
     /// What is worth a line in the log, once: a step took a slower way from now on.
     fn take_note(&mut self) -> Option<String> {
         None
@@ -156,6 +166,15 @@ pub trait InHalves {
     /// # Errors
     /// A device or engine fault, in words for the log.
     fn finish(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError>;
+}
+
+/// What a pool has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolSize {
+    /// Blocks that there is memory for, of those that were asked for.
+    pub n_blocks: u32,
+    /// The memory.
+    pub bytes: u64,
 }
 
 /// A fault of the engine or its device.

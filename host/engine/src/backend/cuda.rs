@@ -1,7 +1,7 @@
 //! The CUDA backend: always built, and used where a driver and a device are found when the program runs.
 //!
 //! Read in this order: what fits (`vram`, `layout`), what is launched (`bucket`, `launch`, `splits`, `step`), who runs it (`tune`, `engine`), and
-//! on what (`device`, `gpu`, `code`, `nvrtc`, `cublaslt`). All but the last four is plain arithmetic and is tested without a GPU: the engine
+//! on what (`device`, `gpu`, `pool`, `code`, `nvrtc`, `cublaslt`). All but the last five is plain arithmetic and is tested without a GPU: the engine
 //! runs the same launches through the kernels compiled for the CPU and must choose the CPU backend's tokens.
 //!
 //! In three layers, as CUDA bindings usually are: cudarc's raw calls, its checked results, and the safe `Gpu` here.
@@ -19,6 +19,7 @@ mod launch;
 mod layout;
 mod monitor;
 mod nvrtc;
+mod pool;
 mod search;
 mod splits;
 mod step;

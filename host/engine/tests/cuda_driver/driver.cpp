@@ -252,6 +252,87 @@ Result cuMemFree_v2(Address at) {
     return SUCCESS;
 }
 
+// Memory at addresses that are reserved: a whole range of them is mapped or nothing, and who touches it unmapped ends here.
+
+static const size_t GRANULE = 64 << 10;
+
+struct MemoryKind {
+    int type, handles, location, device;
+};
+
+struct Physical {
+    size_t bytes;
+    Device *of;
+};
+
+Result cuMemGetAllocationGranularity(size_t *bytes, const MemoryKind *, int) {
+    IN_CONTEXT;
+    *bytes = GRANULE;
+    return SUCCESS;
+}
+
+Result cuMemAddressReserve(Address *to, size_t bytes, size_t, Address, unsigned long long) {
+    NOT_CAPTURING;
+    if (bytes == 0 || bytes % GRANULE) return refuse(__func__, INVALID_VALUE);
+    void *at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    *to = (Address)at;
+    others++;
+    return SUCCESS;
+}
+
+Result cuMemAddressFree(Address at, size_t bytes) {
+    NOT_CAPTURING;
+    if (here->memory.count(at)) return refuse(__func__, INVALID_VALUE);
+    others--;
+    munmap((void *)at, bytes);
+    return SUCCESS;
+}
+
+Result cuMemCreate(Physical **to, size_t bytes, const MemoryKind *kind, unsigned long long) {
+    NOT_CAPTURING;
+    const int PINNED = 1, ON_DEVICE = 1;
+    if (kind->type != PINNED || kind->location != ON_DEVICE || &devices[kind->device] != here || bytes == 0 || bytes % GRANULE)
+        return refuse(__func__, INVALID_VALUE);
+    if (here->taken + bytes + mishaps(here) > all_memory()) return OUT_OF_MEMORY;
+    here->taken += bytes;
+    return made(to, Physical{bytes, here});
+}
+
+Result cuMemRelease(Physical *memory) {
+    NOT_CAPTURING;
+    memory->of->taken -= memory->bytes;
+    return unmade(memory);
+}
+
+Result cuMemMap(Address at, size_t bytes, size_t offset, Physical *memory, unsigned long long) {
+    NOT_CAPTURING;
+    if (offset || bytes != memory->bytes || is_inside(at, 1)) return refuse(__func__, INVALID_VALUE);
+    return SUCCESS;
+}
+
+// Ranges that touch are one.
+Result cuMemSetAccess(Address at, size_t bytes, const int *access, size_t n) {
+    NOT_CAPTURING;
+    const int READ_AND_WRITE = 3;
+    if (n != 1 || &devices[access[1]] != here || access[2] != READ_AND_WRITE) return refuse(__func__, INVALID_VALUE);
+    mprotect((void *)at, bytes, PROT_READ | PROT_WRITE);
+    memset((void *)at, 0xff, bytes);
+    for (auto &[start, length] : here->memory)
+        if (start + length == at) return length += bytes, SUCCESS;
+    here->memory[at] = bytes;
+    return SUCCESS;
+}
+
+Result cuMemUnmap(Address at, size_t bytes) {
+    NOT_CAPTURING;
+    if (!is_inside(at, bytes)) return refuse(__func__, INVALID_VALUE);
+    auto of = --here->memory.upper_bound(at);
+    if (of->first + of->second != at + bytes) return refuse(__func__, INVALID_VALUE);
+    if ((of->second -= bytes) == 0) here->memory.erase(of);
+    mprotect((void *)at, bytes, PROT_NONE);
+    return SUCCESS;
+}
+
 Result cuMemHostAlloc(void **to, size_t bytes, unsigned) {
     NOT_CAPTURING;
     *to = aligned_alloc(256, (bytes + 255) / 256 * 256);

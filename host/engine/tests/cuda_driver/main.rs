@@ -59,6 +59,7 @@ fn in_the_other_process() {
     let mut keeper = open(&found);
     let before = free(&mut keeper);
     kernels(&found);
+    pools(&found);
     steps(&found);
     products(&found);
     refusals(&found);
@@ -88,6 +89,35 @@ fn kernels(found: &FoundGpu) {
     for case in cases::memory::cases().into_iter().chain(largest) {
         runner.run(&case).unwrap();
     }
+}
+
+/// Memory that goes and comes back while its addresses stay.
+fn pools(found: &FoundGpu) {
+    const MIB: u64 = 1 << 20;
+    let mut gpu = open(found);
+    assert_eq!(gpu.resize_pool(MIB).unwrap(), None, "there is none yet");
+    let before = gpu.memory().unwrap().free;
+    let at = gpu.allocate_pool(16 * MIB).unwrap();
+    let held = |gpu: &mut Gpu| before - gpu.memory().unwrap().free;
+    assert_eq!(held(&mut gpu), 16 * MIB);
+    let mut words = [1; 4];
+    gpu.download(at + 16 * MIB - 16, &mut words).unwrap();
+    assert_eq!(words, [0; 4]);
+    gpu.upload(at, &[7; 16]).unwrap();
+    gpu.upload(at + 16 * MIB - 16, &[7; 16]).unwrap();
+    // In chunks of a quarter of one.
+    assert_eq!(gpu.resize_pool(5 * MIB + 1).unwrap(), Some(5 * MIB + MIB / 4));
+    assert_eq!(held(&mut gpu), 5 * MIB + MIB / 4);
+    let taken = gpu.memory().unwrap().free - 3 * MIB;
+    gpu.allocate(taken).unwrap();
+    assert_eq!(gpu.resize_pool(16 * MIB).unwrap(), Some(8 * MIB + MIB / 4), "as far as there is memory");
+    assert_eq!(gpu.resize_pool(99 * MIB).unwrap(), Some(8 * MIB + MIB / 4));
+    for (place, expect) in [(at, 0x0707_0707), (at + 8 * MIB, 0)] {
+        gpu.download(place, &mut words).unwrap();
+        assert_eq!(words, [expect; 4]);
+    }
+    let refused = open(found).allocate_pool(16 * MIB);
+    assert!(matches!(refused, Err(DeviceError::OutOfMemory { .. })), "{refused:?}");
 }
 
 /// Steps of a model, through graphs and one by one.

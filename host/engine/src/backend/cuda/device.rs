@@ -224,6 +224,24 @@ pub trait Device: Send + Debug {
     /// There is not enough.
     fn allocate(&mut self, bytes: u64) -> Result<u64, DeviceError>;
 
+    /// The same, once, of memory whose end can be [given back](Self::resize_pool) where the device can do that.
+    ///
+    /// # Errors
+    /// There is not enough.
+    fn allocate_pool(&mut self, bytes: u64) -> Result<u64, DeviceError> {
+        self.allocate(bytes)
+    }
+
+    /// Keeps the pool's first so many bytes, and gives the rest back, or takes memory for so many again, of those that it was allocated
+    /// with. The bytes that it has now: somewhat more than it needs, or fewer where the device has no more. `None` where it keeps
+    /// its size. Waits for everything.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn resize_pool(&mut self, _bytes: u64) -> Result<Option<u64>, DeviceError> {
+        Ok(None)
+    }
+
     /// Host memory of a lane, in words; once per lane.
     ///
     /// # Errors

@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use pointsman_sched::execute::{ExecuteError, Executor, InHalves, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, PoolSize, StepOutput, StepPlan};
 use pointsman_sched::sampler::{Edit, EditSource};
 
 use super::bucket::{Buckets, StepShape};
@@ -413,6 +413,20 @@ impl Executor for CudaEngine {
         self.lost.is_some()
     }
 
+    fn resize_pool(&mut self, n_blocks: u32) -> Result<Option<PoolSize>, ExecuteError> {
+        self.check_lost()?;
+        if !self.begun.is_empty() {
+            return Err(ExecuteError::Malformed { what: "another size of the pool while a step is under way" });
+        }
+        let page = self.sizes.page_bytes();
+        let resized = self.device.enter().and_then(|()| self.device.resize_pool(u64::from(n_blocks) * page));
+        let Some(bytes) = resized.map_err(|error| self.failed(error))? else { return Ok(None) };
+        self.used.kv = bytes;
+        let n_blocks = n_blocks.min(u32::try_from(bytes / page).unwrap_or(u32::MAX));
+        self.sizes.config.n_blocks = n_blocks as usize;
+        Ok(Some(PoolSize { n_blocks, bytes }))
+    }
+
     fn take_note(&mut self) -> Option<String> {
         self.note.take()
     }
@@ -542,7 +556,8 @@ fn allocate(device: &mut dyn Device, sizes: &Sizes, used: &mut VramUse) -> Resul
     for owner in [Owner::Weights, Owner::Kv, Owner::Workspace] {
         let own = || pieces.iter().filter(|piece| piece.owner == owner);
         let bytes = own().map(|piece| piece.bytes.next_multiple_of(ALIGN)).sum();
-        let mut at = device.allocate(bytes)?;
+        let allocated = if owner == Owner::Kv { device.allocate_pool(bytes) } else { device.allocate(bytes) };
+        let mut at = allocated?;
         for piece in own() {
             addresses[piece.buffer.index()] = at;
             at += piece.bytes.next_multiple_of(ALIGN);

@@ -2,7 +2,7 @@
 //!
 //! cudarc's thin layer and not its safe one: the safe one allocates through a pool and follows every buffer with events,
 //! which cannot be captured, and knows no launch that may overlap the end of the one before. Here one thread at a time owns a
-//! context, a stream and everything on it; memory is a few allocations that live as long as the device.
+//! context, a stream and everything on it; memory is a few allocations that live as long as the device, and a [`pool`](super::pool).
 #![expect(unsafe_code, reason = "the driver API is a C interface")]
 
 use std::ffi::{CStr, CString, c_void};
@@ -15,6 +15,7 @@ use super::cublaslt::{CublasLt, LtPlan};
 use super::device::{
     Device, DeviceError, DeviceInfo, DeviceLaunch, Gemm, GemmAddresses, GemmId, GraphId, Lane, Rows, Turn,
 };
+use super::pool::Pool;
 use super::vram::VramFree;
 
 /// Dynamic shared memory beyond this must be asked for.
@@ -104,6 +105,7 @@ pub struct Gpu {
     /// By number.
     functions: Vec<Option<sys::CUfunction>>,
     allocations: Vec<sys::CUdeviceptr>,
+    pool: Option<Pool>,
     lanes: [Pinned; Lane::COUNT],
     graphs: Vec<sys::CUgraphExec>,
     library: Option<CublasLt>,
@@ -221,13 +223,24 @@ fn describe(ordinal: i32) -> Result<FoundGpu, DeviceError> {
 
 // === faults ===
 
-fn check<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+pub(super) fn check<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
     result.map_err(|error| fault(call, error))
 }
 
 fn fault(call: &'static str, error: DriverError) -> DeviceError {
     let (code, text) = words(error);
     if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
+}
+
+/// Of a call that asks for so many bytes of the device's memory.
+pub(super) fn check_memory<T>(call: &'static str, asked: u64, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+    result.map_err(|error| match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
+            DeviceError::OutOfMemory { asked, free }
+        }
+        _ => fault(call, error),
+    })
 }
 
 /// Of a call from before anything was computed, when there is no device yet that could be lost.
@@ -375,6 +388,7 @@ impl Gpu {
             modules: Vec::new(),
             functions: Vec::new(),
             allocations: Vec::new(),
+            pool: None,
             lanes: std::array::from_fn(|_| lane()),
             graphs: Vec::new(),
             library: None,
@@ -444,6 +458,13 @@ impl Gpu {
         }
     }
 
+    /// Makes memory zero: a number that is none would spoil sums even where it counts for nothing.
+    fn clear(&mut self, at: u64, bytes: usize) -> Result<(), DeviceError> {
+        // SAFETY: the caller's `at` has so many bytes.
+        check("cuMemsetD8Async", unsafe { result::memset_d8_async(at, 0, bytes, self.stream) })?;
+        self.wait()
+    }
+
     fn events(&mut self) -> Result<[sys::CUevent; 2], DeviceError> {
         let make = || check("cuEventCreate", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT));
         while self.events.len() < 2 {
@@ -508,19 +529,43 @@ impl Device for Gpu {
         let size = (bytes as usize).max(1);
         // Not from a pool: what is freed goes back to the driver at once.
         // SAFETY: the memory is recorded below and freed on drop.
-        let at = unsafe { result::malloc_sync(size) };
-        let at = at.map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
-                DeviceError::OutOfMemory { asked: bytes, free }
-            }
-            _ => fault("cuMemAlloc", error),
-        })?;
+        let at = check_memory("cuMemAlloc", bytes, unsafe { result::malloc_sync(size) })?;
         self.allocations.push(at);
-        // SAFETY: `at` has `size` bytes.
-        check("cuMemsetD8Async", unsafe { result::memset_d8_async(at, 0, size, self.stream) })?;
-        self.wait()?;
+        self.clear(at, size)?;
         Ok(at)
+    }
+
+    fn allocate_pool(&mut self, bytes: u64) -> Result<u64, DeviceError> {
+        let mut pool = match Pool::reserve(self.device, bytes) {
+            Ok(pool) => pool,
+            Err(why) if why.is_lost() => return Err(why),
+            Err(why) => {
+                self.notes.push(format!("the KV pool keeps its size, for its memory cannot be mapped: {why}"));
+                return self.allocate(bytes);
+            }
+        };
+        let (at, mapped) = (pool.at(), pool.resize(bytes));
+        self.pool = Some(pool);
+        mapped?;
+        self.clear(at, bytes as usize)?;
+        Ok(at)
+    }
+
+    fn resize_pool(&mut self, bytes: u64) -> Result<Option<u64>, DeviceError> {
+        self.wait()?;
+        let Some(pool) = &mut self.pool else { return Ok(None) };
+        let before = pool.bytes();
+        let resized = pool.resize(bytes);
+        let (now, fresh) = (pool.bytes(), pool.at() + before);
+        // What is there no longer has been given back all the same, and so has nobody else what came before memory ran out.
+        match resized {
+            Err(DeviceError::OutOfMemory { .. }) | Ok(()) => {}
+            Err(fault) => return Err(fault),
+        }
+        if now > before {
+            self.clear(fresh, (now - before) as usize)?;
+        }
+        Ok(Some(now))
     }
 
     fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError> {
@@ -774,6 +819,7 @@ impl Drop for Gpu {
             for at in self.allocations.drain(..) {
                 let _ = result::free_sync(at);
             }
+            self.pool.take().into_iter().for_each(Pool::free);
             self.lanes.iter_mut().for_each(Pinned::free);
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
