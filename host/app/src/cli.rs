@@ -43,6 +43,9 @@ pub(crate) enum Command {
     /// Load and unload models of a running host.
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Show the devices of a running host, and give back what caches and KV pools have of them.
+    #[command(subcommand)]
+    Device(DeviceCommand),
     /// Make API keys of the data plane; needs no running host.
     #[command(subcommand)]
     Key(KeyCommand),
@@ -218,6 +221,48 @@ pub(crate) struct GpuCheckArgs {
     /// Where compiled kernels are kept from one run to the next [default: in the folder for temporary files].
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceCommand {
+    /// Say what each has, and what holds it.
+    #[command(after_help = "Example:\n  pointsman device list")]
+    List {
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Empty the prefix caches of a device; running requests keep what they hold.
+    #[command(after_help = "Example:\n  pointsman device clear-cache cuda:0")]
+    ClearCache {
+        /// As in `cpu` or `cuda:0`.
+        device: String,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+    /// Bound the KV pools of a GPU while it serves; requests in the way of a smaller one are computed again.
+    #[command(
+        after_help = "Examples:\n  pointsman device kv-pools cuda:0 --mib 8192\n  pointsman device kv-pools cuda:0 --all"
+    )]
+    KvPools {
+        /// As in `cuda:0`.
+        device: String,
+        #[command(flatten)]
+        bound: PoolBound,
+        #[command(flatten)]
+        at: AdminArgs,
+    },
+}
+
+/// How large pools may be.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct PoolBound {
+    /// Most MiB of each; one full context is kept at least.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    pub(crate) mib: Option<u64>,
+    /// All that they were made with, as far as there is room.
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, Subcommand)]

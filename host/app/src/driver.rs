@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use pointsman_sched::batch::BatchPolicy;
 use pointsman_sched::draft::model::DraftCounters;
-use pointsman_sched::execute::{ExecuteError, Executor, StepOutput};
+use pointsman_sched::execute::{ExecuteError, Executor, PoolSize, StepOutput};
 use pointsman_sched::ids::{Micros, ReplicaId, RequestId};
 use pointsman_sched::observe::Observer;
 use pointsman_sched::predict::StepSize;
@@ -101,6 +101,18 @@ enum Change {
     Leave(ReplicaId, SyncSender<Gone>),
     /// Comes back now; what it runs is ended.
     End(ReplicaId),
+    /// Forgets its prefixes; the answer is how many blocks held one.
+    ClearCache(ReplicaId, SyncSender<u32>),
+    /// Has a pool of so many blocks once no step is begun; the answer is what it has then, if its device can do that.
+    Resize(Resize),
+}
+
+/// A pool that is to have another size.
+#[derive(Debug)]
+struct Resize {
+    replica: ReplicaId,
+    n_blocks: u32,
+    resized: SyncSender<Option<PoolSize>>,
 }
 
 /// A replica that its driver has given back.
@@ -136,6 +148,8 @@ struct Driver {
     changes: Receiver<Change>,
     /// Those that come back when they are idle, and to whom.
     leaving: Vec<(ReplicaId, SyncSender<Gone>)>,
+    /// Pools that are to have another size.
+    resizes: Vec<Resize>,
     replicas: Vec<DriverReplica>,
     stop: Arc<AtomicBool>,
     /// The device computes nothing any more.
@@ -176,6 +190,7 @@ impl DriverHandle {
             cancels,
             changes,
             leaving: Vec::new(),
+            resizes: Vec::new(),
             stop: Arc::clone(&stop),
             lost: Arc::clone(&lost),
             context,
@@ -213,6 +228,27 @@ impl DriverHandle {
     /// The driver has stopped.
     pub(crate) fn end(&self, replica: ReplicaId) -> Result<(), DriverEnded> {
         self.change(Change::End(replica))
+    }
+
+    /// Has a replica forget its prefixes; how many blocks held one. Waits for a step at most.
+    ///
+    /// # Errors
+    /// The driver has stopped, or the replica has gone.
+    pub(crate) fn clear_cache(&self, replica: ReplicaId) -> Result<u32, DriverEnded> {
+        let (cleared, waits) = sync_channel(1);
+        self.change(Change::ClearCache(replica, cleared))?;
+        waits.recv().map_err(|_| DriverEnded)
+    }
+
+    /// Gives a replica's pool so many blocks, preempting who is in the way; what it has then, which is more where its requests need
+    /// more, and less where the device has no more. `None` where the device keeps pools as they are. Waits for two steps at most.
+    ///
+    /// # Errors
+    /// The driver has stopped, or the replica has gone.
+    pub(crate) fn resize(&self, replica: ReplicaId, n_blocks: u32) -> Result<Option<PoolSize>, DriverEnded> {
+        let (resized, waits) = sync_channel(1);
+        self.change(Change::Resize(Resize { replica, n_blocks, resized }))?;
+        waits.recv().map_err(|_| DriverEnded)
     }
 
     /// Waits where there is no room, at most for a step: never on a thread that serves.
@@ -290,6 +326,7 @@ impl Driver {
             for index in 0..self.replicas.len() {
                 worked |= self.step(index);
             }
+            self.resize_pools();
             self.let_go(|_| false);
             if !worked {
                 std::thread::park_timeout(self.idle_time());
@@ -315,8 +352,30 @@ impl Driver {
                 }
                 Change::Leave(id, gone) => self.leaving.push((id, gone)),
                 Change::End(id) => self.let_go(|leaving| leaving == id),
+                Change::ClearCache(id, cleared) => {
+                    let replica = self.replicas.iter_mut().find(|replica| replica.id == id);
+                    // Who has gone answers nobody.
+                    let n = replica.map(|replica| replica.scheduler.clear_cache());
+                    n.map(|n| cleared.try_send(n).ok());
+                }
+                Change::Resize(resize) => self.resizes.push(resize),
             }
         }
+    }
+
+    /// Gives pools the sizes that they are to have, where no step is begun that writes their blocks.
+    fn resize_pools(&mut self) {
+        let Self { replicas, resizes, context, .. } = self;
+        resizes.retain(|resize| {
+            let Some(replica) = replicas.iter_mut().find(|replica| replica.id == resize.replica) else { return false };
+            if !replica.begun.is_empty() {
+                return true;
+            }
+            let resized = replica.resize(resize.n_blocks, context);
+            let _ = resize.resized.try_send(resized);
+            false
+        });
+        self.look_for_loss();
     }
 
     /// Gives back replicas that are to go and have nothing more to do, or that must go now. A request that is on its way is
@@ -399,19 +458,25 @@ impl Driver {
             return false;
         }
         let may_go_ahead = self.listen(index);
-        let Self { replicas, context, output, stop, lost, .. } = self;
+        let Self { replicas, context, output, .. } = self;
         let replica = &mut replicas[index];
         if may_go_ahead {
             replica.begin_ahead(context);
         }
         replica.finish(context, output);
-        if replica.executor.is_lost() {
+        self.look_for_loss();
+        true
+    }
+
+    /// Ends where the device has.
+    fn look_for_loss(&mut self) {
+        let Self { replicas, stop, lost, .. } = self;
+        if !lost.load(Ordering::Relaxed) && replicas.iter().any(|replica| replica.executor.is_lost()) {
             tracing::error!("this device serves no more; other devices go on");
             lost.store(true, Ordering::Release);
             replicas.iter().for_each(|replica| replica.gauges.gone.store(true, Ordering::Release));
             stop.store(true, Ordering::Release);
         }
-        true
     }
 
     /// Whether one replica at most has work. Those of one device compute in turns: a step begun behind another would take the turn of
@@ -427,7 +492,8 @@ impl Driver {
             let now = self.context.clock.micros();
             let is_over = self.stop.load(Ordering::Acquire) || !self.is_alone();
             let replica = &mut self.replicas[index];
-            if is_over || !replica.may_go_ahead(now) {
+            let is_resized = self.resizes.iter().any(|resize| resize.replica == replica.id);
+            if is_over || is_resized || !replica.may_go_ahead(now) {
                 return false;
             }
             let left = replica.due_ahead().saturating_sub(now);
@@ -481,6 +547,32 @@ impl DriverReplica {
         }
         self.metrics.step_schedule.observe(seconds(drafted, scheduled));
         true
+    }
+
+    /// Gives the pool so many blocks. Where it shrinks, the blocks go first and their memory after; where it grows, the other way.
+    fn resize(&mut self, n_blocks: u32, context: &DriverContext) -> Option<PoolSize> {
+        let now = context.clock.micros();
+        let before = self.scheduler.config().n_blocks;
+        let mut observe = Watch::new(&context.recorder, (self.id, self.variant), (&mut self.sampler, &mut self.pace));
+        let sized = match n_blocks < before {
+            // Asked whether it can before anybody makes room.
+            true => self.executor.resize_pool(before).and_then(|sized| match sized {
+                Some(_) => self.executor.resize_pool(self.scheduler.resize(n_blocks, now, &mut observe)),
+                None => Ok(None),
+            }),
+            false => self.executor.resize_pool(n_blocks),
+        };
+        match sized {
+            Ok(sized) => {
+                let n_blocks = self.scheduler.resize(sized?.n_blocks, now, &mut observe);
+                publish(self, &context.metrics);
+                Some(PoolSize { n_blocks, ..sized? })
+            }
+            Err(error) => {
+                tracing::error!(replica = self.id.0, "the KV pool keeps its size: {error}");
+                None
+            }
+        }
     }
 
     /// Whether a step can be begun behind the one that computes. Drafts are looked for when everything is known.
@@ -887,6 +979,12 @@ mod tests {
                         driver.cancel(ReplicaId(id), RequestId(next), CancelCause::Asked);
                     }
                 }
+                // The largest request needs 25 blocks.
+                let (n_blocks, clears): (_, bool) = (rng.random_range(30..80), rng.random());
+                let sized = driver.resize(ReplicaId(1), n_blocks).expect("it runs").expect("it can");
+                assert_eq!(sized, PoolSize { n_blocks: n_blocks.min(64), bytes: 0 });
+                assert_eq!(stays.total_blocks.load(Ordering::Relaxed), sized.n_blocks);
+                assert!(!clears || driver.clear_cache(ReplicaId(1)).expect("it runs") <= sized.n_blocks);
                 let coming = driver.leave(ReplicaId(2)).expect("it runs");
                 let is_cut = round % 3 == 0;
                 if is_cut {
@@ -903,8 +1001,11 @@ mod tests {
                 driver.submit(ReplicaId(2), request(next, &mut rng, &ends)).expect("room");
                 let again = driver.leave(ReplicaId(2)).expect("it runs").recv();
                 assert!(again.is_err(), "it has gone already");
+                let too_late = (driver.resize(ReplicaId(2), 64), driver.clear_cache(ReplicaId(2)));
+                assert_eq!(too_late, (Err(DriverEnded), Err(DriverEnded)));
                 assert!(ends.unloaded.load(Ordering::Relaxed) > before || is_cut);
             }
+            driver.resize(ReplicaId(1), 64).expect("it runs");
             driver.stop();
             assert_eq!(stays.free_blocks.load(Ordering::Relaxed), 64);
             assert_eq!(stays.reserved_requests.load(Ordering::Relaxed), 0);

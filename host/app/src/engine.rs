@@ -4,6 +4,8 @@
 //! routes, tokenizes and is answered by that. One that comes to a replica which has gone since is refused as by a driver that
 //! has stopped, and goes to the next row. A lock around the catalog would be held by every request for as long as it routes.
 
+mod pools;
+
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -36,6 +38,7 @@ use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
 use crate::serve::Shared;
 use crate::tapped::Tapped;
+pub(crate) use pools::PoolBounds;
 
 /// Most cancels on their way to a driver.
 const MAX_CANCELS: usize = 1 << 16;
@@ -70,6 +73,11 @@ struct Home {
     is_open: bool,
     /// When the last one came; 0 before the first.
     used: Arc<AtomicU64>,
+    replica: Arc<Replica>,
+    /// As in `demo:f16`.
+    variant: Arc<str>,
+    block_tokens: u32,
+    pool: PoolBounds,
 }
 
 /// Replicas with their drivers to which nobody sends requests yet.
@@ -134,7 +142,7 @@ impl Engine {
             left = others;
             let mut replicas = Vec::new();
             for loaded in own {
-                homes.insert(loaded.replica.id, Home::new(devices.len(), loaded.memory));
+                homes.insert(loaded.replica.id, Home::new(devices.len(), &loaded));
                 replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
             }
             let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
@@ -160,13 +168,13 @@ impl Engine {
             joined.encoders.push((model, memory));
         }
         for loaded in loaded.replicas {
-            let (id, memory) = (loaded.replica.id, loaded.memory);
+            let id = loaded.replica.id;
             let here = |device: &ServingDevice| loaded.replica.device == u64::from(device.place.index());
             let entered = self.devices.iter().position(here).context("its device does not serve").and_then(|at| {
-                let device = &self.devices[at];
+                let (device, home) = (&self.devices[at], Home::new(at, &loaded));
                 let replica = driver_replica(shared, deploy, loaded, &device.place.name())?;
                 device.driver.join(replica)?;
-                Ok(Home::new(at, memory))
+                Ok(home)
             });
             match entered {
                 Ok(home) => joined.homes.push((id, home)),
@@ -391,8 +399,17 @@ impl EnginePort for Engine {
 // === impl Home ===
 
 impl Home {
-    fn new(device: usize, memory: wire::DeviceMemory) -> Self {
-        Self { device, memory, is_open: true, used: Arc::default() }
+    fn new(device: usize, loaded: &LoadedReplica) -> Self {
+        Self {
+            device,
+            memory: loaded.memory,
+            is_open: true,
+            used: Arc::default(),
+            replica: Arc::clone(&loaded.replica),
+            variant: Arc::clone(&loaded.variant),
+            block_tokens: loaded.sched.block_tokens,
+            pool: PoolBounds::of(loaded),
+        }
     }
 }
 
@@ -512,12 +529,13 @@ fn driver_replica(
     loaded: LoadedReplica,
     device: &str,
 ) -> anyhow::Result<DriverReplica> {
-    let LoadedReplica { replica, variant, executor, draft_model, vocabulary, sched, .. } = loaded;
+    let LoadedReplica { replica, variant, executor, draft_model, vocabulary, sched, kv_blocks, .. } = loaded;
     let sampled = SampledReplica { name: Arc::clone(&replica.name), variant: Arc::clone(&variant), vocabulary };
     let sampler = TappedSampler::new(deploy.sampler.attach(sampled.clone())?, &shared.taps.sampler, sampled);
     let retention = deploy.retention.attach(&replica.name);
     let (gauges, sketch) = (Arc::clone(&replica.gauges), Arc::clone(&replica.sketch));
     let mut scheduler = Scheduler::new(sched, shared.clock.random(), gauges, sketch)?;
+    scheduler.resize(kv_blocks, 0, &mut |_| {});
     draft_model.into_iter().for_each(|model| scheduler.draft_with(model));
     Ok(DriverReplica {
         id: replica.id,
@@ -527,7 +545,7 @@ fn driver_replica(
         retention: Box::new(TappedRetention::new(retention, &shared.taps.retention, &replica.name, &shared.names)),
         sampler: Desk::new(Box::new(sampler)),
         gauges: Arc::clone(&replica.gauges),
-        metrics: shared.metrics.replica(&variant, device, sched.block_tokens, sched.n_blocks),
+        metrics: shared.metrics.replica(&variant, device, sched.block_tokens, kv_blocks),
         variant: u32::try_from(replica.variant).unwrap_or(0),
         pace: Pace::new(sched.step_tokens),
         begun: VecDeque::new(),

@@ -14,6 +14,7 @@ mod client;
 mod clock;
 mod config;
 mod deploy;
+mod device_commands;
 mod devices;
 mod doctor;
 mod draft_models;
@@ -71,6 +72,7 @@ pub fn main() -> ExitCode {
         Some(Command::Model(command)) => loading::run(command, &mut out),
         Some(Command::Key(command)) => keys::run(command, &mut out),
         Some(Command::Cache(command)) => client::cache(command, &mut out),
+        Some(Command::Device(command)) => device_commands::run(command, &mut out),
         Some(Command::Plugin(command)) => plugin::run(command, &mut out),
         Some(Command::Doctor(args)) => doctor::run(&args, &mut out),
         Some(Command::Apply(args)) => apply::run(&args, &mut out),

@@ -14,7 +14,7 @@ use anyhow::{Context, bail};
 use pointsman_control::{LoadedModel as StoredModel, ModelsDocument};
 use pointsman_engine::cuda::{
     self, CodeOptions, CudaEngine, CudaError, CudaOptions, Device, DeviceError, DeviceRoom, Element, Form, FoundGpu,
-    Gpu, KvWish, LibraryUse, VramFree,
+    Gpu, KvWish, LibraryUse, PoolShare, VramError, VramFree,
 };
 use pointsman_engine::{
     ComputePool, CpuEngine, Encoder, EncoderSpec, EngineConfig, KvPlan, Model, ModelSpec, Precision, Weights,
@@ -36,6 +36,7 @@ use crate::config::{Config, Label, ReplicaSection};
 use crate::devices::Place;
 use crate::draft_models::{self, DraftSources};
 use crate::encoders::{Encode, EncoderPool, NamedEncoder};
+use crate::engine::PoolBounds;
 use crate::null::NullExecutor;
 use crate::upstreams;
 
@@ -57,6 +58,8 @@ pub(crate) struct LoadedReplica {
     pub vocabulary: u32,
     /// Bounds of its scheduler.
     pub sched: SchedConfig,
+    /// Of the blocks there, those that its pool has memory for: fewer where it made room for a model that came after it.
+    pub kv_blocks: u32,
 }
 
 /// A model for embeddings, before its driver takes it.
@@ -158,6 +161,12 @@ pub(crate) trait Follow {
 
     /// Gives up one of them; whether there was one.
     fn make_room(&self) -> bool;
+
+    /// What KV pools on a device have that serve, and must keep.
+    fn pool_shares(&self, device: &str) -> Vec<PoolShare>;
+
+    /// Has those that are larger shrink to so many bytes; whether one has.
+    fn shrink_pools(&self, device: &str, bytes: u64) -> bool;
 
     /// Has the threads for models of embeddings started by one whose priority they may have.
     ///
@@ -631,9 +640,17 @@ impl<'a> Loader<'a> {
             replicas.push(Arc::clone(&replica));
             let vocabulary = u32::try_from(source.spec.vocab).unwrap_or(u32::MAX);
             let (variant, Made { executor, model, memory, .. }) = (Arc::clone(source.id), made);
-            let draft_model = None;
-            let loaded = LoadedReplica { replica, variant, executor, model, draft_model, memory, vocabulary, sched };
-            self.loaded.replicas.push(loaded);
+            self.loaded.replicas.push(LoadedReplica {
+                replica,
+                variant,
+                executor,
+                model,
+                draft_model: None,
+                memory,
+                vocabulary,
+                sched,
+                kv_blocks: sched.n_blocks,
+            });
         }
         match unfit {
             Some(error) if replicas.is_empty() => return Err(error),
@@ -713,7 +730,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Says how the memory will be divided, or what would fit, before anything is allocated.
-    fn on_gpu(&self, source: Source<'_>, config: EngineConfig, found: &FoundGpu) -> anyhow::Result<Made> {
+    fn on_gpu(&mut self, source: Source<'_>, config: EngineConfig, found: &FoundGpu) -> anyhow::Result<Made> {
         // 16 bits as they are; 32 bits where they fit, else half of them, which is more than enough for what was in fewer bits.
         let elements = match source.weights.stored() {
             Some(Element::F16) => &[Element::F16][..],
@@ -738,6 +755,11 @@ impl<'a> Loader<'a> {
                 Ok(plan) => break plan,
                 Err(error) => error,
             };
+            if let CudaError::Vram(error) = &error
+                && self.shrink_pools(found, error)
+            {
+                continue;
+            }
             // Others go for one that fits without them, and for no other.
             let given = self.follower.map_or(0, |follower| follower.could_give(&format!("cuda:{}", found.ordinal)));
             let memory = VramFree { free: room.memory.free + given, ..room.memory };
@@ -780,6 +802,29 @@ impl<'a> Loader<'a> {
             ..wire::DeviceMemory::default()
         };
         Ok(Made { executor: Box::new(engine), model: None, memory, n_blocks: config.n_blocks })
+    }
+
+    /// Has the KV pools on a GPU shrink, those of this load and those that serve, where one more then fits beside them; whether one has.
+    fn shrink_pools(&mut self, found: &FoundGpu, error: &VramError) -> bool {
+        let place = Place::Cuda(found.clone());
+        let (device, index) = (place.name(), u64::from(place.index()));
+        let here = |loaded: &&mut LoadedReplica| loaded.replica.device == index;
+        let mut shares: Vec<PoolShare> = self.follower.map(|follower| follower.pool_shares(&device)).unwrap_or_default();
+        let own = self.loaded.replicas.iter_mut().filter(here);
+        shares.extend(own.map(|loaded| PoolBounds::of(loaded).share(loaded.kv_blocks)));
+        let Some(bytes) = error.share(&shares) else { return false };
+        tracing::info!("KV pools on {device} shrink to {} each, for one more model", cuda::Bytes(bytes));
+        let mut has_shrunk = self.follower.is_some_and(|follower| follower.shrink_pools(&device, bytes));
+        for loaded in self.loaded.replicas.iter_mut().filter(here) {
+            let n_blocks = PoolBounds::of(loaded).blocks_in(bytes);
+            if n_blocks < loaded.kv_blocks
+                && let Ok(Some(sized)) = loaded.executor.resize_pool(n_blocks)
+            {
+                has_shrunk |= sized.n_blocks < loaded.kv_blocks;
+                (loaded.kv_blocks, loaded.memory.kv) = (sized.n_blocks, sized.bytes);
+            }
+        }
+        has_shrunk
     }
 
     fn replica(&self, variant: &Arc<str>, place: &Place, sched: &SchedConfig) -> Replica {
@@ -916,7 +961,8 @@ fn is_unfit(error: &anyhow::Error) -> bool {
     let is_lost = |error: &DeviceError| matches!(error, DeviceError::Lost { .. });
     let is_unfit = |error: &CudaError| match error {
         CudaError::Unsupported { .. } | CudaError::Vram(_) => true,
-        CudaError::Device(error) => is_lost(error),
+        // Memory may be gone since it was divided: somebody else's process has taken it.
+        CudaError::Device(error) => matches!(error, DeviceError::Lost { .. } | DeviceError::OutOfMemory { .. }),
         _ => false,
     };
     error.downcast_ref().is_some_and(is_unfit) || error.downcast_ref().is_some_and(is_lost)

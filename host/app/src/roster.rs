@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use pointsman_control::{Happened, LoadedModel as StoredModel};
-use pointsman_engine::cuda::{Bytes, CodeOptions};
+use pointsman_engine::cuda::{Bytes, CodeOptions, PoolShare};
 use pointsman_engine::{ComputePool, give_back_freed, lowest_priority};
 use pointsman_sched::ids::Micros;
 use pointsman_server::admin::wire::{self, LoadStage, ModelSource, ModelState};
@@ -178,6 +178,8 @@ enum Ask {
     Held(String),
     /// Whether one of them has gone.
     Give,
+    /// Whether a KV pool on a device has shrunk to so many bytes.
+    Shrink(String, u64),
     /// For threads that compute for models of embeddings.
     EncoderPool,
 }
@@ -238,6 +240,12 @@ impl Roster {
         Ok(())
     }
 
+    fn no_device(&self, device: &str) -> AdminError {
+        let names: Vec<String> = self.device_states().into_iter().map(|device| device.name).collect();
+        let message = format!("there is no device `{device}` here; there are {}", names.join(", "));
+        refused(AdminErrorKind::NotFound, None, message)
+    }
+
     /// Ends loads that are under way, and waits for them, but not for one that waits for a disk or a GPU.
     pub(crate) fn stop(&self) {
         for entry in lock(&self.parts.entries).values() {
@@ -259,6 +267,30 @@ impl Roster {
 impl ModelAdmin for Roster {
     fn devices(&self) -> Vec<wire::Device> {
         self.parts.parts.engine.report()
+    }
+
+    fn clear_prefix_caches(&self, device: &str, actor: &str) -> Result<Vec<wire::ClearedReplica>, AdminError> {
+        let cleared = self.parts.parts.engine.clear_caches(device).ok_or_else(|| self.no_device(device))?;
+        let blocks: u64 = cleared.iter().map(|replica| u64::from(replica.kv_blocks)).sum();
+        tracing::info!(%actor, device, blocks, "prefix caches were cleared");
+        Ok(cleared)
+    }
+
+    fn bound_kv_pools(&self, device: &str, bytes: Option<u64>, actor: &str) -> Result<wire::Device, AdminError> {
+        let RosterParts { engine, shared, .. } = &self.parts.parts;
+        // Who loads has divided what is free.
+        let _turn = self.parts.turn.try_lock().map_err(|_| {
+            let message = "a model is being loaded, and divides the memory; try again after it".to_owned();
+            refused(AdminErrorKind::Busy, None, message)
+        })?;
+        let are_resized = engine.bound_pools(device, bytes, shared).ok_or_else(|| self.no_device(device))?;
+        if !are_resized {
+            let message = format!("KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start");
+            return Err(refused(AdminErrorKind::Conflict, None, message));
+        }
+        tracing::info!(%actor, device, bytes, "KV pools were bounded");
+        let report = engine.report().into_iter().find(|report| report.name == device);
+        report.ok_or_else(|| self.no_device(device))
     }
 
     fn device_states(&self) -> Vec<DeviceState> {
@@ -373,7 +405,10 @@ impl Parts {
         };
         let brought = {
             let _turn = lock(&self.turn);
-            std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)))
+            let brought = std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)));
+            // What was left over, or all that pools gave up for one that did not come.
+            self.parts.engine.grow_pools(&self.parts.shared);
+            brought
         };
         let brought = brought.unwrap_or_else(|_| {
             let message = "the load ended in a panic; this is a bug of the host".to_owned();
@@ -573,6 +608,10 @@ impl Parts {
         self.gone(name);
         drop(served);
         give_back_freed();
+        // A load has divided the memory and is about to take its part: it does this when it is done.
+        if let Ok(_turn) = self.turn.try_lock() {
+            self.parts.engine.grow_pools(shared);
+        }
         deploy.note(actor, Happened::ModelUnloaded { model: name.to_owned(), ended, bytes });
         Ok(wire::Unloaded {
             name: name.to_owned(),
@@ -831,6 +870,10 @@ impl Followed<'_> {
             Ask::Room(bytes) => self.take_room(*bytes).map(|()| *bytes),
             Ask::Held(device) => Ok(self.roster.could_give(device)),
             Ask::Give => Ok(self.make_room().into()),
+            Ask::Shrink(device, bytes) => {
+                let RosterParts { engine, shared, .. } = &self.roster.parts;
+                Ok(engine.shrink_pools(device, *bytes, shared).into())
+            }
             Ask::EncoderPool => {
                 let RosterParts { pool, encoder_pool, .. } = &self.roster.parts;
                 encoder_pool.get(pool.n_threads()).map(|_| 0)
@@ -916,6 +959,14 @@ impl Follow for Packing<'_> {
 
     fn make_room(&self) -> bool {
         self.ask(Ask::Give).is_ok_and(|given| given > 0)
+    }
+
+    fn pool_shares(&self, device: &str) -> Vec<PoolShare> {
+        self.followed.roster.parts.engine.pool_shares(device)
+    }
+
+    fn shrink_pools(&self, device: &str, bytes: u64) -> bool {
+        self.ask(Ask::Shrink(device.to_owned(), bytes)).is_ok_and(|n| n > 0)
     }
 
     fn start_encoder_pool(&self) -> anyhow::Result<()> {

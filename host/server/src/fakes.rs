@@ -650,6 +650,20 @@ impl ModelAdmin for FakeAdmin {
         Some(wire::ModelState::Unloaded)
     }
 
+    fn clear_prefix_caches(&self, device: &str, _actor: &str) -> Result<Vec<wire::ClearedReplica>, AdminError> {
+        Ok(vec![wire::ClearedReplica { name: format!("m:a@{device}"), kv_blocks: 7 }])
+    }
+
+    /// The device, of whose memory pools have so much.
+    fn bound_kv_pools(&self, device: &str, bytes: Option<u64>, _actor: &str) -> Result<wire::Device, AdminError> {
+        if device != "cuda:0" {
+            return Err(refused(AdminErrorKind::NotFound, &format!("there is no device `{device}` here")));
+        }
+        let found = self.devices().remove(0);
+        let memory = wire::DeviceMemory { kv: bytes.unwrap_or(u64::MAX), ..found.memory };
+        Ok(wire::Device { name: device.to_owned(), memory, ..found })
+    }
+
     fn device_states(&self) -> Vec<DeviceState> {
         let is_up = !self.is_degraded.load(Ordering::Relaxed);
         vec![DeviceState { index: 0, name: "cpu".into(), is_up }]

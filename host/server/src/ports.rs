@@ -391,6 +391,19 @@ pub trait ModelAdmin: Send + Sync + Debug {
     /// Per device, upstreams among them: memory by owner, KV pool, batch, variants. Answers at once: no device is asked for it.
     fn devices(&self) -> Vec<wire::Device>;
 
+    /// Empties the prefix caches of a device here; what each of its replicas had. May block for a step.
+    ///
+    /// # Errors
+    /// There is no such device.
+    fn clear_prefix_caches(&self, device: &str, actor: &str) -> Result<Vec<wire::ClearedReplica>, AdminError>;
+
+    /// Gives each KV pool of a device here at most so many bytes from now on, but one full context at least; without a number all that
+    /// it was made with, as far as there is room. May block for some steps.
+    ///
+    /// # Errors
+    /// There is no such device, its pools keep their size, or a load divides its memory.
+    fn bound_kv_pools(&self, device: &str, bytes: Option<u64>, actor: &str) -> Result<wire::Device, AdminError>;
+
     /// The devices here, in the same order. What probes ask, which anybody may send: it adds nothing up.
     fn device_states(&self) -> Vec<DeviceState>;
 

@@ -768,6 +768,13 @@ impl Metrics {
         let _ = self.cache_config.remove_label_values(&shape);
     }
 
+    /// A replica's pool has another number of blocks.
+    pub fn resized_pool(&self, model_name: &str, device: &str, block_tokens: u32, (before, now): (u32, u32)) {
+        let shape = |n_blocks: u32| [device.to_owned(), model_name.to_owned(), block_tokens.to_string(), n_blocks.to_string()];
+        let _ = self.cache_config.remove_label_values(&shape(before));
+        self.cache_config.with_label_values(&shape(now)).set(1);
+    }
+
     /// Handles for a tenant; whoever asks bounds how many there are.
     #[must_use]
     pub fn tenant(&self, tenant: &str) -> TenantMetrics {
@@ -1026,7 +1033,9 @@ mod tests {
             metrics.replica(name, "cpu", 16, 512).tokens_decode.inc();
             metrics.request(name).finished_stop.inc();
         }
-        metrics.forget_replica("gone:f16", "cpu", 16, 512);
+        metrics.resized_pool("gone:f16", "cpu", 16, (512, 500));
+        assert!(metrics.render().contains(r#"model_name="gone:f16",num_gpu_blocks="500"} 1"#));
+        metrics.forget_replica("gone:f16", "cpu", 16, 500);
         let text = metrics.render();
         assert!(!text.contains("gone:f16"), "{text}");
         assert!(text.contains(r#"pointsman_tokens_total{device="cpu",phase="decode",variant="kept:f16"} 1"#), "{text}");

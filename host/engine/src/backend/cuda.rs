@@ -42,5 +42,5 @@ pub use monitor::{GpuMonitor, Seen};
 pub use nvrtc::{NoNvrtc, Nvrtc, NvrtcError, Output};
 pub use trial::{Shape, Trial, Way, ways, weight_bytes};
 pub use tune::{GemmChoice, LibraryUse};
-pub use vram::{Advice, Bytes, Footprint, KvWish, VramError, VramFree, VramPlan, VramUse};
+pub use vram::{Advice, Bytes, Footprint, KvWish, PoolShare, VramError, VramFree, VramPlan, VramUse};
 pub use weights::Source;

@@ -5,6 +5,7 @@
 //! they run on the blocking pool.
 
 mod aliases;
+mod devices;
 pub(crate) mod guard;
 mod journal;
 mod models;
@@ -87,7 +88,9 @@ pub(crate) fn routes() -> Routes {
         ("/admin/v1/models", &["get", "post"], get(models::models).post(models::load)),
         // Names may hold slashes, as in `org/model`.
         ("/admin/v1/models/{*name}", &["get", "delete"], get(models::model).delete(models::unload)),
-        ("/admin/v1/devices", &["get"], get(devices)),
+        ("/admin/v1/devices", &["get"], get(devices::devices)),
+        ("/admin/v1/devices/{name}/prefix-cache", &["delete"], delete(devices::clear_prefix_caches)),
+        ("/admin/v1/devices/{name}/kv-pools", &["put"], put(devices::bound_kv_pools)),
         ("/admin/v1/cache", &["get", "delete"], get(cache).delete(clear_cache)),
         ("/admin/v1/journal", &["get"], get(journal::journal)),
         ("/admin/v1/drain", &["post"], post(drain)),
@@ -132,10 +135,6 @@ async fn blocking_in<T: Send + 'static>(
             Err(ApiError::Internal)
         }
     }
-}
-
-async fn devices(State(state): State<Arc<ServerState>>) -> Result<Response, ApiError> {
-    Ok(list(blocking(&state, Kind::Read, |state| Ok(state.models.devices())).await?))
 }
 
 async fn cache(State(state): State<Arc<ServerState>>) -> Response {

@@ -511,8 +511,26 @@ impl DeviceMemory {
     /// What models hold of it.
     #[must_use]
     pub fn held(&self) -> u64 {
-        self.weights + self.kv + self.workspace + self.drafts.unwrap_or(0)
+        self.weights + self.kv + self.workspace + self.drafts.unwrap_or(0) + self.graphs.unwrap_or(0)
     }
+}
+
+/// A replica whose prefix cache was cleared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ClearedReplica {
+    /// As in `demo:f16@cpu`.
+    pub name: String,
+    /// Blocks that held a prefix.
+    pub kv_blocks: u32,
+}
+
+/// Body of `PUT /admin/v1/devices/{name}/kv-pools`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BoundPools {
+    /// Most MiB of each pool; `null` for all that it was made with.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub mib: Option<u64>,
 }
 
 /// One replica's part of a device.

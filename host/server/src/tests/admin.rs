@@ -72,6 +72,20 @@ async fn routes_have_their_shapes() {
             200,
             json!({"object": "list", "data": [{"index": 0, "name": "cpu", "description": "a fake", "state": "up", "memory": {"weights": 0, "kv": 0, "workspace": 0}, "replicas": []}]}),
         ),
+        (
+            "DELETE",
+            "/admin/v1/devices/cuda:0/prefix-cache",
+            "",
+            200,
+            json!({"object": "list", "data": [{"name": "m:a@cuda:0", "kv_blocks": 7}]}),
+        ),
+        (
+            "PUT",
+            "/admin/v1/devices/cuda:0/kv-pools",
+            r#"{"mib": 3}"#,
+            200,
+            json!({"index": 0, "name": "cuda:0", "description": "a fake", "state": "up", "memory": {"weights": 0, "kv": 3 << 20, "workspace": 0}, "replicas": []}),
+        ),
         ("POST", "/admin/v1/drain", "", 200, json!({"drained": true, "in_flight": 0})),
     ] {
         let kind = if body.starts_with('{') { "application/json; charset=utf-8" } else { "application/wasm" };
@@ -80,6 +94,24 @@ async fn routes_have_their_shapes() {
     }
     assert!(rig.state.admission.is_draining());
     assert_eq!(rig.ask_admin(request("DELETE", "/admin/v1/components/sha256:00", &[HOST], "")).await.status, 204);
+}
+
+#[tokio::test]
+async fn bounds_of_pools_are_a_number_of_mib_or_null() {
+    let rig = Rig::new();
+    for (body, status, expect) in [
+        (r#"{"mib": null}"#, 200, "18446744073709551615"),
+        (r#"{"mib": 1}"#, 200, "1048576"),
+        (r#"{"mib": 0}"#, 400, "mib is 1 to 1099511627776, or null"),
+        (r#"{"mib": 1099511627777}"#, 400, "or null for all that a pool was made with"),
+        (r#"{"mib": -1}"#, 400, "invalid value"),
+        ("{}", 400, "missing field `mib`"),
+        (r#"{"mib": 1, "of": "m"}"#, 400, "unknown field `of`"),
+    ] {
+        let headers = [HOST, ("content-type", "application/json")];
+        let answer = rig.ask_admin(request("PUT", "/admin/v1/devices/cuda:0/kv-pools", &headers, body)).await;
+        assert!(answer.status == status && answer.body.contains(expect), "{body}: {} {}", answer.status, answer.body);
+    }
 }
 
 /// The body of a client that announced more than it sends.

@@ -376,6 +376,14 @@ impl CudaEngine {
         Ok(extent.sampled)
     }
 
+    /// Gives the pool so many bytes; of those that it has not had, what leaves the driver its reserve.
+    fn resize_kv(&mut self, bytes: u64) -> Result<Option<u64>, DeviceError> {
+        self.device.enter()?;
+        let memory = self.device.memory()?;
+        let most = self.used.kv + memory.free.saturating_sub(memory.reserve());
+        self.device.resize_pool(bytes.min(most))
+    }
+
     fn check_lost(&self) -> Result<(), ExecuteError> {
         self.lost.as_ref().map_or(Ok(()), |what| Err(ExecuteError::Lost { what: Arc::clone(what) }))
     }
@@ -419,7 +427,7 @@ impl Executor for CudaEngine {
             return Err(ExecuteError::Malformed { what: "another size of the pool while a step is under way" });
         }
         let page = self.sizes.page_bytes();
-        let resized = self.device.enter().and_then(|()| self.device.resize_pool(u64::from(n_blocks) * page));
+        let resized = self.resize_kv(u64::from(n_blocks) * page);
         let Some(bytes) = resized.map_err(|error| self.failed(error))? else { return Ok(None) };
         self.used.kv = bytes;
         let n_blocks = n_blocks.min(u32::try_from(bytes / page).unwrap_or(u32::MAX));

@@ -72,6 +72,15 @@ pub enum KvWish {
     Bytes(u64),
 }
 
+/// A pool of a model that is on the device already, and that can shrink.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolShare {
+    /// What it has.
+    pub bytes: u64,
+    /// What it must keep.
+    pub least: u64,
+}
+
 /// A division of the memory that fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VramPlan {
@@ -219,6 +228,30 @@ impl Footprint {
                 Advice::Pool((mib << 20).max(self.block_bytes.next_multiple_of(1 << 20)))
             }
         }
+    }
+}
+
+impl VramError {
+    /// To how many bytes these pools are to shrink, of which smaller ones keep what they have and each what it must, so that the
+    /// model fits and the pools to come are as large. `None` where that does not suffice, or where the pool's size was asked for.
+    #[must_use]
+    pub fn share(&self, pools: &[PoolShare]) -> Option<u64> {
+        let KvWish::Share(_) = self.wish else { return None };
+        let (parts, fixed) = (self.wish.parts(), self.needs.sum() - self.needs.kv);
+        let have = self.memory.free + pools.iter().map(|pool| pool.bytes).sum::<u64>();
+        let fits = |share: u64| {
+            let kept: u64 = pools.iter().map(|pool| pool.bytes.min(share).max(pool.least)).sum();
+            fixed + kept + parts * share <= have
+        };
+        let (mut fits_at, mut too_much) = (self.needs.kv / parts, have + 1);
+        if !fits(fits_at) {
+            return None;
+        }
+        while too_much - fits_at > 1 {
+            let middle = fits_at + (too_much - fits_at) / 2;
+            if fits(middle) { fits_at = middle } else { too_much = middle }
+        }
+        Some(fits_at)
     }
 }
 
@@ -384,6 +417,29 @@ mod tests {
         let long = Footprint { context_tokens: 131_072, ..bf16 };
         let error = long.plan(device(24, 24), KvWish::Share(1), &[]).expect_err("too long").to_string();
         assert!(error.ends_with("at most 65920 tokens it fits (engine.max_context = 65920)"), "{error}");
+    }
+
+    #[test]
+    fn pools_make_room_for_one_more_by_shares() {
+        let bf16 = llama_8b(Element::Bf16);
+        let context = 512 * bf16.block_bytes;
+        let error = |free| bf16.plan(device(80, free), KvWish::Share(1), &[]).expect_err("too little is left");
+        // Fixed parts: 14.96 GiB of weights, 0.52 of the rest, 1.6 of reserve.
+        let fixed = error(2).needs.sum() - context;
+        let pool = |bytes: u64| PoolShare { bytes: bytes * GIB, least: context };
+        for (free, pools, expect) in [
+            (2, vec![pool(50)], Some((52 * GIB - fixed) / 2)),
+            (2, vec![pool(40), pool(20)], Some((62 * GIB - fixed) / 3)),
+            // Small ones keep what they have, and nobody less than it must.
+            (2, vec![pool(46), pool(4)], Some((48 * GIB - fixed) / 2)),
+            (2, vec![pool(40), PoolShare { bytes: 12 * GIB, least: 12 * GIB }], Some((42 * GIB - fixed) / 2)),
+            (2, vec![pool(16)], None),
+            (2, vec![], None),
+        ] {
+            assert_eq!(error(free).share(&pools), expect, "{pools:?}");
+        }
+        let asked = bf16.plan(device(80, 2), KvWish::Bytes(GIB), &[]).expect_err("too little is left");
+        assert_eq!(asked.share(&[pool(50)]), None, "who asks for a size has asked for the others' too");
     }
 
     #[test]
