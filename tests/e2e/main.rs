@@ -15,6 +15,7 @@ mod drafts;
 mod embed;
 mod embeddings;
 mod explain;
+mod gpus;
 mod handover;
 mod hangups;
 mod hostile;
@@ -40,6 +41,14 @@ mod trust;
 mod upstreams;
 mod variants;
 mod wires;
+
+#[expect(clippy::unwrap_used, reason = "tests, and the functions they share")]
+#[expect(dead_code, reason = "the engine's tests need more of it")]
+#[path = "../../host/engine/tests/cuda_driver/library.rs"]
+mod library;
+#[expect(dead_code, reason = "the engine's tests need more of it")]
+#[path = "../../host/engine/tests/cuda_kernels/shim.rs"]
+mod shim;
 
 use pointsman_tests::Host;
 

@@ -139,6 +139,17 @@ impl Host {
         Self::start_in(Path::new(program), folder, &[("LOG__LEVEL", "debug")])
     }
 
+    /// As [`logged`](Self::logged), in another environment.
+    #[must_use]
+    pub fn surrounded(program: &str, config: &str, variables: &[(&str, &Path)]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        configure(folder.path(), config);
+        std::fs::write(folder.path().join(LOG), "").expect("a temporary file");
+        let mut command = Command::new(program);
+        variables.iter().for_each(|(name, value)| drop(command.env(name, value)));
+        Self::spawn(command, folder, &[("LOG__LEVEL", "info")])
+    }
+
     /// What a host of [`logged`](Self::logged) has logged so far.
     #[must_use]
     pub fn log(&self) -> String {
@@ -161,7 +172,11 @@ impl Host {
     }
 
     fn start_in(program: &Path, folder: TempDir, settings: &[(&str, &str)]) -> Self {
-        let mut command = Command::new(program);
+        Self::spawn(Command::new(program), folder, settings)
+    }
+
+    fn spawn(mut command: Command, folder: TempDir, settings: &[(&str, &str)]) -> Self {
+        let program = PathBuf::from(command.get_program());
         command.arg("serve").arg("--data-dir").arg(folder.path());
         let config = folder.path().join(CONFIG);
         if config.is_file() {
@@ -191,7 +206,7 @@ impl Host {
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         let config =
             ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(600)));
-        Self { child, data, admin, folder, program: program.to_owned(), agent: config.build().into() }
+        Self { child, data, admin, folder, program, agent: config.build().into() }
     }
 
     /// The process id.

@@ -142,6 +142,8 @@ pub(crate) struct DriverHandle {
 }
 
 struct Driver {
+    /// Index of its device in columns and events.
+    device: u32,
     // Mailboxes go first: whoever waits for an answer hears that none comes before a device that may not answer either is given back.
     submits: Receiver<(ReplicaId, Request)>,
     cancels: Receiver<(ReplicaId, RequestId, CancelCause)>,
@@ -169,12 +171,12 @@ impl std::fmt::Debug for DriverReplica {
 // === impl DriverHandle ===
 
 impl DriverHandle {
-    /// Starts the driver of a device. `mailbox` bounds the requests on their way, `max_in_flight` the cancels.
+    /// Starts the driver of a device, which has a name and an index. `mailbox` bounds the requests on their way, `max_in_flight` the cancels.
     ///
     /// # Errors
     /// The thread cannot be started.
     pub(crate) fn start(
-        device: &str,
+        (name, device): (&str, u32),
         replicas: Vec<DriverReplica>,
         (mailbox, max_in_flight): (usize, usize),
         context: DriverContext,
@@ -185,6 +187,7 @@ impl DriverHandle {
         let (change, changes) = sync_channel(MAX_CHANGES);
         let (stop, lost) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let mut driver = Driver {
+            device,
             replicas,
             submits,
             cancels,
@@ -197,7 +200,7 @@ impl DriverHandle {
             output: StepOutput::default(),
             to_cancel: Vec::new(),
         };
-        let join = std::thread::Builder::new().name(format!("driver-{device}")).spawn(move || driver.run())?;
+        let join = std::thread::Builder::new().name(format!("driver-{name}")).spawn(move || driver.run())?;
         let thread = join.thread().clone();
         Ok(Self { submit, cancel, changes: change, stop, lost, thread, join: Mutex::new(Some(join)) })
     }
@@ -310,8 +313,13 @@ impl Drop for DriverHandle {
 }
 
 impl Drop for Driver {
-    /// However it ends, routers look for others.
+    /// However it ends, routers look for others; one that ends for what has become of its device says so.
     fn drop(&mut self) {
+        const DOWN: u64 = 2;
+        if self.lost.load(Ordering::Relaxed) || std::thread::panicking() {
+            let event = Event::new(self.context.clock.micros(), EventKind::Device);
+            self.context.recorder.record(Event { a: self.device.into(), b: DOWN, ..event });
+        }
         self.replicas.iter().for_each(|replica| replica.gauges.gone.store(true, Ordering::Release));
     }
 }
@@ -927,6 +935,7 @@ mod tests {
     fn all_requests_of_a_lost_device_end_as_such() {
         let text = text();
         let context = context();
+        let recorder = context.recorder.clone();
         let ends = Ends::default();
         let mut rng = StdRng::seed_from_u64(1);
         let mut replica = replica(1, 0, &context, &text);
@@ -938,7 +947,7 @@ mod tests {
             let request = Request { max_new_tokens: 100, ..request(id, &mut rng, &ends) };
             replica.scheduler.submit(request, 0).expect("there is room");
         }
-        let driver = DriverHandle::start("test", vec![replica], (256, 512), context).expect("a thread");
+        let driver = DriverHandle::start(("test", 3), vec![replica], (256, 512), context).expect("a thread");
         while driver.is_alive() {
             std::thread::yield_now();
         }
@@ -949,6 +958,10 @@ mod tests {
         driver.stop();
         assert!(gauges.gone.load(Ordering::Acquire));
         assert_eq!([&ends.lost, &ends.all].map(|n| n.load(Ordering::Relaxed)), [21, 21]);
+        let mut events = Vec::new();
+        recorder.drain(&mut events, 1_024);
+        let told = events.iter().filter(|event| event.kind == EventKind::Device).map(|event| (event.a, event.b));
+        assert_eq!(told.collect::<Vec<_>>(), [(3, 2)], "that it is down");
     }
 
     /// Replicas come and go under load, with cancels wherever they fall: each request ends once, and what comes back holds
@@ -964,7 +977,7 @@ mod tests {
             let step = [0, 20, 0, 700][seed as usize];
             let resident = replica(1, step, &context, &text);
             let stays = Arc::clone(&resident.gauges);
-            let driver = DriverHandle::start("test", vec![resident], (256, 512), context.clone()).expect("a thread");
+            let driver = DriverHandle::start(("test", 3), vec![resident], (256, 512), context.clone()).expect("a thread");
             for round in 0..12 {
                 let joins = replica(2, step, &context, &text);
                 let gauges = Arc::clone(&joins.gauges);

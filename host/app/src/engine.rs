@@ -145,7 +145,7 @@ impl Engine {
                 homes.insert(loaded.replica.id, Home::new(devices.len(), &loaded));
                 replicas.push(driver_replica(shared, deploy, loaded, &place.name())?);
             }
-            let driver = DriverHandle::start(&place.name(), replicas, bounds, context.clone())?;
+            let driver = DriverHandle::start((&place.name(), place.index()), replicas, bounds, context.clone())?;
             let monitor = watch(&place, &shared.clock)?;
             devices.push(ServingDevice { place, driver, monitor });
         }
@@ -430,7 +430,9 @@ impl ServingDevice {
         if matches!(self.place, Place::Cpu(_)) {
             served.encoders.values().for_each(|encoder| add_memory(&mut memory, encoder));
         }
-        let here = served.homes.values().filter(|home| home.device == place);
+        // What a device held that is gone nobody holds.
+        let is_alive = self.driver.is_alive();
+        let here = served.homes.values().filter(|home| home.device == place && is_alive);
         here.for_each(|home| add_memory(&mut memory, &home.memory));
         let seen = self.monitor.as_ref().map(|monitor| monitor.seen(now)).unwrap_or_default();
         let total = match &self.place {
@@ -438,7 +440,6 @@ impl ServingDevice {
             Place::Cuda(found) => Some(found.total_bytes),
         };
         // Its replicas compute in turns, so that their shares add up; who is gone leaves its last share behind.
-        let is_alive = self.driver.is_alive();
         let busy = replicas.iter().map(|(_, replica)| replica.gauges.busy_ppm.load(Ordering::Relaxed));
         let busy = if is_alive { (busy.map(u64::from).sum::<u64>() as f64 / 1e6).min(1.0) } else { 0.0 };
         wire::Device {
@@ -595,7 +596,7 @@ mod tests {
         };
         let context =
             DriverContext { clock: Arc::clone(&clock), recorder: Recorder::new(16), metrics: Arc::new(Metrics::new()) };
-        let driver = DriverHandle::start("test", Vec::new(), (1, 1), context).expect("a thread");
+        let driver = DriverHandle::start(("test", 3), Vec::new(), (1, 1), context).expect("a thread");
         let monitor = Monitor::start_every(HOUR, "test", clock, look).expect("a thread");
         let device = ServingDevice { place: gpu(), driver, monitor: Some(monitor) };
         let served = Served { catalog: Arc::default(), homes: HashMap::new(), encoders: HashMap::new() };

@@ -25,7 +25,10 @@ pub(crate) fn run(command: ModelCommand, out: &mut dyn Write) -> anyhow::Result<
         ModelCommand::Load { model: (name, path), at } => {
             let body = json!({ "name": name, "path": path });
             let model = load(&at, &body, out)?;
-            print(out, &at, &model, |model| format!("{} is served: {}", text(model, "name"), variants(model)))
+            print(out, &at, &model, |model| {
+                let served = format!("{} is served: {}", text(model, "name"), variants(model));
+                std::iter::once(served).chain(unserved(model)).collect::<Vec<_>>().join("\n")
+            })
         }
         ModelCommand::Unload { name, grace_s, at } => {
             let grace = grace_s.map(|s| format!("?grace_ms={}", s * 1_000)).unwrap_or_default();
@@ -91,6 +94,13 @@ fn variants(model: &Value) -> String {
     all.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")
 }
 
+/// A line for each device that cannot serve it.
+fn unserved(model: &Value) -> Vec<String> {
+    let all = model["unserved"].as_array().map_or(&[][..], Vec::as_slice);
+    let line = |one: &Value| format!("  {} not on {}: {}", text(one, "variant"), text(one, "device"), text(one, "error"));
+    all.iter().map(line).collect()
+}
+
 fn unloaded(answer: &Value) -> String {
     let ended = match answer["ended"].as_u64() {
         None | Some(0) => String::new(),
@@ -107,7 +117,7 @@ fn table(answer: &Value) -> String {
     )];
     for model in rows(answer) {
         let replicas = model["replicas"].as_array().map_or(&[][..], Vec::as_slice);
-        let owners = ["weights", "kv", "workspace"];
+        let owners = ["weights", "kv", "workspace", "graphs"];
         let bytes = |replica: &Value| -> u64 { owners.iter().filter_map(|of| replica["memory"][of].as_u64()).sum() };
         let mb = replicas.iter().map(bytes).sum::<u64>() / 1_000_000;
         let names: Vec<&str> = replicas.iter().filter_map(|replica| replica["name"].as_str()).collect();
@@ -116,6 +126,7 @@ fn table(answer: &Value) -> String {
         let (names, path) = (names.join(", "), text(model, "path"));
         lines.push(format!("{name:<24} {state:<9} {source:<11} {mb:>9} {idle:>8}  {names:<34} {path}"));
         lines.extend(model["error"].as_str().map(|error| format!("  {error}")));
+        lines.extend(unserved(model));
     }
     lines.join("\n")
 }

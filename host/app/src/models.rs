@@ -85,6 +85,8 @@ pub(crate) struct LoadedModel {
     pub variants: Vec<Arc<Variant>>,
     /// ... which has this, and what it took.
     pub encoder: Option<(Arc<ports::Encoder>, wire::DeviceMemory)>,
+    /// Devices that serve and cannot serve it.
+    pub unserved: Vec<wire::Unserved>,
 }
 
 /// One that was loaded in an earlier life of the host and cannot be now.
@@ -205,6 +207,8 @@ pub(crate) struct Loader<'a> {
     n_packed: u64,
     /// Engines that each GPU has yet to hold: they share what it has free.
     to_come: u32,
+    /// Devices that cannot serve the model at hand.
+    unserved: Vec<wire::Unserved>,
     loaded: Loaded,
 }
 
@@ -268,7 +272,7 @@ impl<'a> Loader<'a> {
         // The demo is two variants and a second model.
         let models = config.models.len() * config.engine.precisions.len() + if config.engine.demo { 3 } else { 0 };
         let to_come = u32::try_from(models).unwrap_or(u32::MAX);
-        Self { config, names, terms, known: &[], follower: None, n_packed: 0, to_come, loaded: Loaded::default() }
+        Self { config, names, terms, known: &[], follower: None, n_packed: 0, to_come, unserved: Vec::new(), loaded: Loaded::default() }
     }
 
     /// Loads the demo (if configured), every configured model, and those that were loaded while an earlier host ran.
@@ -490,6 +494,7 @@ impl<'a> Loader<'a> {
             source,
             variants: Vec::new(),
             encoder: Some((Arc::clone(&model), memory)),
+            unserved: Vec::new(),
         });
         let named = NamedEncoder { name, encoder: Box::new(encoder) };
         self.loaded.encoders.push(LoadedEncoder { model, named, memory });
@@ -562,6 +567,7 @@ impl<'a> Loader<'a> {
             follower.opened(weights.bytes() * (ids.len() * self.terms.places.len()) as u64);
         }
         let first = self.loaded.variants.len();
+        self.unserved.clear();
         let alias = name.split(':').next().unwrap_or(name);
         for (precision, id) in &ids {
             if self.loaded.variants.iter().any(|variant| variant.id == *id) {
@@ -574,8 +580,8 @@ impl<'a> Loader<'a> {
             self.to_come = self.to_come.saturating_sub(1);
         }
         let variants = self.loaded.variants[first..].to_vec();
-        let (name, path) = (name.into(), path.map(Path::to_owned));
-        self.loaded.models.push(LoadedModel { name, path, source, variants, encoder: None });
+        let (name, path, unserved) = (name.into(), path.map(Path::to_owned), std::mem::take(&mut self.unserved));
+        self.loaded.models.push(LoadedModel { name, path, source, variants, encoder: None, unserved });
         Ok(())
     }
 
@@ -611,6 +617,8 @@ impl<'a> Loader<'a> {
                 Place::Cuda(found) => match self.on_gpu(source, config, found) {
                     Err(error) if is_unfit(&error) => {
                         tracing::warn!("not served there: {error:#}");
+                        let (device, variant) = (place.name(), source.id.to_string());
+                        self.unserved.push(wire::Unserved { variant, device, error: format!("{:#}", error.root_cause()) });
                         unfit = Some(error);
                         continue;
                     }

@@ -139,6 +139,8 @@ enum State {
 struct Served {
     variants: Vec<Arc<Variant>>,
     encoder: Option<(Arc<ports::Encoder>, wire::DeviceMemory)>,
+    /// Where it cannot be served.
+    unserved: Vec<wire::Unserved>,
 }
 
 /// What a model is that somebody unloads.
@@ -190,8 +192,8 @@ impl Roster {
     /// Knows what the start has loaded, and what it could not.
     pub(crate) fn new(parts: RosterParts, loaded: Vec<LoadedModel>, lost: Vec<LostModel>) -> Self {
         let mut entries = BTreeMap::new();
-        for LoadedModel { name, path, source, variants, encoder } in loaded {
-            let state = State::Ready(Served { variants, encoder });
+        for LoadedModel { name, path, source, variants, encoder, unserved } in loaded {
+            let state = State::Ready(Served { variants, encoder, unserved });
             entries.insert(name.to_string(), Entry::new(source, path, state));
         }
         for (name, path) in &parts.config.on_demand {
@@ -526,7 +528,8 @@ impl Parts {
         });
         let loaded = loaded.map_err(|error| refused(AdminErrorKind::Refused, None, format!("{error:#}")))?;
         let encoder = loaded.encoders.first().map(|encoder| (Arc::clone(&encoder.model), encoder.memory));
-        let (served, bytes) = (Served { variants: loaded.variants.clone(), encoder }, loaded.bytes());
+        let unserved = loaded.models.iter().flat_map(|model| model.unserved.clone()).collect();
+        let (served, bytes) = (Served { variants: loaded.variants.clone(), encoder, unserved }, loaded.bytes());
         followed.report(LoadStage::Starting, (0, 0));
         let joined = engine.join(shared, deploy, loaded);
         let joined = joined.map_err(|error| refused(AdminErrorKind::Internal, None, format!("{error:#}")))?;
@@ -744,6 +747,7 @@ impl Parts {
             progress: None,
             error: None,
             idle_ms: None,
+            unserved: Vec::new(),
         };
         let served = match &entry.state {
             State::Loading { reports, .. } => {
@@ -767,6 +771,7 @@ impl Parts {
         }
         let (replicas, used) = self.parts.engine.replicas_of(&served.variants);
         view.variants = served.ids();
+        view.unserved.clone_from(&served.unserved);
         view.replicas = replicas;
         view.idle_ms = used.map(|used| self.parts.shared.clock.micros().saturating_sub(used) / 1_000);
         view

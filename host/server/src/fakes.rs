@@ -696,6 +696,7 @@ pub(crate) fn model(name: &str) -> wire::Model {
         progress: None,
         error: None,
         idle_ms: None,
+        unserved: Vec::new(),
     }
 }
 

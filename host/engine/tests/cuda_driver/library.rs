@@ -32,17 +32,6 @@ pub(crate) fn folder() -> Option<PathBuf> {
     Some(folder)
 }
 
-/// Products that the library has been asked for, in the process that has it.
-#[expect(unsafe_code, reason = "the library's own count of them")]
-pub(crate) fn multiplied() -> u64 {
-    // SAFETY: the file is the one made above, where it is already loaded, and its function takes nothing.
-    unsafe {
-        let library = libloading::Library::new("libcublasLt.so.13").unwrap();
-        let count = library.get::<unsafe extern "C" fn() -> u64>(b"shim_multiplied\0").unwrap();
-        count()
-    }
-}
-
 /// The folder of an NVRTC of CUDA 99.1, which can say that and nothing else.
 pub(crate) fn late_compiler() -> Option<PathBuf> {
     let text = "extern \"C\" int nvrtcVersion(int *major, int *minor) { *major = 99; *minor = 1; return 0; }\n";

@@ -624,6 +624,20 @@ pub struct Model {
     /// Milliseconds since its last request came; absent before the first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idle_ms: Option<u64>,
+    /// Devices that serve and cannot serve it, with the reason, as of its load.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unserved: Vec<Unserved>,
+}
+
+/// A device that cannot serve a variant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unserved {
+    /// As in `llama:f16`.
+    pub variant: String,
+    /// As in `cuda:0`.
+    pub device: String,
+    /// Why, and what would help.
+    pub error: String,
 }
 
 /// A replica of a model.

@@ -434,7 +434,8 @@ impl Gpu {
             return Ok(*module);
         }
         let code = self.code.make(unit, Target { capability: self.found.info.capability, driver: self.found.driver });
-        self.notes.extend(code.note);
+        // The same of each unit.
+        self.notes.extend(code.note.filter(|note| !self.notes.contains(note)));
         let mut origin = code.origin;
         // SAFETY: the image is a CUBIN or a text that ends in a zero byte, and outlives the call, which copies it.
         let mut loaded = unsafe { load_module(&code.image) };

@@ -241,6 +241,13 @@ static inline unsigned float_to_f16(float v) {
 
 static inline unsigned floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
 
+static inline unsigned finite_f16(unsigned bits) {
+    unsigned size = bits & 0x7fff;
+    return size > 0x7c00 ? 0x7fff : size == 0x7c00 ? bits - 1 : bits;
+}
+
+static inline unsigned finite_f16x2(unsigned pair) { return finite_f16(pair & 0xffff) | finite_f16(pair >> 16) << 16; }
+
 static inline float reciprocal(float v) { return 1.0f / v; }
 
 static inline float power_of_two(float v) {
@@ -330,6 +337,17 @@ static inline unsigned lanes_where(bool it_is) {
     unsigned bits = 0;
     for (unsigned lane = 0; lane < 32; lane++) bits |= (unsigned)(all[lane].bytes[0] != 0) << lane;
     return bits;
+}
+
+static inline unsigned sum_of_lanes(unsigned v) {
+    const shim::Slot *all = shim::exchange(&v, sizeof v);
+    unsigned sum = 0;
+    for (unsigned lane = 0; lane < 32; lane++) {
+        unsigned other;
+        memcpy(&other, all[lane].bytes, sizeof other);
+        sum += other;
+    }
+    return sum;
 }
 
 static inline unsigned lowest_bit(unsigned bits) { return (unsigned)__builtin_ctz(bits); }

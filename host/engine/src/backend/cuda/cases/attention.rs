@@ -296,6 +296,9 @@ pub fn cases(element: Element) -> Vec<Case> {
         (shape(2, 1, 256, 16, 0), &[[70, 45], [1, 1]]),
         (Shape { cap: 1.5, ..shape(2, 2, 256, 16, 20) }, &[[40, 30]]),
         (Shape { cap: 3.0, ..shape(4, 2, 64, 32, 0) }, &[[40, 20]]),
+        // More key heads than begin side by side, and runs of which nothing is hidden under a window.
+        (shape(20, 10, 32, 16, 0), &[[40, 40], [70, 3]]),
+        (shape(2, 1, 64, 16, 90), &[[300, 40]]),
     ] {
         cases.push(Batch::random(element, shape, rows, &mut rng).prefill());
     }

@@ -13,6 +13,12 @@ fn normed(x: &[f64], gain: &[f64], plus: f64) -> Vec<f64> {
     x.iter().zip(gain).map(|(v, g)| v / (mean + EPS).sqrt() * (g + plus)).collect()
 }
 
+/// What is too large for the type is its largest number.
+fn finite(element: Element, x: f64) -> f64 {
+    let largest = if element == Element::F16 { 65_504.0 } else { f64::INFINITY };
+    x.clamp(-largest, largest)
+}
+
 fn embed(element: Element, rng: &mut Rng) -> Case {
     let (live, rows, hidden, vocab) = (3, 5, 264, 7);
     let table = element.random(rng, vocab * hidden);
@@ -46,11 +52,16 @@ fn rms_norm(element: Element, rng: &mut Rng, hidden: usize, pick: Option<[u32; 2
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
 
-fn norm_add(element: Element, rng: &mut Rng, hidden: usize) -> Case {
+fn norm_add(element: Element, rng: &mut Rng, hidden: usize, too_large: bool) -> Case {
     let (live, rows) = (2, 4);
     let x = Element::F32.random(rng, live * hidden);
-    let (delta, gain) = (element.random(rng, live * hidden), element.random(rng, hidden));
-    let added: Vec<f64> = delta.chunks(hidden).flat_map(|row| normed(row, &gain, PLUS)).collect();
+    let (mut delta, gain) = (element.random(rng, live * hidden), element.random(rng, hidden));
+    if too_large {
+        // Of one row a library has stored what was too large for it.
+        (delta[3], delta[hidden - 1]) = (f64::INFINITY, f64::NEG_INFINITY);
+    }
+    let rows_of = |values: &[f64]| values.iter().map(|v| finite(element, *v)).collect::<Vec<_>>();
+    let added: Vec<f64> = delta.chunks(hidden).flat_map(|row| normed(&rows_of(row), &gain, PLUS)).collect();
     let expect = x.iter().zip(&added).map(|(x, d)| x + d).collect();
     let mut initial = Element::F32.encode(&x);
     initial.resize(rows * hidden * 4, POISON);
@@ -62,7 +73,8 @@ fn norm_add(element: Element, rng: &mut Rng, hidden: usize) -> Case {
         .u32(hidden)
         .f32(EPS)
         .f32(PLUS);
-    Case { what: format!("norm_add {element} {hidden}"), call, check: close(Element::F32, 1e-6, expect) }
+    let what = format!("norm_add {element} {hidden}{}", if too_large { " too large" } else { "" });
+    Case { what, call, check: close(Element::F32, 1e-6, expect) }
 }
 
 /// Of 2 live rows after the first, in a launch of 3.
@@ -73,11 +85,9 @@ fn gated(element: Element, rng: &mut Rng, ffn: usize, kind: usize) -> Case {
         // Gate of one and up of another have been too large for it.
         (pairs[0], pairs[3]) = (f64::NEG_INFINITY, f64::INFINITY);
     }
-    let largest = if element == Element::F16 { 65_504.0 } else { f64::INFINITY };
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let of = |x: f64| if kind == 3 { x } else { 1.595_769_121_605_731 * (x + 0.044_715 * x * x * x) };
-    let finite = |x: f64| x.clamp(-largest, largest);
-    let made = pairs.chunks(2).map(|pair| (finite(pair[0]), finite(pair[1])));
+    let made = pairs.chunks(2).map(|pair| (finite(element, pair[0]), finite(element, pair[1])));
     let made = made.map(|(gate, up)| gate * sigmoid(of(gate)) * up);
     // Nothing writes the first row, nor what follows the live ones.
     let mut initial = element.encode(&vec![0.5; first * ffn]);
@@ -104,6 +114,8 @@ struct Rope {
     /// Elements of a head that are turned.
     turned: usize,
     with_gains: bool,
+    /// Some values of the last head were, for `f16`.
+    too_large: bool,
 }
 
 const POSITIONS: [u32; 5] = [0, 15, 16, 33, 47];
@@ -138,10 +150,13 @@ impl Rope {
     }
 
     fn case(&self, element: Element, rng: &mut Rng) -> Case {
-        let &Self { heads, kv_heads, d, block_tokens, turned, with_gains } = self;
+        let &Self { heads, kv_heads, d, block_tokens, turned, with_gains, too_large } = self;
         let (rows, width, stride) = (POSITIONS.len() + 2, (heads + 2 * kv_heads) * d, kv_heads * block_tokens * d);
         let tables: Vec<u32> = rng.shuffled(3 * MAX_BLOCKS).into_iter().map(|page| page as u32).collect();
-        let qkv = element.random(rng, POSITIONS.len() * width);
+        let mut qkv = element.random(rng, POSITIONS.len() * width);
+        if too_large {
+            (qkv[width - 1], qkv[2 * width - 2]) = (f64::INFINITY, f64::NEG_INFINITY);
+        }
         let gains = with_gains.then(|| [element.random(rng, d), element.random(rng, d)]);
         let (mut expect, mut pages) = (qkv.clone(), vec![f64::NAN; 3 * MAX_BLOCKS * 2 * stride]);
         for (token, (&position, &row)) in POSITIONS.iter().zip(&ROW_OF).enumerate() {
@@ -160,7 +175,8 @@ impl Rope {
                 } else if head < heads + kv_heads {
                     put(0, head - heads, &rotated);
                 } else {
-                    put(1, head - heads - kv_heads, from);
+                    let stored: Vec<f64> = from.iter().map(|v| finite(element, *v)).collect();
+                    put(1, head - heads - kv_heads, &stored);
                 }
             }
         }
@@ -186,8 +202,11 @@ impl Rope {
             .u32(d)
             .u32(block_tokens);
         let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d}/{turned} pages of {block_tokens}", element);
+        let all_finite = |values: &[f64]| values.iter().map(|v| finite(element, *v)).collect::<Vec<_>>();
+        let (what, expect) = (if too_large { what + " too large" } else { what }, all_finite(&expect));
         let check: Check = Box::new(move |outs| {
-            is_close(element, element.tolerance(), &expect, &outs[0])?;
+            let found = element.encode(&element.decode(&outs[0]).iter().map(|v| finite(element, *v)).collect::<Vec<_>>());
+            is_close(element, element.tolerance(), &expect, &found)?;
             let found = element.decode(&outs[1]);
             if let Some(at) = (0..pages.len()).find(|&i| pages[i].is_nan() != found[i].is_nan()) {
                 return Err(format!("element {at} of the pages: {} instead of {}", found[at], pages[at]));
@@ -206,17 +225,17 @@ pub fn cases(element: Element) -> Vec<Case> {
     let mut rng = Rng(5);
     let rope = |heads, kv_heads, d: [usize; 2], block_tokens, with_gains| {
         let [d, turned] = d;
-        Rope { heads, kv_heads, d, block_tokens, turned, with_gains }
+        Rope { heads, kv_heads, d, block_tokens, turned, with_gains, too_large: false }
     };
-    vec![
+    let mut cases = vec![
         embed(element, &mut rng),
         rms_norm(element, &mut rng, 8, None),
         rms_norm(element, &mut rng, 1_032, None),
         rms_norm(element, &mut rng, 256, Some([3, 1])),
         // More than a block keeps in registers.
         rms_norm(element, &mut rng, 8_232, None),
-        norm_add(element, &mut rng, 520),
-        norm_add(element, &mut rng, 8_232),
+        norm_add(element, &mut rng, 520, false),
+        norm_add(element, &mut rng, 8_232, false),
         gated(element, &mut rng, 8, 3),
         gated(element, &mut rng, 2_056, 4),
         rope(4, 2, [64, 64], 16, false).case(element, &mut rng),
@@ -226,5 +245,10 @@ pub fn cases(element: Element) -> Vec<Case> {
         rope(2, 2, [256, 256], 16, true).case(element, &mut rng),
         rope(3, 1, [96, 64], 32, false).case(element, &mut rng),
         rope(1, 1, [256, 64], 16, true).case(element, &mut rng),
-    ]
+    ];
+    if element == Element::F16 {
+        cases.extend([520, 8_232].map(|hidden| norm_add(element, &mut rng, hidden, true)));
+        cases.push(Rope { too_large: true, ..rope(4, 2, [64, 64], 16, true) }.case(element, &mut rng));
+    }
+    cases
 }

@@ -109,6 +109,14 @@ DEVICE u32 floats_to_f16x2(float low, float high) {
     return pair;
 }
 
+// Two f16: infinity of either sign becomes the largest number of that sign, and what is no number stays none.
+DEVICE u32 finite_f16x2(u32 pair) {
+    u32 capped;
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(capped) : "r"(pair), "r"(0x7bff7bff));
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(capped), "r"(0xfbfffbff));
+    return pair;
+}
+
 // 1 / v, to about its last bit.
 DEVICE float reciprocal(float v) {
     float r;
@@ -181,6 +189,9 @@ template <class V> DEVICE V from_lane(V value, int lane) { return __shfl_sync(0x
 
 // A bit for each lane of the warp: whether it says so.
 DEVICE u32 lanes_where(bool it_is) { return __ballot_sync(0xffffffffu, it_is); }
+
+// The sum over the lanes of a warp, modulo 2^32.
+DEVICE u32 sum_of_lanes(u32 v) { return __reduce_add_sync(0xffffffffu, v); }
 
 // The number of the lowest bit, and how many there are.
 DEVICE u32 lowest_bit(u32 bits) { return (u32)__ffs((int)bits) - 1; }

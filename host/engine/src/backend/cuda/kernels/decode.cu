@@ -72,16 +72,6 @@ DEVICE const T *run_at(const Decode &a, const Cluster &c, u32 base) {
     return key_at(a.pages, c.split.row, c.kv_head, base < c.split.span.end ? base : 0);
 }
 
-DEVICE uint4 pack(const float *v) {
-    uint4 r;
-    r.x = __float_as_uint(v[0]), r.y = __float_as_uint(v[1]), r.z = __float_as_uint(v[2]), r.w = __float_as_uint(v[3]);
-    return r;
-}
-
-DEVICE void unpack(float (&v)[4], uint4 from) {
-    v[0] = __uint_as_float(from.x), v[1] = __uint_as_float(from.y), v[2] = __uint_as_float(from.z), v[3] = __uint_as_float(from.w);
-}
-
 // A lane's elements of its block's heads, in whichever order: `out` is a sum of values by their weights, which are relative to 2^top,
 // and `sum` that of the weights. Each lane of a warp has the same tops and sums.
 template <u32 D> struct Sums {

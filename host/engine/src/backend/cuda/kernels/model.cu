@@ -128,11 +128,12 @@ ENTRY(norm_add, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, 
     float v[VEC];
 #pragma unroll
     for (u32 j = 0; j < HELD; j++) {
+        deltas[j] = finite(deltas[j]);
         widen(v, deltas[j]);
         sum += squares(v);
     }
     for (u32 j = HELD; group(j) < hidden; j++) {
-        widen(v, load_vec(from + group(j)));
+        widen(v, finite(load_vec(from + group(j))));
         sum += squares(v);
     }
     Gain g = {gain, plus, eps};
@@ -142,33 +143,25 @@ ENTRY(norm_add, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, 
         if (group(j) < hidden) add_group(to + group(j), held[j], deltas[j], scale, gains[j], plus);
     for (u32 j = HELD; group(j) < hidden; j++) {
         load_floats(v, to + group(j));
-        add_group(to + group(j), v, load_vec(from + group(j)), scale, load_vec(gain + group(j)), plus);
+        add_group(to + group(j), v, finite(load_vec(from + group(j))), scale, load_vec(gain + group(j)), plus);
     }
 }
 
-// A number that was too large for T is the largest, so that nothing becomes a NaN which would be none had it stayed a float.
-DEVICE float finite(float v) {
-#if PM_T == 1
-    return v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
-#else
-    return v;
-#endif
-}
-
 // Ends a product of gate and up that a library stored as it is, in pairs: of the rows from `first` on, which are all of `pairs`.
-ENTRY(gated, 256, 4, (const u32 *n, const T *pairs, T *out, u32 first, u32 ffn, u32 kind)) {
+ENTRY(gated, 256, 8, (const u32 *n, const T *pairs, T *out, u32 first, u32 ffn, u32 kind)) {
     let_next_start();
     wait_for_previous();
     u32 row = blockIdx.y, i = (blockIdx.x * 256 + threadIdx.x) * VEC;
     if (first + row >= *n || i >= ffn) return;
     const T *from = pairs + 2 * ((u64)row * ffn + i);
     float v[VEC];
+    const uint4 read[2] = {load_vec(from), load_vec(from + VEC)};
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         float pair[VEC];
-        widen(pair, load_vec(from + half * VEC));
+        widen(pair, finite(read[half]));
 #pragma unroll
-        for (u32 j = 0; j < VEC; j += 2) v[(half * VEC + j) / 2] = gated_by(kind, finite(pair[j]), finite(pair[j + 1]));
+        for (u32 j = 0; j < VEC; j += 2) v[(half * VEC + j) / 2] = gated_by(kind, pair[j], pair[j + 1]);
     }
     store_vec(out + (u64)(first + row) * ffn + i, v);
 }
@@ -203,7 +196,7 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
     bool is_live = token < *n && head < heads + 2 * kv_heads, is_q = head < heads, is_v = head >= heads + kv_heads;
     T *x = qkv + ((u64)token * (heads + 2 * kv_heads) + head) * d, *to = x;
     u32 half = turned / 2;
-    float cosines[PAIRS], sines[PAIRS], low[PAIRS] = {}, high[PAIRS] = {};
+    float cosines[PAIRS] = {}, sines[PAIRS] = {}, low[PAIRS] = {}, high[PAIRS] = {};
     // All of this comes from the host, and is here when the kernel before this one has ended.
     if (is_live) {
         u32 position = positions[token];
@@ -214,9 +207,9 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
 #pragma unroll
         for (u32 j = 0; j < PAIRS; j++) {
             u32 i = lane + 32 * j;
-            bool is_turned = !is_v && i < half;
-            cosines[j] = is_turned ? rope[((u64)position * half + i) * 2] : 1.0f;
-            sines[j] = is_turned ? rope[((u64)position * half + i) * 2 + 1] : 0.0f;
+            if (is_v || i >= half) continue;
+            cosines[j] = rope[((u64)position * half + i) * 2];
+            sines[j] = rope[((u64)position * half + i) * 2 + 1];
         }
     }
     wait_for_previous();
@@ -225,8 +218,8 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
     for (u32 j = 0; j < PAIRS; j++) {
         u32 i = lane + 32 * j;
         if (i >= d / 2) continue;
-        low[j] = to_float(x[i < half ? i : 2 * i]);
-        high[j] = to_float(x[i < half ? i + half : 2 * i + 1]);
+        low[j] = to_float(finite(x[i < half ? i : 2 * i]));
+        high[j] = to_float(finite(x[i < half ? i + half : 2 * i + 1]));
     }
     Gain g = {is_q ? q_gain : k_gain, plus, eps};
     if (g.gain && !is_v) {
@@ -246,7 +239,13 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
     for (u32 j = 0; j < PAIRS; j++) {
         u32 i = lane + 32 * j;
         if (i >= d / 2) continue;
-        to[i < half ? i : 2 * i] = to_element(low[j] * cosines[j] - high[j] * sines[j]);
-        to[i < half ? i + half : 2 * i + 1] = to_element(high[j] * cosines[j] + low[j] * sines[j]);
+        float one = low[j], other = high[j];
+        // What is not turned stays as it is, to the bit.
+        if (!is_v && i < half) {
+            one = low[j] * cosines[j] - high[j] * sines[j];
+            other = high[j] * cosines[j] + low[j] * sines[j];
+        }
+        to[i < half ? i : 2 * i] = to_element(one);
+        to[i < half ? i + half : 2 * i + 1] = to_element(other);
     }
 }

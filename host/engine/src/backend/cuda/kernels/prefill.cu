@@ -20,17 +20,26 @@ struct Prefill {
 
 // A tile, as its block sees it.
 struct Tile {
+    u32 kv_head;
     u32 row;
     u32 token0;     // in qkv and out
-    u32 tokens;     // live ones
+    u32 tokens;     // live ones; none past the last tile
     u32 position0;  // of the first token
     u32 group;
 };
 
+// Blocks begin in the order of their numbers. The later tokens of a chunk see more, and come first: were the longest tiles the last,
+// most of the device would wait for them. So do those of several key heads, side by side, but of no more than eight: the blocks of
+// one head find its keys in the cache.
 DEVICE Tile tile_of(const Prefill &a) {
-    Tile t;
-    u32 first = a.tiles[blockIdx.x * 2 + 1];
-    t.row = a.tiles[blockIdx.x * 2];
+    Tile t = {};
+    u32 block = blockIdx.y * gridDim.x + blockIdx.x, head0 = block / (8 * gridDim.x) * 8;
+    u32 together = least(8, gridDim.y - head0), place = block - head0 * gridDim.x, n = *a.n;
+    if (place / together >= n) return t;
+    t.kv_head = head0 + place % together;
+    const u32 *tile = a.tiles + 2 * (n - 1 - place / together);
+    u32 first = tile[1];
+    t.row = tile[0];
     t.group = a.heads / a.pages.kv_heads;
     u32 start = a.row_starts[t.row], chunk = a.row_starts[t.row + 1] - start;
     t.tokens = first < chunk ? least(64 / t.group, chunk - first) : 0;
@@ -45,13 +54,12 @@ DEVICE Tile tile_of(const Prefill &a) {
 template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
     let_next_start();
     wait_for_previous();
-    if (blockIdx.x >= *a.n) return;
     Tile t = tile_of(a);
     for (u32 pair = threadIdx.x / 32; pair < t.tokens * t.group; pair += 4) {
-        u32 token = t.token0 + pair / t.group, end = t.position0 + pair / t.group + 1, head = blockIdx.y * t.group + pair % t.group;
+        u32 token = t.token0 + pair / t.group, end = t.position0 + pair / t.group + 1, head = t.kv_head * t.group + pair % t.group;
         Span span = {a.window && end > a.window ? end - a.window : 0, end};
         Plain<D> state;
-        state.see(a, t.row, blockIdx.y, a.qkv + ((u64)token * (a.heads + 2 * a.pages.kv_heads) + head) * D, span);
+        state.see(a, t.row, t.kv_head, a.qkv + ((u64)token * (a.heads + 2 * a.pages.kv_heads) + head) * D, span);
 #pragma unroll
         for (u32 j = 0; j < D / 32; j++)
             a.out[((u64)token * a.heads + head) * D + j * 32 + threadIdx.x % 32] = state.out[j] / state.sum;
@@ -63,6 +71,11 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a) {
 // The first position that the tile's first token sees.
 DEVICE u32 lowest_seen(const Prefill &a, const Tile &t) {
     return a.window && t.position0 + 1 > a.window ? t.position0 + 1 - a.window : 0;
+}
+
+// Whether every token of the tile sees all of the 32 positions from `base` on.
+DEVICE bool all_see(const Prefill &a, const Tile &t, u32 base) {
+    return base + 31 <= t.position0 && (a.window == 0 || base + a.window >= t.position0 + t.tokens);
 }
 
 DEVICE bool sees(const Prefill &a, u32 position, u32 other) {
@@ -88,7 +101,7 @@ template <u32 D> DEVICE void fetch_run(const Prefill &a, const Tile &t, T *keys,
     u64 to_value = value_offset(a.pages);
     const T *halves[2];
 #pragma unroll
-    for (u32 h = 0; h < 2; h++) halves[h] = key_at(a.pages, t.row, blockIdx.y, least(base + 16 * h, (span.end - 1) / 16 * 16));
+    for (u32 h = 0; h < 2; h++) halves[h] = key_at(a.pages, t.row, t.kv_head, least(base + 16 * h, (span.end - 1) / 16 * 16));
     // All addresses of the widest heads at once would not fit the registers.
 #pragma unroll(4)
     for (u32 j = 0; j < D / 32; j++) {
@@ -107,7 +120,6 @@ template <u32 D> struct Pairs {
     const T *from[2];
     u32 q[KEPT ? D / 16 : 1][4];
     u32 position[2];
-    bool live[2];
     float top[2], sum[2], out[D / 8][4];
 
     METHOD void begin(const Prefill &a, const Tile &t) {
@@ -115,12 +127,12 @@ template <u32 D> struct Pairs {
 #pragma unroll
         for (u32 h = 0; h < 2; h++) {
             u32 pair = threadIdx.x / 32 * 16 + lane / 4 + h * 8, token = pair / t.group;
-            live[h] = token < t.tokens;
             position[h] = t.position0 + token;
             top[h] = NO_SCORE;
             sum[h] = 0.0f;
-            u32 head = blockIdx.y * t.group + pair % t.group;
-            u64 at = (u64)(t.token0 + (live[h] ? token : 0)) * (a.heads + 2 * a.pages.kv_heads) + head;
+            u32 head = t.kv_head * t.group + pair % t.group;
+            // Pairs past the last are computed from the first token, and dropped.
+            u64 at = (u64)(t.token0 + (token < t.tokens ? token : 0)) * (a.heads + 2 * a.pages.kv_heads) + head;
             from[h] = a.qkv + at * D + lane % 4 * 2;
         }
         if (KEPT) {
@@ -140,8 +152,8 @@ template <u32 D> struct Pairs {
         }
     }
 
-    // scores = q * keys, scaled and masked.
-    METHOD void score(const Prefill &a, T *keys, u32 base, float (&scores)[4][4]) {
+    // scores = q * keys, scaled.
+    METHOD void score(const Prefill &a, T *keys, float (&scores)[4][4]) {
         u32 lane = threadIdx.x % 32;
 #pragma unroll
         for (u32 i = 0; i < D / 16; i++) {
@@ -158,10 +170,19 @@ template <u32 D> struct Pairs {
         for (u32 j = 0; j < 4; j++)
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                bool seen = live[i / 2] && sees(a, position[i / 2], base + j * 8 + lane % 4 * 2 + i % 2);
-                float score = scores[j][i] * (a.scale * LOG2_E);
-                if (a.cap != 0.0f) score = soft_cap(score, a.cap);
-                scores[j][i] = seen ? score : -INFINITY;
+                scores[j][i] *= a.scale * LOG2_E;
+                if (a.cap != 0.0f) scores[j][i] = soft_cap(scores[j][i], a.cap);
+            }
+    }
+
+    METHOD void mask(const Prefill &a, u32 base, float (&scores)[4][4]) const {
+        u32 first = base + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                bool seen = sees(a, position[i / 2], first + j * 8 + i % 2);
+                scores[j][i] = seen ? scores[j][i] : -INFINITY;
             }
     }
 
@@ -223,13 +244,14 @@ template <u32 D> struct Pairs {
             // The four threads of a row each summed their own columns.
             float all = sum[h] + from_lane_xor(sum[h], 1);
             all += from_lane_xor(all, 2);
-            if (!live[h]) continue;
             u32 pair = threadIdx.x / 32 * 16 + lane / 4 + h * 8;
-            u32 head = blockIdx.y * t.group + pair % t.group;
+            if (pair / t.group >= t.tokens) continue;
+            float share = reciprocal(all);
+            u32 head = t.kv_head * t.group + pair % t.group;
             T *to = a.out + ((u64)(t.token0 + pair / t.group) * a.heads + head) * D;
 #pragma unroll
             for (u32 i = 0; i < D / 8; i++)
-                *(u32 *)(to + i * 8 + lane % 4 * 2) = to_elements(out[i][2 * h] / all, out[i][2 * h + 1] / all);
+                *(u32 *)(to + i * 8 + lane % 4 * 2) = to_finite(out[i][2 * h] * share, out[i][2 * h + 1] * share);
         }
     }
 };
@@ -239,7 +261,6 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
     const u32 RUN = 64 * Pitch<D>::OF;
     let_next_start();
     wait_for_previous();
-    if (blockIdx.x >= *a.n) return;
     Tile t = tile_of(a);
     if (t.tokens == 0) return;
     Span span = {lowest_seen(a, t), t.position0 + t.tokens};
@@ -256,7 +277,9 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
         commit_copies();
         T *keys = shared + slot * RUN;
         float scores[4][4] = {};
-        pairs.score(a, keys, base, scores);
+        pairs.score(a, keys, scores);
+        // Of most runs nothing is hidden.
+        if (!all_see(a, t, base)) pairs.mask(a, base, scores);
         pairs.soften(scores);
         pairs.mix(keys + RUN / 2, scores);
     }
@@ -278,9 +301,9 @@ template <u32 D> DEVICE void prefill_attention(const Prefill &a, T *shared) {
 #endif
 
 #define PREFILL(name, width, attend)                                                                                              \
-    ENTRY(name, 128, 2, (const u32 *n, const u32 *tiles, const T *qkv, T *kv, u64 page_stride, const u32 *block_tables,           \
-            u32 max_blocks, const u32 *row_starts, const u32 *lens, T *out, u32 heads, u32 kv_heads, u32 block_tokens,            \
-            u32 window, float scale, float cap)) {                                                                                \
+    ENTRY(name, 128, PM_T == 0 ? 3 : 2, (const u32 *n, const u32 *tiles, const T *qkv, T *kv, u64 page_stride,                    \
+            const u32 *block_tables, u32 max_blocks, const u32 *row_starts, const u32 *lens, T *out, u32 heads, u32 kv_heads,     \
+            u32 block_tokens, u32 window, float scale, float cap)) {                                                              \
         Prefill a = {n, tiles, qkv, {kv, page_stride, block_tables, max_blocks, block_tokens, kv_heads, width}, row_starts, lens, \
                      out, heads, window, scale, cap * LOG2_E};                                                                    \
         attend(width);                                                                                                            \

@@ -185,7 +185,8 @@ ENTRY(argmax_parts, 256, 4, (const u32 *n, const float *logits, Best *parts, u32
 
 // === Draws ===
 
-// The candidates of a row.
+// The candidates of a row. Functions that are called get them by value: through a reference they would be read from memory again
+// for each token.
 struct Candidates {
     const float *logits;
     u32 vocab;
@@ -194,6 +195,8 @@ struct Candidates {
     float min_p;
     u32 id_bits;       // of ranks by id alone, which have so many; else 0
     u64 floor;         // the least rank that takes part
+    u32 part_bits;     // the row is at most 32 parts of 2^part_bits tokens
+    u32 parts;         // a bit for each part in which this warp may have candidates
 };
 
 // A digit of a rank, of at most this many bits, has a bin each.
@@ -211,9 +214,23 @@ DEVICE u64 rank_of(const Candidates &c, u32 token, float logit) {
     return (u64)key << 32 | (u32)~token;
 }
 
-DEVICE bool takes_part(const Candidates &c, u32 token, float logit) {
-    return logit > -INFINITY && rank_of(c, token, logit) >= c.floor &&
-           (c.min_p <= 0.0f || logit == c.max || share(c, logit) >= c.min_p);
+DEVICE bool takes_part(const Candidates &c, float logit, u64 rank) {
+    return logit > -INFINITY && rank >= c.floor && (c.min_p <= 0.0f || logit == c.max || share(c, logit) >= c.min_p);
+}
+
+// All of a row.
+DEVICE Candidates candidates_of(const float *logits, u32 vocab, float max, float per_degree) {
+    Candidates c = {logits, vocab, max, per_degree, 0.0f, 0, 0, 10, ~0u};
+    while ((vocab - 1) >> c.part_bits >= 32) c.part_bits++;
+    return c;
+}
+
+// Where a thread that walks along the row goes on from `token`: there, or at its first token of the next part that may have
+// candidates. Parts hold whole turns of 1024 tokens, so that a warp has the same tokens in every walk, and its lanes go together.
+DEVICE u32 visit(const Candidates &c, u32 token) {
+    u32 part = token >> c.part_bits, ahead = part < 32 ? c.parts >> part : 0;
+    if (ahead & 1) return token;
+    return (ahead == 0 ? c.vocab : (part + lowest_bit(ahead)) << c.part_bits) + threadIdx.x;
 }
 
 // The sum over a block of 1024 threads, for all of them.
@@ -229,106 +246,166 @@ DEVICE u64 block_sum_1024(u64 v) {
     return sum;
 }
 
-// How many candidates there are, or the sum of their weights.
-DEVICE_CALL u64 total(const Candidates &c, bool weights) {
-    u64 sum = 0;
-    for (u32 token = threadIdx.x; token < c.vocab; token += 1024) {
+struct Total {
+    u64 sum;    // of the block
+    u32 parts;  // of the warp
+};
+
+DEVICE_CALL Total total_and_parts(Candidates c, bool weights) {
+    Total found = {0, 0};
+    for (u32 token = visit(c, threadIdx.x); token < c.vocab; token = visit(c, token + 1024)) {
         float logit = c.logits[token];
-        if (takes_part(c, token, logit)) sum += weights ? weight(c, logit) : 1;
+        if (!takes_part(c, logit, rank_of(c, token, logit))) continue;
+        found.sum += weights ? weight(c, logit) : 1;
+        found.parts |= 1u << (token >> c.part_bits);
     }
-    return block_sum_1024(sum);
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) found.parts |= from_lane_xor(found.parts, mask);
+    found.sum = block_sum_1024(found.sum);
+    return found;
 }
 
-// Where in the histogram the sum from the greatest bin down reaches `left`, for the first warp: the bin, what lies above it.
-DEVICE void find_bin(const u64 *sums, u64 left, u32 *bin, u64 *above) {
-    const u32 RUN = BINS / 32;
-    u32 lane = threadIdx.x, first = BINS - 1 - lane * RUN;
-    u64 own = 0;
-    for (u32 i = 0; i < RUN; i++) own += sums[first - i];
+// How many candidates there are, or the sum of their weights. Later walks pass over the parts that turn out to have none, which are
+// nearly all once the row is cut. So what takes part may become less after this, never more.
+DEVICE u64 total(Candidates &c, bool weights) {
+    Total found = total_and_parts(c, weights);
+    c.parts = found.parts;
+    return found.sum;
+}
+
+// A histogram in shared memory. Sums of 64 bits are in two halves: to add 64 bits there is no instruction but a loop that tries
+// until nobody else was quicker.
+struct Bins {
+    u32 *low, *high, *counts;
+};
+
+DEVICE u64 sum_of(const Bins &bins, u32 digit) { return (u64)bins.high[digit] << 32 | bins.low[digit]; }
+
+// Whose addition overflows the lower half carries it to the upper.
+DEVICE void add(const Bins &bins, u32 digit, u64 sum, u32 count) {
+    u32 low = (u32)sum, before = atomicAdd(&bins.low[digit], low);
+    u32 high = (u32)(sum >> 32) + (before + low < low);
+    if (high != 0) atomicAdd(&bins.high[digit], high);
+    atomicAdd(&bins.counts[digit], count);
+}
+
+// The lane of a warp at which the sum of `own`, lane by lane, reaches `left`, and the sum before it.
+DEVICE u32 lane_that_reaches(u64 own, u64 left, u64 *before) {
+    u32 lane = threadIdx.x % 32;
     u64 upto = own;
+#pragma unroll
     for (u32 step = 1; step < 32; step *= 2) {
         u64 other = from_lane(upto, (int)((lane - step) & 31));
         if (lane >= step) upto += other;
     }
-    u64 before = upto - own;
-    if (before >= left || upto < left) return;
-    u32 i = first;
-    for (; before + sums[i] < left; i--) before += sums[i];
-    *bin = i;
-    *above = before;
+    u32 found = lowest_bit(lanes_where(upto >= left));
+    *before = from_lane(upto - own, (int)found);
+    return found;
 }
 
-// Adds a candidate's weight to its bin. Called by whole warps: candidates that lie side by side often share a bin, mostly where rank is
-// by id, and a sum of 64 bits in shared memory is a loop that tries until nobody else was quicker. So the lanes of a bin
-// add up first and one of them speaks for all; once a bin has a single lane, the others do not look for company.
-DEVICE void add_to_bin(u64 *sums, u32 *counts, bool live, u32 digit, u64 weight) {
+// Where in the histogram the sum from the greatest bin down reaches `left`, for the first warp: the bin, what lies above it.
+DEVICE void find_bin(const Bins &bins, u64 left, u32 *bin, u64 *above) {
+    const u32 RUN = BINS / 32;
+    u32 lane = threadIdx.x, first = BINS - 1 - lane * RUN;
+    u64 own = 0, before, between;
+    // Each lane begins elsewhere in its run: from its first bin on, all of them would want the same bank of memory.
+#pragma unroll 8
+    for (u32 i = 0; i < RUN; i++) own += sum_of(bins, first - (i + lane) % RUN);
+    u32 run = lane_that_reaches(own, left, &before);
+    // The bins of that run, two to a lane.
+    u32 upper = BINS - 1 - run * RUN - lane * 2;
+    u64 sum = sum_of(bins, upper);
+    u32 pair = lane_that_reaches(sum + sum_of(bins, upper - 1), left - before, &between);
+    if (lane != pair) return;
+    before += between;
+    bool is_upper = before + sum >= left;
+    *bin = is_upper ? upper : upper - 1;
+    *above = is_upper ? before : before + sum;
+}
+
+// The sum of a warp's weights, in halves of 27 bits: 32 of those fit in a word, and a weight has no more than 45.
+DEVICE u64 warp_sum_of_weights(u64 v) {
+    const u32 HALF = 27;
+    return ((u64)sum_of_lanes((u32)(v >> HALF)) << HALF) + sum_of_lanes((u32)v & ((1u << HALF) - 1));
+}
+
+// Adds a candidate's weight to its bin. Called by whole warps: candidates that lie side by side often share a bin, mostly where
+// rank is by id, and additions to one word wait for each other. So the lanes of a bin add up first and one of them speaks for all;
+// once a bin has a single lane, the others do not look for company.
+DEVICE void add_to_bin(const Bins &bins, bool live, u32 digit, u64 weight) {
     const u32 TURNS = 4;
-    u32 lane = threadIdx.x % 32, left = lanes_where(live);
+    u32 lane = threadIdx.x % 32, left = lanes_where(live), count = 1;
     for (u32 turn = 0; turn < TURNS && left != 0; turn++) {
         u32 first = lowest_bit(left), shared = from_lane(digit, (int)first);
         bool mine = live && digit == shared;
         u32 company = lanes_where(mine);
-        u64 sum = mine ? weight : 0;
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) sum += from_lane_xor(sum, mask);
-        if (lane == first) {
-            atomicAdd(&sums[shared], sum);
-            atomicAdd(&counts[shared], count_bits(company));
-        }
-        live = live && !mine;
-        left &= ~company;
         if (count_bits(company) == 1) break;
+        u64 sum = warp_sum_of_weights(mine ? weight : 0);
+        if (lane == first) {
+            weight = sum;
+            count = count_bits(company);
+        } else if (mine) {
+            live = false;
+        }
+        left &= ~company;
     }
-    if (!live) return;
-    atomicAdd(&sums[digit], weight);
-    atomicAdd(&counts[digit], 1u);
+    if (live) add(bins, digit, weight, count);
 }
 
 // The rank at which the count of candidates, or the sum of their weights, reaches `left` (of 1 up to the total), best first.
-// The lowest bits are left at 0 where no other candidate shares the upper ones.
-DEVICE_CALL u64 rank_at(const Candidates &c, bool weights, u64 left) {
-    SHARED(u64, sums, BINS);
+// The lowest bits of a rank by logit are left at 0 where no other candidate shares the upper ones.
+DEVICE_CALL u64 rank_at(Candidates c, bool weights, u64 left) {
+    SHARED(u32, low_sums, BINS);
+    SHARED(u32, high_sums, BINS);
     SHARED(u32, counts, BINS);
     SHARED(u64, above, 1);
     SHARED(u32, bin, 1);
+    const Bins bins = {low_sums, high_sums, counts};
     u64 prefix = 0;
     u32 shift = c.id_bits != 0 ? c.id_bits : 64;
     while (shift > 0) {
         u32 width = least(DIGIT, shift), low = shift - width;
         // Nobody needs what is cleared: in a loop that goes on, whoever is late to read its bin's count finds it is not 1 either
         // way; and between two calls of this function stands one of `total`.
-        for (u32 i = threadIdx.x; i < BINS; i += 1024) {
-            sums[i] = 0;
-            counts[i] = 0;
-        }
+        for (u32 i = threadIdx.x; i < BINS; i += 1024) low_sums[i] = high_sums[i] = counts[i] = 0;
         __syncthreads();
-        for (u32 token = threadIdx.x; token - threadIdx.x < c.vocab; token += 1024) {
-            float logit = token < c.vocab ? c.logits[token] : -INFINITY;
+        // The ranks that begin with the prefix are at most `last` above it. By id they are a run of tokens, and a walk begins at a
+        // whole turn.
+        u64 last = ~(u64)0 >> (64 - shift);
+        u32 begin = 0, end = c.vocab;
+        if (c.id_bits != 0) {
+            begin = (1u << c.id_bits) - (u32)prefix - (1u << shift);
+            end = least(end, begin + (1u << shift));
+            begin -= begin % 1024;
+        }
+        for (u32 token = visit(c, begin + threadIdx.x); token - threadIdx.x < end; token = visit(c, token + 1024)) {
+            float logit = token < end ? c.logits[token] : -INFINITY;
             u64 rank = rank_of(c, token, logit);
-            bool live = takes_part(c, token, logit) && (shift == 64 || rank >> shift == prefix >> shift);
+            bool live = rank - prefix <= last && takes_part(c, logit, rank);
             u32 digit = (u32)(rank >> low) & ((1u << width) - 1);
-            add_to_bin(sums, counts, live, digit, !live ? 0 : weights ? weight(c, logit) : 1);
+            add_to_bin(bins, live, digit, !live ? 0 : weights ? weight(c, logit) : 1);
         }
         __syncthreads();
-        if (threadIdx.x < 32) find_bin(sums, left, bin, above);
+        if (threadIdx.x < 32) find_bin(bins, left, bin, above);
         __syncthreads();
         prefix |= (u64)*bin << low;
         left -= *above;
         shift = low;
-        if (counts[*bin] == 1) break;
+        // By id the digits that are left cost less than the search for the candidate.
+        if (c.id_bits == 0 && counts[*bin] == 1) break;
     }
     return prefix > c.floor ? prefix : c.floor;
 }
 
-// The worst of the candidates with at least this rank.
+// The worst of the candidates with at least this rank, which is by logit.
 DEVICE u32 worst_from(Candidates c, u64 rank) {
     SHARED(u64, ranks, 32);
     c.floor = rank;
     u64 least_rank = ~(u64)0;
-    for (u32 token = threadIdx.x; token < c.vocab; token += 1024) {
+    for (u32 token = visit(c, threadIdx.x); token < c.vocab; token = visit(c, token + 1024)) {
         float logit = c.logits[token];
-        if (!takes_part(c, token, logit)) continue;
         u64 own = rank_of(c, token, logit);
+        if (!takes_part(c, logit, own)) continue;
         least_rank = own < least_rank ? own : least_rank;
     }
 #pragma unroll
@@ -339,7 +416,7 @@ DEVICE u32 worst_from(Candidates c, u64 rank) {
     if (threadIdx.x % 32 == 0) ranks[threadIdx.x / 32] = least_rank;
     __syncthreads();
     for (u32 i = 0; i < 32; i++) least_rank = ranks[i] < least_rank ? ranks[i] : least_rank;
-    return c.id_bits != 0 ? (1u << c.id_bits) - 1 - (u32)least_rank : ~(u32)least_rank;
+    return ~(u32)least_rank;
 }
 
 // The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
@@ -371,7 +448,7 @@ DEVICE u32 bits_of_ids(u32 vocab) {
 }
 
 DEVICE u32 draw(const float *logits, u32 vocab, float max, const Rules &r) {
-    Candidates c = {logits, vocab, max, 1.0f / r.temperature, 0.0f, 0, 0};
+    Candidates c = candidates_of(logits, vocab, max, 1.0f / r.temperature);
     bool cut = r.top_k > 0 && r.top_k < total(c, false);
     if (cut) c.floor = rank_at(c, false, r.top_k);
     if (r.top_p < 1.0f) {
@@ -381,14 +458,15 @@ DEVICE u32 draw(const float *logits, u32 vocab, float max, const Rules &r) {
     c.id_bits = cut || r.top_p < 1.0f ? 0 : bits_of_ids(vocab);
     c.min_p = r.min_p;
     u64 all = total(c, true);
-    return worst_from(c, rank_at(c, true, bounded(floor(uniform(r.seed, r.index) * (double)all) + 1.0, all)));
+    u64 rank = rank_at(c, true, bounded(floor(uniform(r.seed, r.index) * (double)all) + 1.0, all));
+    return c.id_bits != 0 ? (1u << c.id_bits) - 1 - (u32)rank : worst_from(c, rank);
 }
 
 // Log-probabilities of the distribution before temperature: of the chosen token, and of the likeliest.
 DEVICE void report(const float *logits, u32 vocab, float max, u32 chosen, u32 wanted, Top *top) {
     SHARED(Best, kept, MOST_LOGPROBS);
     SHARED(u32, count, 1);
-    Candidates c = {logits, vocab, max, 1.0f, 0.0f, 0, 0};
+    Candidates c = candidates_of(logits, vocab, max, 1.0f);
     // The barriers of `total` are this counter's too.
     if (threadIdx.x == 0) *count = 0;
     double log_sum = log((double)total(c, true) / 17592186044416.0);
@@ -397,8 +475,8 @@ DEVICE void report(const float *logits, u32 vocab, float max, u32 chosen, u32 wa
     if (wanted > 0 && wanted < total(c, false)) c.floor = rank_at(c, false, wanted);
     if (wanted > 0) {
         for (u32 token = threadIdx.x; token < vocab; token += 1024) {
-            if (!takes_part(c, token, logits[token])) continue;
             Best one = {logits[token], token};
+            if (!takes_part(c, one.value, rank_of(c, token, one.value))) continue;
             kept[atomicAdd(count, 1u)] = one;
         }
     }

@@ -48,10 +48,7 @@ template <u32 WARPS, u32 I, u32 J> DEVICE bool join_runs(float (&sums)[I][J][4],
     for (u32 i = 0; i < I; i++)
 #pragma unroll
         for (u32 j = 0; j < J; j++) {
-            uint4 v;
-            v.x = __float_as_uint(sums[i][j][0]), v.y = __float_as_uint(sums[i][j][1]);
-            v.z = __float_as_uint(sums[i][j][2]), v.w = __float_as_uint(sums[i][j][3]);
-            *(uint4 *)(own + (i * J + j) * 128) = v;
+            *(uint4 *)(own + (i * J + j) * 128) = pack(sums[i][j]);
             sums[i][j][0] = sums[i][j][1] = sums[i][j][2] = sums[i][j][3] = 0.0f;
         }
     if (!is_last_warp(r.counts + place, runs)) return false;

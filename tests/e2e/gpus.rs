@@ -1,0 +1,216 @@
+//! A host on GPUs, without one: the driver is the engine's stand-in for NVIDIA's, whose devices compute on the CPU.
+//!
+//! What the engine's own tests leave open is everything between a request and the device: plans of memory, loads beside models that
+//! serve, pools that make room, devices that cannot serve a model, and devices that go.
+
+use std::path::Path;
+
+use pointsman_tests::{Answer, Host, looks};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::library;
+use crate::loads::{PROGRAM, ask, folder, load, unload};
+
+/// What a person may write into the configuration of a host with small batches: devices compute slowly here.
+const SMALL: &str = "
+[sched]
+max_running = 2
+max_batch_tokens = 32
+prefill_chunk_tokens = 32
+";
+
+/// A host beside a driver, and what becomes of its devices.
+struct Beside {
+    host: Host,
+    mishaps: TempDir,
+}
+
+impl Beside {
+    /// On these devices; `None` where no driver can be made.
+    fn start(devices: &str, engine: &str, models: &Path, n_devices: &str) -> Option<Self> {
+        let driver = library::folder()?;
+        let mishaps = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(mishaps.path().join("list"), "").expect("a temporary file");
+        let (list, models) = (mishaps.path().join("list"), models.display());
+        let config = format!(
+            "[engine]\ndemo = false\ndevices = {devices}\nkv_mib = 8\ncublaslt = false\nmodel_dirs = [\"{models}\"]\n\
+             {engine}\n[models]\nmini = \"{models}/mini\"\n{SMALL}"
+        );
+        let nowhere = Path::new("");
+        // Without a compiler of NVIDIA's, whose code the driver would not take.
+        let variables = [
+            ("LD_LIBRARY_PATH", &*driver),
+            ("PM_DRIVER_MISHAPS", &list),
+            ("PM_DRIVER_DEVICES", Path::new(n_devices)),
+            ("PATH", nowhere),
+            ("CUDA_HOME", nowhere),
+            ("CUDA_PATH", nowhere),
+            ("VIRTUAL_ENV", nowhere),
+            ("CONDA_PREFIX", nowhere),
+        ];
+        Some(Self { host: Host::surrounded(PROGRAM, &config, &variables), mishaps })
+    }
+
+    fn happens(&self, what: &str) {
+        std::fs::write(self.mishaps.path().join("list"), what).expect("a temporary file");
+    }
+
+    fn device(&self, name: &str) -> Value {
+        let devices = self.host.admin("GET", "/admin/v1/devices", &Value::Null).body;
+        let found = devices["data"].as_array().and_then(|all| all.iter().find(|device| device["name"] == name));
+        found.unwrap_or_else(|| panic!("no {name}: {devices}")).clone()
+    }
+
+    fn metrics(&self) -> String {
+        self.host.get("/metrics").body.as_str().expect("text").to_owned()
+    }
+
+    fn memory(&self, of: &str) -> u64 {
+        self.device("cuda:0")["memory"][of].as_u64().unwrap_or_else(|| panic!("no {of}"))
+    }
+
+    /// Blocks of each pool on the first GPU.
+    fn pools(&self) -> Vec<u64> {
+        let device = self.device("cuda:0");
+        let replicas = device["replicas"].as_array().expect("replicas");
+        replicas.iter().map(|replica| replica["kv_blocks"].as_u64().expect("a number")).collect()
+    }
+}
+
+fn says(answer: &Answer) -> (String, String) {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let replica = answer.headers["x-pointsman-replica"].to_str().expect("text").to_owned();
+    (replica, answer.body["choices"][0]["text"].as_str().expect("a text").to_owned())
+}
+
+#[test]
+fn a_gpu_says_what_the_cpu_says_and_counts_what_it_has() {
+    let models = folder();
+    let Some(gpu) = Beside::start("[\"auto\"]", "max_context = 512", models.path(), "1") else { return };
+    let cpu = Host::configured(PROGRAM, &format!("[models]\nmini = {:?}\n", models.path().join("mini")));
+    // One prompt of several chunks, and the step of one token behind another.
+    let prompt = "Ownership is a set of rules that govern how a program manages memory. ".repeat(3);
+    for (prompt, tokens) in [("Ownership is", 6), (&*prompt, 3)] {
+        let asked = json!({"model": "mini", "prompt": prompt, "temperature": 0, "max_tokens": tokens, "ignore_eos": true});
+        let (on, said) = says(&gpu.host.post("/v1/completions", &asked));
+        assert_eq!((&*on, said), ("mini:f16@cuda:0", says(&cpu.post("/v1/completions", &asked)).1));
+    }
+    let device = gpu.device("cuda:0");
+    assert_eq!((&device["index"], &device["state"]), (&json!(1), &json!("up")));
+    assert_eq!((&device["memory"]["total"], gpu.pools()), (&json!(1_u64 << 30), vec![64]), "two full contexts");
+    let log = gpu.host.log();
+    for line in ["mini:f16@cuda:0: weights 1.", "KV pool 0.8 MiB (64 blocks)", "up to 2 sequences at once, 2 of 512 tokens"] {
+        assert!(log.contains(line), "no `{line}`: {log}");
+    }
+    assert_eq!(log.matches("NVRTC was not found").count(), 1, "{log}");
+    let metrics = gpu.metrics();
+    assert!(metrics.contains(r#"pointsman_device_memory_bytes{device="cuda:0",owner="weights"}"#), "{metrics}");
+}
+
+#[test]
+fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
+    let models = folder();
+    let Some(gpu) = Beside::start("[\"cuda:0\"]", "", models.path(), "1") else { return };
+    let (mini, kv) = (models.path().join("mini"), gpu.memory("kv"));
+    assert_eq!(gpu.pools(), [128]);
+    let is_told = |blocks: u64| gpu.metrics().contains(&format!(r#"num_gpu_blocks="{blocks}""#));
+    assert!(is_told(128));
+    // Another process leaves a quarter of a pool, beside what the same model takes once more.
+    let (own, graphs, reserve) = (gpu.memory("weights") + gpu.memory("workspace"), 512 << 10, 256 << 20);
+    let held = own + kv;
+    let taken = (1_u64 << 30) - held - reserve - own - graphs - kv / 4;
+    gpu.happens(&format!("taken 0 {taken}"));
+    let before = says(&gpu.host.post("/v1/completions", &ask("mini", 4)));
+    let loaded = load(&gpu.host, "more", &mini);
+    assert_eq!((loaded.status, &loaded.body["unserved"]), (201, &Value::Null), "{loaded:?}");
+    let pools = gpu.pools();
+    assert!(pools.iter().all(|blocks| (64..128).contains(blocks)) && pools.len() == 2, "{pools:?}");
+    assert!(gpu.memory("kv") <= kv + kv / 2 && !is_told(128) && is_told(pools[0]), "{pools:?}");
+    for name in ["mini", "more"] {
+        assert_eq!(says(&gpu.host.post("/v1/completions", &ask(name, 4))).1, before.1, "{name}");
+    }
+    // A third finds nothing that pools could give: what they have is one full context each.
+    let refused = load(&gpu.host, "third", &mini);
+    let told = refused.body["error"]["message"].as_str().expect("a message");
+    assert!(refused.status == 422 && told.contains("the model does not fit on this device"), "{refused:?}");
+    assert_eq!(gpu.pools(), pools, "who cannot be helped is not waited on");
+    assert_eq!(unload(&gpu.host, "more", "").status, 200);
+    assert_eq!((gpu.pools(), gpu.memory("kv")), (vec![128], kv));
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 4))).1, before.1);
+}
+
+#[test]
+fn an_operator_bounds_pools_and_clears_caches() {
+    let models = folder();
+    let Some(gpu) = Beside::start("[\"cuda:0\", \"cpu\"]", "max_context = 256", models.path(), "1") else { return };
+    let bound = |device: &str, mib: Value| {
+        gpu.host.admin("PUT", &format!("/admin/v1/devices/{device}/kv-pools"), &json!({ "mib": mib }))
+    };
+    assert_eq!(gpu.pools(), [32]);
+    // One full context is what a pool keeps.
+    let few = bound("cuda:0", json!(1));
+    assert_eq!((few.status, gpu.pools()), (200, vec![32]), "384 KiB: {few:?}");
+    for (device, status, told) in [("cpu", 409, "engine.kv_mib"), ("cuda:1", 404, "there are cuda:0, cpu")] {
+        let refused = bound(device, json!(1));
+        assert!(refused.status == status && refused.body.to_string().contains(told), "{refused:?}");
+    }
+    // Whichever replica a request goes to: the same prompt is looked for where it was, and a third time nowhere.
+    let prompt = "Ownership is a set of rules that govern how a program manages memory. ".repeat(2);
+    let asked = json!({"model": "mini", "prompt": prompt, "max_tokens": 1});
+    let cached = |answer: &Answer| answer.body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    let first = gpu.host.post("/v1/completions", &asked);
+    let device = if says(&first).0.ends_with("@cpu") { "cpu" } else { "cuda:0" };
+    assert_eq!(cached(&first), Some(0));
+    let held = || gpu.device(device)["replicas"][0]["kv_cached_blocks"].as_u64();
+    assert!(held() > Some(0));
+    let cleared = gpu.host.admin("DELETE", &format!("/admin/v1/devices/{device}/prefix-cache"), &Value::Null);
+    let data = &cleared.body["data"][0];
+    assert_eq!((&data["name"], held()), (&json!(format!("mini:f16@{device}")), Some(0)));
+    assert!(data["kv_blocks"].as_u64() > Some(1), "{cleared:?}");
+    let none = gpu.host.admin("DELETE", "/admin/v1/devices/tpu/prefix-cache", &Value::Null);
+    assert!(none.status == 404 && none.body.to_string().contains("there is no device `tpu` here"), "{none:?}");
+}
+
+#[test]
+fn a_device_that_cannot_serve_a_model_leaves_it_to_the_others_and_says_why() {
+    let models = folder();
+    let Some(gpu) = Beside::start("[\"cuda:0\", \"cpu\"]", "", models.path(), "1") else { return };
+    gpu.happens("taken 0 1073741824");
+    let loaded = load(&gpu.host, "more", &models.path().join("mini"));
+    assert_eq!(loaded.status, 201, "{loaded:?}");
+    let unserved = loaded.body["unserved"].as_array().expect("a list");
+    assert_eq!((&unserved[0]["variant"], &unserved[0]["device"]), (&json!("more:f16"), &json!("cuda:0")));
+    let why = unserved[0]["error"].as_str().expect("a text");
+    assert!(why.starts_with("the model does not fit on this device: weights 1."), "{why}");
+    assert!(why.contains("are missing even for the shortest context: choose another device"), "{why}");
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("more", 2))).0, "more:f16@cpu");
+}
+
+#[test]
+fn a_device_that_is_lost_leaves_its_requests_to_the_others() {
+    let models = folder();
+    let Some(gpu) = Beside::start("[\"cuda:0\", \"cuda:1\"]", "max_context = 256", models.path(), "2") else { return };
+    // Two at a time have a device each.
+    let both = std::thread::scope(|scope| {
+        let asks = [(); 2].map(|()| scope.spawn(|| says(&gpu.host.post("/v1/completions", &ask("mini", 12)))));
+        asks.map(|asked| asked.join().expect("an answer"))
+    });
+    let mut on = both.each_ref().map(|(on, _)| &**on);
+    on.sort_unstable();
+    assert_eq!((on, &both[0].1), (["mini:f16@cuda:0", "mini:f16@cuda:1"], &both[1].1));
+    gpu.happens("lost 0");
+    // Whoever meets it is told so, or goes on elsewhere.
+    let is_down = looks().any(|_| {
+        let answer = gpu.host.post("/v1/completions", &ask("mini", 1));
+        assert!(answer.status == 200 || answer.body["error"]["code"] == "no_replica", "{answer:?}");
+        gpu.device("cuda:0")["state"] == "down"
+    });
+    assert!(is_down, "nobody noticed");
+    for _ in 0..3 {
+        assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 1))).0, "mini:f16@cuda:1");
+    }
+    let (health, lost) = (gpu.host.get("/health"), gpu.device("cuda:0"));
+    assert_eq!((&health.body["degraded"], &lost["memory"]["weights"]), (&json!(["device cuda:0"]), &json!(0)));
+    assert!(gpu.host.log().contains("this device serves no more"));
+}
