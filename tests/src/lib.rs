@@ -146,7 +146,7 @@ impl Host {
         configure(folder.path(), config);
         std::fs::write(folder.path().join(LOG), "").expect("a temporary file");
         let mut command = Command::new(program);
-        variables.iter().for_each(|(name, value)| drop(command.env(name, value)));
+        command.envs(variables.iter().copied());
         Self::spawn(command, folder, &[("LOG__LEVEL", "info")])
     }
 

@@ -80,7 +80,10 @@ mod tests {
             "  m:f16@cuda:0                       4120 KV blocks, 4000 free (7 with a prefix); 3 run, 0 wait",
         ];
         assert_eq!(format!("{HEAD}\n{}", lines(&device)), expect.join("\n"));
-        let cpu = json!({"name": "cpu", "state": "up", "memory": {"weights": 0, "kv": 0, "workspace": 0}, "replicas": []});
-        assert!(lines(&cpu).starts_with("cpu              up               0        0        -        0        -        -"));
+        let cpu =
+            json!({"name": "cpu", "state": "up", "memory": {"weights": 0, "kv": 0, "workspace": 0}, "replicas": []});
+        assert!(
+            lines(&cpu).starts_with("cpu              up               0        0        -        0        -        -")
+        );
     }
 }

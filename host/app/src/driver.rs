@@ -977,7 +977,8 @@ mod tests {
             let step = [0, 20, 0, 700][seed as usize];
             let resident = replica(1, step, &context, &text);
             let stays = Arc::clone(&resident.gauges);
-            let driver = DriverHandle::start(("test", 3), vec![resident], (256, 512), context.clone()).expect("a thread");
+            let driver =
+                DriverHandle::start(("test", 3), vec![resident], (256, 512), context.clone()).expect("a thread");
             for round in 0..12 {
                 let joins = replica(2, step, &context, &text);
                 let gauges = Arc::clone(&joins.gauges);

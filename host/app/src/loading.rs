@@ -97,7 +97,8 @@ fn variants(model: &Value) -> String {
 /// A line for each device that cannot serve it.
 fn unserved(model: &Value) -> Vec<String> {
     let all = model["unserved"].as_array().map_or(&[][..], Vec::as_slice);
-    let line = |one: &Value| format!("  {} not on {}: {}", text(one, "variant"), text(one, "device"), text(one, "error"));
+    let line =
+        |one: &Value| format!("  {} not on {}: {}", text(one, "variant"), text(one, "device"), text(one, "error"));
     all.iter().map(line).collect()
 }
 

@@ -272,7 +272,17 @@ impl<'a> Loader<'a> {
         // The demo is two variants and a second model.
         let models = config.models.len() * config.engine.precisions.len() + if config.engine.demo { 3 } else { 0 };
         let to_come = u32::try_from(models).unwrap_or(u32::MAX);
-        Self { config, names, terms, known: &[], follower: None, n_packed: 0, to_come, unserved: Vec::new(), loaded: Loaded::default() }
+        Self {
+            config,
+            names,
+            terms,
+            known: &[],
+            follower: None,
+            n_packed: 0,
+            to_come,
+            unserved: Vec::new(),
+            loaded: Loaded::default(),
+        }
     }
 
     /// Loads the demo (if configured), every configured model, and those that were loaded while an earlier host ran.
@@ -618,7 +628,11 @@ impl<'a> Loader<'a> {
                     Err(error) if is_unfit(&error) => {
                         tracing::warn!("not served there: {error:#}");
                         let (device, variant) = (place.name(), source.id.to_string());
-                        self.unserved.push(wire::Unserved { variant, device, error: format!("{:#}", error.root_cause()) });
+                        self.unserved.push(wire::Unserved {
+                            variant,
+                            device,
+                            error: format!("{:#}", error.root_cause()),
+                        });
                         unfit = Some(error);
                         continue;
                     }
@@ -786,12 +800,11 @@ impl<'a> Loader<'a> {
         let (all, mut told) = (plan.bytes.weights.max(1), 0);
         let in_file = source.weights.bytes();
         let mut progress = |done: u64| {
-            // Nobody stops a load half-way on a GPU: what it has allocated goes with the engine.
-            self.packed((u128::from(in_file) * u128::from(done) / u128::from(all)) as u64);
             if done * 4 / all > told {
                 told = done * 4 / all;
                 tracing::info!("{name}: {} of {} loaded", cuda::Bytes(done), cuda::Bytes(all));
             }
+            self.packed((u128::from(in_file) * u128::from(done) / u128::from(all)) as u64)
         };
         let model = (source.spec.clone(), cuda::Source::Files(source.weights));
         let mut engine =
@@ -817,7 +830,8 @@ impl<'a> Loader<'a> {
         let place = Place::Cuda(found.clone());
         let (device, index) = (place.name(), u64::from(place.index()));
         let here = |loaded: &&mut LoadedReplica| loaded.replica.device == index;
-        let mut shares: Vec<PoolShare> = self.follower.map(|follower| follower.pool_shares(&device)).unwrap_or_default();
+        let mut shares: Vec<PoolShare> =
+            self.follower.map(|follower| follower.pool_shares(&device)).unwrap_or_default();
         let own = self.loaded.replicas.iter_mut().filter(here);
         shares.extend(own.map(|loaded| PoolBounds::of(loaded).share(loaded.kv_blocks)));
         let Some(bytes) = error.share(&shares) else { return false };

@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, PoolSize, StepOutput, StepPlan};
+use pointsman_sched::execute::{
+    ExecuteError, Executor, InHalves, PoolSize, Row, Sample, Sampled, StepOutput, StepPlan,
+};
 use pointsman_sched::ids::Micros;
 use pointsman_sched::request::TokenLogprobs;
 use pointsman_sched::sampler::{Edit, EditSource};

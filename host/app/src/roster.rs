@@ -287,7 +287,8 @@ impl ModelAdmin for Roster {
         })?;
         let are_resized = engine.bound_pools(device, bytes, shared).ok_or_else(|| self.no_device(device))?;
         if !are_resized {
-            let message = format!("KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start");
+            let message =
+                format!("KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start");
             return Err(refused(AdminErrorKind::Conflict, None, message));
         }
         tracing::info!(%actor, device, bytes, "KV pools were bounded");

@@ -770,7 +770,8 @@ impl Metrics {
 
     /// A replica's pool has another number of blocks.
     pub fn resized_pool(&self, model_name: &str, device: &str, block_tokens: u32, (before, now): (u32, u32)) {
-        let shape = |n_blocks: u32| [device.to_owned(), model_name.to_owned(), block_tokens.to_string(), n_blocks.to_string()];
+        let shape =
+            |n_blocks: u32| [device.to_owned(), model_name.to_owned(), block_tokens.to_string(), n_blocks.to_string()];
         let _ = self.cache_config.remove_label_values(&shape(before));
         self.cache_config.with_label_values(&shape(now)).set(1);
     }

@@ -63,7 +63,11 @@ pub(crate) fn engines_on(
     on_cpu: Precision,
 ) -> (CpuEngine, CudaEngine) {
     let (model, mut seen) = ((spec.clone(), Source::Files(weights)), 0);
-    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |done| seen = done).unwrap();
+    let mut see = |done| {
+        seen = done;
+        true
+    };
+    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut see).unwrap();
     let used = cuda.memory();
     assert!(seen > 0 && seen <= used.weights, "progress ends at {seen} of {}", used.weights);
     let model = Arc::new(Model::load(spec.clone(), weights, on_cpu).unwrap());
@@ -302,7 +306,7 @@ fn without_graphs(device: ShimDevice) -> (CudaEngine, Step) {
     let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
     let options = CudaOptions { form: Element::F32.into(), graphs: false, library: LibraryUse::Faster };
     let model = (spec, Source::Files(&weights));
-    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
+    let cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| true).unwrap();
     let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
     let mut step = Step::default();
     step.push(&sequence, 20, &Arc::default());
@@ -391,13 +395,29 @@ fn a_step_that_cannot_be_begun_leaves_the_one_before_it() {
 }
 
 #[test]
+fn a_load_ends_where_whoever_follows_it_says_no() {
+    let Some(device) = ShimDevice::start() else { return };
+    let spec = spec(64, true);
+    let weights = Weights::from_bytes(serialize(&tensors(&spec, Dtype::F32, 7), Dtype::F32)).unwrap();
+    let options = CudaOptions { form: Element::F32.into(), graphs: true, library: LibraryUse::Faster };
+    let (model, mut n_told) = ((spec, Source::Files(&weights)), 0);
+    let mut say_no = |_| {
+        n_told += 1;
+        false
+    };
+    let error = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut say_no).unwrap_err();
+    assert!(matches!(error, CudaError::Load(pointsman_engine::LoadError::Stopped)), "{error}");
+    assert_eq!(n_told, 1);
+}
+
+#[test]
 fn models_and_plans_that_the_kernels_do_not_cover_are_refused() {
     let Some(device) = ShimDevice::start() else { return };
     let odd = spec(160, true);
     let weights = Weights::from_bytes(serialize(&tensors(&odd, Dtype::F32, 7), Dtype::F32)).unwrap();
     let options = CudaOptions { form: Element::F32.into(), graphs: true, library: LibraryUse::Faster };
     let error =
-        CudaEngine::load(Box::new(device), (odd, Source::Files(&weights)), CONFIG, options, &mut |_| {}).unwrap_err();
+        CudaEngine::load(Box::new(device), (odd, Source::Files(&weights)), CONFIG, options, &mut |_| true).unwrap_err();
     assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
     assert!(
         error.to_string().contains("do not cover heads of this width (160); they cover 32, 64, 96, 128 and 256"),
@@ -477,7 +497,7 @@ fn random_numbers_fill_every_matrix() {
         let options =
             CudaOptions { form: Form { element: Element::Bf16, precision }, graphs: true, library: LibraryUse::Faster };
         let model = (spec(64, tied), Source::Random(3));
-        let mut cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| {}).unwrap();
+        let mut cuda = CudaEngine::load(Box::new(device), model, CONFIG, options, &mut |_| true).unwrap();
         let sequence = Sequence { tokens: vec![7; 20], computed: 0, blocks: blocks([3, 2]) };
         let mut step = Step::default();
         step.push(&sequence, 20, &Arc::default());

@@ -115,7 +115,8 @@ fn a_pool_that_shrinks_preempts_who_is_in_the_way_and_keeps_who_needs_room() {
     }
     (0..3).for_each(|_| drop(host.step_with(&mut NativeBatch, rows)));
     let running = |host: &Host| {
-        let runs = |id: &u64| host.scheduler.inspect(RequestId(*id), 0).is_some_and(|(stage, _)| stage != Stage::Queued);
+        let runs =
+            |id: &u64| host.scheduler.inspect(RequestId(*id), 0).is_some_and(|(stage, _)| stage != Stage::Queued);
         (1..=3).filter(runs).collect::<Vec<u64>>()
     };
     assert_eq!(running(&host), [1, 2, 3]);

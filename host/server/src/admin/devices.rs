@@ -43,7 +43,10 @@ pub(super) async fn bound_kv_pools(
     check_content_type(request.headers())?;
     let BoundPools { mib } = from_json(&read_body(&state, request, MAX_BODY_BYTES).await?)?;
     if mib.is_some_and(|mib| mib == 0 || mib > MAX_MIB) {
-        return Err(ApiError::invalid("mib", format!("mib is 1 to {MAX_MIB}, or null for all that a pool was made with")));
+        return Err(ApiError::invalid(
+            "mib",
+            format!("mib is 1 to {MAX_MIB}, or null for all that a pool was made with"),
+        ));
     }
     let bound = move |state: &ServerState| state.models.bound_kv_pools(&name, mib.map(|mib| mib << 20), &actor);
     Ok(json(&blocking(&state, Kind::Change, bound).await?))

@@ -275,7 +275,7 @@ impl ParityCase {
         let source = (spec.clone(), Source::Files(&weights));
         let mut pair = Pair {
             cpu: CpuEngine::new(model, pool.clone(), config)?,
-            cuda: CudaEngine::load(device, source, config, options, &mut |_| {})?,
+            cuda: CudaEngine::load(device, source, config, options, &mut |_| true)?,
             rules: rules(),
             parity: Parity::of(self.form.element),
         };

@@ -23,7 +23,7 @@ use super::step::{check_follows, check_lists, extent_of, output_words, read_outp
 use super::tune::{GemmChoice, GemmChoices, LibraryUse, Tuner};
 use super::vram::{Footprint, KvWish, VramError, VramPlan, VramUse, recommend};
 use super::weights::{Packer, Source};
-use crate::backend::cpu::Precision;
+use crate::backend::cpu::{Precision, Progress};
 use crate::backend::{ConfigError, EngineConfig};
 use crate::load::LoadError;
 use crate::spec::ModelSpec;
@@ -120,7 +120,8 @@ struct Captured {
 // === impl CudaEngine ===
 
 impl CudaEngine {
-    /// Allocates everything, copies the weights and captures the graphs. `progress` is told the bytes of weights done.
+    /// Allocates everything, copies the weights and captures the graphs. `progress` is told the bytes of weights done, and
+    /// ends it by a no.
     ///
     /// # Errors
     /// The model is not covered, the weights are bad, or the device refuses; what was allocated is given back.
@@ -129,7 +130,7 @@ impl CudaEngine {
         (spec, source): (ModelSpec, Source<'_>),
         config: EngineConfig,
         options: CudaOptions,
-        progress: &mut dyn FnMut(u64),
+        progress: &mut Progress<'_>,
     ) -> Result<Self, CudaError> {
         config.check(&spec)?;
         check_spec(&spec)?;

@@ -233,7 +233,11 @@ fn fault(call: &'static str, error: DriverError) -> DeviceError {
 }
 
 /// Of a call that asks for so many bytes of the device's memory.
-pub(super) fn check_memory<T>(call: &'static str, asked: u64, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+pub(super) fn check_memory<T>(
+    call: &'static str,
+    asked: u64,
+    result: Result<T, DriverError>,
+) -> Result<T, DeviceError> {
     result.map_err(|error| match error.0 {
         sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
             let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);

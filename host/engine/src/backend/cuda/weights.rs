@@ -10,7 +10,7 @@ use super::device::Device;
 use super::element::Form;
 use super::engine::CudaError;
 use super::layout::{Buffer, LayerPart, Owner, Sizes};
-use crate::backend::cpu::Precision;
+use crate::backend::cpu::{Precision, Progress};
 use crate::layers::GatedParts;
 use crate::load::{Elements, Kind, LoadError, Weights, quantise_fp8, quantise_q8_0};
 use crate::spec::Rope;
@@ -63,8 +63,8 @@ impl<'a> Packer<'a> {
         Self { sizes, device, addresses, piece: Piece::default() }
     }
 
-    /// Everything; `progress` is told the bytes done after each buffer.
-    pub(crate) fn pack(&mut self, source: Source<'_>, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
+    /// Everything; `progress` is told the bytes done after each layer, and ends it by a no.
+    pub(crate) fn pack(&mut self, source: Source<'_>, progress: &mut Progress<'_>) -> Result<(), CudaError> {
         match source {
             Source::Files(weights) => self.files(weights, progress)?,
             Source::Random(seed) => self.random(seed, progress)?,
@@ -74,7 +74,7 @@ impl<'a> Packer<'a> {
         spec.window_rope.as_ref().map_or(Ok(()), |rope| self.rope(Buffer::WindowRope, rope))
     }
 
-    fn files(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
+    fn files(&mut self, weights: &Weights, progress: &mut Progress<'_>) -> Result<(), CudaError> {
         let (vocab, hidden, tied) = (self.sizes.spec.vocab, self.sizes.spec.hidden, self.sizes.spec.tied);
         let embedding = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
         let mut done = match tied {
@@ -88,7 +88,9 @@ impl<'a> Packer<'a> {
         }
         for layer in 0..self.sizes.spec.layers {
             done += self.attention(weights, layer)? + self.ffn(weights, layer)?;
-            progress(done);
+            if !progress(done) {
+                return Err(LoadError::Stopped.into());
+            }
         }
         Ok(())
     }
@@ -138,7 +140,7 @@ impl<'a> Packer<'a> {
     }
 
     /// Norms of ones and matrices of small numbers around zero: one piece of them, again and again.
-    fn random(&mut self, seed: u64, progress: &mut dyn FnMut(u64)) -> Result<(), CudaError> {
+    fn random(&mut self, seed: u64, progress: &mut Progress<'_>) -> Result<(), CudaError> {
         let mut random = seed;
         let number = || {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -176,7 +178,9 @@ impl<'a> Packer<'a> {
             self.repeat(laid.buffer, 0..laid.numbers, &from.numbers)?;
             self.repeat(laid.buffer, laid.numbers..laid.bytes, &from.scales)?;
             done += laid.bytes;
-            progress(done);
+            if !progress(done) {
+                return Err(LoadError::Stopped.into());
+            }
         }
         Ok(())
     }

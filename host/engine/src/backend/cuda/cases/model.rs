@@ -205,7 +205,8 @@ impl Rope {
         let all_finite = |values: &[f64]| values.iter().map(|v| finite(element, *v)).collect::<Vec<_>>();
         let (what, expect) = (if too_large { what + " too large" } else { what }, all_finite(&expect));
         let check: Check = Box::new(move |outs| {
-            let found = element.encode(&element.decode(&outs[0]).iter().map(|v| finite(element, *v)).collect::<Vec<_>>());
+            let found =
+                element.encode(&element.decode(&outs[0]).iter().map(|v| finite(element, *v)).collect::<Vec<_>>());
             is_close(element, element.tolerance(), &expect, &found)?;
             let found = element.decode(&outs[1]);
             if let Some(at) = (0..pages.len()).find(|&i| pages[i].is_nan() != found[i].is_nan()) {
