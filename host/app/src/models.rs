@@ -617,34 +617,17 @@ impl<'a> Loader<'a> {
         let (mut replicas, mut unfit) = (Vec::new(), None);
         for place in self.terms.places {
             self.check_number(source.id, place)?;
-            let made = match place {
-                // Beside a GPU it is one replica less; without one, the engine says what to do.
-                Place::Cpu(_) if source.precision == Precision::Fp8 && self.terms.places.len() > 1 => {
-                    tracing::info!("{} is not served on the CPU, which does not compute with fp8 weights", source.id);
+            let made = match self.make(source, config, (place, text)) {
+                Err(error) if is_unfit(&error) => {
+                    tracing::warn!("not served there: {error:#}");
+                    let (device, variant) = (place.name(), source.id.to_string());
+                    self.unserved.push(wire::Unserved { variant, device, error: format!("{:#}", error.root_cause()) });
+                    unfit = Some(error);
                     continue;
                 }
-                Place::Cpu(_) => self.on_cpu(source, config)?,
-                Place::Cuda(found) => match self.on_gpu(source, config, found) {
-                    Err(error) if is_unfit(&error) => {
-                        tracing::warn!("not served there: {error:#}");
-                        let (device, variant) = (place.name(), source.id.to_string());
-                        self.unserved.push(wire::Unserved {
-                            variant,
-                            device,
-                            error: format!("{:#}", error.root_cause()),
-                        });
-                        unfit = Some(error);
-                        continue;
-                    }
-                    made => made?,
-                },
-                Place::Null(step) => Made {
-                    executor: Box::new(NullExecutor::new(text, *step, Arc::clone(self.terms.clock))),
-                    model: None,
-                    memory: wire::DeviceMemory::default(),
-                    n_blocks: self.kv_plan(source.spec, config.block_tokens)?.n_blocks,
-                },
+                made => made?,
             };
+            let Some(made) = made else { continue };
             let sched = SchedConfig {
                 block_tokens: section.block_tokens,
                 n_blocks: u32::try_from(made.n_blocks).context("the KV pool is too large; lower engine.kv_mib")?,
@@ -692,6 +675,31 @@ impl<'a> Loader<'a> {
             replicas,
         }));
         Ok(())
+    }
+
+    /// What computes a variant on a device; none where it is for other devices.
+    fn make(
+        &mut self,
+        source: Source<'_>,
+        config: EngineConfig,
+        (place, text): (&Place, &Arc<TextModel>),
+    ) -> anyhow::Result<Option<Made>> {
+        let made = match place {
+            // Beside a GPU it is one replica less; without one, the engine says what to do.
+            Place::Cpu(_) if source.precision == Precision::Fp8 && self.terms.places.len() > 1 => {
+                tracing::info!("{} is not served on the CPU, which does not compute with fp8 weights", source.id);
+                return Ok(None);
+            }
+            Place::Cpu(_) => self.on_cpu(source, config)?,
+            Place::Cuda(found) => self.on_gpu(source, config, found)?,
+            Place::Null(step) => Made {
+                executor: Box::new(NullExecutor::new(text, *step, Arc::clone(self.terms.clock))),
+                model: None,
+                memory: wire::DeviceMemory::default(),
+                n_blocks: self.kv_plan(source.spec, config.block_tokens)?.n_blocks,
+            },
+        };
+        Ok(Some(made))
     }
 
     /// The sizes of an engine, but for its pool.

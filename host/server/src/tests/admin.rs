@@ -72,20 +72,6 @@ async fn routes_have_their_shapes() {
             200,
             json!({"object": "list", "data": [{"index": 0, "name": "cpu", "description": "a fake", "state": "up", "memory": {"weights": 0, "kv": 0, "workspace": 0}, "replicas": []}]}),
         ),
-        (
-            "DELETE",
-            "/admin/v1/devices/cuda:0/prefix-cache",
-            "",
-            200,
-            json!({"object": "list", "data": [{"name": "m:a@cuda:0", "kv_blocks": 7}]}),
-        ),
-        (
-            "PUT",
-            "/admin/v1/devices/cuda:0/kv-pools",
-            r#"{"mib": 3}"#,
-            200,
-            json!({"index": 0, "name": "cuda:0", "description": "a fake", "state": "up", "memory": {"weights": 0, "kv": 3 << 20, "workspace": 0}, "replicas": []}),
-        ),
         ("POST", "/admin/v1/drain", "", 200, json!({"drained": true, "in_flight": 0})),
     ] {
         let kind = if body.starts_with('{') { "application/json; charset=utf-8" } else { "application/wasm" };
@@ -97,8 +83,10 @@ async fn routes_have_their_shapes() {
 }
 
 #[tokio::test]
-async fn bounds_of_pools_are_a_number_of_mib_or_null() {
+async fn caches_are_cleared_and_pools_bounded_by_a_number_of_mib_or_null() {
     let rig = Rig::new();
+    let cleared = rig.ask_admin(request("DELETE", "/admin/v1/devices/cuda:0/prefix-cache", &[HOST], "")).await;
+    assert_eq!(cleared.json(), json!({"object": "list", "data": [{"name": "m:a@cuda:0", "kv_blocks": 7}]}));
     for (body, status, expect) in [
         (r#"{"mib": null}"#, 200, "18446744073709551615"),
         (r#"{"mib": 1}"#, 200, "1048576"),
