@@ -63,7 +63,7 @@ const UNSAFE: [&str; 7] = [
     "plugins/sdk/src/",
     "host/engine/tests/no_alloc.rs",
     "host/sched/tests/no_alloc.rs",
-    "host/engine/tests/cuda_driver/library.rs",
+    "host/engine/tests/cuda_driver/main.rs",
 ];
 
 fn root() -> PathBuf {

@@ -29,13 +29,22 @@ struct Beside {
 impl Beside {
     /// On these devices; `None` where no driver can be made.
     fn start(devices: &str, engine: &str, models: &Path, n_devices: &str) -> Option<Self> {
+        Self::start_with((devices, engine, models), n_devices, ("", ""))
+    }
+
+    /// With more models, and after what has happened before.
+    fn start_with(
+        (devices, engine, models): (&str, &str, &Path),
+        n_devices: &str,
+        (more, before): (&str, &str),
+    ) -> Option<Self> {
         let driver = library::folder()?;
         let mishaps = tempfile::tempdir().expect("a temporary folder");
-        std::fs::write(mishaps.path().join("list"), "").expect("a temporary file");
+        std::fs::write(mishaps.path().join("list"), before).expect("a temporary file");
         let (list, models) = (mishaps.path().join("list"), models.display());
         let config = format!(
             "[engine]\ndemo = false\ndevices = {devices}\nkv_mib = 8\ncublaslt = false\nmodel_dirs = [\"{models}\"]\n\
-             {engine}\n[models]\nmini = \"{models}/mini\"\n{SMALL}"
+             {engine}\n[models]\nmini = \"{models}/mini\"\n{more}\n{SMALL}"
         );
         let nowhere = Path::new("");
         // Without a compiler of NVIDIA's, whose code the driver would not take.
@@ -141,6 +150,33 @@ fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
     assert_eq!(unload(&gpu.host, "more", "").status, 200);
     assert_eq!((gpu.pools(), gpu.memory("kv")), (vec![128], kv));
     assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 4))).1, before.1);
+}
+
+#[test]
+fn models_of_one_start_share_a_gpu_whichever_comes_first() {
+    let models = folder();
+    // `mini` comes before `more`, which is several times as large.
+    let more = format!("more = \"{}\"", models.path().join("demo").display());
+    let one = ("[\"cuda:0\"]", "", models.path());
+    let Some(gpu) = Beside::start_with(one, "1", (&more, "")) else { return };
+    let device = gpu.device("cuda:0");
+    let said = ["mini", "more"].map(|name| says(&gpu.host.post("/v1/completions", &ask(name, 2))).1);
+    let of = |owner: &str| device["memory"][owner].as_u64().expect("bytes");
+    let catalog = gpu.host.admin("GET", "/admin/v1/models", &Value::Null).body;
+    let kv = |at: usize| catalog["data"][at]["replicas"][0]["memory"]["kv"].as_u64().expect("bytes");
+    assert_eq!((gpu.pools(), kv(0) + kv(1)), (vec![128, 128], of("kv")));
+    drop(gpu);
+    // Of the pools there is room for one context of the large model, and for less than the first one has of the small one.
+    let (graphs, reserve) = (1 << 20, 256 << 20);
+    let needed = of("weights") + of("workspace") + graphs + reserve + kv(1) / 2 + kv(0) / 2;
+    let taken = format!("taken 0 {}", (1_u64 << 30) - needed);
+    let gpu = Beside::start_with(one, "1", (&more, &taken)).expect("a driver");
+    let pools = gpu.pools();
+    assert!((64..128).contains(&pools[0]) && (64..128).contains(&pools[1]), "{pools:?}");
+    assert!(gpu.host.log().contains("KV pools on cuda:0 shrink to"), "{}", gpu.host.log());
+    for (name, said) in ["mini", "more"].into_iter().zip(said) {
+        assert_eq!(says(&gpu.host.post("/v1/completions", &ask(name, 2))).1, said, "{name}");
+    }
 }
 
 #[test]

@@ -233,7 +233,8 @@ impl Footprint {
 
 impl VramError {
     /// To how many bytes these pools are to shrink, of which smaller ones keep what they have and each what it must, so that the
-    /// model fits and the pools to come are as large. `None` where that does not suffice, or where the pool's size was asked for.
+    /// model fits and the pools to come are as large, or as they must be. `None` where that does not suffice, or where the pool's
+    /// size was asked for.
     #[must_use]
     pub fn share(&self, pools: &[PoolShare]) -> Option<u64> {
         let KvWish::Share(_) = self.wish else { return None };
@@ -241,9 +242,9 @@ impl VramError {
         let have = self.memory.free + pools.iter().map(|pool| pool.bytes).sum::<u64>();
         let fits = |share: u64| {
             let kept: u64 = pools.iter().map(|pool| pool.bytes.min(share).max(pool.least)).sum();
-            fixed + kept + parts * share <= have
+            fixed + kept + parts * share.max(self.needs.kv / parts) <= have
         };
-        let (mut fits_at, mut too_much) = (self.needs.kv / parts, have + 1);
+        let (mut fits_at, mut too_much) = (0, have + 1);
         if !fits(fits_at) {
             return None;
         }
@@ -433,6 +434,8 @@ mod tests {
             // Small ones keep what they have, and nobody less than it must.
             (2, vec![pool(46), pool(4)], Some((48 * GIB - fixed) / 2)),
             (2, vec![pool(40), PoolShare { bytes: 12 * GIB, least: 12 * GIB }], Some((42 * GIB - fixed) / 2)),
+            // One that is smaller than the least of who comes gives of what it need not have.
+            (17, vec![PoolShare { bytes: 2 * GIB, least: 0 }], Some(19 * GIB - fixed - context)),
             (2, vec![pool(16)], None),
             (2, vec![], None),
         ] {
