@@ -4,6 +4,7 @@
 //! serve, pools that make room, devices that cannot serve a model, and devices that go.
 
 use std::path::Path;
+use std::process::Command;
 
 use pointsman_tests::{Answer, Host, looks};
 use serde_json::{Value, json};
@@ -134,7 +135,14 @@ fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
     let taken = (1_u64 << 30) - held - reserve - own - graphs - kv / 4;
     gpu.happens(&format!("taken 0 {taken}"));
     let before = says(&gpu.host.post("/v1/completions", &ask("mini", 4)));
-    let loaded = load(&gpu.host, "more", &mini);
+    // While a long answer is on its way, whose blocks are in the way.
+    let (during, loaded) = std::thread::scope(|scope| {
+        let long = scope.spawn(|| says(&gpu.host.post("/v1/completions", &ask("mini", 24))).1);
+        let is_running = || gpu.device("cuda:0")["replicas"][0]["running"] == 1;
+        assert!(looks().any(|_| is_running()), "nothing runs");
+        let loaded = load(&gpu.host, "more", &mini);
+        (long.join().expect("an answer"), loaded)
+    });
     assert_eq!((loaded.status, &loaded.body["unserved"]), (201, &Value::Null), "{loaded:?}");
     let pools = gpu.pools();
     assert!(pools.iter().all(|blocks| (64..128).contains(blocks)) && pools.len() == 2, "{pools:?}");
@@ -149,7 +157,7 @@ fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
     assert_eq!(gpu.pools(), pools, "who cannot be helped is not waited on");
     assert_eq!(unload(&gpu.host, "more", "").status, 200);
     assert_eq!((gpu.pools(), gpu.memory("kv")), (vec![128], kv));
-    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 4))).1, before.1);
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 24))).1, during);
 }
 
 #[test]
@@ -172,7 +180,8 @@ fn models_of_one_start_share_a_gpu_whichever_comes_first() {
     let taken = format!("taken 0 {}", (1_u64 << 30) - needed);
     let gpu = Beside::start_with(one, "1", (&more, &taken)).expect("a driver");
     let pools = gpu.pools();
-    assert!((64..128).contains(&pools[0]) && (64..128).contains(&pools[1]), "{pools:?}");
+    // What was left over the first one has again.
+    assert!((64..=128).contains(&pools[0]) && (64..128).contains(&pools[1]), "{pools:?}");
     assert!(gpu.host.log().contains("KV pools on cuda:0 shrink to"), "{}", gpu.host.log());
     for (name, said) in ["mini", "more"].into_iter().zip(said) {
         assert_eq!(says(&gpu.host.post("/v1/completions", &ask(name, 2))).1, said, "{name}");
@@ -182,19 +191,24 @@ fn models_of_one_start_share_a_gpu_whichever_comes_first() {
 #[test]
 fn an_operator_bounds_pools_and_clears_caches() {
     let models = folder();
-    let Some(gpu) = Beside::start("[\"cuda:0\", \"cpu\"]", "max_context = 256", models.path(), "1") else { return };
+    let Some(gpu) = Beside::start("[\"cuda:0\", \"cpu\"]", "", models.path(), "1") else { return };
     let bound = |device: &str, mib: Value| {
         gpu.host.admin("PUT", &format!("/admin/v1/devices/{device}/kv-pools"), &json!({ "mib": mib }))
     };
-    assert_eq!(gpu.pools(), [32]);
-    // One full context is what a pool keeps.
+    let kv = gpu.memory("kv");
+    assert_eq!(gpu.pools(), [128]);
     let few = bound("cuda:0", json!(1));
-    assert_eq!((few.status, gpu.pools()), (200, vec![32]), "384 KiB: {few:?}");
+    assert!(few.status == 200 && (64..86).contains(&gpu.pools()[0]) && gpu.memory("kv") <= 1 << 20, "{few:?}");
+    // It holds whatever comes and goes.
+    assert_eq!(load(&gpu.host, "more", &models.path().join("mini")).status, 201);
+    assert_eq!(unload(&gpu.host, "more", "").status, 200);
+    assert!(gpu.memory("kv") <= 1 << 20);
+    assert_eq!((bound("cuda:0", Value::Null).status, gpu.pools(), gpu.memory("kv")), (200, vec![128], kv));
     for (device, status, told) in [("cpu", 409, "engine.kv_mib"), ("cuda:1", 404, "there are cuda:0, cpu")] {
         let refused = bound(device, json!(1));
         assert!(refused.status == status && refused.body.to_string().contains(told), "{refused:?}");
     }
-    // Whichever replica a request goes to: the same prompt is looked for where it was, and a third time nowhere.
+    // Whichever replica a request goes to.
     let prompt = "Ownership is a set of rules that govern how a program manages memory. ".repeat(2);
     let asked = json!({"model": "mini", "prompt": prompt, "max_tokens": 1});
     let cached = |answer: &Answer| answer.body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
@@ -207,8 +221,49 @@ fn an_operator_bounds_pools_and_clears_caches() {
     let data = &cleared.body["data"][0];
     assert_eq!((&data["name"], held()), (&json!(format!("mini:f16@{device}")), Some(0)));
     assert!(data["kv_blocks"].as_u64() > Some(1), "{cleared:?}");
+    assert_eq!(cached(&gpu.host.post("/v1/completions", &asked)), Some(0), "it is found nowhere");
     let none = gpu.host.admin("DELETE", "/admin/v1/devices/tpu/prefix-cache", &Value::Null);
     assert!(none.status == 404 && none.body.to_string().contains("there is no device `tpu` here"), "{none:?}");
+}
+
+#[test]
+fn pools_whose_memory_cannot_be_mapped_keep_their_size() {
+    let models = folder();
+    let start = ("[\"cuda:0\"]", "", models.path());
+    let Some(gpu) = Beside::start(start.0, start.1, start.2, "1") else { return };
+    let bound = |mib: Value| gpu.host.admin("PUT", "/admin/v1/devices/cuda:0/kv-pools", &json!({ "mib": mib }));
+    let said = says(&gpu.host.post("/v1/completions", &ask("mini", 4))).1;
+    assert_eq!(bound(json!(1)).status, 200);
+    let (few, kv) = (gpu.pools(), gpu.memory("kv"));
+    gpu.happens("unmappable 0");
+    assert_eq!((bound(Value::Null).status, gpu.pools(), gpu.memory("kv")), (200, few, kv), "as far as there is room");
+    gpu.happens("");
+    assert_eq!((bound(Value::Null).status, gpu.pools()), (200, vec![128]));
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 4))).1, said);
+}
+
+#[test]
+fn doctor_says_how_memory_would_be_divided_before_anything_is_loaded() {
+    let Some(driver) = library::folder() else { return };
+    let (models, data) = (folder(), tempfile::tempdir().expect("a temporary folder"));
+    let doctor = |mib: &str| {
+        let mut command = Command::new(PROGRAM);
+        command.args(["doctor", "--device", "cuda:0", "--precision", "f16", "--precision", "fp8", "--data-dir"]);
+        command.arg(data.path()).arg("--model").arg(format!("mini={}", models.path().join("mini").display()));
+        let output = command.env("LD_LIBRARY_PATH", &driver).env("PM_DRIVER_MIB", mib).output().expect("it runs");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let enough = doctor("1024");
+    for told in [
+        "the shim, 1.00 GiB, compute capability 9.0",
+        "mini:f16 on cuda:0: weights 1.",
+        "mini:fp8 on cuda:0: weights",
+        "up to 64 sequences at once, 64 of 1024 tokens each",
+    ] {
+        assert!(enough.contains(told), "no `{told}`: {enough}");
+    }
+    let little = doctor("257");
+    assert!(little.contains("mini:f16 on cuda:0: the model does not fit on this device: weights 1."), "{little}");
 }
 
 #[test]

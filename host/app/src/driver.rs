@@ -563,9 +563,13 @@ impl DriverReplica {
         let before = self.scheduler.config().n_blocks;
         let mut observe = Watch::new(&context.recorder, (self.id, self.variant), (&mut self.sampler, &mut self.pace));
         let sized = match n_blocks < before {
-            // Asked whether it can before anybody makes room.
+            // Asked whether it can before anybody makes room; whole pieces, so that no more is kept than was asked for.
             true => self.executor.resize_pool(before).and_then(|sized| match sized {
-                Some(_) => self.executor.resize_pool(self.scheduler.resize(n_blocks, now, &mut observe)),
+                Some(_) => {
+                    let least = n_blocks.min(self.scheduler.full_context());
+                    let n_blocks = self.executor.whole_blocks(n_blocks).max(least);
+                    self.executor.resize_pool(self.scheduler.resize(n_blocks, now, &mut observe))
+                }
                 None => Ok(None),
             }),
             false => self.executor.resize_pool(n_blocks),
@@ -577,7 +581,7 @@ impl DriverReplica {
                 Some(PoolSize { n_blocks, ..sized? })
             }
             Err(error) => {
-                tracing::error!(replica = self.id.0, "the KV pool keeps its size: {error}");
+                tracing::error!(replica = self.id.0, "the memory of a KV pool cannot be changed: {error}");
                 None
             }
         }
@@ -996,7 +1000,7 @@ mod tests {
                 // The largest request needs 25 blocks.
                 let (n_blocks, clears): (_, bool) = (rng.random_range(30..80), rng.random());
                 let sized = driver.resize(ReplicaId(1), n_blocks).expect("it runs").expect("it can");
-                assert_eq!(sized, PoolSize { n_blocks: n_blocks.min(64), bytes: 0 });
+                assert_eq!(sized, PoolSize { n_blocks: n_blocks.min(64), bytes: 0, spare: 0 });
                 assert_eq!(stays.total_blocks.load(Ordering::Relaxed), sized.n_blocks);
                 assert!(!clears || driver.clear_cache(ReplicaId(1)).expect("it runs") <= sized.n_blocks);
                 let coming = driver.leave(ReplicaId(2)).expect("it runs");

@@ -38,7 +38,7 @@ use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
 use crate::serve::Shared;
 use crate::tapped::Tapped;
-pub(crate) use pools::PoolBounds;
+pub(crate) use pools::{NotBounded, PoolBounds};
 
 /// Most cancels on their way to a driver.
 const MAX_CANCELS: usize = 1 << 16;
@@ -408,7 +408,7 @@ impl Home {
             replica: Arc::clone(&loaded.replica),
             variant: Arc::clone(&loaded.variant),
             block_tokens: loaded.sched.block_tokens,
-            pool: PoolBounds::of(loaded),
+            pool: loaded.pool,
         }
     }
 }

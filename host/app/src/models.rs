@@ -60,6 +60,8 @@ pub(crate) struct LoadedReplica {
     pub sched: SchedConfig,
     /// Of the blocks there, those that its pool has memory for: fewer where it made room for a model that came after it.
     pub kv_blocks: u32,
+    /// How large that pool may be.
+    pub pool: PoolBounds,
 }
 
 /// A model for embeddings, before its driver takes it.
@@ -612,7 +614,7 @@ impl<'a> Loader<'a> {
     /// A variant with one replica on every device that can serve it.
     fn add_variant(&mut self, alias: &str, source: Source<'_>, text: &Arc<TextModel>) -> anyhow::Result<()> {
         let section = &self.config.sched;
-        let config = self.engine_config(source.spec);
+        let config = engine_config(self.config, source.spec);
         let context_tokens = u32::try_from(config.context_tokens).context("the model's context is too long")?;
         let (mut replicas, mut unfit) = (Vec::new(), None);
         for place in self.terms.places {
@@ -644,7 +646,8 @@ impl<'a> Loader<'a> {
             let replica = Arc::new(replica);
             replicas.push(Arc::clone(&replica));
             let vocabulary = u32::try_from(source.spec.vocab).unwrap_or(u32::MAX);
-            let (variant, Made { executor, model, memory, .. }) = (Arc::clone(source.id), made);
+            let (variant, Made { mut executor, model, memory, .. }) = (Arc::clone(source.id), made);
+            let pool = PoolBounds::of(&mut *executor, &sched, memory.kv);
             self.loaded.replicas.push(LoadedReplica {
                 replica,
                 variant,
@@ -655,6 +658,7 @@ impl<'a> Loader<'a> {
                 vocabulary,
                 sched,
                 kv_blocks: sched.n_blocks,
+                pool,
             });
         }
         match unfit {
@@ -700,19 +704,6 @@ impl<'a> Loader<'a> {
             },
         };
         Ok(Some(made))
-    }
-
-    /// The sizes of an engine, but for its pool.
-    fn engine_config(&self, spec: &ModelSpec) -> EngineConfig {
-        let section = &self.config.sched;
-        let most = Some(self.config.engine.max_context as usize).filter(|most| *most > 0);
-        EngineConfig {
-            n_blocks: 0,
-            block_tokens: section.block_tokens as usize,
-            max_step_tokens: section.max_batch_tokens as usize,
-            max_rows: section.max_running as usize,
-            context_tokens: most.map_or(spec.context, |most| spec.context.min(most)),
-        }
     }
 
     /// Past the bound of the names a replica would share its number with others, and be taken for one of them.
@@ -761,14 +752,7 @@ impl<'a> Loader<'a> {
 
     /// Says how the memory will be divided, or what would fit, before anything is allocated.
     fn on_gpu(&mut self, source: Source<'_>, config: EngineConfig, found: &FoundGpu) -> anyhow::Result<Made> {
-        // 16 bits as they are; 32 bits where they fit, else half of them, which is more than enough for what was in fewer bits.
-        let elements = match source.weights.stored() {
-            Some(Element::F16) => &[Element::F16][..],
-            Some(Element::F32) if source.precision == Precision::F16 => &[Element::F32, Element::Bf16],
-            Some(Element::F32 | Element::Bf16) | None => &[Element::Bf16],
-        };
-        let precision = source.precision;
-        let forms: Vec<Form> = elements.iter().map(|&element| Form { element, precision }).collect();
+        let (precision, forms) = (source.precision, forms(source.weights, source.precision));
         let wish = match self.config.engine.gpu_kv_mib {
             0 => KvWish::Share(self.to_come),
             mib => KvWish::Bytes(u64::from(mib) << 20),
@@ -841,12 +825,13 @@ impl<'a> Loader<'a> {
         let mut shares: Vec<PoolShare> =
             self.follower.map(|follower| follower.pool_shares(&device)).unwrap_or_default();
         let own = self.loaded.replicas.iter_mut().filter(here);
-        shares.extend(own.map(|loaded| PoolBounds::of(loaded).share(loaded.kv_blocks)));
+        shares.extend(own.map(|loaded| loaded.pool.share(loaded.memory.kv)));
         let Some(bytes) = error.share(&shares) else { return false };
         tracing::info!("KV pools on {device} shrink to {} each, for one more model", cuda::Bytes(bytes));
         let mut has_shrunk = self.follower.is_some_and(|follower| follower.shrink_pools(&device, bytes));
         for loaded in self.loaded.replicas.iter_mut().filter(here) {
-            let n_blocks = PoolBounds::of(loaded).blocks_in(bytes);
+            let n_blocks = loaded.pool.blocks_in(bytes);
+            let n_blocks = loaded.executor.whole_blocks(n_blocks).max(loaded.pool.least);
             if n_blocks < loaded.kv_blocks
                 && let Ok(Some(sized)) = loaded.executor.resize_pool(n_blocks)
             {
@@ -878,6 +863,66 @@ impl<'a> Loader<'a> {
             sketch: Arc::new(PrefixSketch::new(sched.n_blocks)),
         }
     }
+}
+
+/// Types in which a GPU may compute a file's weights in some precision, the best first: 16 bits as they are; 32 bits where they fit,
+/// else half of them, which is more than enough for what was in fewer bits.
+fn forms(weights: &Weights, precision: Precision) -> Vec<Form> {
+    let elements = match weights.stored() {
+        Some(Element::F16) => &[Element::F16][..],
+        Some(Element::F32) if precision == Precision::F16 => &[Element::F32, Element::Bf16],
+        Some(Element::F32 | Element::Bf16) | None => &[Element::Bf16],
+    };
+    elements.iter().map(|&element| Form { element, precision }).collect()
+}
+
+/// The sizes of an engine, but for its pool.
+fn engine_config(config: &Config, spec: &ModelSpec) -> EngineConfig {
+    let section = &config.sched;
+    let most = Some(config.engine.max_context as usize).filter(|most| *most > 0);
+    EngineConfig {
+        n_blocks: 0,
+        block_tokens: section.block_tokens as usize,
+        max_step_tokens: section.max_batch_tokens as usize,
+        max_rows: section.max_running as usize,
+        context_tokens: most.map_or(spec.context, |most| spec.context.min(most)),
+    }
+}
+
+/// How the memory of a GPU would be divided for one model and no other, in each precision that is configured: in words, or what would
+/// fit instead. None for a model that makes embeddings, which is on the CPU.
+///
+/// # Errors
+/// The files cannot be read, or the device does not answer.
+pub(crate) fn gpu_plans(
+    config: &Config,
+    path: &Path,
+    (found, code): (&FoundGpu, &CodeOptions),
+) -> anyhow::Result<Vec<(Precision, Result<String, CudaError>)>> {
+    let (spec, weights) = match path.is_dir() {
+        true => {
+            let text = std::fs::read(path.join("config.json")).context("cannot read config.json")?;
+            if EncoderSpec::describes(&text) {
+                return Ok(Vec::new());
+            }
+            (ModelSpec::from_config(&text)?, Weights::open(path)?)
+        }
+        false => {
+            let weights = Weights::open(path)?;
+            (ModelSpec::from_gguf(&weights)?, weights)
+        }
+    };
+    let wish = match config.engine.gpu_kv_mib {
+        0 => KvWish::Share(1),
+        mib => KvWish::Bytes(u64::from(mib) << 20),
+    };
+    let mut gpu = Gpu::open(found.clone(), code.clone(), false)?;
+    let room = gpu.room()?;
+    let plan = |precision: Precision| {
+        let plan = cuda::plan_memory(&spec, &forms(&weights, precision), engine_config(config, &spec), room, wish);
+        (precision, plan.map(|plan| plan.to_string()))
+    };
+    Ok(precisions(&config.engine.precisions)?.into_iter().map(plan).collect())
 }
 
 /// Every label that some replica has, with what it is for one of them.
@@ -988,14 +1033,14 @@ fn precisions(names: &[String]) -> anyhow::Result<Vec<Precision>> {
 
 /// Whether a device cannot serve a model that others may.
 fn is_unfit(error: &anyhow::Error) -> bool {
-    let is_lost = |error: &DeviceError| matches!(error, DeviceError::Lost { .. });
+    // Memory may be gone since it was divided: somebody else's process has taken it.
+    let is_gone = |error: &DeviceError| matches!(error, DeviceError::Lost { .. } | DeviceError::OutOfMemory { .. });
     let is_unfit = |error: &CudaError| match error {
         CudaError::Unsupported { .. } | CudaError::Vram(_) => true,
-        // Memory may be gone since it was divided: somebody else's process has taken it.
-        CudaError::Device(error) => matches!(error, DeviceError::Lost { .. } | DeviceError::OutOfMemory { .. }),
+        CudaError::Device(error) => is_gone(error),
         _ => false,
     };
-    error.downcast_ref().is_some_and(is_unfit) || error.downcast_ref().is_some_and(is_lost)
+    error.downcast_ref().is_some_and(is_unfit) || error.downcast_ref().is_some_and(is_gone)
 }
 
 fn check_vocabulary(text: &TextModel, known: usize) -> anyhow::Result<()> {

@@ -94,7 +94,7 @@ impl Executor for NullExecutor {
     }
 
     fn resize_pool(&mut self, n_blocks: u32) -> Result<Option<PoolSize>, ExecuteError> {
-        Ok(Some(PoolSize { n_blocks, bytes: 0 }))
+        Ok(Some(PoolSize { n_blocks, bytes: 0, spare: 0 }))
     }
 
     fn in_halves(&mut self) -> Option<&mut dyn InHalves> {

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ use crate::devices::Place;
 use crate::doctor::available_memory;
 use crate::draft_models::DraftSources;
 use crate::encoders::EncoderPool;
-use crate::engine::{Engine, Joined, Left};
+use crate::engine::{Engine, Joined, Left, NotBounded};
 use crate::models::{Follow, LoadTerms, LoadedModel, Loader, LostModel, allowed, check_spelling, of};
 use crate::serve::Shared;
 use crate::store::Store;
@@ -94,8 +94,10 @@ struct Parts {
     entries: Mutex<BTreeMap<String, Entry>>,
     /// Held while the stored list changes.
     stored: Mutex<()>,
-    /// Held by the load whose turn it is.
+    /// Held by who divides devices' memory: the load whose turn it is, or pools that grow or are bounded.
     turn: Mutex<()>,
+    /// Pools may have room to grow; whoever has held `turn` looks.
+    may_grow: AtomicBool,
     /// Changes when a model comes or goes on which requests may wait; under the lock of the entries.
     changes: watch::Sender<()>,
     /// For models that are loaded on demand, so far.
@@ -214,10 +216,13 @@ impl Roster {
             entries: Mutex::new(entries),
             stored: Mutex::default(),
             turn: Mutex::default(),
+            may_grow: AtomicBool::new(false),
             changes: watch::Sender::new(()),
             requests: AtomicU64::new(1),
         };
         parts.weigh();
+        // One that was lost may have had others make room.
+        parts.grow_pools();
         Self { parts: Arc::new(parts), loaders: Mutex::default() }
     }
 
@@ -280,17 +285,23 @@ impl ModelAdmin for Roster {
 
     fn bound_kv_pools(&self, device: &str, bytes: Option<u64>, actor: &str) -> Result<wire::Device, AdminError> {
         let RosterParts { engine, shared, .. } = &self.parts.parts;
-        // Who loads has divided what is free.
-        let _turn = self.parts.turn.try_lock().map_err(|_| {
-            let message = "a model is being loaded, and divides the memory; try again after it".to_owned();
-            refused(AdminErrorKind::Busy, None, message)
+        let turn = self.parts.try_turn().ok_or_else(|| {
+            let message = "the memory is being divided, for a model that comes or goes; try again after it";
+            refused(AdminErrorKind::Busy, None, message.to_owned())
         })?;
-        let are_resized = engine.bound_pools(device, bytes, shared).ok_or_else(|| self.no_device(device))?;
-        if !are_resized {
-            let message =
-                format!("KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start");
-            return Err(refused(AdminErrorKind::Conflict, None, message));
-        }
+        let bounded = engine.bound_pools(device, bytes, shared);
+        drop(turn);
+        self.parts.grow_if_wanted();
+        let conflict = |message: String| refused(AdminErrorKind::Conflict, None, message);
+        bounded.map_err(|why| match why {
+            NotBounded::NoDevice => self.no_device(device),
+            NotBounded::Fixed => conflict(format!(
+                "KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start"
+            )),
+            NotBounded::Failed => conflict(format!(
+                "not all KV pools on {device} could be changed; `pointsman device list` and the log say more"
+            )),
+        })?;
         tracing::info!(%actor, device, bytes, "KV pools were bounded");
         let report = engine.report().into_iter().find(|report| report.name == device);
         report.ok_or_else(|| self.no_device(device))
@@ -408,11 +419,10 @@ impl Parts {
         };
         let brought = {
             let _turn = lock(&self.turn);
-            let brought = std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)));
-            // What was left over, or all that pools gave up for one that did not come.
-            self.parts.engine.grow_pools(&self.parts.shared);
-            brought
+            std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)))
         };
+        // What was left over, or all that pools gave up for one that did not come.
+        self.grow_pools();
         let brought = brought.unwrap_or_else(|_| {
             let message = "the load ended in a panic; this is a bug of the host".to_owned();
             Err(refused(AdminErrorKind::Internal, None, message))
@@ -470,6 +480,31 @@ impl Parts {
         // Its tokenizer may go with it, which takes a while.
         drop(state);
         self.weigh();
+    }
+
+    /// Nobody's who divides memory now.
+    fn try_turn(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Lets KV pools grow, now or when whoever divides memory is done.
+    fn grow_pools(&self) {
+        self.may_grow.store(true, Ordering::SeqCst);
+        self.grow_if_wanted();
+    }
+
+    fn grow_if_wanted(&self) {
+        // Looked at again when the turn is given back: who found it taken has left the wish behind.
+        while self.may_grow.load(Ordering::SeqCst) {
+            let Some(_turn) = self.try_turn() else { return };
+            if self.may_grow.swap(false, Ordering::SeqCst) {
+                self.parts.engine.grow_pools(&self.parts.shared);
+            }
+        }
     }
 
     /// Says what models take.
@@ -612,10 +647,7 @@ impl Parts {
         self.gone(name);
         drop(served);
         give_back_freed();
-        // A load has divided the memory and is about to take its part: it does this when it is done.
-        if let Ok(_turn) = self.turn.try_lock() {
-            self.parts.engine.grow_pools(shared);
-        }
+        self.grow_pools();
         deploy.note(actor, Happened::ModelUnloaded { model: name.to_owned(), ended, bytes });
         Ok(wire::Unloaded {
             name: name.to_owned(),

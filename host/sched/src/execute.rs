@@ -131,13 +131,18 @@ pub trait Executor: Send {
     }
 
     /// Keeps memory for the first so many blocks of the pool, and gives the rest of it back, or takes memory for so many again; what it
-    /// has now, which may be less where its device has no more. `None` where the pool stays as it was made. Not while a step is
-    /// begun.
+    /// has now, which may be less where its device has no more than what it leaves to the driver. `None` where the pool stays as it
+    /// was made. Not while a step is begun.
     ///
     /// # Errors
     /// A device fault, in words for the log.
     fn resize_pool(&mut self, _n_blocks: u32) -> Result<Option<PoolSize>, ExecuteError> {
         Ok(None)
+    }
+
+    /// The most blocks, of at most so many, whose memory is whole pieces of what is given back and taken at once.
+    fn whole_blocks(&self, n_blocks: u32) -> u32 {
+        n_blocks
     }
 
     /// What is worth a line in the log, once: a step took a slower way from now on.
@@ -175,6 +180,8 @@ pub struct PoolSize {
     pub n_blocks: u32,
     /// The memory.
     pub bytes: u64,
+    /// What its device could give beyond that.
+    pub spare: u64,
 }
 
 /// A fault of the engine or its device.

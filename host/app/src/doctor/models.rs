@@ -17,9 +17,9 @@ use super::report::Report;
 use crate::causes::told;
 use crate::clock::SystemClock;
 use crate::config::Config;
-use crate::devices::Place;
+use crate::devices::{self, Place};
 use crate::encoders::EncoderPool;
-use crate::models::{LoadTerms, Loaded, Loader, allowed, is_configured};
+use crate::models::{LoadTerms, Loaded, Loader, allowed, gpu_plans, is_configured};
 use crate::store::stored_models;
 
 /// `root`: the data directory, which has a list of further models.
@@ -36,7 +36,10 @@ pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<
     }
     for (name, path) in config.models.iter().chain(&config.on_demand) {
         match load_aside(config, name, path) {
-            Ok(bytes) => report.good("models", name, format!("{}, {}", path.display(), Bytes(bytes)))?,
+            Ok(bytes) => {
+                report.good("models", name, format!("{}, {}", path.display(), Bytes(bytes)))?;
+                on_gpus(config, (name, path), root, report)?;
+            }
             Err(error) => {
                 let remedy = "bring what is named, or leave the model out";
                 report.fault("models", name, told(error.chain()), remedy)?;
@@ -60,6 +63,41 @@ pub(super) fn examine(config: &Config, root: Option<&Path>, report: &mut Report<
         }
     }
     room(config, &stored, report)
+}
+
+/// How each GPU's memory would be divided for a model that has it alone. A start divides what it finds then.
+fn on_gpus(
+    config: &Config,
+    (name, path): (&str, &Path),
+    root: Option<&Path>,
+    report: &mut Report<'_>,
+) -> anyhow::Result<()> {
+    // What is wrong with devices is told where they are looked for.
+    let places = devices::find(&config.engine).unwrap_or_default();
+    let Ok(code) = devices::code_options(&config.engine, root.unwrap_or(Path::new(""))) else { return Ok(()) };
+    for place in places {
+        let Place::Cuda(found) = &place else { continue };
+        let device = place.name();
+        let plans = match gpu_plans(config, path, (found, &code)) {
+            Ok(plans) => plans,
+            Err(error) => {
+                let found = told(error.chain());
+                report.warn("models", &format!("{name} on {device}"), found, "other devices would serve it")?;
+                continue;
+            }
+        };
+        for (precision, plan) in plans {
+            let what = format!("{name}:{} on {device}", precision.name());
+            match plan {
+                Ok(plan) => report.good("models", &what, plan)?,
+                Err(error) => {
+                    let remedy = "other devices that are named serve it; without one the start fails";
+                    report.warn("models", &what, error.to_string(), remedy)?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Models that a start would load again.
@@ -117,7 +155,7 @@ fn size(path: &Path) -> u64 {
 }
 
 /// Compares what the models and their pools on the CPU will take with what there is. On GPUs the memory is divided at the
-/// start, which says how.
+/// start.
 fn room(config: &Config, stored: &BTreeMap<String, PathBuf>, report: &mut Report<'_>) -> anyhow::Result<()> {
     let Some(available) = available_memory() else { return Ok(()) };
     let on_cpu = config.engine.devices.iter().any(|device| device == "cpu");

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pointsman_engine::cuda::PoolShare;
+use pointsman_sched::config::Config;
+use pointsman_sched::execute::{Executor, PoolSize};
 use pointsman_server::admin::wire;
 
 use super::{Engine, Home, Served};
-use crate::models::LoadedReplica;
 use crate::serve::Shared;
 
 /// The bounds of a replica's pool, in blocks.
@@ -19,26 +20,43 @@ use crate::serve::Shared;
 pub(crate) struct PoolBounds {
     /// Bytes of a block; 0 on a device that has no memory.
     pub block_bytes: u64,
-    /// One full context.
+    /// One full context; all, where the pool keeps its size.
     pub least: u32,
     /// All that it was made with.
     pub most: u32,
     /// Where there is room: all, or what an operator wants.
     pub wanted: u32,
+    /// Whether the device can give back a part of it.
+    pub can_shrink: bool,
+}
+
+/// Why pools were not bounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotBounded {
+    /// There is no such device.
+    NoDevice,
+    /// Its pools keep their size.
+    Fixed,
+    /// It serves no more, or its driver has refused.
+    Failed,
 }
 
 // === impl PoolBounds ===
 
 impl PoolBounds {
-    pub(crate) fn of(loaded: &LoadedReplica) -> Self {
-        let most = loaded.sched.n_blocks;
-        let least = loaded.sched.context_tokens.div_ceil(loaded.sched.block_tokens).min(most);
-        Self { block_bytes: loaded.memory.kv / u64::from(loaded.kv_blocks.max(1)), least, most, wanted: most }
+    /// Of a pool that has just been made.
+    pub(crate) fn of(executor: &mut dyn Executor, sched: &Config, bytes: u64) -> Self {
+        let most = sched.n_blocks;
+        let can_shrink = executor.resize_pool(most).is_ok_and(|sized| sized.is_some());
+        let context = sched.context_tokens.div_ceil(sched.block_tokens).min(most);
+        let least = if can_shrink { context } else { most };
+        Self { block_bytes: bytes / u64::from(most.max(1)), least, most, wanted: most, can_shrink }
     }
 
-    /// What a pool of so many blocks has, and must keep.
-    pub(crate) fn share(&self, n_blocks: u32) -> PoolShare {
-        PoolShare { bytes: u64::from(n_blocks) * self.block_bytes, least: u64::from(self.least) * self.block_bytes }
+    /// What a pool has that holds so many bytes, and must keep.
+    pub(crate) fn share(&self, bytes: u64) -> PoolShare {
+        let least = if self.can_shrink { u64::from(self.least) * self.block_bytes } else { bytes };
+        PoolShare { bytes, least: least.min(bytes) }
     }
 
     /// Blocks of a pool of at most so many bytes, which has one full context at least.
@@ -63,45 +81,59 @@ impl Engine {
     /// What pools on a device have, and must keep.
     pub(crate) fn pool_shares(&self, device: &str) -> Vec<PoolShare> {
         let homes = self.device_named(device).map(|at| self.homes_at(at)).unwrap_or_default();
-        homes.iter().map(|home| home.pool.share(home.n_blocks())).collect()
+        homes.iter().map(|home| home.pool.share(home.memory.kv)).collect()
     }
 
     /// Has pools that are larger shrink to so many bytes; whether one has.
     pub(crate) fn shrink_pools(&self, device: &str, bytes: u64, shared: &Shared) -> bool {
         let mut has_shrunk = false;
         for home in self.device_named(device).map(|at| self.homes_at(at)).unwrap_or_default() {
-            let n_blocks = home.pool.blocks_in(bytes);
-            if n_blocks < home.n_blocks() {
-                let n_before = home.n_blocks();
-                has_shrunk |= self.resize_pool(&home, n_blocks, shared).is_some_and(|n_blocks| n_blocks < n_before);
+            let (n_blocks, before) = (home.pool.blocks_in(bytes), home.n_blocks());
+            if n_blocks < before {
+                let sized = self.resize_pool(&home, n_blocks, shared);
+                has_shrunk |= sized.is_some_and(|sized| sized.n_blocks < before);
             }
         }
         has_shrunk
     }
 
-    /// Lets all pools have again what they are to have, as far as there is room.
+    /// Lets all pools have again what they are to have, where there is not room for all equal shares.
     pub(crate) fn grow_pools(&self, shared: &Shared) {
         for at in 0..self.devices.len() {
-            for home in self.homes_at(at).iter().filter(|home| home.n_blocks() < home.pool.wanted) {
-                self.resize_pool(home, home.pool.wanted, shared);
+            let mut homes = self.homes_at(at);
+            homes.retain(|home| home.n_blocks() < home.pool.wanted);
+            // The first says what there is.
+            let Some(first) = homes.first() else { continue };
+            let Some(sized) = self.resize_pool(first, first.n_blocks(), shared) else { continue };
+            let share = growth(&homes, sized.spare);
+            for home in homes {
+                let n_blocks = home.pool.blocks_in(share).min(home.pool.wanted);
+                if n_blocks > home.n_blocks() {
+                    self.resize_pool(&home, n_blocks, shared);
+                }
             }
         }
     }
 
-    /// Gives the pools of a device at most so many bytes each from now on, or all that they were made with; whether they can have other
-    /// sizes. `None` where there is no such device.
-    pub(crate) fn bound_pools(&self, device: &str, bytes: Option<u64>, shared: &Shared) -> Option<bool> {
-        let homes = self.homes_at(self.device_named(device)?);
-        let mut are_resized = true;
-        for home in &homes {
-            let wanted = bytes.map_or(home.pool.most, |bytes| home.pool.blocks_in(bytes));
-            let is_resized = self.resize_pool(home, wanted, shared).is_some();
-            if is_resized {
-                self.change_home(home, |home| home.pool.wanted = wanted);
-            }
-            are_resized &= is_resized;
+    /// Gives the pools of a device at most so many bytes each from now on, or all that they were made with.
+    ///
+    /// # Errors
+    /// There is no such device, or some of its pools are as they were.
+    pub(crate) fn bound_pools(&self, device: &str, bytes: Option<u64>, shared: &Shared) -> Result<(), NotBounded> {
+        let homes = self.homes_at(self.device_named(device).ok_or(NotBounded::NoDevice)?);
+        if !homes.is_empty() && homes.iter().all(|home| !home.pool.can_shrink) {
+            return Err(NotBounded::Fixed);
         }
-        Some(are_resized)
+        let mut bounded = Ok(());
+        for home in homes.iter().filter(|home| home.pool.can_shrink) {
+            let wanted = bytes.map_or(home.pool.most, |bytes| home.pool.blocks_in(bytes));
+            self.change_home(home, |home| home.pool.wanted = wanted);
+            if wanted < home.n_blocks() && self.resize_pool(home, wanted, shared).is_none() {
+                bounded = Err(NotBounded::Failed);
+            }
+        }
+        self.grow_pools(shared);
+        bounded
     }
 
     /// Empties the prefix caches of a device: how many blocks of each replica held a prefix. `None` where there is no such device.
@@ -114,8 +146,8 @@ impl Engine {
         Some(self.homes_at(at).iter().filter_map(clear).collect())
     }
 
-    /// The blocks that a pool has then; `None` where it keeps its size.
-    fn resize_pool(&self, home: &Home, n_blocks: u32, shared: &Shared) -> Option<u32> {
+    /// What a pool has then; `None` where it keeps its size.
+    fn resize_pool(&self, home: &Home, n_blocks: u32, shared: &Shared) -> Option<PoolSize> {
         let (replica, before, device) = (&home.replica, home.n_blocks(), &self.devices[home.device]);
         let sized = device.driver.resize(replica.id, n_blocks).ok().flatten()?;
         self.change_home(home, |home| home.memory.kv = sized.bytes);
@@ -124,7 +156,7 @@ impl Engine {
             shared.metrics.resized_pool(variant, device, home.block_tokens, (before, sized.n_blocks));
             tracing::info!("{}: the KV pool has {} blocks instead of {before}", replica.name, sized.n_blocks);
         }
-        Some(sized.n_blocks)
+        Some(sized)
     }
 
     fn device_named(&self, name: &str) -> Option<usize> {
@@ -148,17 +180,54 @@ impl Engine {
     }
 }
 
+/// The bytes to which pools can grow together that are to grow, where so many are left: the smallest first.
+fn growth(homes: &[Home], spare: u64) -> u64 {
+    let mut has: Vec<u64> = homes.iter().map(|home| home.memory.kv).collect();
+    has.sort_unstable();
+    level(&has, spare)
+}
+
+/// To what level so much water rises over these grounds, which are sorted.
+fn level(grounds: &[u64], water: u64) -> u64 {
+    let mut below = 0;
+    for (n, ground) in grounds.iter().enumerate() {
+        // What fills all before it up to its height.
+        if n as u64 * ground - below > water {
+            return (below + water) / n as u64;
+        }
+        below += ground;
+    }
+    below.saturating_add(water) / (grounds.len() as u64).max(1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
+    fn water_rises_to_one_level_over_what_it_covers() {
+        for (grounds, water, expect) in [
+            (&[10, 20, 30][..], 0, 10),
+            (&[10, 20, 30], 6, 16),
+            (&[10, 20, 30], 10, 20),
+            (&[10, 20, 30], 16, 23),
+            (&[10, 20, 30], 90, 50),
+            (&[7], 5, 12),
+            (&[], 5, 5),
+        ] {
+            assert_eq!(level(grounds, water), expect, "{grounds:?} {water}");
+        }
+    }
+
+    #[test]
     fn a_pool_keeps_one_full_context_and_has_no_more_than_it_was_made_with() {
-        let bounds = PoolBounds { block_bytes: 100, least: 4, most: 64, wanted: 64 };
+        let bounds = PoolBounds { block_bytes: 100, least: 4, most: 64, wanted: 64, can_shrink: true };
         for (bytes, expect) in [(0, 4), (399, 4), (1_099, 10), (6_400, 64), (u64::MAX, 64)] {
             assert_eq!(bounds.blocks_in(bytes), expect, "{bytes}");
         }
-        assert_eq!(bounds.share(10), PoolShare { bytes: 1_000, least: 400 });
+        assert_eq!(bounds.share(1_050), PoolShare { bytes: 1_050, least: 400 });
+        let fixed = PoolBounds { can_shrink: false, ..bounds };
+        assert_eq!(fixed.share(1_050), PoolShare { bytes: 1_050, least: 1_050 });
         assert_eq!(PoolBounds { block_bytes: 0, ..bounds }.blocks_in(10), 10, "of no memory");
     }
 }

@@ -5,7 +5,8 @@
 // block of another size, shared memory that was not asked for. What is left when the last context goes is told on standard error.
 //
 // PM_DRIVER_DEVICES says how many devices there are, PM_DRIVER_MIB how much memory each has. PM_DRIVER_MISHAPS names a file that may be
-// written at any time: `lost N` in a line of it is the end of device N, `taken N BYTES` what other processes have of its memory.
+// written at any time: `lost N` in a line of it is the end of device N, `taken N BYTES` what other processes have of its memory, `unmappable N` that none can be
+// mapped.
 #include <atomic>
 #include <fstream>
 #include <functional>
@@ -45,10 +46,10 @@ struct LaunchConfig {
 
 struct Device {
     int retained;
-    std::map<Address, size_t> memory;
+    std::map<Address, size_t> memory, reserved;
     size_t taken;
     std::set<Stream *> streams;
-    bool is_lost;
+    bool is_lost, refuses_maps;
 };
 
 static const int MOST_DEVICES = 8;
@@ -82,9 +83,11 @@ static size_t mishaps(Device *of) {
     std::ifstream file(path);
     std::string what;
     size_t device, bytes, taken = 0;
+    of->refuses_maps = false;
     while (file >> what >> device) {
         bool is_here = device < MOST_DEVICES && &devices[device] == of;
         if (what == "lost" && is_here) of->is_lost = true;
+        if (what == "unmappable" && is_here) of->refuses_maps = true;
         if (what == "taken" && file >> bytes && is_here) taken = bytes;
     }
     return taken;
@@ -252,7 +255,7 @@ Result cuMemFree_v2(Address at) {
     return SUCCESS;
 }
 
-// Memory at addresses that are reserved: a whole range of them is mapped or nothing, and who touches it unmapped ends here.
+// Memory at addresses that are reserved, of which the first so many bytes are mapped: who touches what is not ends here.
 
 static const size_t GRANULE = 64 << 10;
 
@@ -274,17 +277,21 @@ Result cuMemGetAllocationGranularity(size_t *bytes, const MemoryKind *, int) {
 Result cuMemAddressReserve(Address *to, size_t bytes, size_t, Address, unsigned long long) {
     NOT_CAPTURING;
     if (bytes == 0 || bytes % GRANULE) return refuse(__func__, INVALID_VALUE);
-    void *at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // With a gap behind it, so that no range touches the next one.
+    void *at = mmap(nullptr, bytes + GRANULE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) return refuse(__func__, OUT_OF_MEMORY);
     *to = (Address)at;
-    others++;
+    here->memory[*to] = 0;
+    here->reserved[*to] = bytes;
     return SUCCESS;
 }
 
 Result cuMemAddressFree(Address at, size_t bytes) {
     NOT_CAPTURING;
-    if (here->memory.count(at)) return refuse(__func__, INVALID_VALUE);
-    others--;
-    munmap((void *)at, bytes);
+    if (!here->reserved.count(at) || here->reserved[at] != bytes || here->memory[at] != 0) return refuse(__func__, INVALID_VALUE);
+    here->memory.erase(at);
+    here->reserved.erase(at);
+    munmap((void *)at, bytes + GRANULE);
     return SUCCESS;
 }
 
@@ -306,29 +313,30 @@ Result cuMemRelease(Physical *memory) {
 
 Result cuMemMap(Address at, size_t bytes, size_t offset, Physical *memory, unsigned long long) {
     NOT_CAPTURING;
-    if (offset || bytes != memory->bytes || is_inside(at, 1)) return refuse(__func__, INVALID_VALUE);
-    return SUCCESS;
+    auto of = --here->reserved.upper_bound(at);
+    bool is_next = of->first + here->memory[of->first] == at && at + bytes <= of->first + of->second;
+    return offset || bytes != memory->bytes || !is_next ? refuse(__func__, INVALID_VALUE) : SUCCESS;
 }
 
-// Ranges that touch are one.
 Result cuMemSetAccess(Address at, size_t bytes, const int *access, size_t n) {
     NOT_CAPTURING;
     const int READ_AND_WRITE = 3;
     if (n != 1 || &devices[access[1]] != here || access[2] != READ_AND_WRITE) return refuse(__func__, INVALID_VALUE);
+    // One of the mishaps: as if there were no memory for the tables of pages.
+    if (mishaps(here), here->refuses_maps) return OUT_OF_MEMORY;
     mprotect((void *)at, bytes, PROT_READ | PROT_WRITE);
     memset((void *)at, 0xff, bytes);
-    for (auto &[start, length] : here->memory)
-        if (start + length == at) return length += bytes, SUCCESS;
-    here->memory[at] = bytes;
+    here->memory[(--here->reserved.upper_bound(at))->first] += bytes;
     return SUCCESS;
 }
 
 Result cuMemUnmap(Address at, size_t bytes) {
     NOT_CAPTURING;
-    if (!is_inside(at, bytes)) return refuse(__func__, INVALID_VALUE);
+    // Not where nobody has been given access: there is nothing mapped here.
+    if (!is_inside(at, bytes)) return INVALID_VALUE;
     auto of = --here->memory.upper_bound(at);
     if (of->first + of->second != at + bytes) return refuse(__func__, INVALID_VALUE);
-    if ((of->second -= bytes) == 0) here->memory.erase(of);
+    of->second -= bytes;
     mprotect((void *)at, bytes, PROT_NONE);
     return SUCCESS;
 }

@@ -106,7 +106,7 @@ fn kernels(found: &FoundGpu) {
 fn pools(found: &FoundGpu) {
     const MIB: u64 = 1 << 20;
     let mut gpu = open(found);
-    assert_eq!(gpu.resize_pool(MIB).unwrap(), None, "there is none yet");
+    assert_eq!(gpu.resize_pool(MIB, MIB).unwrap(), None, "there is none yet");
     let before = gpu.memory().unwrap().free;
     let at = gpu.allocate_pool(16 * MIB).unwrap();
     let held = |gpu: &mut Gpu| before - gpu.memory().unwrap().free;
@@ -117,12 +117,14 @@ fn pools(found: &FoundGpu) {
     gpu.upload(at, &[7; 16]).unwrap();
     gpu.upload(at + 16 * MIB - 16, &[7; 16]).unwrap();
     // In chunks of a quarter of one.
-    assert_eq!(gpu.resize_pool(5 * MIB + 1).unwrap(), Some(5 * MIB + MIB / 4));
+    assert_eq!(gpu.resize_pool(5 * MIB + 1, 0).unwrap(), Some(5 * MIB + MIB / 4));
     assert_eq!(held(&mut gpu), 5 * MIB + MIB / 4);
     let taken = gpu.memory().unwrap().free - 3 * MIB;
     gpu.allocate(taken).unwrap();
-    assert_eq!(gpu.resize_pool(16 * MIB).unwrap(), Some(8 * MIB + MIB / 4), "as far as there is memory");
-    assert_eq!(gpu.resize_pool(99 * MIB).unwrap(), Some(8 * MIB + MIB / 4));
+    assert_eq!(gpu.pool_piece(), MIB / 4);
+    assert_eq!(gpu.resize_pool(16 * MIB, 7 * MIB - 1).unwrap(), Some(7 * MIB - MIB / 4), "as far as it may");
+    assert_eq!(gpu.resize_pool(16 * MIB, u64::MAX).unwrap(), Some(8 * MIB + MIB / 4), "as far as there is memory");
+    assert_eq!(gpu.resize_pool(99 * MIB, u64::MAX).unwrap(), Some(8 * MIB + MIB / 4));
     for (place, expect) in [(at, 0x0707_0707), (at + 8 * MIB, 0)] {
         gpu.download(place, &mut words).unwrap();
         assert_eq!(words, [expect; 4]);

@@ -15,6 +15,7 @@ impl Scheduler {
     /// go on.
     pub fn clear_cache(&mut self) -> u32 {
         let n = self.kv.forget_all();
+        self.forget_ranking();
         self.publish_gauges();
         n
     }
@@ -25,6 +26,8 @@ impl Scheduler {
         assert!(!self.in_flight, "a step is in flight, and the engine writes its blocks");
         let needed = self.live().map(|(request, _)| self.most_blocks_of(request)).max();
         let n_blocks = n_blocks.max(needed.unwrap_or(0)).clamp(1, self.kv.most_blocks());
+        // No policy decides who goes.
+        self.generation = 0;
         let mut slots = std::mem::take(&mut self.slots);
         slots.clear();
         let holds = |slot: &Slot| self.sequences[*slot].table.iter().any(|block| block.0 >= n_blocks);
@@ -34,8 +37,21 @@ impl Scheduler {
         }
         self.slots = slots;
         self.kv.resize(n_blocks);
+        self.forget_ranking();
         self.config.n_blocks = n_blocks;
         self.publish_gauges();
         n_blocks
+    }
+
+    /// Blocks of one full context.
+    #[must_use]
+    pub fn full_context(&self) -> u32 {
+        self.config.blocks_for(self.config.context_tokens)
+    }
+
+    /// What a retention policy said was about blocks that hold something else by now.
+    fn forget_ranking(&mut self) {
+        self.kv.forget_ranking();
+        self.review.begin_anew();
     }
 }

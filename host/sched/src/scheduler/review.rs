@@ -16,8 +16,6 @@ const SHARE: u32 = 8;
 
 #[derive(Debug)]
 pub(super) struct Review {
-    /// How many evictions an answer is for, where no more are needed.
-    usual: u32,
     /// `Kv::n_evicted` up to which the last answer lasts; 0 when there is none.
     good_until: u64,
     /// Tenants that the policy knows by name.
@@ -32,7 +30,6 @@ impl Review {
     pub(super) fn new(config: &Config) -> Self {
         let room = MAX_ROWS.min(config.n_blocks as usize);
         Self {
-            usual: (config.n_blocks / SHARE).clamp(1, count(MAX_ROWS)),
             good_until: 0,
             named: IntSet::default(),
             columns: BlockColumns::with_room(),
@@ -40,6 +37,11 @@ impl Review {
             ranking: Ranking::default(),
             seen: Vec::with_capacity(room),
         }
+    }
+
+    /// The last answer was about other blocks.
+    pub(super) fn begin_anew(&mut self) {
+        self.good_until = 0;
     }
 }
 
@@ -61,7 +63,9 @@ impl Scheduler {
         if attention == Attention::Native || counts.cached == 0 {
             return;
         }
-        let (usual, needed) = (self.review.usual, self.blocks_needed());
+        // How many evictions an answer is for, where no more are needed.
+        let usual = (self.config.n_blocks / SHARE).clamp(1, count(MAX_ROWS));
+        let needed = self.blocks_needed();
         let covered = self.review.good_until.saturating_sub(self.kv.n_evicted) + u64::from(counts.free);
         if covered < u64::from(needed.max(usual.div_ceil(2))) {
             // At least what is needed now: what cannot be admitted yet is no reason to ask again at the next step.

@@ -140,11 +140,9 @@ pub struct GraphId(pub usize);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// No memory is left. Nothing else is lost.
-    #[error(
-        "out of device memory: {asked} bytes asked for, {free} free; serve a smaller model, or lower engine.gpu_kv_mib"
-    )]
+    #[error("out of device memory: {}, {free} free; serve a smaller model, or lower engine.gpu_kv_mib", wanted(*asked))]
     OutOfMemory {
-        /// What was asked for.
+        /// What was asked for; 0 where the driver needs memory of its own.
         asked: u64,
         /// What there was.
         free: u64,
@@ -187,6 +185,13 @@ pub enum DeviceError {
         /// Its entry point.
         entry: String,
     },
+}
+
+fn wanted(asked: u64) -> String {
+    match asked {
+        0 => "the driver needs some of its own".to_owned(),
+        bytes => format!("{bytes} bytes asked for"),
+    }
 }
 
 /// Memory, copies, launches and graphs. Calls other than `upload`, `download`, `wait`, `reach` and `allocate` may return before they are
@@ -233,13 +238,18 @@ pub trait Device: Send + Debug {
     }
 
     /// Keeps the pool's first so many bytes, and gives the rest back, or takes memory for so many again, of those that it was allocated
-    /// with. The bytes that it has now: somewhat more than it needs, or fewer where the device has no more. `None` where it keeps
-    /// its size. Waits for everything.
+    /// with, and no piece of it beyond `most`. The bytes that it has now: up to a piece more than asked for, or fewer where the
+    /// driver gives no more. `None` where it keeps its size. Waits for everything.
     ///
     /// # Errors
-    /// The driver's.
-    fn resize_pool(&mut self, _bytes: u64) -> Result<Option<u64>, DeviceError> {
+    /// The device is lost.
+    fn resize_pool(&mut self, _bytes: u64, _most: u64) -> Result<Option<u64>, DeviceError> {
         Ok(None)
+    }
+
+    /// Bytes of the pool that are given back and taken at once.
+    fn pool_piece(&self) -> u64 {
+        1
     }
 
     /// Host memory of a lane, in words; once per lane.

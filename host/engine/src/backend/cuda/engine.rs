@@ -377,12 +377,14 @@ impl CudaEngine {
         Ok(extent.sampled)
     }
 
-    /// Gives the pool so many bytes; of those that it has not had, what leaves the driver its reserve.
-    fn resize_kv(&mut self, bytes: u64) -> Result<Option<u64>, DeviceError> {
+    /// Gives the pool so many bytes; of those that it has not had, what leaves the driver its reserve. What it has then, and what is
+    /// left beside the reserve.
+    fn resize_kv(&mut self, bytes: u64) -> Result<Option<(u64, u64)>, DeviceError> {
         self.device.enter()?;
         let memory = self.device.memory()?;
         let most = self.used.kv + memory.free.saturating_sub(memory.reserve());
-        self.device.resize_pool(bytes.min(most))
+        let Some(now) = self.device.resize_pool(bytes, most)? else { return Ok(None) };
+        Ok(Some((now, most.saturating_sub(now))))
     }
 
     fn check_lost(&self) -> Result<(), ExecuteError> {
@@ -429,11 +431,17 @@ impl Executor for CudaEngine {
         }
         let page = self.sizes.page_bytes();
         let resized = self.resize_kv(u64::from(n_blocks) * page);
-        let Some(bytes) = resized.map_err(|error| self.failed(error))? else { return Ok(None) };
+        let Some((bytes, spare)) = resized.map_err(|error| self.failed(error))? else { return Ok(None) };
         self.used.kv = bytes;
         let n_blocks = n_blocks.min(u32::try_from(bytes / page).unwrap_or(u32::MAX));
         self.sizes.config.n_blocks = n_blocks as usize;
-        Ok(Some(PoolSize { n_blocks, bytes }))
+        Ok(Some(PoolSize { n_blocks, bytes, spare }))
+    }
+
+    fn whole_blocks(&self, n_blocks: u32) -> u32 {
+        let (page, piece) = (self.sizes.page_bytes(), self.device.pool_piece());
+        let whole = u64::from(n_blocks) * page / piece * piece;
+        u32::try_from(whole / page).unwrap_or(n_blocks)
     }
 
     fn take_note(&mut self) -> Option<String> {

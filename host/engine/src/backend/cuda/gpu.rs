@@ -228,22 +228,22 @@ pub(super) fn check<T>(call: &'static str, result: Result<T, DriverError>) -> Re
 }
 
 fn fault(call: &'static str, error: DriverError) -> DeviceError {
-    let (code, text) = words(error);
+    if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        return out_of_memory(0);
+    }
+    let (code, text) = words_of(error);
     if is_lost(error.0) { DeviceError::Lost { call, code, text } } else { DeviceError::Driver { call, code, text } }
 }
 
-/// Of a call that asks for so many bytes of the device's memory.
-pub(super) fn check_memory<T>(
-    call: &'static str,
-    asked: u64,
-    result: Result<T, DriverError>,
-) -> Result<T, DeviceError> {
-    result.map_err(|error| match error.0 {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-            let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
-            DeviceError::OutOfMemory { asked, free }
-        }
-        _ => fault(call, error),
+fn out_of_memory(asked: u64) -> DeviceError {
+    DeviceError::OutOfMemory { asked, free: result::mem_get_info().map_or(0, |(free, _)| free as u64) }
+}
+
+/// The same of what asked for so many bytes.
+fn asking<T>(asked: u64, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
+    result.map_err(|error| match error {
+        DeviceError::OutOfMemory { free, .. } => DeviceError::OutOfMemory { asked, free },
+        other => other,
     })
 }
 
@@ -253,7 +253,7 @@ fn check_start<T>(call: &'static str, result: Result<T, DriverError>) -> Result<
 }
 
 fn start_fault(call: &'static str, error: DriverError) -> DeviceError {
-    let repairable = remedy(error.0).map(|remedy| repairable(call, words(error), remedy));
+    let repairable = remedy(error.0).map(|remedy| repairable(call, words_of(error), remedy));
     repairable.unwrap_or_else(|| fault(call, error))
 }
 
@@ -262,7 +262,7 @@ fn repairable(call: &'static str, (code, text): (Arc<str>, Arc<str>), remedy: &s
 }
 
 /// An error's name and what the driver says of it; its number where the driver, a stub say, does not know it.
-fn words(error: DriverError) -> (Arc<str>, Arc<str>) {
+fn words_of(error: DriverError) -> (Arc<str>, Arc<str>) {
     let words = |text: Result<&CStr, DriverError>| -> Arc<str> {
         text.map_or_else(|_| format!("error {}", error.0 as u32).into(), |text| text.to_string_lossy().into())
     };
@@ -534,38 +534,44 @@ impl Device for Gpu {
         let size = (bytes as usize).max(1);
         // Not from a pool: what is freed goes back to the driver at once.
         // SAFETY: the memory is recorded below and freed on drop.
-        let at = check_memory("cuMemAlloc", bytes, unsafe { result::malloc_sync(size) })?;
+        let at = asking(bytes, check("cuMemAlloc", unsafe { result::malloc_sync(size) }))?;
         self.allocations.push(at);
         self.clear(at, size)?;
         Ok(at)
     }
 
     fn allocate_pool(&mut self, bytes: u64) -> Result<u64, DeviceError> {
-        let mut pool = match Pool::reserve(self.device, bytes) {
-            Ok(pool) => pool,
-            Err(why) if why.is_lost() => return Err(why),
+        let mapped = Pool::reserve(self.device, bytes).and_then(|mut pool| match pool.resize(bytes, u64::MAX) {
+            Ok(()) => Ok(pool),
+            Err(why) => {
+                pool.free();
+                Err(why)
+            }
+        });
+        match asking(bytes, mapped) {
+            Ok(pool) => {
+                let at = pool.at();
+                self.pool = Some(pool);
+                self.clear(at, bytes as usize)?;
+                Ok(at)
+            }
+            Err(why @ (DeviceError::Lost { .. } | DeviceError::OutOfMemory { .. })) => Err(why),
             Err(why) => {
                 self.notes.push(format!("the KV pool keeps its size, for its memory cannot be mapped: {why}"));
-                return self.allocate(bytes);
+                self.allocate(bytes)
             }
-        };
-        let (at, mapped) = (pool.at(), pool.resize(bytes));
-        self.pool = Some(pool);
-        mapped?;
-        self.clear(at, bytes as usize)?;
-        Ok(at)
+        }
     }
 
-    fn resize_pool(&mut self, bytes: u64) -> Result<Option<u64>, DeviceError> {
+    fn resize_pool(&mut self, bytes: u64, most: u64) -> Result<Option<u64>, DeviceError> {
         self.wait()?;
         let Some(pool) = &mut self.pool else { return Ok(None) };
-        let before = pool.bytes();
-        let resized = pool.resize(bytes);
-        let (now, fresh) = (pool.bytes(), pool.at() + before);
-        // What is there no longer has been given back all the same, and so has nobody else what came before memory ran out.
-        match resized {
-            Err(DeviceError::OutOfMemory { .. }) | Ok(()) => {}
-            Err(fault) => return Err(fault),
+        let (before, fresh) = (pool.bytes(), pool.at() + pool.bytes());
+        // One that the driver gives no more to has what it got.
+        let resized = pool.resize(bytes, most);
+        let now = pool.bytes();
+        if let Err(fault @ DeviceError::Lost { .. }) = resized {
+            return Err(fault);
         }
         if now > before {
             self.clear(fresh, (now - before) as usize)?;
@@ -573,9 +579,18 @@ impl Device for Gpu {
         Ok(Some(now))
     }
 
+    fn pool_piece(&self) -> u64 {
+        self.pool.as_ref().map_or(1, Pool::chunk)
+    }
+
     fn allocate_lane(&mut self, lane: Lane, words: usize) -> Result<(), DeviceError> {
         // SAFETY: recorded below and freed on drop; zeroed before anybody reads it.
-        let at = check("cuMemHostAlloc", unsafe { result::malloc_host(words.max(1) * 4, 0) })?.cast::<u32>();
+        let at = unsafe { result::malloc_host(words.max(1) * 4, 0) }.map_err(|error| {
+            // The host's memory, of which the driver says the same as of the device's.
+            let (code, text) = words_of(error);
+            DeviceError::Driver { call: "cuMemHostAlloc", code, text }
+        })?;
+        let at = at.cast::<u32>();
         // SAFETY: the allocation has that many words and nobody else knows it yet.
         unsafe { std::ptr::write_bytes(at, 0, words) };
         self.lanes[lane.index()].free();
@@ -801,8 +816,9 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         let (plans, library) = (std::mem::take(&mut self.gemm_plans), self.library.take());
         if self.enter().is_err() {
-            // They belong to a context that is gone.
+            // They belong to a context that is gone; mapped memory belongs to none.
             std::mem::forget((plans, library));
+            self.pool.take().into_iter().for_each(Pool::free);
             return;
         }
         match self.wait() {

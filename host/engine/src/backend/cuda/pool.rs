@@ -8,9 +8,9 @@
 use cudarc::driver::{DriverError, sys};
 
 use super::device::DeviceError;
-use super::gpu::{check, check_memory};
+use super::gpu::check;
 
-/// Most bytes of a chunk, and the least chunks of a pool that is large: it gives back what it need not have, but for one of them.
+/// Most bytes of a chunk, and the least chunks of a pool that is large: it gives back what it need not have, but for part of one.
 const MOST_CHUNK: usize = 64 << 20;
 const LEAST_CHUNKS: usize = 64;
 
@@ -52,16 +52,22 @@ impl Pool {
         self.end_of(self.mapped.len()) as u64
     }
 
-    /// Has memory for the first so many bytes, and for no whole chunk more. On an error it has what it got.
+    /// Of a chunk.
+    pub(super) fn chunk(&self) -> u64 {
+        self.chunk as u64
+    }
+
+    /// Has memory for the first so many bytes, and for no whole chunk more; of chunks that it has not had, those within `most`. On an
+    /// error it has what it got.
     ///
     /// # Errors
     /// The driver's.
-    pub(super) fn resize(&mut self, bytes: u64) -> Result<(), DeviceError> {
+    pub(super) fn resize(&mut self, bytes: u64, most: u64) -> Result<(), DeviceError> {
         let wanted = (bytes as usize).min(self.reserved).div_ceil(self.chunk);
         while self.mapped.len() > wanted {
             self.unmap_last()?;
         }
-        while self.mapped.len() < wanted {
+        while self.mapped.len() < wanted && self.end_of(self.mapped.len() + 1) as u64 <= most {
             self.map_next()?;
         }
         Ok(())
@@ -69,7 +75,14 @@ impl Pool {
 
     /// Gives back memory and addresses, whatever the driver says of it. The context must be the thread's.
     pub(super) fn free(mut self) {
-        while !self.mapped.is_empty() && self.unmap_last().is_ok() {}
+        while let Some(handle) = self.mapped.pop() {
+            let (start, end) = (self.end_of(self.mapped.len()), self.end_of(self.mapped.len() + 1));
+            // SAFETY: as in `unmap_last`; what the driver keeps mapped it keeps.
+            unsafe {
+                let _ = sys::cuMemUnmap(self.at + start as u64, end - start);
+                let _ = sys::cuMemRelease(handle);
+            }
+        }
         // SAFETY: the range is the one reserved, and nothing is mapped there unless the driver has refused to unmap it.
         let _ = unsafe { sys::cuMemAddressFree(self.at, self.reserved) };
     }
@@ -86,7 +99,7 @@ impl Pool {
         let mut handle = 0;
         // SAFETY: the handle is written to a local, and the description outlives the call.
         let code = unsafe { sys::cuMemCreate(&raw mut handle, size, &raw const kind, 0) };
-        check_memory("cuMemCreate", size as u64, code.result())?;
+        check("cuMemCreate", code.result())?;
         let access = sys::CUmemAccessDesc {
             location: kind.location,
             flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,

@@ -55,6 +55,9 @@ pub(crate) fn write_inputs(sizes: &Sizes, extent: Extent, plan: &StepPlan, words
         let to = &mut words[at(layout.tables) + i * width..][..table.len()];
         to.iter_mut().zip(table).for_each(|(word, block)| *word = block.0);
     }
+    // By how much they see: the kernel begins with the last.
+    let (listed, _) = words[at(layout.tiles)..][..2 * tiles].as_chunks_mut::<2>();
+    listed.sort_unstable_by_key(|&[row, first]| (plan.rows[row as usize].position + first, row));
     words[at(layout.row_starts) + rows] = tokens as u32;
     words[at(layout.follows)..][..plan.follows.len()].copy_from_slice(&plan.follows);
     let splits = sizes.write_splits(singles_of(plan), None, &mut words[at(layout.splits)..at(layout.window_splits)]);

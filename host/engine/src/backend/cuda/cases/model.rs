@@ -78,17 +78,18 @@ fn norm_add(element: Element, rng: &mut Rng, hidden: usize, too_large: bool) -> 
 }
 
 /// Of 2 live rows after the first, in a launch of 3.
-fn gated(element: Element, rng: &mut Rng, ffn: usize, kind: usize) -> Case {
+fn gated(element: Element, rng: &mut Rng, (ffn, kind): (usize, usize), too_large: bool) -> Case {
     let (first, live, rows) = (1, 2, 3);
     let mut pairs = element.random(rng, live * 2 * ffn);
-    if element == Element::F16 {
-        // Gate of one and up of another have been too large for it.
+    if too_large {
+        // Gate of one, up of another, and both of a third, with what they make.
         (pairs[0], pairs[3]) = (f64::NEG_INFINITY, f64::INFINITY);
+        (pairs[4], pairs[5]) = (f64::INFINITY, f64::INFINITY);
     }
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let of = |x: f64| if kind == 3 { x } else { 1.595_769_121_605_731 * (x + 0.044_715 * x * x * x) };
     let made = pairs.chunks(2).map(|pair| (finite(element, pair[0]), finite(element, pair[1])));
-    let made = made.map(|(gate, up)| gate * sigmoid(of(gate)) * up);
+    let made = made.map(|(gate, up)| finite(element, gate * sigmoid(of(gate)) * up));
     // Nothing writes the first row, nor what follows the live ones.
     let mut initial = element.encode(&vec![0.5; first * ffn]);
     initial.resize((first + rows) * ffn * element.bytes(), POISON);
@@ -101,7 +102,7 @@ fn gated(element: Element, rng: &mut Rng, ffn: usize, kind: usize) -> Case {
         .u32(first)
         .u32(ffn)
         .u32(kind);
-    let what = format!("gated {element} {ffn} as {kind}");
+    let what = format!("gated {element} {ffn} as {kind}{}", if too_large { " too large" } else { "" });
     Case { what, call, check: close(element, element.tolerance(), expect) }
 }
 
@@ -114,7 +115,7 @@ struct Rope {
     /// Elements of a head that are turned.
     turned: usize,
     with_gains: bool,
-    /// Some values of the last head were, for `f16`.
+    /// Numbers of a query and of a key were, for `f16`; their norms are not.
     too_large: bool,
 }
 
@@ -155,7 +156,7 @@ impl Rope {
         let tables: Vec<u32> = rng.shuffled(3 * MAX_BLOCKS).into_iter().map(|page| page as u32).collect();
         let mut qkv = element.random(rng, POSITIONS.len() * width);
         if too_large {
-            (qkv[width - 1], qkv[2 * width - 2]) = (f64::INFINITY, f64::NEG_INFINITY);
+            (qkv[1], qkv[width + heads * d + 2]) = (f64::INFINITY, f64::NEG_INFINITY);
         }
         let gains = with_gains.then(|| [element.random(rng, d), element.random(rng, d)]);
         let (mut expect, mut pages) = (qkv.clone(), vec![f64::NAN; 3 * MAX_BLOCKS * 2 * stride]);
@@ -163,6 +164,7 @@ impl Rope {
             let page = tables[row as usize * MAX_BLOCKS + position as usize / block_tokens] as usize;
             for head in 0..heads + 2 * kv_heads {
                 let from = &qkv[token * width + head * d..][..d];
+                let from = &from.iter().map(|v| finite(element, *v)).collect::<Vec<_>>()[..];
                 let gain = gains.as_ref().map(|[q, k]| if head < heads { q.as_slice() } else { k.as_slice() });
                 let rotated = self.rotate(from, gain, position);
                 let slot = position as usize % block_tokens;
@@ -175,8 +177,7 @@ impl Rope {
                 } else if head < heads + kv_heads {
                     put(0, head - heads, &rotated);
                 } else {
-                    let stored: Vec<f64> = from.iter().map(|v| finite(element, *v)).collect();
-                    put(1, head - heads - kv_heads, &stored);
+                    put(1, head - heads - kv_heads, from);
                 }
             }
         }
@@ -202,12 +203,22 @@ impl Rope {
             .u32(d)
             .u32(block_tokens);
         let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d}/{turned} pages of {block_tokens}", element);
-        let all_finite = |values: &[f64]| values.iter().map(|v| finite(element, *v)).collect::<Vec<_>>();
-        let (what, expect) = (if too_large { what + " too large" } else { what }, all_finite(&expect));
+        let what = if too_large { what + " too large" } else { what };
+        // Keys and values stay as they were, whatever they were.
+        let (key, untouched) = (width + heads * d + 2, element.encode(&[f64::NEG_INFINITY]));
+        if too_large {
+            expect[key] = 0.0;
+        }
         let check: Check = Box::new(move |outs| {
-            let found =
-                element.encode(&element.decode(&outs[0]).iter().map(|v| finite(element, *v)).collect::<Vec<_>>());
-            is_close(element, element.tolerance(), &expect, &found)?;
+            let mut queries = outs[0].clone();
+            if too_large {
+                let at = &mut queries[key * element.bytes()..][..element.bytes()];
+                if at != untouched {
+                    return Err("a key was changed where it stands with its query".to_owned());
+                }
+                at.fill(0);
+            }
+            is_close(element, element.tolerance(), &expect, &queries)?;
             let found = element.decode(&outs[1]);
             if let Some(at) = (0..pages.len()).find(|&i| pages[i].is_nan() != found[i].is_nan()) {
                 return Err(format!("element {at} of the pages: {} instead of {}", found[at], pages[at]));
@@ -237,8 +248,8 @@ pub fn cases(element: Element) -> Vec<Case> {
         rms_norm(element, &mut rng, 8_232, None),
         norm_add(element, &mut rng, 520, false),
         norm_add(element, &mut rng, 8_232, false),
-        gated(element, &mut rng, 8, 3),
-        gated(element, &mut rng, 2_056, 4),
+        gated(element, &mut rng, (8, 3), false),
+        gated(element, &mut rng, (2_056, 4), false),
         rope(4, 2, [64, 64], 16, false).case(element, &mut rng),
         rope(3, 1, [128, 128], 48, true).case(element, &mut rng),
         rope(7, 1, [64, 64], 16, true).case(element, &mut rng),
@@ -249,6 +260,7 @@ pub fn cases(element: Element) -> Vec<Case> {
     ];
     if element == Element::F16 {
         cases.extend([520, 8_232].map(|hidden| norm_add(element, &mut rng, hidden, true)));
+        cases.extend([(8, 3), (8, 4)].map(|of| gated(element, &mut rng, of, true)));
         cases.push(Rope { too_large: true, ..rope(4, 2, [64, 64], 16, true) }.case(element, &mut rng));
     }
     cases

@@ -177,26 +177,32 @@ impl Product {
     }
 }
 
-/// Sums that are too large for `f16`, whose largest number is stored.
-fn too_large(entry: &Entry) -> Case {
+/// Sums that are too large for `f16`, whose largest number is stored; of pairs what gate and up make.
+fn too_large(entry: &Entry, epilogue: Epilogue) -> Case {
     let (element, k, n_out) = (Element::F16, 64_usize, 8_usize);
-    let signs: Vec<f64> = (0..n_out).map(|column| if column % 3 == 0 { -1.0 } else { 1.0 }).collect();
+    let signs: Vec<f64> = (0..n_out).map(|column| if column % 3 == 1 { -1.0 } else { 1.0 }).collect();
     let w: Vec<f64> = signs.iter().flat_map(|sign| [sign * 100.0; 64]).collect();
     let grid = [n_out.div_ceil(entry.columns), 1, 1];
     let call = Call::typed(entry.name, element, grid, entry.block).shared(entry.shared).count(1);
-    let call = call.input(element, &w).input(element, &[100.0; 64]).maybe(element, None).poisoned(n_out * 2);
-    let call = call.u32(k).u32(n_out).u32(Store as usize);
+    let call = call.input(element, &w).input(element, &[100.0; 64]).maybe(element, None);
+    let width = if epilogue.is_pair() { n_out / 2 } else { n_out };
+    let call = call.poisoned(width * 2).u32(k).u32(n_out).u32(epilogue as usize);
     // One run of the largest tile, which is not cut.
     let call = match entry.runs {
         Some(_) => call.poisoned(PARTS_BYTES).output(vec![0; 8 * 4]),
         None => call,
     };
-    let expect: Vec<f64> = signs.iter().map(|sign| sign * 65_504.0).collect();
+    // A gate of a large number is that or nothing.
+    let gated = |pair: &[f64]| if pair[0] < 0.0 { 0.0 } else { pair[1] * 65_504.0 };
+    let expect: Vec<f64> = match epilogue.is_pair() {
+        true => signs.chunks(2).map(gated).collect(),
+        false => signs.iter().map(|sign| sign * 65_504.0).collect(),
+    };
     let check: Check = Box::new(move |outs| match element.decode(&outs[0]) {
         found if found == expect => Ok(()),
         found => Err(format!("{found:?} instead of {expect:?}")),
     });
-    Case { what: format!("{} {element} of sums beyond it", entry.name), call, check }
+    Case { what: format!("{} {element} {epilogue:?} of sums beyond it", entry.name), call, check }
 }
 
 /// Every kernel here, at sizes that fit no tile.
@@ -215,7 +221,9 @@ pub fn cases(element: Element) -> Vec<Case> {
         }
     }
     if element == Element::F16 {
-        cases.extend([GEMV_1, GEMM, GEMM_8, GEMM_64, GEMM_128].iter().map(too_large));
+        let entries = [GEMV_1, GEMM, GEMM_8, GEMM_64, GEMM_128];
+        let both = |entry| [Store, SiluMul].map(|epilogue| too_large(entry, epilogue));
+        cases.extend(entries.iter().flat_map(both));
     }
     cases
 }

@@ -405,6 +405,13 @@ fn choose_cases(rng: &mut Rng) -> Vec<Case> {
     let flat = |step: f32| (0..3_000).map(|i| (i % 500) as f32 * step).collect::<Vec<f32>>();
     let any = |i: u32| Rules { temperature: 1.0, top_p: 0.5, top_k: 2_000, index: i, logprobs: 20, ..Rules::default() };
     cases.push(choose_case("of nearly equal", &[(flat(1e-7), any(0)), (flat(0.0), any(1)), (flat(-0.0), any(2))]));
+    // So many tokens that a row's parts are several turns of a block: candidates in three of them, the last token among them.
+    let mut wide = vec![f32::NEG_INFINITY; 70_003];
+    for token in (9_000..9_400).chain(40_957..40_963).chain(69_900..70_003) {
+        wide[token] = (rng.unit() * 4.0) as f32;
+    }
+    let ruled = |i: usize| (wide.clone(), Rules { seed: i as u64, index: 3, ..kinds[i].clone() });
+    cases.push(choose_case("of a wide vocabulary", &[0, 1, 2, 6, 7].map(ruled)));
     let nothing = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY].map(|v| (vec![v; 3], any(0)));
     cases.push(choose_case("of nothing", &nothing));
     cases

@@ -240,7 +240,7 @@ ENTRY(qk_rope_store, 128, 8, (const u32 *n, T *qkv, const u32 *positions, const 
         u32 i = lane + 32 * j;
         if (i >= d / 2) continue;
         float one = low[j], other = high[j];
-        // What is not turned stays as it is, to the bit.
+        // What is not turned is not multiplied either: a large number times a sine of 0 may be none.
         if (!is_v && i < half) {
             one = low[j] * cosines[j] - high[j] * sines[j];
             other = high[j] * cosines[j] + low[j] * sines[j];

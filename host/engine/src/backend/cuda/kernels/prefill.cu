@@ -28,7 +28,7 @@ struct Tile {
     u32 group;
 };
 
-// Blocks begin in the order of their numbers. The later tokens of a chunk see more, and come first: were the longest tiles the last,
+// Blocks begin in the order of their numbers. Tiles that see more are listed later, and come first: were they the last,
 // most of the device would wait for them. So do those of several key heads, side by side, but of no more than eight: the blocks of
 // one head find its keys in the cache.
 DEVICE Tile tile_of(const Prefill &a) {
