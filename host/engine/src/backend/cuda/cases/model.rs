@@ -204,31 +204,34 @@ impl Rope {
             .u32(block_tokens);
         let what = format!("qk_rope_store {} {heads}/{kv_heads} d {d}/{turned} pages of {block_tokens}", element);
         let what = if too_large { what + " too large" } else { what };
-        // Keys and values stay as they were, whatever they were.
-        let (key, untouched) = (width + heads * d + 2, element.encode(&[f64::NEG_INFINITY]));
-        if too_large {
-            expect[key] = 0.0;
-        }
-        let check: Check = Box::new(move |outs| {
-            let mut queries = outs[0].clone();
-            if too_large {
-                let at = &mut queries[key * element.bytes()..][..element.bytes()];
-                if at != untouched {
-                    return Err("a key was changed where it stands with its query".to_owned());
-                }
-                at.fill(0);
-            }
-            is_close(element, element.tolerance(), &expect, &queries)?;
-            let found = element.decode(&outs[1]);
-            if let Some(at) = (0..pages.len()).find(|&i| pages[i].is_nan() != found[i].is_nan()) {
-                return Err(format!("element {at} of the pages: {} instead of {}", found[at], pages[at]));
-            }
-            let (expect, found): (Vec<f64>, Vec<f64>) =
-                pages.iter().zip(&found).filter(|(expect, _)| !expect.is_nan()).map(|(e, f)| (*e, *f)).unzip();
-            is_close(Element::F32, element.tolerance(), &expect, &Element::F32.encode(&found))
-        });
+        let key = too_large.then_some(width + heads * d + 2);
+        let check = turned_and_stored(element, (expect, pages), key);
         Case { what, call, check }
     }
+}
+
+/// Queries are turned, and pages have keys and values. What stands beside the queries stays as it was: also a key that is negative
+/// infinity.
+fn turned_and_stored(element: Element, (mut expect, pages): (Vec<f64>, Vec<f64>), key: Option<usize>) -> Check {
+    key.into_iter().for_each(|key| expect[key] = 0.0);
+    Box::new(move |outs| {
+        let mut queries = outs[0].clone();
+        if let Some(key) = key {
+            let at = &mut queries[key * element.bytes()..][..element.bytes()];
+            if at != element.encode(&[f64::NEG_INFINITY]) {
+                return Err("a key was changed where it stands beside its query".to_owned());
+            }
+            at.fill(0);
+        }
+        is_close(element, element.tolerance(), &expect, &queries)?;
+        let found = element.decode(&outs[1]);
+        if let Some(at) = (0..pages.len()).find(|&i| pages[i].is_nan() != found[i].is_nan()) {
+            return Err(format!("element {at} of the pages: {} instead of {}", found[at], pages[at]));
+        }
+        let (expect, found): (Vec<f64>, Vec<f64>) =
+            pages.iter().zip(&found).filter(|(expect, _)| !expect.is_nan()).map(|(e, f)| (*e, *f)).unzip();
+        is_close(Element::F32, element.tolerance(), &expect, &Element::F32.encode(&found))
+    })
 }
 
 /// Every kernel here, at sizes that fit no tile.
