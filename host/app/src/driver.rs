@@ -74,6 +74,8 @@ pub(crate) struct Begun {
     /// When the device, or planning it, came to it, and when its plan was made.
     start: Micros,
     scheduled: Micros,
+    /// What the host took to plan and to begin it.
+    host: Micros,
     size: StepSize,
     /// Of beginning it, or of all of it where it was computed whole.
     outcome: Result<(), ExecuteError>,
@@ -545,15 +547,20 @@ impl DriverReplica {
             return false;
         };
         let scheduled = clock.micros();
-        let outcome = match self.executor.in_halves() {
-            Some(halves) => halves.begin(plan, &mut self.sampler),
-            None => self.executor.execute(plan, &mut self.sampler, output),
+        let size = size_of(plan);
+        let (outcome, launched) = match self.executor.in_halves() {
+            Some(halves) => {
+                let outcome = halves.begin(plan, &mut self.sampler);
+                (outcome, clock.micros())
+            }
+            // Computed whole: nothing of it is the host's.
+            None => (self.executor.execute(plan, &mut self.sampler, output), scheduled),
         };
-        self.begun.push_back(Begun { start, scheduled, size: size_of(plan), outcome });
         if has_drafted {
             self.metrics.drafts.step.observe(seconds(start, drafted));
         }
-        self.metrics.step_schedule.observe(seconds(drafted, scheduled));
+        let host = launched.saturating_sub(drafted);
+        self.note_begun([drafted, scheduled, launched], Begun { start, scheduled, host, size, outcome });
         true
     }
 
@@ -609,9 +616,19 @@ impl DriverReplica {
         let may = |id| self.sampler.is_free(id);
         let Some(plan) = self.scheduler.schedule_ahead(start, &mut *self.policy, may) else { return };
         let scheduled = context.clock.micros();
-        let outcome = halves.begin(plan, &mut self.sampler);
-        self.begun.push_back(Begun { start, scheduled, size: size_of(plan), outcome });
+        let (size, outcome) = (size_of(plan), halves.begin(plan, &mut self.sampler));
+        let launched = context.clock.micros();
+        let host = launched.saturating_sub(start);
+        self.note_begun([start, scheduled, launched], Begun { start, scheduled, host, size, outcome });
+    }
+
+    /// Keeps a step that was planned and launched at these times.
+    fn note_begun(&mut self, [start, scheduled, launched]: [Micros; 3], begun: Begun) {
+        self.begun.push_back(begun);
         self.metrics.step_schedule.observe(seconds(start, scheduled));
+        if self.executor.in_halves().is_some() {
+            self.metrics.step_launch.observe(seconds(scheduled, launched));
+        }
     }
 
     /// Waits for the step that was begun first, whose results are in `output` where it was computed whole.
@@ -645,11 +662,14 @@ impl DriverReplica {
         let step_tokens = self.scheduler.config().step_tokens;
         let n_tokens = begun.size.prefill_tokens + begun.size.decode_sequences;
         self.metrics.step_fill.set(f64::from(n_tokens) / f64::from(step_tokens.max(1)));
-        publish(self, &context.metrics);
         // The device has come to it only now.
         for next in &mut self.begun {
             (next.start, next.scheduled) = (done, done);
         }
+        publish(self, &context.metrics);
+        let completed = context.clock.micros();
+        self.metrics.step_complete.observe(seconds(done, completed));
+        self.metrics.step_host.observe(seconds(done, completed + begun.host));
     }
 }
 
@@ -1029,7 +1049,14 @@ mod tests {
             assert_eq!(stays.reserved_requests.load(Ordering::Relaxed), 0);
         }
         assert_eq!(u64::from(ends.all.load(Ordering::Relaxed)), next, "each request ended, and once");
-        assert!(context.metrics.replica("m:f16", "cpu", 16, 64).steps_ahead.get() > 100, "steps are begun ahead");
+        let counted = context.metrics.replica("m:f16", "cpu", 16, 64);
+        assert!(counted.steps_ahead.get() > 100, "steps are begun ahead");
+        let n_steps = counted.step_host.get_sample_count();
+        assert_eq!([&counted.step_complete, &counted.step_execute].map(|part| part.get_sample_count()), [n_steps; 2]);
+        // One that was ended with its replica has no end.
+        let parts = [&counted.step_schedule, &counted.step_launch, &counted.step_complete];
+        let (host, parts) = (counted.step_host.get_sample_sum(), parts.map(|part| part.get_sample_sum()));
+        assert!(parts[2] < host && host < parts.iter().sum::<f64>() + 1e-6, "{host} of {parts:?}");
         let n_compared = compare(&ends.texts.lock().expect("no panic"), next / 4);
         assert!(n_compared > 10_000, "{n_compared} tokens");
     }

@@ -35,6 +35,9 @@ const SWAP_SECONDS: &[f64] = &[1e-6, 5e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0];
 /// Engine steps and their phases.
 const STEP_SECONDS: &[f64] = &[1e-5, 2e-5, 5e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.5, 1.0];
 
+/// The host's own part of a step.
+const HOST_SECONDS: &[f64] = &[5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0];
+
 /// All families of the host and the registry they live in.
 #[derive(Debug)]
 pub struct Metrics {
@@ -71,6 +74,7 @@ pub struct Metrics {
     policy_missing: IntGaugeVec,
     swap: HistogramVec,
     step: HistogramVec,
+    step_host: HistogramVec,
     step_fill: GaugeVec,
     steps_ahead: IntCounterVec,
     tokens: IntCounterVec,
@@ -153,8 +157,14 @@ pub struct ReplicaMetrics {
     pub preemptions: IntCounter,
     /// `pointsman_step_seconds{phase="schedule"}`: the host's and the policy's part of a step.
     pub step_schedule: Histogram,
-    /// `pointsman_step_seconds{phase="execute"}`.
+    /// `pointsman_step_seconds{phase="launch"}`: handing a plan to a device that computes on its own.
+    pub step_launch: Histogram,
+    /// `pointsman_step_seconds{phase="execute"}`: from its plan, or from the end of the step before it, to its end.
     pub step_execute: Histogram,
+    /// `pointsman_step_seconds{phase="complete"}`: handing its tokens on.
+    pub step_complete: Histogram,
+    /// `pointsman_step_host_seconds`: schedule, launch and complete of one step.
+    pub step_host: Histogram,
     /// `pointsman_step_fill_ratio`: tokens computed over the step budget.
     pub step_fill: Gauge,
     /// `pointsman_steps_ahead_total`.
@@ -497,6 +507,12 @@ impl Metrics {
                 SWAP_SECONDS,
             ),
             step: histogram("pointsman_step_seconds", "Parts of an engine step.", &["device", "phase"], STEP_SECONDS),
+            step_host: histogram(
+                "pointsman_step_host_seconds",
+                "What the host itself takes for a step: planning it, launching it and handing its tokens on.",
+                &["device"],
+                HOST_SECONDS,
+            ),
             step_fill: ratio(
                 "pointsman_step_fill_ratio",
                 "Tokens computed in the last step over the step budget.",
@@ -687,7 +703,10 @@ impl Metrics {
             drafts: self.drafts(model_name, device),
             preemptions: self.preemptions.with_label_values(m),
             step_schedule: self.step.with_label_values(&[device, "schedule"]),
+            step_launch: self.step.with_label_values(&[device, "launch"]),
             step_execute: self.step.with_label_values(&[device, "execute"]),
+            step_complete: self.step.with_label_values(&[device, "complete"]),
+            step_host: self.step_host.with_label_values(&[device]),
             step_fill: self.step_fill.with_label_values(&[device]),
             steps_ahead: self.steps_ahead.with_label_values(&[device]),
             tokens_prefill: self.tokens.with_label_values(&[device, model_name, "prefill"]),
