@@ -144,16 +144,30 @@ again_without_overlap() {
 has_ended() { grep -q '"verdict"' "$1" 2>/dev/null; }
 # The last member of that NAME in a file.
 named() { sed -n "s/.*\"$1\": \"\(.*\)\".*/\1/p" "$2" 2>/dev/null | tail -1; }
-# What the host's metrics say of planning steps: seconds, steps, those within 20 us and within 50 us, and how often a guest was asked.
+# What the host's metrics say of its own part of steps: one line for each figure, its value first. `le=` are steps within that time.
 steps() {
   exec 3<>"/dev/tcp/127.0.0.1/$port" || return
   printf 'GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' >&3
-  awk '/^pointsman_step_seconds_.*phase="schedule"/ && match($0, /_sum|_count|le="0.0000[25]"/) { of[substr($0, RSTART, RLENGTH)] += $NF; n++ }
-    /^pointsman_policy_call_seconds_count.*slot="scheduler"/ { asked += $NF }
-    END { if (n) printf "%.9f %d %d %d %d\n", of["_sum"], of["_count"], of["le=\"0.00002\""], of["le=\"0.00005\""], asked }' <&3
+  awk '/^pointsman_step_host_seconds_/ && match($0, /_sum|_count|le="[^"]*"/) { of["host" substr($0, RSTART, RLENGTH)] += $NF }
+    /^pointsman_step_seconds_sum/ && match($0, /phase="[a-z]*"/) { of[substr($0, RSTART, RLENGTH)] += $NF }
+    /^pointsman_policy_call_seconds_count.*slot="scheduler"/ { of["asked"] += $NF }
+    END { for (i in of) printf "%.9f %s\n", of[i], i }' <&3
   exec 3>&-
 }
-# Load by so many clients on the host, as they see it, and what planning a step took meanwhile. Fails where a request was not answered.
+# What they were between two such times, of which the earlier one's values are negative: on average, within the bars, and the longest, as
+# far as its bucket tells.
+host_part() {
+  awk '{ of[$2] += $1 }
+    function us(what) { return of["phase=\"" what "\""] / steps * 1e6 }
+    END { if (!(steps = of["host_count"])) exit
+      printf "host per step          %.1f us on average (plan %.1f, launch %.1f, hand on %.1f), %.1f %% within 20 us, %.1f %% within 50 us\n",
+        of["host_sum"] / steps * 1e6, us("schedule"), us("launch"), us("complete"),
+        of["hostle=\"0.00002\""] / steps * 100, of["hostle=\"0.00005\""] / steps * 100
+      for (i in of) if (i ~ /^hostle="[0-9]/ && of[i] == steps) { split(i, le, "\""); if (!most || le[2] + 0 < most) most = le[2] + 0 }
+      printf "longest host part      %s; the device takes %.0f us for a step; %d steps, a guest was asked %d times\n",
+        most ? "within " most * 1e6 " us" : "unknown", us("execute"), steps, of["asked"] }'
+}
+# Load by so many clients on the host, as they see it, and what the host took for a step meanwhile. Fails where a request was not answered.
 load() {
   local before after result n
   # More for more clients: while the last of them run nobody waits any more.
@@ -163,9 +177,7 @@ load() {
   after="$(steps)"
   echo "-- $1, $2 clients"
   grep -E '^(requests|output|failed|rejected|milliseconds|ttft|itl)' <<<"$result"
-  awk -v before="$before" -v after="$after" 'BEGIN { split(before, b); split(after, a); for (i in a) a[i] -= b[i]
-    if (a[2]) printf "planning a step        %.1f us on average, %.1f %% within 20 us, %.1f %% within 50 us, %d steps, a guest was asked %d times\n",
-      a[1] / a[2] * 1e6, a[3] / a[2] * 100, a[4] / a[2] * 100, a[2], a[5] }'
+  { sed 's/^/-/' <<<"$before"; echo "$after"; } | host_part
   grep -q "^requests .* $n sent, $n answered" <<<"$result"
 }
 scheduler() { timeout 30 "$here/pointsman" policy activate scheduler "$1"; }
