@@ -589,6 +589,7 @@ impl DriverReplica {
             }
             Err(error) => {
                 tracing::error!(replica = self.id.0, "the memory of a KV pool cannot be changed: {error}");
+                self.scheduler.resize(before, now, &mut observe);
                 None
             }
         }

@@ -133,7 +133,7 @@ impl Check<'_> {
     /// The parts in their order, whatever comes of one before.
     fn all(&mut self, only: &[Section]) -> anyhow::Result<()> {
         self.device()?;
-        // Holds the context, which would otherwise be made anew for each model, and from outside of models sees their memory.
+        // From outside of models it sees their memory.
         let mut keeper = self.open(false)?;
         self.units(&mut keeper, only == [Section::Kernels])?;
         for section in Section::value_variants() {

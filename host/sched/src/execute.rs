@@ -135,9 +135,15 @@ pub trait Executor: Send {
     /// was made. Not while a step is begun.
     ///
     /// # Errors
-    /// A device fault, in words for the log.
+    /// A device fault, in words for the log; it has what it had.
     fn resize_pool(&mut self, _n_blocks: u32) -> Result<Option<PoolSize>, ExecuteError> {
         Ok(None)
+    }
+
+    /// The memory of so many blocks, which is whole pieces of what is given back and taken at once: no more than the pool has now, or
+    /// than they need.
+    fn pool_bytes(&self, _n_blocks: u32) -> u64 {
+        0
     }
 
     /// The most blocks, of at most so many, whose memory is whole pieces of what is given back and taken at once.

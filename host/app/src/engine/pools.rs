@@ -22,6 +22,8 @@ pub(crate) struct PoolBounds {
     pub block_bytes: u64,
     /// One full context; all, where the pool keeps its size.
     pub least: u32,
+    /// What it has then.
+    pub least_bytes: u64,
     /// All that it was made with.
     pub most: u32,
     /// Where there is room: all, or what an operator wants.
@@ -47,15 +49,17 @@ impl PoolBounds {
     /// Of a pool that has just been made.
     pub(crate) fn of(executor: &mut dyn Executor, sched: &Config, bytes: u64) -> Self {
         let most = sched.n_blocks;
-        let can_shrink = executor.resize_pool(most).is_ok_and(|sized| sized.is_some());
         let context = sched.context_tokens.div_ceil(sched.block_tokens).min(most);
-        let least = if can_shrink { context } else { most };
-        Self { block_bytes: bytes / u64::from(most.max(1)), least, most, wanted: most, can_shrink }
+        let can_resize = executor.resize_pool(most).is_ok_and(|sized| sized.is_some());
+        // Not where all of it is one piece of what is given back at once.
+        let can_shrink = can_resize && executor.pool_bytes(context) < executor.pool_bytes(most);
+        let (least, least_bytes) = if can_shrink { (context, executor.pool_bytes(context)) } else { (most, bytes) };
+        Self { block_bytes: bytes / u64::from(most.max(1)), least, least_bytes, most, wanted: most, can_shrink }
     }
 
     /// What a pool has that holds so many bytes, and must keep.
     pub(crate) fn share(&self, bytes: u64) -> PoolShare {
-        let least = if self.can_shrink { u64::from(self.least) * self.block_bytes } else { bytes };
+        let least = if self.can_shrink { self.least_bytes } else { bytes };
         PoolShare { bytes, least: least.min(bytes) }
     }
 
@@ -221,11 +225,12 @@ mod tests {
 
     #[test]
     fn a_pool_keeps_one_full_context_and_has_no_more_than_it_was_made_with() {
-        let bounds = PoolBounds { block_bytes: 100, least: 4, most: 64, wanted: 64, can_shrink: true };
+        let bounds =
+            PoolBounds { block_bytes: 100, least: 4, least_bytes: 512, most: 64, wanted: 64, can_shrink: true };
         for (bytes, expect) in [(0, 4), (399, 4), (1_099, 10), (6_400, 64), (u64::MAX, 64)] {
             assert_eq!(bounds.blocks_in(bytes), expect, "{bytes}");
         }
-        assert_eq!(bounds.share(1_050), PoolShare { bytes: 1_050, least: 400 });
+        assert_eq!(bounds.share(1_050), PoolShare { bytes: 1_050, least: 512 });
         let fixed = PoolBounds { can_shrink: false, ..bounds };
         assert_eq!(fixed.share(1_050), PoolShare { bytes: 1_050, least: 1_050 });
         assert_eq!(PoolBounds { block_bytes: 0, ..bounds }.blocks_in(10), 10, "of no memory");

@@ -350,8 +350,9 @@ impl Check<'_> {
     pub(super) fn memory(&mut self, keeper: &mut Gpu) -> anyhow::Result<()> {
         for time in ["first", "second"] {
             let before = keeper.memory()?.free;
-            let engine = self.large(BF16, true, true)?;
+            let mut engine = self.large(BF16, true, true)?;
             let during = keeper.memory()?.free;
+            self.halve_pool(keeper, &mut engine)?;
             let counted = engine.memory();
             drop(engine);
             let after = keeper.memory()?.free;
@@ -368,6 +369,31 @@ impl Check<'_> {
             self.report.judge(returned >= RETURNED, &words, json)?;
         }
         Ok(())
+    }
+
+    /// Gives half of the pool back and takes it again, and says how long that took, for which steps wait.
+    fn halve_pool(&mut self, keeper: &mut Gpu, engine: &mut CudaEngine) -> anyhow::Result<()> {
+        let (all, before) = (engine.config().n_blocks as u32, engine.memory().kv);
+        let free = keeper.memory()?.free;
+        let start = self.clock.nanos();
+        let Some(half) = engine.resize_pool(all / 2)? else {
+            let words = format!("the KV pool keeps its size: {}", engine.device().notes().join("; "));
+            return self.report.judge(false, &words, json!({"pool_came_back": null}));
+        };
+        let (shrunk, came) = (self.clock.nanos(), keeper.memory()?.free.saturating_sub(free));
+        let whole = engine.resize_pool(all)?;
+        let took = [shrunk - start, self.clock.nanos() - shrunk].map(|nanos| nanos as f64 * 1e-9);
+        let given = before.saturating_sub(half.bytes);
+        let words = format!(
+            "half of the KV pool: {} of {} came back in {:.3} s, and was there again in {:.3} s",
+            cuda::Bytes(came),
+            cuda::Bytes(given),
+            took[0],
+            took[1]
+        );
+        let is_whole = whole.is_some_and(|whole| whole.n_blocks == all);
+        let is_good = given >= before / 3 && came as f64 >= RETURNED * given as f64 && is_whole;
+        self.report.judge(is_good, &words, json!({"pool_given": given, "pool_came_back": came, "seconds": took}))
     }
 }
 

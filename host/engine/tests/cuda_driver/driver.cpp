@@ -47,6 +47,7 @@ struct LaunchConfig {
 struct Device {
     int retained;
     std::map<Address, size_t> memory, reserved;
+    std::map<Address, struct Physical *> maps;
     size_t taken;
     std::set<Stream *> streams;
     bool is_lost, refuses_maps;
@@ -266,7 +267,24 @@ struct MemoryKind {
 struct Physical {
     size_t bytes;
     Device *of;
+    // Its handle, and where it is mapped.
+    int uses;
 };
+
+// Memory goes with the last that knows it.
+static void forget(Physical *memory) {
+    if (--memory->uses) return;
+    memory->of->taken -= memory->bytes;
+    unmade(memory);
+}
+
+// Whether what is mapped from an address on ends so many bytes further.
+static bool is_mapped(Address at, size_t bytes) {
+    Address end = at;
+    for (auto next = here->maps.find(at); next != here->maps.end() && next->first == end && end < at + bytes; ++next)
+        end += next->second->bytes;
+    return bytes && end == at + bytes;
+}
 
 Result cuMemGetAllocationGranularity(size_t *bytes, const MemoryKind *, int) {
     IN_CONTEXT;
@@ -288,7 +306,9 @@ Result cuMemAddressReserve(Address *to, size_t bytes, size_t, Address, unsigned 
 
 Result cuMemAddressFree(Address at, size_t bytes) {
     NOT_CAPTURING;
-    if (!here->reserved.count(at) || here->reserved[at] != bytes || here->memory[at] != 0) return refuse(__func__, INVALID_VALUE);
+    auto map = here->maps.lower_bound(at);
+    bool is_empty = map == here->maps.end() || map->first >= at + bytes;
+    if (!here->reserved.count(at) || here->reserved[at] != bytes || !is_empty) return refuse(__func__, INVALID_VALUE);
     here->memory.erase(at);
     here->reserved.erase(at);
     munmap((void *)at, bytes + GRANULE);
@@ -302,41 +322,51 @@ Result cuMemCreate(Physical **to, size_t bytes, const MemoryKind *kind, unsigned
         return refuse(__func__, INVALID_VALUE);
     if (here->taken + bytes + mishaps(here) > all_memory()) return OUT_OF_MEMORY;
     here->taken += bytes;
-    return made(to, Physical{bytes, here});
+    return made(to, Physical{bytes, here, 1});
 }
 
 Result cuMemRelease(Physical *memory) {
     NOT_CAPTURING;
-    memory->of->taken -= memory->bytes;
-    return unmade(memory);
+    forget(memory);
+    return SUCCESS;
 }
 
 Result cuMemMap(Address at, size_t bytes, size_t offset, Physical *memory, unsigned long long) {
     NOT_CAPTURING;
     auto of = --here->reserved.upper_bound(at);
-    bool is_next = of->first + here->memory[of->first] == at && at + bytes <= of->first + of->second;
-    return offset || bytes != memory->bytes || !is_next ? refuse(__func__, INVALID_VALUE) : SUCCESS;
+    bool is_first = of->first == at, is_within = at + bytes <= of->first + of->second;
+    auto before = here->maps.lower_bound(at);
+    bool is_next = is_first || (before != here->maps.begin() && (--before)->first + before->second->bytes == at);
+    if (offset || bytes != memory->bytes || here->maps.count(at) || !is_within || !is_next) return refuse(__func__, INVALID_VALUE);
+    here->maps[at] = memory;
+    memory->uses++;
+    return SUCCESS;
 }
 
 Result cuMemSetAccess(Address at, size_t bytes, const int *access, size_t n) {
     NOT_CAPTURING;
     const int READ_AND_WRITE = 3;
-    if (n != 1 || &devices[access[1]] != here || access[2] != READ_AND_WRITE) return refuse(__func__, INVALID_VALUE);
+    auto &open = *--here->memory.upper_bound(at);
+    bool is_next = open.first + open.second == at && is_mapped(at, bytes);
+    if (n != 1 || &devices[access[1]] != here || access[2] != READ_AND_WRITE || !is_next) return refuse(__func__, INVALID_VALUE);
     // One of the mishaps: as if there were no memory for the tables of pages.
     if (mishaps(here), here->refuses_maps) return OUT_OF_MEMORY;
     mprotect((void *)at, bytes, PROT_READ | PROT_WRITE);
     memset((void *)at, 0xff, bytes);
-    here->memory[(--here->reserved.upper_bound(at))->first] += bytes;
+    open.second += bytes;
     return SUCCESS;
 }
 
+// Whole mappings alone, here the last ones of a range.
 Result cuMemUnmap(Address at, size_t bytes) {
     NOT_CAPTURING;
-    // Not where nobody has been given access: there is nothing mapped here.
-    if (!is_inside(at, bytes)) return INVALID_VALUE;
-    auto of = --here->memory.upper_bound(at);
-    if (of->first + of->second != at + bytes) return refuse(__func__, INVALID_VALUE);
-    of->second -= bytes;
+    auto of = --here->reserved.upper_bound(at);
+    auto behind = here->maps.lower_bound(at + bytes);
+    bool is_last = behind == here->maps.end() || behind->first >= of->first + of->second;
+    if (!is_mapped(at, bytes) || !is_last) return refuse(__func__, INVALID_VALUE);
+    for (auto map = here->maps.find(at); map != behind; map = here->maps.erase(map)) forget(map->second);
+    size_t &open = here->memory[of->first];
+    open = std::min(open, (size_t)(at - of->first));
     mprotect((void *)at, bytes, PROT_NONE);
     return SUCCESS;
 }

@@ -60,6 +60,7 @@ fn in_the_other_process() {
     let before = free(&mut keeper);
     kernels(&found);
     pools(&found);
+    resized(&found);
     steps(&found);
     products(&found);
     refusals(&found);
@@ -144,6 +145,15 @@ fn steps(found: &FoundGpu) {
         let parity = case.run(Box::new(open(found)), &pool).unwrap();
         assert!(parity.is_good(), "{parity}");
     }
+}
+
+/// A model whose pool shrinks and grows between its steps, which are graphs all the while.
+fn resized(found: &FoundGpu) {
+    let pool = ComputePool::start(1).unwrap();
+    // Several of the pieces that are mapped at once here.
+    let case = ParityCase { prompts: vec![3, 100], rows: vec![1, 2], ..ParityCase::resized().remove(1) };
+    let parity = case.run(Box::new(open(found)), &pool).unwrap();
+    assert!(parity.is_good() && parity.steps > 3, "{parity}");
 }
 
 /// Prompts whose products a library computes.

@@ -477,7 +477,7 @@ fn single_kernels_are_checked_on_a_device() {
             runner.run(&case).unwrap();
         }
         // One whose output is too short for what it writes, and one that expects something else.
-        let fill = || Call::new("fill_words", [1, 1, 1], 256).poisoned(8).u64(2).u32(7);
+        let fill = || Call::new("fill_words", [1, 1, 1], 256).poisoned(8).u64(2).u32(7).u32(0);
         let mut long = fill();
         long.args[1] = Given::U64(3);
         let case = |call| Case { what: "fill".to_owned(), call, check: Box::new(|_| Err("as asked".to_owned())) };

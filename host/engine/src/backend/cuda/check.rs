@@ -45,6 +45,8 @@ pub struct ParityCase {
     pub library: LibraryUse,
     /// Decode twice as often, each second step begun before the one before it is finished.
     pub ahead: bool,
+    /// Keep memory for the pages of a step's sequences alone: others are computed anew when their turn comes.
+    pub resized: bool,
     /// Of the random weights.
     pub seed: u64,
 }
@@ -114,6 +116,9 @@ pub enum ParityError {
     /// The device's library was to compute products, and computes none.
     #[error("cuBLASLt computes nothing: {0}")]
     NoLibrary(String),
+    /// The pool was to have another size, and keeps its own.
+    #[error("the KV pool keeps its size: {0}")]
+    NoPool(String),
     /// Logits could not be read.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -180,6 +185,7 @@ impl ParityCase {
             graphs,
             library: LibraryUse::Faster,
             ahead: false,
+            resized: false,
             seed: 7,
         }
     }
@@ -231,6 +237,14 @@ impl ParityCase {
         let (all, windowed) =
             (("LlamaForCausalLM", 128, 4, 1, ""), ("MistralForCausalLM", 64, 4, 2, r#", "sliding_window": 150"#));
         [(all, Element::F32), (all, Element::Bf16), (windowed, Element::F16)].map(of).into()
+    }
+
+    /// A pool that gives back what a short context does not need, and takes it again for a long one: several pieces of what drivers map
+    /// at once.
+    #[must_use]
+    pub fn resized() -> Vec<Self> {
+        let cases = Self::long().into_iter().take(2);
+        cases.map(|case| Self { prompts: vec![3, 8_250], rows: vec![2, 1, 2, 1, 2], resized: true, ..case }).collect()
     }
 
     /// Matrices in 8 bits, of numbers that those hold exactly: one that is tied and one that is not.
@@ -287,13 +301,13 @@ impl ParityCase {
             self.prompts.iter().enumerate().map(|(i, &len)| Sequence::new(i, len, spec.context)).collect();
         let most = self.rows.iter().copied().max().unwrap_or(1).min(n_rows);
         for first in (0..most).step_by(TOGETHER) {
-            let rows = first..most.min(first + TOGETHER);
-            // Rows whose prompt ends earlier decode beside the others' chunks.
-            while sequences[rows.clone()].iter().any(Sequence::is_prefilling) {
-                pair.steps(self.ahead, rows.clone(), &mut sequences)?;
-            }
+            pair.prefill(self.ahead, first..most.min(first + TOGETHER), &mut sequences)?;
         }
         for rows in self.rows.iter().map(|&rows| 0..rows.min(most)) {
+            if self.resized {
+                pair.keep_pages_of(rows.clone(), &mut sequences)?;
+                pair.prefill(self.ahead, rows.clone(), &mut sequences)?;
+            }
             pair.steps(self.ahead, rows, &mut sequences)?;
         }
         self.check_library(&mut pair.cuda)?;
@@ -409,6 +423,27 @@ struct Pair {
 }
 
 impl Pair {
+    /// The prompts of these sequences. Those whose prompt ends earlier decode beside the others' chunks.
+    fn prefill(&mut self, ahead: bool, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
+        while sequences[rows.clone()].iter().any(Sequence::is_prefilling) {
+            self.steps(ahead, rows.clone(), sequences)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the device's pool the pages that these sequences need for two steps more. What others have there is gone.
+    fn keep_pages_of(&mut self, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
+        let longest = sequences[rows.clone()].iter().map(|sequence| sequence.tokens.len() + 2).max().unwrap_or(0);
+        let n_blocks = longest.div_ceil(BLOCK_TOKENS) * sequences.len();
+        let sized = self.cuda.resize_pool(u32::try_from(n_blocks).unwrap_or(u32::MAX))?;
+        if sized.is_none_or(|sized| (sized.n_blocks as usize) < n_blocks) {
+            let notes = self.cuda.device().notes().join("; ");
+            return Err(ParityError::NoPool(format!("{sized:?} for {n_blocks} blocks; {notes}")));
+        }
+        sequences[rows.end..].iter_mut().for_each(|sequence| sequence.computed = 0);
+        Ok(())
+    }
+
     /// One step of these sequences, or two where the first gives each of them a token and that is asked for.
     fn steps(&mut self, ahead: bool, rows: Range<usize>, sequences: &mut [Sequence]) -> Result<(), ParityError> {
         let first = self.plan(rows.clone(), sequences);

@@ -242,7 +242,7 @@ pub trait Device: Send + Debug {
     /// driver gives no more. `None` where it keeps its size. Waits for everything.
     ///
     /// # Errors
-    /// The device is lost.
+    /// The driver's; it has what it had.
     fn resize_pool(&mut self, _bytes: u64, _most: u64) -> Result<Option<u64>, DeviceError> {
         Ok(None)
     }
@@ -395,6 +395,21 @@ pub trait Device: Send + Debug {
 pub(super) fn in_turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Blocks that fill memory with a word.
+const FILL_BLOCKS: u32 = 256;
+
+/// Fills memory with a word, of which the bits of a mask are as good as random, by `fill_words`, which was loaded under a number.
+pub(super) fn fill(
+    device: &mut dyn Device,
+    kernel: usize,
+    (to, bytes): (u64, u64),
+    [word, mask]: [u32; 2],
+) -> Result<(), DeviceError> {
+    let args = [Value::Address(to), Value::U64(bytes / 4), Value::U32(word), Value::U32(mask)];
+    device.launch(&DeviceLaunch { kernel, grid: [FILL_BLOCKS, 1, 1], block: 256, shared: 0, args: &args })?;
+    device.wait()
 }
 
 /// Entry points that were loaded one by one, by number.

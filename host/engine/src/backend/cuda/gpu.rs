@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "the driver API is a C interface")]
 
 use std::ffi::{CStr, CString, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{DriverError, result, sys};
 
@@ -262,7 +262,7 @@ fn repairable(call: &'static str, (code, text): (Arc<str>, Arc<str>), remedy: &s
 }
 
 /// An error's name and what the driver says of it; its number where the driver, a stub say, does not know it.
-fn words_of(error: DriverError) -> (Arc<str>, Arc<str>) {
+pub(super) fn words_of(error: DriverError) -> (Arc<str>, Arc<str>) {
     let words = |text: Result<&CStr, DriverError>| -> Arc<str> {
         text.map_or_else(|_| format!("error {}", error.0 as u32).into(), |text| text.to_string_lossy().into())
     };
@@ -370,6 +370,17 @@ unsafe fn load_module(image: &[u8]) -> Result<sys::CUmodule, DeviceError> {
     }
 }
 
+/// Keeps a GPU's context until the process ends: libraries have state in it that they do not make anew, and a model that comes when
+/// the last one has gone need not wait for another.
+fn keep_context(device: sys::CUdevice) {
+    static KEPT: Mutex<Vec<sys::CUdevice>> = Mutex::new(Vec::new());
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the device is one that the driver has named. This use of its context is never given back.
+    if !kept.contains(&device) && unsafe { result::primary_ctx::retain(device) }.is_ok() {
+        kept.push(device);
+    }
+}
+
 // === impl Gpu ===
 
 impl Gpu {
@@ -381,6 +392,7 @@ impl Gpu {
         let device = check_start("cuDeviceGet", result::device::get(i32::try_from(found.ordinal).unwrap_or(i32::MAX)))?;
         // SAFETY: the device is one that the driver has named; the context is given back on drop.
         let context = check_start("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
+        keep_context(device);
         let lane = || Pinned { at: std::ptr::NonNull::dangling().as_ptr(), words: 0 };
         let overlap = overlap && found.info.capability.0 >= 9 && found.driver >= OVERLAP_IN_GRAPHS;
         let mut gpu = Self {
@@ -567,12 +579,12 @@ impl Device for Gpu {
         self.wait()?;
         let Some(pool) = &mut self.pool else { return Ok(None) };
         let (before, fresh) = (pool.bytes(), pool.at() + pool.bytes());
-        // One that the driver gives no more to has what it got.
-        let resized = pool.resize(bytes, most);
-        let now = pool.bytes();
-        if let Err(fault @ DeviceError::Lost { .. }) = resized {
-            return Err(fault);
+        match pool.resize(bytes, most) {
+            // It has what it got.
+            Ok(()) | Err(DeviceError::OutOfMemory { .. }) => {}
+            Err(fault) => return Err(fault),
         }
+        let now = pool.bytes();
         if now > before {
             self.clear(fresh, (now - before) as usize)?;
         }

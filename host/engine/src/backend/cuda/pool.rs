@@ -2,16 +2,19 @@
 //! in, so that they make room for another model on the device.
 //!
 //! Addresses are reserved for all of it once, and memory is mapped there in chunks. A graph that was captured, and a kernel's
-//! argument, know the addresses alone: neither is made anew.
+//! argument, know the addresses alone: neither is made anew. What the driver does for a chunk may wait for the device, which serves
+//! meanwhile: chunks are large, and of many at once access is given and taken by one call.
 #![expect(unsafe_code, reason = "the driver API is a C interface")]
+
+use std::ops::Range;
 
 use cudarc::driver::{DriverError, sys};
 
 use super::device::DeviceError;
-use super::gpu::check;
+use super::gpu::{check, words_of};
 
 /// Most bytes of a chunk, and the least chunks of a pool that is large: it gives back what it need not have, but for part of one.
-const MOST_CHUNK: usize = 64 << 20;
+const MOST_CHUNK: usize = 256 << 20;
 const LEAST_CHUNKS: usize = 64;
 
 /// See the [module documentation](self). Freed by its owner, which has the context.
@@ -22,8 +25,8 @@ pub(super) struct Pool {
     /// Bytes that there are addresses for.
     reserved: usize,
     chunk: usize,
-    /// From the first address on, without a gap.
-    mapped: Vec<sys::CUmemGenericAllocationHandle>,
+    /// Chunks that have memory: the first ones.
+    n_mapped: usize,
 }
 
 impl Pool {
@@ -38,8 +41,8 @@ impl Pool {
         let mut at = 0;
         // SAFETY: the address is written to a local. The range is given back by `free`.
         let code = unsafe { sys::cuMemAddressReserve(&raw mut at, reserved, 0, 0, 0) };
-        check("cuMemAddressReserve", code.result())?;
-        Ok(Self { device, at, reserved, chunk, mapped: Vec::with_capacity(reserved.div_ceil(chunk)) })
+        reserved_by(code.result())?;
+        Ok(Self { device, at, reserved, chunk, n_mapped: 0 })
     }
 
     /// Of its first byte.
@@ -49,7 +52,7 @@ impl Pool {
 
     /// That it has memory for.
     pub(super) fn bytes(&self) -> u64 {
-        self.end_of(self.mapped.len()) as u64
+        self.end_of(self.n_mapped) as u64
     }
 
     /// Of a chunk.
@@ -57,32 +60,39 @@ impl Pool {
         self.chunk as u64
     }
 
-    /// Has memory for the first so many bytes, and for no whole chunk more; of chunks that it has not had, those within `most`. On an
-    /// error it has what it got.
+    /// Has memory for the first so many bytes, and for no whole chunk more; of chunks that it has not had, those within `most`.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's. Where no memory was left it has what it got, and after any other error what it had.
     pub(super) fn resize(&mut self, bytes: u64, most: u64) -> Result<(), DeviceError> {
         let wanted = (bytes as usize).min(self.reserved).div_ceil(self.chunk);
-        while self.mapped.len() > wanted {
-            self.unmap_last()?;
+        if wanted < self.n_mapped {
+            self.unmap(wanted..self.n_mapped)?;
+            self.n_mapped = wanted;
         }
-        while self.mapped.len() < wanted && self.end_of(self.mapped.len() + 1) as u64 <= most {
-            self.map_next()?;
+        let (mut end, mut mapped) = (self.n_mapped, Ok(()));
+        while mapped.is_ok() && end < wanted && self.end_of(end + 1) as u64 <= most {
+            mapped = self.map(end);
+            end += usize::from(mapped.is_ok());
         }
-        Ok(())
+        let fresh = self.n_mapped..end;
+        let allowed = if fresh.is_empty() { Ok(()) } else { self.allow(fresh.clone()) };
+        match (mapped, allowed) {
+            (mapped @ (Ok(()) | Err(DeviceError::OutOfMemory { .. })), Ok(())) => {
+                self.n_mapped = end;
+                mapped
+            }
+            (mapped, allowed) => {
+                // Whatever comes of it: there is an error to tell already.
+                let _ = self.unmap(fresh);
+                mapped.and(allowed)
+            }
+        }
     }
 
     /// Gives back memory and addresses, whatever the driver says of it. The context must be the thread's.
-    pub(super) fn free(mut self) {
-        while let Some(handle) = self.mapped.pop() {
-            let (start, end) = (self.end_of(self.mapped.len()), self.end_of(self.mapped.len() + 1));
-            // SAFETY: as in `unmap_last`; what the driver keeps mapped it keeps.
-            unsafe {
-                let _ = sys::cuMemUnmap(self.at + start as u64, end - start);
-                let _ = sys::cuMemRelease(handle);
-            }
-        }
+    pub(super) fn free(self) {
+        let _ = self.unmap(0..self.n_mapped);
         // SAFETY: the range is the one reserved, and nothing is mapped there unless the driver has refused to unmap it.
         let _ = unsafe { sys::cuMemAddressFree(self.at, self.reserved) };
     }
@@ -92,44 +102,58 @@ impl Pool {
         (n_chunks * self.chunk).min(self.reserved)
     }
 
-    fn map_next(&mut self) -> Result<(), DeviceError> {
-        let (start, end) = (self.end_of(self.mapped.len()), self.end_of(self.mapped.len() + 1));
-        let (at, size) = (self.at + start as u64, end - start);
-        let kind = kind(self.device);
-        let mut handle = 0;
+    /// Address and bytes of chunks.
+    fn span(&self, chunks: Range<usize>) -> (sys::CUdeviceptr, usize) {
+        let (start, end) = (self.end_of(chunks.start), self.end_of(chunks.end));
+        (self.at + start as u64, end - start)
+    }
+
+    /// Gives a chunk memory, to which nobody has access yet.
+    fn map(&self, chunk: usize) -> Result<(), DeviceError> {
+        let (at, size) = self.span(chunk..chunk + 1);
+        let (kind, mut handle) = (kind(self.device), 0);
         // SAFETY: the handle is written to a local, and the description outlives the call.
         let code = unsafe { sys::cuMemCreate(&raw mut handle, size, &raw const kind, 0) };
         check("cuMemCreate", code.result())?;
-        let access = sys::CUmemAccessDesc {
-            location: kind.location,
-            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
         // SAFETY: the range is part of what is reserved, and nothing is mapped there.
         let mapped = check("cuMemMap", unsafe { sys::cuMemMap(at, size, 0, handle, 0) }.result());
-        // SAFETY: the range has just been mapped, and the description outlives the call.
-        let allow = || unsafe { sys::cuMemSetAccess(at, size, &raw const access, 1) }.result();
-        let allowed = mapped.and_then(|()| check("cuMemSetAccess", allow()));
-        match allowed {
-            Ok(()) => self.mapped.push(handle),
-            // SAFETY: nobody knows the range yet, and the handle is released once; where nothing was mapped the driver says so.
-            Err(_) => unsafe {
-                let _ = sys::cuMemUnmap(at, size);
-                let _ = sys::cuMemRelease(handle);
-            },
-        }
-        allowed
+        // SAFETY: the handle is released once. What is mapped stays until it is unmapped.
+        let released = check("cuMemRelease", unsafe { sys::cuMemRelease(handle) }.result());
+        mapped.and(released)
     }
 
-    fn unmap_last(&mut self) -> Result<(), DeviceError> {
-        let Some(handle) = self.mapped.last().copied() else { return Ok(()) };
-        let (start, end) = (self.end_of(self.mapped.len() - 1), self.end_of(self.mapped.len()));
-        // SAFETY: the range is exactly one that was mapped, and its owner has waited for everything that uses it.
-        let code = unsafe { sys::cuMemUnmap(self.at + start as u64, end - start) };
-        check("cuMemUnmap", code.result())?;
-        self.mapped.pop();
-        // SAFETY: the handle is released once.
-        check("cuMemRelease", unsafe { sys::cuMemRelease(handle) }.result())
+    /// Gives access to chunks that have been mapped, to none before.
+    fn allow(&self, chunks: Range<usize>) -> Result<(), DeviceError> {
+        let (at, size) = self.span(chunks);
+        let access = sys::CUmemAccessDesc {
+            location: kind(self.device).location,
+            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        // SAFETY: the range is mapped, and the description outlives the call.
+        let code = unsafe { sys::cuMemSetAccess(at, size, &raw const access, 1) };
+        check("cuMemSetAccess", code.result())
     }
+
+    /// Gives back the memory of chunks, which are the last that are mapped.
+    fn unmap(&self, chunks: Range<usize>) -> Result<(), DeviceError> {
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        let (at, size) = self.span(chunks);
+        // SAFETY: the range is made of whole mappings, and its owner has waited for everything that uses it.
+        check("cuMemUnmap", unsafe { sys::cuMemUnmap(at, size) }.result())
+    }
+}
+
+/// One that has no addresses left says what one says that has no memory left.
+fn reserved_by(result: Result<(), DriverError>) -> Result<(), DeviceError> {
+    check("cuMemAddressReserve", result).map_err(|error| match (error, result) {
+        (DeviceError::OutOfMemory { .. }, Err(refused)) => {
+            let (code, text) = words_of(refused);
+            DeviceError::Driver { call: "cuMemAddressReserve", code, text }
+        }
+        (error, _) => error,
+    })
 }
 
 /// Ordinary memory of a device.

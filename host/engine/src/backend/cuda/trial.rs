@@ -3,16 +3,13 @@
 //! A step takes the kernel of [`Kernel::of_product`] and as many runs as multiprocessors want. Both are guesses until they
 //! are measured beside the others, on the same device and with weights that no cache holds.
 
-use super::device::{Device, DeviceError, DeviceLaunch, Entries, Value};
+use super::device::{Device, DeviceError, DeviceLaunch, Entries, Value, fill};
 use super::element::Form;
 use super::launch::Kernel;
 use super::layout::{MAX_RUNS, PARTS_BYTES, WARPS};
 
 /// Tiles of all runs for each multiprocessor, beyond which a product is not cut further.
 const MOST_TILES: usize = 4;
-
-/// Blocks that fill memory with a word.
-const FILL_BLOCKS: u32 = 256;
 
 /// Rows, k and columns of a product.
 pub type Shape = [usize; 3];
@@ -84,7 +81,7 @@ pub fn weight_bytes(form: Form, [_, k, n]: Shape) -> u64 {
 
 impl<'a> Trial<'a> {
     /// Room for products of up to so many rows, k and columns each, one after another with other weights of a pool of so many bytes.
-    /// Weights and activations are `word` throughout.
+    /// Weights and activations are a word throughout, in which bits of a mask are as good as random.
     ///
     /// # Errors
     /// The device has not so much memory.
@@ -92,7 +89,7 @@ impl<'a> Trial<'a> {
         device: &'a mut dyn Device,
         form: Form,
         [rows, k, n]: Shape,
-        (pool, word): (u64, u32),
+        (pool, word): (u64, [u32; 2]),
     ) -> Result<Self, DeviceError> {
         let tiles = MOST_TILES as u64 * u64::from(device.info().n_sms);
         let pool = pool.max(weight_bytes(form, [rows, k, n]));
@@ -116,12 +113,9 @@ impl<'a> Trial<'a> {
         Ok(trial)
     }
 
-    fn fill(&mut self, to: u64, bytes: u64, word: u32) -> Result<(), DeviceError> {
+    fn fill(&mut self, to: u64, bytes: u64, word: [u32; 2]) -> Result<(), DeviceError> {
         let kernel = self.entries.number_of(self.device, "fill_words")?;
-        let args = [Value::Address(to), Value::U64(bytes / 4), Value::U32(word)];
-        let launch = DeviceLaunch { kernel, grid: [FILL_BLOCKS, 1, 1], block: 256, shared: 0, args: &args };
-        self.device.launch(&launch)?;
-        self.device.wait()
+        fill(self.device, kernel, (to, bytes), word)
     }
 
     /// Puts other activations in their place, in the type of the form, and no number where results go.
@@ -130,7 +124,7 @@ impl<'a> Trial<'a> {
     /// The driver's.
     pub fn ask(&mut self, [rows, _, n]: Shape, x: &[u8]) -> Result<(), DeviceError> {
         self.device.upload(self.x, x)?;
-        self.fill(self.y, (rows * n * 4) as u64, f32::NAN.to_bits())
+        self.fill(self.y, (rows * n * 4) as u64, [f32::NAN.to_bits(), 0])
     }
 
     /// Launches it so often, each time with other weights, and waits.

@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
-use super::device::Device;
-use super::element::Form;
+use super::device::{Device, DeviceError, fill};
+use super::element::{Element, Form};
 use super::engine::CudaError;
+use super::launch::Kernel;
 use super::layout::{Buffer, LayerPart, Owner, Sizes};
 use crate::backend::cpu::{Precision, Progress};
 use crate::layers::GatedParts;
@@ -29,7 +30,8 @@ const FP8_WIDENED: f32 = 256.0;
 pub enum Source<'a> {
     /// Files.
     Files(&'a Weights),
-    /// A generator, from this seed: for measuring models whose files are not at hand. They are scaled so that nothing overflows.
+    /// A generator, from this seed: for measuring models whose files are not at hand. They are scaled so that nothing overflows. The
+    /// KV pool has random numbers as well: zeros take less power to read, and less power lets a GPU run faster.
     Random(u64),
 }
 
@@ -182,7 +184,23 @@ impl<'a> Packer<'a> {
                 return Err(LoadError::Stopped.into());
             }
         }
-        Ok(())
+        Ok(self.random_pages()?)
+    }
+
+    /// Keys and values between a half and one, of either sign.
+    fn random_pages(&mut self) -> Result<(), DeviceError> {
+        // No kernel of a step has it.
+        const NUMBER: usize = Kernel::ALL.len() + 1;
+        self.device.load(&[(NUMBER, "fill_words".to_owned())])?;
+        let word = match self.sizes.form.element {
+            Element::F32 => [0x3f00_0000, 0x807f_ffff],
+            Element::F16 => [0x3800_3800, 0x83ff_83ff],
+            Element::Bf16 => [0x3f00_3f00, 0x807f_807f],
+        };
+        let pools = self.sizes.pieces().into_iter().filter(|piece| piece.owner == Owner::Kv);
+        pools
+            .into_iter()
+            .try_for_each(|pool| fill(self.device, NUMBER, (self.addresses[pool.buffer.index()], pool.bytes), word))
     }
 
     /// Fills a range of a buffer with a pattern.

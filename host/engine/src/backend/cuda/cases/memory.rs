@@ -40,9 +40,13 @@ pub fn cases() -> Vec<Case> {
     });
     cases.push(Case { what: "read_stream".to_owned(), call, check });
 
-    let mut filled = words_to_bytes(&[0xdead_beef; 700]);
-    filled.extend([POISON; 4]);
-    let call = Call::new("fill_words", [2, 1, 1], 256).poisoned(701 * 4).u64(700).u32(0xdead_beef);
-    cases.push(Case { what: "fill_words".to_owned(), call, check: exactly(filled) });
+    for mask in [0, 0x807f_807f_u32] {
+        let random = |i: u64| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+        let filled: Vec<u32> = (0..700).map(|i| 0xdead_beef ^ random(i) & mask).collect();
+        let filled = [words_to_bytes(&filled), vec![POISON; 4]].concat();
+        let call =
+            Call::new("fill_words", [2, 1, 1], 256).poisoned(701 * 4).u64(700).u32(0xdead_beef).u32(mask as usize);
+        cases.push(Case { what: format!("fill_words with {mask:#x} of them random"), call, check: exactly(filled) });
+    }
     cases
 }

@@ -36,7 +36,9 @@ ENTRY(read_stream, 256, 4, (const u8 *from, u64 bytes, u32 *out)) {
     out[blockIdx.x] = word;
 }
 
-ENTRY(fill_words, 256, 4, (u32 *to, u64 words, u32 word)) {
+// Fills words with `word`, in which the bits of `mask` are as good as random.
+ENTRY(fill_words, 256, 4, (u32 *to, u64 words, u32 word, u32 mask)) {
     wait_for_previous();
-    for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < words; i += (u64)gridDim.x * 256) to[i] = word;
+    for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < words; i += (u64)gridDim.x * 256)
+        to[i] = word ^ (u32)(i * 0x9e3779b97f4a7c15 >> 32) & mask;
 }
