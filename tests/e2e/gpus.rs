@@ -161,6 +161,42 @@ fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
 }
 
 #[test]
+fn a_model_that_needs_both_has_pools_shrink_and_a_lent_one_go() {
+    let models = folder();
+    let (mini, demo) = (models.path().join("mini"), models.path().join("demo"));
+    let lent = format!("[on_demand]\nlent = {mini:?}");
+    let one = ("[\"cuda:0\"]", "", models.path());
+    let Some(gpu) = Beside::start_with(one, "1", (&lent, "")) else { return };
+    // What the large one takes, and with the pool that it must have.
+    let alone = || ["weights", "workspace", "graphs", "kv"].map(|owner| gpu.memory(owner));
+    let before = alone();
+    assert_eq!(load(&gpu.host, "large", &demo).status, 201);
+    let after = alone();
+    let [weights, workspace, graphs, kv] = [0, 1, 2, 3].map(|owner| after[owner] - before[owner]);
+    assert_eq!(unload(&gpu.host, "large", "").status, 200);
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("lent", 2))).0, "lent:f16@cuda:0");
+    let both = alone();
+    let lent = both.iter().zip(before).map(|(both, before)| both - before).sum::<u64>();
+    // Room for the large one with one context and for half the pool of the one that stays: neither what the lent one has nor what
+    // pools can give is enough.
+    let stays = before[0] + before[1] + before[2] + before[3] / 2;
+    let (reserve, spare) = (256 << 20, 512 << 10);
+    assert!(lent - before[3] / 2 > spare && before[3] / 2 > spare, "{lent} {before:?}");
+    let needed = weights + workspace + graphs + kv / 2 + stays + reserve + spare;
+    gpu.happens(&format!("taken 0 {}", (1_u64 << 30) - needed));
+    let loaded = load(&gpu.host, "large", &demo);
+    assert_eq!((loaded.status, &loaded.body["unserved"]), (201, &Value::Null), "{loaded:?}");
+    let pools = gpu.pools();
+    assert!(pools.len() == 2 && pools.iter().all(|blocks| (64..128).contains(blocks)), "{pools:?}");
+    let log = gpu.host.log();
+    assert!(
+        log.contains("`lent` was unloaded for another model") && log.contains("KV pools on cuda:0 shrink"),
+        "{log}"
+    );
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("large", 2))).0, "large:f16@cuda:0");
+}
+
+#[test]
 fn models_of_one_start_share_a_gpu_whichever_comes_first() {
     let models = folder();
     // `mini` comes before `more`, which is several times as large.
@@ -199,11 +235,15 @@ fn an_operator_bounds_pools_and_clears_caches() {
     assert_eq!(gpu.pools(), [128]);
     let few = bound("cuda:0", json!(1));
     assert!(few.status == 200 && (64..86).contains(&gpu.pools()[0]) && gpu.memory("kv") <= 1 << 20, "{few:?}");
-    // It holds whatever comes and goes.
+    let (said, seen) = (gpu.device("cuda:0"), &few.body["replicas"][0]);
+    assert_eq!((&said["kv_pool_bound"], &seen["kv_most_blocks"]), (&json!(1 << 20), &json!(128)));
+    // It holds whatever comes and goes, and for what comes.
     assert_eq!(load(&gpu.host, "more", &models.path().join("mini")).status, 201);
+    assert!(gpu.pools().iter().all(|blocks| *blocks < 86) && gpu.memory("kv") <= 2 << 20, "{:?}", gpu.pools());
     assert_eq!(unload(&gpu.host, "more", "").status, 200);
     assert!(gpu.memory("kv") <= 1 << 20);
     assert_eq!((bound("cuda:0", Value::Null).status, gpu.pools(), gpu.memory("kv")), (200, vec![128], kv));
+    assert_eq!(gpu.device("cuda:0")["kv_pool_bound"], Value::Null);
     for (device, status, told) in [("cpu", 409, "engine.kv_mib"), ("cuda:1", 404, "there are cuda:0, cpu")] {
         let refused = bound(device, json!(1));
         assert!(refused.status == status && refused.body.to_string().contains(told), "{refused:?}");

@@ -241,7 +241,7 @@ pub(crate) enum DeviceCommand {
     },
     /// Bound the KV pools of a GPU while it serves; requests in the way of a smaller one are computed again.
     #[command(
-        after_help = "Examples:\n  pointsman device kv-pools cuda:0 --mib 8192\n  pointsman device kv-pools cuda:0 --all"
+        after_help = "Examples:\n  pointsman device kv-pools cuda:0 --mib 8192\n  pointsman device kv-pools cuda:0 --unbounded"
     )]
     KvPools {
         /// As in `cuda:0`.
@@ -260,9 +260,9 @@ pub(crate) struct PoolBound {
     /// Most MiB of each; one full context is kept at least.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     pub(crate) mib: Option<u64>,
-    /// All that they were made with, as far as there is room.
+    /// No bound: all that they were made with, as far as there is room.
     #[arg(long)]
-    pub(crate) all: bool,
+    pub(crate) unbounded: bool,
 }
 
 #[derive(Debug, Subcommand)]

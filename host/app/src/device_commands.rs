@@ -36,26 +36,29 @@ pub(crate) fn run(command: DeviceCommand, out: &mut dyn Write) -> anyhow::Result
     }
 }
 
-const HEAD: &str = "NAME             STATE      WEIGHTS       KV   GRAPHS    OTHER     FREE    TOTAL MB  BUSY";
+const HEAD: &str = "NAME (MiB)       STATE      WEIGHTS       KV   GRAPHS    OTHER     FREE    TOTAL     BUSY";
 
 /// A device and its replicas.
 fn lines(device: &Value) -> String {
     let memory = &device["memory"];
-    let mb = |bytes: Option<u64>| bytes.map_or("-".to_owned(), |bytes| (bytes / 1_000_000).to_string());
+    let mib = |bytes: Option<u64>| bytes.map_or("-".to_owned(), |bytes| (bytes >> 20).to_string());
     let of = |owner: &str| memory[owner].as_u64();
     let other = of("workspace").map(|bytes| bytes + of("drafts").unwrap_or(0));
     let busy = device["utilization"].as_f64().map_or("-".to_owned(), |busy| format!("{:.0} %", 100.0 * busy));
     let (name, state) = (text(device, "name"), text(device, "state"));
-    let (weights, kv, graphs) = (mb(of("weights")), mb(of("kv")), mb(of("graphs")));
-    let (other, free, total) = (mb(other), mb(of("free")), mb(of("total")));
+    let (weights, kv, graphs) = (mib(of("weights")), mib(of("kv")), mib(of("graphs")));
+    let (other, free, total) = (mib(other), mib(of("free")), mib(of("total")));
     let mut all = vec![format!(
         "{name:<16} {state:<9} {weights:>8} {kv:>8} {graphs:>8} {other:>8} {free:>8} {total:>8}     {busy:>5}"
     )];
+    let bound = device["kv_pool_bound"].as_u64();
+    all.extend(bound.map(|bytes| format!("  KV pools are bounded to {} MiB each", bytes >> 20)));
     let replicas = device["replicas"].as_array().map_or(&[][..], Vec::as_slice);
     all.extend(replicas.iter().map(|replica| {
-        let [blocks, free, cached, running, waiting] =
-            ["kv_blocks", "kv_free_blocks", "kv_cached_blocks", "running", "waiting"].map(|count| &replica[count]);
-        let name = text(replica, "name");
+        let [blocks, most, free, cached] =
+            ["kv_blocks", "kv_most_blocks", "kv_free_blocks", "kv_cached_blocks"].map(|count| &replica[count]);
+        let (name, running, waiting) = (text(replica, "name"), &replica["running"], &replica["waiting"]);
+        let blocks = if blocks == most { blocks.to_string() } else { format!("{blocks} of {most}") };
         format!("  {name:<34} {blocks} KV blocks, {free} free ({cached} with a prefix); {running} run, {waiting} wait")
     }));
     all.join("\n")
@@ -68,16 +71,17 @@ mod tests {
     #[test]
     fn a_device_is_a_line_and_one_for_each_replica() {
         let device = json!({
-            "name": "cuda:0", "state": "up", "utilization": 0.254,
-            "memory": {"weights": 16_060_000_000_u64, "kv": 8_600_000_000_u64, "workspace": 500_000_000, "graphs": 16_000_000,
+            "name": "cuda:0", "state": "up", "utilization": 0.254, "kv_pool_bound": 8_589_934_592_u64,
+            "memory": {"weights": 16_060_000_000_u64, "kv": 8_589_934_592_u64, "workspace": 500_000_000, "graphs": 16_777_216,
                 "free": 900_000_000, "total": 25_700_000_000_u64},
-            "replicas": [{"name": "m:f16@cuda:0", "kv_blocks": 4120, "kv_free_blocks": 4000, "kv_cached_blocks": 7, "running": 3,
-                "waiting": 0}],
+            "replicas": [{"name": "m:f16@cuda:0", "kv_blocks": 4096, "kv_most_blocks": 5000, "kv_free_blocks": 4000,
+                "kv_cached_blocks": 7, "running": 3, "waiting": 0}],
         });
         let expect = [
-            "NAME             STATE      WEIGHTS       KV   GRAPHS    OTHER     FREE    TOTAL MB  BUSY",
-            "cuda:0           up           16060     8600       16      500      900    25700      25 %",
-            "  m:f16@cuda:0                       4120 KV blocks, 4000 free (7 with a prefix); 3 run, 0 wait",
+            "NAME (MiB)       STATE      WEIGHTS       KV   GRAPHS    OTHER     FREE    TOTAL     BUSY",
+            "cuda:0           up           15316     8192       16      476      858    24509      25 %",
+            "  KV pools are bounded to 8192 MiB each",
+            "  m:f16@cuda:0                       4096 of 5000 KV blocks, 4000 free (7 with a prefix); 3 run, 0 wait",
         ];
         assert_eq!(format!("{HEAD}\n{}", lines(&device)), expect.join("\n"));
         let cpu =

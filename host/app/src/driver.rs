@@ -92,6 +92,9 @@ pub(crate) struct DriverContext {
     pub metrics: Arc<Metrics>,
 }
 
+/// How long somebody waits for a pool or a cache to change, which is done between two steps: one that computes for longer hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Replicas that may come and go at once; who sends one more waits.
 const MAX_CHANGES: usize = 16;
 
@@ -235,25 +238,33 @@ impl DriverHandle {
         self.change(Change::End(replica))
     }
 
-    /// Has a replica forget its prefixes; how many blocks held one. Waits for a step at most.
+    /// Has a replica forget its prefixes; how many blocks held one. Waits for the steps that are under way on the device.
     ///
     /// # Errors
-    /// The driver has stopped, or the replica has gone.
+    /// The driver has stopped or hangs, or the replica has gone.
     pub(crate) fn clear_cache(&self, replica: ReplicaId) -> Result<u32, DriverEnded> {
         let (cleared, waits) = sync_channel(1);
-        self.change(Change::ClearCache(replica, cleared))?;
-        waits.recv().map_err(|_| DriverEnded)
+        self.change_soon(Change::ClearCache(replica, cleared))?;
+        waits.recv_timeout(PATIENCE).map_err(|_| DriverEnded)
     }
 
     /// Gives a replica's pool so many blocks, preempting who is in the way; what it has then, which is more where its requests need
-    /// more, and less where the device has no more. `None` where the device keeps pools as they are. Waits for two steps at most.
+    /// more, and less where the device has no more. `None` where the device keeps pools as they are, or refuses. Waits for the steps that
+    /// are under way on the device.
     ///
     /// # Errors
-    /// The driver has stopped, or the replica has gone.
+    /// The driver has stopped or hangs, or the replica has gone.
     pub(crate) fn resize(&self, replica: ReplicaId, n_blocks: u32) -> Result<Option<PoolSize>, DriverEnded> {
         let (resized, waits) = sync_channel(1);
-        self.change(Change::Resize(Resize { replica, n_blocks, resized }))?;
-        waits.recv().map_err(|_| DriverEnded)
+        self.change_soon(Change::Resize(Resize { replica, n_blocks, resized }))?;
+        waits.recv_timeout(PATIENCE).map_err(|_| DriverEnded)
+    }
+
+    /// Never waits: where there is no room the driver hangs.
+    fn change_soon(&self, change: Change) -> Result<(), DriverEnded> {
+        let sent = self.changes.try_send(change).map_err(|_| DriverEnded);
+        self.thread.unpark();
+        sent
     }
 
     /// Waits where there is no room, at most for a step: never on a thread that serves.
@@ -570,13 +581,9 @@ impl DriverReplica {
         let before = self.scheduler.config().n_blocks;
         let mut observe = Watch::new(&context.recorder, (self.id, self.variant), (&mut self.sampler, &mut self.pace));
         let sized = match n_blocks < before {
-            // Asked whether it can before anybody makes room; whole pieces, so that no more is kept than was asked for.
+            // Asked whether it can before anybody makes room.
             true => self.executor.resize_pool(before).and_then(|sized| match sized {
-                Some(_) => {
-                    let least = n_blocks.min(self.scheduler.full_context());
-                    let n_blocks = self.executor.whole_blocks(n_blocks).max(least);
-                    self.executor.resize_pool(self.scheduler.resize(n_blocks, now, &mut observe))
-                }
+                Some(_) => self.executor.resize_pool(self.scheduler.resize(n_blocks, now, &mut observe)),
                 None => Ok(None),
             }),
             false => self.executor.resize_pool(n_blocks),
@@ -590,6 +597,7 @@ impl DriverReplica {
             Err(error) => {
                 tracing::error!(replica = self.id.0, "the memory of a KV pool cannot be changed: {error}");
                 self.scheduler.resize(before, now, &mut observe);
+                publish(self, &context.metrics);
                 None
             }
         }
@@ -751,6 +759,7 @@ fn publish(replica: &mut DriverReplica, metrics: &Metrics) {
     let total = gauges.total_blocks.load(Ordering::Relaxed).max(1);
     let free = gauges.free_blocks.load(Ordering::Relaxed);
     m.kv_usage.set(1.0 - f64::from(free) / f64::from(total));
+    m.pool.show(total);
     m.prefix_queries.inc_by(counted.prefix_query_tokens);
     m.prefix_hits.inc_by(counted.prefix_hit_tokens);
     m.kv_evicted.inc_by(counted.evicted_blocks);

@@ -38,7 +38,7 @@ use crate::pace::Pace;
 use crate::recorded::{TappedRetention, TappedSampler};
 use crate::serve::Shared;
 use crate::tapped::Tapped;
-pub(crate) use pools::{NotBounded, PoolBounds};
+pub(crate) use pools::{PoolBounds, PoolRefusal};
 
 /// Most cancels on their way to a driver.
 const MAX_CANCELS: usize = 1 << 16;
@@ -76,7 +76,6 @@ struct Home {
     replica: Arc<Replica>,
     /// As in `demo:f16`.
     variant: Arc<str>,
-    block_tokens: u32,
     pool: PoolBounds,
 }
 
@@ -108,6 +107,8 @@ struct ServingDevice {
     driver: DriverHandle,
     /// Of a GPU, where the driver brings one.
     monitor: Option<Monitor>,
+    /// The most bytes of each KV pool, as an operator wants it.
+    pool_bound: AtomicU64,
 }
 
 // === impl Engine ===
@@ -147,7 +148,7 @@ impl Engine {
             }
             let driver = DriverHandle::start((&place.name(), place.index()), replicas, bounds, context.clone())?;
             let monitor = watch(&place, &shared.clock)?;
-            devices.push(ServingDevice { place, driver, monitor });
+            devices.push(ServingDevice { place, driver, monitor, pool_bound: AtomicU64::new(u64::MAX) });
         }
         let on_demand = config.on_demand.keys().map(|name| name.as_str().into()).collect();
         let encoders = own_encoders.iter().map(|(encoder, memory)| (Arc::clone(&encoder.name), *memory)).collect();
@@ -407,7 +408,6 @@ impl Home {
             used: Arc::default(),
             replica: Arc::clone(&loaded.replica),
             variant: Arc::clone(&loaded.variant),
-            block_tokens: loaded.sched.block_tokens,
             pool: loaded.pool,
         }
     }
@@ -440,6 +440,11 @@ impl ServingDevice {
             Place::Cuda(found) => Some(found.total_bytes),
         };
         // Its replicas compute in turns, so that their shares add up; who is gone leaves its last share behind.
+        let replica_of = |variant: &Variant, replica: &Replica| {
+            let most = served.homes.get(&replica.id).map(|home| home.pool.most);
+            let seen = device_replica(variant, replica);
+            wire::DeviceReplica { kv_most_blocks: most.unwrap_or(seen.kv_blocks), ..seen }
+        };
         let busy = replicas.iter().map(|(_, replica)| replica.gauges.busy_ppm.load(Ordering::Relaxed));
         let busy = if is_alive { (busy.map(u64::from).sum::<u64>() as f64 / 1e6).min(1.0) } else { 0.0 };
         wire::Device {
@@ -448,7 +453,8 @@ impl ServingDevice {
             description: self.place.description(),
             state: if is_alive { "up" } else { "down" }.into(),
             memory: wire::DeviceMemory { free: seen.free_bytes, total, ..memory },
-            replicas: replicas.into_iter().map(|(variant, replica)| device_replica(variant, replica)).collect(),
+            replicas: replicas.into_iter().map(|(variant, replica)| replica_of(variant, replica)).collect(),
+            kv_pool_bound: Some(self.pool_bound.load(Ordering::Relaxed)).filter(|bound| *bound < u64::MAX),
             utilization: Some(seen.utilization.unwrap_or(busy)),
             temperature: seen.temperature,
             power_watts: seen.power_watts,
@@ -464,6 +470,7 @@ fn device_replica(variant: &Variant, replica: &Replica) -> wire::DeviceReplica {
         name: replica.name.to_string(),
         variant: variant.id.to_string(),
         kv_blocks: load(&replica.gauges.total_blocks),
+        kv_most_blocks: load(&replica.gauges.total_blocks),
         kv_free_blocks: load(&replica.gauges.free_blocks),
         kv_cached_blocks: load(&replica.gauges.cached_blocks),
         kv_evicted_blocks: sum(&replica.gauges.evicted_blocks),
@@ -489,6 +496,7 @@ fn elsewhere(catalog: &Catalog) -> impl Iterator<Item = wire::Device> + '_ {
             state: if upstream.is_up() { "up" } else { "down" }.into(),
             memory: wire::DeviceMemory::default(),
             replicas: vec![device_replica(variant, replica)],
+            kv_pool_bound: None,
             utilization: None,
             temperature: None,
             power_watts: None,
@@ -598,7 +606,8 @@ mod tests {
             DriverContext { clock: Arc::clone(&clock), recorder: Recorder::new(16), metrics: Arc::new(Metrics::new()) };
         let driver = DriverHandle::start(("test", 3), Vec::new(), (1, 1), context).expect("a thread");
         let monitor = Monitor::start_every(HOUR, "test", clock, look).expect("a thread");
-        let device = ServingDevice { place: gpu(), driver, monitor: Some(monitor) };
+        let device =
+            ServingDevice { place: gpu(), driver, monitor: Some(monitor), pool_bound: AtomicU64::new(u64::MAX) };
         let served = Served { catalog: Arc::default(), homes: HashMap::new(), encoders: HashMap::new() };
         // The first look is on its way.
         while device.report(0, &served, now).temperature.is_none() {

@@ -169,6 +169,9 @@ pub(crate) trait Follow {
     /// What KV pools on a device have that serve, and must keep.
     fn pool_shares(&self, device: &str) -> Vec<PoolShare>;
 
+    /// The same of those that would stay when all had gone that [could](Self::could_give).
+    fn staying_pool_shares(&self, device: &str) -> Vec<PoolShare>;
+
     /// Has those that are larger shrink to so many bytes; whether one has.
     fn shrink_pools(&self, device: &str, bytes: u64) -> bool;
 
@@ -401,8 +404,7 @@ impl<'a> Loader<'a> {
 
     fn load_path(&mut self, name: &str, from: From<'_>, precisions: &[Precision]) -> anyhow::Result<()> {
         check_spelling(name)?;
-        // A variant of its own name is one, as its files have it.
-        let precisions = if name.contains(':') { &[Precision::F16] } else { precisions };
+        let precisions = precisions_of(name, precisions);
         match from.0.is_dir() {
             true => self.load_folder(name, from, precisions),
             false => self.load_gguf(name, from, precisions),
@@ -570,11 +572,8 @@ impl<'a> Loader<'a> {
         }
         let ModelFiles { name, path, source, spec, weights, stored, precisions, .. } = files;
         check_vocabulary(&text, spec.vocab)?;
-        let ids = precisions.iter().map(|&precision| -> anyhow::Result<(Precision, Arc<str>)> {
-            let suffix = if precision == Precision::F16 { stored } else { precision.name() };
-            Ok((precision, if name.contains(':') { name.into() } else { format!("{name}:{suffix}").into() }))
-        });
-        let ids = ids.collect::<anyhow::Result<Vec<_>>>()?;
+        let ids = precisions.iter().map(|&precision| (precision, Arc::from(variant_name(name, precision, stored))));
+        let ids: Vec<(Precision, Arc<str>)> = ids.collect();
         if let Some(follower) = self.follower {
             follower.opened(weights.bytes() * (ids.len() * self.terms.places.len()) as u64);
         }
@@ -777,7 +776,12 @@ impl<'a> Loader<'a> {
             // Others go for one that fits without them, and for no other.
             let given = self.follower.map_or(0, |follower| follower.could_give(&format!("cuda:{}", found.ordinal)));
             let memory = VramFree { free: room.memory.free + given, ..room.memory };
-            let fits = plan(DeviceRoom { memory, ..room }).is_ok();
+            let fits = match plan(DeviceRoom { memory, ..room }) {
+                Ok(_) => true,
+                // Not without the pools of those that stay.
+                Err(CudaError::Vram(error)) => error.share(&self.pool_shares(found, true)).is_some(),
+                Err(_) => false,
+            };
             if given == 0 || !fits {
                 return Err(error).with_context(|| name.clone());
             }
@@ -817,21 +821,31 @@ impl<'a> Loader<'a> {
         Ok(Made { executor: Box::new(engine), model: None, memory, n_blocks: config.n_blocks })
     }
 
-    /// Has the KV pools on a GPU shrink, those of this load and those that serve, where one more then fits beside them; whether one has.
+    /// What the KV pools on a GPU have and must keep: those of this load and those that serve, or of these those that stay.
+    fn pool_shares(&self, found: &FoundGpu, staying: bool) -> Vec<PoolShare> {
+        let place = Place::Cuda(found.clone());
+        let serving = |follower: &(dyn Follow + Sync)| match staying {
+            true => follower.staying_pool_shares(&place.name()),
+            false => follower.pool_shares(&place.name()),
+        };
+        let mut shares = self.follower.map(serving).unwrap_or_default();
+        let own = self.loaded.replicas.iter().filter(|loaded| loaded.replica.device == u64::from(place.index()));
+        shares.extend(own.map(|loaded| loaded.pool.share(loaded.memory.kv)));
+        shares
+    }
+
+    /// Has the KV pools on a GPU shrink where one more model then fits beside them; whether one has.
     fn shrink_pools(&mut self, found: &FoundGpu, error: &VramError) -> bool {
+        let Some(bytes) = error.share(&self.pool_shares(found, false)) else { return false };
         let place = Place::Cuda(found.clone());
         let (device, index) = (place.name(), u64::from(place.index()));
-        let here = |loaded: &&mut LoadedReplica| loaded.replica.device == index;
-        let mut shares: Vec<PoolShare> =
-            self.follower.map(|follower| follower.pool_shares(&device)).unwrap_or_default();
-        let own = self.loaded.replicas.iter_mut().filter(here);
-        shares.extend(own.map(|loaded| loaded.pool.share(loaded.memory.kv)));
-        let Some(bytes) = error.share(&shares) else { return false };
-        tracing::info!("KV pools on {device} shrink to {} each, for one more model", cuda::Bytes(bytes));
+        tracing::info!(
+            "KV pools on {device} shrink to {} each, or to one full context, for one more model",
+            cuda::Bytes(bytes)
+        );
         let mut has_shrunk = self.follower.is_some_and(|follower| follower.shrink_pools(&device, bytes));
-        for loaded in self.loaded.replicas.iter_mut().filter(here) {
+        for loaded in self.loaded.replicas.iter_mut().filter(|loaded| loaded.replica.device == index) {
             let n_blocks = loaded.pool.blocks_in(bytes);
-            let n_blocks = loaded.executor.whole_blocks(n_blocks).max(loaded.pool.least);
             if n_blocks < loaded.kv_blocks
                 && let Ok(Some(sized)) = loaded.executor.resize_pool(n_blocks)
             {
@@ -896,9 +910,9 @@ fn engine_config(config: &Config, spec: &ModelSpec) -> EngineConfig {
 /// The files cannot be read, or the device does not answer.
 pub(crate) fn gpu_plans(
     config: &Config,
-    path: &Path,
+    (name, path): (&str, &Path),
     (found, code): (&FoundGpu, &CodeOptions),
-) -> anyhow::Result<Vec<(Precision, Result<String, CudaError>)>> {
+) -> anyhow::Result<Vec<(String, Result<String, CudaError>)>> {
     let (spec, weights) = match path.is_dir() {
         true => {
             let text = std::fs::read(path.join("config.json")).context("cannot read config.json")?;
@@ -918,11 +932,13 @@ pub(crate) fn gpu_plans(
     };
     let mut gpu = Gpu::open(found.clone(), code.clone(), false)?;
     let room = gpu.room()?;
+    // As they are stored without one of 8 bits, and as they are called.
+    let stored = if path.is_dir() { Precision::F16.name() } else { weights.predominant() };
     let plan = |precision: Precision| {
         let plan = cuda::plan_memory(&spec, &forms(&weights, precision), engine_config(config, &spec), room, wish);
-        (precision, plan.map(|plan| plan.to_string()))
+        (variant_name(name, precision, stored), plan.map(|plan| plan.to_string()))
     };
-    Ok(precisions(&config.engine.precisions)?.into_iter().map(plan).collect())
+    Ok(precisions_of(name, &precisions(&config.engine.precisions)?).iter().copied().map(plan).collect())
 }
 
 /// Every label that some replica has, with what it is for one of them.
@@ -997,6 +1013,17 @@ pub(crate) fn allowed(config: &Config, path: &Path) -> anyhow::Result<PathBuf> {
 fn workspace_bytes(spec: &EncoderSpec, batch_tokens: usize) -> u64 {
     let numbers = batch_tokens.max(spec.max_tokens) * (5 * spec.hidden + spec.ffn);
     (numbers * size_of::<f32>()) as u64
+}
+
+/// Those that a model of this name is served in: a variant of its own name is one, as its files have it.
+fn precisions_of<'a>(name: &str, precisions: &'a [Precision]) -> &'a [Precision] {
+    if name.contains(':') { &[Precision::F16] } else { precisions }
+}
+
+/// What a model's variant is called, whose weights as they are stored are called so.
+fn variant_name(name: &str, precision: Precision, stored: &str) -> String {
+    let suffix = if precision == Precision::F16 { stored } else { precision.name() };
+    if name.contains(':') { name.to_owned() } else { format!("{name}:{suffix}") }
 }
 
 /// Variants that a model of this name comes to.

@@ -46,7 +46,7 @@ use crate::devices::Place;
 use crate::doctor::available_memory;
 use crate::draft_models::DraftSources;
 use crate::encoders::EncoderPool;
-use crate::engine::{Engine, Joined, Left, NotBounded};
+use crate::engine::{Engine, Joined, Left, PoolRefusal};
 use crate::models::{Follow, LoadTerms, LoadedModel, Loader, LostModel, allowed, check_spelling, of};
 use crate::serve::Shared;
 use crate::store::Store;
@@ -97,7 +97,7 @@ struct Parts {
     /// Held by who divides devices' memory: the load whose turn it is, or pools that grow or are bounded.
     turn: Mutex<()>,
     /// Pools may have room to grow; whoever has held `turn` looks.
-    may_grow: AtomicBool,
+    may_settle: AtomicBool,
     /// Changes when a model comes or goes on which requests may wait; under the lock of the entries.
     changes: watch::Sender<()>,
     /// For models that are loaded on demand, so far.
@@ -216,13 +216,13 @@ impl Roster {
             entries: Mutex::new(entries),
             stored: Mutex::default(),
             turn: Mutex::default(),
-            may_grow: AtomicBool::new(false),
+            may_settle: AtomicBool::new(false),
             changes: watch::Sender::new(()),
             requests: AtomicU64::new(1),
         };
         parts.weigh();
         // One that was lost may have had others make room.
-        parts.grow_pools();
+        parts.settle_pools();
         Self { parts: Arc::new(parts), loaders: Mutex::default() }
     }
 
@@ -253,6 +253,20 @@ impl Roster {
         refused(AdminErrorKind::NotFound, None, message)
     }
 
+    fn pools_refused(&self, device: &str, why: PoolRefusal) -> AdminError {
+        let message = match why {
+            PoolRefusal::NoDevice => return self.no_device(device),
+            PoolRefusal::Down => format!("{device} serves no more; restart the host"),
+            PoolRefusal::Fixed => {
+                format!("KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start")
+            }
+            PoolRefusal::Failed => {
+                format!("not all that is on {device} could be changed; `pointsman device list` and the log say more")
+            }
+        };
+        refused(AdminErrorKind::Conflict, None, message)
+    }
+
     /// Ends loads that are under way, and waits for them, but not for one that waits for a disk or a GPU.
     pub(crate) fn stop(&self) {
         for entry in lock(&self.parts.entries).values() {
@@ -277,31 +291,23 @@ impl ModelAdmin for Roster {
     }
 
     fn clear_prefix_caches(&self, device: &str, actor: &str) -> Result<Vec<wire::ClearedReplica>, AdminError> {
-        let cleared = self.parts.parts.engine.clear_caches(device).ok_or_else(|| self.no_device(device))?;
+        let cleared = self.parts.parts.engine.clear_caches(device).map_err(|why| self.pools_refused(device, why))?;
         let blocks: u64 = cleared.iter().map(|replica| u64::from(replica.kv_blocks)).sum();
         tracing::info!(%actor, device, blocks, "prefix caches were cleared");
         Ok(cleared)
     }
 
     fn bound_kv_pools(&self, device: &str, bytes: Option<u64>, actor: &str) -> Result<wire::Device, AdminError> {
-        let RosterParts { engine, shared, .. } = &self.parts.parts;
+        let engine = &self.parts.parts.engine;
         let turn = self.parts.try_turn().ok_or_else(|| {
-            let message = "the memory is being divided, for a model that comes or goes; try again after it";
+            let message =
+                "a model is being loaded, and divides the memory; try again after it (`pointsman model list`)";
             refused(AdminErrorKind::Busy, None, message.to_owned())
         })?;
-        let bounded = engine.bound_pools(device, bytes, shared);
+        let bounded = engine.bound_pools(device, bytes);
         drop(turn);
-        self.parts.grow_if_wanted();
-        let conflict = |message: String| refused(AdminErrorKind::Conflict, None, message);
-        bounded.map_err(|why| match why {
-            NotBounded::NoDevice => self.no_device(device),
-            NotBounded::Fixed => conflict(format!(
-                "KV pools on {device} keep their size; on the CPU it is engine.kv_mib, for the next start"
-            )),
-            NotBounded::Failed => conflict(format!(
-                "not all KV pools on {device} could be changed; `pointsman device list` and the log say more"
-            )),
-        })?;
+        self.parts.settle_if_wanted();
+        bounded.map_err(|why| self.pools_refused(device, why))?;
         tracing::info!(%actor, device, bytes, "KV pools were bounded");
         let report = engine.report().into_iter().find(|report| report.name == device);
         report.ok_or_else(|| self.no_device(device))
@@ -422,7 +428,7 @@ impl Parts {
             std::panic::catch_unwind(AssertUnwindSafe(|| self.bring(load, &followed)))
         };
         // What was left over, or all that pools gave up for one that did not come.
-        self.grow_pools();
+        self.settle_pools();
         let brought = brought.unwrap_or_else(|_| {
             let message = "the load ended in a panic; this is a bug of the host".to_owned();
             Err(refused(AdminErrorKind::Internal, None, message))
@@ -491,18 +497,18 @@ impl Parts {
         }
     }
 
-    /// Lets KV pools grow, now or when whoever divides memory is done.
-    fn grow_pools(&self) {
-        self.may_grow.store(true, Ordering::SeqCst);
-        self.grow_if_wanted();
+    /// Gives KV pools the sizes that they are to have, now or when whoever divides memory is done.
+    fn settle_pools(&self) {
+        self.may_settle.store(true, Ordering::SeqCst);
+        self.settle_if_wanted();
     }
 
-    fn grow_if_wanted(&self) {
+    fn settle_if_wanted(&self) {
         // Looked at again when the turn is given back: who found it taken has left the wish behind.
-        while self.may_grow.load(Ordering::SeqCst) {
+        while self.may_settle.load(Ordering::SeqCst) {
             let Some(_turn) = self.try_turn() else { return };
-            if self.may_grow.swap(false, Ordering::SeqCst) {
-                self.parts.engine.grow_pools(&self.parts.shared);
+            if self.may_settle.swap(false, Ordering::SeqCst) {
+                self.parts.engine.settle_pools();
             }
         }
     }
@@ -647,8 +653,8 @@ impl Parts {
         self.gone(name);
         drop(served);
         give_back_freed();
-        self.grow_pools();
         deploy.note(actor, Happened::ModelUnloaded { model: name.to_owned(), ended, bytes });
+        self.settle_pools();
         Ok(wire::Unloaded {
             name: name.to_owned(),
             variants: ids,
@@ -908,10 +914,7 @@ impl Followed<'_> {
             Ask::Room(bytes) => self.take_room(*bytes).map(|()| *bytes),
             Ask::Held(device) => Ok(self.roster.could_give(device)),
             Ask::Give => Ok(self.make_room().into()),
-            Ask::Shrink(device, bytes) => {
-                let RosterParts { engine, shared, .. } = &self.roster.parts;
-                Ok(engine.shrink_pools(device, *bytes, shared).into())
-            }
+            Ask::Shrink(device, bytes) => Ok(self.roster.parts.engine.shrink_pools(device, *bytes).into()),
             Ask::EncoderPool => {
                 let RosterParts { pool, encoder_pool, .. } = &self.roster.parts;
                 encoder_pool.get(pool.n_threads()).map(|_| 0)
@@ -1000,7 +1003,12 @@ impl Follow for Packing<'_> {
     }
 
     fn pool_shares(&self, device: &str) -> Vec<PoolShare> {
-        self.followed.roster.parts.engine.pool_shares(device)
+        let shares = self.followed.roster.parts.engine.pool_shares(device);
+        shares.into_iter().map(|(_, share)| share).collect()
+    }
+
+    fn staying_pool_shares(&self, device: &str) -> Vec<PoolShare> {
+        self.followed.roster.staying_pool_shares(device)
     }
 
     fn shrink_pools(&self, device: &str, bytes: u64) -> bool {

@@ -140,15 +140,9 @@ pub trait Executor: Send {
         Ok(None)
     }
 
-    /// The memory of so many blocks, which is whole pieces of what is given back and taken at once: no more than the pool has now, or
-    /// than they need.
-    fn pool_bytes(&self, _n_blocks: u32) -> u64 {
-        0
-    }
-
-    /// The most blocks, of at most so many, whose memory is whole pieces of what is given back and taken at once.
-    fn whole_blocks(&self, n_blocks: u32) -> u32 {
-        n_blocks
+    /// Bytes of the pool that are given back and taken at once; 1 where that is as one likes.
+    fn pool_piece(&self) -> u64 {
+        1
     }
 
     /// What is worth a line in the log, once: a step took a slower way from now on.

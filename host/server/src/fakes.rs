@@ -678,6 +678,7 @@ impl ModelAdmin for FakeAdmin {
             state: if self.is_degraded.load(Ordering::Relaxed) { "down" } else { "up" }.into(),
             memory: wire::DeviceMemory::default(),
             replicas: Vec::new(),
+            kv_pool_bound: None,
             utilization: None,
             temperature: None,
             power_watts: None,

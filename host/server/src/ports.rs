@@ -394,14 +394,14 @@ pub trait ModelAdmin: Send + Sync + Debug {
     /// Empties the prefix caches of a device here; what each of its replicas had. May block for a step.
     ///
     /// # Errors
-    /// There is no such device.
+    /// There is no such device, or it does not answer.
     fn clear_prefix_caches(&self, device: &str, actor: &str) -> Result<Vec<wire::ClearedReplica>, AdminError>;
 
-    /// Gives each KV pool of a device here at most so many bytes from now on, but one full context at least; without a number all that
-    /// it was made with, as far as there is room. May block for some steps.
+    /// Gives each KV pool of a device here at most so many bytes from now on, those of models that come later too, but one full context
+    /// at least; without a number all that it was made with, as far as there is room. May block for some steps.
     ///
     /// # Errors
-    /// There is no such device, its pools keep their size, or a load divides its memory.
+    /// There is no such device, its pools keep their size, it refuses, or a load divides memory.
     fn bound_kv_pools(&self, device: &str, bytes: Option<u64>, actor: &str) -> Result<wire::Device, AdminError>;
 
     /// The devices here, in the same order. What probes ask, which anybody may send: it adds nothing up.

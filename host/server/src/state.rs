@@ -312,6 +312,7 @@ mod tests {
             state: "up".to_owned(),
             memory,
             replicas: Vec::new(),
+            kv_pool_bound: None,
             utilization: Some(0.5),
             temperature: Some(40),
             power_watts: Some(300.5),

@@ -22,7 +22,7 @@ pub use event::{Event, EventKind, Micros};
 pub use forms::FormMetrics;
 pub use metrics::{
     CacheMetrics, ConnectionMetrics, DraftMetrics, EncoderMetrics, Metrics, PluginMetric, PluginMetricKind,
-    PluginMetricSpec, ReplicaMetrics, RequestMetrics, SlotMetrics, TenantMetrics,
+    PluginMetricSpec, PoolShape, ReplicaMetrics, RequestMetrics, SlotMetrics, TenantMetrics,
 };
 pub use models::ModelMetrics;
 pub use names::{NameKind, Names};

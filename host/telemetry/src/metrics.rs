@@ -5,7 +5,8 @@
 //! a guest's own metrics at run time, which statically typed exporters cannot.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -127,6 +128,8 @@ pub struct RequestMetrics {
 /// Handles for one replica: its variant's vLLM gauges and its device's step metrics.
 #[derive(Clone, Debug)]
 pub struct ReplicaMetrics {
+    /// `vllm:cache_config_info`.
+    pub pool: Arc<PoolShape>,
     /// `vllm:num_requests_running`.
     pub running: IntGauge,
     /// `vllm:num_requests_waiting`.
@@ -173,6 +176,29 @@ pub struct ReplicaMetrics {
     pub tokens_prefill: IntCounter,
     /// `pointsman_tokens_total{phase="decode"}`.
     pub tokens_decode: IntCounter,
+}
+
+/// `vllm:cache_config_info` of one replica, whose labels say what its pool has.
+#[derive(Debug)]
+pub struct PoolShape {
+    family: IntGaugeVec,
+    /// Of device, model and tokens in a block.
+    labels: [String; 3],
+    shown: AtomicU32,
+}
+
+impl PoolShape {
+    /// The pool has this many blocks, and no other number any more.
+    pub fn show(&self, n_blocks: u32) {
+        let before = self.shown.swap(n_blocks, Ordering::Relaxed);
+        if before == n_blocks {
+            return;
+        }
+        let [device, model_name, block_tokens] = self.labels.each_ref().map(String::as_str);
+        let series = |n_blocks: u32| [device, model_name, block_tokens, &n_blocks.to_string()].map(str::to_owned);
+        let _ = self.family.remove_label_values(&series(before));
+        self.family.with_label_values(&series(n_blocks)).set(1);
+    }
 }
 
 /// Handles for the drafts of one replica, by how they are found.
@@ -685,9 +711,11 @@ impl Metrics {
     #[must_use]
     pub fn replica(&self, model_name: &str, device: &str, block_tokens: u32, total_blocks: u32) -> ReplicaMetrics {
         let (m, engine) = (&[model_name], &[device, model_name]);
-        let shape = [device, model_name, &block_tokens.to_string(), &total_blocks.to_string()];
-        self.cache_config.with_label_values(&shape).set(1);
+        let labels = [device, model_name, &block_tokens.to_string()].map(str::to_owned);
+        let pool = PoolShape { family: self.cache_config.clone(), labels, shown: AtomicU32::new(0) };
+        pool.show(total_blocks);
         ReplicaMetrics {
+            pool: Arc::new(pool),
             running: self.running.with_label_values(engine),
             waiting: self.waiting.with_label_values(engine),
             kv_usage: self.kv_usage.with_label_values(engine),
@@ -785,14 +813,6 @@ impl Metrics {
         }
         let shape = [device, model_name, &block_tokens.to_string(), &total_blocks.to_string()];
         let _ = self.cache_config.remove_label_values(&shape);
-    }
-
-    /// A replica's pool has another number of blocks.
-    pub fn resized_pool(&self, model_name: &str, device: &str, block_tokens: u32, (before, now): (u32, u32)) {
-        let shape =
-            |n_blocks: u32| [device.to_owned(), model_name.to_owned(), block_tokens.to_string(), n_blocks.to_string()];
-        let _ = self.cache_config.remove_label_values(&shape(before));
-        self.cache_config.with_label_values(&shape(now)).set(1);
     }
 
     /// Handles for a tenant; whoever asks bounds how many there are.
@@ -1053,7 +1073,7 @@ mod tests {
             metrics.replica(name, "cpu", 16, 512).tokens_decode.inc();
             metrics.request(name).finished_stop.inc();
         }
-        metrics.resized_pool("gone:f16", "cpu", 16, (512, 500));
+        metrics.replica("gone:f16", "cpu", 16, 512).pool.show(500);
         assert!(metrics.render().contains(r#"model_name="gone:f16",num_gpu_blocks="500"} 1"#));
         metrics.forget_replica("gone:f16", "cpu", 16, 500);
         let text = metrics.render();

@@ -75,25 +75,28 @@ fn on_gpus(
     // What is wrong with devices is told where they are looked for.
     let places = devices::find(&config.engine).unwrap_or_default();
     let Ok(code) = devices::code_options(&config.engine, root.unwrap_or(Path::new(""))) else { return Ok(()) };
+    // The memory may be another process's for now: no reason to fail.
+    let else_it_fails = if config.models.contains_key(name) { "the start fails" } else { "it cannot be loaded" };
+    let remedy = format!(
+        "do what it says; where a host that runs has the GPU's memory, ask again without it. Other devices serve the model; without \
+         one {else_it_fails}"
+    );
     for place in places {
         let Place::Cuda(found) = &place else { continue };
         let device = place.name();
-        let plans = match gpu_plans(config, path, (found, &code)) {
+        let plans = match gpu_plans(config, (name, path), (found, &code)) {
             Ok(plans) => plans,
             Err(error) => {
-                let found = told(error.chain());
-                report.warn("models", &format!("{name} on {device}"), found, "other devices would serve it")?;
+                let (what, found) = (format!("{name} on {device}"), told(error.chain()));
+                report.warn("models", &what, found, "free the GPU where another process has it")?;
                 continue;
             }
         };
-        for (precision, plan) in plans {
-            let what = format!("{name}:{} on {device}", precision.name());
+        for (variant, plan) in plans {
+            let what = format!("{variant} on {device}");
             match plan {
                 Ok(plan) => report.good("models", &what, plan)?,
-                Err(error) => {
-                    let remedy = "other devices that are named serve it; without one the start fails";
-                    report.warn("models", &what, error.to_string(), remedy)?;
-                }
+                Err(error) => report.warn("models", &what, error.to_string(), &remedy)?,
             }
         }
     }

@@ -12,6 +12,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use pointsman_engine::cuda::PoolShare;
 use pointsman_engine::give_back_freed;
 use pointsman_sched::ids::Micros;
 use pointsman_server::admin::wire::ModelSource;
@@ -142,6 +143,19 @@ impl Parts {
         self.parts.shared.metrics.models().evicted.inc();
         tracing::info!("`{name}` was unloaded for another model: {} bytes are free", left.bytes);
         true
+    }
+
+    /// What KV pools have and must keep of a device that are not lent to requests.
+    pub(super) fn staying_pool_shares(&self, device: &str) -> Vec<PoolShare> {
+        let entries = lock(&self.entries);
+        let lent: Vec<Arc<str>> = entries
+            .values()
+            .filter_map(Entry::lent)
+            .flat_map(|served| served.variants.iter().map(|v| v.id.clone()))
+            .collect();
+        drop(entries);
+        let shares = self.parts.engine.pool_shares(device).into_iter();
+        shares.filter(|(variant, _)| !lent.contains(variant)).map(|(_, share)| share).collect()
     }
 
     /// What models hold of a device that may be given up, though not now where they are in use.

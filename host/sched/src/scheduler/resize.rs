@@ -43,12 +43,6 @@ impl Scheduler {
         n_blocks
     }
 
-    /// Blocks of one full context.
-    #[must_use]
-    pub fn full_context(&self) -> u32 {
-        self.config.blocks_for(self.config.context_tokens)
-    }
-
     /// What a retention policy said was about blocks that hold something else by now.
     fn forget_ranking(&mut self) {
         self.kv.forget_ranking();

@@ -472,6 +472,9 @@ pub struct Device {
     pub memory: DeviceMemory,
     /// Replicas on it, in the order of their creation.
     pub replicas: Vec<DeviceReplica>,
+    /// The most bytes of each KV pool, as an operator has bounded them; absent where nobody has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_pool_bound: Option<u64>,
     /// Share of about the last second in which it computed, 0 to 1: as its monitoring says, else as its replicas that take requests
     /// do, without models for embeddings; absent for upstreams.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -542,6 +545,8 @@ pub struct DeviceReplica {
     pub variant: String,
     /// KV blocks in the pool.
     pub kv_blocks: u32,
+    /// KV blocks that the pool was made with, and has again where there is room and no bound.
+    pub kv_most_blocks: u32,
     /// Of those, free.
     pub kv_free_blocks: u32,
     /// Of the free ones, those that hold a prefix.

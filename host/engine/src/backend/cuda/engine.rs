@@ -438,15 +438,8 @@ impl Executor for CudaEngine {
         Ok(Some(PoolSize { n_blocks, bytes, spare }))
     }
 
-    fn pool_bytes(&self, n_blocks: u32) -> u64 {
-        let wanted = u64::from(n_blocks) * self.sizes.page_bytes();
-        wanted.next_multiple_of(self.device.pool_piece()).min(self.used.kv.max(wanted))
-    }
-
-    fn whole_blocks(&self, n_blocks: u32) -> u32 {
-        let (page, piece) = (self.sizes.page_bytes(), self.device.pool_piece());
-        let whole = u64::from(n_blocks) * page / piece * piece;
-        u32::try_from(whole / page).unwrap_or(n_blocks)
+    fn pool_piece(&self) -> u64 {
+        self.device.pool_piece()
     }
 
     fn take_note(&mut self) -> Option<String> {
