@@ -107,6 +107,20 @@ fn a_gpu_says_what_the_cpu_says_and_counts_what_it_has() {
         let (on, said) = says(&gpu.host.post("/v1/completions", &asked));
         assert_eq!((&*on, said), ("mini:f16@cuda:0", says(&cpu.post("/v1/completions", &asked)).1));
     }
+    // How likely a prompt is that comes in two chunks, each scored in pieces of two rows.
+    let asked = json!({"model": "mini", "prompt": prompt, "echo": true, "logprobs": 2, "max_tokens": 0});
+    let scores = |host: &Host| host.post("/v1/completions", &asked).body["choices"][0]["logprobs"].clone();
+    let (on, expect) = (scores(&gpu.host), scores(&cpu));
+    let numbers = |scores: &Value| -> Vec<f64> {
+        let all = scores["token_logprobs"].as_array().unwrap_or_else(|| panic!("no scores: {scores}"));
+        all.iter().skip(1).map(|number| number.as_f64().expect("a number")).collect()
+    };
+    let pairs: Vec<(f64, f64)> = numbers(&on).into_iter().zip(numbers(&expect)).collect();
+    assert!(pairs.len() > 32 && pairs.iter().all(|(a, b)| (a - b).abs() < 0.02 && *a < 0.0), "{pairs:?}");
+    assert_eq!(
+        (&on["tokens"], &on["top_logprobs"][9].as_object().map(|top| top.len() >= 2)),
+        (&expect["tokens"], &Some(true))
+    );
     let device = gpu.device("cuda:0");
     assert_eq!((&device["index"], &device["state"]), (&json!(1), &json!("up")));
     assert_eq!((&device["memory"]["total"], gpu.pools()), (&json!(1_u64 << 30), vec![64]), "two full contexts");

@@ -107,6 +107,7 @@ impl Check<'_> {
             .chain(of("steps begun behind others", false, ParityCase::ahead()))
             .chain(of("decodes beside chunks", false, ParityCase::beside()))
             .chain(of("a long context", false, ParityCase::long()))
+            .chain(of("prompts that are scored", false, ParityCase::scored()))
             .chain(of("a pool that shrinks and grows", false, ParityCase::resized()))
             .collect();
         if self.overlaps {

@@ -449,6 +449,33 @@ fn the_check_for_a_gpu_passes_on_the_shim() {
 }
 
 #[test]
+fn prompts_are_scored_as_on_the_cpu() {
+    for (case, tokens) in ParityCase::scored().into_iter().zip([9, 40, 9, 40]) {
+        let Some(device) = ShimDevice::start() else { return };
+        // Of the longest, ten pieces of four.
+        let case = ParityCase { prompts: vec![tokens, 3, 1, 2], ..case };
+        let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
+        assert!(parity.is_good() && parity.worst_logprob > 0.0, "{case:?}: {parity}");
+    }
+}
+
+#[test]
+fn no_step_is_begun_behind_one_whose_prompts_are_scored() {
+    let Some((_, mut cuda)) = engines(&spec(64, true), Element::F32, false) else { return };
+    let sequence = Sequence { tokens: vec![7; 6], computed: 0, blocks: blocks([3]) };
+    let mut step = Step::default();
+    step.push(&sequence, 6, &Arc::default()).score(&sequence, 6, 2);
+    cuda.begin(&step.plan, &mut NoEdits).unwrap();
+    let mut behind = Step::default();
+    let refused = cuda.begin(&behind.push(&sequence, 6, &Arc::default()).plan, &mut NoEdits);
+    assert_eq!(refused, Err(ExecuteError::Malformed { what: "a step behind one whose prompts are scored" }));
+    let mut out = StepOutput::default();
+    cuda.finish(&step.plan, &mut out).unwrap();
+    assert_eq!((out.scores.len(), out.scores[4].top.len(), out.sampled.len()), (5, 2, 1));
+    assert!(out.scores.iter().all(|score| score.chosen <= score.top[0].1 && score.chosen.is_finite()));
+}
+
+#[test]
 fn every_rule_of_the_check_is_met_on_the_shim() {
     let mut case = ParityCase::eager().remove(0);
     case.prompts.truncate(13);

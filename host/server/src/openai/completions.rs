@@ -29,8 +29,8 @@ use crate::upstream::Onward;
 const DEFAULT_TOKENS: u32 = 16;
 
 /// Why nobody says how likely a prompt is.
-const NO_SCORES: &str =
-    "how likely a prompt is, from a model on CUDA devices alone: a variant on the CPU computes it; it";
+const NO_SCORES: &str = "how likely a prompt is, of a model that upstreams alone serve and in a request that cannot be sent on as it is \
+     (send one prompt, as text),";
 
 /// Handles the route.
 pub(crate) async fn completions(

@@ -126,14 +126,14 @@ const BAD_BODIES: &[(&str, &str, u16, &str, &str)] = &[
         r#"{"model": "m:b", "prompt": "x", "echo": true, "logprobs": 1}"#,
         400,
         "logprobs",
-        "on CUDA devices alone",
+        "of a model that upstreams alone serve",
     ),
     (
         COMPLETIONS,
         r#"{"model": "m:b", "prompt": "x", "prompt_logprobs": 1}"#,
         400,
         "prompt_logprobs",
-        "on CUDA devices alone",
+        "of a model that upstreams alone serve",
     ),
     (COMPLETIONS, r#"{"model": "m", "prompt": "x", "max_tokens": 0}"#, 400, "max_tokens", "from 1 to"),
     (

@@ -9,9 +9,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, Score, StepOutput, StepPlan};
 use pointsman_sched::ids::{BlockId, RequestId};
-use pointsman_sched::request::Sampling;
+use pointsman_sched::request::{Sampling, TokenLogprobs};
 use pointsman_sched::sampler::{Edit, EditSource};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError};
@@ -47,6 +47,8 @@ pub struct ParityCase {
     pub ahead: bool,
     /// Keep memory for the pages of a step's sequences alone: others are computed anew when their turn comes.
     pub resized: bool,
+    /// Say of each token of the prompts how likely it was.
+    pub scored: bool,
     /// Of the random weights.
     pub seed: u64,
 }
@@ -186,6 +188,7 @@ impl ParityCase {
             library: LibraryUse::Faster,
             ahead: false,
             resized: false,
+            scored: false,
             seed: 7,
         }
     }
@@ -222,6 +225,13 @@ impl ParityCase {
         };
         use Element::{Bf16, F16, F32};
         [(SHAPES[0], F32), (SHAPES[1], Bf16), (SHAPES[4], F16), (SHAPES[6], Bf16)].map(of).into()
+    }
+
+    /// Prompts that are scored in several chunks, each in several pieces, beside decodes.
+    #[must_use]
+    pub fn scored() -> Vec<Self> {
+        let cases = Self::beside().into_iter();
+        cases.map(|case| Self { prompts: vec![40, 3, 1, 9], rows: vec![2], scored: true, ..case }).collect()
     }
 
     /// A context of more than 8,000 tokens beside a short one, so that decodes are cut into many splits; where a window leaves less of
@@ -291,6 +301,7 @@ impl ParityCase {
             cpu: CpuEngine::new(model, pool.clone(), config)?,
             cuda: CudaEngine::load(device, source, config, options, &mut |_| true)?,
             rules: rules(),
+            scored: self.scored,
             parity: Parity::of(self.form.element),
         };
         if self.graphs && pair.cuda.device().captures() && !pair.cuda.has_graphs() {
@@ -419,6 +430,7 @@ struct Pair {
     cpu: CpuEngine,
     cuda: CudaEngine,
     rules: Vec<Rules>,
+    scored: bool,
     parity: Parity,
 }
 
@@ -459,7 +471,15 @@ impl Pair {
         let (mut expect, mut found) = (StepOutput::default(), StepOutput::default());
         self.cpu.execute(&plan, &mut Edits(&self.rules), &mut expect)?;
         self.cuda.execute(&plan, &mut Edits(&self.rules), &mut found)?;
-        self.settle(&plan, (&expect, &found), Some(&[]), sequences)
+        for (expect, found) in expect.scores.iter().zip(&found.scores) {
+            self.parity.compare_logprobs(expect, found);
+        }
+        if found.scores.len() != plan.scored.len() {
+            return Err(ExecuteError::Malformed { what: "a token has no score" }.into());
+        }
+        // Scores take the places of the logits.
+        let has_logits = plan.scores.is_empty();
+        self.settle(&plan, (&expect, &found), has_logits.then_some(&[]), sequences)
     }
 
     /// Two steps, of which the device is given the second one before it has finished the first. It goes on with its own tokens: where
@@ -544,6 +564,13 @@ impl Pair {
             // Those that are written so far: tables of neighbours differ in length.
             let n_pages = (computed + n).div_ceil(BLOCK_TOKENS).min(*pages);
             plan.blocks.extend((0..n_pages).map(|page| BlockId((page * sequences.len() + i) as u32)));
+            let n_scored = if self.scored { n.min((prompt - 1).saturating_sub(*computed)) as u32 } else { 0 };
+            if n_scored > 0 {
+                let next = plan.scored.len() as u32;
+                plan.scored.extend(&tokens[computed + 1..][..n_scored as usize]);
+                let (after, next) = (start.start..start.start + n_scored, next..next + n_scored);
+                plan.scores.push(Score { after, next, top: [5, 0, 20][i % 3] });
+            }
             let Rules { sampling, banned, .. } = &self.rules[i % self.rules.len()];
             let history = plan.history.len() as u32;
             if sampling.needs_history() {
@@ -575,7 +602,7 @@ impl Pair {
         (expect, found): (&Sampled, &Sampled),
         has_logits: bool,
     ) -> Result<(), ParityError> {
-        let Self { cpu, cuda, rules, parity } = self;
+        let Self { cpu, cuda, rules, parity, .. } = self;
         let logits = cpu.logits(i);
         parity.tokens += 1;
         if expect.token != found.token {
@@ -583,11 +610,8 @@ impl Pair {
             let gap = (logits[expect.token as usize] - logits[found.token as usize]).abs();
             let flip = Flip { step: parity.steps, row: index, expect: expect.token, found: found.token, gap };
             parity.flips.extend((parity.flips.len() < MAX_FLIPS).then_some(flip));
-        } else if let (Some(a), Some(b)) = (&expect.logprobs, &found.logprobs) {
-            let chosen = std::iter::once((a.chosen, b.chosen));
-            let pairs = chosen.chain(a.top.iter().zip(&b.top).map(|(a, b)| (a.1, b.1)));
-            let worst = pairs.map(|(a, b)| apart(a, b, 1.0)).fold(parity.worst_logprob, f64::max);
-            parity.worst_logprob = if a.top.len() == b.top.len() { worst } else { f64::INFINITY };
+        } else if let (Some(expect), Some(found)) = (&expect.logprobs, &found.logprobs) {
+            parity.compare_logprobs(expect, found);
         }
         if has_logits && rules[index % rules.len()].leave_logits() {
             let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
@@ -619,6 +643,13 @@ impl Parity {
             logprob_bound: if is_exact { 1e-3 } else { 0.5 },
             may_differ: if is_exact { 1 } else { 1_000 },
         }
+    }
+
+    fn compare_logprobs(&mut self, a: &TokenLogprobs, b: &TokenLogprobs) {
+        let chosen = std::iter::once((a.chosen, b.chosen));
+        let pairs = chosen.chain(a.top.iter().zip(&b.top).map(|(a, b)| (a.1, b.1)));
+        let worst = pairs.map(|(a, b)| apart(a, b, 1.0)).fold(self.worst_logprob, f64::max);
+        self.worst_logprob = if a.top.len() == b.top.len() { worst } else { f64::INFINITY };
     }
 
     /// Whether it is within its bounds.

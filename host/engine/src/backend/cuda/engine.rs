@@ -23,6 +23,9 @@ use super::step::{check_follows, check_lists, extent_of, output_words, read_outp
 use super::tune::{GemmChoice, GemmChoices, LibraryUse, Tuner};
 use super::vram::{Footprint, KvWish, VramError, VramPlan, VramUse, recommend};
 use super::weights::{Packer, Source};
+
+mod score;
+
 use crate::backend::cpu::{Precision, Progress};
 use crate::backend::{ConfigError, EngineConfig};
 use crate::load::LoadError;
@@ -108,6 +111,8 @@ struct Begun {
     rows: usize,
     /// Tokens that it samples.
     n_sampled: usize,
+    /// Whether prompts are to be scored from what it leaves behind.
+    is_scored: bool,
 }
 
 /// A bucket's graphs: the forward pass and the choice of tokens.
@@ -420,6 +425,10 @@ impl Executor for CudaEngine {
         Some(self)
     }
 
+    fn scores_prompts(&self) -> bool {
+        true
+    }
+
     fn is_lost(&self) -> bool {
         self.lost.is_some()
     }
@@ -456,6 +465,9 @@ impl InHalves for CudaEngine {
             return Err(ExecuteError::Malformed { what: "a third step, where two can be under way" });
         }
         let before = self.begun.back();
+        if before.is_some_and(|before| before.is_scored) {
+            return Err(ExecuteError::Malformed { what: "a step behind one whose prompts are scored" });
+        }
         check_follows(plan, before.map_or(0, |before| before.n_sampled))?;
         let turn = before.map_or_else(Turn::default, |before| before.turn.next());
         let rows = match plan.rows.is_empty() {
@@ -463,7 +475,7 @@ impl InHalves for CudaEngine {
             false => self.run(plan, edits, turn).map_err(|error| self.failed(error))?,
         };
         let n_sampled = plan.rows.iter().filter(|row| row.sample.is_some()).count();
-        self.begun.push_back(Begun { turn, rows, n_sampled });
+        self.begun.push_back(Begun { turn, rows, n_sampled, is_scored: !plan.scores.is_empty() });
         Ok(())
     }
 
@@ -478,7 +490,8 @@ impl InHalves for CudaEngine {
         }
         self.device.reach(begun.turn).map_err(|error| self.failed(error))?;
         let words = self.device.lane(Lane::Outputs(begun.turn));
-        read_outputs((begun.rows, self.sizes.spec.vocab), plan, words, out)
+        read_outputs((begun.rows, self.sizes.spec.vocab), plan, words, out)?;
+        if begun.is_scored { self.score(plan, begun.turn, out) } else { Ok(()) }
     }
 }
 

@@ -342,7 +342,7 @@ impl LaunchPlan {
     }
 
     /// Logits of the picked rows.
-    fn head(&mut self, sizes: &Sizes, rows: usize, pick: u64) {
+    pub(crate) fn head(&mut self, sizes: &Sizes, rows: usize, pick: u64) {
         let ModelSpec { hidden, vocab, tied, .. } = sizes.spec;
         self.norm(sizes, (rows, N_SAMPLED), Some(pick), Buffer::FinalNorm);
         let product = Product {

@@ -12,7 +12,9 @@ use pointsman_sched::sampler::Edit;
 
 use super::device::Rows;
 use super::launch::Extent;
-use super::layout::{MAX_BANS, MAX_POLICY_BIASES, MAX_REQUEST_BIASES, N_COUNTS, RULES_BYTES, Sizes, TOP_BYTES};
+use super::layout::{
+    MAX_BANS, MAX_POLICY_BIASES, MAX_REQUEST_BIASES, N_COUNTS, N_SAMPLED, RULES_BYTES, Sizes, TOP_BYTES,
+};
 use super::splits::Single;
 use crate::spec::Window;
 
@@ -104,13 +106,10 @@ pub(crate) fn check_follows(plan: &StepPlan, n_before: usize) -> Result<(), Exec
     }
 }
 
-/// Drafts and prompts to score, which it does not take, and lists too long for the room that the device has for them.
+/// Drafts, which it does not take, and lists too long for the room that the device has for them.
 pub(crate) fn check_lists(plan: &StepPlan) -> Result<(), ExecuteError> {
     if plan.rows.iter().any(|row| row.drafts > 0) {
         return Err(ExecuteError::Malformed { what: "a row with drafts, for which this engine has no places" });
-    }
-    if !plan.scores.is_empty() {
-        return Err(ExecuteError::Malformed { what: "tokens to score, which this engine does not" });
     }
     for sample in plan.rows.iter().filter_map(|row| row.sample.as_ref()) {
         if sample.sampling.logit_bias.len() > MAX_REQUEST_BIASES {
@@ -162,6 +161,9 @@ const PREVIOUS: usize = 13;
 /// Word of a rule that names its mask.
 const MASK: usize = 18;
 
+/// Word of a rule that says how many log-probabilities are wanted; behind it stands the token that is chosen whatever is likely.
+const LOGPROBS: usize = 21;
+
 /// Everything of a rule but its mask.
 fn write_rule(rule: &mut [u32], lists: &mut Lists<'_>, (sample, history): (&Sample, &[u32]), edit: Option<&Edit>) {
     let sampling = &*sample.sampling;
@@ -201,7 +203,49 @@ fn write_rule(rule: &mut [u32], lists: &mut Lists<'_>, (sample, history): (&Samp
         edits,
     ]);
     let logprobs = sampling.logprobs.map_or(NONE, |n| u32::from(n).min(MAX_LOGPROBS as u32));
-    rule[MASK + 1..].copy_from_slice(&[ban_at, bans, logprobs, 0, 0]);
+    rule[MASK + 1..].copy_from_slice(&[ban_at, bans, logprobs, NONE, 0]);
+}
+
+/// A prompt's token, how many others to name beside it, and after which token of the step it comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Scored {
+    after: u32,
+    token: u32,
+    top: u8,
+}
+
+impl Scored {
+    /// Those of a step, in the order of its output.
+    pub(crate) fn all(plan: &StepPlan) -> impl Iterator<Item = Self> + '_ {
+        plan.scores.iter().flat_map(|score| {
+            let tokens = &plan.scored[score.next.start as usize..score.next.end as usize];
+            score.after.clone().zip(tokens).map(|(after, &token)| Self { after, token, top: score.top })
+        })
+    }
+}
+
+/// Writes inputs of which nothing is looked at but the tokens after which scored ones come: where the list begins on the device, and
+/// how many words there are.
+pub(crate) fn write_picks(sizes: &Sizes, tokens: &[Scored], words: &mut [u32]) -> (u64, usize) {
+    let extent = Extent { rows: 0, tokens: 0, sampled: tokens.len(), singles: 0, tiles: 0 };
+    let pick = sizes.inputs(extent).pick;
+    words[..N_COUNTS].fill(0);
+    words[(N_SAMPLED / 4) as usize] = tokens.len() as u32;
+    let list = &mut words[(pick / 4) as usize..][..tokens.len()];
+    list.iter_mut().zip(tokens).for_each(|(word, scored)| *word = scored.after);
+    (pick, (pick / 4) as usize + tokens.len())
+}
+
+/// Writes rules that leave logits as they are and choose the scored tokens; how many words there are.
+pub(crate) fn write_score_rules(sizes: &Sizes, tokens: &[Scored], words: &mut [u32]) -> usize {
+    let plain = Sample { sampling: Arc::default(), index: 0, history: 0..0, history_prompt: 0, banned: None };
+    let mut lists = Lists { words: &mut [], taken: 0, vocab: sizes.spec.vocab };
+    for (rule, scored) in words.chunks_exact_mut(RULES_BYTES as usize / 4).zip(tokens) {
+        rule[MASK] = NONE;
+        write_rule(rule, &mut lists, (&plain, &[]), None);
+        rule[LOGPROBS..][..2].copy_from_slice(&[u32::from(scored.top).min(MAX_LOGPROBS as u32), scored.token]);
+    }
+    (sizes.lists_at(tokens.len() as u64) / 4) as usize
 }
 
 /// A mask as its edit says it.
@@ -288,9 +332,28 @@ impl Lists<'_> {
 pub(crate) fn output_words(extent: usize, rows: usize, plan: &StepPlan) -> usize {
     let wanted = |row: &Row| row.sample.as_ref().is_some_and(|sample| sample.sampling.logprobs.is_some());
     match plan.rows.iter().any(wanted) {
-        true => (Sizes::tops_at(extent as u64) + rows as u64 * TOP_BYTES) as usize / 4,
+        true => words_with_tops(extent, rows),
         false => rows,
     }
+}
+
+/// The same with log-probabilities.
+pub(crate) fn words_with_tops(extent: usize, rows: usize) -> usize {
+    (Sizes::tops_at(extent as u64) + rows as u64 * TOP_BYTES) as usize / 4
+}
+
+/// Reads the log-probabilities of so many scored tokens.
+pub(crate) fn read_scores(n: usize, words: &[u32], out: &mut StepOutput) -> Result<(), ExecuteError> {
+    let (tokens, tops) = words.split_at((Sizes::tops_at(n as u64) / 4) as usize);
+    if tokens[..n].contains(&NONE) {
+        return Err(no_finite_logit());
+    }
+    out.scores.extend(tops.chunks_exact(TOP_BYTES as usize / 4).take(n).map(read_top));
+    Ok(())
+}
+
+fn no_finite_logit() -> ExecuteError {
+    ExecuteError::Device { what: "a row has no token with a finite logit".into() }
 }
 
 /// Reads the outputs of a launch of `extent` rows.
@@ -304,7 +367,7 @@ pub(crate) fn read_outputs(
     for (i, sample) in plan.rows.iter().filter_map(|row| row.sample.as_ref()).enumerate() {
         let token = words[i];
         if token == NONE {
-            return Err(ExecuteError::Device { what: "a row has no token with a finite logit".into() });
+            return Err(no_finite_logit());
         }
         if token as usize >= vocab {
             return Err(ExecuteError::Device { what: format!("token {token} is outside the vocabulary").into() });
@@ -428,7 +491,7 @@ mod tests {
         assert_eq!((greedy[MASK], greedy[3], greedy[11], greedy[15], greedy[20], greedy[21]), (0, 0, 0, 0, 0, NONE));
         assert_eq!(penalised[..4], [2, 1, 3, 0.7f32.to_bits()]);
         assert_eq!(penalised[10..16], [3, 3, 2, NONE, 3, 1]);
-        assert_eq!(penalised[17..24], [0, NONE, 8, 2, 2, 0, 0]);
+        assert_eq!(penalised[17..24], [0, NONE, 8, 2, 2, NONE, 0]);
     }
 
     #[test]
@@ -451,9 +514,25 @@ mod tests {
         assert!(matches!(check_lists(&plan), Err(ExecuteError::Malformed { what }) if what.contains("biases")));
         plan.rows[0].sample = sample(Sampling::default(), 0..0, 0, &[1; MAX_BANS + 1]);
         assert!(matches!(check_lists(&plan), Err(ExecuteError::Malformed { what }) if what.contains("banned")));
-        (plan.rows[0].sample, plan.scored) = (None, vec![1]);
-        plan.scores.push(Score { after: 0..1, next: 0..1, top: 0 });
-        assert!(matches!(check_lists(&plan), Err(ExecuteError::Malformed { what }) if what.contains("score")));
+    }
+
+    #[test]
+    fn scored_tokens_are_picked_and_known() {
+        let (sizes, mut plan) = (sizes(), plan());
+        plan.scored = vec![11, 12, 31];
+        plan.scores = vec![Score { after: 1..3, next: 0..2, top: 0 }, Score { after: 21..22, next: 2..3, top: 99 }];
+        let tokens: Vec<Scored> = Scored::all(&plan).collect();
+        let mut words = vec![7; 200];
+        let (pick, n) = write_picks(&sizes, &tokens, &mut words);
+        assert_eq!((&words[..N_COUNTS], n), (&[0, 0, 3, 0, 0, 0][..], pick as usize / 4 + 3));
+        assert_eq!(words[pick as usize / 4..][..4], [1, 2, 21, 7]);
+        assert_eq!(write_score_rules(&sizes, &tokens, &mut words), 3 * 24);
+        let rule = |i: usize| &words[i * 24..][..24];
+        assert_eq!([0, 1, 2].map(|i| rule(i)[LOGPROBS..][..3].to_vec()), [[0, 11, 0], [0, 12, 0], [20, 31, 0]]);
+        assert_eq!((rule(2)[7], rule(2)[13], rule(2)[MASK], words[72]), (1.0f32.to_bits(), NONE, NONE, 7));
+        let mut out = StepOutput::default();
+        words[..3].copy_from_slice(&[11, NONE, 31]);
+        assert!(read_scores(3, &words, &mut out).is_err() && out.scores.is_empty());
     }
 
     #[test]

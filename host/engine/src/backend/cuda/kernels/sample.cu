@@ -18,8 +18,8 @@ struct Rules {
     float top_p, min_p, repetition, presence, frequency;
     u32 history_start, history_len, history_prompt, previous;
     u32 bias_start, bias_len, edit_start, edit_len;
-    u32 mask, ban_start, ban_len, logprobs;
-    u32 reserved[2];
+    u32 mask, ban_start, ban_len, logprobs, known;
+    u32 reserved;
 };
 static_assert(sizeof(Rules) == 96, "the layout of README.md");
 
@@ -512,7 +512,7 @@ ENTRY(sample_choose, 1024, 1, (const u32 *n, const Rules *rules, const float *lo
     for (u32 i = 0; i < n_parts; i++) best = better(best, parts[(u64)row * n_parts + i]);
     u32 token = NONE;
     if (is_finite(best.value)) {
-        token = r.temperature < 1e-5f ? best.token : draw(own, vocab, best.value, r);
+        token = r.known != NONE ? r.known : r.temperature < 1e-5f ? best.token : draw(own, vocab, best.value, r);
         if (r.logprobs != NONE) report(own, vocab, best.value, token, r.logprobs, &tops[row]);
     }
     if (threadIdx.x == 0) sampled[row] = token;
