@@ -199,6 +199,8 @@ pub(crate) struct EngineSection {
     pub cuda_lib_dirs: Vec<PathBuf>,
     /// Whether cuBLASLt computes the products of long prompts on a GPU, where it is found and faster than the kernels.
     pub cublaslt: bool,
+    /// Whether a kernel may start while the one before it ends, on a GPU that can (programmatic dependent launch).
+    pub overlap_launches: bool,
     /// How the weights of configured models are kept: `f16`, `q8_0`, `fp8`; each is a variant.
     pub precisions: Vec<String>,
     /// How long an idle encoder waits for more inputs to share a batch.
@@ -443,6 +445,7 @@ impl Default for EngineSection {
             max_context: 0,
             cuda_lib_dirs: Vec::new(),
             cublaslt: true,
+            overlap_launches: false,
             precisions: vec!["f16".to_owned()],
             embed_window_ms: 0,
             model_dirs: Vec::new(),

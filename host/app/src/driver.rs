@@ -10,7 +10,7 @@
 //! decided in it: so the device does not wait for tokens to be handed out. Until then requests are taken.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
@@ -90,6 +90,8 @@ pub(crate) struct DriverContext {
     pub recorder: Recorder,
     /// Metric families.
     pub metrics: Arc<Metrics>,
+    /// A device that computes on its own hangs when it takes so long for a step.
+    pub longest_step: Micros,
 }
 
 /// How long somebody waits for a pool or a cache to change, which is done between two steps: one that computes for longer hangs.
@@ -142,8 +144,18 @@ pub(crate) struct DriverHandle {
     cancel: SyncSender<(ReplicaId, RequestId, CancelCause)>,
     stop: Arc<AtomicBool>,
     lost: Arc<AtomicBool>,
+    watch: Arc<Hang>,
     thread: Thread,
     join: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Since when a driver waits for its device: one that hangs returns from no call, so others must see it.
+#[derive(Debug)]
+struct Hang {
+    clock: Arc<SystemClock>,
+    longest_step: Micros,
+    /// 0 while it waits for nothing.
+    since: AtomicU64,
 }
 
 struct Driver {
@@ -161,6 +173,7 @@ struct Driver {
     stop: Arc<AtomicBool>,
     /// The device computes nothing any more.
     lost: Arc<AtomicBool>,
+    watch: Arc<Hang>,
     context: DriverContext,
     output: StepOutput,
     /// Cancels taken from their mailbox and not yet carried out; as bounded as the mailbox.
@@ -191,6 +204,8 @@ impl DriverHandle {
         let (cancel, cancels) = sync_channel(2 * max_in_flight.max(1));
         let (change, changes) = sync_channel(MAX_CHANGES);
         let (stop, lost) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (clock, longest_step) = (Arc::clone(&context.clock), context.longest_step);
+        let watch = Arc::new(Hang { clock, longest_step, since: AtomicU64::new(0) });
         let mut driver = Driver {
             device,
             replicas,
@@ -201,13 +216,14 @@ impl DriverHandle {
             resizes: Vec::new(),
             stop: Arc::clone(&stop),
             lost: Arc::clone(&lost),
+            watch: Arc::clone(&watch),
             context,
             output: StepOutput::default(),
             to_cancel: Vec::new(),
         };
         let join = std::thread::Builder::new().name(format!("driver-{name}")).spawn(move || driver.run())?;
         let thread = join.thread().clone();
-        Ok(Self { submit, cancel, changes: change, stop, lost, thread, join: Mutex::new(Some(join)) })
+        Ok(Self { submit, cancel, changes: change, stop, lost, watch, thread, join: Mutex::new(Some(join)) })
     }
 
     /// Hands the driver another replica, and waits until it takes requests.
@@ -279,7 +295,7 @@ impl DriverHandle {
     /// # Errors
     /// The mailbox is full or the driver has stopped; the request comes back.
     pub(crate) fn submit(&self, replica: ReplicaId, request: Request) -> Result<(), (Box<Request>, SubmitError)> {
-        if self.lost.load(Ordering::Acquire) {
+        if self.lost.load(Ordering::Acquire) || self.watch.hangs() {
             return Err((Box::new(request), SubmitError::Stopped));
         }
         let sent = self.submit.try_send((replica, request)).map_err(|error| match error {
@@ -297,11 +313,11 @@ impl DriverHandle {
         self.thread.unpark();
     }
 
-    /// Whether the thread still runs, and for more than to end; a panic ends it.
+    /// Whether the thread still runs, and for more than to end; a panic ends it, and a device that hangs keeps it.
     pub(crate) fn is_alive(&self) -> bool {
         let join = self.join.lock().unwrap_or_else(PoisonError::into_inner);
         let runs = join.as_ref().is_some_and(|join| !join.is_finished());
-        runs && !self.lost.load(Ordering::Acquire)
+        runs && !self.lost.load(Ordering::Acquire) && !self.watch.hangs()
     }
 
     /// Ends what still runs and waits for the thread.
@@ -334,6 +350,29 @@ impl Drop for Driver {
             self.context.recorder.record(Event { a: self.device.into(), b: DOWN, ..event });
         }
         self.replicas.iter().for_each(|replica| replica.gauges.gone.store(true, Ordering::Release));
+    }
+}
+
+// === impl Hang ===
+
+impl Hang {
+    fn hangs(&self) -> bool {
+        let since = self.since.load(Ordering::Relaxed);
+        since > 0 && self.clock.micros().saturating_sub(since) > self.longest_step
+    }
+
+    /// Runs what waits for the device.
+    fn during<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.since.store(self.clock.micros(), Ordering::Relaxed);
+        let waited = wait();
+        if self.hangs() {
+            tracing::error!(
+                "this device took longer than {} s for a step; it serves again",
+                self.longest_step / 1_000_000
+            );
+        }
+        self.since.store(0, Ordering::Relaxed);
+        waited
     }
 }
 
@@ -484,7 +523,11 @@ impl Driver {
         if may_go_ahead {
             replica.begin_ahead(context);
         }
-        replica.finish(context, output);
+        match replica.executor.in_halves().is_some() {
+            true => self.watch.during(|| replica.finish(context, output)),
+            // A CPU may take its time for a prompt.
+            false => replica.finish(context, output),
+        }
         self.look_for_loss();
         true
     }
@@ -804,7 +847,7 @@ mod tests {
     use pointsman_sched::batch::NativeBatch;
     use pointsman_sched::config::Config;
     use pointsman_sched::draft::DraftMethod;
-    use pointsman_sched::execute::StepPlan;
+    use pointsman_sched::execute::{InHalves, StepPlan};
     use pointsman_sched::ids::Priority;
     use pointsman_sched::prefix::chain_hashes;
     use pointsman_sched::publish::PrefixSketch;
@@ -869,6 +912,7 @@ mod tests {
             clock: Arc::new(SystemClock::start()),
             recorder: Recorder::new(1_024),
             metrics: Arc::new(Metrics::new()),
+            longest_step: 60_000_000,
         }
     }
 
@@ -996,6 +1040,66 @@ mod tests {
         recorder.drain(&mut events, 1_024);
         let told = events.iter().filter(|event| event.kind == EventKind::Device).map(|event| (event.a, event.b));
         assert_eq!(told.collect::<Vec<_>>(), [(3, 2)], "that it is down");
+    }
+
+    /// Waits in a step until it is let go.
+    struct Hanging {
+        inner: NullExecutor,
+        go_on: Receiver<()>,
+    }
+
+    impl Executor for Hanging {
+        fn execute(
+            &mut self,
+            plan: &StepPlan,
+            edits: &mut dyn EditSource,
+            out: &mut StepOutput,
+        ) -> Result<(), ExecuteError> {
+            self.inner.execute(plan, edits, out)
+        }
+
+        fn in_halves(&mut self) -> Option<&mut dyn InHalves> {
+            Some(self)
+        }
+    }
+
+    impl InHalves for Hanging {
+        fn begin(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<(), ExecuteError> {
+            self.inner.begin(plan, edits)
+        }
+
+        fn finish(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), ExecuteError> {
+            // The test has let it go for good.
+            let _ = self.go_on.recv();
+            self.inner.finish(plan, out)
+        }
+    }
+
+    #[test]
+    fn a_device_that_hangs_takes_no_requests_until_it_answers() {
+        let (text, ends, mut rng) = (text(), Ends::default(), StdRng::seed_from_u64(1));
+        let context = DriverContext { longest_step: 1_000, ..context() };
+        let mut replica = replica(1, 0, &context, &text);
+        let (lets_go, go_on) = sync_channel(0);
+        let inner = NullExecutor::new(&text, 1, Arc::clone(&context.clock));
+        replica.executor = Box::new(Hanging { inner, go_on });
+        let driver = DriverHandle::start(("test", 3), vec![replica], (256, 512), context).expect("a thread");
+        assert!(driver.submit(ReplicaId(1), request(1, &mut rng, &ends)).is_ok());
+        while driver.is_alive() {
+            std::thread::yield_now();
+        }
+        let (mut late, error) = driver.submit(ReplicaId(1), request(2, &mut rng, &ends)).expect_err("it hangs");
+        assert_eq!(error, SubmitError::Stopped);
+        late.sink.push(SinkEvent::Failed(Failure::DeviceLost));
+        drop(lets_go);
+        while !driver.is_alive() {
+            std::thread::yield_now();
+        }
+        while ends.all.load(Ordering::Relaxed) < 2 {
+            std::thread::yield_now();
+        }
+        assert_eq!(ends.lost.load(Ordering::Relaxed), 1, "the first one was answered");
+        driver.stop();
     }
 
     /// Replicas come and go under load, with cancels wherever they fall: each request ends once, and what comes back holds

@@ -100,6 +100,9 @@ pub(crate) struct Left {
     pub bytes: u64,
 }
 
+/// What a GPU may take for a step: a hundred times what the longest ones take.
+const LONGEST_STEP: Micros = 60_000_000;
+
 /// A device and its driver.
 #[derive(Debug)]
 struct ServingDevice {
@@ -128,6 +131,7 @@ impl Engine {
             clock: Arc::clone(&shared.clock),
             recorder: shared.recorder.clone(),
             metrics: Arc::clone(&shared.metrics),
+            longest_step: LONGEST_STEP,
         };
         // One HTTP request may be several engine requests: prompts times choices.
         let in_flight = config.server.max_in_flight as usize;
@@ -602,8 +606,12 @@ mod tests {
             counted.fetch_add(1, Ordering::Relaxed);
             figures
         };
-        let context =
-            DriverContext { clock: Arc::clone(&clock), recorder: Recorder::new(16), metrics: Arc::new(Metrics::new()) };
+        let context = DriverContext {
+            clock: Arc::clone(&clock),
+            recorder: Recorder::new(16),
+            metrics: Arc::new(Metrics::new()),
+            longest_step: LONGEST_STEP,
+        };
         let driver = DriverHandle::start(("test", 3), Vec::new(), (1, 1), context).expect("a thread");
         let monitor = Monitor::start_every(HOUR, "test", clock, look).expect("a thread");
         let device =

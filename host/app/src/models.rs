@@ -760,7 +760,8 @@ impl<'a> Loader<'a> {
         // The library multiplies plain numbers alone.
         let cublaslt = self.terms.code.cublaslt && precision == Precision::F16;
         let code = CodeOptions { cublaslt, ..self.terms.code.clone() };
-        let mut gpu = Gpu::open(found.clone(), code, false).with_context(|| name.clone())?;
+        let overlap = self.config.engine.overlap_launches;
+        let mut gpu = Gpu::open(found.clone(), code, overlap).with_context(|| name.clone())?;
         let plan = loop {
             let room = gpu.room()?;
             let plan = |room| cuda::plan_memory(source.spec, &forms, config, room, wish);
@@ -806,6 +807,9 @@ impl<'a> Loader<'a> {
         let mut engine =
             CudaEngine::load(Box::new(gpu), model, config, options, &mut progress).with_context(|| name.clone())?;
         engine.device().notes().iter().for_each(|note| tracing::warn!("{name}: {note}"));
+        if overlap && !engine.device().overlaps() {
+            tracing::warn!("{name}: launches do not overlap; docs/devices.md says what engine.overlap_launches needs");
+        }
         engine.take_note().into_iter().for_each(|note| tracing::warn!("{name}: {note}"));
         if let Some(words) = cuda::GemmChoice::summary(engine.gemm_choices()) {
             tracing::info!("{name}: by cuBLASLt in long prompts: {words}");

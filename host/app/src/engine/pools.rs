@@ -117,7 +117,8 @@ impl Engine {
     /// Gives all pools the sizes that they are to have: none has more than its device's bound, and all have that again, or what they
     /// were made with, as far as there is room.
     pub(crate) fn settle_pools(&self) {
-        for at in 0..self.devices.len() {
+        let alive = |at: &usize| self.devices[*at].driver.is_alive();
+        for at in (0..self.devices.len()).filter(alive) {
             // Whoever bounds pools hears of it, and the log has it.
             let _ = self.lower_pools(at);
             self.grow_pools(at);
