@@ -103,6 +103,7 @@ impl Check<'_> {
         // As a host serves them first.
         let mut cases: Vec<_> = of("graphs", false, ParityCase::all())
             .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
+            .chain(of("sparse experts", false, ParityCase::experts()))
             .chain(of("launched one by one", false, ParityCase::eager()))
             .chain(of("steps begun behind others", false, ParityCase::ahead()))
             .chain(of("decodes beside chunks", false, ParityCase::beside()))
@@ -114,6 +115,7 @@ impl Check<'_> {
             cases.extend(of("overlapping launches in graphs", true, ParityCase::all()).step_by(OVERLAPPING));
             cases.extend(of("steps begun behind others, overlapping launches", true, ParityCase::ahead()));
             cases.extend(of("a long context, overlapping launches", true, ParityCase::long()));
+            cases.extend(of("sparse experts, overlapping launches", true, ParityCase::experts()));
         }
         if self.has_library()? {
             cases.extend(of("prompts by cuBLASLt", false, ParityCase::by_library()));

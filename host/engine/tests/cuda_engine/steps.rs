@@ -449,6 +449,17 @@ fn the_check_for_a_gpu_passes_on_the_shim() {
 }
 
 #[test]
+fn sparse_experts_choose_and_compute_what_they_do_on_the_cpu() {
+    for mut case in ParityCase::experts() {
+        let Some(device) = ShimDevice::start() else { return };
+        case.rows.retain(|rows| *rows <= 9);
+        case.prompts.truncate(24);
+        let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
+        assert!(parity.is_good(), "{case:?}: {parity}");
+    }
+}
+
+#[test]
 fn prompts_are_scored_as_on_the_cpu() {
     for (case, tokens) in ParityCase::scored().into_iter().zip([9, 40, 9, 40]) {
         let Some(device) = ShimDevice::start() else { return };

@@ -1,6 +1,6 @@
 //! Every case of the library, on the shim.
 
-use pointsman_engine::cuda::cases::{attention, memory, model, products, quantised, sampling};
+use pointsman_engine::cuda::cases::{attention, experts, memory, model, products, quantised, sampling};
 
 use crate::case::{Element, check_all, close};
 
@@ -52,6 +52,16 @@ fn attention_over_pages_in_bf16() {
 #[test]
 fn the_small_kernels() {
     check_all(Element::ALL.into_iter().flat_map(model::cases).collect());
+}
+
+#[test]
+fn experts_are_chosen() {
+    check_all(experts::choices());
+}
+
+#[test]
+fn products_of_experts() {
+    check_all(Element::ALL.into_iter().flat_map(experts::cases).collect());
 }
 
 #[test]

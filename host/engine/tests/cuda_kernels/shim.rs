@@ -30,7 +30,7 @@ const TYPED: [Source; 7] = [
     kernel!("prefill.cu"),
 ];
 const QUANTISED: [Source; 3] = [kernel!("typed.cuh"), kernel!("tiles.cuh"), kernel!("quantised.cu")];
-const STEP: [Source; 2] = [kernel!("sample.cu"), kernel!("memory.cu")];
+const STEP: [Source; 3] = [kernel!("sample.cu"), kernel!("experts.cu"), kernel!("memory.cu")];
 const SELFTEST: Source = ("selftest.cu", include_str!("shim/selftest.cu"));
 const SHIM: Source = ("shim.h", include_str!("shim/shim.h"));
 const RUNNER: Source = ("runner.cpp", include_str!("shim/runner.cpp"));

@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use super::element::Element;
 
 pub mod attention;
+pub mod experts;
 pub mod memory;
 pub mod model;
 pub mod products;
@@ -79,16 +80,14 @@ pub struct Rng(pub u64);
 #[must_use]
 pub fn typed(element: Element) -> Vec<Case> {
     let quantised = quantised::cases(element);
-    [products::cases(element), quantised, model::cases(element), attention::cases(element)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let (model, experts) = (model::cases(element), experts::cases(element));
+    [products::cases(element), quantised, model, experts, attention::cases(element)].into_iter().flatten().collect()
 }
 
 /// Every case of the kernels that have none.
 #[must_use]
 pub fn untyped() -> Vec<Case> {
-    [sampling::cases(), memory::cases()].into_iter().flatten().collect()
+    [sampling::cases(), experts::choices(), memory::cases()].into_iter().flatten().collect()
 }
 
 /// Sizes of real models, which take minutes on a CPU's threads and moments on a device.

@@ -24,7 +24,7 @@ use super::weights::Source;
 use crate::backend::cpu::{ComputePool, CpuEngine, Model, Precision};
 use crate::backend::{ConfigError, EngineConfig};
 use crate::load::{LoadError, Weights};
-use crate::spec::{ModelSpec, Naming, SpecError};
+use crate::spec::{Experts, ModelSpec, Naming, SpecError};
 
 /// A model and the steps to compare on.
 #[derive(Clone, Debug)]
@@ -166,6 +166,26 @@ const SHAPES: [Shape; 8] = [
     ),
 ];
 
+/// Shapes with experts, and the type and precision that each is compared in. In 16 bits all experts are chosen: which of two comes first
+/// may hang on a rounding, and what follows is another sum.
+const EXPERT_SHAPES: [(Shape, Element, Precision); 6] = [
+    (MIXTRAL, Element::F32, Precision::F16),
+    (QWEN3_MOE, Element::F32, Precision::F16),
+    (MIXTRAL, Element::F32, Precision::Q8_0),
+    (ALL_CHOSEN, Element::Bf16, Precision::F16),
+    (ALL_CHOSEN, Element::F16, Precision::Q8_0),
+    (ALL_CHOSEN, Element::Bf16, Precision::Fp8),
+];
+const MIXTRAL: Shape = ("MixtralForCausalLM", 64, 4, 2, r#", "num_local_experts": 5, "num_experts_per_tok": 2"#);
+const QWEN3_MOE: Shape = (
+    "Qwen3MoeForCausalLM",
+    32,
+    6,
+    2,
+    r#", "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "mlp_only_layers": [1]"#,
+);
+const ALL_CHOSEN: Shape = ("MixtralForCausalLM", 64, 4, 2, r#", "num_local_experts": 3, "num_experts_per_tok": 3"#);
+
 fn config((architecture, head_dim, heads, kv_heads, more): Shape, context: usize) -> String {
     format!(
         r#"{{"architectures": ["{architecture}"], "vocab_size": {VOCAB}, "hidden_size": 96, "num_hidden_layers": 2,
@@ -198,6 +218,13 @@ impl ParityCase {
     pub fn all() -> Vec<Self> {
         let of = |shape: Shape| Element::ALL.map(|element| Self::short(shape, element, true));
         SHAPES.into_iter().flat_map(of).collect()
+    }
+
+    /// Models with sparse experts: steps in which each has a few rows, and many.
+    #[must_use]
+    pub fn experts() -> Vec<Self> {
+        let of = |(shape, element, precision)| Self::short(shape, Form { element, precision }, true);
+        EXPERT_SHAPES.map(of).into()
     }
 
     /// The same steps launched kernel by kernel.
@@ -678,11 +705,13 @@ impl fmt::Display for Parity {
 
 /// Random weights of a model as a safetensors file; in `f32`, on the grid of its precision, where matrices have 8 bits.
 fn random_weights(spec: &ModelSpec, form: Form, seed: u64) -> Result<Vec<u8>, SafeTensorError> {
-    let (hidden, q_dim, kv_dim, ffn) = (spec.hidden, spec.q_dim(), spec.kv_dim(), spec.ffn);
+    let (hidden, q_dim, kv_dim) = (spec.hidden, spec.q_dim(), spec.kv_dim());
     let of = |name: &str, shape: &[usize]| (format!("model.{name}"), shape.to_vec());
     let mut named = vec![of("embed_tokens.weight", &[spec.vocab, hidden]), of("norm.weight", &[hidden])];
     for layer in 0..spec.layers {
         let is_packed = spec.naming == Naming::Packed;
+        let dense = spec.experts.as_ref().map_or(Some(spec.ffn), |experts| experts.dense[layer]);
+        let (is_dense, ffn) = (dense.is_some(), dense.unwrap_or(spec.ffn));
         let parts: [(&str, &[usize], bool); 18] = [
             ("input_layernorm.weight", &[hidden], true),
             ("self_attn.qkv_proj.weight", &[q_dim + 2 * kv_dim, hidden], is_packed),
@@ -698,13 +727,16 @@ fn random_weights(spec: &ModelSpec, form: Form, seed: u64) -> Result<Vec<u8>, Sa
             ("post_attention_layernorm.weight", &[hidden], true),
             ("pre_feedforward_layernorm.weight", &[hidden], spec.post_norms),
             ("post_feedforward_layernorm.weight", &[hidden], spec.post_norms),
-            ("mlp.gate_up_proj.weight", &[2 * ffn, hidden], is_packed),
-            ("mlp.gate_proj.weight", &[ffn, hidden], !is_packed),
-            ("mlp.up_proj.weight", &[ffn, hidden], !is_packed),
-            ("mlp.down_proj.weight", &[hidden, ffn], true),
+            ("mlp.gate_up_proj.weight", &[2 * ffn, hidden], is_dense && is_packed),
+            ("mlp.gate_proj.weight", &[ffn, hidden], is_dense && !is_packed),
+            ("mlp.up_proj.weight", &[ffn, hidden], is_dense && !is_packed),
+            ("mlp.down_proj.weight", &[hidden, ffn], is_dense),
         ];
         let here = parts.iter().filter(|(.., present)| *present);
         named.extend(here.map(|(part, shape, _)| of(&format!("layers.{layer}.{part}"), shape)));
+        if let Some(experts) = spec.experts.as_ref().filter(|_| !is_dense) {
+            named.extend(expert_shapes(spec, experts, &format!("model.layers.{layer}")));
+        }
     }
     if !spec.tied {
         named.push(("lm_head.weight".to_owned(), vec![spec.vocab, hidden]));
@@ -734,6 +766,21 @@ fn random_weights(spec: &ModelSpec, form: Form, seed: u64) -> Result<Vec<u8>, Sa
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(dtype, shape.clone(), bytes)?)))
         .collect();
     safetensors::serialize(views?, None)
+}
+
+/// Names and shapes of a layer's router and experts.
+fn expert_shapes(spec: &ModelSpec, experts: &Experts, layer: &str) -> Vec<(String, Vec<usize>)> {
+    let (block, [gate, up, down]) = match spec.naming {
+        Naming::Mixtral => ("block_sparse_moe", ["w1", "w3", "w2"]),
+        _ => ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+    };
+    let of = |i: usize| {
+        let name = move |part| format!("{layer}.{block}.experts.{i}.{part}.weight");
+        let (wide, narrow) = (vec![spec.ffn, spec.hidden], vec![spec.hidden, spec.ffn]);
+        [(name(gate), wide.clone()), (name(up), wide), (name(down), narrow)]
+    };
+    let router = (format!("{layer}.{block}.gate.weight"), vec![experts.count, spec.hidden]);
+    [router].into_iter().chain((0..experts.count).flat_map(of)).collect()
 }
 
 /// Rounds a matrix with rows of `k` to numbers that a precision of 8 bits holds, so that quantising it loses nothing and the CPU can be

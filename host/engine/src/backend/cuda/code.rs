@@ -99,7 +99,7 @@ const MODEL: [&str; 7] = [
     text!("prefill.cu"),
 ];
 const QUANTISED: [&str; 3] = [text!("typed.cuh"), text!("tiles.cuh"), text!("quantised.cu")];
-const STEP: [&str; 2] = [text!("sample.cu"), text!("memory.cu")];
+const STEP: [&str; 3] = [text!("sample.cu"), text!("experts.cu"), text!("memory.cu")];
 
 impl Unit {
     /// All of them.
@@ -304,7 +304,7 @@ mod tests {
     /// Parts of the names of instructions that PTX 8.0 has for compute capability 8.0: operations, then types and the rest. What
     /// is not here may be newer; look it up before it is added.
     const KNOWN: &str = "abs add and atom bar bfe bfi bfind bra brev call clz copysign cp cvt cvta div dp4a ex2 exit fma fns ld \
-        ldmatrix lg2 mad max membar min mma mov movmatrix mul NaN neg not or popc prmt rcp red redux rem ret rsqrt sad selp set setp shf shfl shl \
+        ldmatrix lg2 mad match max membar min mma mov movmatrix mul NaN neg not or popc prmt rcp red redux rem ret rsqrt sad selp set setp shf shfl shl \
         shr slct sqrt st sub tanh trap vote xor \
         b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f16 f16x2 bf16 bf16x2 f32 f64 pred v2 v4 \
         rn rz rm rp rni rzi rmi rpi sat ftz approx full hi lo wide cc l r wrap clamp uni sync async aligned \

@@ -37,6 +37,11 @@ const WIDTHS: [usize; 5] = [32, 64, 96, 128, 256];
 /// Steps that are under way at once.
 const UNDER_WAY: usize = 2;
 
+/// Most experts of a layer, those of them that a token goes through, and words, that the kernels have room for.
+const MOST_EXPERTS: usize = 512;
+const MOST_CHOSEN: usize = 32;
+const MOST_TOKENS: usize = (1 << 20) - 1;
+
 /// Most arguments of a kernel.
 const MAX_ARGS: usize = 24;
 
@@ -521,15 +526,17 @@ pub fn plan_memory(
     Ok(recommend(&footprints, smaller.as_slice(), memory, wish)?)
 }
 
-/// What the kernels cover: every decoder that a [`ModelSpec`] can say, but for sparse experts and some sizes.
+/// What the kernels cover: every decoder that a [`ModelSpec`] can say, but for some sizes.
 fn check_spec(spec: &ModelSpec) -> Result<(), CudaError> {
     let group = spec.heads / spec.kv_heads;
-    let experts = spec.experts.as_ref().map_or(0, |experts| experts.count);
+    let (experts, chosen) = spec.experts.as_ref().map_or((0, 0), |experts| (experts.count, experts.per_token));
     let refused = [
         (!WIDTHS.contains(&spec.head_dim), "heads of this width", spec.head_dim.to_string(), "32, 64, 96, 128 and 256"),
         (group > 16, "query heads per key head", group.to_string(), "at most 16"),
         (spec.layers > usize::from(u16::MAX), "layers", spec.layers.to_string(), "at most 65535"),
-        (spec.experts.is_some(), "sparse experts", experts.to_string(), "dense feed-forward halves"),
+        (experts > MOST_EXPERTS, "experts", experts.to_string(), "at most 512"),
+        (chosen > MOST_CHOSEN, "experts per token", chosen.to_string(), "at most 32"),
+        (spec.vocab > MOST_TOKENS, "words of a vocabulary", spec.vocab.to_string(), "at most 1048575"),
     ];
     match refused.into_iter().find(|(is_so, ..)| *is_so) {
         Some((_, what, found, supported)) => Err(CudaError::Unsupported { what, found, supported }),

@@ -4,6 +4,8 @@
 //! tests hand the very same list to the kernels compiled for the CPU. A captured graph is this list, recorded once per
 //! bucket; nothing in it depends on a step's contents, which lie in buffers, counts included.
 
+mod experts;
+
 use std::ops::Range;
 
 use super::device::{Gemm, GemmId, GemmOutput};
@@ -45,6 +47,11 @@ pub(crate) enum Kernel {
     SampleChoose,
     TakeSampled,
     Gated,
+    RouterLogits,
+    ChooseExperts,
+    Experts8,
+    Experts64,
+    AddExperts,
     /// None of ours: a product that the device's library computes. Its arguments are the library's algorithm, the rows, and the
     /// addresses of the weight, of what it is multiplied by, of the result and of its workspace, with the bytes of that.
     LibraryGemm,
@@ -114,7 +121,7 @@ struct Product {
 
 impl Kernel {
     /// Those with an entry point.
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 26] = [
         Self::Embed,
         Self::RmsNorm,
         Self::NormAdd,
@@ -136,13 +143,20 @@ impl Kernel {
         Self::SampleChoose,
         Self::TakeSampled,
         Self::Gated,
+        Self::RouterLogits,
+        Self::ChooseExperts,
+        Self::Experts8,
+        Self::Experts64,
+        Self::AddExperts,
     ];
 
     /// Whether there is one for this form: tensor cores have no plain `f32`, and 8-bit weights take `gemm_m8` from three rows on.
     pub(crate) fn exists(self, form: Form) -> bool {
         let is_quantised = form.suffix().is_some();
         match self {
-            Self::Gemm8 | Self::Gemm16 | Self::Gemm32 | Self::Gemm64 | Self::Gemm128 => form.element != Element::F32,
+            Self::Gemm8 | Self::Gemm16 | Self::Gemm32 | Self::Gemm64 | Self::Gemm128 | Self::Experts8 => {
+                form.element != Element::F32
+            }
             Self::Gemv4 | Self::Gated | Self::LibraryGemm => !is_quantised,
             _ => true,
         }
@@ -220,6 +234,8 @@ impl Kernel {
             Self::Gemm32 => "gemm_m32",
             Self::Gemm64 => "gemm_m64",
             Self::Gemm128 => "gemm_m128",
+            Self::Experts8 => "experts_m8",
+            Self::Experts64 => "experts_m64",
             _ => "gemm",
         };
         let element = form.element;
@@ -241,6 +257,9 @@ impl Kernel {
             Self::ArgmaxParts => return "argmax_parts".to_owned(),
             Self::SampleChoose => return "sample_choose".to_owned(),
             Self::TakeSampled => return "take_sampled".to_owned(),
+            Self::ChooseExperts => return "choose_experts".to_owned(),
+            Self::AddExperts => return "add_experts".to_owned(),
+            Self::RouterLogits => "router_logits",
             Self::Gated => "gated",
             product => return product.product_entry(sizes.form),
         };
@@ -254,12 +273,9 @@ impl Kernel {
 impl Product {
     /// That of a layer's matrix.
     fn of(sizes: &Sizes, extent: Extent, layer: usize, part: LayerPart) -> Self {
-        let ModelSpec { hidden, ffn, activation, post_norms, .. } = sizes.spec;
+        let ModelSpec { hidden, post_norms, .. } = sizes.spec;
+        let ffn = sizes.ffn_of(layer);
         let (q_dim, kv_dim) = (sizes.spec.q_dim(), sizes.spec.kv_dim());
-        let gated = match activation {
-            Activation::Silu => Epilogue::SiluMul,
-            Activation::GeluTanh => Epilogue::GeluMul,
-        };
         // The result of a half goes to the residual stream, or to a norm on its way there.
         let half_ends = match post_norms {
             true => (Buffer::Normed, Epilogue::Store),
@@ -268,7 +284,7 @@ impl Product {
         let bias = |part| optional(sizes, layer, part);
         let (bias, x, k, n, (y, epilogue)) = match part {
             LayerPart::Out => (bias(LayerPart::OutBias), Buffer::Mixed, q_dim, hidden, half_ends),
-            LayerPart::GateUp => (Arg::Null, Buffer::Normed, hidden, 2 * ffn, (Buffer::Ffn, gated)),
+            LayerPart::GateUp => (Arg::Null, Buffer::Normed, hidden, 2 * ffn, (Buffer::Ffn, gating(&sizes.spec))),
             LayerPart::Down => (Arg::Null, Buffer::Ffn, ffn, hidden, half_ends),
             _ => {
                 let to = (Buffer::Qkv, Epilogue::Store);
@@ -394,8 +410,12 @@ impl LaunchPlan {
     fn ffn_half(&mut self, sizes: &Sizes, extent: Extent, layer: usize) {
         let part = |part| Buffer::Layer(layer as u16, part);
         self.norm(sizes, (extent.tokens, N_TOKENS), None, part(LayerPart::FfnNorm));
-        self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::GateUp));
-        self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Down));
+        if let Some(experts) = sizes.experts_of(layer) {
+            self.experts(sizes, extent, layer, experts);
+        } else {
+            self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::GateUp));
+            self.product(sizes, &Product::of(sizes, extent, layer, LayerPart::Down));
+        }
         self.post_norm(sizes, extent.tokens, part(LayerPart::PostFfnNorm));
     }
 
@@ -596,8 +616,11 @@ impl LaunchPlan {
     }
 }
 
-/// What a library is asked for in place of a layer's product; `None` of one that it cannot compute.
+/// What a library is asked for in place of a layer's product; `None` of one that it cannot compute, or that layers do not have alike.
 pub(super) fn gemm_of(sizes: &Sizes, part: LayerPart) -> Option<Gemm> {
+    if sizes.spec.experts.is_some() && matches!(part, LayerPart::GateUp | LayerPart::Down) {
+        return None;
+    }
     let Product { bias, k, n, epilogue, .. } = Product::of(sizes, sizes.largest(), 0, part);
     let output = match epilogue {
         Epilogue::AddToF32 => GemmOutput::AddToF32,
@@ -610,6 +633,14 @@ pub(super) fn gemm_of(sizes: &Sizes, part: LayerPart) -> Option<Gemm> {
 pub(super) fn input_of(sizes: &Sizes, part: LayerPart) -> (Buffer, usize) {
     let Product { x, k, .. } = Product::of(sizes, sizes.largest(), 0, part);
     (x, k)
+}
+
+/// What becomes of gate and up.
+fn gating(spec: &ModelSpec) -> Epilogue {
+    match spec.activation {
+        Activation::Silu => Epilogue::SiluMul,
+        Activation::GeluTanh => Epilogue::GeluMul,
+    }
 }
 
 fn u32_arg(n: usize) -> Arg {
@@ -676,6 +707,45 @@ mod tests {
             "intermediate_size": 6912, "max_position_embeddings": 32768, "sliding_window": 512,
             "final_logit_softcapping": 30.0}"#;
         Sizes { spec: ModelSpec::from_config(config.as_bytes()).expect("a Gemma"), ..sizes(Element::Bf16) }
+    }
+
+    /// Of the size of Qwen3-30B-A3B, with a dense layer.
+    fn qwen3_moe(form: impl Into<Form>) -> Sizes {
+        let config = r#"{"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+            "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+            "norm_topk_prob": true, "mlp_only_layers": [2], "max_position_embeddings": 40960}"#;
+        Sizes { spec: ModelSpec::from_config(config.as_bytes()).expect("a Qwen3-MoE"), ..sizes(form) }
+    }
+
+    #[test]
+    fn layers_with_experts_have_eleven_kernels() {
+        use Kernel::{AddExperts, ChooseExperts, Experts8, Experts64, RouterLogits};
+        let sizes = qwen3_moe(Element::Bf16);
+        // How many tiles there may be: of 8 rows each an expert; of 512 rows at most one for each 8 of them and one an expert.
+        for (extent, expect, tiles) in [
+            (Extent::decode(1), Experts8, 8),
+            (Extent::decode(64), Experts8, 176),
+            (Extent::decode(128), Experts8, 240),
+            (mixed(3, 129), Experts64, 142),
+            (mixed(3, 2_048), Experts64, 382),
+        ] {
+            let plan = launched(&sizes, extent);
+            let of = |kernel: Kernel| plan.launches.iter().filter(move |launch| launch.kernel == kernel);
+            let counts =
+                [RouterLogits, ChooseExperts, Experts8, Experts64, AddExperts].map(|kernel| of(kernel).count());
+            let products = if expect == Experts8 { [6, 0] } else { [0, 6] };
+            assert_eq!(counts, [3, 3, products[0], products[1], 3], "{extent:?}");
+            assert!(of(expect).all(|launch| launch.grid[1] == tiles), "{:?}", of(expect).next());
+            let with_prompts = if extent.tiles > 0 { 4 } else { 0 };
+            assert_eq!(plan.launches.len(), 1 + 3 * 11 + 8 + with_prompts + 2 + 3, "{extent:?}");
+        }
+        let entries = |sizes: &Sizes| sizes.entries().filter(|(kernel, _)| kernel.is_of_experts()).count();
+        assert_eq!([&sizes, &qwen3_moe(Element::F32), &self::sizes(Element::Bf16)].map(entries), [5, 4, 0]);
+        assert_eq!([LayerPart::Down, LayerPart::Out].map(|part| gemm_of(&sizes, part).is_some()), [false, true]);
+        // The dense layer's width, and what stands between the products of the other ones.
+        assert_eq!([2, 3].map(|layer| sizes.ffn_of(layer)), [6_144, 768]);
+        assert_eq!(sizes.most_ffn(10), 10 * 8 * 768);
     }
 
     #[test]
@@ -835,6 +905,31 @@ mod tests {
         [vec![4], matrix_spans(sizes.form, n, k), vec![rows * k * size, 0, y], cut].concat()
     }
 
+    /// The same of the kernels of experts.
+    fn expert_spans(sizes: &Sizes, tokens: u64, launch: &Launch, args: &[Arg]) -> Vec<u64> {
+        let experts = sizes.spec.experts.as_ref().expect("they are for experts");
+        let (count, hidden, size) = (experts.count as u64, sizes.spec.hidden as u64, sizes.form.element.bytes() as u64);
+        let rows = tokens * experts.per_token as u64;
+        let tiles = |tile_rows: u64| 4 + 12 * ((rows + count.min(rows) * (tile_rows - 1)) / tile_rows);
+        match launch.kernel {
+            Kernel::RouterLogits => vec![4, 4 * count * hidden, tokens * hidden * size, 4 * tokens * count],
+            Kernel::ChooseExperts => {
+                let Arg::U32(tile_rows) = args[9] else { panic!("{args:?}") };
+                vec![4, 4 * tokens * count, tiles(tile_rows.into()), 4 * rows, 4 * rows, 4 * rows, 0, 0, 0, 0, 4]
+            }
+            Kernel::AddExperts => vec![4, 4 * rows * hidden, 4 * rows, 4 * rows, 4 * tokens * hidden],
+            _ => {
+                let [Arg::U32(k), Arg::U32(n), Arg::U32(epilogue)] = args[args.len() - 3..] else { panic!("{args:?}") };
+                let (k, n) = (u64::from(k), u64::from(n));
+                let is_up = epilogue >= 3;
+                let (x, y) =
+                    if is_up { (tokens * k * size, rows * n / 2 * size) } else { (rows * k * size, 4 * rows * n) };
+                let tile_rows = if launch.kernel == Kernel::Experts8 { 8 } else { 64 };
+                [vec![tiles(tile_rows)], matrix_spans(sizes.form, count * n, k), vec![4 * rows, x, y]].concat()
+            }
+        }
+    }
+
     /// What a kernel reads or writes at most through its arguments, so that no launch can reach beyond a buffer.
     fn spans(sizes: &Sizes, extent: Extent, launch: &Launch, args: &[Arg]) -> Vec<(Arg, u64)> {
         let size = sizes.form.element.bytes() as u64;
@@ -900,6 +995,7 @@ mod tests {
                 let parts = 8 * sampled * u32_at(4);
                 vec![4, 96 * sampled, logits, parts, 0, 4 * sampled, 168 * sampled]
             }
+            kernel if kernel.is_of_experts() => expert_spans(sizes, tokens, launch, args),
             _ => product_spans(sizes, extent, launch, args),
         };
         args.iter().copied().zip(lengths).collect()
@@ -914,7 +1010,9 @@ mod tests {
         let plain = Element::ALL.map(sizes);
         let by_library = |sizes: Sizes| Sizes { choices: GemmChoices::of_all(2_048), ..sizes };
         let more = [sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8)), gemma()];
-        let more = more.into_iter().chain([by_library(sizes(Element::Bf16)), by_library(gemma())]);
+        let forms: [Form; 4] = [Element::F32.into(), Element::Bf16.into(), Q8_0, FP8];
+        let with_experts = forms.map(|form| qwen3_moe(form));
+        let more = more.into_iter().chain(with_experts).chain([by_library(sizes(Element::Bf16)), by_library(gemma())]);
         for sizes in plain.into_iter().chain(more) {
             let pieces = sizes.pieces();
             let beside = [mixed(3, 700), sizes.largest()];
@@ -932,6 +1030,28 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn routes_do_not_lie_upon_each_other() {
+        for (tokens, count, per_token) in [(2_048, 128, 8), (1, 4, 1), (8_192, 8, 2), (3, 512, 32)] {
+            let mut sizes = qwen3_moe(Element::Bf16);
+            sizes.config.max_step_tokens = tokens;
+            let experts = sizes.spec.experts.as_mut().expect("it has some");
+            (experts.count, experts.per_token) = (count, per_token);
+            let routes = sizes.routes(sizes.spec.experts.as_ref().expect("it has some"));
+            let of = |extent: Extent| {
+                let plan = launched(&sizes, extent);
+                let tiles =
+                    plan.launches.iter().filter(|launch| matches!(launch.kernel, Kernel::Experts8 | Kernel::Experts64));
+                tiles.map(|launch| u64::from(launch.grid[1])).max().unwrap_or(0)
+            };
+            let most = (1..=tokens).step_by(7).chain([tokens]).map(|tokens| of(mixed(1, tokens))).max().unwrap_or(0);
+            assert!(4 + 12 * most <= routes.tokens, "{most} tiles before {routes:?}");
+            let rows = 4 * (tokens * per_token) as u64;
+            let next = [routes.tokens, routes.places, routes.shares, routes.bytes];
+            assert!(next.is_sorted_by(|a, b| a + rows <= *b), "{routes:?}");
         }
     }
 

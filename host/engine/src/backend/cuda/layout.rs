@@ -60,12 +60,17 @@ pub(crate) enum Buffer {
     Qkv,
     Mixed,
     Ffn,
-    /// Results of splits that are joined, and how many warps have brought theirs: zero between launches.
+    /// Results of splits that are joined, and how many warps have brought theirs: zero between launches. Kernels that choose experts count
+    /// there, too.
     AttentionParts,
     AttentionCounts,
     /// Sums of products that are cut into runs, and how many warps have brought theirs: zero between launches.
     ProductParts,
     ProductCounts,
+    /// Of models with experts: the router's logits in `f32`, which experts tokens go through, and what those make of them, in `f32`.
+    RouterLogits,
+    Routes,
+    ExpertOut,
     /// Gate and up in pairs, where a library computes them, and what a library writes beside a product.
     GateUp,
     GemmWorkspace,
@@ -93,6 +98,8 @@ pub(crate) enum LayerPart {
     /// Of the result of attention, and of the feed-forward half, where the model has them.
     PostAttentionNorm,
     FfnNorm,
+    /// Of layers with experts, in `f32`; their matrices then stand one below the other.
+    Router,
     GateUp,
     Down,
     PostFfnNorm,
@@ -166,8 +173,8 @@ pub(crate) fn runs(blocks: u32, tiles: usize, k: usize) -> usize {
 }
 
 impl Buffer {
-    const LAYER_PARTS: usize = 12;
-    const OTHERS: usize = 23;
+    const LAYER_PARTS: usize = 13;
+    const OTHERS: usize = 26;
 
     /// A number below [`Buffer::count`].
     pub(crate) fn index(self) -> usize {
@@ -195,6 +202,9 @@ impl Buffer {
             Self::ProductCounts => 20,
             Self::GateUp => 21,
             Self::GemmWorkspace => 22,
+            Self::RouterLogits => 23,
+            Self::Routes => 24,
+            Self::ExpertOut => 25,
             Self::Layer(layer, part) => Self::OTHERS + usize::from(layer) * Self::LAYER_PARTS + part as usize,
         }
     }
@@ -220,7 +230,7 @@ impl Sizes {
     }
 
     fn weights(&self) -> Vec<Piece> {
-        let ModelSpec { vocab, hidden, layers, ffn, tied, head_dim, ref rope, ref window_rope, .. } = self.spec;
+        let ModelSpec { vocab, hidden, layers, tied, head_dim, ref rope, ref window_rope, .. } = self.spec;
         let (q_dim, kv_dim) = (self.spec.q_dim(), self.spec.kv_dim());
         let vector = |n: usize| ((n * self.form.element.bytes()) as u64, 0);
         let matrix = |rows, k| (self.form.numbers_bytes(rows, k), self.form.scales_bytes(rows, k));
@@ -240,6 +250,7 @@ impl Sizes {
             pieces.push(piece(Buffer::Head, matrix(vocab, hidden)));
         }
         for layer in 0..layers {
+            let (ffn, halves, experts) = (self.ffn_of(layer), self.halves_of(layer), self.experts_of(layer));
             let parts = [
                 (LayerPart::AttentionNorm, vector(hidden)),
                 (LayerPart::Qkv, matrix(q_dim + 2 * kv_dim, hidden)),
@@ -250,11 +261,13 @@ impl Sizes {
                 (LayerPart::OutBias, vector(hidden)),
                 (LayerPart::PostAttentionNorm, vector(hidden)),
                 (LayerPart::FfnNorm, vector(hidden)),
-                (LayerPart::GateUp, matrix(2 * ffn, hidden)),
-                (LayerPart::Down, matrix(hidden, ffn)),
+                (LayerPart::Router, ((halves * hidden * size_of::<f32>()) as u64, 0)),
+                (LayerPart::GateUp, matrix(halves * 2 * ffn, hidden)),
+                (LayerPart::Down, matrix(halves * hidden, ffn)),
                 (LayerPart::PostFfnNorm, vector(hidden)),
             ];
-            let here = parts.into_iter().filter(|(part, _)| self.has(*part));
+            let has = |part| self.has(part) && (part != LayerPart::Router || experts.is_some());
+            let here = parts.into_iter().filter(|(part, _)| has(*part));
             pieces.extend(here.map(|(part, bytes)| piece(Buffer::Layer(layer as u16, part), bytes)));
         }
         pieces
@@ -270,17 +283,25 @@ impl Sizes {
         let joined = (4 * self.most_joined_splits() * self.clusters()) as u64;
         // For one block of the larger tiles on each multiprocessor, or two of half the size.
         let run_tiles = if self.form.element == Element::F32 { 0 } else { self.n_sms.into() };
+        let gated_rows = if spec.experts.is_some() { 0 } else { tokens.min(MOST_GATED_ROWS) };
         let library = [
-            typed(Buffer::GateUp, tokens.min(MOST_GATED_ROWS) * 2 * spec.ffn),
+            typed(Buffer::GateUp, gated_rows * 2 * spec.ffn),
             piece(Buffer::GemmWorkspace, self.gemm_workspace_bytes()),
         ];
         let library = library.into_iter().filter(|_| self.may_use_library());
+        let routed = spec.experts.iter().flat_map(|experts| {
+            [
+                piece(Buffer::RouterLogits, (tokens * experts.count * 4) as u64),
+                piece(Buffer::Routes, self.routes(experts).bytes),
+                piece(Buffer::ExpertOut, (tokens * experts.per_token * spec.hidden * 4) as u64),
+            ]
+        });
         let always = [
             piece(Buffer::Residual, (tokens * spec.hidden * 4) as u64),
             typed(Buffer::Normed, most * spec.hidden),
             typed(Buffer::Qkv, tokens * (spec.q_dim() + 2 * spec.kv_dim())),
             typed(Buffer::Mixed, tokens * spec.q_dim()),
-            typed(Buffer::Ffn, tokens * spec.ffn),
+            typed(Buffer::Ffn, self.most_ffn(tokens)),
             piece(Buffer::AttentionParts, joined * self.attention_part_bytes()),
             piece(Buffer::AttentionCounts, joined * 4),
             piece(Buffer::ProductParts, run_tiles * PARTS_BYTES),
@@ -292,7 +313,7 @@ impl Sizes {
             piece(Buffer::Rules, self.rules_bytes()),
             piece(Buffer::Outputs, self.outputs_bytes(rows as u64)),
         ];
-        always.into_iter().chain(library).collect()
+        always.into_iter().chain(routed).chain(library).collect()
     }
 
     /// Whether a library may compute products: of plain numbers, in steps that are long enough.
@@ -467,7 +488,9 @@ impl Sizes {
 
     /// The kernels that this model needs, by their entry points.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (Kernel, String)> + '_ {
-        let here = Kernel::ALL.into_iter().filter(|kernel| kernel.exists(self.form));
+        let is_routed = self.spec.experts.is_some();
+        let is_here = move |kernel: &Kernel| kernel.exists(self.form) && (is_routed || !kernel.is_of_experts());
+        let here = Kernel::ALL.into_iter().filter(is_here);
         here.map(|kernel| (kernel, kernel.entry(self)))
     }
 }

@@ -5,6 +5,7 @@
 //! number for each pair. Matrices may be quantised on the way, to numbers of 8 bits and scales behind them.
 
 use std::ops::Range;
+use std::slice;
 
 use super::device::{Device, DeviceError, fill};
 use super::element::{Element, Form};
@@ -12,7 +13,6 @@ use super::engine::CudaError;
 use super::launch::Kernel;
 use super::layout::{Buffer, LayerPart, Owner, Sizes};
 use crate::backend::cpu::{Precision, Progress};
-use crate::layers::GatedParts;
 use crate::load::{Elements, Kind, LoadError, Weights, quantise_fp8, quantise_q8_0};
 use crate::spec::Rope;
 
@@ -51,15 +51,6 @@ struct Piece {
     scales: Vec<u8>,
 }
 
-/// How rows of the parts become rows of one matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Join {
-    /// One part below the other.
-    Below,
-    /// Two parts of one height, row by row in turn.
-    Alternate,
-}
-
 impl<'a> Packer<'a> {
     pub(crate) fn new(sizes: &'a Sizes, device: &'a mut dyn Device, addresses: &'a [u64]) -> Self {
         Self { sizes, device, addresses, piece: Piece::default() }
@@ -80,13 +71,13 @@ impl<'a> Packer<'a> {
         let (vocab, hidden, tied) = (self.sizes.spec.vocab, self.sizes.spec.hidden, self.sizes.spec.tied);
         let embedding = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
         let mut done = match tied {
-            true => self.matrix(Buffer::Embedding, &[embedding], hidden, Join::Below)?,
+            true => self.matrix(Buffer::Embedding, &[embedding], hidden)?,
             false => self.vector(Buffer::Embedding, &[embedding])?,
         };
         done += self.vector(Buffer::FinalNorm, &[weights.get("model.norm.weight", &[hidden])?])?;
         if !tied {
             let head = weights.get("lm_head.weight", &[vocab, hidden])?;
-            done += self.matrix(Buffer::Head, &[head], hidden, Join::Below)?;
+            done += self.matrix(Buffer::Head, &[head], hidden)?;
         }
         for layer in 0..self.sizes.spec.layers {
             done += self.attention(weights, layer)? + self.ffn(weights, layer)?;
@@ -105,7 +96,7 @@ impl<'a> Packer<'a> {
         let part = |part| Buffer::Layer(layer as u16, part);
         let mut done = self.vector(part(LayerPart::AttentionNorm), &[get("input_layernorm.weight", &[hidden])?])?;
         let (qkv, biases) = (weights.qkv(spec, layer)?, if qkv_bias { weights.qkv_bias(spec, layer)? } else { vec![] });
-        done += self.matrix(part(LayerPart::Qkv), &qkv, hidden, Join::Below)?;
+        done += self.matrix(part(LayerPart::Qkv), &qkv, hidden)?;
         if qkv_bias {
             done += self.vector(part(LayerPart::QkvBias), &biases)?;
         }
@@ -114,7 +105,7 @@ impl<'a> Packer<'a> {
             done += self.vector(part(LayerPart::KNorm), &[get("self_attn.k_norm.weight", &[head_dim])?])?;
         }
         let out = get("self_attn.o_proj.weight", &[hidden, q_dim])?;
-        done += self.matrix(part(LayerPart::Out), &[out], q_dim, Join::Below)?;
+        done += self.matrix(part(LayerPart::Out), &[out], q_dim)?;
         if out_bias {
             done += self.vector(part(LayerPart::OutBias), &[get("self_attn.o_proj.bias", &[hidden])?])?;
         }
@@ -122,7 +113,7 @@ impl<'a> Packer<'a> {
     }
 
     fn ffn(&mut self, weights: &Weights, layer: usize) -> Result<u64, CudaError> {
-        let (hidden, ffn) = (self.sizes.spec.hidden, self.sizes.spec.ffn);
+        let (hidden, ffn) = (self.sizes.spec.hidden, self.sizes.ffn_of(layer));
         let get = |part: &str, shape: &[usize]| weights.get(&format!("model.layers.{layer}.{part}.weight"), shape);
         let part = |part| Buffer::Layer(layer as u16, part);
         // The same name is of another norm in models that have two more.
@@ -136,9 +127,18 @@ impl<'a> Packer<'a> {
             done += self.vector(part(LayerPart::PostAttentionNorm), &[get(attention, &[hidden])?])?;
             done += self.vector(part(LayerPart::PostFfnNorm), &[get(ffn, &[hidden])?])?;
         }
-        let GatedParts { gate_up, down } = weights.dense(&self.sizes.spec, layer, ffn)?;
-        done += self.matrix(part(LayerPart::GateUp), &gate_up, hidden, Join::Alternate)?;
-        Ok(done + self.matrix(part(LayerPart::Down), &[down], ffn, Join::Below)?)
+        let halves = match self.sizes.experts_of(layer) {
+            Some(experts) => {
+                let router = weights.router(&self.sizes.spec, layer, experts.count)?;
+                done += self.numbers(part(LayerPart::Router), Element::F32, &[router])?;
+                weights.experts(&self.sizes.spec, layer, experts)?
+            }
+            None => vec![weights.dense(&self.sizes.spec, layer, ffn)?],
+        };
+        let gates: Vec<&[Elements<'_>]> = halves.iter().map(|half| half.gate_up.as_slice()).collect();
+        done += self.joined(part(LayerPart::GateUp), &gates, hidden)?;
+        let downs: Vec<&[Elements<'_>]> = halves.iter().map(|half| slice::from_ref(&half.down)).collect();
+        Ok(done + self.joined(part(LayerPart::Down), &downs, ffn)?)
     }
 
     /// Norms of ones and matrices of small numbers around zero: one piece of them, again and again.
@@ -151,16 +151,16 @@ impl<'a> Packer<'a> {
         let numbers: Vec<[u8; 4]> = std::iter::repeat_with(number).take(PIECE / 4).collect();
         let ones = vec![1.0f32.to_le_bytes(); self.sizes.spec.hidden];
         let (numbers, ones) = [&numbers, &ones].map(|of| Elements::new(Kind::F32, of.as_flattened())).into();
-        let element = self.sizes.form.element;
-        let plain = |numbers: &Elements<'_>| {
+        let plain = |element: Element, numbers: &Elements<'_>| {
             let mut piece = Piece::default();
             element.append(numbers, 0..numbers.len(), &mut piece.numbers);
             piece
         };
         // Rows of 32 numbers: the scales of rows of any length are as many and more.
         let mut quantised = Piece::default();
-        quantised.rows(self.sizes.form, std::slice::from_ref(&numbers), 32)?;
-        let (matrix, ones) = (plain(&numbers), plain(&ones));
+        quantised.rows(self.sizes.form, slice::from_ref(&numbers), 32)?;
+        let element = self.sizes.form.element;
+        let (matrix, ones, router) = (plain(element, &numbers), plain(element, &ones), plain(Element::F32, &numbers));
         let mut done = 0;
         for laid in self.sizes.pieces() {
             if laid.owner != Owner::Weights || matches!(laid.buffer, Buffer::Rope | Buffer::WindowRope) {
@@ -174,6 +174,7 @@ impl<'a> Packer<'a> {
                 )
                 | Buffer::Layer(_, LayerPart::PostAttentionNorm | LayerPart::PostFfnNorm) => &ones,
                 Buffer::Layer(_, LayerPart::QkvBias | LayerPart::OutBias) => &matrix,
+                Buffer::Layer(_, LayerPart::Router) => &router,
                 Buffer::Embedding if !self.sizes.spec.tied => &matrix,
                 _ => &quantised,
             };
@@ -216,7 +217,11 @@ impl<'a> Packer<'a> {
 
     /// Tensors one after the other, in the element type; the bytes of them.
     fn vector(&mut self, buffer: Buffer, parts: &[Elements<'_>]) -> Result<u64, CudaError> {
-        let element = self.sizes.form.element;
+        self.numbers(buffer, self.sizes.form.element, parts)
+    }
+
+    /// The same, in this type.
+    fn numbers(&mut self, buffer: Buffer, element: Element, parts: &[Elements<'_>]) -> Result<u64, CudaError> {
         let step = PIECE / element.bytes();
         let mut at = 0;
         for part in parts {
@@ -228,16 +233,17 @@ impl<'a> Packer<'a> {
         Ok(at)
     }
 
-    /// Rows of width `k` as the form keeps matrices; the bytes of them and of their scales.
-    fn matrix(&mut self, buffer: Buffer, parts: &[Elements<'_>], k: usize, join: Join) -> Result<u64, CudaError> {
+    /// Parts of width `k`, one below the other, as the form keeps matrices; the bytes of their numbers and scales.
+    fn matrix(&mut self, buffer: Buffer, parts: &[Elements<'_>], k: usize) -> Result<u64, CudaError> {
+        self.joined(buffer, &parts.chunks(1).collect::<Vec<_>>(), k)
+    }
+
+    /// The same of groups of parts of one height, row by row in turn; one group below the other.
+    fn joined(&mut self, buffer: Buffer, groups: &[&[Elements<'_>]], k: usize) -> Result<u64, CudaError> {
         let form = self.sizes.form;
-        let n: usize = parts.iter().map(|part| part.len() / k).sum();
+        let n: usize = groups.iter().copied().flatten().map(|part| part.len() / k).sum();
         // Scales follow the numbers of all rows.
         let (mut at, mut scales_at) = (0, form.numbers_bytes(n, k));
-        let groups: Vec<&[Elements<'_>]> = match join {
-            Join::Below => parts.chunks(1).collect(),
-            Join::Alternate => vec![parts],
-        };
         for group in groups {
             let rows = group[0].len() / k;
             let at_once = (PIECE / (group.len() * k * form.element.bytes())).max(1);

@@ -339,6 +339,18 @@ static inline unsigned lanes_where(bool it_is) {
     return bits;
 }
 
+static inline unsigned lanes_alike(unsigned v) {
+    const shim::Slot *all = shim::exchange(&v, sizeof v);
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; lane++) bits |= (unsigned)(memcmp(all[lane].bytes, &v, sizeof v) == 0) << lane;
+    return bits;
+}
+
+static inline void sync_warp() {
+    bool met = true;
+    shim::exchange(&met, sizeof met);
+}
+
 static inline unsigned sum_of_lanes(unsigned v) {
     const shim::Slot *all = shim::exchange(&v, sizeof v);
     unsigned sum = 0;

@@ -11,7 +11,7 @@ use super::{Call, Case, Check, Rng, is_close};
 use crate::backend::cuda::element::Element;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
+pub(super) enum Form {
     Q8,
     Fp8,
 }
@@ -19,10 +19,10 @@ enum Form {
 use Form::{Fp8, Q8};
 
 /// A matrix as a device has it, and the numbers that it stands for.
-struct Stored {
-    bytes: Vec<u8>,
-    scales: Vec<u8>,
-    values: Vec<f64>,
+pub(super) struct Stored {
+    pub(super) bytes: Vec<u8>,
+    pub(super) scales: Vec<u8>,
+    pub(super) values: Vec<f64>,
 }
 
 /// An entry: columns and rows of a block, its threads, its dynamic shared memory.
@@ -79,9 +79,9 @@ const SHAPES: [(Entry, [usize; 4]); 22] = [
 // === impl Form ===
 
 impl Form {
-    const ALL: [Self; 2] = [Q8, Fp8];
+    pub(super) const ALL: [Self; 2] = [Q8, Fp8];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Q8 => "q8",
             Fp8 => "fp8",
@@ -89,7 +89,7 @@ impl Form {
     }
 
     /// A random matrix; its numbers are of the size of 1.
-    fn random(self, rng: &mut Rng, rows: usize, k: usize) -> Stored {
+    pub(super) fn random(self, rng: &mut Rng, rows: usize, k: usize) -> Stored {
         let mut stored = Stored { bytes: vec![0; rows * k], scales: Vec::new(), values: vec![0.0; rows * k] };
         let mut scale = 0.0;
         for at in 0..rows * k {

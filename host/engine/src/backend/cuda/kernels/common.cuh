@@ -190,6 +190,12 @@ template <class V> DEVICE V from_lane(V value, int lane) { return __shfl_sync(0x
 // A bit for each lane of the warp: whether it says so.
 DEVICE u32 lanes_where(bool it_is) { return __ballot_sync(0xffffffffu, it_is); }
 
+// A bit for each lane of the warp that has the same value.
+DEVICE u32 lanes_alike(u32 v) { return __match_any_sync(0xffffffffu, v); }
+
+// What the lanes of a warp have written to shared memory is there for all of them.
+DEVICE void sync_warp() { __syncwarp(); }
+
 // The sum over the lanes of a warp, modulo 2^32.
 DEVICE u32 sum_of_lanes(u32 v) { return __reduce_add_sync(0xffffffffu, v); }
 

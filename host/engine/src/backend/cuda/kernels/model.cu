@@ -147,6 +147,41 @@ ENTRY(norm_add, 256, 2, (const u32 *n, float *x, const T *delta, const T *gain, 
     }
 }
 
+// Logits of a router: a warp has two experts and eight tokens. Its weight is in float, as the file's numbers are: a choice between experts
+// may hang on the last bit.
+ENTRY(router_logits, 128, 4, (const u32 *n, const float *w, const T *x, float *logits, u32 hidden, u32 count)) {
+    const u32 TOKENS = 8;
+    let_next_start();
+    wait_for_previous();
+    u32 lane = threadIdx.x % 32, first = (blockIdx.x * 4 + threadIdx.x / 32) * 2, row0 = blockIdx.y * TOKENS;
+    if (first >= count || row0 >= *n) return;
+    u32 live = least(*n - row0, TOKENS);
+    const float *of[2] = {w + (u64)first * hidden, w + (u64)least(first + 1, count - 1) * hidden};
+    float sums[2][TOKENS] = {};
+#pragma unroll 2
+    for (u32 at = lane * VEC; at < hidden; at += 32 * VEC) {
+        float wide[2][VEC];
+        load_floats(wide[0], of[0] + at);
+        load_floats(wide[1], of[1] + at);
+#pragma unroll
+        for (u32 b = 0; b < TOKENS; b++) {
+            if (b >= live) continue;
+            float v[VEC];
+            widen(v, load_vec(x + (u64)(row0 + b) * hidden + at));
+#pragma unroll
+            for (u32 i = 0; i < VEC; i++) sums[0][b] += wide[0][i] * v[i], sums[1][b] += wide[1][i] * v[i];
+        }
+    }
+#pragma unroll
+    for (u32 b = 0; b < TOKENS; b++) {
+        if (b >= live) continue;
+        float one = warp_sum(sums[0][b]), other = warp_sum(sums[1][b]);
+        float *to = logits + (u64)(row0 + b) * count + first;
+        if (lane == 0) to[0] = one;
+        if (lane == 1 && first + 1 < count) to[1] = other;
+    }
+}
+
 // Ends a product of gate and up that a library stored as it is, in pairs: of the rows from `first` on, which are all of `pairs`.
 ENTRY(gated, 256, 8, (const u32 *n, const T *pairs, T *out, u32 first, u32 ffn, u32 kind)) {
     let_next_start();

@@ -1,4 +1,4 @@
-// Products of a weight in 8 bits with rows of T, and an embedding that is kept so.
+// Products of a weight in 8 bits with rows of T, those of experts too, and an embedding that is kept so.
 //
 // Two forms. Q8: whole numbers from -128 to 127 and a 16-bit scale for each 32 of them along k (GGML's Q8_0). Fp8: e4m3 floats and a
 // float scale for each row. Either is widened in registers, by the same integer arithmetic on every generation: the
@@ -24,6 +24,7 @@ struct Q8 {
     // Of the 32 elements that hold `at`, as it is stored.
     METHOD static u16 stored_scale(const Quantised &q, u32 row, u32 at) { return ((const u16 *)q.scales)[(u64)row * (q.k / 32) + at / 32]; }
     METHOD static float scale(u16 stored) { return f16_to_float(stored); }
+    METHOD static const void *scales_from(const Quantised &q, u64 row) { return (const u16 *)q.scales + row * (q.k / 32); }
     METHOD static float row_scale(const Quantised &, u32) { return 1.0f; }
 
     // Elements 2t, 2t+1 and 2t+8, 2t+9 as T, scaled and rounded.
@@ -56,6 +57,7 @@ struct Fp8 {
 
     METHOD static u16 stored_scale(const Quantised &, u32, u32) { return 0; }
     METHOD static float scale(u16) { return 1.0f; }
+    METHOD static const void *scales_from(const Quantised &q, u64 row) { return (const float *)q.scales + row; }
     METHOD static float row_scale(const Quantised &q, u32 row) { return ((const float *)q.scales)[least(row, q.n_out - 1)]; }
 
 #if PM_T == 1
@@ -69,6 +71,13 @@ struct Fp8 {
     }
 #endif
 };
+
+// The matrix of one expert, of those that stand below each other.
+template <class W> DEVICE Quantised of_expert(const Quantised &all, u32 expert) {
+    u64 row = (u64)expert * all.n_out;
+    Quantised q = {all.w + row * all.k, W::scales_from(all, row), all.k, all.n_out};
+    return q;
+}
 
 // One element of a row.
 template <class W> DEVICE float element_of(const Quantised &q, u32 row, u32 at) {
@@ -170,20 +179,20 @@ template <class W, u32 B> DEVICE void gemv_quantised(const u32 *n, const Quantis
 #if PM_T == 0
 
 // As gemm.cu's: a tile of 64 rows by 64 columns; each thread has 8 by 4 of them.
-template <class W> DEVICE void gemm_quantised(const u32 *n, const Quantised &q, const T *x, Epilogue e) {
+template <class W> DEVICE void gemm_quantised(const Rows &rows, const Quantised &q, Epilogue e) {
     const u32 DEPTH = 16, PITCH = 65;
     SHARED(float, xs, 16 * 65);
     SHARED(float, ws, 16 * 65);
     let_next_start();
     wait_for_previous();
-    u32 live = *n, row0 = blockIdx.y * 64, column0 = blockIdx.x * 64;
+    u32 live = rows.end, row0 = rows.first, column0 = blockIdx.x * 64;
     if (row0 >= live) return;
     u32 column = threadIdx.x % 16 * 4, row = threadIdx.x / 16 * 8;
     float sums[8][4] = {};
     for (u32 base = 0; base < q.k; base += DEPTH) {
         for (u32 i = threadIdx.x; i < 64 * DEPTH; i += 128) {
             u32 line = i / DEPTH, at = base + i % DEPTH;
-            xs[i % DEPTH * PITCH + line] = row0 + line < live ? x[(u64)(row0 + line) * q.k + at] : 0.0f;
+            xs[i % DEPTH * PITCH + line] = row0 + line < live ? rows.at(row0 + line, q.k)[at] : 0.0f;
             ws[i % DEPTH * PITCH + line] = column0 + line < q.n_out ? element_of<W>(q, column0 + line, at) : 0.0f;
         }
         __syncthreads();
@@ -233,11 +242,11 @@ template <u32 SCALES, u32 THREADS> DEVICE void put_scales(u8 *slot, const float 
 
 // M tokens by N columns, in warps of WM by 32: gemm.cu's ring of tiles, with the weight in bytes and its scales beside it.
 template <class W, u32 M, u32 N, u32 WM, u32 STAGES, class R>
-DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T *x, Epilogue e, R runs) {
+DEVICE void gemm_quantised(u8 *shared, const Rows &rows, const Quantised &q, Epilogue e, R runs) {
     const u32 THREADS = M / WM * (N / 32) * 32, STAGE = M * 128 + N * 64 + N * 8, SCALES = 2 * N / THREADS;
     static_assert(SCALES * THREADS == 2 * N, "as many scales for each thread");
     let_next_start();
-    u32 live = *n, row0 = tile_row() * M, column0 = tile_column() * N;
+    u32 live = rows.end, row0 = rows.first, column0 = tile_column() * N;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 wm = warp / (N / 32) * WM, wn = warp % (N / 32) * 32;
     u32 first = R::start(ceil_div(q.k, 64), blockIdx.z), tiles = R::start(ceil_div(q.k, 64), blockIdx.z + 1) - first;
@@ -256,7 +265,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
     if (row0 >= live) return;
 #pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
-        if (s < tiles) fetch<M, THREADS>((T *)(shared + s * STAGE), x, row0, live, (first + s) * 64, q.k);
+        if (s < tiles) fetch<M, THREADS>((T *)(shared + s * STAGE), rows, (first + s) * 64, q.k);
         commit_copies();
     }
     for (u32 tile = 0; tile < tiles; tile++) {
@@ -266,7 +275,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
         u32 ahead = tile + STAGES - 1;
         u8 *next = shared + ahead % STAGES * STAGE;
         if (ahead < tiles) {
-            fetch<M, THREADS>((T *)next, x, row0, live, (first + ahead) * 64, q.k);
+            fetch<M, THREADS>((T *)next, rows, (first + ahead) * 64, q.k);
             fetch_bytes<N, THREADS>(next + M * 128, q, column0, (first + ahead) * 64);
         }
         commit_copies();
@@ -308,7 +317,7 @@ DEVICE void gemm_quantised(u8 *shared, const u32 *n, const Quantised &q, const T
 
 // gemm.cu's `gemm_few`: 32 rows of the weight by 8 * NT tokens, straight from memory into the left operand; the eight warps each
 // take every eighth run of 128 elements of k.
-template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Quantised &q, const T *x, Epilogue e) {
+template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, const Quantised &q, Epilogue e) {
     const u32 TOKENS = 8 * NT;
     SHARED(float, parts, 8 * 32 * TOKENS);
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, row0 = blockIdx.x * 32;
@@ -319,9 +328,13 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
     let_next_start();
 #pragma unroll
     for (u32 u = 0; u < 2; u++) stream.load(u, warp * 128 + u * 64 + t * 16);
-    u32 live = least(*n, TOKENS);
+    u32 live = least(tokens.end - tokens.first, TOKENS);
     wait_for_previous();
     if (live == 0) return;
+    u32 numbers[NT];
+#pragma unroll
+    // Tokens past the last are computed from it again and dropped.
+    for (u32 j = 0; j < NT; j++) numbers[j] = tokens.number(tokens.first + least(j * 8 + g, live - 1));
     float sums[2][NT][4] = {};
 #pragma unroll(TURNS)
     for (u32 base = warp * 128; base < q.k; base += 1024) {
@@ -331,8 +344,7 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
             u32 v[NT][8];
 #pragma unroll
             for (u32 j = 0; j < NT; j++) {
-                // Tokens past the last are computed from it again and dropped.
-                const T *from = x + (u64)least(j * 8 + g, live - 1) * q.k + at;
+                const T *from = tokens.x + (u64)numbers[j] * q.k + at;
                 uint4 low = at < q.k ? load_vec(from) : zero_vec(), high = at < q.k ? load_vec(from + 8) : zero_vec();
                 v[j][0] = low.x, v[j][1] = low.y, v[j][2] = low.z, v[j][3] = low.w;
                 v[j][4] = high.x, v[j][5] = high.y, v[j][6] = high.z, v[j][7] = high.w;
@@ -379,7 +391,7 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
             even += parts[(from * TOKENS + token) * 32 + pair];
             odd += parts[(from * TOKENS + token) * 32 + pair + 1];
         }
-        finish(e, token, row0 + pair, even * W::row_scale(q, row0 + pair), odd * W::row_scale(q, row0 + pair + 1));
+        finish(e, tokens.first + token, row0 + pair, even * W::row_scale(q, row0 + pair), odd * W::row_scale(q, row0 + pair + 1));
     }
 }
 
@@ -390,6 +402,19 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const u32 *n, const Qu
             u32 n_out, u32 epilogue)) {                                                                                           \
         Quantised q = {w, scales, k, n_out};                                                                                      \
         Epilogue e = {y, bias, n_out, epilogue};                                                                                  \
+        __VA_ARGS__;                                                                                                              \
+    }
+
+// One of the experts' products. A block without rows asks for nothing.
+#define EXPERTS(name, W, threads, per_sm, number, ...)                                                                           \
+    ENTRY(name, threads, per_sm, (const u32 *tiles, const u8 *w, const void *scales, const u32 *numbers, const T *x, void *y,     \
+            u32 k, u32 n_out, u32 epilogue)) {                                                                                    \
+        let_next_start();                                                                                                         \
+        wait_for_previous();                                                                                                      \
+        ExpertTile tile = expert_tile(tiles, number, x, numbers);                                                                 \
+        if (tile.rows.first == tile.rows.end) return;                                                                             \
+        const Quantised all = {w, scales, k, n_out}, q = of_expert<W>(all, tile.expert);                                          \
+        Epilogue e = {y, 0, n_out, epilogue};                                                                                     \
         __VA_ARGS__;                                                                                                              \
     }
 
@@ -420,24 +445,32 @@ PRODUCT(gemv_b1_fp8, 128, 4, gemv_quantised<Fp8, 1>(n, q, x, e))
 
 PRODUCT(gemv_b2_q8, 128, 3, gemv_quantised<Q8, 2>(n, q, x, e))
 PRODUCT(gemv_b2_fp8, 128, 3, gemv_quantised<Fp8, 2>(n, q, x, e))
-PRODUCT(gemm_q8, 128, 3, gemm_quantised<Q8>(n, q, x, e))
-PRODUCT(gemm_fp8, 128, 3, gemm_quantised<Fp8>(n, q, x, e))
+PRODUCT(gemm_q8, 128, 3, gemm_quantised<Q8>(rows_from(x, blockIdx.y * 64, n), q, e))
+PRODUCT(gemm_fp8, 128, 3, gemm_quantised<Fp8>(rows_from(x, blockIdx.y * 64, n), q, e))
+EXPERTS(experts_m64_q8, Q8, 128, 3, blockIdx.y, gemm_quantised<Q8>(tile.rows, q, e))
+EXPERTS(experts_m64_fp8, Fp8, 128, 3, blockIdx.y, gemm_quantised<Fp8>(tile.rows, q, e))
 
 #else
 
 PRODUCT(gemv_b2_q8, 128, 4, gemv_quantised<Q8, 2>(n, q, x, e))
 PRODUCT(gemv_b2_fp8, 128, 4, gemv_quantised<Fp8, 2>(n, q, x, e))
-PRODUCT(gemm_m8_q8, 256, 2, gemm_few_quantised<Q8, 1>(n, q, x, e))
-PRODUCT(gemm_m8_fp8, 256, 2, gemm_few_quantised<Fp8, 1>(n, q, x, e))
-PRODUCT(gemm_m16_q8, 256, 1, gemm_few_quantised<Q8, 2>(n, q, x, e))
-PRODUCT(gemm_m16_fp8, 256, 1, gemm_few_quantised<Fp8, 2>(n, q, x, e))
-PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(n, q, x, e))
-PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(n, q, x, e))
-PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, n, q, x, e, Whole()))
-PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, n, q, x, e, Whole()))
-CUT_PRODUCT(gemm_m64_q8, 128, 3, gemm_quantised<Q8, 64, 128, 64, 4>(shared, n, q, x, e, runs))
-CUT_PRODUCT(gemm_m64_fp8, 128, 3, gemm_quantised<Fp8, 64, 128, 64, 4>(shared, n, q, x, e, runs))
-CUT_PRODUCT(gemm_m128_q8, 256, 1, gemm_quantised<Q8, 128, 128, 64, 3>(shared, n, q, x, e, runs))
-CUT_PRODUCT(gemm_m128_fp8, 256, 1, gemm_quantised<Fp8, 128, 128, 64, 3>(shared, n, q, x, e, runs))
+PRODUCT(gemm_m8_q8, 256, 2, gemm_few_quantised<Q8, 1>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_m8_fp8, 256, 2, gemm_few_quantised<Fp8, 1>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_m16_q8, 256, 1, gemm_few_quantised<Q8, 2>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_m16_fp8, 256, 1, gemm_few_quantised<Fp8, 2>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, rows_from(x, tile_row() * 64, n), q, e, Whole()))
+PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, rows_from(x, tile_row() * 64, n), q, e, Whole()))
+EXPERTS(experts_m8_q8, Q8, 256, 2, blockIdx.y, gemm_few_quantised<Q8, 1>(tile.rows, q, e))
+EXPERTS(experts_m8_fp8, Fp8, 256, 2, blockIdx.y, gemm_few_quantised<Fp8, 1>(tile.rows, q, e))
+EXPERTS(experts_m64_q8, Q8, 128, 3, tile_row(),
+        SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, tile.rows, q, e, Whole()))
+EXPERTS(experts_m64_fp8, Fp8, 128, 3, tile_row(),
+        SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, tile.rows, q, e, Whole()))
+CUT_PRODUCT(gemm_m64_q8, 128, 3, gemm_quantised<Q8, 64, 128, 64, 4>(shared, rows_from(x, tile_row() * 64, n), q, e, runs))
+CUT_PRODUCT(gemm_m64_fp8, 128, 3, gemm_quantised<Fp8, 64, 128, 64, 4>(shared, rows_from(x, tile_row() * 64, n), q, e, runs))
+CUT_PRODUCT(gemm_m128_q8, 256, 1, gemm_quantised<Q8, 128, 128, 64, 3>(shared, rows_from(x, tile_row() * 128, n), q, e, runs))
+CUT_PRODUCT(gemm_m128_fp8, 256, 1, gemm_quantised<Fp8, 128, 128, 64, 3>(shared, rows_from(x, tile_row() * 128, n), q, e, runs))
 
 #endif

@@ -206,12 +206,16 @@ DEVICE float share(const Candidates &c, float logit) { return expf((logit - c.ma
 
 DEVICE u64 weight(const Candidates &c, float logit) { return (u64)(share(c, logit) * 17592186044416.0f); }
 
+// Bits that are ordered as floats are.
+DEVICE u32 ordered_bits(float v) {
+    u32 bits = __float_as_uint(v);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 // Better candidates have greater ranks: by logit as floats are ordered, then by descending id.
 DEVICE u64 rank_of(const Candidates &c, u32 token, float logit) {
     if (c.id_bits != 0) return (1u << c.id_bits) - 1 - token;
-    u32 bits = __float_as_uint(logit);
-    u32 key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (u64)key << 32 | (u32)~token;
+    return (u64)ordered_bits(logit) << 32 | (u32)~token;
 }
 
 DEVICE bool takes_part(const Candidates &c, float logit, u64 rank) {
@@ -303,8 +307,9 @@ DEVICE u32 lane_that_reaches(u64 own, u64 left, u64 *before) {
     return found;
 }
 
-// Where in the histogram the sum from the greatest bin down reaches `left`, for the first warp: the bin, what lies above it.
-DEVICE void find_bin(const Bins &bins, u64 left, u32 *bin, u64 *above) {
+// Where in the histogram the sum from the greatest bin down reaches `left`, for the first warp: the bin, what lies above it, and
+// whether a single candidate is in it.
+DEVICE void find_bin(const Bins &bins, u64 left, u32 *bin, u64 *above, u32 *is_single) {
     const u32 RUN = BINS / 32;
     u32 lane = threadIdx.x, first = BINS - 1 - lane * RUN;
     u64 own = 0, before, between;
@@ -321,6 +326,7 @@ DEVICE void find_bin(const Bins &bins, u64 left, u32 *bin, u64 *above) {
     bool is_upper = before + sum >= left;
     *bin = is_upper ? upper : upper - 1;
     *above = is_upper ? before : before + sum;
+    *is_single = bins.counts[*bin] == 1;
 }
 
 // The sum of a warp's weights, in halves of 27 bits: 32 of those fit in a word, and a weight has no more than 45.
@@ -360,13 +366,13 @@ DEVICE_CALL u64 rank_at(Candidates c, bool weights, u64 left) {
     SHARED(u32, counts, BINS);
     SHARED(u64, above, 1);
     SHARED(u32, bin, 1);
+    SHARED(u32, is_single, 1);
     const Bins bins = {low_sums, high_sums, counts};
     u64 prefix = 0;
     u32 shift = c.id_bits != 0 ? c.id_bits : 64;
     while (shift > 0) {
         u32 width = least(DIGIT, shift), low = shift - width;
-        // Nobody needs what is cleared: in a loop that goes on, whoever is late to read its bin's count finds it is not 1 either
-        // way; and between two calls of this function stands one of `total`.
+        // Nobody needs what is cleared: the first warp alone read it, before the barrier at the end of a turn.
         for (u32 i = threadIdx.x; i < BINS; i += 1024) low_sums[i] = high_sums[i] = counts[i] = 0;
         __syncthreads();
         // The ranks that begin with the prefix are at most `last` above it. By id they are a run of tokens, and a walk begins at a
@@ -386,13 +392,13 @@ DEVICE_CALL u64 rank_at(Candidates c, bool weights, u64 left) {
             add_to_bin(bins, live, digit, !live ? 0 : weights ? weight(c, logit) : 1);
         }
         __syncthreads();
-        if (threadIdx.x < 32) find_bin(bins, left, bin, above);
+        if (threadIdx.x < 32) find_bin(bins, left, bin, above, is_single);
         __syncthreads();
         prefix |= (u64)*bin << low;
         left -= *above;
         shift = low;
         // By id the digits that are left cost less than the search for the candidate.
-        if (c.id_bits == 0 && counts[*bin] == 1) break;
+        if (c.id_bits == 0 && *is_single) break;
     }
     return prefix > c.floor ? prefix : c.floor;
 }

@@ -1,4 +1,37 @@
-// Tiles of shared memory that feed the matrix units: where a chunk lies, and how a tile is filled.
+// Tiles of products: whose rows they have, and in shared memory, where they feed the matrix units, where a chunk lies and how a tile is
+// filled.
+
+// Rows `first .. end` of x; with `numbers`, of a list of rows of x.
+struct Rows {
+    const T *x;
+    const u32 *numbers;
+    u32 first;
+    u32 end;
+
+    METHOD u32 number(u32 row) const { return numbers ? numbers[row] : row; }
+    METHOD const T *at(u32 row, u32 k) const { return x + (u64)number(row) * k; }
+};
+
+// Those from `first` on, of as many as stand at `n`.
+DEVICE Rows rows_from(const T *x, u32 first, const u32 *n) {
+    Rows rows = {x, 0, first, *n};
+    return rows;
+}
+
+// Rows of tile `number` of a list of tiles, each of one expert's rows: how many tiles, then of each the expert and its rows. None past
+// the last one.
+struct ExpertTile {
+    u32 expert;
+    Rows rows;
+};
+
+DEVICE ExpertTile expert_tile(const u32 *tiles, u32 number, const T *x, const u32 *numbers) {
+    ExpertTile tile = {0, {x, numbers, 0, 0}};
+    if (number >= tiles[0]) return tile;
+    const u32 *words = tiles + 1 + 3 * number;
+    tile.expert = words[0], tile.rows.first = words[1], tile.rows.end = words[2];
+    return tile;
+}
 
 #if PM_T != 0
 
@@ -14,6 +47,19 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const T *from, u32 f
     from += (u64)(first + row) * k + at + column * 8;
 #pragma unroll
     for (u32 i = 0; i < ROWS; i += THREADS / 8) copy_async(to + i * 64, from + (u64)i * k, inside && first + row + i < rows);
+}
+
+// The same of rows of x, first of them `rows.first`.
+template <u32 ROWS, u32 THREADS> DEVICE void fetch(T *tile, const Rows &rows, u32 at, u32 k) {
+    if (!rows.numbers) return fetch<ROWS, THREADS>(tile, rows.x, rows.first, rows.end, at, k);
+    u32 row = threadIdx.x / 8, column = threadIdx.x % 8;
+    bool inside = at + column * 8 < k;
+    T *to = chunk(tile, row, column);
+#pragma unroll
+    for (u32 i = 0; i < ROWS; i += THREADS / 8) {
+        bool live = inside && rows.first + row + i < rows.end;
+        copy_async(to + i * 64, live ? rows.at(rows.first + row + i, k) + at + column * 8 : rows.x, live);
+    }
 }
 
 // Which tile a block computes. Blocks begin in the order of their numbers, and those of one tile of columns follow each other, for the
