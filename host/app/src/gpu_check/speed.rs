@@ -1,4 +1,5 @@
-//! How long decode steps of an 8B model take, beside what reading the same bytes takes; and whether its memory comes back.
+//! How long decode steps of an 8B model and of one with experts take, beside what reading the same bytes takes; and whether a model's
+//! memory comes back.
 
 use std::sync::Arc;
 
@@ -48,10 +49,26 @@ const IN_8_BITS: [(usize, usize); 3] = [(1, 128), (8, 1_024), (32, 1_024)];
 /// Activations and pages in two bytes, and weights too.
 pub(super) const BF16: Form = Form { element: Element::Bf16, precision: Precision::F16 };
 
+/// A model of random weights: what it is called, and its `config.json`.
+type Large = (&'static str, &'static str);
+
+/// Of the size of Qwen3-30B-A3B, measured with weights in FP8.
+const QWEN3_30B: Large = (
+    "30B of which 3B are active",
+    r#"{"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": true, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": false}"#,
+);
+
 /// Llama-3.1-8B.
-const LLAMA_8B: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+const LLAMA_8B: Large = (
+    "8B",
+    r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}"#;
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}"#,
+);
 
 /// The largest step of the figures and pages for them, as many as fit.
 fn config(n_blocks: usize) -> EngineConfig {
@@ -119,14 +136,20 @@ fn job_plans((prompts, tokens, new): (usize, usize, usize), config: &EngineConfi
     (prefills, (0..new - 1).map(decode).collect())
 }
 
-/// Weights of all layers.
-fn layer_weights(spec: &ModelSpec) -> usize {
-    spec.layers * spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + 3 * spec.ffn)
+/// Weights of all layers that so many rows read; of experts as many as they choose on average where each is as likely.
+fn layer_weights(spec: &ModelSpec, rows: usize) -> usize {
+    let chosen = spec.experts.as_ref().map_or(1.0, |experts| {
+        let (count, per_token) = (experts.count as f64, experts.per_token as f64);
+        count * (1.0 - (1.0 - per_token / count).powf(rows as f64))
+    });
+    let ffn = (3.0 * spec.ffn as f64 * chosen).round() as usize;
+    spec.layers * spec.hidden * (2 * spec.q_dim() + 2 * spec.kv_dim() + ffn)
 }
 
-/// Bytes that a decode step must read: weights (of the embedding a row each, which is nothing), keys and values of so many positions.
-fn bytes_of(spec: &ModelSpec, precision: Precision, positions: usize) -> u64 {
-    let weights = layer_weights(spec) + spec.vocab * spec.hidden;
+/// Bytes that a decode step of so many rows must read: weights (of the embedding a row each, and of a router, which is nothing), keys and
+/// values of so many positions.
+fn bytes_of(spec: &ModelSpec, precision: Precision, (rows, positions): (usize, usize)) -> u64 {
+    let weights = layer_weights(spec, rows) + spec.vocab * spec.hidden;
     let scaled = match precision {
         Precision::F16 => 2 * weights,
         // A scale of two bytes for 32 of them.
@@ -154,14 +177,20 @@ impl Check<'_> {
             }
         }
         let Some((stage, graphs, overlap)) = last else { return Ok(()) };
-        let mut engine = self.asked(BF16, (graphs, overlap))?;
+        let mut engine = self.asked(LLAMA_8B, BF16, (graphs, overlap))?;
         self.curves(stage, &mut engine, bandwidth)?;
         drop(engine);
-        self.in_8_bits((stage, graphs, overlap), bandwidth)
+        self.in_8_bits((stage, graphs, overlap), bandwidth)?;
+        if self.is_late() {
+            return self.report.skip("models with experts", 1);
+        }
+        let mut engine = self.asked(QWEN3_30B, Form { precision: Precision::Fp8, ..BF16 }, (graphs, overlap))?;
+        let what = format!("{}, fp8 weights, {stage}", QWEN3_30B.0);
+        IN_8_BITS.into_iter().try_for_each(|shape| self.decode(&what, &mut engine, &even(shape), bandwidth))
     }
 
     fn stage(&mut self, stage: &str, (graphs, overlap): (bool, bool), bandwidth: f64) -> anyhow::Result<()> {
-        let mut engine = self.asked(BF16, (graphs, overlap))?;
+        let mut engine = self.asked(LLAMA_8B, BF16, (graphs, overlap))?;
         STAGE.into_iter().try_for_each(|shape| self.decode(stage, &mut engine, &even(shape), bandwidth))
     }
 
@@ -170,7 +199,7 @@ impl Check<'_> {
             if self.is_late() {
                 return self.report.skip("precisions", 1);
             }
-            let mut engine = self.asked(Form { precision, ..BF16 }, (graphs, overlap))?;
+            let mut engine = self.asked(LLAMA_8B, Form { precision, ..BF16 }, (graphs, overlap))?;
             let what = format!("{} weights, {stage}", precision.name());
             for shape in IN_8_BITS {
                 self.decode(&what, &mut engine, &even(shape), bandwidth)?;
@@ -214,9 +243,9 @@ impl Check<'_> {
         Ok(best)
     }
 
-    /// The 8B model for figures, which stand under the name of what was asked for.
-    fn asked(&mut self, form: Form, (graphs, overlap): (bool, bool)) -> anyhow::Result<CudaEngine> {
-        let mut engine = self.large(form, graphs, overlap)?;
+    /// A model for figures, which stand under the name of what was asked for.
+    fn asked(&mut self, model: Large, form: Form, (graphs, overlap): (bool, bool)) -> anyhow::Result<CudaEngine> {
+        let mut engine = self.large(model, form, (graphs, overlap))?;
         if graphs && !engine.has_graphs() {
             bail!("no step is captured as a graph");
         }
@@ -228,10 +257,15 @@ impl Check<'_> {
         Ok(engine)
     }
 
-    /// Loads the 8B model with random weights and all the pages that fit.
-    fn large(&mut self, form: Form, graphs: bool, overlap: bool) -> anyhow::Result<CudaEngine> {
+    /// Loads a model with random weights and all the pages that fit.
+    fn large(
+        &mut self,
+        (name, config_json): Large,
+        form: Form,
+        (graphs, overlap): (bool, bool),
+    ) -> anyhow::Result<CudaEngine> {
         let start = self.clock.nanos();
-        let spec = ModelSpec::from_config(LLAMA_8B.as_bytes())?;
+        let spec = ModelSpec::from_config(config_json.as_bytes())?;
         let mut gpu = self.open(overlap)?;
         let plan = cuda::plan_memory(&spec, &[form], config(1), gpu.room()?, KvWish::Share(1))?;
         let options = CudaOptions { form, graphs, library: LibraryUse::Faster };
@@ -242,7 +276,7 @@ impl Check<'_> {
         if let Some(note) = engine.take_note() {
             self.report.say(&note, json!({"note": note}))?;
         }
-        let words = format!("8B in {form} is loaded in {seconds:.1} s: {plan}");
+        let words = format!("{name} in {form} is loaded in {seconds:.1} s: {plan}");
         self.report.say(&words, json!({"loaded": {"seconds": seconds, "bytes": engine.memory().sum()}}))?;
         Ok(engine)
     }
@@ -298,7 +332,7 @@ impl Check<'_> {
             Ok(engine.finish(&behind, &mut out)?)
         })?;
         engine.finish(&behind, &mut out)?;
-        let floor = bytes_of(engine.spec(), engine.form().precision, all) as f64 / bandwidth;
+        let floor = bytes_of(engine.spec(), engine.form().precision, (rows, all)) as f64 / bandwidth;
         let (what, context) = (stage.to_owned(), all / rows);
         self.report.figure(Figure { what, rows, context, seconds, alone, device, floor })
     }
@@ -309,7 +343,7 @@ impl Check<'_> {
         let mut out = StepOutput::default();
         let seconds = self.time(|| Ok(engine.execute(&plan, &mut NoEdits, &mut out)?))?;
         // Two operations for each weight of a layer; attention and the head are left out.
-        let flops = (2 * layer_weights(engine.spec()) * tokens) as f64 / seconds;
+        let flops = (2 * layer_weights(engine.spec(), 1) * tokens) as f64 / seconds;
         let words = format!(
             "prefill of {tokens}: {:.1} ms, {:.0} tokens/s, {:.0} TFLOP/s in products",
             seconds * 1e3,
@@ -350,7 +384,7 @@ impl Check<'_> {
     pub(super) fn memory(&mut self, keeper: &mut Gpu) -> anyhow::Result<()> {
         for time in ["first", "second"] {
             let before = keeper.memory()?.free;
-            let mut engine = self.large(BF16, true, true)?;
+            let mut engine = self.large(LLAMA_8B, BF16, (true, true))?;
             let during = keeper.memory()?.free;
             self.halve_pool(keeper, &mut engine)?;
             let counted = engine.memory();
@@ -437,7 +471,7 @@ mod tests {
 
     #[test]
     fn the_floor_counts_what_a_step_reads() {
-        let spec = ModelSpec::from_config(LLAMA_8B.as_bytes()).expect("a Llama");
+        let spec = ModelSpec::from_config(LLAMA_8B.1.as_bytes()).expect("a Llama");
         // 7.50e9 weights without the embedding; 128 KiB of keys and values a token.
         let kv = 32 * 1_024 * 131_072;
         for (precision, rows, context, expect) in [
@@ -446,7 +480,14 @@ mod tests {
             (Precision::Fp8, 32, 1_024, 7_504_658_432 + kv),
             (Precision::Q8_0, 1, 0, 7_504_658_432 + 469_041_152),
         ] {
-            assert_eq!(bytes_of(&spec, precision, rows * context), expect, "{precision:?} {rows} x {context}");
+            assert_eq!(bytes_of(&spec, precision, (rows, rows * context)), expect, "{precision:?} {rows} x {context}");
+        }
+        // Of 128 experts one row chooses 8, two rows 15.5 on average, and many all of them.
+        let spec = ModelSpec::from_config(QWEN3_30B.1.as_bytes()).expect("a Qwen3-MoE");
+        let (rest, expert) = (48 * 2_048 * 9_216 + 151_936 * 2_048, 48.0 * 3.0 * 2_048.0 * 768.0);
+        for (rows, experts) in [(1, 8.0), (2, 15.5), (10_000, 128.0)] {
+            let expect = rest + (experts * expert) as u64;
+            assert_eq!(bytes_of(&spec, Precision::Fp8, (rows, 0)), expect, "{rows} rows");
         }
     }
 

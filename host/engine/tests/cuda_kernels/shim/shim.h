@@ -198,10 +198,14 @@ static inline uint4 load_announced(const void *from) { return load_once(from); }
 
 // Blocks run one after another: whoever comes sees what those before it have written. A warp's lanes come together.
 static inline bool is_last_warp(unsigned *count, unsigned n) {
-    unsigned before = *count;
-    shim::exchange(&before, 4);
-    if (shim::current->lane == 0) *count = before + 1 == n ? 0 : before + 1;
-    shim::exchange(&before, 4);
+    unsigned before = 0;
+    shim::exchange(&before, sizeof before);
+    // No other thread comes in between.
+    if (shim::current->lane == 0) {
+        before = *count;
+        *count = before + 1 == n ? 0 : before + 1;
+    }
+    memcpy(&before, shim::exchange(&before, sizeof before)[0].bytes, sizeof before);
     return before + 1 == n;
 }
 

@@ -126,22 +126,20 @@ DEVICE void list_rows(u32 *tiles, u32 *tokens, u32 *places, u32 rows, u32 chosen
     });
 }
 
-// A token for each warp; the block that ends last lists the rows of all.
+// A token for each warp; the block of the warp that ends last lists the rows of all.
 ENTRY(choose_experts, 512, 1, (const u32 *n, const float *logits, u32 *tiles, u32 *tokens, u32 *places, float *shares, u32 count,
         u32 chosen, u32 normalised, u32 tile_rows, u32 *ended)) {
     SHARED(u32, is_last, 1);
     let_next_start();
+    // Before its warp says that it has ended, and so before the last one does.
+    if (threadIdx.x == 0) *is_last = 0;
     wait_for_previous();
     u32 live = *n, lane = threadIdx.x % 32, token = blockIdx.x * 16 + threadIdx.x / 32;
     if (token < live) {
         Choice choice = choose(logits + (u64)token * count, count, chosen, normalised);
         if (lane < chosen) places[token * chosen + lane] = choice.expert, shares[token * chosen + lane] = choice.share;
     }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        bool is_last_one = is_last_warp(ended, gridDim.x);
-        if (lane == 0) *is_last = is_last_one;
-    }
+    if (is_last_warp(ended, gridDim.x * 16) && lane == 0) *is_last = 1;
     __syncthreads();
     if (*is_last) list_rows(tiles, tokens, places, live * chosen, chosen, tile_rows);
 }

@@ -11,6 +11,8 @@ struct Quantised {
     const void *scales;
     u32 k;
     u32 n_out;
+    // Rows of other matrices that stand above its own.
+    u32 above;
 };
 
 struct Q8 {
@@ -21,10 +23,9 @@ struct Q8 {
         for (u32 i = 0; i < 4; i++) to[i] = __uint_as_float(pick_bytes(bytes, 0x4b000000, 0x7440 | i)) - 8388736.0f;
     }
 
-    // Of the 32 elements that hold `at`, as it is stored.
+    // Of the 32 elements that hold `at` of a row, counted from above, as it is stored.
     METHOD static u16 stored_scale(const Quantised &q, u32 row, u32 at) { return ((const u16 *)q.scales)[(u64)row * (q.k / 32) + at / 32]; }
     METHOD static float scale(u16 stored) { return f16_to_float(stored); }
-    METHOD static const void *scales_from(const Quantised &q, u64 row) { return (const u16 *)q.scales + row * (q.k / 32); }
     METHOD static float row_scale(const Quantised &, u32) { return 1.0f; }
 
     // Elements 2t, 2t+1 and 2t+8, 2t+9 as T, scaled and rounded.
@@ -57,8 +58,7 @@ struct Fp8 {
 
     METHOD static u16 stored_scale(const Quantised &, u32, u32) { return 0; }
     METHOD static float scale(u16) { return 1.0f; }
-    METHOD static const void *scales_from(const Quantised &q, u64 row) { return (const float *)q.scales + row; }
-    METHOD static float row_scale(const Quantised &q, u32 row) { return ((const float *)q.scales)[least(row, q.n_out - 1)]; }
+    METHOD static float row_scale(const Quantised &q, u32 row) { return ((const float *)q.scales)[q.above + least(row, q.n_out - 1)]; }
 
 #if PM_T == 1
     METHOD static void narrow(u32 (&to)[2], u32 bytes, float) { halves(to, bytes); }
@@ -72,18 +72,11 @@ struct Fp8 {
 #endif
 };
 
-// The matrix of one expert, of those that stand below each other.
-template <class W> DEVICE Quantised of_expert(const Quantised &all, u32 expert) {
-    u64 row = (u64)expert * all.n_out;
-    Quantised q = {all.w + row * all.k, W::scales_from(all, row), all.k, all.n_out};
-    return q;
-}
-
 // One element of a row.
 template <class W> DEVICE float element_of(const Quantised &q, u32 row, u32 at) {
     float v[4];
-    W::widen(v, *(const u32 *)(q.w + (u64)row * q.k + at / 16 * 16 + at % 8 / 2 * 4));
-    float scale = W::scale(W::stored_scale(q, row, at)) * W::row_scale(q, row);
+    W::widen(v, *(const u32 *)(q.w + (u64)(q.above + row) * q.k + at / 16 * 16 + at % 8 / 2 * 4));
+    float scale = W::scale(W::stored_scale(q, q.above + row, at)) * W::row_scale(q, row);
     return (at % 16 < 8 ? (at % 2 ? v[1] : v[0]) : (at % 2 ? v[3] : v[2])) * scale;
 }
 
@@ -98,6 +91,7 @@ template <class W> DEVICE void embed_quantised(const u32 *n, const u32 *tokens, 
 // As in gemv.cu: a warp computes R rows and keeps eight 16-byte loads per thread in flight.
 template <class W, u32 R, u32 U> struct QuantisedStream {
     Quantised q;
+    // Counted from above.
     u32 rows[R];
     uint4 held[U][R];
     u16 scales[U][R];
@@ -221,7 +215,7 @@ template <u32 ROWS, u32 THREADS> DEVICE void fetch_bytes(u8 *tile, const Quantis
     u32 row = threadIdx.x / 4, column = threadIdx.x % 4;
     bool inside = at + column * 16 < q.k;
     u8 *to = byte_chunk(tile, row, column);
-    const u8 *from = q.w + (u64)(first + row) * q.k + at + column * 16;
+    const u8 *from = q.w + (u64)(q.above + first + row) * q.k + at + column * 16;
 #pragma unroll
     for (u32 i = 0; i < ROWS; i += THREADS / 4) copy_async(to + i * 64, from + (u64)i * q.k, inside && first + row + i < q.n_out);
 }
@@ -231,7 +225,7 @@ template <class W, u32 N, u32 THREADS> DEVICE void tile_scales(float (&to)[2 * N
 #pragma unroll
     for (u32 i = 0; i < 2 * N / THREADS; i++) {
         u32 place = threadIdx.x + i * THREADS, column = column0 + place % N, from = at + place / N * 32;
-        to[i] = column < q.n_out && from < q.k ? W::scale(W::stored_scale(q, column, from)) : 0.0f;
+        to[i] = column < q.n_out && from < q.k ? W::scale(W::stored_scale(q, q.above + column, from)) : 0.0f;
     }
 }
 
@@ -324,7 +318,7 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, co
     QuantisedStream<W, 4, 2> stream;
     stream.q = q;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) stream.rows[i] = least(row0 + i * 8 + g, q.n_out - 1);
+    for (u32 i = 0; i < 4; i++) stream.rows[i] = q.above + least(row0 + i * 8 + g, q.n_out - 1);
     let_next_start();
 #pragma unroll
     for (u32 u = 0; u < 2; u++) stream.load(u, warp * 128 + u * 64 + t * 16);
@@ -400,20 +394,20 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, co
 #define PRODUCT(name, threads, per_sm, ...)                                                                                      \
     ENTRY(name, threads, per_sm, (const u32 *n, const u8 *w, const void *scales, const T *x, const T *bias, void *y, u32 k,       \
             u32 n_out, u32 epilogue)) {                                                                                           \
-        Quantised q = {w, scales, k, n_out};                                                                                      \
+        Quantised q = {w, scales, k, n_out, 0};                                                                                      \
         Epilogue e = {y, bias, n_out, epilogue};                                                                                  \
         __VA_ARGS__;                                                                                                              \
     }
 
 // One of the experts' products. A block without rows asks for nothing.
-#define EXPERTS(name, W, threads, per_sm, number, ...)                                                                           \
+#define EXPERTS(name, threads, per_sm, number, ...)                                                                              \
     ENTRY(name, threads, per_sm, (const u32 *tiles, const u8 *w, const void *scales, const u32 *numbers, const T *x, void *y,     \
             u32 k, u32 n_out, u32 epilogue)) {                                                                                    \
         let_next_start();                                                                                                         \
         wait_for_previous();                                                                                                      \
         ExpertTile tile = expert_tile(tiles, number, x, numbers);                                                                 \
         if (tile.rows.first == tile.rows.end) return;                                                                             \
-        const Quantised all = {w, scales, k, n_out}, q = of_expert<W>(all, tile.expert);                                          \
+        Quantised q = {w, scales, k, n_out, tile.expert * n_out};                                                                 \
         Epilogue e = {y, 0, n_out, epilogue};                                                                                     \
         __VA_ARGS__;                                                                                                              \
     }
@@ -423,7 +417,7 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, co
     ENTRY(name, threads, per_sm, (const u32 *n, const u8 *w, const void *scales, const T *x, const T *bias, void *y, u32 k,       \
             u32 n_out, u32 epilogue, float *parts, u32 *counts)) {                                                                \
         DYNAMIC_SHARED(shared);                                                                                                   \
-        Quantised q = {w, scales, k, n_out};                                                                                      \
+        Quantised q = {w, scales, k, n_out, 0};                                                                                      \
         Epilogue e = {y, bias, n_out, epilogue};                                                                                  \
         Runs runs = {parts, counts};                                                                                              \
         __VA_ARGS__;                                                                                                              \
@@ -432,7 +426,7 @@ template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, co
 #define EMBED(name, W)                                                                                                            \
     ENTRY(name, 256, 4, (const u32 *n, const u32 *tokens, const u8 *table, const void *scales, float *x, u32 hidden,             \
             float scale)) {                                                                                                       \
-        Quantised q = {table, scales, hidden, 0xffffffff};                                                                                 \
+        Quantised q = {table, scales, hidden, 0xffffffff, 0};                                                                                 \
         embed_quantised<W>(n, tokens, q, x, scale);                                                                               \
     }
 
@@ -447,8 +441,8 @@ PRODUCT(gemv_b2_q8, 128, 3, gemv_quantised<Q8, 2>(n, q, x, e))
 PRODUCT(gemv_b2_fp8, 128, 3, gemv_quantised<Fp8, 2>(n, q, x, e))
 PRODUCT(gemm_q8, 128, 3, gemm_quantised<Q8>(rows_from(x, blockIdx.y * 64, n), q, e))
 PRODUCT(gemm_fp8, 128, 3, gemm_quantised<Fp8>(rows_from(x, blockIdx.y * 64, n), q, e))
-EXPERTS(experts_m64_q8, Q8, 128, 3, blockIdx.y, gemm_quantised<Q8>(tile.rows, q, e))
-EXPERTS(experts_m64_fp8, Fp8, 128, 3, blockIdx.y, gemm_quantised<Fp8>(tile.rows, q, e))
+EXPERTS(experts_m64_q8, 128, 3, blockIdx.y, gemm_quantised<Q8>(tile.rows, q, e))
+EXPERTS(experts_m64_fp8, 128, 3, blockIdx.y, gemm_quantised<Fp8>(tile.rows, q, e))
 
 #else
 
@@ -462,11 +456,11 @@ PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(rows_from(x, 0, n), q, e)
 PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(rows_from(x, 0, n), q, e))
 PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, rows_from(x, tile_row() * 64, n), q, e, Whole()))
 PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, rows_from(x, tile_row() * 64, n), q, e, Whole()))
-EXPERTS(experts_m8_q8, Q8, 256, 2, blockIdx.y, gemm_few_quantised<Q8, 1>(tile.rows, q, e))
-EXPERTS(experts_m8_fp8, Fp8, 256, 2, blockIdx.y, gemm_few_quantised<Fp8, 1>(tile.rows, q, e))
-EXPERTS(experts_m64_q8, Q8, 128, 3, tile_row(),
+EXPERTS(experts_m8_q8, 256, 1, blockIdx.y, gemm_few_quantised<Q8, 1>(tile.rows, q, e))
+EXPERTS(experts_m8_fp8, 256, 1, blockIdx.y, gemm_few_quantised<Fp8, 1>(tile.rows, q, e))
+EXPERTS(experts_m64_q8, 128, 3, tile_row(),
         SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, tile.rows, q, e, Whole()))
-EXPERTS(experts_m64_fp8, Fp8, 128, 3, tile_row(),
+EXPERTS(experts_m64_fp8, 128, 3, tile_row(),
         SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, tile.rows, q, e, Whole()))
 CUT_PRODUCT(gemm_m64_q8, 128, 3, gemm_quantised<Q8, 64, 128, 64, 4>(shared, rows_from(x, tile_row() * 64, n), q, e, runs))
 CUT_PRODUCT(gemm_m64_fp8, 128, 3, gemm_quantised<Fp8, 64, 128, 64, 4>(shared, rows_from(x, tile_row() * 64, n), q, e, runs))
