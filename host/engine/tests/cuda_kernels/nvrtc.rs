@@ -68,7 +68,7 @@ const READ_AHEAD: [(&str, &str, usize); 13] = [
 
 /// The same for what is under way whenever the loop of a product of few rows begins anew: eight reads, some of which FP8 on Blackwell asks
 /// for a little later.
-const READ_ON: [(&str, &str, usize); 8] = [
+const READ_ON: [(&str, &str, usize); 9] = [
     ("gemv", "_f32", 0),
     ("gemv_b1_fp8", "", 5),
     ("gemv_b2_fp8", "", 5),
@@ -76,6 +76,7 @@ const READ_ON: [(&str, &str, usize); 8] = [
     ("gemm_m8", "", 8),
     ("gemm_m16", "", 8),
     ("gemm_m32", "", 8),
+    ("experts_m8_fp8", "", 7),
     ("experts_m8", "", 8),
 ];
 

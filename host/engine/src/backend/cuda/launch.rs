@@ -1011,7 +1011,7 @@ mod tests {
         let by_library = |sizes: Sizes| Sizes { choices: GemmChoices::of_all(2_048), ..sizes };
         let more = [sizes(Q8_0), sizes(FP8), tied(sizes(Q8_0)), tied(sizes(FP8)), gemma()];
         let forms: [Form; 4] = [Element::F32.into(), Element::Bf16.into(), Q8_0, FP8];
-        let with_experts = forms.map(|form| qwen3_moe(form));
+        let with_experts = forms.map(qwen3_moe);
         let more = more.into_iter().chain(with_experts).chain([by_library(sizes(Element::Bf16)), by_library(gemma())]);
         for sizes in plain.into_iter().chain(more) {
             let pieces = sizes.pieces();

@@ -355,6 +355,18 @@ static inline void sync_warp() {
     shim::exchange(&met, sizeof met);
 }
 
+static inline unsigned most_of_lanes(unsigned v) {
+    const shim::Slot *all = shim::exchange(&v, sizeof v);
+    for (unsigned lane = 0; lane < 32; lane++) {
+        unsigned other;
+        memcpy(&other, all[lane].bytes, sizeof other);
+        v = other > v ? other : v;
+    }
+    return v;
+}
+
+static inline unsigned least_of_lanes(unsigned v) { return ~most_of_lanes(~v); }
+
 static inline unsigned sum_of_lanes(unsigned v) {
     const shim::Slot *all = shim::exchange(&v, sizeof v);
     unsigned sum = 0;

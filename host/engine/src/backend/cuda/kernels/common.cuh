@@ -199,6 +199,10 @@ DEVICE void sync_warp() { __syncwarp(); }
 // The sum over the lanes of a warp, modulo 2^32.
 DEVICE u32 sum_of_lanes(u32 v) { return __reduce_add_sync(0xffffffffu, v); }
 
+// The largest and the smallest over the lanes of a warp.
+DEVICE u32 most_of_lanes(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
+DEVICE u32 least_of_lanes(u32 v) { return __reduce_min_sync(0xffffffffu, v); }
+
 // The number of the lowest bit, and how many there are.
 DEVICE u32 lowest_bit(u32 bits) { return (u32)__ffs((int)bits) - 1; }
 DEVICE u32 count_bits(u32 bits) { return (u32)__popc(bits); }

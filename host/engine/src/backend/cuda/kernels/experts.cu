@@ -1,6 +1,6 @@
 // Which experts a token goes through, whose rows a product has, and what becomes of their results.
 
-static const u32 MOST_EXPERTS = 512, EXPERTS_OF_A_LANE = MOST_EXPERTS / 32;
+static const u32 MOST_EXPERTS = 512;
 
 // What a token's lane found: in the order of choice, an expert for each of the first lanes, and its part in the result.
 struct Choice {
@@ -8,67 +8,57 @@ struct Choice {
     float share;
 };
 
-// The best `chosen` of `count` experts, of equals the one with the lower number, for a warp. A logit that is none comes last.
-DEVICE Choice choose(const float *logits, u32 count, u32 chosen, bool normalised) {
-    u32 lane = threadIdx.x % 32, left = 0;
-    float own[EXPERTS_OF_A_LANE], max = -INFINITY, total = 0.0f, sum = 0.0f;
+// The best `chosen` of `count` experts, of equals the one with the lower number, for a warp whose lanes have EACH of them. A logit that is
+// no number comes last.
+template <u32 EACH> DEVICE Choice choose(const float *logits, u32 count, u32 chosen, bool normalised) {
+    u32 lane = threadIdx.x % 32, keys[EACH];
+    float own[EACH], max = -INFINITY, total = 0.0f;
 #pragma unroll
-    for (u32 j = 0; j < EXPERTS_OF_A_LANE; j++) {
-        bool is_there = lane + 32 * j < count;
-        left |= (u32)is_there << j;
-        own[j] = is_there ? logits[lane + 32 * j] : -INFINITY;
+    for (u32 j = 0; j < EACH; j++) own[j] = lane + 32 * j < count ? logits[lane + 32 * j] : -INFINITY;
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) {
+        own[j] = own[j] == own[j] ? own[j] : -INFINITY;
+        // More than 0, which is of an expert that is not there, or chosen already.
+        keys[j] = lane + 32 * j < count ? ordered_bits(own[j]) : 0;
         max = fmaxf(max, own[j]);
     }
     max = warp_max(max);
 #pragma unroll
-    for (u32 j = 0; j < EXPERTS_OF_A_LANE; j++) total += left >> j & 1 ? expf(own[j] - max) : 0.0f;
+    for (u32 j = 0; j < EACH; j++) total += expf(own[j] - max);
     Choice choice = {0, 0.0f};
     for (u32 i = 0; i < chosen; i++) {
-        u64 best = 0;
-        float logit = 0.0f;
+        u32 best = 0, expert = 0;
 #pragma unroll
-        for (u32 j = 0; j < EXPERTS_OF_A_LANE; j++) {
-            float v = own[j] == own[j] ? own[j] : -INFINITY;
-            u64 rank = left >> j & 1 ? (u64)ordered_bits(v) << 32 | (u32)~(lane + 32 * j) : 0;
-            if (rank > best) best = rank, logit = own[j];
-        }
-        u64 mine = best;
+        for (u32 j = 0; j < EACH; j++)
+            if (keys[j] > best) best = keys[j], expert = lane + 32 * j;
+        u32 key = most_of_lanes(best);
+        expert = least_of_lanes(best == key ? expert : ~0u);
 #pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) {
-            u64 other = from_lane_xor(best, mask);
-            best = other > best ? other : best;
-        }
-        u32 expert = ~(u32)best;
-        logit = from_lane(logit, (int)(expert % 32));
-        if (mine == best) left &= ~(1u << expert / 32);
-        if (lane == i) choice.expert = expert, choice.share = expf(logit - max);
+        for (u32 j = 0; j < EACH; j++)
+            if (lane + 32 * j == expert) keys[j] = 0;
+        if (lane == i) choice.expert = expert, choice.share = expf(ordered_float(key) - max);
     }
-    sum = warp_sum(choice.share);
-    total = warp_sum(total);
-    choice.share /= normalised ? sum : total;
+    float sum = warp_sum(choice.share);
+    choice.share /= normalised ? sum : warp_sum(total);
     return choice;
 }
 
-// Where the rows and the tiles of each expert begin, from how many rows it has, for the first warp.
-DEVICE void place_experts(const u32 *sizes, u32 *starts, u32 *first_tiles, u32 tile_rows, u32 *n_tiles) {
-    u32 lane = threadIdx.x % 32, rows = 0, tiles = 0;
-    for (u32 i = 0; i < EXPERTS_OF_A_LANE; i++) {
-        u32 size = sizes[lane * EXPERTS_OF_A_LANE + i];
-        rows += size, tiles += ceil_div(size, tile_rows);
-    }
-    u32 rows_upto = rows, tiles_upto = tiles;
+// The sum of what the threads before this one have, of a block of a thread for each expert that there may be.
+DEVICE u64 sum_before(u64 own) {
+    SHARED(u64, sums, MOST_EXPERTS / 32);
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u64 upto = own;
 #pragma unroll
     for (u32 step = 1; step < 32; step *= 2) {
-        u32 other_rows = from_lane(rows_upto, (int)((lane - step) & 31)), other_tiles = from_lane(tiles_upto, (int)((lane - step) & 31));
-        if (lane >= step) rows_upto += other_rows, tiles_upto += other_tiles;
+        u64 other = from_lane(upto, (int)((lane - step) & 31));
+        if (lane >= step) upto += other;
     }
-    u32 row = rows_upto - rows, tile = tiles_upto - tiles;
-    for (u32 i = 0; i < EXPERTS_OF_A_LANE; i++) {
-        u32 expert = lane * EXPERTS_OF_A_LANE + i;
-        starts[expert] = row, first_tiles[expert] = tile;
-        row += sizes[expert], tile += ceil_div(sizes[expert], tile_rows);
-    }
-    if (lane == 31) *n_tiles = tile;
+    if (lane == 31) sums[warp] = upto;
+    __syncthreads();
+    u64 before = upto - own;
+#pragma unroll
+    for (u32 i = 0; i < MOST_EXPERTS / 32; i++) before += i < warp ? sums[i] : 0;
+    return before;
 }
 
 // A warp's run of rows, and how many rows of each expert come before those of it that are still to be listed.
@@ -96,9 +86,7 @@ template <class F> DEVICE void each_row(const Run &run, const u32 *experts, F f)
 DEVICE void list_rows(u32 *tiles, u32 *tokens, u32 *places, u32 rows, u32 chosen, u32 tile_rows) {
     const u32 WARPS = MOST_EXPERTS / 32;
     SHARED(u32, before, WARPS * MOST_EXPERTS);
-    SHARED(u32, sizes, MOST_EXPERTS);
     SHARED(u32, starts, MOST_EXPERTS);
-    SHARED(u32, first_tiles, MOST_EXPERTS);
     u32 warp = threadIdx.x / 32, length = ceil_div(rows, WARPS);
     Run run = {least(warp * length, rows), least((warp + 1) * length, rows), before + warp * MOST_EXPERTS};
     for (u32 i = threadIdx.x % 32; i < MOST_EXPERTS; i += 32) run.before[i] = 0;
@@ -111,11 +99,12 @@ DEVICE void list_rows(u32 *tiles, u32 *tokens, u32 *places, u32 rows, u32 chosen
         *of_warp = size;
         size += here;
     }
-    sizes[threadIdx.x] = size;
+    u32 n_tiles = ceil_div(size, tile_rows);
+    u64 sums = sum_before((u64)n_tiles << 32 | size);
+    u32 start = (u32)sums, first_tile = (u32)(sums >> 32), *to = tiles + 1 + 3 * first_tile;
+    starts[threadIdx.x] = start;
+    if (threadIdx.x == MOST_EXPERTS - 1) *tiles = first_tile + n_tiles;
     __syncthreads();
-    if (threadIdx.x < 32) place_experts(sizes, starts, first_tiles, tile_rows, tiles);
-    __syncthreads();
-    u32 start = starts[threadIdx.x], *to = tiles + 1 + 3 * first_tiles[threadIdx.x];
     for (u32 first = 0; first < size; first += tile_rows, to += 3) {
         to[0] = threadIdx.x, to[1] = start + first, to[2] = start + least(first + tile_rows, size);
     }
@@ -136,7 +125,8 @@ ENTRY(choose_experts, 512, 1, (const u32 *n, const float *logits, u32 *tiles, u3
     wait_for_previous();
     u32 live = *n, lane = threadIdx.x % 32, token = blockIdx.x * 16 + threadIdx.x / 32;
     if (token < live) {
-        Choice choice = choose(logits + (u64)token * count, count, chosen, normalised);
+        const float *own = logits + (u64)token * count;
+        Choice choice = count > 128 ? choose<MOST_EXPERTS / 32>(own, count, chosen, normalised) : choose<4>(own, count, chosen, normalised);
         if (lane < chosen) places[token * chosen + lane] = choice.expert, shares[token * chosen + lane] = choice.share;
     }
     if (is_last_warp(ended, gridDim.x * 16) && lane == 0) *is_last = 1;

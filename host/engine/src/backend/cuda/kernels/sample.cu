@@ -212,6 +212,9 @@ DEVICE u32 ordered_bits(float v) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// The float of such bits.
+DEVICE float ordered_float(u32 bits) { return __uint_as_float(bits & 0x80000000u ? bits ^ 0x80000000u : ~bits); }
+
 // Better candidates have greater ranks: by logit as floats are ordered, then by descending id.
 DEVICE u64 rank_of(const Candidates &c, u32 token, float logit) {
     if (c.id_bits != 0) return (1u << c.id_bits) - 1 - token;
