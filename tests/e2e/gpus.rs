@@ -333,6 +333,17 @@ fn a_device_that_cannot_serve_a_model_leaves_it_to_the_others_and_says_why() {
     assert!(why.starts_with("the model does not fit on this device: weights 1."), "{why}");
     assert!(why.contains("are missing even for the shortest context: choose another device"), "{why}");
     assert_eq!(says(&gpu.host.post("/v1/completions", &ask("more", 2))).0, "more:f16@cpu");
+    assert_eq!(gpu.host.get("/ready").body["degraded"], json!(["replica more:f16@cuda:0"]));
+}
+
+#[test]
+fn what_is_configured_for_a_replica_that_a_device_does_not_hold_is_kept_for_another_time() {
+    let models = folder();
+    let start = ("[\"cuda:0\", \"cpu\"]", "", models.path());
+    let labels = "[replicas.\"mini:f16@cuda:0\".labels]\nzone = \"a\"";
+    let Some(gpu) = Beside::start_with(start, "1", (labels, "taken 0 1073741824")) else { return };
+    assert_eq!(says(&gpu.host.post("/v1/completions", &ask("mini", 2))).0, "mini:f16@cpu");
+    assert_eq!(gpu.host.get("/ready").body["degraded"], json!(["replica mini:f16@cuda:0"]));
 }
 
 #[test]

@@ -328,9 +328,13 @@ impl<'a> Loader<'a> {
         }
         let replicas: Vec<String> = self.loaded.replicas.iter().map(|r| r.replica.name.to_string()).collect();
         let replicas: Vec<String> = replicas.into_iter().chain(upstreams::replicas(self.config)).collect();
+        // On demand, or another time: where a device does not hold it today, or a start could not bring its model back.
         let may_come = |name: &str| {
             let mut ids = [name.split('@').next(), name.split(':').next()].into_iter().flatten();
-            ids.any(|id| self.config.on_demand.contains_key(id))
+            let Loaded { models, lost, .. } = &self.loaded;
+            let mut unserved = models.iter().flat_map(|model| &model.unserved);
+            unserved.any(|one| name == format!("{}@{}", one.variant, one.device))
+                || ids.any(|id| self.config.on_demand.contains_key(id) || lost.iter().any(|model| model.name == id))
         };
         let mut named = self.config.replicas.keys();
         if let Some(unknown) = named.find(|name| !replicas.contains(name) && !may_come(name)) {

@@ -83,19 +83,21 @@ fn can_serve(catalog: &Catalog, devices: &[DeviceState]) -> bool {
     serves_texts || serves_inputs || !catalog.on_demand.is_empty()
 }
 
-/// Slots whose policy does not answer though it should, devices that are gone, upstreams that are sent nothing, and models that a start
-/// could not bring back.
+/// Slots whose policy does not answer though it should, devices that are gone, upstreams that are sent nothing, models that a start
+/// could not bring back, and replicas that a device does not hold.
 fn degraded(state: &ServerState, catalog: &Catalog, devices: &[DeviceState]) -> Vec<String> {
     let slots = state.policies.slots().into_iter();
     let slots = slots.filter(|slot| slot.health.state != HealthState::Closed && slot.health.reason.is_some());
     let upstreams: Vec<(&str, bool)> = catalog.upstreams().map(|(_, u)| (&**u.name(), u.is_up())).collect();
     let devices = devices.iter().filter(|device| !device.is_up);
-    let models = state.models.models().into_iter();
-    let models = models.filter(|model| model.state == ModelState::Failed && model.source == ModelSource::Loaded);
+    let all = state.models.models();
+    let models = all.iter().filter(|model| model.state == ModelState::Failed && model.source == ModelSource::Loaded);
+    let unserved = all.iter().flat_map(|model| &model.unserved);
     let down = upstreams.iter().filter(|(_, is_up)| !is_up);
     let named = slots.map(|slot| format!("slot {}", slot.slot)).chain(devices.map(|d| format!("device {}", d.name)));
     let named = named.chain(down.map(|(name, _)| format!("upstream {name}")));
-    named.chain(models.map(|model| format!("model {}", model.name))).collect()
+    let named = named.chain(models.map(|model| format!("model {}", model.name)));
+    named.chain(unserved.map(|one| format!("replica {}@{}", one.variant, one.device))).collect()
 }
 
 pub(crate) async fn version(State(state): State<Arc<ServerState>>) -> Response {
