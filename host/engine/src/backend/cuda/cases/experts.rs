@@ -215,7 +215,7 @@ fn add(rng: &mut Rng, hidden: usize, per_token: usize) -> Case {
     let expect = x.iter().enumerate().map(|(i, x)| x + of(i)).collect();
     let mut initial = Element::F32.encode(&x);
     initial.resize(tokens * hidden * 4, POISON);
-    let call = Call::new("add_experts", [hidden.div_ceil(256), tokens, 1], 256)
+    let call = Call::new("add_experts", [tokens, hidden.div_ceil(256), 1], 256)
         .count(live)
         .input(Element::F32, &results)
         .bytes(words_to_bytes(&places.iter().map(|place| *place as u32).collect::<Vec<_>>()))

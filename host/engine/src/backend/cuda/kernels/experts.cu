@@ -139,7 +139,7 @@ ENTRY(add_experts, 256, 8, (const u32 *n, const float *results, const u32 *place
         u32 chosen)) {
     let_next_start();
     wait_for_previous();
-    u32 token = blockIdx.y, i = blockIdx.x * 256 + threadIdx.x;
+    u32 token = blockIdx.x, i = blockIdx.y * 256 + threadIdx.x;
     if (token >= *n || i >= hidden) return;
     float sum = 0.0f;
 #pragma unroll 4

@@ -158,10 +158,10 @@ ENTRY(gemm_m128, 256, 1, (const u32 *n, const T *w, const T *x, const T *bias, v
 // The weight goes from memory into registers and there into the matrix units as their left operand, 16 bytes per load. A
 // load's four words are two products' words for the same thread: which elements of k the two products pair up
 // differs from the layout that the instruction names, for both operands alike, and a sum does not mind.
-template <u32 NT> DEVICE void gemm_few(const Rows &tokens, const T *w, u32 k, Epilogue e) {
+template <u32 NT> DEVICE void gemm_few(const Rows &tokens, u32 row0, const T *w, u32 k, Epilogue e) {
     const u32 TOKENS = 8 * NT;
     SHARED(float, parts, 8 * 32 * TOKENS);
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, row0 = blockIdx.x * 32;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const T *rows[4];
 #pragma unroll
     for (u32 i = 0; i < 4; i++) rows[i] = w + (u64)least(row0 + i * 8 + g, e.n_out - 1) * k;
@@ -229,26 +229,26 @@ template <u32 NT> DEVICE void gemm_few(const Rows &tokens, const T *w, u32 k, Ep
 
 ENTRY(gemm_m8, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
     Epilogue e = {y, bias, n_out, epilogue};
-    gemm_few<1>(rows_from(x, 0, n), w, k, e);
+    gemm_few<1>(rows_from(x, 0, n), blockIdx.x * 32, w, k, e);
 }
 
 ENTRY(experts_m8, 256, 2, (const u32 *tiles, const T *w, const u32 *numbers, const T *x, void *y, u32 k, u32 n_out, u32 epilogue)) {
     let_next_start();
     wait_for_previous();
-    ExpertTile tile = expert_tile(tiles, blockIdx.y, x, numbers);
+    ExpertTile tile = expert_tile(tiles, tile_row(), x, numbers);
     if (tile.rows.first == tile.rows.end) return;
     Epilogue e = {y, 0, n_out, epilogue};
-    gemm_few<1>(tile.rows, w + (u64)tile.expert * n_out * k, k, e);
+    gemm_few<1>(tile.rows, tile_column() * 32, w + (u64)tile.expert * n_out * k, k, e);
 }
 
 ENTRY(gemm_m16, 256, 2, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
     Epilogue e = {y, bias, n_out, epilogue};
-    gemm_few<2>(rows_from(x, 0, n), w, k, e);
+    gemm_few<2>(rows_from(x, 0, n), blockIdx.x * 32, w, k, e);
 }
 
 ENTRY(gemm_m32, 256, 1, (const u32 *n, const T *w, const T *x, const T *bias, void *y, u32 k, u32 n_out, u32 epilogue)) {
     Epilogue e = {y, bias, n_out, epilogue};
-    gemm_few<4>(rows_from(x, 0, n), w, k, e);
+    gemm_few<4>(rows_from(x, 0, n), blockIdx.x * 32, w, k, e);
 }
 
 #endif

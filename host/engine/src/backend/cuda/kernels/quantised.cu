@@ -311,10 +311,10 @@ DEVICE void gemm_quantised(u8 *shared, const Rows &rows, const Quantised &q, Epi
 
 // gemm.cu's `gemm_few`: 32 rows of the weight by 8 * NT tokens, straight from memory into the left operand; the eight warps each
 // take every eighth run of 128 elements of k.
-template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, const Quantised &q, Epilogue e) {
+template <class W, u32 NT> DEVICE void gemm_few_quantised(const Rows &tokens, u32 row0, const Quantised &q, Epilogue e) {
     const u32 TOKENS = 8 * NT;
     SHARED(float, parts, 8 * 32 * TOKENS);
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, row0 = blockIdx.x * 32;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     QuantisedStream<W, 4, 2> stream;
     stream.q = q;
 #pragma unroll
@@ -448,16 +448,16 @@ EXPERTS(experts_m64_fp8, 128, 3, blockIdx.y, gemm_quantised<Fp8>(tile.rows, q, e
 
 PRODUCT(gemv_b2_q8, 128, 4, gemv_quantised<Q8, 2>(n, q, x, e))
 PRODUCT(gemv_b2_fp8, 128, 4, gemv_quantised<Fp8, 2>(n, q, x, e))
-PRODUCT(gemm_m8_q8, 256, 2, gemm_few_quantised<Q8, 1>(rows_from(x, 0, n), q, e))
-PRODUCT(gemm_m8_fp8, 256, 2, gemm_few_quantised<Fp8, 1>(rows_from(x, 0, n), q, e))
-PRODUCT(gemm_m16_q8, 256, 1, gemm_few_quantised<Q8, 2>(rows_from(x, 0, n), q, e))
-PRODUCT(gemm_m16_fp8, 256, 1, gemm_few_quantised<Fp8, 2>(rows_from(x, 0, n), q, e))
-PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(rows_from(x, 0, n), q, e))
-PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(rows_from(x, 0, n), q, e))
+PRODUCT(gemm_m8_q8, 256, 2, gemm_few_quantised<Q8, 1>(rows_from(x, 0, n), blockIdx.x * 32, q, e))
+PRODUCT(gemm_m8_fp8, 256, 2, gemm_few_quantised<Fp8, 1>(rows_from(x, 0, n), blockIdx.x * 32, q, e))
+PRODUCT(gemm_m16_q8, 256, 1, gemm_few_quantised<Q8, 2>(rows_from(x, 0, n), blockIdx.x * 32, q, e))
+PRODUCT(gemm_m16_fp8, 256, 1, gemm_few_quantised<Fp8, 2>(rows_from(x, 0, n), blockIdx.x * 32, q, e))
+PRODUCT(gemm_m32_q8, 256, 1, gemm_few_quantised<Q8, 4>(rows_from(x, 0, n), blockIdx.x * 32, q, e))
+PRODUCT(gemm_m32_fp8, 256, 1, gemm_few_quantised<Fp8, 4>(rows_from(x, 0, n), blockIdx.x * 32, q, e))
 PRODUCT(gemm_q8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, rows_from(x, tile_row() * 64, n), q, e, Whole()))
 PRODUCT(gemm_fp8, 128, 3, SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Fp8, 64, 64, 32, 3>(shared, rows_from(x, tile_row() * 64, n), q, e, Whole()))
-EXPERTS(experts_m8_q8, 256, 1, blockIdx.y, gemm_few_quantised<Q8, 1>(tile.rows, q, e))
-EXPERTS(experts_m8_fp8, 256, 1, blockIdx.y, gemm_few_quantised<Fp8, 1>(tile.rows, q, e))
+EXPERTS(experts_m8_q8, 256, 1, tile_row(), gemm_few_quantised<Q8, 1>(tile.rows, tile_column() * 32, q, e))
+EXPERTS(experts_m8_fp8, 256, 1, tile_row(), gemm_few_quantised<Fp8, 1>(tile.rows, tile_column() * 32, q, e))
 EXPERTS(experts_m64_q8, 128, 3, tile_row(),
         SHARED(u8, shared, 3 * 64 * 200); gemm_quantised<Q8, 64, 64, 32, 3>(shared, tile.rows, q, e, Whole()))
 EXPERTS(experts_m64_fp8, 128, 3, tile_row(),

@@ -129,7 +129,7 @@ impl LaunchPlan {
 
         let from = [n, Arg::At(Buffer::ExpertOut, 0), places, shares, Arg::At(Buffer::Residual, 0)];
         let of = [u32_arg(hidden), u32_arg(per_token)];
-        self.push(Kernel::AddExperts, [hidden.div_ceil(256), tokens, 1], 256, from.into_iter().chain(of));
+        self.push(Kernel::AddExperts, [tokens, hidden.div_ceil(256), 1], 256, from.into_iter().chain(of));
     }
 
     fn expert_product(&mut self, sizes: &Sizes, layer: usize, most_tiles: usize, product: &ExpertProduct) {
