@@ -24,8 +24,9 @@ cat >"$bundle/gpu-check" <<'EOF_SCRIPT'
 # $BUDGET (150) is the most seconds that a part has, or a load on the host, and half of it that the kernels and the comparisons of one
 # type have. It is a cap: what is done earlier ends earlier, and comparisons that it leaves no time for have failed.
 #
-# Under a memory checker: WRAP="compute-sanitizer --target-processes all --error-exitcode 9" gpu-check kernels --small. A part whose
-# output has an ERROR SUMMARY with errors has failed, whatever its status.
+# Under a memory checker: WRAP="compute-sanitizer --target-processes all --error-exitcode 9" gpu-check kernels parity --small; with
+# --tool racecheck it looks for races in shared memory instead. A part whose output has an ERROR SUMMARY or RACECHECK SUMMARY with
+# errors has failed, whatever its status.
 #
 # Results are in $OUT or here: gpu-check.txt as they come, and gpu-check.tgz with all other files, where few can be taken along:
 # gpu-check-PART.json, of kernels and parity for each type, and -without-THIS for what was run again; the host's log is
@@ -111,7 +112,7 @@ run() {
   [ "$status" = 0 ] || echo "== $name ends with status $status" | say
   # Killed, or not started.
   [ "$status" -lt 124 ] || status=1
-  errors="$(tail -n +$((lines + 1)) "$out/gpu-check.txt" | grep -o 'ERROR SUMMARY: [1-9].*')"
+  errors="$(tail -n +$((lines + 1)) "$out/gpu-check.txt" | grep -oE '(ERROR|RACECHECK) SUMMARY: [1-9].*')"
   [ -z "$errors" ] || { echo "== $name has failed: $errors" | say; status=1; }
   [ "$status" -le "$worst" ] || worst="$status"
 }
@@ -229,11 +230,7 @@ for part in "${parts[@]}"; do
       status=$?
       [ "$status" = 0 ] || echo "== host ends with status $status" | say
       [ "$status" -le "$worst" ] || worst="$status" ;;
-    kernels)
-      case " $* " in
-        *" --small "*) run kernels "$budget" 1 --only kernels "$@" ;;
-        *) for kind in none bf16 f16 f32; do kernels_of "$kind" "$@"; done ;;
-      esac ;;
+    kernels) for kind in none bf16 f16 f32; do kernels_of "$kind" "$@"; done ;;
     # Side by side in one table.
     ladder) again_without_overlap ladder "$budget" 2 "ladder${python:+,peers}" "$@" ;;
     # Of each type on its own, as kernels are.

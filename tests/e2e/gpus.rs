@@ -136,6 +136,28 @@ fn a_gpu_says_what_the_cpu_says_and_counts_what_it_has() {
 }
 
 #[test]
+fn drafts_come_true_on_a_gpu() {
+    let models = folder();
+    let Some(gpu) = Beside::start("[\"cuda:0\"]", "max_context = 512", models.path(), "1") else { return };
+    // With one request, one of a step's two places is a draft's.
+    let [plain, drafted] = [0, 5].map(|drafts| {
+        let asked = json!({"model": "mini", "prompt": "one two three one two three one two", "temperature": 0,
+            "max_tokens": 24, "ignore_eos": true, "logit_bias": {"3": 100, "4": 100}, "presence_penalty": 2.0,
+            "frequency_penalty": 2.0, "speculative_config": {"method": "ngram", "num_speculative_tokens": drafts}});
+        gpu.host.post("/v1/completions", &asked)
+    });
+    assert_eq!(says(&plain), says(&drafted));
+    let n_accepted = |answer: &Answer| {
+        let details = &answer.body["usage"]["completion_tokens_details"];
+        details["accepted_prediction_tokens"].as_u64().unwrap_or_default()
+    };
+    assert!(n_accepted(&plain) == 0 && n_accepted(&drafted) >= 4, "{drafted:?}");
+    let metrics = gpu.metrics();
+    let of = |kind| format!(r#"pointsman_draft_tokens_total{{kind="{kind}",method="ngram",variant="mini:f16"}}"#);
+    assert!(["proposed", "accepted"].iter().all(|kind| metrics.contains(&of(kind))), "{metrics}");
+}
+
+#[test]
 fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
     let models = folder();
     let Some(gpu) = Beside::start("[\"cuda:0\"]", "", models.path(), "1") else { return };

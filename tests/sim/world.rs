@@ -288,7 +288,7 @@ impl<'a> World<'a> {
         self.scheduler.review_cache(self.now, &mut *self.retention);
         // As above.
         let may = |id: RequestId| !id.0.is_multiple_of(11);
-        let Some(plan) = self.scheduler.schedule_ahead(self.now, &mut self.policy, may) else { return };
+        let Some(plan) = self.scheduler.schedule_ahead(self.now, &mut self.policy, 0, may) else { return };
         assert!(!plan.follows.is_empty());
         self.begun.push_back(compute(&mut self.engine, plan, self.options, &mut self.rng));
     }

@@ -71,7 +71,7 @@ pub(crate) enum Command {
     Doctor(Box<DoctorArgs>),
     /// Check a GPU: compare it with the CPU on small random models, measure decoding, and see that memory comes back.
     #[command(
-        after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --only kernels,parity\n  compute-sanitizer pointsman gpu-check --only kernels --small"
+        after_help = "Examples:\n  pointsman gpu-check --json result.json\n  pointsman gpu-check --gpu 1 --only kernels,parity\n  compute-sanitizer pointsman gpu-check --only kernels,parity --small"
     )]
     GpuCheck(GpuCheckArgs),
     /// Compile a component on standard input; used by the host itself, in a limited child process.
@@ -203,7 +203,7 @@ pub(crate) struct GpuCheckArgs {
     /// Start no kernel before the end of the one before it: for what is left when such launches take the device.
     #[arg(long)]
     pub(crate) no_overlap: bool,
-    /// Few cases of each kernel, with an allocation for each of their buffers: for NVIDIA's memory checker.
+    /// Few cases of each kernel, with an allocation for each of their buffers, and few comparisons: for NVIDIA's memory checker.
     #[arg(long)]
     pub(crate) small: bool,
     /// Time for each part. Comparisons that there is no time for count as failed, figures are left out.

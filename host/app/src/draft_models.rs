@@ -68,7 +68,7 @@ fn source(config: &Config, loaded: &Loaded, draft: &str) -> anyhow::Result<Draft
     let of_variant = |replica: &&LoadedReplica| replica.variant == variant.id;
     let Some(model) = loaded.replicas.iter().filter(of_variant).find_map(|replica| replica.model.clone()) else {
         bail!(
-            "`{draft}` is not on the CPU, the only device that drafts; add \"cpu\" to engine.devices, or take the line out"
+            "`{draft}` is not on the CPU, the only device with draft models; add \"cpu\" to engine.devices, or take the line out"
         );
     };
     Ok(DraftSource { model, text: Arc::clone(&variant.text) })
@@ -96,8 +96,7 @@ pub(crate) fn attach(
             n_drafted += 1;
         }
         if n_drafted == 0 {
-            let why =
-                "is not on the CPU, the only device that drafts; add \"cpu\" to engine.devices, or take the line out";
+            let why = "is not on the CPU, the only device with draft models; add \"cpu\" to engine.devices, or take the line out";
             return Err(anyhow::anyhow!("`{}` {why}", variant.id)).with_context(|| of(&variant.alias, draft));
         }
     }

@@ -646,11 +646,12 @@ impl DriverReplica {
         }
     }
 
-    /// Whether a step can be begun behind the one that computes. Drafts are looked for when everything is known.
+    /// Whether a step can be begun behind the one that computes.
     fn may_go_ahead(&mut self, now: Micros) -> bool {
         let is_one = self.begun.len() == 1 && self.begun.iter().all(|begun| begun.outcome.is_ok());
-        let is_able = self.executor.draft_places() == 0 && self.executor.in_halves().is_some();
-        is_one && is_able && self.scheduler.may_go_ahead(now, |id| self.sampler.is_free(id))
+        let is_able = self.executor.in_halves().is_some();
+        let places = self.executor.draft_places();
+        is_one && is_able && self.scheduler.may_go_ahead(now, places, |id| self.sampler.is_free(id))
     }
 
     /// When to begin it: shortly before the one that computes can end, as far as that is known, else at once.
@@ -661,12 +662,12 @@ impl DriverReplica {
 
     /// Begins the step behind the one that computes, unless a swap that is picked up now leaves something to decide.
     fn begin_ahead(&mut self, context: &DriverContext) {
-        let start = context.clock.micros();
+        let (start, places) = (context.clock.micros(), self.executor.draft_places());
         let Some(halves) = self.executor.in_halves() else { return };
         self.sampler.attend(start, &self.scheduler);
         self.scheduler.review_cache(start, &mut *self.retention);
         let may = |id| self.sampler.is_free(id);
-        let Some(plan) = self.scheduler.schedule_ahead(start, &mut *self.policy, may) else { return };
+        let Some(plan) = self.scheduler.schedule_ahead(start, &mut *self.policy, places, may) else { return };
         let scheduled = context.clock.micros();
         let (size, outcome) = (size_of(plan), halves.begin(plan, &mut self.sampler));
         let launched = context.clock.micros();

@@ -187,16 +187,17 @@ impl Check<'_> {
     /// after this one finds them.
     fn units(&mut self, gpu: &mut Gpu, kernels_only: bool) -> anyhow::Result<()> {
         let start = self.clock.nanos();
-        let few = [Unit::Model(Element::Bf16), Unit::Quantised(Element::Bf16), Unit::Step];
         let is_asked = |unit: &Unit| match unit {
             Unit::Model(element) | Unit::Quantised(element) => {
                 self.types.iter().any(|kind| kind.element() == Some(*element))
             }
             Unit::Step => self.types.contains(&KernelType::None),
         };
-        let is_needed = |unit: &Unit| match self.small {
-            true => few.contains(unit),
-            false => !kernels_only || is_asked(unit),
+        // Steps need those without a type, whatever is asked for.
+        let is_needed = |unit: &Unit| match (self.small, kernels_only) {
+            (true, false) => is_asked(unit) || *unit == Unit::Step,
+            (_, true) => is_asked(unit),
+            (false, false) => true,
         };
         let units: Vec<Unit> = Unit::ALL.into_iter().filter(is_needed).collect();
         let (code, found) = (&self.code, &self.gpu);

@@ -119,8 +119,8 @@ pub trait Executor: Send {
         None
     }
 
-    /// Up to how many tokens of a step, those after drafts included, are chosen for hardly more than the price of one: no row
-    /// has drafts beyond it. 0 where rows may not end with drafts.
+    /// Up to how many rows and drafts of a step, together, are computed for hardly more than the price of one row: none has drafts
+    /// beyond it. 0 where rows may not end with drafts.
     fn draft_places(&self) -> u32 {
         0
     }

@@ -276,7 +276,8 @@ fn a_thousand_steps_ahead_allocate_nothing() {
             if scheduler.in_flight().is_none() {
                 scheduler.schedule(step.into(), &mut NativeBatch, &mut |_| {}).expect("work");
             }
-            n_ahead += u32::from(scheduler.schedule_ahead(step.into(), &mut NativeBatch, |_| true).is_some());
+            n_ahead +=
+                u32::from(scheduler.schedule_ahead(step.into(), &mut NativeBatch, MAX_RUNNING, |_| true).is_some());
             let rows = scheduler.in_flight().into_iter().flat_map(|plan| &plan.rows);
             out.sampled.extend(rows.filter(|row| row.sample.is_some()).map(|row| said(row.position)));
             scheduler.complete(step.into(), &mut out, &mut |_| {});

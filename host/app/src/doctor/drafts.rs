@@ -21,7 +21,7 @@ pub(super) fn examine(config: &Config, report: &mut Report<'_>) -> anyhow::Resul
         devices::find(&config.engine).map_or(true, |places| places.iter().any(|place| matches!(place, Place::Cpu(_))))
     };
     if !drafted.is_empty() && !has_cpu() {
-        let found = "the only device that drafts, the CPU, is not among engine.devices";
+        let found = "the only device with draft models, the CPU, is not among engine.devices";
         return report.fault(SECTION, "devices", found, "add \"cpu\" to engine.devices, or leave [draft_models] out");
     }
     drafted.iter().try_for_each(|(name, draft)| pair(config, (name, draft), report))

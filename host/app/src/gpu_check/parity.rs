@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use pointsman_engine::ComputePool;
 use pointsman_engine::cuda::cases::{self, Case, CaseError, CaseRunner, Placement};
-use pointsman_engine::cuda::{Device, Element, ParityCase};
+use pointsman_engine::cuda::{Device, ParityCase};
 use serde_json::json;
 
 use super::Check;
@@ -20,11 +20,13 @@ const MOST_THREADS: usize = 16;
 
 impl Check<'_> {
     pub(super) fn kernels(&mut self) -> anyhow::Result<()> {
-        if self.small {
-            let cases = few(cases::typed(Element::Bf16).into_iter().chain(cases::untyped()));
-            return self.run_cases("kernels in bf16 and without a type, few of each", &cases, Placement::Apart);
-        }
         for kind in self.types.clone() {
+            if self.small {
+                let of = kind.element().map_or("without a type".to_owned(), |element| format!("in {element}"));
+                let cases = few(kind.element().map_or_else(cases::untyped, cases::typed));
+                self.run_cases(&format!("kernels {of}, few cases of each"), &cases, Placement::Apart)?;
+                continue;
+            }
             let Some(element) = kind.element() else {
                 self.run_cases("kernels without a type", &cases::untyped(), Placement::Fenced)?;
                 continue;
@@ -100,6 +102,10 @@ impl Check<'_> {
         let of = |name: &'static str, overlap, cases: Vec<ParityCase>| {
             cases.into_iter().map(move |case| (name, overlap, case))
         };
+        if self.small {
+            let cases = of("small", false, ParityCase::small()).collect();
+            return self.compare_all(cases, &pool);
+        }
         // As a host serves them first.
         let mut cases: Vec<_> = of("graphs", false, ParityCase::all())
             .chain(of("weights in 8 bits", false, ParityCase::in_8_bits()))
@@ -107,6 +113,7 @@ impl Check<'_> {
             .chain(of("launched one by one", false, ParityCase::eager()))
             .chain(of("steps begun behind others", false, ParityCase::ahead()))
             .chain(of("decodes beside chunks", false, ParityCase::beside()))
+            .chain(of("drafts", false, ParityCase::drafted()))
             .chain(of("a long context", false, ParityCase::long()))
             .chain(of("prompts that are scored", false, ParityCase::scored()))
             .chain(of("a pool that shrinks and grows", false, ParityCase::resized()))
@@ -122,6 +129,15 @@ impl Check<'_> {
             let overlapping = of("prompts by cuBLASLt, overlapping launches", true, ParityCase::by_library());
             cases.extend(overlapping.step_by(OVERLAPPING).filter(|_| self.overlaps));
         }
+        self.compare_all(cases, &pool)
+    }
+
+    /// Those of the types that are asked for, each with its name and whether launches overlap.
+    fn compare_all(
+        &mut self,
+        mut cases: Vec<(&'static str, bool, ParityCase)>,
+        pool: &ComputePool,
+    ) -> anyhow::Result<()> {
         cases.retain(|(.., case)| self.types.iter().any(|kind| kind.element() == Some(case.form.element)));
         let n_cases = cases.len();
         if cases.is_empty() {
@@ -145,7 +161,7 @@ impl Check<'_> {
                 "{} as on the CPU, {name}: {} heads of {} on {}",
                 case.form, spec.heads, spec.head_dim, spec.kv_heads
             );
-            match case.run(device, &pool) {
+            match case.run(device, pool) {
                 Ok(parity) => {
                     let json = json!({"parity": what, "worst": parity.worst, "worst_logprob": parity.worst_logprob,
                         "tokens": parity.tokens, "other_tokens": parity.other_tokens});
@@ -159,7 +175,7 @@ impl Check<'_> {
 }
 
 /// The first cases of each kernel.
-fn few(cases: impl Iterator<Item = Case>) -> Vec<Case> {
+fn few(cases: Vec<Case>) -> Vec<Case> {
     let mut taken = BTreeMap::<(String, bool), usize>::new();
     let is_early = |case: &Case| {
         // Sums of a product that is cut into runs are joined by code that others never reach.
@@ -167,5 +183,5 @@ fn few(cases: impl Iterator<Item = Case>) -> Vec<Case> {
         *n += 1;
         *n <= FEW
     };
-    cases.filter(is_early).collect()
+    cases.into_iter().filter(is_early).collect()
 }

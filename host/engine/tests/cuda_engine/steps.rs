@@ -7,7 +7,7 @@ use pointsman_engine::cuda::{
     CudaEngine, CudaError, CudaOptions, Element, Form, LibraryUse, Parity, ParityCase, Source, put_on_grid,
 };
 use pointsman_engine::{ComputePool, CpuEngine, EngineConfig, Model, ModelSpec, Precision, Weights};
-use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Sample, Sampled, StepOutput, StepPlan};
+use pointsman_sched::execute::{ExecuteError, Executor, InHalves, Row, Sample, Sampled, StepOutput, StepPlan};
 use pointsman_sched::ids::RequestId;
 use pointsman_sched::mask::TokenSet;
 use pointsman_sched::request::Sampling;
@@ -457,6 +457,59 @@ fn sparse_experts_choose_and_compute_what_they_do_on_the_cpu() {
         let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
         assert!(parity.is_good(), "{case:?}: {parity}");
     }
+}
+
+#[test]
+fn what_comes_after_a_draft_is_what_the_cpu_says() {
+    for mut case in ParityCase::drafted() {
+        let Some(device) = ShimDevice::start() else { return };
+        case.rows.retain(|rows| *rows <= 9);
+        case.prompts.truncate(9);
+        let parity = case.run(Box::new(device), &ComputePool::start(1).unwrap()).unwrap();
+        assert!(parity.is_good(), "{case:?}: {parity}");
+    }
+}
+
+#[test]
+fn steps_with_drafts_have_no_more_places_than_rows_and_no_step_follows_them() {
+    let Some((_, mut cuda)) = engines(&spec(64, true), Element::F32, true) else { return };
+    assert_eq!(cuda.draft_places() as usize, CONFIG.max_rows);
+    let sequence = Sequence { tokens: vec![7; 20], computed: 19, blocks: blocks([3, 2]) };
+    let with_drafts = |n: u32| {
+        let mut step = Step::default();
+        step.push(&sequence, 1, &Arc::default());
+        let row = &mut step.plan.rows[0];
+        (row.drafts, row.tokens.end) = (n, row.tokens.end + n);
+        step.plan.tokens.extend((0..n).map(|i| 30 + i));
+        step.plan
+    };
+    let [most, too_many] = [11, 12].map(with_drafts);
+    let malformed = |what| Err(ExecuteError::Malformed { what });
+    let refused = cuda.begin(&too_many, &mut NoEdits);
+    assert_eq!(refused, malformed("more tokens to choose than max_rows"));
+    let beside = |n: u32| {
+        let (mut plan, mut chunk) = (with_drafts(n), Step::default());
+        chunk.push(&Sequence { tokens: vec![9; 20], computed: 0, blocks: blocks([5, 6]) }, 4, &Arc::default());
+        let (n_tokens, n_blocks) = (plan.tokens.len() as u32, plan.blocks.len() as u32);
+        plan.tokens.extend(&chunk.plan.tokens);
+        plan.blocks.extend(&chunk.plan.blocks);
+        plan.rows.extend(chunk.plan.rows.into_iter().map(|row| Row {
+            tokens: row.tokens.start + n_tokens..row.tokens.end + n_tokens,
+            blocks: row.blocks.start + n_blocks..row.blocks.end + n_blocks,
+            sample: None,
+            ..row
+        }));
+        plan
+    };
+    assert_eq!(cuda.begin(&beside(11), &mut NoEdits), malformed("more rows and drafts than max_rows"));
+    let mut out = StepOutput::default();
+    cuda.execute(&beside(10), &mut NoEdits, &mut out).unwrap();
+    assert_eq!((out.sampled.len(), out.after_drafts.len()), (1, 10));
+    cuda.begin(&most, &mut NoEdits).unwrap();
+    let [_, behind] = two_plans();
+    assert_eq!(cuda.begin(&behind, &mut NoEdits), malformed("a row that follows no token of a step under way"));
+    cuda.finish(&most, &mut out).unwrap();
+    assert_eq!((out.sampled.len(), out.after_drafts.len()), (1, 11));
 }
 
 #[test]

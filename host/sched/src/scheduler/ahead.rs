@@ -1,7 +1,7 @@
 //! A step that is planned while the one before it computes, so that the device need not wait for the host in between.
 //!
-//! Only where nothing is to be decided: everybody who runs gets a token by the step in flight, nobody waits, nobody's time is up
-//! and memory suffices. Then the next step is known but for the tokens, which stay on the device: the same sequences, one token
+//! Only where nothing is to be decided: everybody who runs gets a token by the step in flight, nobody waits or looks for drafts,
+//! nobody's time is up and memory suffices. Then the next step is known but for the tokens, which stay on the device: the same sequences, one token
 //! further. A policy is not asked in such a step anyway, and where there is something to decide, it is decided as ever, with
 //! everything known. What turns out to have ended with the step in flight is computed once for nothing, and whoever comes before
 //! that one's end waits for a decode step more: so the driver calls shortly before it.
@@ -39,15 +39,17 @@ impl Ahead {
 
 impl Scheduler {
     /// Plans the step after the one in flight, which it [follows](StepPlan::follows), where there is nothing to decide; `None` where
-    /// there is, or where one is planned already. `may` says whose tokens depend on nothing but what the scheduler knows. To be called
-    /// after [`review_cache`](Self::review_cache), like [`schedule`](Self::schedule).
+    /// there is, or where one is planned already. `may` says whose tokens depend on nothing but what the scheduler knows; `places`
+    /// are the executor's for [drafts](crate::execute::Executor::draft_places). To be called after
+    /// [`review_cache`](Self::review_cache), like [`schedule`](Self::schedule).
     pub fn schedule_ahead(
         &mut self,
         now: Micros,
         policy: &mut dyn BatchPolicy,
+        places: u32,
         may: impl Fn(RequestId) -> bool,
     ) -> Option<&StepPlan> {
-        if !self.may_go_ahead(now, may) {
+        if !self.may_go_ahead(now, places, may) {
             return None;
         }
         self.attend(now, policy);
@@ -65,10 +67,11 @@ impl Scheduler {
 
     /// Whether [`schedule_ahead`](Self::schedule_ahead) has something to plan, if there is memory for it.
     #[must_use]
-    pub fn may_go_ahead(&self, now: Micros, may: impl Fn(RequestId) -> bool) -> bool {
+    pub fn may_go_ahead(&self, now: Micros, places: u32, may: impl Fn(RequestId) -> bool) -> bool {
         let is_first = self.in_flight && self.ahead.rows.is_empty();
         let is_due = self.n_closed > 0 || now >= self.deadline_bound;
-        is_first && self.waiting.is_empty() && !is_due && self.all_sample(may) && self.follow().next().is_some()
+        let is_free = is_first && self.waiting.is_empty() && !is_due && !self.seeks_drafts(places);
+        is_free && self.all_sample(may) && self.follow().next().is_some()
     }
 
     /// Whether everybody who runs gets a token by the step in flight that nobody else has a word in.

@@ -52,6 +52,17 @@ impl Scheduler {
         is_asked && self.ask_model(spare)
     }
 
+    /// Whether the next step may have drafts of those who decode already, where a step has so many
+    /// [places](crate::execute::Executor::draft_places): they are looked for when everything is known.
+    pub(super) fn seeks_drafts(&self, places: u32) -> bool {
+        let seeks = |slot: &Slot| {
+            let sequence = &self.sequences[*slot];
+            let is_able = sequence.request.draft_method == DraftMethod::Ngram || self.draft_model.is_some();
+            is_able && sequence.most_drafts() > 0
+        };
+        places > count(self.running.len()) && self.running.iter().any(seeks)
+    }
+
     /// Asks the draft model, for no more than steps have places for: its drafts are not for nothing. Texts that it knows come first;
     /// the others are computed beside, where they will have places once they are known. Whether it computed.
     fn ask_model(&mut self, places: u32) -> bool {
@@ -85,9 +96,8 @@ impl Scheduler {
 
     /// Adds drafts to the decodes of this step.
     pub(super) fn lengthen(&mut self) {
-        let samples = |&&slot: &&Slot| self.sequences[slot].chunk == self.sequences[slot].remaining();
-        let mut places =
-            std::mem::take(&mut self.draft_places).saturating_sub(count(self.running.iter().filter(samples).count()));
+        let n_rows = count(self.running.iter().filter(|&&slot| self.sequences[slot].chunk > 0).count());
+        let mut places = std::mem::take(&mut self.draft_places).saturating_sub(n_rows);
         let mut n_left = count(self.running.iter().filter(|&&slot| self.sequences[slot].has_drafts()).count());
         for i in 0..self.running.len() {
             let slot = self.running[i];

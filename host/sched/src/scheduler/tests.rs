@@ -76,7 +76,7 @@ fn a_step_is_planned_ahead_where_nothing_is_to_be_decided() {
     host.submit(request(1, 3, 2));
     host.submit(Request { deadline: 50, ..request(2, 3, 8) });
     let ahead = |host: &mut Host, may: fn(RequestId) -> bool| {
-        let plan = host.scheduler.schedule_ahead(host.now, &mut NativeBatch, may)?;
+        let plan = host.scheduler.schedule_ahead(host.now, &mut NativeBatch, u32::MAX, may)?;
         Some((rows(plan), plan.follows.clone()))
     };
     assert_eq!(ahead(&mut host, |_| true), None, "nothing is in flight");

@@ -49,6 +49,8 @@ pub struct ParityCase {
     pub resized: bool,
     /// Say of each token of the prompts how likely it was.
     pub scored: bool,
+    /// End decodes with up to three drafts, right or wrong.
+    pub drafts: bool,
     /// Of the random weights.
     pub seed: u64,
 }
@@ -134,6 +136,9 @@ const BLOCK_TOKENS: usize = 16;
 /// Rows that are prefilled together.
 const TOGETHER: usize = 16;
 
+/// Most drafts of a row.
+const MOST_DRAFTS: usize = 3;
+
 /// Most tokens of which a report says that they differ.
 const MAX_FLIPS: usize = 4;
 
@@ -209,6 +214,7 @@ impl ParityCase {
             ahead: false,
             resized: false,
             scored: false,
+            drafts: false,
             seed: 7,
         }
     }
@@ -261,6 +267,15 @@ impl ParityCase {
         cases.map(|case| Self { prompts: vec![40, 3, 1, 9], rows: vec![2], scored: true, ..case }).collect()
     }
 
+    /// Tokens that are chosen after drafts: in steps of decodes, and beside chunks of prompts.
+    #[must_use]
+    pub fn drafted() -> Vec<Self> {
+        use Element::{Bf16, F32};
+        let decodes = [(SHAPES[0], F32), (SHAPES[1], Bf16)].map(|(shape, element)| Self::short(shape, element, true));
+        let cases = decodes.into_iter().chain(Self::beside());
+        cases.map(|case| Self { drafts: true, ..case }).collect()
+    }
+
     /// A context of more than 8,000 tokens beside a short one, so that decodes are cut into many splits; where a window leaves less of
     /// it, into a few.
     #[must_use]
@@ -306,6 +321,20 @@ impl ParityCase {
         [(SHAPES[0], F32), (SHAPES[0], F16), (SHAPES[1], Bf16), (SHAPES[2], Bf16), (SHAPES[7], F16)].map(of).into()
     }
 
+    /// Short ones of each kind: for a memory checker, under which each launch takes a while.
+    #[must_use]
+    pub fn small() -> Vec<Self> {
+        let kinds = [Self::all(), Self::in_8_bits(), Self::experts(), Self::ahead(), Self::drafted(), Self::scored()];
+        let cases = kinds.into_iter().flatten();
+        // All rules, and no more.
+        let n = rules().len();
+        let short = |case: Self| {
+            let prompts = case.prompts.iter().copied().take(n).collect();
+            Self { prompts, rows: vec![1, 3, n], ..case }
+        };
+        cases.map(short).collect()
+    }
+
     /// Compares the device with the CPU.
     ///
     /// # Errors
@@ -317,7 +346,7 @@ impl ParityCase {
             n_blocks: n_rows * spec.context.div_ceil(BLOCK_TOKENS),
             block_tokens: BLOCK_TOKENS,
             max_step_tokens: self.step_tokens,
-            max_rows: n_rows,
+            max_rows: n_rows + if self.drafts { MOST_DRAFTS * TOGETHER } else { 0 },
             context_tokens: spec.context,
         };
         let weights = Weights::from_bytes(random_weights(&spec, self.form, self.seed)?)?;
@@ -329,6 +358,7 @@ impl ParityCase {
             cuda: CudaEngine::load(device, source, config, options, &mut |_| true)?,
             rules: rules(),
             scored: self.scored,
+            drafts: self.drafts,
             parity: Parity::of(self.form.element),
         };
         if self.graphs && pair.cuda.device().captures() && !pair.cuda.has_graphs() {
@@ -452,12 +482,22 @@ impl EditSource for Edits<'_> {
 
 // === Both engines ===
 
+/// Where a token's logits are, and of which sequence it is. The CPU has those after drafts behind all others, a device behind the draft's
+/// row.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    on_cpu: usize,
+    on_device: usize,
+    index: usize,
+}
+
 /// The same model on the CPU and on the device.
 struct Pair {
     cpu: CpuEngine,
     cuda: CudaEngine,
     rules: Vec<Rules>,
     scored: bool,
+    drafts: bool,
     parity: Parity,
 }
 
@@ -555,7 +595,9 @@ impl Pair {
         sequences: &mut [Sequence],
     ) -> Result<(), ParityError> {
         self.parity.steps += 1;
+        let (n_sampled, mut n_after) = (expect.sampled.len(), 0);
         let mut sampled = expect.sampled.iter().zip(&found.sampled).enumerate();
+        let mut after_drafts = expect.after_drafts.iter().zip(&found.after_drafts);
         for (at, row) in plan.rows.iter().enumerate() {
             let index = row.request.0 as usize - 1;
             let sequence = &mut sequences[index];
@@ -563,15 +605,21 @@ impl Pair {
             if of_no_account.is_some_and(|rows| rows.get(at) == Some(&true)) {
                 continue;
             }
-            sequence.computed += row.tokens.len();
+            sequence.computed += row.tokens.len() - row.drafts as usize;
+            let nothing = ExecuteError::Malformed { what: "a row has no token" };
             match chosen {
-                Some((i, (expect, found))) => {
-                    self.compare((i, index), (expect, found), of_no_account.is_some())?;
-                    sequence.tokens.push(expect.token);
+                Some((i, pair)) => {
+                    sequence.tokens.push(pair.0.token);
+                    let has_logits = of_no_account.is_some();
+                    self.compare(Place { on_cpu: i, on_device: i + n_after, index }, pair, has_logits)?;
+                    for _ in 0..row.drafts {
+                        let pair = after_drafts.next().ok_or(nothing.clone())?;
+                        let (on_cpu, on_device) = (n_sampled + n_after, i + 1 + n_after);
+                        self.compare(Place { on_cpu, on_device, index }, pair, has_logits)?;
+                        n_after += 1;
+                    }
                 }
-                None if row.sample.is_some() => {
-                    return Err(ExecuteError::Malformed { what: "a row has no token" }.into());
-                }
+                None if row.sample.is_some() => return Err(nothing.into()),
                 None => {}
             }
         }
@@ -582,14 +630,18 @@ impl Pair {
     fn plan(&self, rows: Range<usize>, sequences: &[Sequence]) -> StepPlan {
         let mut plan = StepPlan::default();
         let share = self.cuda.config().max_step_tokens / rows.len().max(1);
+        let mut spare = self.cuda.config().max_rows - rows.len();
         for i in rows {
             let Sequence { tokens, prompt, computed, pages } = &sequences[i];
             let n = (tokens.len() - computed).min(share);
-            let start = plan.tokens.len() as u32..(plan.tokens.len() + n) as u32;
+            let drafts = self.drafts_of(i, &sequences[i], spare.min(share - n));
+            spare -= drafts.len();
+            let start = plan.tokens.len() as u32..(plan.tokens.len() + n + drafts.len()) as u32;
             plan.tokens.extend(&tokens[*computed..computed + n]);
+            plan.tokens.extend(&drafts);
             let first = plan.blocks.len() as u32;
             // Those that are written so far: tables of neighbours differ in length.
-            let n_pages = (computed + n).div_ceil(BLOCK_TOKENS).min(*pages);
+            let n_pages = (computed + n + drafts.len()).div_ceil(BLOCK_TOKENS).min(*pages);
             plan.blocks.extend((0..n_pages).map(|page| BlockId((page * sequences.len() + i) as u32)));
             let n_scored = if self.scored { n.min((prompt - 1).saturating_sub(*computed)) as u32 } else { 0 };
             if n_scored > 0 {
@@ -600,13 +652,14 @@ impl Pair {
             }
             let Rules { sampling, banned, .. } = &self.rules[i % self.rules.len()];
             let history = plan.history.len() as u32;
+            let history = history..history + if sampling.needs_history() { tokens.len() as u32 } else { 0 };
             if sampling.needs_history() {
-                plan.history.extend(tokens);
+                plan.history.extend(tokens.iter().chain(&drafts));
             }
             let sample = Sample {
                 sampling: Arc::new(Sampling { seed: i as u64, ..Sampling::clone(sampling) }),
                 index: (tokens.len() - prompt) as u32,
-                history: history..plan.history.len() as u32,
+                history,
                 history_prompt: if sampling.needs_history() { *prompt as u32 } else { 0 },
                 banned: banned.clone(),
             };
@@ -616,21 +669,31 @@ impl Pair {
                 position: *computed as u32,
                 blocks: first..plan.blocks.len() as u32,
                 sample: (computed + n == tokens.len()).then_some(sample),
-                drafts: 0,
+                drafts: drafts.len() as u32,
             });
         }
         plan
     }
 
-    /// The `i`-th token of a step, which is that of a sequence.
+    /// Up to so many drafts for a sequence, where its next token is chosen and no edit has a word in it.
+    fn drafts_of(&self, i: usize, sequence: &Sequence, most: usize) -> Vec<u32> {
+        let Sequence { tokens, computed, pages, .. } = sequence;
+        let is_edited = self.rules[i % self.rules.len()].edit.is_some();
+        let may = self.drafts && !is_edited && computed + 1 == tokens.len();
+        let n = if may { i % (MOST_DRAFTS + 1) } else { 0 };
+        let n = n.min(most).min(pages * BLOCK_TOKENS - tokens.len());
+        (0..n).map(|ahead| ((i * 71 + tokens.len() * 13 + ahead * 29) % VOCAB) as u32).collect()
+    }
+
+    /// A token of a step.
     fn compare(
         &mut self,
-        (i, index): (usize, usize),
+        Place { on_cpu, on_device, index }: Place,
         (expect, found): (&Sampled, &Sampled),
         has_logits: bool,
     ) -> Result<(), ParityError> {
         let Self { cpu, cuda, rules, parity, .. } = self;
-        let logits = cpu.logits(i);
+        let logits = cpu.logits(on_cpu);
         parity.tokens += 1;
         if expect.token != found.token {
             parity.other_tokens += 1;
@@ -642,7 +705,7 @@ impl Pair {
         }
         if has_logits && rules[index % rules.len()].leave_logits() {
             let largest = logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-            let found = cuda.logits(i)?;
+            let found = cuda.logits(on_device)?;
             parity.worst = logits.iter().zip(&found).map(|(&a, &b)| apart(a, b, largest)).fold(parity.worst, f64::max);
         }
         Ok(())

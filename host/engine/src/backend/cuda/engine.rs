@@ -24,6 +24,7 @@ use super::tune::{GemmChoice, GemmChoices, LibraryUse, Tuner};
 use super::vram::{Footprint, KvWish, VramError, VramPlan, VramUse, recommend};
 use super::weights::{Packer, Source};
 
+mod drafts;
 mod score;
 
 use crate::backend::cpu::{Precision, Progress};
@@ -97,6 +98,8 @@ pub struct CudaEngine {
     graphs: Vec<(usize, Captured)>,
     launches: LaunchPlan,
     edits: Vec<Option<Arc<Edit>>>,
+    /// The last step that had drafts, without them.
+    apart: StepPlan,
     /// Steps that are begun and not finished.
     begun: VecDeque<Begun>,
     /// What the last step launched.
@@ -114,7 +117,7 @@ struct Begun {
     turn: Turn,
     /// Rows of the launch that chooses its tokens.
     rows: usize,
-    /// Tokens that it samples.
+    /// Tokens that it samples and that a step behind it can take.
     n_sampled: usize,
     /// Whether prompts are to be scored from what it leaves behind.
     is_scored: bool,
@@ -160,6 +163,7 @@ impl CudaEngine {
             graphs: Vec::new(),
             launches: LaunchPlan::default(),
             edits: Vec::with_capacity(rows),
+            apart: StepPlan::default(),
             begun: VecDeque::with_capacity(UNDER_WAY),
             last: None,
             used,
@@ -349,6 +353,23 @@ impl CudaEngine {
 
     /// The step in the device's terms, in this turn; the rows of the launch that chooses its tokens.
     fn run(&mut self, plan: &StepPlan, edits: &mut dyn EditSource, turn: Turn) -> Result<usize, DeviceError> {
+        if plan.rows.iter().all(|row| row.drafts == 0) {
+            return self.run_apart((plan, plan), edits, turn);
+        }
+        let mut apart = std::mem::take(&mut self.apart);
+        drafts::set_apart(plan, &mut apart);
+        let ran = self.run_apart((plan, &apart), edits, turn);
+        self.apart = apart;
+        ran
+    }
+
+    /// The same of a step whose drafts are set apart.
+    fn run_apart(
+        &mut self,
+        (of, plan): (&StepPlan, &StepPlan),
+        edits: &mut dyn EditSource,
+        turn: Turn,
+    ) -> Result<usize, DeviceError> {
         self.device.enter()?;
         let (extent, graph) = match self.buckets.shape(plan) {
             StepShape::Decode { bucket } => {
@@ -373,8 +394,10 @@ impl CudaEngine {
         self.compute(extent, graph)?;
         // The device computes; meanwhile a policy may still say what it wants.
         self.edits.clear();
-        let sampling = plan.rows.iter().filter(|row| row.sample.is_some());
-        self.edits.extend(sampling.map(|row| edits.edit(row.request)));
+        for row in of.rows.iter().filter(|row| row.sample.is_some()) {
+            self.edits.push(edits.edit(row.request));
+            self.edits.extend(std::iter::repeat_n(None, row.drafts as usize));
+        }
         let n_sampled = self.edits.len();
         if n_sampled > 0 {
             let words = write_rules(&self.sizes, extent.sampled, plan, &self.edits, self.device.lane(rules));
@@ -430,6 +453,14 @@ impl Executor for CudaEngine {
         Some(self)
     }
 
+    fn draft_places(&self) -> u32 {
+        // Each of several tokens may ask for experts of its own.
+        match self.sizes.spec.experts {
+            Some(_) => 0,
+            None => drafts::MOST_PLACES.min(u32::try_from(self.sizes.config.max_rows).unwrap_or(u32::MAX)),
+        }
+    }
+
     fn scores_prompts(&self) -> bool {
         true
     }
@@ -465,6 +496,7 @@ impl InHalves for CudaEngine {
     fn begin(&mut self, plan: &StepPlan, edits: &mut dyn EditSource) -> Result<(), ExecuteError> {
         self.check_lost()?;
         self.sizes.config.check_plan(plan, self.sizes.spec.vocab)?;
+        drafts::check(plan, self.sizes.config.max_rows)?;
         check_lists(plan)?;
         if self.begun.len() == UNDER_WAY {
             return Err(ExecuteError::Malformed { what: "a third step, where two can be under way" });
@@ -479,7 +511,9 @@ impl InHalves for CudaEngine {
             true => 0,
             false => self.run(plan, edits, turn).map_err(|error| self.failed(error))?,
         };
-        let n_sampled = plan.rows.iter().filter(|row| row.sample.is_some()).count();
+        // Where there are drafts, places are others than the plan's.
+        let is_plain = plan.rows.iter().all(|row| row.drafts == 0);
+        let n_sampled = plan.rows.iter().filter(|row| row.sample.is_some() && is_plain).count();
         self.begun.push_back(Begun { turn, rows, n_sampled, is_scored: !plan.scores.is_empty() });
         Ok(())
     }

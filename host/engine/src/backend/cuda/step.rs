@@ -106,11 +106,8 @@ pub(crate) fn check_follows(plan: &StepPlan, n_before: usize) -> Result<(), Exec
     }
 }
 
-/// Drafts, which it does not take, and lists too long for the room that the device has for them.
+/// Lists too long for the room that the device has for them.
 pub(crate) fn check_lists(plan: &StepPlan) -> Result<(), ExecuteError> {
-    if plan.rows.iter().any(|row| row.drafts > 0) {
-        return Err(ExecuteError::Malformed { what: "a row with drafts, for which this engine has no places" });
-    }
     for sample in plan.rows.iter().filter_map(|row| row.sample.as_ref()) {
         if sample.sampling.logit_bias.len() > MAX_REQUEST_BIASES {
             return Err(ExecuteError::Malformed { what: "more than 1024 biases in a request" });
@@ -356,7 +353,7 @@ fn no_finite_logit() -> ExecuteError {
     ExecuteError::Device { what: "a row has no token with a finite logit".into() }
 }
 
-/// Reads the outputs of a launch of `extent` rows.
+/// Reads the outputs of a launch of `extent` rows, of which a row with drafts takes one for each of them as well.
 pub(crate) fn read_outputs(
     (extent, vocab): (usize, usize),
     plan: &StepPlan,
@@ -364,7 +361,9 @@ pub(crate) fn read_outputs(
     out: &mut StepOutput,
 ) -> Result<(), ExecuteError> {
     let tops = (Sizes::tops_at(extent as u64) / 4) as usize;
-    for (i, sample) in plan.rows.iter().filter_map(|row| row.sample.as_ref()).enumerate() {
+    let sampling = plan.rows.iter().filter_map(|row| row.sample.as_ref().map(|sample| (row, sample)));
+    let places = sampling.flat_map(|(row, sample)| (0..=row.drafts).map(move |ahead| (ahead, sample)));
+    for (i, (ahead, sample)) in places.enumerate() {
         let token = words[i];
         if token == NONE {
             return Err(no_finite_logit());
@@ -374,7 +373,8 @@ pub(crate) fn read_outputs(
         }
         let top = || &words[tops + i * TOP_BYTES as usize / 4..][..TOP_BYTES as usize / 4];
         let logprobs = sample.sampling.logprobs.map(|_| Box::new(read_top(top())));
-        out.sampled.push(Sampled { token, logprobs });
+        let to = if ahead == 0 { &mut out.sampled } else { &mut out.after_drafts };
+        to.push(Sampled { token, logprobs });
     }
     Ok(())
 }

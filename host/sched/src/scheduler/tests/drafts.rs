@@ -193,6 +193,36 @@ fn places_are_shared() {
     }
 }
 
+#[test]
+fn no_step_is_planned_ahead_of_one_that_may_have_drafts() {
+    let (ngram, model) = (DraftMethod::Ngram, DraftMethod::Model);
+    // Method, tokens asked for, whether they were worth it, places; whether a step is planned.
+    for (draft_method, draft_tokens, worth, places, expect) in [
+        (ngram, 4, true, 8, false),
+        (ngram, 0, true, 8, true),
+        (ngram, 4, false, 8, true),
+        (ngram, 4, true, 3, false),
+        (ngram, 4, true, 2, true),
+        // Nobody is there to draft.
+        (model, 4, true, 8, true),
+    ] {
+        let mut host = Host::new(ROOMY);
+        for (id, draft_tokens) in [(1, 0), (2, draft_tokens)] {
+            let request = model::request(id, circling(12), 40, CONFIG.block_tokens);
+            host.submit(Request { draft_tokens, draft_method, ..request });
+        }
+        while host.tokens(2).is_empty() {
+            host.step(&mut NativeBatch);
+        }
+        let slot = host.scheduler.sequences.find(2).expect("it runs");
+        host.scheduler.sequences[slot].drafts.learn(64, if worth { 64 } else { 0 }, 0);
+        host.draft_places = 0;
+        host.begin(&mut NativeBatch, &mut StepOutput::default());
+        let planned = host.scheduler.schedule_ahead(host.now, &mut NativeBatch, places, |_| true).is_some();
+        assert_eq!(planned, expect, "{draft_method:?} {draft_tokens} {worth} {places}");
+    }
+}
+
 /// Allows everything.
 #[derive(Debug)]
 struct Anything;

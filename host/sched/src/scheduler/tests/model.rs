@@ -255,7 +255,8 @@ impl Host {
         self.desk.attend(self.now, &self.scheduler);
         self.scheduler.review_cache(self.now, &mut *self.retention);
         let desk = &mut self.desk;
-        let Some(plan) = self.scheduler.schedule_ahead(self.now, policy, |id| desk.is_free(id)) else { return };
+        // Also where somebody looks for drafts: it is no less right.
+        let Some(plan) = self.scheduler.schedule_ahead(self.now, policy, 0, |id| desk.is_free(id)) else { return };
         let token = |place: &u32| out.sampled[*place as usize].token;
         let known = StepPlan {
             rows: plan.rows.clone(),
