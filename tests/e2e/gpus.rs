@@ -10,6 +10,7 @@ use pointsman_tests::{Answer, Host, looks};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::embeddings::tiny;
 use crate::library;
 use crate::loads::{PROGRAM, ask, folder, load, unload};
 
@@ -198,9 +199,9 @@ fn pools_make_room_for_a_model_that_comes_and_grow_when_it_has_gone() {
 
 #[test]
 fn a_model_that_needs_both_has_pools_shrink_and_a_lent_one_go() {
-    let models = folder();
+    let (models, encoder) = (folder(), tiny());
     let (mini, demo) = (models.path().join("mini"), models.path().join("demo"));
-    let lent = format!("[on_demand]\nlent = {mini:?}");
+    let lent = format!("[on_demand]\nlent = {mini:?}\nwords = {:?}", encoder.path());
     let one = ("[\"cuda:0\"]", "", models.path());
     let Some(gpu) = Beside::start_with(one, "1", (&lent, "")) else { return };
     // What the large one takes, and with the pool that it must have.
@@ -210,6 +211,8 @@ fn a_model_that_needs_both_has_pools_shrink_and_a_lent_one_go() {
     let after = alone();
     let [weights, workspace, graphs, kv] = [0, 1, 2, 3].map(|owner| after[owner] - before[owner]);
     assert_eq!(unload(&gpu.host, "large", "").status, 200);
+    // The one whose turn would be first, and which has nothing of the GPU.
+    assert_eq!(gpu.host.post("/v1/embeddings", &json!({"model": "words", "input": "w5"})).status, 200);
     assert_eq!(says(&gpu.host.post("/v1/completions", &ask("lent", 2))).0, "lent:f16@cuda:0");
     let both = alone();
     let lent = both.iter().zip(before).map(|(both, before)| both - before).sum::<u64>();
@@ -229,6 +232,7 @@ fn a_model_that_needs_both_has_pools_shrink_and_a_lent_one_go() {
         log.contains("`lent` was unloaded for another model") && log.contains("KV pools on cuda:0 shrink"),
         "{log}"
     );
+    assert!(!log.contains("`words` was unloaded"), "{log}");
     assert_eq!(says(&gpu.host.post("/v1/completions", &ask("large", 2))).0, "large:f16@cuda:0");
 }
 

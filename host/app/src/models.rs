@@ -163,8 +163,8 @@ pub(crate) trait Follow {
     /// What other models hold of a device that could be given up for this one.
     fn could_give(&self, device: &str) -> u64;
 
-    /// Gives up one of them; whether there was one.
-    fn make_room(&self) -> bool;
+    /// Gives up one of those; whether there was one.
+    fn make_room(&self, device: &str) -> bool;
 
     /// What KV pools on a device have that serve, and must keep.
     fn pool_shares(&self, device: &str) -> Vec<PoolShare>;
@@ -779,7 +779,8 @@ impl<'a> Loader<'a> {
                 continue;
             }
             // Others go for one that fits without them, and for no other.
-            let given = self.follower.map_or(0, |follower| follower.could_give(&format!("cuda:{}", found.ordinal)));
+            let device = format!("cuda:{}", found.ordinal);
+            let given = self.follower.map_or(0, |follower| follower.could_give(&device));
             let memory = VramFree { free: room.memory.free + given, ..room.memory };
             let fits = match plan(DeviceRoom { memory, ..room }) {
                 Ok(_) => true,
@@ -791,7 +792,7 @@ impl<'a> Loader<'a> {
                 return Err(error).with_context(|| name.clone());
             }
             // It may fit later, so this is no device that cannot serve the model.
-            if !self.follower.is_some_and(Follow::make_room) {
+            if !self.follower.is_some_and(|follower| follower.make_room(&device)) {
                 bail!("{name}: {error}");
             }
         };

@@ -181,7 +181,7 @@ enum Ask {
     /// What models hold of a device that may go.
     Held(String),
     /// Whether one of them has gone.
-    Give,
+    Give(String),
     /// Whether a KV pool on a device has shrunk to so many bytes.
     Shrink(String, u64),
     /// For threads that compute for models of embeddings.
@@ -524,7 +524,7 @@ impl Parts {
         let most = self.parts.config.engine.max_loaded as usize;
         let is_other = |(other, entry): &(&String, &Entry)| *other != name && entry.takes_a_place();
         while lock(&self.entries).iter().filter(is_other).count() >= most {
-            if !followed.make_room() {
+            if !followed.make_room(None) {
                 let message = format!(
                     "{most} models are loaded, the most at once, and none of them is idle that requests have loaded; unload one, or \
                      raise engine.max_loaded"
@@ -913,7 +913,7 @@ impl Followed<'_> {
         match ask {
             Ask::Room(bytes) => self.take_room(*bytes).map(|()| *bytes),
             Ask::Held(device) => Ok(self.roster.could_give(device)),
-            Ask::Give => Ok(self.make_room().into()),
+            Ask::Give(device) => Ok(self.make_room(Some(device)).into()),
             Ask::Shrink(device, bytes) => Ok(self.roster.parts.engine.shrink_pools(device, *bytes).into()),
             Ask::EncoderPool => {
                 let RosterParts { pool, encoder_pool, .. } = &self.roster.parts;
@@ -929,7 +929,7 @@ impl Followed<'_> {
             let Some(room) = room.filter(|room| bytes > *room) else { break };
             // For one that can never fit nobody goes.
             let most = self.room(self.roster.could_give("cpu")).0.unwrap_or(room);
-            if bytes > most || !self.make_room() {
+            if bytes > most || !self.make_room(Some("cpu")) {
                 bail!(
                     "it needs {} of the CPU's memory, weights and KV pool, and {what} leaves {}, or {} without what requests \
                      have loaded; unload a model, lower engine.kv_mib, or take a smaller precision (engine.precisions)",
@@ -943,9 +943,9 @@ impl Followed<'_> {
         Ok(())
     }
 
-    /// Gives up a model that requests have loaded. Where all are in use it waits for one, as long as a request would for this one;
+    /// Gives up a model that requests have loaded, one that holds something of this device where one is named. Where all are in use it waits for one, as long as a request would for this one;
     /// meanwhile the next to go takes no more requests, else one that is always in use would stay for ever.
-    fn make_room(&self) -> bool {
+    fn make_room(&self, device: Option<&str>) -> bool {
         let RosterParts { config, shared, .. } = &self.roster.parts;
         let end = self.load.asked.saturating_add(config.engine.load_wait_ms.saturating_mul(1_000));
         let has_gone = loop {
@@ -953,10 +953,10 @@ impl Followed<'_> {
                 self.is_unwanted.store(true, Ordering::Relaxed);
                 break false;
             }
-            if self.roster.evict() {
+            if self.roster.evict(device) {
                 break true;
             }
-            let has_some = self.roster.ask_back();
+            let has_some = self.roster.ask_back(device);
             if !has_some || shared.clock.micros() >= end || self.stop.load(Ordering::Acquire) {
                 self.is_short.store(has_some, Ordering::Relaxed);
                 break false;
@@ -998,8 +998,8 @@ impl Follow for Packing<'_> {
         self.ask(Ask::Held(device.to_owned())).unwrap_or(0)
     }
 
-    fn make_room(&self) -> bool {
-        self.ask(Ask::Give).is_ok_and(|given| given > 0)
+    fn make_room(&self, device: &str) -> bool {
+        self.ask(Ask::Give(device.to_owned())).is_ok_and(|given| given > 0)
     }
 
     fn pool_shares(&self, device: &str) -> Vec<PoolShare> {

@@ -9,6 +9,7 @@
 //! Who has a model is counted by leases, which requests hold from the first look to their last byte, and not by the gauges of its
 //! replicas: a request that is being tokenized is in none of them. A lease is taken under the lock under which a model is chosen to go.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -129,10 +130,10 @@ impl Roster {
 // === room ===
 
 impl Parts {
-    /// Unloads the model that requests have loaded and that was asked for the longest time ago, of those that no request has;
-    /// whether there was one.
-    pub(super) fn evict(&self) -> bool {
-        let Some((name, served)) = self.choose() else { return false };
+    /// Unloads the model that requests have loaded and that was asked for the longest time ago, of those that no request has and that
+    /// hold something of this device, where one is named; whether there was one.
+    pub(super) fn evict(&self, device: Option<&str>) -> bool {
+        let Some((name, served)) = self.choose(device) else { return false };
         // Its name is free again whatever happens.
         let going = Going { parts: self, name: &name };
         let left = self.clear(&served, (PATIENCE, true));
@@ -160,24 +161,36 @@ impl Parts {
 
     /// What models hold of a device that may be given up, though not now where they are in use.
     pub(super) fn could_give(&self, device: &str) -> u64 {
-        let entries = lock(&self.entries);
-        let lent: Vec<Served> = entries.values().filter_map(Entry::lent).cloned().collect();
-        drop(entries);
-        let variants: Vec<_> = lent.iter().flat_map(|served| served.variants.clone()).collect();
-        let (replicas, _) = self.parts.engine.replicas_of(&variants);
-        let replicas = replicas.iter().filter(|replica| replica.device == device).map(|replica| replica.memory.held());
-        let encoders = lent.iter().filter(|_| device == "cpu").filter_map(|served| served.encoder.as_ref());
-        replicas.chain(encoders.map(|(_, memory)| memory.held())).sum()
+        self.lent_on(device).values().sum()
     }
 
-    /// Lets the model that is the next to go take no more requests; false where requests have loaded none.
-    pub(super) fn ask_back(&self) -> bool {
+    /// The same of each of those that hold something there, by name.
+    fn lent_on(&self, device: &str) -> HashMap<String, u64> {
+        let entries = lock(&self.entries);
+        let lent = |(name, entry): (&String, &Entry)| Some((name.clone(), entry.lent()?.clone()));
+        let lent: Vec<(String, Served)> = entries.iter().filter_map(lent).collect();
+        drop(entries);
+        let held = |served: &Served| {
+            let (replicas, _) = self.parts.engine.replicas_of(&served.variants);
+            let replicas = replicas.iter().filter(|replica| replica.device == device);
+            let encoder = served.encoder.as_ref().filter(|_| device == "cpu").map_or(0, |(_, memory)| memory.held());
+            replicas.map(|replica| replica.memory.held()).sum::<u64>() + encoder
+        };
+        lent.into_iter().map(|(name, served)| (name, held(&served))).filter(|(_, held)| *held > 0).collect()
+    }
+
+    /// Lets the model that is the next to go, of those that hold something of this device, where one is named, take no more requests;
+    /// false where there is none.
+    pub(super) fn ask_back(&self, device: Option<&str>) -> bool {
+        let on_device = device.map(|device| self.lent_on(device));
         let mut entries = lock(&self.entries);
         if entries.values().any(|entry| entry.demand.is_asked_back) {
             return true;
         }
-        let next = entries.values_mut().filter(|entry| entry.lent().is_some()).min_by_key(|entry| entry.demand.used);
-        next.map(|entry| entry.demand.is_asked_back = true).is_some()
+        let holds = |name: &str| on_device.as_ref().is_none_or(|names| names.contains_key(name));
+        let lent = entries.iter_mut().filter(|(name, entry)| entry.lent().is_some() && holds(name));
+        let next = lent.min_by_key(|(_, entry)| entry.demand.used);
+        next.map(|(_, entry)| entry.demand.is_asked_back = true).is_some()
     }
 
     /// Ends that.
@@ -195,13 +208,15 @@ impl Parts {
     }
 
     /// Takes that model out of the catalog.
-    fn choose(&self) -> Option<(String, Served)> {
+    fn choose(&self, device: Option<&str>) -> Option<(String, Served)> {
+        let on_device = device.map(|device| self.lent_on(device));
+        let holds = |name: &str| on_device.as_ref().is_none_or(|names| names.contains_key(name));
         // No rollout begins between the look and the end of the model.
         let _held = self.parts.aliases.hold();
         let mut entries = lock(&self.entries);
         let idle = entries.iter_mut().filter_map(|(name, entry)| {
             let served = entry.lent().filter(|served| self.check_rollouts(&served.variants).is_ok())?.clone();
-            entry.demand.is_idle().then(|| (name.clone(), served, entry))
+            (entry.demand.is_idle() && holds(name)).then(|| (name.clone(), served, entry))
         });
         let (name, served, entry) = idle.min_by_key(|(_, _, entry)| entry.demand.used)?;
         entry.state = State::Draining(served.clone());
